@@ -1,0 +1,190 @@
+"""Every setting of a run, where it stands, with its default and its meaning. Imports no torch.
+
+Three layers: our tables below; ``[megatron]``, passed unchanged to Megatron-core's dataclasses; ``[sglang]``, passed
+unchanged to SGLang's ``ServerArgs``. Leaf names are unique, so an override may name a leaf alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class Run(Table):
+    mode: Literal["rl", "sft"] = "rl"
+    """`rl` generates and trains on rewards; `sft` trains on the answers in the data."""
+    name: str = "run"
+    output_dir: Path = Path("runs")
+    """The run lives in `output_dir/name`: resolved config, metrics.jsonl, checkpoints, report."""
+    seed: int = 1234
+    """All randomness (data order, sampling, initialisation) is a function of this and of identities."""
+    num_rollout: PositiveInt = 100
+    """Number of rollouts (`rl`) or optimizer steps (`sft`) in the run."""
+
+
+class Model(Table):
+    hf_checkpoint: Path
+    """Folder with config.json, tokenizer and safetensors; the run starts from it."""
+    ref_load: Path | None = None
+    """Checkpoint folder of the reference policy for KL terms; default: `hf_checkpoint`."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Parameter dtype of trainer and engine."""
+
+
+class Data(Table):
+    prompt_data: str
+    """JSONL or parquet file; `path@[0:1000]` takes a slice of its rows."""
+    input_key: str = "prompt"
+    """Column with a string or a list of chat messages."""
+    label_key: str | None = "label"
+    metadata_key: str | None = "metadata"
+    apply_chat_template: bool = False
+    """Wrap a plain string as one user message; message lists always go through the template."""
+    rollout_shuffle: bool = True
+    rollout_max_prompt_len: PositiveInt | None = None
+    """A longer prompt is an error naming its line, unless `drop_long_prompts`."""
+    drop_long_prompts: bool = False
+
+
+class Rollout(Table):
+    rollout_batch_size: PositiveInt = 32
+    """Prompts per rollout."""
+    n_samples_per_prompt: PositiveInt = 8
+    rollout_max_response_len: PositiveInt = 1024
+    rollout_temperature: NonNegativeFloat = 1.0
+    rollout_top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    rollout_top_k: int = -1
+    rollout_stop: list[str] = []
+    rollout_stop_token_ids: list[int] = []
+    engine: Literal["sglang", "torch"] = "sglang"
+    """`torch` is a small reference engine for tests."""
+
+
+class Algorithm(Table):
+    advantage_estimator: Literal["grpo"] = "grpo"
+    grpo_std_normalization: bool = True
+    """Divide group-centred rewards by the group's standard deviation."""
+    normalize_advantages: bool = False
+    """Whiten advantages over all trained tokens of the global batch."""
+    eps_clip: NonNegativeFloat = 0.2
+    eps_clip_high: NonNegativeFloat | None = None
+    """Upper clip range; default: `eps_clip`."""
+    eps_clip_c: Annotated[float, Field(gt=1)] | None = None
+    """Dual-clip constant c; None switches dual clip off."""
+    kl_coef: NonNegativeFloat = 0.0
+    """KL penalty inside the reward."""
+    kl_loss_coef: NonNegativeFloat = 0.0
+    """KL term of the loss."""
+    kl_loss_type: Literal["k1", "k2", "k3"] = "k3"
+    entropy_coef: float = 0.0
+    loss_aggregation: Literal["rollout_mean", "token_mean", "constant"] = "rollout_mean"
+    """Mean of per-rollout token means; mean over all tokens; sum over tokens / (rollouts x max response length)."""
+
+
+class Reward(Table):
+    rm_type: str = "math"
+    """`math` (math-verify), `exact`, or `module:function`."""
+    reward_timeout: PositiveFloat = 30.0
+    """Seconds for one call; a slower one is killed and is an error."""
+    reward_memory_gib: PositiveFloat = 4.0
+    """Address-space growth allowed to one reward process."""
+    reward_workers: PositiveInt = 2
+    reward_batched: bool = False
+    """Call a custom function once per prompt group instead of once per sample."""
+
+
+class Train(Table):
+    global_batch_size: PositiveInt | None = None
+    """Samples per optimizer step; default: one step per rollout. In `sft`, sequences per step."""
+    max_tokens_per_gpu: PositiveInt = 8192
+    """Token budget of one packed micro-batch on one rank (times context-parallel size)."""
+    max_skipped_steps: NonNegativeInt = 3
+    """Consecutive steps with a non-finite loss or gradient before the run stops."""
+    lr_warmup_iters: NonNegativeInt = 0
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    min_lr: NonNegativeFloat = 0.0
+
+
+class Eval(Table):
+    eval_interval: NonNegativeInt = 0
+    """Evaluate every n rollouts and at both ends; 0: never."""
+    eval_prompt_data: dict[str, str] = {}
+    """Name -> file, as `prompt_data`."""
+    n_samples_per_eval_prompt: PositiveInt = 1
+    """k of pass@k."""
+    eval_temperature: NonNegativeFloat = 0.0
+    eval_top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    eval_max_response_len: PositiveInt | None = None
+
+
+class Checkpoint(Table):
+    save_interval: NonNegativeInt = 0
+    """Write a resumable checkpoint every n rollouts; 0: only where `save_final` says so."""
+    save_final: bool = False
+    export_final: bool = True
+    """Write a Hugging Face checkpoint to `export/` at the end."""
+    load: Path | None = None
+    """A checkpoint folder of this project to resume from; `latest` inside the run folder when the run is restarted."""
+    resume: bool = False
+    """Continue from the run folder's newest checkpoint if there is one."""
+
+
+class Refit(Table):
+    refit_checksums: bool = True
+    """Compare checksums of every bucket after each refit; a mismatch stops the run."""
+    refit_bucket_mib: PositiveInt = 256
+
+
+class Telemetry(Table):
+    progress: Literal["auto", "rich", "plain", "none"] = "auto"
+    use_tensorboard: bool = False
+    use_wandb: bool = False
+    wandb_project: str = "miles-spmd"
+    num_transcripts: NonNegativeInt = 8
+    """Sample transcripts kept per evaluation for the report."""
+
+
+class Deadlines(Table):
+    """Seconds after which the wait for something ends the run with a report of where each rank stands."""
+
+    start_timeout: PositiveFloat = 900.0
+    rollout_timeout: PositiveFloat = 3600.0
+    train_timeout: PositiveFloat = 1800.0
+    refit_timeout: PositiveFloat = 600.0
+    checkpoint_timeout: PositiveFloat = 1800.0
+    heartbeat_timeout: PositiveFloat = 60.0
+
+
+class Config(Table):
+    run: Run = Run()
+    model: Model
+    data: Data
+    rollout: Rollout = Rollout()
+    algorithm: Algorithm = Algorithm()
+    reward: Reward = Reward()
+    train: Train = Train()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    refit: Refit = Refit()
+    telemetry: Telemetry = Telemetry()
+    deadlines: Deadlines = Deadlines()
+    megatron: dict[str, Any] = {}
+    """Fields of TransformerConfig, OptimizerConfig and DistributedDataParallelConfig, by their own names."""
+    sglang: dict[str, Any] = {}
+    """Fields of ServerArgs, by their own names (`tp_size`, `mem_fraction_static`, ...)."""
+
+    @property
+    def run_dir(self) -> Path:
+        return self.run.output_dir / self.run.name

@@ -1,0 +1,239 @@
+"""Every message between controller and workers, and how it becomes bytes: msgpack by msgspec, typed, never pickle.
+
+The controller sends a :class:`Command`; a worker answers it with exactly one :class:`Reply` and may stream
+:class:`Completions` before. :class:`Hello` opens a worker's connection and :class:`Beat` keeps it alive.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from miles_spmd.data.sample import MicroBatch
+from miles_spmd.rollout.engine import Output, Request
+
+
+class Phase(StrEnum):
+    """What a worker is doing; carried by commands, beats and errors."""
+
+    START = "start"
+    ROLLOUT = "rollout"
+    LOG_PROBS = "log_probs"
+    TRAIN = "train"
+    REFIT = "refit"
+    CHECKPOINT = "checkpoint"
+    IDLE = "idle"
+    STOP = "stop"
+
+
+# --- what a command may ask for --------------------------------------------------------------------------------------
+
+
+class Generate(msgspec.Struct, tag=True, frozen=True):
+    """Open a rollout: resume the engine and step it until :class:`EndGenerate` came and nothing is left to run."""
+
+    requests: list[Request] = []
+
+
+class Submit(msgspec.Struct, tag=True, frozen=True):
+    """More requests for an open rollout (later turns, over-sampling)."""
+
+    requests: list[Request]
+
+
+class AbortRequests(msgspec.Struct, tag=True, frozen=True):
+    """Stop these requests of an open rollout, None: all; what they have so far comes back as ABORT."""
+
+    rids: list[str] | None = None
+
+
+class EndGenerate(msgspec.Struct, tag=True, frozen=True):
+    """Nothing more will be submitted: reply once idle and release the engine's memory."""
+
+
+class ComputeLogProbs(msgspec.Struct, tag=True, frozen=True):
+    """Forward only. Replies with :class:`LogProbsResult`."""
+
+    micro_batches: list[MicroBatch]
+    model: str = "actor"  # or "ref"
+
+
+class Train(msgspec.Struct, tag=True, frozen=True):
+    """One optimizer step on this rank's share of the global batch. Replies with :class:`TrainResult`."""
+
+    micro_batches: list[MicroBatch]
+
+
+class Refit(msgspec.Struct, tag=True, frozen=True):
+    """Copy the trainer's weights into the engine as ``version``. Replies with :class:`RefitResult`."""
+
+    version: int
+
+
+class SaveCheckpoint(msgspec.Struct, tag=True, frozen=True):
+    path: str
+
+
+class LoadCheckpoint(msgspec.Struct, tag=True, frozen=True):
+    path: str
+
+
+class ExportModel(msgspec.Struct, tag=True, frozen=True):
+    """Write the trainer's weights as a Hugging Face checkpoint."""
+
+    path: str
+
+
+class Stop(msgspec.Struct, tag=True, frozen=True):
+    """Leave the command loop and exit 0."""
+
+
+Body = (
+    Generate
+    | Submit
+    | AbortRequests
+    | EndGenerate
+    | ComputeLogProbs
+    | Train
+    | Refit
+    | SaveCheckpoint
+    | LoadCheckpoint
+    | ExportModel
+    | Stop
+)
+
+
+class Command(msgspec.Struct, tag=True, frozen=True):
+    id: int
+    step: int
+    phase: Phase
+    deadline: float  # seconds from receipt within which the reply is due
+    body: Body
+
+
+# --- what a worker says ----------------------------------------------------------------------------------------------
+
+
+class RankInfo(msgspec.Struct, frozen=True):
+    """Where a rank stands in every group; the controller plans with nothing else."""
+
+    rank: int
+    world_size: int
+    host: str
+    pid: int
+    data_parallel_rank: int
+    data_parallel_size: int
+    reports: bool  # this rank's train results count (last pipeline stage, first tensor-parallel rank)
+    engine: int  # which engine this rank belongs to
+    engine_leader: bool
+    versions: dict[str, str] = {}
+
+
+class Hello(msgspec.Struct, tag=True, frozen=True):
+    info: RankInfo
+    config_digest: str
+    seconds: dict[str, float] = {}  # start-up, by part
+
+
+class Beat(msgspec.Struct, tag=True, frozen=True):
+    rank: int
+    phase: Phase
+    step: int
+    detail: str = ""  # what exactly: "engine step 214", "micro-batch 3/8"
+
+
+class Completions(msgspec.Struct, tag=True, frozen=True):
+    """Finished requests of an open rollout, from an engine's leader, as they finish."""
+
+    rank: int
+    outputs: list[Output]
+
+
+class TrainResult(msgspec.Struct, tag=True, frozen=True):
+    """What one optimizer step did. ``sums`` are this rank's plain sums, to be added over ``reports`` ranks; under
+    context parallelism each of its ranks reports its own tokens."""
+
+    sums: dict[str, float]
+    grad_norm: float
+    lr: float
+    skipped: str = ""  # why no update was made: "non-finite loss", "non-finite gradient"
+    log_probs: list[np.ndarray] | None = None  # float32 [T] per sequence in batch order, current policy, before the update
+    entropy: list[np.ndarray] | None = None  # float32 [T]
+
+
+class LogProbsResult(msgspec.Struct, tag=True, frozen=True):
+    """Aligned with the micro-batches' sequences in order; entry 0 of each is 0. None on ranks that do not report."""
+
+    log_probs: list[np.ndarray] | None = None
+
+
+class RefitResult(msgspec.Struct, tag=True, frozen=True):
+    version: int
+    bytes_local: int  # copied within this process
+    bytes_received: int  # from other ranks
+    checksum_mismatches: int
+
+
+class Ok(msgspec.Struct, tag=True, frozen=True):
+    detail: dict[str, Any] = {}
+
+
+class Failure(msgspec.Struct, tag=True, frozen=True):
+    """A typed error: what, where, and the traceback for the log."""
+
+    kind: str
+    message: str
+    traceback: str = ""
+
+
+class Reply(msgspec.Struct, tag=True, frozen=True):
+    id: int  # of the command
+    rank: int
+    host: str
+    phase: Phase
+    result: Ok | TrainResult | LogProbsResult | RefitResult | Failure
+    seconds: dict[str, float] = {}  # where the time went, by part
+
+
+Message = Command | Hello | Beat | Completions | Reply
+
+
+# --- bytes -----------------------------------------------------------------------------------------------------------
+
+
+class WireError(ValueError):
+    """Bytes that are no message of ours, with the reason."""
+
+
+def _encode_array(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return (value.dtype.str, value.shape, np.ascontiguousarray(value).tobytes())
+    raise TypeError(f"{type(value).__name__} cannot be sent over the wire")
+
+
+def _decode_array(kind: type, value: Any) -> Any:
+    if kind is np.ndarray:
+        dtype, shape, data = value
+        if np.dtype(dtype).kind not in "biuf":
+            raise ValueError(f"array of dtype {dtype} is not allowed on the wire")
+        return np.frombuffer(data, np.dtype(dtype)).reshape(shape)
+    raise TypeError(f"no wire form for {kind}")
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_encode_array)
+_decoder = msgspec.msgpack.Decoder(Message, dec_hook=_decode_array)
+
+
+def encode(message: Message) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode(data: bytes) -> Message:
+    """Raises WireError on anything that is not one of our messages."""
+    try:
+        return _decoder.decode(data)
+    except (msgspec.DecodeError, ValueError, TypeError) as error:
+        raise WireError(f"not a message of this protocol: {error}") from error

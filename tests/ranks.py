@@ -1,0 +1,100 @@
+"""Real gloo ranks for tests: processes that stay up, because importing Megatron and SGLang costs more than most tests.
+
+``ranks.run(world_size, function, *args)`` calls the module-level ``function(*args)`` on that many ranks with
+torch.distributed initialised, and returns the results by rank. An exception on any rank fails the test with that rank's
+traceback; a rank that does not answer in time fails it too, and both replace the processes before the next test.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import pytest
+
+_context = multiprocessing.get_context("spawn")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _serve(rank: int, pipe: Connection) -> None:
+    os.environ.update(OMP_NUM_THREADS="1", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    from miles_spmd.platform import cpu
+
+    cpu.install()
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            world_size, port, function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_PORT=str(port))
+            dist.init_process_group("gloo", rank=rank, world_size=world_size)
+            try:
+                answer: tuple[bool, Any] = (True, function(*args))
+                dist.barrier()
+            finally:
+                dist.destroy_process_group()
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        pipe.send(answer)
+
+
+class Ranks:
+    def __init__(self) -> None:
+        self._live: list[tuple[Any, Connection]] = []
+
+    def _ensure(self, count: int) -> None:
+        while len(self._live) < count:
+            here, there = _context.Pipe()
+            process = _context.Process(target=_serve, args=(len(self._live), there), daemon=True)
+            process.start()
+            there.close()
+            self._live.append((process, here))
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
+        self._ensure(world_size)
+        port = free_port()
+        pipes = [pipe for _, pipe in self._live[:world_size]]
+        for pipe in pipes:
+            pipe.send((world_size, port, function, args))
+        answers: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        while len(answers) + len(failures) < world_size:
+            waiting = [p for i, p in enumerate(pipes) if i not in answers and i not in failures]
+            ready = wait(waiting, timeout if not failures else 10)  # after a failure the others hang in a collective
+            if not ready:
+                break
+            for pipe in ready:
+                rank = pipes.index(pipe)  # type: ignore[arg-type]
+                try:
+                    good, value = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    good, value = False, "the process died"
+                (answers if good else failures)[rank] = value
+        if len(answers) < world_size:
+            self.stop()
+            silent = [r for r in range(world_size) if r not in answers and r not in failures]
+            text = "\n".join(f"rank {r}:\n{t}" for r, t in failures.items())
+            pytest.fail(f"{text}\nranks without an answer: {silent}")
+        return [answers[r] for r in range(world_size)]
+
+    def stop(self) -> None:
+        for process, pipe in self._live:
+            pipe.close()
+            process.kill()
+            process.join()
+        self._live.clear()
