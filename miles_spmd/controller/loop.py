@@ -1,0 +1,50 @@
+"""The training loop, on one page. What each line does stands in :mod:`miles_spmd.controller.run`."""
+
+from __future__ import annotations
+
+from miles_spmd.config.schema import Config
+from miles_spmd.controller.run import Run
+from miles_spmd.controller.workers import Workers
+
+
+def run(config: Config, workers: Workers, task: str = "train") -> None:
+    """Do ``task`` ("train", "eval" or "export") with connected workers. Raises what went wrong, as one clear error."""
+    with Run(config, workers) as r:
+        first = r.load()
+        if task == "train":
+            train(r, first)
+        elif task == "eval":
+            r.refit(first)
+            r.evaluate(first)
+        else:
+            r.export()
+
+
+def train(r: Run, first: int) -> None:
+    """Steps ``first`` .. num_rollout - 1; the trainer's weights before step i are version i, in the engine too."""
+    r.refit(first)
+    r.evaluate(first)
+    for step in range(first, r.config.run.num_rollout):
+        if r.config.run.mode == "rl":
+            reinforce(r, step)
+        else:
+            supervise(r, step)
+        r.evaluate(step + 1)
+        r.save(step + 1)
+        r.report(step)
+    r.finish()
+
+
+def reinforce(r: Run, step: int) -> None:
+    """One rollout and the optimizer steps on it."""
+    groups = r.rollout(step)  # prompts -> scored samples, groups in submission order
+    sequences = r.sequences(groups)
+    r.score(step, sequences)  # log-probs of the current and the reference policy, where the algorithm needs them
+    for batch in r.optimizer_steps(groups, sequences):  # advantages, global denominators
+        r.train(step, batch)
+    r.refit(step + 1)  # trainer -> engine
+
+
+def supervise(r: Run, step: int) -> None:
+    """One optimizer step on the answers in the data."""
+    r.train(step, r.examples(step))

@@ -1,0 +1,81 @@
+"""What a step did, in numbers: computed once, on the whole batch, from what the ranks sent up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from miles_spmd.data.sample import FinishReason, Sample, TrainSequence
+from miles_spmd.messaging.wire import RankInfo, TrainResult
+
+
+def rollout_metrics(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
+    samples = [sample for group in groups for sample in group]
+    lengths = np.asarray([len(s.response) for s in samples])
+    rewards = [np.asarray([s.reward for s in group], np.float64) for group in groups]
+    return {
+        "rollout/raw_reward": float(np.mean([r.mean() for r in rewards])),
+        "rollout/response_len": float(lengths.mean()),
+        "rollout/response_len_max": float(lengths.max()),
+        "rollout/truncated_ratio": float(np.mean([s.finish_reason is FinishReason.LENGTH for s in samples])),
+        "rollout/zero_std_ratio": float(np.mean([np.ptp(r) == 0 for r in rewards])),
+    }
+
+
+def train_metrics(results: Sequence[TrainResult], infos: Sequence[RankInfo]) -> dict[str, float]:
+    """Of one optimizer step: sums over the reporting ranks, turned into means over trained tokens."""
+    sums: dict[str, float] = {}
+    for info, result in zip(infos, results, strict=True):
+        if info.reports:
+            for name, value in result.sums.items():
+                sums[name] = sums.get(name, 0.0) + value
+    tokens = max(sums.get("tokens", 0.0), 1.0)
+    metrics = {
+        "train/loss": sums["loss"],
+        "train/entropy_loss": sums["entropy"] / tokens,
+        "train/grad_norm": results[0].grad_norm,
+        "train/lr": results[0].lr,
+        "train/skipped_steps": float(bool(results[0].skipped)),
+    }
+    if "pg_loss" in sums:
+        metrics["train/pg_loss"] = sums["pg_loss"]
+        metrics["train/pg_clipfrac"] = sums["pg_clipfrac"] / tokens
+        metrics["train/ppo_kl"] = sums["ppo_kl"] / tokens
+    if "kl" in sums:
+        metrics["train/kl_loss"] = sums["kl"] / tokens
+    return metrics
+
+
+def mismatch_metrics(sequences: Iterable[TrainSequence], train_log_probs: Iterable[np.ndarray]) -> dict[str, float]:
+    """Engine against trainer on every trained token: the same policy, computed twice by two programs.
+
+    ``train_log_probs`` come from the trainer's own forward with the weights that generated the samples.
+    """
+    differences = [
+        (log_probs - sequence.rollout_log_probs)[sequence.loss_weights != 0]
+        for sequence, log_probs in zip(sequences, train_log_probs, strict=True)
+        if sequence.rollout_log_probs is not None
+    ]
+    d = np.concatenate(differences).astype(np.float64)
+    if not d.size:
+        return {}
+    absolute = np.abs(d)
+    return {
+        "train/train_rollout_logprob_abs_diff": float(absolute.mean()),
+        "train/train_rollout_logprob_abs_diff_p999": float(np.quantile(absolute, 0.999)),
+        "train/train_rollout_logprob_abs_diff_max": float(absolute.max()),
+        "train/train_rollout_kl": float((np.exp(d) - 1 - d).mean()),  # k3 of KL(rollout || train)
+    }
+
+
+def pass_at_k(correct: Sequence[int], n: int, k: int) -> float:
+    """Unbiased pass@k from ``correct`` successes of ``n`` samples per prompt: 1 - C(n - c, k) / C(n, k), averaged.
+
+    Source: Chen et al., "Evaluating Large Language Models Trained on Code" (arXiv 2107.03374), eq. 1.
+    """
+    misses = [
+        np.prod(1.0 - k / np.arange(n - c + 1, n + 1)) if n - c >= k else 0.0  # the product form avoids big binomials
+        for c in correct
+    ]
+    return 1.0 - float(np.mean(misses))

@@ -1,0 +1,102 @@
+"""From sequences to each rank's micro-batches, and from the ranks' answers back to sequence order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from miles_spmd.data.sample import MicroBatch, TrainSequence
+from miles_spmd.messaging.wire import Body, LogProbsResult, RankInfo, TrainResult
+
+FILLER = -1  # stands for a sequence without weight, so that every rank has something to run
+
+
+@dataclass(frozen=True)
+class Packing:
+    """``bins[d][m]`` lists the sequences (indices into the batch) of micro-batch m on data-parallel rank d.
+
+    Every rank has the same number of micro-batches: ranks of an expert-parallel group meet in each of them.
+    """
+
+    bins: list[list[list[int]]]
+
+
+def pack(lengths: Sequence[int], *, data_parallel_size: int, max_tokens: int, multiple: int = 1) -> Packing:
+    """Fewest balanced micro-batches of at most ``max_tokens`` tokens, their number a multiple of ``multiple`` per rank.
+
+    Longest sequence first into the emptiest bin (LPT), ties by index: a pure function of the lengths.
+    Raises ValueError naming the sequence that alone exceeds the budget.
+    """
+    for index, length in enumerate(lengths):
+        if length > max_tokens:
+            raise ValueError(
+                f"sequence {index} has {length} tokens, more than one micro-batch may hold ({max_tokens}); "
+                "raise max_tokens_per_gpu"
+            )
+    unit = data_parallel_size * multiple
+    count = unit * max(1, -(-sum(lengths) // (max_tokens * unit)))
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(count)]
+        loads = np.zeros(count, np.int64)
+        for index in order:
+            target = int(loads.argmin())
+            bins[target].append(index)
+            loads[target] += lengths[index]
+        if loads.max(initial=0) <= max_tokens:
+            break
+        count += unit
+    filled = [sorted(b) or [FILLER] for b in bins]
+    return Packing([filled[rank::data_parallel_size] for rank in range(data_parallel_size)])
+
+
+def bodies(
+    packing: Packing,
+    sequences: Sequence[TrainSequence],
+    infos: Sequence[RankInfo],
+    make: Callable[[list[MicroBatch]], Body],
+) -> list[Body]:
+    """One command body per rank: ranks that hold parts of the same model replica get the same micro-batches."""
+    shortest = min(sequences, key=lambda s: len(s.tokens))
+    filler = _without_weight(shortest)
+    per_replica = [
+        make([[filler if i == FILLER else sequences[i] for i in micro_batch] for micro_batch in rank])
+        for rank in packing.bins
+    ]
+    return [per_replica[info.data_parallel_rank] for info in infos]
+
+
+def in_sequence_order(
+    packing: Packing, infos: Sequence[RankInfo], results: Sequence[TrainResult | LogProbsResult], count: int
+) -> list[np.ndarray]:
+    """The per-token log-probs of all ``count`` sequences, from whichever rank of each replica returned them."""
+    ordered: list[np.ndarray | None] = [None] * count
+    for info, result in zip(infos, results, strict=True):
+        if result.log_probs is None:
+            continue
+        positions = [i for micro_batch in packing.bins[info.data_parallel_rank] for i in micro_batch]
+        for index, values in zip(positions, result.log_probs, strict=True):
+            if index != FILLER:
+                ordered[index] = values
+    missing = [i for i, values in enumerate(ordered) if values is None]
+    if missing:
+        raise RuntimeError(f"no rank returned log-probs of sequences {missing[:8]} (of {count})")
+    return ordered  # type: ignore[return-value]
+
+
+def _without_weight(sequence: TrainSequence) -> TrainSequence:
+    """The same arrays cut to two tokens, which is the least that has a target, and no weight."""
+
+    def cut(values: np.ndarray | None) -> np.ndarray | None:
+        return None if values is None else values[:2]
+
+    return TrainSequence(
+        tokens=sequence.tokens[:2],
+        loss_weights=np.zeros_like(sequence.loss_weights[:2]),
+        advantages=cut(sequence.advantages),
+        rollout_log_probs=cut(sequence.rollout_log_probs),
+        old_log_probs=cut(sequence.old_log_probs),
+        ref_log_probs=cut(sequence.ref_log_probs),
+    )
