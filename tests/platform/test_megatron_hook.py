@@ -1,0 +1,74 @@
+"""The hook is process-wide, so each case runs in a fresh interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the hook is inert where CUDA is available")
+
+
+def python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120, env=os.environ.copy()
+    )
+    return done.stdout + done.stderr.splitlines()[-1] if done.returncode else done.stdout
+
+
+def test_installs_once_and_leaves_torch_alone() -> None:
+    out = python(
+        "import sys, torch\n"
+        "from miles_spmd.platform.cpu import megatron_hook\n"
+        "real = torch.cuda\n"
+        "megatron_hook.install(); megatron_hook.install()\n"
+        "from megatron.core import parallel_state, tensor_parallel\n"
+        "megatron_hook.install()\n"
+        "print(sum(type(f).__module__ == megatron_hook.__name__ for f in sys.meta_path))\n"
+        "print(torch.cuda is real, torch.cuda.is_available())\n"
+        "print(parallel_state.torch.cuda is real, tensor_parallel.layers.torch is torch)\n"
+    )
+    assert out.split() == ["1", "True", "False", "True", "True"]
+
+
+def test_late_import_is_refused() -> None:
+    out = python("import megatron.core.jit\nfrom miles_spmd.platform.cpu import megatron_hook\nmegatron_hook.install()")
+    assert "megatron.core was imported before" in out
+
+
+@pytest.mark.parametrize(
+    ("version", "message"), [("0.15.0", "megatron-core 0.15.0 is installed"), (None, "not installed")]
+)
+def test_other_version_is_refused(version: str | None, message: str) -> None:
+    out = python(
+        "import importlib.metadata as metadata\n"
+        "def version(name):\n"
+        f"    if {version!r} is None: raise metadata.PackageNotFoundError(name)\n"
+        f"    return {version!r}\n"
+        "metadata.version = version\n"
+        "from miles_spmd.platform.cpu import megatron_hook\n"
+        "megatron_hook.install()"
+    )
+    assert message in out
+    assert "megatron-core==0.16.1" in out
+
+
+def test_cached_bytecode_follows_the_source(tmp_path) -> None:
+    """A rewritten module is cached, and read from source again after the source changed."""
+    out = python(
+        "import sys, os; sys.dont_write_bytecode = False\n"
+        "from pathlib import Path\n"
+        "from miles_spmd.platform.cpu.megatron_hook import _Loader, _STAND_IN\n"
+        "import types; fake = types.ModuleType('fake'); fake.is_available = lambda: 'stand-in'\n"
+        f"path = Path({str(tmp_path)!r}) / 'm.py'\n"
+        "def load():\n"
+        "    module = types.ModuleType('m'); _Loader('m', str(path), fake).exec_module(module); return module.x\n"
+        "path.write_text('import torch\\nx = torch.cuda.is_available()')\n"
+        "print(load(), load(), len(list((path.parent / '__pycache__').iterdir())))\n"
+        'path.write_text(\'x = ["cuda", "torch.cuda.FloatTensor", "barracuda"]\')\n'
+        "print(load())\n"
+    )
+    assert out.splitlines() == ["stand-in stand-in 1", "['cpu', 'torch.FloatTensor', 'barracuda']"]
