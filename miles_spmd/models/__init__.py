@@ -1,0 +1,46 @@
+"""Model families: Hugging Face config -> Megatron-core arguments, and where every weight lies. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from miles_spmd.models.family import Family
+from miles_spmd.models.layout import PADDING, Piece, TensorLayout
+from miles_spmd.models.llama import Llama
+from miles_spmd.models.qwen2 import Qwen2
+from miles_spmd.models.qwen3 import Qwen3
+from miles_spmd.models.qwen3_moe import Qwen3Moe
+
+__all__ = ["FAMILIES", "PADDING", "Family", "Piece", "TensorLayout", "load_family"]
+
+FAMILIES: dict[str, type[Family]] = {family.model_type: family for family in (Llama, Qwen2, Qwen3, Qwen3Moe)}
+
+
+def load_family(source: str | Path | dict[str, Any]) -> Family:
+    """The family of a checkpoint folder, or of the contents of its ``config.json``.
+
+    Raises FileNotFoundError when the folder has no config.json, ValueError when the model or one of its features is
+    not supported; the message names what is.
+    """
+    config = source if isinstance(source, dict) else read_config(Path(source))
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+    try:
+        return FAMILIES[model_type](config)
+    except ValueError as error:
+        raise error if isinstance(source, dict) else ValueError(f"{source}: {error}") from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The contents of ``config.json`` in a checkpoint folder."""
+    file = folder / "config.json"
+    if not file.is_file():
+        reason = "there is no such folder" if not folder.is_dir() else "the folder has no config.json"
+        raise FileNotFoundError(f"{folder} is not a Hugging Face checkpoint: {reason}")
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None

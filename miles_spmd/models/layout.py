@@ -7,7 +7,12 @@ export and refit are then one operation: intersect rectangles and copy.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
+
+PADDING = ""
+"""Checkpoint name of local elements that no checkpoint holds (rows that round the vocabulary up): always zero."""
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -29,3 +34,38 @@ class TensorLayout(msgspec.Struct, frozen=True):
 
     local_name: str
     pieces: tuple[Piece, ...]
+
+
+Span = tuple[str, int, int]
+"""Rows [start, stop) of the checkpoint tensor of this name."""
+
+
+def stack(spans: Iterable[Span], row_shape: tuple[int, ...], lead: tuple[int, ...] = ()) -> tuple[Piece, ...]:
+    """Whole rows of several checkpoint tensors on top of each other; ``row_shape`` is the shape of one row."""
+    pieces, row, zeros = [], 0, (0,) * len(row_shape)
+    for name, start, stop in spans:
+        pieces.append(Piece(name, (start, *zeros), (row, *zeros), (stop - start, *row_shape), lead))
+        row += stop - start
+    return tuple(pieces)
+
+
+def window(spans: Iterable[Span], start: int, stop: int) -> list[Span]:
+    """The part of stacked ``spans`` that lies in rows [start, stop) of the stack."""
+    inside, row = [], 0
+    for name, first, last in spans:
+        low, high = max(start, row), min(stop, row + last - first)
+        if low < high:
+            inside.append((name, first + low - row, first + high - row))
+        row += last - first
+    return inside
+
+
+def columns(name: str, rows: int, start: int, stop: int, lead: tuple[int, ...] = ()) -> tuple[Piece, ...]:
+    """Columns [start, stop) of a checkpoint matrix with this many rows."""
+    return (Piece(name, (0, start), (0, 0), (rows, stop - start), lead),)
+
+
+def filled_shape(pieces: Iterable[Piece]) -> tuple[int, ...]:
+    """The shape of the smallest local tensor that holds all ``pieces``."""
+    ends = [(*(i + 1 for i in p.lead), *(at + n for at, n in zip(p.local, p.shape))) for p in pieces]
+    return tuple(map(max, zip(*ends)))

@@ -1,0 +1,338 @@
+"""A model family: what the config.json of a Hugging Face checkpoint means to Megatron-core and to SGLang.
+
+The base class is the dense pre-norm decoder with grouped-query attention, SwiGLU and rotary positions; a family
+declares in one short file how it differs. Megatron names follow megatron-core 0.16.1 (local and Transformer-Engine
+layer specs), SGLang names follow 0.5.16.
+"""
+
+from __future__ import annotations
+
+import re
+from math import prod
+from typing import Any, ClassVar, NamedTuple
+
+from miles_spmd.models.layout import PADDING, Piece, Span, columns, filled_shape, stack, window
+
+Shape = tuple[int, ...]
+Pieces = tuple[Piece, ...]
+
+MEGATRON_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+SGLANG_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+# GPTModel takes the factor only; the other parameters of Llama 3's rope scaling are constants in megatron-core.
+LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+
+
+class Shard(NamedTuple):
+    """One rank of a tensor-parallel group."""
+
+    rank: int
+    size: int
+
+    def part(self, total: int, what: str) -> tuple[int, int]:
+        """This rank's [start, stop) of ``total`` equal parts. Raises ValueError when it does not divide."""
+        if total % self.size:
+            raise ValueError(f"{what}: {total} is not divisible by a tensor-parallel size of {self.size}")
+        share = total // self.size
+        return self.rank * share, (self.rank + 1) * share
+
+
+class Family:
+    """One model, described by its ``config.json``. Sizes are whole-model sizes, independent of any parallel layout.
+
+    Raises ValueError listing everything in the config that is missing or that trainer or engine cannot do.
+    """
+
+    model_type: ClassVar[str]
+    qk_norm: ClassVar[bool] = False
+    qkv_bias: ClassVar[bool] = False
+    rope_types: ClassVar[tuple[str, ...]] = ("default",)
+    required: ClassVar[tuple[str, ...]] = (
+        "hidden_size",
+        "intermediate_size",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "rms_norm_eps",
+        "vocab_size",
+    )
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        problems = [f"{key} is missing" for key in self.required if config.get(key) is None]
+        problems += self.unsupported(config)
+        if problems:
+            raise ValueError(f"config.json of this {self.model_type} model: " + "; ".join(problems))
+        self.config = config
+        self.hidden_size: int = config["hidden_size"]
+        self.num_layers: int = config["num_hidden_layers"]
+        self.num_heads: int = config["num_attention_heads"]
+        self.num_kv_heads: int = config.get("num_key_value_heads") or self.num_heads
+        self.head_dim: int = config.get("head_dim") or self.hidden_size // self.num_heads
+        self.ffn_size: int = config["intermediate_size"]
+        self.vocab_size: int = config["vocab_size"]
+        self.max_sequence_length: int = config["max_position_embeddings"]
+        self.tied_embeddings: bool = config.get("tie_word_embeddings", False)
+        self._tensors = self._checkpoint_tensors()
+
+    # ---- what the config says ----
+
+    def unsupported(self, config: dict[str, Any]) -> list[str]:
+        """Everything the config asks for that trainer or engine cannot do, in words."""
+        problems = []
+        if config.get("hidden_act", "silu") != "silu":
+            problems.append(f"hidden_act {config['hidden_act']!r} is not supported (only silu)")
+        for key in ("attention_bias", "mlp_bias"):
+            if config.get(key):
+                problems.append(f"{key} is not supported")
+        if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
+            problems.append("sliding-window attention is not supported")
+        if config.get("quantization_config"):
+            problems.append("quantized checkpoints are not supported; start from the unquantized one")
+        return problems + self._unsupported_rope(config)
+
+    def _unsupported_rope(self, config: dict[str, Any]) -> list[str]:
+        rope = rope_parameters(config)
+        kind = rope["rope_type"]
+        if kind not in self.rope_types:
+            return [f"rope type {kind!r} is not supported (supported: {', '.join(self.rope_types)})"]
+        problems = []
+        if rope.get("partial_rotary_factor", 1) != 1:
+            problems.append("partial_rotary_factor is not supported")
+        if kind == "llama3":
+            if "factor" not in rope:
+                problems.append("rope type llama3 needs a factor")
+            problems += [
+                f"rope {key} {rope.get(key)} is not supported (megatron-core fixes it at {value})"
+                for key, value in LLAMA3_ROPE.items()
+                if rope.get(key) != value
+            ]
+        return problems
+
+    def transformer_config(self) -> dict[str, Any]:
+        """Keyword arguments of megatron-core's TransformerConfig that follow from the model alone.
+
+        ``activation_func`` is the name of a function in torch.nn.functional: this floor imports no torch.
+        """
+        return {
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "ffn_hidden_size": self.ffn_size,
+            "num_attention_heads": self.num_heads,
+            "num_query_groups": self.num_kv_heads,
+            "kv_channels": self.head_dim,
+            "normalization": "RMSNorm",
+            "layernorm_epsilon": self.config["rms_norm_eps"],
+            "qk_layernorm": self.qk_norm,
+            "gated_linear_unit": True,
+            "activation_func": "silu",
+            "add_bias_linear": False,
+            "add_qkv_bias": self.qkv_bias,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+        }
+
+    def gpt_model(self, tp_size: int = 1) -> dict[str, Any]:
+        """Keyword arguments of megatron-core's GPTModel that follow from the model.
+
+        ``vocab_size`` is rounded up to a multiple of ``tp_size``. The extra rows are zero in embedding and output
+        layer; logits of ids >= ``self.vocab_size`` are no tokens and must be left out of every softmax.
+        """
+        rope = rope_parameters(self.config)
+        scaling = {"rope_scaling": True, "rope_scaling_factor": rope["factor"]} if rope["rope_type"] == "llama3" else {}
+        return {
+            "vocab_size": -(-self.vocab_size // tp_size) * tp_size,
+            "max_sequence_length": self.max_sequence_length,
+            "share_embeddings_and_output_weights": self.tied_embeddings,
+            "position_embedding_type": "rope",
+            "rotary_base": rope["rope_theta"],
+            **scaling,
+        }
+
+    def checkpoint_tensors(self) -> dict[str, Shape]:
+        """Every tensor of the checkpoint on disk, by name, with its shape; tied embeddings have no ``lm_head``."""
+        return self._tensors
+
+    def num_parameters(self) -> int:
+        return sum(map(prod, self._tensors.values()))
+
+    def num_active_parameters(self) -> int:
+        """Parameters that take part in one token's forward: all of them, less the experts not chosen for it."""
+        return self.num_parameters()
+
+    def _checkpoint_tensors(self) -> dict[str, Shape]:
+        tensors: dict[str, Shape] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
+        q_rows, kv_rows = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        for layer in range(self.num_layers):
+            prefix = f"model.layers.{layer}."
+            attention = prefix + "self_attn."
+            tensors[prefix + "input_layernorm.weight"] = (self.hidden_size,)
+            for name, rows in (("q_proj", q_rows), ("k_proj", kv_rows), ("v_proj", kv_rows)):
+                tensors[f"{attention}{name}.weight"] = (rows, self.hidden_size)
+                if self.qkv_bias:
+                    tensors[f"{attention}{name}.bias"] = (rows,)
+            if self.qk_norm:
+                tensors[attention + "q_norm.weight"] = (self.head_dim,)
+                tensors[attention + "k_norm.weight"] = (self.head_dim,)
+            tensors[attention + "o_proj.weight"] = (self.hidden_size, q_rows)
+            tensors[prefix + "post_attention_layernorm.weight"] = (self.hidden_size,)
+            tensors.update(self._mlp_tensors(prefix + "mlp."))
+        tensors["model.norm.weight"] = (self.hidden_size,)
+        if not self.tied_embeddings:
+            tensors["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+        return tensors
+
+    def _mlp_tensors(self, prefix: str) -> dict[str, Shape]:
+        return swiglu_tensors(prefix, self.hidden_size, self.ffn_size)
+
+    # ---- who holds what ----
+
+    def megatron_layout(
+        self, name: str, shape: Shape, *, tp_rank: int, tp_size: int, etp_rank: int = 0, etp_size: int = 1
+    ) -> Pieces:
+        """Pieces of the Megatron parameter ``name``, whose layer and expert numbers are those of the whole model.
+
+        ``shape`` is the local shape; ``tp`` is the tensor-parallel rank and size, ``etp`` that of experts. Raises
+        ValueError when the family has no such parameter or a rank of this layout holds another shape.
+        """
+        tp, etp = Shard(tp_rank, tp_size), Shard(etp_rank, etp_size)
+        if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            pieces = self._vocabulary(name.startswith("output"), shape, tp)
+        elif name == "decoder.final_layernorm.weight":
+            pieces = self._whole("model.norm.weight")
+        elif (match := MEGATRON_LAYER.fullmatch(name)) and int(match[1]) < self.num_layers:
+            pieces = self._megatron_layer(f"model.layers.{match[1]}.", match[2], tp, etp)
+        else:
+            pieces = ()
+        return self._checked("Megatron", name, shape, tp, pieces)
+
+    def sglang_layout(self, name: str, shape: Shape, tp_rank: int, tp_size: int) -> Pieces:
+        """Pieces of the SGLang parameter ``name`` on this rank of the engine; same errors as ``megatron_layout``."""
+        tp = Shard(tp_rank, tp_size)
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            pieces = self._vocabulary(name.startswith("lm_head"), shape, tp)
+        elif name == "model.norm.weight":
+            pieces = self._whole(name)
+        elif (match := SGLANG_LAYER.fullmatch(name)) and int(match[1]) < self.num_layers:
+            pieces = self._sglang_layer(f"model.layers.{match[1]}.", match[2], tp)
+        else:
+            pieces = ()
+        return self._checked("SGLang", name, shape, tp, pieces)
+
+    def _checked(self, backend: str, name: str, shape: Shape, tp: Shard, pieces: Pieces) -> Pieces:
+        unknown = [p.name for p in pieces if p.name and p.name not in self._tensors]
+        if unknown or not pieces:
+            raise ValueError(f"{backend} parameter {name} has no counterpart in a {self.model_type} checkpoint")
+        if filled_shape(pieces) != tuple(shape):
+            raise ValueError(
+                f"{backend} parameter {name} has shape {tuple(shape)} on tensor-parallel rank {tp.rank} of {tp.size}; "
+                f"this {self.model_type} model needs {filled_shape(pieces)}"
+            )
+        return pieces
+
+    def _megatron_layer(self, prefix: str, name: str, tp: Shard, etp: Shard) -> Pieces:
+        attention = prefix + "self_attn."
+        match name:
+            case "input_layernorm.weight" | "self_attention.linear_qkv.layer_norm_weight":
+                return self._whole(prefix + "input_layernorm.weight")
+            case "pre_mlp_layernorm.weight" | "mlp.linear_fc1.layer_norm_weight":
+                return self._whole(prefix + "post_attention_layernorm.weight")
+            case "self_attention.q_layernorm.weight":
+                return self._whole(attention + "q_norm.weight")
+            case "self_attention.k_layernorm.weight":
+                return self._whole(attention + "k_norm.weight")
+            case "self_attention.linear_qkv.weight" | "self_attention.linear_qkv.bias":
+                return self._interleaved_qkv(attention, name.rpartition(".")[2], tp)
+            case "self_attention.linear_proj.weight":
+                return self._column_shard(attention + "o_proj.weight", tp)
+        return self._megatron_mlp(prefix + "mlp.", name.removeprefix("mlp."), tp, etp)
+
+    def _megatron_mlp(self, prefix: str, name: str, tp: Shard, etp: Shard) -> Pieces:
+        match name:
+            case "linear_fc1.weight":
+                return self._gate_up(prefix, tp)
+            case "linear_fc2.weight":
+                return self._column_shard(prefix + "down_proj.weight", tp)
+        return ()
+
+    def _sglang_layer(self, prefix: str, name: str, tp: Shard) -> Pieces:
+        match name:
+            case "self_attn.qkv_proj.weight" | "self_attn.qkv_proj.bias":
+                return self._stacked_qkv(prefix + "self_attn.", name.rpartition(".")[2], tp)
+            case "self_attn.o_proj.weight":
+                return self._column_shard(prefix + name, tp)
+        if name.startswith("mlp."):
+            return self._sglang_mlp(prefix + "mlp.", name.removeprefix("mlp."), tp)
+        return self._whole(prefix + name)  # the norms
+
+    def _sglang_mlp(self, prefix: str, name: str, tp: Shard) -> Pieces:
+        match name:
+            case "gate_up_proj.weight":
+                return self._gate_up(prefix, tp)
+            case "down_proj.weight":
+                return self._column_shard(prefix + name, tp)
+        return ()
+
+    # ---- the cuts that the backends make ----
+
+    def _whole(self, name: str) -> Pieces:
+        shape = self._tensors.get(name)
+        return stack([(name, 0, shape[0])], shape[1:]) if shape else ()
+
+    def _column_shard(self, name: str, tp: Shard, lead: tuple[int, ...] = ()) -> Pieces:
+        rows, width = self._tensors[name]
+        return columns(name, rows, *tp.part(width, name), lead)
+
+    def _vocabulary(self, output: bool, shape: Shape, tp: Shard) -> Pieces:
+        """Both backends give each rank an equal share of the padded rows, padding last."""
+        name = "lm_head.weight" if output and not self.tied_embeddings else "model.embed_tokens.weight"
+        padding = max(0, shape[0] * tp.size - self.vocab_size)
+        rows: list[Span] = [(name, 0, self.vocab_size), (PADDING, 0, padding)]
+        return stack(window(rows, tp.rank * shape[0], (tp.rank + 1) * shape[0]), (self.hidden_size,))
+
+    def _interleaved_qkv(self, prefix: str, leaf: str, tp: Shard) -> Pieces:
+        """Megatron: for each query group its query heads, its key head, its value head; the rows shared out evenly."""
+        spans: list[Span] = []
+        q_rows = self.num_heads // self.num_kv_heads * self.head_dim
+        for group in range(self.num_kv_heads):
+            for name, rows in (("q_proj", q_rows), ("k_proj", self.head_dim), ("v_proj", self.head_dim)):
+                spans.append((f"{prefix}{name}.{leaf}", group * rows, (group + 1) * rows))
+        total = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        return stack(window(spans, *tp.part(total, f"{prefix}q/k/v_proj")), self._row_shape(leaf))
+
+    def _stacked_qkv(self, prefix: str, leaf: str, tp: Shard) -> Pieces:
+        """SGLang: this rank's query heads, key heads, value heads; with more ranks than KV heads, ranks share them."""
+        replicas = max(1, tp.size // self.num_kv_heads)
+        kv = Shard(tp.rank // replicas, tp.size // replicas)
+        spans: list[Span] = []
+        for name, heads, shard in (
+            ("q_proj", self.num_heads, tp),
+            ("k_proj", self.num_kv_heads, kv),
+            ("v_proj", self.num_kv_heads, kv),
+        ):
+            start, stop = shard.part(heads, f"heads of {prefix}{name}")
+            spans.append((f"{prefix}{name}.{leaf}", start * self.head_dim, stop * self.head_dim))
+        return stack(spans, self._row_shape(leaf))
+
+    def _gate_up(self, prefix: str, tp: Shard, lead: tuple[int, ...] = ()) -> Pieces:
+        gate, up = prefix + "gate_proj.weight", prefix + "up_proj.weight"
+        start, stop = tp.part(self._tensors[gate][0], gate)
+        return stack([(gate, start, stop), (up, start, stop)], (self.hidden_size,), lead)
+
+    def _row_shape(self, leaf: str) -> Shape:
+        return (self.hidden_size,) if leaf == "weight" else ()
+
+
+def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
+    """Rotary parameters in today's spelling, from today's ``rope_parameters`` or the older ``rope_scaling`` keys."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope.setdefault("rope_type", rope.get("type", "default"))
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    return rope
+
+
+def swiglu_tensors(prefix: str, hidden_size: int, ffn_size: int) -> dict[str, Shape]:
+    return {
+        prefix + "gate_proj.weight": (ffn_size, hidden_size),
+        prefix + "up_proj.weight": (ffn_size, hidden_size),
+        prefix + "down_proj.weight": (hidden_size, ffn_size),
+    }

@@ -1,0 +1,79 @@
+"""Qwen3 mixture-of-experts models (Qwen3-30B-A3B, 235B-A22B): every layer routes, no shared expert."""
+
+from __future__ import annotations
+
+import re
+from math import prod
+from typing import Any
+
+from miles_spmd.models.family import Pieces, Shape, Shard, swiglu_tensors
+from miles_spmd.models.qwen3 import Qwen3
+
+# local spec and SequentialMLP; Transformer Engine's grouped linear
+EXPERT = re.compile(r"experts\.(?:local_experts\.(\d+)\.linear_fc([12])\.weight|linear_fc([12])\.weight(\d+))")
+
+
+class Qwen3Moe(Qwen3):
+    model_type = "qwen3_moe"
+    required = (*Qwen3.required, "moe_intermediate_size", "num_experts_per_tok")
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        # transformers >= 5 writes num_local_experts where earlier versions wrote num_experts
+        self.num_experts: int = config.get("num_local_experts") or config.get("num_experts") or 0
+        self.expert_ffn_size: int = config.get("moe_intermediate_size") or 0
+        super().__init__(config)
+        self.experts_per_token: int = config["num_experts_per_tok"]
+
+    def unsupported(self, config: dict[str, Any]) -> list[str]:
+        problems = super().unsupported(config)
+        if not self.num_experts:
+            problems.append("num_experts is missing")
+        if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+            problems.append("dense layers between MoE layers are not supported (SGLang routes in every layer)")
+        return problems
+
+    def transformer_config(self) -> dict[str, Any]:
+        return {
+            **super().transformer_config(),
+            "num_moe_experts": self.num_experts,
+            "moe_ffn_hidden_size": self.expert_ffn_size,
+            "moe_router_topk": self.experts_per_token,
+            "moe_router_score_function": "softmax",
+            # softmax over the chosen logits = renormalised softmax over all
+            "moe_router_pre_softmax": not self.config.get("norm_topk_prob", False),
+            "moe_router_load_balancing_type": "none",
+        }
+
+    def num_active_parameters(self) -> int:
+        one_expert = sum(map(prod, swiglu_tensors("", self.hidden_size, self.expert_ffn_size).values()))
+        return self.num_parameters() - self.num_layers * (self.num_experts - self.experts_per_token) * one_expert
+
+    def _mlp_tensors(self, prefix: str) -> dict[str, Shape]:
+        tensors: dict[str, Shape] = {prefix + "gate.weight": (self.num_experts, self.hidden_size)}
+        for expert in range(self.num_experts):
+            tensors.update(swiglu_tensors(f"{prefix}experts.{expert}.", self.hidden_size, self.expert_ffn_size))
+        return tensors
+
+    def _megatron_mlp(self, prefix: str, name: str, tp: Shard, etp: Shard) -> Pieces:
+        if name == "router.weight":
+            return self._whole(prefix + "gate.weight")
+        match = EXPERT.fullmatch(name)
+        if match is None or (expert := int(match[1] or match[4])) >= self.num_experts:
+            return ()
+        expert_prefix = f"{prefix}experts.{expert}."
+        if (match[2] or match[3]) == "1":
+            return self._gate_up(expert_prefix, etp)
+        return self._column_shard(expert_prefix + "down_proj.weight", etp)
+
+    def _sglang_mlp(self, prefix: str, name: str, tp: Shard) -> Pieces:
+        experts = [(f"{prefix}experts.{expert}.", (expert,)) for expert in range(self.num_experts)]
+        match name:
+            case "gate.weight":
+                return self._whole(prefix + name)
+            case "experts.w13_weight":
+                return tuple(piece for expert, lead in experts for piece in self._gate_up(expert, tp, lead))
+            case "experts.w2_weight":
+                return tuple(
+                    p for expert, lead in experts for p in self._column_shard(expert + "down_proj.weight", tp, lead)
+                )
+        return ()
