@@ -1,0 +1,64 @@
+"""Conversations: what a valid one is, and which of its text the assistant said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from miles_spmd.data.tokenizer import Message, Tokenizer, TokenizerError
+
+
+def check_messages(value: Any) -> list[Message]:
+    """A conversation with the empty fields that parquet puts into every message removed. Raises TypeError."""
+    if not isinstance(value, list) or not value:
+        raise TypeError("expected a non-empty list of messages")
+    messages = []
+    for i, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise TypeError(f"message {i} is {type(message).__name__} instead of an object")
+        message = {key: field for key, field in message.items() if field is not None}
+        if not isinstance(message.get("role"), str):
+            raise TypeError(f"message {i} has no string 'role'")
+        if not isinstance(message.get("content", None if "tool_calls" not in message else ""), str):
+            raise TypeError(f"message {i} ({message['role']}) has no string 'content'")
+        messages.append(message)
+    return messages
+
+
+def assistant_segments(tokenizer: Tokenizer, messages: list[Message]) -> list[tuple[str, bool]]:
+    """A rendered conversation cut into consecutive texts, True where the assistant is to learn to write it.
+
+    The ranges come from the template's ``{% generation %}`` marks, or else from what each assistant message adds to the
+    rendering of the messages before it. An assistant text ends with the end-of-sequence token where the template puts
+    one, so that what is learned is what an engine would generate. Raises TokenizerError.
+    """
+    text, spans = tokenizer.render_with_spans(messages)
+    if spans is None:
+        spans = _spans_by_prefix(tokenizer, messages, text)
+    if not spans:
+        raise TokenizerError("the chat template renders no assistant text")
+    segments = []
+    end = 0
+    for span_start, span_end in spans:
+        segments += [(text[end:span_start], False), (text[span_start:span_end], True)]
+        end = span_end
+    segments.append((text[end:], False))
+    return [(piece, said) for piece, said in segments if piece]
+
+
+def _spans_by_prefix(tokenizer: Tokenizer, messages: list[Message], text: str) -> list[tuple[int, int]]:
+    eos = tokenizer.special_tokens.get("eos_token")
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.render(messages[:i], add_generation_prompt=True)
+        through = tokenizer.render(messages[: i + 1], add_generation_prompt=False)
+        if not (text.startswith(through) and through.startswith(before)):
+            raise TokenizerError(
+                f"the chat template writes assistant message {i} differently at generation time or once later messages "
+                f"follow: mark the assistant's text in the template with {{% generation %}} ... {{% endgeneration %}}, "
+                f"or keep one assistant message per row"
+            )
+        end = through.rfind(eos, len(before)) if eos else -1
+        spans.append((len(before), len(through) if end < 0 else end + len(eos or "")))
+    return spans

@@ -1,0 +1,71 @@
+"""In which order a dataset is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import msgspec
+import numpy as np
+
+from miles_spmd.data.seeds import derive_seed
+
+
+class Identified(Protocol):
+    @property
+    def uid(self) -> str: ...
+
+
+Item = TypeVar("Item", bound=Identified)
+
+
+class PromptSource(Generic[Item]):
+    """The infinite sequence of a dataset's epochs, each a seeded permutation, read at any position.
+
+    It has no state: which prompts a step gets depends on the seed and the step alone, so a resumed or replayed run
+    draws what the first one drew.
+    """
+
+    def __init__(self, items: Sequence[Item], seed: int, shuffle: bool = True) -> None:
+        if not items:
+            raise ValueError("a source needs at least one item")
+        self._items = items
+        self._seed = seed
+        self._shuffle = shuffle
+        self._cached: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def draw(self, step: int, count: int) -> list[Item]:
+        """The ``count`` items of ``step``, at positions ``step * count`` and after."""
+        return self.at(step * count, count)
+
+    def at(self, position: int, count: int) -> list[Item]:
+        """``count`` items from ``position`` on.
+
+        Where a row comes up again within the draw (an epoch's end, or fewer rows than ``count``), its uid gets ``#2``,
+        ``#3``, ...: uids are unique within a draw, because seeds are made of them.
+        """
+        size = len(self._items)
+        drawn = []
+        seen: dict[int, int] = {}
+        for place in range(position, position + count):
+            row = int(self._order(place // size)[place % size])
+            seen[row] = seen.get(row, 0) + 1
+            item = self._items[row]
+            drawn.append(item if seen[row] == 1 else _renamed(item, f"{item.uid}#{seen[row]}"))
+        return drawn
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if not self._shuffle:
+            epoch = 0
+        if self._cached[0] != epoch:
+            size = len(self._items)
+            seed = derive_seed("epoch", self._seed, epoch)
+            self._cached = epoch, np.random.default_rng(seed).permutation(size) if self._shuffle else np.arange(size)
+        return self._cached[1]
+
+
+def _renamed(item: Any, uid: str) -> Any:
+    return msgspec.structs.replace(item, uid=uid)

@@ -1,0 +1,147 @@
+"""A checkpoint's tokenizer in a process without torch.
+
+``transformers.AutoTokenizer`` imports torch (seconds, and hundreds of MiB); the ``tokenizers`` library it wraps does
+not, and neither does the function with which transformers renders chat templates. Both are used here directly.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from tokenizers import Tokenizer as FastTokenizer
+
+Message = dict[str, Any]  # {"role": ..., "content": ..., ...} as chat templates take it
+
+
+class TokenizerError(ValueError):
+    """A checkpoint folder whose tokenizer cannot be used, or a conversation its chat template refuses."""
+
+
+class Tokenizer:
+    """Reads ``tokenizer.json``, ``tokenizer_config.json`` and the chat template of a Hugging Face checkpoint folder."""
+
+    def __init__(self, folder: Path | str) -> None:
+        """Raises TokenizerError naming the file that is missing or unusable."""
+        self.folder = Path(folder)
+        path = self.folder / "tokenizer.json"
+        if not path.is_file():
+            raise TokenizerError(
+                f"{path} does not exist; a checkpoint with another tokenizer format is converted by "
+                f"transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            )
+        try:
+            self._fast = FastTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"{path} is not a tokenizer of the `tokenizers` library: {error}") from error
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        settings = _read_json(self.folder / "tokenizer_config.json")
+        self.special_tokens = _special_tokens(settings, _read_json(self.folder / "special_tokens_map.json"))
+        self.chat_template = _chat_template(self.folder, settings)
+        for name, token in self.special_tokens.items():
+            if self._fast.token_to_id(token) is None:
+                raise TokenizerError(
+                    f"{self.folder}/tokenizer_config.json names {name} {token!r}, which tokenizer.json does not have; "
+                    f"save the tokenizer again with transformers' save_pretrained"
+                )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included; the model's embedding may have more rows."""
+        return self._fast.get_vocab_size()
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._token_id("eos_token")
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return self._token_id("pad_token")
+
+    def _token_id(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        return None if token is None else self._fast.token_to_id(token)
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_prompts(self, texts: Sequence[str], templated: Sequence[bool]) -> list[list[int]]:
+        """Token ids as the model wants to see them at the start of a context.
+
+        A chat template writes its special tokens itself. Plain text gets those the tokenizer adds by itself (Llama's
+        BOS), unless it already starts with the BOS token.
+        """
+        bos = self.special_tokens.get("bos_token")
+        ids: list[list[int]] = [[] for _ in texts]
+        complete = [t or bool(bos and text.startswith(bos)) for text, t in zip(texts, templated)]
+        for is_complete in (True, False):
+            which = [i for i, c in enumerate(complete) if c == is_complete]
+            encodings = self._fast.encode_batch_fast([texts[i] for i in which], add_special_tokens=not is_complete)
+            for i, encoding in zip(which, encodings):
+                ids[i] = encoding.ids
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self._fast.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation by the checkpoint's chat template. Raises TokenizerError."""
+        return self.render_with_spans(messages, add_generation_prompt)[0]
+
+    def render_with_spans(
+        self, messages: list[Message], add_generation_prompt: bool = False
+    ) -> tuple[str, list[tuple[int, int]] | None]:
+        """As ``render``, with the character ranges that the template marks by ``{% generation %}``; None: no marks."""
+        if self.chat_template is None:
+            raise TokenizerError(
+                f"{self.folder} has no chat template: add chat_template.jinja, or give plain strings as prompts "
+                f"and leave data.apply_chat_template off"
+            )
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        marked = re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template) is not None
+        variables: dict[str, Any] = {**self.special_tokens, "add_generation_prompt": add_generation_prompt}
+        render: Any = render_jinja_template  # annotated to return a string, returns ([text], [spans])
+        try:
+            texts, spans = render(
+                [messages], chat_template=self.chat_template, return_assistant_tokens_mask=marked, **variables
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise TokenizerError(f"the chat template refuses this conversation: {error}") from error
+        return texts[0], [tuple(span) for span in spans[0]] if marked else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{path}: {error}") from error
+
+
+def _special_tokens(*sources: dict[str, Any]) -> dict[str, str]:
+    """Name -> token; the first source wins. Old files write a token as a table with its text under ``content``."""
+    found: dict[str, str] = {}
+    for source in sources:
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"):
+            token = source.get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                found.setdefault(name, token)
+    return found
+
+
+def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several named templates
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
