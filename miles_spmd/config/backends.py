@@ -1,0 +1,169 @@
+"""What `[megatron]` and `[sglang]` may say, read from the installed packages' source without importing them.
+
+Importing either backend costs seconds and initialises torch; parsing its dataclasses costs a tenth of a second, and
+knows exactly the version that will run.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MEGATRON_CLASSES = (
+    ("model_parallel_config.py", "ModelParallelConfig"),
+    ("transformer/transformer_config.py", "TransformerConfig"),
+    ("optimizer/optimizer_config.py", "OptimizerConfig"),
+    ("distributed/distributed_data_parallel_config.py", "DistributedDataParallelConfig"),
+)
+SGLANG_CLASSES = (("srt/server_args.py", "ServerArgs"),)
+
+# Keys that follow from other settings or from the checkpoint: saying them twice could only contradict. Reason -> keys.
+OWNED: dict[str, dict[str, str]] = {
+    "megatron": {
+        "it follows from the checkpoint's config.json": (
+            "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels num_moe_experts "
+            "moe_ffn_hidden_size moe_router_topk moe_layer_freq moe_shared_expert_intermediate_size normalization "
+            "layernorm_epsilon layernorm_zero_centered_gamma gated_linear_unit activation_func add_bias_linear "
+            "add_qkv_bias qk_layernorm rotary_interleaved window_size softmax_scale softmax_type "
+            "multi_latent_attention mtp_num_layers"
+        ),
+        "model.dtype says it": "bf16 fp16 params_dtype pipeline_dtype autocast_dtype",
+        "train.min_lr says it": "min_lr",
+        "packed sequences and global loss weights need their own value": (
+            "variable_seq_lengths calculate_per_token_loss hidden_dropout attention_dropout perform_initialization "
+            "use_cpu_initialization"
+        ),
+        "the trainer sets this function itself": (
+            "finalize_model_grads_func grad_scale_func no_sync_func grad_sync_func param_sync_func timers init_method "
+            "output_layer_init_method embedding_init_method"
+        ),
+    },
+    "sglang": {
+        "model.hf_checkpoint says it": "model_path tokenizer_path served_model_name revision",
+        "model.dtype says it": "dtype",
+        "run.seed says it": "random_seed",
+        "weights come from the trainer": "load_format model_loader_extra_config weight_loader_disable_mmap",
+        "the engine runs inside the worker's process: no server, no port, no tokenizer": (
+            "host port nccl_port dist_init_addr nnodes node_rank base_gpu_id gpu_id_step api_key admin_api_key "
+            "skip_tokenizer_init tokenizer_worker_num detokenizer_worker_num stream_interval enable_memory_saver "
+            "skip_server_warmup"
+        ),
+    },
+}
+
+
+@dataclass(frozen=True)
+class BackendField:
+    """One dataclass field: what TOML types fit (None: cannot be told from the annotation), literal choices, default."""
+
+    types: frozenset[type] | None
+    choices: tuple[Any, ...] | None
+    default: Any = None  # None also where the default is no literal
+
+    def fault(self, value: Any) -> str | None:
+        """Why ``value`` does not fit, or None."""
+        if self.choices is not None and value not in self.choices:
+            return f"must be one of {', '.join(repr(c) for c in self.choices if c is not None)}, got {value!r}"
+        if self.types is None or type(value) in self.types or (type(value) is int and float in self.types):
+            return None
+        expected = " or ".join(sorted(t.__name__ for t in self.types))
+        return f"expected {expected}, got {type(value).__name__} {value!r}"
+
+
+class BackendMissingError(ModuleNotFoundError):
+    """A backend is not installed, so its table cannot be checked."""
+
+
+@functools.cache
+def backend_fields(table: str) -> dict[str, BackendField]:
+    """All keys of ``[megatron]`` or ``[sglang]``. Raises BackendMissingError."""
+    package, classes = {"megatron": ("megatron.core", MEGATRON_CLASSES), "sglang": ("sglang", SGLANG_CLASSES)}[table]
+    try:
+        spec = importlib.util.find_spec(package)
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or spec.origin is None:
+        raise BackendMissingError(f"[{table}] cannot be checked: {package} is not installed")
+    fields: dict[str, BackendField] = {}
+    for file, name in classes:
+        fields |= _dataclass_fields(Path(spec.origin).parent / file, name)
+    return fields
+
+
+def owned_because(table: str, key: str) -> str | None:
+    """Why ``key`` may not be set in ``table``, or None if it may."""
+    return next((reason for reason, keys in OWNED[table].items() if key in keys.split()), None)
+
+
+def _dataclass_fields(file: Path, name: str) -> dict[str, BackendField]:
+    tree = ast.parse(file.read_text())
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    return {
+        node.target.id: _field(node)
+        for node in body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+
+
+def _field(node: ast.AnnAssign) -> BackendField:
+    types, choices = _annotation(node.annotation)
+    return BackendField(types, choices, _default(node.value))
+
+
+def _default(value: ast.expr | None) -> Any:
+    if isinstance(value, ast.Call):  # field(default=..., metadata=...)
+        value = next((keyword.value for keyword in value.keywords if keyword.arg == "default"), None)
+    try:
+        return None if value is None else ast.literal_eval(value)
+    except ValueError:
+        return None
+
+
+_PLAIN: dict[str, type] = {
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "str": str,
+    "list": list,
+    "List": list,
+    "Tuple": list,
+    "dict": dict,
+    "Dict": dict,
+}
+
+
+def _annotation(node: ast.expr) -> tuple[frozenset[type] | None, tuple[Any, ...] | None]:
+    """TOML types and literal choices of an annotation; None where it names something TOML does not have."""
+    if isinstance(node, ast.Constant) and node.value is None:
+        return frozenset(), None
+    if isinstance(node, ast.Subscript):
+        outer = ast.unparse(node.value).split(".")[-1]
+        inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        if outer in ("A", "Annotated"):
+            return _annotation(inner[0])
+        if outer == "Literal":
+            choices = tuple(ast.literal_eval(e) for e in inner)
+            return frozenset(type(c) for c in choices if c is not None), choices
+        if outer in ("Optional", "Union"):
+            return _union(inner)
+        node = node.value
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return _union([node.left, node.right])
+    plain = _PLAIN.get(ast.unparse(node).split(".")[-1])
+    return (None if plain is None else frozenset([plain])), None
+
+
+def _union(parts: list[ast.expr]) -> tuple[frozenset[type] | None, tuple[Any, ...] | None]:
+    types: frozenset[type] = frozenset()
+    choices: tuple[Any, ...] | None = None
+    for part in parts:
+        more, some = _annotation(part)
+        if more is None:
+            return None, None
+        types |= more
+        choices = some if some is not None and len(parts) <= 2 else choices
+    return types, choices

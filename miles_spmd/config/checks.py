@@ -1,0 +1,362 @@
+"""What settings may not say together. One small function per rule.
+
+A rule's parameters are leaf names of our tables or keys of `[megatron]` and `[sglang]` (leaf names are unique), or
+``shape`` (the checkpoint's config.json) or ``world_size``. A rule is left out when one of them is unknown or faulty. It
+yields messages that begin with the setting to change.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import re
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from miles_spmd.config.backends import BackendMissingError, backend_fields
+from miles_spmd.config.schema import Config, Table
+
+Rule = Callable[..., Iterator[str]]
+_contradictions: list[Rule] = []
+_warnings: list[Rule] = []
+_files: list[Rule] = []
+
+
+def contradictions(config: Config, *, world_size: int | None = None, ignore: Collection[str] = ()) -> list[str]:
+    """Why this configuration cannot run. ``ignore`` names leaves that are known to be faulty."""
+    return _apply(_contradictions, config, world_size, ignore)
+
+
+def doubts(config: Config) -> list[str]:
+    """What is allowed but probably not meant."""
+    return _apply(_warnings, config, None, ())
+
+
+def missing_files(config: Config, *, ignore: Collection[str] = ()) -> list[str]:
+    """Checkpoint folders and data files that are not there."""
+    return _apply(_files, config, None, ignore)
+
+
+def _apply(rules: list[Rule], config: Config, world_size: int | None, ignore: Collection[str]) -> list[str]:
+    values = {name: value for name, value in settings(config).items() if name not in ignore}
+    if world_size is not None:
+        values["world_size"] = world_size
+    shape = None if "hf_checkpoint" in ignore else checkpoint_shape(config.model.hf_checkpoint)
+    if shape is not None:
+        values["shape"] = shape
+    messages: list[str] = []
+    for rule in rules:
+        names = inspect.signature(rule).parameters
+        if all(name in values for name in names):
+            messages += rule(**{name: values[name] for name in names})
+    return messages
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """Every leaf by its own name: ours, Megatron's and SGLang's, with the defaults of those that were not set."""
+    values: dict[str, Any] = {}
+    for table in ("sglang", "megatron"):
+        try:
+            values |= {name: field.default for name, field in backend_fields(table).items()}
+        except BackendMissingError:
+            continue
+        values |= getattr(config, table)
+    for name in Config.model_fields:
+        table = getattr(config, name)
+        if isinstance(table, Table):
+            values |= {leaf: getattr(table, leaf) for leaf in type(table).model_fields}
+    return values
+
+
+def checkpoint_shape(folder: Path) -> dict[str, Any] | None:
+    """The checkpoint's config.json, or None where there is none to read."""
+    try:
+        shape = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return shape if isinstance(shape, dict) else None
+
+
+def _rule(rules: list[Rule]) -> Callable[[Rule], Rule]:
+    def register(function: Rule) -> Rule:
+        rules.append(function)
+        return function
+
+    return register
+
+
+# --- batches and sampling --------------------------------------------------------------------------------------------
+
+
+@_rule(_contradictions)
+def _steps_divide_the_rollout(
+    mode: str, rollout_batch_size: int, n_samples_per_prompt: int, global_batch_size: int | None
+) -> Iterator[str]:
+    samples = rollout_batch_size * n_samples_per_prompt
+    if mode == "rl" and global_batch_size is not None and samples % global_batch_size:
+        yield (
+            f"train.global_batch_size: {global_batch_size} does not divide a rollout of {rollout_batch_size} prompts "
+            f"x {n_samples_per_prompt} samples = {samples}"
+        )
+
+
+@_rule(_contradictions)
+def _groups_can_differ(
+    mode: str, advantage_estimator: str, n_samples_per_prompt: int, rollout_temperature: float
+) -> Iterator[str]:
+    if mode != "rl" or advantage_estimator != "grpo":
+        return
+    if n_samples_per_prompt == 1:
+        yield "rollout.n_samples_per_prompt: a group of 1 has no advantage under grpo; take at least 2"
+    if rollout_temperature == 0:
+        yield "rollout.rollout_temperature: at 0 all samples of a group are the same and nothing is learnt"
+
+
+@_rule(_contradictions)
+def _top_k(rollout_top_k: int) -> Iterator[str]:
+    if rollout_top_k == 0 or rollout_top_k < -1:
+        yield f"rollout.rollout_top_k: must be -1 (the whole vocabulary) or positive, got {rollout_top_k}"
+
+
+@_rule(_contradictions)
+def _evaluation_has_data(eval_interval: int, eval_prompt_data: dict[str, str]) -> Iterator[str]:
+    if eval_interval and not eval_prompt_data:
+        yield f"eval.eval_prompt_data: is empty, but eval_interval is {eval_interval}"
+
+
+@_rule(_contradictions)
+def _sequences_fit_a_micro_batch(
+    mode: str,
+    rollout_max_prompt_len: int | None,
+    rollout_max_response_len: int,
+    max_tokens_per_gpu: int,
+    context_parallel_size: int,
+) -> Iterator[str]:
+    longest, budget = (
+        (rollout_max_prompt_len or 1) + rollout_max_response_len,
+        max_tokens_per_gpu * context_parallel_size,
+    )
+    if mode == "rl" and longest > budget:
+        yield (
+            f"train.max_tokens_per_gpu: {max_tokens_per_gpu} x context_parallel_size {context_parallel_size} = {budget}"
+            f" tokens cannot hold the longest sequence ({longest} tokens of prompt and response)"
+        )
+
+
+@_rule(_contradictions)
+def _answers_fit_the_context(
+    mode: str,
+    rollout_max_prompt_len: int | None,
+    rollout_max_response_len: int,
+    eval_interval: int,
+    eval_max_response_len: int | None,
+    context_length: int | None,
+    shape: dict[str, Any],
+) -> Iterator[str]:
+    context = context_length or shape.get("max_position_embeddings")
+    if context is None:
+        return
+    prompt = rollout_max_prompt_len or 1
+    lengths = {"rollout.rollout_max_response_len": rollout_max_response_len} if mode == "rl" else {}
+    if eval_interval and eval_max_response_len is not None:
+        lengths["eval.eval_max_response_len"] = eval_max_response_len
+    for name, response in lengths.items():
+        if prompt + response > context:
+            yield f"{name}: {prompt} prompt + {response} response tokens exceed the model's context of {context}"
+
+
+# --- learning rate ---------------------------------------------------------------------------------------------------
+
+
+@_rule(_contradictions)
+def _learning_rate(lr: float | None, min_lr: float, lr_decay_style: str) -> Iterator[str]:
+    if lr is None:
+        yield "megatron.lr: is missing and has no default"
+    elif min_lr > lr and lr_decay_style != "constant":
+        yield f"train.min_lr: {min_lr} is larger than megatron.lr {lr}"
+
+
+# --- parallel layout of the trainer ----------------------------------------------------------------------------------
+
+
+@_rule(_contradictions)
+def _trainer_fills_the_world(
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
+    context_parallel_size: int,
+    expert_model_parallel_size: int,
+    expert_tensor_parallel_size: int | None,
+    world_size: int,
+) -> Iterator[str]:
+    dense = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
+    if world_size % dense:
+        yield (
+            f"megatron: tensor {tensor_model_parallel_size} x pipeline {pipeline_model_parallel_size} x context "
+            f"{context_parallel_size} = {dense} ranks do not divide the {world_size} of this run"
+        )
+    expert_tensor = expert_tensor_parallel_size or tensor_model_parallel_size
+    expert = expert_tensor * pipeline_model_parallel_size * expert_model_parallel_size
+    if expert_model_parallel_size > 1 and world_size % expert:
+        yield (
+            f"megatron: expert tensor {expert_tensor} x pipeline {pipeline_model_parallel_size} x expert "
+            f"{expert_model_parallel_size} = {expert} ranks do not divide the {world_size} of this run"
+        )
+
+
+@_rule(_contradictions)
+def _sequence_parallel(
+    sequence_parallel: bool, tensor_model_parallel_size: int, expert_model_parallel_size: int
+) -> Iterator[str]:
+    if sequence_parallel and tensor_model_parallel_size == 1:
+        yield "megatron.sequence_parallel: needs tensor_model_parallel_size > 1"
+    if expert_model_parallel_size > 1 and tensor_model_parallel_size > 1 and not sequence_parallel:
+        yield "megatron.sequence_parallel: must be true when expert and tensor parallelism meet"
+
+
+@_rule(_contradictions)
+def _virtual_stages(
+    virtual_pipeline_model_parallel_size: int | None, pipeline_model_parallel_size: int
+) -> Iterator[str]:
+    if (virtual_pipeline_model_parallel_size or 1) > 1 and pipeline_model_parallel_size == 1:
+        yield "megatron.virtual_pipeline_model_parallel_size: needs pipeline_model_parallel_size > 1"
+
+
+@_rule(_contradictions)
+def _tensors_divide(tensor_model_parallel_size: int, shape: dict[str, Any]) -> Iterator[str]:
+    tp, heads = tensor_model_parallel_size, shape.get("num_attention_heads")
+    if heads is not None and heads % tp:
+        yield f"megatron.tensor_model_parallel_size: {tp} does not divide the model's {heads} attention heads"
+    groups = shape.get("num_key_value_heads")
+    if groups is not None and groups % tp and tp % groups:
+        yield f"megatron.tensor_model_parallel_size: {tp} is no multiple or divisor of {groups} key-value heads"
+    for name in ("intermediate_size", "vocab_size"):
+        size = shape.get(name)
+        if size is not None and size % tp:
+            yield f"megatron.tensor_model_parallel_size: {tp} does not divide the model's {name} {size}"
+
+
+@_rule(_contradictions)
+def _layers_divide(
+    pipeline_model_parallel_size: int,
+    virtual_pipeline_model_parallel_size: int | None,
+    num_layers_in_first_pipeline_stage: int | None,
+    num_layers_in_last_pipeline_stage: int | None,
+    pipeline_model_parallel_layout: Any,
+    shape: dict[str, Any],
+) -> Iterator[str]:
+    uneven = num_layers_in_first_pipeline_stage, num_layers_in_last_pipeline_stage, pipeline_model_parallel_layout
+    layers, chunks = shape.get("num_hidden_layers"), virtual_pipeline_model_parallel_size or 1
+    stages = pipeline_model_parallel_size * chunks
+    if layers is not None and all(u is None for u in uneven) and layers % stages:
+        yield (
+            f"megatron.pipeline_model_parallel_size: {pipeline_model_parallel_size} stages x {chunks} chunks do not "
+            f"divide the model's {layers} layers"
+        )
+
+
+@_rule(_contradictions)
+def _experts_divide(expert_model_parallel_size: int, shape: dict[str, Any]) -> Iterator[str]:
+    experts = shape.get("num_experts") or shape.get("num_local_experts")
+    if expert_model_parallel_size > 1 and not experts:
+        yield "megatron.expert_model_parallel_size: the model has no experts"
+    elif experts and experts % expert_model_parallel_size:
+        yield f"megatron.expert_model_parallel_size: {expert_model_parallel_size} does not divide {experts} experts"
+
+
+@_rule(_contradictions)
+def _recompute(
+    recompute_granularity: str | None, recompute_method: str | None, recompute_num_layers: int | None
+) -> Iterator[str]:
+    if recompute_granularity == "full" and (recompute_method is None or recompute_num_layers is None):
+        yield "megatron.recompute_granularity: 'full' needs recompute_method and recompute_num_layers"
+    if recompute_granularity != "full" and recompute_method is not None:
+        yield "megatron.recompute_method: needs recompute_granularity = 'full'"
+
+
+@_rule(_contradictions)
+def _overlap(overlap_param_gather: bool, overlap_grad_reduce: bool, use_distributed_optimizer: bool) -> Iterator[str]:
+    if overlap_param_gather and not (use_distributed_optimizer and overlap_grad_reduce):
+        yield "megatron.overlap_param_gather: needs use_distributed_optimizer and overlap_grad_reduce"
+
+
+# --- engine ----------------------------------------------------------------------------------------------------------
+
+
+@_rule(_contradictions)
+def _engines_fill_the_world(tp_size: int, world_size: int) -> Iterator[str]:
+    if world_size % tp_size:
+        yield f"sglang.tp_size: engines of {tp_size} ranks do not divide the {world_size} of this run"
+
+
+@_rule(_contradictions)
+def _engine_heads(tp_size: int, shape: dict[str, Any]) -> Iterator[str]:
+    heads, groups = shape.get("num_attention_heads"), shape.get("num_key_value_heads")
+    if heads is not None and heads % tp_size:
+        yield f"sglang.tp_size: {tp_size} does not divide the model's {heads} attention heads"
+    if groups is not None and groups % tp_size and tp_size % groups:
+        yield f"sglang.tp_size: {tp_size} is no multiple or divisor of the model's {groups} key-value heads"
+
+
+# --- environment -----------------------------------------------------------------------------------------------------
+
+
+@_rule(_contradictions)
+def _wandb_is_there(use_wandb: bool) -> Iterator[str]:
+    if use_wandb and importlib.util.find_spec("wandb") is None:
+        yield "telemetry.use_wandb: the package wandb is not installed"
+
+
+@_rule(_files)
+def _checkpoint(hf_checkpoint: Path) -> Iterator[str]:
+    yield from _checkpoint_faults("model.hf_checkpoint", hf_checkpoint)
+
+
+@_rule(_files)
+def _reference(ref_load: Path | None) -> Iterator[str]:
+    if ref_load is not None:
+        yield from _checkpoint_faults("model.ref_load", ref_load)
+
+
+def _checkpoint_faults(name: str, folder: Path) -> Iterator[str]:
+    if not folder.is_dir():
+        yield f"{name}: no folder {folder}"
+        return
+    if checkpoint_shape(folder) is None:
+        yield f"{name}: {folder} has no readable config.json"
+    if not any(folder.glob("*.safetensors")):
+        yield f"{name}: {folder} has no safetensors files"
+
+
+@_rule(_files)
+def _resumable(load: Path | None) -> Iterator[str]:
+    if load is not None and not load.is_dir():
+        yield f"checkpoint.load: no folder {load}"
+
+
+@_rule(_files)
+def _data(prompt_data: str, eval_prompt_data: dict[str, str]) -> Iterator[str]:
+    named = {"data.prompt_data": prompt_data} | {f"eval.eval_prompt_data.{k}": v for k, v in eval_prompt_data.items()}
+    for name, path in named.items():
+        file = re.sub(r"@\[[^\]]*\]$", "", path)
+        if not Path(file).is_file():
+            yield f"{name}: no file {file}"
+
+
+# --- allowed, but doubtful -------------------------------------------------------------------------------------------
+
+
+@_rule(_warnings)
+def _truncated_sampling(mode: str, rollout_top_p: float, rollout_top_k: int) -> Iterator[str]:
+    if mode == "rl" and (rollout_top_p < 1 or rollout_top_k > 0):
+        yield (
+            "rollout.rollout_top_p, rollout_top_k: samples come from a truncated distribution, but their log-probs are "
+            "the policy's; the importance ratio does not correct for that"
+        )
+
+
+@_rule(_warnings)
+def _unused_reference(mode: str, ref_load: Path | None, kl_coef: float, kl_loss_coef: float) -> Iterator[str]:
+    if ref_load is not None and (mode != "rl" or not (kl_coef or kl_loss_coef)):
+        yield "model.ref_load: nothing uses the reference policy while kl_coef and kl_loss_coef are 0"

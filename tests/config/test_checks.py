@@ -1,0 +1,150 @@
+"""Every rule about settings that contradict each other, and Megatron's own word on the same combinations."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+from miles_spmd.config import checks
+from miles_spmd.config.load import load_config
+from tests.config.test_load import faults, recipe  # noqa: F401  (a fixture)
+from tests.ranks import Ranks
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            "rollout_batch_size=4 n_samples_per_prompt=4 global_batch_size=6",
+            "train.global_batch_size: 6 does not divide",
+        ),
+        ("n_samples_per_prompt=1", "a group of 1 has no advantage"),
+        ("rollout_temperature=0.0", "all samples of a group are the same"),
+        ("rollout_top_k=0", "must be -1"),
+        ("eval_interval=1", "eval.eval_prompt_data: is empty"),
+        ("max_tokens_per_gpu=256", "cannot hold the longest sequence (1025 tokens"),
+        ("rollout_max_response_len=4096", "exceed the model's context of 2048"),
+        ("rollout_max_prompt_len=1025", "1025 prompt + 1024 response tokens exceed"),
+        ("sglang.context_length=512", "exceed the model's context of 512"),
+        ("min_lr=0.1 lr_decay_style=cosine", "is larger than megatron.lr"),
+        ("megatron.tensor_model_parallel_size=4", "do not divide the 2 of this run"),
+        ("megatron.sequence_parallel=true", "needs tensor_model_parallel_size > 1"),
+        ("megatron.virtual_pipeline_model_parallel_size=2", "needs pipeline_model_parallel_size > 1"),
+        ("megatron.recompute_granularity=full", "needs recompute_method and recompute_num_layers"),
+        ("megatron.recompute_method=uniform", "needs recompute_granularity = 'full'"),
+        ("megatron.overlap_param_gather=true", "needs use_distributed_optimizer"),
+        ("megatron.expert_model_parallel_size=2", "the model has no experts"),
+        ("sglang.tp_size=4", "engines of 4 ranks do not divide the 2"),
+        ("use_wandb=true", "the package wandb is not installed"),
+    ],
+)
+def test_a_contradiction_is_named(recipe: Path, overrides: str, message: str) -> None:  # noqa: F811
+    found = faults(recipe, *overrides.split(), world_size=2)
+    assert any(message in fault for fault in found), found
+    load_config(recipe, world_size=2)
+
+
+def test_layouts_against_the_model(recipe: Path) -> None:  # noqa: F811
+    def found(size: str, value: int) -> str:
+        return "\n".join(faults(recipe, f"megatron.{size}_model_parallel_size={value}", world_size=12))
+
+    assert "does not divide the model's 4 attention heads" in found("tensor", 3)
+    assert "no multiple or divisor of 2 key-value heads" in found("tensor", 3)
+    assert "does not divide the model's vocab_size 128" in found("tensor", 3)
+    assert "do not divide the model's 4 layers" in found("pipeline", 3)
+    assert "sglang.tp_size: 3 does not divide the model's 4 attention heads" in "\n".join(
+        faults(recipe, "sglang.tp_size=3", world_size=12)
+    )
+    load_config(recipe, ["megatron.tensor_model_parallel_size=4", "sglang.tp_size=4"], world_size=12)
+
+
+def test_supervised_runs_ask_for_no_groups(recipe: Path) -> None:  # noqa: F811
+    load_config(recipe, ["mode=sft", "n_samples_per_prompt=1", "global_batch_size=5", "max_tokens_per_gpu=64"])
+
+
+def test_doubts_do_not_stop_a_run(recipe: Path) -> None:  # noqa: F811
+    assert checks.doubts(load_config(recipe)) == []
+    checkpoint = recipe.parent / "checkpoint"
+    found = checks.doubts(load_config(recipe, ["rollout_top_p=0.9", f"ref_load={checkpoint}"]))
+    assert [message.split(":")[0] for message in found] == ["rollout.rollout_top_p, rollout_top_k", "model.ref_load"]
+
+
+def test_every_rule_reads_settings_that_exist(recipe: Path) -> None:  # noqa: F811
+    """A misspelt parameter would silently switch a rule off."""
+    known = {*checks.settings(load_config(recipe)), "shape", "world_size"}
+    rules = [*checks._contradictions, *checks._warnings, *checks._files]
+    assert len(rules) > 15
+    for rule in rules:
+        assert set(inspect.signature(rule).parameters) <= known, rule.__name__
+
+
+LAYOUTS: list[dict[str, object]] = [
+    {},
+    {"tensor_model_parallel_size": 2},
+    {"tensor_model_parallel_size": 4},
+    {"tensor_model_parallel_size": 3},
+    {"sequence_parallel": True},
+    {"sequence_parallel": True, "tensor_model_parallel_size": 2},
+    {"pipeline_model_parallel_size": 2},
+    {"pipeline_model_parallel_size": 3},
+    {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 3},
+    {"expert_model_parallel_size": 2},
+    {"recompute_granularity": "full"},
+    {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+]
+
+
+def _megatron_accepts(layouts: list[dict[str, object]]) -> list[bool]:
+    import torch
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    def accepts(layout: dict[str, object]) -> bool:
+        try:
+            config = TransformerConfig(
+                num_layers=4, hidden_size=64, num_attention_heads=4, num_query_groups=2,
+                pipeline_dtype=torch.float32, **layout,
+            )  # fmt: skip
+            get_num_layers_to_build(config, vp_stage=0, pp_rank=0)
+        except (ValueError, AssertionError):
+            return False
+        return True
+
+    return [accepts(layout) for layout in layouts]
+
+
+def _real_fields() -> dict[str, set[str]]:
+    import dataclasses
+
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from sglang.srt.server_args import ServerArgs
+
+    def names(*classes: type) -> set[str]:
+        return {field.name for cls in classes for field in dataclasses.fields(cls)}
+
+    return {
+        "megatron": names(TransformerConfig, OptimizerConfig, DistributedDataParallelConfig),
+        "sglang": names(ServerArgs),
+    }
+
+
+def test_megatron_agrees(recipe: Path, ranks: Ranks) -> None:  # noqa: F811
+    (accepted,) = ranks.run(1, _megatron_accepts, LAYOUTS)
+    ours = [
+        not checks.contradictions(
+            load_config(recipe).model_copy(update={"megatron": {"lr": 1e-4, **layout}}),
+        )
+        for layout in LAYOUTS
+    ]
+    assert ours == accepted
+    assert set(ours) == {True, False}
+
+
+def test_fields_read_from_source_are_those_of_the_classes(ranks: Ranks) -> None:
+    (real,) = ranks.run(1, _real_fields)
+    assert {table: set(checks.backend_fields(table)) for table in real} == real

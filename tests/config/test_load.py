@@ -1,0 +1,214 @@
+"""Reading, overriding, checking and writing configurations."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from miles_spmd.config.load import TABLES, ConfigError, config_digest, dump_config, load_config
+from miles_spmd.config.schema import Config
+
+MINIMAL = """
+[model]
+hf_checkpoint = "{checkpoint}"
+[data]
+prompt_data = "{data}"
+[megatron]
+lr = 1e-4
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A valid configuration whose checkpoint is a dense model of 4 layers, 4 heads and 2 key-value heads."""
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    shape = {
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 128,
+        "intermediate_size": 96,
+        "max_position_embeddings": 2048,
+    }
+    (checkpoint / "config.json").write_text(json.dumps(shape))
+    (checkpoint / "model.safetensors").touch()
+    data = tmp_path / "data.jsonl"
+    data.touch()
+    file = tmp_path / "recipe.toml"
+    file.write_text(MINIMAL.format(checkpoint=checkpoint, data=f"{data}@[0:10]"))
+    return file
+
+
+def faults(file: Path, *overrides: str, world_size: int | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        load_config(file, overrides, world_size=world_size)
+    return error.value.faults
+
+
+def test_overrides_by_path_by_leaf_and_by_backend(recipe: Path) -> None:
+    config = load_config(
+        recipe,
+        [
+            "rollout.rollout_batch_size=4",
+            "n_samples_per_prompt=2",
+            "rollout_stop=['a', 'b']",
+            "eval_prompt_data.math=" + str(recipe),
+            "name=7",  # a setting of text takes any text
+            "label_key=none",
+            "rm_type=my.module:function",
+            "megatron.lr=3e-5",
+            "sglang.tp_size=2",
+            "n_samples_per_prompt=3",  # the later one counts
+        ],
+    )
+    assert (config.rollout.rollout_batch_size, config.rollout.n_samples_per_prompt) == (4, 3)
+    assert config.rollout.rollout_stop == ["a", "b"]
+    assert config.eval.eval_prompt_data == {"math": str(recipe)}
+    assert config.run.name == "7"
+    assert config.data.label_key is None
+    assert config.reward.rm_type == "my.module:function"
+    assert config.megatron == {"lr": 3e-5}
+    assert config.sglang == {"tp_size": 2}
+
+
+def test_all_faults_come_at_once(recipe: Path) -> None:
+    recipe.write_text(
+        recipe.read_text() + "num_layers = 3\nsequence_parallel = true\n[rolout]\nx = 1\n[run]\nseed = '3'\n"
+    )
+    found = faults(recipe, "rollout.rolout_top_p=1", "eval_interval=2", "n_samples_per_prompt", "lr=1")
+    assert found == [
+        "n_samples_per_prompt: an override is key=value",
+        "lr=1: this is a key of [megatron]: write megatron.lr",
+        "megatron.num_layers: cannot be set here: it follows from the checkpoint's config.json",
+        "run.seed: must be a valid integer, got '3'",
+        "rollout.rolout_top_p: unknown key; did you mean rollout_top_p?",
+        "rolout: unknown table; did you mean rollout?",
+        "eval.eval_prompt_data: is empty, but eval_interval is 2",
+        "megatron.sequence_parallel: needs tensor_model_parallel_size > 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rolout_batch_size=1", "unknown setting; did you mean rollout_batch_size?"),
+        ("train.rollout_batch_size=1", "belongs in [rollout]"),
+        ("rollout_batch_size='8'", "must be a valid integer, got '8'"),
+        ("rollout_batch_size=8.5", "must be a valid integer"),
+        ("rollout_batch_size=true", "must be a valid integer, got True"),
+        ("rollout_batch_size=0", "must be greater than 0, got 0"),
+        ("mode=dpo", "must be 'rl' or 'sft', got 'dpo'"),
+        ("rollout_shuffle=1", "must be a valid boolean"),
+        ("rollout_stop_token_ids=[1, 'x']", "rollout.rollout_stop_token_ids.1: must be a valid integer, got 'x'"),
+        ("megatron.tensor_model_parallel_size=2.0", "expected int, got float 2.0"),
+        ("megatron.sequence_parallel=1", "expected bool, got int 1"),
+        ("megatron.recompute_granularity=all", "must be one of 'full', 'selective', got 'all'"),
+        ("megatron.tensor_paralel_size=2", "unknown key; did you mean"),
+        ("megatron.bf16=true", "cannot be set here: model.dtype says it"),
+        ("sglang.model_path=x", "cannot be set here: model.hf_checkpoint says it"),
+        ("sglang.mem_fraction=0.5", "unknown key; did you mean mem_fraction_static?"),
+        ("sglang.attention_backend=3", "expected str, got int 3"),
+        ("sglang.tp_size=two", "expected int, got str 'two'"),
+    ],
+)
+def test_one_fault_is_the_only_one(recipe: Path, override: str, message: str) -> None:
+    (found,) = faults(recipe, override)
+    assert message in found
+
+
+def test_required_settings_and_unreadable_files(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text("[data]\ninput_key = 'x'\n")
+    assert faults(file) == [
+        "model: this table needs hf_checkpoint",
+        "data.prompt_data: is missing and has no default",
+        "megatron.lr: is missing and has no default",
+    ]
+    file.write_text("[data\n")
+    assert "is not valid TOML" in faults(file)[0]
+    assert "No such file" in faults(tmp_path / "absent.toml")[0]
+
+
+def test_missing_files_are_named(recipe: Path, tmp_path: Path) -> None:
+    found = faults(recipe, "hf_checkpoint=gone", "prompt_data=absent.jsonl@[0:3]", "ref_load=" + str(tmp_path))
+    assert found == [
+        "model.hf_checkpoint: no folder gone",
+        f"model.ref_load: {tmp_path} has no readable config.json",
+        f"model.ref_load: {tmp_path} has no safetensors files",
+        "data.prompt_data: no file absent.jsonl",
+    ]
+    load_config(recipe, ["hf_checkpoint=gone", "prompt_data=absent.jsonl"], check_files=False)
+
+
+def test_a_dumped_config_loads_back_equal(recipe: Path, tmp_path: Path) -> None:
+    config = load_config(
+        recipe,
+        ["label_key=none", "eps_clip_high=0.3", "eval_prompt_data.a=x", "megatron.lr=1", "sglang.tp_size=1"],
+        check_files=False,
+    )
+    written = tmp_path / "written.toml"
+    written.write_text(dump_config(config))
+    again = load_config(written, check_files=False)
+    assert again == config
+    assert config_digest(again) == config_digest(config)
+    assert config_digest(load_config(written, ["seed=1"], check_files=False)) != config_digest(config)
+
+
+text = st.text(st.characters(exclude_categories=("Cs",)), max_size=20).filter(lambda s: s != "none")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    label_key=st.none() | text,
+    stop=st.lists(text, max_size=3),
+    temperature=st.floats(0, 10),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    name=text,
+    megatron=st.dictionaries(st.text("abc_", min_size=1), st.integers(-9, 9) | st.floats(-1, 1) | text | st.booleans()),
+)
+def test_dumping_loses_nothing(label_key, stop, temperature, seed, name, megatron) -> None:  # type: ignore[no-untyped-def]
+    """Whatever text and numbers the settings hold; parsed by the schema alone, since the keys are made up."""
+    import tomllib
+
+    from miles_spmd.config.load import _parse, _with_none
+
+    config = Config.model_validate(
+        {
+            "model": {"hf_checkpoint": "m"},
+            "data": {"prompt_data": "d", "label_key": label_key},
+            "rollout": {"rollout_stop": stop, "rollout_temperature": temperature},
+            "run": {"seed": seed, "name": name},
+            "megatron": megatron,
+        }
+    )
+    raw = tomllib.loads(dump_config(config))
+    assert _parse({table: _with_none(table, values) for table, values in raw.items()}) == config
+
+
+def test_leaf_names_are_unique() -> None:
+    leaves = [leaf for table in TABLES.values() for leaf in table.model_fields]
+    assert len(leaves) == len(set(leaves))
+    assert set(TABLES) | {"megatron", "sglang"} == set(Config.model_fields)
+
+
+def test_every_shipped_recipe_loads() -> None:
+    recipes = sorted((Path(__file__).parents[2] / "configs").rglob("*.toml"))
+    assert recipes
+    for file in recipes:
+        load_config(file, check_files=False)
+
+
+def test_configuration_needs_no_torch(recipe: Path) -> None:
+    program = (
+        "import sys; from miles_spmd.config.load import load_config; load_config(sys.argv[1]); "
+        "print([m for m in ('torch', 'megatron.core', 'sglang', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(recipe)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
