@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 import msgspec
-from transformers import PreTrainedTokenizerBase
 
 from miles_spmd.controller.workers import Workers
 from miles_spmd.data.sample import FinishReason, Prompt, Sample
 from miles_spmd.data.seeds import sample_seed
+from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.rewards.pool import RewardPool, RewardResult
 from miles_spmd.rollout.engine import Output, Request, SamplingParams
 
 
 def generate(
     workers: Workers,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     rewards: RewardPool,
     prompts: Sequence[Prompt],
     sampling: SamplingParams,
@@ -54,7 +54,7 @@ def _request(position: int, sample: Sample, sampling: SamplingParams, run_seed: 
     return Request(str(position), sample.prompt.tokens, msgspec.structs.replace(sampling, seed=seed))
 
 
-def _fill(sample: Sample, output: Output, tokenizer: PreTrainedTokenizerBase) -> None:
+def _fill(sample: Sample, output: Output, tokenizer: Tokenizer) -> None:
     sample.response = output.output_ids
     sample.rollout_log_probs = output.output_log_probs
     sample.loss_mask = [1] * len(output.output_ids)

@@ -1,0 +1,48 @@
+"""Held-out sets: the same prompts, seeds and settings every time, so that two evaluations differ by the weights only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from miles_spmd.config.schema import Config
+from miles_spmd.controller.metrics import pass_at_k
+from miles_spmd.data.prompts import load_prompts
+from miles_spmd.data.sample import Prompt, Sample
+from miles_spmd.data.tokenizer import Tokenizer
+from miles_spmd.rollout.engine import SamplingParams
+
+CORRECT = 1.0  # a sample counts as solved from this reward on
+
+
+def load_eval_sets(config: Config, tokenizer: Tokenizer) -> dict[str, list[Prompt]]:
+    """Raises DataError naming file and lines."""
+    return {
+        name: load_prompts(config.data, tokenizer, prompt_data=source, name=name)
+        for name, source in config.eval.eval_prompt_data.items()
+    }
+
+
+def eval_sampling(config: Config) -> SamplingParams:
+    return SamplingParams(
+        max_new_tokens=config.eval.eval_max_response_len or config.rollout.rollout_max_response_len,
+        temperature=config.eval.eval_temperature,
+        top_p=config.eval.eval_top_p,
+        stop=config.rollout.rollout_stop,
+        stop_token_ids=config.rollout.rollout_stop_token_ids,
+    )
+
+
+def eval_metrics(sets: Mapping[str, Sequence[Sequence[Sample]]]) -> dict[str, float]:
+    """``eval/<name>`` is the mean reward (pass@1 for a 0/1 reward); with n > 1 samples also pass@k, k = 2, 4, ... n."""
+    metrics: dict[str, float] = {}
+    for name, groups in sets.items():
+        rewards = [[sample.reward or 0.0 for sample in group] for group in groups]
+        metrics[f"eval/{name}"] = float(np.mean(rewards))
+        metrics[f"eval/{name}-response_len"] = float(np.mean([len(s.response) for group in groups for s in group]))
+        n = len(groups[0])
+        correct = [sum(reward >= CORRECT for reward in group) for group in rewards]
+        for k in {2**i for i in range(1, n.bit_length())} | ({n} if n > 1 else set()):
+            metrics[f"eval/{name}-pass@{k}"] = pass_at_k(correct, n, k)
+    return metrics

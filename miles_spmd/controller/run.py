@@ -1,0 +1,292 @@
+"""Everything a run holds on the controller's side, and each thing the loop can ask of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from miles_spmd.config.schema import Config
+from miles_spmd.controller import resume
+from miles_spmd.controller.batch import optimizer_steps, set_loss_weights, to_sequences
+from miles_spmd.controller.evaluation import eval_metrics, eval_sampling, load_eval_sets
+from miles_spmd.controller.metrics import mismatch_metrics, rollout_metrics, train_metrics
+from miles_spmd.controller.packing import Packing, bodies, in_sequence_order, pack
+from miles_spmd.controller.rollout import generate
+from miles_spmd.controller.workers import Workers
+from miles_spmd.data.prompts import load_prompts
+from miles_spmd.data.sample import Sample, TrainSequence
+from miles_spmd.data.sft import SftExample, load_sft_examples
+from miles_spmd.data.source import PromptSource
+from miles_spmd.data.tokenizer import Tokenizer
+from miles_spmd.messaging.wire import (
+    ComputeLogProbs,
+    ExportModel,
+    LoadCheckpoint,
+    LogProbsResult,
+    Phase,
+    Refit,
+    RefitResult,
+    SaveCheckpoint,
+    Train,
+    TrainResult,
+)
+from miles_spmd.rewards.pool import RewardPool
+from miles_spmd.rollout.engine import SamplingParams
+from miles_spmd.telemetry.progress import open_progress
+from miles_spmd.telemetry.trackers import open_trackers
+from miles_spmd.telemetry.transcripts import write_transcripts
+
+
+class TrainingDivergedError(RuntimeError):
+    """Too many consecutive optimizer steps were skipped for a non-finite loss or gradient."""
+
+
+class Run:
+    """One run's data, reward pool, trackers and connected workers. A context manager: leaving it closes all of them."""
+
+    def __init__(self, config: Config, workers: Workers) -> None:
+        self.config = config
+        self.workers = workers
+        self.tokenizer = Tokenizer(config.model.hf_checkpoint)
+        self._eval_sets = load_eval_sets(config, self.tokenizer)
+        self._prompts: PromptSource[Any] | None = None
+        self._examples: PromptSource[SftExample] | None = None
+        if config.run.mode == "rl":
+            prompts = load_prompts(config.data, self.tokenizer)
+            self._prompts = PromptSource(prompts, config.run.seed, config.data.rollout_shuffle)
+        else:
+            examples = load_sft_examples(config.data, self.tokenizer, max_len=self._max_tokens)
+            self._examples = PromptSource(examples, config.run.seed, config.data.rollout_shuffle)
+        self._metrics: dict[str, float] = {}
+        self._train_metrics: list[dict[str, float]] = []
+        self._skipped_in_a_row = 0
+        self._engine_version = -1
+        self._evaluated = -1
+
+    def __enter__(self) -> Self:
+        self._open = ExitStack()
+        self._rewards = RewardPool(self.config.reward)
+        self._open.callback(self._rewards.close)
+        self._trackers = self._open.enter_context(open_trackers(self.config))
+        self._progress = self._open.enter_context(open_progress(self.config))
+        self._step_started = time.monotonic()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.__exit__(kind, error, trace)
+
+    # --- beginning and end ---------------------------------------------------------------------------------------
+
+    def load(self) -> int:
+        """Load the checkpoint that the configuration asks for, if any; return the first step to do."""
+        wanted = self.config.checkpoint
+        folder = resume.newest(self.config.run_dir) if wanted.resume else None
+        folder = folder or wanted.load
+        if folder is None:
+            return 0
+        state = resume.read(folder)
+        self._call(LoadCheckpoint(str(folder / "trainer")), Phase.CHECKPOINT, state.step)
+        return state.step
+
+    def save(self, step: int) -> None:
+        """Write a resumable checkpoint when one is due."""
+        wanted = self.config.checkpoint
+        last = step == self.config.run.num_rollout
+        if not ((wanted.save_interval and step % wanted.save_interval == 0) or (last and wanted.save_final)):
+            return
+        with self._timed("perf/save_time"):
+            folder = resume.step_folder(self.config.run_dir, step)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._call(SaveCheckpoint(str(folder / "trainer")), Phase.CHECKPOINT, step)
+            resume.complete(folder, resume.ControllerState(step, self.config.run.seed))
+
+    def export(self) -> None:
+        """Write the trainer's weights as a Hugging Face checkpoint into the run folder."""
+        self._call(ExportModel(str(self.config.run_dir / "export")), Phase.CHECKPOINT, self.config.run.num_rollout)
+
+    def finish(self) -> None:
+        if self.config.checkpoint.export_final:
+            self.export()
+
+    # --- one step ------------------------------------------------------------------------------------------------
+
+    def rollout(self, step: int) -> list[list[Sample]]:
+        """Answers to this step's prompts, scored: groups in submission order."""
+        assert self._prompts is not None
+        r = self.config.rollout
+        sampling = SamplingParams(
+            max_new_tokens=r.rollout_max_response_len,
+            temperature=r.rollout_temperature,
+            top_p=r.rollout_top_p,
+            top_k=r.rollout_top_k,
+            stop=r.rollout_stop,
+            stop_token_ids=r.rollout_stop_token_ids,
+        )
+        with self._timed("perf/rollout_time"):
+            groups = generate(
+                self.workers,
+                self.tokenizer,
+                self._rewards,
+                self._prompts.draw(step, r.rollout_batch_size),
+                sampling,
+                samples_per_prompt=r.n_samples_per_prompt,
+                run_seed=self.config.run.seed,
+                step=step,
+            )
+        self._metrics |= rollout_metrics(groups)
+        return groups
+
+    def sequences(self, groups: Sequence[Sequence[Sample]]) -> list[TrainSequence]:
+        return to_sequences([sample for group in groups for sample in group])
+
+    def score(self, step: int, sequences: Sequence[TrainSequence]) -> None:
+        """Add the log-probs that the algorithm needs from before the update.
+
+        Of the current policy when there are several optimizer steps or a KL in the reward (else the training forward
+        itself is the old policy); of the reference policy when there is a KL term.
+        """
+        algorithm = self.config.algorithm
+        size = self.config.train.global_batch_size or len(sequences)
+        if size < len(sequences) or algorithm.kl_coef:
+            for sequence, values in zip(sequences, self._log_probs(step, sequences, "actor")):
+                sequence.old_log_probs = values
+        if algorithm.kl_coef or algorithm.kl_loss_coef:
+            for sequence, values in zip(sequences, self._log_probs(step, sequences, "ref")):
+                sequence.ref_log_probs = values
+
+    def optimizer_steps(
+        self, groups: Sequence[Sequence[Sample]], sequences: Sequence[TrainSequence]
+    ) -> list[list[TrainSequence]]:
+        return optimizer_steps([sample for group in groups for sample in group], sequences, self.config)
+
+    def examples(self, step: int) -> list[TrainSequence]:
+        """This step's supervised examples, weighted to the mean over their tokens."""
+        assert self._examples is not None
+        size = self.config.train.global_batch_size or self.config.rollout.rollout_batch_size
+        drawn = self._examples.draw(step, size)
+        batch = [TrainSequence(example.tokens, example.loss_mask) for example in drawn]
+        set_loss_weights(batch, "token_mean", max_response_len=0)
+        return batch
+
+    def train(self, step: int, batch: Sequence[TrainSequence]) -> None:
+        """One optimizer step on ``batch``. Raises TrainingDivergedError after too many skipped ones in a row."""
+        with self._timed("perf/train_time"):
+            packing = self._pack(batch)
+            results: list[TrainResult] = self._call(
+                bodies(packing, batch, self.workers.infos, Train), Phase.TRAIN, step
+            )
+        self._train_metrics.append(train_metrics(results, self.workers.infos))
+        self._metrics.setdefault("train/tokens", 0.0)
+        self._metrics["train/tokens"] += float(sum(len(s.tokens) for s in batch))
+        if batch[0].rollout_log_probs is not None and "train/train_rollout_logprob_abs_diff" not in self._metrics:
+            # only the rollout's first optimizer step still has the weights that generated it
+            log_probs = in_sequence_order(packing, self.workers.infos, results, len(batch))
+            self._metrics |= mismatch_metrics(batch, log_probs)
+        self._count_skipped(step, results[0].skipped)
+
+    def refit(self, version: int) -> None:
+        """Bring the trainer's weights into the engine as ``version``, unless it has them already."""
+        if version == self._engine_version or (self.config.run.mode == "sft" and not self._eval_due(version)):
+            return
+        with self._timed("perf/refit_time"):
+            results: list[RefitResult] = self._call(Refit(version), Phase.REFIT, version)
+        self._engine_version = version
+        self._metrics["refit/bytes"] = float(sum(r.bytes_local + r.bytes_received for r in results))
+        self._metrics["refit/checksum_mismatches"] = float(sum(r.checksum_mismatches for r in results))
+
+    def evaluate(self, step: int) -> None:
+        """Score the held-out sets with the engine's weights, when an evaluation is due."""
+        if not self._eval_due(step):
+            return
+        self.refit(step)
+        with self._timed("perf/eval_time"):
+            sets = {
+                name: generate(
+                    self.workers,
+                    self.tokenizer,
+                    self._rewards,
+                    prompts,
+                    eval_sampling(self.config),
+                    samples_per_prompt=self.config.eval.n_samples_per_eval_prompt,
+                    run_seed=self.config.run.seed,
+                    step=0,  # the same seeds in every evaluation
+                )
+                for name, prompts in self._eval_sets.items()
+            }
+        metrics = eval_metrics(sets)
+        write_transcripts(self.config, step, sets)
+        if step == 0 or self._evaluated < 0:  # before the first step there is no step to report with
+            self._trackers.log(step, metrics)
+        else:
+            self._metrics |= metrics
+        self._evaluated = step
+
+    def report(self, step: int) -> None:
+        """Log the step's metrics and move the progress bar."""
+        for name in {name for metrics in self._train_metrics for name in metrics}:
+            self._metrics[name] = float(np.mean([metrics[name] for metrics in self._train_metrics]))
+        now = time.monotonic()
+        self._metrics["perf/step_time"] = now - self._step_started
+        self._trackers.log(step + 1, self._metrics)
+        self._progress.update(step + 1, self._metrics)
+        self._step_started, self._metrics, self._train_metrics = now, {}, []
+
+    # --- inside --------------------------------------------------------------------------------------------------
+
+    @property
+    def _max_tokens(self) -> int:
+        """Tokens that one micro-batch may hold over the ranks that share its sequences."""
+        return self.config.train.max_tokens_per_gpu * int(self.config.megatron.get("context_parallel_size", 1))
+
+    def _eval_due(self, step: int) -> bool:
+        interval = self.config.eval.eval_interval
+        ends = step == self.config.run.num_rollout or self._evaluated < 0
+        return bool(self._eval_sets and interval) and (ends or step % interval == 0)
+
+    def _count_skipped(self, step: int, skipped: str) -> None:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if self._skipped_in_a_row > self.config.train.max_skipped_steps:
+            raise TrainingDivergedError(
+                f"step {step}: {self._skipped_in_a_row} optimizer steps in a row were skipped, the last for a {skipped}; "
+                "lower megatron.lr, raise megatron.clip_grad's effect, or look at metrics.jsonl for where it began"
+            )
+
+    def _log_probs(self, step: int, sequences: Sequence[TrainSequence], model: str) -> list[np.ndarray]:
+        with self._timed("perf/log_probs_time"):
+            packing = self._pack(sequences)
+            body = bodies(packing, sequences, self.workers.infos, lambda m: ComputeLogProbs(m, model))
+            results: list[LogProbsResult] = self._call(body, Phase.LOG_PROBS, step)
+            return in_sequence_order(packing, self.workers.infos, results, len(sequences))
+
+    def _pack(self, sequences: Sequence[TrainSequence]) -> Packing:
+        m = self.config.megatron
+        interleaved = "virtual_pipeline_model_parallel_size" in m or "num_layers_per_virtual_pipeline_stage" in m
+        return pack(
+            [len(s.tokens) for s in sequences],
+            data_parallel_size=self.workers.infos[0].data_parallel_size,
+            max_tokens=self._max_tokens,
+            multiple=int(m["pipeline_model_parallel_size"]) if interleaved else 1,
+        )
+
+    def _call(self, body: Any, phase: Phase, step: int) -> list[Any]:
+        d = self.config.deadlines
+        timeout = {
+            Phase.LOG_PROBS: d.train_timeout,
+            Phase.TRAIN: d.train_timeout,
+            Phase.REFIT: d.refit_timeout,
+            Phase.CHECKPOINT: d.checkpoint_timeout,
+        }[phase]
+        return self.workers.call(body, step=step, phase=phase, timeout=timeout)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._metrics[name] = self._metrics.get(name, 0.0) + time.monotonic() - started
