@@ -1,4 +1,4 @@
-"""Held-out sets: the same prompts, seeds and settings every time, so that two evaluations differ by the weights only."""
+"""Held-out sets: the same prompts, seeds and settings each time, so that evaluations differ by the weights only."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from miles_spmd.rollout.engine import SamplingParams
 CORRECT = 1.0  # a sample counts as solved from this reward on
 
 
-def load_eval_sets(config: Config, tokenizer: Tokenizer) -> dict[str, list[Prompt]]:
-    """Raises DataError naming file and lines."""
+def load_eval_sets(config: Config, tokenizer: Tokenizer, context: int) -> dict[str, list[Prompt]]:
+    """Every configured set by name; ``context`` is the model's, in tokens. Raises DataError naming file and lines."""
+    room = context - eval_sampling(config).max_new_tokens
     return {
-        name: load_prompts(config.data, tokenizer, prompt_data=source, name=name)
+        name: load_prompts(config.data, tokenizer, prompt_data=source, name=name, room=room)
         for name, source in config.eval.eval_prompt_data.items()
     }
 

@@ -1,8 +1,8 @@
 """Where resumable checkpoints lie, and when one is complete.
 
-``checkpoints/step_000020/`` holds the ranks' share in ``trainer/`` and, written last, ``controller.json``: a folder without
-it was being written when the run ended and is passed over. Data order and seeds are functions of the step, so the
-step is all the state that the controller has.
+``checkpoints/step_000020/`` holds the ranks' share in ``trainer/`` and, written last, ``controller.json``: a folder
+without it was being written when the run ended and is passed over. Data order and seeds are functions of the step, so
+the step is all the state that the controller has.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ from miles_spmd.messaging.wire import (
     Train,
     TrainResult,
 )
+from miles_spmd.models import load_family
 from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.rollout.engine import SamplingParams
 from miles_spmd.telemetry.progress import open_progress
@@ -53,14 +54,16 @@ class Run:
         self.config = config
         self.workers = workers
         self.tokenizer = Tokenizer(config.model.hf_checkpoint)
-        self._eval_sets = load_eval_sets(config, self.tokenizer)
+        self._context = load_family(config.model.hf_checkpoint).max_sequence_length
+        self._eval_sets = load_eval_sets(config, self.tokenizer, self._context)
         self._prompts: PromptSource[Any] | None = None
         self._examples: PromptSource[SftExample] | None = None
         if config.run.mode == "rl":
-            prompts = load_prompts(config.data, self.tokenizer)
+            room = self._context - config.rollout.rollout_max_response_len
+            prompts = load_prompts(config.data, self.tokenizer, room=room)
             self._prompts = PromptSource(prompts, config.run.seed, config.data.rollout_shuffle)
         else:
-            examples = load_sft_examples(config.data, self.tokenizer, max_len=self._max_tokens)
+            examples = load_sft_examples(config.data, self.tokenizer, max_len=min(self._max_tokens, self._context))
             self._examples = PromptSource(examples, config.run.seed, config.data.rollout_shuffle)
         self._metrics: dict[str, float] = {}
         self._train_metrics: list[dict[str, float]] = []
@@ -254,8 +257,8 @@ class Run:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if self._skipped_in_a_row > self.config.train.max_skipped_steps:
             raise TrainingDivergedError(
-                f"step {step}: {self._skipped_in_a_row} optimizer steps in a row were skipped, the last for a {skipped}; "
-                "lower megatron.lr, raise megatron.clip_grad's effect, or look at metrics.jsonl for where it began"
+                f"step {step}: {self._skipped_in_a_row} optimizer steps in a row were skipped, last for a {skipped}; "
+                "lower megatron.lr or megatron.clip_grad, and see in metrics.jsonl where it began"
             )
 
     def _log_probs(self, step: int, sequences: Sequence[TrainSequence], model: str) -> list[np.ndarray]:
