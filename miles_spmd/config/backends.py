@@ -74,6 +74,10 @@ class BackendField:
         return f"expected {expected}, got {type(value).__name__} {value!r}"
 
 
+# What Megatron's own launcher accepts beside the dataclasses' fields.
+LAUNCHER_KEYS = {"megatron": {"num_layers_per_virtual_pipeline_stage": BackendField(frozenset([int]), None)}}
+
+
 class BackendMissingError(ModuleNotFoundError):
     """A backend is not installed, so its table cannot be checked."""
 
@@ -91,7 +95,7 @@ def backend_fields(table: str) -> dict[str, BackendField]:
     fields: dict[str, BackendField] = {}
     for file, name in classes:
         fields |= _dataclass_fields(Path(spec.origin).parent / file, name)
-    return fields
+    return fields | LAUNCHER_KEYS.get(table, {})
 
 
 def owned_because(table: str, key: str) -> str | None:

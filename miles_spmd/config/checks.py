@@ -172,9 +172,7 @@ def _answers_fit_the_context(
 
 @_rule(_contradictions)
 def _learning_rate(lr: float | None, min_lr: float, lr_decay_style: str) -> Iterator[str]:
-    if lr is None:
-        yield "megatron.lr: is missing and has no default"
-    elif min_lr > lr and lr_decay_style != "constant":
+    if lr is not None and min_lr > lr and lr_decay_style != "constant":
         yield f"train.min_lr: {min_lr} is larger than megatron.lr {lr}"
 
 
@@ -217,10 +215,17 @@ def _sequence_parallel(
 
 @_rule(_contradictions)
 def _virtual_stages(
-    virtual_pipeline_model_parallel_size: int | None, pipeline_model_parallel_size: int
+    virtual_pipeline_model_parallel_size: int | None,
+    num_layers_per_virtual_pipeline_stage: int | None,
+    pipeline_model_parallel_size: int,
 ) -> Iterator[str]:
     if (virtual_pipeline_model_parallel_size or 1) > 1 and pipeline_model_parallel_size == 1:
         yield "megatron.virtual_pipeline_model_parallel_size: needs pipeline_model_parallel_size > 1"
+    if num_layers_per_virtual_pipeline_stage is not None and virtual_pipeline_model_parallel_size is not None:
+        yield (
+            "megatron.num_layers_per_virtual_pipeline_stage: says the same as virtual_pipeline_model_parallel_size; "
+            "give one of them"
+        )
 
 
 @_rule(_contradictions)
@@ -231,28 +236,28 @@ def _tensors_divide(tensor_model_parallel_size: int, shape: dict[str, Any]) -> I
     groups = shape.get("num_key_value_heads")
     if groups is not None and groups % tp and tp % groups:
         yield f"megatron.tensor_model_parallel_size: {tp} is no multiple or divisor of {groups} key-value heads"
-    for name in ("intermediate_size", "vocab_size"):
-        size = shape.get(name)
-        if size is not None and size % tp:
-            yield f"megatron.tensor_model_parallel_size: {tp} does not divide the model's {name} {size}"
+    width = shape.get("intermediate_size")
+    if width is not None and width % tp:
+        yield f"megatron.tensor_model_parallel_size: {tp} does not divide the model's intermediate_size {width}"
 
 
 @_rule(_contradictions)
 def _layers_divide(
     pipeline_model_parallel_size: int,
     virtual_pipeline_model_parallel_size: int | None,
+    num_layers_per_virtual_pipeline_stage: int | None,
     num_layers_in_first_pipeline_stage: int | None,
     num_layers_in_last_pipeline_stage: int | None,
     pipeline_model_parallel_layout: Any,
     shape: dict[str, Any],
 ) -> Iterator[str]:
     uneven = num_layers_in_first_pipeline_stage, num_layers_in_last_pipeline_stage, pipeline_model_parallel_layout
-    layers, chunks = shape.get("num_hidden_layers"), virtual_pipeline_model_parallel_size or 1
-    stages = pipeline_model_parallel_size * chunks
-    if layers is not None and all(u is None for u in uneven) and layers % stages:
+    layers = shape.get("num_hidden_layers")
+    chunks = virtual_pipeline_model_parallel_size or num_layers_per_virtual_pipeline_stage or 1
+    if layers is not None and all(u is None for u in uneven) and layers % (pipeline_model_parallel_size * chunks):
         yield (
-            f"megatron.pipeline_model_parallel_size: {pipeline_model_parallel_size} stages x {chunks} chunks do not "
-            f"divide the model's {layers} layers"
+            f"megatron.pipeline_model_parallel_size: {pipeline_model_parallel_size} stages"
+            f"{f' x {chunks} (virtual)' if chunks > 1 else ''} do not divide the model's {layers} layers"
         )
 
 

@@ -129,7 +129,6 @@ def test_required_settings_and_unreadable_files(tmp_path: Path) -> None:
     assert faults(file) == [
         "model: this table needs hf_checkpoint",
         "data.prompt_data: is missing and has no default",
-        "megatron.lr: is missing and has no default",
     ]
     file.write_text("[data\n")
     assert "is not valid TOML" in faults(file)[0]

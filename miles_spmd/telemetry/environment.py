@@ -1,0 +1,95 @@
+"""Which software and machine a run used."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import msgspec
+
+ENVIRONMENT_FILE = "environment.json"
+PACKAGES = (
+    "miles-spmd",
+    "torch",
+    "megatron-core",
+    "sglang",
+    "transformers",
+    "torchft",
+    "numpy",
+    "msgspec",
+    "pyzmq",
+    "transformer_engine",
+    "sglang-kernel",
+    "sgl-deep-gemm",
+    "torch_memory_saver",
+    "triton",
+)
+
+
+class Gpu(msgspec.Struct, frozen=True):
+    name: str
+    memory_gib: float
+    driver: str
+
+
+class Environment(msgspec.Struct, frozen=True):
+    python: str
+    system: str
+    cores: int  # that this process may use
+    memory_gib: float
+    gpus: list[Gpu]
+    packages: dict[str, str]  # installed ones of PACKAGES
+
+
+def environment() -> Environment:
+    return Environment(
+        python=platform.python_version(),
+        system=platform.platform(),
+        cores=len(os.sched_getaffinity(0)),  # not os.cpu_count(), which knows nothing of cgroups
+        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        gpus=gpus(),
+        packages={name: version for name in PACKAGES if (version := installed(name)) is not None},
+    )
+
+
+def installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def gpus() -> list[Gpu]:
+    """As the driver's own tool names them; no framework is loaded."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode:
+        return []
+    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+    return [Gpu(name, round(float(memory) / 1024, 1), driver) for name, memory, driver in rows]
+
+
+def write_environment(run_dir: Path) -> None:
+    (run_dir / ENVIRONMENT_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(environment())))
+
+
+def read_environment(run_dir: Path) -> Environment | None:
+    try:
+        return msgspec.json.decode((run_dir / ENVIRONMENT_FILE).read_bytes(), type=Environment)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def read_settings(run_dir: Path) -> dict[str, dict[str, object]]:
+    """The run's config.toml as plain tables; empty where there is none."""
+    try:
+        return tomllib.loads((run_dir / "config.toml").read_text())
+    except (OSError, tomllib.TOMLDecodeError):
+        return {}

@@ -1,0 +1,72 @@
+"""Every metric by name, with its unit and what it means. Names are those that slime and Miles write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    unit: str  # "" for a plain number
+    meaning: str
+
+
+METRICS: dict[str, Metric] = {
+    "rollout/raw_reward": Metric("", "Mean reward of the samples, before anything is done to it"),
+    "rollout/response_len": Metric("tokens", "Mean number of generated tokens"),
+    "rollout/response_len_max": Metric("tokens", "Longest response"),
+    "rollout/truncated_ratio": Metric("fraction", "Samples that ended at the length limit"),
+    "rollout/zero_std_ratio": Metric("fraction", "Prompt groups whose samples all got the same reward: no gradient"),
+    "train/loss": Metric("", "Loss that was minimised, summed over all ranks with its global denominator"),
+    "train/pg_loss": Metric("", "Policy-gradient part of the loss"),
+    "train/pg_clipfrac": Metric("fraction", "Tokens on which the ratio was clipped"),
+    "train/ppo_kl": Metric("nats", "Mean of old minus new log-prob over the trained tokens"),
+    "train/kl_loss": Metric("nats", "KL estimate between policy and reference"),
+    "train/entropy_loss": Metric("nats", "Mean entropy of the policy's next-token distribution"),
+    "train/grad_norm": Metric("", "Global norm of the gradient before clipping"),
+    "train/lr": Metric("", "Learning rate"),
+    "train/skipped_steps": Metric("steps", "Optimizer steps left out because the loss or a gradient was not finite"),
+    "train/train_rollout_logprob_abs_diff": Metric("nats", "Mean |trainer - engine| log-prob of the sampled tokens"),
+    "train/train_rollout_logprob_abs_diff_p999": Metric("nats", "The same, 99.9th percentile"),
+    "train/train_rollout_logprob_abs_diff_max": Metric("nats", "The same, largest"),
+    "train/train_rollout_kl": Metric("nats", "k3 estimate of KL(engine || trainer)"),
+    "perf/rollout_time": Metric("s", "Generating, with the rewards that overlap it"),
+    "perf/reward_time": Metric("s", "Waiting for rewards after the last sample"),
+    "perf/log_probs_time": Metric("s", "Log-probs of the current and the reference policy"),
+    "perf/train_time": Metric("s", "Forward, backward and optimizer"),
+    "perf/refit_time": Metric("s", "Copying the trainer's weights into the engine"),
+    "perf/eval_time": Metric("s", "Evaluation"),
+    "perf/save_time": Metric("s", "Writing the checkpoint"),
+    "perf/step_time": Metric("s", "The whole step"),
+    "perf/tokens_per_gpu_per_second": Metric("tokens/s", "Prompt and response tokens of the step per rank and second"),
+    "train/tokens": Metric("tokens", "Prompt and response tokens that went through the trainer"),
+    "refit/bytes": Metric("bytes", "Copied from trainer to engine, over all ranks"),
+    "refit/checksum_mismatches": Metric("buckets", "Refit buckets whose checksums differed; must be 0"),
+}
+PHASES = ("rollout", "reward", "log_probs", "train", "refit", "eval", "save")  # in the order of a step
+
+
+def describe(name: str) -> Metric:
+    """The metric called ``name``. Unknown names, as of plug-ins, get an empty description."""
+    if name in METRICS:
+        return METRICS[name]
+    if not name.startswith("eval/"):
+        return Metric("", "")
+    dataset, _, detail = name.removeprefix("eval/").rpartition("-")
+    if detail == "response_len" and dataset:
+        return Metric("tokens", f"Mean number of generated tokens on {dataset}")
+    if detail.startswith("pass@") and dataset:
+        return Metric("fraction", f"Prompts of {dataset} with a right answer among {detail.removeprefix('pass@')}")
+    return Metric("fraction", f"Mean score (pass@1) on {name.removeprefix('eval/')}")
+
+
+def is_score(name: str) -> bool:
+    """Whether ``name`` is the plain score of an evaluation set."""
+    return name.startswith("eval/") and describe(name).meaning.startswith("Mean score")
+
+
+def phase_times(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by phase, of those that the step had."""
+    named = {phase: metrics.get(f"perf/{phase}_time") for phase in PHASES}
+    return {phase: seconds for phase, seconds in named.items() if seconds is not None}

@@ -1,0 +1,62 @@
+"""Samples kept for people to read: a prompt, the answer, what it was worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from miles_spmd.config.schema import Config
+from miles_spmd.data.sample import Sample
+
+TRANSCRIPTS_FILE = "transcripts.jsonl"
+
+
+class Transcript(msgspec.Struct, frozen=True):
+    step: int
+    source: str  # name of the evaluation set
+    uid: str
+    prompt: str
+    response: str
+    label: str
+    reward: float | None
+    finish_reason: str
+    tokens: int  # of the response
+
+
+def write_transcripts(config: Config, step: int, sets: Mapping[str, Sequence[Sequence[Sample]]]) -> None:
+    """Keep the first answer to the first ``num_transcripts`` prompts of each set: the same prompts every time."""
+    kept = [
+        _transcript(step, name, group[0])
+        for name, groups in sets.items()
+        for group in groups[: config.telemetry.num_transcripts]
+    ]
+    with (config.run_dir / TRANSCRIPTS_FILE).open("ab") as file:
+        file.write(b"".join(msgspec.json.encode(transcript) + b"\n" for transcript in kept))
+
+
+def read_transcripts(run_dir: Path) -> list[Transcript]:
+    """In the order written; a line that was cut off is left out. Empty without a file."""
+    path = run_dir / TRANSCRIPTS_FILE
+    transcripts = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            transcripts.append(msgspec.json.decode(line, type=Transcript))
+        except msgspec.DecodeError:
+            continue
+    return transcripts
+
+
+def _transcript(step: int, source: str, sample: Sample) -> Transcript:
+    return Transcript(
+        step=step,
+        source=source,
+        uid=sample.prompt.uid,
+        prompt=sample.prompt.text,
+        response=sample.text,
+        label="" if sample.prompt.label is None else str(sample.prompt.label),
+        reward=sample.reward,
+        finish_reason=str(sample.finish_reason),
+        tokens=len(sample.response),
+    )
