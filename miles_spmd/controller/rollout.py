@@ -11,7 +11,8 @@ from miles_spmd.controller.workers import Workers
 from miles_spmd.data.sample import FinishReason, Prompt, Sample
 from miles_spmd.data.seeds import sample_seed
 from miles_spmd.data.tokenizer import Tokenizer
-from miles_spmd.rewards.pool import RewardPool, RewardResult
+from miles_spmd.rewards.pool import RewardPool
+from miles_spmd.rewards.protocols import Score
 from miles_spmd.rollout.engine import Output, Request, SamplingParams
 
 
@@ -33,7 +34,7 @@ def generate(
     groups = [[Sample(prompt, index) for index in range(samples_per_prompt)] for prompt in prompts]
     flat = [sample for group in groups for sample in group]
     unfinished = [samples_per_prompt] * len(groups)
-    scores: dict[int, Future[list[RewardResult]]] = {}
+    scores: dict[int, Future[list[Score]]] = {}
     with workers.rollout(step) as session:
         session.submit([_request(i, sample, sampling, run_seed, step) for i, sample in enumerate(flat)])
         for output in session.completions():

@@ -104,7 +104,7 @@ class Run:
         last = step == self.config.run.num_rollout
         if not ((wanted.save_interval and step % wanted.save_interval == 0) or (last and wanted.save_final)):
             return
-        with self._timed("perf/save_time"):
+        with self._timed("save"):
             folder = resume.step_folder(self.config.run_dir, step)
             folder.mkdir(parents=True, exist_ok=True)
             self._call(SaveCheckpoint(str(folder / "trainer")), Phase.CHECKPOINT, step)
@@ -132,7 +132,7 @@ class Run:
             stop=r.rollout_stop,
             stop_token_ids=r.rollout_stop_token_ids,
         )
-        with self._timed("perf/rollout_time"):
+        with self._timed("rollout"):
             groups = generate(
                 self.workers,
                 self.tokenizer,
@@ -180,7 +180,7 @@ class Run:
 
     def train(self, step: int, batch: Sequence[TrainSequence]) -> None:
         """One optimizer step on ``batch``. Raises TrainingDivergedError after too many skipped ones in a row."""
-        with self._timed("perf/train_time"):
+        with self._timed("train"):
             packing = self._pack(batch)
             results: list[TrainResult] = self._call(
                 bodies(packing, batch, self.workers.infos, Train), Phase.TRAIN, step
@@ -198,7 +198,7 @@ class Run:
         """Bring the trainer's weights into the engine as ``version``, unless it has them already."""
         if version == self._engine_version or (self.config.run.mode == "sft" and not self._eval_due(version)):
             return
-        with self._timed("perf/refit_time"):
+        with self._timed("refit"):
             results: list[RefitResult] = self._call(Refit(version), Phase.REFIT, version)
         self._engine_version = version
         self._metrics["refit/bytes"] = float(sum(r.bytes_local + r.bytes_received for r in results))
@@ -209,7 +209,7 @@ class Run:
         if not self._eval_due(step):
             return
         self.refit(step)
-        with self._timed("perf/eval_time"):
+        with self._timed("eval"):
             sets = {
                 name: generate(
                     self.workers,
@@ -236,7 +236,10 @@ class Run:
         for name in {name for metrics in self._train_metrics for name in metrics}:
             self._metrics[name] = float(np.mean([metrics[name] for metrics in self._train_metrics]))
         now = time.monotonic()
-        self._metrics["perf/step_time"] = now - self._step_started
+        seconds = self._metrics["perf/step_time"] = now - self._step_started
+        self._metrics["perf/tokens_per_gpu_per_second"] = (
+            self._metrics["train/tokens"] / seconds / len(self.workers.infos)
+        )
         self._trackers.log(step + 1, self._metrics)
         self._progress.update(step + 1, self._metrics)
         self._step_started, self._metrics, self._train_metrics = now, {}, []
@@ -262,7 +265,7 @@ class Run:
             )
 
     def _log_probs(self, step: int, sequences: Sequence[TrainSequence], model: str) -> list[np.ndarray]:
-        with self._timed("perf/log_probs_time"):
+        with self._timed("log_probs"):
             packing = self._pack(sequences)
             body = bodies(packing, sequences, self.workers.infos, lambda m: ComputeLogProbs(m, model))
             results: list[LogProbsResult] = self._call(body, Phase.LOG_PROBS, step)
@@ -289,7 +292,9 @@ class Run:
         return self.workers.call(body, step=step, phase=phase, timeout=timeout)
 
     @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
+    def _timed(self, phase: str) -> Iterator[None]:
+        self._progress.phase(phase)
         started = time.monotonic()
         yield
+        name = f"perf/{phase}_time"
         self._metrics[name] = self._metrics.get(name, 0.0) + time.monotonic() - started
