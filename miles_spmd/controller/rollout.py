@@ -46,7 +46,7 @@ def generate(
                 scores[group] = rewards.submit(groups[group])
     for group, future in sorted(scores.items()):
         for sample, result in zip(groups[group], future.result(), strict=True):
-            sample.reward, sample.reward_detail = result.score, result.detail
+            sample.reward, sample.reward_detail = result.value, result.detail
     return groups
 
 
