@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from miles_spmd.controller.metrics import mismatch_metrics, pass_at_k
+from miles_spmd.data.sample import TrainSequence
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_pass_at_k_is_the_share_of_draws_with_a_success(n: int) -> None:
+    for k in range(1, n + 1):
+        for successes in range(n + 1):
+            draws = list(combinations([i < successes for i in range(n)], k))
+            assert pass_at_k([successes], n, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_mismatch_counts_trained_tokens_only_and_names_the_largest() -> None:
+    sequence = TrainSequence(
+        np.arange(4, dtype=np.int32),
+        loss_weights=np.asarray([0, 0, 0.5, 0.5], np.float32),
+        rollout_log_probs=np.asarray([9, 9, -1.0, -2.0], np.float32),
+    )
+    metrics = mismatch_metrics([sequence], [np.asarray([0, 0, -1.0, -2.25], np.float32)])
+    assert metrics["train/train_rollout_logprob_abs_diff"] == 0.125
+    assert metrics["train/train_rollout_logprob_abs_diff_max"] == 0.25
+    assert metrics["train/train_rollout_kl"] == pytest.approx((np.exp(-0.25) - 1 + 0.25) / 2)
