@@ -11,7 +11,7 @@ import re
 from math import prod
 from typing import Any, ClassVar, NamedTuple
 
-from miles_spmd.models.layout import PADDING, Piece, Span, columns, filled_shape, stack, window
+from miles_spmd.models.layout import PADDING, Piece, Span, columns, filled_shape, stack, whole, window
 
 Shape = tuple[int, ...]
 Pieces = tuple[Piece, ...]
@@ -276,7 +276,7 @@ class Family:
 
     def _whole(self, name: str) -> Pieces:
         shape = self._tensors.get(name)
-        return stack([(name, 0, shape[0])], shape[1:]) if shape else ()
+        return whole(name, shape) if shape else ()
 
     def _column_shard(self, name: str, tp: Shard, lead: tuple[int, ...] = ()) -> Pieces:
         rows, width = self._tensors[name]

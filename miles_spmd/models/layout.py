@@ -8,6 +8,7 @@ export and refit are then one operation: intersect rectangles and copy.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 
 import msgspec
 
@@ -27,6 +28,11 @@ class Piece(msgspec.Struct, frozen=True):
     local: tuple[int, ...]
     shape: tuple[int, ...]
     lead: tuple[int, ...] = ()
+
+
+def region(lead: tuple[int, ...], start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int | slice, ...]:
+    """Index of a rectangle in a local tensor."""
+    return (*lead, *(slice(at, at + size) for at, size in zip(start, shape)))
 
 
 class TensorLayout(msgspec.Struct, frozen=True):
@@ -60,6 +66,11 @@ def window(spans: Iterable[Span], start: int, stop: int) -> list[Span]:
     return inside
 
 
+def whole(name: str, shape: tuple[int, ...]) -> tuple[Piece, ...]:
+    """All of a checkpoint tensor."""
+    return stack([(name, 0, shape[0])], shape[1:])
+
+
 def columns(name: str, rows: int, start: int, stop: int, lead: tuple[int, ...] = ()) -> tuple[Piece, ...]:
     """Columns [start, stop) of a checkpoint matrix with this many rows."""
     return (Piece(name, (0, start), (0, 0), (rows, stop - start), lead),)
@@ -69,3 +80,22 @@ def filled_shape(pieces: Iterable[Piece]) -> tuple[int, ...]:
     """The shape of the smallest local tensor that holds all ``pieces``."""
     ends = [(*(i + 1 for i in p.lead), *(at + n for at, n in zip(p.local, p.shape))) for p in pieces]
     return tuple(map(max, zip(*ends)))
+
+
+def check_filled(name: str, shape: tuple[int, ...], pieces: tuple[Piece, ...]) -> None:
+    """Raise ValueError naming the tensor and the piece unless ``pieces`` fill a tensor of ``shape`` exactly once."""
+    for piece in pieces:
+        extent = (*(i + 1 for i in piece.lead), *(at + n for at, n in zip(piece.local, piece.shape)))
+        if len(extent) != len(shape) or any(end > size for end, size in zip(extent, shape)):
+            raise ValueError(f"{name} of shape {tuple(shape)} does not hold its piece {piece}")
+    ordered = sorted(pieces, key=lambda p: (p.lead, p.local))
+    for index, piece in enumerate(ordered):
+        end = piece.local[0] + piece.shape[0]
+        for other in ordered[index + 1 :]:  # only those that begin before this one's last row
+            if other.lead != piece.lead or other.local[0] >= end:
+                break
+            if all(a < b + n and b < a + m for a, b, m, n in zip(piece.local, other.local, piece.shape, other.shape)):
+                raise ValueError(f"{name} is filled twice, by {piece} and {other}")
+    filled = sum(prod(piece.shape) for piece in pieces)
+    if filled != prod(shape):
+        raise ValueError(f"{name} of shape {tuple(shape)} is filled in {filled} of its {prod(shape)} elements only")
