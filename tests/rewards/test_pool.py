@@ -1,0 +1,191 @@
+"""The pool with real processes: what good functions return, and that every way to fail is one RewardError."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+from miles_spmd.config.schema import Reward
+from miles_spmd.data.sample import Prompt, Sample
+from miles_spmd.rewards.pool import RewardPool
+from miles_spmd.rewards.protocols import RewardError, Score
+
+HERE = "tests.rewards.user_functions:"
+
+
+def group(*texts: str, uid: str = "gsm8k:1", label: Any = "19", **metadata: Any) -> list[Sample]:
+    prompt = Prompt(uid, "seven plus 12 =", [1, 2], label, metadata)
+    return [Sample(prompt, i, [5] * len(t), [-0.5] * len(t), [1] * len(t), t) for i, t in enumerate(texts)]
+
+
+def children() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+
+
+@pytest.fixture(autouse=True)
+def _no_process_stays() -> Iterator[None]:
+    before = {p.pid for p in children()}
+    yield
+    assert {p.pid for p in children()} <= before
+
+
+def scores(function: str, samples: list[Sample], **settings: Any) -> list[Score]:
+    with RewardPool(Reward(rm_type=function, **{"reward_workers": 1} | settings)) as pool:
+        return pool.submit(samples).result(timeout=60)
+
+
+def values(function: str, samples: list[Sample], **settings: Any) -> list[float]:
+    return [s.value for s in scores(function, samples, **settings)]
+
+
+def test_own_shapes() -> None:
+    samples = group("a", "bbb", "cc") + group("dddd", "e", uid="gsm8k:2")
+    assert values(HERE + "length", samples) == [1, 3, 2, 4, 1]
+    assert values(HERE + "ranked", samples, reward_batched=True) == [0, 2, 1, 1, 0]
+    assert values(HERE + "ranked_async", samples, reward_batched=True) == [0, 2, 1, 1, 0]
+    assert values(HERE + "judge", samples) == [0, 2, 4, 0, 2]
+    assert scores(HERE + "detailed", samples[1:2]) == [Score(1.0, {"words": 2.0, "right": 1.0})]
+    assert values(HERE + "length", []) == []
+
+
+def test_async_samples_wait_at_the_same_time() -> None:
+    with RewardPool(Reward(rm_type=HERE + "length_async", reward_workers=1)) as pool:
+        start = time.monotonic()
+        assert [s.value for s in pool.submit(group(*"abcdefgh")).result(timeout=60)] == [1.0] * 8
+        assert time.monotonic() - start < 2  # 8 x 0.5 s one after the other
+
+
+def test_trl_shapes() -> None:
+    assert values(HERE + "trl_reference", group("19", "20", answer="19")) == [1, 0]
+    talk = [{"role": "user", "content": "seven plus 12?"}]
+    assert values(HERE + "trl_conversational", group("19", "20", label=19, messages=talk)) == [1, 0]
+    assert values(HERE + "trl_async", group("19", "200")) == [2, 3]
+
+
+def test_verl_shapes() -> None:
+    result = scores(HERE + "verl_full", group("19", "20", extra_info={"index": 4}))
+    assert result == [Score(1.0, {"gsm8k": 1.0, "extra": 4.0}), Score(0.0, {"gsm8k": 1.0, "extra": 4.0})]
+    assert values(HERE + "verl_full", group("19", data_source="x", index=7)) == [1]
+    assert values(HERE + "verl_short", group("19", "20")) == [1, 0]
+
+
+def test_built_in_rewards() -> None:
+    samples = group("19", r"\boxed{19}", " 19\n", "nineteen")
+    assert values("exact", samples) == [1, 0, 1, 0]
+    assert values("math", samples) == [1, 1, 1, 0]
+
+
+def test_what_math_cannot_verify_is_wrong_and_the_pool_lives_on() -> None:
+    tower = r"\boxed{9^{9^{9^9}}}"
+    with RewardPool(Reward(rm_type="math", reward_workers=1, reward_timeout=3, reward_memory_gib=1)) as pool:
+        assert [s.value for s in pool.submit(group(tower, r"\boxed{19}", label=5)).result(timeout=60)] == [0, 0]
+        assert [s.value for s in pool.submit(group(r"\boxed{19}")).result(timeout=60)] == [1]
+
+
+FAILURES = {
+    "raises": "sample 1, raised KeyError: 'no such thing'",
+    "hangs": "sample 1, took longer than reward.reward_timeout = 1 s",
+    "hangs_async": "sample 1, took longer than reward.reward_timeout = 1 s",
+    "blocks_async": "took longer than reward.reward_timeout = 1 s",
+    "nan": "sample 0, returned nan instead of a finite number",
+    "infinite": "sample 0, returned inf instead of a finite number",
+    "none": "sample 0, returned None instead of a finite number",
+    "text": "sample 0, returned '1.0' instead of a finite number",
+    "scoreless": "sample 0, returned an object without 'score' (it has reward)",
+    "trl_none": "sample 0, returned None instead of a finite number",
+    "trl_missing_column": "needs solution, but the data has only",
+    "eats_memory": "sample 0, ran out of the memory that reward.reward_memory_gib allows",
+    "exits": "sample 0, ended its process (exit code 7)",
+    "stopped_by_signal": "sample 0, ended its process (exit code -11)",
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_every_failure_names_function_prompt_and_sample(name: str) -> None:
+    with pytest.raises(RewardError) as caught:
+        values(HERE + name, group("a", "b"), reward_timeout=1, reward_memory_gib=1)
+    message = str(caught.value)
+    assert message.startswith(f"reward '{HERE}{name}' on prompt gsm8k:1")
+    assert FAILURES[name] in message
+    assert "mend the function" in message
+    assert ("Traceback" in message) == (name == "raises")
+
+
+@pytest.mark.parametrize(("name", "expected"), [("too_few", "returned 1 rewards for 2"), ("one_number", "a list of 2")])
+def test_batched_results_of_the_wrong_length(name: str, expected: str) -> None:
+    with pytest.raises(RewardError, match=expected):
+        values(HERE + name, group("a", "b"), reward_batched=True)
+
+
+@pytest.mark.parametrize("name", ["exact", "math"])
+def test_a_missing_label_names_the_prompt(name: str) -> None:
+    with pytest.raises(RewardError, match=f"'{name}' on prompt gsm8k:1, sample 0, raised ValueError"):
+        values(name, group("a", label=None))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("nothing", "neither 'math', 'exact' nor 'module:function'"),
+        ("no.such.module:f", "cannot be imported: ModuleNotFoundError"),
+        (HERE + "no_such_function", "cannot be imported: AttributeError"),
+        (HERE + "not_a_function", "is int, not a function"),
+        (HERE + "too_many", r"has the parameters \(sample, other\)"),
+    ],
+)
+def test_a_function_that_cannot_be_used_fails_at_once(name: str, expected: str) -> None:
+    with pytest.raises(RewardError, match=expected):
+        RewardPool(Reward(rm_type=name))
+
+
+def test_submit_does_not_wait_and_close_kills_what_runs() -> None:
+    pool = RewardPool(Reward(rm_type=HERE + "hangs", reward_workers=2))
+    start = time.monotonic()
+    future = pool.submit(group("a", "b", "c"))
+    assert not future.done()
+    time.sleep(0.5)
+    pool.close()
+    assert time.monotonic() - start < 5
+    with pytest.raises(RewardError, match="pool closed"):
+        future.result(timeout=5)
+
+
+def test_other_calls_outlive_a_hanging_one() -> None:
+    with RewardPool(Reward(rm_type=HERE + "hangs", reward_workers=1, reward_timeout=1)) as pool:
+        bad, good = pool.submit(group("a", "b")), pool.submit(group("c", uid="gsm8k:2"))
+        assert good.result(timeout=30) == [Score(0.0)]
+        with pytest.raises(RewardError):
+            bad.result(timeout=30)
+
+
+def test_processes_hold_no_torch() -> None:
+    assert values(HERE + "loaded_torch", group("a")) == [0]
+
+
+def test_processes_die_with_a_killed_controller() -> None:
+    code = (
+        "import sys, time\n"
+        "from tests.rewards.test_pool import HERE, RewardPool, Reward, group\n"
+        "if __name__ == '__main__':\n"
+        "    pool = RewardPool(Reward(rm_type=HERE + 'process_id', reward_workers=1))\n"
+        "    print(int(pool.submit(group('a')).result()[0].value), flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    controller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert controller.stdout is not None
+    worker = int(controller.stdout.readline())
+    assert psutil.pid_exists(worker)
+    os.kill(controller.pid, signal.SIGKILL)
+    controller.communicate()
+    deadline = time.monotonic() + 5
+    while psutil.pid_exists(worker) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the reward process outlived its controller"
+        time.sleep(0.05)

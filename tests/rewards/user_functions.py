@@ -1,0 +1,154 @@
+"""Reward functions such as users write, good and bad; named by ``module:function`` in the tests."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import sys
+import time
+from typing import Any
+
+from miles_spmd.data.sample import Sample
+
+
+def length(sample: Sample) -> float:
+    return float(len(sample.text))
+
+
+def detailed(sample: Sample) -> dict[str, Any]:
+    return {"score": sample.index, "words": 2, "right": True, "why": "text is not kept"}
+
+
+def ranked(samples: list[Sample]) -> list[float]:
+    order = sorted(samples, key=lambda s: len(s.text))
+    return [float(order.index(s)) for s in samples]
+
+
+async def length_async(sample: Sample) -> float:
+    await asyncio.sleep(0.5)
+    return float(len(sample.text))
+
+
+async def ranked_async(samples: list[Sample]) -> list[float]:
+    await asyncio.sleep(0)
+    return ranked(samples)
+
+
+class Judge:
+    async def __call__(self, sample: Sample) -> float:
+        return sample.index * 2.0
+
+
+judge = Judge()
+
+
+def trl_reference(prompts: list[str], completions: list[str], answer: list[str], **kwargs: Any) -> list[float]:
+    """As in TRL's documentation: completions against a column of the dataset."""
+    assert len(prompts) == len(completions) == len(kwargs["completion_ids"])
+    return [1.0 if c == a else 0.0 for c, a in zip(completions, answer)]
+
+
+def trl_conversational(completions: list[list[dict[str, str]]], prompts: list[Any], label: list[Any]) -> list[float]:
+    assert prompts[0][-1]["role"] == "user"
+    return [float(c[0]["content"] == str(a)) for c, a in zip(completions, label)]
+
+
+async def trl_async(completions: list[str], **kwargs: Any) -> list[float]:
+    return [float(len(c)) for c in completions]
+
+
+def verl_full(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> dict[str, Any]:
+    return {"score": float(solution_str == ground_truth), "gsm8k": data_source == "gsm8k", "extra": extra_info["index"]}
+
+
+def verl_short(solution_str: str, ground_truth: str, method: str = "strict") -> float:
+    assert method == "strict"
+    return float(solution_str == ground_truth)
+
+
+def raises(sample: Sample) -> float:
+    if sample.index == 1:
+        raise KeyError("no such thing")
+    return 0.0
+
+
+def hangs(sample: Sample) -> float:
+    while sample.index == 1:
+        time.sleep(60)
+    return 0.0
+
+
+async def hangs_async(sample: Sample) -> float:
+    await asyncio.sleep(60 if sample.index == 1 else 0)
+    return 0.0
+
+
+async def blocks_async(sample: Sample) -> float:
+    time.sleep(60)
+    return 0.0
+
+
+def nan(sample: Sample) -> float:
+    return math.nan
+
+
+def infinite(sample: Sample) -> float:
+    return math.inf
+
+
+def none(sample: Sample) -> None:
+    return None
+
+
+def text(sample: Sample) -> str:
+    return "1.0"
+
+
+def scoreless(sample: Sample) -> dict[str, float]:
+    return {"reward": 1.0}
+
+
+def too_few(samples: list[Sample]) -> list[float]:
+    return [1.0]
+
+
+def one_number(samples: list[Sample]) -> float:
+    return 1.0
+
+
+def trl_none(completions: list[str], **kwargs: Any) -> list[float | None]:
+    return [None] * len(completions)
+
+
+def trl_missing_column(completions: list[str], solution: list[str]) -> list[float]:
+    return [0.0] * len(completions)
+
+
+def eats_memory(sample: Sample) -> float:
+    return float(len(bytearray(3 * 2**30)))
+
+
+def exits(sample: Sample) -> float:
+    os._exit(7)
+
+
+def stopped_by_signal(sample: Sample) -> float:
+    os.kill(os.getpid(), 11)
+    time.sleep(10)
+    return 0.0
+
+
+def too_many(sample: Sample, other: int) -> float:
+    return 0.0
+
+
+def loaded_torch(sample: Sample) -> float:
+    return float("torch" in sys.modules)
+
+
+def process_id(sample: Sample) -> float:
+    return float(os.getpid())
+
+
+not_a_function = 3
