@@ -96,10 +96,10 @@ class Family:
         if kind not in self.rope_types:
             return [f"rope type {kind!r} is not supported (supported: {', '.join(self.rope_types)})"]
         problems = []
-        if rope.get("partial_rotary_factor", 1) != 1:
+        if rope["partial_rotary_factor"] != 1:
             problems.append("partial_rotary_factor is not supported")
         if kind == "llama3":
-            if "factor" not in rope:
+            if not rope.get("factor"):
                 problems.append("rope type llama3 needs a factor")
             problems += [
                 f"rope {key} {rope.get(key)} is not supported (megatron-core fixes it at {value})"
@@ -285,7 +285,9 @@ class Family:
     def _vocabulary(self, output: bool, shape: Shape, tp: Shard) -> Pieces:
         """Both backends give each rank an equal share of the padded rows, padding last."""
         name = "lm_head.weight" if output and not self.tied_embeddings else "model.embed_tokens.weight"
-        padding = max(0, shape[0] * tp.size - self.vocab_size)
+        padding = shape[0] * tp.size - self.vocab_size
+        if padding < 0:
+            raise ValueError(f"{tp.size} times {shape[0]} rows do not hold a vocabulary of {self.vocab_size}")
         rows: list[Span] = [(name, 0, self.vocab_size), (PADDING, 0, padding)]
         return stack(window(rows, tp.rank * shape[0], (tp.rank + 1) * shape[0]), (self.hidden_size,))
 
@@ -327,6 +329,7 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     rope.setdefault("rope_type", rope.get("type", "default"))
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", 1))
     return rope
 
 

@@ -1,0 +1,125 @@
+"""What a Megatron rank and an SGLang rank hold, written down by hand: an oracle independent of the layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from miles_spmd.models import Family
+
+State = Mapping[str, Tensor]
+
+
+def megatron_names(
+    family: Family, layers: range, experts: range, first: bool = True, last: bool = True
+) -> Iterator[str]:
+    """Parameters of one rank under the local layer spec, by whole-model name."""
+    if first:
+        yield "embedding.word_embeddings.weight"
+    for layer in layers:
+        prefix = f"decoder.layers.{layer}."
+        yield from (prefix + "input_layernorm.weight", prefix + "pre_mlp_layernorm.weight")
+        yield from (f"{prefix}self_attention.{name}.weight" for name in ("linear_qkv", "linear_proj"))
+        if family.qkv_bias:
+            yield prefix + "self_attention.linear_qkv.bias"
+        if family.qk_norm:
+            yield from (f"{prefix}self_attention.{name}_layernorm.weight" for name in "qk")
+        if experts:
+            yield prefix + "mlp.router.weight"
+        blocks = [f"experts.local_experts.{expert}." for expert in experts] or [""]
+        yield from (f"{prefix}mlp.{block}linear_fc{i}.weight" for block in blocks for i in (1, 2))
+    if last:
+        yield "decoder.final_layernorm.weight"
+    if last and not (first and family.tied_embeddings):
+        yield "output_layer.weight"
+
+
+def sglang_names(family: Family, experts: bool) -> Iterator[str]:
+    yield "model.embed_tokens.weight"
+    for layer in range(family.num_layers):
+        prefix = f"model.layers.{layer}."
+        yield from (prefix + "input_layernorm.weight", prefix + "post_attention_layernorm.weight")
+        yield from (prefix + "self_attn.qkv_proj.weight", prefix + "self_attn.o_proj.weight")
+        if family.qkv_bias:
+            yield prefix + "self_attn.qkv_proj.bias"
+        if family.qk_norm:
+            yield from (prefix + "self_attn.q_norm.weight", prefix + "self_attn.k_norm.weight")
+        mlp = (
+            ("gate.weight", "experts.w13_weight", "experts.w2_weight")
+            if experts
+            else ("gate_up_proj.weight", "down_proj.weight")
+        )
+        yield from (f"{prefix}mlp.{name}" for name in mlp)
+    yield "model.norm.weight"
+    if not family.tied_embeddings:
+        yield "lm_head.weight"
+
+
+def megatron_tensor(
+    state: State, family: Family, name: str, rank: int, size: int, etp_rank: int = 0, etp_size: int = 1
+) -> Tensor:
+    """The local tensor of a Megatron parameter, cut from a whole checkpoint."""
+    if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        output = name.startswith("output") and not family.tied_embeddings
+        return vocabulary(state["lm_head.weight" if output else "model.embed_tokens.weight"], rank, size, 1)
+    if name == "decoder.final_layernorm.weight":
+        return state["model.norm.weight"]
+    _, _, layer, module, rest = name.split(".", 4)
+    hf = f"model.layers.{layer}."
+    leaf = name.rpartition(".")[2]
+    if module == "self_attention" and rest.startswith("linear_qkv."):
+        groups = (state[f"{hf}self_attn.{part}_proj.{leaf}"].unflatten(0, (family.num_kv_heads, -1)) for part in "qkv")
+        return torch.cat(list(groups), 1).flatten(0, 1).chunk(size)[rank]
+    if module == "mlp" and "linear_fc" in name:
+        if "experts" in name:
+            hf, rank, size = f"{hf}mlp.experts.{name.split('.')[6]}.", etp_rank, etp_size
+        else:
+            hf += "mlp."
+        if "linear_fc2" in name:
+            return state[hf + "down_proj.weight"].chunk(size, 1)[rank]
+        return torch.cat([state[f"{hf}{part}_proj.weight"].chunk(size)[rank] for part in ("gate", "up")])
+    if rest == "linear_proj.weight":
+        return state[hf + "self_attn.o_proj.weight"].chunk(size, 1)[rank]
+    whole = {
+        "input_layernorm": "input_layernorm",
+        "pre_mlp_layernorm": "post_attention_layernorm",
+        "self_attention.q_layernorm": "self_attn.q_norm",
+        "self_attention.k_layernorm": "self_attn.k_norm",
+        "mlp.router": "mlp.gate",
+    }
+    return state[f"{hf}{whole[name.removesuffix('.weight').split('.', 3)[3]]}.weight"]
+
+
+def sglang_tensor(state: State, family: Family, name: str, rank: int, size: int) -> Tensor:
+    """The local tensor of an SGLang parameter."""
+    if name in ("model.embed_tokens.weight", "lm_head.weight"):
+        return vocabulary(state[name], rank, size, 64)
+    prefix, _, last = name.rpartition("mlp.") if "mlp." in name else name.rpartition("self_attn.")
+    if last.startswith("qkv_proj"):
+        leaf = last.rpartition(".")[2]
+        replicas = max(1, size // family.num_kv_heads)
+        q, k, v = (state[f"{prefix}self_attn.{part}_proj.{leaf}"] for part in "qkv")
+        return torch.cat([q.chunk(size)[rank], *(t.chunk(size // replicas)[rank // replicas] for t in (k, v))])
+    if last in ("o_proj.weight", "down_proj.weight"):
+        return state[name].chunk(size, 1)[rank]
+
+    def gate_up(block: str) -> Tensor:
+        return torch.cat([state[f"{block}{part}_proj.weight"].chunk(size)[rank] for part in ("gate", "up")])
+
+    experts = [f"{prefix}mlp.experts.{expert}." for expert in range(family.config.get("num_local_experts", 0))]
+    if last == "gate_up_proj.weight":
+        return gate_up(prefix + "mlp.")
+    if last == "experts.w13_weight":
+        return torch.stack([gate_up(block) for block in experts])
+    if last == "experts.w2_weight":
+        return torch.stack([state[block + "down_proj.weight"].chunk(size, 1)[rank] for block in experts])
+    return state[name]
+
+
+def vocabulary(table: Tensor, rank: int, size: int, multiple: int) -> Tensor:
+    """Rows shared out evenly after zeros have rounded them up to ``multiple`` and to the number of ranks."""
+    rows = -(-table.shape[0] // multiple) * multiple
+    rows = -(-rows // size) * size
+    return torch.cat([table, table.new_zeros(rows - table.shape[0], table.shape[1])]).chunk(size)[rank]

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from miles_spmd.models import FAMILIES, load_family
+from tests.models import tiny
+
+QWEN3 = {
+    "model_type": "qwen3",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "rope_scaling": None,
+    "use_sliding_window": False,
+    "tie_word_embeddings": True,
+    "vocab_size": 151936,
+}
+QWEN3_MOE = QWEN3 | {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+}
+QWEN2 = {
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "use_sliding_window": False,
+    "tie_word_embeddings": False,
+    "vocab_size": 152064,
+}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {k: v for k, v in tiny.LLAMA3_ROPE.items() if k != "rope_theta"},
+    "tie_word_embeddings": False,
+    "vocab_size": 128256,
+}
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_tensor_map_is_what_transformers_writes(name: str, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    model = tiny.save(tmp_path, name)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        written = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    family = load_family(tmp_path)
+    assert family.checkpoint_tensors() == written
+    assert family.num_parameters() == sum(p.numel() for p in model.parameters())
+    assert list(FAMILIES) == sorted(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("config", "total", "active"),
+    [  # as counted on the models' Hugging Face pages
+        (QWEN3, 596_049_920, 596_049_920),
+        (QWEN2, 7_615_616_512, 7_615_616_512),
+        (LLAMA, 8_030_261_248, 8_030_261_248),
+        (QWEN3_MOE, 30_532_122_624, 3_353_032_704),
+    ],
+    ids=["Qwen3-0.6B", "Qwen2.5-7B", "Llama-3.1-8B", "Qwen3-30B-A3B"],
+)
+def test_published_sizes(config: dict, total: int, active: int) -> None:
+    family = load_family(config)
+    assert (family.num_parameters(), family.num_active_parameters()) == (total, active)
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_megatron_arguments_agree_with_the_transformers_config(name: str) -> None:
+    config = tiny.build(name).config
+    family = load_family(json.loads(config.to_json_string()))
+    model = family.gpt_model(tp_size=4)
+    assert model["rotary_base"] == config.rope_parameters["rope_theta"]
+    assert model["share_embeddings_and_output_weights"] == config.tie_word_embeddings
+    assert model["vocab_size"] == 100
+    assert family.gpt_model()["vocab_size"] == 97
+    assert model.get("rope_scaling", False) == (name == "llama")
+    transformer = family.transformer_config()
+    assert transformer["qk_layernorm"] == name.startswith("qwen3")
+    assert transformer["add_qkv_bias"] == (name == "qwen2")
+    assert transformer.get("num_moe_experts") == getattr(config, "num_experts", None)
+
+
+def test_today_s_and_older_spelling_mean_the_same() -> None:
+    older = load_family(LLAMA)
+    today = dict(LLAMA) | {"rope_parameters": tiny.LLAMA3_ROPE}
+    del today["rope_theta"], today["rope_scaling"]
+    assert load_family(today).gpt_model() == older.gpt_model()
+    assert older.gpt_model()["rope_scaling_factor"] == 8.0
+    moe = dict(QWEN3_MOE) | {"num_local_experts": 128}
+    del moe["num_experts"]
+    assert load_family(moe).transformer_config() == load_family(QWEN3_MOE).transformer_config()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "gpt2"}, r"'gpt2' is not supported; supported: llama, qwen2, qwen3, qwen3_moe"),
+        ({}, "model_type None is not supported"),
+        (QWEN3 | {"head_dim": None}, "head_dim is missing"),
+        (QWEN3 | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported"),
+        (QWEN3 | {"attention_bias": True}, "attention_bias is not supported"),
+        (QWEN2 | {"use_sliding_window": True}, "sliding-window"),
+        (QWEN2 | {"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
+        (QWEN2 | {"quantization_config": {"quant_method": "awq"}}, "quantized"),
+        (LLAMA | {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        (LLAMA | {"rope_scaling": tiny.LLAMA3_ROPE | {"high_freq_factor": 2}}, "high_freq_factor 2 is not supported"),
+        (LLAMA | {"rope_scaling": {**tiny.LLAMA3_ROPE, "factor": None}}, "needs a factor"),
+        (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        (QWEN3_MOE | {"num_experts": None}, "num_experts is missing"),
+        (QWEN3_MOE | {"mlp_only_layers": [0]}, "dense layers between MoE layers"),
+        (QWEN3_MOE | {"decoder_sparse_step": 2}, "dense layers between MoE layers"),
+    ],
+)
+def test_unsupported_models_are_refused(config: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_family(config)
+
+
+def test_all_faults_of_a_config_come_at_once() -> None:
+    with pytest.raises(ValueError, match=r"(?s)vocab_size is missing.*mlp_bias.*rope type 'linear'"):
+        load_family({"model_type": "llama", "mlp_bias": True, "rope_scaling": {"type": "linear"}})
+
+
+def test_folders_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_family(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        load_family(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        load_family(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=f"{tmp_path}.*hidden_size is missing"):
+        load_family(tmp_path)
+
+
+def test_models_need_no_torch() -> None:
+    code = "import sys, miles_spmd.models; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,67 @@
+"""Tiny checkpoints of every family, written by transformers itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from miles_spmd.platform import cpu
+
+cpu.install()
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+COMMON = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,  # odd: every tensor-parallel size needs padding
+    "initializer_range": 0.1,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3-tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen2": ("Qwen2", {}),
+    "llama": ("Llama", {"rope_parameters": LLAMA3_ROPE, "max_position_embeddings": 16384}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+        },
+    ),
+}
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+    """A random model of one of CONFIGS; norms and biases are not left at their ones and zeros."""
+    prefix, changes = CONFIGS[name]
+    config = getattr(transformers, f"{prefix}Config")(**(COMMON | changes))
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "norm" in parameter_name or parameter_name.endswith("bias"):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.to(dtype).eval()
+
+
+def save(folder: Path, name: str, dtype: torch.dtype = torch.float32, **options: Any) -> transformers.PreTrainedModel:
+    model = build(name, dtype)
+    model.save_pretrained(folder, **options)
+    return model
