@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Make .venv with the pinned CPU stack, unless it is there and up to date. quickstart.sh and test.sh begin with this.
+# PYTHON=/path/to/python chooses the interpreter; which package index is used is pip's own configuration.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+lock=launch/requirements-cpu.txt
+stamp=.venv/.miles-spmd
+
+fail() {
+    echo "setup: $*" >&2
+    exit 1
+}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "needs Python 3.11 or 3.12, and found neither; set PYTHON to one"
+}
+
+install() {
+    .venv/bin/python -m pip --quiet --disable-pip-version-check install --no-input --no-compile "$@"
+}
+
+wanted=$(cat "$lock" pyproject.toml <(pwd) | sha256sum)
+if [[ -f $stamp && $(<"$stamp") == "$wanted" && -x .venv/bin/python ]]; then
+    exit 0
+fi
+
+[[ $(uname -sm) == "Linux x86_64" ]] || fail "the pinned packages are for Linux on x86-64, not $(uname -sm)"
+if [[ ! -x .venv/bin/python ]]; then
+    python=$(find_python)
+    "$python" -m venv .venv || fail "$python cannot make a virtual environment; install its venv module (python3-venv)"
+fi
+echo "setup: installing the packages of $lock into .venv, a few minutes the first time"
+install --no-deps --requirement "$lock" || fail "the packages could not be installed; pip's message above says which"
+if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
+    echo "setup: this package index has torch for CUDA only; installing the libraries it needs to start (gigabytes)"
+    install --constraint "$lock" "$(grep '^torch==' "$lock")" || fail "torch could not be installed"
+fi
+# Compiled here on every core, where pip would use one; left to the first run, each of its processes would do it again.
+.venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
+install --no-deps --no-build-isolation --editable . || fail "the project itself could not be installed"
+echo "$wanted" >"$stamp"
