@@ -1,0 +1,206 @@
+"""Resumable checkpoints of the trainer, by Megatron's distributed checkpointing: each rank writes what it holds.
+
+A checkpoint may be read under another layout: tensor, pipeline, context and data parallelism and virtual stages may
+change. What may not is listed in ``_FIXED``, and is refused with what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
+
+_FORMAT = 1
+# what of the configuration a checkpoint is bound to; the model's shape, and what Megatron cannot convert
+_FIXED = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "expert_model_parallel_size",  # expert optimizer state is stored per rank of the expert group
+    "use_distributed_optimizer",  # the two kinds of optimizer keep different state
+    "params_dtype",
+)
+_RANDOM_STATE_LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+
+_RANDOM = "random"
+_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+class CheckpointError(ValueError):
+    """A folder that cannot be resumed from, with the reason."""
+
+
+def save(
+    path: str | Path,
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: ChainedOptimizer,
+    schedule: OptimizerParamScheduler,
+) -> None:
+    """Write weights, optimizer, schedule and random state into ``path``, which must be empty or new; all ranks call it.
+
+    Raises CheckpointError when the folder has contents.
+    """
+    folder = Path(path)
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    if any(folder.iterdir()):
+        raise CheckpointError(f"{folder} is not empty: a checkpoint is written into a folder of its own")
+    dist.barrier()
+    state = _weights_and_optimizer(chunks, optimizer, is_loading=False)
+    state |= {"format": _FORMAT, "settings": _settings(chunks), "updates": schedule.num_steps, _RANDOM: _random_state()}
+    dist_checkpointing.save(state, str(folder))
+
+
+def load(
+    path: str | Path,
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: ChainedOptimizer,
+    schedule: OptimizerParamScheduler,
+) -> None:
+    """Continue from what :func:`save` wrote; all ranks call it.
+
+    The learning rate and its schedule are the configuration's, at the checkpoint's number of updates. Random state is
+    taken over where tensor and pipeline parallelism are the same. Raises CheckpointError on every rank when the folder
+    is no checkpoint, is damaged or is one of another model; the weights are then undefined.
+    """
+    folder = str(path)
+    if not Path(path).is_dir():
+        raise CheckpointError(f"checkpoint {folder} does not exist")
+    with _one_error(folder):
+        common = dist_checkpointing.load_common_state_dict(folder)
+        settings = _settings(chunks)
+        _check_settings(common, settings)
+        same_ranks = all(common["settings"][name] == settings[name] for name in _RANDOM_STATE_LAYOUT)
+        state = _weights_and_optimizer(chunks, optimizer, is_loading=True)
+        if same_ranks:
+            state[_RANDOM] = _random_state()
+        loaded, unread, absent = dist_checkpointing.load(state, folder, strict=StrictHandling.RETURN_ALL)
+        _check_complete(unread, absent)
+        for name, chunk in _named(chunks):
+            chunk.module.load_state_dict(loaded[name])
+        _load_optimizer(optimizer, loaded["optimizer"])
+        schedule.step(loaded["updates"] - schedule.num_steps)
+        if same_ranks:
+            _set_random_state(loaded[_RANDOM])
+
+
+@contextmanager
+def _one_error(folder: str) -> Iterator[None]:
+    """Whatever goes wrong below, in Megatron, torch or a file, as one error that names the checkpoint."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # torch's CheckpointException is no Exception
+        raise CheckpointError(f"checkpoint {folder} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _named(chunks: Sequence[DistributedDataParallel]) -> list[tuple[str, DistributedDataParallel]]:
+    """Chunks by the names that Megatron's optimizers expect in a state dict."""
+    return [("model" if len(chunks) == 1 else f"model{i}", chunk) for i, chunk in enumerate(chunks)]
+
+
+def _weights_and_optimizer(
+    chunks: Sequence[DistributedDataParallel], optimizer: ChainedOptimizer, is_loading: bool
+) -> dict[str, Any]:
+    state: dict[str, Any] = {name: chunk.module.sharded_state_dict() for name, chunk in _named(chunks)}
+    state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=_OPTIMIZER_FORMAT)
+    return state
+
+
+def _load_optimizer(optimizer: ChainedOptimizer, state: dict[Any, Any]) -> None:
+    """Moments and main parameters from the checkpoint; options (learning rate, betas) stay the configuration's."""
+    many = len(optimizer.chained_optimizers) > 1
+    for index, inner in enumerate(optimizer.chained_optimizers):
+        if inner.is_stub_optimizer:
+            continue
+        options = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in inner.param_groups]
+        own = state[index] if many else state
+        parameter_state = own.pop("param_state", None)
+        inner.load_state_dict(own)
+        if isinstance(inner, DistributedOptimizer):
+            _load_parameter_state(inner, parameter_state)
+        for group, saved in zip(inner.param_groups, options):
+            group.update(saved)
+        _separate_steps(inner)
+
+
+def _load_parameter_state(optimizer: DistributedOptimizer, state: dict[int, dict[str, torch.Tensor]]) -> None:
+    """Megatron copies every tensor of a parameter's state from ``state``, where torch's Adam (without Transformer
+    Engine) has one more than it saves: the step, loaded before."""
+    steps = [(own, own.pop("step")) for own in optimizer.optimizer.state.values() if "step" in own]
+    optimizer.load_parameter_state_from_fully_reshardable(state)
+    for own, step in steps:
+        own["step"] = step
+
+
+def _separate_steps(optimizer: MegatronOptimizer) -> None:
+    """torch's Adam counts in place, per parameter. Megatron gives all parameters one tensor, or none at step 0."""
+    if not isinstance(optimizer.optimizer, torch.optim.Adam):
+        return
+    for own in optimizer.optimizer.state.values():
+        own["step"] = own["step"].clone() if "step" in own else torch.zeros((), device=own["exp_avg"].device)
+
+
+def _settings(chunks: Sequence[DistributedDataParallel]) -> dict[str, Any]:
+    config, ddp = chunks[0].config, chunks[0].ddp_config
+    names = {*_FIXED, *_RANDOM_STATE_LAYOUT} - {"use_distributed_optimizer", "params_dtype"}
+    return {name: getattr(config, name) for name in sorted(names)} | {
+        "use_distributed_optimizer": ddp.use_distributed_optimizer,
+        "params_dtype": str(config.params_dtype),
+    }
+
+
+def _check_settings(common: dict[str, Any], settings: dict[str, Any]) -> None:
+    if common.get("format") != _FORMAT:
+        raise ValueError(f"its format is {common.get('format')}, this version reads {_FORMAT}")
+    saved = common["settings"]
+    different = [f"{name} was {saved[name]}, now {settings[name]}" for name in _FIXED if saved[name] != settings[name]]
+    if different:
+        raise ValueError("; ".join(different))
+
+
+def _check_complete(unread: set[str], absent: set[str]) -> None:
+    unread = {key for key in unread if not key.startswith(_RANDOM)}
+    if absent:
+        raise ValueError(f"{len(absent)} tensors are missing from it, such as {min(absent)}")
+    if unread:
+        raise ValueError(f"it has {len(unread)} tensors that this model has not, such as {min(unread)}")
+
+
+def _random_state() -> ShardedObject:
+    """Of this tensor- and pipeline-parallel rank; the ranks of its data-parallel group have the same."""
+    state = {
+        "cpu": torch.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return ShardedObject(
+        _RANDOM,
+        state,
+        (
+            parallel_state.get_pipeline_model_parallel_world_size(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        ),
+        (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()),
+        replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+    )
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,134 @@
+"""The user's ``[megatron]`` table, dispatched by field name to the three dataclasses that configure Megatron."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer import TransformerConfig
+
+from miles_spmd.config.schema import Config
+from miles_spmd.models import Family
+
+# What Megatron's launcher accepts beside the dataclasses' fields; turned into virtual_pipeline_model_parallel_size.
+LAYERS_PER_VIRTUAL_STAGE = "num_layers_per_virtual_pipeline_stage"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    transformer: TransformerConfig
+    optimizer: OptimizerConfig
+    ddp: DistributedDataParallelConfig
+
+
+def build_settings(config: Config, family: Family) -> Settings:
+    """Megatron's dataclasses for this run: our defaults, overruled by the model's sizes, overruled by the user.
+
+    A key that several dataclasses know (``use_distributed_optimizer``) goes to each. Raises ValueError listing every
+    key that none of them knows, with the nearest known names; and whatever Megatron's own validation raises.
+    """
+    table = _with_virtual_stages(config.megatron, family.num_layers)
+    _refuse_unknown(table)
+    if table.get("moe_aux_loss_coeff"):
+        raise ValueError(
+            "moe_aux_loss_coeff must be 0: Megatron scales the auxiliary loss by token counts of its own, for which a "
+            "sum over globally weighted tokens has no place"
+        )
+    transformer = _defaults(table) | family.transformer_config() | table | _dtypes(config)
+    transformer["activation_func"] = getattr(F, transformer["activation_func"])
+    dtypes = _dtypes(config)
+    return Settings(
+        transformer=TransformerConfig(**_fields_of(TransformerConfig, transformer)),
+        optimizer=OptimizerConfig(
+            **_fields_of(
+                OptimizerConfig,
+                {"lr": 1e-6, "log_num_zeros_in_grad": False} | table | dtypes | {"min_lr": config.train.min_lr},
+            )
+        ),
+        ddp=DistributedDataParallelConfig(
+            **_fields_of(DistributedDataParallelConfig, {"grad_reduce_in_fp32": True} | table)
+        ),
+    )
+
+
+def _defaults(table: Mapping[str, Any]) -> dict[str, Any]:
+    """TransformerConfig fields whose own default does not fit, where the user said nothing."""
+    on_cpu = not torch.cuda.is_available()
+    return {
+        # the loss of a step is a plain sum: nothing is divided by micro-batches, data-parallel or context-parallel size
+        "calculate_per_token_loss": True,
+        "use_cpu_initialization": on_cpu,
+        # every weight comes from a checkpoint
+        "init_method": _leave_as_allocated,
+        "output_layer_init_method": _leave_as_allocated,
+        "embedding_init_method": _leave_as_allocated,
+        # these need Apex or Transformer Engine
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        # hand-written backward passes that pay off as one compiled kernel only
+        "bias_activation_fusion": not on_cpu,
+        "bias_dropout_fusion": not on_cpu,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_aux_loss_coeff": 0.0,
+    } | (_gloo_pipeline() if on_cpu and table.get("virtual_pipeline_model_parallel_size") else {})
+
+
+def _gloo_pipeline() -> dict[str, Any]:
+    """Batched point-to-point calls carry no tags: with two messages under way between the same two ranks, which
+    interleaved stages have, gloo may hand over the wrong one."""
+    return {"batch_p2p_comm": False, "overlap_p2p_comm": True}
+
+
+def _dtypes(config: Config) -> dict[str, Any]:
+    dtype = getattr(torch, config.model.dtype)
+    return {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "autocast_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+    }
+
+
+def _leave_as_allocated(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _with_virtual_stages(table: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    table = dict(table)
+    per_stage = table.pop(LAYERS_PER_VIRTUAL_STAGE, None)
+    if per_stage is None:
+        return table
+    if "virtual_pipeline_model_parallel_size" in table:
+        raise ValueError(f"give either {LAYERS_PER_VIRTUAL_STAGE} or virtual_pipeline_model_parallel_size, not both")
+    stages = table.get("pipeline_model_parallel_size", 1)
+    if per_stage <= 0 or num_layers % (stages * per_stage):
+        raise ValueError(
+            f"{LAYERS_PER_VIRTUAL_STAGE} = {per_stage} does not divide the {num_layers} layers over {stages} stages"
+        )
+    return table | {"virtual_pipeline_model_parallel_size": num_layers // stages // per_stage}
+
+
+def _refuse_unknown(table: Mapping[str, Any]) -> None:
+    known = {
+        field.name
+        for settings in (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig)
+        for field in dataclasses.fields(settings)
+    } | {LAYERS_PER_VIRTUAL_STAGE}
+    unknown = []
+    for key in sorted(set(table) - known):
+        near = difflib.get_close_matches(key, known, n=3)
+        unknown.append(f"{key} (did you mean {', '.join(near)}?)" if near else key)
+    if unknown:
+        raise ValueError("unknown keys in [megatron]: " + "; ".join(unknown))
+
+
+def _fields_of(settings: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(settings)}
+    return {name: value for name, value in values.items() if name in names}
