@@ -1,7 +1,9 @@
 """Every message between controller and workers, and how it becomes bytes: msgpack by msgspec, typed, never pickle.
 
-The controller sends a :class:`Command`; a worker answers it with exactly one :class:`Reply` and may stream
-:class:`Completions` before. :class:`Hello` opens a worker's connection and :class:`Beat` keeps it alive.
+The controller sends a :class:`Command`; a worker answers it with exactly one :class:`Reply`. A rollout is one command
+with a conversation inside: what feeds it (:data:`Feed`) has no reply of its own, and :class:`Completions` stream back
+until the reply to :class:`Generate` closes it. :class:`Hello` says that a worker is built and :class:`Beat` that it is
+alive; a worker that fails to start says so in a Reply to command 0.
 """
 
 from __future__ import annotations
@@ -33,25 +35,23 @@ class Phase(StrEnum):
 
 
 class Generate(msgspec.Struct, tag=True, frozen=True):
-    """Open a rollout: resume the engine and step it until :class:`EndGenerate` came and nothing is left to run."""
-
-    requests: list[Request] = []
+    """Open a rollout: step the engine until :class:`EndGenerate` came and nothing is left to run, then reply."""
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
-    """More requests for an open rollout (later turns, over-sampling)."""
+    """Requests for an open rollout. To an engine's leader."""
 
     requests: list[Request]
 
 
 class AbortRequests(msgspec.Struct, tag=True, frozen=True):
-    """Stop these requests of an open rollout, None: all; what they have so far comes back as ABORT."""
+    """Stop these requests of an open rollout; what they have so far comes back as ABORT. To an engine's leader."""
 
-    rids: list[str] | None = None
+    rids: list[str]
 
 
 class EndGenerate(msgspec.Struct, tag=True, frozen=True):
-    """Nothing more will be submitted: reply once idle and release the engine's memory."""
+    """Nothing more will be submitted. To an engine's leader."""
 
 
 class ComputeLogProbs(msgspec.Struct, tag=True, frozen=True):
@@ -85,6 +85,9 @@ class ExportModel(msgspec.Struct, tag=True, frozen=True):
     """Write the trainer's weights as a Hugging Face checkpoint."""
 
     path: str
+
+
+Feed = Submit | AbortRequests | EndGenerate  # part of a rollout: no reply of their own
 
 
 class Stop(msgspec.Struct, tag=True, frozen=True):
@@ -139,6 +142,8 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
 
 class Beat(msgspec.Struct, tag=True, frozen=True):
+    """From a worker's side thread, over a connection of its own. Phase STOP: a signal told this process to leave."""
+
     rank: int
     phase: Phase
     step: int
@@ -160,7 +165,7 @@ class TrainResult(msgspec.Struct, tag=True, frozen=True):
     grad_norm: float
     lr: float
     skipped: str = ""  # why no update was made: "non-finite loss", "non-finite gradient"
-    log_probs: list[np.ndarray] | None = None  # float32 [T] per sequence in batch order, current policy, before the update
+    log_probs: list[np.ndarray] | None = None  # float32 [T] per sequence in batch order, before the update
     entropy: list[np.ndarray] | None = None  # float32 [T]
 
 
@@ -189,12 +194,15 @@ class Failure(msgspec.Struct, tag=True, frozen=True):
     traceback: str = ""
 
 
+Result = Ok | TrainResult | LogProbsResult | RefitResult | Failure
+
+
 class Reply(msgspec.Struct, tag=True, frozen=True):
     id: int  # of the command
     rank: int
     host: str
     phase: Phase
-    result: Ok | TrainResult | LogProbsResult | RefitResult | Failure
+    result: Result
     seconds: dict[str, float] = {}  # where the time went, by part
 
 
@@ -204,20 +212,24 @@ Message = Command | Hello | Beat | Completions | Reply
 # --- bytes -----------------------------------------------------------------------------------------------------------
 
 
+NUMBERS = "biuf"  # kinds of numpy dtypes that travel: bool, integers, floats
+
+
 class WireError(ValueError):
-    """Bytes that are no message of ours, with the reason."""
+    """What is no message of ours, with the reason."""
 
 
 def _encode_array(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and value.dtype.kind in NUMBERS:
         return (value.dtype.str, value.shape, np.ascontiguousarray(value).tobytes())
-    raise TypeError(f"{type(value).__name__} cannot be sent over the wire")
+    what = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+    raise WireError(f"{what} cannot be sent over the wire")
 
 
 def _decode_array(kind: type, value: Any) -> Any:
     if kind is np.ndarray:
         dtype, shape, data = value
-        if np.dtype(dtype).kind not in "biuf":
+        if np.dtype(dtype).kind not in NUMBERS:
             raise ValueError(f"array of dtype {dtype} is not allowed on the wire")
         return np.frombuffer(data, np.dtype(dtype)).reshape(shape)
     raise TypeError(f"no wire form for {kind}")
@@ -228,10 +240,11 @@ _decoder = msgspec.msgpack.Decoder(Message, dec_hook=_decode_array)
 
 
 def encode(message: Message) -> bytes:
+    """Raises WireError when the message holds something that has no wire form."""
     return _encoder.encode(message)
 
 
-def decode(data: bytes) -> Message:
+def decode(data: bytes | memoryview) -> Message:
     """Raises WireError on anything that is not one of our messages."""
     try:
         return _decoder.decode(data)
