@@ -62,7 +62,11 @@ class PolicyLoss:
         old_log_probs = log_probs.detach() if tokens.old_log_probs is None else tokens.old_log_probs
         log_ratio = log_probs - old_log_probs
         policy, clipped = clipped_policy_loss(
-            log_ratio, tokens.advantages, a.eps_clip, a.eps_clip if a.eps_clip_high is None else a.eps_clip_high, a.eps_clip_c
+            log_ratio,
+            tokens.advantages,
+            a.eps_clip,
+            a.eps_clip if a.eps_clip_high is None else a.eps_clip_high,
+            a.eps_clip_c,
         )
         loss = policy - a.entropy_coef * entropy
         trained = tokens.loss_weights != 0
