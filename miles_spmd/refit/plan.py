@@ -70,10 +70,11 @@ def make_plan(holdings: Sequence[Holding], rank: int) -> Plan:
     plan = Plan([], {}, {}, [])
     for target_rank, holding in enumerate(holdings):
         for turn, (tensor, piece) in enumerate(_pieces(holding.targets)):
-            if target_rank != rank and piece.name not in mine:
-                continue
             if piece.name == PADDING:
-                plan.padding.append((Place(rank, tensor, piece.lead, piece.local), piece.shape))
+                if target_rank == rank:
+                    plan.padding.append((Place(rank, tensor, piece.lead, piece.local), piece.shape))
+                continue
+            if target_rank != rank and piece.name not in mine:
                 continue
             for copy in _copies(index.get(piece.name, []), tensor, piece, target_rank, turn, holdings):
                 if copy.source.rank == target_rank == rank:

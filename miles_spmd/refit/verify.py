@@ -51,14 +51,14 @@ def _describe(bucket: Bucket, source_rank: int) -> str:
 def checksum(buffer: torch.Tensor) -> torch.Tensor:
     """Order-sensitive checksum of a uint8 buffer whose length is a multiple of 4; an int64 scalar on its device.
 
-    Sum of 32-bit words times odd numbers that grow with the position, modulo 2^64. No change of a single word and no
-    exchange of two words within a chunk goes unseen: in both cases the difference of the sums is a product that 2^64
-    does not divide. 32-bit products would not do, because the low bits of weights such as 1.0 are zero.
+    Sum of 32-bit words times the odd number 2 * position + 1, modulo 2^64. No change of a single word and no exchange
+    of two words goes unseen: the difference of the sums is then a product smaller than 2^64 and not zero. Products
+    modulo 2^32 would not do, because the low bits of weights such as 1.0 are zero.
     """
     odd = _odd_numbers(buffer.device)
     total = torch.zeros((), dtype=torch.int64, device=buffer.device)
     for number, chunk in enumerate(buffer.view(torch.int32).split(CHUNK_WORDS)):
-        total += (chunk * odd[: chunk.numel()]).sum() * (2 * number + 1)
+        total += (chunk * odd[: chunk.numel()]).sum() + chunk.sum(dtype=torch.int64) * (2 * number * CHUNK_WORDS)
     return total
 
 

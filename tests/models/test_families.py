@@ -9,64 +9,7 @@ import pytest
 
 from miles_spmd.models import FAMILIES, load_family
 from tests.models import tiny
-
-QWEN3 = {
-    "model_type": "qwen3",
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000,
-    "rope_scaling": None,
-    "use_sliding_window": False,
-    "tie_word_embeddings": True,
-    "vocab_size": 151936,
-}
-QWEN3_MOE = QWEN3 | {
-    "model_type": "qwen3_moe",
-    "hidden_size": 2048,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "moe_intermediate_size": 768,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": True,
-    "tie_word_embeddings": False,
-}
-QWEN2 = {
-    "model_type": "qwen2",
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "sliding_window": 131072,
-    "use_sliding_window": False,
-    "tie_word_embeddings": False,
-    "vocab_size": 152064,
-}
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "rope_scaling": {k: v for k, v in tiny.LLAMA3_ROPE.items() if k != "rope_theta"},
-    "tie_word_embeddings": False,
-    "vocab_size": 128256,
-}
+from tests.models.published import LLAMA, QWEN2, QWEN3, QWEN3_MOE
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)

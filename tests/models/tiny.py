@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ COMMON = {
     "intermediate_size": 48,
     "max_position_embeddings": 64,
     "num_attention_heads": 4,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 4,
     "num_key_value_heads": 2,
     "vocab_size": 97,  # odd: every tensor-parallel size needs padding
     "initializer_range": 0.1,
@@ -65,3 +68,12 @@ def save(folder: Path, name: str, dtype: torch.dtype = torch.float32, **options:
     model = build(name, dtype)
     model.save_pretrained(folder, **options)
     return model
+
+
+@cache
+def checkpoint(name: str) -> Path:
+    """The folder of one of CONFIGS in fp32, written once per test process."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    save(Path(folder.name), name)
+    return Path(folder.name)
