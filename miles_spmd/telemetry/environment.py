@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tomllib
 from pathlib import Path
 
 import msgspec
@@ -85,11 +84,3 @@ def read_environment(run_dir: Path) -> Environment | None:
         return msgspec.json.decode((run_dir / ENVIRONMENT_FILE).read_bytes(), type=Environment)
     except (OSError, msgspec.DecodeError):
         return None
-
-
-def read_settings(run_dir: Path) -> dict[str, dict[str, object]]:
-    """The run's config.toml as plain tables; empty where there is none."""
-    try:
-        return tomllib.loads((run_dir / "config.toml").read_text())
-    except (OSError, tomllib.TOMLDecodeError):
-        return {}

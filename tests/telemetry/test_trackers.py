@@ -1,0 +1,102 @@
+"""Metrics as they reach files."""
+
+from __future__ import annotations
+
+import json
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from miles_spmd.telemetry.metrics import METRICS, describe, is_score, phase_times
+from miles_spmd.telemetry.trackers import JsonlTracker, open_trackers, read_metrics
+from tests.telemetry.runs import make_config
+
+
+def test_one_object_per_call_with_nothing_json_cannot_say(tmp_path: Path) -> None:
+    tracker = JsonlTracker(tmp_path / "deep" / "metrics.jsonl")
+    tracker.log(1, {"train/loss": 0.5, "train/grad_norm": float("nan"), "perf/step_time": float("inf")})
+    tracker.log(2, {"train/loss": 0.25})
+    tracker.close()
+
+    def refuse(word: str) -> float:
+        raise AssertionError(f"{word} is not JSON")
+
+    lines = (tmp_path / "deep" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert rows[0]["train/loss"] == 0.5
+    assert rows[0]["train/grad_norm"] is None
+    assert rows[0]["time"] <= rows[1]["time"]
+
+
+def test_a_killed_run_leaves_every_step_and_a_resumed_one_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    program = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from miles_spmd.telemetry.trackers import JsonlTracker\n"
+        "tracker = JsonlTracker(Path(sys.argv[1]))\n"
+        "for step in range(5): tracker.log(step, {'train/loss': 1.0 / (step + 1)})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert list(read_metrics(path)) == [0, 1, 2, 3, 4]
+
+    with path.open("ab") as file:
+        file.write(b'{"step": 5, "train/lo')  # killed within a line
+    tracker = JsonlTracker(path)
+    tracker.log(4, {"train/loss": 9.0, "eval/sums": 0.5})
+    tracker.log(5, {"train/loss": 8.0})
+    tracker.close()
+    steps = read_metrics(path)
+    assert list(steps) == [0, 1, 2, 3, 4, 5]
+    assert (steps[3]["train/loss"], steps[4]["train/loss"], steps[4]["eval/sums"]) == (0.25, 9.0, 0.5)
+
+
+def tensorboard_scalars(file: Path) -> dict[tuple[str, int], float]:
+    """Read with TensorBoard's own record format: length, its checksum, an Event, its checksum."""
+    data, position, scalars = file.read_bytes(), 0, {}
+    while position < len(data):
+        (length,) = struct.unpack_from("<Q", data, position)
+        event = Event.FromString(data[position + 12 : position + 12 + length])
+        scalars |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+        position += 12 + length + 4
+    return scalars
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
+    config = make_config(tmp_path, telemetry={"use_tensorboard": True})
+    with open_trackers(config) as tracker:
+        tracker.log(1, {"train/loss": 0.5, "train/grad_norm": float("nan")})
+        tracker.log(2, {"train/loss": 0.25})
+    (file,) = (config.run_dir / "tensorboard").iterdir()
+    assert tensorboard_scalars(file) == {("train/loss", 1): 0.5, ("train/loss", 2): 0.25}
+    assert list(read_metrics(config.run_dir / "metrics.jsonl")) == [1, 2]
+
+
+def test_wandb_without_the_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with (
+        pytest.raises(RuntimeError, match=r"pip install 'miles-spmd\[wandb\]'"),
+        open_trackers(make_config(tmp_path, telemetry={"use_wandb": True})),
+    ):
+        pass
+
+
+def test_names() -> None:
+    assert describe("train/grad_norm") is METRICS["train/grad_norm"]
+    assert describe("eval/gsm8k").meaning == "Mean score (pass@1) on gsm8k"
+    assert describe("eval/math-500-pass@8").meaning == "Prompts of math-500 with a right answer among 8"
+    assert is_score("eval/math-500")
+    assert not is_score("eval/math-500-pass@8")
+    assert not is_score("eval/math-500-response_len")
+    assert not is_score("rollout/raw_reward")
+    assert phase_times({"perf/train_time": 2.0, "perf/rollout_time": 1.0, "perf/step_time": 4.0}) == {
+        "rollout": 1.0,
+        "train": 2.0,
+    }
