@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
@@ -58,6 +59,10 @@ def load(path: str | Path, weights: Mapping[str, torch.Tensor], layouts: list[Te
         target.zero_()
 
 
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
 class _Reader:
     """The safetensors files of a folder, opened while ``opened`` lives, and what is wrong with them."""
 
@@ -70,7 +75,7 @@ class _Reader:
         """Lazy slices of the tensors with these names, which must have these shapes."""
         file_of = self._file_of_tensor()
         found = {}
-        for name, shape in shapes.items() if file_of else ():
+        for name, shape in () if self.problems else shapes.items():
             if name not in file_of:
                 self.problems.append(f"tensor {name} is missing")
                 continue
@@ -93,9 +98,9 @@ class _Reader:
             self.problems.append(f"neither {SINGLE_FILE} nor {INDEX_FILE} is there (other formats are not read)")
             return {}
         try:
-            return json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError) as error:
-            self.problems.append(f"{INDEX_FILE} is not a valid index: {error!r}")
+            return msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
+        except msgspec.DecodeError as error:
+            self.problems.append(f"{INDEX_FILE} is not a valid index: {error}")
             return {}
 
     def _open(self, name: str) -> tuple[Any, set[str]]:
