@@ -1,0 +1,367 @@
+"""The controller's view of all ranks: a call to every rank and an answer from each, or one error: who, where and why.
+
+Every wait sleeps in poll, has a deadline, and ends early when a rank fails, dies, or falls silent.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from miles_spmd.config.schema import Deadlines
+from miles_spmd.messaging.router import Peer, PeerGoneError, Router
+from miles_spmd.messaging.wire import (
+    AbortRequests,
+    Beat,
+    Body,
+    Command,
+    Completions,
+    EndGenerate,
+    Failure,
+    Generate,
+    Hello,
+    Message,
+    Phase,
+    RankInfo,
+    Reply,
+    Result,
+    Stop,
+    Submit,
+    WireError,
+)
+from miles_spmd.rollout.engine import Output, Request
+
+DEADLINE_OF = {
+    Phase.START: "start_timeout",
+    Phase.ROLLOUT: "rollout_timeout",
+    Phase.LOG_PROBS: "train_timeout",
+    Phase.TRAIN: "train_timeout",
+    Phase.REFIT: "refit_timeout",
+    Phase.CHECKPOINT: "checkpoint_timeout",
+    Phase.STOP: "heartbeat_timeout",
+}
+STACKS_GRACE = 1.0  # seconds past a deadline in which the ranks say where they are
+CAUSE_GRACE = 0.5  # seconds after a first error in which the rank that caused it may become known
+
+
+class WorkerError(RuntimeError):
+    """A rank did not do what it was told. The text names rank, host, phase and step."""
+
+    def __init__(self, text: str, details: str = "") -> None:
+        super().__init__(text)
+        self.details = details  # for the log: a remote traceback
+
+
+class WorkerLostError(WorkerError):
+    """A rank's process died, or the network to it broke."""
+
+    def __init__(self, text: str, rank: int) -> None:
+        super().__init__(text)
+        self.rank = rank
+
+
+class WorkerStoppedError(WorkerError):
+    """A rank was told by a signal to stop, and said so."""
+
+
+class WorkerFailedError(WorkerError):
+    """A command raised an exception on a rank."""
+
+
+class WorkerSilentError(WorkerError):
+    """A rank is connected but has not beaten for ``heartbeat_timeout``: stopped, or stuck without the GIL."""
+
+
+class DeadlineError(WorkerError):
+    """Some ranks did not answer in time."""
+
+
+class ProtocolError(WorkerError):
+    """A member of the run said something that makes no sense."""
+
+
+@dataclass
+class _Rank:
+    info: RankInfo | None = None
+    peer: Peer | None = None  # the connection that takes commands
+    beat: Beat | None = None
+    heard: float = 0.0  # monotonic; 0: never
+
+
+@dataclass
+class _Call:
+    """One command on its way: what was asked of all ranks, and who has answered."""
+
+    id: int
+    seconds: float
+    end: float  # monotonic
+    replies: dict[int, Reply] = field(default_factory=dict)
+
+
+class Workers:
+    """All ranks of a run behind ``router``.
+
+    ``phase`` and ``step`` are those of the last command; ``seconds`` holds, by rank, where its time went.
+    """
+
+    def __init__(
+        self, router: Router, world_size: int, deadlines: Deadlines, config_digest: str, log_dir: Path
+    ) -> None:
+        self.phase, self.step = Phase.START, 0
+        self.seconds: list[dict[str, float]] = [{} for _ in range(world_size)]
+        self._router = router
+        self._deadlines = deadlines
+        self._config_digest = config_digest
+        self._log_dir = log_dir
+        self._ranks = [_Rank() for _ in range(world_size)]
+        self._rank_of: dict[Peer, int] = {}
+        self._ids = itertools.count(1)
+        self._call = _Call(0, deadlines.start_timeout, time.monotonic() + deadlines.start_timeout)
+        self._completed: deque[Output] = deque()
+        self._troubles: list[WorkerError] = []
+        self._leaving: set[int] = set()  # ranks that said they were told to stop
+
+    # --- what the loop asks ------------------------------------------------------------------------------------------
+
+    def wait_ready(self) -> None:
+        """Until every rank has built its parts. ``seconds`` then holds the start-up times."""
+        self._wait(lambda: not self._silent_so_far())
+
+    @property
+    def infos(self) -> list[RankInfo]:
+        """Of all ranks, by rank; waits for them the first time."""
+        if self._silent_so_far():
+            self.wait_ready()
+        return [rank.info for rank in self._ranks if rank.info is not None]
+
+    def call(
+        self, body: Body | Sequence[Body], *, step: int, phase: Phase, timeout: float | None = None
+    ) -> list[Result]:
+        """Tell every rank ``body`` (a sequence: one per rank) and return all results by rank.
+
+        ``timeout`` in seconds defaults to the phase's deadline. Raises a WorkerError.
+        """
+        bodies = list(body) if isinstance(body, Sequence) else [body] * len(self._ranks)
+        self._begin(bodies, step, phase, timeout)
+        return self._finish()
+
+    @contextmanager
+    def rollout(self, step: int, timeout: float | None = None) -> Iterator[RolloutSession]:
+        """Open a rollout on all engines; leaving the block ends it once every submitted request is finished."""
+        self._begin([Generate()] * len(self.infos), step, Phase.ROLLOUT, timeout)
+        self._completed.clear()
+        session = RolloutSession(self, [info.rank for info in self.infos if info.engine_leader])
+        yield session
+        session.end()
+        self._finish()
+
+    def stop(self) -> None:
+        """Let every rank leave its command loop."""
+        self.call(Stop(), step=self.step, phase=Phase.STOP)
+
+    # --- one command -------------------------------------------------------------------------------------------------
+
+    def _begin(self, bodies: Sequence[Body], step: int, phase: Phase, timeout: float | None) -> None:
+        if len(bodies) != len(self.infos):
+            raise ValueError(f"{len(bodies)} bodies for {len(self._ranks)} ranks")
+        seconds = getattr(self._deadlines, DEADLINE_OF[phase]) if timeout is None else timeout
+        self.phase, self.step = phase, step
+        self._call = _Call(next(self._ids), seconds, time.monotonic() + seconds)
+        ranks_of: dict[int, list[int]] = {}  # ranks that get the same object get the same bytes
+        for rank, body in enumerate(bodies):
+            ranks_of.setdefault(id(body), []).append(rank)
+        for ranks in ranks_of.values():
+            self.send(bodies[ranks[0]], ranks)
+
+    def send(self, body: Body, ranks: Sequence[int]) -> None:
+        """As part of the command under way."""
+        message = Command(self._call.id, self.step, self.phase, max(0.0, self._call.end - time.monotonic()), body)
+        try:
+            self._router.send(message, [peer for rank in ranks if (peer := self._ranks[rank].peer)])
+        except PeerGoneError as error:
+            raise self.cause() or WorkerError(f"{self.place}: {error}") from None
+
+    def _finish(self) -> list[Result]:
+        replies = self._call.replies
+        self._wait(lambda: len(replies) == len(self._ranks))
+        self.seconds = [replies[rank].seconds for rank in range(len(self._ranks))]
+        return [replies[rank].result for rank in range(len(self._ranks))]
+
+    def next_output(self) -> Output:
+        """The next finished request of the rollout under way."""
+        self._wait(lambda: bool(self._completed))
+        return self._completed.popleft()
+
+    # --- waiting -----------------------------------------------------------------------------------------------------
+
+    def _wait(self, done: Callable[[], bool]) -> None:
+        while not done():
+            event = self._router.receive(self._patience())
+            if event is not None:
+                self._take(*event)
+            elif time.monotonic() > self._call.end + STACKS_GRACE:
+                self._troubles.append(DeadlineError(self._overdue()))
+            else:
+                self._check_beats()
+            if self._troubles:
+                raise self.cause() or self._troubles[0]
+
+    def _patience(self) -> float:
+        """Seconds until something could be overdue: the command, or a rank's next beat."""
+        oldest = min((r.heard for r in self._ranks if r.heard), default=float("inf"))
+        until = min(self._call.end + STACKS_GRACE, oldest + self._deadlines.heartbeat_timeout)
+        return max(0.0, until - time.monotonic()) + 0.01
+
+    def _check_beats(self) -> None:
+        limit = time.monotonic() - self._deadlines.heartbeat_timeout
+        for rank, state in enumerate(self._ranks):
+            if 0 < state.heard < limit:
+                self._troubles.append(WorkerSilentError(f"{self._name(rank)} is silent: {self._doing(rank)}"))
+
+    def cause(self) -> WorkerError | None:
+        """The error that explains the others, if there is any.
+
+        A dead rank makes others fail in their collectives, and its launcher then stops the rest, so a death that nobody
+        announced comes first, then a stop, then failures.
+        """
+        end = time.monotonic() + CAUSE_GRACE
+        while (event := self._router.receive(end - time.monotonic())) is not None:
+            self._take(*event)
+        deaths = [t for t in self._troubles if isinstance(t, WorkerLostError)]
+        stops = [t for t in self._troubles if isinstance(t, WorkerStoppedError)]
+        unannounced = [death for death in deaths if death.rank not in self._leaving]
+        return next(iter([*unannounced, *stops, *self._troubles]), None)
+
+    def explain(self, reason: str) -> str:
+        """Why the run ends, when somebody has told the controller to stop for ``reason``."""
+        absent = ", ".join(str(rank) for rank, state in enumerate(self._ranks) if not state.heard)
+        return str(self.cause() or f"{self.place}: {reason}" + (f"; rank {absent} had not connected" if absent else ""))
+
+    # --- events ------------------------------------------------------------------------------------------------------
+
+    def _take(self, peer: Peer, message: Message | WireError | None) -> None:
+        match message:
+            case Hello() | Beat() | Reply() | Completions():
+                rank = message.info.rank if isinstance(message, Hello) else message.rank
+                if not 0 <= rank < len(self._ranks) or self._rank_of.setdefault(peer, rank) != rank:
+                    self._troubles.append(ProtocolError(f"a member of the run calls itself rank {rank}"))
+                    return
+                self._ranks[rank].heard = time.monotonic()
+                self._take_from(rank, peer, message)
+            case None:
+                self._take_loss(self._rank_of.get(peer))
+            case _:
+                who = self._name(self._rank_of[peer]) if peer in self._rank_of else "a member of the run"
+                what = message if isinstance(message, WireError) else f"sent a {type(message).__name__}"
+                self._troubles.append(ProtocolError(f"{who}: {what}"))
+
+    def _take_from(self, rank: int, peer: Peer, message: Hello | Beat | Reply | Completions) -> None:
+        match message:
+            case Hello():
+                self._take_hello(rank, peer, message)
+            case Beat(phase=Phase.STOP):
+                self._leaving.add(rank)
+                self._troubles.append(WorkerStoppedError(f"{self.place}: {message.detail}"))
+            case Beat():
+                self._ranks[rank].beat = message
+            case Completions():
+                self._completed.extend(message.outputs)
+            case Reply(result=Failure() as failure):
+                text = f"rank {rank} ({message.host}), {self.place}: {failure.kind}: {failure.message}"
+                self._troubles.append(WorkerFailedError(text, failure.traceback))
+            case Reply() if message.id == self._call.id:
+                self._call.replies[rank] = message
+            case Reply():
+                self._troubles.append(ProtocolError(f"{self._name(rank)} answered an old command ({message.id})"))
+
+    def _take_hello(self, rank: int, peer: Peer, hello: Hello) -> None:
+        state = self._ranks[rank]
+        if state.info is not None:
+            self._troubles.append(ProtocolError(f"two processes are rank {rank}: {state.info} and {hello.info}"))
+        elif hello.config_digest != self._config_digest:
+            name = f"rank {rank} ({hello.info.host})"
+            self._troubles.append(ProtocolError(f"{name} was started with another configuration than rank 0"))
+        else:
+            state.info, state.peer = hello.info, peer
+            self.seconds[rank] = hello.seconds
+
+    def _take_loss(self, rank: int | None) -> None:
+        if rank is not None and self.phase is not Phase.STOP:
+            self._troubles.append(WorkerLostError(f"{self._name(rank)} died: {self._doing(rank)}", rank))
+
+    # --- words -------------------------------------------------------------------------------------------------------
+
+    def _silent_so_far(self) -> list[int]:
+        return [rank for rank, state in enumerate(self._ranks) if state.info is None]
+
+    @property
+    def place(self) -> str:
+        """What the run is doing, in words."""
+        return str(self.phase) if self.phase is Phase.START else f"{self.phase}, step {self.step}"
+
+    def _name(self, rank: int) -> str:
+        info = self._ranks[rank].info
+        return f"rank {rank} ({info.host}, pid {info.pid})" if info else f"rank {rank}"
+
+    def _doing(self, rank: int) -> str:
+        """What it was told, and where it last said it was."""
+        state = self._ranks[rank]
+        busy = rank not in self._call.replies
+        doing = self.place if busy else f"idle after {self.place}"
+        if not state.heard:
+            return f"{doing}, never connected"
+        detail = f", {state.beat.detail}" if state.beat and state.beat.detail and busy else ""
+        return f"{doing}{detail}, last heard {time.monotonic() - state.heard:.1f} s ago"
+
+    def _overdue(self) -> str:
+        done = self._call.replies if self._call.id else {r for r, state in enumerate(self._ranks) if state.info}
+        missing = ", ".join(str(rank) for rank in range(len(self._ranks)) if rank not in done)
+        lines = [f"{self.place}: rank {missing} did not answer within {self._call.seconds:g} s"]
+        lines += [f"  {self._name(rank)}: {self._doing(rank)}" for rank in range(len(self._ranks))]
+        return "\n".join([*lines, f"  stacks: {self._log_dir}/rank-*.stacks"])
+
+
+class RolloutSession:
+    """The engines while a rollout is open. Request i of the session goes to engine i modulo their number, so where a
+    request runs depends on nothing but its place in the order of submission."""
+
+    def __init__(self, workers: Workers, leaders: Sequence[int]) -> None:
+        self._workers = workers
+        self._leaders = leaders
+        self._submitted = 0
+        self._rank_of: dict[str, int] = {}  # unfinished requests
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        batches: dict[int, list[Request]] = {}
+        for request in requests:
+            rank = self._leaders[self._submitted % len(self._leaders)]
+            self._submitted += 1
+            if request.rid in self._rank_of:
+                raise ValueError(f"request {request.rid!r} is already running")
+            self._rank_of[request.rid] = rank
+            batches.setdefault(rank, []).append(request)
+        for rank, batch in batches.items():
+            self._workers.send(Submit(batch), [rank])
+
+    def abort(self, rids: Sequence[str] | None = None) -> None:
+        """Stop these requests, None: all. They still come out of :meth:`completions`, with what they have."""
+        running = [rid for rid in (self._rank_of if rids is None else rids) if rid in self._rank_of]
+        for rank in sorted({self._rank_of[rid] for rid in running}):
+            self._workers.send(AbortRequests([rid for rid in running if self._rank_of[rid] == rank]), [rank])
+
+    def completions(self) -> Iterator[Output]:
+        """Outputs as they finish, until nothing that was submitted is unfinished."""
+        while self._rank_of:
+            output = self._workers.next_output()
+            del self._rank_of[output.rid]
+            yield output
+
+    def end(self) -> None:
+        """Stop what is still running and tell the engines that nothing more will come."""
+        self.abort()
+        self._workers.send(EndGenerate(), self._leaders)

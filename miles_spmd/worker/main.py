@@ -1,0 +1,188 @@
+"""What torchrun starts once per device: join the run, build the parts, do what the controller says."""
+
+from __future__ import annotations
+
+import faulthandler
+import io
+import os
+import socket
+import sys
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import msgspec
+
+from miles_spmd.config.load import config_digest
+from miles_spmd.config.schema import Config
+from miles_spmd.controller.process import LAST_WORDS, ControllerProcess
+from miles_spmd.messaging.dealer import Dealer
+from miles_spmd.messaging.keys import Credentials
+from miles_spmd.messaging.router import LOOPBACK
+from miles_spmd.messaging.wire import Command, Failure, Feed, Hello, Ok, Phase, RankInfo, Reply, Stop
+from miles_spmd.worker.stopwatch import Stopwatch
+from miles_spmd.worker.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from miles_spmd.worker.worker import Worker
+
+HOST = socket.gethostname()
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the launcher (torchrun, or srun through its script) says of this process."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    master: str  # under which all nodes reach the first
+
+    @classmethod
+    def from_environment(cls) -> Place:
+        world_size = int(os.environ["WORLD_SIZE"])
+        return cls(
+            rank=int(os.environ["RANK"]),
+            world_size=world_size,
+            local_rank=int(os.environ["LOCAL_RANK"]),
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+            master=os.environ["MASTER_ADDR"],
+        )
+
+
+def main(config: Config, task: str = "train") -> int:
+    """Returns the exit status. ``task`` is what the controller's loop is to do."""
+    place = Place.from_environment()
+    controller = None
+    if place.rank == 0:  # first of all, so that it imports while we do
+        host = LOOPBACK if place.local_world_size == place.world_size else place.master
+        controller = ControllerProcess(config, task, host, place.world_size)
+    logs = config.run_dir / "logs"
+    terminal = redirect_output(logs / f"rank-{place.rank}.log")
+    watchdog = Watchdog(place.rank, terminal, logs / f"rank-{place.rank}.stacks", controller)
+    watchdog.enter(Phase.START, 0, config.deadlines.start_timeout)
+    watchdog.start()
+    try:
+        serve(config, task, place, controller, watchdog)
+    except Exception as error:
+        traceback.print_exc()
+        watchdog.stop()
+        problem = f"rank {place.rank} ({HOST}) ended: {type(error).__name__}: {error}"
+        if controller is None:
+            print(f"miles-spmd: {problem}", file=terminal, flush=True)
+        else:
+            controller.tell(problem)
+            controller.wait(2 * LAST_WORDS)
+        return 1
+    return 0 if controller is None else controller.wait()
+
+
+def serve(config: Config, task: str, place: Place, controller: ControllerProcess | None, watchdog: Watchdog) -> None:
+    """Do what the controller says until it says stop."""
+    watch = Stopwatch()
+    with watch("join"):
+        credentials = join(config, place, controller)
+    watchdog.connect(credentials, config.deadlines.heartbeat_timeout)
+    dealer = Dealer(credentials, config.deadlines.heartbeat_timeout)
+    try:
+        worker = build(config, task, place, dealer, watch, watchdog)
+    except Exception as error:
+        traceback.print_exc()
+        dealer.send(Reply(0, place.rank, HOST, Phase.START, failure(error)))
+        dealer.receive()  # nothing comes: the controller ends the run
+        return
+    dealer.send(Hello(rank_info(worker, place), config_digest(config), watch.take()))
+    step = 0
+    while True:
+        watchdog.enter(Phase.IDLE, step, None)
+        command = dealer.receive()
+        if not isinstance(command, Command):
+            raise RuntimeError(f"the controller sent a {type(command).__name__}")
+        step = command.step
+        if isinstance(command.body, Feed):
+            continue  # for a rollout that has failed meanwhile
+        watchdog.enter(command.phase, step, command.deadline)
+        try:
+            result = Ok() if isinstance(command.body, Stop) else worker.do(command.body)
+        except Exception as error:
+            traceback.print_exc()
+            result = failure(error)
+        if isinstance(command.body, Stop):
+            watchdog.stop()
+        dealer.send(Reply(command.id, place.rank, HOST, command.phase, result, watch.take()))
+        if isinstance(command.body, Stop):
+            dealer.close()
+            return
+
+
+def join(config: Config, place: Place, controller: ControllerProcess | None) -> Credentials:
+    """Meet the other ranks: torch.distributed's groups, and the way to the controller, through one store."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
+    start_timeout = timedelta(seconds=config.deadlines.start_timeout)
+    store, _, _ = next(rendezvous("env://", timeout=start_timeout))
+    control = dist.PrefixStore("control", store)
+    if controller is not None:
+        control.set("credentials", msgspec.json.encode(controller.credentials()).decode())
+    credentials = msgspec.json.decode(control.get("credentials"), type=Credentials)
+    longest = max(config.deadlines.model_dump().values())  # a collective may last as long as the phase around it
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place.local_rank)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        store=dist.PrefixStore("groups", store),
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timedelta(seconds=longest),
+    )
+    return credentials
+
+
+def build(config: Config, task: str, place: Place, dealer: Dealer, watch: Stopwatch, watchdog: Watchdog) -> Worker:
+    with watch("imports"):
+        from miles_spmd.platform import cpu
+
+        cpu.install()
+        from miles_spmd.worker.worker import Worker
+    return Worker(config, task, place.rank, dealer, watch, watchdog.progress)
+
+
+def rank_info(worker: Worker, place: Place) -> RankInfo:
+    return RankInfo(
+        rank=place.rank,
+        world_size=place.world_size,
+        host=HOST,
+        pid=os.getpid(),
+        data_parallel_rank=worker.trainer.data_parallel_rank,
+        data_parallel_size=worker.trainer.data_parallel_size,
+        reports=worker.trainer.reports,
+        engine=place.rank // worker.engine_size,
+        engine_leader=place.rank % worker.engine_size == 0,
+        versions={name: version(name) for name in ("torch", "megatron-core", "sglang")},
+    )
+
+
+def failure(error: Exception) -> Failure:
+    return Failure(type(error).__name__, str(error), traceback.format_exc())
+
+
+def redirect_output(log: Path) -> TextIO:
+    """Send what this process and its libraries print, in any language, to ``log``. Returns the stderr it had."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    terminal = os.fdopen(os.dup(2), "w")
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        stream.flush()
+        os.dup2(descriptor, number)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
+    os.close(descriptor)
+    faulthandler.enable()  # a crash in native code leaves its stack in the log
+    return terminal

@@ -1,0 +1,66 @@
+"""The engine's turns on a device that it shares with the trainer.
+
+- train, log-probs: the engine is released
+- refit: the engine is resumed, then given the trainer's weights
+- rollout: the engine is resident, with the weights of the last refit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from miles_spmd.config.schema import Config
+from miles_spmd.messaging.dealer import Dealer
+from miles_spmd.messaging.wire import RefitResult
+from miles_spmd.refit import Refit
+from miles_spmd.rollout.engine import Engine
+from miles_spmd.training.trainer import Trainer
+from miles_spmd.worker.rollout import Lockstep, run_rollout
+from miles_spmd.worker.stopwatch import Stopwatch
+
+
+class EngineTurns:
+    """An engine, the refit that fills it, and whether it has memory and weights now.
+
+    A new engine is resident, without weights. ``watch`` is told where the time goes.
+    """
+
+    def __init__(self, config: Config, engine: Engine, engine_size: int, trainer: Trainer, watch: Stopwatch) -> None:
+        self.engine = engine
+        self._watch = watch
+        self._resident, self._filled = True, False
+        self._lockstep = Lockstep(engine_size)
+        with watch("refit_plan"):
+            self._refit = Refit(
+                trainer.weights(),
+                trainer.layout(),
+                engine.weights(),
+                engine.layout(),
+                bucket_bytes=config.refit.refit_bucket_mib << 20,
+                checksums=config.refit.refit_checksums,
+            )
+
+    def release(self) -> None:
+        """Leave the memory to the trainer."""
+        if self._resident:
+            with self._watch("release"):
+                self.engine.release()
+            self._resident = self._filled = False
+
+    def refit(self, version: int) -> RefitResult:
+        """Raises RefitError when a checksum differs."""
+        if not self._resident:
+            with self._watch("resume"):
+                self.engine.resume()
+            self._resident = True
+        with self._watch("copy"):
+            counts = self._refit.run()
+            self.engine.commit(version)
+        self._filled = True
+        return RefitResult(version, counts.bytes_local, counts.bytes_received, counts.checksum_mismatches)
+
+    def rollout(self, rank: int, dealer: Dealer, progress: Callable[[str], None]) -> None:
+        """Raises RuntimeError when the engine has no weights."""
+        if not self._filled:
+            raise RuntimeError("the engine has no weights: a rollout needs a refit after the last training phase")
+        run_rollout(rank, self.engine, dealer, self._lockstep, self._watch, progress)

@@ -1,0 +1,78 @@
+"""A worker's part in one rollout: step the engine, take requests from the controller, send back what finishes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from miles_spmd.messaging.dealer import Dealer
+from miles_spmd.messaging.wire import AbortRequests, Command, Completions, EndGenerate, Submit
+from miles_spmd.rollout.engine import Engine
+from miles_spmd.worker.stopwatch import Stopwatch
+
+
+class Lockstep:
+    """The ranks of one engine, which must all step or all stop. Only the leader hears the controller, so it tells the
+    others before every step. Building it is collective over all ranks of the run."""
+
+    def __init__(self, engine_size: int) -> None:
+        first = dist.get_rank() // engine_size * engine_size
+        self.leader = dist.get_rank() == first
+        self._first = first
+        self._group: dist.ProcessGroup | None = None
+        if engine_size > 1:
+            self._group, _ = dist.new_subgroups(engine_size, backend="gloo")
+
+    def agree(self, go_on: bool) -> bool:
+        """The leader's ``go_on``, on every rank of the engine."""
+        if self._group is None:
+            return go_on
+        word = torch.tensor(go_on)
+        dist.broadcast(word, self._first, self._group)
+        return bool(word)
+
+
+def run_rollout(
+    rank: int,
+    engine: Engine,
+    dealer: Dealer,
+    lockstep: Lockstep,
+    watch: Stopwatch,
+    progress: Callable[[str], None],
+) -> None:
+    """From a Generate command until the engine is idle and the controller has said that nothing more will come.
+
+    ``progress`` is told how far it is.
+    """
+    steps, ended = 0, False
+    while True:
+        with watch("wait"):
+            if lockstep.leader:
+                ended = _listen(engine, dealer, ended)
+            go_on = lockstep.agree(not (ended and engine.idle))
+        if not go_on:
+            return
+        with watch("engine"):
+            outputs = engine.step()
+        if outputs and lockstep.leader:
+            dealer.send(Completions(rank, outputs))
+        steps += 1
+        progress(f"engine step {steps}")
+
+
+def _listen(engine: Engine, dealer: Dealer, ended: bool) -> bool:
+    """Do what the controller has asked by now; with nothing to run, sleep until it asks. Returns whether it has ended
+    the rollout. Raises ValueError when a request does not fit the engine."""
+    while (command := dealer.receive(0 if ended or not engine.idle else None)) is not None:
+        match command:
+            case Command(body=Submit(requests)):
+                engine.submit(requests)
+            case Command(body=AbortRequests(rids)):
+                engine.abort(rids)
+            case Command(body=EndGenerate()):
+                ended = True
+            case _:
+                raise RuntimeError(f"{type(command).__name__} in the middle of a rollout")
+    return ended

@@ -1,0 +1,67 @@
+"""One rank: its trainer and its engine, and what each command does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from miles_spmd.algorithms.losses import make_loss
+from miles_spmd.checkpoint import hf
+from miles_spmd.config.schema import Config
+from miles_spmd.messaging import wire
+from miles_spmd.messaging.dealer import Dealer
+from miles_spmd.models import load_family
+from miles_spmd.training.trainer import Trainer
+from miles_spmd.worker.phases import EngineTurns
+from miles_spmd.worker.stopwatch import Stopwatch
+
+
+class Worker:
+    """Builds what ``task`` needs; torch.distributed is initialised. ``watch`` is told how long each part took, then
+    where the time of each command went."""
+
+    def __init__(
+        self, config: Config, task: str, rank: int, dealer: Dealer, watch: Stopwatch, progress: Callable[[str], None]
+    ) -> None:
+        self._config, self._rank, self._dealer, self._watch, self._progress = config, rank, dealer, watch, progress
+        with watch("trainer"):
+            family = load_family(config.model.hf_checkpoint)
+            self.trainer = Trainer(config, family, make_loss(config.run.mode, config.algorithm))
+        self.engine_size = int(config.sglang.get("tp_size", 1))
+        self._engine: EngineTurns | None = None
+        if task == "eval" or (task == "train" and (config.run.mode == "rl" or config.eval.eval_interval)):
+            with watch("engine"):
+                engine = make_engine(config)
+            self._engine = EngineTurns(config, engine, self.engine_size, self.trainer, watch)
+
+    @property
+    def engine(self) -> EngineTurns:
+        if self._engine is None:
+            raise RuntimeError("this run has no engine: it neither generates nor evaluates")
+        return self._engine
+
+    def do(self, body: wire.Body) -> wire.Result:
+        """One command; raises whatever its part raises."""
+        match body:
+            case wire.Generate():
+                self.engine.rollout(self._rank, self._dealer, self._progress)
+            case wire.ComputeLogProbs(micro_batches, model):
+                self._release_engine()
+                return self.trainer.log_probs(micro_batches, model)
+            case wire.Train(micro_batches):
+                self._release_engine()
+                return self.trainer.train_step(micro_batches)
+            case wire.Refit(version):
+                return self.engine.refit(version)
+            case wire.SaveCheckpoint(path):
+                self.trainer.save(path)
+            case wire.LoadCheckpoint(path):
+                self.trainer.load(path)
+            case wire.ExportModel(path):
+                hf.export(path, self.trainer.weights(), self.trainer.layout(), self._config.model.hf_checkpoint)
+            case _:
+                raise TypeError(f"{type(body).__name__} is not for a worker outside a rollout")
+        return wire.Ok()
+
+    def _release_engine(self) -> None:
+        if self._engine is not None:
+            self._engine.release()
