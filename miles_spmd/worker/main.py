@@ -96,27 +96,29 @@ def serve(config: Config, task: str, place: Place, controller: ControllerProcess
         dealer.receive()  # nothing comes: the controller ends the run
         return
     dealer.send(Hello(rank_info(worker, place), config_digest(config), watch.take()))
-    step = 0
-    while True:
-        watchdog.enter(Phase.IDLE, step, None)
-        command = dealer.receive()
-        if not isinstance(command, Command):
-            raise RuntimeError(f"the controller sent a {type(command).__name__}")
-        step = command.step
-        if isinstance(command.body, Feed):
-            continue  # for a rollout that has failed meanwhile
-        watchdog.enter(command.phase, step, command.deadline)
+    watchdog.enter(Phase.IDLE, 0, None)
+    while not isinstance((command := next_command(dealer)).body, Stop):
+        watchdog.enter(command.phase, command.step, command.deadline)
         try:
-            result = Ok() if isinstance(command.body, Stop) else worker.do(command.body)
+            result = worker.do(command.body)
         except Exception as error:
             traceback.print_exc()
             result = failure(error)
-        if isinstance(command.body, Stop):
-            watchdog.stop()
+        watchdog.enter(Phase.IDLE, command.step, None)
         dealer.send(Reply(command.id, place.rank, HOST, command.phase, result, watch.take()))
-        if isinstance(command.body, Stop):
-            dealer.close()
-            return
+    watchdog.stop()
+    dealer.send(Reply(command.id, place.rank, HOST, command.phase, Ok()))
+    dealer.close()
+
+
+def next_command(dealer: Dealer) -> Command:
+    """The next one that is not for a rollout; such a one comes when the rollout has failed here meanwhile."""
+    while True:
+        command = dealer.receive()
+        if not isinstance(command, Command):
+            raise RuntimeError(f"the controller sent a {type(command).__name__}")
+        if not isinstance(command.body, Feed):
+            return command
 
 
 def join(config: Config, place: Place, controller: ControllerProcess | None) -> Credentials:

@@ -10,9 +10,25 @@ from miles_spmd.config.schema import Config
 from miles_spmd.messaging import wire
 from miles_spmd.messaging.dealer import Dealer
 from miles_spmd.models import load_family
+from miles_spmd.rollout.engine import Engine
 from miles_spmd.training.trainer import Trainer
 from miles_spmd.worker.phases import EngineTurns
 from miles_spmd.worker.stopwatch import Stopwatch
+
+
+def make_engine(config: Config) -> Engine:
+    """The kind that ``rollout.engine`` names; imports no other."""
+    table = dict(config.sglang)
+    context_length = table.pop("context_length", None)
+    if config.rollout.engine == "torch":
+        from miles_spmd.rollout.torch_engine import TorchEngine
+
+        return TorchEngine(config.model.hf_checkpoint, dtype=config.model.dtype, context_length=context_length)
+    from miles_spmd.rollout.sglang_engine import SglangEngine
+
+    return SglangEngine(
+        config.model.hf_checkpoint, dtype=config.model.dtype, server_args=table, context_length=context_length
+    )
 
 
 class Worker:
@@ -26,7 +42,7 @@ class Worker:
         with watch("trainer"):
             family = load_family(config.model.hf_checkpoint)
             self.trainer = Trainer(config, family, make_loss(config.run.mode, config.algorithm))
-        self.engine_size = int(config.sglang.get("tp_size", 1))
+        self.engine_size = 1 if config.rollout.engine == "torch" else int(config.sglang.get("tp_size", 1))
         self._engine: EngineTurns | None = None
         if task == "eval" or (task == "train" and (config.run.mode == "rl" or config.eval.eval_interval)):
             with watch("engine"):
