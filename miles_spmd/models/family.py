@@ -11,7 +11,7 @@ import re
 from math import prod
 from typing import Any, ClassVar, NamedTuple
 
-from miles_spmd.models.layout import PADDING, Piece, Span, columns, filled_shape, stack, whole, window
+from miles_spmd.models.layout import PADDING, Piece, Span, beside, filled_shape, stack, whole, window
 
 Shape = tuple[int, ...]
 Pieces = tuple[Piece, ...]
@@ -213,7 +213,7 @@ class Family:
         elif name == "model.norm.weight":
             pieces = self._whole(name)
         elif (match := SGLANG_LAYER.fullmatch(name)) and int(match[1]) < self.num_layers:
-            pieces = self._sglang_layer(f"model.layers.{match[1]}.", match[2], tp)
+            pieces = self._sglang_layer(f"model.layers.{match[1]}.", match[2], shape, tp)
         else:
             pieces = ()
         return self._checked("SGLang", name, shape, tp, pieces)
@@ -254,22 +254,22 @@ class Family:
                 return self._column_shard(prefix + "down_proj.weight", tp)
         return ()
 
-    def _sglang_layer(self, prefix: str, name: str, tp: Shard) -> Pieces:
+    def _sglang_layer(self, prefix: str, name: str, shape: Shape, tp: Shard) -> Pieces:
         match name:
             case "self_attn.qkv_proj.weight" | "self_attn.qkv_proj.bias":
                 return self._stacked_qkv(prefix + "self_attn.", name.rpartition(".")[2], tp)
             case "self_attn.o_proj.weight":
                 return self._column_shard(prefix + name, tp)
         if name.startswith("mlp."):
-            return self._sglang_mlp(prefix + "mlp.", name.removeprefix("mlp."), tp)
+            return self._sglang_mlp(prefix + "mlp.", name.removeprefix("mlp."), shape, tp)
         return self._whole(prefix + name)  # the norms
 
-    def _sglang_mlp(self, prefix: str, name: str, tp: Shard) -> Pieces:
+    def _sglang_mlp(self, prefix: str, name: str, shape: Shape, tp: Shard) -> Pieces:
         match name:
             case "gate_up_proj.weight":
-                return self._gate_up(prefix, tp)
+                return self._gate_up(prefix, tp, sglang_width(self.ffn_size, shape[0] // 2, tp))
             case "down_proj.weight":
-                return self._column_shard(prefix + name, tp)
+                return self._column_shard(prefix + name, tp, sglang_width(self.ffn_size, shape[1], tp))
         return ()
 
     # ---- the cuts that the backends make ----
@@ -278,18 +278,16 @@ class Family:
         shape = self._tensors.get(name)
         return whole(name, shape) if shape else ()
 
-    def _column_shard(self, name: str, tp: Shard, lead: tuple[int, ...] = ()) -> Pieces:
+    def _column_shard(self, name: str, tp: Shard, padded: int = 0, lead: tuple[int, ...] = ()) -> Pieces:
         rows, width = self._tensors[name]
-        return columns(name, rows, *tp.part(width, name), lead)
+        return beside(share(name, width, tp, padded), rows, lead)
 
     def _vocabulary(self, output: bool, shape: Shape, tp: Shard) -> Pieces:
         """Both backends give each rank an equal share of the padded rows, padding last."""
         name = "lm_head.weight" if output and not self.tied_embeddings else "model.embed_tokens.weight"
-        padding = shape[0] * tp.size - self.vocab_size
-        if padding < 0:
+        if shape[0] * tp.size < self.vocab_size:
             raise ValueError(f"{tp.size} times {shape[0]} rows do not hold a vocabulary of {self.vocab_size}")
-        rows: list[Span] = [(name, 0, self.vocab_size), (PADDING, 0, padding)]
-        return stack(window(rows, tp.rank * shape[0], (tp.rank + 1) * shape[0]), (self.hidden_size,))
+        return stack(share(name, self.vocab_size, tp, shape[0] * tp.size), (self.hidden_size,))
 
     def _interleaved_qkv(self, prefix: str, leaf: str, tp: Shard) -> Pieces:
         """Megatron: for each query group its query heads, its key head, its value head; the rows shared out evenly."""
@@ -315,13 +313,25 @@ class Family:
             spans.append((f"{prefix}{name}.{leaf}", start * self.head_dim, stop * self.head_dim))
         return stack(spans, self._row_shape(leaf))
 
-    def _gate_up(self, prefix: str, tp: Shard, lead: tuple[int, ...] = ()) -> Pieces:
+    def _gate_up(self, prefix: str, tp: Shard, padded: int = 0, lead: tuple[int, ...] = ()) -> Pieces:
         gate, up = prefix + "gate_proj.weight", prefix + "up_proj.weight"
-        start, stop = tp.part(self._tensors[gate][0], gate)
-        return stack([(gate, start, stop), (up, start, stop)], (self.hidden_size,), lead)
+        rows, _ = self._tensors[gate]
+        return stack([*share(gate, rows, tp, padded), *share(up, rows, tp, padded)], (self.hidden_size,), lead)
 
     def _row_shape(self, leaf: str) -> Shape:
         return (self.hidden_size,) if leaf == "weight" else ()
+
+
+def share(name: str, size: int, tp: Shard, padded: int = 0) -> list[Span]:
+    """This rank's equal share of the rows (or columns) of a tensor, after padding has made them ``padded``."""
+    padded = padded or size
+    return window([(name, 0, size), (PADDING, 0, padded - size)], *tp.part(padded, name))
+
+
+def sglang_width(ffn_size: int, local: int, tp: Shard) -> int:
+    """MLP width of the whole SGLang model, of which ``local`` is here: without a GPU it rounds up to 32 per rank."""
+    rounded = -(-ffn_size // (32 * tp.size)) * 32 * tp.size
+    return rounded if local * tp.size == rounded else ffn_size
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:

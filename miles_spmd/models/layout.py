@@ -43,7 +43,7 @@ class TensorLayout(msgspec.Struct, frozen=True):
 
 
 Span = tuple[str, int, int]
-"""Rows [start, stop) of the checkpoint tensor of this name."""
+"""Rows, or columns, [start, stop) of the checkpoint tensor of this name."""
 
 
 def stack(spans: Iterable[Span], row_shape: tuple[int, ...], lead: tuple[int, ...] = ()) -> tuple[Piece, ...]:
@@ -71,9 +71,13 @@ def whole(name: str, shape: tuple[int, ...]) -> tuple[Piece, ...]:
     return stack([(name, 0, shape[0])], shape[1:])
 
 
-def columns(name: str, rows: int, start: int, stop: int, lead: tuple[int, ...] = ()) -> tuple[Piece, ...]:
-    """Columns [start, stop) of a checkpoint matrix with this many rows."""
-    return (Piece(name, (0, start), (0, 0), (rows, stop - start), lead),)
+def beside(spans: Iterable[Span], rows: int, lead: tuple[int, ...] = ()) -> tuple[Piece, ...]:
+    """Whole columns of several checkpoint matrices with this many rows, next to each other."""
+    pieces, column = [], 0
+    for name, start, stop in spans:
+        pieces.append(Piece(name, (0, start), (0, column), (rows, stop - start), lead))
+        column += stop - start
+    return tuple(pieces)
 
 
 def filled_shape(pieces: Iterable[Piece]) -> tuple[int, ...]:

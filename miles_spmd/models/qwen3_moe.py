@@ -6,7 +6,7 @@ import re
 from math import prod
 from typing import Any
 
-from miles_spmd.models.family import Pieces, Shape, Shard, swiglu_tensors
+from miles_spmd.models.family import Pieces, Shape, Shard, sglang_width, swiglu_tensors
 from miles_spmd.models.qwen3 import Qwen3
 
 # local spec and SequentialMLP; Transformer Engine's grouped linear
@@ -65,15 +65,16 @@ class Qwen3Moe(Qwen3):
             return self._gate_up(expert_prefix, etp)
         return self._column_shard(expert_prefix + "down_proj.weight", etp)
 
-    def _sglang_mlp(self, prefix: str, name: str, tp: Shard) -> Pieces:
+    def _sglang_mlp(self, prefix: str, name: str, shape: Shape, tp: Shard) -> Pieces:
         experts = [(f"{prefix}experts.{expert}.", (expert,)) for expert in range(self.num_experts)]
         match name:
             case "gate.weight":
                 return self._whole(prefix + name)
             case "experts.w13_weight":
-                return tuple(piece for expert, lead in experts for piece in self._gate_up(expert, tp, lead))
+                width = sglang_width(self.expert_ffn_size, shape[1] // 2, tp)
+                return tuple(piece for expert, lead in experts for piece in self._gate_up(expert, tp, width, lead))
             case "experts.w2_weight":
-                return tuple(
-                    p for expert, lead in experts for p in self._column_shard(expert + "down_proj.weight", tp, lead)
-                )
+                width = sglang_width(self.expert_ffn_size, shape[2], tp)
+                down = "down_proj.weight"
+                return tuple(p for expert, lead in experts for p in self._column_shard(expert + down, tp, width, lead))
         return ()
