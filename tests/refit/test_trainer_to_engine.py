@@ -1,0 +1,70 @@
+"""A real Megatron trainer refits a real SGLang engine; the oracle is SGLang's own loader on the same checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from miles_spmd.config.schema import Config
+from miles_spmd.models import load_family
+from miles_spmd.refit import Refit
+from tests.models import tiny
+from tests.ranks import Ranks
+
+
+def refit_and_compare(folder: Path, megatron: dict[str, Any], engine_tp: int, dtype: str) -> None:
+    from miles_spmd.algorithms.losses import make_loss
+    from miles_spmd.rollout.sglang_engine import SglangEngine
+    from miles_spmd.training.trainer import Trainer
+
+    table = {"model": {"hf_checkpoint": folder, "dtype": dtype}, "data": {"prompt_data": "none"}, "megatron": megatron}
+    config = Config.model_validate(table)
+    trainer = Trainer(config, load_family(folder), make_loss("rl", config.algorithm))
+    engine = SglangEngine(folder, dtype=dtype, server_args={"tp_size": engine_tp})
+    try:
+        refit = Refit(trainer.weights(), trainer.layout(), engine.weights(), engine.layout(), bucket_bytes=10_000)
+        state = load_file(folder / "model.safetensors")
+        for factor in (1.0, 0.5):  # the second time after an update, and after the engine gave its memory back
+            for tensor in trainer.weights().values():
+                tensor.mul_(factor)
+            engine.release()
+            engine.resume()
+            refit.run()
+            refitted = {name: tensor.clone() for name, tensor in engine.weights().items()}
+            engine._model.load_weights((name, tensor * factor) for name, tensor in state.items())
+            for name, tensor in engine.weights().items():
+                assert torch.equal(refitted[name], tensor), name
+    finally:
+        engine.close()
+
+
+TP, PP, EP, CP = (f"{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model", "expert_model", "context"))
+VPP = {PP: 2, "virtual_pipeline_model_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("world", "name", "megatron", "engine_tp"),
+    [
+        (1, "qwen3", {}, 1),
+        (2, "qwen2", {}, 2),
+        (2, "qwen2", {TP: 2, "sequence_parallel": True}, 1),
+        (2, "llama", {TP: 2}, 2),
+        (2, "qwen3-tied", {PP: 2}, 2),
+        (2, "qwen3-tied", VPP, 1),
+        (2, "qwen3", {CP: 2}, 2),
+        (2, "qwen3_moe", {EP: 2}, 1),
+        (2, "qwen3_moe", {TP: 2, "sequence_parallel": True}, 2),
+        (4, "qwen3", {TP: 2, PP: 2}, 2),
+        (4, "qwen3-tied", {TP: 2, **VPP}, 1),
+        (4, "qwen3_moe", {TP: 2, EP: 4, "expert_tensor_parallel_size": 1, "sequence_parallel": True}, 2),
+    ],
+)
+def test_any_trainer_layout_to_any_engine(
+    ranks: Ranks, world: int, name: str, megatron: dict[str, Any], engine_tp: int
+) -> None:
+    dtype = "bfloat16" if "moe" in name or name == "qwen2" else "float32"
+    ranks.run(world, refit_and_compare, tiny.checkpoint(name), megatron, engine_tp, dtype)
