@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import io
 import os
 import socket
@@ -153,7 +154,9 @@ def build(config: Config, task: str, place: Place, dealer: Dealer, watch: Stopwa
 
         cpu.install()
         from miles_spmd.worker.worker import Worker
-    return Worker(config, task, place.rank, dealer, watch, watchdog.progress)
+    worker = Worker(config, task, place.rank, dealer, watch, watchdog.progress)
+    gc.freeze()  # the backends hold millions of objects for good: a collection that walks them takes a second
+    return worker
 
 
 def rank_info(worker: Worker, place: Place) -> RankInfo:
