@@ -1,0 +1,79 @@
+"""Which rank stands where: Megatron's groups and our engines, as arithmetic on rank numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from miles_spmd.config.checks import settings
+from miles_spmd.config.schema import Config
+
+Groups = list[list[int]]
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """Sizes of all groups. ``dp`` counts replicas that see different sequences, ``edp`` the same for expert weights."""
+
+    world_size: int
+    tp: int
+    cp: int
+    pp: int
+    ep: int
+    etp: int
+    engine_tp: int
+    sequence_parallel: bool
+    distributed_optimizer: bool
+
+    @classmethod
+    def of(cls, config: Config, world_size: int) -> ParallelLayout:
+        """``config`` must have passed its checks for this ``world_size``."""
+        s = settings(config)
+        return cls(
+            world_size=world_size,
+            tp=s["tensor_model_parallel_size"],
+            cp=s["context_parallel_size"],
+            pp=s["pipeline_model_parallel_size"],
+            ep=s["expert_model_parallel_size"],
+            etp=s["expert_tensor_parallel_size"] or s["tensor_model_parallel_size"],
+            engine_tp=s["tp_size"],
+            sequence_parallel=s["sequence_parallel"],
+            distributed_optimizer=s["use_distributed_optimizer"],
+        )
+
+    @property
+    def dp(self) -> int:
+        return self.world_size // (self.tp * self.cp * self.pp)
+
+    @property
+    def edp(self) -> int:
+        return self.world_size // (self.etp * self.ep * self.pp)
+
+    @property
+    def engines(self) -> int:
+        return self.world_size // self.engine_tp
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Position in every group. Megatron's rank order: tensor fastest, then context, data, pipeline."""
+        dense = _unravel(rank, {"tp": self.tp, "cp": self.cp, "dp": self.dp, "pp": self.pp})
+        expert = _unravel(rank, {"etp": self.etp, "ep": self.ep, "edp": self.edp, "pp": self.pp})
+        return {**expert, **dense, "engine": rank // self.engine_tp}
+
+    def groups(self, axis: str) -> Groups:
+        """The groups that differ in ``axis`` only, in the order of their first ranks."""
+        family = ("tp", "cp", "dp", "pp") if axis in ("tp", "cp", "dp", "pp") else ("etp", "ep", "edp", "pp")
+        found: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world_size):
+            where = self.coordinates(rank)
+            found.setdefault(tuple(where[a] for a in family if a != axis), []).append(rank)
+        return list(found.values())
+
+    def engine_groups(self) -> Groups:
+        return [list(range(e * self.engine_tp, (e + 1) * self.engine_tp)) for e in range(self.engines)]
+
+
+def _unravel(rank: int, sizes: Mapping[str, int]) -> dict[str, int]:
+    where = {}
+    for axis, size in sizes.items():
+        rank, where[axis] = divmod(rank, size)
+    return where

@@ -1,0 +1,154 @@
+"""How much memory a rank needs, from the shapes of the checkpoint's tensors. An estimate: allocators and workspaces
+come on top.
+
+Weights, gradients and optimizer states are counted exactly. Activations follow Korthikanti et al., "Reducing Activation
+Recomputation in Large Transformer Models" (arXiv 2205.05198), section 4, restated for grouped-query attention that
+keeps no score matrix, SwiGLU and no dropout: what each layer keeps for its backward pass, per token, is listed in
+:func:`_layer_elements`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from miles_spmd.config.checks import settings
+from miles_spmd.config.schema import Config
+from miles_spmd.models import Family
+from miles_spmd.planning.layout import ParallelLayout
+
+FP32 = 4
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+STATIC_FRACTION = 0.85  # of a GPU for weights and KV cache, where [sglang] mem_fraction_static leaves it to SGLang
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on the rank that needs most of each."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    engine_weights: int
+    kv_bytes_per_token: int
+    reference: int  # in host memory
+
+    @property
+    def trainer(self) -> int:
+        """Stays through the whole run."""
+        return self.parameters + self.gradients + self.optimizer
+
+    @property
+    def training(self) -> int:
+        return self.trainer + self.activations + self.logits
+
+    def kv_tokens(self, device_bytes: int, static_fraction: float) -> int:
+        """Tokens of KV cache beside the engine's weights and the trainer."""
+        free = min(device_bytes * static_fraction, device_bytes - self.trainer) - self.engine_weights
+        return max(0, int(free)) // self.kv_bytes_per_token
+
+
+def estimate_memory(config: Config, family: Family, layout: ParallelLayout) -> MemoryEstimate:
+    s = settings(config)
+    bytes_each = DTYPE_BYTES[config.model.dtype]
+    dense, expert = max(local_parameters(family, layout, s), key=sum)
+    shards, expert_shards = (layout.dp * layout.cp, layout.edp) if layout.distributed_optimizer else (1, 1)
+    # two moments, and the main parameters where the weights themselves are not fp32
+    state_bytes = 2 * FP32 + (0 if bytes_each == FP32 else FP32)
+    grad_bytes = FP32 if config.megatron.get("grad_reduce_in_fp32", True) else bytes_each  # the trainer's default
+    reference = config.algorithm.kl_coef or config.algorithm.kl_loss_coef
+    kv_heads = max(1, family.num_kv_heads // layout.engine_tp)
+    return MemoryEstimate(
+        parameters=(dense + expert) * bytes_each,
+        gradients=(dense + expert) * grad_bytes,
+        optimizer=(dense // shards + expert // expert_shards) * state_bytes,
+        activations=_activations(config, family, layout, s) * bytes_each,
+        # logits, their fp32 copy, the probabilities kept for the backward pass
+        logits=config.train.max_tokens_per_gpu * family.vocab_size // layout.tp * (bytes_each + 2 * FP32),
+        engine_weights=_engine_parameters(family, layout.engine_tp) * bytes_each,
+        kv_bytes_per_token=2 * family.num_layers * kv_heads * family.head_dim * bytes_each,
+        reference=(dense + expert) * bytes_each if reference else 0,
+    )
+
+
+def local_parameters(family: Family, layout: ParallelLayout, s: dict[str, Any]) -> list[tuple[int, int]]:
+    """(dense, expert) parameters of one rank of each pipeline stage."""
+    stages, start = [], 0
+    for stage, count in enumerate(layers_per_stage(family.num_layers, layout.pp, s)):
+        layers, start = range(start, start + count), start + count
+        dense = expert = 0
+        for name, shape in family.checkpoint_tensors().items():
+            if not _is_on(name, layers, stage == 0, stage == layout.pp - 1, family.tied_embeddings):
+                continue
+            if ".experts." in name:
+                expert += prod(shape) // (layout.etp * layout.ep)
+            else:
+                dense += _dense_share(name, shape, layout.tp)
+        stages.append((dense, expert))
+    return stages
+
+
+def _is_on(name: str, layers: range, first: bool, last: bool, tied: bool) -> bool:
+    """Whether a pipeline stage with these layers holds this checkpoint tensor."""
+    if match := re.match(r"model\.layers\.(\d+)\.", name):
+        return int(match[1]) in layers
+    if name == "model.embed_tokens.weight":
+        return first or (last and tied)
+    return last
+
+
+def layers_per_stage(num_layers: int, stages: int, s: dict[str, Any]) -> list[int]:
+    """Even, but for Megatron's settings of the first and the last stage."""
+    ends = {0: s["num_layers_in_first_pipeline_stage"], stages - 1: s["num_layers_in_last_pipeline_stage"]}
+    given = {stage: layers for stage, layers in ends.items() if layers is not None}
+    rest = stages - len(given)
+    even = (num_layers - sum(given.values())) // rest if rest else 0
+    return [given.get(stage, even) for stage in range(stages)]
+
+
+def _dense_share(name: str, shape: tuple[int, ...], tp: int) -> int:
+    """Matrices are split over tensor-parallel ranks, and so are biases of split outputs; norms and routers are not."""
+    if name.endswith("mlp.gate.weight") or (len(shape) == 1 and not name.endswith(".bias")):
+        return prod(shape)
+    return -(-shape[0] // tp) * prod(shape[1:]) if "embed" in name or "lm_head" in name else prod(shape) // tp
+
+
+def _engine_parameters(family: Family, tp: int) -> int:
+    """SGLang splits as Megatron does, experts included, but repeats KV heads where there are fewer than ranks."""
+    total = 0
+    for name, shape in family.checkpoint_tensors().items():
+        kv = ".k_proj." in name or ".v_proj." in name
+        total += prod(shape) // min(tp, family.num_kv_heads) if kv else _dense_share(name, shape, tp)
+    return total
+
+
+def _activations(config: Config, family: Family, layout: ParallelLayout, s: dict[str, Any]) -> int:
+    """Elements kept for the backward pass on the first stage, which has the most micro-batches under way."""
+    layers = layers_per_stage(family.num_layers, layout.pp, s)[0]
+    split_input = family.hidden_size // (layout.tp if layout.sequence_parallel else 1)
+    layer = _layer_elements(family, layout, split_input)
+    kept, working = layers * layer, 0  # of each micro-batch under way; of the one whose backward pass runs
+    if s["recompute_granularity"] == "full":
+        number = min(s["recompute_num_layers"] or 1, layers)
+        if s["recompute_method"] == "block":  # the first layers run again, one by one, when the others are done with
+            kept = number * split_input + max(layers - number, 1) * layer
+        else:  # groups of layers run again together
+            kept, working = -(-layers // number) * split_input, number * layer
+    return config.train.max_tokens_per_gpu * (kept * layout.pp + working)
+
+
+def _layer_elements(family: Family, layout: ParallelLayout, split_input: int) -> int:
+    """Per token: inputs of two norms and of two linear layers; q, k, v and the attention's output (again before the
+    norm of q and k); gate, up and their product, for each expert chosen."""
+    q, kv = family.num_heads * family.head_dim, family.num_kv_heads * family.head_dim
+    attention = 2 * q + 2 * kv + (q + kv if family.qk_norm else 0)
+    experts = getattr(family, "experts_per_token", None)
+    if experts is None:
+        mlp = 3 * family.ffn_size // layout.tp
+    else:  # and each expert's own copy of its input and of its output
+        mlp = experts * (3 * family.expert_ffn_size // layout.etp + 2 * family.hidden_size)  # type: ignore[attr-defined]
+    return 4 * split_input + attention // layout.tp + mlp

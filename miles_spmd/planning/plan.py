@@ -1,0 +1,163 @@
+"""The text of ``plan`` and ``--dry-run``: ranks, groups, batch schedule, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import ceil
+
+from miles_spmd.config.checks import settings
+from miles_spmd.config.schema import Config
+from miles_spmd.models import Family, load_family
+from miles_spmd.planning.layout import Groups, ParallelLayout
+from miles_spmd.planning.memory import STATIC_FRACTION, MemoryEstimate, estimate_memory
+
+MAX_RANKS = 16  # listed one by one
+GIB = 2**30
+
+
+def describe_plan(config: Config, world_size: int, device_gib: float | None = None) -> str:
+    """``config`` must have passed its checks for ``world_size``; ``device_gib`` is the memory of one GPU, if known.
+
+    Raises what reading the checkpoint's config.json raises.
+    """
+    family = load_family(config.model.hf_checkpoint)
+    layout = ParallelLayout.of(config, world_size)
+    blocks = [
+        _title(config, family),
+        _ranks(layout),
+        _groups(layout, family),
+        _schedule(config, layout),
+        _memory(config, layout, estimate_memory(config, family, layout), device_gib),
+    ]
+    return "\n\n".join("\n".join(block) for block in blocks)
+
+
+def _title(config: Config, family: Family) -> Iterator[str]:
+    total, active = family.num_parameters(), family.num_active_parameters()
+    sparse = f", {_count(active)} of them for each token" if active != total else ""
+    kind = "reinforcement learning" if config.run.mode == "rl" else "supervised fine-tuning"
+    yield f"{config.run.name}: {kind} of a {family.model_type} model"
+    yield f"  {_count(total)} parameters{sparse}, {config.model.dtype}, from {config.model.hf_checkpoint}"
+    yield f"  everything is written to {config.run_dir}"
+
+
+def _ranks(layout: ParallelLayout) -> Iterator[str]:
+    axes = ["tp", "cp", "dp", "pp"] + (["etp", "ep", "edp"] if layout.ep > 1 else []) + ["engine"]
+    yield f"Ranks ({layout.world_size})"
+    yield "  rank" + "".join(f"{axis:>8}" for axis in axes)
+    shown = min(layout.world_size, MAX_RANKS)
+    for rank in range(shown):
+        where = layout.coordinates(rank)
+        leader = "*" if rank % layout.engine_tp == 0 and layout.engine_tp > 1 else ""
+        yield f"  {rank:>4}" + "".join(f"{where[axis]:>8}" for axis in axes) + leader
+    if layout.engine_tp > 1:
+        yield "  * leads its engine"
+    if shown < layout.world_size:
+        yield f"  ... and {layout.world_size - shown} more in the same pattern"
+
+
+def _groups(layout: ParallelLayout, family: Family) -> Iterator[str]:
+    yield "Groups"
+    named = {"tensor": "tp", "context": "cp", "data": "dp", "pipeline": "pp"}
+    if layout.ep > 1:
+        named |= {"expert tensor": "etp", "expert": "ep", "expert data": "edp"}
+    for name, axis in named.items():
+        yield f"  {name:<14}{_listed(layout.groups(axis))}"
+    yield f"  {'engines':<14}{_listed(layout.engine_groups())}"
+    if layout.engine_tp > family.num_kv_heads:
+        yield f"  {layout.engine_tp // family.num_kv_heads} ranks of an engine share each key-value head"
+
+
+def _listed(groups: Groups) -> str:
+    size = len(groups[0])
+    text = f"{len(groups)} of {size}"
+    if size == 1:
+        return text
+    shown = groups[: max(1, MAX_RANKS // size)]
+    dots = " ..." if len(shown) < len(groups) else ""
+    return f"{text}:  " + " ".join("[" + " ".join(map(str, group[:MAX_RANKS])) + "]" for group in shown) + dots
+
+
+def _schedule(config: Config, layout: ParallelLayout) -> Iterator[str]:
+    run, r, train = config.run, config.rollout, config.train
+    yield "Batch schedule"
+    if run.mode == "rl":
+        samples = r.rollout_batch_size * r.n_samples_per_prompt
+        size = train.global_batch_size or samples
+        steps = run.num_rollout * (samples // size)
+        yield f"  rollout       {r.rollout_batch_size} prompts x {r.n_samples_per_prompt} samples = {samples:,} samples"
+        yield f"                {samples / layout.engines:,.4g} for each of {_plural(layout.engines, 'engine')}"
+        yield f"  train         {_plural(samples // size, 'optimizer step')} of {size:,} samples in each rollout"
+        ending = f"{run.num_rollout:,} rollouts, {steps:,} optimizer steps, {run.num_rollout * samples:,} samples"
+    else:
+        size = train.global_batch_size or r.rollout_batch_size
+        yield f"  train         {size:,} sequences in each optimizer step"
+        ending = f"{run.num_rollout:,} optimizer steps, {run.num_rollout * size:,} sequences"
+    yield f"                {size / layout.dp:,.4g} for each of {_plural(layout.dp, 'replica')} of the trainer"
+    yield f"                {_micro_batches(config, layout, size)}"
+    if config.eval.eval_interval:
+        each = _plural(config.eval.n_samples_per_eval_prompt, "sample")
+        yield f"  evaluation    every {config.eval.eval_interval} and at both ends, {each} a prompt"
+        yield f"                {', '.join(config.eval.eval_prompt_data)}"
+    if config.checkpoint.save_interval:
+        yield f"  checkpoint    every {config.checkpoint.save_interval}"
+    yield f"  in total      {ending}"
+
+
+def _micro_batches(config: Config, layout: ParallelLayout, size: int) -> str:
+    budget = config.train.max_tokens_per_gpu * layout.cp
+    text = f"micro-batches of at most {budget:,} tokens"
+    if config.run.mode == "sft" or config.data.rollout_max_prompt_len is None:
+        return text
+    longest = config.data.rollout_max_prompt_len + config.rollout.rollout_max_response_len
+    count = -(-size // layout.dp) / max(1, budget // longest)
+    return f"{text}: {ceil(count):,} if every sequence has the {longest:,} tokens that it may have"
+
+
+def _memory(config: Config, layout: ParallelLayout, m: MemoryEstimate, device_gib: float | None) -> Iterator[str]:
+    yield "Memory of the fullest rank, estimated (GiB)"
+    trainer = {"parameters": m.parameters, "gradients": m.gradients, "optimizer": m.optimizer}
+    for name, size in trainer.items():
+        yield f"  {name:<34}{_gib(size)}"
+    where = (
+        "shared by the data-parallel ranks" if layout.distributed_optimizer else "a copy on every data-parallel rank"
+    )
+    yield f"    ({where})"
+    yield f"  {'activations of one micro-batch':<34}{_gib(m.activations)}"
+    yield f"  {'logits':<34}{_gib(m.logits)}"
+    yield f"  {'engine weights':<34}{_gib(m.engine_weights)}"
+    yield f"  {'KV cache, per 1,000 tokens':<34}{_gib(1000 * m.kv_bytes_per_token)}"
+    if m.reference:
+        yield f"  {'reference policy, in host memory':<34}{_gib(m.reference)}"
+    yield f"  {'while training':<34}{_gib(m.training)}"
+    yield f"  {'while generating, without KV cache':<34}{_gib(m.trainer + m.engine_weights)}"
+    if device_gib is not None:
+        yield from _fit(config, m, device_gib)
+
+
+def _fit(config: Config, m: MemoryEstimate, device_gib: float) -> Iterator[str]:
+    s = settings(config)
+    fraction = s["mem_fraction_static"] or STATIC_FRACTION
+    if m.training > device_gib * GIB:
+        yield f"  does not fit: training needs more than the {device_gib:g} GiB of a device"
+    tokens = s["max_total_tokens"] or m.kv_tokens(int(device_gib * GIB), fraction)
+    longest = (config.data.rollout_max_prompt_len or 0) + config.rollout.rollout_max_response_len
+    if not tokens:
+        yield f"  does not fit: no room for a KV cache in the {device_gib:g} GiB of a device"
+    else:
+        yield f"  KV cache on {device_gib:g} GiB: {tokens:,} tokens, {tokens / longest:,.4g} of the longest sequences"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:>10,.3f}"
+
+
+def _count(parameters: int) -> str:
+    for unit, name in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
+        if parameters >= unit:
+            return f"{parameters / unit:.3g} {name}"
+    return str(parameters)
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

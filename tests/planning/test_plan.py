@@ -1,0 +1,172 @@
+"""What `plan` says, against Megatron's own groups and the parameters that a real trainer and engine hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from miles_spmd.config.schema import Config
+from miles_spmd.models import load_family
+from miles_spmd.planning.layout import Groups, ParallelLayout
+from miles_spmd.planning.memory import estimate_memory
+from miles_spmd.planning.plan import describe_plan
+from tests.models.tiny import checkpoint
+from tests.ranks import Ranks
+
+TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
+EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
+
+
+def make_config(path: Path, megatron: dict[str, Any], **tables: dict[str, Any]) -> Config:
+    base = {
+        "model": {"hf_checkpoint": path, "dtype": "float32"},
+        "data": {"prompt_data": "data.jsonl", "rollout_max_prompt_len": 100},
+        "rollout": {"rollout_max_response_len": 156, "rollout_batch_size": 4, "n_samples_per_prompt": 8},
+        "train": {"max_tokens_per_gpu": 512},
+        "megatron": {"lr": 1e-3, **megatron},
+    }
+    return Config.model_validate(base | tables)
+
+
+def _megatron_groups(megatron: dict[str, int]) -> dict[str, list[int]]:
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(**megatron)
+    groups = {
+        "tp": parallel_state.get_tensor_model_parallel_group(),
+        "cp": parallel_state.get_context_parallel_group(),
+        "dp": parallel_state.get_data_parallel_group(),
+        "pp": parallel_state.get_pipeline_model_parallel_group(),
+        "etp": parallel_state.get_expert_tensor_parallel_group(),
+        "ep": parallel_state.get_expert_model_parallel_group(),
+        "edp": parallel_state.get_expert_data_parallel_group(),
+    }
+    return {name: dist.get_process_group_ranks(group) for name, group in groups.items()}
+
+
+@pytest.mark.parametrize(
+    "megatron",
+    [
+        {},
+        {TP: 2},
+        {PP: 2},
+        {CP: 2, TP: 2},
+        {PP: 2, TP: 2},
+        {EP: 2, ETP: 1},
+        {EP: 2, ETP: 1, TP: 2},
+        {EP: 2, ETP: 1, PP: 2},
+    ],
+    ids=str,
+)
+def test_groups_are_megatrons(megatron: dict[str, int], ranks: Ranks) -> None:
+    layout = ParallelLayout.of(make_config(Path("absent"), megatron), world_size=4)
+    real = ranks.run(4, _megatron_groups, megatron)
+    for axis in real[0]:
+        expected: Groups = sorted({tuple(groups[axis]): groups[axis] for groups in real}.values())
+        assert sorted(layout.groups(axis)) == expected, axis
+
+
+def _trainer_bytes(config: Config) -> dict[str, int]:
+    """Counted on the tensors of a trainer: parameters, gradient buffers, everything in the optimizer's state."""
+    from miles_spmd.algorithms.losses import make_loss
+    from miles_spmd.training.trainer import Trainer
+
+    trainer = Trainer(config, load_family(config.model.hf_checkpoint), make_loss("sft", config.algorithm))
+    buffers = [b for chunk in trainer._chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    states = [
+        (inner.optimizer.state[parameter], parameter)
+        for inner in trainer._optimizer.chained_optimizers
+        if not inner.is_stub_optimizer
+        for parameter in inner.optimizer.state
+    ]
+    moments = sum(value.nbytes for state, _ in states for name, value in state.items() if name.startswith("exp_avg"))
+    main = sum(p.nbytes for _, p in states if config.model.dtype != "float32")
+    return {
+        "parameters": sum(weight.nbytes for weight in trainer.weights().values()),
+        "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
+        "optimizer": moments + main,
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "megatron", "dtype"),
+    [
+        ("qwen3", {TP: 2}, "float32"),
+        ("qwen3-tied", {PP: 2}, "float32"),
+        ("qwen2", {"use_distributed_optimizer": True}, "bfloat16"),
+        ("llama", {PP: 2, "use_distributed_optimizer": True}, "float32"),
+        ("qwen3_moe", {EP: 2, ETP: 1}, "bfloat16"),
+    ],
+)
+def test_bytes_are_those_of_a_trainer(model: str, megatron: dict[str, Any], dtype: str, ranks: Ranks) -> None:
+    path = checkpoint(model)
+    config = make_config(path, megatron, model={"hf_checkpoint": path, "dtype": dtype})
+    estimate = estimate_memory(config, load_family(path), ParallelLayout.of(config, world_size=2))
+    real = ranks.run(2, _trainer_bytes, config)
+    for name in ("parameters", "gradients", "optimizer"):
+        fullest = max(rank[name] for rank in real)
+        assert getattr(estimate, name) == pytest.approx(fullest, rel=0.04), name  # Megatron pads its buffers
+
+
+def test_a_step_that_was_measured() -> None:
+    """Qwen3-4B, bf16, 16,384 packed tokens on one H200, forward and backward without an optimizer, gradients in bf16:
+    torch's peak was 96 GiB."""
+    shape = dict(
+        model_type="qwen3", hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960, rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    config = make_config(
+        Path("absent"),
+        {"grad_reduce_in_fp32": False},
+        model={"hf_checkpoint": "absent", "dtype": "bfloat16"},
+        train={"max_tokens_per_gpu": 16384},
+    )
+    m = estimate_memory(config, load_family(shape), ParallelLayout.of(config, world_size=1))
+    assert m.training - m.optimizer == pytest.approx(96 * 2**30, rel=0.05)
+
+
+def test_recompute_and_sequence_parallel_save_activations() -> None:
+    path = checkpoint("qwen3")
+
+    def activations(**megatron: Any) -> int:
+        config = make_config(path, megatron)
+        return estimate_memory(config, load_family(path), ParallelLayout.of(config, world_size=2)).activations
+
+    full = {"recompute_granularity": "full", "recompute_num_layers": 1}
+    assert activations(**full, recompute_method="uniform") < activations() / 2
+    assert activations(**full, recompute_method="block") < activations()
+    assert activations(**{TP: 2, "sequence_parallel": True}) * 2 == activations()
+
+
+def test_text() -> None:
+    path = checkpoint("qwen3")
+    config = make_config(
+        path,
+        {TP: 2, "sequence_parallel": True},
+        sglang={"tp_size": 2},
+        run={"name": "trial", "num_rollout": 10},
+        train={"max_tokens_per_gpu": 512, "global_batch_size": 16},
+        eval={"eval_interval": 5, "eval_prompt_data": {"sums": "sums.jsonl"}},
+    )
+    text = describe_plan(config, world_size=4, device_gib=2.0)
+    for line in (
+        "trial: reinforcement learning of a qwen3 model",
+        "tensor        2 of 2:  [0 1] [2 3]",
+        "data          2 of 2:  [0 2] [1 3]",
+        "engines       2 of 2:  [0 1] [2 3]",
+        "rollout       4 prompts x 8 samples = 32 samples",
+        "16 for each of 2 engines",
+        "train         2 optimizer steps of 16 samples in each rollout",
+        "8 for each of 2 replicas of the trainer",
+        "micro-batches of at most 512 tokens: 4 if every sequence has the 256 tokens that it may have",
+        "evaluation    every 5 and at both ends, 1 sample a prompt",
+        "in total      10 rollouts, 20 optimizer steps, 320 samples",
+        "KV cache on 2 GiB",
+    ):
+        assert line in text, text
+    assert "does not fit: training needs more than the 0.0001 GiB" in describe_plan(config, 4, device_gib=0.0001)
