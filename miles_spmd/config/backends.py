@@ -43,7 +43,7 @@ OWNED: dict[str, dict[str, str]] = {
         ),
     },
     "sglang": {
-        "model.hf_checkpoint says it": "model_path tokenizer_path served_model_name revision",
+        "model.hf_checkpoint says it": "model_path tokenizer_path served_model_name revision context_length",
         "model.dtype says it": "dtype",
         "run.seed says it": "random_seed",
         "weights come from the trainer": "load_format model_loader_extra_config weight_loader_disable_mmap",
@@ -51,6 +51,9 @@ OWNED: dict[str, dict[str, str]] = {
             "host port nccl_port dist_init_addr nnodes node_rank base_gpu_id gpu_id_step api_key admin_api_key "
             "skip_tokenizer_init tokenizer_worker_num detokenizer_worker_num stream_interval enable_memory_saver "
             "skip_server_warmup"
+        ),
+        "an engine is one replica, its ranks are the worker processes": (
+            "pp_size dp_size enable_dp_attention speculative_algorithm disable_overlap_schedule device sampling_backend"
         ),
     },
 }

@@ -152,10 +152,9 @@ def _answers_fit_the_context(
     rollout_max_response_len: int,
     eval_interval: int,
     eval_max_response_len: int | None,
-    context_length: int | None,
     shape: dict[str, Any],
 ) -> Iterator[str]:
-    context = context_length or shape.get("max_position_embeddings")
+    context = shape.get("max_position_embeddings")
     if context is None:
         return
     prompt = rollout_max_prompt_len or 1
@@ -174,6 +173,21 @@ def _answers_fit_the_context(
 def _learning_rate(lr: float | None, min_lr: float, lr_decay_style: str) -> Iterator[str]:
     if lr is not None and min_lr > lr and lr_decay_style != "constant":
         yield f"train.min_lr: {min_lr} is larger than megatron.lr {lr}"
+
+
+@_rule(_contradictions)
+def _warmup_ends(
+    mode: str,
+    lr_warmup_iters: int,
+    num_rollout: int,
+    rollout_batch_size: int,
+    n_samples_per_prompt: int,
+    global_batch_size: int | None,
+) -> Iterator[str]:
+    samples = rollout_batch_size * n_samples_per_prompt
+    updates = num_rollout * (samples // (global_batch_size or samples) if mode == "rl" else 1)
+    if lr_warmup_iters >= max(updates, 1):
+        yield f"train.lr_warmup_iters: {lr_warmup_iters} must be smaller than the run's {updates} optimizer steps"
 
 
 # --- parallel layout of the trainer ----------------------------------------------------------------------------------

@@ -9,13 +9,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def plug_point(*builtins: str) -> AfterValidator:
+    """Accepts a built-in's name, or anybody's function as `module:function`."""
+
+    def check(name: str) -> str:
+        module, _, function = name.partition(":")
+        if name in builtins or (module and function):
+            return name
+        raise ValueError(" or ".join([", ".join(builtins), "`module:function`"]) if builtins else "`module:function`")
+
+    return AfterValidator(check)
 
 
 class Table(BaseModel):
@@ -73,24 +85,124 @@ class Rollout(Table):
 
 
 class Algorithm(Table):
-    advantage_estimator: Literal["grpo"] = "grpo"
+    """What is computed from rewards and log-probs. A plug point takes a built-in's name or `module:function`; the
+    functions' signatures are in `miles_spmd/algorithms/protocols.py`. The defaults are plain GRPO."""
+
+    # rewards
+    reward_post_process: Annotated[str, plug_point()] | None = None
+    """Plug point: changes the rewards of a rollout before anything is computed from them."""
+    overlong_buffer_len: NonNegativeInt = 0
+    """Soft over-long penalty (DAPO) on the last so many tokens before `rollout_max_response_len`; 0: off."""
+    overlong_penalty_factor: NonNegativeFloat = 1.0
+    """The penalty of an answer of full length."""
+    dynamic_sampling_filter: Annotated[str, plug_point("reward_nonzero_std")] | None = None
+    """Plug point: which groups are trained on. `reward_nonzero_std` drops those whose rewards are all equal (DAPO)."""
+
+    # advantages
+    advantage_estimator: Annotated[
+        str,
+        plug_point(
+            "grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo"
+        ),
+    ] = "grpo"
+    """Plug point. `gspo` and `cispo` have GRPO's advantages and a loss of their own; `ppo` needs a critic."""
     grpo_std_normalization: bool = True
-    """Divide group-centred rewards by the group's standard deviation."""
-    normalize_advantages: bool = False
-    """Whiten advantages over all trained tokens of the global batch."""
+    """Divide group-centred rewards by the group's standard deviation (`grpo`, `gspo`, `cispo`)."""
+    gamma: Fraction = 1.0
+    """Discount per trained token (`ppo`, `reinforce_plus_plus`)."""
+    lambd: Fraction = 1.0
+    """Decay of generalised advantages (`ppo`)."""
+    normalize_advantages: bool | None = None
+    """Whiten advantages over all trained tokens of the rollout; default: only where the estimator is defined so, which
+    `reinforce_plus_plus` and `reinforce_plus_plus_baseline` are."""
+
+    # on-policy distillation
+    opd_kl_coef: NonNegativeFloat = 0.0
+    """Weight of the log-ratio of student to teacher that is taken off each token's advantage; 0: no distillation."""
+    opd_log_prob_top_k: NonNegativeInt = 0
+    """Compare this many likely tokens instead of the sampled one; 0: the sampled one."""
+    opd_top_k_strategy: Literal["only-student", "only-teacher", "intersection", "union", "xor"] = "only-student"
+    """Whose most likely tokens are compared."""
+    opd_reward_weight_mode: Literal["student_p", "teacher_p", "none"] = "student_p"
+    """Whose probabilities weight the compared tokens; `none`: all the same."""
+
+    # policy loss
+    loss_type: Annotated[str, plug_point("ppo", "gspo", "cispo")] | None = None
+    """Plug point: the policy term of the loss; default: the one that `advantage_estimator` names, else `ppo`."""
     eps_clip: NonNegativeFloat = 0.2
+    """The ratio is clipped below 1 - `eps_clip`. GSPO's own value is 3e-4; CISPO has no lower bound at 1."""
     eps_clip_high: NonNegativeFloat | None = None
-    """Upper clip range; default: `eps_clip`."""
+    """The ratio is clipped above 1 + `eps_clip_high`; default: `eps_clip`."""
     eps_clip_c: Annotated[float, Field(gt=1)] | None = None
     """Dual-clip constant c; None switches dual clip off."""
+    entropy_coef: float = 0.0
+    use_rollout_logprobs: bool = False
+    """Take the engine's log-probs as those of the old policy, instead of the trainer's own."""
+    use_opsm: bool = False
+    """Off-policy sequence masking: drop sequences with negative advantage that the policy has left."""
+    opsm_delta: float = 1e-4
+    """... further than this mean log-ratio of old to current policy."""
+    loss_aggregation: Annotated[str, plug_point("rollout_mean", "token_mean", "constant")] = "rollout_mean"
+    """Plug point: mean of per-rollout token means; mean over all tokens; sum over tokens / (rollouts x max response
+    length)."""
+
+    # KL to the reference policy
     kl_coef: NonNegativeFloat = 0.0
-    """KL penalty inside the reward."""
+    """KL penalty inside the reward: of the whole answer where groups are compared, else of each token."""
     kl_loss_coef: NonNegativeFloat = 0.0
     """KL term of the loss."""
-    kl_loss_type: Literal["k1", "k2", "k3"] = "k3"
-    entropy_coef: float = 0.0
-    loss_aggregation: Literal["rollout_mean", "token_mean", "constant"] = "rollout_mean"
-    """Mean of per-rollout token means; mean over all tokens; sum over tokens / (rollouts x max response length)."""
+    kl_loss_type: Literal["k1", "k2", "k3", "low_var_kl"] = "k3"
+    """Estimator of both; `low_var_kl` is k3 with bounds."""
+    use_unbiased_kl: bool = False
+    """Multiply the KL term of the loss by the ratio of current to old policy (DeepSeek-V3.2)."""
+
+    # train/inference mismatch
+    use_tis: bool = False
+    """Weight the policy term by the trainer's over the engine's probability of each token."""
+    tis_function: Annotated[str, plug_point("tis", "icepop", "mis")] = "tis"
+    """Plug point: `tis` clips the ratio to [`tis_clip_low`, `tis_clip`], `icepop` drops tokens outside, `mis` does what
+    the settings below say."""
+    tis_clip: PositiveFloat = 2.0
+    tis_clip_low: NonNegativeFloat = 0.0
+    tis_level: Literal["token", "sequence", "geometric"] = "token"
+    """`mis`: the ratio of each token, their product over the sequence, or its geometric mean."""
+    tis_mode: Literal["truncate", "clip", "mask"] = "truncate"
+    """`mis`: bound from above; from both sides; drop what is outside."""
+    tis_upper_bound: PositiveFloat = 2.0
+    tis_lower_bound: NonNegativeFloat | None = None
+    """Default: 1 / `tis_upper_bound`."""
+    tis_batch_normalize: bool = True
+    """`mis`: scale the weights that are kept to mean 1 over the rollout."""
+    use_rs: bool = True
+    """`mis`: also drop what is outside [`rs_lower_bound`, `rs_upper_bound`] at `rs_level`."""
+    rs_level: Literal["token", "sequence", "geometric"] = "token"
+    rs_upper_bound: PositiveFloat | None = None
+    """Default: `tis_upper_bound`."""
+    rs_lower_bound: NonNegativeFloat | None = None
+    """Default: the lower bound of the weights."""
+    rs_veto_threshold: PositiveFloat | None = 1e-4
+    """`mis`: drop a whole sequence when the ratio of any of its tokens is smaller; None: never."""
+
+    # critic and preferences
+    value_clip: NonNegativeFloat = 0.2
+    """How far the critic's value may move from its old one before its loss is clipped (`ppo`)."""
+    preference_loss: Literal["dpo", "ipo", "simpo"] = "dpo"
+    dpo_beta: PositiveFloat = 0.1
+    """Beta of all three; IPO calls it tau. SimPO's own value is 2."""
+    simpo_gamma: NonNegativeFloat = 1.0
+    """Target margin of SimPO."""
+
+    @property
+    def surrogate(self) -> str:
+        """The policy term of the loss, by name."""
+        own = self.advantage_estimator if self.advantage_estimator in ("gspo", "cispo") else "ppo"
+        return self.loss_type or own
+
+    @property
+    def whitens_advantages(self) -> bool:
+        if self.normalize_advantages is None:
+            return self.advantage_estimator in ("reinforce_plus_plus", "reinforce_plus_plus_baseline")
+        return self.normalize_advantages
 
 
 class Reward(Table):

@@ -27,7 +27,7 @@ from tests.ranks import Ranks
         ("max_tokens_per_gpu=256", "cannot hold the longest sequence (1025 tokens"),
         ("rollout_max_response_len=4096", "exceed the model's context of 2048"),
         ("rollout_max_prompt_len=1025", "1025 prompt + 1024 response tokens exceed"),
-        ("sglang.context_length=512", "exceed the model's context of 512"),
+        ("num_rollout=10 lr_warmup_iters=10", "must be smaller than the run's 10 optimizer steps"),
         ("min_lr=0.1 lr_decay_style=cosine", "is larger than megatron.lr"),
         ("megatron.tensor_model_parallel_size=4", "do not divide the 2 of this run"),
         ("megatron.sequence_parallel=true", "needs tensor_model_parallel_size > 1"),

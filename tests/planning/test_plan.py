@@ -115,11 +115,19 @@ def test_bytes_are_those_of_a_trainer(model: str, megatron: dict[str, Any], dtyp
 def test_a_step_that_was_measured() -> None:
     """Qwen3-4B, bf16, 16,384 packed tokens on one H200, forward and backward without an optimizer, gradients in bf16:
     torch's peak was 96 GiB."""
-    shape = dict(
-        model_type="qwen3", hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960, rms_norm_eps=1e-6,
-        tie_word_embeddings=True,
-    )  # fmt: skip
+    shape = {
+        "model_type": "qwen3",
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+    }
     config = make_config(
         Path("absent"),
         {"grad_reduce_in_fp32": False},
