@@ -24,6 +24,7 @@ def train(r: Run, first: int) -> None:
     """Steps ``first`` .. num_rollout - 1; the trainer's weights before step i are version i, in the engine too."""
     r.refit(first)
     r.evaluate(first)
+    r.report(first)
     for step in range(first, r.config.run.num_rollout):
         if r.config.run.mode == "rl":
             reinforce(r, step)
@@ -31,7 +32,7 @@ def train(r: Run, first: int) -> None:
             supervise(r, step)
         r.evaluate(step + 1)
         r.save(step + 1)
-        r.report(step)
+        r.report(step + 1)
     r.finish()
 
 

@@ -75,7 +75,9 @@ def pass_at_k(correct: Sequence[int], n: int, k: int) -> float:
     Source: Chen et al., "Evaluating Large Language Models Trained on Code" (arXiv 2107.03374), eq. 1.
     """
     misses = [
-        float(np.prod(1.0 - k / np.arange(n - c + 1, n + 1))) if n - c >= k else 0.0  # the product form avoids big binomials
+        float(np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
+        if n - c >= k
+        else 0.0  # the product form avoids big binomials
         for c in correct
     ]
     return 1.0 - float(np.mean(misses))

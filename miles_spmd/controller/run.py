@@ -88,7 +88,9 @@ class Run:
     # --- beginning and end ---------------------------------------------------------------------------------------
 
     def load(self) -> int:
-        """Load the checkpoint that the configuration asks for, if any; return the first step to do."""
+        """Wait for the workers, load the checkpoint that the configuration asks for; return the first step to do."""
+        with self._timed("start"):
+            self.workers.wait_ready()
         wanted = self.config.checkpoint
         folder = resume.newest(self.config.run_dir) if wanted.resume else None
         folder = folder or wanted.load
@@ -223,25 +225,21 @@ class Run:
                 )
                 for name, prompts in self._eval_sets.items()
             }
-        metrics = eval_metrics(sets)
+        self._metrics |= eval_metrics(sets)
         write_transcripts(self.config, step, sets)
-        if step == 0 or self._evaluated < 0:  # before the first step there is no step to report with
-            self._trackers.log(step, metrics)
-        else:
-            self._metrics |= metrics
         self._evaluated = step
 
-    def report(self, step: int) -> None:
-        """Log the step's metrics and move the progress bar."""
+    def report(self, done: int) -> None:
+        """Log what happened since the last report, ``done`` steps into the run, and move the progress bar."""
         for name in {name for metrics in self._train_metrics for name in metrics}:
             self._metrics[name] = float(np.mean([metrics[name] for metrics in self._train_metrics]))
         now = time.monotonic()
         seconds = self._metrics["perf/step_time"] = now - self._step_started
-        self._metrics["perf/tokens_per_gpu_per_second"] = (
-            self._metrics["train/tokens"] / seconds / len(self.workers.infos)
-        )
-        self._trackers.log(step + 1, self._metrics)
-        self._progress.update(step + 1, self._metrics)
+        if "train/tokens" in self._metrics:
+            rate = self._metrics["train/tokens"] / seconds / len(self.workers.infos)
+            self._metrics["perf/tokens_per_gpu_per_second"] = rate
+        self._trackers.log(done, self._metrics)
+        self._progress.update(done, self._metrics)
         self._step_started, self._metrics, self._train_metrics = now, {}, []
 
     # --- inside --------------------------------------------------------------------------------------------------
