@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -15,15 +16,20 @@ if TYPE_CHECKING:
 
 
 class SamplingParams(msgspec.Struct, frozen=True):
-    """How to draw one answer. Log-probs are always those of the unscaled T = ``temperature`` distribution's token."""
+    """How to draw one answer.
+
+    Each token is drawn from ``softmax(logits / temperature)``, cut to its ``top_k`` likeliest tokens and to the
+    smallest set of probability at least ``top_p``, and renormalised. The draw is a function of ``seed``, the token's
+    position in the sequence and that distribution alone, not of what else is in the batch.
+    """
 
     max_new_tokens: int
-    temperature: float = 1.0  # 0: greedy
+    temperature: float = 1.0  # 0 (anything below 1e-6): the likeliest token
     top_p: float = 1.0
     top_k: int = -1  # -1: the whole vocabulary
-    stop: list[str] = []
-    stop_token_ids: list[int] = []
-    ignore_eos: bool = False
+    stop: list[str] = []  # the answer ends with the token that completes one of these strings
+    stop_token_ids: list[int] = []  # besides the model's own end-of-sequence tokens
+    ignore_eos: bool = False  # neither end-of-sequence nor stop tokens end the answer; stop strings do
     seed: int = 0  # 63-bit, a pure function of (run seed, step, prompt, sample, turn)
 
 
@@ -35,30 +41,50 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Output(msgspec.Struct):
-    """A finished (or aborted) request. ``output_log_probs`` is aligned with ``output_ids``, natural log."""
+    """A finished (or aborted) request.
+
+    ``output_ids`` ends with the token that stopped it, if one did. ``output_log_probs`` is aligned with it: the natural
+    log of each token's probability under ``softmax(logits / temperature)`` over the *whole* vocabulary, that is before
+    top-k and top-p, and at temperature 1 for a greedy request. It is what a trainer that divides its logits by the same
+    temperature computes for the token.
+    """
 
     rid: str
     output_ids: list[int]
     output_log_probs: list[float]
     finish_reason: FinishReason
     weight_versions: list[tuple[int, int]]  # (version, number of tokens), in order
-    prompt_log_probs: list[float] | None = None  # of input_ids[1:], when asked for
+    prompt_log_probs: list[float] | None = None  # of input_ids[1:] at temperature 1, when asked for
 
 
 class Engine(Protocol):
     """One rank of an engine. With tensor parallelism all its ranks make the same calls in the same order; only the
-    leader's ``submit`` and ``abort`` count, and every rank gets the outputs."""
+    content of the leader's ``submit`` and ``abort`` counts, and every rank gets the outputs."""
 
-    weight_version: int
+    @property
+    def weight_version(self) -> int:
+        """Of the weights that produce tokens now; -1 before the first ``commit``."""
+
+    @property
+    def leader(self) -> bool:
+        """Whether this rank's ``submit`` and ``abort`` count."""
 
     def submit(self, requests: list[Request]) -> None:
-        """Queue requests. Raises ValueError naming the rid when prompt + max_new_tokens exceeds the context."""
+        """Queue requests; they start at the next ``step``.
+
+        Raises ValueError naming the rid of a request that cannot be served: prompt plus ``max_new_tokens`` exceeds the
+        context, the rid is in use, a parameter is out of range. Nothing of the list is queued then.
+        """
 
     def step(self) -> list[Output]:
-        """Run one scheduler iteration (a prefill or a decode of the running batch); return what finished."""
+        """Run one scheduler iteration (a prefill or a decode of the running batch); return what finished.
+
+        Raises FloatingPointError when the model produced a log-prob that is not finite.
+        """
 
     def abort(self, rids: list[str] | None = None) -> None:
-        """Stop the named requests (None: all). They come out of a later ``step`` as ABORT with their tokens so far."""
+        """Stop the named requests (None: all). They come out of a later ``step`` as ABORT with their tokens so far.
+        Rids that are not in the engine are ignored: they may just have finished."""
 
     @property
     def idle(self) -> bool:
@@ -70,10 +96,10 @@ class Engine(Protocol):
     def unpause(self) -> None: ...
 
     def flush(self) -> None:
-        """Drop the prefix cache. Needs an idle engine."""
+        """Drop the prefix cache. Raises RuntimeError unless idle."""
 
     def release(self) -> None:
-        """Give the memory of weights and KV cache back. Needs an idle engine; contents are lost."""
+        """Give the memory of weights and KV cache back; contents are lost. Raises RuntimeError unless idle."""
 
     def resume(self) -> None:
         """Take the memory again. Weights are undefined until the next refit."""
@@ -85,4 +111,26 @@ class Engine(Protocol):
         """Where every part of every tensor of ``weights`` comes from, in checkpoint coordinates."""
 
     def commit(self, version: int) -> None:
-        """Tell the engine that its weights now are ``version``: flush the cache, stamp later tokens with it."""
+        """Tell the engine that its weights now are ``version``: drop the cache, stamp later tokens with it.
+
+        Requests in flight go on: what they have so far is kept and its keys and values are recomputed under the new
+        weights.
+        """
+
+
+def check_request(request: Request, context_length: int) -> None:
+    """Raise ValueError naming the rid and everything that keeps the request from being served."""
+    prompt, wanted = len(request.input_ids), request.sampling
+    problems = []
+    if prompt < 1 or wanted.max_new_tokens < 1:
+        problems.append(f"needs at least one token of prompt ({prompt}) and of answer ({wanted.max_new_tokens})")
+    if prompt + wanted.max_new_tokens > context_length:
+        problems.append(f"{prompt} prompt + {wanted.max_new_tokens} new tokens exceed the context of {context_length}")
+    if not 0 <= wanted.temperature < math.inf:
+        problems.append(f"temperature {wanted.temperature} must be finite and not negative")
+    if not 0 < wanted.top_p <= 1:
+        problems.append(f"top_p {wanted.top_p} must be in (0, 1]")
+    if wanted.top_k != -1 and wanted.top_k < 1:
+        problems.append(f"top_k {wanted.top_k} must be positive, or -1 for the whole vocabulary")
+    if problems:
+        raise ValueError(f"request {request.rid}: " + "; ".join(problems))

@@ -57,3 +57,13 @@ def _define_torchvision_ops() -> None:
         _torchvision_ops = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             _torchvision_ops.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def adapt() -> None:
+    """Keep an engine built on a CPU from doing what only makes sense for a server that owns the machine."""
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    def leave_threads_alone(runner: ModelRunner) -> None:
+        runner.local_omp_cpuid = None  # SGLang would bind this process to cores of its own choice
+
+    ModelRunner.init_threads_binding = leave_threads_alone

@@ -1,0 +1,63 @@
+"""From the user's ``[sglang]`` table to SGLang's ServerArgs."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from sglang.srt.server_args import ServerArgs
+
+_CPU_CACHE_TOKENS = 2**17  # pages of the cache are taken from the system only when first written
+
+# The engine is one data-parallel replica with one copy of every request, stepped by its host.
+_ONLY = {"pp_size": 1, "dp_size": 1, "nnodes": 1, "enable_dp_attention": False, "speculative_algorithm": None}
+
+
+def build_server_args(model_path: str, dtype: str, context_length: int, table: dict[str, Any]) -> ServerArgs:
+    """ServerArgs for an in-process engine on this machine's device.
+
+    Raises ValueError listing every entry of ``table`` that SGLang does not know or that this engine decides itself.
+    """
+    on_gpu = torch.cuda.is_available()
+    fixed = {
+        "model_path": model_path,
+        "dtype": dtype,
+        "context_length": context_length,
+        "device": "cuda" if on_gpu else "cpu",
+        "load_format": "dummy",  # weights come by refit
+        "random_seed": 0,  # every request brings its own seed
+        "skip_tokenizer_init": not has_tokenizer(model_path),  # it is needed for stop strings only
+        "sampling_backend": "pytorch",
+        "enable_memory_saver": on_gpu,
+        "disable_overlap_schedule": True,
+        **_ONLY,
+    }
+    defaults: dict[str, Any] = {"grammar_backend": "none", "log_level": "error"}
+    if not on_gpu:
+        fixed |= {"attention_backend": "torch_native", "disable_cuda_graph": True}
+        defaults |= {"max_running_requests": 64, "chunked_prefill_size": -1, "mem_fraction_static": 0.5}
+    _check(table, fixed)
+    args = fixed | defaults | table
+    if not on_gpu:
+        args.setdefault("max_total_tokens", min(args["max_running_requests"] * context_length, _CPU_CACHE_TOKENS))
+    return ServerArgs(**args)
+
+
+def has_tokenizer(model_path: str) -> bool:
+    return any(Path(model_path).glob("tokenizer*"))
+
+
+def _check(table: dict[str, Any], fixed: dict[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(ServerArgs)]
+    problems = []
+    for key in table:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            problems.append(f"{key}: SGLang has no such setting" + (f", did you mean {near[0]}?" if near else ""))
+        elif key in fixed and table[key] != fixed[key]:
+            problems.append(f"{key}: this engine needs {fixed[key]!r}")
+    if problems:
+        raise ValueError("[sglang] " + "; ".join(problems))

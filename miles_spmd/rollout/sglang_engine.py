@@ -1,0 +1,273 @@
+"""The rollout engine: SGLang in this process, under the host's torch.distributed."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import math
+import random
+from array import array
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from sglang.srt import runtime_context
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    ReleaseMemoryOccupationReqInput,
+    ResumeMemoryOccupationReqInput,
+    TokenizedGenerateReqInput,
+)
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
+from sglang.srt.sampling.sampling_params import SamplingParams as SglangSamplingParams
+from sglang.srt.server_args import set_global_server_args_for_scheduler
+
+from miles_spmd.data.sample import FinishReason
+from miles_spmd.models import TensorLayout, load_family
+from miles_spmd.platform.cpu import sglang_shim
+from miles_spmd.rollout import sglang_cpu_attention, sglang_sampler, sglang_world
+from miles_spmd.rollout.engine import Output, Request, check_request
+from miles_spmd.rollout.sglang_args import build_server_args
+from miles_spmd.rollout.sglang_scheduler import InProcessScheduler
+
+sglang_shim.check_version()
+
+# SGLang aborts every request whose rid begins with the given one. Rids that end in this begin no other.
+_END = "\0"
+
+
+class SglangEngine:
+    """One rank of an :class:`~miles_spmd.rollout.engine.Engine` of ``tp_size`` consecutive ranks of the world.
+
+    All ranks of the world build theirs at the same time. A process holds one at a time; ``close`` makes room for
+    another. Weights are random until the first refit.
+
+    ``idle`` needs no collective: it is derived from SGLang's queues and batches, which are the same on every rank
+    because they follow from the leader's broadcast messages and from sampled tokens, and every rank draws the same
+    tokens from the same gathered logits. What was submitted and is not yet broadcast counts through ``_touched``, which
+    every rank sets, whatever it was given.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        dtype: str,
+        server_args: dict[str, Any] | None = None,
+        context_length: int | None = None,
+    ) -> None:
+        """``dtype``: "float32" or "bfloat16". ``server_args``: fields of SGLang's ServerArgs, among them ``tp_size``.
+        ``context_length``: the longest prompt plus answer, by default the model's.
+
+        Raises ValueError for settings that SGLang does not have or that this engine decides itself.
+        """
+        self._family = load_family(model_path)
+        self.context_length = context_length or self._family.max_sequence_length
+        args = build_server_args(str(model_path), dtype, self.context_length, server_args or {})
+        logging.getLogger("sglang").setLevel(args.log_level.upper())
+        self.tp_size = args.tp_size
+        self.tp_rank = dist.get_rank() % args.tp_size
+        sglang_sampler.register()
+        if args.device == "cpu":
+            sglang_cpu_attention.register()
+            sglang_shim.adapt()
+        with _keep_random_state():
+            set_global_server_args_for_scheduler(args)
+            sglang_world.join(args.tp_size)
+            device_index = torch.cuda.current_device() if args.device == "cuda" else 0
+            self._scheduler = InProcessScheduler(args, device_index, self.tp_rank)
+        self._weight_version = -1
+        self._paused = False
+        self._touched = False
+        self._live: set[str] = set()
+        self._spans: dict[str, list[tuple[int, int]]] = defaultdict(list)  # rid -> (version, tokens up to its end)
+
+    @property
+    def weight_version(self) -> int:
+        return self._weight_version
+
+    @property
+    def leader(self) -> bool:
+        return self.tp_rank == 0
+
+    # --- requests --------------------------------------------------------------------------------------------------
+
+    def submit(self, requests: list[Request]) -> None:
+        self._touched = True
+        if not self.leader:
+            return
+        messages = [self._message(request) for request in requests]
+        rids = [request.rid for request in requests]
+        for rid in rids:
+            if rid in self._live or rids.count(rid) > 1:
+                raise ValueError(f"request {rid}: another request with this rid is in the engine")
+        self._live.update(rids)
+        self._scheduler.inbox += messages
+
+    def _message(self, request: Request) -> TokenizedGenerateReqInput:
+        """What SGLang's tokenizer process would send."""
+        self._check(request)
+        wanted = request.sampling
+        params = SglangSamplingParams(
+            max_new_tokens=wanted.max_new_tokens,
+            stop=wanted.stop,
+            stop_token_ids=set(wanted.stop_token_ids),
+            temperature=wanted.temperature,
+            top_p=wanted.top_p,
+            top_k=wanted.top_k,
+            ignore_eos=wanted.ignore_eos,
+            sampling_seed=wanted.seed,
+        )
+        params.normalize(self._scheduler.tokenizer)
+        return TokenizedGenerateReqInput(
+            rid=request.rid + _END,
+            input_text=None,
+            input_ids=array("q", request.input_ids),
+            input_embeds=None,
+            mm_inputs=None,
+            token_type_ids=None,
+            sampling_params=params,
+            return_logprob=True,
+            logprob_start_len=0 if request.return_prompt_log_probs else -1,
+            top_logprobs_num=0,
+            token_ids_logprob=None,
+            stream=False,
+        )
+
+    def _check(self, request: Request) -> None:
+        check_request(request, self.context_length)
+        if request.sampling.stop and self._scheduler.tokenizer is None:
+            raise ValueError(f"request {request.rid}: stop strings need a tokenizer in the checkpoint folder")
+        prompt, answer = len(request.input_ids), request.sampling.max_new_tokens
+        page, cache = self._scheduler.page_size, self._scheduler.max_total_num_tokens
+        if -(-prompt // page) * page + answer + page >= cache:  # it would wait for ever
+            raise ValueError(
+                f"request {request.rid}: {prompt} prompt + {answer} new tokens do not fit SGLang's cache of {cache} "
+                "tokens; raise sglang.max_total_tokens or mem_fraction_static"
+            )
+
+    def abort(self, rids: list[str] | None = None) -> None:
+        self._touched = True
+        if not self.leader:
+            return
+        if rids is None:
+            self._scheduler.inbox.append(AbortReq(abort_all=True))
+        else:
+            self._scheduler.inbox += [AbortReq(rid=rid + _END) for rid in rids if rid in self._live]
+
+    def step(self) -> list[Output]:
+        if self._paused:
+            return []
+        self._scheduler.step()
+        self._touched = False
+        outputs = [self._output(req) for req in self._scheduler.finished]
+        self._scheduler.finished.clear()
+        self._live.difference_update(output.rid for output in outputs)
+        return outputs
+
+    def _output(self, req: Req) -> Output:
+        rid = req.rid.removesuffix(_END)
+        ids = list(req.output_ids_through_stop)
+        log_probs = req.logprob.output_token_logprobs_val[: len(ids)]
+        prompt = req.logprob.input_token_logprobs_val
+        if not all(map(math.isfinite, log_probs)):
+            raise FloatingPointError(
+                f"request {rid}: the model of weight version {self._weight_version} gives log-probs that are not finite"
+            )
+        return Output(
+            rid=rid,
+            output_ids=ids,
+            output_log_probs=log_probs,
+            finish_reason=_finish_reason(req),
+            weight_versions=self._weight_versions(req.rid, len(ids)),
+            prompt_log_probs=prompt[1:] if prompt else None,
+        )
+
+    def _weight_versions(self, rid: str, tokens: int) -> list[tuple[int, int]]:
+        ends = [*self._spans.pop(rid, []), (self._weight_version, tokens)]
+        starts = [0, *(end for _, end in ends)]
+        return [(version, end - start) for (version, end), start in zip(ends, starts) if end > start]
+
+    @property
+    def idle(self) -> bool:
+        return not self._touched and self._scheduler.is_fully_idle()
+
+    def pause(self) -> None:
+        self._paused = True
+
+    def unpause(self) -> None:
+        self._paused = False
+
+    # --- weights and memory ----------------------------------------------------------------------------------------
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: parameter.detach() for name, parameter in self._model.named_parameters()}
+
+    def layout(self) -> list[TensorLayout]:
+        return [
+            TensorLayout(name, self._family.sglang_layout(name, tuple(tensor.shape), self.tp_rank, self.tp_size))
+            for name, tensor in self._model.named_parameters()
+        ]
+
+    @property
+    def _model(self) -> torch.nn.Module:
+        return self._scheduler.tp_worker.model_runner.model
+
+    def commit(self, version: int) -> None:
+        for req in self._scheduler.retract_all():
+            if req.output_ids:
+                self._spans[req.rid].append((self._weight_version, len(req.output_ids)))
+        self._weight_version = version
+
+    def flush(self) -> None:
+        self._require_idle("flush")
+        self._scheduler.flush_cache()
+
+    def release(self) -> None:
+        self._require_idle("release")
+        self._scheduler.weight_updater.release_memory_occupation(ReleaseMemoryOccupationReqInput())
+
+    def resume(self) -> None:
+        self._scheduler.weight_updater.resume_memory_occupation(ResumeMemoryOccupationReqInput())
+
+    def close(self) -> None:
+        """Free everything that SGLang holds in this process. All ranks of the world do it together."""
+        del self._scheduler
+        sglang_world.leave()
+        runtime_context.reset_context()
+        gc.collect()
+
+    def _require_idle(self, what: str) -> None:
+        if not self.idle:
+            raise RuntimeError(f"{what}() needs an idle engine: step until idle is true, or abort first")
+
+
+def _finish_reason(req: Req) -> FinishReason:
+    reason = req.finished_reason
+    if isinstance(reason, FINISH_LENGTH):
+        return FinishReason.LENGTH
+    if isinstance(reason, FINISH_ABORT):
+        if reason.message != FINISH_ABORT().message:
+            raise RuntimeError(f"SGLang gave up request {req.rid.removesuffix(_END)}: {reason.message}")
+        return FinishReason.ABORT
+    return FinishReason.STOP
+
+
+@contextlib.contextmanager
+def _keep_random_state() -> Iterator[None]:
+    """SGLang seeds every generator of the process when it is built."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)

@@ -1,0 +1,96 @@
+"""SGLang's sampler, replaced: every request draws with its own seed, log-probs are the trainer's.
+
+SGLang's own heeds seeds in its deterministic mode only, hides NaN logits, and on a CPU hashes the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.layers.sampler import Sampler, multinomial_with_seed, register_sampler_backend
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+
+def register() -> None:
+    """Have SGLang build this sampler, and give it the seeds of a batch, in every mode."""
+    register_sampler_backend("pytorch", SeededSampler)  # the only name that SGLang accepts on a CPU
+    SamplingBatchInfo.adjusted_from_schedule_batch = _take_seeds  # a hook that SGLang leaves empty
+
+
+def _take_seeds(info: SamplingBatchInfo, batch: ScheduleBatch, vocab_size: int) -> None:
+    seeds = [req.sampling_params.sampling_seed for req in batch.reqs]
+    info.sampling_seed = torch.tensor(seeds, dtype=torch.int64, device=batch.device)
+
+
+class SeededSampler(Sampler):
+    """Draws from ``softmax(logits / temperature)`` cut by top-k and top-p; the log-prob is that of the uncut one."""
+
+    def forward(
+        self,
+        logits_output: LogitsProcessorOutput,
+        sampling_info: SamplingBatchInfo,
+        return_logprob: bool,
+        top_logprobs_nums: list[int],
+        token_ids_logprobs: list[list[int]],
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """Token ids, int64 [requests]; writes their log-probs, float32 [requests], into ``logits_output``."""
+        logits = logits_output.next_token_logits
+        log_probs = torch.log_softmax(logits / sampling_info.temperatures, dim=-1, dtype=torch.float32)
+        tokens = logits.argmax(-1) if sampling_info.is_all_greedy else _sample(log_probs, sampling_info, positions)
+        logits_output.next_token_logprobs = log_probs.gather(-1, tokens[:, None]).squeeze(-1)
+        self._sync_token_ids_across_tp(tokens, sampling_info)
+        return tokens
+
+
+def _sample(log_probs: torch.Tensor, info: SamplingBatchInfo, positions: torch.Tensor) -> torch.Tensor:
+    seeds, vocab_size = info.sampling_seed, log_probs.shape[-1]
+    tokens = draw(log_probs, seeds, positions)
+    if not (info.need_top_k_sampling or info.need_top_p_sampling):
+        return tokens
+    # Only the rows that ask for it are cut, so that the others draw as they would among themselves.
+    rows = ((info.top_ks < vocab_size) | (info.top_ps < 1)).nonzero().squeeze(1)
+    sorted_log_probs, ids = log_probs[rows].sort(dim=-1, descending=True, stable=True)
+    probs = sorted_log_probs.exp()
+    before = probs.cumsum(-1) - probs
+    rank = torch.arange(vocab_size, device=probs.device)
+    cut = (rank >= info.top_ks[rows, None]) | ((before >= info.top_ps[rows, None]) & (rank > 0))
+    drawn = draw(sorted_log_probs.masked_fill_(cut, float("-inf")), seeds[rows], positions[rows])
+    tokens[rows] = ids.gather(-1, drawn[:, None]).squeeze(-1)
+    return tokens
+
+
+def draw(log_probs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """One category per row of ``log_probs`` [rows, categories], which need not be normalised.
+
+    A pure function of a row's log-probs, ``seeds`` (int64 [rows]) and ``positions`` ([rows], where in its sequence the
+    last token stands).
+    """
+    if log_probs.is_cuda:  # sums over a row are not reproducible on a GPU, a maximum is
+        return multinomial_with_seed(log_probs, seeds, positions).squeeze(-1)
+    cumulative = log_probs.exp().cumsum(-1, dtype=torch.float64)
+    point = uniform(seeds, positions)[:, None] * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, point, right=True).squeeze(-1)
+    return index.clamp_(max=log_probs.shape[-1] - 1)  # a row of NaN: any valid id, the log-prob tells
+
+
+def uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """One number in [0, 1) per row, float64: 53 bits of a hash of seed and position (SplitMix64's finaliser, twice)."""
+    bits = _mix(_mix(seeds) ^ (positions.to(torch.int64) + 1) * _signed(0x9E3779B97F4A7C15))
+    return _shift(bits, 11).to(torch.float64) * 2.0**-53
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical right shift of int64; torch's own copies the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64)  # both constants and the increment have their top bit set

@@ -1,0 +1,130 @@
+"""SGLang's scheduler without its server: requests and results are objects in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from sglang.srt.managers.io_struct import AbortReq, PauseGenerationReqInput
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler_components.ipc_channels import SchedulerIpcChannels
+from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
+from sglang.srt.server_args import PortArgs, ServerArgs
+from sglang.srt.utils import DynamicGradMode
+from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
+
+from miles_spmd.rollout.sglang_memory import CpuMemorySaver
+
+
+class InProcessScheduler(Scheduler):
+    """Reads SGLang's request messages from ``inbox`` (the first rank's counts, SGLang broadcasts it) and puts requests
+    that ended into ``finished``, on every rank."""
+
+    request_receiver: Any
+    output_streamer: Any
+    running_batch: Any
+    last_batch: Any
+
+    def __init__(self, server_args: ServerArgs, device_index: int, tp_rank: int) -> None:
+        self.inbox: list[Any] = []
+        self.finished: list[Req] = []
+        no_ports = PortArgs(**dict.fromkeys((field.name for field in dataclasses.fields(PortArgs)), ""))
+        super().__init__(server_args, no_ports, device_index, tp_rank, 0, 0, 0, 0, None)
+        self.max_req_input_len = self.model_config.context_len
+
+    @DynamicGradMode()
+    def step(self) -> None:
+        """One pass of SGLang's event loop."""
+        self.process_input_requests(self.request_receiver.recv_requests())
+        plan = self.get_next_batch_to_run(running_batch=self.running_batch, last_batch=self.last_batch)
+        self.running_batch = plan.running_batch
+        batch = plan.batch_to_run
+        if batch:
+            self.process_batch_result(batch, self.run_batch(batch))
+        else:
+            self.on_idle()
+        self.last_batch = batch
+
+    @DynamicGradMode()
+    def retract_all(self) -> list[Req]:
+        """Send everything in flight back to the queue, tokens kept, keys and values forgotten; return it."""
+        self.pause_generation(PauseGenerationReqInput(mode="retract"))
+        self._engine_paused = False
+        self.tree_cache.reset()
+        self.req_to_token_pool.clear()
+        self.token_to_kv_pool_allocator.clear()
+        return self.waiting_queue
+
+    # --- parts that SGLang builds while it is constructed ----------------------------------------------------------
+
+    def init_ipc_channels(self, port_args: PortArgs) -> None:
+        self.ipc_channels = SchedulerIpcChannels(
+            recv_from_tokenizer=self.inbox,
+            recv_from_rpc=None,
+            send_to_tokenizer=_AbortCollector(self.finished),
+            send_to_detokenizer=None,
+            send_metrics_from_scheduler=None,
+        )
+        self.load_snapshot_writer = None
+
+    def init_watch_dog_memory_saver_input_blocker(self) -> None:
+        # No watchdog: SGLang's kills the parent process, which here is the launcher of all ranks.
+        runner = self.tp_worker.model_runner
+        if self.device == "cpu":
+            pool = runner.token_to_kv_pool
+            kv_cache = [buffer for layer in range(pool.layer_num) for buffer in pool.get_kv_buffer(layer)]
+            self.memory_saver_adapter = CpuMemorySaver(runner.model.parameters(), kv_cache)
+        else:
+            self.memory_saver_adapter = TorchMemorySaverAdapter.create(enable=True)
+        self.recv_skipper = None
+        self.input_blocker = None
+
+    def init_request_receiver(self) -> None:
+        super().init_request_receiver()
+        self.request_receiver = _rebuilt(_InboxReceiver, self.request_receiver)
+
+    def init_output_streamer(self) -> None:
+        super().init_output_streamer()
+        self.output_streamer = _rebuilt(_FinishedCollector, self.output_streamer, send_to_detokenizer=self.finished)
+
+    def init_req_max_new_tokens(self, req: Req) -> None:
+        """SGLang would shorten answers that do not fit here; the engine refuses such requests beforehand."""
+
+
+class _InboxReceiver(SchedulerRequestReceiver):
+    def _pull_raw_reqs(self) -> list[Any] | None:
+        if self.ps.tp_rank != 0:
+            return None
+        received = self.recv_from_tokenizer.copy()
+        self.recv_from_tokenizer.clear()
+        return received
+
+
+class _FinishedCollector(SchedulerOutputStreamer):
+    """SGLang would send the tokens of running requests too, every 50 steps."""
+
+    def stream_output(self, reqs: list[Req], return_logprob: bool, skip_req: Req | None = None) -> None:
+        for req in reqs:
+            if req.finished() and not req.finished_output and req is not skip_req:
+                req.finished_output = True
+                self.send_to_detokenizer.append(req)
+
+
+class _AbortCollector:
+    """Takes what SGLang tells its front end; of that only requests aborted while queued are news."""
+
+    def __init__(self, finished: list[Req]) -> None:
+        self._finished = finished
+
+    def send_output(self, output: Any, recv_obj: Any = None) -> None:
+        if isinstance(output, AbortReq) and isinstance(recv_obj, Req) and not recv_obj.finished_output:
+            recv_obj.finished_reason = recv_obj.finished_reason or FINISH_ABORT()
+            recv_obj.finished_output = True
+            self._finished.append(recv_obj)
+
+
+def _rebuilt(kind: type, part: Any, **changes: Any) -> Any:
+    """``part``, a dataclass object, as an object of its subclass ``kind``."""
+    return kind(**{field.name: getattr(part, field.name) for field in dataclasses.fields(part)} | changes)

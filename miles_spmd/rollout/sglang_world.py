@@ -1,0 +1,69 @@
+"""Lets SGLang's ranks live in a torch.distributed world that is not theirs alone.
+
+SGLang takes the world for one engine. Here the host owns the world, cut into engines of consecutive ranks, and each
+engine builds its groups inside its own block.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch.distributed as dist
+from sglang.srt.distributed import bootstrap, parallel_state
+from sglang.srt.managers import tp_worker
+
+_ONE_ENGINE = "if world_size != tensor_model_parallel_size * pipeline_model_parallel_size:"
+_WHOLE_ENGINES = _ONE_ENGINE.replace("!=", "%", 1).replace("% tensor", "% (tensor").replace("size:", "size):")
+
+
+def join(engine_size: int) -> None:
+    """Make the next engine built in this process one of the ``world size / engine_size`` engines of the host's world.
+
+    All ranks of the world build their engines at the same time: every rank takes part in creating every group.
+    Raises RuntimeError when torch.distributed is not initialised, ValueError when the world does not divide.
+    """
+    if not dist.is_initialized():
+        raise RuntimeError("initialise torch.distributed before building an engine")
+    world_size = dist.get_world_size()
+    if world_size % engine_size:
+        raise ValueError(f"engines of {engine_size} ranks do not divide a world of {world_size} ranks")
+    blocks = [list(range(first, first + engine_size)) for first in range(0, world_size, engine_size)]
+
+    def build_engine_group(*, backend: str, local_rank: int, **_: Any) -> None:
+        parallel_state._WORLD = parallel_state.init_model_parallel_group(
+            blocks,
+            local_rank,
+            backend,
+            use_pynccl=False,
+            use_custom_allreduce=False,
+            use_mscclpp_allreduce=False,
+            use_torch_symm_mem_allreduce=False,
+            group_name="world",
+        )
+
+    bootstrap.init_distributed_environment = build_engine_group
+    bootstrap.initialize_model_parallel = _initialize_whole_engines
+    # All ranks are given the same seed; SGLang would broadcast it to ranks counted from the engine's first, not 0.
+    tp_worker.broadcast_pyobj = lambda data, *args, **kwargs: data
+
+
+def leave() -> None:
+    """Destroy the groups that SGLang built, and nothing of the host's. All ranks of the world call this together."""
+    parallel_state.destroy_model_parallel()
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+        parallel_state._WORLD = None
+
+
+def _without_one_engine_check() -> Any:
+    """SGLang's function builds groups for every block of the world already, but refuses a world of several blocks."""
+    source = inspect.getsource(parallel_state.initialize_model_parallel)
+    if source.count(_ONE_ENGINE) != 1:
+        raise RuntimeError("sglang's initialize_model_parallel is not the one of the version this project knows")
+    namespace = parallel_state.__dict__
+    exec(compile(source.replace(_ONE_ENGINE, _WHOLE_ENGINES), parallel_state.__file__, "exec"), namespace)
+    return namespace["initialize_model_parallel"]
+
+
+_initialize_whole_engines = _without_one_engine_check()
