@@ -246,7 +246,9 @@ class Checkpoint(Table):
     """Write a resumable checkpoint every n rollouts; 0: only where `save_final` says so."""
     save_final: bool = False
     export_final: bool = True
-    """Write a Hugging Face checkpoint to `export/` at the end."""
+    """Write a Hugging Face checkpoint at the end."""
+    export_dir: Path | None = None
+    """Where to; default: `export/` in the run folder."""
     load: Path | None = None
     """A checkpoint folder of this project to resume from; `latest` inside the run folder when the run is restarted."""
     resume: bool = False

@@ -114,7 +114,8 @@ class Run:
 
     def export(self) -> None:
         """Write the trainer's weights as a Hugging Face checkpoint into the run folder."""
-        self._call(ExportModel(str(self.config.run_dir / "export")), Phase.CHECKPOINT, self.config.run.num_rollout)
+        folder = self.config.checkpoint.export_dir or self.config.run_dir / "export"
+        self._call(ExportModel(str(folder)), Phase.CHECKPOINT, self.config.run.num_rollout)
 
     def finish(self) -> None:
         if self.config.checkpoint.export_final:

@@ -1,0 +1,203 @@
+"""The verbs. Everything that takes time to import is imported by the verb that needs it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from miles_spmd.config.schema import Config
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Reinforcement-learning post-training of language models on Megatron-core and in-process SGLang.",
+)
+
+Recipe = Annotated[Path, typer.Argument(help="TOML file, see configs/.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="key=value: rollout.rollout_batch_size=8, rollout_batch_size=8, megatron.lr=1e-5, ..."),
+]
+Processes = Annotated[
+    int | None, typer.Option("--nproc-per-node", min=1, help="Ranks to start here; default: one per GPU, or 1.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run, as `plan` does, and stop.")]
+
+
+@app.command()
+def train(
+    config: Recipe, overrides: Overrides = None, nproc_per_node: Processes = None, dry_run: DryRun = False
+) -> None:
+    """Train. Starts its ranks itself, or is started as a rank by torchrun or srun."""
+    _start("train", config, overrides or [], nproc_per_node, dry_run)
+
+
+@app.command("eval")
+def evaluate(
+    config: Recipe, overrides: Overrides = None, nproc_per_node: Processes = None, dry_run: DryRun = False
+) -> None:
+    """Score the checkpoint on the evaluation sets, without training."""
+    _start("eval", config, [*(overrides or []), "eval_interval=1"], nproc_per_node, dry_run)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A run's checkpoint folder, checkpoints/step_000100.")],
+    out: Annotated[Path, typer.Argument(help="Where the Hugging Face checkpoint goes.")],
+    overrides: Overrides = None,
+    nproc_per_node: Processes = None,
+) -> None:
+    """Turn a checkpoint of a run into a Hugging Face checkpoint. The layout may differ from the run's."""
+    recipe = next((p / "config.toml" for p in checkpoint.absolute().parents if (p / "config.toml").is_file()), None)
+    if recipe is None:
+        _fail(f"{checkpoint} lies in no run folder: no config.toml above it")
+    fixed = [f"checkpoint.load={checkpoint}", f"checkpoint.export_dir={out}", "sglang.tp_size=1"]
+    _start("export", recipe, [*(overrides or []), *fixed], nproc_per_node or _smallest_world(recipe, overrides or []))
+
+
+@app.command()
+def plan(
+    config: Recipe,
+    overrides: Overrides = None,
+    world_size: Annotated[int, typer.Option(min=1, help="Number of ranks.")] = 1,
+    device_memory: Annotated[float | None, typer.Option(help="GiB of one GPU; default: as here.")] = None,
+) -> None:
+    """Print ranks, groups, batch schedule and a memory estimate; only the checkpoint's config.json is read."""
+    _plan(_load(config, overrides or [], world_size, check_files=False), world_size, device_memory)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run, or of several stages of one.")]) -> None:
+    """Write report.html into a run's folder, finished or not."""
+    from miles_spmd.telemetry.report import write_report
+
+    try:
+        typer.echo(write_report(run_dir))
+    except FileNotFoundError as error:
+        _fail(str(error))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can run, what not, and why. Succeeds if at least the CPU path works."""
+    from miles_spmd.doctor import examine, render
+
+    sections, works = examine()
+    typer.echo(render(sections, works))
+    raise typer.Exit(0 if works else 1)
+
+
+def main() -> None:
+    app(prog_name="miles-spmd")
+
+
+# --- starting --------------------------------------------------------------------------------------------------------
+
+
+def _start(task: str, recipe: Path, overrides: list[str], nproc: int | None, dry_run: bool = False) -> None:
+    """Do ``task`` as the rank that a launcher made this process, or launch ranks that do."""
+    is_rank = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    world_size = int(os.environ["WORLD_SIZE"]) if is_rank else nproc or _default_processes()
+    config = _load(recipe, overrides, world_size, check_files=task != "export")
+    if dry_run:
+        _plan(config, world_size, None)
+    elif is_rank:
+        _be_a_rank(config, task)
+    else:
+        _launch(world_size)
+
+
+def _be_a_rank(config: Config, task: str) -> NoReturn:
+    from miles_spmd.config.load import dump_config
+    from miles_spmd.telemetry.environment import write_environment
+    from miles_spmd.worker.main import main as worker
+
+    if task == "eval":  # beside the training run of the same recipe, not in its folder
+        config = config.model_copy(update={"run": config.run.model_copy(update={"name": f"{config.run.name}-eval"})})
+    if os.environ["RANK"] == "0":
+        _print_doubts(config)
+        if task != "export":
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+            (config.run_dir / "config.toml").write_text(dump_config(config))
+            write_environment(config.run_dir)
+    raise SystemExit(worker(config, task))
+
+
+def _launch(world_size: int) -> NoReturn:
+    """torchrun, in this process: its ranks run this same command. When one fails they have said why, so torchrun's own
+    account of it is left out."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        torchrun(["--standalone", f"--nproc-per-node={world_size}", "-m", "miles_spmd", *sys.argv[1:]])
+    except ChildFailedError as error:
+        code = max(failure.exitcode for failure in error.failures.values())
+        raise SystemExit(code if code > 0 else 1) from None
+    except SignalException as signal:
+        raise SystemExit(128 + signal.sigval) from None
+    raise SystemExit(0)
+
+
+def _default_processes() -> int:
+    from miles_spmd.telemetry.environment import gpus
+
+    return max(1, len(gpus()))
+
+
+def _smallest_world(recipe: Path, overrides: list[str]) -> int:
+    """The fewest ranks that hold the whole model."""
+    from miles_spmd.config.checks import settings
+
+    s = settings(_load(recipe, overrides, None, check_files=False))
+    tensor, pipeline = s["tensor_model_parallel_size"], s["pipeline_model_parallel_size"]
+    expert = (s["expert_tensor_parallel_size"] or tensor) * s["expert_model_parallel_size"]
+    return pipeline * math.lcm(tensor * s["context_parallel_size"], expert)
+
+
+# --- loading and printing --------------------------------------------------------------------------------------------
+
+
+def _load(recipe: Path, overrides: list[str], world_size: int | None, *, check_files: bool) -> Config:
+    from miles_spmd.config.load import ConfigError, load_config
+
+    try:
+        return load_config(recipe, overrides, world_size=world_size, check_files=check_files)
+    except ConfigError as error:
+        _fail(str(error), code=2)
+
+
+def _print_doubts(config: Config) -> None:
+    from miles_spmd.config.checks import doubts
+
+    for doubt in doubts(config):
+        typer.echo(f"miles-spmd: note: {doubt}", err=True)
+
+
+def _plan(config: Config, world_size: int, device_memory: float | None) -> None:
+    from miles_spmd.planning.plan import describe_plan
+    from miles_spmd.telemetry.environment import gpus
+
+    _print_doubts(config)
+    device_memory = device_memory or min((gpu.memory_gib for gpu in gpus()), default=None)
+    try:
+        typer.echo(describe_plan(config, world_size, device_memory))
+    except (FileNotFoundError, ValueError) as error:
+        _fail(str(error))
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"miles-spmd: {message}", err=True)
+    sys.exit(code)

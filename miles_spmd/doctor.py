@@ -1,0 +1,139 @@
+"""What this machine can run, what it cannot, and why: found by trying."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from miles_spmd.telemetry.environment import Environment, environment, installed
+
+# The one tested matrix of versions.
+PINS = {"megatron-core": "0.16.1", "sglang": "0.5.16", "transformers": "5.12.1", "torchft": "0.2.0"}
+TORCH_PINS = {"cpu": "2.13.0", "cuda": "2.11.0"}
+CUDA_PINS = {"sglang-kernel": "0.4.5", "sgl-deep-gemm": "0.1.4.post1", "torch_memory_saver": "0.0.10"}
+
+# Each runs in a process of its own, so that a crash is a finding; what it prints last is the detail.
+CPU_PROBES = {
+    "collectives (gloo)": """
+import torch, torch.distributed as dist
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+dist.all_reduce(torch.ones(4))
+print("torch", torch.__version__)""",
+    "control plane (ZMQ with CURVE)": """
+import zmq
+assert zmq.has("curve"), "pyzmq was built without CURVE: install the pyzmq wheel"
+print("libzmq", zmq.zmq_version())""",
+    "trainer (Megatron-core)": """
+from miles_spmd.platform import cpu
+adapted = cpu.install()
+from megatron.core.models.gpt import GPTModel
+print("on the CPU" if adapted else "on CUDA")""",
+    "engine (SGLang)": """
+from miles_spmd.platform import cpu
+adapted = cpu.install()
+from sglang.srt.managers.scheduler import Scheduler
+print("on the CPU" if adapted else "on CUDA")""",
+}
+CUDA_PROBES = {
+    "torch sees the GPU": """
+import torch
+assert torch.version.cuda, f"torch {torch.__version__} is built without CUDA: install torch==2.11.0"
+assert torch.cuda.is_available(), "torch cannot open the GPU; is the driver new enough for CUDA " + torch.version.cuda
+print("CUDA", torch.version.cuda, "NCCL", ".".join(map(str, torch.cuda.nccl.version())))""",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    good: bool | None  # None: worth knowing, but nothing fails without it
+    detail: str
+
+    def __str__(self) -> str:
+        mark = {True: "ok", False: "NO", None: "-"}[self.good]
+        return f"  {mark:<3} {self.name:<32} {self.detail}"
+
+
+def examine() -> tuple[dict[str, list[Finding]], bool]:
+    """Findings by section, and whether at least one path, CPU or GPU, works."""
+    here = environment()
+    cpu = list(_python()) + _probe(CPU_PROBES)
+    sections = {"Machine": list(_machine(here)), "Packages": list(_packages(cuda=bool(here.gpus))), "CPU path": cpu}
+    cuda = list(_cuda_path(here))
+    sections["GPU path"] = cuda
+    return sections, all(f.good is not False for f in cpu) or all(f.good is not False for f in cuda)
+
+
+def render(sections: dict[str, list[Finding]], works: bool) -> str:
+    blocks = ["\n".join([name, *map(str, findings)]) for name, findings in sections.items()]
+    gpu = all(finding.good is not False for finding in sections["GPU path"])
+    end = "This machine can train on its GPUs." if gpu else "This machine can run everything on its CPU."
+    return "\n\n".join([*blocks, end if works else "This machine cannot run miles_spmd yet: see the lines marked NO."])
+
+
+def _python() -> Iterator[Finding]:
+    version = sys.version_info
+    good = (3, 11) <= version[:2] <= (3, 12)
+    yield Finding("Python", good, f"{version.major}.{version.minor}" + ("" if good else ", 3.11 or 3.12 is needed"))
+
+
+def _machine(here: Environment) -> Iterator[Finding]:
+    yield Finding("system", None, here.system)
+    yield Finding("cores for this process", None, str(here.cores))
+    yield Finding("memory", None, f"{here.memory_gib:g} GiB")
+    for index, gpu in enumerate(here.gpus):
+        yield Finding(f"GPU {index}", None, f"{gpu.name}, {gpu.memory_gib:g} GiB, driver {gpu.driver}")
+    if not here.gpus:
+        yield Finding("GPUs", None, "none")
+
+
+def _packages(*, cuda: bool) -> Iterator[Finding]:
+    """Installed versions against those that were tested together."""
+    for package, pinned in {"torch": TORCH_PINS["cuda" if cuda else "cpu"], **PINS}.items():
+        yield _version(package, pinned)
+    if cuda:
+        for package, pinned in CUDA_PINS.items():
+            yield _version(package, pinned)
+    for package, use in (("transformer_engine", "a faster GPU trainer"), ("wandb", "Weights & Biases")):
+        found = installed(package)
+        yield Finding(package, None, f"{found}, for {use}" if found else f"not installed; only {use} needs it")
+
+
+def _version(package: str, pinned: str) -> Finding:
+    found = installed(package)
+    if found is None:
+        return Finding(package, False, f"not installed, {pinned} is needed")
+    same = found.split("+")[0] == pinned
+    return Finding(package, same or None, found if same else f"{found}; tested with {pinned}")
+
+
+def _cuda_path(here: Environment) -> Iterator[Finding]:
+    if not here.gpus:
+        yield Finding("GPU", False, "none: nvidia-smi is not there or shows no GPU")
+        return
+    yield from _probe(CUDA_PROBES)
+    for package, pinned in CUDA_PINS.items():
+        finding = _version(package, pinned)
+        yield Finding(package, finding.good is not False, finding.detail)
+    for tool, use in (("nvcc", "FlashInfer compiles its kernels with it"), ("ninja", "FlashInfer builds with it")):
+        path = shutil.which(tool)
+        yield Finding(tool, path is not None, path or f"not in PATH; {use} at first use")
+
+
+def _probe(programs: dict[str, str]) -> list[Finding]:
+    with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
+        return list(pool.map(_try, programs, programs.values()))
+
+
+def _try(name: str, program: str) -> Finding:
+    try:
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    except subprocess.TimeoutExpired:
+        return Finding(name, False, "no answer within 300 s")
+    words = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or [f"exit {done.returncode}"]
+    return Finding(name, done.returncode == 0, words[-1])
