@@ -1,39 +1,95 @@
-"""From rewards to advantages, on plain arrays: they need the whole batch, and so belong to no rank.
+"""From rewards to the advantage of every token: estimator, then distillation, then whitening.
 
-Shape suffixes: N samples of the batch, in submission order; groups are consecutive (all samples of one prompt).
+On plain arrays of the whole rollout, because each of the three needs all of it; so it belongs to no rank.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-STD_EPSILON = 1e-6
+from miles_spmd.algorithms import gae
+from miles_spmd.algorithms.distillation import reverse_kl
+from miles_spmd.algorithms.group_relative import (
+    centred,
+    dr_grpo,
+    grpo,
+    reinforce_plus_plus_baseline,
+    rloo,
+    standardised,
+    within_groups,
+)
+from miles_spmd.algorithms.protocols import AdvantageEstimator, PlugPoint
+from miles_spmd.algorithms.rollout_batch import Arrays, Estimate, RolloutBatch, flat
+from miles_spmd.config.schema import Algorithm
+
+ESTIMATORS: PlugPoint[AdvantageEstimator] = PlugPoint(
+    "advantage_estimator",
+    {
+        "grpo": grpo,
+        "gspo": grpo,
+        "cispo": grpo,
+        "dr_grpo": dr_grpo,
+        "rloo": rloo,
+        "reinforce_plus_plus": gae.reinforce_plus_plus,
+        "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
+        "ppo": gae.ppo,
+    },
+)
+
+
+def compute_advantages(batch: RolloutBatch, algorithm: Algorithm) -> Estimate:
+    """Advantages (and PPO's returns) of every token, float32 [T] per sample and 0 where masked, with metrics.
+
+    Metrics are ``zero_std_groups`` and ``fully_masked_samples`` (counts), ``opd_reverse_kl`` (mean over trained tokens)
+    and those of the estimator. Raises ValueError where the batch lacks what the algorithm needs, and where an estimator
+    returns other shapes or values that are not finite.
+    """
+    estimate = ESTIMATORS.resolve(algorithm.advantage_estimator)(batch, algorithm)
+    _check(estimate, batch, algorithm.advantage_estimator)
+    advantages = estimate.advantages
+    metrics = {**estimate.metrics, "fully_masked_samples": float(batch.fully_masked_samples)}
+    if algorithm.opd_kl_coef:
+        kl = reverse_kl(batch)
+        advantages = [a - algorithm.opd_kl_coef * k for a, k in zip(advantages, kl)]
+        metrics["opd_reverse_kl"] = float(flat(kl).sum() / max(flat(batch.masks).sum(), 1))
+    if algorithm.whitens_advantages:
+        advantages = whiten(advantages, batch.masks)
+    returns = estimate.returns
+    return Estimate(_float32(advantages), None if returns is None else _float32(returns), metrics)
+
+
+def whiten(values: Arrays, masks: Arrays) -> Arrays:
+    """Zero mean and unit variance over all unmasked tokens of the batch (unbiased, two passes, float64 inside).
+
+    Shapes: per sample [T], float32; masked entries come out as 0. Fewer than two tokens are only centred.
+    """
+    trained = flat(values)[flat(masks) > 0]
+    mean = trained.mean() if trained.size else 0.0
+    scale = 1.0 / np.sqrt(trained.var(ddof=1) + 1e-8) if trained.size > 1 else 1.0
+    return _float32([np.where(m > 0, (v - mean) * scale, 0.0) for v, m in zip(values, masks)])
 
 
 def grpo_advantages(rewards_N: np.ndarray, group_size: int, *, std_normalization: bool) -> np.ndarray:
-    """Group-relative advantages, float64 [N]: reward minus group mean, divided by the group's unbiased standard
-    deviation + 1e-6 when ``std_normalization``. A group without variance, or of one sample, gets zeros.
+    """GRPO's advantages of consecutive groups of one size, float64 [N]; see :func:`group_relative.grpo`.
 
-    Source: DeepSeekMath (arXiv 2402.03300), eq. of section 4.1.2; without the division it is Dr.GRPO's estimator
-    (arXiv 2503.20783). Raises ValueError when N is not a multiple of ``group_size``.
+    Raises ValueError when N is not a multiple of ``group_size``.
     """
     if len(rewards_N) % group_size:
         raise ValueError(f"{len(rewards_N)} rewards do not divide into groups of {group_size}")
-    rewards_PG = np.asarray(rewards_N, np.float64).reshape(-1, group_size)
-    centred_PG = rewards_PG - rewards_PG.mean(axis=1, keepdims=True)
-    # equal rewards can leave a rounding residue of the mean, which the division would blow up to +-1
-    centred_PG[np.ptp(rewards_PG, axis=1) == 0] = 0.0
-    if std_normalization and group_size > 1:
-        centred_PG /= rewards_PG.std(axis=1, ddof=1, keepdims=True) + STD_EPSILON
-    return centred_PG.reshape(-1)
+    group_ids = np.arange(len(rewards_N)) // group_size
+    compare = standardised if std_normalization else centred
+    return within_groups(np.asarray(rewards_N, np.float64), group_ids, compare)[0]
 
 
-def whiten(values: list[np.ndarray], masks: list[np.ndarray]) -> list[np.ndarray]:
-    """Zero mean and unit variance over all unmasked tokens of the batch (unbiased, two passes, float64 inside).
+def _check(estimate: Estimate, batch: RolloutBatch, name: str) -> None:
+    for kind, arrays in (("advantages", estimate.advantages), ("returns", estimate.returns)):
+        if arrays is None:
+            continue
+        if [a.shape for a in arrays] != [m.shape for m in batch.masks]:
+            raise ValueError(f"advantage_estimator {name!r}: {kind} have other shapes than the masks")
+        if not np.isfinite(flat(arrays)).all():
+            raise ValueError(f"advantage_estimator {name!r}: {kind} are not finite")
 
-    Shapes: per sample [T]; masked entries come out as 0. A batch with fewer than two tokens is returned centred only.
-    """
-    flat = np.concatenate([v[m > 0] for v, m in zip(values, masks)]).astype(np.float64)
-    mean = flat.mean() if flat.size else 0.0
-    scale = 1.0 / np.sqrt(flat.var(ddof=1) + 1e-8) if flat.size > 1 else 1.0
-    return [np.where(m > 0, (v - mean) * scale, 0.0).astype(np.float32) for v, m in zip(values, masks)]
+
+def _float32(arrays: Arrays) -> Arrays:
+    return [a.astype(np.float32) for a in arrays]

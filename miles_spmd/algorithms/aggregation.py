@@ -1,29 +1,53 @@
 """How per-token losses become one number: as a weight per token that already holds the global denominator.
 
 The loss of an optimizer step is then a plain sum over tokens, micro-batches and ranks, and cannot depend on how the
-batch was cut.
+batch was cut. Denominators count every token of the masks, also those that a correction rejects later.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from miles_spmd.algorithms.protocols import Aggregation, PlugPoint
+from miles_spmd.algorithms.rollout_batch import Arrays, flat
 
-def loss_weights(masks: list[np.ndarray], kind: str, *, max_response_len: int) -> list[np.ndarray]:
-    """Per-token weights, float32, shaped like each 0/1 ``mask``; one mask per sample of the optimizer step.
 
-    - ``rollout_mean``: mean over samples of each sample's token mean (GRPO). An all-masked sample counts in the mean.
-    - ``token_mean``: mean over all tokens (DAPO, arXiv 2503.14476).
-    - ``constant``: sum over tokens / (samples x ``max_response_len``) (Dr.GRPO, arXiv 2503.20783).
+def rollout_mean(masks: Arrays, rollout_ids: np.ndarray, max_response_len: int) -> Arrays:
+    """Mean over rollouts of the mean over each rollout's tokens, those of all its siblings (GRPO, arXiv 2402.03300).
+    A rollout without a trained token counts in the mean, with loss 0."""
+    _, rollout_N = np.unique(rollout_ids, return_inverse=True)
+    tokens_R = np.bincount(rollout_N, [mask.sum() for mask in masks])
+    return [mask / (len(tokens_R) * max(tokens_R[r], 1)) for mask, r in zip(masks, rollout_N)]
+
+
+def token_mean(masks: Arrays, rollout_ids: np.ndarray, max_response_len: int) -> Arrays:
+    """Mean over all tokens (DAPO, arXiv 2503.14476)."""
+    tokens = max(sum(mask.sum() for mask in masks), 1)
+    return [mask / tokens for mask in masks]
+
+
+def constant(masks: Arrays, rollout_ids: np.ndarray, max_response_len: int) -> Arrays:
+    """Sum over tokens / (rollouts x ``max_response_len``): no rollout's length matters (Dr.GRPO, arXiv 2503.20783)."""
+    rollouts = len(np.unique(rollout_ids))
+    return [mask / (rollouts * max_response_len) for mask in masks]
+
+
+AGGREGATIONS: PlugPoint[Aggregation] = PlugPoint(
+    "loss_aggregation", {"rollout_mean": rollout_mean, "token_mean": token_mean, "constant": constant}
+)
+
+
+def loss_weights(masks: Arrays, kind: str, *, max_response_len: int, rollout_ids: np.ndarray | None = None) -> Arrays:
+    """Per-token weights of one optimizer step by the aggregation called ``kind``, float32, shaped like the 0/1 masks.
+
+    ``rollout_ids`` [N] are equal for siblings, all of which must be in the step; None: every sample is a rollout.
+    Preference pairs are aggregated by ``rollout_mean`` with the pair as the rollout. Raises ValueError for an unknown
+    name, and for weights of a user's function that do not fit or are not finite.
     """
-    samples = max(len(masks), 1)
-    counts = [int(mask.sum()) for mask in masks]
-    if kind == "rollout_mean":
-        denominators = [samples * max(count, 1) for count in counts]
-    elif kind == "token_mean":
-        denominators = [max(sum(counts), 1)] * samples
-    elif kind == "constant":
-        denominators = [samples * max_response_len] * samples
-    else:
-        raise ValueError(f"unknown loss aggregation {kind!r}; known: rollout_mean, token_mean, constant")
-    return [(mask / denominator).astype(np.float32) for mask, denominator in zip(masks, denominators)]
+    ids = np.arange(len(masks)) if rollout_ids is None else rollout_ids
+    weights = [np.asarray(w, np.float32) for w in AGGREGATIONS.resolve(kind)(masks, ids, max_response_len)]
+    if [w.shape for w in weights] != [m.shape for m in masks]:
+        raise ValueError(f"loss_aggregation {kind!r}: weights have other shapes than the masks")
+    if not np.isfinite(flat(weights)).all() or flat(weights)[flat(masks) == 0].any():
+        raise ValueError(f"loss_aggregation {kind!r}: weights must be finite, and 0 on masked tokens")
+    return weights

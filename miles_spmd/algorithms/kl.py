@@ -1,7 +1,7 @@
 """KL estimators between the sampled tokens' log-probs of two policies.
 
 Source: J. Schulman, "Approximating KL Divergence" (2020). With x the policy that sampled, y the base and
-r = log x - log y, the expectation under x of each estimator is KL(x || y); k2 is biased, k3 is never negative.
+r = log x - log y, the expectation under x of k1 and k3 is KL(x || y); k2 is biased, k3 is never negative.
 """
 
 from __future__ import annotations
@@ -12,23 +12,38 @@ import numpy as np
 
 Array = TypeVar("Array")  # numpy array or torch tensor, any shape
 
-KINDS = ("k1", "k2", "k3")
+KINDS = ("k1", "k2", "k3", "low_var_kl")
+
+# exp() of a log-ratio beyond this has left anything an objective can use; the bound keeps fp32 finite
+MAX_LOG_RATIO = 20.0
+MAX_LOW_VAR_KL = 10.0
 
 
-def kl_estimate(log_probs: Array, base_log_probs: Array, kind: str) -> Array:
+def kl_estimate(log_probs: Array, base_log_probs: Array, kind: str, ratio: Array | None = None) -> Array:
     """Per-token estimate of KL(policy || base), same shape and dtype as the inputs.
 
+    ``low_var_kl`` is k3 that cannot overflow: r is clamped to +-20 and the estimate to +-10 (slime, Miles). ``ratio``,
+    the policy's probability over the sampling policy's, multiplies the estimate before that last clamp, and makes
+    value and gradient unbiased for tokens that another policy sampled (DeepSeek-V3.2, arXiv 2512.02556).
     Raises ValueError for an unknown kind.
     """
     r = log_probs - base_log_probs  # type: ignore[operator]
     if kind == "k1":
-        return r
-    if kind == "k2":
-        return 0.5 * r * r
-    if kind == "k3":
-        return _exp(-r) - 1 + r
-    raise ValueError(f"unknown KL estimator {kind!r}; known: {', '.join(KINDS)}")
+        estimate = r
+    elif kind == "k2":
+        estimate = 0.5 * r * r
+    elif kind == "k3":
+        estimate = _expm1(-r) + r
+    elif kind == "low_var_kl":
+        r = r.clip(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        estimate = _expm1(-r) + r
+    else:
+        raise ValueError(f"unknown KL estimator {kind!r}; known: {', '.join(KINDS)}")
+    if ratio is not None:
+        estimate = ratio * estimate
+    return estimate.clip(-MAX_LOW_VAR_KL, MAX_LOW_VAR_KL) if kind == "low_var_kl" else estimate
 
 
-def _exp(x: Array) -> Array:
-    return np.exp(x) if isinstance(x, np.ndarray) else x.exp()  # type: ignore[attr-defined]
+def _expm1(x: Array) -> Array:
+    """exp(x) - 1, which in fp32 would have no digits left for the small x of a policy near its reference."""
+    return np.expm1(x) if isinstance(x, np.ndarray) else x.expm1()  # type: ignore[attr-defined,return-value]

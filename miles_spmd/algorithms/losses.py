@@ -11,28 +11,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from miles_spmd.algorithms.kl import kl_estimate
+from miles_spmd.algorithms.kl import MAX_LOG_RATIO, kl_estimate
+from miles_spmd.algorithms.preference import PreferenceLoss
+from miles_spmd.algorithms.surrogates import SURROGATES, log_ratio, off_policy_sequences
+from miles_spmd.algorithms.token_batch import TokenBatch
 from miles_spmd.config.schema import Algorithm
-
-# exp() of a log-ratio beyond this has left anything a clipped objective can use; the bound keeps fp32 finite
-MAX_LOG_RATIO = 20.0
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """What the controller said of each token, fp32 [T]. ``old_log_probs`` None: the current policy, detached."""
-
-    loss_weights: Tensor
-    advantages: Tensor | None = None
-    rollout_log_probs: Tensor | None = None
-    old_log_probs: Tensor | None = None
-    ref_log_probs: Tensor | None = None
 
 
 class LossFunction(Protocol):
-    """``differentiates_entropy`` tells the trainer whether entropy needs a graph."""
-
-    differentiates_entropy: bool
+    @property
+    def differentiates_entropy(self) -> bool:
+        """Whether entropy needs a graph."""
 
     def __call__(self, log_probs: Tensor, entropy: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of each token, fp32 [T], and scalar sums over trained tokens for the metrics.
@@ -41,15 +30,22 @@ class LossFunction(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class PolicyLoss:
-    """Clipped policy gradient with optional dual clip, entropy bonus and KL term.
+class HeadLoss(Protocol):
+    """Loss of a model whose head gives one number per token: a critic or a reward model."""
 
-    max(-ratio A, -clip(ratio, 1 - eps_clip, 1 + eps_clip_high) A), bounded by -eps_clip_c A where A < 0.
-    Sources: PPO (arXiv 1707.06347) eq. 7, DAPO's asymmetric clip (arXiv 2503.14476), dual clip (arXiv 1912.09729).
+    def __call__(self, values: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of each token, fp32 [T], from the head's outputs ``values``, fp32 [T]; and sums as in LossFunction."""
+
+
+class PolicyLoss:
+    """policy_weights x surrogate - entropy_coef x entropy + kl_loss_coef x KL(policy || reference).
+
+    ``loss_type`` names the surrogate. Off-policy sequence masking and ``policy_weights`` act on the surrogate only.
     """
 
-    algorithm: Algorithm
+    def __init__(self, algorithm: Algorithm) -> None:
+        self.algorithm = algorithm
+        self.surrogate = SURROGATES.resolve(algorithm.surrogate)
 
     @property
     def differentiates_entropy(self) -> bool:
@@ -57,44 +53,33 @@ class PolicyLoss:
 
     def __call__(self, log_probs: Tensor, entropy: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         a = self.algorithm
-        if tokens.advantages is None:
-            raise ValueError("policy loss needs advantages")
-        old_log_probs = log_probs.detach() if tokens.old_log_probs is None else tokens.old_log_probs
-        log_ratio = log_probs - old_log_probs
-        policy, clipped = clipped_policy_loss(
-            log_ratio,
-            tokens.advantages,
-            a.eps_clip,
-            a.eps_clip if a.eps_clip_high is None else a.eps_clip_high,
-            a.eps_clip_c,
-        )
+        trained = tokens.trained
+        sums = {"tokens": trained.sum()}
+        policy, clipped = self.surrogate(log_probs, tokens, a)
+        if policy.shape != log_probs.shape:
+            raise ValueError(
+                f"loss_type {a.surrogate!r} returned shape {list(policy.shape)}, not {list(log_probs.shape)}"
+            )
+        if tokens.policy_weights is not None:
+            policy = tokens.policy_weights * policy
+        if a.use_opsm:
+            dropped = off_policy_sequences(log_probs, tokens, a.opsm_delta)
+            policy = torch.where(dropped, 0.0, policy)
+            sums["opsm_masked"] = (dropped & trained).sum()
         loss = policy - a.entropy_coef * entropy
-        trained = tokens.loss_weights != 0
-        sums = {
-            "tokens": trained.sum(),
-            "pg_loss": (tokens.loss_weights * policy).sum(),
+        log_r = log_ratio(log_probs, tokens)
+        sums |= {
+            "pg_loss": _sum(trained, tokens.loss_weights * policy),
             "pg_clipfrac": (clipped & trained).sum(),
-            "ppo_kl": torch.where(trained, -log_ratio, 0.0).sum(),
-            "entropy": torch.where(trained, entropy, 0.0).sum(),
+            "ppo_kl": _sum(trained, -log_r),
+            "entropy": _sum(trained, entropy),
         }
         if tokens.ref_log_probs is not None:
-            kl = kl_estimate(log_probs, tokens.ref_log_probs, a.kl_loss_type)
+            ratio = log_r.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() if a.use_unbiased_kl else None
+            kl = kl_estimate(log_probs, tokens.ref_log_probs, a.kl_loss_type, ratio)
             loss = loss + a.kl_loss_coef * kl
-            sums["kl"] = torch.where(trained, kl, 0.0).sum()
+            sums["kl"] = _sum(trained, kl)
         return loss, {name: value.detach() for name, value in sums.items()}
-
-
-def clipped_policy_loss(
-    log_ratio: Tensor, advantages: Tensor, eps_low: float, eps_high: float, dual_clip: float | None
-) -> tuple[Tensor, Tensor]:
-    """Loss [T] and whether the clipped branch was the larger one [T, bool]."""
-    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    unclipped = -ratio * advantages
-    clipped = -ratio.clamp(1 - eps_low, 1 + eps_high) * advantages
-    loss = torch.maximum(unclipped, clipped)
-    if dual_clip is not None:
-        loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
-    return loss, clipped > unclipped
 
 
 @dataclass(frozen=True)
@@ -104,10 +89,43 @@ class SupervisedLoss:
     differentiates_entropy: bool = False
 
     def __call__(self, log_probs: Tensor, entropy: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        trained = tokens.loss_weights != 0
-        return -log_probs, {"tokens": trained.sum(), "entropy": torch.where(trained, entropy, 0.0).sum().detach()}
+        trained = tokens.trained
+        return -log_probs, {"tokens": trained.sum(), "entropy": _sum(trained, entropy).detach()}
+
+
+@dataclass(frozen=True)
+class ValueLoss:
+    """The critic's max((V - G)^2, (clip(V, V_old +- value_clip) - G)^2), G being the ``returns``.
+
+    Source: the reference code of PPO (openai/baselines, ppo2), but as in slime and Miles without its factor 1/2.
+    """
+
+    algorithm: Algorithm
+
+    def __call__(self, values: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        returns, old, clip = tokens.required("returns"), tokens.required("old_values"), self.algorithm.value_clip
+        unclipped = (values - returns) ** 2
+        clipped = (old + (values - old).clamp(-clip, clip) - returns) ** 2
+        loss = torch.maximum(unclipped, clipped)
+        trained = tokens.trained
+        sums = {
+            "tokens": trained.sum(),
+            "value_loss": _sum(trained, tokens.loss_weights * loss),
+            "value_clipfrac": ((clipped > unclipped) & trained).sum(),
+        }
+        return loss, {name: value.detach() for name, value in sums.items()}
 
 
 def make_loss(mode: str, algorithm: Algorithm) -> LossFunction:
-    """The loss of a run's ``mode`` ("rl" or "sft")."""
-    return SupervisedLoss() if mode == "sft" else PolicyLoss(algorithm)
+    """The loss of a run's ``mode``: "rl", "sft" or "dpo". Raises ValueError for another."""
+    if mode == "rl":
+        return PolicyLoss(algorithm)
+    if mode == "sft":
+        return SupervisedLoss()
+    if mode == "dpo":
+        return PreferenceLoss(algorithm)
+    raise ValueError(f"no loss for mode {mode!r}; known: rl, sft, dpo")
+
+
+def _sum(trained: Tensor, values: Tensor) -> Tensor:
+    return torch.where(trained, values, 0.0).sum()

@@ -1,0 +1,173 @@
+"""Corrections of the train/inference mismatch: engine and trainer give the sampled tokens other probabilities.
+
+With rho = exp(old log-prob of the trainer - log-prob of the engine), the policy term of each token is multiplied by a
+bounded form of rho, or rejected (weight 0).
+
+- TIS, truncated importance sampling: F. Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL
+  Training" (2025), https://fengyao.notion.site/off-policy-rl.
+- IcePop: "Every Step Evolves" (arXiv 2510.18855). Tokens in range are weighted by rho, the rest are dropped.
+- MIS, masked importance sampling and rejection: J. Liu et al., "When Speed Kills Stability" (2025); setting names are
+  those of Miles' example.
+
+Decided here, because the systems that users come from disagree with their own documentation:
+
+- **Denominators count rejected tokens.** Both papers put the indicator inside the expectation over the engine's
+  samples, so a rejected token is a term that is 0, not a sample that never was. Leaving it out of the denominator would
+  hand its weight to the survivors: the larger the mismatch, the larger the step on what is left.
+- A rejected token keeps its KL and entropy terms, which are about the current policy alone.
+- ``tis_batch_normalize`` is over the whole rollout, and over the tokens (for ratios of sequences: the sequences) that
+  are kept, whose weights then have mean 1; a rejected outlier cannot scale the others down.
+- The veto acts whether or not ``use_rs`` is on.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from miles_spmd.algorithms.kl import MAX_LOG_RATIO
+from miles_spmd.algorithms.protocols import CorrectionFunction, PlugPoint
+from miles_spmd.algorithms.rollout_batch import Arrays, Correction, RolloutBatch, flat, masked
+from miles_spmd.config.schema import Algorithm
+
+
+def correct(batch: RolloutBatch, algorithm: Algorithm) -> Correction | None:
+    """The correction that ``use_tis`` and ``tis_function`` ask for; None without ``use_tis``.
+
+    ``old_log_probs`` must be the trainer's, with the weights that generated. Raises ValueError without them or the
+    engine's, with ``use_rollout_logprobs``, and where a user's function returns other shapes or values that are not
+    finite.
+    """
+    if not algorithm.use_tis:
+        return None
+    if algorithm.use_rollout_logprobs:
+        raise ValueError("use_tis has nothing to correct with use_rollout_logprobs, which makes both policies the same")
+    correction = CORRECTIONS.resolve(algorithm.tis_function)(batch, algorithm)
+    weights = correction.policy_weights
+    if [w.shape for w in weights] != [m.shape for m in batch.masks] or not np.isfinite(flat(weights)).all():
+        raise ValueError(f"tis_function {algorithm.tis_function!r}: weights must be finite and shaped like the masks")
+    return Correction([w.astype(np.float32) for w in weights], correction.metrics)
+
+
+def tis(batch: RolloutBatch, algorithm: Algorithm) -> Correction:
+    """w = clip(rho, ``tis_clip_low``, ``tis_clip``) of each token."""
+    ratios = _Ratios(batch)
+    weights = ratios.token.clip(algorithm.tis_clip_low, algorithm.tis_clip)
+    return _correction(ratios, weights, kept=ratios.trained, clipped=weights != ratios.token)
+
+
+def icepop(batch: RolloutBatch, algorithm: Algorithm) -> Correction:
+    """w = rho where ``tis_clip_low`` <= rho <= ``tis_clip``, else 0, of each token."""
+    ratios = _Ratios(batch)
+    inside = _inside(ratios.token, algorithm.tis_clip_low, algorithm.tis_clip)
+    return _correction(ratios, ratios.token, kept=ratios.trained & inside, clipped=~inside)
+
+
+def mis(batch: RolloutBatch, algorithm: Algorithm) -> Correction:
+    """w from the ratio at ``tis_level``, bounded as ``tis_mode`` says; then rejection, veto and normalisation.
+
+    Adds the metrics ``rs_masked`` (fraction of trained tokens outside the rejection's bounds), ``rs_vetoed`` (fraction
+    of samples with a vetoed token) and ``tis_normalizer``.
+    """
+    a = algorithm
+    upper = a.tis_upper_bound
+    lower = 1 / upper if a.tis_lower_bound is None else a.tis_lower_bound
+    ratios = _Ratios(batch)
+    ratio = ratios.at(a.tis_level)
+    inside = _inside(ratio, lower, upper)
+    if a.tis_mode == "mask":
+        weights, kept, clipped = ratio, ratios.trained & inside, ~inside
+    else:
+        weights = np.minimum(ratio, upper) if a.tis_mode == "truncate" else ratio.clip(lower, upper)
+        kept, clipped = ratios.trained, weights != ratio
+    metrics = {}
+    if a.use_rs:
+        rs_lower = lower if a.rs_lower_bound is None else a.rs_lower_bound
+        rs_upper = upper if a.rs_upper_bound is None else a.rs_upper_bound
+        rs_inside = _inside(ratios.at(a.rs_level), rs_lower, rs_upper)
+        metrics["rs_masked"] = ratios.fraction(~rs_inside)
+        kept = kept & rs_inside
+    if a.rs_veto_threshold is not None:
+        vetoed_N = ratios.per_sample((ratios.token < a.rs_veto_threshold).astype(np.float64)) > 0
+        metrics["rs_vetoed"] = float(vetoed_N.mean()) if len(vetoed_N) else 0.0
+        kept = kept & ~vetoed_N[ratios.sample]
+    if a.tis_batch_normalize:
+        if a.tis_level == "token":
+            normalizer = _mean(weights[kept])
+        else:
+            _, first = np.unique(ratios.sample[kept], return_index=True)
+            normalizer = _mean(weights[kept][first])
+        metrics["tis_normalizer"] = normalizer
+        weights = weights / normalizer
+    return _correction(ratios, weights, kept, clipped, metrics)
+
+
+CORRECTIONS: PlugPoint[CorrectionFunction] = PlugPoint("tis_function", {"tis": tis, "icepop": icepop, "mis": mis})
+
+
+class _Ratios:
+    """rho of M tokens, all samples in one row; log-ratios are clamped to +-20 before exp, and that is counted."""
+
+    def __init__(self, batch: RolloutBatch) -> None:
+        old = batch.required("old_log_probs", "use_tis")
+        engine = batch.required("rollout_log_probs", "use_tis")
+        self.log_M = flat([masked(o, m) - masked(e, m) for o, e, m in zip(old, engine, batch.masks)])
+        self.trained = flat(batch.masks) > 0
+        self.lengths = [len(mask) for mask in batch.masks]
+        self.sample = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        self.token = self.at("token")
+
+    def per_sample(self, values_M: np.ndarray) -> np.ndarray:
+        """Sum over each sample's trained tokens, float64 [N]."""
+        return np.bincount(self.sample, np.where(self.trained, values_M, 0.0), minlength=len(self.lengths))
+
+    def at(self, level: str) -> np.ndarray:
+        """rho of the token, or of its sample: the product over the tokens (``sequence``) or their geometric mean."""
+        log_ratio = self.log_M
+        if level != "token":
+            sums_N = self.per_sample(self.log_M)
+            if level == "geometric":
+                sums_N = sums_N / np.maximum(self.per_sample(np.ones(len(self.log_M))), 1)
+            log_ratio = sums_N[self.sample]
+        return np.exp(log_ratio.clip(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+
+    def fraction(self, what_M: np.ndarray) -> float:
+        """Of trained tokens."""
+        return _mean(what_M[self.trained], of_none=0.0)
+
+    def split(self, values_M: np.ndarray) -> Arrays:
+        return np.split(values_M, np.cumsum(self.lengths)[:-1]) if self.lengths else []
+
+
+def _correction(
+    ratios: _Ratios,
+    weights: np.ndarray,
+    kept: np.ndarray,
+    clipped: np.ndarray,
+    metrics: dict[str, float] | None = None,
+) -> Correction:
+    """Means over trained tokens: ``tis`` (rho), ``tis_abs`` (|rho - 1|), ``tis_clipfrac`` (weight bounded or dropped by
+    its bounds), ``tis_rejected`` (weight 0 for any reason), ``tis_weight`` (as applied); and the count
+    ``extreme_ratios`` of tokens whose log-ratio was clamped."""
+    applied = np.where(kept, weights, 0.0)
+    return Correction(
+        ratios.split(applied),
+        {
+            "tis": ratios.fraction(ratios.token),
+            "tis_abs": ratios.fraction(np.abs(ratios.token - 1)),
+            "tis_clipfrac": ratios.fraction(clipped),
+            "tis_rejected": ratios.fraction(~kept),
+            "tis_weight": ratios.fraction(applied),
+            "extreme_ratios": float((np.abs(ratios.log_M) > MAX_LOG_RATIO).sum()),
+            **(metrics or {}),
+        },
+    )
+
+
+def _inside(ratio: np.ndarray, lower: float, upper: float) -> np.ndarray:
+    if lower >= upper:
+        raise ValueError(f"the lower bound {lower} of importance ratios is not below the upper bound {upper}")
+    return (ratio >= lower) & (ratio <= upper)
+
+
+def _mean(values: np.ndarray, of_none: float = 1.0) -> float:
+    return float(values.mean()) if values.size else of_none

@@ -1,0 +1,72 @@
+"""Estimators with a reward and an advantage per token: PPO's generalised advantages and REINFORCE++'s returns.
+
+Masked tokens are no transitions: they have no reward, and neither discount nor trace decays across them. A truncated
+answer ends like a finished one, with value 0 (no bootstrap).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from miles_spmd.algorithms.rollout_batch import Arrays, Estimate, RolloutBatch, flat
+from miles_spmd.config.schema import Algorithm
+
+
+def gae(rewards: Arrays, values: Arrays, masks: Arrays, gamma: float, lambd: float) -> tuple[Arrays, Arrays]:
+    """Advantages A and returns A + V, float64 [T] per sample, 0 where masked (arXiv 1506.02438, eq. 16).
+
+    delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lambda A_{t+1}, t over the trained tokens of a sample,
+    from its last backwards: this one order of operations, in float64, whatever else is in the batch.
+    """
+    # K transitions, aligned at their ends, so that one loop serves all samples
+    chosen = [np.flatnonzero(mask > 0) for mask in masks]
+    longest = max((len(places) for places in chosen), default=0)
+    reward_NK, value_NK, advantage_NK = np.zeros((3, len(masks), longest))
+    for i, places in enumerate(chosen):
+        reward_NK[i, longest - len(places) :] = rewards[i][places]
+        value_NK[i, longest - len(places) :] = values[i][places]
+    next_value_N = next_advantage_N = np.zeros(len(masks))
+    for k in reversed(range(longest)):
+        delta_N = reward_NK[:, k] + gamma * next_value_N - value_NK[:, k]
+        next_advantage_N = advantage_NK[:, k] = delta_N + gamma * lambd * next_advantage_N
+        next_value_N = value_NK[:, k]
+    advantages, returns = ([np.zeros(mask.shape) for mask in masks] for _ in range(2))
+    for i, places in enumerate(chosen):
+        advantages[i][places] = advantage_NK[i, longest - len(places) :]
+        returns[i][places] = advantages[i][places] + values[i][places]
+    return advantages, returns
+
+
+def ppo(batch: RolloutBatch, algorithm: Algorithm) -> Estimate:
+    """PPO with a critic (arXiv 1707.06347): GAE with ``gamma`` and ``lambd`` over the token rewards."""
+    values = batch.required("values", "advantage_estimator ppo")
+    advantages, returns = gae(token_rewards(batch, algorithm), values, batch.masks, algorithm.gamma, algorithm.lambd)
+    trained = flat(batch.masks) > 0
+    return Estimate(advantages, returns, {"value_explained_variance": _explained(flat(returns), flat(values), trained)})
+
+
+def reinforce_plus_plus(batch: RolloutBatch, algorithm: Algorithm) -> Estimate:
+    """REINFORCE++ (arXiv 2501.03262): the discounted sum of the token rewards that follow; then whitened.
+
+    That is GAE without a critic and with lambda = 1. Others let ``gamma`` decay over masked tokens too, which makes a
+    turn's credit depend on how much its tools had to say.
+    """
+    no_values = [np.zeros(mask.shape) for mask in batch.masks]
+    advantages, returns = gae(token_rewards(batch, algorithm), no_values, batch.masks, algorithm.gamma, 1.0)
+    return Estimate(advantages, returns)
+
+
+def token_rewards(batch: RolloutBatch, algorithm: Algorithm) -> Arrays:
+    """-``kl_coef`` x KL at every trained token, and the sample's reward on top at the last of them. Float64 [T]."""
+    rewards = [-penalty for penalty in batch.kl_penalties(algorithm)]
+    for of_token, reward, mask in zip(rewards, batch.rewards, batch.masks):
+        trained = np.flatnonzero(mask > 0)
+        if len(trained):
+            of_token[trained[-1]] += reward
+    return rewards
+
+
+def _explained(returns: np.ndarray, values: np.ndarray, trained: np.ndarray) -> float:
+    """1 - Var(G - V) / Var(G) over trained tokens; 0 where all returns are equal."""
+    variance = returns[trained].var() if trained.any() else 0.0
+    return float(1 - (returns - values)[trained].var() / variance) if variance else 0.0

@@ -1,0 +1,49 @@
+"""What happens to rewards between the reward function and the advantages, and which groups are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from miles_spmd.algorithms.protocols import GroupFilter, PlugPoint, RewardPostProcess
+from miles_spmd.config.schema import Algorithm
+from miles_spmd.data.sample import Sample
+
+
+def shape_rewards(samples: Sequence[Sample], algorithm: Algorithm, max_response_len: int) -> np.ndarray:
+    """The samples' rewards, float64 [N], after ``reward_post_process`` and then the over-long penalty.
+
+    Raises ValueError for a sample without a reward or with one that is not finite, and for a result of another shape.
+    """
+    rewards = np.asarray([np.nan if s.reward is None else s.reward for s in samples], np.float64)
+    if not np.isfinite(rewards).all():
+        raise ValueError(f"rewards of samples {np.flatnonzero(~np.isfinite(rewards))[:8].tolist()} are not finite")
+    if algorithm.reward_post_process is not None:
+        processed = REWARD_POST_PROCESSES.resolve(algorithm.reward_post_process)(samples, rewards)
+        rewards = np.asarray(processed, np.float64)
+        if rewards.shape != (len(samples),) or not np.isfinite(rewards).all():
+            raise ValueError(
+                f"reward_post_process {algorithm.reward_post_process!r} must return {len(samples)} finite numbers, "
+                f"got shape {rewards.shape} with {np.count_nonzero(~np.isfinite(rewards))} that are not finite"
+            )
+    if algorithm.overlong_buffer_len:
+        lengths = np.asarray([len(s.response) for s in samples])
+        penalties = overlong_penalty(lengths, max_response_len, algorithm.overlong_buffer_len)
+        rewards = rewards + algorithm.overlong_penalty_factor * penalties
+    return rewards
+
+
+def overlong_penalty(lengths: np.ndarray, max_response_len: int, buffer_len: int) -> np.ndarray:
+    """Soft over-long punishment of DAPO (arXiv 2503.14476, eq. 13), float64 in [-1, 0]: 0 up to ``max_response_len`` -
+    ``buffer_len`` tokens, then falling linearly to -1 at ``max_response_len`` and beyond."""
+    return np.clip((max_response_len - buffer_len - lengths) / buffer_len, -1.0, 0.0)
+
+
+def reward_nonzero_std(samples: Sequence[Sample]) -> bool:
+    """DAPO's dynamic sampling (arXiv 2503.14476, eq. 11): a group teaches something only if its rewards differ."""
+    return len({sample.reward for sample in samples}) > 1
+
+
+REWARD_POST_PROCESSES: PlugPoint[RewardPostProcess] = PlugPoint("reward_post_process", {})
+GROUP_FILTERS: PlugPoint[GroupFilter] = PlugPoint("dynamic_sampling_filter", {"reward_nonzero_std": reward_nonzero_std})

@@ -1,0 +1,75 @@
+"""The policy term of the loss, per token: what is clipped, and where the gradient goes.
+
+With r = pi_theta / pi_old of a token and A its advantage; log r is clamped to +-20, so that fp32 stays finite. A value
+that is not a number stays one: the trainer counts it and skips the step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from miles_spmd.algorithms.kl import MAX_LOG_RATIO
+from miles_spmd.algorithms.protocols import PlugPoint, Surrogate
+from miles_spmd.algorithms.token_batch import TokenBatch
+from miles_spmd.config.schema import Algorithm
+
+
+def ppo(log_probs: Tensor, tokens: TokenBatch, algorithm: Algorithm) -> tuple[Tensor, Tensor]:
+    """max(-r A, -clip(r, 1 - eps_clip, 1 + eps_clip_high) A), bounded by -eps_clip_c A where A < 0.
+
+    Sources: PPO (arXiv 1707.06347) eq. 7, DAPO's asymmetric clip (arXiv 2503.14476), dual clip (arXiv 1912.09729).
+    """
+    return _clipped(log_ratio(log_probs, tokens), tokens.required("advantages"), algorithm)
+
+
+def gspo(log_probs: Tensor, tokens: TokenBatch, algorithm: Algorithm) -> tuple[Tensor, Tensor]:
+    """PPO's form with one ratio per sequence, s = exp(mean of log r over its trained tokens): the gradient of a token's
+    loss reaches all of them. Source: GSPO (arXiv 2507.18071) eq. 5 and 7; its clip range is 1000 times narrower."""
+    log_s = tokens.sequence_mean(log_ratio(log_probs, tokens))
+    return _clipped(log_s, tokens.required("advantages"), algorithm)
+
+
+def cispo(log_probs: Tensor, tokens: TokenBatch, algorithm: Algorithm) -> tuple[Tensor, Tensor]:
+    """-sg(clip(r, 1 - eps_clip, 1 + eps_clip_high)) A log pi_theta: where PPO has no gradient, this has a bounded one.
+
+    Source: MiniMax-M1 (arXiv 2506.13585) eq. 4 and 5, which sets no lower bound (eps_clip = 1) and tunes the upper one.
+    """
+    low, high = clip_range(algorithm)
+    ratio = log_ratio(log_probs, tokens).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    weight = ratio.clamp(low, high)
+    return -weight * tokens.required("advantages") * log_probs, weight != ratio
+
+
+SURROGATES: PlugPoint[Surrogate] = PlugPoint("loss_type", {"ppo": ppo, "gspo": gspo, "cispo": cispo})
+
+
+def off_policy_sequences(log_probs: Tensor, tokens: TokenBatch, delta: float) -> Tensor:
+    """OPSM: tokens with A < 0 in sequences whose mean of log(pi_old / pi_theta) is over ``delta``, bool [T].
+
+    Source: DeepSeek-V3.2 (arXiv 2512.02556), off-policy sequence masking. There pi_old is the engine's, which is
+    ``use_rollout_logprobs`` here.
+    """
+    drift = tokens.sequence_mean(-log_ratio(log_probs, tokens).detach())
+    return (tokens.required("advantages") < 0) & (drift > delta)
+
+
+def log_ratio(log_probs: Tensor, tokens: TokenBatch) -> Tensor:
+    """log(pi_theta / pi_old) [T]."""
+    return log_probs - (log_probs.detach() if tokens.old_log_probs is None else tokens.old_log_probs)
+
+
+def clip_range(algorithm: Algorithm) -> tuple[float, float]:
+    """(1 - eps_clip, 1 + eps_clip_high)."""
+    high = algorithm.eps_clip if algorithm.eps_clip_high is None else algorithm.eps_clip_high
+    return 1 - algorithm.eps_clip, 1 + high
+
+
+def _clipped(log_r: Tensor, advantages: Tensor, algorithm: Algorithm) -> tuple[Tensor, Tensor]:
+    ratio = log_r.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    unclipped = -ratio * advantages
+    clipped = -ratio.clamp(*clip_range(algorithm)) * advantages
+    loss = torch.maximum(unclipped, clipped)
+    if algorithm.eps_clip_c is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -algorithm.eps_clip_c * advantages), loss)
+    return loss, clipped > unclipped
