@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import os
 import sys
-from pathlib import Path
+import types
 
 SGLANG_VERSION = "0.5.16"
-
-_torchvision_ops = None  # a torch.library.Library takes its definitions along when it is collected
+TORCHVISION_MODULES = (
+    "torchvision",
+    "torchvision.io",
+    "torchvision.transforms",
+    "torchvision.transforms.functional",
+    "torchvision.transforms.v2",
+    "torchvision.transforms.v2.functional",
+)
 
 
 def install() -> None:
     """Make this process ready to ``import sglang`` on a CPU-only torch. Idempotent.
 
-    Call before the first import of sglang, and before the first model class is taken from transformers (a plain
-    ``import transformers`` may come earlier): both import torchvision, whose wheel does not load on a CPU-only torch.
+    Call before the first import of sglang; transformers may be imported before or after.
 
     Raises RuntimeError when sglang is missing, is not version ``SGLANG_VERSION``, or was imported before.
     """
@@ -29,7 +35,7 @@ def install() -> None:
     if "sglang.srt" in sys.modules:
         raise RuntimeError("sglang was imported before miles_spmd.platform.cpu.install(); call install() first")
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
-    _define_torchvision_ops()
+    _stand_in_for_torchvision()
     sys.modules["sgl_kernel"] = sgl_kernel_stub
 
 
@@ -43,20 +49,35 @@ def check_version() -> None:
         raise RuntimeError(f"sglang {SGLANG_VERSION} is required, found {found}: install launch/requirements-cpu.txt")
 
 
-def _define_torchvision_ops() -> None:
-    """Importing torchvision fails unless these two operators exist; its library has them, where it loads."""
-    import torch
+class _Name(type):
+    """A class that has every attribute, each such a class again."""
 
-    global _torchvision_ops
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        raise RuntimeError("sglang needs torchvision: install launch/requirements-cpu.txt")
-    try:
-        torch.ops.load_library(Path(spec.origin).with_name("_C.so"))
-    except OSError:
-        _torchvision_ops = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            _torchvision_ops.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    def __getattr__(cls, name: str) -> _Name:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Name(name, (), {})
+
+
+class _Absent(types.ModuleType):
+    """A module of which every name can be imported and nothing can be used."""
+
+    __path__: list[str] = []
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        self.__version__ = "0.28"  # transformers asks; the release that belongs to torch 2.13
+
+    def __getattr__(self, name: str) -> _Name:
+        return getattr(_Name("torchvision", (), {}), name)
+
+
+def _stand_in_for_torchvision() -> None:
+    """SGLang imports torchvision, itself and through transformers' image processors, even where there are only words.
+    Its wheel loads only beside a CUDA torch, so the CPU stack comes without it."""
+    if importlib.util.find_spec("torchvision") is None:
+        for name in TORCHVISION_MODULES:
+            sys.modules[name] = _Absent(name)
 
 
 def adapt() -> None:
