@@ -87,7 +87,7 @@ def test_a_stranger_gets_nothing_and_disturbs_nothing(router: Router, stranger: 
 
 def test_a_flood_of_strangers_disturbs_nothing(router: Router) -> None:
     """More closed connections than a queue of default size holds, while the controller does something else."""
-    for _ in range(1500):
+    for _ in range(2300):
         with socket.create_connection(("127.0.0.1", port_of(router))) as stranger:
             stranger.sendall(b"\xff")
     dealer = Dealer(router.credentials)

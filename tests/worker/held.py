@@ -1,0 +1,57 @@
+"""Started by torchrun in place of ``-m miles_spmd train``: a worker that does one thing of its own in one phase.
+
+    held.py CONFIG PHASE RANK DEED
+
+In that phase that rank touches the file ``held`` beside the configuration, with its process id in it, and then does the
+deed: ``hang`` sleeps, ``raise`` raises. Everything else is the real worker.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from miles_spmd.config.load import load_config
+from miles_spmd.messaging import wire
+from miles_spmd.messaging.wire import Phase
+from miles_spmd.worker import main as worker_main
+
+BODY_OF = {Phase.ROLLOUT: wire.Generate, Phase.TRAIN: wire.Train, Phase.REFIT: wire.Refit}
+
+
+def main() -> int:
+    path, phase, rank, deed = Path(sys.argv[1]), Phase(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    build = worker_main.build
+
+    def do_deed() -> None:
+        scratch = path.with_name("held.tmp")
+        scratch.write_text(str(os.getpid()))
+        scratch.rename(path.with_name("held"))
+        if deed == "raise":
+            raise RuntimeError("the deed is done")
+        time.sleep(600)
+
+    def build_held(*args: Any) -> Any:
+        if phase is Phase.START:
+            do_deed()
+        worker = build(*args)
+        do = worker.do
+
+        def do_held(body: wire.Body) -> wire.Result:
+            if isinstance(body, BODY_OF[phase]):
+                do_deed()
+            return do(body)
+
+        worker.do = do_held
+        return worker
+
+    if int(os.environ["RANK"]) == rank:
+        worker_main.build = build_held
+    return worker_main.main(load_config(path))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,22 @@
+"""Reward functions for runs that fail."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from miles_spmd.data.sample import Sample
+
+
+def hangs(sample: Sample) -> float:
+    """Says so in the file named by the environment."""
+    scratch = Path(os.environ["HELD_FILE"] + f".{os.getpid()}")
+    scratch.write_text(str(os.getpid()))
+    scratch.rename(os.environ["HELD_FILE"])
+    time.sleep(600)
+    return 0.0
+
+
+def raises(sample: Sample) -> float:
+    raise KeyError("no such answer")

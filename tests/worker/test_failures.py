@@ -1,0 +1,244 @@
+"""A run in which something dies, hangs or raises: one clear line, a status of not 0, no process left, no long wait.
+
+Real launcher, real processes. Every run is held in a known phase by tests/worker/held.py, then hurt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from miles_spmd.messaging.wire import Phase
+from tests.worker.tiny_run import write_checkpoint, write_config
+
+REPOSITORY = Path(__file__).parents[2]
+TOKEN = "MILES_SPMD_TEST_RUN"
+START_SECONDS, END_SECONDS = 120, 20  # generous: other tests may use the machine
+
+
+class Launched:
+    """One run under torchrun. Its processes are found by a token in their environment."""
+
+    def __init__(self, folder: Path, config: Path, *deed: str) -> None:
+        self.folder, self.run_dir = folder, folder / "runs" / "tiny"
+        self.token = uuid.uuid4().hex
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        with (folder / "stderr").open("wb") as stderr, (folder / "stdout").open("wb") as stdout:
+            self.launcher = subprocess.Popen(
+                [*launcher, str(Path(__file__).with_name("held.py")), str(config), *(deed or ("idle", "-1", "none"))],
+                env=os.environ | {TOKEN: self.token, "PYTHONPATH": str(REPOSITORY), "HELD_FILE": str(folder / "held")},
+                cwd=REPOSITORY,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,
+            )
+
+    def processes(self) -> dict[int, dict[str, str]]:
+        """Environments of all living processes of this run."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    pairs = (entry / "environ").read_bytes().split(b"\0")
+                    state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                except OSError:
+                    continue
+                environment = dict(pair.decode(errors="replace").partition("=")[::2] for pair in pairs if pair)
+                if environment.get(TOKEN) == self.token and state != "Z":
+                    found[int(entry.name)] = environment
+        return found
+
+    def controller(self) -> int:
+        for pid in self.processes():
+            if b"miles_spmd.controller" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return pid
+        raise AssertionError("no controller")
+
+    def wait_until_held(self) -> int:
+        """The process that says so."""
+        held = self.folder / "held"
+        self._wait_for(lambda: held.exists() or self.launcher.poll() is not None, START_SECONDS)
+        assert held.exists(), self.report()
+        return int(held.read_text())
+
+    def wait_for_rank(self, rank: int) -> int:
+        """The process of a rank as soon as it exists."""
+        found: list[int] = []
+
+        def look() -> bool:
+            found[:] = [pid for pid, environment in self.processes().items() if environment.get("RANK") == str(rank)]
+            return bool(found)
+
+        self._wait_for(look, START_SECONDS)
+        return found[0]
+
+    def finish(self, seconds: float = END_SECONDS) -> str:
+        """Waits for the end; checks what holds for every failure; returns the one message."""
+        status = self.launcher.wait(seconds)
+        assert status != 0, self.report()
+        self._wait_for(lambda: not self.processes(), 5)
+        lines = [line for line in self.stderr().splitlines() if line.startswith("miles-spmd: ")]
+        assert len(lines) == 1, self.report()
+        metrics = self.run_dir / "metrics.jsonl"
+        if metrics.exists():
+            assert all(isinstance(json.loads(line), dict) for line in metrics.read_text().splitlines())
+        return lines[0].removeprefix("miles-spmd: ")
+
+    def stderr(self) -> str:
+        return (self.folder / "stderr").read_text()
+
+    def report(self) -> str:
+        logs = sorted(self.run_dir.glob("logs/*"))
+        return "\n".join([self.stderr(), *(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in logs)])
+
+    def _wait_for(self, condition: Callable[[], bool], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"{self.processes().keys()}\n{self.report()}"
+            time.sleep(0.05)
+
+    def clean_up(self) -> None:
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
+        self.launcher.wait()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def launch(tmp_path: Path, checkpoint: Path) -> Iterator[Callable[..., Launched]]:
+    launched: list[Launched] = []
+
+    def start(*deed: object, **changes: dict[str, Any]) -> Launched:
+        changes["rollout"] = {"engine": "torch"} | changes.get("rollout", {})
+        config = write_config(tmp_path, checkpoint, **changes)
+        launched.append(Launched(tmp_path, config, *map(str, deed)))
+        return launched[-1]
+
+    yield start
+    for run in launched:
+        run.clean_up()
+
+
+Launch = Callable[..., Launched]
+
+
+# --- a process dies --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("phase", "rank", "place"),
+    [
+        (Phase.START, 1, "start"),
+        (Phase.ROLLOUT, 1, "rollout, step 0"),
+        (Phase.TRAIN, 0, "train, step 0"),
+        (Phase.TRAIN, 1, "train, step 0"),
+        (Phase.REFIT, 1, "refit, step 0"),
+    ],
+)
+def test_a_killed_worker_is_named(launch: Launch, phase: Phase, rank: int, place: str) -> None:
+    run = launch(phase, rank, "hang")
+    pid = run.wait_until_held()
+    os.kill(pid, signal.SIGKILL)
+    message = run.finish()
+    assert message.startswith(f"rank {rank} ")
+    assert f"died: {place}" in message
+
+
+def test_a_worker_killed_before_it_could_connect(launch: Launch) -> None:
+    run = launch()
+    os.kill(run.wait_for_rank(1), signal.SIGKILL)
+    message = run.finish()
+    assert message.startswith("start: stopped by SIGTERM; rank ")
+    assert message.endswith("1 had not connected")
+
+
+def test_a_worker_killed_while_it_idles(launch: Launch) -> None:
+    """The controller waits for a reward, workers for the controller."""
+    run = launch(reward={"rm_type": "tests.worker.rewards:hangs", "reward_workers": 1})
+    run.wait_until_held()
+    time.sleep(0.5)  # the rollout around the first reward ends
+    os.kill(run.wait_for_rank(1), signal.SIGKILL)
+    assert "rank 1 (" in (message := run.finish())
+    assert "died: idle after rollout, step 0" in message
+
+
+def test_a_killed_controller_is_named(launch: Launch) -> None:
+    run = launch(Phase.TRAIN, 1, "hang")
+    run.wait_until_held()
+    controller = run.controller()
+    os.kill(controller, signal.SIGKILL)
+    message = run.finish()
+    assert message.startswith("rank 0 (")
+    assert message.endswith(f"train, step 0: the controller (pid {controller}) was killed by SIGKILL")
+
+
+def test_a_killed_launcher_leaves_nothing_behind(launch: Launch) -> None:
+    run = launch(Phase.TRAIN, 1, "hang")
+    run.wait_until_held()
+    run.launcher.kill()
+    assert run.finish() == "train, step 0: the launcher died"
+
+
+# --- somebody stops it -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_launcher_ends_the_run(launch: Launch, number: signal.Signals) -> None:
+    run = launch(Phase.TRAIN, 1, "hang")
+    run.wait_until_held()
+    os.killpg(run.launcher.pid, number)  # as a terminal does on Ctrl-C
+    assert run.finish() == f"train, step 0: stopped by {number.name}"
+
+
+# --- something raises or hangs ---------------------------------------------------------------------------------------
+
+
+def test_an_exception_in_a_worker_is_named(launch: Launch) -> None:
+    run = launch(Phase.TRAIN, 1, "raise")
+    message = run.finish(START_SECONDS)
+    assert message.startswith("rank 1 (")
+    assert "train, step 0: RuntimeError: the deed is done (traceback in " in message
+    assert 'raise RuntimeError("the deed is done")' in (run.run_dir / "logs" / "controller.log").read_text()
+
+
+def test_an_exception_at_the_start_is_named(launch: Launch, checkpoint: Path, tmp_path: Path) -> None:
+    truncated = tmp_path / "truncated"
+    truncated.mkdir()
+    for file in checkpoint.iterdir():
+        (truncated / file.name).write_bytes(file.read_bytes()[: -100 if file.suffix == ".safetensors" else None])
+    message = launch(model={"hf_checkpoint": str(truncated), "dtype": "float32"}).finish(START_SECONDS)
+    assert message.startswith("rank ")
+    assert "start: CheckpointError: " in message
+
+
+def test_a_raising_reward_is_named(launch: Launch) -> None:
+    message = launch(reward={"rm_type": "tests.worker.rewards:raises"}).finish(START_SECONDS)
+    assert message.startswith("rollout, step 0: RewardError: ")
+    assert "no such answer" in message
+
+
+def test_a_missed_deadline_ends_the_run_with_stacks(launch: Launch) -> None:
+    run = launch(Phase.TRAIN, 1, "hang", deadlines={"train_timeout": 2.0})
+    run.wait_until_held()
+    message = run.finish()
+    assert message == "train, step 0: rank 0, 1 did not answer within 2 s"
+    report = run.stderr()
+    assert "do_deed (held.py:" in report  # where rank 1 is
+    assert "rank 0 (" in report
+    assert "do_deed" in (run.run_dir / "logs" / "rank-1.stacks").read_text()
+    assert "train_step" in (run.run_dir / "logs" / "rank-0.stacks").read_text()

@@ -1,0 +1,162 @@
+"""A rollout through sockets and ranks gives what the engine alone gives. Real engines, real gloo ranks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+import torch.distributed as dist
+
+from miles_spmd.config.schema import Deadlines
+from miles_spmd.controller.workers import RolloutSession, WorkerFailedError, Workers
+from miles_spmd.data.sample import FinishReason
+from miles_spmd.messaging.dealer import Dealer
+from miles_spmd.messaging.keys import Credentials
+from miles_spmd.messaging.router import Router
+from miles_spmd.messaging.wire import Command, Failure, Generate, Hello, Ok, Reply
+from miles_spmd.rollout.engine import Engine, Output, Request, SamplingParams
+from miles_spmd.worker.rollout import Lockstep, run_rollout
+from miles_spmd.worker.stopwatch import Stopwatch
+from tests.controller.ranks import DIGEST, HOST, info_of
+from tests.ranks import Ranks
+from tests.worker.tiny_run import write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+def make_engine(kind: str, folder: Path, engine_size: int) -> Any:
+    """With weights that follow from their names, so that every engine has the same."""
+    engine: Any
+    if kind == "torch":
+        from miles_spmd.rollout.torch_engine import TorchEngine
+
+        engine = TorchEngine(folder, dtype="float32")
+    else:
+        from miles_spmd.rollout.sglang_engine import SglangEngine
+
+        engine = SglangEngine(folder, dtype="float32", server_args={"tp_size": engine_size})
+    for number, (_, tensor) in enumerate(sorted(engine.weights().items())):
+        generator = torch.Generator().manual_seed(number)
+        tensor.copy_(torch.randn(tensor.shape, generator=generator).mul_(0.2))
+    engine.commit(1)
+    return engine
+
+
+def serve(credentials: bytes, kind: str, folder: Path, engine_size: int) -> None:
+    """A rank that does nothing but rollouts, until the controller is gone."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    engine: Engine = make_engine(kind, folder, engine_size)
+    dealer = Dealer(msgspec.json.decode(credentials, type=Credentials))
+    lockstep = Lockstep(engine_size)
+    dealer.send(Hello(info_of(rank, world_size, engine_size), DIGEST))
+    while not dealer.disconnections.poll(0):
+        command = dealer.receive(0.1)
+        if not (isinstance(command, Command) and isinstance(command.body, Generate)):
+            continue
+        watch, progress = Stopwatch(), list[str]()
+        try:
+            run_rollout(rank, engine, dealer, lockstep, watch, progress.append)
+            result: Ok | Failure = Ok({"progress": progress[-1]})
+        except ValueError as error:
+            result = Failure("ValueError", str(error))
+        dealer.send(Reply(command.id, rank, HOST, command.phase, result, watch.take()))
+    dealer.close()
+    if kind == "sglang":
+        engine.close()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def serving(ranks: Ranks, *args: Any) -> Iterator[Workers]:
+    """Two ranks behind a Workers."""
+    router = Router()
+    thread = threading.Thread(target=ranks.run, args=(2, serve, msgspec.json.encode(router.credentials), *args))
+    thread.start()
+    try:
+        yield Workers(router, 2, Deadlines(), DIGEST, Path("logs"))
+    finally:
+        router.close()
+        thread.join()
+
+
+def requests(count: int, new_tokens: int = 12) -> list[Request]:
+    return [
+        Request(f"r{i}", [5 + i, 6, 7], SamplingParams(max_new_tokens=new_tokens, seed=100 + i, ignore_eos=True))
+        for i in range(count)
+    ]
+
+
+def alone(engine: Engine, wanted: Sequence[Request]) -> dict[str, list[int]]:
+    """One request after the other, on one engine, without any messages."""
+    outputs: list[Output] = []
+    for request in wanted:
+        engine.submit([request])
+        while not engine.idle:
+            outputs += engine.step()
+    return {o.rid: o.output_ids for o in outputs}
+
+
+def test_two_engines_give_what_one_gives_alone(ranks: Ranks, checkpoint: Path) -> None:
+    wanted = requests(5)
+
+    def in_turns(session: RolloutSession) -> dict[str, list[int]]:
+        found = {}
+        session.submit(wanted[:3])
+        for output in session.completions():
+            if output.rid == "r0":
+                session.submit(wanted[3:])
+            found[output.rid] = output.output_ids
+        return found
+
+    with serving(ranks, "torch", checkpoint, 1) as workers:
+        for step in (0, 1):
+            with workers.rollout(step) as session:
+                found = in_turns(session)
+            assert found == alone(make_engine("torch", checkpoint, 1), wanted)
+            assert all(seconds["engine"] > 0 for seconds in workers.seconds)
+
+
+def test_an_engine_of_two_ranks_stays_in_step(ranks: Ranks, checkpoint: Path) -> None:
+    wanted = requests(4)
+    with serving(ranks, "sglang", checkpoint, 2) as workers:
+        with workers.rollout(0) as session:
+            session.submit(wanted)
+            found = {o.rid: o.output_ids for o in session.completions()}
+        assert found.keys() == {"r0", "r1", "r2", "r3"}
+        assert all(len(ids) == 12 for ids in found.values())
+        with workers.rollout(1) as session:  # the same again, after the engine has slept between submissions
+            for request in wanted:
+                session.submit([request])
+                assert [o.output_ids for o in session.completions()] == [found[request.rid]]
+
+
+def test_aborted_requests_keep_what_they_have(ranks: Ranks, checkpoint: Path) -> None:
+    with serving(ranks, "torch", checkpoint, 1) as workers, workers.rollout(0) as session:
+        session.submit([*requests(2, new_tokens=120), *requests(4)[2:]])
+        outputs = session.completions()
+        assert {next(outputs).rid, next(outputs).rid} == {"r2", "r3"}
+        session.abort(["r0"])
+        aborted = next(outputs)
+        assert (aborted.rid, aborted.finish_reason) == ("r0", FinishReason.ABORT)
+        assert 12 <= len(aborted.output_ids) < 120
+        session.abort()
+        assert [o.finish_reason for o in outputs] == [FinishReason.ABORT]
+
+
+def test_a_request_that_does_not_fit_ends_the_rollout(ranks: Ranks, checkpoint: Path) -> None:
+    def rollout(workers: Workers) -> None:
+        with workers.rollout(0) as session:
+            session.submit(requests(2, new_tokens=500))
+            list(session.completions())
+
+    fault = r"rank \d .* rollout, step 0: ValueError: request r\d"
+    with serving(ranks, "torch", checkpoint, 1) as workers, pytest.raises(WorkerFailedError, match=fault):
+        rollout(workers)
