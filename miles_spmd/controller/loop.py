@@ -16,6 +16,7 @@ def run(config: Config, workers: Workers, task: str = "train") -> None:
         elif task == "eval":
             r.refit(first)
             r.evaluate(first)
+            r.report(first)
         else:
             r.export()
 

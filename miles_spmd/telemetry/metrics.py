@@ -32,8 +32,7 @@ METRICS: dict[str, Metric] = {
     "train/train_rollout_logprob_abs_diff_max": Metric("nats", "The same, largest"),
     "train/train_rollout_kl": Metric("nats", "k3 estimate of KL(engine || trainer)"),
     "perf/start_time": Metric("s", "Waiting for the workers to build trainer and engine"),
-    "perf/rollout_time": Metric("s", "Generating, with the rewards that overlap it"),
-    "perf/reward_time": Metric("s", "Waiting for rewards after the last sample"),
+    "perf/rollout_time": Metric("s", "Generating, and the rewards that are computed meanwhile"),
     "perf/log_probs_time": Metric("s", "Log-probs of the current and the reference policy"),
     "perf/train_time": Metric("s", "Forward, backward and optimizer"),
     "perf/refit_time": Metric("s", "Copying the trainer's weights into the engine"),
@@ -45,7 +44,7 @@ METRICS: dict[str, Metric] = {
     "refit/bytes": Metric("bytes", "Copied from trainer to engine, over all ranks"),
     "refit/checksum_mismatches": Metric("buckets", "Refit buckets whose checksums differed; must be 0"),
 }
-PHASES = ("start", "rollout", "reward", "log_probs", "train", "refit", "eval", "save")  # in the order of a step
+PHASES = ("start", "rollout", "log_probs", "train", "refit", "eval", "save")  # in the order of a step
 
 
 def describe(name: str) -> Metric:

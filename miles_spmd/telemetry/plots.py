@@ -96,10 +96,11 @@ def accuracy(stages: Sequence[Stage]) -> str:
 
 
 def phases(stage: Stage) -> str:
-    """Seconds of each step by phase, stacked; many steps are averaged into at most ``MAX_BARS`` bars."""
+    """Seconds of each step by phase, stacked; many steps are averaged into at most ``MAX_BARS`` bars. What came before
+    the first step is left out: it would dwarf them."""
     with mpl.rc_context(STYLE):
         figure, axes = _axes(WIDE)
-        rows = [(step, values) for step, values in stage.steps.items() if "perf/step_time" in values]
+        rows = stage.timed_steps()
         edges = np.linspace(0, len(rows), min(len(rows), MAX_BARS) + 1).astype(int)
         bins = [rows[a:b] for a, b in pairwise(edges)]
         centers = np.array([np.mean([step for step, _ in rows_of_bin]) for rows_of_bin in bins])

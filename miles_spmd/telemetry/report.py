@@ -100,7 +100,7 @@ def headline(stages: list[Stage]) -> list[Number]:
     numbers.append(Number("Steps", steps, " + ".join(s.name for s in stages) if len(stages) > 1 else ""))
     seconds = [stage.seconds for stage in stages]
     parts = " + ".join(clock(value) for value in seconds) if len(stages) > 1 else ""
-    numbers.append(Number("Time in steps", clock(sum(seconds)), parts))
+    numbers.append(Number("Time", clock(sum(seconds)), parts))
     differences = [v for s in stages for _, v in s.series("train/train_rollout_logprob_abs_diff_max")]
     if differences:
         note = "largest difference of a token's log-prob, all steps"
@@ -127,8 +127,9 @@ def _stage(stage: Stage) -> dict[str, Any]:
         "total": stage.total,
         "finished": stage.finished,
         "seconds": clock(stage.seconds),
+        "startup": clock(stage.startup) if stage.startup else "",
         "plots": drawn,
-        "phases": Markup(plots.phases(stage)) if stage.series("perf/step_time") else None,
+        "phases": Markup(plots.phases(stage)) if stage.timed_steps() else None,
         "pairs": _pairs(stage.transcripts),
         "settings": stage.settings_text,
     }

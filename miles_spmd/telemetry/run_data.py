@@ -54,14 +54,20 @@ class Stage:
 
     @property
     def seconds(self) -> float:
-        """Sum of the steps' times."""
+        """All of the run's time, start-up included."""
         return sum(value for _, value in self.series("perf/step_time"))
+
+    @property
+    def startup(self) -> float:
+        return sum(value for _, value in self.series("perf/start_time"))
+
+    def timed_steps(self) -> list[tuple[int, dict[str, float]]]:
+        """The real steps: not the report of what came before the first, which has the start-up in it."""
+        timed = [(step, values) for step, values in self.steps.items() if "perf/step_time" in values]
+        return [(step, values) for step, values in timed if "perf/start_time" not in values]
 
     def series(self, metric: str) -> Series:
         return [(step, values[metric]) for step, values in self.steps.items() if metric in values]
-
-    def last(self, metric: str) -> float | None:
-        return next((value for _, value in reversed(self.series(metric))), None)
 
     def scores(self) -> dict[str, Series]:
         """Score of each evaluation set over the steps."""

@@ -126,6 +126,6 @@ def test_a_folder_without_a_run(tmp_path: Path) -> None:
 
 def test_headline_numbers(two_stages: Path) -> None:
     numbers = {number.label: (number.value, number.note) for number in headline(read_stages(two_stages))}
-    assert numbers["Time in steps"] == ("0:31", "0:06 + 0:25")
+    assert numbers["Time"] == ("0:47", "0:14 + 0:33")
     assert numbers["Refit checksum mismatches"] == ("0", "in 25 refits")
     assert numbers["Reward of the last step"] == ("0.8", "first step 0.325")

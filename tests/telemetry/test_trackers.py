@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import struct
 import subprocess
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from miles_spmd.telemetry.metrics import METRICS, describe, is_score, phase_times
+from miles_spmd.telemetry import metrics
+from miles_spmd.telemetry.metrics import METRICS, PHASES, describe, is_score, phase_times
 from miles_spmd.telemetry.trackers import JsonlTracker, open_trackers, read_metrics
 from tests.telemetry.runs import make_config
 
@@ -86,6 +88,15 @@ def test_wandb_without_the_package_says_what_to_install(tmp_path: Path, monkeypa
         open_trackers(make_config(tmp_path, telemetry={"use_wandb": True})),
     ):
         pass
+
+
+def test_every_metric_that_is_written_is_described_and_the_reverse() -> None:
+    controller = Path(metrics.__file__).parents[1] / "controller"
+    source = "".join(path.read_text() for path in controller.glob("*.py"))
+    written = set(re.findall(r'"((?:rollout|train|refit|perf)/\w+)"', source))
+    written |= {f"perf/{phase}_time" for phase in re.findall(r'_timed\("(\w+)"\)', source)}
+    assert set(METRICS) == written
+    assert set(PHASES) == set(re.findall(r'_timed\("(\w+)"\)', source))
 
 
 def test_names() -> None:
