@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from miles_spmd.algorithms.advantages import grpo_advantages, whiten
+from miles_spmd.algorithms.advantages import compute_advantages
 from miles_spmd.algorithms.aggregation import loss_weights
-from miles_spmd.algorithms.kl import kl_estimate
+from miles_spmd.algorithms.corrections import correct
+from miles_spmd.algorithms.rewards import shape_rewards
+from miles_spmd.algorithms.rollout_batch import Arrays, RolloutBatch
 from miles_spmd.config.schema import Config
 from miles_spmd.data.sample import Sample, TrainSequence
 
@@ -27,30 +29,24 @@ def to_sequences(samples: Sequence[Sample]) -> list[TrainSequence]:
 
 def optimizer_steps(
     samples: Sequence[Sample], sequences: Sequence[TrainSequence], config: Config
-) -> list[list[TrainSequence]]:
-    """Fill in advantages and global loss weights, and cut the rollout into optimizer steps in submission order.
-
-    With ``kl_coef`` every sequence needs ``old_log_probs`` and ``ref_log_probs``: the estimated KL of a sample, summed
-    over its tokens, is taken off its reward before groups are compared.
+) -> tuple[list[list[TrainSequence]], dict[str, float]]:
+    """Fill in advantages, policy weights and global loss weights; cut the rollout into optimizer steps in submission
+    order. Returns the steps and the algorithm's metrics. Raises ValueError where the algorithm lacks what it needs.
     """
     algorithm = config.algorithm
-    masks = [sequence.loss_weights for sequence in sequences]
-    rewards = np.asarray([sample.reward for sample in samples], np.float64)
-    if algorithm.kl_coef:
-        rewards = rewards - algorithm.kl_coef * np.asarray([_kl(s, algorithm.kl_loss_type) for s in sequences])
-    advantages = grpo_advantages(
-        rewards, config.rollout.n_samples_per_prompt, std_normalization=algorithm.grpo_std_normalization
-    )
-    per_token = [(value * mask).astype(np.float32) for value, mask in zip(advantages, masks)]
-    if algorithm.normalize_advantages:
-        per_token = whiten(per_token, masks)
-    for sequence, values in zip(sequences, per_token):
-        sequence.advantages = values
+    batch = _rollout_batch(samples, sequences, config)
+    estimate = compute_advantages(batch, algorithm)
+    correction = correct(batch, algorithm)
+    for i, sequence in enumerate(sequences):
+        sequence.advantages = estimate.advantages[i]
+        if correction is not None:
+            sequence.policy_weights = correction.policy_weights[i]
     size = config.train.global_batch_size or len(sequences)
     steps = [list(sequences[start : start + size]) for start in range(0, len(sequences), size)]
     for step in steps:
         set_loss_weights(step, algorithm.loss_aggregation, config.rollout.rollout_max_response_len)
-    return steps
+    metrics = estimate.metrics | (correction.metrics if correction else {})
+    return steps, {f"rollout/{name}": value for name, value in metrics.items()}
 
 
 def set_loss_weights(sequences: Sequence[TrainSequence], aggregation: str, max_response_len: int) -> None:
@@ -60,15 +56,24 @@ def set_loss_weights(sequences: Sequence[TrainSequence], aggregation: str, max_r
         sequence.loss_weights = weight
 
 
+def _rollout_batch(samples: Sequence[Sample], sequences: Sequence[TrainSequence], config: Config) -> RolloutBatch:
+    uids = [sample.prompt.uid for sample in samples]
+
+    def field(name: str) -> Arrays | None:
+        arrays = [getattr(sequence, name) for sequence in sequences]
+        return None if arrays[0] is None else arrays
+
+    return RolloutBatch(
+        rewards=shape_rewards(samples, config.algorithm, config.rollout.rollout_max_response_len),
+        group_ids=np.unique(uids, return_inverse=True)[1],
+        masks=[sequence.loss_weights for sequence in sequences],
+        old_log_probs=field("old_log_probs"),
+        rollout_log_probs=field("rollout_log_probs"),
+        ref_log_probs=field("ref_log_probs"),
+    )
+
+
 def _after_prompt(sample: Sample, values: Sequence[float]) -> np.ndarray:
     aligned = np.zeros(len(sample.prompt.tokens) + len(sample.response), np.float32)
     aligned[len(sample.prompt.tokens) :] = values
     return aligned
-
-
-def _kl(sequence: TrainSequence, kind: str) -> float:
-    if sequence.old_log_probs is None or sequence.ref_log_probs is None:
-        raise ValueError("KL in the reward needs the log-probs of the current and the reference policy")
-    mask = sequence.loss_weights
-    estimate = kl_estimate(sequence.old_log_probs.astype(np.float64), sequence.ref_log_probs.astype(np.float64), kind)
-    return float((estimate * mask).sum())

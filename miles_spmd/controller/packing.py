@@ -88,15 +88,6 @@ def in_sequence_order(
 
 def _without_weight(sequence: TrainSequence) -> TrainSequence:
     """The same arrays cut to two tokens, which is the least that has a target, and no weight."""
-
-    def cut(values: np.ndarray | None) -> np.ndarray | None:
-        return None if values is None else values[:2]
-
-    return TrainSequence(
-        tokens=sequence.tokens[:2],
-        loss_weights=np.zeros_like(sequence.loss_weights[:2]),
-        advantages=cut(sequence.advantages),
-        rollout_log_probs=cut(sequence.rollout_log_probs),
-        old_log_probs=cut(sequence.old_log_probs),
-        ref_log_probs=cut(sequence.ref_log_probs),
-    )
+    cut = {name: getattr(sequence, name) for name in TrainSequence.__struct_fields__}
+    cut = {name: None if values is None else values[:2] for name, values in cut.items()}
+    return TrainSequence(**cut | {"loss_weights": np.zeros_like(cut["loss_weights"])})

@@ -170,7 +170,10 @@ class Run:
     def optimizer_steps(
         self, groups: Sequence[Sequence[Sample]], sequences: Sequence[TrainSequence]
     ) -> list[list[TrainSequence]]:
-        return optimizer_steps([sample for group in groups for sample in group], sequences, self.config)
+        """The rollout cut into optimizer steps, with advantages and global denominators."""
+        steps, metrics = optimizer_steps([sample for group in groups for sample in group], sequences, self.config)
+        self._metrics |= metrics
+        return steps
 
     def examples(self, step: int) -> list[TrainSequence]:
         """This step's supervised examples, weighted to the mean over their tokens."""

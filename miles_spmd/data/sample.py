@@ -62,6 +62,7 @@ class TrainSequence(msgspec.Struct):
     rollout_log_probs: np.ndarray | None = None  # float32, engine
     old_log_probs: np.ndarray | None = None  # float32; None: the current policy, detached (ratio 1)
     ref_log_probs: np.ndarray | None = None  # float32
+    policy_weights: np.ndarray | None = None  # float32, multiply the policy term of the loss; 0 rejects the token
 
 
 MicroBatch = list[TrainSequence]  # sequences packed into one forward pass

@@ -20,7 +20,7 @@ from miles_spmd.data.sample import MicroBatch, TrainSequence
 from miles_spmd.training.attention import PackedSequences, make_blocks
 from miles_spmd.training.parallel import Coordinates
 
-_OPTIONAL_FIELDS = ("advantages", "rollout_log_probs", "old_log_probs", "ref_log_probs")
+_OPTIONAL_FIELDS = ("advantages", "rollout_log_probs", "old_log_probs", "ref_log_probs", "policy_weights")
 
 
 @dataclass
