@@ -20,7 +20,9 @@ from torch import Tensor
 from miles_spmd.training.attention import PackedAttention
 
 if not hasattr(moe_utils, "te_general_gemm"):
-    moe_utils.te_general_gemm = None  # megatron-core 0.16.1 defines it with Transformer Engine only, but always reads it
+    moe_utils.te_general_gemm = (
+        None  # megatron-core 0.16.1 always reads it, but defines it with Transformer Engine only
+    )
 
 
 class RMSNorm(torch.nn.Module):
@@ -35,7 +37,33 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if x.is_cuda:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return _RMSNormOnCpu.apply(x, self.weight, self.eps)
+
+
+class _RMSNormOnCpu(torch.autograd.Function):
+    """torch has no CPU kernel for this norm; composed by autograd its backward pass costs twice as much as written out.
+
+    Computes in fp32. With r = rsqrt(mean(x^2) + eps) and n = x r: y = n w, dx = r (g w - n mean(g w n)), dw = sum g n.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x32 = x.float()
+        r = (torch.linalg.vecdot(x32, x32).unsqueeze(-1) / x.shape[-1] + eps).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        return (x32 * r).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        x, weight, r = ctx.saved_tensors
+        g, n = gradient.float(), x.float() * r
+        grad_weight = (g * n).flatten(0, -2).sum(0)
+        grad_x = g * weight
+        shift = torch.linalg.vecdot(grad_x, n).unsqueeze(-1) / x.shape[-1]
+        grad_x.sub_(n.mul_(shift)).mul_(r)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
