@@ -56,9 +56,9 @@ def export(
     nproc_per_node: Processes = None,
 ) -> None:
     """Turn a checkpoint of a run into a Hugging Face checkpoint. The layout may differ from the run's."""
-    recipe = next((p / "config.toml" for p in checkpoint.absolute().parents if (p / "config.toml").is_file()), None)
-    if recipe is None:
-        _fail(f"{checkpoint} lies in no run folder: no config.toml above it")
+    recipe = checkpoint.absolute().parents[1] / "config.toml"
+    if not recipe.is_file():
+        _fail(f"{checkpoint} is no checkpoint of a run: there is no {recipe}")
     fixed = [f"checkpoint.load={checkpoint}", f"checkpoint.export_dir={out}", "sglang.tp_size=1"]
     _start("export", recipe, [*(overrides or []), *fixed], nproc_per_node or _smallest_world(recipe, overrides or []))
 

@@ -1,0 +1,131 @@
+"""The verbs as a user calls them, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from miles_spmd.config.load import load_config
+from tests.worker.tiny_run import write_checkpoint, write_config
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def miles_spmd(*arguments: object, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "miles_spmd", *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", **environment},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def recipe(folder: Path) -> Path:
+    return write_config(
+        folder,
+        write_checkpoint(folder / "model"),
+        run={"mode": "sft", "num_rollout": 2},
+        rollout={"engine": "torch"},
+        eval={"eval_prompt_data": {"sums": str(folder / "data.jsonl")}},
+        train={"global_batch_size": 4},
+    )
+
+
+def test_help_is_quick_and_names_every_verb() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    text = miles_spmd("--help").stdout
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    for verb in ("train", "eval", "export", "plan", "report", "doctor"):
+        assert re.search(rf"^\W*{verb}\b", text, flags=re.MULTILINE), text
+    assert after.ru_utime - before.ru_utime < 0.5  # seconds of computing, whatever else runs
+
+
+@pytest.mark.parametrize("verb", ["train", "eval", "plan"])
+def test_faults_come_before_anything_starts(recipe: Path, verb: str) -> None:
+    done = miles_spmd(verb, recipe, "rollout_batchsize=4", "megatron.sequence_parallel=true", status=2)
+    assert "2 faults" in done.stderr
+    assert "rollout_batchsize=4: unknown setting; did you mean rollout_batch_size?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (recipe.parent / "runs").exists()
+
+
+def test_only_the_first_rank_names_the_faults(recipe: Path) -> None:
+    assert "1 fault" in miles_spmd("train", recipe, "seed=x", status=2, RANK="0", WORLD_SIZE="2").stderr
+    assert miles_spmd("train", recipe, "seed=x", status=2, RANK="1", WORLD_SIZE="2").stderr == ""
+
+
+def test_dry_run_says_what_plan_says(recipe: Path) -> None:
+    overrides = ["mode=rl", "rollout_top_p=0.5", "megatron.tensor_model_parallel_size=2"]
+    dry = miles_spmd("train", recipe, *overrides, "--nproc-per-node", 2, "--dry-run")
+    plan = miles_spmd("plan", recipe, *overrides, "--world-size", 2)
+    assert dry.stdout == plan.stdout
+    assert "tensor        1 of 2:  [0 1]" in plan.stdout
+    assert "note: rollout.rollout_top_p" in plan.stderr
+    assert not (recipe.parent / "runs").exists()
+    assert (
+        "nowhere is not a Hugging Face checkpoint"
+        in miles_spmd("plan", recipe, "hf_checkpoint=nowhere", status=1).stderr
+    )
+
+
+def test_train_export_evaluate_report(recipe: Path, folder: Path) -> None:
+    """The way of a model through the verbs: two steps, its checkpoint exported, the export scored."""
+    run = folder / "runs" / "tiny"
+    miles_spmd("train", recipe, "save_final=true", "export_final=true", "--nproc-per-node", 2)
+    assert load_config(run / "config.toml") == load_config(recipe, ["save_final=true", "export_final=true"])
+    assert json.loads((run / "environment.json").read_text())["packages"]["megatron-core"] == "0.16.1"
+
+    miles_spmd("export", run / "checkpoints" / "step_000002", folder / "exported")
+    exported = (folder / "exported" / "model.safetensors").read_bytes()
+    assert exported == (run / "export" / "model.safetensors").read_bytes()
+    assert exported != (folder / "model" / "model.safetensors").read_bytes()
+
+    shown = miles_spmd("eval", recipe, f"hf_checkpoint={folder / 'exported'}").stdout
+    (row,) = map(json.loads, (folder / "runs" / "tiny-eval" / "metrics.jsonl").read_text().splitlines())
+    assert f"accuracy {row['eval/sums']:.3g}" in shown
+
+    assert miles_spmd("report", folder / "runs").stdout.strip() == str(folder / "runs" / "report.html")
+
+
+def test_export_needs_a_run(folder: Path) -> None:
+    assert (
+        "is no checkpoint of a run: there is no"
+        in miles_spmd("export", folder / "model", folder / "out", status=1).stderr
+    )
+
+
+def test_report_needs_a_run(folder: Path) -> None:
+    assert "holds no run" in miles_spmd("report", folder / "model", status=1).stderr
+
+
+def test_doctor() -> None:
+    text = miles_spmd("doctor").stdout
+    for line in ("ok  torch", "ok  collectives (gloo)", "ok  trainer (Megatron-core)", "ok  engine (SGLang)"):
+        assert line in text, text
+
+
+def test_doctor_says_what_is_missing(tmp_path: Path) -> None:
+    """With a megatron-core that cannot be imported, and no other sign that something is wrong."""
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "megatron" / "__init__.py").write_text("raise ImportError('this one is broken')")
+    text = miles_spmd("doctor", status=1, PYTHONPATH=f"{tmp_path}:{REPOSITORY}").stdout
+    assert re.search(r"NO  trainer \(Megatron-core\) .*this one is broken", text), text
+    assert "ok  engine (SGLang)" in text
+    assert "cannot run miles_spmd yet" in text
