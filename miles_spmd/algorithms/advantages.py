@@ -19,7 +19,7 @@ from miles_spmd.algorithms.group_relative import (
     within_groups,
 )
 from miles_spmd.algorithms.protocols import AdvantageEstimator, PlugPoint
-from miles_spmd.algorithms.rollout_batch import Arrays, Estimate, RolloutBatch, flat
+from miles_spmd.algorithms.rollout_batch import Arrays, Estimate, RolloutBatch, flat, masked
 from miles_spmd.config.schema import Algorithm
 
 ESTIMATORS: PlugPoint[AdvantageEstimator] = PlugPoint(
@@ -45,8 +45,8 @@ def compute_advantages(batch: RolloutBatch, algorithm: Algorithm) -> Estimate:
     returns other shapes or values that are not finite.
     """
     estimate = ESTIMATORS.resolve(algorithm.advantage_estimator)(batch, algorithm)
-    _check(estimate, batch, algorithm.advantage_estimator)
-    advantages = estimate.advantages
+    advantages = _checked("advantages", estimate.advantages, batch, algorithm)
+    returns = None if estimate.returns is None else _checked("returns", estimate.returns, batch, algorithm)
     metrics = {**estimate.metrics, "fully_masked_samples": float(batch.fully_masked_samples)}
     if algorithm.opd_kl_coef:
         kl = reverse_kl(batch)
@@ -54,7 +54,6 @@ def compute_advantages(batch: RolloutBatch, algorithm: Algorithm) -> Estimate:
         metrics["opd_reverse_kl"] = float(flat(kl).sum() / max(flat(batch.masks).sum(), 1))
     if algorithm.whitens_advantages:
         advantages = whiten(advantages, batch.masks)
-    returns = estimate.returns
     return Estimate(_float32(advantages), None if returns is None else _float32(returns), metrics)
 
 
@@ -81,14 +80,15 @@ def grpo_advantages(rewards_N: np.ndarray, group_size: int, *, std_normalization
     return within_groups(np.asarray(rewards_N, np.float64), group_ids, compare)[0]
 
 
-def _check(estimate: Estimate, batch: RolloutBatch, name: str) -> None:
-    for kind, arrays in (("advantages", estimate.advantages), ("returns", estimate.returns)):
-        if arrays is None:
-            continue
-        if [a.shape for a in arrays] != [m.shape for m in batch.masks]:
-            raise ValueError(f"advantage_estimator {name!r}: {kind} have other shapes than the masks")
-        if not np.isfinite(flat(arrays)).all():
-            raise ValueError(f"advantage_estimator {name!r}: {kind} are not finite")
+def _checked(kind: str, arrays: Arrays, batch: RolloutBatch, algorithm: Algorithm) -> Arrays:
+    """What an estimator, perhaps a user's, returned: float64, 0 where masked."""
+    name = algorithm.advantage_estimator
+    if [a.shape for a in arrays] != [m.shape for m in batch.masks]:
+        raise ValueError(f"advantage_estimator {name!r}: {kind} have other shapes than the masks")
+    arrays = [masked(a, m) for a, m in zip(arrays, batch.masks)]
+    if not np.isfinite(flat(arrays)).all():
+        raise ValueError(f"advantage_estimator {name!r}: {kind} are not finite")
+    return arrays
 
 
 def _float32(arrays: Arrays) -> Arrays:

@@ -51,7 +51,7 @@ def correct(batch: RolloutBatch, algorithm: Algorithm) -> Correction | None:
 def tis(batch: RolloutBatch, algorithm: Algorithm) -> Correction:
     """w = clip(rho, ``tis_clip_low``, ``tis_clip``) of each token."""
     ratios = _Ratios(batch)
-    weights = ratios.token.clip(algorithm.tis_clip_low, algorithm.tis_clip)
+    weights = _clip(ratios.token, algorithm.tis_clip_low, algorithm.tis_clip)
     return _correction(ratios, weights, kept=ratios.trained, clipped=weights != ratios.token)
 
 
@@ -73,12 +73,14 @@ def mis(batch: RolloutBatch, algorithm: Algorithm) -> Correction:
     lower = 1 / upper if a.tis_lower_bound is None else a.tis_lower_bound
     ratios = _Ratios(batch)
     ratio = ratios.at(a.tis_level)
-    inside = _inside(ratio, lower, upper)
-    if a.tis_mode == "mask":
-        weights, kept, clipped = ratio, ratios.trained & inside, ~inside
+    weights, kept = ratio, ratios.trained
+    if a.tis_mode == "truncate":
+        weights = np.minimum(ratio, upper)
+    elif a.tis_mode == "clip":
+        weights = _clip(ratio, lower, upper)
     else:
-        weights = np.minimum(ratio, upper) if a.tis_mode == "truncate" else ratio.clip(lower, upper)
-        kept, clipped = ratios.trained, weights != ratio
+        kept = kept & _inside(ratio, lower, upper)
+    clipped = (weights != ratio) | ~kept
     metrics = {}
     if a.use_rs:
         rs_lower = lower if a.rs_lower_bound is None else a.rs_lower_bound
@@ -94,8 +96,8 @@ def mis(batch: RolloutBatch, algorithm: Algorithm) -> Correction:
         if a.tis_level == "token":
             normalizer = _mean(weights[kept])
         else:
-            _, first = np.unique(ratios.sample[kept], return_index=True)
-            normalizer = _mean(weights[kept][first])
+            first_kept = np.diff(ratios.sample[kept], prepend=-1) > 0  # one of each sample, whose weights are all equal
+            normalizer = _mean(weights[kept][first_kept])
         metrics["tis_normalizer"] = normalizer
         weights = weights / normalizer
     return _correction(ratios, weights, kept, clipped, metrics)
@@ -164,9 +166,13 @@ def _correction(
 
 
 def _inside(ratio: np.ndarray, lower: float, upper: float) -> np.ndarray:
+    return _clip(ratio, lower, upper) == ratio
+
+
+def _clip(ratio: np.ndarray, lower: float, upper: float) -> np.ndarray:
     if lower >= upper:
         raise ValueError(f"the lower bound {lower} of importance ratios is not below the upper bound {upper}")
-    return (ratio >= lower) & (ratio <= upper)
+    return ratio.clip(lower, upper)
 
 
 def _mean(values: np.ndarray, of_none: float = 1.0) -> float:

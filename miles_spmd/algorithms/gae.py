@@ -21,15 +21,16 @@ def gae(rewards: Arrays, values: Arrays, masks: Arrays, gamma: float, lambd: flo
     # K transitions, aligned at their ends, so that one loop serves all samples
     chosen = [np.flatnonzero(mask > 0) for mask in masks]
     longest = max((len(places) for places in chosen), default=0)
-    reward_NK, value_NK, advantage_NK = np.zeros((3, len(masks), longest))
+    reward_NK, value_NK, next_value_NK = np.zeros((3, len(masks), longest))
     for i, places in enumerate(chosen):
         reward_NK[i, longest - len(places) :] = rewards[i][places]
         value_NK[i, longest - len(places) :] = values[i][places]
-    next_value_N = next_advantage_N = np.zeros(len(masks))
-    for k in reversed(range(longest)):
-        delta_N = reward_NK[:, k] + gamma * next_value_N - value_NK[:, k]
-        next_advantage_N = advantage_NK[:, k] = delta_N + gamma * lambd * next_advantage_N
-        next_value_N = value_NK[:, k]
+    next_value_NK[:, :-1] = value_NK[:, 1:]
+    delta_NK = reward_NK + gamma * next_value_NK - value_NK
+    advantage_KN = np.ascontiguousarray(delta_NK.T)  # the loop's steps then read whole rows
+    for k in reversed(range(longest - 1)):
+        advantage_KN[k] += gamma * lambd * advantage_KN[k + 1]
+    advantage_NK = np.ascontiguousarray(advantage_KN.T)
     advantages, returns = ([np.zeros(mask.shape) for mask in masks] for _ in range(2))
     for i, places in enumerate(chosen):
         advantages[i][places] = advantage_NK[i, longest - len(places) :]
@@ -57,7 +58,8 @@ def reinforce_plus_plus(batch: RolloutBatch, algorithm: Algorithm) -> Estimate:
 
 
 def token_rewards(batch: RolloutBatch, algorithm: Algorithm) -> Arrays:
-    """-``kl_coef`` x KL at every trained token, and the sample's reward on top at the last of them. Float64 [T]."""
+    """-``kl_coef`` x KL at every trained token, and at the last of them the sample's reward, also a sibling's: float64
+    [T]."""
     rewards = [-penalty for penalty in batch.kl_penalties(algorithm)]
     for of_token, reward, mask in zip(rewards, batch.rewards, batch.masks):
         trained = np.flatnonzero(mask > 0)

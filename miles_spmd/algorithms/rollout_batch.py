@@ -127,7 +127,7 @@ def flat(arrays: Arrays) -> np.ndarray:
 
 def masked(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Float64 [T], 0 where the mask is, whatever stood there."""
-    return np.where(mask > 0, values, 0.0).astype(np.float64)
+    return np.where(mask > 0, values, np.float64(0))
 
 
 def _first(wrong: np.ndarray, names: np.ndarray | None = None) -> list[int]:

@@ -207,6 +207,9 @@ def test_a_users_correction_is_called_and_checked() -> None:
 def test_bad_settings() -> None:
     batch = rollout([0.0])
     assert correct(batch, Algorithm()) is None
+    assert weights(
+        rollout([1.0]), tis_function="mis", tis_upper_bound=1.0, use_rs=False, tis_batch_normalize=False
+    ) == [[1.0]]
     with pytest.raises(ValueError, match=r"lower bound 3.0 of importance ratios is not below the upper bound 2.0"):
         weights(batch, tis_function="icepop", tis_clip_low=3.0)
     with pytest.raises(ValueError, match="use_tis has nothing to correct with use_rollout_logprobs"):
