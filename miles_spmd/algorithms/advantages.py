@@ -9,15 +9,7 @@ import numpy as np
 
 from miles_spmd.algorithms import gae
 from miles_spmd.algorithms.distillation import reverse_kl
-from miles_spmd.algorithms.group_relative import (
-    centred,
-    dr_grpo,
-    grpo,
-    reinforce_plus_plus_baseline,
-    rloo,
-    standardised,
-    within_groups,
-)
+from miles_spmd.algorithms.group_relative import dr_grpo, grpo, reinforce_plus_plus_baseline, rloo
 from miles_spmd.algorithms.protocols import AdvantageEstimator, PlugPoint
 from miles_spmd.algorithms.rollout_batch import Arrays, Estimate, RolloutBatch, flat, masked
 from miles_spmd.config.schema import Algorithm
@@ -66,18 +58,6 @@ def whiten(values: Arrays, masks: Arrays) -> Arrays:
     mean = trained.mean() if trained.size else 0.0
     scale = 1.0 / np.sqrt(trained.var(ddof=1) + 1e-8) if trained.size > 1 else 1.0
     return _float32([np.where(m > 0, (v - mean) * scale, 0.0) for v, m in zip(values, masks)])
-
-
-def grpo_advantages(rewards_N: np.ndarray, group_size: int, *, std_normalization: bool) -> np.ndarray:
-    """GRPO's advantages of consecutive groups of one size, float64 [N]; see :func:`group_relative.grpo`.
-
-    Raises ValueError when N is not a multiple of ``group_size``.
-    """
-    if len(rewards_N) % group_size:
-        raise ValueError(f"{len(rewards_N)} rewards do not divide into groups of {group_size}")
-    group_ids = np.arange(len(rewards_N)) // group_size
-    compare = standardised if std_normalization else centred
-    return within_groups(np.asarray(rewards_N, np.float64), group_ids, compare)[0]
 
 
 def _checked(kind: str, arrays: Arrays, batch: RolloutBatch, algorithm: Algorithm) -> Arrays:

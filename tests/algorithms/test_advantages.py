@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles_spmd.algorithms.advantages import ESTIMATORS, compute_advantages, grpo_advantages, whiten
+from miles_spmd.algorithms.advantages import ESTIMATORS, compute_advantages, whiten
 from miles_spmd.algorithms.rollout_batch import Estimate, RolloutBatch
 from miles_spmd.config.schema import Algorithm
 from tests.algorithms.rollout_cases import one_per_group, rollouts
@@ -292,10 +292,3 @@ def test_the_controllers_side_imports_no_torch() -> None:
     modules = "advantages, aggregation, corrections, distillation, mismatch, protocols, rewards"
     code = f"import sys; from miles_spmd.algorithms import {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-def test_consecutive_groups_of_one_size() -> None:
-    actual = grpo_advantages(np.asarray([1.0, 0, 0, 1]), 2, std_normalization=False)
-    assert actual.tolist() == [0.5, -0.5, -0.5, 0.5]
-    with pytest.raises(ValueError, match="5 rewards do not divide into groups of 2"):
-        grpo_advantages(np.zeros(5), 2, std_normalization=True)

@@ -198,6 +198,23 @@ def test_dpo_by_hand() -> None:
     assert float(sums["reward_margin"]) == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize(("kind", "trained", "wanted"), [
+    ("simpo", [1.0, 1.0, 1.0], math.log(1 + math.exp(-(2 * (-1.5 + 3) - 0.5)))),  # means -1.5 and -3
+    ("simpo", [1.0, 1.0, 0.0], math.log(1 + math.exp(-(2 * (-1.5 - 0) - 0.5)))),  # a rejected answer without tokens
+    ("ipo", [1.0, 1.0, 1.0], (2 - 1 / 4) ** 2),  # log-ratios sum to 1 and -1
+])  # fmt: skip
+def test_simpo_and_ipo_by_hand(kind: str, trained: list[float], wanted: float) -> None:
+    new = leaf(-1.0, -2.0, -3.0)
+    tokens = TokenBatch(
+        **vars(batch(trained, ref_log_probs=[-1.5, -2.5, -2.0], pair_signs=[1.0, 1.0, -1.0]))
+        | {"sequence_sum": segment_sum(torch.tensor([0, 0, 1])), "pair_sum": segment_sum(torch.tensor([0, 0, 0]))}
+    )
+    algorithm = Algorithm(preference_loss=kind, dpo_beta=2.0, simpo_gamma=0.5)  # type: ignore[arg-type]
+    loss, _ = PreferenceLoss(algorithm)(new, torch.zeros(3), tokens)
+    assert loss.tolist() == pytest.approx([wanted] * 3)
+    assert np.isfinite(gradient(loss, new)).all()
+
+
 def test_value_loss_by_hand() -> None:
     """Moving from 0 to 0.5 with clip 0.2: away from the return 0 costs 0.25, towards the return 1 costs (0.2 - 1)^2."""
     values = leaf(0.5, 0.5)
