@@ -23,6 +23,8 @@ _contradictions: list[Rule] = []
 _warnings: list[Rule] = []
 _files: list[Rule] = []
 
+COMPARE_GROUPS = ("grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
+
 
 def contradictions(config: Config, *, world_size: int | None = None, ignore: Collection[str] = ()) -> list[str]:
     """Why this configuration cannot run. ``ignore`` names leaves that are known to be faulty."""
@@ -106,18 +108,68 @@ def _steps_divide_the_rollout(
 def _groups_can_differ(
     mode: str, advantage_estimator: str, n_samples_per_prompt: int, rollout_temperature: float
 ) -> Iterator[str]:
-    if mode != "rl" or advantage_estimator != "grpo":
+    if mode != "rl" or advantage_estimator not in COMPARE_GROUPS:
         return
     if n_samples_per_prompt == 1:
-        yield "rollout.n_samples_per_prompt: a group of 1 has no advantage under grpo; take at least 2"
+        yield f"rollout.n_samples_per_prompt: {advantage_estimator} compares the answers to a prompt; take at least 2"
     if rollout_temperature == 0:
         yield "rollout.rollout_temperature: at 0 all samples of a group are the same and nothing is learnt"
+
+
+@_rule(_contradictions)
+def _corrections(
+    use_tis: bool,
+    use_rollout_logprobs: bool,
+    tis_clip: float,
+    tis_clip_low: float,
+    tis_upper_bound: float,
+    tis_lower_bound: float | None,
+    rs_upper_bound: float | None,
+    rs_lower_bound: float | None,
+) -> Iterator[str]:
+    if use_tis and use_rollout_logprobs:
+        yield "algorithm.use_tis: use_rollout_logprobs makes both policies the same, nothing is left to correct"
+    for low, high, name in (
+        (tis_clip_low, tis_clip, "tis_clip_low"),
+        (tis_lower_bound, tis_upper_bound, "tis_lower_bound"),
+        (rs_lower_bound, rs_upper_bound, "rs_lower_bound"),
+    ):
+        if low is not None and high is not None and low > high:
+            yield f"algorithm.{name}: {low} is above the upper bound {high}"
+
+
+@_rule(_contradictions)
+def _overlong_answers(overlong_buffer_len: int, rollout_max_response_len: int) -> Iterator[str]:
+    if overlong_buffer_len > rollout_max_response_len:
+        yield (
+            f"algorithm.overlong_buffer_len: {overlong_buffer_len} is more than rollout_max_response_len "
+            f"{rollout_max_response_len}"
+        )
+
+
+@_rule(_contradictions)
+def _parts_that_are_missing(
+    advantage_estimator: str, opd_kl_coef: float, dynamic_sampling_filter: str | None
+) -> Iterator[str]:
+    """Their formulas are there, what feeds them is not."""
+    if advantage_estimator == "ppo":
+        yield "algorithm.advantage_estimator: ppo needs a critic, which this version does not train"
+    if opd_kl_coef:
+        yield "algorithm.opd_kl_coef: needs a teacher, which this version does not run"
+    if dynamic_sampling_filter is not None:
+        yield "algorithm.dynamic_sampling_filter: this version does not draw more prompts for groups that are dropped"
 
 
 @_rule(_contradictions)
 def _top_k(rollout_top_k: int) -> Iterator[str]:
     if rollout_top_k == 0 or rollout_top_k < -1:
         yield f"rollout.rollout_top_k: must be -1 (the whole vocabulary) or positive, got {rollout_top_k}"
+
+
+@_rule(_contradictions)
+def _reward_is_known(rm_type: str) -> Iterator[str]:
+    if rm_type not in ("math", "exact") and ":" not in rm_type:
+        yield f"reward.rm_type: must be math, exact or `module:function`, got {rm_type!r}"
 
 
 @_rule(_contradictions)

@@ -20,7 +20,15 @@ from tests.ranks import Ranks
             "rollout_batch_size=4 n_samples_per_prompt=4 global_batch_size=6",
             "train.global_batch_size: 6 does not divide",
         ),
-        ("n_samples_per_prompt=1", "a group of 1 has no advantage"),
+        ("n_samples_per_prompt=1", "grpo compares the answers to a prompt"),
+        ("advantage_estimator=rloo n_samples_per_prompt=1", "rloo compares the answers to a prompt"),
+        ("use_tis=true use_rollout_logprobs=true", "nothing is left to correct"),
+        ("tis_clip_low=3", "algorithm.tis_clip_low: 3.0 is above the upper bound 2.0"),
+        ("tis_lower_bound=2.5", "algorithm.tis_lower_bound: 2.5 is above"),
+        ("overlong_buffer_len=2048", "is more than rollout_max_response_len 1024"),
+        ("advantage_estimator=ppo", "needs a critic"),
+        ("opd_kl_coef=0.1", "needs a teacher"),
+        ("dynamic_sampling_filter=reward_nonzero_std", "does not draw more prompts"),
         ("rollout_temperature=0.0", "all samples of a group are the same"),
         ("rollout_top_k=0", "must be -1"),
         ("eval_interval=1", "eval.eval_prompt_data: is empty"),
@@ -57,6 +65,10 @@ def test_layouts_against_the_model(recipe: Path) -> None:  # noqa: F811
         faults(recipe, "sglang.tp_size=3", world_size=12)
     )
     load_config(recipe, ["megatron.tensor_model_parallel_size=4", "sglang.tp_size=4"], world_size=12)
+
+
+def test_an_estimator_without_groups_takes_single_answers(recipe: Path) -> None:  # noqa: F811
+    load_config(recipe, ["advantage_estimator=reinforce_plus_plus", "n_samples_per_prompt=1"])
 
 
 def test_supervised_runs_ask_for_no_groups(recipe: Path) -> None:  # noqa: F811

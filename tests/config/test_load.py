@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -106,6 +107,9 @@ def test_all_faults_come_at_once(recipe: Path) -> None:
         ("rollout_batch_size=0", "must be greater than 0, got 0"),
         ("mode=dpo", "must be 'rl' or 'sft', got 'dpo'"),
         ("rollout_shuffle=1", "must be a valid boolean"),
+        ("rm_type=maths", "must be math, exact or `module:function`, got 'maths'"),
+        ("seed=inf", "must be a valid integer"),
+        ("rollout_timeout=inf", "must be a finite number"),
         ("rollout_stop_token_ids=[1, 'x']", "rollout.rollout_stop_token_ids.1: must be a valid integer, got 'x'"),
         ("megatron.tensor_model_parallel_size=2.0", "expected int, got float 2.0"),
         ("megatron.sequence_parallel=1", "expected bool, got int 1"),
@@ -189,6 +193,33 @@ def test_dumping_loses_nothing(label_key, stop, temperature, seed, name, megatro
     )
     raw = tomllib.loads(dump_config(config))
     assert _parse({table: _with_none(table, values) for table, values in raw.items()}) == config
+
+
+keys = st.sampled_from(
+    ["run", "model", "rollout", "seed", "rollout_stop", "hf_checkpoint", "megatron", "lr", "sglang", "x"]
+)
+scalars = st.none() | st.booleans() | st.integers(-9, 2**70) | st.floats(allow_nan=False) | text
+documents = st.recursive(scalars, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(keys, inner, max_size=4))
+
+
+@settings(max_examples=150, deadline=None)
+@given(document=st.dictionaries(keys, documents, max_size=4), overrides=st.lists(st.tuples(keys, text), max_size=2))
+def test_whatever_is_written_gets_an_answer(document, overrides) -> None:  # type: ignore[no-untyped-def]
+    """A Config or a ConfigError, never another exception."""
+    import tempfile
+
+    import tomli_w
+
+    def without_none(value):  # type: ignore[no-untyped-def]
+        if isinstance(value, dict):
+            return {key: without_none(v) for key, v in value.items() if v is not None}
+        return [without_none(v) for v in value if v is not None] if isinstance(value, list) else value
+
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+        file.write(tomli_w.dumps(without_none(document)))
+        file.flush()
+        with contextlib.suppress(ConfigError):
+            load_config(file.name, [f"{key}={value}" for key, value in overrides])
 
 
 def test_leaf_names_are_unique() -> None:
