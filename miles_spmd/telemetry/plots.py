@@ -26,6 +26,7 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "text.parse_math": False,  # a data set may be called "a$b$"
     "font.size": 11,
+    "axes.formatter.useoffset": False,
     "text.color": INK,
     "axes.edgecolor": GRID,
     "axes.labelcolor": INK,
@@ -64,7 +65,10 @@ def curves(lines: Mapping[str, Series], *, unit: str, log: bool, salt: str) -> s
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_ylabel("" if unit == "fraction" else unit)
+        if unit == "fraction":
+            axes.set_ylim(bottom=0)
+        else:
+            axes.set_ylabel(unit)
         axes.set_xlabel("step")
         if len(lines) > 1:
             axes.legend(loc="best", ncols=len(lines))
