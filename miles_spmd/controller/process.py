@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -28,6 +29,7 @@ from miles_spmd.messaging.keys import Credentials
 from miles_spmd.messaging.router import Router
 
 LAST_WORDS = 5.0  # seconds a controller that has to stop may take to close its files
+CLEAN_UP = 1.0  # seconds for what a controller has left behind to end by itself
 
 
 class Order(msgspec.Struct, frozen=True):
@@ -74,16 +76,24 @@ class ControllerProcess:
             self._pipe.send_bytes(reason.encode())
 
     def wait(self, timeout: float | None = None) -> int:
-        """Its exit status (negative: the signal that killed it). After ``timeout`` seconds it is killed; whatever else
-        it started is killed in any case."""
+        """Its exit status (negative: the signal that killed it). After ``timeout`` seconds it is killed. Whatever else
+        it started is gone, too, on return."""
         try:
             return self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
+            self._end_group()
+
+    def _end_group(self) -> None:
+        """Its reward processes die with it, and multiprocessing's tracker cleans up behind them; give it the time."""
+        end = time.monotonic() + CLEAN_UP
+        with contextlib.suppress(ProcessLookupError):
+            while time.monotonic() < end:
+                os.killpg(self.pid, 0)
+                time.sleep(0.01)
+            os.killpg(self.pid, signal.SIGKILL)
 
 
 # --- the controller's side -------------------------------------------------------------------------------------------

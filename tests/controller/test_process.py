@@ -1,0 +1,126 @@
+"""The controller as a child process: its order, its last words, and that neither side outlives the other."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from miles_spmd.config.load import load_config
+from miles_spmd.controller.process import ControllerProcess
+from miles_spmd.messaging.dealer import Dealer
+from miles_spmd.messaging.router import LOOPBACK
+from miles_spmd.messaging.wire import Beat, Phase
+from tests.worker.tiny_run import write_checkpoint, write_config
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def start(tmp_path: Path, checkpoint: Path) -> Iterator[Callable[..., ControllerProcess]]:
+    started: list[ControllerProcess] = []
+
+    def make(**changes: dict[str, object]) -> ControllerProcess:
+        config = load_config(write_config(tmp_path, checkpoint, **changes), check_files=False)
+        started.append(ControllerProcess(config, "train", LOOPBACK, 2))
+        return started[-1]
+
+    yield make
+    for process in started:
+        process.wait(0)
+
+
+Start = Callable[..., ControllerProcess]
+
+
+def test_an_error_before_any_worker_is_there(start: Start, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    controller = start(model={"hf_checkpoint": str(tmp_path), "dtype": "float32"})
+    assert controller.wait(60) == 1
+    error = capfd.readouterr().err
+    assert error.startswith(f"miles-spmd: start: TokenizerError: {tmp_path}/tokenizer.json does not exist")
+    assert error.count("\n") == 1
+    assert "Traceback" in (tmp_path / "runs" / "tiny" / "logs" / "controller.log").read_text()
+
+
+def test_told_to_stop_it_says_why_and_who_is_missing(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
+    controller = start()
+    dealer = Dealer(controller.credentials())
+    dealer.send(Beat(rank=1, phase=Phase.START, step=0))
+    time.sleep(0.5)  # for the beat
+    controller.tell("stopped by SIGTERM")
+    assert controller.wait(60) == 1
+    assert capfd.readouterr().err == "miles-spmd: start: stopped by SIGTERM; rank 0 had not connected\n"
+    dealer.close()
+
+
+def test_a_deadline_ends_it(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
+    assert start(deadlines={"start_timeout": 1.0}).wait(60) == 1
+    assert capfd.readouterr().err.startswith("miles-spmd: start: rank 0, 1 did not answer within 1 s\n")
+
+
+def test_a_controller_that_does_not_end_is_killed(start: Start) -> None:
+    controller = start()
+    controller.credentials()
+    os.kill(controller.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    assert controller.wait(0.2) == -signal.SIGKILL
+    assert time.monotonic() - began < 5
+
+
+LAUNCHER = """
+import sys, time
+from miles_spmd.config.load import load_config
+from miles_spmd.controller.process import ControllerProcess
+controller = ControllerProcess(load_config(sys.argv[1]), "train", "127.0.0.1", 2)
+controller.credentials()
+print(controller.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def group_members(leader: int) -> list[int]:
+    members = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[2]) == leader and fields[0] != "Z":
+                members.append(int(entry.name))
+    return members
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("who", ["rank 0", "controller"])
+def test_neither_outlives_the_other(tmp_path: Path, checkpoint: Path, who: str) -> None:
+    """Nor do the processes of the reward pool."""
+    config = write_config(tmp_path, checkpoint, reward={"rm_type": "math", "reward_workers": 2})
+    with (tmp_path / "stderr").open("wb") as stderr:
+        launcher = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER, str(config)], stdout=subprocess.PIPE, stderr=stderr, text=True
+        )
+    assert launcher.stdout is not None
+    controller = int(launcher.stdout.readline())
+    wait_for(lambda: len(group_members(controller)) >= 3)
+    os.kill(launcher.pid if who == "rank 0" else controller, signal.SIGKILL)
+    wait_for(lambda: not group_members(controller), 15)
+    launcher.kill()
+    launcher.wait()
+    messages = [line for line in (tmp_path / "stderr").read_text().splitlines() if line.startswith("miles-spmd")]
+    assert messages == (["miles-spmd: start: rank 0 died; rank 0, 1 had not connected"] if who == "rank 0" else [])
