@@ -144,7 +144,8 @@ def export(
         wanted = {name: shapes[name] for name in names} if dist.get_rank(group) == 0 else {}
         tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in wanted.items()}
         targets = [TensorLayout(name, whole(name, shape)) for name, shape in wanted.items()]
-        sources = [layout for layout in layouts if not names.isdisjoint(piece.name for piece in layout.pieces)]
+        here = set(names)
+        sources = [layout for layout in layouts if not here.isdisjoint(piece.name for piece in layout.pieces)]
         Refit(weights, sources, tensors, targets, bucket_bytes=bucket_bytes, group=group).run()
         _on_writer(group, save_file, tensors, partial / file, {"format": "pt"})
     _on_writer(group, _publish, partial, folder)
@@ -161,23 +162,23 @@ def _on_writer(group: dist.ProcessGroup | None, function: Callable[..., None], *
     raise_together(problem, group)
 
 
-def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) -> dict[str, set[str]]:
+def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) -> dict[str, list[str]]:
     """Tensor names by file, in order, each file of at most ``limit`` bytes unless one tensor is larger."""
-    shards: list[set[str]] = []
+    shards: list[list[str]] = []
     filled = limit
     for name, shape in shapes.items():
         nbytes = prod(shape) * itemsize
         if filled + nbytes > limit:
-            shards.append(set())
+            shards.append([])
             filled = 0
-        shards[-1].add(name)
+        shards[-1].append(name)
         filled += nbytes
     if len(shards) == 1:
         return {SINGLE_FILE: shards[0]}
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, 1)}
 
 
-def _begin(partial: Path, source: Path, dtype: torch.dtype, shards: Mapping[str, set[str]]) -> None:
+def _begin(partial: Path, source: Path, dtype: torch.dtype, shards: Mapping[str, list[str]]) -> None:
     """Everything but the weights."""
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     partial.mkdir(parents=True)
@@ -188,7 +189,7 @@ def _begin(partial: Path, source: Path, dtype: torch.dtype, shards: Mapping[str,
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if len(shards) > 1:
-        weight_map = {name: file for file, names in shards.items() for name in sorted(names)}
+        weight_map = {name: file for file, names in shards.items() for name in names}
         (partial / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2) + "\n")
 
 

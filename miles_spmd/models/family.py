@@ -8,6 +8,7 @@ layer specs), SGLang names follow 0.5.16.
 from __future__ import annotations
 
 import re
+from functools import cached_property
 from math import prod
 from typing import Any, ClassVar, NamedTuple
 
@@ -33,8 +34,8 @@ class Shard(NamedTuple):
         """This rank's [start, stop) of ``total`` equal parts. Raises ValueError when it does not divide."""
         if total % self.size:
             raise ValueError(f"{what}: {total} is not divisible by a tensor-parallel size of {self.size}")
-        share = total // self.size
-        return self.rank * share, (self.rank + 1) * share
+        each = total // self.size
+        return self.rank * each, (self.rank + 1) * each
 
 
 class Family:
@@ -72,7 +73,6 @@ class Family:
         self.vocab_size: int = config["vocab_size"]
         self.max_sequence_length: int = config["max_position_embeddings"]
         self.tied_embeddings: bool = config.get("tie_word_embeddings", False)
-        self._tensors = self._checkpoint_tensors()
 
     # ---- what the config says ----
 
@@ -81,7 +81,7 @@ class Family:
         problems = []
         if config.get("hidden_act", "silu") != "silu":
             problems.append(f"hidden_act {config['hidden_act']!r} is not supported (only silu)")
-        for key in ("attention_bias", "mlp_bias"):
+        for key in ("attention_bias", "mlp_bias", "dual_chunk_attention_config"):
             if config.get(key):
                 problems.append(f"{key} is not supported")
         if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
@@ -159,7 +159,8 @@ class Family:
         """Parameters that take part in one token's forward: all of them, less the experts not chosen for it."""
         return self.num_parameters()
 
-    def _checkpoint_tensors(self) -> dict[str, Shape]:
+    @cached_property
+    def _tensors(self) -> dict[str, Shape]:
         tensors: dict[str, Shape] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
         q_rows, kv_rows = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         for layer in range(self.num_layers):

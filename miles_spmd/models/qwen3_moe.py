@@ -18,15 +18,14 @@ class Qwen3Moe(Qwen3):
     required = (*Qwen3.required, "moe_intermediate_size", "num_experts_per_tok")
 
     def __init__(self, config: dict[str, Any]) -> None:
-        # transformers >= 5 writes num_local_experts where earlier versions wrote num_experts
-        self.num_experts: int = config.get("num_local_experts") or config.get("num_experts") or 0
-        self.expert_ffn_size: int = config.get("moe_intermediate_size") or 0
         super().__init__(config)
+        self.num_experts = count_experts(config)
         self.experts_per_token: int = config["num_experts_per_tok"]
+        self.expert_ffn_size: int = config["moe_intermediate_size"]
 
     def unsupported(self, config: dict[str, Any]) -> list[str]:
         problems = super().unsupported(config)
-        if not self.num_experts:
+        if not count_experts(config):
             problems.append("num_experts is missing")
         if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
             problems.append("dense layers between MoE layers are not supported (SGLang routes in every layer)")
@@ -78,3 +77,8 @@ class Qwen3Moe(Qwen3):
                 down = "down_proj.weight"
                 return tuple(p for expert, lead in experts for p in self._column_shard(expert + down, tp, width, lead))
         return ()
+
+
+def count_experts(config: dict[str, Any]) -> int:
+    """transformers >= 5 writes num_local_experts where earlier versions wrote num_experts."""
+    return config.get("num_local_experts") or config.get("num_experts") or 0
