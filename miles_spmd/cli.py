@@ -20,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Reinforcement-learning post-training of language models on Megatron-core and in-process SGLang.",
 )
+bench = typer.Typer(no_args_is_help=True, help="Measure this machine.")
+app.add_typer(bench, name="bench")
 
 Recipe = Annotated[Path, typer.Argument(help="TOML file, see configs/.", show_default=False)]
 Overrides = Annotated[
@@ -93,6 +95,20 @@ def doctor() -> None:
     sections, works = examine()
     typer.echo(render(sections, works))
     raise typer.Exit(0 if works else 1)
+
+
+@bench.command("quickstart")
+def bench_quickstart(
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks to run with.")] = 2,
+    steps: Annotated[int, typer.Option(min=3, help="Steps to take the median of.")] = 15,
+    trl: Annotated[Path | None, typer.Option(help="A Python that has TRL, to measure it beside ours.")] = None,
+) -> None:
+    """A GRPO step's time by phase on small models."""
+    from rich.console import Console
+
+    from miles_spmd.bench.quickstart import bench_quickstart, show
+
+    show(bench_quickstart(ranks, steps, trl), Console())
 
 
 def main() -> None:

@@ -1,0 +1,129 @@
+"""What a GRPO step costs on this machine, by phase, at two model sizes; beside TRL's on request.
+
+16 prompts of 12 tokens, 8 samples each, 24 tokens an answer, one optimizer step, fp32. No model has an end-of-sequence
+token, so every answer is 24 tokens long in both systems.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tomli_w
+from rich.console import Console
+from rich.table import Table
+
+from miles_spmd.bench.checkpoint import VOCABULARY, write_random_checkpoint
+from miles_spmd.telemetry.metrics import phase_times
+from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
+
+PROMPTS, SAMPLES, PROMPT_TOKENS, ANSWER_TOKENS = 16, 8, 12, 24
+WARM_UP_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Size:
+    name: str
+    hidden_size: int
+    num_layers: int
+    intermediate_size: int
+
+
+SIZES = (Size("0.2M", 64, 2, 256), Size("5M", 256, 6, 768))
+
+
+@dataclass(frozen=True)
+class Row:
+    """Median seconds of a step."""
+
+    system: str
+    size: str
+    processes: int
+    step: float
+    phases: dict[str, float]
+
+
+def bench_quickstart(ranks: int, steps: int, trl_python: Path | None) -> list[Row]:
+    """Run every size with ``ranks`` ranks, and with TRL under the interpreter ``trl_python`` if given."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="miles-spmd-bench-") as scratch:
+        for size in SIZES:
+            folder = Path(scratch) / size.name
+            write_random_checkpoint(folder / "model", size.hidden_size, size.num_layers, size.intermediate_size)
+            _write_prompts(folder / "prompts.jsonl")
+            rows.append(_ours(size, folder, ranks, steps))
+            if trl_python is not None:
+                rows.append(_trl(size, folder, trl_python, steps))
+    return rows
+
+
+def show(rows: list[Row], console: Console) -> None:
+    """A table for people, then one JSON object per row."""
+    phases = list(dict.fromkeys(phase for row in rows for phase in row.phases))
+    table = Table("model", "system", "processes", "step s", *(f"{phase} s" for phase in phases), "ratio")
+    ours = {row.size: row.step for row in rows if row.system == "miles_spmd"}
+    for row in rows:
+        cells = [f"{row.phases[phase]:.3f}" if phase in row.phases else "" for phase in phases]
+        table.add_row(
+            row.size, row.system, str(row.processes), f"{row.step:.3f}", *cells, f"{row.step / ours[row.size]:.2f}"
+        )
+    console.print(table)
+    for row in rows:
+        console.print_json(json.dumps(asdict(row)), indent=None)
+
+
+def _ours(size: Size, folder: Path, ranks: int, steps: int) -> Row:
+    config = folder / "config.toml"
+    config.write_text(tomli_w.dumps(_config(folder, steps)))
+    launched = [sys.executable, "-m", "miles_spmd", "train", str(config), f"--nproc-per-node={ranks}"]
+    subprocess.run(launched, check=True, stdout=subprocess.DEVNULL)
+    measured = [
+        metrics for step, metrics in read_metrics(folder / "run" / METRICS_FILE).items() if step > WARM_UP_STEPS
+    ]
+    times: list[Mapping[str, float]] = [phase_times(metrics) for metrics in measured]
+    phases = {phase: statistics.median(t[phase] for t in times) for phase in times[0]}
+    return Row("miles_spmd", size.name, ranks, statistics.median(m["perf/step_time"] for m in measured), phases)
+
+
+def _trl(size: Size, folder: Path, python: Path, steps: int) -> Row:
+    script = Path(__file__).with_name("peer_trl.py")
+    arguments = [str(folder / "model"), str(folder / "prompts.jsonl"), str(PROMPTS), str(SAMPLES), str(ANSWER_TOKENS)]
+    done = subprocess.run(
+        [str(python), str(script), *arguments, str(steps + WARM_UP_STEPS)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    seconds = json.loads(done.stdout.splitlines()[-1])[WARM_UP_STEPS - 1 :]
+    return Row("TRL", size.name, 1, statistics.median(seconds), {})
+
+
+def _config(folder: Path, steps: int) -> dict[str, object]:
+    return {
+        "run": {"name": "run", "output_dir": str(folder), "num_rollout": steps + WARM_UP_STEPS},
+        "model": {"hf_checkpoint": str(folder / "model"), "dtype": "float32"},
+        "data": {"prompt_data": str(folder / "prompts.jsonl")},
+        "rollout": {
+            "rollout_batch_size": PROMPTS,
+            "n_samples_per_prompt": SAMPLES,
+            "rollout_max_response_len": ANSWER_TOKENS,
+        },
+        "reward": {"rm_type": "exact"},
+        "checkpoint": {"export_final": False},
+        "telemetry": {"progress": "none"},
+        "megatron": {"lr": 1e-4, "clip_grad": 1.0, "weight_decay": 0.0},
+    }
+
+
+def _write_prompts(path: Path) -> None:
+    rows = [
+        {"prompt": " ".join(str((i * 7 + j * 3) % VOCABULARY) for j in range(PROMPT_TOKENS)), "label": ""}
+        for i in range(16 * PROMPTS)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
