@@ -16,8 +16,8 @@ from miles_spmd.checkpoint.hf import CheckpointError, export, load
 from miles_spmd.models import TensorLayout, load_family
 from miles_spmd.models.layout import whole
 from tests.models import tiny
+from tests.models.parallel import Trainer, trainer_rank
 from tests.ranks import Ranks
-from tests.refit.test_refit import Trainer, trainer_rank
 
 
 def rank_of(folder: Path, where: Trainer, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[TensorLayout]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from miles_spmd.models import Family
+from miles_spmd.models import Family, TensorLayout
 
 State = Mapping[str, Tensor]
 
@@ -123,3 +125,27 @@ def vocabulary(table: Tensor, rank: int, size: int, multiple: int) -> Tensor:
     rows = -(-table.shape[0] // multiple) * multiple
     rows = -(-rows // size) * size
     return torch.cat([table, table.new_zeros(rows - table.shape[0], table.shape[1])]).chunk(size)[rank]
+
+
+class Trainer(NamedTuple):
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    ep: int = 1
+
+
+def trainer_rank(family: Family, state: State, where: Trainer) -> tuple[dict[str, Tensor], list[TensorLayout]]:
+    """This rank's tensors, in Megatron's rank order: tensor parallel fastest, then data parallel, then pipeline."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    tp_rank, stage = rank % where.tp, rank * where.pp // world
+    experts = len({n.split(".")[5] for n in family.checkpoint_tensors() if ".experts." in n})
+    ep_rank = (rank % (world // where.pp)) % where.ep
+    mine = range(ep_rank * experts // where.ep, (ep_rank + 1) * experts // where.ep)
+    chunks, per_chunk = where.pp * where.vpp, family.num_layers // (where.pp * where.vpp)
+    weights: dict[str, Tensor] = {}
+    for chunk in range(stage, chunks, where.pp):
+        layers = range(chunk * per_chunk, (chunk + 1) * per_chunk)
+        for name in megatron_names(family, layers, mine, first=chunk == 0, last=chunk == chunks - 1):
+            weights[name] = megatron_tensor(state, family, name, tp_rank, where.tp).clone()
+    place = {"tp_rank": tp_rank, "tp_size": where.tp}
+    return weights, [TensorLayout(n, family.megatron_layout(n, tuple(t.shape), **place)) for n, t in weights.items()]

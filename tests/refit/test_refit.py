@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,35 +16,10 @@ from miles_spmd.models.layout import stack, whole
 from miles_spmd.refit import Refit, RefitCounts, RefitError
 from miles_spmd.refit import refit as refit_module
 from tests.models import parallel, tiny
+from tests.models.parallel import Trainer, trainer_rank
 from tests.ranks import Ranks
 
 BUCKET = 4096  # small enough that the tiny models fill many, and that large tensors are cut
-
-
-class Trainer(NamedTuple):
-    tp: int = 1
-    pp: int = 1
-    vpp: int = 1
-    ep: int = 1
-
-
-def trainer_rank(
-    family: Family, state: dict[str, Tensor], where: Trainer
-) -> tuple[dict[str, Tensor], list[TensorLayout]]:
-    """This rank's tensors, in Megatron's rank order: tensor parallel fastest, then data parallel, then pipeline."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    tp_rank, stage = rank % where.tp, rank * where.pp // world
-    experts = len({n.split(".")[5] for n in family.checkpoint_tensors() if ".experts." in n})
-    ep_rank = (rank % (world // where.pp)) % where.ep
-    mine = range(ep_rank * experts // where.ep, (ep_rank + 1) * experts // where.ep)
-    chunks, per_chunk = where.pp * where.vpp, family.num_layers // (where.pp * where.vpp)
-    weights: dict[str, Tensor] = {}
-    for chunk in range(stage, chunks, where.pp):
-        layers = range(chunk * per_chunk, (chunk + 1) * per_chunk)
-        for name in parallel.megatron_names(family, layers, mine, first=chunk == 0, last=chunk == chunks - 1):
-            weights[name] = parallel.megatron_tensor(state, family, name, tp_rank, where.tp).clone()
-    place = {"tp_rank": tp_rank, "tp_size": where.tp}
-    return weights, [TensorLayout(n, family.megatron_layout(n, tuple(t.shape), **place)) for n, t in weights.items()]
 
 
 def engine_rank(
