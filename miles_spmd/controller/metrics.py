@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from miles_spmd.algorithms import mismatch
 from miles_spmd.data.sample import FinishReason, Sample, TrainSequence
 from miles_spmd.messaging.wire import RankInfo, TrainResult
 
@@ -47,26 +48,15 @@ def train_metrics(results: Sequence[TrainResult], infos: Sequence[RankInfo]) -> 
     return metrics
 
 
-def mismatch_metrics(sequences: Iterable[TrainSequence], train_log_probs: Iterable[np.ndarray]) -> dict[str, float]:
-    """Engine against trainer on every trained token: the same policy, computed twice by two programs.
+def mismatch_metrics(sequences: Sequence[TrainSequence], train_log_probs: Sequence[np.ndarray]) -> dict[str, float]:
+    """Engine against trainer on every trained token; see :func:`mismatch.mismatch_metrics`.
 
     ``train_log_probs`` come from the trainer's own forward with the weights that generated the samples.
     """
-    differences = [
-        (log_probs - sequence.rollout_log_probs)[sequence.loss_weights != 0]
-        for sequence, log_probs in zip(sequences, train_log_probs, strict=True)
-        if sequence.rollout_log_probs is not None
-    ]
-    d = np.concatenate(differences).astype(np.float64)
-    if not d.size:
-        return {}
-    absolute = np.abs(d)
-    return {
-        "train/train_rollout_logprob_abs_diff": float(absolute.mean()),
-        "train/train_rollout_logprob_abs_diff_p999": float(np.quantile(absolute, 0.999)),
-        "train/train_rollout_logprob_abs_diff_max": float(absolute.max()),
-        "train/train_rollout_kl": float((np.exp(d) - 1 - d).mean()),  # k3 of KL(rollout || train)
-    }
+    rollout = [s.rollout_log_probs for s in sequences if s.rollout_log_probs is not None]
+    masks = [(s.loss_weights != 0).astype(np.float32) for s in sequences]
+    found = mismatch.mismatch_metrics(list(train_log_probs), rollout, masks)
+    return {f"train/{name}": value for name, value in found.items()}
 
 
 def pass_at_k(correct: Sequence[int], n: int, k: int) -> float:

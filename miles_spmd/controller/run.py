@@ -153,15 +153,17 @@ class Run:
         return to_sequences([sample for group in groups for sample in group])
 
     def score(self, step: int, sequences: Sequence[TrainSequence]) -> None:
-        """Add the log-probs that the algorithm needs from before the update.
-
-        Of the current policy when there are several optimizer steps or a KL in the reward (else the training forward
-        itself is the old policy); of the reference policy when there is a KL term.
-        """
+        """Add the log-probs that the algorithm needs from before the update: of the old policy, where the training
+        forward itself cannot stand for it, and of the reference policy, where there is a KL term."""
         algorithm = self.config.algorithm
         size = self.config.train.global_batch_size or len(sequences)
-        if size < len(sequences) or algorithm.kl_coef:
-            for sequence, values in zip(sequences, self._log_probs(step, sequences, "actor")):
+        if algorithm.use_rollout_logprobs:
+            for sequence in sequences:
+                sequence.old_log_probs = sequence.rollout_log_probs
+        elif size < len(sequences) or algorithm.kl_coef or algorithm.use_tis or algorithm.opd_kl_coef:
+            old = self._log_probs(step, sequences, "actor")
+            self._metrics |= mismatch_metrics(sequences, old)
+            for sequence, values in zip(sequences, old):
                 sequence.old_log_probs = values
         if algorithm.kl_coef or algorithm.kl_loss_coef:
             for sequence, values in zip(sequences, self._log_probs(step, sequences, "ref")):
@@ -195,7 +197,7 @@ class Run:
         self._metrics.setdefault("train/tokens", 0.0)
         self._metrics["train/tokens"] += float(sum(len(s.tokens) for s in batch))
         if batch[0].rollout_log_probs is not None and "train/train_rollout_logprob_abs_diff" not in self._metrics:
-            # only the rollout's first optimizer step still has the weights that generated it
+            # the first optimizer step still has the weights that generated
             log_probs = in_sequence_order(packing, self.workers.infos, results, len(batch))
             self._metrics |= mismatch_metrics(batch, log_probs)
         self._count_skipped(step, results[0].skipped)
