@@ -45,6 +45,8 @@ DEADLINE_OF = {
     Phase.CHECKPOINT: "checkpoint_timeout",
     Phase.STOP: "heartbeat_timeout",
 }
+CHECK_EVERY = 0.25  # seconds between looks at the clock
+MAX_LINES = 32  # of a report on ranks
 STACKS_GRACE = 1.0  # seconds past a deadline in which the ranks say where they are
 CAUSE_GRACE = 0.5  # seconds after a first error in which the rank that caused it may become known
 
@@ -119,10 +121,12 @@ class Workers:
         self._config_digest = config_digest
         self._log_dir = log_dir
         self._ranks = [_Rank() for _ in range(world_size)]
+        self._missing = set(range(world_size))  # have not said hello
         self._rank_of: dict[Peer, int] = {}
         self._ids = itertools.count(1)
         self._call = _Call(0, deadlines.start_timeout, time.monotonic() + deadlines.start_timeout)
         self._completed: deque[Output] = deque()
+        self._next_check = 0.0  # monotonic
         self._troubles: list[WorkerError] = []
         self._leaving: set[int] = set()  # ranks that said they were told to stop
 
@@ -130,12 +134,12 @@ class Workers:
 
     def wait_ready(self) -> None:
         """Until every rank has built its parts. ``seconds`` then holds the start-up times."""
-        self._wait(lambda: not self._silent_so_far())
+        self._wait(lambda: not self._missing)
 
     @property
     def infos(self) -> list[RankInfo]:
         """Of all ranks, by rank; waits for them the first time."""
-        if self._silent_so_far():
+        if self._missing:
             self.wait_ready()
         return [rank.info for rank in self._ranks if rank.info is not None]
 
@@ -152,7 +156,7 @@ class Workers:
 
     @contextmanager
     def rollout(self, step: int, timeout: float | None = None) -> Iterator[RolloutSession]:
-        """Open a rollout on all engines; leaving the block ends it once every submitted request is finished."""
+        """Open a rollout on all engines; leaving the block ends it, and stops what is still running."""
         self._begin([Generate()] * len(self.infos), step, Phase.ROLLOUT, timeout)
         self._completed.clear()
         session = RolloutSession(self, [info.rank for info in self.infos if info.engine_leader])
@@ -201,27 +205,25 @@ class Workers:
 
     def _wait(self, done: Callable[[], bool]) -> None:
         while not done():
-            event = self._router.receive(self._patience())
+            event = self._router.receive(0)
+            if event is None:  # all that was said is heard: what is missing now is late
+                self._check_time()
+                event = self._router.receive(CHECK_EVERY)
             if event is not None:
                 self._take(*event)
-            elif time.monotonic() > self._call.end + STACKS_GRACE:
-                self._troubles.append(DeadlineError(self._overdue()))
-            else:
-                self._check_beats()
             if self._troubles:
                 raise self.cause() or self._troubles[0]
 
-    def _patience(self) -> float:
-        """Seconds until something could be overdue: the command, or a rank's next beat."""
-        oldest = min((r.heard for r in self._ranks if r.heard), default=float("inf"))
-        until = min(self._call.end + STACKS_GRACE, oldest + self._deadlines.heartbeat_timeout)
-        return max(0.0, until - time.monotonic()) + 0.01
-
-    def _check_beats(self) -> None:
-        limit = time.monotonic() - self._deadlines.heartbeat_timeout
+    def _check_time(self) -> None:
+        now = time.monotonic()
+        if now < self._next_check:
+            return
+        self._next_check = now + CHECK_EVERY
         for rank, state in enumerate(self._ranks):
-            if 0 < state.heard < limit:
+            if state.heard and now > state.heard + self._deadlines.heartbeat_timeout:
                 self._troubles.append(WorkerSilentError(f"{self._name(rank)} is silent: {self._doing(rank)}"))
+        if now > self._call.end + STACKS_GRACE:
+            self._troubles.append(DeadlineError(self._overdue()))
 
     def cause(self) -> WorkerError | None:
         """The error that explains the others, if there is any.
@@ -288,16 +290,15 @@ class Workers:
             self._troubles.append(ProtocolError(f"{name} was started with another configuration than rank 0"))
         else:
             state.info, state.peer = hello.info, peer
+            self._missing.remove(rank)
             self.seconds[rank] = hello.seconds
 
     def _take_loss(self, rank: int | None) -> None:
-        if rank is not None and self.phase is not Phase.STOP:
+        stopped = self.phase is Phase.STOP and rank in self._call.replies
+        if rank is not None and not stopped:
             self._troubles.append(WorkerLostError(f"{self._name(rank)} died: {self._doing(rank)}", rank))
 
     # --- words -------------------------------------------------------------------------------------------------------
-
-    def _silent_so_far(self) -> list[int]:
-        return [rank for rank, state in enumerate(self._ranks) if state.info is None]
 
     @property
     def place(self) -> str:
@@ -311,7 +312,7 @@ class Workers:
     def _doing(self, rank: int) -> str:
         """What it was told, and where it last said it was."""
         state = self._ranks[rank]
-        busy = rank not in self._call.replies
+        busy = self._owes(rank)
         doing = self.place if busy else f"idle after {self.place}"
         if not state.heard:
             return f"{doing}, never connected"
@@ -319,11 +320,14 @@ class Workers:
         return f"{doing}{detail}, last heard {time.monotonic() - state.heard:.1f} s ago"
 
     def _overdue(self) -> str:
-        done = self._call.replies if self._call.id else {r for r, state in enumerate(self._ranks) if state.info}
-        missing = ", ".join(str(rank) for rank in range(len(self._ranks)) if rank not in done)
-        lines = [f"{self.place}: rank {missing} did not answer within {self._call.seconds:g} s"]
-        lines += [f"  {self._name(rank)}: {self._doing(rank)}" for rank in range(len(self._ranks))]
-        return "\n".join([*lines, f"  stacks: {self._log_dir}/rank-*.stacks"])
+        late = [rank for rank in range(len(self._ranks)) if self._owes(rank)]
+        first = f"{self.place}: rank {', '.join(map(str, late))} did not answer within {self._call.seconds:g} s"
+        lines = [f"  {self._name(rank)}: {self._doing(rank)}" for rank in late[:MAX_LINES]]
+        return "\n".join([first, *lines, f"  stacks: {self._log_dir}/rank-*.stacks"])
+
+    def _owes(self, rank: int) -> bool:
+        """An answer to what was asked last; at the start, a hello."""
+        return rank not in self._call.replies if self._call.id else rank in self._missing
 
 
 class RolloutSession:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import zmq
@@ -27,7 +28,13 @@ class Dealer:
         self._socket.connect(credentials.endpoint)
 
     def send(self, message: Message) -> None:
+        """Waits only when a thousand messages lie unread."""
         self._socket.send(encode(message), copy=False)
+
+    def try_send(self, message: Message) -> None:
+        """Drops the message when it would have to wait."""
+        with contextlib.suppress(zmq.Again):
+            self._socket.send(encode(message), zmq.NOBLOCK, copy=False)
 
     def receive(self, timeout: float | None = None) -> Message | None:
         """The next message; None when none came within ``timeout`` seconds (None: wait for ever). Costs microseconds

@@ -16,6 +16,7 @@ from miles_spmd.messaging.wire import Message, WireError, decode, encode
 Peer = bytes  # a connection's routing id, chosen by our socket, so no client can claim another's
 ANY_INTERFACE = "0.0.0.0"
 LOOPBACK = "127.0.0.1"
+IO_THREADS = 4  # encrypting a large batch for many ranks is more than one thread's work
 
 
 class PeerGoneError(ConnectionError):
@@ -30,7 +31,7 @@ class Router:
         server_public, server_secret = make_keys()
         client_public, client_secret = make_keys()
         self._client_key = client_public.encode()
-        self._context = zmq.Context()
+        self._context = zmq.Context(IO_THREADS)
         self._authenticator = ThreadAuthenticator(self._context)
         self._authenticator.start()
         self._authenticator.configure_curve_callback("*", self)
@@ -50,6 +51,7 @@ class Router:
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
         self._peer_of_descriptor: dict[int, Peer] = {}
+        self._closed: set[Peer] = set()
 
     def callback(self, domain: str, key: bytes) -> bool:
         """Asked by the authenticator, on its thread, for every client that knows the server's public key."""
@@ -60,6 +62,8 @@ class Router:
         data = encode(message)
         for peer in peers:
             try:
+                if peer in self._closed:  # which libzmq may not have heard yet
+                    raise zmq.ZMQError(zmq.EHOSTUNREACH)
                 self._socket.send_multipart([peer, data], copy=False)
             except zmq.ZMQError as error:
                 if error.errno == zmq.EHOSTUNREACH:
@@ -82,6 +86,7 @@ class Router:
             event = parse_monitor_message(self._monitor.recv_multipart())
             closed = self._peer_of_descriptor.pop(event["value"], None)
             if closed is not None:  # None: a client that never got in, or never spoke
+                self._closed.add(closed)
                 return closed, None
 
     def _read(self) -> tuple[Peer, Message | WireError]:

@@ -8,6 +8,7 @@ import io
 import os
 import socket
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
@@ -190,4 +191,5 @@ def redirect_output(log: Path) -> TextIO:
             stream.reconfigure(line_buffering=True)
     os.close(descriptor)
     faulthandler.enable()  # a crash in native code leaves its stack in the log
+    print(f"--- {time.strftime('%F %T')} {HOST} pid {os.getpid()}")
     return terminal

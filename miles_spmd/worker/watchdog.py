@@ -130,7 +130,7 @@ class Watchdog(threading.Thread):
     def _beat(self, phase: Phase, detail: str = "") -> None:
         if self._dealer is not None:
             detail = detail or ", ".join(filter(None, [self._detail, where(self._main)]))
-            self._dealer.send(Beat(self._rank, phase, self._doing.step, detail))
+            self._dealer.try_send(Beat(self._rank, phase, self._doing.step, detail))
 
     def _dump_stacks(self) -> None:
         with self._stacks.open("a") as file:
