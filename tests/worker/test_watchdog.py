@@ -1,0 +1,122 @@
+"""The side thread of a worker: what it says, and when it ends its process. A real process behind a real router."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from miles_spmd.messaging.router import Router
+from miles_spmd.messaging.wire import Beat, Phase
+
+WORKER = """
+import sys, time
+from pathlib import Path
+import msgspec
+from miles_spmd.messaging.keys import Credentials
+from miles_spmd.messaging.wire import Phase
+from miles_spmd.worker.watchdog import Watchdog
+
+def train_step():
+    time.sleep(600)
+
+watchdog = Watchdog(1, sys.stderr, Path(sys.argv[2]), None)
+watchdog.start()
+watchdog.connect(msgspec.json.decode(sys.argv[1], type=Credentials), 10.0)
+watchdog.enter(Phase.TRAIN, 3, float(sys.argv[3]))
+watchdog.progress("micro-batch 2/8")
+train_step()
+"""
+
+
+class Watched:
+    def __init__(self, stacks: Path, deadline: float) -> None:
+        self.router = Router()
+        self.stacks = stacks
+        credentials = msgspec.json.encode(self.router.credentials).decode()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WORKER, credentials, str(stacks), str(deadline)], stderr=subprocess.PIPE, text=True
+        )
+
+    def beat(self, wanted: Callable[[Beat], bool], seconds: float = 30) -> Beat:
+        """The first such one."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            event = self.router.receive(end - time.monotonic())
+            if event is not None and isinstance(event[1], Beat) and wanted(event[1]):
+                return event[1]
+        raise AssertionError("no such beat")
+
+    def end(self) -> tuple[int, str]:
+        """Exit status and what it printed."""
+        output = self.process.communicate(timeout=30)[1]
+        return self.process.returncode, output
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[Callable[..., Watched]]:
+    made: list[Watched] = []
+
+    def make(deadline: float = 600) -> Watched:
+        made.append(Watched(tmp_path / "rank-1.stacks", deadline))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.process.kill()
+        one.process.communicate()
+        one.router.close()
+
+
+def in_train_step(beat: Beat) -> bool:
+    return "train_step" in beat.detail
+
+
+def test_beats_say_where_the_main_thread_is(watched: Callable[..., Watched]) -> None:
+    w = watched()
+    beat = w.beat(in_train_step)
+    assert (beat.rank, beat.phase, beat.step) == (1, Phase.TRAIN, 3)
+    assert beat.detail == "micro-batch 2/8, train_step (<string>:10)"
+    began = time.monotonic()
+    w.beat(in_train_step)
+    assert 0.5 < time.monotonic() - began < 5
+    assert not w.stacks.exists()
+
+
+def test_a_missed_deadline_leaves_all_stacks_once(watched: Callable[..., Watched]) -> None:
+    w = watched(deadline=2.5)
+    w.beat(in_train_step)
+    end = time.monotonic() + 20
+    while not w.stacks.exists():
+        w.beat(in_train_step)
+        assert time.monotonic() < end
+    for _ in range(2):
+        w.beat(in_train_step)
+    stacks = w.stacks.read_text()
+    assert stacks.count("train, step 3: deadline missed") == 1
+    assert "in train_step" in stacks
+    assert "watchdog.py" in stacks  # the other thread
+    assert w.process.poll() is None  # the controller decides what comes of it
+
+
+def test_a_signal_is_announced(watched: Callable[..., Watched]) -> None:
+    w = watched()
+    w.beat(in_train_step)
+    w.process.send_signal(signal.SIGTERM)
+    assert w.beat(lambda beat: beat.phase is Phase.STOP).detail == "stopped by SIGTERM"
+    assert w.end() == (1, "")
+
+
+def test_without_a_controller_it_ends(watched: Callable[..., Watched]) -> None:
+    w = watched()
+    w.beat(in_train_step)
+    w.router.close()
+    assert w.end() == (1, f"miles-spmd: rank 1 ({socket.gethostname()}), train, step 3: lost the controller\n")
+    w.router = Router()  # for the fixture to close
