@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miles_spmd.algorithms.losses import TokenBatch
+from miles_spmd.algorithms.token_batch import TokenBatch
 from miles_spmd.data.sample import MicroBatch, TrainSequence
 from miles_spmd.training.attention import PackedSequences, make_blocks
 from miles_spmd.training.parallel import Coordinates
+from miles_spmd.training.segments import SequenceSum
 
 _OPTIONAL_FIELDS = ("advantages", "rollout_log_probs", "old_log_probs", "ref_log_probs", "policy_weights")
 
@@ -88,8 +89,7 @@ def pack(micro_batch: MicroBatch, where: Coordinates, device: torch.device, leng
         return tensor(np.where(sources < 0, np.float32(0), flat[sources]))
 
     flat_tokens = np.concatenate([sequence.tokens for sequence in micro_batch])
-    weights = per_token("loss_weights")
-    assert weights is not None
+    sequence_of = np.repeat(np.arange(len(lengths)), lengths)
     longest = int(whole.max())
     return PackedBatch(
         tokens=tensor(tokens[mine])[None],
@@ -102,7 +102,11 @@ def pack(micro_batch: MicroBatch, where: Coordinates, device: torch.device, leng
         ),
         scored=tensor(scored),
         targets=tensor(flat_tokens[sources].astype(np.int64)),
-        batch=TokenBatch(loss_weights=weights, **{name: per_token(name) for name in _OPTIONAL_FIELDS}),
+        batch=TokenBatch(
+            loss_weights=per_token("loss_weights"),  # type: ignore[arg-type]
+            sequence_sum=SequenceSum(tensor(sequence_of[sources]), len(lengths), where.cp_group),
+            **{name: per_token(name) for name in _OPTIONAL_FIELDS},
+        ),
         sources=sources,
         lengths=lengths.tolist(),
     )

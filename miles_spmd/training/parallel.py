@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer import TransformerConfig
 
@@ -17,6 +18,7 @@ class Coordinates:
     tp_size: int
     cp_rank: int
     cp_size: int
+    cp_group: dist.ProcessGroup | None  # None: this rank holds whole sequences
     pp_rank: int
     pp_size: int
     dp_rank: int
@@ -53,6 +55,7 @@ def initialize(config: TransformerConfig, seed: int) -> Coordinates:
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         cp_rank=parallel_state.get_context_parallel_rank(),
         cp_size=parallel_state.get_context_parallel_world_size(),
+        cp_group=parallel_state.get_context_parallel_group() if config.context_parallel_size > 1 else None,
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -158,9 +157,9 @@ class Trainer:
         if not self._where.reports:
             return None
         flat = scatter(batches, values)
-        if self._where.cp_size > 1:
+        if self._where.cp_group is not None:
             everywhere = torch.from_numpy(flat).to(self._device)
-            dist.all_reduce(everywhere, group=parallel_state.get_context_parallel_group())
+            dist.all_reduce(everywhere, group=self._where.cp_group)
             flat = everywhere.cpu().numpy()
         return split(batches, flat)
 

@@ -26,6 +26,7 @@ import marshal
 import os
 import sys
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ def install() -> None:
         raise RuntimeError(
             "megatron.core was imported before miles_spmd.platform.cpu.install(): move that call before the import"
         )
+    # Megatron's modules each say that kernels for GPUs are missing
+    warnings.filterwarnings("ignore", r"(Transformer Engine and )?Apex (is|are) not installed", UserWarning)
     sys.meta_path.insert(0, _Finder(_cuda_stand_in()))
 
 

@@ -1,0 +1,191 @@
+"""Models, batches and layouts of the trainer's tests, what runs on each rank, and plain transformers as the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tests.models import tiny  # isort: skip  # makes torch, transformers and megatron importable together
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from miles_spmd.algorithms.losses import make_loss
+from miles_spmd.config.schema import Config
+from miles_spmd.data.sample import MicroBatch, TrainSequence
+from miles_spmd.models import TensorLayout, load_family
+from miles_spmd.training.trainer import Trainer
+
+VOCAB = tiny.COMMON["vocab_size"]
+
+TP2 = {"tensor_model_parallel_size": 2}
+SP = {"sequence_parallel": True}
+PP2 = {"pipeline_model_parallel_size": 2}
+VPP2 = {"virtual_pipeline_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
+EP2 = {"expert_model_parallel_size": 2}
+ETP1 = {"expert_tensor_parallel_size": 1}
+ZERO = {"use_distributed_optimizer": True}
+PLAIN_SGD = {"optimizer": "sgd", "lr": 1.0, "weight_decay": 0.0, "clip_grad": 0.0}  # the update is the gradient
+
+
+def config(name: str, megatron: dict[str, Any] | None = None, **tables: Any) -> Config:
+    """A run from the tiny checkpoint ``name``, in fp32 if nothing else is said."""
+    model = {"hf_checkpoint": str(tiny.checkpoint(name)), "dtype": "float32"} | tables.pop("model", {})
+    return Config(model=model, data={"prompt_data": "none"}, megatron=megatron or {}, **tables)
+
+
+def build(run: Config) -> Trainer:
+    return Trainer(run, load_family(run.model.hf_checkpoint), make_loss(run.run.mode, run.algorithm))
+
+
+def sequences(lengths: Iterable[int], seed: int = 0) -> list[TrainSequence]:
+    """Random tokens; about the first third of each is a prompt, and a token in the middle is masked."""
+    rng = np.random.default_rng(seed)
+
+    def one(length: int) -> TrainSequence:
+        weights = rng.uniform(0.01, 0.03, length).astype(np.float32)
+        weights[: length // 3] = weights[length // 2] = 0
+        advantages, old, ref = (rng.normal(size=length).astype(np.float32) for _ in range(3))
+        tokens = rng.integers(0, VOCAB, length).astype(np.int32)
+        return TrainSequence(tokens, weights, advantages, None, 0.3 * old - 4.5, 0.3 * ref - 4.5)
+
+    return [one(length) for length in lengths]
+
+
+def share(batch: Sequence[TrainSequence], trainer: Trainer, micro_batches: int = 2) -> list[MicroBatch]:
+    """This data-parallel rank's sequences of ``batch``, dealt into micro-batches."""
+    own = list(batch)[trainer.data_parallel_rank :: trainer.data_parallel_size]
+    return [own[i::micro_batches] for i in range(micro_batches)]
+
+
+def unshare(batch: Sequence[TrainSequence], ranks: Sequence[Any], micro_batches: int = 2) -> list[np.ndarray]:
+    """Per-sequence arrays in the order of ``batch``, from the ranks that have them; these must agree."""
+    ordered: dict[int, np.ndarray] = {}
+    for rank in ranks:
+        if rank.log_probs is None:
+            continue
+        own = range(rank.dp_rank, len(batch), rank.dp_size)
+        order = [index for i in range(micro_batches) for index in own[i::micro_batches]]
+        for index, values in zip(order, rank.log_probs, strict=True):
+            np.testing.assert_array_equal(values, ordered.setdefault(index, values))
+    return [ordered[i] for i in range(len(batch))]
+
+
+# --- on a rank --------------------------------------------------------------------------------------------------------
+
+
+class Held(NamedTuple):
+    """A rank's weights, for :func:`whole_weights`."""
+
+    weights: dict[str, np.ndarray]
+    layout: list[TensorLayout]
+
+
+class Step(NamedTuple):
+    log_probs: list[np.ndarray] | None
+    dp_rank: int
+    dp_size: int
+    sums: dict[str, float]  # of reporting ranks, else empty
+    grad_norm: float
+    before: Held
+    after: Held
+
+
+def held(trainer: Trainer) -> Held:
+    return Held({name: w.float().numpy().copy() for name, w in trainer.weights().items()}, trainer.layout())
+
+
+def one_step(run: Config, batch: list[TrainSequence]) -> Step:
+    """Forward only, then one update."""
+    trainer = build(run)
+    micro_batches = share(batch, trainer)
+    log_probs = trainer.log_probs(micro_batches).log_probs
+    before = held(trainer)
+    result = trainer.train_step(micro_batches)
+    assert not result.skipped
+    assert (log_probs is None) == (result.log_probs is None) == (not trainer.reports)
+    for a, b in zip(log_probs or [], result.log_probs or []):
+        np.testing.assert_array_equal(a, b)  # the training forward is the same forward
+    sums = result.sums if trainer.reports else {}
+    where = (trainer.data_parallel_rank, trainer.data_parallel_size)
+    return Step(log_probs, *where, sums, result.grad_norm, before, held(trainer))
+
+
+def losses(run: Config, batch: list[TrainSequence], steps: int) -> list[float]:
+    """The loss of each of ``steps`` updates on the same batch, over all ranks."""
+    trainer = build(run)
+    micro_batches = share(batch, trainer)
+    return [global_loss(trainer, trainer.train_step(micro_batches).sums) for _ in range(steps)]
+
+
+def global_loss(trainer: Trainer, sums: dict[str, float]) -> float:
+    total = torch.tensor(sums["loss"] if trainer.reports else 0.0, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.item()
+
+
+# --- the oracle -------------------------------------------------------------------------------------------------------
+
+
+def oracle_scores(model: Any, tokens: np.ndarray, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """transformers' log-prob of every token (0 for the first) and the entropy of the distribution it comes from."""
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    log_p = (model(input_ids=ids[None]).logits[0, :-1].float() / temperature).log_softmax(-1)
+    first = torch.zeros(1)
+    return torch.cat((first, log_p.gather(1, ids[1:, None])[:, 0])), torch.cat((first, -(log_p.exp() * log_p).sum(-1)))
+
+
+def oracle_gradient(
+    name: str,
+    batch: Iterable[TrainSequence],
+    loss_of: Callable[[TrainSequence, Tensor, Tensor], Tensor],
+    temperature: float,
+) -> tuple[float, dict[str, np.ndarray]]:
+    """Sum of ``loss_of(sequence, log_probs, entropy)`` and its gradient by checkpoint tensor, by transformers."""
+    model = tiny.build(name)
+    total = torch.stack([loss_of(s, *oracle_scores(model, s.tokens, temperature)) for s in batch]).sum()
+    total.backward()
+    gradients = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
+    return total.item(), _split_experts(gradients)
+
+
+def _split_experts(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """transformers >= 5 stacks experts in memory, though not on disk."""
+    out: dict[str, np.ndarray] = {}
+    for name, value in tensors.items():
+        prefix, _, stacked = name.rpartition(".experts.")
+        if stacked == "gate_up_proj":
+            for e, expert in enumerate(value):
+                gate, up = np.split(expert, 2)
+                out[f"{prefix}.experts.{e}.gate_proj.weight"] = gate
+                out[f"{prefix}.experts.{e}.up_proj.weight"] = up
+        elif stacked == "down_proj":
+            out |= {f"{prefix}.experts.{e}.down_proj.weight": expert for e, expert in enumerate(value)}
+        else:
+            out[name] = value
+    return out
+
+
+def whole_weights(name: str, ranks: Iterable[Held]) -> dict[str, np.ndarray]:
+    """Checkpoint tensors put together from what every rank holds. What two ranks hold must be the same, bit for bit."""
+    shapes = load_family(tiny.checkpoint(name)).checkpoint_tensors()
+    whole = {tensor: np.full(shape, np.nan, np.float32) for tensor, shape in shapes.items()}
+    for rank in ranks:
+        for layout in rank.layout:
+            for piece in layout.pieces:
+                part = rank.weights[layout.local_name][
+                    (*piece.lead, *(slice(a, a + n) for a, n in zip(piece.local, piece.shape)))
+                ]
+                if not piece.name:
+                    assert not part.any(), f"padding of {layout.local_name} is not zero"
+                    continue
+                there = whole[piece.name][tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape))]
+                known = ~np.isnan(there)
+                np.testing.assert_array_equal(part[known], there[known], err_msg=layout.local_name)
+                there[...] = part
+    assert not [tensor for tensor, value in whole.items() if np.isnan(value).any()]
+    return whole
