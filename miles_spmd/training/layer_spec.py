@@ -20,9 +20,8 @@ from torch import Tensor
 from miles_spmd.training.attention import PackedAttention
 
 if not hasattr(moe_utils, "te_general_gemm"):
-    moe_utils.te_general_gemm = (
-        None  # megatron-core 0.16.1 always reads it, but defines it with Transformer Engine only
-    )
+    # megatron-core 0.16.1 reads it in every router, but defines it with Transformer Engine only
+    moe_utils.te_general_gemm = None
 
 
 class RMSNorm(torch.nn.Module):

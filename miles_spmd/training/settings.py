@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.tensor_parallel import random
 from megatron.core.transformer import TransformerConfig
 
 from miles_spmd.config.schema import Config
@@ -35,11 +36,7 @@ def build_settings(config: Config, family: Family) -> Settings:
     """
     table = _with_virtual_stages(config.megatron, family.num_layers)
     _refuse_unknown(table)
-    if table.get("moe_aux_loss_coeff"):
-        raise ValueError(
-            "moe_aux_loss_coeff must be 0: Megatron scales the auxiliary loss by token counts of its own, for which a "
-            "sum over globally weighted tokens has no place"
-        )
+    _refuse_unsupported(table)
     transformer = _defaults(table) | family.transformer_config() | table | _dtypes(config)
     transformer["activation_func"] = getattr(F, transformer["activation_func"])
     dtypes = _dtypes(config)
@@ -127,6 +124,19 @@ def _refuse_unknown(table: Mapping[str, Any]) -> None:
         unknown.append(f"{key} (did you mean {', '.join(near)}?)" if near else key)
     if unknown:
         raise ValueError("unknown keys in [megatron]: " + "; ".join(unknown))
+
+
+def _refuse_unsupported(table: Mapping[str, Any]) -> None:
+    if table.get("moe_aux_loss_coeff"):
+        raise ValueError(
+            "moe_aux_loss_coeff must be 0: Megatron scales the auxiliary loss by token counts of its own, for which a "
+            "sum over globally weighted tokens has no place"
+        )
+    missing = {"layernorm", "moe_act", "mla_up_proj"} & set(table.get("recompute_modules") or ())
+    if missing and not random.HAVE_TE:
+        raise ValueError(
+            f"recompute_modules: {', '.join(sorted(missing))} need Transformer Engine, which is not installed"
+        )
 
 
 def _fields_of(settings: type, values: Mapping[str, Any]) -> dict[str, Any]:

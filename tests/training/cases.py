@@ -6,9 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-
-from tests.models import tiny  # isort: skip  # makes torch, transformers and megatron importable together
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,6 +15,7 @@ from miles_spmd.config.schema import Config
 from miles_spmd.data.sample import MicroBatch, TrainSequence
 from miles_spmd.models import TensorLayout, load_family
 from miles_spmd.training.trainer import Trainer
+from tests.models import tiny
 
 VOCAB = tiny.COMMON["vocab_size"]
 
