@@ -35,7 +35,7 @@ def build_server_args(model_path: str, dtype: str, context_length: int, table: d
         "disable_overlap_schedule": True,
         **_ONLY,
     }
-    defaults: dict[str, Any] = {"grammar_backend": "none", "log_level": "error"}
+    defaults: dict[str, Any] = {"grammar_backend": "none"}
     if not on_gpu:
         fixed |= {"attention_backend": "torch_native", "disable_cuda_graph": True}
         defaults |= {"max_running_requests": 64, "chunked_prefill_size": -1, "mem_fraction_static": 0.5}

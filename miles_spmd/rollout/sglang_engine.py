@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import math
+import os
+import pkgutil
 import random
 from array import array
 from collections import defaultdict
@@ -28,9 +29,9 @@ from sglang.srt.sampling.sampling_params import SamplingParams as SglangSampling
 from sglang.srt.server_args import set_global_server_args_for_scheduler
 
 from miles_spmd.data.sample import FinishReason
-from miles_spmd.models import TensorLayout, load_family
+from miles_spmd.models import FAMILIES, TensorLayout, load_family
 from miles_spmd.platform.cpu import sglang_shim
-from miles_spmd.rollout import sglang_cpu_attention, sglang_sampler, sglang_world
+from miles_spmd.rollout import sglang_cpu_attention, sglang_cpu_linear, sglang_sampler, sglang_world
 from miles_spmd.rollout.engine import Output, Request, check_request
 from miles_spmd.rollout.sglang_args import build_server_args
 from miles_spmd.rollout.sglang_scheduler import InProcessScheduler
@@ -68,14 +69,17 @@ class SglangEngine:
         """
         self._family = load_family(model_path)
         self.context_length = context_length or self._family.max_sequence_length
-        args = build_server_args(str(model_path), dtype, self.context_length, server_args or {})
-        logging.getLogger("sglang").setLevel(args.log_level.upper())
+        table = server_args or {}
+        logging.getLogger("sglang").setLevel(table.get("log_level", "error").upper())
+        args = build_server_args(str(model_path), dtype, self.context_length, table)
         self.tp_size = args.tp_size
         self.tp_rank = dist.get_rank() % args.tp_size
         sglang_sampler.register()
         if args.device == "cpu":
             sglang_cpu_attention.register()
+            sglang_cpu_linear.register()
             sglang_shim.adapt()
+        _import_no_other_models()
         with _keep_random_state():
             set_global_server_args_for_scheduler(args)
             sglang_world.join(args.tp_size)
@@ -98,16 +102,15 @@ class SglangEngine:
     # --- requests --------------------------------------------------------------------------------------------------
 
     def submit(self, requests: list[Request]) -> None:
+        if self.leader:
+            messages = [self._message(request) for request in requests]
+            rids = [request.rid for request in requests]
+            for rid in rids:
+                if rid in self._live or rids.count(rid) > 1:
+                    raise ValueError(f"request {rid}: another request with this rid is in the engine")
+            self._live.update(rids)
+            self._scheduler.inbox += messages
         self._touched = True
-        if not self.leader:
-            return
-        messages = [self._message(request) for request in requests]
-        rids = [request.rid for request in requests]
-        for rid in rids:
-            if rid in self._live or rids.count(rid) > 1:
-                raise ValueError(f"request {rid}: another request with this rid is in the engine")
-        self._live.update(rids)
-        self._scheduler.inbox += messages
 
     def _message(self, request: Request) -> TokenizedGenerateReqInput:
         """What SGLang's tokenizer process would send."""
@@ -152,13 +155,13 @@ class SglangEngine:
             )
 
     def abort(self, rids: list[str] | None = None) -> None:
-        self._touched = True
-        if not self.leader:
-            return
         if rids is None:
-            self._scheduler.inbox.append(AbortReq(abort_all=True))
+            messages = [AbortReq(abort_all=True)]
         else:
-            self._scheduler.inbox += [AbortReq(rid=rid + _END) for rid in rids if rid in self._live]
+            messages = [AbortReq(rid=rid + _END) for rid in rids if rid in self._live]
+        if self.leader:
+            self._scheduler.inbox += messages
+        self._touched = True
 
     def step(self) -> list[Output]:
         if self._paused:
@@ -240,7 +243,6 @@ class SglangEngine:
         del self._scheduler
         sglang_world.leave()
         runtime_context.reset_context()
-        gc.collect()
 
     def _require_idle(self, what: str) -> None:
         if not self.idle:
@@ -256,6 +258,14 @@ def _finish_reason(req: Req) -> FinishReason:
             raise RuntimeError(f"SGLang gave up request {req.rid.removesuffix(_END)}: {reason.message}")
         return FinishReason.ABORT
     return FinishReason.STOP
+
+
+def _import_no_other_models() -> None:
+    """SGLang would import all of its 200 models, which takes seconds, to look one up."""
+    from sglang.srt import models
+
+    others = {module.name for module in pkgutil.iter_modules(models.__path__)} - FAMILIES.keys()
+    os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(sorted(others))
 
 
 @contextlib.contextmanager

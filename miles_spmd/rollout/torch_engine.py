@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +98,11 @@ class TorchEngine:
             running.prompt_log_probs = logits[:-1].log_softmax(-1).gather(-1, targets).squeeze(-1).tolist()
         greedy = wanted.temperature < _GREEDY
         log_probs = (logits[-1] / (1 if greedy else wanted.temperature)).log_softmax(-1)
+        if log_probs.isnan().any():
+            raise FloatingPointError(
+                f"request {running.request.rid}: the model of weight version {self._weight_version} gives log-probs "
+                "that are not finite"
+            )
         if greedy:
             token = int(log_probs.argmax())
         else:
@@ -120,11 +124,6 @@ class TorchEngine:
         return FinishReason.LENGTH if len(running.output_ids) == wanted.max_new_tokens else None
 
     def _output(self, running: Running) -> Output:
-        if not all(map(math.isfinite, running.log_probs)):
-            raise FloatingPointError(
-                f"request {running.request.rid}: the model of weight version {self._weight_version} gives log-probs "
-                "that are not finite"
-            )
         self._stamp(running)
         assert running.finish_reason is not None
         return Output(
