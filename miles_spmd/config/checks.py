@@ -148,16 +148,12 @@ def _overlong_answers(overlong_buffer_len: int, rollout_max_response_len: int) -
 
 
 @_rule(_contradictions)
-def _parts_that_are_missing(
-    advantage_estimator: str, opd_kl_coef: float, dynamic_sampling_filter: str | None
-) -> Iterator[str]:
+def _parts_that_are_missing(advantage_estimator: str, opd_kl_coef: float) -> Iterator[str]:
     """Their formulas are there, what feeds them is not."""
     if advantage_estimator == "ppo":
         yield "algorithm.advantage_estimator: ppo needs a critic, which this version does not train"
     if opd_kl_coef:
         yield "algorithm.opd_kl_coef: needs a teacher, which this version does not run"
-    if dynamic_sampling_filter is not None:
-        yield "algorithm.dynamic_sampling_filter: this version does not draw more prompts for groups that are dropped"
 
 
 @_rule(_contradictions)

@@ -8,18 +8,21 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
 import numpy as np
 
+from miles_spmd.algorithms.rewards import GROUP_FILTERS
 from miles_spmd.config.schema import Config
 from miles_spmd.controller import resume
 from miles_spmd.controller.batch import optimizer_steps, set_loss_weights, to_sequences
 from miles_spmd.controller.evaluation import eval_metrics, eval_sampling, load_eval_sets
 from miles_spmd.controller.metrics import mismatch_metrics, rollout_metrics, train_metrics
 from miles_spmd.controller.packing import Packing, bodies, in_sequence_order, pack
-from miles_spmd.controller.rollout import generate
+from miles_spmd.controller.rollout import FilterError, Rollouts
 from miles_spmd.controller.workers import Workers
 from miles_spmd.data.prompts import load_prompts
-from miles_spmd.data.sample import Sample, TrainSequence
+from miles_spmd.data.sample import Prompt, Sample, TrainSequence
+from miles_spmd.data.seeds import derive_seed
 from miles_spmd.data.sft import SftExample, load_sft_examples
 from miles_spmd.data.source import PromptSource
 from miles_spmd.data.tokenizer import Tokenizer
@@ -42,6 +45,8 @@ from miles_spmd.telemetry.progress import open_progress
 from miles_spmd.telemetry.trackers import open_trackers
 from miles_spmd.telemetry.transcripts import write_transcripts
 
+MAX_SPARE_WAVES = 8  # batches of prompts tried in place of groups that a filter drops, before a step is given up
+
 
 class TrainingDivergedError(RuntimeError):
     """Too many consecutive optimizer steps were skipped for a non-finite loss or gradient."""
@@ -56,15 +61,19 @@ class Run:
         self.tokenizer = Tokenizer(config.model.hf_checkpoint)
         self._context = load_family(config.model.hf_checkpoint).max_sequence_length
         self._eval_sets = load_eval_sets(config, self.tokenizer, self._context)
-        self._prompts: PromptSource[Any] | None = None
+        self._prompts: PromptSource[Prompt] | None = None
+        self._spare_prompts: PromptSource[Prompt] | None = None
         self._examples: PromptSource[SftExample] | None = None
         if config.run.mode == "rl":
             room = self._context - config.rollout.rollout_max_response_len
             prompts = load_prompts(config.data, self.tokenizer, room=room)
             self._prompts = PromptSource(prompts, config.run.seed, config.data.rollout_shuffle)
+            self._spare_prompts = PromptSource(prompts, derive_seed("spare", config.run.seed))
         else:
             examples = load_sft_examples(config.data, self.tokenizer, max_len=min(self._max_tokens, self._context))
             self._examples = PromptSource(examples, config.run.seed, config.data.rollout_shuffle)
+        name = config.algorithm.dynamic_sampling_filter
+        self._filter = None if name is None else GROUP_FILTERS.resolve(name)
         self._metrics: dict[str, float] = {}
         self._train_metrics: list[dict[str, float]] = []
         self._skipped_in_a_row = 0
@@ -73,8 +82,8 @@ class Run:
 
     def __enter__(self) -> Self:
         self._open = ExitStack()
-        self._rewards = RewardPool(self.config.reward)
-        self._open.callback(self._rewards.close)
+        rewards = self._open.enter_context(RewardPool(self.config.reward))
+        self._rollouts = Rollouts(self.workers, self.tokenizer, rewards, self.config.run.seed)
         self._trackers = self._open.enter_context(open_trackers(self.config))
         self._progress = self._open.enter_context(open_progress(self.config))
         self._step_started = time.monotonic()
@@ -136,17 +145,15 @@ class Run:
             stop_token_ids=r.rollout_stop_token_ids,
         )
         with self._timed("rollout"):
-            groups = generate(
-                self.workers,
-                self.tokenizer,
-                self._rewards,
-                self._prompts.draw(step, r.rollout_batch_size),
+            groups, dropped = self._rollouts.generate_until(
+                r.rollout_batch_size,
+                self._waves(step).__next__,
                 sampling,
                 samples_per_prompt=r.n_samples_per_prompt,
-                run_seed=self.config.run.seed,
                 step=step,
+                keep=self._filter,
             )
-        self._metrics |= rollout_metrics(groups)
+        self._metrics |= rollout_metrics(groups) | {"rollout/dropped_groups": float(dropped)}
         return groups
 
     def sequences(self, groups: Sequence[Sequence[Sample]]) -> list[TrainSequence]:
@@ -219,14 +226,10 @@ class Run:
         self.refit(step)
         with self._timed("eval"):
             sets = {
-                name: generate(
-                    self.workers,
-                    self.tokenizer,
-                    self._rewards,
+                name: self._rollouts.generate(
                     prompts,
                     eval_sampling(self.config),
                     samples_per_prompt=self.config.eval.n_samples_per_eval_prompt,
-                    run_seed=self.config.run.seed,
                     step=0,  # the same seeds in every evaluation
                 )
                 for name, prompts in self._eval_sets.items()
@@ -254,6 +257,23 @@ class Run:
     def _max_tokens(self) -> int:
         """Tokens that one micro-batch may hold over the ranks that share its sequences."""
         return self.config.train.max_tokens_per_gpu * int(self.config.megatron.get("context_parallel_size", 1))
+
+    def _waves(self, step: int) -> Iterator[list[Prompt]]:
+        """This step's prompts, then more where the filter dropped groups: a second sequence of prompts, read at a place
+        that belongs to this step, so that what other steps needed does not move it. Raises FilterError at its end."""
+        assert self._prompts is not None
+        assert self._spare_prompts is not None
+        size = self.config.rollout.rollout_batch_size
+        yield self._prompts.draw(step, size)
+        for wave in range(MAX_SPARE_WAVES):
+            spare = self._spare_prompts.draw(step * MAX_SPARE_WAVES + wave, size)
+            # seeds are made of uids: a prompt that was asked before gets other answers
+            yield [msgspec.structs.replace(prompt, uid=f"{prompt.uid}+{wave + 1}") for prompt in spare]
+        raise FilterError(
+            f"step {step}: algorithm.dynamic_sampling_filter kept fewer than {size} of "
+            f"{(1 + MAX_SPARE_WAVES) * size} groups; the task is too easy or too hard for this policy, or the reward "
+            "does not tell its answers apart"
+        )
 
     def _eval_due(self, step: int) -> bool:
         interval = self.config.eval.eval_interval

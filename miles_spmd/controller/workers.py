@@ -241,8 +241,10 @@ class Workers:
 
     def explain(self, reason: str) -> str:
         """Why the run ends, when somebody has told the controller to stop for ``reason``."""
+        if cause := self.cause():
+            return str(cause)
         absent = ", ".join(str(rank) for rank, state in enumerate(self._ranks) if not state.heard)
-        return str(self.cause() or f"{self.place}: {reason}" + (f"; rank {absent} had not connected" if absent else ""))
+        return f"{self.place}: {reason}" + (f"; rank {absent} had not connected" if absent else "")
 
     # --- events ------------------------------------------------------------------------------------------------------
 

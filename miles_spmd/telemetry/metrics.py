@@ -18,6 +18,7 @@ METRICS: dict[str, Metric] = {
     "rollout/response_len_max": Metric("tokens", "Longest response"),
     "rollout/truncated_ratio": Metric("fraction", "Samples that ended at the length limit"),
     "rollout/zero_std_ratio": Metric("fraction", "Prompt groups whose samples all got the same reward: no gradient"),
+    "rollout/dropped_groups": Metric("groups", "Prompt groups that dynamic sampling dropped and replaced"),
     "train/loss": Metric("", "Loss that was minimised, summed over all ranks with its global denominator"),
     "train/pg_loss": Metric("", "Policy-gradient part of the loss"),
     "train/pg_clipfrac": Metric("fraction", "Tokens on which the ratio was clipped"),

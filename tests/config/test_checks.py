@@ -28,7 +28,6 @@ from tests.ranks import Ranks
         ("overlong_buffer_len=2048", "is more than rollout_max_response_len 1024"),
         ("advantage_estimator=ppo", "needs a critic"),
         ("opd_kl_coef=0.1", "needs a teacher"),
-        ("dynamic_sampling_filter=reward_nonzero_std", "does not draw more prompts"),
         ("rollout_temperature=0.0", "all samples of a group are the same"),
         ("rollout_top_k=0", "must be -1"),
         ("eval_interval=1", "eval.eval_prompt_data: is empty"),
