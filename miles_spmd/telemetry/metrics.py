@@ -19,6 +19,19 @@ METRICS: dict[str, Metric] = {
     "rollout/truncated_ratio": Metric("fraction", "Samples that ended at the length limit"),
     "rollout/zero_std_ratio": Metric("fraction", "Prompt groups whose samples all got the same reward: no gradient"),
     "rollout/dropped_groups": Metric("groups", "Prompt groups that dynamic sampling dropped and replaced"),
+    "rollout/zero_std_groups": Metric("groups", "Prompt groups whose samples all got the same reward"),
+    "rollout/fully_masked_samples": Metric("samples", "Samples without a trained token"),
+    "rollout/tis": Metric("", "Mean ratio of the trainer's over the engine's probability of a token"),
+    "rollout/tis_abs": Metric("", "Mean distance of that ratio from 1"),
+    "rollout/tis_clipfrac": Metric("fraction", "Tokens whose ratio was bounded or dropped by its bounds"),
+    "rollout/tis_rejected": Metric("fraction", "Tokens that the correction leaves out"),
+    "rollout/tis_weight": Metric("", "Mean weight of a token, as applied"),
+    "rollout/tis_normalizer": Metric("", "What the weights were divided by to have mean 1"),
+    "rollout/rs_masked": Metric("fraction", "Tokens outside the bounds of the rejection"),
+    "rollout/rs_vetoed": Metric(
+        "fraction", "Samples with a token so unlikely to the trainer that all of it is dropped"
+    ),
+    "rollout/extreme_ratios": Metric("tokens", "Tokens whose two log-probs differ by more than 20 nats"),
     "train/loss": Metric("", "Loss that was minimised, summed over all ranks with its global denominator"),
     "train/pg_loss": Metric("", "Policy-gradient part of the loss"),
     "train/pg_clipfrac": Metric("fraction", "Tokens on which the ratio was clipped"),
@@ -32,6 +45,13 @@ METRICS: dict[str, Metric] = {
     "train/train_rollout_logprob_abs_diff_p999": Metric("nats", "The same, 99.9th percentile"),
     "train/train_rollout_logprob_abs_diff_max": Metric("nats", "The same, largest"),
     "train/train_rollout_kl": Metric("nats", "k3 estimate of KL(engine || trainer)"),
+    "train/train_rollout_chi2_token": Metric("", "chi-squared distance of engine and trainer, per token"),
+    "train/train_rollout_chi2_seq": Metric("", "The same, of whole answers"),
+    "train/train_rollout_ess": Metric(
+        "fraction", "Effective sample size under the trainer's over the engine's weights"
+    ),
+    "train/train_rollout_ppl_ratio": Metric("", "The trainer's perplexity of the answers over the engine's"),
+    "train/extreme_ratios": Metric("tokens", "Tokens whose two log-probs differ by more than 20 nats"),
     "perf/start_time": Metric("s", "Waiting for the workers to build trainer and engine"),
     "perf/rollout_time": Metric("s", "Generating, and the rewards that are computed meanwhile"),
     "perf/log_probs_time": Metric("s", "Log-probs of the current and the reference policy"),

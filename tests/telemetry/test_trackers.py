@@ -10,9 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from miles_spmd.algorithms.advantages import compute_advantages
+from miles_spmd.algorithms.corrections import mis
+from miles_spmd.algorithms.mismatch import mismatch_metrics
+from miles_spmd.algorithms.rollout_batch import RolloutBatch
+from miles_spmd.config.schema import Algorithm
 from miles_spmd.telemetry import metrics
 from miles_spmd.telemetry.metrics import METRICS, PHASES, describe, is_score, phase_times
 from miles_spmd.telemetry.trackers import JsonlTracker, open_trackers, read_metrics
@@ -90,13 +96,23 @@ def test_wandb_without_the_package_says_what_to_install(tmp_path: Path, monkeypa
         pass
 
 
+def algorithm_metrics() -> set[str]:
+    """Names that the algorithms choose, from running them."""
+    ones = [np.ones(4)] * 4
+    batch = RolloutBatch(np.arange(4.0), np.zeros(4, int), ones, old_log_probs=ones, rollout_log_probs=ones)
+    correction = mis(batch, Algorithm(use_tis=True, tis_function="mis"))
+    return {f"train/{name}" for name in mismatch_metrics(ones, ones, ones)} | {
+        f"rollout/{name}" for name in compute_advantages(batch, Algorithm()).metrics | correction.metrics
+    }
+
+
 def test_every_metric_that_is_written_is_described_and_the_reverse() -> None:
     controller = Path(metrics.__file__).parents[1] / "controller"
     source = "".join(path.read_text() for path in controller.glob("*.py"))
-    written = set(re.findall(r'"((?:rollout|train|refit|perf)/\w+)"', source))
-    written |= {f"perf/{phase}_time" for phase in re.findall(r'_timed\("(\w+)"\)', source)}
-    assert set(METRICS) == written
-    assert set(PHASES) == set(re.findall(r'_timed\("(\w+)"\)', source))
+    phases = set(re.findall(r'_timed\("(\w+)"\)', source))
+    written = set(re.findall(r'"((?:rollout|train|refit|perf)/\w+)"', source)) | algorithm_metrics()
+    assert set(METRICS) == written | {f"perf/{phase}_time" for phase in phases}
+    assert set(PHASES) == phases
 
 
 def test_names() -> None:
