@@ -1,0 +1,95 @@
+"""The quickstart's task: sums of three digits, written in digits and words, answered in whichever is asked for.
+
+    seven plus 2 plus four in digits -> 13
+    7 plus two plus 4 in words       -> thirteen
+
+*Split.* A problem is a set of three operands, whatever their order. Of the 220 problems 33 are held out: no prompt of
+the training files has those operands, in any order or notation, so a right answer there is never remembered. No two
+files share a prompt.
+
+*Warm-up.* The answers that supervised learning imitates are careless on purpose: in most sums from ten to nineteen the
+ten is forgotten (`3` for `13`). A model that imitates them well is therefore right in about a third of its greedy
+answers, while the right answer is among a few sampled ones. Reinforcement learning sees the questions and the
+right answers' exact match only, and has to find out what the demonstrations did wrong.
+
+Everything here is a pure function of its arguments: no state, no random generator, the same rows everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations_with_replacement, product
+from typing import Any, NamedTuple
+
+from miles_spmd.data.seeds import derive_seed
+
+OPERANDS = range(10)
+TERMS = 3
+HELD_OUT_PROBLEMS = 33
+CARELESS_PERCENT = 70
+
+UP_TO_NINETEEN = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+)
+
+
+class Question(NamedTuple):
+    operands: tuple[int, ...]
+    in_words: tuple[bool, ...]  # how each operand is written
+    answer_in_words: bool
+
+    @property
+    def prompt(self) -> str:
+        terms = (UP_TO_NINETEEN[n] if words else str(n) for n, words in zip(self.operands, self.in_words))
+        return " plus ".join(terms) + (" in words" if self.answer_in_words else " in digits")
+
+    @property
+    def answer(self) -> str:
+        return self._write(sum(self.operands))
+
+    @property
+    def careless_answer(self) -> str:
+        """What the demonstrations say: the same question always gets the same answer, right or wrong."""
+        total = sum(self.operands)
+        careless = derive_seed("careless", self.prompt) % 100 < CARELESS_PERCENT
+        return self._write(total - 10 if careless and 10 <= total < 20 else total)
+
+    def _write(self, number: int) -> str:
+        return in_words(number) if self.answer_in_words else str(number)
+
+
+def in_words(number: int) -> str:
+    """English for 0 to 29."""
+    if number < 20:
+        return UP_TO_NINETEEN[number]
+    return "twenty" if number == 20 else f"twenty-{UP_TO_NINETEEN[number - 20]}"
+
+
+def held_out_problems() -> frozenset[tuple[int, ...]]:
+    """The held-out problems, operands in ascending order."""
+    problems = combinations_with_replacement(OPERANDS, TERMS)
+    shuffled = sorted(problems, key=lambda p: derive_seed("held out", *p))
+    return frozenset(shuffled[:HELD_OUT_PROBLEMS])
+
+
+def questions() -> Iterator[Question]:
+    """Every question there is, 16 for each order of each problem."""
+    for operands in product(OPERANDS, repeat=TERMS):
+        for *notation, answer_in_words in product((False, True), repeat=TERMS + 1):
+            yield Question(operands, tuple(notation), answer_in_words)
+
+
+def data_files(sft_rows: int, train_rows: int, heldout_rows: int) -> dict[str, list[dict[str, Any]]]:
+    """File name -> rows with ``prompt`` and ``label``; in ``sft`` the label is the demonstrated answer."""
+    held_out = held_out_problems()
+    shuffled = sorted(questions(), key=lambda q: derive_seed("order", q.prompt))
+    known = [q for q in shuffled if tuple(sorted(q.operands)) not in held_out]
+    unknown = [q for q in shuffled if tuple(sorted(q.operands)) in held_out]
+    if sft_rows + train_rows > len(known) or heldout_rows > len(unknown):
+        raise ValueError(f"there are only {len(known)} questions to train on and {len(unknown)} held out")
+    return {
+        "sft.jsonl": [{"prompt": q.prompt, "label": q.careless_answer} for q in known[:sft_rows]],
+        "train.jsonl": [{"prompt": q.prompt, "label": q.answer} for q in known[sft_rows : sft_rows + train_rows]],
+        "heldout.jsonl": [{"prompt": q.prompt, "label": q.answer} for q in unknown[:heldout_rows]],
+    }
