@@ -1,0 +1,77 @@
+"""The quickstart itself, cut down to a few steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_quickstart_leaves_what_it_promises(tmp_path: Path) -> None:
+    short = [
+        *("--sft", "num_rollout=25", "--sft", "lr_warmup_iters=2"),
+        *("--grpo", "num_rollout=3", "--grpo", "eval_interval=2", "--grpo", "rollout_batch_size=8"),
+        *("--install-seconds", "12.34"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "miles_spmd.quickstart", *short],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    root = tmp_path / "runs" / "quickstart"
+    summary = json.loads((root / "summary.json").read_text())
+    assert set(summary) >= {
+        "accuracy_before",
+        "accuracy_after",
+        "train_seconds",
+        "install_seconds",
+        "steps",
+        "rollout_train_logprob_max_abs_diff",
+        "refit_checksum_mismatches",
+    }
+    assert (summary["steps"], summary["warmup_steps"], summary["install_seconds"]) == (3, 25, 12.3)
+    assert 0 < summary["rollout_train_logprob_max_abs_diff"] < 1e-4
+    assert summary["refit_checksum_mismatches"] == 0
+    scores = [
+        json.loads(line).get("eval/heldout") for line in (root / "grpo" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert scores[0] == summary["accuracy_before"]
+    assert scores[-1] == summary["accuracy_after"]
+    last = done.stdout.splitlines()[-1]
+    said = re.fullmatch(r"quickstart: held-out accuracy (\S+) -> (\S+) in (\d+) s", last)
+    assert said, last
+    assert said.groups() == (
+        f"{summary['accuracy_before']:.2f}",
+        f"{summary['accuracy_after']:.2f}",
+        f"{summary['train_seconds']:.0f}",
+    )
+    assert "Held-out accuracy" in (root / "report.html").read_text()
+    for stage in ("sft", "grpo"):
+        assert (root / stage / "config.toml").is_file()
+        assert (root / stage / "export" / "model.safetensors").is_file()
+
+
+def test_a_stage_that_fails_ends_it(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "miles_spmd.quickstart", "--sft", "data.label_key=nothing"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "heldout" not in done.stdout
+    assert "sft.jsonl" in done.stderr
+    assert not (tmp_path / "runs" / "quickstart" / "summary.json").exists()
