@@ -6,6 +6,7 @@ change. What may not is listed in ``_FIXED``, and is refused with what it was.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +16,18 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
 _FORMAT = 1
@@ -27,7 +35,10 @@ _FORMAT = 1
 _FIXED = (
     "num_layers",
     "hidden_size",
+    "ffn_hidden_size",
     "num_attention_heads",
+    "num_query_groups",
+    "num_moe_experts",
     "expert_model_parallel_size",  # expert optimizer state is stored per rank of the expert group
     "use_distributed_optimizer",  # the two kinds of optimizer keep different state
     "params_dtype",
@@ -35,6 +46,7 @@ _FIXED = (
 _RANDOM_STATE_LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 
 _RANDOM = "random"
+_COMMON_FILE = "common.pt"
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
@@ -61,7 +73,7 @@ def save(
     dist.barrier()
     state = _weights_and_optimizer(chunks, optimizer, is_loading=False)
     state |= {"format": _FORMAT, "settings": _settings(chunks), "updates": schedule.num_steps, _RANDOM: _random_state()}
-    dist_checkpointing.save(state, str(folder))
+    dist_checkpointing.save(state, str(folder), _SynchronousSave("torch_dist", 1))
 
 
 def load(
@@ -80,7 +92,7 @@ def load(
     if not Path(path).is_dir():
         raise CheckpointError(f"checkpoint {folder} does not exist")
     with _one_error(folder):
-        common = dist_checkpointing.load_common_state_dict(folder)
+        common = _common_state(folder)
         settings = _settings(chunks)
         _check_settings(common, settings)
         same_ranks = all(common["settings"][name] == settings[name] for name in _RANDOM_STATE_LAYOUT)
@@ -97,6 +109,19 @@ def load(
             _set_random_state(loaded[_RANDOM])
 
 
+class _SynchronousSave(TorchDistSaveShardedStrategy):
+    """Megatron's strategy writes in child processes, forked from one that has an engine's and a socket's threads, even
+    when asked to wait for them. This writes the same format in this process."""
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+        torch.distributed.checkpoint.save(
+            mcore_to_pyt_state_dict(by_key, is_loading=False),
+            storage_writer=FileSystemWriter(checkpoint_dir),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+
+
 @contextmanager
 def _one_error(folder: str) -> Iterator[None]:
     """Whatever goes wrong below, in Megatron, torch or a file, as one error that names the checkpoint."""
@@ -104,6 +129,16 @@ def _one_error(folder: str) -> Iterator[None]:
         yield
     except (Exception, CheckpointException) as error:  # torch's CheckpointException is no Exception
         raise CheckpointError(f"checkpoint {folder} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _common_state(folder: str) -> dict[str, Any]:
+    """What is the same on all ranks. The file is checked here: Megatron's own errors do not name it."""
+    if dist_checkpointing.check_is_distributed_checkpoint(folder) and not Path(folder, _COMMON_FILE).is_file():
+        raise ValueError(f"{_COMMON_FILE} is missing")
+    try:
+        return dist_checkpointing.load_common_state_dict(folder)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{_COMMON_FILE} is damaged: {error}") from error
 
 
 def _named(chunks: Sequence[DistributedDataParallel]) -> list[tuple[str, DistributedDataParallel]]:
@@ -128,12 +163,14 @@ def _load_optimizer(optimizer: ChainedOptimizer, state: dict[Any, Any]) -> None:
         options = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in inner.param_groups]
         own = state[index] if many else state
         parameter_state = own.pop("param_state", None)
+        if isinstance(inner.optimizer, torch.optim.Adam) and not isinstance(inner, DistributedOptimizer):
+            # left out at step 0
+            own.get("optimizer", own)["state"].setdefault("common_step", torch.zeros(()))
         inner.load_state_dict(own)
         if isinstance(inner, DistributedOptimizer):
             _load_parameter_state(inner, parameter_state)
         for group, saved in zip(inner.param_groups, options):
             group.update(saved)
-        _separate_steps(inner)
 
 
 def _load_parameter_state(optimizer: DistributedOptimizer, state: dict[int, dict[str, torch.Tensor]]) -> None:
@@ -142,15 +179,7 @@ def _load_parameter_state(optimizer: DistributedOptimizer, state: dict[int, dict
     steps = [(own, own.pop("step")) for own in optimizer.optimizer.state.values() if "step" in own]
     optimizer.load_parameter_state_from_fully_reshardable(state)
     for own, step in steps:
-        own["step"] = step
-
-
-def _separate_steps(optimizer: MegatronOptimizer) -> None:
-    """torch's Adam counts in place, per parameter. Megatron gives all parameters one tensor, or none at step 0."""
-    if not isinstance(optimizer.optimizer, torch.optim.Adam):
-        return
-    for own in optimizer.optimizer.state.values():
-        own["step"] = own["step"].clone() if "step" in own else torch.zeros((), device=own["exp_avg"].device)
+        own["step"] = step.clone()  # all were given the same tensor, and each is counted up in place
 
 
 def _settings(chunks: Sequence[DistributedDataParallel]) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def pack(micro_batch: MicroBatch, where: Coordinates, device: torch.device, leng
         batch=TokenBatch(
             loss_weights=per_token("loss_weights"),  # type: ignore[arg-type]
             sequence_sum=SequenceSum(tensor(sequence_of[sources]), len(lengths), where.cp_group),
-            **{name: per_token(name) for name in _OPTIONAL_FIELDS},
+            **{name: per_token(name) for name in _OPTIONAL_FIELDS},  # type: ignore[arg-type]
         ),
         sources=sources,
         lengths=lengths.tolist(),

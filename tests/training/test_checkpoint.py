@@ -1,0 +1,149 @@
+"""Resumable checkpoints: the run goes on as if it had not stopped, under the same layout or another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from miles_spmd.checkpoint.dist import CheckpointError
+from miles_spmd.config.schema import Config
+from tests.ranks import Ranks
+from tests.training.cases import CP2, EP2, ETP1, PP2, SP, TP2, VPP2, ZERO, build, config, global_loss, sequences, share
+
+BATCH = sequences((5, 17, 40, 9, 30, 31, 2, 12))
+ADAM = {"lr": 3e-3, "weight_decay": 0.1}
+RUN = {"run": {"mode": "sft", "num_rollout": 10}, "train": {"lr_warmup_iters": 2, "lr_decay_style": "cosine"}}
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "TP2+SP": (2, TP2 | SP),
+    "VPP2": (2, PP2 | VPP2),
+    "CP2": (2, CP2),
+    "DP2": (2, {}),
+    "one+distributed": (1, ZERO),
+    "DP2+distributed": (2, ZERO),
+    "TP2+distributed": (2, TP2 | ZERO),
+    "EP2": (2, EP2),
+    "TP2+SP+EP2": (2, TP2 | SP | EP2 | ETP1),
+}
+RESUMED = [
+    ("qwen3", "one", "one"),
+    ("qwen3-tied", "one", "TP2+SP"),
+    ("qwen3-tied", "TP2+SP", "VPP2"),
+    ("qwen3", "VPP2", "DP2"),
+    ("qwen3", "DP2", "CP2"),
+    ("qwen3", "DP2+distributed", "DP2+distributed"),
+    ("qwen3", "DP2+distributed", "TP2+distributed"),
+    ("qwen3-tied", "TP2+distributed", "one+distributed"),
+    ("qwen3_moe", "EP2", "EP2"),
+    ("qwen3_moe", "EP2", "TP2+SP+EP2"),
+]
+
+
+def history(run: Config, folder: str, steps: int, load: bool, save: bool) -> list[tuple[float, float]]:
+    """(loss over all ranks, learning rate) of each step; loads before the first, saves after the last."""
+    trainer = build(run)
+    if load:
+        trainer.load(folder)
+    micro_batches = share(BATCH, trainer)
+    results = [trainer.train_step(micro_batches) for _ in range(steps)]
+    if save:
+        trainer.save(folder)
+    return [(global_loss(trainer, r.sums), r.lr) for r in results]
+
+
+@pytest.mark.parametrize(("name", "before", "after"), RESUMED, ids=["-".join(case) for case in RESUMED])
+def test_resume(ranks: Ranks, tmp_path: Path, name: str, before: str, after: str) -> None:
+    folder = str(tmp_path / "checkpoint")
+    size, table = LAYOUTS[before]
+    run = config(name, table | ADAM, **RUN)
+    uninterrupted = ranks.run(size, history, run, "", 6, False, False)[0]
+    assert ranks.run(size, history, run, folder, 3, False, True)[0] == uninterrupted[:3]
+    size, table = LAYOUTS[after]
+    resumed = ranks.run(size, history, config(name, table | ADAM, **RUN), folder, 3, True, False)[0]
+    if before == after:
+        assert resumed == uninterrupted[3:]
+    np.testing.assert_allclose(resumed, uninterrupted[3:], rtol=1e-5)
+
+
+def test_before_the_first_update(ranks: Ranks, tmp_path: Path) -> None:
+    folder = str(tmp_path / "checkpoint")
+    run = config("qwen3", ADAM, **RUN)
+    (whole,) = ranks.run(1, history, run, folder, 2, False, False)
+    ranks.run(1, history, run, folder, 0, False, True)
+    assert ranks.run(1, history, run, folder, 2, True, False) == [whole]
+
+
+def test_the_configuration_decides_the_learning_rate(ranks: Ranks, tmp_path: Path) -> None:
+    """A resumed run may have another one, and may be longer; only the number of updates comes from the checkpoint."""
+    folder = str(tmp_path / "checkpoint")
+    ranks.run(1, history, config("qwen3", ADAM, **RUN), folder, 3, False, True)
+    other = {"run": {"mode": "sft", "num_rollout": 6}, "train": {"lr_decay_style": "linear"}}
+    ((_, fourth), (_, fifth)) = ranks.run(1, history, config("qwen3", {"lr": 0.6}, **other), folder, 2, True, False)[0]
+    assert [fourth, fifth] == pytest.approx([0.3, 0.2])
+
+
+def loading_error(run: Config, folder: str, save: bool = False) -> str:
+    trainer = build(run)
+    try:
+        trainer.save(folder) if save else trainer.load(folder)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(scope="module")
+def saved(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "checkpoint"
+    ranks.run(2, history, config("qwen3", TP2 | ADAM, **RUN), str(folder), 1, False, True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("missing", "does not exist"),
+        ("empty", "is not a distributed checkpoint"),
+        ("no common state", "common.pt"),
+        ("truncated common state", "common.pt"),
+        ("no shard", "__0_0.distcp"),
+        ("truncated shard", "cannot be loaded"),
+    ],
+)
+def test_damaged_folder(ranks: Ranks, saved: Path, tmp_path: Path, damage: str, message: str) -> None:
+    folder = tmp_path / "damaged"
+    if damage != "missing":
+        folder.mkdir()
+    if damage not in ("missing", "empty"):
+        for file in saved.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        target = folder / ("common.pt" if "common" in damage else "__0_0.distcp")
+        if damage.startswith("no"):
+            target.unlink()
+        else:
+            target.write_bytes(target.read_bytes()[: target.stat().st_size // 2])
+    for error in ranks.run(2, loading_error, config("qwen3", TP2 | ADAM, **RUN), str(folder)):
+        assert str(folder) in error
+        assert message in error
+
+
+def test_another_model(ranks: Ranks, saved: Path) -> None:
+    different = [
+        (config("qwen3_moe", TP2, **RUN), "num_moe_experts was None, now 4"),
+        (config("qwen3", TP2 | ZERO, **RUN), "use_distributed_optimizer was False, now True"),
+        (
+            config("qwen3", TP2, model={"dtype": "bfloat16"}, **RUN),
+            "params_dtype was torch.float32, now torch.bfloat16",
+        ),
+    ]
+    for run, message in different:
+        for error in ranks.run(2, loading_error, run, str(saved)):
+            assert message in error
+
+
+def test_a_checkpoint_is_not_written_over_another(ranks: Ranks, saved: Path) -> None:
+    for error in ranks.run(2, loading_error, config("qwen3", TP2, **RUN), str(saved), True):
+        assert f"{saved} is not empty" in error
