@@ -6,6 +6,7 @@ Every wait sleeps in poll, has a deadline, and ends early when a rank fails, die
 from __future__ import annotations
 
 import itertools
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,7 @@ DEADLINE_OF = {
     Phase.CHECKPOINT: "checkpoint_timeout",
     Phase.STOP: "heartbeat_timeout",
 }
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CHECK_EVERY = 0.25  # seconds between looks at the clock
 MAX_LINES = 32  # of a report on ranks
 STACKS_GRACE = 1.0  # seconds past a deadline in which the ranks say where they are
@@ -205,14 +207,22 @@ class Workers:
 
     def _wait(self, done: Callable[[], bool]) -> None:
         while not done():
-            event = self._router.receive(0)
-            if event is None:  # all that was said is heard: what is missing now is late
+            if not self._hear(0):  # all that was said is heard: what is missing now is late
                 self._check_time()
-                event = self._router.receive(CHECK_EVERY)
-            if event is not None:
-                self._take(*event)
+                self._hear(CHECK_EVERY)
             if self._troubles:
                 raise self.cause() or self._troubles[0]
+
+    def _hear(self, timeout: float) -> bool:
+        """Take one event. Signals wait meanwhile: one that raises must not make us forget what we have just heard."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            event = self._router.receive(timeout)
+            if event is not None:
+                self._take(*event)
+            return event is not None
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def _check_time(self) -> None:
         now = time.monotonic()
@@ -232,8 +242,8 @@ class Workers:
         announced comes first, then a stop, then failures.
         """
         end = time.monotonic() + CAUSE_GRACE
-        while (event := self._router.receive(end - time.monotonic())) is not None:
-            self._take(*event)
+        while self._hear(end - time.monotonic()):
+            pass
         deaths = [t for t in self._troubles if isinstance(t, WorkerLostError)]
         stops = [t for t in self._troubles if isinstance(t, WorkerStoppedError)]
         unannounced = [death for death in deaths if death.rank not in self._leaving]
@@ -241,8 +251,9 @@ class Workers:
 
     def explain(self, reason: str) -> str:
         """Why the run ends, when somebody has told the controller to stop for ``reason``."""
-        if cause := self.cause():
-            return str(cause)
+        return str(self.cause() or self._stopped(reason))
+
+    def _stopped(self, reason: str) -> str:
         absent = ", ".join(str(rank) for rank, state in enumerate(self._ranks) if not state.heard)
         return f"{self.place}: {reason}" + (f"; rank {absent} had not connected" if absent else "")
 
@@ -270,7 +281,7 @@ class Workers:
                 self._take_hello(rank, peer, message)
             case Beat(phase=Phase.STOP):
                 self._leaving.add(rank)
-                self._troubles.append(WorkerStoppedError(f"{self.place}: {message.detail}"))
+                self._troubles.append(WorkerStoppedError(self._stopped(message.detail)))
             case Beat():
                 self._ranks[rank].beat = message
             case Completions():

@@ -79,7 +79,8 @@ class Router:
         end = time.monotonic() + timeout
         while True:
             ready = dict(self._poller.poll(math.ceil(max(0.0, end - time.monotonic()) * 1000)))
-            if self._socket in ready:
+            # A message may have come since poll looked, and its sender gone right after: what was said comes first.
+            if self._socket in ready or self._socket.poll(0):
                 return self._read()
             if self._monitor not in ready:
                 return None
