@@ -37,7 +37,7 @@ def build_server_args(model_path: str, dtype: str, context_length: int, table: d
     }
     defaults: dict[str, Any] = {"grammar_backend": "none"}
     if not on_gpu:
-        fixed |= {"attention_backend": "torch_native", "disable_cuda_graph": True}
+        fixed |= {"attention_backend": "torch_native", "disable_cuda_graph": True, "page_size": 1}
         defaults |= {"max_running_requests": 64, "chunked_prefill_size": -1, "mem_fraction_static": 0.5}
     _check(table, fixed)
     args = fixed | defaults | table

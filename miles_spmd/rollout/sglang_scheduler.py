@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from sglang.srt.managers.io_struct import AbortReq, PauseGenerationReqInput
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.managers.scheduler import Scheduler
@@ -12,7 +13,6 @@ from sglang.srt.managers.scheduler_components.ipc_channels import SchedulerIpcCh
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
 from sglang.srt.server_args import PortArgs, ServerArgs
-from sglang.srt.utils import DynamicGradMode
 from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 
 from miles_spmd.rollout.sglang_memory import CpuMemorySaver
@@ -34,7 +34,7 @@ class InProcessScheduler(Scheduler):
         super().__init__(server_args, no_ports, device_index, tp_rank, 0, 0, 0, 0, None)
         self.max_req_input_len = self.model_config.context_len
 
-    @DynamicGradMode()
+    @torch.inference_mode()
     def step(self) -> None:
         """One pass of SGLang's event loop."""
         self.process_input_requests(self.request_receiver.recv_requests())
@@ -47,7 +47,7 @@ class InProcessScheduler(Scheduler):
             self.on_idle()
         self.last_batch = batch
 
-    @DynamicGradMode()
+    @torch.inference_mode()
     def retract_all(self) -> list[Req]:
         """Send everything in flight back to the queue, tokens kept, keys and values forgotten; return it."""
         self.pause_generation(PauseGenerationReqInput(mode="retract"))

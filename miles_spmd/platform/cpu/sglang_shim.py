@@ -78,13 +78,29 @@ def _stand_in_for_torchvision() -> None:
     if importlib.util.find_spec("torchvision") is None:
         for name in TORCHVISION_MODULES:
             sys.modules[name] = _Absent(name)
+        if "transformers" in sys.modules:  # it saw that there was none, and answers for what needs it with an error
+            import transformers
+            from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+            transformers.AutoImageProcessor = AutoImageProcessor
 
 
 def adapt() -> None:
-    """Keep an engine built on a CPU from doing what only makes sense for a server that owns the machine."""
+    """Keep an engine built on a CPU from what only makes sense for a server that owns the machine, or for a GPU."""
+    from sglang.srt import server_args
     from sglang.srt.model_executor.model_runner import ModelRunner
 
     def leave_threads_alone(runner: ModelRunner) -> None:
         runner.local_omp_cpuid = None  # SGLang would bind this process to cores of its own choice
 
+    def invariant_already(runner: ModelRunner) -> None:
+        """SGLang's deterministic mode would replace matrix products by Triton kernels."""
+
     ModelRunner.init_threads_binding = leave_threads_alone
+    ModelRunner.maybe_enable_batch_invariant_mode = invariant_already
+    for backends in (
+        server_args.DETERMINISTIC_ATTENTION_BACKEND_CHOICES,
+        server_args.RADIX_SUPPORTED_DETERMINISTIC_ATTENTION_BACKEND,
+    ):
+        if "torch_native" not in backends:
+            backends.append("torch_native")
