@@ -39,9 +39,9 @@ _FIXED = (
     "num_attention_heads",
     "num_query_groups",
     "num_moe_experts",
-    "expert_model_parallel_size",  # expert optimizer state is stored per rank of the expert group
-    "use_distributed_optimizer",  # the two kinds of optimizer keep different state
     "params_dtype",
+    "expert parallelism",  # with it, experts have an optimizer of their own
+    "use_distributed_optimizer",  # the two kinds of optimizer keep different state
 )
 _RANDOM_STATE_LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 
@@ -184,11 +184,12 @@ def _load_parameter_state(optimizer: DistributedOptimizer, state: dict[int, dict
 
 def _settings(chunks: Sequence[DistributedDataParallel]) -> dict[str, Any]:
     config, ddp = chunks[0].config, chunks[0].ddp_config
-    names = {*_FIXED, *_RANDOM_STATE_LAYOUT} - {"use_distributed_optimizer", "params_dtype"}
-    return {name: getattr(config, name) for name in sorted(names)} | {
-        "use_distributed_optimizer": ddp.use_distributed_optimizer,
+    own = {
         "params_dtype": str(config.params_dtype),
+        "expert parallelism": config.expert_model_parallel_size > 1,
+        "use_distributed_optimizer": ddp.use_distributed_optimizer,
     }
+    return {name: own[name] if name in own else getattr(config, name) for name in (*_FIXED, *_RANDOM_STATE_LAYOUT)}
 
 
 def _check_settings(common: dict[str, Any], settings: dict[str, Any]) -> None:

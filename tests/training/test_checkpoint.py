@@ -27,6 +27,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "DP2+distributed": (2, ZERO),
     "TP2+distributed": (2, TP2 | ZERO),
     "EP2": (2, EP2),
+    "EP2+distributed": (2, EP2 | ZERO),
+    "EP4": (4, {"expert_model_parallel_size": 4}),
     "TP2+SP+EP2": (2, TP2 | SP | EP2 | ETP1),
 }
 RESUMED = [
@@ -40,6 +42,8 @@ RESUMED = [
     ("qwen3-tied", "TP2+distributed", "one+distributed"),
     ("qwen3_moe", "EP2", "EP2"),
     ("qwen3_moe", "EP2", "TP2+SP+EP2"),
+    ("qwen3_moe", "EP2", "EP4"),
+    ("qwen3_moe", "EP2+distributed", "EP2+distributed"),
 ]
 
 
@@ -133,6 +137,7 @@ def test_damaged_folder(ranks: Ranks, saved: Path, tmp_path: Path, damage: str, 
 def test_another_model(ranks: Ranks, saved: Path) -> None:
     different = [
         (config("qwen3_moe", TP2, **RUN), "num_moe_experts was None, now 4"),
+        (config("qwen3_moe", EP2, **RUN), "expert parallelism was False, now True"),
         (config("qwen3", TP2 | ZERO, **RUN), "use_distributed_optimizer was False, now True"),
         (
             config("qwen3", TP2, model={"dtype": "bfloat16"}, **RUN),
