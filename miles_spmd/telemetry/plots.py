@@ -54,14 +54,15 @@ def curves(lines: Mapping[str, Series], *, unit: str, log: bool, salt: str) -> s
     with mpl.rc_context(STYLE):
         figure, axes = _axes(SMALL)
         for color, (label, series) in zip(COLORS, lines.items()):
-            steps, values = np.array([s for s, _ in series]), np.array([v for _, v in series])
-            noisy = len(values) >= 12
-            marker = "o" if len(values) < 3 else None
-            axes.plot(steps, values, color=color, lw=0.8 if noisy else 1.6, alpha=0.35 if noisy else 1, marker=marker)
+            steps, heights = np.array([s for s, _ in series]), np.array([v for _, v in series])
+            noisy = len(heights) >= 12
+            marker = "o" if len(heights) < 3 else None
+            axes.plot(steps, heights, color=color, lw=0.8 if noisy else 1.6, alpha=0.35 if noisy else 1, marker=marker)
             if noisy:
-                axes.plot(steps, smoothed(values), color=color, lw=1.8)
+                axes.plot(steps, smoothed(heights), color=color, lw=1.8)
             axes.plot([], [], color=color, lw=1.8, label=label)
-        if log and all(value > 0 for series in lines.values() for _, value in series):
+        values = [value for series in lines.values() for _, value in series]
+        if log and min(values) > 0:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
@@ -69,6 +70,8 @@ def curves(lines: Mapping[str, Series], *, unit: str, log: bool, salt: str) -> s
             axes.set_ylim(bottom=0)
         else:
             axes.set_ylabel(unit)
+        if not any(values):
+            axes.set_ylim(0, 1)
         axes.set_xlabel("step")
         if len(lines) > 1:
             axes.legend(loc="best", ncols=len(lines))

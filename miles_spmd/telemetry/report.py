@@ -36,6 +36,7 @@ CURVES: dict[str, tuple[dict[str, str], bool]] = {
         },
         True,
     ),
+    "KL between engine and trainer": ({"kl": "train/train_rollout_kl"}, False),
     "Throughput": ({"tokens": "perf/tokens_per_gpu_per_second"}, False),
 }
 
