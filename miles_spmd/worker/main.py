@@ -111,6 +111,7 @@ def serve(config: Config, task: str, place: Place, controller: ControllerProcess
     watchdog.stop()
     dealer.send(Reply(command.id, place.rank, HOST, command.phase, Ok()))
     dealer.close()
+    watchdog.disconnect()
 
 
 def next_command(dealer: Dealer) -> Command:

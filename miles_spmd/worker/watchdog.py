@@ -86,6 +86,11 @@ class Watchdog(threading.Thread):
         self._waker.send(b"\0")
         self.join()
 
+    def disconnect(self) -> None:
+        """After :meth:`stop`, and after the last reply: until then a closed connection means a death."""
+        if self._dealer is not None:
+            self._dealer.close()
+
     # --- the side thread ---------------------------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -104,8 +109,6 @@ class Watchdog(threading.Thread):
                 self._leave("the launcher died")
             if self._lost_since is not None and time.monotonic() > self._lost_since + LOST_GRACE:
                 self._exit(1, "lost the controller")
-        if self._dealer is not None:
-            self._dealer.close()
 
     def _listen(self, until: float) -> None:
         """Sleep until then, or until something happens."""

@@ -147,6 +147,16 @@ def launch(tmp_path: Path, checkpoint: Path) -> Iterator[Callable[..., Launched]
 Launch = Callable[..., Launched]
 
 
+def test_without_a_failure_all_is_quiet(launch: Launch) -> None:
+    run = launch()
+    assert run.launcher.wait(START_SECONDS) == 0, run.report()
+    assert "miles-spmd: " not in run.stderr()
+    assert not run.processes()
+    metrics = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["step"] == 3
+    assert not (run.run_dir / "logs" / "controller.log").exists()
+
+
 # --- a process dies --------------------------------------------------------------------------------------------------
 
 
