@@ -42,11 +42,12 @@ class _LogProbsAndEntropy(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         differentiate_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        z_SV = logits.float() if temperature == 1.0 else logits.float() / temperature
-        peak_S1 = z_SV.amax(-1, keepdim=True)
+        peak_S1 = logits.amax(-1, keepdim=True).float()
         if group is not None:
             dist.all_reduce(peak_S1, dist.ReduceOp.MAX, group)
-        z_SV = z_SV - peak_S1
+        z_SV = logits - peak_S1  # fp32, and before the division: what is left to divide is small and exact
+        if temperature != 1.0:
+            z_SV /= temperature
         column_S1 = (targets - first_id)[:, None]
         here_S1 = (column_S1 >= 0) & (column_S1 < z_SV.shape[1])
         column_S1 = column_S1.clamp(0, z_SV.shape[1] - 1)

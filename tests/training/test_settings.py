@@ -1,0 +1,84 @@
+"""The [megatron] table: every key arrives where it belongs, or is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from miles_spmd.models import load_family
+from miles_spmd.training.optimizer import planned_updates
+from miles_spmd.training.settings import Settings, build_settings
+from tests.training.cases import config
+
+
+def settings(table: dict, name: str = "qwen3", dtype: str = "float32", **tables: dict) -> Settings:
+    run = config(name, table, model={"dtype": dtype}, **tables)
+    return build_settings(run, load_family(run.model.hf_checkpoint))
+
+
+def test_keys_arrive_in_every_dataclass_that_knows_them() -> None:
+    ours = settings(
+        {"use_distributed_optimizer": True, "lr": 3e-4, "adam_beta2": 0.98, "recompute_granularity": "selective"},
+        train={"min_lr": 1e-5},
+    )
+    assert ours.optimizer.use_distributed_optimizer
+    assert ours.ddp.use_distributed_optimizer
+    assert (ours.optimizer.lr, ours.optimizer.min_lr, ours.optimizer.adam_beta2) == (3e-4, 1e-5, 0.98)
+    assert ours.transformer.recompute_granularity == "selective"
+
+
+def test_the_user_overrules_our_defaults() -> None:
+    assert settings({}).ddp.grad_reduce_in_fp32
+    assert not settings({"grad_reduce_in_fp32": False}).ddp.grad_reduce_in_fp32
+    assert settings({"bias_dropout_fusion": True}).transformer.bias_dropout_fusion
+
+
+def test_model_and_dtype() -> None:
+    transformer = settings({}, "qwen3_moe", "bfloat16").transformer
+    assert (transformer.num_layers, transformer.num_moe_experts, transformer.moe_ffn_hidden_size) == (4, 4, 24)
+    assert (transformer.params_dtype, transformer.bf16) == (torch.bfloat16, True)
+    assert transformer.activation_func is torch.nn.functional.silu
+
+
+def test_layers_per_virtual_stage() -> None:
+    table = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
+    assert settings(table).transformer.virtual_pipeline_model_parallel_size == 2
+    with pytest.raises(ValueError, match="= 3 does not divide the 4 layers over 2 stages"):
+        settings(table | {"num_layers_per_virtual_pipeline_stage": 3})
+    with pytest.raises(ValueError, match="not both"):
+        settings(table | {"virtual_pipeline_model_parallel_size": 2})
+
+
+def test_unknown_keys_are_all_named() -> None:
+    with pytest.raises(ValueError, match="unknown keys") as error:
+        settings({"tensor_model_paralel_size": 2, "adam_beta3": 0.9, "zzz": 1, "lr": 1e-4})
+    message = str(error.value)
+    assert "tensor_model_paralel_size (did you mean tensor_model_parallel_size" in message
+    assert "adam_beta3 (did you mean adam_beta" in message
+    assert message.endswith("zzz")
+
+
+def test_what_cannot_work_is_refused() -> None:
+    with pytest.raises(ValueError, match="moe_aux_loss_coeff must be 0"):
+        settings({"moe_aux_loss_coeff": 0.01}, "qwen3_moe")
+    with pytest.raises(ValueError, match="layernorm cannot be recomputed without Transformer Engine"):
+        settings({"recompute_granularity": "selective", "recompute_modules": ["layernorm"]})
+
+
+@pytest.mark.parametrize(
+    ("tables", "updates"),
+    [
+        ({"run": {"mode": "sft", "num_rollout": 7}}, 7),
+        ({"run": {"num_rollout": 7}}, 7),
+        (
+            {
+                "run": {"num_rollout": 7},
+                "rollout": {"rollout_batch_size": 5, "n_samples_per_prompt": 4},
+                "train": {"global_batch_size": 8},
+            },
+            21,  # 20 samples in steps of 8, 8 and 4
+        ),
+    ],
+)
+def test_planned_updates(tables: dict, updates: int) -> None:
+    assert planned_updates(config("qwen3", **tables)) == updates
