@@ -1,4 +1,4 @@
-"""Everything the quickstart starts from, the same bytes each time: ``python -m miles_spmd.quickstart.assets FOLDER``."""
+"""All that the quickstart starts from, the same bytes each time: ``python -m miles_spmd.quickstart.assets FOLDER``."""
 
 from __future__ import annotations
 
