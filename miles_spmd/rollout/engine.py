@@ -99,7 +99,10 @@ class Engine(Protocol):
         """Drop the prefix cache. Raises RuntimeError unless idle."""
 
     def release(self) -> None:
-        """Give the memory of weights and KV cache back; contents are lost. Raises RuntimeError unless idle."""
+        """Give the memory of weights and KV cache back; contents are lost. Raises RuntimeError unless idle.
+
+        Until ``resume``, ``step`` and another ``release`` raise RuntimeError too.
+        """
 
     def resume(self) -> None:
         """Take the memory again. Weights are undefined until the next refit."""

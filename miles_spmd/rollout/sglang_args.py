@@ -11,6 +11,7 @@ import torch
 from sglang.srt.server_args import ServerArgs
 
 _CPU_CACHE_TOKENS = 2**17  # pages of the cache are taken from the system only when first written
+_MOST_REQUESTS = 4096  # that SGLang runs at a time on a GPU, unless told otherwise
 
 # The engine is one data-parallel replica with one copy of every request, stepped by its host.
 _ONLY = {"pp_size": 1, "dp_size": 1, "nnodes": 1, "enable_dp_attention": False, "speculative_algorithm": None}
@@ -36,13 +37,16 @@ def build_server_args(model_path: str, dtype: str, context_length: int, table: d
         **_ONLY,
     }
     defaults: dict[str, Any] = {"grammar_backend": "none"}
-    if not on_gpu:
+    if on_gpu:
+        defaults |= {"disable_prefill_cuda_graph": True}  # capturing them takes a minute, and prefills are few
+    else:
         fixed |= {"attention_backend": "torch_native", "disable_cuda_graph": True, "page_size": 1}
         defaults |= {"max_running_requests": 64, "chunked_prefill_size": -1, "mem_fraction_static": 0.5}
     _check(table, fixed)
     args = fixed | defaults | table
-    if not on_gpu:
-        args.setdefault("max_total_tokens", min(args["max_running_requests"] * context_length, _CPU_CACHE_TOKENS))
+    # A small model's cache would otherwise fill the GPU with hundreds of millions of tokens, more than its index bears.
+    most = args.get("max_running_requests", _MOST_REQUESTS) * context_length
+    args.setdefault("max_total_tokens", most if on_gpu else min(most, _CPU_CACHE_TOKENS))
     return ServerArgs(**args)
 
 

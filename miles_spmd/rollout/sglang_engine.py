@@ -30,8 +30,15 @@ from sglang.srt.server_args import set_global_server_args_for_scheduler
 
 from miles_spmd.data.sample import FinishReason
 from miles_spmd.models import FAMILIES, TensorLayout, load_family
+from miles_spmd.platform import cuda
 from miles_spmd.platform.cpu import sglang_shim
-from miles_spmd.rollout import sglang_cpu_attention, sglang_cpu_linear, sglang_sampler, sglang_world
+from miles_spmd.rollout import (
+    sglang_cpu_attention,
+    sglang_cpu_linear,
+    sglang_float32,
+    sglang_sampler,
+    sglang_world,
+)
 from miles_spmd.rollout.engine import Output, Request, check_request
 from miles_spmd.rollout.sglang_args import build_server_args
 from miles_spmd.rollout.sglang_scheduler import InProcessScheduler
@@ -79,8 +86,11 @@ class SglangEngine:
             sglang_cpu_attention.register()
             sglang_cpu_linear.register()
             sglang_shim.adapt()
+        else:
+            cuda.require_memory_saver()
         _import_no_other_models()
-        with _keep_random_state():
+        plain = args.device == "cuda" and dtype == "float32"
+        with _keep_random_state(), sglang_float32.plain_kernels() if plain else contextlib.nullcontext():
             set_global_server_args_for_scheduler(args)
             sglang_world.join(args.tp_size)
             device_index = torch.cuda.current_device() if args.device == "cuda" else 0
@@ -88,6 +98,7 @@ class SglangEngine:
         self._weight_version = -1
         self._paused = False
         self._touched = False
+        self._released = False
         self._live: set[str] = set()
         self._spans: dict[str, list[tuple[int, int]]] = defaultdict(list)  # rid -> (version, tokens up to its end)
 
@@ -164,6 +175,7 @@ class SglangEngine:
         self._touched = True
 
     def step(self) -> list[Output]:
+        self._require_memory()
         if self._paused:
             return []
         self._scheduler.step()
@@ -232,17 +244,26 @@ class SglangEngine:
         self._scheduler.flush_cache()
 
     def release(self) -> None:
+        self._require_memory()
         self._require_idle("release")
+        self._released = True
         self._scheduler.weight_updater.release_memory_occupation(ReleaseMemoryOccupationReqInput())
 
     def resume(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what the trainer has freed, its allocator still holds
         self._scheduler.weight_updater.resume_memory_occupation(ResumeMemoryOccupationReqInput())
+        self._released = False
 
     def close(self) -> None:
         """Free everything that SGLang holds in this process. All ranks of the world do it together."""
         del self._scheduler
         sglang_world.leave()
         runtime_context.reset_context()
+
+    def _require_memory(self) -> None:
+        if self._released:
+            raise RuntimeError("the engine's memory is released: resume() and refit it first")
 
     def _require_idle(self, what: str) -> None:
         if not self.idle:

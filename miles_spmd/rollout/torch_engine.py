@@ -75,6 +75,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def step(self) -> list[Output]:
+        self._require_memory()
         if self._paused:
             return []
         for running in self._requests.values():
@@ -156,6 +157,7 @@ class TorchEngine:
         self._require_idle("flush")
 
     def release(self) -> None:
+        self._require_memory()
         self._require_idle("release")
         self._freed = storage.free(self._model.parameters())
 
@@ -186,6 +188,10 @@ class TorchEngine:
             self._stamp(running)
             running.cache = None
         self._weight_version = version
+
+    def _require_memory(self) -> None:
+        if self._freed is not None:
+            raise RuntimeError("the engine's memory is released: resume() and refit it first")
 
     def _require_idle(self, what: str) -> None:
         if not self.idle:

@@ -12,10 +12,10 @@ import torch
 from miles_spmd.platform.cpu import sgl_kernel_stub, sglang_shim
 
 
-@pytest.mark.parametrize("first", ["transformers.models.qwen3.modeling_qwen3", "torch"])
-def test_sglang_and_transformers_import_in_either_order(first: str) -> None:
-    program = f"""
-import {first}
+def test_transformers_may_come_first() -> None:
+    """The other order is that of every other test."""
+    program = """
+import transformers.models.qwen3.modeling_qwen3
 from miles_spmd.platform.cpu import sglang_shim
 sglang_shim.install()
 sglang_shim.install()

@@ -318,6 +318,9 @@ def memory(engine: Engine, folders: list[Path]) -> Any:
     for _ in range(2):
         engine.release()
         assert {tensor.untyped_storage().nbytes() for tensor in weights.values()} == {0}
+        for impossible in (engine.step, engine.release):
+            with pytest.raises(RuntimeError, match="resume"):
+                impossible()
         engine.resume()
         assert {name: tensor.untyped_storage().nbytes() for name, tensor in weights.items()} == sizes
         for name, tensor in engine.weights().items():

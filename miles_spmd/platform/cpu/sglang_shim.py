@@ -82,7 +82,7 @@ def _stand_in_for_torchvision() -> None:
             import transformers
             from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-            transformers.AutoImageProcessor = AutoImageProcessor
+            vars(transformers)["AutoImageProcessor"] = AutoImageProcessor
 
 
 def adapt() -> None:
