@@ -121,6 +121,8 @@ def main() -> None:
 def _start(task: str, recipe: Path, overrides: list[str], nproc: int | None, dry_run: bool = False) -> None:
     """Do ``task`` as the rank that a launcher made this process, or launch ranks that do."""
     is_rank = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if is_rank:
+        _prepare_device()
     world_size = int(os.environ["WORLD_SIZE"]) if is_rank else nproc or _default_processes()
     config = _load(recipe, overrides, world_size, check_files=task != "export")
     if dry_run:
@@ -144,7 +146,20 @@ def _be_a_rank(config: Config, task: str) -> NoReturn:
             config.run_dir.mkdir(parents=True, exist_ok=True)
             (config.run_dir / "config.toml").write_text(dump_config(config))
             write_environment(config.run_dir)
-    raise SystemExit(worker(config, task))
+    status = worker(config, task)
+    if status == 0 and os.environ["RANK"] == "0" and task != "export":
+        from miles_spmd.telemetry.report import write_report  # now: loading matplotlib takes as long as a step
+
+        write_report(config.run_dir)
+    raise SystemExit(status)
+
+
+def _prepare_device() -> None:
+    from miles_spmd.platform.cuda import preload_memory_saver
+    from miles_spmd.telemetry.environment import gpus
+
+    if gpus():
+        preload_memory_saver()
 
 
 def _launch(world_size: int) -> NoReturn:

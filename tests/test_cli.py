@@ -90,6 +90,7 @@ def test_train_export_evaluate_report(recipe: Path, folder: Path) -> None:
     run = folder / "runs" / "tiny"
     miles_spmd("train", recipe, "save_final=true", "export_final=true", "--nproc-per-node", 2)
     assert load_config(run / "config.toml") == load_config(recipe, ["save_final=true", "export_final=true"])
+    assert (run / "report.html").is_file()
     assert json.loads((run / "environment.json").read_text())["packages"]["megatron-core"] == "0.16.1"
 
     miles_spmd("export", run / "checkpoints" / "step_000002", folder / "exported")
