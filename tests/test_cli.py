@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from miles_spmd import doctor
 from miles_spmd.config.load import load_config
 from tests.worker.tiny_run import write_checkpoint, write_config
 
@@ -122,11 +123,13 @@ def test_doctor() -> None:
         assert line in text, text
 
 
-def test_doctor_says_what_is_missing(tmp_path: Path) -> None:
-    """With a megatron-core that cannot be imported, and no other sign that something is wrong."""
-    (tmp_path / "megatron").mkdir()
-    (tmp_path / "megatron" / "__init__.py").write_text("raise ImportError('this one is broken')")
-    text = miles_spmd("doctor", status=1, PYTHONPATH=f"{tmp_path}:{REPOSITORY}").stdout
-    assert re.search(r"NO  trainer \(Megatron-core\) .*this one is broken", text), text
-    assert "ok  engine (SGLang)" in text
+def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One part that cannot be imported fails the whole path; the reason is on its line."""
+    probes = {"trainer": "print('starting'); raise ImportError('this one is broken')", "engine": "print('on the CPU')"}
+    monkeypatch.setattr(doctor, "CPU_PROBES", probes)
+    sections, works = doctor.examine()
+    text = doctor.render(sections, works)
+    assert not works
+    assert re.search(r"NO  trainer +ImportError: this one is broken", text), text
+    assert re.search(r"ok  engine +on the CPU", text), text
     assert "cannot run miles_spmd yet" in text

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from miles_spmd.config.load import load_config
+from miles_spmd.config.load import ConfigError, load_config
 from miles_spmd.config.schema import Config
 from miles_spmd.quickstart.assets import build_assets
 from miles_spmd.telemetry.report import write_report
@@ -28,8 +28,12 @@ def main() -> None:
     parser.add_argument("--grpo", action="append", default=[], metavar="KEY=VALUE", help="override of the GRPO run")
     arguments = parser.parse_args()
 
-    sft = load_config(SFT, arguments.sft, check_files=False)
-    grpo = load_config(GRPO, arguments.grpo, check_files=False)
+    try:
+        sft = load_config(SFT, arguments.sft, check_files=False)
+        grpo = load_config(GRPO, arguments.grpo, check_files=False)
+    except ConfigError as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        sys.exit(2)
     build_assets(sft.model.hf_checkpoint.parent)
     started = time.monotonic()
     train(SFT, sft, arguments.sft)  # its export is where GRPO starts

@@ -12,21 +12,25 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 
 
-def test_quickstart_leaves_what_it_promises(tmp_path: Path) -> None:
-    short = [
-        *("--sft", "num_rollout=25", "--sft", "lr_warmup_iters=2"),
-        *("--grpo", "num_rollout=3", "--grpo", "eval_interval=2", "--grpo", "rollout_batch_size=8"),
-        *("--install-seconds", "12.34"),
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "miles_spmd.quickstart", *short],
-        cwd=tmp_path,
+def quickstart(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "miles_spmd.quickstart", *arguments],
+        cwd=folder,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
         timeout=280,
         check=False,
     )
+
+
+def test_quickstart_leaves_what_it_promises(tmp_path: Path) -> None:
+    short = [
+        *("--sft", "num_rollout=25", "--sft", "lr_warmup_iters=2"),
+        *("--grpo", "num_rollout=3", "--grpo", "eval_interval=2", "--grpo", "rollout_batch_size=8"),
+        *("--install-seconds", "12.34"),
+    ]
+    done = quickstart(tmp_path, *short)
     assert done.returncode == 0, done.stderr
     root = tmp_path / "runs" / "quickstart"
     summary = json.loads((root / "summary.json").read_text())
@@ -62,16 +66,15 @@ def test_quickstart_leaves_what_it_promises(tmp_path: Path) -> None:
 
 
 def test_a_stage_that_fails_ends_it(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "miles_spmd.quickstart", "--sft", "data.label_key=nothing"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode != 0
-    assert "heldout" not in done.stdout
-    assert "sft.jsonl" in done.stderr
+    done = quickstart(tmp_path, "--sft", "prompt_data=absent.jsonl")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[1].strip() == "data.prompt_data: no file absent.jsonl"
     assert not (tmp_path / "runs" / "quickstart" / "summary.json").exists()
+
+
+def test_a_wrong_override_ends_it_before_anything_is_made(tmp_path: Path) -> None:
+    done = quickstart(tmp_path, "--grpo", "num_rolout=3")
+    assert done.returncode == 2
+    assert "did you mean num_rollout?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
