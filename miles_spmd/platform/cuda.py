@@ -1,0 +1,51 @@
+"""What a process needs before it can share a GPU: torch_memory_saver's hook.
+
+The hook stands before the CUDA runtime's allocation functions, so that an engine's memory can be given back and taken
+again at the same addresses. The dynamic linker has to load it, which it does only when a program starts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+from pathlib import Path
+
+_NAME = "torch_memory_saver_hook_mode_preload"
+
+
+def memory_saver_libraries() -> list[Path]:
+    """What ``LD_PRELOAD`` has to name: the hook, and before it the CUDA runtime that it needs, where that came as a
+    Python package. Empty where torch_memory_saver or a torch for CUDA is missing. Imports neither."""
+    saver, torch = importlib.util.find_spec("torch_memory_saver"), importlib.util.find_spec("torch")
+    if saver is None or saver.origin is None or torch is None or torch.origin is None:
+        return []
+    version = re.search(r"^cuda\b.*'(\d+)\.", Path(torch.origin).with_name("version.py").read_text(), re.MULTILINE)
+    if version is None:
+        return []
+    major = version[1]
+    runtimes = Path(torch.origin).parents[1].glob(f"nvidia/*/lib/libcudart.so.{major}")
+    hooks = Path(saver.origin).parents[1].glob(f"{_NAME}_cu{major}.*so")
+    return [*runtimes, *hooks]
+
+
+def preload_memory_saver() -> None:
+    """Start this process's program again with the hook, unless it has it or there is none. To be called before
+    anything else: nothing of what the process has done survives."""
+    preloaded = os.environ.get("LD_PRELOAD", "")
+    libraries = memory_saver_libraries()
+    if libraries and _NAME not in preloaded:
+        preload = ":".join([*map(str, libraries), *filter(None, [preloaded])])
+        os.execve(sys.executable, sys.orig_argv, os.environ | {"LD_PRELOAD": preload})
+
+
+def require_memory_saver() -> None:
+    """Raise RuntimeError, with what to do, when the hook is not in this process."""
+    if _NAME not in Path("/proc/self/maps").read_text():
+        libraries = ":".join(map(str, memory_saver_libraries()))
+        raise RuntimeError(
+            "an engine that shares its GPU needs torch_memory_saver's hook, which is not in this process: start ranks "
+            "with `miles-spmd`, or set LD_PRELOAD before Python starts"
+            + (f" (LD_PRELOAD={libraries})" if libraries else "; torch_memory_saver is not installed")
+        )
