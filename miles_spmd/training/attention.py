@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,10 +34,13 @@ class Blocks:
     query_lengths: np.ndarray  # int64 [B], in stream order
     key_lengths: np.ndarray  # int64 [B], >= query_lengths
     key_index: Tensor | None  # int64 [sum of key_lengths], into the gathered keys; None: the stream itself
-    backend: Callable[[Tensor, Tensor, Tensor, float], Tensor] = field(init=False)
+    kernel: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None  # chosen when the first layer attends
 
-    def __post_init__(self) -> None:
-        self.backend = _VarlenKernel(self) if torch.cuda.is_available() else _PaddedBatches(self)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        if self.kernel is None:
+            flash = query.is_cuda and query.dtype != torch.float32  # which takes 16-bit numbers only
+            self.kernel = _VarlenKernel(self, query.device) if flash else _PaddedBatches(self, query.device)
+        return self.kernel(query, key, value, scale)
 
 
 @dataclass
@@ -104,7 +107,7 @@ class PackedAttention(MegatronModule):
         if blocks.key_index is not None:
             pair = gather_from_sequence_parallel_region(torch.stack((key, value), 1), group=self.cp_group)
             key, value = pair.index_select(0, blocks.key_index).unbind(1)
-        return blocks.backend(query, key, value, self.scale).flatten(1)
+        return blocks.attend(query, key, value, self.scale).flatten(1)
 
 
 class _Rotate(torch.autograd.Function):
@@ -136,9 +139,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class _VarlenKernel:
     """torch's variable-length flash attention (CUDA). Its causal mask is aligned at the last key, as blocks are."""
 
-    def __init__(self, blocks: Blocks) -> None:
+    def __init__(self, blocks: Blocks, device: torch.device) -> None:
         def starts(lengths: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).cuda()
+            return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device)
 
         self.query_starts, self.key_starts = starts(blocks.query_lengths), starts(blocks.key_lengths)
         self.max_query, self.max_key = int(blocks.query_lengths.max()), int(blocks.key_lengths.max())
@@ -169,13 +172,13 @@ def _varlen_attn() -> tuple[Callable[..., Any], dict[str, bool]]:
 
 
 class _PaddedBatches:
-    """scaled_dot_product_attention (CPU) on blocks of similar length, padded at their end.
+    """scaled_dot_product_attention (CPU; fp32 anywhere) on blocks of similar length, padded at their end.
 
     One call for many sequences: a call per sequence costs more than it computes. A batch takes blocks down to half its
     longest one's length, so that little is computed for padding. Causality hides padded keys from real queries.
     """
 
-    def __init__(self, blocks: Blocks) -> None:
+    def __init__(self, blocks: Blocks, device: torch.device) -> None:
         query_starts = np.cumsum(blocks.query_lengths) - blocks.query_lengths
         key_starts = np.cumsum(blocks.key_lengths) - blocks.key_lengths
         self.batches: list[_Batch] = []
@@ -189,7 +192,8 @@ class _PaddedBatches:
             rows = np.arange(batch.query_index.numel()).reshape(batch.query_index.shape)
             position[batch.query_index[batch.real].numpy()] = end + rows[batch.real.numpy()]
             end += rows.size
-        self.position = torch.from_numpy(position)
+            batch.move(device)
+        self.position = torch.from_numpy(position).to(device)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         outputs = [batch.attend(query, key, value, scale) for batch in self.batches]
@@ -212,6 +216,10 @@ class _Batch:
         if not np.array_equal(query_lengths, key_lengths):
             last_key = query_offsets + (key_lengths - query_lengths)[:, None]
             self.mask = torch.from_numpy(key_offsets <= last_key[:, :, None])[:, None]
+
+    def move(self, device: torch.device) -> None:
+        self.query_index, self.key_index = self.query_index.to(device), self.key_index.to(device)
+        self.mask = None if self.mask is None else self.mask.to(device)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """[blocks * padded length, H, D]"""

@@ -58,7 +58,7 @@ class Trainer:
         self._reference: dict[str, Tensor] | None = None
         if _needs_reference(config):
             hf.load(config.model.ref_load or config.model.hf_checkpoint, self.weights(), self.layout(), family)
-            self._reference = {name: weight.to("cpu", copy=True) for name, weight in self.weights().items()}
+            self._reference = {name: _on_host(weight) for name, weight in self.weights().items()}
         hf.load(config.model.hf_checkpoint, self.weights(), self.layout(), family)
         self._optimizer = build_optimizer(settings, self._chunks)
         self._schedule = build_schedule(config, settings, self._optimizer)
@@ -238,6 +238,11 @@ class Trainer:
         finally:
             for name, parameter in self._parameters.items():
                 parameter.data = own[name]
+
+
+def _on_host(weight: Tensor) -> Tensor:
+    """A copy that returns to its device at full speed."""
+    return torch.empty_like(weight, device="cpu", pin_memory=weight.is_cuda).copy_(weight)
 
 
 def _temperature(config: Config) -> float:

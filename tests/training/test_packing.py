@@ -105,7 +105,7 @@ def test_attention(lengths: list[int], cp_size: int) -> None:
         keys, values = (x[gathered] for x in (k, v))
         if blocks.key_index is not None:
             keys, values = keys[blocks.key_index], values[blocks.key_index]
-        actual = blocks.backend(q[mine[rank]], keys, values, 0.3)
+        actual = blocks.attend(q[mine[rank]], keys, values, 0.3)
         torch.testing.assert_close(actual.double(), expected[mine[rank]], rtol=1e-5, atol=1e-5)
         total = total + (actual * g[mine[rank]]).sum()
     for ours, theirs in zip(torch.autograd.grad(total, (q, k, v)), gradients):
