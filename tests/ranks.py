@@ -1,4 +1,5 @@
-"""Real gloo ranks for tests: processes that stay up, because importing Megatron and SGLang costs more than most tests.
+"""Real ranks for tests, on gloo, and on NCCL where there are GPUs: processes that stay up, because importing Megatron
+and SGLang costs more than most tests.
 
 ``ranks.run(world_size, function, *args)`` calls the module-level ``function(*args)`` on that many ranks with
 torch.distributed initialised, and returns the results by rank. An exception on any rank fails the test with that rank's
@@ -42,7 +43,10 @@ def _serve(rank: int, pipe: Connection) -> None:
             return
         try:
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_PORT=str(port))
-            dist.init_process_group("gloo", rank=rank, world_size=world_size)
+            if torch.cuda.is_available():
+                torch.cuda.set_device(rank)
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, rank=rank, world_size=world_size)
             try:
                 answer: tuple[bool, Any] = (True, function(*args))
                 dist.barrier()

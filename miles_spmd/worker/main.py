@@ -147,6 +147,10 @@ def join(config: Config, place: Place, controller: ControllerProcess | None) -> 
         world_size=place.world_size,
         timeout=timedelta(seconds=longest),
     )
+    if torch.cuda.is_available():
+        # NCCL meets in the first collective of a group, of which a refit is none: it sends from rank to rank
+        dist.all_reduce(torch.zeros(1, device="cuda"))
+        torch.cuda.synchronize()
     return credentials
 
 
