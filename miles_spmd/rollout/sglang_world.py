@@ -14,7 +14,7 @@ from sglang.srt.distributed import bootstrap, parallel_state
 from sglang.srt.managers import tp_worker
 
 _ONE_ENGINE = "if world_size != tensor_model_parallel_size * pipeline_model_parallel_size:"
-_WHOLE_ENGINES = _ONE_ENGINE.replace("!=", "%", 1).replace("% tensor", "% (tensor").replace("size:", "size):")
+_WHOLE_ENGINES = "if world_size % (tensor_model_parallel_size * pipeline_model_parallel_size):"
 
 
 def join(engine_size: int) -> None:
