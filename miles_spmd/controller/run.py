@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Self, cast
 
 import msgspec
 import numpy as np
@@ -106,7 +106,7 @@ class Run:
         if folder is None:
             return 0
         state = resume.read(folder)
-        self._call(LoadCheckpoint(str(folder / "trainer")), Phase.CHECKPOINT, state.step)
+        self.workers.call(LoadCheckpoint(str(folder / "trainer")), step=state.step, phase=Phase.CHECKPOINT)
         return state.step
 
     def save(self, step: int) -> None:
@@ -118,13 +118,13 @@ class Run:
         with self._timed("save"):
             folder = resume.step_folder(self.config.run_dir, step)
             folder.mkdir(parents=True, exist_ok=True)
-            self._call(SaveCheckpoint(str(folder / "trainer")), Phase.CHECKPOINT, step)
+            self.workers.call(SaveCheckpoint(str(folder / "trainer")), step=step, phase=Phase.CHECKPOINT)
             resume.complete(folder, resume.ControllerState(step, self.config.run.seed))
 
     def export(self) -> None:
         """Write the trainer's weights as a Hugging Face checkpoint into the run folder."""
         folder = self.config.checkpoint.export_dir or self.config.run_dir / "export"
-        self._call(ExportModel(str(folder)), Phase.CHECKPOINT, self.config.run.num_rollout)
+        self.workers.call(ExportModel(str(folder)), step=self.config.run.num_rollout, phase=Phase.CHECKPOINT)
 
     def finish(self) -> None:
         if self.config.checkpoint.export_final:
@@ -197,9 +197,8 @@ class Run:
         """One optimizer step on ``batch``. Raises TrainingDivergedError after too many skipped ones in a row."""
         with self._timed("train"):
             packing = self._pack(batch)
-            results: list[TrainResult] = self._call(
-                bodies(packing, batch, self.workers.infos, Train), Phase.TRAIN, step
-            )
+            body = bodies(packing, batch, self.workers.infos, Train)
+            results = cast(list[TrainResult], self.workers.call(body, step=step, phase=Phase.TRAIN))
         self._train_metrics.append(train_metrics(results, self.workers.infos))
         self._metrics.setdefault("train/tokens", 0.0)
         self._metrics["train/tokens"] += float(sum(len(s.tokens) for s in batch))
@@ -207,14 +206,14 @@ class Run:
             # the first optimizer step still has the weights that generated
             log_probs = in_sequence_order(packing, self.workers.infos, results, len(batch))
             self._metrics |= mismatch_metrics(batch, log_probs)
-        self._count_skipped(step, results[0].skipped)
+        self._count_skipped(step, next(r.skipped for r, i in zip(results, self.workers.infos) if i.reports))
 
     def refit(self, version: int) -> None:
         """Bring the trainer's weights into the engine as ``version``, unless it has them already."""
         if version == self._engine_version or (self.config.run.mode == "sft" and not self._eval_due(version)):
             return
         with self._timed("refit"):
-            results: list[RefitResult] = self._call(Refit(version), Phase.REFIT, version)
+            results = cast(list[RefitResult], self.workers.call(Refit(version), step=version, phase=Phase.REFIT))
         self._engine_version = version
         self._metrics["refit/bytes"] = float(sum(r.bytes_local + r.bytes_received for r in results))
         self._metrics["refit/checksum_mismatches"] = float(sum(r.checksum_mismatches for r in results))
@@ -292,7 +291,7 @@ class Run:
         with self._timed("log_probs"):
             packing = self._pack(sequences)
             body = bodies(packing, sequences, self.workers.infos, lambda m: ComputeLogProbs(m, model))
-            results: list[LogProbsResult] = self._call(body, Phase.LOG_PROBS, step)
+            results = cast(list[LogProbsResult], self.workers.call(body, step=step, phase=Phase.LOG_PROBS))
             return in_sequence_order(packing, self.workers.infos, results, len(sequences))
 
     def _pack(self, sequences: Sequence[TrainSequence]) -> Packing:
@@ -304,16 +303,6 @@ class Run:
             max_tokens=self._max_tokens,
             multiple=int(m["pipeline_model_parallel_size"]) if interleaved else 1,
         )
-
-    def _call(self, body: Any, phase: Phase, step: int) -> list[Any]:
-        d = self.config.deadlines
-        timeout = {
-            Phase.LOG_PROBS: d.train_timeout,
-            Phase.TRAIN: d.train_timeout,
-            Phase.REFIT: d.refit_timeout,
-            Phase.CHECKPOINT: d.checkpoint_timeout,
-        }[phase]
-        return self.workers.call(body, step=step, phase=phase, timeout=timeout)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -344,24 +344,29 @@ class Workers:
 
 
 class RolloutSession:
-    """The engines while a rollout is open. Request i of the session goes to engine i modulo their number, so where a
-    request runs depends on nothing but its place in the order of submission."""
+    """The engines while a rollout is open.
+
+    Engines take turns prompt by prompt: requests of one prompt, submitted one after another, go to one engine, which
+    reads the prompt once for all. Where a request runs depends on nothing but the order of submission.
+    """
 
     def __init__(self, workers: Workers, leaders: Sequence[int]) -> None:
         self._workers = workers
         self._leaders = leaders
-        self._submitted = 0
+        self._turns = itertools.cycle(leaders)
+        self._prompt: list[int] | None = None  # of the last request
+        self._turn = leaders[0]
         self._rank_of: dict[str, int] = {}  # unfinished requests
 
     def submit(self, requests: Sequence[Request]) -> None:
         batches: dict[int, list[Request]] = {}
         for request in requests:
-            rank = self._leaders[self._submitted % len(self._leaders)]
-            self._submitted += 1
             if request.rid in self._rank_of:
                 raise ValueError(f"request {request.rid!r} is already running")
-            self._rank_of[request.rid] = rank
-            batches.setdefault(rank, []).append(request)
+            if request.input_ids != self._prompt:
+                self._prompt, self._turn = request.input_ids, next(self._turns)
+            self._rank_of[request.rid] = self._turn
+            batches.setdefault(self._turn, []).append(request)
         for rank, batch in batches.items():
             self._workers.send(Submit(batch), [rank])
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -279,7 +280,7 @@ def test_waiting_costs_no_cpu(cluster: Make) -> None:
 
 
 def request(number: int) -> Request:
-    return Request(str(number), [1, 2, 3], SamplingParams(max_new_tokens=4))
+    return Request(str(number), [1, 2, number], SamplingParams(max_new_tokens=4))
 
 
 def output(rid: str, reason: FinishReason = FinishReason.STOP) -> Output:
@@ -324,6 +325,17 @@ def test_requests_go_round_the_engines_in_order_of_submission(cluster: Make) -> 
     assert submitted(c.ranks[2]) == ["1", "3"] * 2
     assert all(c.ranks[rank].received == [Generate()] * 2 for rank in (1, 3))
     assert workers.seconds[3] == {"work": 1.0}
+
+
+def test_one_engine_answers_all_of_a_prompt(cluster: Make) -> None:
+    c = cluster(2)
+    workers = c.add_all(SpokenEngine())
+    with workers.rollout(step=0) as session:
+        prompts = [msgspec.structs.replace(request(i), input_ids=[i // 2]) for i in range(6)]
+        session.submit(prompts)
+        list(session.completions())
+    assert submitted(c.ranks[0]) == ["0", "1", "4", "5"]
+    assert submitted(c.ranks[1]) == ["2", "3"]
 
 
 def test_later_turns_are_submitted_while_others_run(cluster: Make) -> None:
