@@ -269,7 +269,7 @@ class Workers:
                 self._ranks[rank].heard = time.monotonic()
                 self._take_from(rank, peer, message)
             case None:
-                self._take_loss(self._rank_of.get(peer))
+                self._take_loss(peer)
             case _:
                 who = self._name(self._rank_of[peer]) if peer in self._rank_of else "a member of the run"
                 what = message if isinstance(message, WireError) else f"sent a {type(message).__name__}"
@@ -306,9 +306,14 @@ class Workers:
             self._missing.remove(rank)
             self.seconds[rank] = hello.seconds
 
-    def _take_loss(self, rank: int | None) -> None:
-        stopped = self.phase is Phase.STOP and rank in self._call.replies
-        if rank is not None and not stopped:
+    def _take_loss(self, peer: Peer) -> None:
+        """A closed connection is a death, but for a rank that leaves as told. Its two connections are read by different
+        threads, so that of its watchdog may be seen to close before the reply on the other is heard."""
+        rank = self._rank_of.get(peer)
+        if rank is None:
+            return
+        leaves = rank in self._call.replies or peer != self._ranks[rank].peer
+        if self.phase is not Phase.STOP or not leaves:
             self._troubles.append(WorkerLostError(f"{self._name(rank)} died: {self._doing(rank)}", rank))
 
     # --- words -------------------------------------------------------------------------------------------------------

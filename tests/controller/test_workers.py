@@ -22,6 +22,7 @@ from miles_spmd.controller.workers import (
     WorkerStoppedError,
 )
 from miles_spmd.data.sample import FinishReason, TrainSequence
+from miles_spmd.messaging.dealer import Dealer
 from miles_spmd.messaging.router import Router
 from miles_spmd.messaging.wire import (
     AbortRequests,
@@ -230,6 +231,30 @@ def test_an_announced_stop_is_no_death(cluster: Make) -> None:
     workers = cluster(2).add_all(say_goodbye)
     with pytest.raises(WorkerStoppedError, match=r"^train, step 3: stopped by SIGTERM$"):
         workers.call(Train([]), step=3, phase=Phase.TRAIN)
+
+
+def test_a_watchdog_that_is_gone_before_the_last_reply_is_heard_is_no_death(cluster: Make) -> None:
+    def answer(spoken: SpokenRank, command: Command) -> Ok:
+        if isinstance(command.body, Stop):
+            beats.pop().close()
+        else:
+            beats.append(Dealer(spoken._credentials))
+            beats[0].send(Beat(spoken.rank, Phase.TRAIN, 0))
+        time.sleep(0.2)
+        return Ok()
+
+    beats: list[Dealer] = []
+    workers = cluster(1).add_all(answer)
+    workers.call(Refit(0), step=0, phase=Phase.REFIT)
+    workers.stop()
+
+
+def test_a_death_instead_of_the_last_reply_is_one(cluster: Make) -> None:
+    def answer(spoken: SpokenRank, command: Command) -> None:
+        spoken.gone.set()
+
+    with pytest.raises(WorkerLostError, match=r"rank 0 \(node-a, pid 1000\) died: stop"):
+        cluster(1).add_all(answer).stop()
 
 
 def test_a_death_explains_the_stop_of_others(cluster: Make) -> None:
