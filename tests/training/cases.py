@@ -54,13 +54,16 @@ def sequences(lengths: Iterable[int], seed: int = 0) -> list[TrainSequence]:
     return [one(length) for length in lengths]
 
 
-def share(batch: Sequence[TrainSequence], trainer: Trainer, micro_batches: int = 2) -> list[MicroBatch]:
-    """This data-parallel rank's sequences of ``batch``, dealt into micro-batches."""
+def share(batch: Sequence[TrainSequence], trainer: Trainer, micro_batches: int = 4) -> list[MicroBatch]:
+    """This data-parallel rank's sequences of ``batch``, dealt into micro-batches.
+
+    Four, because with two of them interleaved pipeline stages never have two messages under way.
+    """
     own = list(batch)[trainer.data_parallel_rank :: trainer.data_parallel_size]
     return [own[i::micro_batches] for i in range(micro_batches)]
 
 
-def unshare(batch: Sequence[TrainSequence], ranks: Sequence[Any], micro_batches: int = 2) -> list[np.ndarray]:
+def unshare(batch: Sequence[TrainSequence], ranks: Sequence[Any], micro_batches: int = 4) -> list[np.ndarray]:
     """Per-sequence arrays in the order of ``batch``, from the ranks that have them; these must agree."""
     ordered: dict[int, np.ndarray] = {}
     for rank in ranks:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from miles_spmd.algorithms.losses import SupervisedLoss
+from miles_spmd.algorithms.token_batch import TokenBatch
 from miles_spmd.config.schema import Config
 from miles_spmd.data.sample import MicroBatch, TrainSequence
 from miles_spmd.models import load_family
 from miles_spmd.training.trainer import Trainer
+from tests.models import tiny
 from tests.ranks import Ranks
 from tests.training.cases import (
     CP2,
@@ -114,7 +118,7 @@ def poisoned(kind: str) -> list[TrainSequence]:
         first.advantages[-1] = np.inf
     if kind == "loss is not a number":
         first.advantages[-1] = np.nan
-    if kind == "gradient overflows":
+    if kind == "mark":
         first.advantages[-1] = 1e38
     return [first, *BATCH[1:]]
 
@@ -159,25 +163,43 @@ def test_bad_step_is_skipped_everywhere(ranks: Ranks, layout: dict[str, Any], ki
 class ExplodingGradient(SupervisedLoss):
     """Adds a term of value 0, whose gradient is so large on marked tokens that its norm overflows fp32."""
 
-    def __call__(self, log_probs: Any, entropy: Any, tokens: Any) -> Any:
+    def __call__(self, log_probs: Tensor, entropy: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, sums = super().__call__(log_probs, entropy, tokens)
-        return loss + (log_probs - log_probs.detach()) * torch.where(tokens.advantages > 1e30, 1e38, 0.0), sums
+        return loss + (log_probs - log_probs.detach()) * torch.where(marked(tokens), 1e38, 0.0), sums
 
 
-def overflow_on_one_rank(run: Config) -> tuple[str, float, bool]:
-    trainer = Trainer(run, load_family(run.model.hf_checkpoint), ExplodingGradient())
+class ConstantInfinity(SupervisedLoss):
+    """Adds infinity on marked tokens, which has no gradient at all."""
+
+    def __call__(self, log_probs: Tensor, entropy: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, sums = super().__call__(log_probs, entropy, tokens)
+        return loss + torch.where(marked(tokens), torch.inf, 0.0), sums
+
+
+def marked(tokens: TokenBatch) -> Tensor:
+    return tokens.required("advantages") > 1e30
+
+
+def mark_on_one_rank(run: Config, loss: type[SupervisedLoss]) -> tuple[str, float, bool]:
+    trainer = Trainer(run, load_family(run.model.hf_checkpoint), loss())
     before = held(trainer).weights
-    batch = poisoned("gradient overflows") if trainer.data_parallel_rank == 0 else BATCH
-    result = trainer.train_step([batch])
+    result = trainer.train_step([poisoned("mark") if trainer.data_parallel_rank == 0 else BATCH])
     same = all(np.array_equal(value, before[name]) for name, value in held(trainer).weights.items())
     return result.skipped, result.sums["loss"], same
 
 
 def test_finite_loss_with_overflowing_gradient(ranks: Ranks) -> None:
-    for skipped, loss, same in ranks.run(2, overflow_on_one_rank, config("qwen3", ADAM, **RL)):
-        assert skipped == "non-finite gradient"
+    for skipped, loss, same in ranks.run(2, mark_on_one_rank, config("qwen3", ADAM, **RL), ExplodingGradient):
+        assert (skipped, same) == ("non-finite gradient", True)
         assert np.isfinite(loss)
-        assert same
+
+
+def test_infinite_loss_with_finite_gradient(ranks: Ranks) -> None:
+    bad, good = ranks.run(2, mark_on_one_rank, config("qwen3", ADAM, **RL), ConstantInfinity)
+    assert (bad[0], bad[2]) == ("non-finite loss", True)
+    assert (good[0], good[2]) == ("non-finite gradient", True)
+    assert not np.isfinite(bad[1])
+    assert np.isfinite(good[1])
 
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -207,6 +229,30 @@ def test_bf16_keeps_small_updates(ranks: Ranks, layout: dict[str, Any]) -> None:
     (first, *_, last) = ranks.run(1, losses, config("qwen3", {"lr": 1e-4}, **sft), BATCH, 30)[0]
     assert in_bf16[0] == pytest.approx(first, rel=2e-3)
     assert in_bf16[-1] - in_bf16[0] == pytest.approx(last - first, rel=0.1)
+
+
+def loaded_then_updated(run: Config, other: str) -> tuple[Held, Held]:
+    trainer = build(run)
+    trainer.train_step(share(BATCH, trainer))
+    trainer.load_hf(other)
+    loaded = held(trainer)
+    trainer.train_step(share(BATCH, trainer))
+    return loaded, held(trainer)
+
+
+@pytest.mark.parametrize("layout", [TP2, ZERO], ids=["TP2", "DP2+distributed"])
+def test_load_hf_replaces_the_fp32_copies_too(ranks: Ranks, tmp_path: Path, layout: dict[str, Any]) -> None:
+    model = tiny.build("qwen3", torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    model.save_pretrained(tmp_path)
+    run = config("qwen3", layout | {"lr": 1e-3}, model={"dtype": "bfloat16"}, **RL)
+    per_rank = ranks.run(2, loaded_then_updated, run, str(tmp_path))
+    loaded, updated = (whole_weights("qwen3", [rank[i] for rank in per_rank]) for i in (0, 1))
+    for name, parameter in model.state_dict().items():
+        np.testing.assert_array_equal(loaded[name], parameter.float().numpy())
+        np.testing.assert_allclose(updated[name], loaded[name], atol=0.02)  # an update is 1e-3, bf16 rounds to 1/128
 
 
 def reference_after_training(run: Config) -> tuple[list[np.ndarray] | None, ...]:
