@@ -8,9 +8,11 @@ traceback; a rank that does not answer in time fails it too, and both replace th
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -51,10 +53,21 @@ def _serve(rank: int, pipe: Connection) -> None:
                 answer: tuple[bool, Any] = (True, function(*args))
                 dist.barrier()
             finally:
-                dist.destroy_process_group()
+                _leave()
         except BaseException:
             answer = (False, traceback.format_exc())
         pipe.send(answer)
+
+
+def _leave() -> None:
+    """Give up all process groups with their threads, which outlive their destruction where something refers to them."""
+    import torch.distributed as dist
+
+    if "megatron.core.parallel_state" in sys.modules:
+        sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
+    dist.destroy_process_group()
+    gc.collect()
+    gc.freeze()  # what is left is the backends' own: not to be walked again by every collection
 
 
 class Ranks:
