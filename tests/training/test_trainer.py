@@ -231,6 +231,23 @@ def test_bf16_keeps_small_updates(ranks: Ranks, layout: dict[str, Any]) -> None:
     assert in_bf16[-1] - in_bf16[0] == pytest.approx(last - first, rel=0.1)
 
 
+def weights_after_update(run: Config, batch: list[TrainSequence]) -> Held:
+    trainer = build(run)
+    trainer.train_step(share(batch, trainer))
+    return held(trainer)
+
+
+def test_weights_are_complete_after_an_update(ranks: Ranks) -> None:
+    """Even where Megatron would gather them during the next forward pass: the engine reads them before."""
+    overlap = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+    late, plain = (
+        whole_weights("qwen3", ranks.run(2, weights_after_update, config("qwen3", ZERO | ADAM | more, **RL), BATCH))
+        for more in (overlap, {})
+    )
+    for name, value in plain.items():
+        np.testing.assert_array_equal(late[name], value)
+
+
 def loaded_then_updated(run: Config, other: str) -> tuple[Held, Held]:
     trainer = build(run)
     trainer.train_step(share(BATCH, trainer))
