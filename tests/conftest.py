@@ -8,7 +8,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from tests.ranks import Ranks  # noqa: E402
+from tests.ranks import Ranks
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,8 @@ from miles_spmd.controller.workers import Workers
 def run(config: Config, workers: Workers, task: str = "train") -> None:
     """Do ``task`` ("train", "eval" or "export") with connected workers. Raises what went wrong, as one clear error."""
     with Run(config, workers) as r:
+        if task != "export":
+            r.read_data(training=task == "train")
         first = r.load()
         if task == "train":
             train(r, first)

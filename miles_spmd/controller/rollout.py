@@ -23,10 +23,6 @@ from miles_spmd.rollout.engine import Output, Request, SamplingParams
 Group = list[Sample]
 
 
-class FilterError(RuntimeError):
-    """The filter dropped so many groups that a batch cannot be filled."""
-
-
 @dataclass(frozen=True)
 class Rollouts:
     """What generates and scores, and how: the same for every step."""

@@ -8,23 +8,19 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Self, cast
 
-import msgspec
 import numpy as np
 
 from miles_spmd.algorithms.rewards import GROUP_FILTERS
 from miles_spmd.config.schema import Config
 from miles_spmd.controller import resume
 from miles_spmd.controller.batch import optimizer_steps, set_loss_weights, to_sequences
-from miles_spmd.controller.evaluation import eval_metrics, eval_sampling, load_eval_sets
+from miles_spmd.controller.datasets import Datasets, max_tokens
+from miles_spmd.controller.evaluation import eval_metrics, eval_sampling
 from miles_spmd.controller.metrics import mismatch_metrics, rollout_metrics, train_metrics
 from miles_spmd.controller.packing import Packing, bodies, in_sequence_order, pack
-from miles_spmd.controller.rollout import FilterError, Rollouts
+from miles_spmd.controller.rollout import Rollouts
 from miles_spmd.controller.workers import Workers
-from miles_spmd.data.prompts import load_prompts
-from miles_spmd.data.sample import Prompt, Sample, TrainSequence
-from miles_spmd.data.seeds import derive_seed
-from miles_spmd.data.sft import SftExample, load_sft_examples
-from miles_spmd.data.source import PromptSource
+from miles_spmd.data.sample import Sample, TrainSequence
 from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.messaging.wire import (
     ComputeLogProbs,
@@ -38,14 +34,11 @@ from miles_spmd.messaging.wire import (
     Train,
     TrainResult,
 )
-from miles_spmd.models import load_family
 from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.rollout.engine import SamplingParams
 from miles_spmd.telemetry.progress import open_progress
 from miles_spmd.telemetry.trackers import open_trackers
 from miles_spmd.telemetry.transcripts import write_transcripts
-
-MAX_SPARE_WAVES = 8  # batches of prompts tried in place of groups that a filter drops, before a step is given up
 
 
 class TrainingDivergedError(RuntimeError):
@@ -59,19 +52,6 @@ class Run:
         self.config = config
         self.workers = workers
         self.tokenizer = Tokenizer(config.model.hf_checkpoint)
-        self._context = load_family(config.model.hf_checkpoint).max_sequence_length
-        self._eval_sets = load_eval_sets(config, self.tokenizer, self._context)
-        self._prompts: PromptSource[Prompt] | None = None
-        self._spare_prompts: PromptSource[Prompt] | None = None
-        self._examples: PromptSource[SftExample] | None = None
-        if config.run.mode == "rl":
-            room = self._context - config.rollout.rollout_max_response_len
-            prompts = load_prompts(config.data, self.tokenizer, room=room)
-            self._prompts = PromptSource(prompts, config.run.seed, config.data.rollout_shuffle)
-            self._spare_prompts = PromptSource(prompts, derive_seed("spare", config.run.seed))
-        else:
-            examples = load_sft_examples(config.data, self.tokenizer, max_len=min(self._max_tokens, self._context))
-            self._examples = PromptSource(examples, config.run.seed, config.data.rollout_shuffle)
         name = config.algorithm.dynamic_sampling_filter
         self._filter = None if name is None else GROUP_FILTERS.resolve(name)
         self._metrics: dict[str, float] = {}
@@ -95,6 +75,10 @@ class Run:
         self._open.__exit__(kind, error, trace)
 
     # --- beginning and end ---------------------------------------------------------------------------------------
+
+    def read_data(self, *, training: bool) -> None:
+        """Read the evaluation sets, and the training data if ``training``. Raises DataError."""
+        self._data = Datasets(self.config, self.tokenizer, training=training)
 
     def load(self) -> int:
         """Wait for the workers, load the checkpoint that the configuration asks for; return the first step to do."""
@@ -134,7 +118,6 @@ class Run:
 
     def rollout(self, step: int) -> list[list[Sample]]:
         """Answers to this step's prompts, scored: groups in submission order."""
-        assert self._prompts is not None
         r = self.config.rollout
         sampling = SamplingParams(
             max_new_tokens=r.rollout_max_response_len,
@@ -147,7 +130,7 @@ class Run:
         with self._timed("rollout"):
             groups, dropped = self._rollouts.generate_until(
                 r.rollout_batch_size,
-                self._waves(step).__next__,
+                self._data.waves(step).__next__,
                 sampling,
                 samples_per_prompt=r.n_samples_per_prompt,
                 step=step,
@@ -186,10 +169,7 @@ class Run:
 
     def examples(self, step: int) -> list[TrainSequence]:
         """This step's supervised examples, weighted to the mean over their tokens."""
-        assert self._examples is not None
-        size = self.config.train.global_batch_size or self.config.rollout.rollout_batch_size
-        drawn = self._examples.draw(step, size)
-        batch = [TrainSequence(example.tokens, example.loss_mask) for example in drawn]
+        batch = [TrainSequence(example.tokens, example.loss_mask) for example in self._data.examples(step)]
         set_loss_weights(batch, "token_mean", max_response_len=0)
         return batch
 
@@ -231,7 +211,7 @@ class Run:
                     samples_per_prompt=self.config.eval.n_samples_per_eval_prompt,
                     step=0,  # the same seeds in every evaluation
                 )
-                for name, prompts in self._eval_sets.items()
+                for name, prompts in self._data.eval_sets.items()
             }
         self._metrics |= eval_metrics(sets)
         write_transcripts(self.config, step, sets)
@@ -252,32 +232,10 @@ class Run:
 
     # --- inside --------------------------------------------------------------------------------------------------
 
-    @property
-    def _max_tokens(self) -> int:
-        """Tokens that one micro-batch may hold over the ranks that share its sequences."""
-        return self.config.train.max_tokens_per_gpu * int(self.config.megatron.get("context_parallel_size", 1))
-
-    def _waves(self, step: int) -> Iterator[list[Prompt]]:
-        """This step's prompts, then more where the filter dropped groups: a second sequence of prompts, read at a place
-        that belongs to this step, so that what other steps needed does not move it. Raises FilterError at its end."""
-        assert self._prompts is not None
-        assert self._spare_prompts is not None
-        size = self.config.rollout.rollout_batch_size
-        yield self._prompts.draw(step, size)
-        for wave in range(MAX_SPARE_WAVES):
-            spare = self._spare_prompts.draw(step * MAX_SPARE_WAVES + wave, size)
-            # seeds are made of uids: a prompt that was asked before gets other answers
-            yield [msgspec.structs.replace(prompt, uid=f"{prompt.uid}+{wave + 1}") for prompt in spare]
-        raise FilterError(
-            f"step {step}: algorithm.dynamic_sampling_filter kept fewer than {size} of "
-            f"{(1 + MAX_SPARE_WAVES) * size} groups; the task is too easy or too hard for this policy, or the reward "
-            "does not tell its answers apart"
-        )
-
     def _eval_due(self, step: int) -> bool:
         interval = self.config.eval.eval_interval
         ends = step == self.config.run.num_rollout or self._evaluated < 0
-        return bool(self._eval_sets and interval) and (ends or step % interval == 0)
+        return bool(self._data.eval_sets and interval) and (ends or step % interval == 0)
 
     def _count_skipped(self, step: int, skipped: str) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
@@ -300,7 +258,7 @@ class Run:
         return pack(
             [len(s.tokens) for s in sequences],
             data_parallel_size=self.workers.infos[0].data_parallel_size,
-            max_tokens=self._max_tokens,
+            max_tokens=max_tokens(self.config),
             multiple=int(m["pipeline_model_parallel_size"]) if interleaved else 1,
         )
 
