@@ -9,7 +9,8 @@ import xxhash
 
 from miles_spmd.refit.transport import Bucket
 
-CHUNK_WORDS = 1 << 20  # bounds the temporary of products to 8 MiB
+CHUNK_WORDS = 1 << 20
+CHUNKS_AT_ONCE = 16  # bounds the temporary of products to 128 MiB; a GPU's time goes to their number, not their size
 CHUNK_FACTOR = 0x1E3779B97F4A7C15  # odd, no pattern in its bits
 MAX_NAMES = 8  # tensors spelled out per damaged bucket
 
@@ -65,13 +66,23 @@ def weighted_sum(buffer: torch.Tensor) -> torch.Tensor:
     that is smaller than 2^64 and not zero. Products modulo 2^32 would not do, because the low bits of weights such as
     1.0 are zero.
     """
-    odd = _odd_numbers(buffer.device)
-    total = torch.zeros((), dtype=torch.int64, device=buffer.device)
-    for chunk in buffer.view(torch.int32).split(CHUNK_WORDS):
-        total = total * CHUNK_FACTOR + (chunk * odd[: chunk.numel()]).sum()
-    return total
+    odd, words = _odd_numbers(buffer.device), buffer.view(torch.int32)
+    count = words.numel() // CHUNK_WORDS
+    whole, rest = words[: count * CHUNK_WORDS].view(count, CHUNK_WORDS), words[count * CHUNK_WORDS :]
+    sums = [(chunks * odd).sum(1) for chunks in whole.split(CHUNKS_AT_ONCE)]
+    if rest.numel():
+        sums.append((rest * odd[: rest.numel()]).sum()[None])
+    total = torch.cat(sums)
+    return (total * _powers(total.numel(), buffer.device)).sum()
 
 
 @cache
 def _odd_numbers(device: torch.device) -> torch.Tensor:
     return torch.arange(CHUNK_WORDS, dtype=torch.int64, device=device) * 2 + 1
+
+
+@cache
+def _powers(count: int, device: torch.device) -> torch.Tensor:
+    """Of CHUNK_FACTOR, from ``count - 1`` down to 0, modulo 2^64."""
+    powers = [pow(CHUNK_FACTOR, exponent, 1 << 64) for exponent in reversed(range(count))]
+    return torch.tensor([power - (power >> 63 << 64) for power in powers], dtype=torch.int64, device=device)
