@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+MANY_THREADS = 40  # a Megatron rank's groups have sixty
+
 _context = multiprocessing.get_context("spawn")
 
 
@@ -49,12 +51,10 @@ def _serve(rank: int, pipe: Connection) -> None:
                 torch.cuda.set_device(rank)
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, rank=rank, world_size=world_size)
-            try:
-                answer: tuple[bool, Any] = (True, function(*args))
-                dist.barrier()
-            finally:
-                _leave()
-        except BaseException:
+            answer: tuple[bool, Any] = (True, function(*args))
+            dist.barrier()
+            _leave()
+        except BaseException:  # the processes will be replaced: leaving could wait for ranks that wait for this one
             answer = (False, traceback.format_exc())
         pipe.send(answer)
 
@@ -66,8 +66,10 @@ def _leave() -> None:
     if "megatron.core.parallel_state" in sys.modules:
         sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
     dist.destroy_process_group()
+    if len(os.listdir("/proc/self/task")) > MANY_THREADS:
+        gc.unfreeze()  # among what was left last time may be what has become garbage since
     gc.collect()
-    gc.freeze()  # what is left is the backends' own: not to be walked again by every collection
+    gc.freeze()  # what is left is mostly the backends' own: not to be walked again by every collection
 
 
 class Ranks:

@@ -16,7 +16,7 @@ from tests.models import tiny
 from tests.ranks import Ranks
 
 
-def refit_and_compare(folder: Path, megatron: dict[str, Any], engine_tp: int, dtype: str) -> None:
+def refit_and_compare(folder: Path, megatron: dict[str, Any], server_args: dict[str, Any], dtype: str) -> None:
     from miles_spmd.algorithms.losses import make_loss
     from miles_spmd.rollout.sglang_engine import SglangEngine
     from miles_spmd.training.trainer import Trainer
@@ -24,7 +24,7 @@ def refit_and_compare(folder: Path, megatron: dict[str, Any], engine_tp: int, dt
     table = {"model": {"hf_checkpoint": folder, "dtype": dtype}, "data": {"prompt_data": "none"}, "megatron": megatron}
     config = Config.model_validate(table)
     trainer = Trainer(config, load_family(folder), make_loss("rl", config.algorithm))
-    engine = SglangEngine(folder, dtype=dtype, server_args={"tp_size": engine_tp})
+    engine = SglangEngine(folder, dtype=dtype, server_args=server_args)
     try:
         refit = Refit(trainer.weights(), trainer.layout(), engine.weights(), engine.layout(), bucket_bytes=10_000)
         state = load_file(folder / "model.safetensors")
@@ -67,4 +67,4 @@ def test_any_trainer_layout_to_any_engine(
     ranks: Ranks, world: int, name: str, megatron: dict[str, Any], engine_tp: int
 ) -> None:
     dtype = "bfloat16" if "moe" in name or name == "qwen2" else "float32"
-    ranks.run(world, refit_and_compare, tiny.checkpoint(name), megatron, engine_tp, dtype)
+    ranks.run(world, refit_and_compare, tiny.checkpoint(name), megatron, {"tp_size": engine_tp}, dtype)

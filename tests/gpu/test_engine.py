@@ -1,0 +1,69 @@
+"""SGLang on a GPU in fp32, by the checks that every engine has to pass, and the noise it draws with."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from pathlib import Path
+
+import torch
+
+from tests.gpu.machine import ENGINE, needs
+from tests.ranks import Ranks
+from tests.rollout import conformance
+
+# Not among them: batch mates change a log-prob's last bits on a GPU (seeds), memory is not the CPU's (memory).
+CHECKS = (
+    conformance.log_probs,
+    conformance.truncation,
+    conformance.stopping,
+    conformance.end_of_sequence,
+    conformance.refusals,
+    conformance.aborting,
+    conformance.refitting,
+    conformance.versions,
+    conformance.not_finite,
+)
+
+
+def failed_checks(folders: list[Path]) -> str:
+    failures = ""
+    with conformance.engine_of("sglang", folders[0], **ENGINE) as engine:
+        for check in CHECKS:
+            conformance.refit(engine, folders[0], 0)
+            try:
+                check(engine, folders)
+            except Exception:
+                failures += f"{check.__name__}: {traceback.format_exc()}\n"
+    return failures
+
+
+@needs(1)
+def test_engine(ranks: Ranks, folders: list[Path]) -> None:
+    (failures,) = ranks.run(1, failed_checks, folders)
+    assert not failures, failures
+
+
+def noise() -> None:
+    from miles_spmd.rollout.sglang_sampler import draw, gumbel_noise
+
+    n = 200_000
+    probs = torch.tensor([0.5, 0.0, 0.25, 0.125, 0.1, 0.0249, 0.0001], device="cuda")
+    log_probs = probs.log().expand(n, -1)
+    same, counting = torch.full((n,), 123, device="cuda"), torch.arange(n, device="cuda")
+    for seeds, positions in [(same, counting), (counting, same), (counting << 40, same)]:
+        counts = torch.bincount(draw(log_probs, seeds, positions), minlength=len(probs))
+        assert counts[1] == 0
+        error = (counts / n - probs).abs()
+        assert (error <= 4.5 * (probs * (1 - probs) / n).sqrt()).all()
+
+    # every 32-bit hash comes eight times on average, the largest too
+    rows, categories = 2**10, 2**17
+    for block in range(2**35 // (rows * categories)):
+        seeds = torch.arange(block * rows, (block + 1) * rows, device="cuda")
+        assert gumbel_noise(seeds, torch.zeros_like(seeds), categories).abs().max() < math.log(2**33) + 1
+
+
+@needs(1)
+def test_noise_is_finite_and_gumbel(ranks: Ranks) -> None:
+    ranks.run(1, noise)

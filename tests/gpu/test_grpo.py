@@ -1,0 +1,115 @@
+"""The quickstart's recipes on GPUs, through the command line: it learns, and engine and trainer agree meanwhile."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from miles_spmd.quickstart.__main__ import GRPO, SFT
+from miles_spmd.quickstart.assets import build_assets
+from miles_spmd.telemetry.metrics import phase_times
+from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
+from tests.gpu import machine
+
+STEPS = 30
+TP2 = ["megatron.tensor_model_parallel_size=2"]
+BOTH_TP2 = [*TP2, "megatron.sequence_parallel=true", "sglang.tp_size=2"]
+# Largest |engine - trainer| log-prob of a run: two fp32 programs; bf16, where one rounding of a logit of 16 is 0.06.
+LIMIT = {"float32": 1e-4, "bfloat16": 0.5}
+
+
+def train(recipe: Path, folder: Path, name: str, ranks: int, *overrides: str) -> dict[int, dict[str, float]]:
+    """The metrics of a run in ``folder``/``name``."""
+    command = [sys.executable, "-m", "miles_spmd", "train", str(recipe), f"--nproc-per-node={ranks}"]
+    settings = [f"run.output_dir={folder}", f"run.name={name}", "telemetry.progress=plain", *overrides]
+    done = subprocess.run([*command, *settings], capture_output=True, text=True, timeout=240, check=False)
+    logs = "".join(f"{log.name}:\n{log.read_text()[-3000:]}\n" for log in (folder / name / "logs").glob("*.log"))
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}\n{logs}"
+    return read_metrics(folder / name / METRICS_FILE)
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the quickstart's data in ``assets`` and its warmed-up model in ``sft/export``."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    build_assets(folder / "assets")
+    model, data = f"model.hf_checkpoint={folder}/assets/model", f"data.prompt_data={folder}/assets/sft.jsonl"
+    train(SFT, folder, "sft", 1, model, data)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("ranks", "dtype", "layout"),
+    [
+        pytest.param(1, "bfloat16", [], marks=machine.needs(1)),
+        pytest.param(1, "float32", [], marks=machine.needs(1)),
+        pytest.param(2, "bfloat16", BOTH_TP2, marks=machine.needs(2)),
+        pytest.param(2, "float32", TP2, marks=machine.needs(2)),
+        pytest.param(2, "float32", ["megatron.use_distributed_optimizer=true"], marks=machine.needs(2)),
+        pytest.param(2, "bfloat16", ["megatron.context_parallel_size=2"], marks=machine.needs(2)),
+        pytest.param(2, "float32", ["megatron.pipeline_model_parallel_size=2"], marks=machine.needs(2)),
+    ],
+)
+def test_grpo_learns(warm: Path, ranks: int, dtype: str, layout: list[str]) -> None:
+    name = "-".join(["grpo", str(ranks), dtype, *(word.partition(".")[2].replace("=", "") for word in layout)])
+    metrics = grpo(warm, name, ranks, STEPS, f"model.dtype={dtype}", *layout)
+    rewards, scores = series(metrics, "rollout/raw_reward"), series(metrics, "eval/heldout")
+    largest, mean = (series(metrics, f"train/train_rollout_logprob_abs_diff{kind}") for kind in ("_max", ""))
+    times: list[dict[str, Any]] = [phase_times(m) for step, m in metrics.items() if step > 5]
+    machine.measured(
+        f"GRPO of the quickstart, {name}",
+        {
+            "reward, first 5 steps": statistics.mean(rewards[:5]),
+            "reward, last 5 steps": statistics.mean(rewards[-5:]),
+            "held out, before": scores[0],
+            "held out, after": scores[-1],
+            "largest |engine - trainer| log-prob": max(largest),
+            "mean |engine - trainer| log-prob": statistics.mean(mean),
+            "start, s": metrics[0]["perf/start_time"],
+            "step, s": statistics.median(series(metrics, "perf/step_time")[5:]),
+        }
+        | {f"{phase}, s": statistics.median(t[phase] for t in times) for phase in ("rollout", "train", "refit")},
+    )
+    assert len(rewards) == STEPS
+    assert statistics.mean(rewards[-5:]) > statistics.mean(rewards[:5]) + 0.2
+    assert scores[-1] > scores[0] + 0.3
+    assert 0 < max(largest) < LIMIT[dtype]
+    assert set(series(metrics, "refit/checksum_mismatches")) == {0.0}
+    assert (warm / name / "export" / "model.safetensors").is_file()
+
+
+@machine.needs(1)
+def test_resumes_where_it_was(warm: Path) -> None:
+    stopped = grpo(warm, "resumed", 1, 2, "model.dtype=float32")
+    resumed = grpo(warm, "resumed", 1, 4, "model.dtype=float32", "checkpoint.resume=true")
+    assert list(resumed) == [0, 1, 2, 3, 4]
+    assert resumed[2]["eval/heldout"] == stopped[2]["eval/heldout"]  # of the resumed run: the later line wins
+    assert resumed[2]["time"] > stopped[2]["time"]
+    assert max(series(resumed, "train/train_rollout_logprob_abs_diff_max")) < LIMIT["float32"]
+
+
+def grpo(warm: Path, name: str, ranks: int, steps: int, *overrides: str) -> dict[int, dict[str, float]]:
+    """Train on the quickstart's prompts from its warmed-up model; evaluate and save at the end."""
+    return train(
+        GRPO,
+        warm,
+        name,
+        ranks,
+        f"model.hf_checkpoint={warm}/sft/export",
+        f"data.prompt_data={warm}/assets/train.jsonl",
+        f'eval.eval_prompt_data={{ heldout = "{warm}/assets/heldout.jsonl" }}',
+        f"run.num_rollout={steps}",
+        f"eval.eval_interval={steps}",
+        f"checkpoint.save_interval={steps}",
+        *(f"sglang.{key}={value}" for key, value in machine.ENGINE.items()),
+        *overrides,
+    )
+
+
+def series(metrics: dict[int, dict[str, float]], name: str) -> list[float]:
+    return [values[name] for values in metrics.values() if name in values]

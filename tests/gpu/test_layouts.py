@@ -1,0 +1,36 @@
+"""A refit between layouts on GPUs, through NCCL: bit for bit what SGLang's own loader makes of the checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.gpu.machine import ENGINE, needs
+from tests.models import tiny
+from tests.ranks import Ranks
+from tests.refit.test_trainer_to_engine import EP, PP, TP, refit_and_compare
+
+
+@pytest.mark.parametrize(
+    ("world", "name", "megatron", "engine_tp", "dtype"),
+    [
+        pytest.param(1, "qwen3-tied", {}, 1, "bfloat16", marks=needs(1)),
+        pytest.param(2, "qwen3", {TP: 2, "sequence_parallel": True}, 2, "bfloat16", marks=needs(2)),
+        pytest.param(2, "qwen3-tied", {TP: 2}, 1, "float32", marks=needs(2)),
+        pytest.param(2, "qwen3", {"use_distributed_optimizer": True}, 2, "bfloat16", marks=needs(2)),
+        pytest.param(2, "qwen3-tied", {PP: 2}, 2, "float32", marks=needs(2)),
+    ],
+)
+def test_refit(ranks: Ranks, world: int, name: str, megatron: dict[str, Any], engine_tp: int, dtype: str) -> None:
+    server_args = ENGINE | {"tp_size": engine_tp, "cuda_graph_bs_decode": [1]}
+    ranks.run(world, refit_and_compare, tiny.checkpoint(name), megatron, server_args, dtype)
+
+
+@needs(2)
+def test_refit_of_experts(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, changes = tiny.CONFIGS["qwen3_moe"]  # smaller heads and experts than SGLang's kernels take
+    larger = (kind, changes | {"head_dim": 64, "moe_intermediate_size": 64})
+    monkeypatch.setitem(tiny.CONFIGS, "qwen3_moe-larger", larger)
+    server_args = ENGINE | {"cuda_graph_bs_decode": [1]}
+    ranks.run(2, refit_and_compare, tiny.checkpoint("qwen3_moe-larger"), {EP: 2}, server_args, "bfloat16")
