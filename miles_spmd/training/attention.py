@@ -48,6 +48,7 @@ class PackedSequences(PackedSeqParams):
     """Megatron's packing parameters, plus what is worth computing once per micro-batch instead of once per layer."""
 
     blocks: Blocks = None  # type: ignore[assignment]  # fields before it have defaults
+    scored: Tensor = None  # type: ignore[assignment]  # int64 [S], positions of this rank's stream whose logits matter
     cos: Tensor | None = None  # fp32 [T, 1, D]
     sin: Tensor | None = None
 

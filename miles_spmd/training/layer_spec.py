@@ -17,7 +17,7 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
-from miles_spmd.training.attention import PackedAttention
+from miles_spmd.training.attention import PackedAttention, PackedSequences
 
 if not hasattr(moe_utils, "te_general_gemm"):
     # megatron-core 0.16.1 reads it in every router, but defines it with Transformer Engine only
@@ -65,33 +65,44 @@ class _RMSNormOnCpu(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """The layers of one pipeline chunk."""
+class LastLayer(TransformerLayer):
+    """Behind the last attention nothing mixes tokens: what is not scored needs no MLP there. Under sequence
+    parallelism the stream is split by position, and the selection waits until it is gathered."""
+
+    def _forward_attention(self, *args: Any, packed_seq_params: PackedSequences, **kwargs: Any) -> tuple[Tensor, Any]:
+        hidden, context = super()._forward_attention(*args, packed_seq_params=packed_seq_params, **kwargs)
+        return hidden.index_select(0, packed_seq_params.scored), context
+
+
+def block_spec(config: TransformerConfig, vp_stage: int | None, last: bool) -> TransformerBlockSubmodules:
+    """The layers of one pipeline chunk; ``last``: the chunk at the end of the model."""
+    layers: list[type[TransformerLayer]] = [TransformerLayer] * get_num_layers_to_build(config, vp_stage)
+    if last and layers and not config.sequence_parallel:
+        layers[-1] = LastLayer
+    submodules = _layer_submodules(config)
+    return TransformerBlockSubmodules([ModuleSpec(layer, submodules=submodules) for layer in layers], RMSNorm)
+
+
+def _layer_submodules(config: TransformerConfig) -> TransformerLayerSubmodules:
     local = LocalSpecProvider()
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=local.column_parallel_linear(),
-                    core_attention=PackedAttention,
-                    linear_proj=local.row_parallel_linear(),
-                    q_layernorm=qk_norm,
-                    k_layernorm=qk_norm,
-                ),
+    return TransformerLayerSubmodules(
+        input_layernorm=RMSNorm,
+        self_attention=ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=local.column_parallel_linear(),
+                core_attention=PackedAttention,
+                linear_proj=local.row_parallel_linear(),
+                q_layernorm=qk_norm,
+                k_layernorm=qk_norm,
             ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=get_mlp_module_spec_for_backend(
-                local, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
-            ),
-            mlp_bda=get_bias_dropout_add,
         ),
-    )
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=RMSNorm,
+        mlp=get_mlp_module_spec_for_backend(
+            local, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
+        ),
+        mlp_bda=get_bias_dropout_add,
     )

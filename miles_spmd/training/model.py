@@ -12,7 +12,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from miles_spmd.models import Family
-from miles_spmd.training.layer_spec import block_spec
+from miles_spmd.training.layer_spec import LastLayer, block_spec
 from miles_spmd.training.log_probs import log_probs_and_entropy
 from miles_spmd.training.packing import PackedBatch
 from miles_spmd.training.parallel import Coordinates, device
@@ -25,6 +25,7 @@ class PolicyModel(GPTModel):
     def __init__(self, *args: Any, real_vocab_size: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
+        self.last_layer_selects = any(isinstance(layer, LastLayer) for layer in self.decoder.layers)
         if self.post_process:
             # the head runs on selected positions of the gathered stream, see _score
             self.output_layer.sequence_parallel = False
@@ -51,7 +52,8 @@ class PolicyModel(GPTModel):
         """The vocabulary-sized work, on scored positions only."""
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-        hidden = hidden.index_select(0, batch.scored)
+        if not self.last_layer_selects:
+            hidden = hidden.index_select(0, batch.sequences.scored)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits = self.output_layer(hidden, weight=weight)[0].squeeze(1)
         first_id = parallel_state.get_tensor_model_parallel_rank() * logits.shape[1]
@@ -75,11 +77,12 @@ def build_chunks(settings: Settings, family: Family, where: Coordinates) -> list
     chunks = []
     for stage in range(virtual_stages or 1):
         vp_stage = stage if virtual_stages else None
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         model: torch.nn.Module = PolicyModel(
             config=config,
-            transformer_layer_spec=block_spec(config, vp_stage),
+            transformer_layer_spec=block_spec(config, vp_stage, last),
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=last,
             vp_stage=vp_stage,
             real_vocab_size=family.vocab_size,
             **family.gpt_model(tp_size=where.tp_size),

@@ -28,13 +28,12 @@ _OPTIONAL_FIELDS = ("advantages", "rollout_log_probs", "old_log_probs", "ref_log
 class PackedBatch:
     """This rank's part of one micro-batch. T tokens of its stream, S of them scored, on the rank's device.
 
-    ``scored`` names at least one position, so that every rank has logits to run; a stand-in has weight 0.
+    At least one position is scored, so that every rank has logits to run; a stand-in has weight 0.
     """
 
     tokens: Tensor  # int64 [1, T]
     positions: Tensor  # int64 [T], of each token within its sequence
     sequences: PackedSequences
-    scored: Tensor  # int64 [S], into the whole stream of the tensor-parallel group
     targets: Tensor  # int64 [S], the token that each scored position predicts
     batch: TokenBatch  # [S]
     sources: np.ndarray  # int64 [S], where each scored token lies among all tokens of the micro-batch; -1: nowhere
@@ -54,6 +53,8 @@ def pack(micro_batch: MicroBatch, where: Coordinates, device: torch.device, leng
     Sequences are padded at their end to what zigzag needs; what ``length`` leaves over becomes sequences of padding,
     because attention wants every token to be in one. Raises ValueError for an array that does not fit its sequence.
     """
+    if not micro_batch:
+        raise ValueError("a micro-batch has no sequence; send one without loss weights")
     for index, sequence in enumerate(micro_batch):
         _check(index, sequence)
     lengths = np.asarray([len(sequence.tokens) for sequence in micro_batch])
@@ -99,8 +100,8 @@ def pack(micro_batch: MicroBatch, where: Coordinates, device: torch.device, leng
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             blocks=make_blocks(whole, where.cp_rank, where.cp_size, device),
+            scored=tensor(scored),
         ),
-        scored=tensor(scored),
         targets=tensor(flat_tokens[sources].astype(np.int64)),
         batch=TokenBatch(
             loss_weights=per_token("loss_weights"),  # type: ignore[arg-type]

@@ -116,11 +116,11 @@ def one_step(run: Config, batch: list[TrainSequence]) -> Step:
     return Step(log_probs, *where, sums, result.grad_norm, before, held(trainer))
 
 
-def losses(run: Config, batch: list[TrainSequence], steps: int) -> list[float]:
+def losses(run: Config, batch: list[TrainSequence], steps: int, micro_batches: int) -> list[float]:
     """The loss of each of ``steps`` updates on the same batch, over all ranks."""
     trainer = build(run)
-    micro_batches = share(batch, trainer)
-    return [global_loss(trainer, trainer.train_step(micro_batches).sums) for _ in range(steps)]
+    own = share(batch, trainer, micro_batches)
+    return [global_loss(trainer, trainer.train_step(own).sums) for _ in range(steps)]
 
 
 def global_loss(trainer: Trainer, sums: dict[str, float]) -> float:

@@ -52,7 +52,7 @@ def history(run: Config, folder: str, steps: int, load: bool, save: bool) -> lis
     trainer = build(run)
     if load:
         trainer.load(folder)
-    micro_batches = share(BATCH, trainer)
+    micro_batches = share(BATCH, trainer, 2)
     results = [trainer.train_step(micro_batches) for _ in range(steps)]
     if save:
         trainer.save(folder)

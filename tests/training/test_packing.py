@@ -42,13 +42,13 @@ def test_every_trained_token_is_scored_once(lengths: list[int], cp_size: int, tp
     seen = np.zeros(len(within), int)
     for part in parts:
         assert part.tokens.shape == (1, length // cp_size)
-        assert len(part.scored) == len(part.sources) >= 1
+        assert len(part.sequences.scored) == len(part.sources) >= 1
         for s, source in enumerate(part.sources):
             if source < 0:
                 assert part.batch.loss_weights[s] == 0
                 continue
             seen[source] += 1
-            position = part.scored[s]
+            position = part.sequences.scored[s]
             assert part.positions[position] == within[source] - 1
             assert part.tokens[0, position] == flat["tokens"][source - 1]
             assert part.targets[s] == flat["tokens"][source]
@@ -68,6 +68,8 @@ def test_arrays_must_fit_their_sequence() -> None:
     bad = msgspec.structs.replace(good, advantages=good.advantages[:3])
     with pytest.raises(ValueError, match=r"sequence 1 of the micro-batch: advantages has shape \(3,\)"):
         pack([good, bad], ALONE, CPU, 8)
+    with pytest.raises(ValueError, match="a micro-batch has no sequence"):
+        pack([], ALONE, CPU, 8)
     empty = msgspec.structs.replace(good, tokens=good.tokens[:0])
     with pytest.raises(ValueError, match="sequence 0 of the micro-batch has no tokens"):
         pack([empty], ALONE, CPU, 8)

@@ -217,7 +217,7 @@ def test_recomputation_is_exact(ranks: Ranks, recompute: dict[str, Any]) -> None
 def bf16_run(run: Config, steps: int) -> list[float]:
     trainer = build(run)
     assert {w.dtype for w in trainer.weights().values()} == {torch.bfloat16}
-    return [trainer.train_step(share(BATCH, trainer)).sums["loss"] for _ in range(steps)]
+    return [trainer.train_step(share(BATCH, trainer, 2)).sums["loss"] for _ in range(steps)]
 
 
 @pytest.mark.parametrize("layout", [{}, ZERO, TP2 | SP], ids=["DP2", "DP2+distributed", "TP2+SP"])
@@ -226,7 +226,7 @@ def test_bf16_keeps_small_updates(ranks: Ranks, layout: dict[str, Any]) -> None:
     sft = {"run": {"mode": "sft", "num_rollout": 30}}
     run = config("qwen3", layout | {"lr": 1e-4}, model={"dtype": "bfloat16"}, **sft)
     in_bf16 = np.sum(ranks.run(2, bf16_run, run, 30), 0) / (1 if "tensor_model_parallel_size" not in layout else 2)
-    (first, *_, last) = ranks.run(1, losses, config("qwen3", {"lr": 1e-4}, **sft), BATCH, 30)[0]
+    (first, *_, last) = ranks.run(1, losses, config("qwen3", {"lr": 1e-4}, **sft), BATCH, 30, 2)[0]
     assert in_bf16[0] == pytest.approx(first, rel=2e-3)
     assert in_bf16[-1] - in_bf16[0] == pytest.approx(last - first, rel=0.1)
 
