@@ -39,6 +39,8 @@ def build_server_args(model_path: str, dtype: str, context_length: int, table: d
     defaults: dict[str, Any] = {"grammar_backend": "none"}
     if on_gpu:
         defaults |= {"disable_prefill_cuda_graph": True}  # capturing them takes a minute, and prefills are few
+        if dtype == "float32":
+            defaults["attention_backend"] = "triton"  # SGLang's own choice would take 16-bit numbers only
     else:
         fixed |= {"attention_backend": "torch_native", "disable_cuda_graph": True, "page_size": 1}
         defaults |= {"max_running_requests": 64, "chunked_prefill_size": -1, "mem_fraction_static": 0.5}
