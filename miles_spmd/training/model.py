@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from miles_spmd.models import Family
 from miles_spmd.training.layer_spec import LastLayer, block_spec
@@ -17,6 +19,10 @@ from miles_spmd.training.log_probs import log_probs_and_entropy
 from miles_spmd.training.packing import PackedBatch
 from miles_spmd.training.parallel import Coordinates, device
 from miles_spmd.training.settings import Settings
+
+# Logits that may be alive at once on a rank. More are made and dropped part by part, and made again in the backward
+# pass: 16k positions of a vocabulary of 152k would take 25 GiB otherwise, the matrix product costs a few percent.
+MAX_LOGITS = 2**28
 
 
 class PolicyModel(GPTModel):
@@ -54,6 +60,14 @@ class PolicyModel(GPTModel):
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         if not self.last_layer_selects:
             hidden = hidden.index_select(0, batch.sequences.scored)
+        head = functools.partial(self._head, temperature=temperature, differentiate_entropy=differentiate_entropy)
+        rows = max(1, MAX_LOGITS // self.output_layer.output_size_per_partition)
+        if len(hidden) <= rows:
+            return head(hidden, batch.targets)
+        parts = zip(hidden.split(rows), batch.targets.split(rows))
+        return torch.cat([checkpoint(head, *part, use_reentrant=False, preserve_rng_state=False) for part in parts], 1)
+
+    def _head(self, hidden: Tensor, targets: Tensor, temperature: float, differentiate_entropy: bool) -> Tensor:
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits = self.output_layer(hidden, weight=weight)[0].squeeze(1)
         first_id = parallel_state.get_tensor_model_parallel_rank() * logits.shape[1]
@@ -61,7 +75,7 @@ class PolicyModel(GPTModel):
         return torch.stack(
             log_probs_and_entropy(
                 logits,
-                batch.targets,
+                targets,
                 temperature=temperature,
                 first_id=first_id,
                 group=parallel_state.get_tensor_model_parallel_group(),

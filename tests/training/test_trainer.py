@@ -16,6 +16,7 @@ from miles_spmd.algorithms.token_batch import TokenBatch
 from miles_spmd.config.schema import Config
 from miles_spmd.data.sample import MicroBatch, TrainSequence
 from miles_spmd.models import load_family
+from miles_spmd.training import model
 from miles_spmd.training.trainer import Trainer
 from tests.models import tiny
 from tests.ranks import Ranks
@@ -214,6 +215,28 @@ def test_recomputation_is_exact(ranks: Ranks, recompute: dict[str, Any]) -> None
         np.testing.assert_array_equal(value, recomputed.weights[name], err_msg=name)
 
 
+def update_with_little_memory(run: Config, micro_batches: list[MicroBatch]) -> Any:
+    """At most 10 positions' logits at once."""
+    model.MAX_LOGITS, usual = 10 * 98, model.MAX_LOGITS
+    try:
+        return update(run, micro_batches)
+    finally:
+        model.MAX_LOGITS = usual
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-tied"])
+@pytest.mark.parametrize("layout", [{}, TP2, TP2 | SP], ids=["DP2", "TP2", "TP2+SP"])
+def test_logits_in_parts_change_nothing(ranks: Ranks, layout: dict[str, Any], name: str) -> None:
+    run = config(name, layout | PLAIN_SGD, rollout={"rollout_temperature": 0.7}, **RL)
+    at_once, in_parts = (ranks.run(2, f, run, [BATCH]) for f in (update, update_with_little_memory))
+    for (_, log_probs, weights), (_, same_log_probs, same_weights) in zip(at_once, in_parts):
+        assert (log_probs is None) == (same_log_probs is None)
+        for ours, theirs in zip(log_probs or (), same_log_probs or ()):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+        for tensor, value in weights.weights.items():
+            np.testing.assert_allclose(same_weights.weights[tensor], value, rtol=0, atol=1e-6, err_msg=tensor)
+
+
 def bf16_run(run: Config, steps: int) -> list[float]:
     trainer = build(run)
     assert {w.dtype for w in trainer.weights().values()} == {torch.bfloat16}
@@ -259,15 +282,15 @@ def loaded_then_updated(run: Config, other: str) -> tuple[Held, Held]:
 
 @pytest.mark.parametrize("layout", [TP2, ZERO], ids=["TP2", "DP2+distributed"])
 def test_load_hf_replaces_the_fp32_copies_too(ranks: Ranks, tmp_path: Path, layout: dict[str, Any]) -> None:
-    model = tiny.build("qwen3", torch.bfloat16)
+    larger = tiny.build("qwen3", torch.bfloat16)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in larger.parameters():
             parameter.mul_(1.5)
-    model.save_pretrained(tmp_path)
+    larger.save_pretrained(tmp_path)
     run = config("qwen3", layout | {"lr": 1e-3}, model={"dtype": "bfloat16"}, **RL)
     per_rank = ranks.run(2, loaded_then_updated, run, str(tmp_path))
     loaded, updated = (whole_weights("qwen3", [rank[i] for rank in per_rank]) for i in (0, 1))
-    for name, parameter in model.state_dict().items():
+    for name, parameter in larger.state_dict().items():
         np.testing.assert_array_equal(loaded[name], parameter.float().numpy())
         np.testing.assert_allclose(updated[name], loaded[name], atol=0.02)  # an update is 1e-3, bf16 rounds to 1/128
 
