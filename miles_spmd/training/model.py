@@ -125,6 +125,16 @@ def global_names(chunks: list[DistributedDataParallel], where: Coordinates) -> d
     return parameters
 
 
+def release(chunks: list[DistributedDataParallel]) -> None:
+    """Make chunks forget model, gradient buffers and process groups, after which nothing can be done with them.
+
+    Megatron's gradient hooks hold their chunk from C++ nodes of the autograd graph, where the garbage collector does
+    not see that the chunk holds the nodes: left alone, memory and the groups' threads would never be given back.
+    """
+    for chunk in chunks:
+        chunk.__dict__.clear()
+
+
 def unwrap(chunk: torch.nn.Module) -> PolicyModel:
     while not isinstance(chunk, PolicyModel):
         chunk = chunk.module  # type: ignore[assignment]

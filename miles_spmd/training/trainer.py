@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from miles_spmd.data.sample import MicroBatch
 from miles_spmd.messaging.wire import LogProbsResult, TrainResult
 from miles_spmd.models import Family, TensorLayout
 from miles_spmd.training import parallel
-from miles_spmd.training.model import build_chunks, global_names
+from miles_spmd.training.model import build_chunks, global_names, release
 from miles_spmd.training.optimizer import build_optimizer, build_schedule, update
 from miles_spmd.training.packing import PackedBatch, pack, scatter, split, stream_length
 from miles_spmd.training.settings import build_settings
@@ -54,6 +55,7 @@ class Trainer:
         self._where = parallel.initialize(settings.transformer, config.run.seed)
         self._device = parallel.device()
         self._chunks = build_chunks(settings, family, self._where)
+        weakref.finalize(self, release, self._chunks)
         self._parameters = global_names(self._chunks, self._where)
         self._reference: dict[str, Tensor] | None = None
         if _needs_reference(config):

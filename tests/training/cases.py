@@ -54,16 +54,13 @@ def sequences(lengths: Iterable[int], seed: int = 0) -> list[TrainSequence]:
     return [one(length) for length in lengths]
 
 
-def share(batch: Sequence[TrainSequence], trainer: Trainer, micro_batches: int = 4) -> list[MicroBatch]:
-    """This data-parallel rank's sequences of ``batch``, dealt into micro-batches.
-
-    Four, because with two of them interleaved pipeline stages never have two messages under way.
-    """
+def share(batch: Sequence[TrainSequence], trainer: Trainer, micro_batches: int = 2) -> list[MicroBatch]:
+    """This data-parallel rank's sequences of ``batch``, dealt into micro-batches."""
     own = list(batch)[trainer.data_parallel_rank :: trainer.data_parallel_size]
     return [own[i::micro_batches] for i in range(micro_batches)]
 
 
-def unshare(batch: Sequence[TrainSequence], ranks: Sequence[Any], micro_batches: int = 4) -> list[np.ndarray]:
+def unshare(batch: Sequence[TrainSequence], ranks: Sequence[Any], micro_batches: int = 2) -> list[np.ndarray]:
     """Per-sequence arrays in the order of ``batch``, from the ranks that have them; these must agree."""
     ordered: dict[int, np.ndarray] = {}
     for rank in ranks:
@@ -100,13 +97,13 @@ def held(trainer: Trainer) -> Held:
     return Held({name: w.float().numpy().copy() for name, w in trainer.weights().items()}, trainer.layout())
 
 
-def one_step(run: Config, batch: list[TrainSequence]) -> Step:
+def one_step(run: Config, batch: list[TrainSequence], micro_batches: int) -> Step:
     """Forward only, then one update."""
     trainer = build(run)
-    micro_batches = share(batch, trainer)
-    log_probs = trainer.log_probs(micro_batches).log_probs
+    own = share(batch, trainer, micro_batches)
+    log_probs = trainer.log_probs(own).log_probs
     before = held(trainer)
-    result = trainer.train_step(micro_batches)
+    result = trainer.train_step(own)
     assert not result.skipped
     assert (log_probs is None) == (result.log_probs is None) == (not trainer.reports)
     for a, b in zip(log_probs or [], result.log_probs or []):

@@ -47,15 +47,19 @@ RESUMED = [
 ]
 
 
-def history(run: Config, folder: str, steps: int, load: bool, save: bool) -> list[tuple[float, float]]:
-    """(loss over all ranks, learning rate) of each step; loads before the first, saves after the last."""
+def history(
+    run: Config, folder: str, steps: int, load: bool = False, save_after: int = -1
+) -> list[tuple[float, float]]:
+    """(loss over all ranks, learning rate) of each step."""
     trainer = build(run)
     if load:
         trainer.load(folder)
-    micro_batches = share(BATCH, trainer, 2)
-    results = [trainer.train_step(micro_batches) for _ in range(steps)]
-    if save:
-        trainer.save(folder)
+    micro_batches, results = share(BATCH, trainer), []
+    for step in range(steps + 1):
+        if step == save_after:
+            trainer.save(folder)
+        if step < steps:
+            results.append(trainer.train_step(micro_batches))
     return [(global_loss(trainer, r.sums), r.lr) for r in results]
 
 
@@ -63,11 +67,9 @@ def history(run: Config, folder: str, steps: int, load: bool, save: bool) -> lis
 def test_resume(ranks: Ranks, tmp_path: Path, name: str, before: str, after: str) -> None:
     folder = str(tmp_path / "checkpoint")
     size, table = LAYOUTS[before]
-    run = config(name, table | ADAM, **RUN)
-    uninterrupted = ranks.run(size, history, run, "", 6, False, False)[0]
-    assert ranks.run(size, history, run, folder, 3, False, True)[0] == uninterrupted[:3]
+    uninterrupted = ranks.run(size, history, config(name, table | ADAM, **RUN), folder, 6, False, 3)[0]
     size, table = LAYOUTS[after]
-    resumed = ranks.run(size, history, config(name, table | ADAM, **RUN), folder, 3, True, False)[0]
+    resumed = ranks.run(size, history, config(name, table | ADAM, **RUN), folder, 3, True)[0]
     if before == after:
         assert resumed == uninterrupted[3:]
     np.testing.assert_allclose(resumed, uninterrupted[3:], rtol=1e-5)
@@ -76,62 +78,65 @@ def test_resume(ranks: Ranks, tmp_path: Path, name: str, before: str, after: str
 def test_before_the_first_update(ranks: Ranks, tmp_path: Path) -> None:
     folder = str(tmp_path / "checkpoint")
     run = config("qwen3", ADAM, **RUN)
-    (whole,) = ranks.run(1, history, run, folder, 2, False, False)
-    ranks.run(1, history, run, folder, 0, False, True)
-    assert ranks.run(1, history, run, folder, 2, True, False) == [whole]
+    whole = ranks.run(1, history, run, folder, 2, False, 0)
+    assert ranks.run(1, history, run, folder, 2, True) == whole
 
 
 def test_the_configuration_decides_the_learning_rate(ranks: Ranks, tmp_path: Path) -> None:
     """A resumed run may have another one, and may be longer; only the number of updates comes from the checkpoint."""
     folder = str(tmp_path / "checkpoint")
-    ranks.run(1, history, config("qwen3", ADAM, **RUN), folder, 3, False, True)
+    ranks.run(1, history, config("qwen3", ADAM, **RUN), folder, 3, False, 3)
     other = {"run": {"mode": "sft", "num_rollout": 6}, "train": {"lr_decay_style": "linear"}}
-    ((_, fourth), (_, fifth)) = ranks.run(1, history, config("qwen3", {"lr": 0.6}, **other), folder, 2, True, False)[0]
+    ((_, fourth), (_, fifth)) = ranks.run(1, history, config("qwen3", {"lr": 0.6}, **other), folder, 2, True)[0]
     assert [fourth, fifth] == pytest.approx([0.3, 0.2])
 
 
-def loading_error(run: Config, folder: str, save: bool = False) -> str:
-    trainer = build(run)
-    try:
-        trainer.save(folder) if save else trainer.load(folder)
-    except CheckpointError as error:
-        return str(error)
-    return ""
+def loading_errors(run: Config, folders: list[Path], save: bool = False) -> list[str]:
+    trainer, messages = build(run), []
+    for folder in folders:
+        with pytest.raises(CheckpointError) as error:
+            trainer.save(folder) if save else trainer.load(folder)
+        messages.append(str(error.value))
+    return messages
 
 
 @pytest.fixture(scope="module")
 def saved(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "checkpoint"
-    ranks.run(2, history, config("qwen3", TP2 | ADAM, **RUN), str(folder), 1, False, True)
+    ranks.run(2, history, config("qwen3", TP2 | ADAM, **RUN), str(folder), 1, False, 1)
     return folder
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        ("missing", "does not exist"),
-        ("empty", "is not a distributed checkpoint"),
-        ("no common state", "common.pt"),
-        ("truncated common state", "common.pt"),
-        ("no shard", "__0_0.distcp"),
-        ("truncated shard", "cannot be loaded"),
-    ],
-)
-def test_damaged_folder(ranks: Ranks, saved: Path, tmp_path: Path, damage: str, message: str) -> None:
-    folder = tmp_path / "damaged"
-    if damage != "missing":
-        folder.mkdir()
-    if damage not in ("missing", "empty"):
-        for file in saved.iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
-        target = folder / ("common.pt" if "common" in damage else "__0_0.distcp")
-        if damage.startswith("no"):
-            target.unlink()
-        else:
-            target.write_bytes(target.read_bytes()[: target.stat().st_size // 2])
-    for error in ranks.run(2, loading_error, config("qwen3", TP2 | ADAM, **RUN), str(folder)):
-        assert str(folder) in error
-        assert message in error
+def damaged(saved: Path, folder: Path, damage: str) -> Path:
+    if damage == "missing":
+        return folder
+    folder.mkdir()
+    if damage == "empty":
+        return folder
+    for file in saved.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    target = folder / ("common.pt" if "common" in damage else "__0_0.distcp")
+    if damage.startswith("no"):
+        target.unlink()
+    else:
+        target.write_bytes(target.read_bytes()[: target.stat().st_size // 2])
+    return folder
+
+
+def test_damaged_folders(ranks: Ranks, saved: Path, tmp_path: Path) -> None:
+    expected = {
+        "missing": "does not exist",
+        "empty": "is not a distributed checkpoint",
+        "no common state": "common.pt is missing",
+        "truncated common state": "common.pt is damaged",
+        "no shard": "__0_0.distcp",
+        "truncated shard": "cannot be loaded",
+    }
+    folders = [damaged(saved, tmp_path / damage, damage) for damage in expected]
+    for messages in ranks.run(2, loading_errors, config("qwen3", TP2 | ADAM, **RUN), folders):
+        for folder, text, message in zip(folders, expected.values(), messages, strict=True):
+            assert f"checkpoint {folder} " in message
+            assert text in message
 
 
 def test_another_model(ranks: Ranks, saved: Path) -> None:
@@ -145,10 +150,10 @@ def test_another_model(ranks: Ranks, saved: Path) -> None:
         ),
     ]
     for run, message in different:
-        for error in ranks.run(2, loading_error, run, str(saved)):
+        for (error,) in ranks.run(2, loading_errors, run, [saved]):
             assert message in error
 
 
 def test_a_checkpoint_is_not_written_over_another(ranks: Ranks, saved: Path) -> None:
-    for error in ranks.run(2, loading_error, config("qwen3", TP2, **RUN), str(saved), True):
+    for (error,) in ranks.run(2, loading_errors, config("qwen3", TP2, **RUN), [saved], True):
         assert f"{saved} is not empty" in error

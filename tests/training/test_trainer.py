@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ from miles_spmd.config.schema import Config
 from miles_spmd.data.sample import MicroBatch, TrainSequence
 from miles_spmd.models import load_family
 from miles_spmd.training import model
+from miles_spmd.training.model import unwrap
 from miles_spmd.training.trainer import Trainer
 from tests.models import tiny
 from tests.ranks import Ranks
 from tests.training.cases import (
     CP2,
+    EP2,
     PLAIN_SGD,
     PP2,
     SP,
@@ -141,9 +145,17 @@ ADAM = {"lr": 1e-2, "clip_grad": 1.0}
 SCHEDULE = {"run": {"num_rollout": 4}, "train": {"lr_warmup_iters": 1, "lr_decay_style": "linear", "min_lr": 1e-3}}
 
 
-@pytest.mark.parametrize("kind", ["infinite loss", "loss is not a number"])
 @pytest.mark.parametrize(
-    "layout", [{}, ZERO, TP2, PP2, CP2], ids=["DP2", "DP2+distributed", "TP2", "PP2", "CP2"]
+    ("layout", "kind"),
+    [
+        ({}, "infinite loss"),
+        ({}, "loss is not a number"),
+        (ZERO, "infinite loss"),
+        (TP2, "infinite loss"),
+        (PP2, "loss is not a number"),
+        (CP2, "infinite loss"),
+    ],
+    ids=["DP2-inf", "DP2-nan", "DP2+distributed-inf", "TP2-inf", "PP2-nan", "CP2-inf"],
 )  # every rank must come to the same decision
 def test_bad_step_is_skipped_everywhere(ranks: Ranks, layout: dict[str, Any], kind: str) -> None:
     run = config("qwen3", layout | ADAM, **RL, **SCHEDULE)
@@ -332,3 +344,17 @@ def test_reference_must_be_there(ranks: Ranks) -> None:
     assert "neither kl_coef nor kl_loss_coef is set" in missing
     (unknown,) = ranks.run(1, reference_error, config("qwen3"), "teacher")
     assert "no model 'teacher'" in unknown
+
+
+def drop_a_trainer(run: Config) -> bool:
+    trainer = build(run)
+    trainer.train_step(share(BATCH, trainer))
+    model = weakref.ref(unwrap(trainer._chunks[0]))
+    del trainer
+    gc.collect()
+    return model() is None
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+def test_a_trainer_that_is_dropped_is_gone(ranks: Ranks, name: str) -> None:
+    assert ranks.run(2, drop_a_trainer, config(name, EP2 if "moe" in name else {})) == [True, True]
