@@ -148,12 +148,36 @@ def _overlong_answers(overlong_buffer_len: int, rollout_max_response_len: int) -
 
 
 @_rule(_contradictions)
-def _parts_that_are_missing(advantage_estimator: str, opd_kl_coef: float) -> Iterator[str]:
-    """Their formulas are there, what feeds them is not."""
-    if advantage_estimator == "ppo":
-        yield "algorithm.advantage_estimator: ppo needs a critic, which this version does not train"
-    if opd_kl_coef:
-        yield "algorithm.opd_kl_coef: needs a teacher, which this version does not run"
+def _teacher(mode: str, opd_kl_coef: float, teacher_load: Path | None) -> Iterator[str]:
+    if mode == "rl" and opd_kl_coef and teacher_load is None:
+        yield "model.teacher_load: algorithm.opd_kl_coef needs a teacher's checkpoint"
+
+
+@_rule(_contradictions)
+def _lagging_rollouts(update_weights_interval: int, keep_old_actor: bool, use_rollout_logprobs: bool) -> Iterator[str]:
+    if keep_old_actor and update_weights_interval == 1:
+        yield "algorithm.keep_old_actor: with update_weights_interval = 1 the newest weights are those that generated"
+    if keep_old_actor and use_rollout_logprobs:
+        yield "algorithm.keep_old_actor: use_rollout_logprobs already takes the old policy's log-probs from the engine"
+
+
+@_rule(_contradictions)
+def _critic_only_steps(advantage_estimator: str, num_critic_only_steps: int, num_rollout: int) -> Iterator[str]:
+    if advantage_estimator == "ppo" and num_critic_only_steps >= num_rollout:
+        yield f"train.num_critic_only_steps: {num_critic_only_steps} leave no step of the {num_rollout} for the policy"
+
+
+@_rule(_contradictions)
+def _canonical_reduction(
+    reduction_leaves: int, use_distributed_optimizer: bool, overlap_grad_reduce: bool
+) -> Iterator[str]:
+    if reduction_leaves & (reduction_leaves - 1):
+        yield f"train.reduction_leaves: must be a power of two, got {reduction_leaves}"
+    if reduction_leaves and (use_distributed_optimizer or overlap_grad_reduce):
+        yield (
+            "train.reduction_leaves: use_distributed_optimizer and overlap_grad_reduce must be false; they add up "
+            "shards of gradients, and their norm, in an order that depends on the number of ranks"
+        )
 
 
 @_rule(_contradictions)
@@ -381,9 +405,10 @@ def _checkpoint(hf_checkpoint: Path) -> Iterator[str]:
 
 
 @_rule(_files)
-def _reference(ref_load: Path | None) -> Iterator[str]:
-    if ref_load is not None:
-        yield from _checkpoint_faults("model.ref_load", ref_load)
+def _other_models(ref_load: Path | None, critic_load: Path | None, teacher_load: Path | None) -> Iterator[str]:
+    for name, folder in (("ref_load", ref_load), ("critic_load", critic_load), ("teacher_load", teacher_load)):
+        if folder is not None:
+            yield from _checkpoint_faults(f"model.{name}", folder)
 
 
 def _checkpoint_faults(name: str, folder: Path) -> Iterator[str]:
@@ -424,6 +449,20 @@ def _truncated_sampling(mode: str, rollout_top_p: float, rollout_top_k: int) -> 
 
 
 @_rule(_warnings)
-def _unused_reference(mode: str, ref_load: Path | None, kl_coef: float, kl_loss_coef: float) -> Iterator[str]:
-    if ref_load is not None and (mode != "rl" or not (kl_coef or kl_loss_coef)):
+def _unused_models(
+    mode: str,
+    advantage_estimator: str,
+    kl_coef: float,
+    kl_loss_coef: float,
+    opd_kl_coef: float,
+    ref_load: Path | None,
+    critic_load: Path | None,
+    teacher_load: Path | None,
+) -> Iterator[str]:
+    rl = mode == "rl"
+    if ref_load is not None and not (mode == "dpo" or (rl and (kl_coef or kl_loss_coef))):
         yield "model.ref_load: nothing uses the reference policy while kl_coef and kl_loss_coef are 0"
+    if critic_load is not None and not (rl and advantage_estimator == "ppo"):
+        yield "model.critic_load: only advantage_estimator = ppo has a critic"
+    if teacher_load is not None and not (rl and opd_kl_coef):
+        yield "model.teacher_load: nothing uses the teacher while opd_kl_coef is 0"

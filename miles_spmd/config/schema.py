@@ -35,22 +35,27 @@ class Table(BaseModel):
 
 
 class Run(Table):
-    mode: Literal["rl", "sft"] = "rl"
-    """`rl` generates and trains on rewards; `sft` trains on the answers in the data."""
+    mode: Literal["rl", "sft", "dpo", "rm"] = "rl"
+    """`rl` generates and trains on rewards; `sft` trains on the answers in the data; `dpo` trains the policy, and `rm`
+    a reward model, on pairs of a preferred and a rejected answer."""
     name: str = "run"
     output_dir: Path = Path("runs")
     """The run lives in `output_dir/name`: resolved config, metrics.jsonl, checkpoints, report."""
     seed: int = 1234
     """All randomness (data order, sampling, initialisation) is a function of this and of identities."""
     num_rollout: PositiveInt = 100
-    """Number of rollouts (`rl`) or optimizer steps (`sft`) in the run."""
+    """Number of rollouts (`rl`) or optimizer steps (other modes) in the run."""
 
 
 class Model(Table):
     hf_checkpoint: Path
     """Folder with config.json, tokenizer and safetensors; the run starts from it."""
     ref_load: Path | None = None
-    """Checkpoint folder of the reference policy for KL terms; default: `hf_checkpoint`."""
+    """Checkpoint folder of the reference policy for KL terms and `dpo`; default: `hf_checkpoint`."""
+    critic_load: Path | None = None
+    """Checkpoint folder that the critic starts from, a policy's or a reward model's; default: `hf_checkpoint`."""
+    teacher_load: Path | None = None
+    """Checkpoint folder of the teacher of on-policy distillation: any size, the same vocabulary."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Parameter dtype of trainer and engine."""
 
@@ -61,6 +66,9 @@ class Data(Table):
     input_key: str = "prompt"
     """Column with a string or a list of chat messages."""
     label_key: str | None = "label"
+    chosen_key: str = "chosen"
+    """Column of the preferred answer (`dpo`, `rm`): a string, or the messages that continue the input's."""
+    rejected_key: str = "rejected"
     metadata_key: str | None = "metadata"
     apply_chat_template: bool = False
     """Wrap a plain string as one user message; message lists always go through the template."""
@@ -138,6 +146,9 @@ class Algorithm(Table):
     entropy_coef: float = 0.0
     use_rollout_logprobs: bool = False
     """Take the engine's log-probs as those of the old policy, instead of the trainer's own."""
+    keep_old_actor: bool = False
+    """Where rollouts lag behind (`update_weights_interval` > 1): take the log-probs of the old policy from a copy of
+    the weights that generated, kept in host memory, instead of from the newest weights."""
     use_opsm: bool = False
     """Off-policy sequence masking: drop sequences with negative advantage that the policy has left."""
     opsm_delta: float = 1e-4
@@ -155,6 +166,8 @@ class Algorithm(Table):
     """Estimator of both; `low_var_kl` is k3 with bounds."""
     use_unbiased_kl: bool = False
     """Multiply the KL term of the loss by the ratio of current to old policy (DeepSeek-V3.2)."""
+    ref_update_interval: NonNegativeInt = 0
+    """Make the current policy the reference every n rollouts; 0: never."""
 
     # train/inference mismatch
     use_tis: bool = False
@@ -219,7 +232,8 @@ class Reward(Table):
 
 class Train(Table):
     global_batch_size: PositiveInt | None = None
-    """Samples per optimizer step; default: one step per rollout. In `sft`, sequences per step."""
+    """Samples per optimizer step; default: one step per rollout. In `sft` sequences per step, in `dpo`
+    and `rm` pairs."""
     max_tokens_per_gpu: PositiveInt = 8192
     """Token budget of one packed micro-batch on one rank (times context-parallel size)."""
     max_skipped_steps: NonNegativeInt = 3
@@ -227,13 +241,22 @@ class Train(Table):
     lr_warmup_iters: NonNegativeInt = 0
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
     min_lr: NonNegativeFloat = 0.0
+    critic_lr: PositiveFloat | None = None
+    """Of the critic (`ppo`), decayed as the policy's; default: the policy's."""
+    critic_lr_warmup_iters: NonNegativeInt = 0
+    num_critic_only_steps: NonNegativeInt = 0
+    """Rollouts at the beginning that train the critic alone."""
+    reduction_leaves: NonNegativeInt = 0
+    """Canonical reduction: sum gradients over a tree with so many leaves (a power of two), each a fixed share of the
+    batch computed sequence by sequence. Gradients are then the same bits for every data-parallel size that divides it,
+    every micro-batch size and every packing. 0: in the order in which sequences happen to be packed."""
 
 
 class Eval(Table):
     eval_interval: NonNegativeInt = 0
     """Evaluate every n rollouts and at both ends; 0: never."""
     eval_prompt_data: dict[str, str] = {}
-    """Name -> file, as `prompt_data`."""
+    """Name -> file, as `prompt_data`. In `dpo` and `rm` these are pairs, and the accuracy of preferring is measured."""
     n_samples_per_eval_prompt: PositiveInt = 1
     """k of pass@k."""
     eval_temperature: NonNegativeFloat = 0.0
@@ -256,6 +279,8 @@ class Checkpoint(Table):
 
 
 class Refit(Table):
+    update_weights_interval: PositiveInt = 1
+    """Give the engine new weights every n rollouts."""
     refit_checksums: bool = True
     """Compare checksums of every bucket after each refit; a mismatch stops the run."""
     refit_bucket_mib: PositiveInt = 256
