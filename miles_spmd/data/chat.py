@@ -24,8 +24,9 @@ def check_messages(value: Any) -> list[Message]:
     return messages
 
 
-def assistant_segments(tokenizer: Tokenizer, messages: list[Message]) -> list[tuple[str, bool]]:
-    """A rendered conversation cut into consecutive texts, True where the assistant is to learn to write it.
+def assistant_segments(tokenizer: Tokenizer, messages: list[Message], since: int = 0) -> list[tuple[str, bool]]:
+    """A rendered conversation cut into consecutive texts, True where the assistant is to learn to write it, which is
+    in its messages from number ``since`` on.
 
     The ranges come from the template's ``{% generation %}`` marks, or else from what each assistant message adds to the
     rendering of the messages before it. An assistant text ends with the end-of-sequence token where the template puts
@@ -33,7 +34,10 @@ def assistant_segments(tokenizer: Tokenizer, messages: list[Message]) -> list[tu
     """
     text, spans = tokenizer.render_with_spans(messages)
     if spans is None:
-        spans = _spans_by_prefix(tokenizer, messages, text)
+        spans = _spans_by_prefix(tokenizer, messages, since, text)
+    elif since:
+        _, earlier = tokenizer.render_with_spans(messages[:since])
+        spans = spans[len(earlier or ()) :]
     if not spans:
         raise TokenizerError("the chat template renders no assistant text")
     segments = []
@@ -45,11 +49,11 @@ def assistant_segments(tokenizer: Tokenizer, messages: list[Message]) -> list[tu
     return [(piece, said) for piece, said in segments if piece]
 
 
-def _spans_by_prefix(tokenizer: Tokenizer, messages: list[Message], text: str) -> list[tuple[int, int]]:
+def _spans_by_prefix(tokenizer: Tokenizer, messages: list[Message], since: int, text: str) -> list[tuple[int, int]]:
     eos = tokenizer.special_tokens.get("eos_token")
     spans = []
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if i < since or message["role"] != "assistant":
             continue
         before = tokenizer.render(messages[:i], add_generation_prompt=True)
         through = tokenizer.render(messages[: i + 1], add_generation_prompt=False)

@@ -47,7 +47,8 @@ def load_prompts(
     drafts: list[tuple[int, str, bool, Any, dict[str, Any]]] = []
     for number, row in read_rows(source, faults):
         try:
-            text, messages = _prompt_text(row, data, tokenizer)
+            value = read_input(row, data)
+            text, messages = render_prompt(value, tokenizer), value if isinstance(value, list) else None
             label = read_label(row, data.label_key, require_label)
             drafts.append((number, text, messages is not None, label, read_metadata(row, data, messages)))
         except RowFault as fault:
@@ -77,31 +78,35 @@ def raise_faults(source: str, faults: list[Fault], usable: int) -> None:
         raise DataError(source, sorted(faults, key=lambda f: f.row or 0))
 
 
-def _prompt_text(row: Row, data: Data, tokenizer: Tokenizer) -> tuple[str, list[Message] | None]:
-    """A row's prompt as text, and the messages it was rendered from unless it is plain text."""
-    value = read_input(row, data)
+def render_prompt(value: str | list[Message], tokenizer: Tokenizer) -> str:
+    """The text that the model sees: plain text as it is, messages by the chat template. Raises RowFault."""
     if isinstance(value, str):
-        return value, None
+        return value
     if value[-1]["role"] == "assistant":
         raise RowFault("the last message is the assistant's", "end a prompt with a user, tool or system message")
     try:
-        return tokenizer.render(value), value
+        return tokenizer.render(value)
     except TokenizerError as error:
         raise RowFault(str(error), "mend the messages or the template") from error
 
 
 def read_input(row: Row, data: Data) -> str | list[Message]:
     """The input column: plain text, or messages (also plain text that the chat template is to wrap)."""
-    key = data.input_key
+    value = read_text(row, data.input_key, "data.input_key")
+    return [{"role": "user", "content": value}] if isinstance(value, str) and data.apply_chat_template else value
+
+
+def read_text(row: Row, key: str, setting: str) -> str | list[Message]:
+    """A column with text or messages, which ``setting`` names. Raises RowFault if it is missing, empty or malformed."""
     try:
         value = lookup(row, key)
     except KeyError:
         columns = ", ".join(row) or "none"
-        raise RowFault(f"missing key {key!r} (the row has: {columns})", "add it or set data.input_key") from None
+        raise RowFault(f"missing key {key!r} (the row has: {columns})", f"add it or set {setting}") from None
     if isinstance(value, str):
         if not value.strip():
             raise RowFault(f"{key!r} is empty", "fill it in or remove the row")
-        return [{"role": "user", "content": value}] if data.apply_chat_template else value
+        return value
     try:
         return check_messages(value)
     except TypeError as error:
