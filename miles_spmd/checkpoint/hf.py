@@ -17,8 +17,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from miles_spmd.checkpoint.random import random_slices
 from miles_spmd.models import PADDING, Family, Piece, TensorLayout, load_family, read_config
 from miles_spmd.models.layout import check_filled, region, whole
+from miles_spmd.models.random import NO_WEIGHTS
 from miles_spmd.refit import Refit
 from miles_spmd.refit.transport import raise_together
 
@@ -39,7 +41,8 @@ class CheckpointError(ValueError):
 def load(path: str | Path, weights: Mapping[str, torch.Tensor], layouts: list[TensorLayout], family: Family) -> None:
     """Fill ``weights`` in place with this rank's slices of the checkpoint in ``path``, cast to their dtypes.
 
-    ``family`` is the model that ``weights`` belong to. A rank reads its own slices only and talks to no other.
+    ``family`` is the model that ``weights`` belong to. A rank reads its own slices only and talks to no other. A folder
+    of ``random:`` has no files: its weights are made up, the same for every layout.
     Raises CheckpointError naming every missing or truncated file, missing tensor and wrong shape at once, before any
     weight has changed; ValueError when a layout does not fill its tensor.
     """
@@ -51,7 +54,12 @@ def load(path: str | Path, weights: Mapping[str, torch.Tensor], layouts: list[Te
             wanted[piece.name].append((local[region(piece.lead, piece.local, piece.shape)], piece))
     padding = wanted.pop(PADDING, [])
     with ExitStack() as opened:
-        slices = _Reader(Path(path), opened).slices({name: family.checkpoint_tensors()[name] for name in wanted})
+        shapes = {name: family.checkpoint_tensors()[name] for name in wanted}
+        if (Path(path) / NO_WEIGHTS).is_file():
+            device = next(iter(weights.values())).device
+            slices = random_slices(shapes, family.config.get("initializer_range", 0.02), device)
+        else:
+            slices = _Reader(Path(path), opened).slices(shapes)
         for name, places in wanted.items():
             for target, piece in places:
                 target.copy_(slices[name][region((), piece.start, piece.shape)])

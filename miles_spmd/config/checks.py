@@ -17,6 +17,7 @@ from typing import Any
 
 from miles_spmd.config.backends import BackendMissingError, backend_fields
 from miles_spmd.config.schema import Config, Table
+from miles_spmd.models.random import NO_WEIGHTS
 
 Rule = Callable[..., Iterator[str]]
 _contradictions: list[Rule] = []
@@ -417,7 +418,7 @@ def _checkpoint_faults(name: str, folder: Path) -> Iterator[str]:
         return
     if checkpoint_shape(folder) is None:
         yield f"{name}: {folder} has no readable config.json"
-    if not any(folder.glob("*.safetensors")):
+    if not any(folder.glob("*.safetensors")) and not (folder / NO_WEIGHTS).is_file():
         yield f"{name}: {folder} has no safetensors files"
 
 

@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 from miles_spmd.config.backends import BackendMissingError, backend_fields, owned_because
 from miles_spmd.config.checks import contradictions, missing_files
 from miles_spmd.config.schema import Config, Table
+from miles_spmd.models.random import PREFIX, random_checkpoint
 
 TABLES: dict[str, type[Table]] = {
     name: field.annotation  # type: ignore[misc]
@@ -65,7 +66,9 @@ def load_config(
             _apply(raw, override)
         except ValueError as error:
             faults.append(f"{override}: {error}")
+    unknown = _make_random_models(raw, faults)
     config, wrong = _validate(raw, faults)
+    wrong |= unknown
     faults += contradictions(config, world_size=world_size, ignore=wrong)
     if check_files:
         faults += missing_files(config, ignore=wrong)
@@ -142,6 +145,21 @@ def _takes_text(location: Location) -> bool:
         return False
     field = TABLES[location[0]].model_fields.get(location[1])
     return field is not None and field.annotation in (str, str | None, Path, Path | None)
+
+
+def _make_random_models(raw: dict[str, Any], faults: list[str]) -> set[str]:
+    """Put a folder in the place of every ``random:SHAPE``. Returns the leaves for which there is none."""
+    unknown = set()
+    table = raw.get("model")
+    table = table if isinstance(table, dict) else {}
+    for leaf, value in table.items():
+        if isinstance(value, str) and value.startswith(PREFIX):
+            try:
+                table[leaf] = str(random_checkpoint(value))
+            except (ValueError, OSError) as error:
+                faults.append(f"model.{leaf}: {error}")
+                unknown.add(leaf)
+    return unknown
 
 
 # --- types -----------------------------------------------------------------------------------------------------------

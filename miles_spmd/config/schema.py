@@ -49,7 +49,8 @@ class Run(Table):
 
 class Model(Table):
     hf_checkpoint: Path
-    """Folder with config.json, tokenizer and safetensors; the run starts from it."""
+    """Folder with config.json, tokenizer and safetensors; the run starts from it. `random:qwen3-0.6b` (`-1.7b`, `-4b`,
+    `-8b`, `-30b-a3b`, `random:qwen2.5-1.5b`, `random:llama-3.2-1b`) is a model of that shape with random weights."""
     ref_load: Path | None = None
     """Checkpoint folder of the reference policy for KL terms and `dpo`; default: `hf_checkpoint`."""
     critic_load: Path | None = None
