@@ -13,7 +13,7 @@ SFT_ROWS, TRAIN_ROWS, HELDOUT_ROWS = 8192, 4096, 400
 
 
 def build_assets(folder: Path, seed: int = 0) -> None:
-    """Write ``model/`` (random weights, tokenizer) and sft.jsonl, train.jsonl, heldout.jsonl into ``folder``.
+    """Write ``model/`` (random weights, tokenizer) and the files of ``task.data_files`` into ``folder``.
 
     ``seed`` is of the weights alone; the task is the same for all.
     """

@@ -6,12 +6,15 @@
 *Split.* A problem is three operands, whatever their order. Of the 220 problems 33 are held out: no prompt of the
 training files has those operands, in any order or notation, so a right answer there is never remembered. The four
 problems that are alone with their sum (0, 1, 26, 27) are not held out, or no model could have seen such an answer. No
-two files share a prompt.
+two of sft.jsonl, train.jsonl and heldout.jsonl share a prompt.
 
 *Warm-up.* The answers that supervised learning imitates are careless on purpose: in most sums from ten to nineteen the
 ten is forgotten (`3` for `13`). A model that imitates them well is therefore right in about a third of its greedy
 answers, while the right answer is among a few sampled ones. Reinforcement learning sees the questions and the
 right answers' exact match only, and has to find out what the demonstrations did wrong.
+
+*Preferences.* The questions of train.jsonl and heldout.jsonl once more, each with its right answer and a wrong one: the
+careless answer where the demonstrations give that, else a number next to the right one.
 
 Everything here is a pure function of its arguments: no state, no random generator, the same rows everywhere.
 """
@@ -27,6 +30,7 @@ from miles_spmd.data.seeds import derive_seed
 
 OPERANDS = range(10)
 TERMS = 3
+LARGEST_SUM = TERMS * max(OPERANDS)
 HELD_OUT_PROBLEMS = 33
 CARELESS_PERCENT = 70
 
@@ -57,6 +61,15 @@ class Question(NamedTuple):
         careless = derive_seed("careless", self.prompt) % 100 < CARELESS_PERCENT
         return self._write(total - 10 if careless and 10 <= total < 20 else total)
 
+    @property
+    def wrong_answer(self) -> str:
+        """What a preference rejects: the careless answer if that is wrong, else one more or one less than the sum."""
+        total, careless = sum(self.operands), self.careless_answer
+        if careless != self.answer:
+            return careless
+        up = total == 0 or (total < LARGEST_SUM and derive_seed("near miss", self.prompt) % 2 == 0)
+        return self._write(total + 1 if up else total - 1)
+
     def _write(self, number: int) -> str:
         return in_words(number) if self.answer_in_words else str(number)
 
@@ -85,15 +98,23 @@ def questions() -> Iterator[Question]:
 
 
 def data_files(sft_rows: int, train_rows: int, heldout_rows: int) -> dict[str, list[dict[str, Any]]]:
-    """File name -> rows with ``prompt`` and ``label``; in ``sft`` the label is the demonstrated answer."""
+    """File name -> rows: ``prompt`` and ``label``, in ``sft`` the demonstrated answer; or ``prompt``, ``chosen`` and
+    ``rejected``."""
     held_out = held_out_problems()
     shuffled = sorted(questions(), key=lambda q: derive_seed("order", q.prompt))
     known = [q for q in shuffled if tuple(sorted(q.operands)) not in held_out]
     unknown = [q for q in shuffled if tuple(sorted(q.operands)) in held_out]
     if sft_rows + train_rows > len(known) or heldout_rows > len(unknown):
         raise ValueError(f"there are only {len(known)} questions to train on and {len(unknown)} held out")
+    sft, train, heldout = known[:sft_rows], known[sft_rows : sft_rows + train_rows], unknown[:heldout_rows]
     return {
-        "sft.jsonl": [{"prompt": q.prompt, "label": q.careless_answer} for q in known[:sft_rows]],
-        "train.jsonl": [{"prompt": q.prompt, "label": q.answer} for q in known[sft_rows : sft_rows + train_rows]],
-        "heldout.jsonl": [{"prompt": q.prompt, "label": q.answer} for q in unknown[:heldout_rows]],
+        "sft.jsonl": [{"prompt": q.prompt, "label": q.careless_answer} for q in sft],
+        "train.jsonl": [{"prompt": q.prompt, "label": q.answer} for q in train],
+        "heldout.jsonl": [{"prompt": q.prompt, "label": q.answer} for q in heldout],
+        "preferences.jsonl": [_preference(q) for q in train],
+        "heldout_preferences.jsonl": [_preference(q) for q in heldout],
     }
+
+
+def _preference(question: Question) -> dict[str, Any]:
+    return {"prompt": question.prompt, "chosen": question.answer, "rejected": question.wrong_answer}

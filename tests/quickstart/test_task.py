@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from miles_spmd.config.load import load_config
+from miles_spmd.data.preferences import load_preference_pairs
 from miles_spmd.data.prompts import load_prompts
 from miles_spmd.data.sft import load_sft_examples
 from miles_spmd.data.tokenizer import Tokenizer
@@ -60,7 +61,7 @@ def test_same_bytes_in_another_process(assets: Path, tmp_path: Path) -> None:
         {p.relative_to(f): hashlib.sha256(p.read_bytes()).hexdigest() for p in f.rglob("*") if p.is_file()}
         for f in (assets, tmp_path)
     ]
-    assert len(digests[0]) == 8
+    assert len(digests[0]) == 10
     assert digests[0] == digests[1]
 
 
@@ -76,6 +77,21 @@ def test_labels_are_right_but_for_the_careless_demonstrations(rows: dict[str, li
         if 10 <= sum(operands) < 20:
             forgotten[label != sum(operands)] += 1
     assert forgotten[True] / forgotten.total() == pytest.approx(0.7, abs=0.03)
+
+
+def test_a_preference_is_right_and_its_alternative_wrong(assets: Path, rows: dict[str, list[dict[str, str]]]) -> None:
+    kinds: Counter[int] = Counter()
+    for name, questions in (("preferences", "train"), ("heldout_preferences", "heldout")):
+        pairs = [json.loads(line) for line in (assets / f"{name}.jsonl").open()]
+        assert [p["prompt"] for p in pairs] == [row["prompt"] for row in rows[questions]]
+        for pair in pairs:
+            operands, _, chosen = parse(pair | {"label": pair["chosen"]})
+            _, _, rejected = parse(pair | {"label": pair["rejected"]})
+            assert chosen == sum(operands)
+            assert 0 <= rejected <= 27
+            kinds[rejected - chosen] += 1
+    assert set(kinds) == {-10, -1, 1}
+    assert min(kinds.values()) / kinds.total() > 0.2
 
 
 def test_held_out_problems_are_in_no_training_file(rows: dict[str, list[dict[str, str]]]) -> None:
@@ -146,6 +162,9 @@ def test_the_recipes_load_what_the_assets_are(assets: Path) -> None:
     assert len(examples) == SFT_ROWS
     text = tokenizer.decode(examples[0].tokens.tolist(), skip_special_tokens=False)
     assert re.fullmatch(r"<\|user\|>.* in (words|digits)<\|assistant\|>[\w-]+<\|end\|>", text)
+    for name, count in (("preferences.jsonl", TRAIN_ROWS), ("heldout_preferences.jsonl", HELDOUT_ROWS)):
+        pairs = load_preference_pairs(sft.data, tokenizer, prompt_data=str(assets / name))
+        assert len(pairs) == count
     for path, count in ((grpo.data.prompt_data, TRAIN_ROWS), (grpo.eval.eval_prompt_data["heldout"], HELDOUT_ROWS)):
         prompts = load_prompts(grpo.data, tokenizer, prompt_data=str(assets / Path(path).relative_to(home)))
         assert len(prompts) == count
