@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Train on GPUs: launch/torchrun.sh CONFIG [key=value ...]        one process per GPU, on one node or several
+#
+# On several nodes run it on each, with the usual variables:
+#   MASTER_ADDR=first-node NNODES=4 NODE_RANK=0..3 launch/torchrun.sh configs/grpo_qwen3_8b.toml
+# MASTER_PORT (29500), NPROC_PER_NODE (the GPUs of this node) and PYTHON may be set too.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() {
+    echo "torchrun.sh: $*" >&2
+    exit 2
+}
+
+[[ $# -ge 1 && -f $1 ]] || fail "usage: launch/torchrun.sh CONFIG [key=value ...]; no file ${1:-was named}"
+python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
+nodes=${NNODES:-1}
+gpus=${NPROC_PER_NODE:-$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)}
+[[ $gpus -ge 1 ]] || fail "no GPU here; on a CPU use \`miles-spmd train $1\`, or set NPROC_PER_NODE"
+if [[ $nodes -gt 1 && (-z ${MASTER_ADDR:-} || -z ${NODE_RANK:-}) ]]; then
+    fail "with NNODES=$nodes, MASTER_ADDR (the first node's address) and NODE_RANK (0..$((nodes - 1))) must be set"
+fi
+
+# An engine gives its memory back through torch_memory_saver, which stands before the CUDA runtime's allocation
+# functions. The dynamic linker loads it when a program starts, and never later.
+hook=$("$python" -c 'from miles_spmd.platform.cuda import memory_saver_libraries as m; print(*m(), sep=":")')
+if [[ -n $hook && ${LD_PRELOAD:-} != *torch_memory_saver* ]]; then
+    export LD_PRELOAD=$hook${LD_PRELOAD:+:$LD_PRELOAD}
+fi
+# It maps memory itself, and cannot do so under an allocator that does.
+if [[ ${PYTORCH_CUDA_ALLOC_CONF:-}${PYTORCH_ALLOC_CONF:-} == *expandable_segments:True* ]]; then
+    fail "unset expandable_segments:True in PYTORCH_CUDA_ALLOC_CONF: engine memory could not be released beside it"
+fi
+
+# NCCL would register with the network the buffers that a CUDA graph captured, which the engine unmaps when it sleeps.
+export NCCL_GRAPH_REGISTER=${NCCL_GRAPH_REGISTER:-0}
+# Communicators map their buffers so that peers may import them: memory that is never given back, in every group.
+export NCCL_CUMEM_ENABLE=${NCCL_CUMEM_ENABLE:-0}
+# One hardware queue: the trainer's collectives start in the order in which they were issued, before the matrix product
+# that is to hide them. Megatron's tensor parallelism counts on it.
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+# Kernels are loaded when first used: hundreds of MiB less on every GPU.
+export CUDA_MODULE_LOADING=${CUDA_MODULE_LOADING:-LAZY}
+# The ranks of a node share its cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+if [[ $nodes -gt 1 ]]; then
+    meet=(--nnodes="$nodes" --node-rank="$NODE_RANK" --master-addr="$MASTER_ADDR" --master-port="${MASTER_PORT:-29500}")
+else
+    meet=(--standalone)
+fi
+exec "$python" -m torch.distributed.run "${meet[@]}" --nproc-per-node="$gpus" -m miles_spmd train "$@"
