@@ -16,8 +16,13 @@ RECIPES = sorted((CONFIGS / "algorithms").glob("*.toml"))
 # What a recipe is named after: these settings have these values, where all the other recipes' differ.
 MEANING = {
     "grpo": {
-        **{"mode": "rl", "advantage_estimator": "grpo", "dynamic_sampling_filter": None},
-        **{"use_tis": False, "use_opsm": False, "kl_coef": 0.0, "opd_kl_coef": 0.0},
+        "mode": "rl",
+        "advantage_estimator": "grpo",
+        "dynamic_sampling_filter": None,
+        "use_tis": False,
+        "use_opsm": False,
+        "kl_coef": 0.0,
+        "opd_kl_coef": 0.0,
     },
     "dr_grpo": {"advantage_estimator": "dr_grpo", "loss_aggregation": "constant"},
     "rloo": {"advantage_estimator": "rloo"},
