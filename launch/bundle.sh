@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# The pinned GPU runtime for machines without network: launch/bundle.sh OUT [--part-mib N]
+#
+# Needs pip, unzip, strip and xz here, 2 GB of disk for a while and no GPU. OUT/bundle/ (about 220 MB, or parts of at
+# most N MiB, for channels that carry no more) is copied to the other machine, where
+#   source OUT/bundle/activate.sh [FOLDER]
+# unpacks it once, to FOLDER or /tmp/miles-spmd-runtime, and makes it importable. docs/gpu.md says what must be there.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+fail() {
+    echo "bundle.sh: $*" >&2
+    exit 2
+}
+
+[[ $# -ge 1 ]] || fail "usage: launch/bundle.sh OUT [--part-mib N]"
+out=$1/bundle
+part_mib=
+if [[ ${2:-} == --part-mib ]]; then
+    part_mib=${3:?bundle.sh: --part-mib needs a number}
+elif [[ $# -gt 1 ]]; then
+    fail "unknown option $2"
+fi
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+# pip matches the minor version of a manylinux tag exactly
+platforms=(--platform manylinux2014_x86_64 --platform manylinux1_x86_64)
+for minor in 5 12 17 24 26 27 28 31 34 35; do platforms+=(--platform "manylinux_2_${minor}_x86_64"); done
+echo "bundle.sh: downloading"
+"${PYTHON:-python3}" -m pip --quiet --disable-pip-version-check download --no-deps --only-binary=:all: \
+    --python-version 3.12 --implementation cp "${platforms[@]}" \
+    --dest "$work/wheels" --requirement "$here/requirements-cuda.txt"
+mkdir "$work/site"
+for wheel in "$work"/wheels/*.whl; do unzip -qo "$wheel" -d "$work/site"; done
+
+cd "$work/site"
+# of other chips, for linking, and what no path of ours loads
+rm -rf sgl_kernel/sm100 sgl_kernel/infllm_ops* sgl_kernel/flashmla_ops* sglang/multimodal_gen/csrc xgrammar/lib/*.a
+find . -name __pycache__ -prune -exec rm -rf {} +
+find xgrammar zstandard -name '*.so' -exec strip --strip-unneeded {} +
+# SGLang imports IPython only to show HTML in notebooks
+mkdir -p IPython
+echo 'version_info = (9, 0, 0)' >IPython/__init__.py
+printf 'class HTML:\n    def __init__(self, *args, **kwargs):\n        pass\n\n\ndef display(*args, **kwargs):\n    pass\n' \
+    >IPython/display.py
+
+echo "bundle.sh: packing"
+cd - >/dev/null
+rm -rf "$out"
+mkdir -p "$out"
+pack() { tar --create --directory="$work/site" . | xz -3 --threads=0; }
+if [[ -n $part_mib ]]; then
+    pack | split --bytes="${part_mib}M" - "$out/runtime.tar.xz."
+else
+    pack >"$out/runtime.tar.xz."
+fi
+cat >"$out/activate.sh" <<'ACTIVATE'
+# source activate.sh [FOLDER]
+_bundle=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+_site=${1:-/tmp/miles-spmd-runtime}
+if [[ ! -f $_site/.complete ]]; then
+    mkdir -p "$_site" && cat "$_bundle"/runtime.tar.xz.* | xz --decompress --threads=0 | tar --extract --directory="$_site" &&
+        touch "$_site/.complete" || echo "activate.sh: the runtime could not be unpacked to $_site" >&2
+fi
+export PYTHONPATH=$_site${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
+ACTIVATE
+du -h "$out"/*
