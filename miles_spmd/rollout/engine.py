@@ -19,14 +19,15 @@ class SamplingParams(msgspec.Struct, frozen=True):
     """How to draw one answer.
 
     Each token is drawn from ``softmax(logits / temperature)``, cut to its ``top_k`` likeliest tokens and to the
-    smallest set of probability at least ``top_p``, and renormalised. The draw is a function of ``seed``, the token's
-    position in the sequence and that distribution alone, not of what else is in the batch.
+    smallest set of probability at least ``top_p`` (:func:`~miles_spmd.algorithms.truncation.threshold`), and
+    renormalised. The draw is a function of ``seed``, the token's position in the sequence and that distribution alone,
+    not of what else is in the batch.
     """
 
     max_new_tokens: int
-    temperature: float = 1.0  # 0 (anything below 1e-6): the likeliest token
+    temperature: float = 1.0  # 0 (anything below 1e-6): greedy, the likeliest token
     top_p: float = 1.0
-    top_k: int = -1  # -1: the whole vocabulary
+    top_k: int = -1  # -1: the whole vocabulary; 1: greedy
     stop: list[str] = []  # the answer ends with the token that completes one of these strings
     stop_token_ids: list[int] = []  # besides the model's own end-of-sequence tokens
     ignore_eos: bool = False  # neither end-of-sequence nor stop tokens end the answer; stop strings do
@@ -44,9 +45,9 @@ class Output(msgspec.Struct):
     """A finished (or aborted) request.
 
     ``output_ids`` ends with the token that stopped it, if one did. ``output_log_probs`` is aligned with it: the natural
-    log of each token's probability under ``softmax(logits / temperature)`` over the *whole* vocabulary, that is before
-    top-k and top-p, and at temperature 1 for a greedy request. It is what a trainer that divides its logits by the same
-    temperature computes for the token.
+    log of each token's probability in the distribution that it was drawn from, after top-k and top-p; for a greedy
+    request, which draws nothing, in ``softmax(logits / temperature)`` over the whole vocabulary (at temperature 1 if it
+    asks for 0). It is what a trainer that treats its logits in the same way computes for the token.
     """
 
     rid: str

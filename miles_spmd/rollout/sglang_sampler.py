@@ -12,6 +12,10 @@ from sglang.srt.layers.sampler import Sampler, register_sampler_backend
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
+from miles_spmd.algorithms.truncation import truncated
+
+_GREEDY = 1  # the top_k by which SGLang marks a request for the likeliest token
+
 
 def register() -> None:
     """Have SGLang build this sampler, and give it the seeds of a batch, in every mode."""
@@ -25,7 +29,8 @@ def _take_seeds(info: SamplingBatchInfo, batch: ScheduleBatch, vocab_size: int) 
 
 
 class SeededSampler(Sampler):
-    """Draws from ``softmax(logits / temperature)`` cut by top-k and top-p; the log-prob is that of the uncut one."""
+    """Draws from ``softmax(logits / temperature)`` cut by top-k and top-p and reports that distribution's log-probs; of
+    greedy requests the uncut one's."""
 
     def forward(
         self,
@@ -39,27 +44,24 @@ class SeededSampler(Sampler):
         """Token ids, int64 [requests]; writes their log-probs, float32 [requests], into ``logits_output``."""
         logits = logits_output.next_token_logits
         log_probs = torch.log_softmax(logits / sampling_info.temperatures, dim=-1, dtype=torch.float32)
-        tokens = logits.argmax(-1) if sampling_info.is_all_greedy else _sample(log_probs, sampling_info, positions)
+        tokens = logits.argmax(-1)
+        if not sampling_info.is_all_greedy:
+            _cut(log_probs, sampling_info)
+            drawn = draw(log_probs, sampling_info.sampling_seed, positions)
+            tokens = torch.where(sampling_info.top_ks == _GREEDY, tokens, drawn)
         logits_output.next_token_logprobs = log_probs.gather(-1, tokens[:, None]).squeeze(-1)
         self._sync_token_ids_across_tp(tokens, sampling_info)
         return tokens
 
 
-def _sample(log_probs: torch.Tensor, info: SamplingBatchInfo, positions: torch.Tensor) -> torch.Tensor:
-    seeds, vocab_size = info.sampling_seed, log_probs.shape[-1]
-    tokens = draw(log_probs, seeds, positions)
+def _cut(log_probs: torch.Tensor, info: SamplingBatchInfo) -> None:
+    """In place, and only the rows that ask for it, so that the others draw as they would among themselves."""
     if not (info.need_top_k_sampling or info.need_top_p_sampling):
-        return tokens
-    # Only the rows that ask for it are cut, so that the others draw as they would among themselves.
-    rows = ((info.top_ks < vocab_size) | (info.top_ps < 1)).nonzero().squeeze(1)
-    sorted_log_probs, ids = log_probs[rows].sort(dim=-1, descending=True, stable=True)
-    probs = sorted_log_probs.exp()
-    before = probs.cumsum(-1) - probs
-    rank = torch.arange(vocab_size, device=probs.device)
-    cut = (rank >= info.top_ks[rows, None]) | ((before >= info.top_ps[rows, None]) & (rank > 0))
-    drawn = draw(sorted_log_probs.masked_fill_(cut, float("-inf")), seeds[rows], positions[rows])
-    tokens[rows] = ids.gather(-1, drawn[:, None]).squeeze(-1)
-    return tokens
+        return
+    limited = (info.top_ks < log_probs.shape[-1]) | (info.top_ps < 1)
+    rows = (limited & (info.top_ks != _GREEDY)).nonzero().squeeze(1)
+    if len(rows):
+        log_probs[rows] = truncated(log_probs[rows], info.top_ks[rows, None], info.top_ps[rows, None])
 
 
 def draw(log_probs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
+from miles_spmd.algorithms.truncation import truncated
 from miles_spmd.data.sample import FinishReason
 from miles_spmd.models import Piece, TensorLayout, load_family
 from miles_spmd.rollout import storage
 from miles_spmd.rollout.engine import Output, Request, check_request
 
-_GREEDY = 1e-6
+_COLD = 1e-6
 
 
 @dataclass
@@ -97,20 +98,21 @@ class TorchEngine:
         if running.request.return_prompt_log_probs and running.prompt_log_probs is None:
             targets = torch.tensor(sequence[1:])[:, None]
             running.prompt_log_probs = logits[:-1].log_softmax(-1).gather(-1, targets).squeeze(-1).tolist()
-        greedy = wanted.temperature < _GREEDY
-        log_probs = (logits[-1] / (1 if greedy else wanted.temperature)).log_softmax(-1)
+        cold = wanted.temperature < _COLD
+        log_probs = (logits[-1:] / (1 if cold else wanted.temperature)).log_softmax(-1)
         if log_probs.isnan().any():
             raise FloatingPointError(
                 f"request {running.request.rid}: the model of weight version {self._weight_version} gives log-probs "
                 "that are not finite"
             )
-        if greedy:
+        if cold or wanted.top_k == 1:
             token = int(log_probs.argmax())
         else:
-            probs = _cut(log_probs.exp(), wanted.top_k, wanted.top_p)
-            token = int(torch.multinomial(probs, 1, generator=running.generator))
+            if wanted.top_k != -1 or wanted.top_p < 1:
+                log_probs = truncated(log_probs, wanted.top_k, wanted.top_p)
+            token = int(torch.multinomial(log_probs[0].exp(), 1, generator=running.generator))
         running.output_ids.append(token)
-        running.log_probs.append(float(log_probs[token]))
+        running.log_probs.append(float(log_probs[0, token]))
         running.finish_reason = self._finish_reason(running)
 
     def _finish_reason(self, running: Running) -> FinishReason | None:
@@ -196,15 +198,6 @@ class TorchEngine:
     def _require_idle(self, what: str) -> None:
         if not self.idle:
             raise RuntimeError(f"{what}() needs an idle engine: step until idle is true, or abort first")
-
-
-def _cut(probs: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """``probs`` [vocabulary] with everything outside of top-k and top-p set to 0."""
-    ordered, ids = probs.sort(descending=True, stable=True)
-    ordered[(ordered.cumsum(0) - ordered) >= top_p] = 0
-    if top_k != -1:
-        ordered[top_k:] = 0
-    return torch.zeros_like(probs).scatter_(0, ids, ordered)
 
 
 def _eos_token_ids(model_path: str | Path, config: Any, tokenizer: Any) -> set[int]:

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 VOCAB_SIZE = 100  # no multiple of what SGLang pads to
 EOS = 99
@@ -47,10 +54,23 @@ class Reference:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
 
     @torch.no_grad()
-    def log_probs(self, sequence: list[int], temperature: float = 1.0) -> torch.Tensor:
-        """[len(sequence) - 1, vocabulary]: row t is the distribution of token t + 1."""
-        return (self.model(torch.tensor([sequence])).logits[0, :-1] / temperature).log_softmax(-1)
+    def hidden(self, sequence: list[int]) -> torch.Tensor:
+        """[len(sequence) - 1, hidden size]: what the output layer ``model.lm_head`` makes logits of."""
+        return self.model.model(torch.tensor([sequence])).last_hidden_state[0, :-1]
 
-    def of_tokens(self, sequence: list[int], temperature: float = 1.0) -> torch.Tensor:
+    @torch.no_grad()
+    def log_probs(
+        self, sequence: list[int], temperature: float = 1.0, top_p: float = 1.0, top_k: int = -1
+    ) -> torch.Tensor:
+        """[len(sequence) - 1, vocabulary]: row t is the distribution of token t + 1, of what both cuts leave alone."""
+        log_probs = (self.model.lm_head(self.hidden(sequence)) / temperature).log_softmax(-1)
+        cuts = [TopKLogitsWarper(top_k)] if top_k > 0 else []
+        cuts += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+        left = log_probs
+        for cut in cuts:
+            left = left.where(cut(None, log_probs).isfinite(), -torch.inf)
+        return left.log_softmax(-1)
+
+    def of_tokens(self, sequence: list[int], *distribution: float) -> torch.Tensor:
         """[len(sequence) - 1]: the log-prob of every token but the first."""
-        return self.log_probs(sequence, temperature).gather(-1, torch.tensor(sequence[1:])[:, None]).squeeze(-1)
+        return self.log_probs(sequence, *distribution).gather(-1, torch.tensor(sequence[1:])[:, None]).squeeze(-1)

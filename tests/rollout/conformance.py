@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from miles_spmd.checkpoint import hf
 from miles_spmd.data.sample import FinishReason
 from miles_spmd.models import load_family
 from miles_spmd.rollout.engine import Engine, Output, Request, SamplingParams
+from miles_spmd.training.log_probs import Distribution, linear_log_probs
 from tests.rollout.checkpoints import CONTEXT, EOS, Reference
 
 TOLERANCE = 2e-5  # fp32 against float64
@@ -67,29 +69,51 @@ def prompt(seed: int, length: int) -> list[int]:
 
 def difference(reference: Reference, request: Request, output: Output) -> float:
     """How far an output's log-probs are from the reference's."""
-    temperature = request.sampling.temperature or 1.0
+    distribution = sampled_from(request)
+    expected = reference.of_tokens(request.input_ids + output.output_ids, *astuple(distribution))
+    return largest(expected[len(request.input_ids) - 1 :], output)
+
+
+def difference_to_trainer(reference: Reference, request: Request, output: Output) -> float:
+    """And from what the trainer's head makes of the reference's hidden states."""
+    sequence, start = request.input_ids + output.output_ids, len(request.input_ids) - 1
+    weight, distribution = reference.model.lm_head.weight, sampled_from(request)
+    targets = torch.tensor(output.output_ids)
+    hidden = reference.hidden(sequence)[start:]
+    return largest(linear_log_probs(hidden, weight, targets, distribution, vocab_size=len(weight))[0], output)
+
+
+def largest(expected: torch.Tensor, output: Output) -> float:
     assert len(output.output_ids) == len(output.output_log_probs)
-    expected = reference.of_tokens(request.input_ids + output.output_ids, temperature)[len(request.input_ids) - 1 :]
     return float((expected - torch.tensor(output.output_log_probs, dtype=torch.float64)).abs().max())
+
+
+def sampled_from(request: Request) -> Distribution:
+    """A greedy request tells the log-probs of the whole vocabulary."""
+    wanted = request.sampling
+    if wanted.temperature == 0 or wanted.top_k == 1:
+        return Distribution(wanted.temperature or 1.0)
+    return Distribution(wanted.temperature, wanted.top_p, wanted.top_k)
 
 
 # --- checks: (engine, folders) -> anything that must be the same on every rank ----------------------------------------
 
 
 def log_probs(engine: Engine, folders: list[Path]) -> Any:
-    """However a token is drawn, its log-prob is that of softmax(logits / temperature) over the whole vocabulary."""
+    """A token's log-prob is that of the distribution that it was drawn from."""
     reference = Reference(folders[0])
     ways = [
         {},
         {"temperature": 0.7},
         {"temperature": 1.5, "top_p": 0.5},
         {"top_k": 3},
-        {"temperature": 0.7, "top_k": 5, "top_p": 0.6},
-        {"temperature": 0.0},
+        {"temperature": 0.7, "top_k": 5, "top_p": 0.8},
+        {"temperature": 0.0, "top_p": 0.5},
+        {"temperature": 0.7, "top_k": 1},
     ]
     shared = prompt(0, 37)
     requests = []
-    for number in range(24):
+    for number in range(28):
         text = shared + prompt(number, number % 5 + 1) if number % 2 else prompt(number, 1 + 4 * number)
         way = ways[number % len(ways)]
         requests.append(request(f"r{number}", text, prompt_log_probs=number % 3 == 0, seed=number, **way))
@@ -97,6 +121,7 @@ def log_probs(engine: Engine, folders: list[Path]) -> Any:
     for asked in requests:
         output = outputs[asked.rid]
         assert difference(reference, asked, output) < TOLERANCE, asked
+        assert difference_to_trainer(reference, asked, output) < TOLERANCE, asked
         if asked.return_prompt_log_probs:
             assert output.prompt_log_probs is not None
             expected = reference.of_tokens(asked.input_ids)
