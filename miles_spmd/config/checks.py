@@ -107,7 +107,7 @@ def _steps_divide_the_rollout(
 
 @_rule(_contradictions)
 def _groups_can_differ(
-    mode: str, advantage_estimator: str, n_samples_per_prompt: int, rollout_temperature: float
+    mode: str, advantage_estimator: str, n_samples_per_prompt: int, rollout_temperature: float, rollout_top_k: int
 ) -> Iterator[str]:
     if mode != "rl" or advantage_estimator not in COMPARE_GROUPS:
         return
@@ -115,6 +115,8 @@ def _groups_can_differ(
         yield f"rollout.n_samples_per_prompt: {advantage_estimator} compares the answers to a prompt; take at least 2"
     if rollout_temperature == 0:
         yield "rollout.rollout_temperature: at 0 all samples of a group are the same and nothing is learnt"
+    if rollout_top_k == 1:
+        yield "rollout.rollout_top_k: at 1 all samples of a group are the same and nothing is learnt"
 
 
 @_rule(_contradictions)
@@ -438,15 +440,6 @@ def _data(prompt_data: str, eval_prompt_data: dict[str, str]) -> Iterator[str]:
 
 
 # --- allowed, but doubtful -------------------------------------------------------------------------------------------
-
-
-@_rule(_warnings)
-def _truncated_sampling(mode: str, rollout_top_p: float, rollout_top_k: int) -> Iterator[str]:
-    if mode == "rl" and (rollout_top_p < 1 or rollout_top_k > 0):
-        yield (
-            "rollout.rollout_top_p, rollout_top_k: samples come from a truncated distribution, but their log-probs are "
-            "the policy's; the importance ratio does not correct for that"
-        )
 
 
 @_rule(_warnings)
