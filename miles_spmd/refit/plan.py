@@ -17,12 +17,14 @@ Ints = tuple[int, ...]
 
 
 class Holding(msgspec.Struct, frozen=True):
-    """What one rank declares to all others. ``target_dtypes``: torch dtype names by target tensor."""
+    """What one rank declares to all others. ``target_dtypes``: torch dtype names by target tensor; ``on_gpu``: whether
+    all sources, and all targets, are on one GPU."""
 
     host: str
     sources: list[TensorLayout]
     targets: list[TensorLayout]
     target_dtypes: dict[str, str]
+    on_gpu: tuple[bool, bool] = (False, False)
 
 
 class Place(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterable, Mapping
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
@@ -12,8 +13,11 @@ import torch.distributed as dist
 
 from miles_spmd.models.layout import TensorLayout, check_filled
 from miles_spmd.refit.plan import Holding, Plan, make_plan
-from miles_spmd.refit.transport import ALIGNMENT, Bucket, exchange, make_buckets, raise_together, rectangle
+from miles_spmd.refit.transport import ALIGNMENT, Bucket, exchange, gather, make_buckets, raise_together, rectangle
 from miles_spmd.refit.verify import Comparisons, checksum
+
+if TYPE_CHECKING:
+    from miles_spmd.refit.direct import DirectRefit
 
 
 class RefitCounts(msgspec.Struct, frozen=True):
@@ -28,8 +32,10 @@ class Refit:
     """Plans once, runs many times. All ranks of ``group`` (default: the world) construct and run it together.
 
     ``weights`` and ``engine_weights`` map local names to tensors; ``layouts`` and ``engine_layouts`` say where they lie
-    in checkpoint coordinates. The tensor objects must stay the same from run to run, their storage need not. A rank
-    without trainer or engine passes empty ones. During a run, buffers take at most two buckets of ``bucket_bytes``.
+    in checkpoint coordinates. The tensor objects must stay the same from run to run; their storage need not, but for
+    that of ``weights`` which ranks on the same host read. A rank without trainer or engine passes empty ones. Between
+    GPUs of one host weights go straight from tensor to tensor; elsewhere through buffers of two buckets of
+    ``bucket_bytes``.
 
     Raises ValueError when a layout does not fill its tensor exactly, or nobody holds what an engine needs.
     """
@@ -50,7 +56,9 @@ class Refit:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         self.device = next((t.device for t in (*weights.values(), *engine_weights.values())), torch.device("cpu"))
         dtype_names = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in engine_weights.items()}
-        holdings = _gather(Holding(socket.gethostname(), layouts, engine_layouts, dtype_names), self.group)
+        on_gpu = (_on_one_gpu(weights), _on_one_gpu(engine_weights))
+        mine = Holding(socket.gethostname(), layouts, engine_layouts, dtype_names, on_gpu)
+        holdings = gather(mine, Holding, self.group)
         dtypes = [{name: getattr(torch, d) for name, d in holding.target_dtypes.items()} for holding in holdings]
         plan = self._plan(holdings)
         self.padding = plan.padding
@@ -59,6 +67,33 @@ class Refit:
         self.receives = {
             source: make_buckets(copies, dtypes[self.rank], bucket_bytes) for source, copies in plan.receives.items()
         }
+        self._counts = RefitCounts(
+            sum(bucket.payload for bucket in self.local),
+            sum(bucket.payload for buckets in self.receives.values() for bucket in buckets),
+        )
+        self._direct = self._make_direct(holdings)
+
+    def _make_direct(self, holdings: list[Holding]) -> DirectRefit | None:
+        """Take over what goes from GPU to GPU of one host, if the memory of others can be mapped here. All ranks come
+        to the same conclusion."""
+        if not any(all(holding.on_gpu) for holding in holdings):
+            return None
+        from miles_spmd.refit.direct import DirectRefit, map_peers  # needs Triton
+
+        def direct(source: int, target: int) -> bool:
+            a, b = holdings[source], holdings[target]
+            return a.on_gpu[0] and b.on_gpu[1] and a.host == b.host
+
+        pulls = {rank: buckets for rank, buckets in self.receives.items() if direct(rank, self.rank)}
+        serves = {rank: buckets for rank, buckets in self.sends.items() if direct(self.rank, rank)}
+        shared = map_peers(self.weights, pulls, serves, self.group)
+        if shared is None:
+            pulls, serves, shared = {}, {}, {}
+        self.receives = {rank: buckets for rank, buckets in self.receives.items() if rank not in pulls}
+        self.sends = {rank: buckets for rank, buckets in self.sends.items() if rank not in serves}
+        if direct(self.rank, self.rank):
+            pulls, self.local = {**pulls, self.rank: self.local}, []
+        return DirectRefit(self.weights, self.engine_weights, pulls, serves, shared, self.device, self.group)
 
     def _plan(self, holdings: list[Holding]) -> Plan:
         plan, problem = Plan([], {}, {}, []), ""
@@ -75,13 +110,14 @@ class Refit:
     def run(self) -> RefitCounts:
         """Copy all weights. Raises RefitError naming the tensors when a checksum differs after the write."""
         comparisons = Comparisons()
+        if self._direct is not None:
+            self._direct.run(comparisons if self.checksums else None)
         self._copy_local(comparisons)
         self._copy_remote(comparisons)
         for place, shape in self.padding:
             rectangle(self.engine_weights, place, shape).zero_()
         comparisons.check()
-        received = sum(bucket.payload for buckets in self.receives.values() for bucket in buckets)
-        return RefitCounts(sum(bucket.payload for bucket in self.local), received)
+        return self._counts
 
     def _copy_local(self, comparisons: Comparisons) -> None:
         buffer = self._buffer(self.local) if self.checksums else None
@@ -90,7 +126,7 @@ class Refit:
             torch._foreach_copy_(targets, sources)
             if buffer is not None:
                 sent, written = _packed_checksum(bucket, sources, buffer), _packed_checksum(bucket, targets, buffer)
-                comparisons.add(sent, written, bucket, self.rank)
+                comparisons.add(sent != written, [(bucket, self.rank)])
 
     def _copy_remote(self, comparisons: Comparisons) -> None:
         """One neighbour distance after the other: at any time a rank sends to one rank and receives from one."""
@@ -117,7 +153,7 @@ class Refit:
         torch._foreach_copy_(targets, bucket.segments(buffer))
         if self.checksums:
             sent = _trailer(bucket, buffer).clone()
-            comparisons.add(sent, _packed_checksum(bucket, targets, buffer), bucket, source)
+            comparisons.add(sent != _packed_checksum(bucket, targets, buffer), [(bucket, source)])
 
     def _buffer(self, buckets: Iterable[Bucket]) -> torch.Tensor:
         largest = max((bucket.nbytes for bucket in buckets), default=0)
@@ -134,10 +170,14 @@ def _trailer(bucket: Bucket, buffer: torch.Tensor) -> torch.Tensor:
     return buffer[bucket.nbytes : bucket.nbytes + 8].view(torch.int64)[0]
 
 
-def _gather(holding: Holding, group: dist.ProcessGroup | None) -> list[Holding]:
-    encoded: list[bytes] = [b""] * dist.get_world_size(group)
-    dist.all_gather_object(encoded, msgspec.msgpack.encode(holding), group=group)
-    return [msgspec.msgpack.decode(data, type=Holding) for data in encoded]
+def _on_one_gpu(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a kernel can take them all: there are some, on one GPU, elements of a row next to each other."""
+    devices = {tensor.device for tensor in tensors.values()}
+    return (
+        len(devices) == 1
+        and devices.pop().type == "cuda"
+        and all(tensor.stride(-1) == 1 for tensor in tensors.values())
+    )
 
 
 def check_layouts(tensors: Mapping[str, torch.Tensor], layouts: list[TensorLayout]) -> None:

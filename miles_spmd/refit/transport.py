@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import msgspec
 import torch
 import torch.distributed as dist
 
 from miles_spmd.models.layout import region
 from miles_spmd.refit.plan import Copy, Ints, Place
 
+T = TypeVar("T")
 ALIGNMENT = 16  # bytes: any dtype can be viewed at a multiple of it
 
 
@@ -45,6 +47,13 @@ class Bucket(NamedTuple):
 def rectangle(tensors: Mapping[str, torch.Tensor], place: Place, shape: Ints) -> torch.Tensor:
     """A view of the rectangle. Made anew in every refit: storage moves when trainer or engine releases memory."""
     return tensors[place.tensor][region(place.lead, place.start, shape)]
+
+
+def gather(value: T, kind: type[T], group: dist.ProcessGroup | None) -> list[T]:
+    """Every rank's ``value``, of a type that msgspec encodes, by rank."""
+    encoded: list[bytes] = [b""] * dist.get_world_size(group)
+    dist.all_gather_object(encoded, msgspec.msgpack.encode(value), group=group)
+    return [msgspec.msgpack.decode(data, type=kind) for data in encoded]
 
 
 def raise_together(problem: str, group: dist.ProcessGroup | None) -> None:

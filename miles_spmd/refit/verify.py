@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -30,15 +31,16 @@ class Comparisons:
         self._differs: list[torch.Tensor] = []
         self._buckets: list[tuple[Bucket, int]] = []
 
-    def add(self, sent: torch.Tensor, written: torch.Tensor, bucket: Bucket, source_rank: int) -> None:
-        self._differs.append(sent != written)
-        self._buckets.append((bucket, source_rank))
+    def add(self, differs: torch.Tensor, buckets: Sequence[tuple[Bucket, int]]) -> None:
+        """``differs``: bool, one per bucket. Buckets come with the rank that their sources are on."""
+        self._differs.append(differs.reshape(-1))
+        self._buckets += buckets
 
     def check(self) -> None:
         """Raise RefitError naming the tensors of every bucket whose checksums differ."""
         if not self._differs:
             return
-        damaged = torch.stack(self._differs).nonzero().flatten().tolist()
+        damaged = torch.cat(self._differs).nonzero().flatten().tolist()
         if damaged:
             lines = [_describe(*self._buckets[index]) for index in damaged]
             raise RefitError(f"refit: {len(damaged)} damaged bucket(s):\n" + "\n".join(lines), len(damaged))

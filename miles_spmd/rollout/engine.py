@@ -105,8 +105,12 @@ class Engine(Protocol):
         Until ``resume``, ``step`` and another ``release`` raise RuntimeError too.
         """
 
+    def resume_weights(self) -> None:
+        """Take the memory of the weights again, and no other: a refit needs no more, and until then a trainer may want
+        the rest. ``resume`` follows."""
+
     def resume(self) -> None:
-        """Take the memory again. Weights are undefined until the next refit."""
+        """Take all memory again that is still released. Weights are undefined until the next refit."""
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The engine's own parameter storage on this rank by its own names; writing into it changes the model."""

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from sglang.srt import runtime_context
+from sglang.srt.constants import GPU_MEMORY_ALL_TYPES, GPU_MEMORY_TYPE_WEIGHTS
 from sglang.srt.managers.io_struct import (
     AbortReq,
     ReleaseMemoryOccupationReqInput,
@@ -98,7 +99,7 @@ class SglangEngine:
         self._weight_version = -1
         self._paused = False
         self._touched = False
-        self._released = False
+        self._released: list[str] = []  # SGLang's names of the parts of its memory
         self._live: set[str] = set()
         self._spans: dict[str, list[tuple[int, int]]] = defaultdict(list)  # rid -> (version, tokens up to its end)
 
@@ -246,14 +247,21 @@ class SglangEngine:
     def release(self) -> None:
         self._require_memory()
         self._require_idle("release")
-        self._released = True
+        self._released = list(GPU_MEMORY_ALL_TYPES)
         self._scheduler.weight_updater.release_memory_occupation(ReleaseMemoryOccupationReqInput())
 
+    def resume_weights(self) -> None:
+        self._take([GPU_MEMORY_TYPE_WEIGHTS])
+
     def resume(self) -> None:
+        if self._released:
+            self._take(self._released)
+
+    def _take(self, tags: list[str]) -> None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what the trainer has freed, its allocator still holds
-        self._scheduler.weight_updater.resume_memory_occupation(ResumeMemoryOccupationReqInput())
-        self._released = False
+        self._scheduler.weight_updater.resume_memory_occupation(ResumeMemoryOccupationReqInput(tags=tags))
+        self._released = [tag for tag in self._released if tag not in tags]
 
     def close(self) -> None:
         """Free everything that SGLang holds in this process. All ranks of the world do it together."""

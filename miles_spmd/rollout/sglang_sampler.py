@@ -13,6 +13,7 @@ from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 from miles_spmd.algorithms.truncation import truncated
+from miles_spmd.rollout import sglang_draw
 
 _GREEDY = 1  # the top_k by which SGLang marks a request for the likeliest token
 
@@ -71,7 +72,7 @@ def draw(log_probs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) 
     last token stands).
     """
     if log_probs.is_cuda:  # sums over a row are not reproducible on a GPU, a maximum is
-        return gumbel_noise(seeds, positions, log_probs.shape[-1]).add_(log_probs).argmax(-1)
+        return sglang_draw.draw(log_probs, seeds, positions)
     cumulative = log_probs.exp().cumsum(-1, dtype=torch.float64)
     point = uniform(seeds, positions)[:, None] * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, point, right=True).squeeze(-1)
@@ -79,7 +80,8 @@ def draw(log_probs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) 
 
 
 def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, categories: int) -> torch.Tensor:
-    """Standard Gumbel noise, float64 [rows, categories], from a 32-bit hash of seed, position and category (CUDA).
+    """Standard Gumbel noise, float64 [rows, categories], from a 32-bit hash of seed, position and category (CUDA). What
+    :func:`draw` adds to log-probs on a GPU, where a kernel makes it and forgets it.
 
     SGLang's own maps the largest hash to infinity, which wins whatever the log-prob: of a vocabulary of 150,000 it
     would draw one token in 28,000 uniformly.

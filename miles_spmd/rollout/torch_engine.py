@@ -163,10 +163,13 @@ class TorchEngine:
         self._require_idle("release")
         self._freed = storage.free(self._model.parameters())
 
+    def resume_weights(self) -> None:
+        self.resume()
+
     def resume(self) -> None:
-        assert self._freed is not None
-        storage.allocate(self._model.parameters(), self._freed)
-        self._freed = None
+        if self._freed is not None:
+            storage.allocate(self._model.parameters(), self._freed)
+            self._freed = None
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach() for name, parameter in self._model.named_parameters()}

@@ -1,7 +1,7 @@
 """The engine's turns on a device that it shares with the trainer.
 
 - train, log-probs: the engine is released
-- refit: the engine is resumed, then given the trainer's weights
+- refit: the engine's weights are resumed and given the trainer's values, then cache and graphs are resumed
 - rollout: the engine is resident, with the weights of the last refit
 """
 
@@ -50,12 +50,15 @@ class EngineTurns:
     def refit(self, version: int) -> RefitResult:
         """Raises RefitError when a checksum differs."""
         if not self._resident:
+            with self._watch("resume_weights"):
+                self.engine.resume_weights()
+        with self._watch("copy"):
+            counts = self._refit.run()
+        if not self._resident:
             with self._watch("resume"):
                 self.engine.resume()
             self._resident = True
-        with self._watch("copy"):
-            counts = self._refit.run()
-            self.engine.commit(version)
+        self.engine.commit(version)
         self._filled = True
         return RefitResult(version, counts.bytes_local, counts.bytes_received, counts.checksum_mismatches)
 

@@ -57,6 +57,16 @@ def noise() -> None:
         error = (counts / n - probs).abs()
         assert (error <= 4.5 * (probs * (1 - probs) / n).sqrt()).all()
 
+    for rows, categories in [(300, 151_936), (3, 1000)]:  # the kernel draws what the tensor operations draw
+        log_probs = torch.randn(rows, categories, device="cuda").mul_(3).log_softmax(-1)
+        log_probs[1, 5:] = -math.inf
+        seeds = torch.randint(2**63 - 1, (rows,), device="cuda")
+        positions = torch.randint(2**20, (rows,), device="cuda")
+        reference = gumbel_noise(seeds, positions, categories).add_(log_probs).argmax(-1)
+        assert torch.equal(draw(log_probs, seeds, positions), reference)
+    log_probs[2, 3] = math.nan
+    assert 0 <= draw(log_probs, seeds, positions)[2] < categories
+
     # every 32-bit hash comes eight times on average, the largest too
     rows, categories = 2**10, 2**17
     for block in range(2**35 // (rows * categories)):

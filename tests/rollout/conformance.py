@@ -340,18 +340,22 @@ def memory(engine: Engine, folders: list[Path]) -> Any:
     weights = engine.weights()
     sizes = {name: tensor.untyped_storage().nbytes() for name, tensor in weights.items()}
     assert min(sizes.values()) > 0
-    for _ in range(2):
+    for in_two_steps in (True, False):
         engine.release()
         assert {tensor.untyped_storage().nbytes() for tensor in weights.values()} == {0}
         for impossible in (engine.step, engine.release):
             with pytest.raises(RuntimeError, match="resume"):
                 impossible()
-        engine.resume()
+        if in_two_steps:
+            engine.resume_weights()
+        else:
+            engine.resume()
         assert {name: tensor.untyped_storage().nbytes() for name, tensor in weights.items()} == sizes
         for name, tensor in engine.weights().items():
             assert tensor.data_ptr() == weights[name].data_ptr()
             tensor.fill_(math.nan)
         refit(engine, folders[0], 0)
+        engine.resume()  # the rest, if there is any
         assert run(engine, asked) == before
     return before
 

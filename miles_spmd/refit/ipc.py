@@ -1,0 +1,61 @@
+"""Memory of other processes on this host, mapped into this one through CUDA's inter-process handles.
+
+Only what cudaMalloc gave can be exported, as the trainer's memory is; an engine's is mapped by torch_memory_saver.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import msgspec
+
+
+class Export(msgspec.Struct, frozen=True):
+    """A tensor in an allocation of another process."""
+
+    handle: bytes
+    offset: int  # bytes
+
+
+class MappingError(RuntimeError):
+    """The memory cannot be exported, or not be reached from this GPU."""
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = (("reserved", ctypes.c_char * 64),)
+
+
+def export(address: int) -> Export:
+    """Of device memory of this process. Raises MappingError."""
+    base, size = ctypes.c_uint64(), ctypes.c_size_t()
+    _call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(address))
+    handle = _Handle()
+    _call("cuIpcGetMemHandle", ctypes.byref(handle), base)
+    return Export(bytes(handle), address - base.value)
+
+
+def address(exported: Export) -> int:
+    """Where the tensor lies in this process. An allocation is mapped once and stays so. Raises MappingError."""
+    return _open(exported.handle) + exported.offset
+
+
+@cache
+def _open(handle: bytes) -> int:
+    base = ctypes.c_uint64()
+    lazily_enable_peer_access = ctypes.c_uint(1)
+    _call("cuIpcOpenMemHandle_v2", ctypes.byref(base), _Handle.from_buffer_copy(handle), lazily_enable_peer_access)
+    return base.value
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _call(function: str, *arguments: object) -> None:
+    status = getattr(_driver(), function)(*arguments)
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        raise MappingError(f"{function}: {(text.value or b'unknown error').decode()}")
