@@ -111,6 +111,24 @@ def bench_quickstart(
     show(bench_quickstart(ranks, steps, trl), Console())
 
 
+@bench.command("loss")
+def bench_loss(
+    vocabulary: Annotated[int, typer.Option(min=4)] = 151_936,
+    tokens: Annotated[int, typer.Option(min=2, help="Scored tokens of a micro-batch.")] = 16_384,
+    hidden: Annotated[int, typer.Option(min=1, help="Width of the hidden states.")] = 1024,
+    dtype: Annotated[str, typer.Option(help="Of hidden states and output layer: float32 or bfloat16.")] = "float32",
+    top_p: Annotated[float, typer.Option(help="As the rollout cuts its distribution.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="The same.")] = -1,
+) -> None:
+    """Memory and time of log-probs, entropy and their gradient, from hidden states on."""
+    from rich.console import Console
+
+    from miles_spmd.bench.loss import Shape, bench_loss, show
+
+    shape = Shape(vocabulary, tokens, hidden, dtype, top_p, top_k)
+    show(shape, bench_loss(shape), Console())
+
+
 def main() -> None:
     app(prog_name="miles-spmd")
 

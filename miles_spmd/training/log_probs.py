@@ -292,7 +292,7 @@ def _scan(
         rows.peak_S1[part] = peak_R1
         exp_RV = z_RV.exp()
         rows.sums_NS[0, part] = exp_RV.sum(-1)
-        rows.sums_NS[1, part] = torch.linalg.vecdot(exp_RV, z_RV)
+        rows.sums_NS[1, part] = exp_RV.mul_(z_RV).sum(-1)
 
     for part in head.parts(len(hidden), distribution, sorts=inspect is not None):
         measure(part)
