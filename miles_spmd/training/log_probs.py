@@ -195,6 +195,11 @@ class _Head:
     """The part of the output layer that this rank has, without padding."""
 
     def __init__(self, weight: Tensor, first_id: int, vocab_size: int, group: dist.ProcessGroup | None) -> None:
+        if first_id >= vocab_size:
+            raise ValueError(
+                f"the rank with tokens from {first_id} on has none of a vocabulary of {vocab_size}; "
+                "take a smaller megatron.tensor_model_parallel_size"
+            )
         self.weight = weight[: vocab_size - first_id]
         self.padding = len(weight) - len(self.weight)
         self.first_id, self.vocab_size = first_id, vocab_size

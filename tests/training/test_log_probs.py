@@ -9,6 +9,8 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
@@ -116,6 +118,28 @@ def test_values_and_gradients(distribution: Distribution, with_entropy: bool, ma
         assert_close(got, wanted, tolerance)
         assert {tensor.dtype for tensor in got} == {dtype}
         assert not got[3][VOCAB:].any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 6),
+    hidden_size=st.integers(1, 4),
+    vocabulary=st.integers(1, VOCAB),
+    distribution=st.builds(
+        Distribution, st.floats(0.3, 3), st.sampled_from([0.1, 0.5, 0.95, 1.0]), st.sampled_from([-1, 1, 2, 7])
+    ),
+    max_logits=st.integers(1, 300),
+    seed=st.integers(0, 2**32),
+)
+def test_any_shape(
+    rows: int, hidden_size: int, vocabulary: int, distribution: Distribution, max_logits: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    kind = {"generator": generator, "dtype": torch.float64}
+    hidden, weight = torch.randn(rows, hidden_size, **kind), torch.randn(vocabulary, hidden_size, **kind)
+    targets = torch.randint(vocabulary, (rows,), generator=generator)
+    random = (hidden, weight, targets, *torch.randn(2, rows, **kind))
+    assert_close(actual(random, distribution, True, max_logits), expected(random, distribution, True), 1e-12)
 
 
 WAYS = list(itertools.product(DISTRIBUTIONS, (False, True), (2**27, THREE_ROWS)))
@@ -241,3 +265,9 @@ def test_candidates_that_make_no_sense() -> None:
         top_candidates(hidden, weight, 2, CUT, vocab_size=VOCAB)
     with pytest.raises(ValueError, match="whole vocabulary"):
         log_probs_of(hidden, weight, targets[:, None], CUT, vocab_size=VOCAB)
+
+
+def test_a_rank_without_tokens_is_refused() -> None:
+    hidden, weight, targets, *_ = case()
+    with pytest.raises(ValueError, match="from 14 on has none of a vocabulary of 11"):
+        linear_log_probs(hidden, weight, targets, PLAIN, first_id=PADDED, vocab_size=VOCAB)
