@@ -12,21 +12,20 @@ import torch
 from torch import Tensor
 
 from miles_spmd.algorithms.kl import MAX_LOG_RATIO, kl_estimate
-from miles_spmd.algorithms.preference import PreferenceLoss
+from miles_spmd.algorithms.preference import PreferenceLoss, RewardModelLoss
 from miles_spmd.algorithms.surrogates import SURROGATES, log_ratio, off_policy_sequences
 from miles_spmd.algorithms.token_batch import TokenBatch
 from miles_spmd.config.schema import Algorithm
 
 
 class LossFunction(Protocol):
-    @property
-    def differentiates_entropy(self) -> bool:
-        """Whether entropy needs a graph."""
+    """Loss of a policy."""
 
     def __call__(self, log_probs: Tensor, entropy: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of each token, fp32 [T], and scalar sums over trained tokens for the metrics.
 
-        ``log_probs`` and ``entropy`` are fp32 [T], of softmax(logits / temperature), with gradient.
+        ``log_probs`` and ``entropy`` are fp32 [T], of softmax(logits / temperature), with gradient; entropy where the
+        configuration has an ``entropy_coef``.
         """
 
 
@@ -46,10 +45,6 @@ class PolicyLoss:
     def __init__(self, algorithm: Algorithm) -> None:
         self.algorithm = algorithm
         self.surrogate = SURROGATES.resolve(algorithm.surrogate)
-
-    @property
-    def differentiates_entropy(self) -> bool:
-        return self.algorithm.entropy_coef != 0
 
     def __call__(self, log_probs: Tensor, entropy: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         a = self.algorithm
@@ -86,8 +81,6 @@ class PolicyLoss:
 class SupervisedLoss:
     """Negative log-likelihood of each trained token."""
 
-    differentiates_entropy: bool = False
-
     def __call__(self, log_probs: Tensor, entropy: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         trained = tokens.trained
         return -log_probs, {"tokens": trained.sum(), "entropy": _sum(trained, entropy).detach()}
@@ -116,15 +109,18 @@ class ValueLoss:
         return loss, {name: value.detach() for name, value in sums.items()}
 
 
-def make_loss(mode: str, algorithm: Algorithm) -> LossFunction:
-    """The loss of a run's ``mode``: "rl", "sft" or "dpo". Raises ValueError for another."""
-    if mode == "rl":
-        return PolicyLoss(algorithm)
-    if mode == "sft":
-        return SupervisedLoss()
-    if mode == "dpo":
-        return PreferenceLoss(algorithm)
-    raise ValueError(f"no loss for mode {mode!r}; known: rl, sft, dpo")
+def make_loss(mode: str, algorithm: Algorithm) -> LossFunction | HeadLoss:
+    """The loss of a run's ``mode``: "rl", "sft", "dpo" or "rm". Raises ValueError for another."""
+    match mode:
+        case "rl":
+            return PolicyLoss(algorithm)
+        case "sft":
+            return SupervisedLoss()
+        case "dpo":
+            return PreferenceLoss(algorithm)
+        case "rm":
+            return RewardModelLoss()
+    raise ValueError(f"no loss for mode {mode!r}; known: rl, sft, dpo, rm")
 
 
 def _sum(trained: Tensor, values: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ class PreferenceLoss:
     """
 
     algorithm: Algorithm
-    differentiates_entropy: bool = False
 
     def __call__(self, log_probs: Tensor, entropy: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         a = self.algorithm

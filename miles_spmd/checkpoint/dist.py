@@ -64,16 +64,13 @@ def save(
 
     Raises CheckpointError when the folder has contents.
     """
-    folder = Path(path)
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    if any(folder.iterdir()):
-        raise CheckpointError(f"{folder} is not empty: a checkpoint is written into a folder of its own")
-    dist.barrier()
     state = _weights_and_optimizer(chunks, optimizer, is_loading=False)
-    state |= {"format": _FORMAT, "settings": _settings(chunks), "updates": schedule.num_steps, _RANDOM: _random_state()}
-    dist_checkpointing.save(state, str(folder), _SynchronousSave("torch_dist", 1))
+    _write(path, chunks, state | {"updates": schedule.num_steps, _RANDOM: _random_state()})
+
+
+def save_weights(path: str | Path, chunks: Sequence[DistributedDataParallel]) -> None:
+    """Write the weights alone, as :func:`save` does."""
+    _write(path, chunks, _weights(chunks))
 
 
 def load(
@@ -88,25 +85,46 @@ def load(
     taken over where tensor and pipeline parallelism are the same. Raises CheckpointError on every rank when the folder
     is no checkpoint, is damaged or is one of another model; the weights are then undefined.
     """
-    folder = str(path)
-    if not Path(path).is_dir():
-        raise CheckpointError(f"checkpoint {folder} does not exist")
-    with _one_error(folder):
-        common = _common_state(folder)
+    with _one_error(path):
         settings = _settings(chunks)
-        _check_settings(common, settings)
-        same_ranks = all(common["settings"][name] == settings[name] for name in _RANDOM_STATE_LAYOUT)
+        saved = _checked_settings(path, settings)
+        same_ranks = all(saved[name] == settings[name] for name in _RANDOM_STATE_LAYOUT)
         state = _weights_and_optimizer(chunks, optimizer, is_loading=True)
         if same_ranks:
             state[_RANDOM] = _random_state()
-        loaded, unread, absent = dist_checkpointing.load(state, folder, strict=StrictHandling.RETURN_ALL)
-        _check_complete(unread, absent)
-        for name, chunk in _named(chunks):
-            chunk.module.load_state_dict(loaded[name])
+        loaded = _read(path, chunks, state)
         _load_optimizer(optimizer, loaded["optimizer"])
         schedule.step(loaded["updates"] - schedule.num_steps)
         if same_ranks:
             _set_random_state(loaded[_RANDOM])
+
+
+def load_weights(path: str | Path, chunks: Sequence[DistributedDataParallel]) -> None:
+    """Take over what :func:`save_weights` wrote; errors as in :func:`load`."""
+    with _one_error(path):
+        _checked_settings(path, _settings(chunks))
+        _read(path, chunks, _weights(chunks))
+
+
+def _write(path: str | Path, chunks: Sequence[DistributedDataParallel], state: dict[str, Any]) -> None:
+    folder = Path(path)
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    if any(folder.iterdir()):
+        raise CheckpointError(f"{folder} is not empty: a checkpoint is written into a folder of its own")
+    dist.barrier()
+    state |= {"format": _FORMAT, "settings": _settings(chunks)}
+    dist_checkpointing.save(state, str(folder), _SynchronousSave("torch_dist", 1))
+
+
+def _read(path: str | Path, chunks: Sequence[DistributedDataParallel], state: dict[str, Any]) -> dict[str, Any]:
+    """Load into the places that ``state`` describes; the weights are put into the model."""
+    loaded, unread, absent = dist_checkpointing.load(state, str(path), strict=StrictHandling.RETURN_ALL)
+    _check_complete(unread, absent)
+    for name, chunk in _named(chunks):
+        chunk.module.load_state_dict(loaded[name])
+    return loaded
 
 
 class _SynchronousSave(TorchDistSaveShardedStrategy):
@@ -123,8 +141,10 @@ class _SynchronousSave(TorchDistSaveShardedStrategy):
 
 
 @contextmanager
-def _one_error(folder: str) -> Iterator[None]:
+def _one_error(folder: str | Path) -> Iterator[None]:
     """Whatever goes wrong below, in Megatron, torch or a file, as one error that names the checkpoint."""
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"checkpoint {folder} does not exist")
     try:
         yield
     except (Exception, CheckpointException) as error:  # torch's CheckpointException is no Exception
@@ -146,10 +166,14 @@ def _named(chunks: Sequence[DistributedDataParallel]) -> list[tuple[str, Distrib
     return [("model" if len(chunks) == 1 else f"model{i}", chunk) for i, chunk in enumerate(chunks)]
 
 
+def _weights(chunks: Sequence[DistributedDataParallel]) -> dict[str, Any]:
+    return {name: chunk.module.sharded_state_dict() for name, chunk in _named(chunks)}
+
+
 def _weights_and_optimizer(
     chunks: Sequence[DistributedDataParallel], optimizer: ChainedOptimizer, is_loading: bool
 ) -> dict[str, Any]:
-    state: dict[str, Any] = {name: chunk.module.sharded_state_dict() for name, chunk in _named(chunks)}
+    state = _weights(chunks)
     state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=_OPTIMIZER_FORMAT)
     return state
 
@@ -192,13 +216,16 @@ def _settings(chunks: Sequence[DistributedDataParallel]) -> dict[str, Any]:
     return {name: own[name] if name in own else getattr(config, name) for name in (*_FIXED, *_RANDOM_STATE_LAYOUT)}
 
 
-def _check_settings(common: dict[str, Any], settings: dict[str, Any]) -> None:
+def _checked_settings(path: str | Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of the checkpoint, which must be those of this model."""
+    common = _common_state(str(path))
     if common.get("format") != _FORMAT:
         raise ValueError(f"its format is {common.get('format')}, this version reads {_FORMAT}")
     saved = common["settings"]
     different = [f"{name} was {saved[name]}, now {settings[name]}" for name in _FIXED if saved[name] != settings[name]]
     if different:
         raise ValueError("; ".join(different))
+    return saved
 
 
 def _check_complete(unread: set[str], absent: set[str]) -> None:

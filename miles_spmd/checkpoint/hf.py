@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from miles_spmd.checkpoint.random import random_slices
-from miles_spmd.models import PADDING, Family, Piece, TensorLayout, load_family, read_config
+from miles_spmd.models import PADDING, VALUE_HEAD, Family, Piece, TensorLayout, read_config
 from miles_spmd.models.layout import check_filled, region, whole
 from miles_spmd.models.random import NO_WEIGHTS
 from miles_spmd.refit import Refit
@@ -41,8 +41,9 @@ class CheckpointError(ValueError):
 def load(path: str | Path, weights: Mapping[str, torch.Tensor], layouts: list[TensorLayout], family: Family) -> None:
     """Fill ``weights`` in place with this rank's slices of the checkpoint in ``path``, cast to their dtypes.
 
-    ``family`` is the model that ``weights`` belong to. A rank reads its own slices only and talks to no other. A folder
-    of ``random:`` has no files: its weights are made up, the same for every layout.
+    ``family`` is the model that ``weights`` belong to. A rank reads its own slices only and talks to no other. A value
+    head begins with zeros where the checkpoint has none, being a policy's. A folder of ``random:`` has no files: its
+    weights are made up, the same for every layout.
     Raises CheckpointError naming every missing or truncated file, missing tensor and wrong shape at once, before any
     weight has changed; ValueError when a layout does not fill its tensor.
     """
@@ -61,6 +62,9 @@ def load(path: str | Path, weights: Mapping[str, torch.Tensor], layouts: list[Te
         else:
             slices = _Reader(Path(path), opened).slices(shapes)
         for name, places in wanted.items():
+            if name not in slices:
+                padding += places
+                continue
             for target, piece in places:
                 target.copy_(slices[name][region((), piece.start, piece.shape)])
     for target, _ in padding:
@@ -80,12 +84,13 @@ class _Reader:
         self.files: dict[str, tuple[Any, set[str]]] = {}  # by name: open file, names of its tensors
 
     def slices(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        """Lazy slices of the tensors with these names, which must have these shapes."""
+        """Lazy slices of the tensors with these names, of these shapes, which must exist but for a value head."""
         file_of = self._file_of_tensor()
         found = {}
         for name, shape in () if self.problems else shapes.items():
             if name not in file_of:
-                self.problems.append(f"tensor {name} is missing")
+                if name != VALUE_HEAD:
+                    self.problems.append(f"tensor {name} is missing")
                 continue
             file, names = self._open(file_of[name])
             if name in names:
@@ -130,6 +135,7 @@ def export(
     weights: Mapping[str, torch.Tensor],
     layouts: list[TensorLayout],
     source_config_dir: str | Path,
+    family: Family,
     *,
     dtype: torch.dtype | None = None,
     shard_bytes: int = 5 << 30,
@@ -138,16 +144,17 @@ def export(
 ) -> None:
     """Write the model that the ranks of ``group`` hold together as a Hugging Face checkpoint folder, on its rank 0.
 
-    All ranks call it. Configuration and tokenizer files come from ``source_config_dir``. ``dtype``: of the files;
-    default: that of the weights. Rank 0 needs the memory of one shard. The folder appears whole or not at all; one
-    that is already there is replaced. Raises ValueError on every rank when rank 0 cannot write.
+    All ranks call it. ``family`` is the model; its configuration and tokenizer files come from ``source_config_dir``.
+    A model with a value head becomes a sequence classifier with one label, as transformers knows it. ``dtype``: of the
+    files; default: that of the weights. Rank 0 needs the memory of one shard. The folder appears whole or not at all;
+    one that is already there is replaced. Raises ValueError on every rank when rank 0 cannot write.
     """
     folder, source = Path(path), Path(source_config_dir)
     partial = folder.with_name(f".{folder.name}.partial")
-    shapes = load_family(source).checkpoint_tensors()
+    shapes = family.checkpoint_tensors()
     dtype = dtype or next(iter(weights.values())).dtype
     shards = _shards(shapes, dtype.itemsize, shard_bytes)
-    _on_writer(group, _begin, partial, source, dtype, shards)
+    _on_writer(group, _begin, partial, source, family, dtype, shards)
     for file, names in shards.items():
         wanted = {name: shapes[name] for name in names} if dist.get_rank(group) == 0 else {}
         tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in wanted.items()}
@@ -186,7 +193,7 @@ def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) ->
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, 1)}
 
 
-def _begin(partial: Path, source: Path, dtype: torch.dtype, shards: Mapping[str, list[str]]) -> None:
+def _begin(partial: Path, source: Path, family: Family, dtype: torch.dtype, shards: Mapping[str, list[str]]) -> None:
     """Everything but the weights."""
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     partial.mkdir(parents=True)
@@ -195,6 +202,11 @@ def _begin(partial: Path, source: Path, dtype: torch.dtype, shards: Mapping[str,
             shutil.copyfile(file, partial / file.name)
     config = read_config(source)
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    if family.value_head:
+        classifier = [
+            name.replace("ForCausalLM", "ForSequenceClassification") for name in config.get("architectures", ())
+        ]
+        config |= {"architectures": classifier, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}

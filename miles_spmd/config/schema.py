@@ -328,3 +328,40 @@ class Config(Table):
     @property
     def run_dir(self) -> Path:
         return self.run.output_dir / self.run.name
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens that one micro-batch may hold over the ranks that share its sequences."""
+        return self.train.max_tokens_per_gpu * int(self.megatron.get("context_parallel_size", 1))
+
+    def generates(self, task: str) -> bool:
+        """Whether ``task`` ("train", "eval" or "export") needs an engine."""
+        if task == "export" or self.trains_on_pairs:
+            return False
+        return task == "eval" or self.run.mode == "rl" or self.eval.eval_interval > 0
+
+    @property
+    def trains_on_pairs(self) -> bool:
+        return self.run.mode in ("dpo", "rm")
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a reference policy is kept."""
+        a = self.algorithm
+        if self.run.mode == "dpo":
+            return a.preference_loss != "simpo"
+        return self.run.mode == "rl" and bool(a.kl_coef or a.kl_loss_coef)
+
+    @property
+    def has_critic(self) -> bool:
+        return self.run.mode == "rl" and self.algorithm.advantage_estimator == "ppo"
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.run.mode == "rl" and self.algorithm.opd_kl_coef != 0
+
+    def of_critic(self) -> Config:
+        """What the critic is built from: this configuration, with its own learning rate and schedule."""
+        lr = {} if self.train.critic_lr is None else {"lr": self.train.critic_lr}
+        train = {"lr_warmup_iters": self.train.critic_lr_warmup_iters, "num_critic_only_steps": 0}
+        return self.model_copy(update={"megatron": self.megatron | lr, "train": self.train.model_copy(update=train)})

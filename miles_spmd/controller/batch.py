@@ -12,6 +12,8 @@ from miles_spmd.algorithms.corrections import correct
 from miles_spmd.algorithms.rewards import shape_rewards
 from miles_spmd.algorithms.rollout_batch import Arrays, RolloutBatch
 from miles_spmd.config.schema import Config
+from miles_spmd.controller.scoring import Scores
+from miles_spmd.data.preferences import PreferencePair
 from miles_spmd.data.sample import Sample, TrainSequence
 
 
@@ -27,50 +29,70 @@ def to_sequences(samples: Sequence[Sample]) -> list[TrainSequence]:
     ]
 
 
+def pair_sequences(pairs: Sequence[PreferencePair]) -> list[TrainSequence]:
+    """Preferred and rejected sequence of every pair in turn; the mask (as weights of 0 and 1) is on what counts."""
+    return [
+        TrainSequence(answer.tokens, answer.loss_mask, pair_signs=np.full(len(answer.tokens), sign, np.float32))
+        for pair in pairs
+        for answer, sign in ((pair.chosen, 1), (pair.rejected, -1))
+    ]
+
+
 def optimizer_steps(
-    samples: Sequence[Sample], sequences: Sequence[TrainSequence], config: Config
+    samples: Sequence[Sample], sequences: Sequence[TrainSequence], scores: Scores, config: Config
 ) -> tuple[list[list[TrainSequence]], dict[str, float]]:
     """Fill in advantages, policy weights and global loss weights; cut the rollout into optimizer steps in submission
     order. Returns the steps and the algorithm's metrics. Raises ValueError where the algorithm lacks what it needs.
     """
     algorithm = config.algorithm
-    batch = _rollout_batch(samples, sequences, config)
+    rollout_ids = _rollout_ids(samples)
+    batch = RolloutBatch(
+        rewards=shape_rewards(samples, algorithm, config.rollout.rollout_max_response_len),
+        group_ids=np.unique([sample.prompt.uid for sample in samples], return_inverse=True)[1],
+        masks=[sequence.loss_weights for sequence in sequences],
+        rollout_ids=rollout_ids,
+        rollout_log_probs=[s.rollout_log_probs for s in sequences if s.rollout_log_probs is not None],
+        **scores,
+    )
     estimate = compute_advantages(batch, algorithm)
     correction = correct(batch, algorithm)
-    for i, sequence in enumerate(sequences):
-        sequence.advantages = estimate.advantages[i]
-        if correction is not None:
-            sequence.policy_weights = correction.policy_weights[i]
-    size = config.train.global_batch_size or len(sequences)
-    steps = [list(sequences[start : start + size]) for start in range(0, len(sequences), size)]
-    for step in steps:
-        set_loss_weights(step, algorithm.loss_aggregation, config.rollout.rollout_max_response_len)
+    fields: dict[str, Arrays | None] = {
+        "advantages": estimate.advantages,
+        "policy_weights": correction.policy_weights if correction else None,
+        "old_log_probs": batch.old_log_probs,
+        "ref_log_probs": batch.ref_log_probs,
+        "returns": estimate.returns,
+        "old_values": batch.values,
+    }
+    for name, arrays in fields.items():
+        for sequence, array in zip(sequences, arrays or ()):
+            setattr(sequence, name, array)
+    size = config.train.global_batch_size or len(samples)
+    steps = []
+    for start in range(0, int(rollout_ids.max()) + 1, size):
+        inside = np.flatnonzero((start <= rollout_ids) & (rollout_ids < start + size))  # siblings stay together
+        steps.append([sequences[i] for i in inside.tolist()])
+        set_loss_weights(
+            steps[-1], algorithm.loss_aggregation, config.rollout.rollout_max_response_len, rollout_ids[inside]
+        )
     metrics = estimate.metrics | (correction.metrics if correction else {})
     return steps, {f"rollout/{name}": value for name, value in metrics.items()}
 
 
-def set_loss_weights(sequences: Sequence[TrainSequence], aggregation: str, max_response_len: int) -> None:
+def set_loss_weights(
+    sequences: Sequence[TrainSequence], aggregation: str, max_response_len: int, rollout_ids: np.ndarray | None = None
+) -> None:
     """Turn the 0/1 masks in ``loss_weights`` into weights with the denominator of this optimizer step."""
-    weights = loss_weights([s.loss_weights for s in sequences], aggregation, max_response_len=max_response_len)
+    masks = [s.loss_weights for s in sequences]
+    weights = loss_weights(masks, aggregation, max_response_len=max_response_len, rollout_ids=rollout_ids)
     for sequence, weight in zip(sequences, weights):
         sequence.loss_weights = weight
 
 
-def _rollout_batch(samples: Sequence[Sample], sequences: Sequence[TrainSequence], config: Config) -> RolloutBatch:
-    uids = [sample.prompt.uid for sample in samples]
-
-    def field(name: str) -> Arrays | None:
-        arrays = [getattr(sequence, name) for sequence in sequences]
-        return None if arrays[0] is None else arrays
-
-    return RolloutBatch(
-        rewards=shape_rewards(samples, config.algorithm, config.rollout.rollout_max_response_len),
-        group_ids=np.unique(uids, return_inverse=True)[1],
-        masks=[sequence.loss_weights for sequence in sequences],
-        old_log_probs=field("old_log_probs"),
-        rollout_log_probs=field("rollout_log_probs"),
-        ref_log_probs=field("ref_log_probs"),
-    )
+def _rollout_ids(samples: Sequence[Sample]) -> np.ndarray:
+    """Numbers of the rollouts in order of submission, int64 [N]; siblings are samples of one prompt and one index."""
+    numbers: dict[tuple[str, int], int] = {}
+    return np.asarray([numbers.setdefault((s.prompt.uid, s.index), len(numbers)) for s in samples])
 
 
 def _after_prompt(sample: Sample, values: Sequence[float]) -> np.ndarray:

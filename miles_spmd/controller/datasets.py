@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import msgspec
 
 from miles_spmd.config.schema import Config
-from miles_spmd.controller.evaluation import load_eval_sets
+from miles_spmd.controller.evaluation import load_eval_pairs, load_eval_sets
+from miles_spmd.data.preferences import PreferencePair, load_preference_pairs
 from miles_spmd.data.prompts import load_prompts
 from miles_spmd.data.sample import Prompt
 from miles_spmd.data.seeds import derive_seed
@@ -29,17 +30,28 @@ class Datasets:
     def __init__(self, config: Config, tokenizer: Tokenizer, *, training: bool) -> None:
         self._config = config
         context = load_family(config.model.hf_checkpoint).max_sequence_length
-        self.eval_sets = load_eval_sets(config, tokenizer, context)
+        longest = min(context, config.micro_batch_tokens)
         seed, shuffle = config.run.seed, config.data.rollout_shuffle
+        self.eval_sets: dict[str, list[Prompt]] = {}
+        self.eval_pairs: dict[str, list[PreferencePair]] = {}
+        if config.trains_on_pairs:
+            longest = min(context, config.micro_batch_tokens // 2)  # a pair is never parted
+            self.eval_pairs = load_eval_pairs(config, tokenizer, longest)
+        else:
+            self.eval_sets = load_eval_sets(config, tokenizer, context)
         if not training:
             return
-        if config.run.mode == "rl":
-            prompts = load_prompts(config.data, tokenizer, room=context - config.rollout.rollout_max_response_len)
-            self._prompts = PromptSource(prompts, seed, shuffle)
-            self._spare = PromptSource(prompts, derive_seed("spare", seed))
-        else:
-            longest = min(context, max_tokens(config))
-            self._examples = PromptSource(load_sft_examples(config.data, tokenizer, max_len=longest), seed, shuffle)
+        match config.run.mode:
+            case "rl":
+                prompts = load_prompts(config.data, tokenizer, room=context - config.rollout.rollout_max_response_len)
+                self._prompts = PromptSource(prompts, seed, shuffle)
+                self._spare = PromptSource(prompts, derive_seed("spare", seed))
+            case "sft":
+                self._examples = PromptSource(load_sft_examples(config.data, tokenizer, max_len=longest), seed, shuffle)
+            case mode:
+                scores_end = mode == "rm"
+                pairs = load_preference_pairs(config.data, tokenizer, max_len=longest, scores_end=scores_end)
+                self._pairs = PromptSource(pairs, seed, shuffle)
 
     def waves(self, step: int) -> Iterator[list[Prompt]]:
         """The prompts of ``step``, then more where the filter dropped groups: a second sequence of prompts, read at a
@@ -59,11 +71,12 @@ class Datasets:
 
     def examples(self, step: int) -> list[SftExample]:
         """The supervised examples of ``step``."""
-        return self._examples.draw(
-            step, self._config.train.global_batch_size or self._config.rollout.rollout_batch_size
-        )
+        return self._examples.draw(step, self._batch_size)
 
+    def pairs(self, step: int) -> list[PreferencePair]:
+        """The preference pairs of ``step``."""
+        return self._pairs.draw(step, self._batch_size)
 
-def max_tokens(config: Config) -> int:
-    """Tokens that one micro-batch may hold over the ranks that share its sequences."""
-    return config.train.max_tokens_per_gpu * int(config.megatron.get("context_parallel_size", 1))
+    @property
+    def _batch_size(self) -> int:
+        return self._config.train.global_batch_size or self._config.rollout.rollout_batch_size

@@ -7,10 +7,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from miles_spmd.config.schema import Config
+from miles_spmd.controller.batch import pair_sequences
 from miles_spmd.controller.metrics import pass_at_k
+from miles_spmd.controller.models import Models
+from miles_spmd.data.preferences import PreferencePair, load_preference_pairs
 from miles_spmd.data.prompts import load_prompts
 from miles_spmd.data.sample import Prompt, Sample
 from miles_spmd.data.tokenizer import Tokenizer
+from miles_spmd.messaging.wire import Role
 from miles_spmd.rollout.engine import SamplingParams
 
 CORRECT = 1.0  # a sample counts as solved from this reward on
@@ -25,6 +29,21 @@ def load_eval_sets(config: Config, tokenizer: Tokenizer, context: int) -> dict[s
     }
 
 
+def load_eval_pairs(config: Config, tokenizer: Tokenizer, max_len: int) -> dict[str, list[PreferencePair]]:
+    """As :func:`load_eval_sets` for the modes that train on pairs; ``max_len`` of a sequence in tokens."""
+    return {
+        name: load_preference_pairs(
+            config.data,
+            tokenizer,
+            prompt_data=source,
+            name=name,
+            max_len=max_len,
+            scores_end=config.run.mode == "rm",
+        )
+        for name, source in config.eval.eval_prompt_data.items()
+    }
+
+
 def eval_sampling(config: Config) -> SamplingParams:
     return SamplingParams(
         max_new_tokens=config.eval.eval_max_response_len or config.rollout.rollout_max_response_len,
@@ -33,6 +52,24 @@ def eval_sampling(config: Config) -> SamplingParams:
         stop=config.rollout.rollout_stop,
         stop_token_ids=config.rollout.rollout_stop_token_ids,
     )
+
+
+def preference_metrics(name: str, pairs: Sequence[PreferencePair], models: Models, config: Config) -> dict[str, float]:
+    """``eval/<name>`` is the share of pairs whose preferred answer has the higher score, ``-margin`` the mean
+    difference. The score is the reward model's, or what ``preference_loss`` compares, without its beta."""
+    sequences = pair_sequences(pairs)
+    masks = [sequence.loss_weights for sequence in sequences]
+    if config.run.mode == "rm":
+        scores = models.values(0, sequences, Role.ACTOR)
+    else:
+        scores = models.log_probs(0, sequences, Role.ACTOR).log_probs or []
+    if config.has_reference:
+        reference = models.log_probs(0, sequences, Role.REF).log_probs or []
+        scores = [own - ref for own, ref in zip(scores, reference, strict=True)]
+    simpo = config.run.mode == "dpo" and config.algorithm.preference_loss == "simpo"
+    totals = np.asarray([(s * m).sum() / (m.sum() if simpo else 1) for s, m in zip(scores, masks, strict=True)])
+    margins = totals[::2] - totals[1::2]
+    return {f"eval/{name}": float((margins > 0).mean()), f"eval/{name}-margin": float(margins.mean())}
 
 
 def eval_metrics(sets: Mapping[str, Sequence[Sequence[Sample]]]) -> dict[str, float]:

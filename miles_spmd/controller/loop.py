@@ -29,10 +29,13 @@ def train(r: Run, first: int) -> None:
     r.evaluate(first)
     r.report(first)
     for step in range(first, r.config.run.num_rollout):
-        if r.config.run.mode == "rl":
-            reinforce(r, step)
-        else:
-            supervise(r, step)
+        match r.config.run.mode:
+            case "rl":
+                reinforce(r, step)
+            case "sft":
+                r.train(step, r.examples(step))  # one optimizer step on the answers in the data
+            case "dpo" | "rm":
+                r.train(step, r.pairs(step))  # ... on pairs of a preferred and a rejected answer
         r.evaluate(step + 1)
         r.save(step + 1)
         r.report(step + 1)
@@ -43,12 +46,8 @@ def reinforce(r: Run, step: int) -> None:
     """One rollout and the optimizer steps on it."""
     groups = r.rollout(step)  # prompts -> scored samples, groups in submission order
     sequences = r.sequences(groups)
-    r.score(step, sequences)  # log-probs of the current and the reference policy, where the algorithm needs them
-    for batch in r.optimizer_steps(groups, sequences):  # advantages, global denominators
+    scores = r.score(step, sequences)  # old and reference log-probs, values, the teacher's view: what is asked for
+    for batch in r.optimizer_steps(groups, sequences, scores):  # advantages, global denominators
         r.train(step, batch)
+    r.keep(step + 1)  # the reference policy, when it is to follow
     r.refit(step + 1)  # trainer -> engine
-
-
-def supervise(r: Run, step: int) -> None:
-    """One optimizer step on the answers in the data."""
-    r.train(step, r.examples(step))

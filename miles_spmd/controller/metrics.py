@@ -10,6 +10,20 @@ from miles_spmd.algorithms import mismatch
 from miles_spmd.data.sample import FinishReason, Sample, TrainSequence
 from miles_spmd.messaging.wire import RankInfo, TrainResult
 
+# sums of the losses (miles_spmd/algorithms) by the names that users of slime and Miles know
+MEANS = {
+    name: name for name in ("loss", "pg_loss", "reward_accuracy", "reward_margin", "reward_chosen", "reward_rejected")
+}
+PER_TOKEN = {
+    "entropy": "entropy_loss",
+    "pg_clipfrac": "pg_clipfrac",
+    "ppo_kl": "ppo_kl",
+    "kl": "kl_loss",
+    "opsm_masked": "opsm_masked",
+    "value_clipfrac": "value_clipfrac",
+}
+OF_EACH = ("loss", "grad_norm", "lr", "skipped_steps")  # what actor and critic both have
+
 
 def rollout_metrics(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
     samples = [sample for group in groups for sample in group]
@@ -24,28 +38,25 @@ def rollout_metrics(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
     }
 
 
-def train_metrics(results: Sequence[TrainResult], infos: Sequence[RankInfo]) -> dict[str, float]:
-    """Of one optimizer step: sums over the reporting ranks, turned into means over trained tokens."""
+def train_metrics(results: Sequence[TrainResult], infos: Sequence[RankInfo], critic: bool = False) -> dict[str, float]:
+    """Of one optimizer step: sums over the reporting ranks. Those of loss weights are means already, others become
+    means over trained tokens."""
     sums: dict[str, float] = {}
-    for info, result in zip(infos, results, strict=True):
-        if info.reports:
-            for name, value in result.sums.items():
+    reporting = [(info, result) for info, result in zip(infos, results, strict=True) if info.reports]
+    # in the order of the leaves, in which the sum is the same for every data-parallel size
+    for _, result in sorted(reporting, key=lambda pair: pair[0].data_parallel_rank):
+        for leaf in result.sums:
+            for name, value in leaf.items():
                 sums[name] = sums.get(name, 0.0) + value
     tokens = max(sums.get("tokens", 0.0), 1.0)
-    metrics = {
-        "train/loss": sums["loss"],
-        "train/entropy_loss": sums["entropy"] / tokens,
-        "train/grad_norm": results[0].grad_norm,
-        "train/lr": results[0].lr,
-        "train/skipped_steps": float(bool(results[0].skipped)),
+    metrics = {MEANS[name]: value for name, value in sums.items() if name in MEANS}
+    metrics |= {PER_TOKEN[name]: value / tokens for name, value in sums.items() if name in PER_TOKEN}
+    metrics |= {
+        "grad_norm": results[0].grad_norm,
+        "lr": results[0].lr,
+        "skipped_steps": float(bool(results[0].skipped)),
     }
-    if "pg_loss" in sums:
-        metrics["train/pg_loss"] = sums["pg_loss"]
-        metrics["train/pg_clipfrac"] = sums["pg_clipfrac"] / tokens
-        metrics["train/ppo_kl"] = sums["ppo_kl"] / tokens
-    if "kl" in sums:
-        metrics["train/kl_loss"] = sums["kl"] / tokens
-    return metrics
+    return {f"train/critic_{name}" if critic and name in OF_EACH else f"train/{name}": v for name, v in metrics.items()}
 
 
 def mismatch_metrics(sequences: Sequence[TrainSequence], train_log_probs: Sequence[np.ndarray]) -> dict[str, float]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from miles_spmd.data.sample import MicroBatch, TrainSequence
-from miles_spmd.messaging.wire import Body, LogProbsResult, RankInfo, TrainResult
+from miles_spmd.messaging.wire import Body, RankInfo
 
 FILLER = -1  # stands for a sequence without weight, so that every rank has something to run
 
@@ -52,6 +53,25 @@ def pack(lengths: Sequence[int], *, data_parallel_size: int, max_tokens: int, mu
     return Packing([filled[rank::data_parallel_size] for rank in range(data_parallel_size)])
 
 
+def pack_leaves(count: int, *, data_parallel_size: int, leaves: int, multiple: int = 1) -> Packing:
+    """The canonical reduction's cut: ``leaves`` equal shares of ``count`` sequences in order, one sequence per
+    micro-batch, as many micro-batches in every leaf. A rank has the leaves that follow each other."""
+    size = -(-count // (leaves * multiple)) * multiple
+    shares = np.array_split(np.arange(count), leaves)
+    filled = [[[int(i)] for i in share] + [[FILLER]] * (size - len(share)) for share in shares]
+    own = leaves // data_parallel_size
+    return Packing([list(chain(*filled[rank * own : (rank + 1) * own])) for rank in range(data_parallel_size)])
+
+
+def expand(packing: Packing, size: int) -> Packing:
+    """From units to the ``size`` consecutive sequences that each consists of."""
+
+    def members(unit: int) -> list[int]:
+        return [FILLER] * size if unit == FILLER else list(range(unit * size, (unit + 1) * size))
+
+    return Packing([[list(chain.from_iterable(map(members, units))) for units in rank] for rank in packing.bins])
+
+
 def bodies(
     packing: Packing,
     sequences: Sequence[TrainSequence],
@@ -69,20 +89,20 @@ def bodies(
 
 
 def in_sequence_order(
-    packing: Packing, infos: Sequence[RankInfo], results: Sequence[TrainResult | LogProbsResult], count: int
+    packing: Packing, infos: Sequence[RankInfo], answers: Sequence[Sequence[np.ndarray] | None], count: int
 ) -> list[np.ndarray]:
-    """The per-token log-probs of all ``count`` sequences, from whichever rank of each replica returned them."""
+    """The arrays of all ``count`` sequences, from whichever rank of each replica returned them."""
     ordered: list[np.ndarray | None] = [None] * count
-    for info, result in zip(infos, results, strict=True):
-        if result.log_probs is None:
+    for info, arrays in zip(infos, answers, strict=True):
+        if arrays is None:
             continue
         positions = [i for micro_batch in packing.bins[info.data_parallel_rank] for i in micro_batch]
-        for index, values in zip(positions, result.log_probs, strict=True):
+        for index, values in zip(positions, arrays, strict=True):
             if index != FILLER:
                 ordered[index] = values
     missing = [i for i, values in enumerate(ordered) if values is None]
     if missing:
-        raise RuntimeError(f"no rank returned log-probs of sequences {missing[:8]} (of {count})")
+        raise RuntimeError(f"no rank returned anything for sequences {missing[:8]} (of {count})")
     return ordered  # type: ignore[return-value]
 
 

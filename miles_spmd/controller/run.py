@@ -13,26 +13,25 @@ import numpy as np
 from miles_spmd.algorithms.rewards import GROUP_FILTERS
 from miles_spmd.config.schema import Config
 from miles_spmd.controller import resume
-from miles_spmd.controller.batch import optimizer_steps, set_loss_weights, to_sequences
-from miles_spmd.controller.datasets import Datasets, max_tokens
-from miles_spmd.controller.evaluation import eval_metrics, eval_sampling
+from miles_spmd.controller.batch import optimizer_steps, pair_sequences, set_loss_weights, to_sequences
+from miles_spmd.controller.datasets import Datasets
+from miles_spmd.controller.evaluation import eval_metrics, eval_sampling, preference_metrics
 from miles_spmd.controller.metrics import mismatch_metrics, rollout_metrics, train_metrics
-from miles_spmd.controller.packing import Packing, bodies, in_sequence_order, pack
+from miles_spmd.controller.models import Models
 from miles_spmd.controller.rollout import Rollouts
+from miles_spmd.controller.scoring import Scores, score
 from miles_spmd.controller.workers import Workers
 from miles_spmd.data.sample import Sample, TrainSequence
 from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.messaging.wire import (
-    ComputeLogProbs,
     ExportModel,
+    Keep,
     LoadCheckpoint,
-    LogProbsResult,
     Phase,
     Refit,
     RefitResult,
+    Role,
     SaveCheckpoint,
-    Train,
-    TrainResult,
 )
 from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.rollout.engine import SamplingParams
@@ -51,6 +50,7 @@ class Run:
     def __init__(self, config: Config, workers: Workers) -> None:
         self.config = config
         self.workers = workers
+        self.models = Models(config, workers)
         self.tokenizer = Tokenizer(config.model.hf_checkpoint)
         name = config.algorithm.dynamic_sampling_filter
         self._filter = None if name is None else GROUP_FILTERS.resolve(name)
@@ -90,7 +90,7 @@ class Run:
         if folder is None:
             return 0
         state = resume.read(folder)
-        self.workers.call(LoadCheckpoint(str(folder / "trainer")), step=state.step, phase=Phase.CHECKPOINT)
+        self.workers.call(LoadCheckpoint(str(folder)), step=state.step, phase=Phase.CHECKPOINT)
         return state.step
 
     def save(self, step: int) -> None:
@@ -102,7 +102,7 @@ class Run:
         with self._timed("save"):
             folder = resume.step_folder(self.config.run_dir, step)
             folder.mkdir(parents=True, exist_ok=True)
-            self.workers.call(SaveCheckpoint(str(folder / "trainer")), step=step, phase=Phase.CHECKPOINT)
+            self.workers.call(SaveCheckpoint(str(folder)), step=step, phase=Phase.CHECKPOINT)
             resume.complete(folder, resume.ControllerState(step, self.config.run.seed))
 
     def export(self) -> None:
@@ -142,28 +142,22 @@ class Run:
     def sequences(self, groups: Sequence[Sequence[Sample]]) -> list[TrainSequence]:
         return to_sequences([sample for group in groups for sample in group])
 
-    def score(self, step: int, sequences: Sequence[TrainSequence]) -> None:
-        """Add the log-probs that the algorithm needs from before the update: of the old policy, where the training
-        forward itself cannot stand for it, and of the reference policy, where there is a KL term."""
+    def score(self, step: int, sequences: Sequence[TrainSequence]) -> Scores:
+        """What the models say of the sequences before the update, as far as the algorithm asks."""
+        with self._timed("log_probs"):
+            scores = score(step, sequences, self.models, self.config)
         algorithm = self.config.algorithm
-        size = self.config.train.global_batch_size or len(sequences)
-        if algorithm.use_rollout_logprobs:
-            for sequence in sequences:
-                sequence.old_log_probs = sequence.rollout_log_probs
-        elif size < len(sequences) or algorithm.kl_coef or algorithm.use_tis or algorithm.opd_kl_coef:
-            old = self._log_probs(step, sequences, "actor")
-            self._metrics |= mismatch_metrics(sequences, old)
-            for sequence, values in zip(sequences, old):
-                sequence.old_log_probs = values
-        if algorithm.kl_coef or algorithm.kl_loss_coef:
-            for sequence, values in zip(sequences, self._log_probs(step, sequences, "ref")):
-                sequence.ref_log_probs = values
+        from_trainer = "old_log_probs" in scores and not algorithm.use_rollout_logprobs
+        if from_trainer and (algorithm.keep_old_actor or self._engine_version == step):
+            self._metrics |= mismatch_metrics(sequences, scores["old_log_probs"])
+        return scores
 
     def optimizer_steps(
-        self, groups: Sequence[Sequence[Sample]], sequences: Sequence[TrainSequence]
+        self, groups: Sequence[Sequence[Sample]], sequences: Sequence[TrainSequence], scores: Scores
     ) -> list[list[TrainSequence]]:
         """The rollout cut into optimizer steps, with advantages and global denominators."""
-        steps, metrics = optimizer_steps([sample for group in groups for sample in group], sequences, self.config)
+        samples = [sample for group in groups for sample in group]
+        steps, metrics = optimizer_steps(samples, sequences, scores, self.config)
         self._metrics |= metrics
         return steps
 
@@ -173,36 +167,74 @@ class Run:
         set_loss_weights(batch, "token_mean", max_response_len=0)
         return batch
 
+    def pairs(self, step: int) -> list[TrainSequence]:
+        """This step's preference pairs, weighted to the mean over pairs, with what the reference policy says of them
+        where the loss asks."""
+        batch = pair_sequences(self._data.pairs(step))
+        if self.config.has_reference:
+            with self._timed("log_probs"):
+                reference = self.models.log_probs(step, batch, Role.REF).log_probs or []
+            for sequence, log_probs in zip(batch, reference, strict=True):
+                sequence.ref_log_probs = log_probs
+        set_loss_weights(batch, "rollout_mean", max_response_len=0, rollout_ids=np.arange(len(batch)) // 2)
+        return batch
+
     def train(self, step: int, batch: Sequence[TrainSequence]) -> None:
-        """One optimizer step on ``batch``. Raises TrainingDivergedError after too many skipped ones in a row."""
-        with self._timed("train"):
-            packing = self._pack(batch)
-            body = bodies(packing, batch, self.workers.infos, Train)
-            results = cast(list[TrainResult], self.workers.call(body, step=step, phase=Phase.TRAIN))
-        self._train_metrics.append(train_metrics(results, self.workers.infos))
+        """One optimizer step on ``batch``: of the critic, where there is one, and after its warm-up of the policy.
+        Raises TrainingDivergedError after too many skipped ones in a row."""
         self._metrics.setdefault("train/tokens", 0.0)
         self._metrics["train/tokens"] += float(sum(len(s.tokens) for s in batch))
-        if batch[0].rollout_log_probs is not None and "train/train_rollout_logprob_abs_diff" not in self._metrics:
-            # the first optimizer step still has the weights that generated
-            log_probs = in_sequence_order(packing, self.workers.infos, results, len(batch))
+        if self.config.has_critic:
+            self._update(step, batch, Role.CRITIC)
+            if step < self.config.train.num_critic_only_steps:
+                return
+        log_probs = self._update(step, batch, Role.ACTOR)
+        first = batch[0].rollout_log_probs is not None and "train/train_rollout_logprob_abs_diff" not in self._metrics
+        if first and self._engine_version == step:  # these are still the weights that generated
             self._metrics |= mismatch_metrics(batch, log_probs)
+
+    def _update(self, step: int, batch: Sequence[TrainSequence], role: Role) -> list[np.ndarray]:
+        with self._timed("train"):
+            results, scores = self.models.train(step, batch, role)
+        self._train_metrics.append(train_metrics(results, self.workers.infos, critic=role is Role.CRITIC))
         self._count_skipped(step, next(r.skipped for r, i in zip(results, self.workers.infos) if i.reports))
+        return scores
+
+    def keep(self, step: int) -> None:
+        """Make the newest weights the reference's when its refreshment is due."""
+        interval = self.config.algorithm.ref_update_interval
+        if self.config.has_reference and interval and step % interval == 0:
+            self.workers.call(Keep(Role.REF), step=step, phase=Phase.TRAIN)
 
     def refit(self, version: int) -> None:
-        """Bring the trainer's weights into the engine as ``version``, unless it has them already."""
-        if version == self._engine_version or (self.config.run.mode == "sft" and not self._eval_due(version)):
+        """Bring the trainer's weights into the engine as ``version``, when it needs them and has them not already."""
+        due = self.config.run.mode == "rl" and (
+            version % self.config.refit.update_weights_interval == 0 or self._engine_version < 0
+        )
+        if version == self._engine_version or not (due or self._eval_due(version)):
             return
         with self._timed("refit"):
             results = cast(list[RefitResult], self.workers.call(Refit(version), step=version, phase=Phase.REFIT))
         self._engine_version = version
         self._metrics["refit/bytes"] = float(sum(r.bytes_local + r.bytes_received for r in results))
         self._metrics["refit/checksum_mismatches"] = float(sum(r.checksum_mismatches for r in results))
+        if self.config.algorithm.keep_old_actor:
+            self.workers.call(Keep(Role.OLD_ACTOR), step=version, phase=Phase.REFIT)
 
     def evaluate(self, step: int) -> None:
-        """Score the held-out sets with the engine's weights, when an evaluation is due."""
+        """Score the held-out sets with the newest weights, when an evaluation is due."""
         if not self._eval_due(step):
             return
-        self.refit(step)
+        if self.config.trains_on_pairs:
+            with self._timed("eval"):
+                for name, pairs in self._data.eval_pairs.items():
+                    self._metrics |= preference_metrics(name, pairs, self.models, self.config)
+        else:
+            self.refit(step)
+            self._generate_and_score(step)
+        self._evaluated = step
+
+    def _generate_and_score(self, step: int) -> None:
         with self._timed("eval"):
             sets = {
                 name: self._rollouts.generate(
@@ -215,7 +247,6 @@ class Run:
             }
         self._metrics |= eval_metrics(sets)
         write_transcripts(self.config, step, sets)
-        self._evaluated = step
 
     def report(self, done: int) -> None:
         """Log what happened since the last report, ``done`` steps into the run, and move the progress bar."""
@@ -235,7 +266,8 @@ class Run:
     def _eval_due(self, step: int) -> bool:
         interval = self.config.eval.eval_interval
         ends = step == self.config.run.num_rollout or self._evaluated < 0
-        return bool(self._data.eval_sets and interval) and (ends or step % interval == 0)
+        sets = self._data.eval_sets or self._data.eval_pairs
+        return bool(sets and interval) and (ends or step % interval == 0)
 
     def _count_skipped(self, step: int, skipped: str) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
@@ -244,23 +276,6 @@ class Run:
                 f"step {step}: {self._skipped_in_a_row} optimizer steps in a row were skipped, last for a {skipped}; "
                 "lower megatron.lr or megatron.clip_grad, and see in metrics.jsonl where it began"
             )
-
-    def _log_probs(self, step: int, sequences: Sequence[TrainSequence], model: str) -> list[np.ndarray]:
-        with self._timed("log_probs"):
-            packing = self._pack(sequences)
-            body = bodies(packing, sequences, self.workers.infos, lambda m: ComputeLogProbs(m, model))
-            results = cast(list[LogProbsResult], self.workers.call(body, step=step, phase=Phase.LOG_PROBS))
-            return in_sequence_order(packing, self.workers.infos, results, len(sequences))
-
-    def _pack(self, sequences: Sequence[TrainSequence]) -> Packing:
-        m = self.config.megatron
-        interleaved = "virtual_pipeline_model_parallel_size" in m or "num_layers_per_virtual_pipeline_stage" in m
-        return pack(
-            [len(s.tokens) for s in sequences],
-            data_parallel_size=self.workers.infos[0].data_parallel_size,
-            max_tokens=max_tokens(self.config),
-            multiple=int(m["pipeline_model_parallel_size"]) if interleaved else 1,
-        )
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

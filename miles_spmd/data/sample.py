@@ -34,7 +34,7 @@ class Sample(msgspec.Struct):
     """
 
     prompt: Prompt
-    index: int  # 0 .. n_samples_per_prompt - 1 within the group
+    index: int  # 0 .. n_samples_per_prompt - 1 within the group; siblings, parts of one rollout, share it
     response: list[int] = []
     rollout_log_probs: list[float] = []  # engine's log-prob of each response token, natural log
     loss_mask: list[int] = []
@@ -63,6 +63,10 @@ class TrainSequence(msgspec.Struct):
     old_log_probs: np.ndarray | None = None  # float32; None: the current policy, detached (ratio 1)
     ref_log_probs: np.ndarray | None = None  # float32
     policy_weights: np.ndarray | None = None  # float32, multiply the policy term of the loss; 0 rejects the token
+    returns: np.ndarray | None = None  # float32, targets of the critic
+    old_values: np.ndarray | None = None  # float32, of the critic before the update
+    pair_signs: np.ndarray | None = None  # float32: the sequence is (+1) the preferred, (-1) the rejected one of a pair
+    candidates: np.ndarray | None = None  # int32 [T, K], other tokens in its place to give the log-probs of
 
 
-MicroBatch = list[TrainSequence]  # sequences packed into one forward pass
+MicroBatch = list[TrainSequence]  # sequences packed into one forward pass; of pairs, both, one after the other

@@ -31,6 +31,16 @@ class Phase(StrEnum):
     STOP = "stop"
 
 
+class Role(StrEnum):
+    """Which of the models on a rank."""
+
+    ACTOR = "actor"  # the model that is trained; in mode `rm` the reward model
+    REF = "ref"  # the reference policy
+    OLD_ACTOR = "old_actor"  # the policy that generated, where it is not the newest
+    CRITIC = "critic"
+    TEACHER = "teacher"
+
+
 # --- what a command may ask for --------------------------------------------------------------------------------------
 
 
@@ -58,13 +68,28 @@ class ComputeLogProbs(msgspec.Struct, tag=True, frozen=True):
     """Forward only. Replies with :class:`LogProbsResult`."""
 
     micro_batches: list[MicroBatch]
-    model: str = "actor"  # or "ref"
+    role: Role = Role.ACTOR
+    top_k: int = 0  # name so many most likely tokens at each place
+
+
+class ComputeValues(msgspec.Struct, tag=True, frozen=True):
+    """Forward only, of the critic or a reward model. Replies with :class:`ValuesResult`."""
+
+    micro_batches: list[MicroBatch]
+    role: Role = Role.CRITIC
 
 
 class Train(msgspec.Struct, tag=True, frozen=True):
     """One optimizer step on this rank's share of the global batch. Replies with :class:`TrainResult`."""
 
     micro_batches: list[MicroBatch]
+    role: Role = Role.ACTOR
+
+
+class Keep(msgspec.Struct, tag=True, frozen=True):
+    """Make the actor's weights of now the reference's or the old actor's."""
+
+    role: Role
 
 
 class Refit(msgspec.Struct, tag=True, frozen=True):
@@ -100,7 +125,9 @@ Body = (
     | AbortRequests
     | EndGenerate
     | ComputeLogProbs
+    | ComputeValues
     | Train
+    | Keep
     | Refit
     | SaveCheckpoint
     | LoadCheckpoint
@@ -158,21 +185,32 @@ class Completions(msgspec.Struct, tag=True, frozen=True):
 
 
 class TrainResult(msgspec.Struct, tag=True, frozen=True):
-    """What one optimizer step did. ``sums`` are this rank's plain sums, to be added over ``reports`` ranks; under
-    context parallelism each of its ranks reports its own tokens."""
+    """What one optimizer step did. ``sums`` are this rank's plain sums, one for each leaf of the canonical reduction
+    that it has (without: one), to be added over ``reports`` ranks; under context parallelism each of its ranks reports
+    its own tokens."""
 
-    sums: dict[str, float]
+    sums: list[dict[str, float]]
     grad_norm: float
     lr: float
     skipped: str = ""  # why no update was made: "non-finite loss", "non-finite gradient"
     log_probs: list[np.ndarray] | None = None  # float32 [T] per sequence in batch order, before the update
-    entropy: list[np.ndarray] | None = None  # float32 [T]
 
 
 class LogProbsResult(msgspec.Struct, tag=True, frozen=True):
-    """Aligned with the micro-batches' sequences in order; entry 0 of each is 0. None on ranks that do not report."""
+    """Of the micro-batches' sequences in order; entry 0 of each is 0. None on ranks that do not report, and what was
+    not asked for."""
 
-    log_probs: list[np.ndarray] | None = None
+    log_probs: list[np.ndarray] | None = None  # float32 [T]
+    candidates: list[np.ndarray] | None = None  # int32 [T, top_k], the most likely tokens
+    candidate_log_probs: list[np.ndarray] | None = None  # float32 [T, top_k]
+    given_log_probs: list[np.ndarray] | None = None  # float32 [T, K], of the sequences' own ``candidates``
+
+
+class ValuesResult(msgspec.Struct, tag=True, frozen=True):
+    """Of the micro-batches' sequences in order, float32 [T]: the state before each token that has a loss weight, else
+    0. None on ranks that do not report."""
+
+    values: list[np.ndarray] | None = None
 
 
 class RefitResult(msgspec.Struct, tag=True, frozen=True):
@@ -194,7 +232,7 @@ class Failure(msgspec.Struct, tag=True, frozen=True):
     traceback: str = ""
 
 
-Result = Ok | TrainResult | LogProbsResult | RefitResult | Failure
+Result = Ok | TrainResult | LogProbsResult | ValuesResult | RefitResult | Failure
 
 
 class Reply(msgspec.Struct, tag=True, frozen=True):

@@ -6,20 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from miles_spmd.models.family import Family
+from miles_spmd.models.family import VALUE_HEAD, Family
 from miles_spmd.models.layout import PADDING, Piece, TensorLayout
 from miles_spmd.models.llama import Llama
 from miles_spmd.models.qwen2 import Qwen2
 from miles_spmd.models.qwen3 import Qwen3
 from miles_spmd.models.qwen3_moe import Qwen3Moe
 
-__all__ = ["FAMILIES", "PADDING", "Family", "Piece", "TensorLayout", "load_family"]
+__all__ = ["FAMILIES", "PADDING", "VALUE_HEAD", "Family", "Piece", "TensorLayout", "load_family"]
 
 FAMILIES: dict[str, type[Family]] = {family.model_type: family for family in (Llama, Qwen2, Qwen3, Qwen3Moe)}
 
 
-def load_family(source: str | Path | dict[str, Any]) -> Family:
-    """The family of a checkpoint folder, or of the contents of its ``config.json``.
+def load_family(source: str | Path | dict[str, Any], *, value_head: bool = False) -> Family:
+    """The family of a checkpoint folder, or of the contents of its ``config.json``; see :class:`Family`.
 
     Raises FileNotFoundError when the folder has no config.json, ValueError when the model or one of its features is
     not supported; the message names what is.
@@ -29,7 +29,7 @@ def load_family(source: str | Path | dict[str, Any]) -> Family:
     if model_type not in FAMILIES:
         raise ValueError(f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
     try:
-        return FAMILIES[model_type](config)
+        return FAMILIES[model_type](config, value_head=value_head)
     except ValueError as error:
         raise error if isinstance(source, dict) else ValueError(f"{source}: {error}") from None
 

@@ -20,6 +20,8 @@ Pieces = tuple[Piece, ...]
 MEGATRON_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 SGLANG_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
+VALUE_HEAD = "score.weight"
+
 # GPTModel takes the factor only; the other parameters of Llama 3's rope scaling are constants in megatron-core.
 LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 
@@ -41,6 +43,9 @@ class Shard(NamedTuple):
 class Family:
     """One model, described by its ``config.json``. Sizes are whole-model sizes, independent of any parallel layout.
 
+    With ``value_head`` it is a critic or a reward model: the same backbone with one output in place of a vocabulary's,
+    ``score.weight`` [1, hidden] as transformers' sequence classifiers call it.
+
     Raises ValueError listing everything in the config that is missing or that trainer or engine cannot do.
     """
 
@@ -58,7 +63,7 @@ class Family:
         "vocab_size",
     )
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], *, value_head: bool = False) -> None:
         problems = [f"{key} is missing" for key in self.required if config.get(key) is None]
         problems += self.unsupported(config)
         if problems:
@@ -72,7 +77,8 @@ class Family:
         self.ffn_size: int = config["intermediate_size"]
         self.vocab_size: int = config["vocab_size"]
         self.max_sequence_length: int = config["max_position_embeddings"]
-        self.tied_embeddings: bool = config.get("tie_word_embeddings", False)
+        self.value_head = value_head
+        self.tied_embeddings: bool = config.get("tie_word_embeddings", False) and not value_head
 
     # ---- what the config says ----
 
@@ -178,7 +184,9 @@ class Family:
             tensors[prefix + "post_attention_layernorm.weight"] = (self.hidden_size,)
             tensors.update(self._mlp_tensors(prefix + "mlp."))
         tensors["model.norm.weight"] = (self.hidden_size,)
-        if not self.tied_embeddings:
+        if self.value_head:
+            tensors[VALUE_HEAD] = (1, self.hidden_size)
+        elif not self.tied_embeddings:
             tensors["lm_head.weight"] = (self.vocab_size, self.hidden_size)
         return tensors
 
@@ -196,7 +204,9 @@ class Family:
         ValueError when the family has no such parameter or a rank of this layout holds another shape.
         """
         tp, etp = Shard(tp_rank, tp_size), Shard(etp_rank, etp_size)
-        if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        if self.value_head and name == "output_layer.weight":
+            pieces = self._whole(VALUE_HEAD)
+        elif name in ("embedding.word_embeddings.weight", "output_layer.weight"):
             pieces = self._vocabulary(name.startswith("output"), shape, tp)
         elif name == "decoder.final_layernorm.weight":
             pieces = self._whole("model.norm.weight")

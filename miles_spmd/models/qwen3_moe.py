@@ -17,8 +17,8 @@ class Qwen3Moe(Qwen3):
     model_type = "qwen3_moe"
     required = (*Qwen3.required, "moe_intermediate_size", "num_experts_per_tok")
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__(config)
+    def __init__(self, config: dict[str, Any], *, value_head: bool = False) -> None:
+        super().__init__(config, value_head=value_head)
         self.num_experts = count_experts(config)
         self.experts_per_token: int = config["num_experts_per_tok"]
         self.expert_ffn_size: int = config["moe_intermediate_size"]

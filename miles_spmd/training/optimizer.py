@@ -72,10 +72,12 @@ def build_schedule(config: Config, settings: Settings, optimizer: ChainedOptimiz
 
 def planned_updates(config: Config) -> int:
     """Optimizer steps of the whole run."""
-    if config.run.mode == "sft":
-        return config.run.num_rollout
+    run, train = config.run, config.train
+    if run.mode != "rl":
+        return run.num_rollout
     samples = config.rollout.rollout_batch_size * config.rollout.n_samples_per_prompt
-    return config.run.num_rollout * math.ceil(samples / (config.train.global_batch_size or samples))
+    rollouts = run.num_rollout - (train.num_critic_only_steps if config.has_critic else 0)
+    return rollouts * math.ceil(samples / (train.global_batch_size or samples))
 
 
 @torch.no_grad()

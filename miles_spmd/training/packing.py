@@ -21,7 +21,16 @@ from miles_spmd.training.attention import PackedSequences, make_blocks
 from miles_spmd.training.parallel import Coordinates
 from miles_spmd.training.segments import SequenceSum
 
-_OPTIONAL_FIELDS = ("advantages", "rollout_log_probs", "old_log_probs", "ref_log_probs", "policy_weights")
+_OPTIONAL_FIELDS = (
+    "advantages",
+    "rollout_log_probs",
+    "old_log_probs",
+    "ref_log_probs",
+    "policy_weights",
+    "returns",
+    "old_values",
+    "pair_signs",
+)
 
 
 @dataclass
@@ -35,6 +44,7 @@ class PackedBatch:
     positions: Tensor  # int64 [T], of each token within its sequence
     sequences: PackedSequences
     targets: Tensor  # int64 [S], the token that each scored position predicts
+    candidates: Tensor | None  # int64 [S, K], others to give the log-probs of
     batch: TokenBatch  # [S]
     sources: np.ndarray  # int64 [S], where each scored token lies among all tokens of the micro-batch; -1: nowhere
     lengths: list[int]  # of the sequences
@@ -83,14 +93,15 @@ def pack(micro_batch: MicroBatch, where: Coordinates, device: torch.device, leng
         return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
 
     def per_token(name: str) -> Tensor | None:
-        arrays = [getattr(sequence, name) for sequence in micro_batch]
-        if all(array is None for array in arrays):
-            return None
-        flat = np.concatenate(arrays).astype(np.float32, copy=False)
-        return tensor(np.where(sources < 0, np.float32(0), flat[sources]))
+        flat = _flat(micro_batch, name)
+        return None if flat is None else tensor(np.where(sources < 0, 0, flat[sources]).astype(np.float32))
 
     flat_tokens = np.concatenate([sequence.tokens for sequence in micro_batch])
+    candidates = _flat(micro_batch, "candidates")
     sequence_of = np.repeat(np.arange(len(lengths)), lengths)
+    in_pairs = micro_batch[0].pair_signs is not None
+    if in_pairs and len(micro_batch) % 2:
+        raise ValueError(f"a micro-batch of pairs has {len(micro_batch)} sequences; each pair's two must be in one")
     longest = int(whole.max())
     return PackedBatch(
         tokens=tensor(tokens[mine])[None],
@@ -103,9 +114,11 @@ def pack(micro_batch: MicroBatch, where: Coordinates, device: torch.device, leng
             scored=tensor(scored),
         ),
         targets=tensor(flat_tokens[sources].astype(np.int64)),
+        candidates=None if candidates is None else tensor(candidates[sources].astype(np.int64)),
         batch=TokenBatch(
             loss_weights=per_token("loss_weights"),  # type: ignore[arg-type]
             sequence_sum=SequenceSum(tensor(sequence_of[sources]), len(lengths), where.cp_group),
+            pair_sum=SequenceSum(tensor(sequence_of[sources] // 2), len(lengths), where.cp_group) if in_pairs else None,
             **{name: per_token(name) for name in _OPTIONAL_FIELDS},  # type: ignore[arg-type]
         ),
         sources=sources,
@@ -114,12 +127,13 @@ def pack(micro_batch: MicroBatch, where: Coordinates, device: torch.device, leng
 
 
 def scatter(batches: Sequence[PackedBatch], values: Sequence[Tensor]) -> np.ndarray:
-    """Per-token results of all micro-batches, fp32 [all tokens of all sequences]; 0 where this rank scored nothing."""
+    """Results [S, ...] of all micro-batches, [all tokens of all sequences, ...]; 0 where this rank scored nothing."""
     flat = []
     for batch, value in zip(batches, values, strict=True):
         real = batch.sources >= 0
-        out = np.zeros(sum(batch.lengths), np.float32)
-        out[batch.sources[real]] = value.detach().float().cpu().numpy()[real]
+        of_tokens = value.detach().cpu().numpy()
+        out = np.zeros((sum(batch.lengths), *of_tokens.shape[1:]), of_tokens.dtype)
+        out[batch.sources[real]] = of_tokens[real]
         flat.append(out)
     return np.concatenate(flat)
 
@@ -127,6 +141,12 @@ def scatter(batches: Sequence[PackedBatch], values: Sequence[Tensor]) -> np.ndar
 def split(batches: Sequence[PackedBatch], flat: np.ndarray) -> list[np.ndarray]:
     """The inverse of concatenation: one array per sequence, in batch order."""
     return np.split(flat, np.cumsum([n for batch in batches for n in batch.lengths])[:-1])
+
+
+def _flat(micro_batch: MicroBatch, name: str) -> np.ndarray | None:
+    """The arrays of all sequences end to end; None if they have none."""
+    arrays = [getattr(sequence, name) for sequence in micro_batch]
+    return None if all(array is None for array in arrays) else np.concatenate(arrays)
 
 
 def _granule(cp_size: int) -> int:
@@ -155,9 +175,9 @@ def _check(index: int, sequence: TrainSequence) -> None:
     expected = (len(sequence.tokens),)
     if not expected[0]:
         raise ValueError(f"sequence {index} of the micro-batch has no tokens")
-    for name in ("loss_weights", *_OPTIONAL_FIELDS):
+    for name in ("loss_weights", "candidates", *_OPTIONAL_FIELDS):
         array = getattr(sequence, name)
-        if array is not None and array.shape != expected:
+        if array is not None and array.shape[:1] != expected:
             raise ValueError(
                 f"sequence {index} of the micro-batch: {name} has shape {array.shape}, its tokens have {expected}"
             )

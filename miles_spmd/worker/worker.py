@@ -1,17 +1,14 @@
-"""One rank: its trainer and its engine, and what each command does with them."""
+"""One rank: its models and its engine, and what each command does with them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from miles_spmd.algorithms.losses import make_loss
-from miles_spmd.checkpoint import hf
 from miles_spmd.config.schema import Config
 from miles_spmd.messaging import wire
 from miles_spmd.messaging.dealer import Dealer
-from miles_spmd.models import load_family
 from miles_spmd.rollout.engine import Engine
-from miles_spmd.training.trainer import Trainer
+from miles_spmd.training.roles import Roles
 from miles_spmd.worker.phases import EngineTurns
 from miles_spmd.worker.stopwatch import Stopwatch
 
@@ -40,14 +37,13 @@ class Worker:
     ) -> None:
         self._config, self._rank, self._dealer, self._watch, self._progress = config, rank, dealer, watch, progress
         with watch("trainer"):
-            family = load_family(config.model.hf_checkpoint)
-            self.trainer = Trainer(config, family, make_loss(config.run.mode, config.algorithm))
+            self.roles = Roles(config)
         self.engine_size = 1 if config.rollout.engine == "torch" else int(config.sglang.get("tp_size", 1))
         self._engine: EngineTurns | None = None
-        if task == "eval" or (task == "train" and (config.run.mode == "rl" or config.eval.eval_interval)):
+        if config.generates(task):
             with watch("engine"):
                 engine = make_engine(config)
-            self._engine = EngineTurns(config, engine, self.engine_size, self.trainer, watch)
+            self._engine = EngineTurns(config, engine, self.engine_size, self.roles.actor, watch)
 
     @property
     def engine(self) -> EngineTurns:
@@ -60,20 +56,27 @@ class Worker:
         match body:
             case wire.Generate():
                 self.engine.rollout(self._rank, self._dealer, self._progress)
-            case wire.ComputeLogProbs(micro_batches, model):
+            case wire.ComputeLogProbs(micro_batches, role, top_k):
                 self._release_engine()
-                return self.trainer.log_probs(micro_batches, model)
-            case wire.Train(micro_batches):
+                with self.roles.network(role) as network:
+                    return network.log_probs(micro_batches, top_k)
+            case wire.ComputeValues(micro_batches, role):
                 self._release_engine()
-                return self.trainer.train_step(micro_batches)
+                with self.roles.network(role) as network:
+                    return network.values(micro_batches)
+            case wire.Train(micro_batches, role):
+                self._release_engine()
+                return self.roles.trainer(role).train_step(micro_batches)
+            case wire.Keep(role):
+                self.roles.keep(role)
             case wire.Refit(version):
                 return self.engine.refit(version)
             case wire.SaveCheckpoint(path):
-                self.trainer.save(path)
+                self.roles.save(path)
             case wire.LoadCheckpoint(path):
-                self.trainer.load(path)
+                self.roles.load(path)
             case wire.ExportModel(path):
-                hf.export(path, self.trainer.weights(), self.trainer.layout(), self._config.model.hf_checkpoint)
+                self.roles.actor.export(path, self._config.model.hf_checkpoint)
             case _:
                 raise TypeError(f"{type(body).__name__} is not for a worker outside a rollout")
         return wire.Ok()

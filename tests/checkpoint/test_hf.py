@@ -36,7 +36,7 @@ def load_and_export(source: Path, target: Path, where: Trainer, dtype: torch.dty
     expected, _ = trainer_rank(load_family(source), read(source), where)
     for name, tensor in weights.items():
         assert torch.equal(tensor, expected[name].to(dtype)), name
-    export(target, weights, layouts, source, **options)
+    export(target, weights, layouts, source, load_family(source), **options)
 
 
 def assert_same(exported: Path, original: Path) -> None:
@@ -96,7 +96,7 @@ def test_export_in_another_dtype_over_an_older_export(ranks: Ranks, tmp_path: Pa
 def export_error(source: Path, target: Path) -> str:
     weights, layouts = rank_of(source, Trainer(tp=2), torch.float32)
     with pytest.raises(ValueError, match="export failed") as raised:
-        export(target, weights, layouts, source)
+        export(target, weights, layouts, source, load_family(source))
     return str(raised.value)
 
 

@@ -105,7 +105,7 @@ def test_all_faults_come_at_once(recipe: Path) -> None:
         ("rollout_batch_size=8.5", "must be a valid integer"),
         ("rollout_batch_size=true", "must be a valid integer, got True"),
         ("rollout_batch_size=0", "must be greater than 0, got 0"),
-        ("mode=dpo", "must be 'rl' or 'sft', got 'dpo'"),
+        ("mode=grpo", "got 'grpo'"),
         ("rollout_shuffle=1", "must be a valid boolean"),
         ("rm_type=maths", "must be math, exact or `module:function`, got 'maths'"),
         ("seed=inf", "must be a valid integer"),

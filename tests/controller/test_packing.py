@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles_spmd.controller.packing import FILLER, bodies, in_sequence_order, pack
+from miles_spmd.controller.packing import FILLER, bodies, expand, in_sequence_order, pack, pack_leaves
 from miles_spmd.data.sample import TrainSequence
-from miles_spmd.messaging.wire import ComputeLogProbs, LogProbsResult, RankInfo
+from miles_spmd.messaging.wire import ComputeLogProbs, RankInfo
 
 
 def info(rank: int, dp_rank: int, dp_size: int, reports: bool) -> RankInfo:
@@ -49,9 +49,32 @@ def test_answers_find_back_to_their_sequences() -> None:
     assert sent[0] == sent[1]
     weights = [s.loss_weights.sum() for b in sent[::2] for micro in b.micro_batches for s in micro]  # type: ignore[union-attr]
     assert sorted(weights) == [0, 2, 5, 7]
-    results = [
-        LogProbsResult([s.tokens * 10.0 for micro in body.micro_batches for s in micro] if i.reports else None)  # type: ignore[union-attr]
+    answers = [
+        [s.tokens * 10.0 for micro in body.micro_batches for s in micro] if i.reports else None  # type: ignore[union-attr]
         for i, body in zip(infos, sent)
     ]
-    for sequence, values in zip(sequences, in_sequence_order(packing, infos, results, 3)):
+    for sequence, values in zip(sequences, in_sequence_order(packing, infos, answers, 3)):
         np.testing.assert_array_equal(values, sequence.tokens * 10.0)
+
+
+@pytest.mark.parametrize("count", [1, 5, 8, 19])
+@pytest.mark.parametrize("multiple", [1, 2])
+def test_leaves_are_the_same_for_every_data_parallel_size(count: int, multiple: int) -> None:
+    everything = pack_leaves(count, data_parallel_size=1, leaves=4, multiple=multiple).bins[0]
+    assert [i for (i,) in everything if i != FILLER] == list(range(count))
+    assert len(everything) % (4 * multiple) == 0
+    for size in (2, 4):
+        ranks = pack_leaves(count, data_parallel_size=size, leaves=4, multiple=multiple).bins
+        assert [micro for rank in ranks for micro in rank] == everything
+        assert len({len(rank) for rank in ranks}) == 1
+
+
+def test_pairs_stay_together() -> None:
+    pairs = pack([30, 8, 20], data_parallel_size=2, max_tokens=30, multiple=2)
+    micro_batches = [micro for rank in expand(pairs, 2).bins for micro in rank]
+    assert sorted(i for micro in micro_batches for i in micro) == [FILLER, FILLER, 0, 1, 2, 3, 4, 5]
+    for micro in micro_batches:
+        assert all(
+            first == second == FILLER or (first % 2, second) == (0, first + 1)
+            for first, second in zip(micro[::2], micro[1::2], strict=True)
+        )

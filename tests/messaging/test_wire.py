@@ -90,7 +90,7 @@ def test_round_trip(kind: Any, data: st.DataObject) -> None:
 
 
 BEAT = Beat(rank=1, phase=Phase.TRAIN, step=3, detail="micro-batch 2/8")
-RESULT = Reply(1, 0, "host", Phase.TRAIN, TrainResult({}, 1.0, 1e-6, log_probs=[np.arange(4, dtype=np.float32)]))
+RESULT = Reply(1, 0, "host", Phase.TRAIN, TrainResult([{}], 1.0, 1e-6, log_probs=[np.arange(4, dtype=np.float32)]))
 
 
 @pytest.mark.parametrize("message", [BEAT, RESULT, Command(1, 2, Phase.REFIT, 60.0, Refit(3))])
@@ -151,7 +151,7 @@ def test_bad_arrays_are_refused(array: Any) -> None:
 
 
 def test_objects_are_not_sent() -> None:
-    sums = TrainResult({}, 1.0, 1e-6, log_probs=[np.array([object()])])
+    sums = TrainResult([{}], 1.0, 1e-6, log_probs=[np.array([object()])])
     with pytest.raises(WireError, match="array of object"):
         encode(Reply(1, 0, "host", Phase.TRAIN, sums))
     with pytest.raises(WireError, match="object cannot be sent"):

@@ -64,6 +64,16 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> transformers.PreTrai
     return model.to(dtype).eval()
 
 
+def build_classifier(name: str) -> transformers.PreTrainedModel:
+    """The backbone of :func:`build` with a random head of one label."""
+    prefix, _ = CONFIGS[name]
+    config = build(name).config
+    config.num_labels = 1
+    model = getattr(transformers, f"{prefix}ForSequenceClassification")(config)
+    model.model.load_state_dict(build(name).model.state_dict())
+    return model.eval()
+
+
 def save(folder: Path, name: str, dtype: torch.dtype = torch.float32, **options: Any) -> transformers.PreTrainedModel:
     model = build(name, dtype)
     model.save_pretrained(folder, **options)

@@ -108,7 +108,7 @@ def one_step(run: Config, batch: list[TrainSequence], micro_batches: int) -> Ste
     assert (log_probs is None) == (result.log_probs is None) == (not trainer.reports)
     for a, b in zip(log_probs or [], result.log_probs or []):
         np.testing.assert_array_equal(a, b)  # the training forward is the same forward
-    sums = result.sums if trainer.reports else {}
+    sums = result.sums[0] if trainer.reports else {}
     where = (trainer.data_parallel_rank, trainer.data_parallel_size)
     return Step(log_probs, *where, sums, result.grad_norm, before, held(trainer))
 
@@ -117,7 +117,7 @@ def losses(run: Config, batch: list[TrainSequence], steps: int, micro_batches: i
     """The loss of each of ``steps`` updates on the same batch, over all ranks."""
     trainer = build(run)
     own = share(batch, trainer, micro_batches)
-    return [global_loss(trainer, trainer.train_step(own).sums) for _ in range(steps)]
+    return [global_loss(trainer, trainer.train_step(own).sums[0]) for _ in range(steps)]
 
 
 def global_loss(trainer: Trainer, sums: dict[str, float]) -> float:
@@ -168,9 +168,9 @@ def _split_experts(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return out
 
 
-def whole_weights(name: str, ranks: Iterable[Held]) -> dict[str, np.ndarray]:
+def whole_weights(name: str, ranks: Iterable[Held], value_head: bool = False) -> dict[str, np.ndarray]:
     """Checkpoint tensors put together from what every rank holds. What two ranks hold must be the same, bit for bit."""
-    shapes = load_family(tiny.checkpoint(name)).checkpoint_tensors()
+    shapes = load_family(tiny.checkpoint(name), value_head=value_head).checkpoint_tensors()
     whole = {tensor: np.full(shape, np.nan, np.float32) for tensor, shape in shapes.items()}
     for rank in ranks:
         for layout in rank.layout:

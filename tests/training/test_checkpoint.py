@@ -60,7 +60,7 @@ def history(
             trainer.save(folder)
         if step < steps:
             results.append(trainer.train_step(micro_batches))
-    return [(global_loss(trainer, r.sums), r.lr) for r in results]
+    return [(global_loss(trainer, r.sums[0]), r.lr) for r in results]
 
 
 @pytest.mark.parametrize(("name", "before", "after"), RESUMED, ids=["-".join(case) for case in RESUMED])

@@ -1,0 +1,83 @@
+"""The models on the ranks, as the loop sees them: sequences out, answers back in the order of the sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from miles_spmd.config.schema import Config
+from miles_spmd.controller.packing import Packing, bodies, expand, in_sequence_order, pack, pack_leaves
+from miles_spmd.controller.workers import Workers
+from miles_spmd.data.sample import MicroBatch, TrainSequence
+from miles_spmd.messaging.wire import (
+    Body,
+    ComputeLogProbs,
+    ComputeValues,
+    LogProbsResult,
+    Phase,
+    Result,
+    Role,
+    Train,
+    TrainResult,
+    ValuesResult,
+)
+
+
+class Models:
+    """All of them behind ``workers``. Calls raise whatever :class:`Workers` raises."""
+
+    def __init__(self, config: Config, workers: Workers) -> None:
+        self._config, self._workers = config, workers
+
+    def log_probs(self, step: int, sequences: Sequence[TrainSequence], role: Role, top_k: int = 0) -> LogProbsResult:
+        """What one rank replies to the command, for all sequences of the batch."""
+        packing, results = self._call(
+            step, Phase.LOG_PROBS, sequences, lambda micro_batches: ComputeLogProbs(micro_batches, role, top_k)
+        )
+        found: dict[str, list[np.ndarray]] = {}
+        for name in LogProbsResult.__struct_fields__:
+            answers = [getattr(result, name) for result in results]
+            if any(answer is not None for answer in answers):
+                found[name] = in_sequence_order(packing, self._workers.infos, answers, len(sequences))
+        return LogProbsResult(**found)
+
+    def values(self, step: int, sequences: Sequence[TrainSequence], role: Role) -> list[np.ndarray]:
+        """A value head's output before every weighted token, float32 [T] per sequence."""
+        packing, results = self._call(
+            step, Phase.LOG_PROBS, sequences, lambda micro_batches: ComputeValues(micro_batches, role)
+        )
+        answers = [cast(ValuesResult, result).values for result in results]
+        return in_sequence_order(packing, self._workers.infos, answers, len(sequences))
+
+    def train(
+        self, step: int, sequences: Sequence[TrainSequence], role: Role
+    ) -> tuple[list[TrainResult], list[np.ndarray]]:
+        """One optimizer step. Every rank's result, and what was computed of each sequence before the update."""
+        packing, results = self._call(step, Phase.TRAIN, sequences, lambda micro_batches: Train(micro_batches, role))
+        answers = [cast(TrainResult, result).log_probs for result in results]
+        return cast(list[TrainResult], results), in_sequence_order(
+            packing, self._workers.infos, answers, len(sequences)
+        )
+
+    def _call(
+        self, step: int, phase: Phase, sequences: Sequence[TrainSequence], make: Callable[[list[MicroBatch]], Body]
+    ) -> tuple[Packing, list[Result]]:
+        packing = self._pack(sequences)
+        body = bodies(packing, sequences, self._workers.infos, make)
+        return packing, self._workers.call(body, step=step, phase=phase)
+
+    def _pack(self, sequences: Sequence[TrainSequence]) -> Packing:
+        m = self._config.megatron
+        unit = 2 if self._config.trains_on_pairs else 1  # what must be in one micro-batch
+        lengths = [len(s.tokens) for s in sequences]
+        interleaved = "virtual_pipeline_model_parallel_size" in m or "num_layers_per_virtual_pipeline_stage" in m
+        where: dict[str, Any] = {
+            "data_parallel_size": self._workers.infos[0].data_parallel_size,
+            "multiple": int(m["pipeline_model_parallel_size"]) if interleaved else 1,
+        }
+        if leaves := self._config.train.reduction_leaves:
+            return expand(pack_leaves(len(lengths) // unit, leaves=leaves, **where), unit)
+        units = [sum(lengths[i : i + unit]) for i in range(0, len(lengths), unit)]
+        return expand(pack(units, max_tokens=self._config.micro_batch_tokens, **where), unit)

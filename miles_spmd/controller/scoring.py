@@ -1,0 +1,69 @@
+"""What the models say of a rollout before it is trained on: old and reference log-probs, values, the teacher's view."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from miles_spmd.algorithms.distillation import Candidates, topk_reverse_kl
+from miles_spmd.algorithms.rollout_batch import Arrays
+from miles_spmd.config.schema import Algorithm, Config
+from miles_spmd.controller.models import Models
+from miles_spmd.data.sample import TrainSequence
+from miles_spmd.messaging.wire import Role
+
+Scores = dict[str, Arrays]  # by the names of RolloutBatch's fields
+
+
+def score(step: int, sequences: Sequence[TrainSequence], models: Models, config: Config) -> Scores:
+    """Whatever the algorithm needs from before the update, and nothing else.
+
+    The old policy is the engine's with ``use_rollout_logprobs``, else the trainer's: of the weights that generated with
+    ``keep_old_actor``, else of the newest. Where one optimizer step follows and nothing else asks, the training forward
+    itself stands for it.
+    """
+    a = config.algorithm
+    scores: Scores = {}
+    several_steps = (config.train.global_batch_size or len(sequences)) < len(sequences)
+    if a.use_rollout_logprobs:
+        scores["old_log_probs"] = [s.rollout_log_probs for s in sequences if s.rollout_log_probs is not None]
+    elif several_steps or a.keep_old_actor or a.kl_coef or a.use_tis or a.opd_kl_coef:
+        old = Role.OLD_ACTOR if a.keep_old_actor else Role.ACTOR
+        scores["old_log_probs"] = models.log_probs(step, sequences, old).log_probs or []
+    if config.has_reference:
+        scores["ref_log_probs"] = models.log_probs(step, sequences, Role.REF).log_probs or []
+    if config.has_critic:
+        scores["values"] = models.values(step, sequences, Role.CRITIC)
+    if config.has_teacher and not a.opd_log_prob_top_k:
+        scores["teacher_log_probs"] = models.log_probs(step, sequences, Role.TEACHER).log_probs or []
+    elif config.has_teacher:
+        scores["teacher_kl"] = _teacher_kl(step, sequences, models, a)
+    return scores
+
+
+def _teacher_kl(step: int, sequences: Sequence[TrainSequence], models: Models, algorithm: Algorithm) -> Arrays:
+    """Each policy names its likely tokens, and the other one says what it thinks of them."""
+    k, strategy = algorithm.opd_log_prob_top_k, algorithm.opd_top_k_strategy
+    students = teachers = None
+    if strategy != "only-teacher":
+        own = models.log_probs(step, sequences, Role.ACTOR, top_k=k)
+        others = models.log_probs(step, _asking(sequences, own.candidates or []), Role.TEACHER)
+        students = _candidates(own.candidates, own.candidate_log_probs, others.given_log_probs)
+    if strategy != "only-student":
+        own = models.log_probs(step, sequences, Role.TEACHER, top_k=k)
+        others = models.log_probs(step, _asking(sequences, own.candidates or []), Role.ACTOR)
+        teachers = _candidates(own.candidates, others.given_log_probs, own.candidate_log_probs)
+    nobody = [None] * len(sequences)
+    return [
+        topk_reverse_kl(s, t, strategy=strategy, weight_mode=algorithm.opd_reward_weight_mode)
+        for s, t in zip(students or nobody, teachers or nobody, strict=True)
+    ]
+
+
+def _asking(sequences: Sequence[TrainSequence], candidates: Arrays) -> list[TrainSequence]:
+    return [msgspec.structs.replace(s, candidates=c) for s, c in zip(sequences, candidates, strict=True)]
+
+
+def _candidates(ids: Arrays | None, students: Arrays | None, teachers: Arrays | None) -> list[Candidates]:
+    return [Candidates(*arrays) for arrays in zip(ids or [], students or [], teachers or [], strict=True)]

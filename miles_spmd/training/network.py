@@ -1,0 +1,198 @@
+"""One model on one rank: its pipeline chunks, the weights in them by name, and micro-batches run through them."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from miles_spmd.checkpoint import hf
+from miles_spmd.config.schema import Config
+from miles_spmd.data.sample import MicroBatch
+from miles_spmd.messaging.wire import LogProbsResult, ValuesResult
+from miles_spmd.models import Family, TensorLayout
+from miles_spmd.training import parallel
+from miles_spmd.training.model import Scoring, build_chunks, global_names, release
+from miles_spmd.training.packing import PackedBatch, pack, scatter, split, stream_length
+from miles_spmd.training.settings import build_settings
+
+Outputs = tuple[Tensor, ...]  # of the last stage, for one micro-batch: see PackedModel
+LossOf = Callable[[PackedBatch, Outputs], tuple[Tensor, Any]]  # the loss, and what to keep of the micro-batch
+
+
+class Network:
+    """Starts from the Hugging Face checkpoint ``source``; torch.distributed must be initialised.
+
+    Another network of the same run is built ``beside`` the first, in the same process groups. All ranks make the same
+    calls in the same order; ranks of one model replica (tensor, pipeline and context parallel) get the same
+    micro-batches, and all ranks the same number of them.
+    """
+
+    def __init__(self, config: Config, family: Family, source: str | Path, *, beside: Network | None = None) -> None:
+        self._settings = build_settings(config, family)
+        self._family = family
+        self._where: parallel.Coordinates = (
+            beside._where if beside else parallel.initialize(self._settings.transformer, config.run.seed)
+        )
+        self._device = parallel.device()
+        self._scoring = Scoring.of(config)
+        self._chunks: list[Any] = build_chunks(self._settings, family, self._where)
+        weakref.finalize(self, release, self._chunks)
+        self._parameters = global_names(self._chunks, self._where)
+        hf.load(source, self.weights(), self.layout(), family)
+
+    @property
+    def data_parallel_rank(self) -> int:
+        return self._where.dp_rank
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self._where.dp_size
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank's sums count: last pipeline stage, first tensor-parallel, any context-parallel rank."""
+        return self._where.reports
+
+    # ---- running the model ----
+
+    @torch.no_grad()
+    def log_probs(self, micro_batches: Sequence[MicroBatch], top_k: int = 0) -> LogProbsResult:
+        """Log-probs of the tokens that have a loss weight (others: 0); of their ``candidates``, where they have such;
+        and the ``top_k`` most likely tokens in the place of each."""
+        batches = self._pack(micro_batches)
+        outputs = self._score(batches, self._scoring.with_candidates(top_k))
+        if not self.reports:
+            return LogProbsResult()
+        names = ("log_probs", *(("candidates", "candidate_log_probs") if top_k else ()))
+        if batches[0].candidates is not None:
+            names += ("given_log_probs",)
+        own = [(log_probs, *rest) for log_probs, _, *rest in outputs]
+        return LogProbsResult(**{n: self._per_sequence(batches, list(v)) for n, v in zip(names, zip(*own))})
+
+    @torch.no_grad()
+    def values(self, micro_batches: Sequence[MicroBatch]) -> ValuesResult:
+        """The value head's output before every token that has a loss weight (others: 0)."""
+        batches = self._pack(micro_batches)
+        outputs = self._score(batches, self._scoring)
+        return ValuesResult(self._per_sequence(batches, [values for (values,) in outputs]) if self.reports else None)
+
+    def _score(self, batches: list[PackedBatch], scoring: Scoring) -> list[Outputs]:
+        return self._run(batches, scoring, lambda batch, outputs: (outputs[0].sum(), outputs), forward_only=True)
+
+    def _pack(self, micro_batches: Sequence[MicroBatch]) -> list[PackedBatch]:
+        if not micro_batches:
+            raise ValueError(
+                "a step needs at least one micro-batch on every rank; send a sequence without loss weights"
+            )
+        sequence_parallel = self._settings.transformer.sequence_parallel
+        lengths = [stream_length(micro_batch, self._where, sequence_parallel) for micro_batch in micro_batches]
+        if self._where.pp_size > 1:
+            # equal shapes: telling each neighbour the next one costs a message, and is ambiguous between virtual stages
+            lengths = [max(lengths)] * len(lengths)
+        return [pack(m, self._where, self._device, length) for m, length in zip(micro_batches, lengths)]
+
+    def _run(self, batches: list[PackedBatch], scoring: Scoring, loss_of: LossOf, forward_only: bool) -> list[Any]:
+        """What ``loss_of`` wants to keep of each micro-batch, on the last pipeline stage; [] on the others."""
+        iterators = [iter(batches) for _ in self._chunks]
+        many = len(self._chunks) > 1
+        return get_forward_backward_func()(
+            forward_step_func=functools.partial(_forward_step, scoring, loss_of),
+            data_iterator=iterators if many else iterators[0],
+            model=self._chunks if many else self._chunks[0],
+            num_microbatches=len(batches),
+            seq_length=batches[0].tokens.shape[1] * self._where.cp_size,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _per_sequence(self, batches: list[PackedBatch], values: list[Tensor]) -> list[np.ndarray]:
+        """Results of all micro-batches, one array per sequence in order, from all context-parallel ranks."""
+        flat = scatter(batches, values)
+        if self._where.cp_group is not None:
+            everywhere = torch.from_numpy(flat).to(self._device)
+            dist.all_reduce(everywhere, group=self._where.cp_group)
+            flat = everywhere.cpu().numpy()
+        return split(batches, flat)
+
+    # ---- weights ----
+
+    def weights(self) -> dict[str, Tensor]:
+        """This rank's parameters by their Megatron name in the whole model. The storage is the model's own and stays
+        where it is, so these tensors always hold the weights of the last update. Not to be written into."""
+        return {name: parameter.data for name, parameter in self._parameters.items()}
+
+    def layout(self) -> list[TensorLayout]:
+        """Where every part of every tensor of :meth:`weights` lies in the Hugging Face checkpoint."""
+        where = self._where
+        return [
+            TensorLayout(
+                name,
+                self._family.megatron_layout(
+                    name,
+                    tuple(parameter.shape),
+                    tp_rank=where.tp_rank,
+                    tp_size=where.tp_size,
+                    etp_rank=where.etp_rank,
+                    etp_size=where.etp_size,
+                ),
+            )
+            for name, parameter in self._parameters.items()
+        ]
+
+    def export(self, path: str | Path, source: str | Path) -> None:
+        """Write the weights as a Hugging Face checkpoint, with ``source``'s configuration and tokenizer."""
+        hf.export(path, self.weights(), self.layout(), source, self._family)
+
+    def copy_to_host(self) -> dict[str, Tensor]:
+        """The weights as they are now, in memory from which they return to the device at full speed."""
+        return {name: _host_like(weight).copy_(weight) for name, weight in self.weights().items()}
+
+    def read_to_host(self, path: str | Path) -> dict[str, Tensor]:
+        """As :meth:`copy_to_host`, the weights of a Hugging Face checkpoint of this model. Raises CheckpointError."""
+        weights = {name: _host_like(weight) for name, weight in self.weights().items()}
+        hf.load(path, weights, self.layout(), self._family)
+        return weights
+
+    def move_to_host(self) -> dict[str, Tensor]:
+        """As :meth:`copy_to_host`, and give up the weights on the device; the model runs with :meth:`replaced_by`."""
+        weights = self.copy_to_host()
+        for name, parameter in self._parameters.items():
+            parameter.data = weights[name]
+        return weights
+
+    @contextmanager
+    def replaced_by(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Run the model with other weights: parameters point to them for a while, their own storage is untouched."""
+        own = self.weights()
+        try:
+            for name, parameter in self._parameters.items():
+                parameter.data = weights[name].to(self._device, non_blocking=True)
+            yield
+        finally:
+            for name, parameter in self._parameters.items():
+                parameter.data = own[name]
+
+
+def _host_like(weight: Tensor) -> Tensor:
+    return torch.empty_like(weight, device="cpu", pin_memory=weight.is_cuda)
+
+
+def _forward_step(scoring: Scoring, loss_of: LossOf, batches: Iterator[PackedBatch], chunk: torch.nn.Module) -> Any:
+    batch = next(batches)
+
+    def finish(outputs: Outputs) -> tuple[Tensor, Tensor, Any]:
+        loss, kept = loss_of(batch, outputs)
+        # what Megatron would divide by, if its configuration did not say that nothing is to be divided
+        return loss, torch.zeros((), dtype=torch.int32, device=loss.device), kept
+
+    return chunk(batch=batch, scoring=scoring), finish

@@ -1,0 +1,168 @@
+"""One batch, cut in every way: the same loss and gradient norm; with the canonical reduction the same bits."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from miles_spmd.config.schema import Config
+from miles_spmd.controller.metrics import train_metrics
+from miles_spmd.controller.packing import bodies, pack, pack_leaves
+from miles_spmd.data.sample import TrainSequence
+from miles_spmd.messaging.wire import RankInfo, Train, TrainResult
+from miles_spmd.training.trainer import Trainer
+from tests.ranks import Ranks
+from tests.training.cases import SP, Held, build, config, held, sequences, whole_weights
+
+BATCH = sequences((5, 17, 40, 9, 30, 31, 4, 12, 22, 3, 8, 27, 35), seed=7)
+ALGORITHM = {"entropy_coef": 0.05, "kl_loss_coef": 0.1, "eps_clip": 0.5}
+MAX_RANKS = 8  # more would not fit a small machine's memory
+
+GRID = [
+    (dp, cp, tp, pp) for dp, cp, tp, pp in product((1, 2, 4), (1, 2), (1, 2), (1, 2)) if dp * cp * tp * pp <= MAX_RANKS
+]
+
+
+class Cut(NamedTuple):
+    """How a batch becomes micro-batches."""
+
+    max_tokens: int
+    multiple: int
+    order: int  # seed of the order in which sequences are packed; 0: as they come
+
+
+CUTS = [Cut(300, 1, 0), Cut(64, 1, 1), Cut(90, 4, 2)]
+
+
+def info(trainer: Trainer, rank: int, world_size: int) -> RankInfo:
+    where = (trainer.data_parallel_rank, trainer.data_parallel_size, trainer.reports)
+    return RankInfo(rank, world_size, "host", 1, *where, engine=rank, engine_leader=True)
+
+
+def own_body(trainer: Trainer, batch: list[TrainSequence], cut: Cut | None, leaves: int) -> Train:
+    """What the controller would send this rank."""
+    size = trainer.data_parallel_size
+    if cut is None:
+        packing = pack_leaves(len(batch), data_parallel_size=size, leaves=leaves)
+    else:
+        order = np.random.default_rng(cut.order).permutation(len(batch)) if cut.order else range(len(batch))
+        batch = [batch[i] for i in order]
+        lengths = [len(s.tokens) for s in batch]
+        packing = pack(lengths, data_parallel_size=size, max_tokens=cut.max_tokens, multiple=cut.multiple)
+    (body,) = bodies(packing, batch, [info(trainer, 0, 1)], Train)
+    return body  # type: ignore[return-value]
+
+
+class Result(NamedTuple):
+    result: TrainResult
+    info: RankInfo
+
+
+def steps_of_cuts(run: Config, cuts: list[Cut], rank_count: int) -> list[Result]:
+    """One step for each cut, all from the same weights: the learning rate is 0."""
+    trainer = build(run)
+    results = []
+    for cut in cuts:
+        result = trainer.train_step(own_body(trainer, BATCH, cut, 0).micro_batches)
+        results.append(Result(result, info(trainer, 0, rank_count)))
+    return results
+
+
+def loss_and_norm(ranks: list[Result]) -> tuple[float, float]:
+    norms = {r.result.grad_norm for r in ranks}
+    assert len(norms) == 1
+    return train_metrics([r.result for r in ranks], [r.info for r in ranks])["train/loss"], norms.pop()
+
+
+def table(dp: int, cp: int, tp: int, pp: int) -> dict[str, Any]:
+    sizes = {
+        "context_parallel_size": cp,
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "lr": 0.0,
+    }
+    return sizes | (SP if tp > 1 else {})
+
+
+@cache
+def alone(ranks: Ranks) -> list[tuple[float, float]]:
+    (results,) = ranks.run(1, steps_of_cuts, config("qwen3", table(1, 1, 1, 1), algorithm=ALGORITHM), CUTS, 1)
+    return [loss_and_norm([result]) for result in results]
+
+
+@pytest.mark.parametrize("layout", GRID, ids=[f"DP{d}-CP{c}-TP{t}-PP{p}" for d, c, t, p in GRID])
+def test_loss_and_gradient_norm(ranks: Ranks, layout: tuple[int, int, int, int]) -> None:
+    world_size = math.prod(layout)
+    run = config("qwen3", table(*layout), algorithm=ALGORITHM)
+    per_rank = ranks.run(world_size, steps_of_cuts, run, CUTS, world_size)
+    expected_loss, expected_norm = alone(ranks)[0]
+    for results in zip(*per_rank):
+        loss, norm = loss_and_norm(list(results))
+        assert loss == pytest.approx(expected_loss, rel=1e-6)
+        assert norm == pytest.approx(expected_norm, rel=1e-6)
+
+
+# --- canonical reduction ---------------------------------------------------------------------------------------------
+
+LEAVES = 4
+ADAM = {"lr": 1e-2, "clip_grad": 1.0}
+
+
+def trained(run: Config, cut: Cut | None, world_size: int) -> tuple[list[Result], Held]:
+    """Three updates; ``cut`` None: as the canonical reduction wants it."""
+    trainer = build(run)
+    body = own_body(trainer, BATCH, cut, LEAVES)
+    results = [Result(trainer.train_step(body.micro_batches), info(trainer, 0, world_size)) for _ in range(3)]
+    return results, held(trainer)
+
+
+def run_of(ranks: Ranks, dp: int, table: dict[str, Any], cut: Cut | None) -> tuple[list[Any], dict[str, np.ndarray]]:
+    model_ranks = table.get("tensor_model_parallel_size", 1) * table.get("pipeline_model_parallel_size", 1)
+    run = config("qwen3", ADAM | table, algorithm=ALGORITHM, train={"reduction_leaves": 0 if cut else LEAVES})
+    per_rank = ranks.run(dp * model_ranks, trained, run, cut, dp * model_ranks)
+    steps = [loss_and_norm(list(results)) for results in zip(*(results for results, _ in per_rank))]
+    return steps, whole_weights("qwen3", [weights for _, weights in per_rank])
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {},
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"pipeline_model_parallel_size": 2},
+    ],
+    ids=["", "TP2", "PP2"],
+)
+def test_canonical_reduction_is_bitwise_over_data_parallel_sizes(ranks: Ranks, table: dict[str, Any]) -> None:
+    steps, weights = run_of(ranks, 1, table, None)
+    for dp in (2, 4):
+        same_steps, same_weights = run_of(ranks, dp, table, None)
+        assert same_steps == steps
+        for name, value in weights.items():
+            assert same_weights[name].tobytes() == value.tobytes(), name
+
+
+def test_without_it_bits_differ(ranks: Ranks) -> None:
+    """So the test above can tell."""
+    (_, one), (_, two) = (run_of(ranks, dp, {}, CUTS[0]) for dp in (1, 2))
+    assert any(one[name].tobytes() != value.tobytes() for name, value in two.items())
+    for name, value in two.items():
+        np.testing.assert_allclose(one[name], value, rtol=0, atol=2e-3, err_msg=name)
+
+
+def leaves_that_do_not_divide(run: Config) -> str:
+    with pytest.raises(ValueError, match="reduction_leaves") as raised:
+        build(run)
+    return str(raised.value)
+
+
+def test_more_ranks_than_leaves(ranks: Ranks) -> None:
+    run = config("qwen3", train={"reduction_leaves": 1})
+    assert set(ranks.run(2, leaves_that_do_not_divide, run)) == {
+        "reduction_leaves 1 is no multiple of the data-parallel size 2"
+    }
