@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FEW = 1024  # tokens that nearly always hold the probability that top-p asks for: to sort a whole vocabulary takes long
+
 
 def threshold(scores: Tensor, top_k: int | Tensor, top_p: float | Tensor) -> Tensor:
     """The lowest score that is kept, [rows, 1]: a token is kept if its score is not below.
@@ -22,11 +24,16 @@ def threshold(scores: Tensor, top_k: int | Tensor, top_p: float | Tensor) -> Ten
     vocabulary = scores.shape[-1]
     top_k, top_p = torch.as_tensor(top_k, device=scores.device), torch.as_tensor(top_p, device=scores.device)
     limit = top_k.where((top_k > 0) & (top_k < vocabulary), vocabulary)
-    ordered = scores.topk(int(limit.max()), dim=-1).values
-    probs = (ordered - scores.logsumexp(-1, keepdim=True)).exp()
-    above = probs.cumsum(-1, dtype=torch.float64) - probs
-    rank = torch.arange(ordered.shape[-1], device=scores.device)
-    kept = (rank < limit) & ((above < top_p) | (top_p >= 1))
+    log_total = scores.logsumexp(-1, keepdim=True)
+    most = int(limit.max())
+    for candidates in (min(FEW, most), most):
+        ordered = scores.topk(candidates, dim=-1).values
+        probs = (ordered - log_total).exp()
+        above = probs.cumsum(-1, dtype=torch.float64) - probs
+        rank = torch.arange(candidates, device=scores.device)
+        kept = (rank < limit) & ((above < top_p) | (top_p >= 1))
+        if not kept[:, -1].any():
+            break
     return ordered.gather(-1, kept.sum(-1, keepdim=True).sub_(1).clamp_(min=0))
 
 

@@ -54,6 +54,16 @@ def test_top_p_is_that_of_transformers(top_p: float) -> None:
     torch.testing.assert_close(truncated(scores(), -1, top_p), expected, rtol=0, atol=1e-6)
 
 
+def test_few_candidates_or_all() -> None:
+    """Of 5,000 tokens, peaked rows need few to hold 90 %, the flat ones nearly all."""
+    generator = torch.Generator().manual_seed(1)
+    many = torch.randn(6, 5000, generator=generator) * torch.tensor([[10.0], [5.0], [3.0], [1.0], [0.1], [0.0]])
+    for rows in (many[:2], many):
+        expected = TopPLogitsWarper(0.9)(None, rows.double()).log_softmax(-1)
+        expected[rows[:, :1].eq(rows).all(-1)] = rows[-1].log_softmax(-1).double()  # equals are kept together
+        torch.testing.assert_close(truncated(rows, -1, 0.9).double(), expected, rtol=0, atol=1e-5)
+
+
 def test_both_cut_the_uncut_distribution() -> None:
     """What is kept is what either keeps alone, whatever the order."""
     both = truncated(scores(), 5, 0.6).isfinite()
