@@ -72,13 +72,13 @@ def test_only_the_first_rank_names_the_faults(recipe: Path) -> None:
     assert miles_spmd("train", recipe, "seed=x", status=2, RANK="1", WORLD_SIZE="2").stderr == ""
 
 
-def test_dry_run_says_what_plan_says(recipe: Path) -> None:
-    overrides = ["mode=rl", "rollout_top_p=0.5", "megatron.tensor_model_parallel_size=2"]
+def test_dry_run_says_what_plan_says(recipe: Path, folder: Path) -> None:
+    overrides = ["mode=rl", f"ref_load={folder / 'model'}", "megatron.tensor_model_parallel_size=2"]
     dry = miles_spmd("train", recipe, *overrides, "--nproc-per-node", 2, "--dry-run")
     plan = miles_spmd("plan", recipe, *overrides, "--world-size", 2)
     assert dry.stdout == plan.stdout
     assert "tensor        1 of 2:  [0 1]" in plan.stdout
-    assert "note: rollout.rollout_top_p" in plan.stderr
+    assert "note: model.ref_load: nothing uses" in plan.stderr
     assert not (recipe.parent / "runs").exists()
     assert (
         "nowhere is not a Hugging Face checkpoint"
