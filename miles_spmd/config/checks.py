@@ -157,7 +157,34 @@ def _teacher(mode: str, opd_kl_coef: float, teacher_load: Path | None) -> Iterat
 
 
 @_rule(_contradictions)
-def _lagging_rollouts(update_weights_interval: int, keep_old_actor: bool, use_rollout_logprobs: bool) -> Iterator[str]:
+def _other_models_fit(
+    ref_load: Path | None, critic_load: Path | None, teacher_load: Path | None, shape: dict[str, Any]
+) -> Iterator[str]:
+    for name, folder in (("ref_load", ref_load), ("critic_load", critic_load), ("teacher_load", teacher_load)):
+        other = checkpoint_shape(folder) if folder is not None else None
+        if other is None:
+            continue
+        # a reference runs in the policy's own network, any other has to understand its tokens
+        keys = ("vocab_size",) if name != "ref_load" else ("vocab_size", "hidden_size", "num_hidden_layers")
+        for key in keys:
+            if other.get(key) != shape.get(key):
+                yield f"model.{name}: {folder} has {key} {other.get(key)}, model.hf_checkpoint has {shape.get(key)}"
+
+
+@_rule(_contradictions)
+def _lagging_rollouts(
+    update_weights_interval: int,
+    keep_old_actor: bool,
+    use_rollout_logprobs: bool,
+    save_interval: int,
+    eval_interval: int,
+) -> Iterator[str]:
+    for name, interval in (("checkpoint.save_interval", save_interval), ("eval.eval_interval", eval_interval)):
+        if interval % update_weights_interval:
+            yield (
+                f"{name}: {interval} is no multiple of update_weights_interval {update_weights_interval}; both happen "
+                "with the newest weights in the engine, which would then come earlier than they should"
+            )
     if keep_old_actor and update_weights_interval == 1:
         yield "algorithm.keep_old_actor: with update_weights_interval = 1 the newest weights are those that generated"
     if keep_old_actor and use_rollout_logprobs:
@@ -172,8 +199,13 @@ def _critic_only_steps(advantage_estimator: str, num_critic_only_steps: int, num
 
 @_rule(_contradictions)
 def _canonical_reduction(
-    reduction_leaves: int, use_distributed_optimizer: bool, overlap_grad_reduce: bool
+    reduction_leaves: int,
+    use_distributed_optimizer: bool,
+    overlap_grad_reduce: bool,
+    expert_model_parallel_size: int,
 ) -> Iterator[str]:
+    if reduction_leaves and expert_model_parallel_size > 1:
+        yield "train.reduction_leaves: experts on several ranks see a whole group's tokens; no order of theirs is kept"
     if reduction_leaves & (reduction_leaves - 1):
         yield f"train.reduction_leaves: must be a power of two, got {reduction_leaves}"
     if reduction_leaves and (use_distributed_optimizer or overlap_grad_reduce):
@@ -245,9 +277,10 @@ def _answers_fit_the_context(
 
 
 @_rule(_contradictions)
-def _learning_rate(lr: float | None, min_lr: float, lr_decay_style: str) -> Iterator[str]:
-    if lr is not None and min_lr > lr and lr_decay_style != "constant":
-        yield f"train.min_lr: {min_lr} is larger than megatron.lr {lr}"
+def _learning_rate(lr: float | None, critic_lr: float | None, min_lr: float, lr_decay_style: str) -> Iterator[str]:
+    for name, rate in (("megatron.lr", lr), ("train.critic_lr", critic_lr)):
+        if rate is not None and min_lr > rate and lr_decay_style != "constant":
+            yield f"train.min_lr: {min_lr} is larger than {name} {rate}"
 
 
 @_rule(_contradictions)
@@ -266,6 +299,21 @@ def _warmup_ends(
 
 
 # --- parallel layout of the trainer ----------------------------------------------------------------------------------
+
+
+@_rule(_contradictions)
+def _leaves_divide(
+    reduction_leaves: int,
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
+    context_parallel_size: int,
+    world_size: int,
+) -> Iterator[str]:
+    dense = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
+    if reduction_leaves and not world_size % dense and reduction_leaves % (world_size // dense):
+        yield (
+            f"train.reduction_leaves: {reduction_leaves} is no multiple of the data-parallel size {world_size // dense}"
+        )
 
 
 @_rule(_contradictions)

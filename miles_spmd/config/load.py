@@ -60,6 +60,18 @@ def load_config(
         raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"is not valid TOML: {error}"]) from error
+    return make_config(raw, overrides, source=str(path), world_size=world_size, check_files=check_files)
+
+
+def make_config(
+    raw: dict[str, Any],
+    overrides: Iterable[str] = (),
+    *,
+    source: str = "settings",
+    world_size: int | None = None,
+    check_files: bool = True,
+) -> Config:
+    """As :func:`load_config`, from tables that are in memory; ``raw`` is changed. ``source`` is named in errors."""
     faults: list[str] = []
     for override in overrides:
         try:
@@ -73,7 +85,7 @@ def load_config(
     if check_files:
         faults += missing_files(config, ignore=wrong)
     if faults:
-        raise ConfigError(str(path), faults)
+        raise ConfigError(source, faults)
     return config
 
 

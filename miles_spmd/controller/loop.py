@@ -16,7 +16,6 @@ def run(config: Config, workers: Workers, task: str = "train") -> None:
         if task == "train":
             train(r, first)
         elif task == "eval":
-            r.refit(first)
             r.evaluate(first)
             r.report(first)
         else:

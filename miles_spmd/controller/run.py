@@ -207,11 +207,13 @@ class Run:
             self.workers.call(Keep(Role.REF), step=step, phase=Phase.TRAIN)
 
     def refit(self, version: int) -> None:
-        """Bring the trainer's weights into the engine as ``version``, when it needs them and has them not already."""
-        due = self.config.run.mode == "rl" and (
-            version % self.config.refit.update_weights_interval == 0 or self._engine_version < 0
-        )
-        if version == self._engine_version or not (due or self._eval_due(version)):
+        """Give the newest weights, as ``version``, to an engine that generates with them next."""
+        first, interval = self._engine_version < 0, self.config.refit.update_weights_interval
+        if self.config.run.mode == "rl" and (first or version % interval == 0):
+            self._fill_engine(version)
+
+    def _fill_engine(self, version: int) -> None:
+        if version == self._engine_version:
             return
         with self._timed("refit"):
             results = cast(list[RefitResult], self.workers.call(Refit(version), step=version, phase=Phase.REFIT))
@@ -230,7 +232,7 @@ class Run:
                 for name, pairs in self._data.eval_pairs.items():
                     self._metrics |= preference_metrics(name, pairs, self.models, self.config)
         else:
-            self.refit(step)
+            self._fill_engine(step)
             self._generate_and_score(step)
         self._evaluated = step
 
@@ -251,7 +253,7 @@ class Run:
     def report(self, done: int) -> None:
         """Log what happened since the last report, ``done`` steps into the run, and move the progress bar."""
         for name in {name for metrics in self._train_metrics for name in metrics}:
-            self._metrics[name] = float(np.mean([metrics[name] for metrics in self._train_metrics]))
+            self._metrics[name] = float(np.mean([m[name] for m in self._train_metrics if name in m]))
         now = time.monotonic()
         seconds = self._metrics["perf/step_time"] = now - self._step_started
         if "train/tokens" in self._metrics:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,12 @@ from tests.ranks import Ranks
         ("overlong_buffer_len=2048", "is more than rollout_max_response_len 1024"),
         ("keep_old_actor=true", "with update_weights_interval = 1"),
         ("reduction_leaves=6", "a power of two"),
+        ("reduction_leaves=8 megatron.use_distributed_optimizer=true", "must be false"),
+        ("reduction_leaves=8 megatron.expert_model_parallel_size=2", "train.reduction_leaves: experts"),
+        ("update_weights_interval=3 save_interval=4", "checkpoint.save_interval: 4 is no multiple"),
+        ("update_weights_interval=3 eval_interval=4", "eval.eval_interval: 4 is no multiple"),
+        ("advantage_estimator=ppo num_critic_only_steps=100", "leave no step of the 100"),
+        ("critic_lr=1e-6 min_lr=1e-5 lr_decay_style=linear", "is larger than train.critic_lr"),
         ("opd_kl_coef=0.1", "needs a teacher"),
         ("rollout_temperature=0.0", "all samples of a group are the same"),
         ("rollout_top_k=1", "rollout_top_k: at 1 all samples of a group are the same"),
@@ -66,6 +73,21 @@ def test_layouts_against_the_model(recipe: Path) -> None:  # noqa: F811
         faults(recipe, "sglang.tp_size=3", world_size=12)
     )
     load_config(recipe, ["megatron.tensor_model_parallel_size=4", "sglang.tp_size=4"], world_size=12)
+
+
+def test_canonical_reduction_over_the_ranks(recipe: Path) -> None:  # noqa: F811
+    load_config(recipe, ["reduction_leaves=4"], world_size=4)
+    assert "4 is no multiple of the data-parallel size 8" in str(faults(recipe, "reduction_leaves=4", world_size=8))
+
+
+def test_models_that_do_not_fit_each_other(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+    shape = json.loads((recipe.parent / "checkpoint" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"vocab_size": 7, "hidden_size": 9}))
+    (tmp_path / "model.safetensors").touch()
+    for name, more in (("teacher_load", ["opd_kl_coef=1"]), ("critic_load", []), ("ref_load", ["kl_coef=0.1"])):
+        found = faults(recipe, f"{name}={tmp_path}", *more)
+        assert any(f.startswith(f"model.{name}: {tmp_path} has vocab_size 7") for f in found)
+        assert len(found) == (2 if name == "ref_load" else 1)
 
 
 def test_an_estimator_without_groups_takes_single_answers(recipe: Path) -> None:  # noqa: F811
