@@ -180,26 +180,34 @@ def test_gradient_of_logits_through_what_transformers_cuts(cut: Distribution) ->
     torch.testing.assert_close(logits.grad.double(), z.grad, rtol=1e-6, atol=1e-6)
 
 
-def test_bf16_is_rounded_once() -> None:
-    """fp32 results of the bf16 logits that an engine has; chunks add nothing to the error of the weight's gradient."""
+def bf16_gradients_of_weight(device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """In one chunk, in many, and as it should be; what else comes out is checked here."""
     dtype = torch.bfloat16
     generator = torch.Generator().manual_seed(2)
-    hidden = torch.randn(256, 16, generator=generator).to(dtype)
-    weight = torch.randn(PADDED, 16, generator=generator).to(dtype)
-    targets = torch.randint(VOCAB, (256,), generator=generator)
-    many = (hidden, weight, targets, torch.ones(256), torch.zeros(256))
+    hidden = torch.randn(256, 16, generator=generator).to(device, dtype)
+    weight = torch.randn(PADDED, 16, generator=generator).to(device, dtype)
+    targets = torch.randint(VOCAB, (256,), generator=generator).to(device)
+    many = (hidden, weight, targets, torch.ones(256, device=device), torch.zeros(256, device=device))
     logits = (hidden @ weight[:VOCAB].T).double()
+    reference = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     whole, chunked = (actual(many, PLAIN, False, max_logits) for max_logits in (2**27, 4 * PADDED))
     for log_probs, entropy, *gradients in (whole, chunked):
         assert log_probs.dtype == entropy.dtype == torch.float32
         assert {gradient.dtype for gradient in gradients} == {dtype}
-        reference = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
         torch.testing.assert_close(log_probs.double(), reference, rtol=1e-6, atol=1e-6)
     delta = torch.nn.functional.one_hot(targets, VOCAB) - logits.softmax(-1)
-    exact = delta.T @ hidden.double()
-    assert torch.equal(chunked[3][:VOCAB], exact.to(dtype))
-    error = (whole[3][:VOCAB].double() - exact).abs() / exact.abs().amax(1, keepdim=True)
-    assert error.max() <= 2**-7  # of the factors, and of the sum
+    return whole[3][:VOCAB], chunked[3][:VOCAB], delta.T @ hidden.double()
+
+
+def relative_error(gradient: Tensor, exact: Tensor) -> float:
+    return float(((gradient.double() - exact).abs() / exact.abs().amax(1, keepdim=True)).max())
+
+
+def test_bf16_is_rounded_once() -> None:
+    """fp32 results of the bf16 logits that an engine has; chunks add nothing to the error of the weight's gradient."""
+    whole, chunked, exact = bf16_gradients_of_weight("cpu")
+    assert torch.equal(chunked, exact.to(torch.bfloat16))
+    assert relative_error(whole, exact) <= 2**-7  # of the factors, and of the sum
 
 
 def test_a_target_out_of_the_cut_stays_possible() -> None:
