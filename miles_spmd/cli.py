@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -129,6 +129,68 @@ def bench_loss(
     show(shape, bench_loss(shape), Console())
 
 
+Model = Annotated[str, typer.Option("--model", help="Checkpoint folder, or random:SHAPE.")]
+Out = Annotated[Path | None, typer.Option(help="JSON file for the result.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Repetitions to take the median of.")]
+
+
+@bench.command("refit")
+def bench_refit(
+    overrides: Overrides = None,
+    model: Model = "random:qwen3-0.6b",
+    repeats: Repeats = 10,
+    nproc_per_node: Processes = None,
+    out: Out = None,
+) -> None:
+    """From trainer to engine: each part of a refit, and how long the engine stands still."""
+    _measure("refit", model, overrides, nproc_per_node, out, repeats=repeats)
+
+
+@bench.command("sleep")
+def bench_sleep(
+    overrides: Overrides = None,
+    model: Model = "random:qwen3-0.6b",
+    cycles: Annotated[int, typer.Option(min=2, help="Times to sleep and wake.")] = 50,
+    nproc_per_node: Processes = None,
+    out: Out = None,
+) -> None:
+    """Release and resume of the engine's memory, and whether memory leaks."""
+    _measure("sleep", model, overrides, nproc_per_node, out, cycles=cycles)
+
+
+@bench.command("rollout")
+def bench_rollout(
+    overrides: Overrides = None,
+    model: Model = "random:qwen3-0.6b",
+    prompts: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 256,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    answer_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    peer: Annotated[bool, typer.Option(help="Run plain sglang.Engine, too.")] = True,
+    repeats: Repeats = 3,
+    nproc_per_node: Processes = None,
+    out: Out = None,
+) -> None:
+    """Generation, beside plain sglang.Engine."""
+    sizes = {"prompts": prompts, "prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens}
+    _measure("rollout", model, overrides, nproc_per_node, out, **sizes, repeats=repeats, peer=peer)
+
+
+@bench.command("train")
+def bench_train(
+    overrides: Overrides = None,
+    model: Model = "random:qwen3-0.6b",
+    packing: Annotated[list[str], typer.Option(help="SEQUENCESxTOKENS of a micro-batch.")] = ["1x4096", "4x4096"],  # noqa: B006
+    micro_batches: Annotated[int, typer.Option(min=1, help="Of one optimizer step.")] = 4,
+    repeats: Repeats = 3,
+    nproc_per_node: Processes = None,
+    out: Out = None,
+) -> None:
+    """Optimizer steps and log-probs: tokens per second, utilisation, peak memory."""
+    packings = [tuple(map(int, word.split("x"))) for word in packing]
+    options = {"packings": packings, "micro_batches": micro_batches, "repeats": repeats}
+    _measure("train", model, overrides, nproc_per_node, out, **options)
+
+
 def main() -> None:
     app(prog_name="miles-spmd")
 
@@ -149,6 +211,26 @@ def _start(task: str, recipe: Path, overrides: list[str], nproc: int | None, dry
         _be_a_rank(config, task)
     else:
         _launch(world_size)
+
+
+def _measure(
+    name: str, model: str, overrides: list[str] | None, nproc: int | None, out: Path | None, **options: Any
+) -> None:
+    """Do a measurement as a rank, or launch ranks that do."""
+    is_rank = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if is_rank:
+        _prepare_device()
+    world_size = int(os.environ["WORLD_SIZE"]) if is_rank else nproc or _default_processes()
+    from miles_spmd.bench.run import bench_config, run_bench
+    from miles_spmd.config.load import ConfigError
+
+    try:
+        config = bench_config(model, overrides or [], world_size)
+    except ConfigError as error:
+        _fail(str(error), code=2)
+    if not is_rank:
+        _launch(world_size)
+    run_bench(name, model, config, options, out)
 
 
 def _be_a_rank(config: Config, task: str) -> NoReturn:

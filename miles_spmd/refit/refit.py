@@ -67,7 +67,7 @@ class Refit:
         self.receives = {
             source: make_buckets(copies, dtypes[self.rank], bucket_bytes) for source, copies in plan.receives.items()
         }
-        self._counts = RefitCounts(
+        self.counts = RefitCounts(
             sum(bucket.payload for bucket in self.local),
             sum(bucket.payload for buckets in self.receives.values() for bucket in buckets),
         )
@@ -117,7 +117,7 @@ class Refit:
         for place, shape in self.padding:
             rectangle(self.engine_weights, place, shape).zero_()
         comparisons.check()
-        return self._counts
+        return self.counts
 
     def _copy_local(self, comparisons: Comparisons) -> None:
         buffer = self._buffer(self.local) if self.checksums else None

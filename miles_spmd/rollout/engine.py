@@ -125,6 +125,9 @@ class Engine(Protocol):
         weights.
         """
 
+    def close(self) -> None:
+        """Free everything that the engine holds in this process. All ranks of the world do it together."""
+
 
 def check_request(request: Request, context_length: int) -> None:
     """Raise ValueError naming the rid and everything that keeps the request from being served."""

@@ -264,7 +264,6 @@ class SglangEngine:
         self._released = [tag for tag in self._released if tag not in tags]
 
     def close(self) -> None:
-        """Free everything that SGLang holds in this process. All ranks of the world do it together."""
         del self._scheduler
         sglang_world.leave()
         runtime_context.reset_context()

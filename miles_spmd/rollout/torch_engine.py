@@ -171,6 +171,9 @@ class TorchEngine:
             storage.allocate(self._model.parameters(), self._freed)
             self._freed = None
 
+    def close(self) -> None:
+        """Nothing outlives the object."""
+
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach() for name, parameter in self._model.named_parameters()}
 

@@ -1,0 +1,51 @@
+"""Ranks that measure: how they meet, and how they time what they do together."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def join() -> None:
+    """Meet the ranks that a launcher has started beside this one."""
+    torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():
+        dist.all_reduce(torch.zeros(1, device="cuda"))
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(function: Callable[[], T]) -> tuple[float, T]:
+    """Seconds on this rank until the device is done, from the moment on that all ranks were there; and the result."""
+    synchronize()
+    dist.barrier()
+    began = time.perf_counter()
+    result = function()
+    synchronize()
+    return time.perf_counter() - began, result
+
+
+def slowest(seconds: list[float]) -> float:
+    """The median over repetitions of the slowest rank's time. Collective."""
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, seconds)
+    return statistics.median(map(max, zip(*everywhere)))
+
+
+def free_gib() -> float:
+    """Of this rank's device; 0 on a CPU."""
+    return torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else 0.0

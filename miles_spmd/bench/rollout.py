@@ -1,0 +1,85 @@
+"""How fast the engine generates, beside plain ``sglang.Engine`` with its own processes on the same requests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import closing
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from miles_spmd.bench.machine import slowest, timed
+from miles_spmd.bench.requests import generate, random_requests
+from miles_spmd.bench.result import Row
+from miles_spmd.config.schema import Config
+from miles_spmd.models import load_family
+from miles_spmd.worker.worker import make_engine
+
+
+def measure(
+    config: Config, prompts: int, prompt_tokens: int, answer_tokens: int, repeats: int, peer: bool
+) -> list[Row]:
+    """Collective. One engine's tokens per second; engines beside it run the same requests."""
+    requests = random_requests(
+        prompts, prompt_tokens, answer_tokens, load_family(config.model.hf_checkpoint).vocab_size
+    )
+    seconds = []
+    with closing(make_engine(config)) as engine:
+        engine.commit(0)
+        generate(engine, requests[:4])
+        for _ in range(repeats):
+            engine.commit(0)  # nobody's prompts are in the cache
+            seconds.append(timed(lambda: generate(engine, requests))[0])
+    ours = slowest(seconds)
+    rows: list[Row] = [{"system": "miles_spmd", "s": ours, "tokens/s": prompts * answer_tokens / ours, "ratio": 1.0}]
+    if peer:
+        del engine
+        torch.cuda.empty_cache()
+        dist.barrier()
+        if dist.get_rank() == 0:
+            job = {
+                "server_args": config.sglang
+                | {"model_path": str(config.model.hf_checkpoint), "dtype": config.model.dtype},
+                "prompts": [request.input_ids for request in requests],
+                "answer_tokens": answer_tokens,
+                "repeats": repeats,
+            }
+            theirs = _peer(job)
+            rows.append(
+                {
+                    "system": "sglang.Engine",
+                    "s": theirs,
+                    "tokens/s": prompts * answer_tokens / theirs,
+                    "ratio": ours / theirs,
+                }
+            )
+        dist.barrier()
+    return rows
+
+
+def _peer(job: dict[str, object]) -> float:
+    """Median seconds, from a process that knows nothing of ours."""
+    script = Path(__file__).with_name("peer_sglang.py")
+    launcher = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL",
+        "GROUP",
+        "ROLE",
+        "MASTER",
+        "TORCHELASTIC",
+        "LD_PRELOAD",
+        "CUDA_DEVICE_MAX",
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(job, file)
+        file.flush()
+        command = [sys.executable, str(script), file.name]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])

@@ -1,0 +1,43 @@
+"""Measurements of the parts: each runs in ranks that a launcher started, as training does."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+
+from miles_spmd.bench.result import make_result, show
+from miles_spmd.config.load import make_config
+from miles_spmd.config.schema import Config
+
+
+def bench_config(model: str, overrides: list[str], world_size: int) -> Config:
+    """Settings of a run that has no data. Raises ConfigError."""
+    raw: dict[str, Any] = {
+        "model": {"hf_checkpoint": model},
+        "data": {"prompt_data": "none"},
+        "rollout": {"rollout_max_response_len": 1},  # measurements have lengths of their own
+        "megatron": {"lr": 1e-6, "clip_grad": 1.0},
+    }
+    return make_config(raw, overrides, source="bench", world_size=world_size, check_files=False)
+
+
+def run_bench(name: str, model: str, config: Config, options: dict[str, Any], out: Path | None) -> None:
+    """Measure with ``miles_spmd.bench.NAME`` and let the first rank say what was found. ``out``: a JSON file for it."""
+    from miles_spmd.bench import machine
+    from miles_spmd.platform import cpu
+
+    cpu.install()
+    machine.join()
+    rows = importlib.import_module(f"miles_spmd.bench.{name}").measure(config, **options)
+    if os.environ["RANK"] == "0":
+        settings = {"dtype": config.model.dtype, "megatron": config.megatron, "sglang": config.sglang, **options}
+        result = make_result(name, model, int(os.environ["WORLD_SIZE"]), settings, rows)
+        show(result, Console())
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_bytes(msgspec.json.format(msgspec.json.encode(result)))

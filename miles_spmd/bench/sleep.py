@@ -1,0 +1,57 @@
+"""How long an engine takes to give its memory back and to take it again, and whether anything is lost on the way."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import numpy as np
+import psutil
+
+from miles_spmd.bench.machine import free_gib, slowest, timed
+from miles_spmd.bench.requests import generate, random_requests
+from miles_spmd.bench.result import Row
+from miles_spmd.config.schema import Config
+from miles_spmd.models import load_family
+from miles_spmd.rollout.engine import Engine, Request
+from miles_spmd.worker.worker import make_engine
+
+WARM_UP = 3
+
+
+def measure(config: Config, cycles: int) -> list[Row]:
+    """Collective. Every cycle generates a little, too. Growth is the slope of a line through all cycles."""
+    requests = random_requests(4, 16, 4, load_family(config.model.hf_checkpoint).vocab_size)
+    with closing(make_engine(config)) as engine:
+        return _measure(engine, requests, cycles)
+
+
+def _measure(engine: Engine, requests: list[Request], cycles: int) -> list[Row]:
+    released, resumed, device, host, given = [], [], [], [], 0.0
+    for cycle in range(WARM_UP + cycles):
+        engine.commit(0)
+        generate(engine, requests)
+        before = free_gib()
+        release, _ = timed(engine.release)
+        given = free_gib() - before
+        resume, _ = timed(engine.resume)
+        if cycle >= WARM_UP:
+            released.append(release)
+            resumed.append(resume)
+            device.append(-1024 * free_gib())
+            host.append(psutil.Process().memory_info().rss / 2**20)
+        for weight in engine.weights().values():  # what they held is lost
+            weight.zero_()
+    return [
+        {
+            "cycles": cycles,
+            "given back GiB": given,
+            "release ms": 1e3 * slowest(released),
+            "resume ms": 1e3 * slowest(resumed),
+            "GPU growth MiB/cycle": _slope(device),
+            "host growth MiB/cycle": _slope(host),
+        }
+    ]
+
+
+def _slope(values: list[float]) -> float:
+    return float(np.polynomial.polynomial.polyfit(range(len(values)), values, 1)[1])

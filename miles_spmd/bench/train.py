@@ -1,0 +1,64 @@
+"""How fast the trainer is: tokens per second, model FLOP utilisation, peak memory, at several packings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from miles_spmd.algorithms.losses import make_loss
+from miles_spmd.bench.flops import peak_tflops, sequence_flops
+from miles_spmd.bench.machine import slowest, timed
+from miles_spmd.bench.result import Row
+from miles_spmd.config.schema import Config
+from miles_spmd.data.sample import MicroBatch, TrainSequence
+from miles_spmd.models import Family, load_family
+from miles_spmd.training.trainer import Trainer
+
+WARM_UP = 2
+
+
+def measure(config: Config, packings: Sequence[tuple[int, int]], micro_batches: int, repeats: int) -> list[Row]:
+    """Collective. ``packings``: sequences of a micro-batch and their tokens."""
+    family = load_family(config.model.hf_checkpoint)
+    trainer = Trainer(config, family, make_loss("rl", config.algorithm))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    rows = []
+    for sequences, tokens in packings:
+        batch = random_batch(family, sequences, tokens, micro_batches)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        steps = [timed(lambda: trainer.train_step(batch))[0] for _ in range(WARM_UP + repeats)]  # noqa: B023
+        peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+        scores = [timed(lambda: trainer.log_probs(batch))[0] for _ in range(WARM_UP + repeats)]  # noqa: B023
+        step, score = slowest(steps[WARM_UP:]), slowest(scores[WARM_UP:])
+        total = micro_batches * sequences * tokens * trainer.data_parallel_size
+        flops = total / tokens * sequence_flops(family, tokens) / step / dist.get_world_size() / 1e12
+        rows.append(
+            {
+                "packed": f"{micro_batches} x {sequences} x {tokens}",
+                "step s": step,
+                "tokens/s": total / step,
+                "TFLOP/s per GPU": flops,
+                "MFU %": 100 * flops / peak_tflops(device),
+                "peak GiB": peak,
+                "log-probs tokens/s": total / score,
+            }
+        )
+    return rows
+
+
+def random_batch(family: Family, sequences: int, tokens: int, micro_batches: int) -> list[MicroBatch]:
+    """Every token but the first of each sequence has the same weight."""
+    rng = np.random.default_rng(0)
+    weights = np.full(tokens, 1 / (tokens * sequences * micro_batches), np.float32)
+    weights[0] = 0
+
+    def sequence() -> TrainSequence:
+        ids = rng.integers(0, family.vocab_size, tokens, np.int32)
+        advantages = np.full(tokens, rng.choice([-1.0, 1.0]), np.float32)
+        return TrainSequence(ids, weights, advantages, np.full(tokens, -np.log(family.vocab_size), np.float32))
+
+    return [[sequence() for _ in range(sequences)] for _ in range(micro_batches)]

@@ -1,0 +1,86 @@
+"""The measurements of the parts, on a tiny model and CPU ranks: that they measure what they say."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from rich.console import Console
+
+from miles_spmd.bench.flops import sequence_flops
+from miles_spmd.bench.result import make_result, show
+from miles_spmd.bench.run import bench_config
+from miles_spmd.models import load_family
+from miles_spmd.models.random import SHAPES
+from tests.models import tiny
+from tests.ranks import Ranks
+
+
+def measure(name: str, folder: Path, overrides: list[str], options: dict[str, Any]) -> list[dict[str, Any]]:
+    config = bench_config(str(folder), ["model.dtype=float32", *overrides], dist.get_world_size())
+    return importlib.import_module(f"miles_spmd.bench.{name}").measure(config, **options)
+
+
+def test_refit(ranks: Ranks) -> None:
+    folder = tiny.checkpoint("qwen3")
+    rows, same = ranks.run(2, measure, "refit", folder, ["megatron.tensor_model_parallel_size=2"], {"repeats": 2})
+    assert rows == same
+    assert [row["checksums"] for row in rows] == [True, False]
+    nbytes = 2 * 4 * load_family(folder).num_parameters() / 1e9  # two engines of one rank
+    for row in rows:
+        assert row["GB"] + row["GB from other ranks"] == pytest.approx(nbytes)
+        assert row["GB from other ranks"] > 0.4 * nbytes
+        parts = ["release", "resume weights", "copy", "resume rest", "commit", "first token"]
+        assert row["stopped ms"] == pytest.approx(sum(row[f"{part} ms"] for part in parts))
+        assert 0 < row["copy ms"] < row["loop ms"] < row["stopped ms"]
+
+
+def test_sleep_and_rollout(ranks: Ranks) -> None:
+    folder = tiny.checkpoint("qwen3")
+    ((row,),) = ranks.run(1, measure, "sleep", folder, [], {"cycles": 3})
+    assert row["release ms"] > 0
+    assert row["resume ms"] > 0
+    options = {"prompts": 3, "prompt_tokens": 5, "answer_tokens": 7, "repeats": 2, "peer": False}
+    ((row,),) = ranks.run(1, measure, "rollout", folder, [], options)
+    assert row["tokens/s"] == pytest.approx(3 * 7 / row["s"])
+
+
+def test_train_through_the_command_line(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    options = ["--model", str(tiny.checkpoint("qwen3")), "--packing", "2x16", "--micro-batches", "2", "--repeats", "1"]
+    command = [sys.executable, "-m", "miles_spmd", "bench", "train", *options, "--out", str(out), "--nproc-per-node=2"]
+    done = subprocess.run([*command, "model.dtype=float32"], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert (result["bench"], result["ranks"]) == ("train", 2)
+    assert result["environment"]["cores"] >= 1
+    (row,) = result["rows"]
+    assert row["packed"] == "2 x 2 x 16"
+    assert row["tokens/s"] == pytest.approx(2 * 2 * 16 * 2 / row["step s"])  # of two replicas
+    assert "train: " in done.stdout
+    wrong = subprocess.run([*command, "megatron.tensor_paralel=2"], capture_output=True, text=True, check=False)
+    assert wrong.returncode != 0
+    assert "megatron.tensor_paralel: unknown key" in wrong.stderr
+
+
+def test_flops_of_a_published_shape() -> None:
+    """Qwen3-4B: 4.02 billion parameters, 36 layers of 32 heads of 128; 6 N T and attention over half a square."""
+    expected = 6 * 4.02e9 * 4096 + 6 * 36 * 4096 * 4096**2
+    assert sequence_flops(load_family(SHAPES["qwen3-4b"]), 4096) == pytest.approx(expected, rel=1e-3)
+
+
+def test_shown_as_a_table_and_as_json() -> None:
+    result = make_result("refit", "a-model", 1, {}, [{"copy ms": 1.234, "GB": 12345.6, "checksums": True}])
+    shown = io.StringIO()
+    show(result, Console(file=shown, width=150))
+    text = shown.getvalue()
+    for word in ("a-model", "copy ms", "1.23", "12,346", "True"):
+        assert word in text
+    assert json.loads(text.strip().splitlines()[-1])["rows"] == result.rows
