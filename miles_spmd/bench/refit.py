@@ -8,7 +8,6 @@ from contextlib import closing
 
 import torch.distributed as dist
 
-from miles_spmd.algorithms.losses import make_loss
 from miles_spmd.bench.machine import slowest, timed
 from miles_spmd.bench.requests import generate, random_requests
 from miles_spmd.bench.result import Row
@@ -16,25 +15,28 @@ from miles_spmd.config.schema import Config
 from miles_spmd.models import Family, load_family
 from miles_spmd.refit import Refit
 from miles_spmd.rollout.engine import Engine
-from miles_spmd.training.trainer import Trainer
+from miles_spmd.training.network import Network
 from miles_spmd.worker.worker import make_engine
 
 WARM_UP = 3
 
 
 def measure(config: Config, repeats: int) -> list[Row]:
-    """Collective. Milliseconds are medians of the slowest rank, bytes are those of all ranks."""
+    """Collective. Milliseconds are medians of the slowest rank, bytes are those of all ranks.
+
+    The trainer is its network alone: gradients and moments have no part in a refit.
+    """
     family = load_family(config.model.hf_checkpoint)
-    trainer = Trainer(config, family, make_loss("rl", config.algorithm))
+    network = Network(config, family, config.model.hf_checkpoint)
     with closing(make_engine(config)) as engine:
-        return _measure(config, trainer, engine, family, repeats)
+        return _measure(config, network, engine, family, repeats)
 
 
-def _measure(config: Config, trainer: Trainer, engine: Engine, family: Family, repeats: int) -> list[Row]:
+def _measure(config: Config, network: Network, engine: Engine, family: Family, repeats: int) -> list[Row]:
     seconds, refit = timed(
         lambda: Refit(
-            trainer.weights(),
-            trainer.layout(),
+            network.weights(),
+            network.layout(),
             engine.weights(),
             engine.layout(),
             bucket_bytes=config.refit.refit_bucket_mib << 20,

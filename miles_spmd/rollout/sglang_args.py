@@ -11,6 +11,7 @@ import torch
 from sglang.srt.server_args import ServerArgs
 
 _CPU_CACHE_TOKENS = 2**17  # pages of the cache are taken from the system only when first written
+_GRAPH_BATCHES = [1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512]  # larger ones run eagerly
 _MOST_REQUESTS = 4096  # that SGLang runs at a time on a GPU, unless told otherwise
 
 # The engine is one data-parallel replica with one copy of every request, stepped by its host.
@@ -38,7 +39,8 @@ def build_server_args(model_path: str, dtype: str, context_length: int, table: d
     }
     defaults: dict[str, Any] = {"grammar_backend": "none"}
     if on_gpu:
-        defaults |= {"disable_prefill_cuda_graph": True}  # capturing them takes a minute, and prefills are few
+        # Capturing prefills takes a minute, and they are few; of decode batches SGLang would capture thrice as many.
+        defaults |= {"disable_prefill_cuda_graph": True, "cuda_graph_bs_decode": _GRAPH_BATCHES}
         if dtype == "float32":
             defaults["attention_backend"] = "triton"  # SGLang's own choice would take 16-bit numbers only
     else:
