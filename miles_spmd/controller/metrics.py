@@ -10,19 +10,29 @@ from miles_spmd.algorithms import mismatch
 from miles_spmd.data.sample import FinishReason, Sample, TrainSequence
 from miles_spmd.messaging.wire import RankInfo, TrainResult
 
-# sums of the losses (miles_spmd/algorithms) by the names that users of slime and Miles know
+# sums of the losses (miles_spmd/algorithms) -> the names that users of slime and Miles know
 MEANS = {
-    name: name for name in ("loss", "pg_loss", "reward_accuracy", "reward_margin", "reward_chosen", "reward_rejected")
+    "loss": "train/loss",
+    "pg_loss": "train/pg_loss",
+    "reward_accuracy": "train/reward_accuracy",
+    "reward_margin": "train/reward_margin",
+    "reward_chosen": "train/reward_chosen",
+    "reward_rejected": "train/reward_rejected",
 }
 PER_TOKEN = {
-    "entropy": "entropy_loss",
-    "pg_clipfrac": "pg_clipfrac",
-    "ppo_kl": "ppo_kl",
-    "kl": "kl_loss",
-    "opsm_masked": "opsm_masked",
-    "value_clipfrac": "value_clipfrac",
+    "entropy": "train/entropy_loss",
+    "pg_clipfrac": "train/pg_clipfrac",
+    "ppo_kl": "train/ppo_kl",
+    "kl": "train/kl_loss",
+    "opsm_masked": "train/opsm_masked",
+    "value_clipfrac": "train/value_clipfrac",
 }
-OF_EACH = ("loss", "grad_norm", "lr", "skipped_steps")  # what actor and critic both have
+OF_CRITIC = {
+    "train/loss": "train/critic_loss",
+    "train/grad_norm": "train/critic_grad_norm",
+    "train/lr": "train/critic_lr",
+    "train/skipped_steps": "train/critic_skipped_steps",
+}
 
 
 def rollout_metrics(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
@@ -49,14 +59,14 @@ def train_metrics(results: Sequence[TrainResult], infos: Sequence[RankInfo], cri
             for name, value in leaf.items():
                 sums[name] = sums.get(name, 0.0) + value
     tokens = max(sums.get("tokens", 0.0), 1.0)
-    metrics = {MEANS[name]: value for name, value in sums.items() if name in MEANS}
-    metrics |= {PER_TOKEN[name]: value / tokens for name, value in sums.items() if name in PER_TOKEN}
-    metrics |= {
-        "grad_norm": results[0].grad_norm,
-        "lr": results[0].lr,
-        "skipped_steps": float(bool(results[0].skipped)),
+    metrics = {
+        "train/grad_norm": results[0].grad_norm,
+        "train/lr": results[0].lr,
+        "train/skipped_steps": float(bool(results[0].skipped)),
     }
-    return {f"train/critic_{name}" if critic and name in OF_EACH else f"train/{name}": v for name, v in metrics.items()}
+    metrics |= {MEANS[name]: value for name, value in sums.items() if name in MEANS}
+    metrics |= {PER_TOKEN[name]: value / tokens for name, value in sums.items() if name in PER_TOKEN}
+    return {OF_CRITIC.get(name, name): value for name, value in metrics.items()} if critic else metrics
 
 
 def mismatch_metrics(sequences: Sequence[TrainSequence], train_log_probs: Sequence[np.ndarray]) -> dict[str, float]:

@@ -16,10 +16,11 @@ from typing import Any
 
 from miles_spmd.config.checks import settings
 from miles_spmd.config.schema import Config
-from miles_spmd.models import Family
+from miles_spmd.models import Family, load_family
 from miles_spmd.planning.layout import ParallelLayout
 
 FP32 = 4
+MAX_LOGITS = 2**27  # of a chunk, as training/log_probs.py has it
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 STATIC_FRACTION = 0.85  # of a GPU for weights and KV cache, where [sglang] mem_fraction_static leaves it to SGLang
 
@@ -33,14 +34,15 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     logits: int
+    critic: int  # its parameters, gradients and optimizer
     engine_weights: int
     kv_bytes_per_token: int
-    reference: int  # in host memory
+    host: int  # in host memory: weights of the reference policy, the old actor, the teacher
 
     @property
     def trainer(self) -> int:
         """Stays through the whole run."""
-        return self.parameters + self.gradients + self.optimizer
+        return self.parameters + self.gradients + self.optimizer + self.critic
 
     @property
     def training(self) -> int:
@@ -55,23 +57,34 @@ class MemoryEstimate:
 def estimate_memory(config: Config, family: Family, layout: ParallelLayout) -> MemoryEstimate:
     s = settings(config)
     bytes_each = DTYPE_BYTES[config.model.dtype]
-    dense, expert = max(local_parameters(family, layout, s), key=sum)
     shards, expert_shards = (layout.dp * layout.cp, layout.edp) if layout.distributed_optimizer else (1, 1)
     # two moments, and the main parameters where the weights themselves are not fp32
     state_bytes = 2 * FP32 + (0 if bytes_each == FP32 else FP32)
     grad_bytes = FP32 if config.megatron.get("grad_reduce_in_fp32", True) else bytes_each  # the trainer's default
-    reference = config.algorithm.kl_coef or config.algorithm.kl_loss_coef
+
+    def trained(model: Family) -> tuple[int, int, int]:
+        dense, expert = max(local_parameters(model, layout, s), key=sum)
+        state = (dense // shards + expert // expert_shards) * state_bytes
+        return (dense + expert) * bytes_each, (dense + expert) * grad_bytes, state
+
+    parameters, gradients, optimizer = trained(family)
+    models = config.model
+    critic = load_family(models.critic_load or models.hf_checkpoint, value_head=True) if config.has_critic else None
+    teacher = load_family(models.teacher_load) if config.has_teacher and models.teacher_load else None
+    copies = int(config.has_reference) + int(config.algorithm.keep_old_actor)
     kv_heads = max(1, family.num_kv_heads // layout.engine_tp)
     return MemoryEstimate(
-        parameters=(dense + expert) * bytes_each,
-        gradients=(dense + expert) * grad_bytes,
-        optimizer=(dense // shards + expert // expert_shards) * state_bytes,
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
         activations=_activations(config, family, layout, s) * bytes_each,
-        # logits, their fp32 copy, the probabilities kept for the backward pass
-        logits=config.train.max_tokens_per_gpu * family.vocab_size // layout.tp * (bytes_each + 2 * FP32),
+        # of one chunk: logits, their fp32 copy, probabilities
+        logits=min(config.train.max_tokens_per_gpu * family.vocab_size // layout.tp, MAX_LOGITS)
+        * (bytes_each + 2 * FP32),
+        critic=sum(trained(critic)) if critic else 0,
         engine_weights=_engine_parameters(family, layout.engine_tp) * bytes_each,
         kv_bytes_per_token=2 * family.num_layers * kv_heads * family.head_dim * bytes_each,
-        reference=(dense + expert) * bytes_each if reference else 0,
+        host=copies * parameters + (trained(teacher)[0] if teacher else 0),
     )
 
 

@@ -15,6 +15,14 @@ MAX_RANKS = 16  # listed one by one
 GIB = 2**30
 
 
+KINDS = {
+    "rl": "reinforcement learning",
+    "sft": "supervised fine-tuning",
+    "dpo": "preference optimisation",
+    "rm": "reward modelling",
+}
+
+
 def describe_plan(config: Config, world_size: int, device_gib: float | None = None) -> str:
     """``config`` must have passed its checks for ``world_size``; ``device_gib`` is the memory of one GPU, if known.
 
@@ -35,8 +43,7 @@ def describe_plan(config: Config, world_size: int, device_gib: float | None = No
 def _title(config: Config, family: Family) -> Iterator[str]:
     total, active = family.num_parameters(), family.num_active_parameters()
     sparse = f", {_count(active)} of them for each token" if active != total else ""
-    kind = "reinforcement learning" if config.run.mode == "rl" else "supervised fine-tuning"
-    yield f"{config.run.name}: {kind} of a {family.model_type} model"
+    yield f"{config.run.name}: {KINDS[config.run.mode]} of a {family.model_type} model"
     yield f"  {_count(total)} parameters{sparse}, {config.model.dtype}, from {config.model.hf_checkpoint}"
     yield f"  everything is written to {config.run_dir}"
 
@@ -91,8 +98,9 @@ def _schedule(config: Config, layout: ParallelLayout) -> Iterator[str]:
         ending = f"{run.num_rollout:,} rollouts, {steps:,} optimizer steps, {run.num_rollout * samples:,} samples"
     else:
         size = train.global_batch_size or r.rollout_batch_size
-        yield f"  train         {size:,} sequences in each optimizer step"
-        ending = f"{run.num_rollout:,} optimizer steps, {run.num_rollout * size:,} sequences"
+        what = "pairs" if config.trains_on_pairs else "sequences"
+        yield f"  train         {size:,} {what} in each optimizer step"
+        ending = f"{run.num_rollout:,} optimizer steps, {run.num_rollout * size:,} {what}"
     yield f"                {size / layout.dp:,.4g} for each of {_plural(layout.dp, 'replica')} of the trainer"
     yield f"                {_micro_batches(config, layout, size)}"
     if config.eval.eval_interval:
@@ -107,7 +115,7 @@ def _schedule(config: Config, layout: ParallelLayout) -> Iterator[str]:
 def _micro_batches(config: Config, layout: ParallelLayout, size: int) -> str:
     budget = config.train.max_tokens_per_gpu * layout.cp
     text = f"micro-batches of at most {budget:,} tokens"
-    if config.run.mode == "sft" or config.data.rollout_max_prompt_len is None:
+    if config.run.mode != "rl" or config.data.rollout_max_prompt_len is None:
         return text
     longest = config.data.rollout_max_prompt_len + config.rollout.rollout_max_response_len
     count = -(-size // layout.dp) / max(1, budget // longest)
@@ -123,12 +131,14 @@ def _memory(config: Config, layout: ParallelLayout, m: MemoryEstimate, device_gi
         "shared by the data-parallel ranks" if layout.distributed_optimizer else "a copy on every data-parallel rank"
     )
     yield f"    ({where})"
+    if m.critic:
+        yield f"  {'critic, all of that':<34}{_gib(m.critic)}"
     yield f"  {'activations of one micro-batch':<34}{_gib(m.activations)}"
     yield f"  {'logits':<34}{_gib(m.logits)}"
     yield f"  {'engine weights':<34}{_gib(m.engine_weights)}"
     yield f"  {'KV cache, per 1,000 tokens':<34}{_gib(1000 * m.kv_bytes_per_token)}"
-    if m.reference:
-        yield f"  {'reference policy, in host memory':<34}{_gib(m.reference)}"
+    if m.host:
+        yield f"  {'other models, in host memory':<34}{_gib(m.host)}"
     yield f"  {'while training':<34}{_gib(m.training)}"
     yield f"  {'while generating, without KV cache':<34}{_gib(m.trainer + m.engine_weights)}"
     if device_gib is not None:

@@ -31,6 +31,8 @@ METRICS: dict[str, Metric] = {
     "rollout/rs_vetoed": Metric(
         "fraction", "Samples with a token so unlikely to the trainer that all of it is dropped"
     ),
+    "rollout/value_explained_variance": Metric("fraction", "Variance of the returns that the critic explains"),
+    "rollout/opd_reverse_kl": Metric("nats", "Estimated KL(student || teacher), mean over trained tokens"),
     "rollout/extreme_ratios": Metric("tokens", "Tokens whose two log-probs differ by more than 20 nats"),
     "train/loss": Metric("", "Loss that was minimised, summed over all ranks with its global denominator"),
     "train/pg_loss": Metric("", "Policy-gradient part of the loss"),
@@ -40,6 +42,16 @@ METRICS: dict[str, Metric] = {
     "train/entropy_loss": Metric("nats", "Mean entropy of the policy's next-token distribution"),
     "train/grad_norm": Metric("", "Global norm of the gradient before clipping"),
     "train/lr": Metric("", "Learning rate"),
+    "train/opsm_masked": Metric("fraction", "Tokens of sequences that off-policy masking dropped"),
+    "train/value_clipfrac": Metric("fraction", "Tokens whose value the critic's loss clipped"),
+    "train/critic_loss": Metric("", "Loss of the critic"),
+    "train/critic_grad_norm": Metric("", "Global norm of the critic's gradient before clipping"),
+    "train/critic_lr": Metric("", "Learning rate of the critic"),
+    "train/critic_skipped_steps": Metric("steps", "Left out steps of the critic"),
+    "train/reward_accuracy": Metric("fraction", "Pairs of the batch whose preferred answer has the higher score"),
+    "train/reward_margin": Metric("", "Mean difference of the two scores of a pair"),
+    "train/reward_chosen": Metric("", "Mean score of the preferred answers"),
+    "train/reward_rejected": Metric("", "Mean score of the rejected answers"),
     "train/skipped_steps": Metric("steps", "Optimizer steps left out because the loss or a gradient was not finite"),
     "train/train_rollout_logprob_abs_diff": Metric("nats", "Mean |trainer - engine| log-prob of the sampled tokens"),
     "train/train_rollout_logprob_abs_diff_p999": Metric("nats", "The same, 99.9th percentile"),
@@ -54,7 +66,7 @@ METRICS: dict[str, Metric] = {
     "train/extreme_ratios": Metric("tokens", "Tokens whose two log-probs differ by more than 20 nats"),
     "perf/start_time": Metric("s", "Waiting for the workers to build trainer and engine"),
     "perf/rollout_time": Metric("s", "Generating, and the rewards that are computed meanwhile"),
-    "perf/log_probs_time": Metric("s", "Log-probs of the current and the reference policy"),
+    "perf/log_probs_time": Metric("s", "What the models say of the samples before the update"),
     "perf/train_time": Metric("s", "Forward, backward and optimizer"),
     "perf/refit_time": Metric("s", "Copying the trainer's weights into the engine"),
     "perf/eval_time": Metric("s", "Evaluation"),
@@ -77,6 +89,8 @@ def describe(name: str) -> Metric:
     dataset, _, detail = name.removeprefix("eval/").rpartition("-")
     if detail == "response_len" and dataset:
         return Metric("tokens", f"Mean number of generated tokens on {dataset}")
+    if detail == "margin" and dataset:
+        return Metric("", f"Mean difference of the scores of the pairs of {dataset}")
     if detail.startswith("pass@") and dataset:
         return Metric("fraction", f"Prompts of {dataset} with a right answer among {detail.removeprefix('pass@')}")
     return Metric("fraction", f"Mean score (pass@1) on {name.removeprefix('eval/')}")

@@ -10,7 +10,7 @@ import pytest
 from miles_spmd.config.schema import Config
 from miles_spmd.models import load_family
 from miles_spmd.planning.layout import Groups, ParallelLayout
-from miles_spmd.planning.memory import estimate_memory
+from miles_spmd.planning.memory import MemoryEstimate, estimate_memory
 from miles_spmd.planning.plan import describe_plan
 from tests.models.tiny import checkpoint
 from tests.ranks import Ranks
@@ -114,7 +114,7 @@ def test_bytes_are_those_of_a_trainer(model: str, megatron: dict[str, Any], dtyp
 
 def test_a_step_that_was_measured() -> None:
     """Qwen3-4B, bf16, 16,384 packed tokens on one H200, forward and backward without an optimizer, gradients in bf16:
-    torch's peak was 96 GiB."""
+    all logits at once: torch's peak was 96 GiB."""
     shape = {
         "model_type": "qwen3",
         "hidden_size": 2560,
@@ -135,7 +135,34 @@ def test_a_step_that_was_measured() -> None:
         train={"max_tokens_per_gpu": 16384},
     )
     m = estimate_memory(config, load_family(shape), ParallelLayout.of(config, world_size=1))
-    assert m.training - m.optimizer == pytest.approx(96 * 2**30, rel=0.05)
+    all_logits = 16384 * shape["vocab_size"] * 10  # type: ignore[operator]
+    assert m.training - m.optimizer - m.logits + all_logits == pytest.approx(96 * 2**30, rel=0.05)
+
+
+def test_a_chunk_of_logits_is_the_trainers() -> None:
+    from miles_spmd.planning import memory
+    from miles_spmd.training import log_probs
+
+    assert memory.MAX_LOGITS == log_probs.MAX_LOGITS
+
+
+def test_models_beside_the_policy_are_counted() -> None:
+    path = checkpoint("qwen3")
+
+    def memory(**algorithm: Any) -> MemoryEstimate:
+        teacher = {"teacher_load": checkpoint("qwen2")} if "opd_kl_coef" in algorithm else {}
+        config = make_config(
+            path, {}, model={"hf_checkpoint": path, "dtype": "bfloat16", **teacher}, algorithm=algorithm
+        )
+        return estimate_memory(config, load_family(path), ParallelLayout.of(config, world_size=1))
+
+    alone = memory()
+    assert (alone.critic, alone.host) == (0, 0)
+    assert memory(kl_loss_coef=0.1, keep_old_actor=True).host == 2 * alone.parameters
+    assert memory(opd_kl_coef=1.0).host == load_family(checkpoint("qwen2")).num_parameters() * 2
+    head = load_family(path).vocab_size - 1  # rows that a value head has not
+    policy = alone.parameters + alone.gradients + alone.optimizer
+    assert memory(advantage_estimator="ppo").critic == policy - head * load_family(path).hidden_size * (2 + 4 + 12)
 
 
 def test_recompute_and_sequence_parallel_save_activations() -> None:

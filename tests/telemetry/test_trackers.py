@@ -99,10 +99,15 @@ def test_wandb_without_the_package_says_what_to_install(tmp_path: Path, monkeypa
 def algorithm_metrics() -> set[str]:
     """Names that the algorithms choose, from running them."""
     ones = [np.ones(4)] * 4
-    batch = RolloutBatch(np.arange(4.0), np.zeros(4, int), ones, old_log_probs=ones, rollout_log_probs=ones)
+    batch = RolloutBatch(
+        *(np.arange(4.0), np.zeros(4, int), ones),
+        **dict.fromkeys(("old_log_probs", "rollout_log_probs", "teacher_log_probs", "values"), ones),
+    )
     correction = mis(batch, Algorithm(use_tis=True, tis_function="mis"))
     return {f"train/{name}" for name in mismatch_metrics(ones, ones, ones)} | {
-        f"rollout/{name}" for name in compute_advantages(batch, Algorithm()).metrics | correction.metrics
+        f"rollout/{name}"
+        for algorithm in (Algorithm(opd_kl_coef=0.1), Algorithm(advantage_estimator="ppo"))
+        for name in compute_advantages(batch, algorithm).metrics | correction.metrics
     }
 
 
@@ -122,6 +127,7 @@ def test_names() -> None:
     assert is_score("eval/math-500")
     assert not is_score("eval/math-500-pass@8")
     assert not is_score("eval/math-500-response_len")
+    assert not is_score("eval/pairs-margin")
     assert not is_score("rollout/raw_reward")
     assert phase_times({"perf/train_time": 2.0, "perf/rollout_time": 1.0, "perf/step_time": 4.0}) == {
         "rollout": 1.0,
