@@ -2,7 +2,8 @@
 
 Counted is what comes on top of the inputs (hidden states, output weight, targets), and in the backward pass on top of
 their gradients: the most memory that the process ever had, less what it had with the inputs in it. That is resident
-memory on a CPU, and what torch has allocated on a GPU. Every row comes from a process of its own.
+memory on a CPU, and what torch has allocated on a GPU. Seconds are of computing on a CPU, where others may compute too,
+and of the clock on a GPU. Every row comes from a process of its own.
 """
 
 from __future__ import annotations
@@ -80,12 +81,13 @@ def _measure(way: str, shape: Shape) -> dict[str, float]:
     small = hidden[:2].clone().requires_grad_(), weight[:4].clone().requires_grad_(), targets[:2] % 4
     loss(*small, shape).backward()  # what libraries set up once
     before = torch.cuda.memory_allocated() if device.type == "cuda" else psutil.Process().memory_info().rss
-    start = time.perf_counter()
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    start = clock()
     result = loss(hidden.requires_grad_(), weight.requires_grad_(), targets, shape)
     forward = _most_memory(device) - before
     result.backward()
     backward = _most_memory(device) - before - hidden.nbytes - weight.nbytes
-    return {"extra_gib": max(forward, backward) / GIB, "seconds": time.perf_counter() - start}
+    return {"extra_gib": max(forward, backward) / GIB, "seconds": clock() - start}
 
 
 def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor, shape: Shape) -> Tensor:
