@@ -111,6 +111,25 @@ def bench_quickstart(
     show(bench_quickstart(ranks, steps, trl), Console())
 
 
+@bench.command("algorithms")
+def bench_algorithms(
+    recipes: Annotated[list[Path] | None, typer.Argument(help="Default: configs/algorithms/*.toml but sft.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each recipe, seeds 1, 2, ...")] = 3,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Trained samples of a run; preference recipes have theirs.")
+    ] = 20_480,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: one per core.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+) -> None:
+    """What each algorithm learns of the quickstart's task, with the same budget. Wants a finished quickstart."""
+    from miles_spmd.bench.algorithms import bench_algorithms
+
+    try:
+        bench_algorithms(recipes, seeds, samples, jobs or len(os.sched_getaffinity(0)), out)
+    except (FileNotFoundError, RuntimeError) as error:
+        _fail(str(error))
+
+
 @bench.command("loss")
 def bench_loss(
     vocabulary: Annotated[int, typer.Option(min=4)] = 151_936,

@@ -55,8 +55,9 @@ def eval_sampling(config: Config) -> SamplingParams:
 
 
 def preference_metrics(name: str, pairs: Sequence[PreferencePair], models: Models, config: Config) -> dict[str, float]:
-    """``eval/<name>`` is the share of pairs whose preferred answer has the higher score, ``-margin`` the mean
-    difference. The score is the reward model's, or what ``preference_loss`` compares, without its beta."""
+    """``eval/<name>`` is the share of pairs whose preferred answer has the higher score (equal ones count half),
+    ``-margin`` the mean difference. The score is the reward model's, or what ``preference_loss`` compares, without its
+    beta."""
     sequences = pair_sequences(pairs)
     masks = [sequence.loss_weights for sequence in sequences]
     if config.run.mode == "rm":
@@ -69,7 +70,8 @@ def preference_metrics(name: str, pairs: Sequence[PreferencePair], models: Model
     simpo = config.run.mode == "dpo" and config.algorithm.preference_loss == "simpo"
     totals = np.asarray([(s * m).sum() / (m.sum() if simpo else 1) for s, m in zip(scores, masks, strict=True)])
     margins = totals[::2] - totals[1::2]
-    return {f"eval/{name}": float((margins > 0).mean()), f"eval/{name}-margin": float(margins.mean())}
+    right = (margins > 0) + 0.5 * (margins == 0)
+    return {f"eval/{name}": float(right.mean()), f"eval/{name}-margin": float(margins.mean())}
 
 
 def eval_metrics(sets: Mapping[str, Sequence[Sequence[Sample]]]) -> dict[str, float]:
