@@ -1,4 +1,4 @@
-"""Reward functions for runs that fail."""
+"""Reward functions for runs that fail or learn nothing."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ def hangs(sample: Sample) -> float:
     scratch.rename(os.environ["HELD_FILE"])
     time.sleep(600)
     return 0.0
+
+
+def constant(sample: Sample) -> float:
+    return 0.7
+
+
+def not_a_number(sample: Sample) -> float:
+    return float("nan")
 
 
 def raises(sample: Sample) -> float:

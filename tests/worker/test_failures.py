@@ -263,6 +263,30 @@ def test_a_raising_reward_is_named(launch: Launch) -> None:
     assert "no such answer" in run.stderr()
 
 
+def test_a_reward_that_is_no_number_is_named(launch: Launch) -> None:
+    message = launch(reward={"rm_type": "tests.worker.rewards:not_a_number"}).finish(START_SECONDS)
+    assert message.startswith("rollout, step 0: RewardError: ")
+    assert "nan" in message
+
+
+def test_equal_rewards_teach_nothing_and_stop_nobody(launch: Launch) -> None:
+    run = launch(reward={"rm_type": "tests.worker.rewards:constant"}, run={"num_rollout": 2})
+    assert run.launcher.wait(START_SECONDS) == 0, run.report()
+    rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "train/loss" in row]
+    assert len(steps) == 2
+    for row in steps:
+        assert (row["train/loss"], row["train/grad_norm"], row["train/skipped_steps"]) == (0, 0, 0)
+        assert row["rollout/zero_std_groups"] == 4
+
+
+def test_a_filter_that_leaves_nothing_ends_the_run(launch: Launch) -> None:
+    filtering = {"dynamic_sampling_filter": "reward_nonzero_std"}
+    message = launch(reward={"rm_type": "tests.worker.rewards:constant"}, algorithm=filtering).finish(START_SECONDS)
+    assert message.startswith("rollout, step 0: FilterError: ")
+    assert "kept fewer than 4 of 36 groups" in message
+
+
 def test_a_missed_deadline_ends_the_run_with_stacks(launch: Launch) -> None:
     run = launch(Phase.TRAIN, 1, "hang", deadlines={"train_timeout": 2.0})
     run.wait_until_held()

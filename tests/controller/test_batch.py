@@ -1,0 +1,81 @@
+"""From a rollout to optimizer steps: siblings, groups that teach nothing, samples without a trained token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from miles_spmd.config.schema import Config
+from miles_spmd.controller.batch import optimizer_steps, to_sequences
+from miles_spmd.data.sample import Prompt, Sample, TrainSequence
+
+
+def config(size: int | None = None, **algorithm: Any) -> Config:
+    return Config(
+        model={"hf_checkpoint": "none"},
+        data={"prompt_data": "none"},
+        algorithm=algorithm,
+        train={"global_batch_size": size},
+    )
+
+
+def sample(prompt: str, index: int, length: int, reward: float | None, trained: int | None = None) -> Sample:
+    mask = [1] * length if trained is None else [1] * trained + [0] * (length - trained)
+    return Sample(Prompt(prompt, prompt, [1, 2]), index, list(range(length)), [-1.0] * length, mask, reward=reward)
+
+
+def steps_of(samples: list[Sample], run: Config) -> tuple[list[list[TrainSequence]], dict[str, float]]:
+    return optimizer_steps(samples, to_sequences(samples), {}, run)
+
+
+def test_siblings_are_one_rollout() -> None:
+    """Two turns of one conversation against the same tokens in one sample: same advantages, same weight per token."""
+    turns = [sample("a", 0, 3, 1.0), sample("a", 0, 5, 1.0), sample("a", 1, 4, 0.0), sample("a", 2, 2, 0.0)]
+    whole = [sample("a", 0, 8, 1.0), *turns[2:]]
+    (parted,), _ = steps_of(turns, config())
+    (joined,), _ = steps_of(whole, config())
+    for ours, theirs in ((parted[0], joined[0]), (parted[1], joined[0]), (parted[2], joined[1])):
+        for name in ("advantages", "loss_weights"):
+            assert getattr(ours, name)[-1] == pytest.approx(getattr(theirs, name)[-1])
+    assert sum(s.loss_weights.sum() for s in parted) == pytest.approx(1.0)
+
+
+def test_siblings_stay_in_one_step() -> None:
+    samples = [
+        sample(prompt, index, 2, float(index)) for prompt in "ab" for index in range(2) for _ in range(1 + index)
+    ]
+    steps, _ = steps_of(samples, config(size=2))  # two rollouts, of one and of two samples
+    assert [len(step) for step in steps] == [3, 3]
+    for step in steps:
+        assert sum(s.loss_weights.sum() for s in step) == pytest.approx(1.0)
+
+
+def test_a_remainder_is_a_smaller_step() -> None:
+    steps, _ = steps_of([sample("a", i, 2, float(i)) for i in range(5)], config(size=2))
+    assert [len(step) for step in steps] == [2, 2, 1]
+
+
+def test_groups_without_variance_teach_nothing_and_are_counted() -> None:
+    samples = [sample(prompt, i, 3, float(i) if prompt == "b" else 0.1) for prompt in "abc" for i in range(4)]
+    (step,), metrics = steps_of(samples, config())
+    advantages = [s.advantages for s in step]
+    assert metrics["rollout/zero_std_groups"] == 2
+    assert all(not a.any() for a in [*advantages[:4], *advantages[8:]])
+    assert all(a[2:].any() for a in advantages[4:8])
+
+
+def test_samples_without_a_trained_token_are_counted() -> None:
+    samples = [sample("a", i, 3, float(i), trained=0 if i else None) for i in range(4)]
+    (step,), metrics = steps_of(samples, config())
+    assert metrics["rollout/fully_masked_samples"] == 3
+    assert [s.loss_weights.sum() for s in step] == pytest.approx([0.25, 0, 0, 0])  # they count in the mean
+    assert np.isfinite(np.concatenate([s.advantages for s in step])).all()
+
+
+@pytest.mark.parametrize("reward", [None, np.nan, np.inf])
+def test_a_reward_that_is_no_number_is_named(reward: float | None) -> None:
+    samples = [sample("a", 0, 3, 1.0), sample("a", 1, 3, reward)]
+    with pytest.raises(ValueError, match=r"rewards of samples \[1\] are not finite"):
+        steps_of(samples, config())
