@@ -24,6 +24,12 @@ def join() -> None:
         dist.all_reduce(torch.zeros(1, device="cuda"))
 
 
+def leave() -> None:
+    """All together, before the process ends."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

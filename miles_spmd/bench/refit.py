@@ -4,7 +4,6 @@ first after, less what the trainer does meanwhile."""
 from __future__ import annotations
 
 from collections import defaultdict
-from contextlib import closing
 
 import torch.distributed as dist
 
@@ -12,27 +11,21 @@ from miles_spmd.bench.machine import slowest, timed
 from miles_spmd.bench.requests import generate, random_requests
 from miles_spmd.bench.result import Row
 from miles_spmd.config.schema import Config
-from miles_spmd.models import Family, load_family
+from miles_spmd.models import load_family
 from miles_spmd.refit import Refit
 from miles_spmd.rollout.engine import Engine
 from miles_spmd.training.network import Network
-from miles_spmd.worker.worker import make_engine
 
 WARM_UP = 3
 
 
-def measure(config: Config, repeats: int) -> list[Row]:
+def measure(config: Config, engine: Engine, repeats: int) -> list[Row]:
     """Collective. Milliseconds are medians of the slowest rank, bytes are those of all ranks.
 
     The trainer is its network alone: gradients and moments have no part in a refit.
     """
     family = load_family(config.model.hf_checkpoint)
     network = Network(config, family, config.model.hf_checkpoint)
-    with closing(make_engine(config)) as engine:
-        return _measure(config, network, engine, family, repeats)
-
-
-def _measure(config: Config, network: Network, engine: Engine, family: Family, repeats: int) -> list[Row]:
     seconds, refit = timed(
         lambda: Refit(
             network.weights(),

@@ -7,10 +7,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from contextlib import closing
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from miles_spmd.bench.machine import slowest, timed
@@ -18,28 +16,31 @@ from miles_spmd.bench.requests import generate, random_requests
 from miles_spmd.bench.result import Row
 from miles_spmd.config.schema import Config
 from miles_spmd.models import load_family
-from miles_spmd.worker.worker import make_engine
+from miles_spmd.rollout.engine import Engine
 
 
 def measure(
-    config: Config, prompts: int, prompt_tokens: int, answer_tokens: int, repeats: int, peer: bool
+    config: Config,
+    engine: Engine,
+    prompts: int,
+    prompt_tokens: int,
+    answer_tokens: int,
+    repeats: int,
+    peer: bool,
 ) -> list[Row]:
-    """Collective. One engine's tokens per second; engines beside it run the same requests."""
+    """Collective. One engine's tokens per second; engines beside it run the same requests. The engine is asleep then."""
     requests = random_requests(
         prompts, prompt_tokens, answer_tokens, load_family(config.model.hf_checkpoint).vocab_size
     )
+    generate(engine, requests[:4])
     seconds = []
-    with closing(make_engine(config)) as engine:
-        engine.commit(0)
-        generate(engine, requests[:4])
-        for _ in range(repeats):
-            engine.commit(0)  # nobody's prompts are in the cache
-            seconds.append(timed(lambda: generate(engine, requests))[0])
+    for _ in range(repeats):
+        engine.commit(0)  # nobody's prompts are in the cache
+        seconds.append(timed(lambda: generate(engine, requests))[0])
+    engine.release()
     ours = slowest(seconds)
     rows: list[Row] = [{"system": "miles_spmd", "s": ours, "tokens/s": prompts * answer_tokens / ours, "ratio": 1.0}]
     if peer:
-        del engine
-        torch.cuda.empty_cache()
         dist.barrier()
         if dist.get_rank() == 0:
             job = {

@@ -14,6 +14,8 @@ from miles_spmd.bench.result import make_result, show
 from miles_spmd.config.load import make_config
 from miles_spmd.config.schema import Config
 
+ENGINES = ("refit", "sleep", "rollout")  # what is measured on an engine
+
 
 def bench_config(model: str, overrides: list[str], world_size: int) -> Config:
     """Settings of a run that has no data. Raises ConfigError."""
@@ -32,8 +34,11 @@ def run_bench(name: str, model: str, config: Config, options: dict[str, Any], ou
     from miles_spmd.platform import cpu
 
     cpu.install()
+    from miles_spmd.worker.worker import make_engine
+
     machine.join()
-    rows = importlib.import_module(f"miles_spmd.bench.{name}").measure(config, **options)
+    with_engine = {"engine": make_engine(config)} if name in ENGINES else {}
+    rows = importlib.import_module(f"miles_spmd.bench.{name}").measure(config, **with_engine, **options)
     if os.environ["RANK"] == "0":
         settings = {"dtype": config.model.dtype, "megatron": config.megatron, "sglang": config.sglang, **options}
         result = make_result(name, model, int(os.environ["WORLD_SIZE"]), settings, rows)
@@ -41,3 +46,4 @@ def run_bench(name: str, model: str, config: Config, options: dict[str, Any], ou
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_bytes(msgspec.json.format(msgspec.json.encode(result)))
+    machine.leave()

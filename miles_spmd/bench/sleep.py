@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
-
 import numpy as np
 import psutil
 
@@ -12,20 +10,14 @@ from miles_spmd.bench.requests import generate, random_requests
 from miles_spmd.bench.result import Row
 from miles_spmd.config.schema import Config
 from miles_spmd.models import load_family
-from miles_spmd.rollout.engine import Engine, Request
-from miles_spmd.worker.worker import make_engine
+from miles_spmd.rollout.engine import Engine
 
 WARM_UP = 3
 
 
-def measure(config: Config, cycles: int) -> list[Row]:
+def measure(config: Config, engine: Engine, cycles: int) -> list[Row]:
     """Collective. Every cycle generates a little, too. Growth is the slope of a line through all cycles."""
     requests = random_requests(4, 16, 4, load_family(config.model.hf_checkpoint).vocab_size)
-    with closing(make_engine(config)) as engine:
-        return _measure(engine, requests, cycles)
-
-
-def _measure(engine: Engine, requests: list[Request], cycles: int) -> list[Row]:
     released, resumed, device, host, given = [], [], [], [], 0.0
     for cycle in range(WARM_UP + cycles):
         engine.commit(0)

@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ from tests.ranks import Ranks
 
 def measure(name: str, folder: Path, overrides: list[str], options: dict[str, Any]) -> list[dict[str, Any]]:
     config = bench_config(str(folder), ["model.dtype=float32", *overrides], dist.get_world_size())
-    return importlib.import_module(f"miles_spmd.bench.{name}").measure(config, **options)
+    from miles_spmd.worker.worker import make_engine
+
+    with closing(make_engine(config)) as engine:
+        return importlib.import_module(f"miles_spmd.bench.{name}").measure(config, engine, **options)
 
 
 def test_refit(ranks: Ranks) -> None:
