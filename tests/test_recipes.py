@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import math
+import multiprocessing
+import os
 import tomllib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
 from miles_spmd.config.backends import backend_fields
 from miles_spmd.config.checks import doubts
 from miles_spmd.config.load import BACKENDS, TABLES, load_config
+from miles_spmd.config.schema import Config
+from miles_spmd.quickstart.assets import build_assets
+from tests.ranks import free_port
+from tests.recipe_run import train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted((CONFIGS / "algorithms").glob("*.toml"))
@@ -75,3 +86,82 @@ def test_each_recipe_is_the_one_that_its_name_says() -> None:
             name for name, meaning in MEANING.items() if all(chosen[key] == value for key, value in meaning.items())
         ]
         assert fitting == [path.stem]
+
+
+# --- they run --------------------------------------------------------------------------------------------------------
+
+AT_A_TIME = 2
+Metrics = dict[str, float]
+OWN_METRICS = {
+    "ppo": ["train/critic_loss", "train/value_clipfrac", "rollout/value_explained_variance"],
+    "opd": ["rollout/opd_reverse_kl"],
+    "opd_top_k": ["rollout/opd_reverse_kl"],
+    "opsm": ["train/opsm_masked"],
+    **{name: ["rollout/tis_weight", "rollout/tis_rejected"] for name in ("tis", "mis", "icepop")},
+    **{
+        name: ["train/reward_accuracy", "train/reward_margin", "eval/heldout"]
+        for name in ("dpo", "ipo", "simpo", "reward_model")
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[list[Metrics]]]]:
+    """Two steps of the recipes that are to be tested, some at a time, from a random model: name -> metrics."""
+    folder = tmp_path_factory.mktemp("recipes")
+    quickstart = folder / "runs" / "quickstart"
+    build_assets(quickstart / "assets")
+    for stage in ("sft", "grpo"):  # from whose exports the recipes start
+        (quickstart / stage).mkdir()
+        (quickstart / stage / "export").symlink_to(quickstart / "assets" / "model")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    free_cpus: SimpleQueue[int] = SimpleQueue()
+    for cpu in sorted(os.sched_getaffinity(0))[:AT_A_TIME]:
+        free_cpus.put(cpu)
+
+    def run(name: str) -> list[Metrics]:
+        path, messages = CONFIGS / "algorithms" / f"{name}.toml", folder / f"{name}.txt"
+        arguments = [str(path), *_small(load_config(path, check_files=False))]
+        cpu = free_cpus.get()
+        process = context.Process(target=train, args=(folder, arguments, cpu, free_port(), messages))
+        process.start()
+        process.join(timeout=100)
+        process.kill()
+        free_cpus.put(cpu)
+        assert process.exitcode == 0, messages.read_text()
+        lines = (folder / "runs" / "algorithms" / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    wanted = [item.callspec.params["name"] for item in request.session.items if item.originalname == "test_it_runs"]
+    pool = ThreadPoolExecutor(AT_A_TIME)
+    yield {name: pool.submit(run, name) for name in wanted}
+    pool.shutdown(cancel_futures=True)
+
+
+def _small(config: Config) -> list[str]:
+    """Overrides that leave a recipe what it is: its batches are small, its model may be as random as it is."""
+    size = 32
+    answers = min(config.rollout.n_samples_per_prompt, 4)
+    overrides = [f"n_samples_per_prompt={answers}", f"rollout_batch_size={size // answers}"]
+    if config.train.global_batch_size is not None:
+        overrides.append(f"global_batch_size={size // 2}")
+    return [
+        *overrides,
+        *("num_rollout=2", "lr_warmup_iters=0", f"num_critic_only_steps={min(config.train.num_critic_only_steps, 1)}"),
+        *("rm_type=tests.recipe_run:coin", "reward_workers=1", "progress=none", "export_final=false"),
+    ]
+
+
+@pytest.mark.parametrize("name", [path.stem for path in RECIPES])
+def test_it_runs(runs: dict[str, Future[list[Metrics]]], name: str) -> None:
+    metrics = runs[name].result()
+    assert [row["step"] for row in metrics] == [0, 1, 2]
+    for row in metrics:
+        assert all(math.isfinite(value) for value in row.values()), row
+    last = metrics[-1]
+    assert {"train/loss", *OWN_METRICS.get(name, [])} <= last.keys()
+    assert last["train/grad_norm"] > 0
+    assert last["train/skipped_steps"] == 0
