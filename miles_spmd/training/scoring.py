@@ -26,11 +26,13 @@ class Scoring:
     @classmethod
     def of(cls, config: Config) -> Self:
         """Log-probs of the distribution that is trained: the one that was sampled from. Greedy sampling trains the
-        plain one."""
+        plain one, whose log-probs engines report then."""
         if config.run.mode != "rl":
             return cls(Distribution())
         r = config.rollout
-        distribution = Distribution(r.rollout_temperature or 1.0, r.rollout_top_p, r.rollout_top_k)
+        distribution = Distribution(r.rollout_temperature or 1.0)
+        if r.rollout_temperature > 0 and r.rollout_top_k != 1:
+            distribution = replace(distribution, top_p=r.rollout_top_p, top_k=r.rollout_top_k)
         return cls(distribution, differentiate_entropy=config.algorithm.entropy_coef != 0)
 
     def with_candidates(self, top_k: int) -> Self:
