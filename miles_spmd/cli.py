@@ -250,6 +250,8 @@ def _measure(
     if not is_rank:
         _launch(world_size)
     run_bench(name, model, config, options, out)
+    sys.stdout.flush()
+    os._exit(0)  # an interpreter that ends frees the engine's memory, at which torch_memory_saver fails the process
 
 
 def _be_a_rank(config: Config, task: str) -> NoReturn:
@@ -269,7 +271,12 @@ def _be_a_rank(config: Config, task: str) -> NoReturn:
     if status == 0 and os.environ["RANK"] == "0" and task != "export":
         from miles_spmd.telemetry.report import write_report  # now: loading matplotlib takes as long as a step
 
-        write_report(config.run_dir)
+        try:
+            write_report(config.run_dir)
+        except Exception as error:  # of a drawing: the run itself is complete
+            typer.echo(
+                f"miles-spmd: note: no report: {error}; `miles-spmd report {config.run_dir}` tries again", err=True
+            )
     raise SystemExit(status)
 
 

@@ -28,10 +28,9 @@ def measure(
     repeats: int,
     peer: bool,
 ) -> list[Row]:
-    """Collective. One engine's tokens per second; engines beside it run the same requests. The engine is asleep then."""
-    requests = random_requests(
-        prompts, prompt_tokens, answer_tokens, load_family(config.model.hf_checkpoint).vocab_size
-    )
+    """Collective. One engine's tokens per second; engines beside it run the same requests. It is asleep afterwards."""
+    vocab_size = load_family(config.model.hf_checkpoint).vocab_size
+    requests = random_requests(prompts, prompt_tokens, answer_tokens, vocab_size)
     generate(engine, requests[:4])
     seconds = []
     for _ in range(repeats):

@@ -92,7 +92,8 @@ class Engine(Protocol):
         """True, on every rank alike, when nothing is queued, running or waiting to be returned."""
 
     def pause(self) -> None:
-        """Make ``step`` a no-op until ``unpause``; requests and cache stay."""
+        """Make ``step`` a no-op until ``unpause``; requests and cache stay. With requests in flight, weights may be
+        written only then."""
 
     def unpause(self) -> None: ...
 

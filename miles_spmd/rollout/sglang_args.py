@@ -34,7 +34,6 @@ def build_server_args(model_path: str, dtype: str, context_length: int, table: d
         "skip_tokenizer_init": not has_tokenizer(model_path),  # it is needed for stop strings only
         "sampling_backend": "pytorch",
         "enable_memory_saver": on_gpu,
-        "disable_overlap_schedule": True,
         **_ONLY,
     }
     defaults: dict[str, Any] = {"grammar_backend": "none"}
@@ -44,7 +43,12 @@ def build_server_args(model_path: str, dtype: str, context_length: int, table: d
         if dtype == "float32":
             defaults["attention_backend"] = "triton"  # SGLang's own choice would take 16-bit numbers only
     else:
-        fixed |= {"attention_backend": "torch_native", "disable_cuda_graph": True, "page_size": 1}
+        fixed |= {
+            "attention_backend": "torch_native",
+            "disable_cuda_graph": True,
+            "disable_overlap_schedule": True,
+            "page_size": 1,
+        }
         defaults |= {"max_running_requests": 64, "chunked_prefill_size": -1, "mem_fraction_static": 0.5}
     _check(table, fixed)
     args = fixed | defaults | table

@@ -211,10 +211,11 @@ class SglangEngine:
 
     @property
     def idle(self) -> bool:
-        return not self._touched and self._scheduler.is_fully_idle()
+        return not self._touched and not self._scheduler.finished and self._scheduler.is_fully_idle()
 
     def pause(self) -> None:
         self._paused = True
+        self._scheduler.settle()
 
     def unpause(self) -> None:
         self._paused = False
@@ -235,7 +236,7 @@ class SglangEngine:
         return self._scheduler.tp_worker.model_runner.model
 
     def commit(self, version: int) -> None:
-        for req in self._scheduler.retract_all():
+        for req in [*self._scheduler.retract_all(), *self._scheduler.finished]:
             if req.output_ids:
                 self._spans[req.rid].append((self._weight_version, len(req.output_ids)))
         self._weight_version = version

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class InProcessScheduler(Scheduler):
     output_streamer: Any
     running_batch: Any
     last_batch: Any
+    forward_stream: Any
 
     def __init__(self, server_args: ServerArgs, device_index: int, tp_rank: int) -> None:
         self.inbox: list[Any] = []
@@ -33,19 +35,58 @@ class InProcessScheduler(Scheduler):
         no_ports = PortArgs(**dict.fromkeys((field.name for field in dataclasses.fields(PortArgs)), ""))
         super().__init__(server_args, no_ports, device_index, tp_rank, 0, 0, 0, 0, None)
         self.max_req_input_len = self.model_config.context_len
+        if self.enable_overlap:  # what SGLang sets up when it enters its loop
+            self.result_queue: deque[Any] = deque()
+            self.schedule_stream = torch.cuda.Stream()
+            while self.schedule_stream == self.forward_stream:  # torch hands out the same few in turn
+                self.schedule_stream = torch.cuda.Stream()
+            self._war_barrier_enabled = True
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One pass of SGLang's event loop."""
-        self.process_input_requests(self.request_receiver.recv_requests())
-        plan = self.get_next_batch_to_run(running_batch=self.running_batch, last_batch=self.last_batch)
-        self.running_batch = plan.running_batch
-        batch = plan.batch_to_run
+        """One pass of SGLang's event loop; where batches overlap, it ends while its batch still runs."""
+        if self.enable_overlap:
+            self.schedule_stream.wait_stream(torch.cuda.current_stream())  # which may just have written weights
+            with torch.cuda.stream(self.schedule_stream):
+                self._step_overlapped()
+            return
+        batch = self._next_batch()
         if batch:
             self.process_batch_result(batch, self.run_batch(batch))
         else:
             self.on_idle()
         self.last_batch = batch
+
+    def _next_batch(self) -> Any:
+        self.process_input_requests(self.request_receiver.recv_requests())
+        plan = self.get_next_batch_to_run(running_batch=self.running_batch, last_batch=self.last_batch)
+        self.running_batch = plan.running_batch
+        return plan.batch_to_run
+
+    def _step_overlapped(self) -> None:
+        """Launch a batch, then look at what the one before it has given."""
+        batch = self._next_batch()
+        now = self.is_disable_overlap_for_batch(batch, last_batch=self.last_batch)
+        if now:
+            self._process_last()
+        result = self.run_batch(batch) if batch else None
+        if batch:
+            self._apply_war_barrier()
+            self.result_queue.append((batch.copy(), result))
+        if self.last_batch and not now:
+            self._process_last()
+        elif not self.last_batch and batch is None:
+            self.on_idle()
+        self.launch_batch_sample_if_needed(result, batch)
+        self.last_batch = batch
+
+    def _process_last(self) -> None:
+        self.process_batch_result(*self.result_queue.popleft())
+
+    def settle(self) -> None:
+        """Have what the host does next on its stream wait for what is under way."""
+        if self.enable_overlap:
+            torch.cuda.current_stream().wait_stream(self.forward_stream)
 
     @torch.inference_mode()
     def retract_all(self) -> list[Req]:
