@@ -9,10 +9,12 @@ traceback; a rank that does not answer in time fails it too, and both replace th
 from __future__ import annotations
 
 import gc
+import itertools
 import multiprocessing
 import os
 import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -26,6 +28,7 @@ _context = multiprocessing.get_context("spawn")
 
 
 def free_port() -> int:
+    """For a launcher, which wants one; somebody else may take it meanwhile."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -42,15 +45,15 @@ def _serve(rank: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            world_size, port, function, args = pipe.recv()
+            world_size, meeting, function, args = pipe.recv()
         except EOFError:
             return
         try:
-            os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_PORT=str(port))
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
             if torch.cuda.is_available():
                 torch.cuda.set_device(rank)
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, rank=rank, world_size=world_size)
+            dist.init_process_group(backend, f"file://{meeting}", rank=rank, world_size=world_size)
             answer: tuple[bool, Any] = (True, function(*args))
             dist.barrier()
             _leave()
@@ -73,6 +76,8 @@ def _leave() -> None:
 class Ranks:
     def __init__(self) -> None:
         self._live: list[tuple[Any, Connection]] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")  # a file to meet at, where a port could be taken
+        self._meetings = itertools.count()
 
     def _ensure(self, count: int) -> None:
         while len(self._live) < count:
@@ -84,10 +89,10 @@ class Ranks:
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
         self._ensure(world_size)
-        port = free_port()
+        meeting = f"{self._folder.name}/{next(self._meetings)}"
         pipes = [pipe for _, pipe in self._live[:world_size]]
         for pipe in pipes:
-            pipe.send((world_size, port, function, args))
+            pipe.send((world_size, meeting, function, args))
         answers: dict[int, Any] = {}
         failures: dict[int, str] = {}
         while len(answers) + len(failures) < world_size:
