@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor
 
 from miles_spmd.config.schema import Config
@@ -351,3 +352,34 @@ def test_everything_resumes(ranks: Ranks, tmp_path: Path, table: dict[str, Any])
             assert expected.keys() == actual.keys()
             for name, value in expected.items():
                 np.testing.assert_array_equal(actual[name], value, err_msg=name)
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+
+def exported_reward_model(run: Config, folder: str) -> list[np.ndarray]:
+    roles = Roles(run)
+    roles.actor.train_step(dealt(PAIRS, roles.actor))
+    roles.actor.export(folder, run.model.hf_checkpoint)
+    said = roles.actor.values([PAIRS]).values
+    return said or []
+
+
+@pytest.mark.parametrize("layout", ["TP2+SP", "PP2"])
+def test_a_reward_model_is_transformers_classifier(ranks: Ranks, tmp_path: Path, layout: str) -> None:
+    """From a policy: its head begins with zeros, and is there after a step."""
+    world_size, table = LAYOUTS[layout]
+    run = config("qwen3", table | PLAIN_SGD | {"lr": 0.1}, run={"mode": "rm"})
+    says = [said for said in ranks.run(world_size, exported_reward_model, run, str(tmp_path / "export")) if said]
+    model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "export", output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert model.config.num_labels == 1
+    assert model.score.weight.abs().max() > 0.01
+    for sequence, values in zip(PAIRS, says[0], strict=True):
+        trained = sequence.loss_weights != 0
+        with torch.no_grad():
+            theirs = oracle_values(model, sequence.tokens).numpy()
+        np.testing.assert_allclose(values[trained], theirs[trained], rtol=1e-6, atol=3e-6)
