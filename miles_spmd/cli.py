@@ -126,7 +126,7 @@ def bench_algorithms(
 
     try:
         bench_algorithms(recipes, seeds, samples, jobs or len(os.sched_getaffinity(0)), out)
-    except (FileNotFoundError, RuntimeError) as error:
+    except FileNotFoundError as error:
         _fail(str(error))
 
 

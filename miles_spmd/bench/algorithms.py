@@ -1,11 +1,12 @@
 """Held-out accuracy before and after training with every recipe of configs/algorithms, on the quickstart's task.
 
-All start from the quickstart's warm-up. Recipes that generate train on the same number of samples; what a filter drops
-comes on top. Those of preference pairs are measured by the pairs they tell apart.
+All start from the quickstart's warm-up. Recipes that generate train on the same number of samples, unless theirs is
+smaller; what a filter drops comes on top. Those of preference pairs are measured by the pairs they tell apart.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import subprocess
@@ -35,7 +36,8 @@ class Outcome(NamedTuple):
 
 
 def bench_algorithms(recipes: Sequence[Path] | None, seeds: int, samples: int, jobs: int, out: Path | None) -> None:
-    """Raises FileNotFoundError for recipes or their models that are missing, RuntimeError for a run that failed."""
+    """A run that fails says why and counts as not a number. Raises FileNotFoundError for recipes or their models that
+    are missing."""
     recipes = recipes or [path for path in sorted(RECIPES.glob("*.toml")) if path.stem != "sft"]
     absent = [str(recipe) for recipe in recipes if not recipe.is_file()]
     absent += [
@@ -57,7 +59,7 @@ def bench_algorithms(recipes: Sequence[Path] | None, seeds: int, samples: int, j
 def _run(recipe: Path, seed: int, samples: int) -> Outcome:
     config = load_config(recipe, check_files=False)
     each = config.rollout.rollout_batch_size * config.rollout.n_samples_per_prompt
-    steps = samples // each if config.run.mode == "rl" else config.run.num_rollout
+    steps = min(config.run.num_rollout, samples // each) if config.run.mode == "rl" else config.run.num_rollout
     with tempfile.TemporaryDirectory(prefix="miles-spmd-bench-") as scratch:
         overrides = {
             "run.seed": seed,
@@ -76,7 +78,8 @@ def _run(recipe: Path, seed: int, samples: int) -> Outcome:
         )
         seconds = time.monotonic() - began
         if done.returncode:
-            raise RuntimeError(f"{recipe.stem}, seed {seed}: {done.stderr.strip()}")
+            print(f"{recipe.stem}, seed {seed}: {done.stderr.strip()}", file=sys.stderr)
+            return Outcome(math.nan, math.nan, seconds)
         steps_done = read_metrics(Path(scratch) / config.run.name / METRICS_FILE).values()
     scores = [value for metrics in steps_done for name, value in metrics.items() if is_score(name)]
     return Outcome(scores[0], scores[-1], seconds)
