@@ -63,9 +63,9 @@ def preference_metrics(name: str, pairs: Sequence[PreferencePair], models: Model
     if config.run.mode == "rm":
         scores = models.values(0, sequences, Role.ACTOR)
     else:
-        scores = models.log_probs(0, sequences, Role.ACTOR).log_probs or []
+        scores = models.log_probs(0, sequences, Role.ACTOR)
     if config.has_reference:
-        reference = models.log_probs(0, sequences, Role.REF).log_probs or []
+        reference = models.log_probs(0, sequences, Role.REF)
         scores = [own - ref for own, ref in zip(scores, reference, strict=True)]
     simpo = config.run.mode == "dpo" and config.algorithm.preference_loss == "simpo"
     totals = np.asarray([(s * m).sum() / (m.sum() if simpo else 1) for s, m in zip(scores, masks, strict=True)])

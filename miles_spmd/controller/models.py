@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import numpy as np
+import msgspec
 
+from miles_spmd.algorithms.rollout_batch import Arrays
 from miles_spmd.config.schema import Config
 from miles_spmd.controller.packing import Packing, bodies, expand, in_sequence_order, pack, pack_leaves
 from miles_spmd.controller.workers import Workers
@@ -31,19 +32,34 @@ class Models:
     def __init__(self, config: Config, workers: Workers) -> None:
         self._config, self._workers = config, workers
 
-    def log_probs(self, step: int, sequences: Sequence[TrainSequence], role: Role, top_k: int = 0) -> LogProbsResult:
-        """What one rank replies to the command, for all sequences of the batch."""
+    def log_probs(self, step: int, sequences: Sequence[TrainSequence], role: Role) -> Arrays:
+        """Of every weighted token (others: 0), float32 [T] per sequence."""
+        return self._log_probs(step, sequences, role)["log_probs"]
+
+    def likely_tokens(
+        self, step: int, sequences: Sequence[TrainSequence], role: Role, count: int
+    ) -> tuple[Arrays, Arrays]:
+        """The ``count`` most likely tokens in the place of every weighted one: ids and log-probs, [T, count]."""
+        found = self._log_probs(step, sequences, role, count)
+        return found["candidates"], found["candidate_log_probs"]
+
+    def log_probs_of(self, step: int, sequences: Sequence[TrainSequence], role: Role, tokens: Arrays) -> Arrays:
+        """Of other tokens [T, K] in the place of every weighted one, float32 [T, K]."""
+        asking = [msgspec.structs.replace(s, candidates=t) for s, t in zip(sequences, tokens, strict=True)]
+        return self._log_probs(step, asking, role)["given_log_probs"]
+
+    def _log_probs(
+        self, step: int, sequences: Sequence[TrainSequence], role: Role, top_k: int = 0
+    ) -> dict[str, Arrays]:
+        """What ranks reply with, by the names of LogProbsResult, in the order of the sequences."""
         packing, results = self._call(
             step, Phase.LOG_PROBS, sequences, lambda micro_batches: ComputeLogProbs(micro_batches, role, top_k)
         )
-        found: dict[str, list[np.ndarray]] = {}
-        for name in LogProbsResult.__struct_fields__:
-            answers = [getattr(result, name) for result in results]
-            if any(answer is not None for answer in answers):
-                found[name] = in_sequence_order(packing, self._workers.infos, answers, len(sequences))
-        return LogProbsResult(**found)
+        answers = {name: [getattr(r, name) for r in results] for name in LogProbsResult.__struct_fields__}
+        infos, count = self._workers.infos, len(sequences)
+        return {name: in_sequence_order(packing, infos, a, count) for name, a in answers.items() if any(a)}
 
-    def values(self, step: int, sequences: Sequence[TrainSequence], role: Role) -> list[np.ndarray]:
+    def values(self, step: int, sequences: Sequence[TrainSequence], role: Role) -> Arrays:
         """A value head's output before every weighted token, float32 [T] per sequence."""
         packing, results = self._call(
             step, Phase.LOG_PROBS, sequences, lambda micro_batches: ComputeValues(micro_batches, role)
@@ -51,9 +67,7 @@ class Models:
         answers = [cast(ValuesResult, result).values for result in results]
         return in_sequence_order(packing, self._workers.infos, answers, len(sequences))
 
-    def train(
-        self, step: int, sequences: Sequence[TrainSequence], role: Role
-    ) -> tuple[list[TrainResult], list[np.ndarray]]:
+    def train(self, step: int, sequences: Sequence[TrainSequence], role: Role) -> tuple[list[TrainResult], Arrays]:
         """One optimizer step. Every rank's result, and what was computed of each sequence before the update."""
         packing, results = self._call(step, Phase.TRAIN, sequences, lambda micro_batches: Train(micro_batches, role))
         answers = [cast(TrainResult, result).log_probs for result in results]

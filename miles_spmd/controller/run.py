@@ -173,7 +173,7 @@ class Run:
         batch = pair_sequences(self._data.pairs(step))
         if self.config.has_reference:
             with self._timed("log_probs"):
-                reference = self.models.log_probs(step, batch, Role.REF).log_probs or []
+                reference = self.models.log_probs(step, batch, Role.REF)
             for sequence, log_probs in zip(batch, reference, strict=True):
                 sequence.ref_log_probs = log_probs
         set_loss_weights(batch, "rollout_mean", max_response_len=0, rollout_ids=np.arange(len(batch)) // 2)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
-
 from miles_spmd.algorithms.distillation import Candidates, topk_reverse_kl
 from miles_spmd.algorithms.rollout_batch import Arrays
 from miles_spmd.config.schema import Algorithm, Config
@@ -30,13 +28,13 @@ def score(step: int, sequences: Sequence[TrainSequence], models: Models, config:
         scores["old_log_probs"] = [s.rollout_log_probs for s in sequences if s.rollout_log_probs is not None]
     elif several_steps or a.keep_old_actor or a.kl_coef or a.use_tis or a.opd_kl_coef:
         old = Role.OLD_ACTOR if a.keep_old_actor else Role.ACTOR
-        scores["old_log_probs"] = models.log_probs(step, sequences, old).log_probs or []
+        scores["old_log_probs"] = models.log_probs(step, sequences, old)
     if config.has_reference:
-        scores["ref_log_probs"] = models.log_probs(step, sequences, Role.REF).log_probs or []
+        scores["ref_log_probs"] = models.log_probs(step, sequences, Role.REF)
     if config.has_critic:
         scores["values"] = models.values(step, sequences, Role.CRITIC)
     if config.has_teacher and not a.opd_log_prob_top_k:
-        scores["teacher_log_probs"] = models.log_probs(step, sequences, Role.TEACHER).log_probs or []
+        scores["teacher_log_probs"] = models.log_probs(step, sequences, Role.TEACHER)
     elif config.has_teacher:
         scores["teacher_kl"] = _teacher_kl(step, sequences, models, a)
     return scores
@@ -45,25 +43,17 @@ def score(step: int, sequences: Sequence[TrainSequence], models: Models, config:
 def _teacher_kl(step: int, sequences: Sequence[TrainSequence], models: Models, algorithm: Algorithm) -> Arrays:
     """Each policy names its likely tokens, and the other one says what it thinks of them."""
     k, strategy = algorithm.opd_log_prob_top_k, algorithm.opd_top_k_strategy
-    students = teachers = None
+    students: list[Candidates | None] = [None] * len(sequences)
+    teachers = students
     if strategy != "only-teacher":
-        own = models.log_probs(step, sequences, Role.ACTOR, top_k=k)
-        others = models.log_probs(step, _asking(sequences, own.candidates or []), Role.TEACHER)
-        students = _candidates(own.candidates, own.candidate_log_probs, others.given_log_probs)
+        ids, own = models.likely_tokens(step, sequences, Role.ACTOR, k)
+        others = models.log_probs_of(step, sequences, Role.TEACHER, ids)
+        students = [Candidates(*arrays) for arrays in zip(ids, own, others, strict=True)]
     if strategy != "only-student":
-        own = models.log_probs(step, sequences, Role.TEACHER, top_k=k)
-        others = models.log_probs(step, _asking(sequences, own.candidates or []), Role.ACTOR)
-        teachers = _candidates(own.candidates, others.given_log_probs, own.candidate_log_probs)
-    nobody = [None] * len(sequences)
+        ids, own = models.likely_tokens(step, sequences, Role.TEACHER, k)
+        others = models.log_probs_of(step, sequences, Role.ACTOR, ids)
+        teachers = [Candidates(*arrays) for arrays in zip(ids, others, own, strict=True)]
     return [
         topk_reverse_kl(s, t, strategy=strategy, weight_mode=algorithm.opd_reward_weight_mode)
-        for s, t in zip(students or nobody, teachers or nobody, strict=True)
+        for s, t in zip(students, teachers, strict=True)
     ]
-
-
-def _asking(sequences: Sequence[TrainSequence], candidates: Arrays) -> list[TrainSequence]:
-    return [msgspec.structs.replace(s, candidates=c) for s, c in zip(sequences, candidates, strict=True)]
-
-
-def _candidates(ids: Arrays | None, students: Arrays | None, teachers: Arrays | None) -> list[Candidates]:
-    return [Candidates(*arrays) for arrays in zip(ids or [], students or [], teachers or [], strict=True)]
