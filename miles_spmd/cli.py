@@ -210,6 +210,29 @@ def bench_train(
     _measure("train", model, overrides, nproc_per_node, out, **options)
 
 
+@bench.command("step")
+def bench_step(
+    overrides: Overrides = None,
+    model: Model = "random:qwen2.5-1.5b",
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of a step.")] = 32,
+    samples: Annotated[int, typer.Option(min=2, help="Answers to each.")] = 16,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    answer_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    repeats: Repeats = 5,
+    nproc_per_node: Processes = None,
+    out: Out = None,
+) -> None:
+    """A GRPO step by phase, as `train` does it."""
+    from miles_spmd.bench.result import make_result
+    from miles_spmd.bench.run import publish
+    from miles_spmd.bench.step import bench_step
+
+    ranks = nproc_per_node or _default_processes()
+    sizes = {"prompts": prompts, "samples": samples, "prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens}
+    rows = bench_step(model, ranks, overrides or [], **sizes, steps=repeats)
+    publish(make_result("step", model, ranks, {"overrides": overrides or []}, rows), out)
+
+
 def main() -> None:
     app(prog_name="miles-spmd")
 

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from miles_spmd.bench.result import make_result, show
+from miles_spmd.bench.result import Result, make_result, show
 from miles_spmd.config.load import make_config
 from miles_spmd.config.schema import Config
 
@@ -41,9 +41,12 @@ def run_bench(name: str, model: str, config: Config, options: dict[str, Any], ou
     rows = importlib.import_module(f"miles_spmd.bench.{name}").measure(config, **with_engine, **options)
     if os.environ["RANK"] == "0":
         settings = {"dtype": config.model.dtype, "megatron": config.megatron, "sglang": config.sglang, **options}
-        result = make_result(name, model, int(os.environ["WORLD_SIZE"]), settings, rows)
-        show(result, Console())
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_bytes(msgspec.json.format(msgspec.json.encode(result)))
+        publish(make_result(name, model, int(os.environ["WORLD_SIZE"]), settings, rows), out)
     machine.leave()
+
+
+def publish(result: Result, out: Path | None) -> None:
+    show(result, Console())
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(msgspec.json.format(msgspec.json.encode(result)))

@@ -19,7 +19,7 @@ from miles_spmd.bench.flops import sequence_flops
 from miles_spmd.bench.result import make_result, show
 from miles_spmd.bench.run import bench_config
 from miles_spmd.models import load_family
-from miles_spmd.models.random import SHAPES
+from miles_spmd.models.random import SHAPES, random_checkpoint
 from tests.models import tiny
 from tests.ranks import Ranks
 
@@ -72,6 +72,29 @@ def test_train_through_the_command_line(tmp_path: Path) -> None:
     wrong = subprocess.run([*command, "megatron.tensor_paralel=2"], capture_output=True, text=True, check=False)
     assert wrong.returncode != 0
     assert "megatron.tensor_paralel: unknown key" in wrong.stderr
+
+
+def test_step_through_the_command_line(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    sizes = ["--prompts=2", "--samples=2", "--prompt-tokens=8", "--answer-tokens=4", "--repeats=2"]
+    command = [sys.executable, "-m", "miles_spmd", "bench", "step", *sizes, "--nproc-per-node=1", "--out", str(out)]
+    model = ["--model", str(tiny_with_tokenizer(tmp_path / "model")), "model.dtype=float32"]
+    done = subprocess.run([*command, *model], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["step"] == "2 x 2 x (8 + 4)"
+    assert {"rollout s", "train s", "refit s"} <= set(row)
+    assert row["answer tokens/s per GPU"] == pytest.approx(2 * 2 * 4 / row["step s"])
+
+
+def tiny_with_tokenizer(folder: Path) -> Path:
+    """A small model of random weights with the tokenizer of a ``random:`` one."""
+    random_checkpoint("random:qwen3-0.6b", folder.parent).rename(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 300}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | sizes | heads))
+    return folder
 
 
 def test_flops_of_a_published_shape() -> None:
