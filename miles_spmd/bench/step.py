@@ -1,0 +1,76 @@
+"""What a whole GRPO step costs, by phase: ``miles-spmd train`` on random prompts of one length, answers as long as they
+may be, rewards by chance."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import string
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from miles_spmd.bench.result import Row
+from miles_spmd.telemetry.metrics import phase_times
+from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
+
+WARM_UP = 2
+
+
+def by_chance(sample: Any) -> float:
+    """The reward."""
+    return random.Random(sample.text).random()
+
+
+def bench_step(
+    model: str,
+    ranks: int,
+    overrides: list[str],
+    prompts: int,
+    samples: int,
+    prompt_tokens: int,
+    answer_tokens: int,
+    steps: int,
+) -> list[Row]:
+    """Seconds are medians over ``steps`` steps, after those in which kernels are compiled. ``prompt_tokens`` counts
+    characters, which are tokens to the tokenizer of a ``random:`` model."""
+    with tempfile.TemporaryDirectory(prefix="miles-spmd-bench-") as scratch:
+        folder = Path(scratch)
+        generator = random.Random(0)
+        lines = ("".join(generator.choices(string.ascii_lowercase, k=prompt_tokens)) for _ in range(4 * prompts))
+        (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": line}) + "\n" for line in lines))
+        settings = {
+            "run": {"name": "run", "output_dir": scratch, "num_rollout": steps + WARM_UP},
+            "model": {"hf_checkpoint": model},
+            "data": {"prompt_data": str(folder / "prompts.jsonl"), "label_key": ""},
+            "rollout": {
+                "rollout_batch_size": prompts,
+                "n_samples_per_prompt": samples,
+                "rollout_max_response_len": answer_tokens,
+            },
+            "reward": {"rm_type": "miles_spmd.bench.step:by_chance"},
+            "train": {"max_tokens_per_gpu": 16384},
+            "checkpoint": {"export_final": False},
+            "telemetry": {"progress": "none"},
+            "megatron": {"lr": 1e-6, "clip_grad": 1.0, "use_distributed_optimizer": True},
+        }
+        recipe = folder / "recipe.toml"
+        recipe.write_text(tomli_w.dumps(settings))
+        command = [sys.executable, "-m", "miles_spmd", "train", str(recipe), *overrides, f"--nproc-per-node={ranks}"]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        metrics = [values for step, values in read_metrics(folder / "run" / METRICS_FILE).items() if step > WARM_UP]
+    times = [phase_times(values) for values in metrics]
+    step = statistics.median(values["perf/step_time"] for values in metrics)
+    return [
+        {
+            "step": f"{prompts} x {samples} x ({prompt_tokens} + {answer_tokens})",
+            "step s": step,
+            **{f"{phase} s": statistics.median(t[phase] for t in times) for phase in times[0]},
+            "answer tokens/s per GPU": prompts * samples * answer_tokens / step / ranks,
+        }
+    ]
