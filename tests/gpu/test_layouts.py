@@ -9,6 +9,7 @@ import pytest
 from tests.gpu.machine import ENGINE, needs
 from tests.models import tiny
 from tests.ranks import Ranks
+from tests.refit.test_refit import written_over
 from tests.refit.test_trainer_to_engine import EP, PP, TP, refit_and_compare
 
 
@@ -25,6 +26,28 @@ from tests.refit.test_trainer_to_engine import EP, PP, TP, refit_and_compare
 def test_refit(ranks: Ranks, world: int, name: str, megatron: dict[str, Any], engine_tp: int, dtype: str) -> None:
     server_args = ENGINE | {"tp_size": engine_tp, "cuda_graph_bs_decode": [1]}
     ranks.run(world, refit_and_compare, tiny.checkpoint(name), megatron, server_args, dtype)
+
+
+@needs(2)
+def test_refit_without_access_to_peers(ranks: Ranks) -> None:
+    server_args = ENGINE | {"cuda_graph_bs_decode": [1]}
+    ranks.run(2, refit_through_buffers, tiny.checkpoint("qwen3-tied"), {TP: 2}, server_args, "bfloat16")
+
+
+def refit_through_buffers(*arguments: Any) -> None:
+    from miles_spmd.refit import direct
+
+    original, direct.map_peers = direct.map_peers, lambda *_: None
+    try:
+        refit_and_compare(*arguments)
+    finally:
+        direct.map_peers = original
+
+
+@needs(1)
+def test_a_write_that_does_not_last_is_detected(ranks: Ranks) -> None:
+    (message,) = ranks.run(1, written_over, "cuda")
+    assert "one or more of a, b" in message
 
 
 @needs(2)

@@ -144,11 +144,11 @@ def test_a_write_that_does_not_last_is_detected(ranks: Ranks) -> None:
     assert "one or more of a, b" in message
 
 
-def written_over() -> str:
+def written_over(device: str = "cpu") -> str:
     """Two engine tensors share their storage, as after a mistaken hand-over of memory."""
-    shared = torch.zeros(8)
+    shared = torch.zeros(8, device=device)
     layouts = [TensorLayout(name, whole(name, (8,))) for name in "ab"]
-    weights = {"a": torch.ones(8), "b": torch.full((8,), 2.0)}
+    weights = {"a": torch.ones(8, device=device), "b": torch.full((8,), 2.0, device=device)}
     refit = Refit(weights, layouts, {"a": shared, "b": shared}, layouts, bucket_bytes=BUCKET)
     with pytest.raises(RefitError) as raised:
         refit.run()
