@@ -40,6 +40,7 @@ _FIXED = (
     "num_query_groups",
     "num_moe_experts",
     "params_dtype",
+    "transformer_impl",  # norms have other places and names
     "expert parallelism",  # with it, experts have an optimizer of their own
     "use_distributed_optimizer",  # the two kinds of optimizer keep different state
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,15 @@ OWNED: dict[str, dict[str, str]] = {
 }
 
 
+# What is meant where the user says nothing, in place of the backend's own default.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "megatron": {
+        "transformer_impl": "local",  # runs everywhere, and in the same way everywhere
+        "fp8_recipe": "blockwise",
+    },
+}
+
+
 @dataclass(frozen=True)
 class BackendField:
     """One dataclass field: what TOML types fit (None: cannot be told from the annotation), literal choices, default."""
@@ -98,7 +107,8 @@ def backend_fields(table: str) -> dict[str, BackendField]:
     fields: dict[str, BackendField] = {}
     for file, name in classes:
         fields |= _dataclass_fields(Path(spec.origin).parent / file, name)
-    return fields | LAUNCHER_KEYS.get(table, {})
+    ours = {name: replace(fields[name], default=value) for name, value in DEFAULTS.get(table, {}).items()}
+    return fields | ours | LAUNCHER_KEYS.get(table, {})
 
 
 def owned_because(table: str, key: str) -> str | None:

@@ -24,6 +24,7 @@ _contradictions: list[Rule] = []
 _warnings: list[Rule] = []
 _files: list[Rule] = []
 
+FP8_BLOCKS = {"blockwise": 128, "tensorwise": 16}  # what has to divide the sides of a matrix, by recipe
 COMPARE_GROUPS = ("grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
 
 
@@ -38,7 +39,7 @@ def doubts(config: Config) -> list[str]:
 
 
 def missing_files(config: Config, *, ignore: Collection[str] = ()) -> list[str]:
-    """Checkpoint folders and data files that are not there."""
+    """Checkpoint folders, data files and packages that are not there."""
     return _apply(_files, config, None, ignore)
 
 
@@ -423,6 +424,85 @@ def _overlap(overlap_param_gather: bool, overlap_grad_reduce: bool, use_distribu
         yield "megatron.overlap_param_gather: needs use_distributed_optimizer and overlap_grad_reduce"
 
 
+# --- Transformer Engine ----------------------------------------------------------------------------------------------
+
+
+@_rule(_contradictions)
+def _transformer_engine(
+    transformer_impl: str, dtype: str, reduction_leaves: int, tp_comm_overlap: bool, fp4: str | None
+) -> Iterator[str]:
+    if transformer_impl == "inference_optimized":
+        yield "megatron.transformer_impl: 'inference_optimized' cannot train; take 'local' or 'transformer_engine'"
+    if transformer_impl != "transformer_engine":
+        return
+    if dtype != "bfloat16":
+        yield f"megatron.transformer_impl: 'transformer_engine' needs model.dtype = 'bfloat16', not {dtype!r}"
+    if reduction_leaves:
+        yield (
+            "train.reduction_leaves: needs megatron.transformer_impl = 'local'; the gradients of Transformer Engine's "
+            "attention are summed in no fixed order"
+        )
+    if tp_comm_overlap:
+        yield "megatron.tp_comm_overlap: must be false; the trainer sets up no communication buffers for it"
+    if fp4:
+        yield "megatron.fp4: is not supported; take fp8"
+
+
+@_rule(_contradictions)
+def _fp8(
+    fp8: str | None,
+    fp8_recipe: str,
+    transformer_impl: str,
+    fp8_param: bool,
+    fp8_param_gather: bool,
+    fp8_dot_product_attention: bool,
+    fp8_multi_head_attention: bool,
+) -> Iterator[str]:
+    if not fp8:
+        return
+    if transformer_impl != "transformer_engine":
+        yield "megatron.fp8: needs megatron.transformer_impl = 'transformer_engine'"
+    if fp8_recipe == "delayed":
+        yield (
+            "megatron.fp8_recipe: 'delayed' makes log-probs depend on what was computed before, with other weights "
+            "too; take 'blockwise' or 'tensorwise'"
+        )
+    elif fp8_recipe not in FP8_BLOCKS:
+        yield f"megatron.fp8_recipe: {fp8_recipe!r} is not supported; take 'blockwise' or 'tensorwise'"
+    for name, wanted in (("fp8_param", fp8_param), ("fp8_param_gather", fp8_param_gather)):
+        if wanted:
+            yield f"megatron.{name}: must be false; the engine is given the weights in model.dtype"
+    for name, wanted in (
+        ("fp8_dot_product_attention", fp8_dot_product_attention),
+        ("fp8_multi_head_attention", fp8_multi_head_attention),
+    ):
+        if wanted:
+            yield f"megatron.{name}: must be false; attention over packed sequences is computed in bfloat16"
+
+
+@_rule(_contradictions)
+def _fp8_blocks_divide(
+    fp8: str | None, fp8_recipe: str, tensor_model_parallel_size: int, shape: dict[str, Any]
+) -> Iterator[str]:
+    if not fp8 or fp8_recipe not in FP8_BLOCKS:
+        return
+    if shape.get("num_experts") or shape.get("num_local_experts"):
+        yield "megatron.fp8: is not supported for models with experts"
+        return
+    tp, block = tensor_model_parallel_size, FP8_BLOCKS[fp8_recipe]
+    hidden, heads = shape.get("hidden_size", 0), shape.get("num_attention_heads", 0)
+    groups = shape.get("num_key_value_heads") or heads
+    head = shape.get("head_dim") or (hidden // heads if heads else 0)
+    for what, size in (
+        ("hidden_size", hidden),
+        (f"query heads' width / {tp}", heads * head // tp),
+        (f"query, key and value heads' width / {tp}", (heads + 2 * groups) * head // tp),
+        (f"intermediate_size / {tp}", shape.get("intermediate_size", 0) // tp),
+    ):
+        if size % block:
+            yield f"megatron.fp8: with recipe {fp8_recipe!r} {block} must divide the model's {what}, which is {size}"
+
+
 # --- engine ----------------------------------------------------------------------------------------------------------
 
 
@@ -470,6 +550,15 @@ def _checkpoint_faults(name: str, folder: Path) -> Iterator[str]:
         yield f"{name}: {folder} has no readable config.json"
     if not any(folder.glob("*.safetensors")) and not (folder / NO_WEIGHTS).is_file():
         yield f"{name}: {folder} has no safetensors files"
+
+
+@_rule(_files)
+def _transformer_engine_is_there(transformer_impl: str) -> Iterator[str]:
+    if transformer_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+        yield (
+            "megatron.transformer_impl: the package transformer_engine is not installed (docs/gpu.md says how); "
+            "'local' does without it"
+        )
 
 
 @_rule(_files)

@@ -52,7 +52,7 @@ def load_config(
 
     A key is dotted (``rollout.rollout_temperature``) or a leaf of our own tables alone; a value is TOML, or else a
     bare string. ``world_size`` adds the checks that need it; ``check_files=False`` leaves out those that look for
-    the checkpoint and the data. Raises ConfigError.
+    the checkpoint, the data and Transformer Engine. Raises ConfigError.
     """
     try:
         raw = tomllib.loads(Path(path).read_text())

@@ -49,7 +49,8 @@ class PackedSequences(PackedSeqParams):
 
     blocks: Blocks = None  # type: ignore[assignment]  # fields before it have defaults
     scored: Tensor = None  # type: ignore[assignment]  # int64 [S], positions of this rank's stream whose logits matter
-    cos: Tensor | None = None  # fp32 [T, 1, D]
+    angles: Tensor = None  # type: ignore[assignment]  # fp32 [T, 1, D], of the rotary positions
+    cos: Tensor | None = None  # of the angles, in the model's dtype
     sin: Tensor | None = None
 
 

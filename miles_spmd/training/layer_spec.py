@@ -1,4 +1,5 @@
-"""What a transformer layer is made of: Megatron's local modules with our norm and our packed attention."""
+"""What a transformer layer is made of: Megatron's local modules with our norm and our packed attention, or those of
+Transformer Engine."""
 
 from __future__ import annotations
 
@@ -77,13 +78,20 @@ class LastLayer(TransformerLayer):
 def block_spec(config: TransformerConfig, vp_stage: int | None, last: bool) -> TransformerBlockSubmodules:
     """The layers of one pipeline chunk; ``last``: the chunk at the end of the model."""
     layers: list[type[TransformerLayer]] = [TransformerLayer] * get_num_layers_to_build(config, vp_stage)
-    if last and layers and not config.sequence_parallel:
+    if last and layers and not config.sequence_parallel and not config.fp8:  # which takes multiples of its blocks only
         layers[-1] = LastLayer
-    submodules = _layer_submodules(config)
-    return TransformerBlockSubmodules([ModuleSpec(layer, submodules=submodules) for layer in layers], RMSNorm)
+    if config.transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        from miles_spmd.training.transformer_engine import layer_submodules  # which not every machine can import
+
+        submodules, norm = layer_submodules(config), TENorm
+    else:
+        submodules, norm = _local_submodules(config), RMSNorm
+    return TransformerBlockSubmodules([ModuleSpec(layer, submodules=submodules) for layer in layers], norm)
 
 
-def _layer_submodules(config: TransformerConfig) -> TransformerLayerSubmodules:
+def _local_submodules(config: TransformerConfig) -> TransformerLayerSubmodules:
     local = LocalSpecProvider()
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     return TransformerLayerSubmodules(

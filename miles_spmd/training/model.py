@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class PackedModel(GPTModel):
         if batch.sequences.cos is None:
             table = self.rotary_pos_emb.get_emb(batch.sequences.max_seqlen_q)[:, 0]
             angles = table.index_select(0, batch.positions)
+            batch.sequences.angles = angles
             batch.sequences.cos = angles.cos().to(self.config.params_dtype)
             batch.sequences.sin = angles.sin().to(self.config.params_dtype)
 
@@ -106,6 +108,8 @@ def global_names(chunks: list[torch.nn.Module], where: Coordinates) -> dict[str,
             if "local_experts" in parts:
                 index = parts.index("local_experts") + 1
                 parts[index] = str(int(parts[index]) + where.ep_rank * experts)
+            elif grouped := re.fullmatch(r"weight(\d+)", parts[-1]):  # one of Transformer Engine's grouped experts
+                parts[-1] = f"weight{int(grouped[1]) + where.ep_rank * experts}"
             parameters[".".join(parts)] = parameter
     return parameters
 

@@ -94,8 +94,8 @@ class Network:
             raise ValueError(
                 "a step needs at least one micro-batch on every rank; send a sequence without loss weights"
             )
-        sequence_parallel = self._settings.transformer.sequence_parallel
-        lengths = [stream_length(micro_batch, self._where, sequence_parallel) for micro_batch in micro_batches]
+        sequence_parallel, multiple = self._settings.transformer.sequence_parallel, self._settings.token_multiple
+        lengths = [stream_length(m, self._where, sequence_parallel, multiple) for m in micro_batches]
         if self._where.pp_size > 1:
             # equal shapes: telling each neighbour the next one costs a message, and is ambiguous between virtual stages
             lengths = [max(lengths)] * len(lengths)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -13,6 +14,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from miles_spmd.config.schema import Config
 from miles_spmd.training.settings import Settings
+
+# Where Transformer Engine is installed Megatron takes its optimizers, even for layers that have nothing to do with it.
+# Updates and checkpoints shall not depend on what is installed.
+megatron_optimizer.Adam, megatron_optimizer.SGD = torch.optim.AdamW, torch.optim.SGD
+megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
 
 
 def build_optimizer(settings: Settings, chunks: list[DistributedDataParallel]) -> ChainedOptimizer:

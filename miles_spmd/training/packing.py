@@ -50,10 +50,11 @@ class PackedBatch:
     lengths: list[int]  # of the sequences
 
 
-def stream_length(micro_batch: MicroBatch, where: Coordinates, sequence_parallel: bool) -> int:
-    """Tokens of the packed stream over all context-parallel ranks, padding included."""
+def stream_length(micro_batch: MicroBatch, where: Coordinates, sequence_parallel: bool, multiple: int = 1) -> int:
+    """Tokens of the packed stream over all context-parallel ranks, padding included. What each rank's linears see of
+    it is a multiple of ``multiple`` tokens."""
     total = sum(_padded(len(sequence.tokens), where.cp_size) for sequence in micro_batch)
-    unit = math.lcm(_granule(where.cp_size), where.cp_size * (where.tp_size if sequence_parallel else 1))
+    unit = math.lcm(_granule(where.cp_size), where.cp_size * multiple * (where.tp_size if sequence_parallel else 1))
     return -(-total // unit) * unit
 
 
@@ -103,11 +104,14 @@ def pack(micro_batch: MicroBatch, where: Coordinates, device: torch.device, leng
     if in_pairs and len(micro_batch) % 2:
         raise ValueError(f"a micro-batch of pairs has {len(micro_batch)} sequences; each pair's two must be in one")
     longest = int(whole.max())
+    starts = tensor(np.concatenate([[0], np.cumsum(whole)]).astype(np.int32))
     return PackedBatch(
         tokens=tensor(tokens[mine])[None],
         positions=tensor(within[mine]),
         sequences=PackedSequences(
             qkv_format="thd",
+            cu_seqlens_q=starts,
+            cu_seqlens_kv=starts,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             blocks=make_blocks(whole, where.cp_rank, where.cp_size, device),

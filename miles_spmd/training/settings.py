@@ -14,6 +14,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer import TransformerConfig
 
+from miles_spmd.config.backends import DEFAULTS
 from miles_spmd.config.schema import Config
 from miles_spmd.models import Family
 
@@ -27,6 +28,11 @@ class Settings:
     optimizer: OptimizerConfig
     ddp: DistributedDataParallelConfig
 
+    @property
+    def token_multiple(self) -> int:
+        """Of the tokens that a linear may be given: FP8 has one scale for up to 128 of them."""
+        return 128 if self.transformer.fp8 else 1
+
 
 def build_settings(config: Config, family: Family) -> Settings:
     """Megatron's dataclasses for this run: our defaults, overruled by the model's sizes, overruled by the user.
@@ -34,7 +40,7 @@ def build_settings(config: Config, family: Family) -> Settings:
     A key that several dataclasses know (``use_distributed_optimizer``) goes to each. Raises ValueError listing every
     key that none of them knows, with the nearest known names; and whatever Megatron's own validation raises.
     """
-    table = _with_virtual_stages(config.megatron, family.num_layers)
+    table = DEFAULTS["megatron"] | _with_virtual_stages(config.megatron, family.num_layers)
     _refuse_unknown(table)
     _refuse_unsupported(table)
     transformer = _defaults(table) | family.transformer_config() | table | _dtypes(config)
@@ -72,6 +78,7 @@ def _defaults(table: Mapping[str, Any]) -> dict[str, Any]:
         # hand-written backward passes that pay off as one compiled kernel only
         "bias_activation_fusion": not on_cpu,
         "bias_dropout_fusion": not on_cpu,
+        "moe_grouped_gemm": table["transformer_impl"] == "transformer_engine",
         "moe_token_dispatcher_type": "alltoall",
         "moe_aux_loss_coeff": 0.0,
     } | (_gloo_pipeline() if on_cpu and table.get("virtual_pipeline_model_parallel_size") else {})
@@ -131,6 +138,17 @@ def _refuse_unsupported(table: Mapping[str, Any]) -> None:
         raise ValueError(
             "moe_aux_loss_coeff must be 0: Megatron scales the auxiliary loss by token counts of its own, for which a "
             "sum over globally weighted tokens has no place"
+        )
+    if table["transformer_impl"] == "transformer_engine":
+        if not random.HAVE_TE:
+            raise ValueError(
+                "transformer_impl: Transformer Engine is not installed (docs/gpu.md); 'local' does without it"
+            )
+        if not torch.cuda.is_available():
+            raise ValueError("transformer_impl: Transformer Engine needs a GPU, and there is none; take 'local'")
+    if table.get("use_precision_aware_optimizer"):
+        raise ValueError(
+            "use_precision_aware_optimizer must be false: updates are made by torch's Adam, which has fp32 state"
         )
     missing = {"layernorm", "moe_act", "mla_up_proj"} & set(table.get("recompute_modules") or ())
     if missing and not random.HAVE_TE:

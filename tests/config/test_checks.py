@@ -13,6 +13,8 @@ from miles_spmd.config.load import load_config
 from tests.config.test_load import faults, recipe  # noqa: F401  (a fixture)
 from tests.ranks import Ranks
 
+TE = "megatron.transformer_impl=transformer_engine"
+
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
@@ -52,6 +54,18 @@ from tests.ranks import Ranks
         ("megatron.recompute_method=uniform", "needs recompute_granularity = 'full'"),
         ("megatron.overlap_param_gather=true", "needs use_distributed_optimizer"),
         ("megatron.expert_model_parallel_size=2", "the model has no experts"),
+        ("megatron.transformer_impl=inference_optimized", "cannot train"),
+        (f"{TE} dtype=float32", "needs model.dtype = 'bfloat16'"),
+        (f"{TE} reduction_leaves=2", "needs megatron.transformer_impl = 'local'"),
+        (f"{TE} megatron.tp_comm_overlap=true", "sets up no communication buffers"),
+        (f"{TE} megatron.fp4=e2m1", "megatron.fp4: is not supported"),
+        (TE, "the package transformer_engine is not installed"),
+        ("megatron.fp8=hybrid", "megatron.fp8: needs megatron.transformer_impl = 'transformer_engine'"),
+        (f"{TE} megatron.fp8=hybrid megatron.fp8_recipe=delayed", "log-probs depend on what was computed before"),
+        (f"{TE} megatron.fp8=hybrid megatron.fp8_recipe=mxfp8", "'mxfp8' is not supported"),
+        (f"{TE} megatron.fp8=hybrid megatron.fp8_param=true", "megatron.fp8_param: must be false"),
+        (f"{TE} megatron.fp8=hybrid megatron.fp8_dot_product_attention=true", "must be false; attention"),
+        (f"{TE} megatron.fp8=hybrid", "128 must divide the model's"),
         ("sglang.tp_size=4", "engines of 4 ranks do not divide the 2"),
         ("use_wandb=true", "the package wandb is not installed"),
     ],

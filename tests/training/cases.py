@@ -94,7 +94,7 @@ class Step(NamedTuple):
 
 
 def held(trainer: Trainer) -> Held:
-    return Held({name: w.float().numpy().copy() for name, w in trainer.weights().items()}, trainer.layout())
+    return Held({name: w.float().cpu().numpy().copy() for name, w in trainer.weights().items()}, trainer.layout())
 
 
 def one_step(run: Config, batch: list[TrainSequence], micro_batches: int) -> Step:
@@ -141,10 +141,12 @@ def oracle_gradient(
     name: str,
     batch: Iterable[TrainSequence],
     loss_of: Callable[[TrainSequence, Tensor, Tensor], Tensor],
-    temperature: float,
+    temperature: float = 1.0,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[float, dict[str, np.ndarray]]:
-    """Sum of ``loss_of(sequence, log_probs, entropy)`` and its gradient by checkpoint tensor, by transformers."""
-    model = tiny.build(name)
+    """Sum of ``loss_of(sequence, log_probs, entropy)`` and its gradient by checkpoint tensor, by transformers in fp32
+    with weights of ``dtype``."""
+    model = tiny.build(name, dtype).float()
     total = torch.stack([loss_of(s, *oracle_scores(model, s.tokens, temperature)) for s in batch]).sum()
     total.backward()
     gradients = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}

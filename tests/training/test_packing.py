@@ -24,15 +24,23 @@ lengths_of_a_batch = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths_of_a_batch, st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]), st.integers(0, 50))
-def test_every_trained_token_is_scored_once(lengths: list[int], cp_size: int, tp_size: int, extra: int) -> None:
+@given(
+    lengths_of_a_batch,
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2]),
+    st.integers(0, 50),
+    st.sampled_from([1, 128]),
+)
+def test_every_trained_token_is_scored_once(
+    lengths: list[int], cp_size: int, tp_size: int, extra: int, multiple: int
+) -> None:
     """Over the ranks of a context-parallel group; with its own target, weight and values, by the position before it."""
     batch = sequences(lengths)
     everything = Coordinates(0, tp_size, 0, cp_size, None, 0, 1, 0, 1, 0, 1, 0, 1)
     granule = 2 * cp_size * tp_size
-    length = stream_length(batch, everything, sequence_parallel=tp_size > 1) + granule * extra
-    assert length % cp_size == 0
-    assert length // cp_size % tp_size == 0
+    length = stream_length(batch, everything, sequence_parallel=tp_size > 1, multiple=multiple)
+    assert length % (cp_size * tp_size * multiple) == 0
+    length += granule * extra
     parts = [pack(batch, replace(everything, cp_rank=rank), CPU, length) for rank in range(cp_size)]
 
     names = ("tokens", "loss_weights", "advantages")

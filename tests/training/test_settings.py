@@ -63,6 +63,21 @@ def test_what_cannot_work_is_refused() -> None:
         settings({"moe_aux_loss_coeff": 0.01}, "qwen3_moe")
     with pytest.raises(ValueError, match="layernorm cannot be recomputed without Transformer Engine"):
         settings({"recompute_granularity": "selective", "recompute_modules": ["layernorm"]})
+    with pytest.raises(ValueError, match="use_precision_aware_optimizer must be false"):
+        settings({"use_precision_aware_optimizer": True})
+
+
+def test_transformer_engine_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings({}).transformer.transformer_impl == "local"
+    assert settings({}).token_multiple == 1
+    engine = {"transformer_impl": "transformer_engine"}
+    monkeypatch.setattr("megatron.core.tensor_parallel.random.HAVE_TE", False)
+    with pytest.raises(ValueError, match="is not installed"):
+        settings(engine)
+    monkeypatch.setattr("megatron.core.tensor_parallel.random.HAVE_TE", True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="needs a GPU"):
+        settings(engine)
 
 
 @pytest.mark.parametrize(
