@@ -100,8 +100,9 @@ class Engine(Protocol):
     def flush(self) -> None:
         """Drop the prefix cache. Raises RuntimeError unless idle."""
 
-    def release(self) -> None:
-        """Give the memory of weights and KV cache back; contents are lost. Raises RuntimeError unless idle.
+    def release(self, keep_weights: bool = False) -> None:
+        """Give the memory of weights and KV cache back; contents are lost. Raises RuntimeError unless idle. With
+        ``keep_weights`` those stay, and can be generated with again after ``resume``.
 
         Until ``resume``, ``step`` and another ``release`` raise RuntimeError too.
         """
@@ -111,7 +112,8 @@ class Engine(Protocol):
         the rest. ``resume`` follows."""
 
     def resume(self) -> None:
-        """Take all memory again that is still released. Weights are undefined until the next refit."""
+        """Take all memory again that is still released. Weights that were not kept are undefined until the next
+        refit."""
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The engine's own parameter storage on this rank by its own names; writing into it changes the model."""

@@ -245,14 +245,16 @@ class SglangEngine:
         self._require_idle("flush")
         self._scheduler.flush_cache()
 
-    def release(self) -> None:
+    def release(self, keep_weights: bool = False) -> None:
         self._require_memory()
         self._require_idle("release")
-        self._released = list(GPU_MEMORY_ALL_TYPES)
-        self._scheduler.weight_updater.release_memory_occupation(ReleaseMemoryOccupationReqInput())
+        kept = [GPU_MEMORY_TYPE_WEIGHTS] if keep_weights else []
+        self._released = [tag for tag in GPU_MEMORY_ALL_TYPES if tag not in kept]
+        self._scheduler.weight_updater.release_memory_occupation(ReleaseMemoryOccupationReqInput(tags=self._released))
 
     def resume_weights(self) -> None:
-        self._take([GPU_MEMORY_TYPE_WEIGHTS])
+        if GPU_MEMORY_TYPE_WEIGHTS in self._released:
+            self._take([GPU_MEMORY_TYPE_WEIGHTS])
 
     def resume(self) -> None:
         if self._released:

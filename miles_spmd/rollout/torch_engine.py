@@ -158,18 +158,18 @@ class TorchEngine:
         """There is no prefix cache to drop."""
         self._require_idle("flush")
 
-    def release(self) -> None:
+    def release(self, keep_weights: bool = False) -> None:
         self._require_memory()
         self._require_idle("release")
-        self._freed = storage.free(self._model.parameters())
+        self._freed = [] if keep_weights else storage.free(self._model.parameters())  # there is no other memory
 
     def resume_weights(self) -> None:
         self.resume()
 
     def resume(self) -> None:
-        if self._freed is not None:
+        if self._freed:
             storage.allocate(self._model.parameters(), self._freed)
-            self._freed = None
+        self._freed = None
 
     def close(self) -> None:
         """Nothing outlives the object."""

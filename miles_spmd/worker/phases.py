@@ -22,13 +22,15 @@ from miles_spmd.worker.stopwatch import Stopwatch
 class EngineTurns:
     """An engine, the refit that fills it, and whether it has memory and weights now.
 
-    A new engine is resident, without weights. ``watch`` is told where the time goes.
+    A new engine is resident, without weights. Where rollouts lag behind, it keeps the weights that it has while the
+    trainer works: the trainer has newer ones. ``watch`` is told where the time goes.
     """
 
     def __init__(self, config: Config, engine: Engine, engine_size: int, trainer: Trainer, watch: Stopwatch) -> None:
         self.engine = engine
         self._watch = watch
         self._resident, self._filled = True, False
+        self._keeps_weights = config.refit.update_weights_interval > 1
         self._lockstep = Lockstep(engine_size)
         with watch("refit_plan"):
             self._refit = Refit(
@@ -44,8 +46,9 @@ class EngineTurns:
         """Leave the memory to the trainer."""
         if self._resident:
             with self._watch("release"):
-                self.engine.release()
-            self._resident = self._filled = False
+                self.engine.release(self._keeps_weights)
+            self._resident = False
+            self._filled &= self._keeps_weights
 
     def refit(self, version: int) -> RefitResult:
         """Raises RefitError when a checksum differs."""
@@ -54,10 +57,7 @@ class EngineTurns:
                 self.engine.resume_weights()
         with self._watch("copy"):
             counts = self._refit.run()
-        if not self._resident:
-            with self._watch("resume"):
-                self.engine.resume()
-            self._resident = True
+        self._resume()
         self.engine.commit(version)
         self._filled = True
         return RefitResult(version, counts.bytes_local, counts.bytes_received, counts.checksum_mismatches)
@@ -66,4 +66,11 @@ class EngineTurns:
         """Raises RuntimeError when the engine has no weights."""
         if not self._filled:
             raise RuntimeError("the engine has no weights: a rollout needs a refit after the last training phase")
+        self._resume()
         run_rollout(rank, self.engine, dealer, self._lockstep, self._watch, progress)
+
+    def _resume(self) -> None:
+        if not self._resident:
+            with self._watch("resume"):
+                self.engine.resume()
+            self._resident = True

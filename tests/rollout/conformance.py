@@ -357,6 +357,12 @@ def memory(engine: Engine, folders: list[Path]) -> Any:
         refit(engine, folders[0], 0)
         engine.resume()  # the rest, if there is any
         assert run(engine, asked) == before
+    engine.release(keep_weights=True)
+    with pytest.raises(RuntimeError, match="resume"):
+        engine.step()
+    engine.resume_weights()  # nothing to take
+    engine.resume()
+    assert run(engine, asked) == before
     return before
 
 
