@@ -36,6 +36,7 @@ class MemoryEstimate:
     logits: int
     critic: int  # its parameters, gradients and optimizer
     engine_weights: int
+    engine_stays: bool  # the engine keeps its weights while the trainer works, because rollouts lag behind
     kv_bytes_per_token: int
     host: int  # in host memory: weights of the reference policy, the old actor, the teacher
 
@@ -46,7 +47,7 @@ class MemoryEstimate:
 
     @property
     def training(self) -> int:
-        return self.trainer + self.activations + self.logits
+        return self.trainer + self.activations + self.logits + (self.engine_weights if self.engine_stays else 0)
 
     def kv_tokens(self, device_bytes: int, static_fraction: float) -> int:
         """Tokens of KV cache beside the engine's weights and the trainer."""
@@ -83,6 +84,7 @@ def estimate_memory(config: Config, family: Family, layout: ParallelLayout) -> M
         * (bytes_each + 2 * FP32),
         critic=sum(trained(critic)) if critic else 0,
         engine_weights=_engine_parameters(family, layout.engine_tp) * bytes_each,
+        engine_stays=config.refit.update_weights_interval > 1,
         kv_bytes_per_token=2 * family.num_layers * kv_heads * family.head_dim * bytes_each,
         host=copies * parameters + (trained(teacher)[0] if teacher else 0),
     )

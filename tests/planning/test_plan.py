@@ -149,16 +149,17 @@ def test_a_chunk_of_logits_is_the_trainers() -> None:
 def test_models_beside_the_policy_are_counted() -> None:
     path = checkpoint("qwen3")
 
-    def memory(**algorithm: Any) -> MemoryEstimate:
+    def memory(interval: int = 1, **algorithm: Any) -> MemoryEstimate:
         teacher = {"teacher_load": checkpoint("qwen2")} if "opd_kl_coef" in algorithm else {}
-        config = make_config(
-            path, {}, model={"hf_checkpoint": path, "dtype": "bfloat16", **teacher}, algorithm=algorithm
-        )
+        model = {"hf_checkpoint": path, "dtype": "bfloat16", **teacher}
+        lag = {"update_weights_interval": interval}
+        config = make_config(path, {}, model=model, algorithm=algorithm, refit=lag)
         return estimate_memory(config, load_family(path), ParallelLayout.of(config, world_size=1))
 
     alone = memory()
     assert (alone.critic, alone.host) == (0, 0)
     assert memory(kl_loss_coef=0.1, keep_old_actor=True).host == 2 * alone.parameters
+    assert memory(interval=2).training == alone.training + alone.engine_weights
     assert memory(opd_kl_coef=1.0).host == load_family(checkpoint("qwen2")).num_parameters() * 2
     head = load_family(path).vocab_size - 1  # rows that a value head has not
     policy = alone.parameters + alone.gradients + alone.optimizer
