@@ -55,4 +55,4 @@ def test_scripts_are_valid_and_do_not_depend_on_where_they_are_called() -> None:
         assert path.stat().st_mode & 0o111, path
         text = path.read_text()
         assert "set -euo pipefail" in text, path
-        assert 'cd "$(dirname "${BASH_SOURCE[0]}")/.."' in text, path
+        assert 'cd "$(dirname "${BASH_SOURCE[0]}")' in text, path
