@@ -82,6 +82,7 @@ def _run(recipe: Path, seed: int, samples: int) -> Outcome:
             return Outcome(math.nan, math.nan, seconds)
         steps_done = read_metrics(Path(scratch) / config.run.name / METRICS_FILE).values()
     scores = [value for metrics in steps_done for name, value in metrics.items() if is_score(name)]
+    print(f"{recipe.stem}, seed {seed}: {scores[0]:.3f} -> {scores[-1]:.3f} in {seconds:.0f} s", file=sys.stderr)
     return Outcome(scores[0], scores[-1], seconds)
 
 
