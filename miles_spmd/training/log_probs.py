@@ -326,7 +326,7 @@ def _add_product(total_VH: Tensor, gradient_RV: Tensor, hidden_RH: Tensor) -> No
     elif not total_VH.is_cuda:
         total_VH.addmm_(gradient_RV.T, hidden_RH.float())
     else:  # the tensor cores' own sums, in pieces: they have to be added in a second step
-        tokens = max(1, MAX_LOGITS // 8 // hidden_RH.shape[1])
+        tokens = max(1, MAX_LOGITS // 1024 // hidden_RH.shape[1]) * 128  # pieces that begin where fast kernels load
         factor_RV = gradient_RV.to(hidden_RH.dtype)
         for piece, factor in zip(total_VH.split(tokens), factor_RV.split(tokens, 1)):
             piece += torch.mm(factor.T, hidden_RH, out_dtype=total_VH.dtype)

@@ -43,12 +43,11 @@ pytestmark = pytest.mark.skipif(
 
 # FP8 wants sides of 128, fused attention heads of 64
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "initializer_range": 0.05}
+EXPERTS = WIDE | {"num_experts": 4, "moe_intermediate_size": 128, "norm_topk_prob": True}
 MODELS = {
     "wide": ("Qwen3", WIDE),
-    "wide-experts": (
-        "Qwen3Moe",
-        WIDE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True},
-    ),
+    "wide-experts": ("Qwen3Moe", EXPERTS | {"num_experts_per_tok": 2}),
+    "wide-all-experts": ("Qwen3Moe", EXPERTS | {"num_experts_per_tok": 4}),  # no ties that a last bit could decide
 }
 BATCH = sequences((5, 17, 40, 9, 30, 31, 2, 12))
 BF16, SFT = {"model": {"dtype": "bfloat16"}}, {"run": {"mode": "sft", "num_rollout": 10}}
@@ -56,11 +55,12 @@ TE = {"transformer_impl": "transformer_engine"}
 FP8 = TE | {"fp8": "hybrid"}
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
-# An e4m3 number has 3 bits behind its first: rounding errs by 2^-4 at most, by 2.6 % in the root mean square of a
-# binade. A product has two such factors, and what comes out of 4 layers of 4 linears has been through 16 products one
-# after the other at most; a gradient through twice as many.
-FP8_PRODUCT = 0.026 * 2**0.5
-FP8_LOG_PROBS, FP8_GRADIENT = FP8_PRODUCT * 16**0.5, FP8_PRODUCT * 32**0.5
+# Rounding to 3 bits behind the first (e4m3) errs by 2^-4 at most, in the root mean square of a binade by 2.6 %, and to
+# 2 bits (e5m2, which "hybrid" has for gradients) by twice that. A product has two such factors. What comes out of
+# 4 layers of 4 linears has been through 16 of them, and a gradient through 16 more whose one factor is a gradient.
+FP8_PRODUCT, FP8_BACKWARD_PRODUCT = 0.026 * 2**0.5, 0.026 * 5**0.5
+FP8_LOG_PROBS, FP8_GRADIENT = 4 * FP8_PRODUCT, 4 * (FP8_PRODUCT**2 + FP8_BACKWARD_PRODUCT**2) ** 0.5
+GAIN = 1.5  # what norms and softmax may make of an error, on which the estimates are silent
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +117,7 @@ def errors(ranks: Ranks, name: str, world: int, megatron: dict[str, Any]) -> tup
     [
         pytest.param(1, "wide", {}, marks=needs(1)),
         pytest.param(1, "wide", RECOMPUTE, marks=needs(1)),
-        pytest.param(1, "wide-experts", {}, marks=needs(1)),
+        pytest.param(1, "wide-all-experts", {}, marks=needs(1)),
         pytest.param(2, "wide", TP2 | SP, marks=needs(2)),
         pytest.param(2, "wide", PP2, marks=needs(2)),
         pytest.param(2, "wide", CP2, marks=needs(2)),
@@ -147,21 +147,26 @@ def test_bf16(ranks: Ranks, world: int, name: str, megatron: dict[str, Any]) -> 
 def test_fp8(ranks: Ranks, world: int, megatron: dict[str, Any]) -> None:
     log_probs, gradient = errors(ranks, "wide", world, megatron | FP8)
     measured(f"wide, FP8, {megatron}", {"log-probs": log_probs, "gradient": gradient})
-    assert FP8_PRODUCT / 4 <= log_probs <= FP8_LOG_PROBS  # less would be bf16
-    assert FP8_PRODUCT <= gradient <= FP8_GRADIENT
+    assert FP8_PRODUCT <= log_probs <= GAIN * FP8_LOG_PROBS  # less would be bf16
+    assert FP8_PRODUCT <= gradient <= GAIN * FP8_GRADIENT
 
 
 @needs(1)
-@pytest.mark.parametrize("megatron", [TE, FP8], ids=["bf16", "fp8"])
-def test_training(ranks: Ranks, megatron: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("name", "megatron", "tolerance"),
+    [("wide", TE, 2**-7), ("wide-experts", TE, 2**-7), ("wide", FP8, FP8_PRODUCT)],
+    ids=["bf16", "experts", "fp8"],
+)
+def test_training(ranks: Ranks, name: str, megatron: dict[str, Any], tolerance: float) -> None:
+    """The batch is learnt as fast: the loss summed over the steps, because its end, near zero, is chance."""
     adam = {"lr": 1e-3, "weight_decay": 0.0}
     local, fast = (
-        np.asarray(ranks.run(1, losses, config("wide", table | adam, **BF16, **SFT), BATCH, 8, 2)[0])
+        np.asarray(ranks.run(1, losses, config(name, table | adam, **BF16, **SFT), BATCH, 8, 2)[0])
         for table in ({}, megatron)
     )
-    measured(f"losses, {megatron}", {"local": str(local.round(4)), "TE": str(fast.round(4))})
-    assert fast[-1] < 0.8 * fast[0]
-    np.testing.assert_allclose(fast, local, rtol=FP8_LOG_PROBS if "fp8" in megatron else 2**-7)
+    measured(f"losses, {name}, {megatron}", {"local": str(local.round(4)), "TE": str(fast.round(4))})
+    assert fast[-1] < 0.1 * fast[0]
+    assert fast.sum() == pytest.approx(local.sum(), rel=tolerance)
 
 
 def reproducible_history(*args: Any) -> list[tuple[float, float]]:
