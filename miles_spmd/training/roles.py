@@ -57,6 +57,17 @@ class Roles:
             raise ValueError(f"this run trains no {role}")
         return trainer
 
+    def move_out(self) -> int:
+        """Put all but the weights of what is trained into host memory; returns the bytes that the device got back."""
+        return sum(trainer.move_out() for trainer in self._trainers())
+
+    def move_in(self) -> int:
+        """The reverse."""
+        return sum(trainer.move_in() for trainer in self._trainers())
+
+    def _trainers(self) -> list[Trainer]:
+        return [trainer for trainer in (self.actor, self.critic) if trainer is not None]
+
     @contextmanager
     def network(self, role: Role) -> Iterator[Network]:
         """The network of ``role``, ready to run forward. Raises ValueError if this run has none."""

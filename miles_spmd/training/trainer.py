@@ -18,6 +18,7 @@ from miles_spmd.data.sample import MicroBatch
 from miles_spmd.messaging.wire import TrainResult
 from miles_spmd.models import Family
 from miles_spmd.training.network import Network, Outputs
+from miles_spmd.training.offload import Offload
 from miles_spmd.training.optimizer import build_optimizer, build_schedule, update
 from miles_spmd.training.packing import PackedBatch
 from miles_spmd.training.reduction import TreeSum, plain_sum
@@ -58,6 +59,17 @@ class Trainer(Network):
         leaves = config.train.reduction_leaves
         self._sum_gradients = TreeSum(self._chunks, leaves) if leaves else plain_sum
         self._connect_schedule()
+        self._offload = Offload(self._chunks, self._optimizer, self.weights().values())
+
+    def move_out(self) -> int:
+        """Put all but the weights into host memory until :meth:`move_in`; only the weights may be used meanwhile.
+
+        Returns the bytes that the device's allocator got back; 0 when they are away already."""
+        return self._offload.move_out()
+
+    def move_in(self) -> int:
+        """Returns the bytes that were taken again; 0 when nothing was away."""
+        return self._offload.move_in()
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> TrainResult:
         """One optimizer step. A non-finite loss or gradient anywhere makes every rank skip it, see ``skipped``.

@@ -1,20 +1,22 @@
 """The engine's turns on a device that it shares with the trainer.
 
-- train, log-probs: the engine is released
-- refit: the engine's weights are resumed and given the trainer's values, then cache and graphs are resumed
+- train, log-probs: the engine is released, the trainer resident
+- refit: the engine's weights are resumed and given the trainer's values; the trainer moves out, all but its weights, if
+  the run says so; cache and graphs are resumed
 - rollout: the engine is resident, with the weights of the last refit
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from miles_spmd.config.schema import Config
 from miles_spmd.messaging.dealer import Dealer
 from miles_spmd.messaging.wire import RefitResult
 from miles_spmd.refit import Refit
 from miles_spmd.rollout.engine import Engine
-from miles_spmd.training.trainer import Trainer
+from miles_spmd.training.roles import Roles
 from miles_spmd.worker.rollout import Lockstep, run_rollout
 from miles_spmd.worker.stopwatch import Stopwatch
 
@@ -26,21 +28,31 @@ class EngineTurns:
     trainer works: the trainer has newer ones. ``watch`` is told where the time goes.
     """
 
-    def __init__(self, config: Config, engine: Engine, engine_size: int, trainer: Trainer, watch: Stopwatch) -> None:
+    def __init__(self, config: Config, engine: Engine, engine_size: int, roles: Roles, watch: Stopwatch) -> None:
         self.engine = engine
-        self._watch = watch
+        self._roles, self._offloads, self._watch = roles, config.train.offload_train, watch
+        self._version = -1
         self._resident, self._filled = True, False
         self._keeps_weights = config.refit.update_weights_interval > 1
         self._lockstep = Lockstep(engine_size)
         with watch("refit_plan"):
             self._refit = Refit(
-                trainer.weights(),
-                trainer.layout(),
+                roles.actor.weights(),
+                roles.actor.layout(),
                 engine.weights(),
                 engine.layout(),
                 bucket_bytes=config.refit.refit_bucket_mib << 20,
                 checksums=config.refit.refit_checksums,
             )
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """The memory is the trainer's for a while, then the engine's as before, if it had weights."""
+        filled = self._filled
+        self.release()
+        yield
+        if filled and not self._filled:
+            self.refit(self._version)
 
     def release(self) -> None:
         """Leave the memory to the trainer."""
@@ -49,6 +61,9 @@ class EngineTurns:
                 self.engine.release(self._keeps_weights)
             self._resident = False
             self._filled &= self._keeps_weights
+        if self._offloads:
+            with self._watch("onload"):
+                self._roles.move_in()
 
     def refit(self, version: int) -> RefitResult:
         """Raises RefitError when a checksum differs."""
@@ -59,7 +74,7 @@ class EngineTurns:
             counts = self._refit.run()
         self._resume()
         self.engine.commit(version)
-        self._filled = True
+        self._filled, self._version = True, version
         return RefitResult(version, counts.bytes_local, counts.bytes_received, counts.checksum_mismatches)
 
     def rollout(self, rank: int, dealer: Dealer, progress: Callable[[str], None]) -> None:
@@ -71,6 +86,9 @@ class EngineTurns:
 
     def _resume(self) -> None:
         if not self._resident:
+            if self._offloads:
+                with self._watch("offload"):
+                    self._roles.move_out()
             with self._watch("resume"):
                 self.engine.resume()
             self._resident = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from miles_spmd.config.schema import Config
 from miles_spmd.messaging import wire
@@ -41,9 +42,11 @@ class Worker:
         self.engine_size = 1 if config.rollout.engine == "torch" else int(config.sglang.get("tp_size", 1))
         self._engine: EngineTurns | None = None
         if config.generates(task):
+            if config.train.offload_train:
+                self.roles.move_out()  # so that the engine makes its cache as large as it may be
             with watch("engine"):
                 engine = make_engine(config)
-            self._engine = EngineTurns(config, engine, self.engine_size, self.roles.actor, watch)
+            self._engine = EngineTurns(config, engine, self.engine_size, self.roles, watch)
 
     @property
     def engine(self) -> EngineTurns:
@@ -72,14 +75,21 @@ class Worker:
             case wire.Refit(version):
                 return self.engine.refit(version)
             case wire.SaveCheckpoint(path):
-                self.roles.save(path)
+                with self._whole_trainer():
+                    self.roles.save(path)
             case wire.LoadCheckpoint(path):
-                self.roles.load(path)
+                with self._whole_trainer():
+                    self.roles.load(path)
             case wire.ExportModel(path):
                 self.roles.actor.export(path, self._config.model.hf_checkpoint)
             case _:
                 raise TypeError(f"{type(body).__name__} is not for a worker outside a rollout")
         return wire.Ok()
+
+    def _whole_trainer(self) -> AbstractContextManager[None]:
+        """Where optimizer states have left the device they come back for a while, and the engine gives way."""
+        offloads = self._engine is not None and self._config.train.offload_train
+        return self.engine.lent() if offloads else nullcontext()
 
     def _release_engine(self) -> None:
         if self._engine is not None:
