@@ -33,6 +33,7 @@ def measure(config: Config, packings: Sequence[tuple[int, int]], micro_batches: 
         steps = [timed(lambda: trainer.train_step(batch))[0] for _ in range(WARM_UP + repeats)]  # noqa: B023
         peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
         scores = [timed(lambda: trainer.log_probs(batch))[0] for _ in range(WARM_UP + repeats)]  # noqa: B023
+        asleep = [(timed(trainer.move_out), timed(trainer.move_in)) for _ in range(WARM_UP + repeats)]
         step, score = slowest(steps[WARM_UP:]), slowest(scores[WARM_UP:])
         total = micro_batches * sequences * tokens * trainer.data_parallel_size
         flops = total / tokens * sequence_flops(family, tokens) / step / dist.get_world_size() / 1e12
@@ -45,6 +46,9 @@ def measure(config: Config, packings: Sequence[tuple[int, int]], micro_batches: 
                 "MFU %": 100 * flops / peak_tflops(device),
                 "peak GiB": peak,
                 "log-probs tokens/s": total / score,
+                "offloaded GiB": asleep[-1][0][1] / 2**30,
+                "offload s": slowest([out for (out, _), _ in asleep[WARM_UP:]]),
+                "onload s": slowest([back for _, (back, _) in asleep[WARM_UP:]]),
             }
         )
     return rows
