@@ -238,8 +238,8 @@ class Train(Table):
     max_tokens_per_gpu: PositiveInt = 8192
     """Token budget of one packed micro-batch on one rank (times context-parallel size)."""
     offload_train: bool = False
-    """Put moments and main parameters into host memory, and free gradients, while the engine has the device; the weights
-    stay. More room for the engine's cache, at the price of two transfers in each step."""
+    """Put moments and main parameters into host memory, and free gradients, while the engine has the device; the
+    weights stay. More room for the engine's cache, at the price of two transfers in each step."""
     max_skipped_steps: NonNegativeInt = 3
     """Consecutive steps with a non-finite loss or gradient before the run stops."""
     lr_warmup_iters: NonNegativeInt = 0
