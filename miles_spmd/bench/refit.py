@@ -4,6 +4,7 @@ first after, less what the trainer does meanwhile."""
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch.distributed as dist
 
@@ -19,13 +20,14 @@ from miles_spmd.training.network import Network
 WARM_UP = 3
 
 
-def measure(config: Config, engine: Engine, repeats: int) -> list[Row]:
+def measure(config: Config, make_engine: Callable[[Config], Engine], repeats: int) -> list[Row]:
     """Collective. Milliseconds are medians of the slowest rank, bytes are those of all ranks.
 
     The trainer is its network alone: gradients and moments have no part in a refit.
     """
     family = load_family(config.model.hf_checkpoint)
     network = Network(config, family, config.model.hf_checkpoint)
+    engine = make_engine(config)  # takes what the network leaves
     seconds, refit = timed(
         lambda: Refit(
             network.weights(),

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from miles_spmd.rollout.engine import Engine
 
 def measure(
     config: Config,
-    engine: Engine,
+    make_engine: Callable[[Config], Engine],
     prompts: int,
     prompt_tokens: int,
     answer_tokens: int,
@@ -31,6 +32,7 @@ def measure(
     """Collective. One engine's tokens per second; engines beside it run the same requests. It is asleep afterwards."""
     vocab_size = load_family(config.model.hf_checkpoint).vocab_size
     requests = random_requests(prompts, prompt_tokens, answer_tokens, vocab_size)
+    engine = make_engine(config)
     generate(engine, requests[:4])
     seconds = []
     for _ in range(repeats):

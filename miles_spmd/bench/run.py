@@ -37,7 +37,7 @@ def run_bench(name: str, model: str, config: Config, options: dict[str, Any], ou
     from miles_spmd.worker.worker import make_engine
 
     machine.join()
-    with_engine = {"engine": make_engine(config)} if name in ENGINES else {}
+    with_engine = {"make_engine": make_engine} if name in ENGINES else {}
     rows = importlib.import_module(f"miles_spmd.bench.{name}").measure(config, **with_engine, **options)
     if os.environ["RANK"] == "0":
         settings = {"dtype": config.model.dtype, "megatron": config.megatron, "sglang": config.sglang, **options}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import psutil
 
@@ -15,8 +17,9 @@ from miles_spmd.rollout.engine import Engine
 WARM_UP = 3
 
 
-def measure(config: Config, engine: Engine, cycles: int) -> list[Row]:
+def measure(config: Config, make_engine: Callable[[Config], Engine], cycles: int) -> list[Row]:
     """Collective. Every cycle generates a little, too. Growth is the slope of a line through all cycles."""
+    engine = make_engine(config)
     requests = random_requests(4, 16, 4, load_family(config.model.hf_checkpoint).vocab_size)
     released, resumed, device, host, given = [], [], [], [], 0.0
     for cycle in range(WARM_UP + cycles):

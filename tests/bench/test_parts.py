@@ -7,7 +7,7 @@ import io
 import json
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ def measure(name: str, folder: Path, overrides: list[str], options: dict[str, An
     config = bench_config(str(folder), ["model.dtype=float32", *overrides], dist.get_world_size())
     from miles_spmd.worker.worker import make_engine
 
-    with closing(make_engine(config)) as engine:
-        return importlib.import_module(f"miles_spmd.bench.{name}").measure(config, engine, **options)
+    with ExitStack() as stack:
+        make = lambda config: stack.enter_context(closing(make_engine(config)))  # noqa: E731
+        return importlib.import_module(f"miles_spmd.bench.{name}").measure(config, make, **options)
 
 
 def test_refit(ranks: Ranks) -> None:
