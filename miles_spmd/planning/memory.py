@@ -39,19 +39,24 @@ class MemoryEstimate:
     engine_stays: bool  # the engine keeps its weights while the trainer works, because rollouts lag behind
     kv_bytes_per_token: int
     host: int  # in host memory: weights of the reference policy, the old actor, the teacher
+    moves_out: int  # of all that is trained, to host memory or nowhere while the engine generates
 
     @property
     def trainer(self) -> int:
-        """Stays through the whole run."""
         return self.parameters + self.gradients + self.optimizer + self.critic
 
     @property
     def training(self) -> int:
         return self.trainer + self.activations + self.logits + (self.engine_weights if self.engine_stays else 0)
 
+    @property
+    def generating(self) -> int:
+        """Without KV cache."""
+        return self.trainer - self.moves_out + self.engine_weights
+
     def kv_tokens(self, device_bytes: int, static_fraction: float) -> int:
-        """Tokens of KV cache beside the engine's weights and the trainer."""
-        free = min(device_bytes * static_fraction, device_bytes - self.trainer) - self.engine_weights
+        """Tokens of KV cache beside the engine's weights, of which SGLang gives both a fraction of what is free."""
+        free = (device_bytes - self.trainer + self.moves_out) * static_fraction - self.engine_weights
         return max(0, int(free)) // self.kv_bytes_per_token
 
 
@@ -71,6 +76,7 @@ def estimate_memory(config: Config, family: Family, layout: ParallelLayout) -> M
     parameters, gradients, optimizer = trained(family)
     models = config.model
     critic = load_family(models.critic_load or models.hf_checkpoint, value_head=True) if config.has_critic else None
+    of_critic = trained(critic) if critic else (0, 0, 0)
     teacher = load_family(models.teacher_load) if config.has_teacher and models.teacher_load else None
     copies = int(config.has_reference) + int(config.algorithm.keep_old_actor)
     kv_heads = max(1, family.num_kv_heads // layout.engine_tp)
@@ -82,11 +88,12 @@ def estimate_memory(config: Config, family: Family, layout: ParallelLayout) -> M
         # of one chunk: logits, their fp32 copy, probabilities
         logits=min(config.train.max_tokens_per_gpu * family.vocab_size // layout.tp, MAX_LOGITS)
         * (bytes_each + 2 * FP32),
-        critic=sum(trained(critic)) if critic else 0,
+        critic=sum(of_critic),
         engine_weights=_engine_parameters(family, layout.engine_tp) * bytes_each,
         engine_stays=config.refit.update_weights_interval > 1,
         kv_bytes_per_token=2 * family.num_layers * kv_heads * family.head_dim * bytes_each,
         host=copies * parameters + (trained(teacher)[0] if teacher else 0),
+        moves_out=gradients + optimizer + sum(of_critic[1:]) if config.train.offload_train else 0,
     )
 
 

@@ -140,7 +140,7 @@ def _memory(config: Config, layout: ParallelLayout, m: MemoryEstimate, device_gi
     if m.host:
         yield f"  {'other models, in host memory':<34}{_gib(m.host)}"
     yield f"  {'while training':<34}{_gib(m.training)}"
-    yield f"  {'while generating, without KV cache':<34}{_gib(m.trainer + m.engine_weights)}"
+    yield f"  {'while generating, without KV cache':<34}{_gib(m.generating)}"
     if device_gib is not None:
         yield from _fit(config, m, device_gib)
 

@@ -9,6 +9,7 @@ import pytest
 
 from miles_spmd.config.schema import Config
 from miles_spmd.models import load_family
+from miles_spmd.models.random import SHAPES
 from miles_spmd.planning.layout import Groups, ParallelLayout
 from miles_spmd.planning.memory import MemoryEstimate, estimate_memory
 from miles_spmd.planning.plan import describe_plan
@@ -206,3 +207,18 @@ def test_text() -> None:
     ):
         assert line in text, text
     assert "does not fit: training needs more than the 0.0001 GiB" in describe_plan(config, 4, device_gib=0.0001)
+
+
+def test_a_trainer_that_moves_out_leaves_room() -> None:
+    shape = SHAPES["qwen3-4b"]
+
+    def estimate(**train: bool) -> MemoryEstimate:
+        config = make_config(Path("absent"), {}, train=train)
+        return estimate_memory(config, load_family(shape), ParallelLayout.of(config, world_size=1))
+
+    stays, moves = estimate(), estimate(offload_train=True)
+    parameters = load_family(shape).num_parameters()
+    assert stays.generating - moves.generating == moves.moves_out == (4 + 8) * parameters  # fp32: two moments
+    assert moves.training == stays.training
+    gained = moves.kv_tokens(139 << 30, 0.8) - stays.kv_tokens(139 << 30, 0.8)
+    assert gained == pytest.approx(0.8 * moves.moves_out / moves.kv_bytes_per_token, abs=2)
