@@ -18,10 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
-from rich.console import Console
-
-from miles_spmd.bench.result import Row, make_result, show
+from miles_spmd.bench.result import Row, make_result
+from miles_spmd.bench.run import publish
 from miles_spmd.config.load import load_config
 from miles_spmd.telemetry.metrics import is_score
 from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
@@ -49,11 +47,8 @@ def bench_algorithms(recipes: Sequence[Path] | None, seeds: int, samples: int, j
     with ThreadPoolExecutor(jobs) as pool:
         outcomes = list(pool.map(lambda task: _run(task[0], task[1], samples), tasks))
     rows = [_row(recipe, outcomes[i * seeds : (i + 1) * seeds]) for i, recipe in enumerate(recipes)]
-    result = make_result("algorithms", "quickstart", 1, {"seeds": seeds, "samples": samples, "jobs": jobs}, rows)
-    show(result, Console())
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(msgspec.json.format(msgspec.json.encode(result)))
+    settings = {"seeds": seeds, "samples": samples, "jobs": jobs}
+    publish(make_result("algorithms", "quickstart", 1, settings, rows), out)
 
 
 def _run(recipe: Path, seed: int, samples: int) -> Outcome:
