@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from miles_spmd.bench.machine import slowest, timed
-from miles_spmd.bench.requests import generate, random_requests
 from miles_spmd.bench.result import Row
+from miles_spmd.bench.workload import generate, random_requests
 from miles_spmd.config.schema import Config
 from miles_spmd.models import load_family
 from miles_spmd.refit import Refit

@@ -8,8 +8,8 @@ import numpy as np
 import psutil
 
 from miles_spmd.bench.machine import free_gib, slowest, timed
-from miles_spmd.bench.requests import generate, random_requests
 from miles_spmd.bench.result import Row
+from miles_spmd.bench.workload import generate, random_requests
 from miles_spmd.config.schema import Config
 from miles_spmd.models import load_family
 from miles_spmd.rollout.engine import Engine
