@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from miles_spmd.config import checks
+from miles_spmd.config import checks, rules
 from miles_spmd.config.load import load_config
 from tests.config.test_load import faults, recipe  # noqa: F401  (a fixture)
 from tests.ranks import Ranks
@@ -122,9 +122,9 @@ def test_doubts_do_not_stop_a_run(recipe: Path) -> None:  # noqa: F811
 def test_every_rule_reads_settings_that_exist(recipe: Path) -> None:  # noqa: F811
     """A misspelt parameter would silently switch a rule off."""
     known = {*checks.settings(load_config(recipe)), "shape", "world_size"}
-    rules = [*checks._contradictions, *checks._warnings, *checks._files]
-    assert len(rules) > 15
-    for rule in rules:
+    everything = [*rules.CONTRADICTIONS, *rules.DOUBTS, *rules.FILES]
+    assert len(everything) > 15
+    for rule in everything:
         assert set(inspect.signature(rule).parameters) <= known, rule.__name__
 
 

@@ -1,0 +1,37 @@
+"""What settings may not say together, one small function per rule: algorithm_rules, layout_rules, machine_rules.
+
+A rule's parameters are leaf names of our tables or keys of `[megatron]` and `[sglang]` (leaf names are unique), or
+``shape`` (the checkpoint's config.json) or ``world_size``. A rule is left out when one of them is unknown or faulty. It
+yields messages that begin with the setting to change.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+Rule = Callable[..., Iterator[str]]
+CONTRADICTIONS: list[Rule] = []  # why a configuration cannot run
+DOUBTS: list[Rule] = []  # what is allowed but probably not meant
+FILES: list[Rule] = []  # what is not there
+
+
+def rule(kind: list[Rule]) -> Callable[[Rule], Rule]:
+    """Makes the function a rule of this kind."""
+
+    def register(function: Rule) -> Rule:
+        kind.append(function)
+        return function
+
+    return register
+
+
+def checkpoint_shape(folder: Path) -> dict[str, Any] | None:
+    """The checkpoint's config.json, or None where there is none to read."""
+    try:
+        shape = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return shape if isinstance(shape, dict) else None
