@@ -5,7 +5,8 @@
 #   MASTER_ADDR=first-node NNODES=4 NODE_RANK=0..3 launch/torchrun.sh configs/grpo_qwen3_8b.toml
 # MASTER_PORT (29500), NPROC_PER_NODE (the GPUs of this node) and PYTHON may be set too.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
 fail() {
     echo "torchrun.sh: $*" >&2
@@ -13,9 +14,9 @@ fail() {
 }
 
 [[ $# -ge 1 && -f $1 ]] || fail "usage: launch/torchrun.sh CONFIG [key=value ...]; no file ${1:-was named}"
-python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
+python=${PYTHON:-$([[ -x $root/.venv/bin/python ]] && echo "$root/.venv/bin/python" || echo python3)}
 nodes=${NNODES:-1}
-gpus=${NPROC_PER_NODE:-$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)}
+gpus=${NPROC_PER_NODE:-$("$python" -c 'from miles_spmd.telemetry.environment import gpus; print(len(gpus()))')}
 [[ $gpus -ge 1 ]] || fail "no GPU here; on a CPU use \`miles-spmd train $1\`, or set NPROC_PER_NODE"
 if [[ $nodes -gt 1 && (-z ${MASTER_ADDR:-} || -z ${NODE_RANK:-}) ]]; then
     fail "with NNODES=$nodes, MASTER_ADDR (the first node's address) and NODE_RANK (0..$((nodes - 1))) must be set"

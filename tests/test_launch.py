@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,12 @@ RECIPE = ROOT / "configs" / "grpo_qwen3_0.6b.toml"
 DRY_RUN = ["hf_checkpoint=random:qwen3-0.6b", f"prompt_data={RECIPE}", "--dry-run"]
 
 
-def launch(*arguments: str | Path, **variables: str) -> subprocess.Popen[str]:
+def launch(*arguments: str | Path, cwd: Path = ROOT, **variables: str) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHON": sys.executable} | variables
     command = [str(ROOT / "launch" / "torchrun.sh"), *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
 
 
 @pytest.mark.parametrize(
@@ -44,9 +47,11 @@ def test_refusals(arguments: list[str], variables: dict[str, str], message: str)
 
 
 def test_two_nodes_on_one_machine(tmp_path: Path) -> None:
+    """With a recipe named as it is seen from where the script is called."""
     meet = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     meet["XDG_CACHE_HOME"] = str(tmp_path)
-    nodes = [launch(RECIPE, *DRY_RUN, NODE_RANK=rank, **meet) for rank in "01"]
+    shutil.copy(RECIPE, tmp_path)
+    nodes = [launch(RECIPE.name, *DRY_RUN, cwd=tmp_path, NODE_RANK=rank, **meet) for rank in "01"]
     for node in nodes:
         output, error = node.communicate(timeout=120)
         assert node.returncode == 0, error

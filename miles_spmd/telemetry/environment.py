@@ -64,10 +64,12 @@ def installed(package: str) -> str | None:
 
 
 def gpus() -> list[Gpu]:
-    """As the driver's own tool names them; no framework is loaded."""
-    if shutil.which("nvidia-smi") is None:
+    """That this process may use, as the driver's own tool names them; no framework is loaded."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible == "" or shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    query += ["-i", visible] if visible else []
     done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
         return []
