@@ -136,6 +136,7 @@ def bench_step(
     samples: Annotated[int, typer.Option(min=2, help="Answers to each.")] = 16,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
     answer_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    warm_up: Annotated[int, typer.Option(min=0, help="Steps before those that count.")] = 2,
     repeats: Repeats = 5,
     nproc_per_node: Processes = None,
     out: Out = None,
@@ -147,7 +148,7 @@ def bench_step(
 
     ranks = nproc_per_node or launcher.default_processes()
     sizes = {"prompts": prompts, "samples": samples, "prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens}
-    rows = bench_step(model, ranks, overrides or [], **sizes, steps=repeats)
+    rows = bench_step(model, ranks, overrides or [], **sizes, warm_up=warm_up, steps=repeats)
     publish(make_result("step", model, ranks, {"overrides": overrides or []}, rows), out)
 
 

@@ -19,8 +19,6 @@ from miles_spmd.bench.result import Row
 from miles_spmd.telemetry.metrics import phase_times
 from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
 
-WARM_UP = 2
-
 
 def by_chance(sample: Any) -> float:
     """The reward."""
@@ -35,19 +33,24 @@ def bench_step(
     samples: int,
     prompt_tokens: int,
     answer_tokens: int,
+    warm_up: int,
     steps: int,
 ) -> list[Row]:
-    """Seconds are medians over ``steps`` steps, after those in which kernels are compiled. ``prompt_tokens`` counts
-    characters, which are tokens to the tokenizer of a ``random:`` model."""
+    """Seconds are medians over ``steps`` steps, after ``warm_up`` ones in which kernels are compiled.
+    ``prompt_tokens`` counts characters, which are tokens to the tokenizer of a ``random:`` model."""
     with tempfile.TemporaryDirectory(prefix="miles-spmd-bench-") as scratch:
         folder = Path(scratch)
         generator = random.Random(0)
         lines = ("".join(generator.choices(string.ascii_lowercase, k=prompt_tokens)) for _ in range(4 * prompts))
         (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": line}) + "\n" for line in lines))
         settings = {
-            "run": {"name": "run", "output_dir": scratch, "num_rollout": steps + WARM_UP},
+            "run": {"name": "run", "output_dir": scratch, "num_rollout": warm_up + steps},
             "model": {"hf_checkpoint": model},
-            "data": {"prompt_data": str(folder / "prompts.jsonl"), "label_key": ""},
+            "data": {
+                "prompt_data": str(folder / "prompts.jsonl"),
+                "label_key": "",
+                "rollout_max_prompt_len": prompt_tokens,
+            },
             "rollout": {
                 "rollout_batch_size": prompts,
                 "n_samples_per_prompt": samples,
@@ -63,7 +66,7 @@ def bench_step(
         recipe.write_text(tomli_w.dumps(settings))
         command = [sys.executable, "-m", "miles_spmd", "train", str(recipe), *overrides, f"--nproc-per-node={ranks}"]
         subprocess.run(command, check=True, stdout=sys.stderr)
-        metrics = [values for step, values in read_metrics(folder / "run" / METRICS_FILE).items() if step > WARM_UP]
+        metrics = [values for step, values in read_metrics(folder / "run" / METRICS_FILE).items() if step > warm_up]
     times = [phase_times(values) for values in metrics]
     step = statistics.median(values["perf/step_time"] for values in metrics)
     return [
