@@ -8,7 +8,7 @@ import numpy as np
 
 from miles_spmd.algorithms import mismatch
 from miles_spmd.data.sample import FinishReason, Sample, TrainSequence
-from miles_spmd.messaging.wire import RankInfo, TrainResult
+from miles_spmd.messaging.wire import TrainerRank, TrainResult
 
 # sums of the losses (miles_spmd/algorithms) -> the names that users of slime and Miles know
 MEANS = {
@@ -48,11 +48,13 @@ def rollout_metrics(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
     }
 
 
-def train_metrics(results: Sequence[TrainResult], infos: Sequence[RankInfo], critic: bool = False) -> dict[str, float]:
+def train_metrics(
+    results: Sequence[TrainResult], trainers: Sequence[TrainerRank], critic: bool = False
+) -> dict[str, float]:
     """Of one optimizer step: sums over the reporting ranks. Those of loss weights are means already, others become
     means over trained tokens."""
     sums: dict[str, float] = {}
-    reporting = [(info, result) for info, result in zip(infos, results, strict=True) if info.reports]
+    reporting = [(rank, result) for rank, result in zip(trainers, results, strict=True) if rank.reports]
     # in the order of the leaves, in which the sum is the same for every data-parallel size
     for _, result in sorted(reporting, key=lambda pair: pair[0].data_parallel_rank):
         for leaf in result.sums:

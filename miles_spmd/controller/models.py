@@ -56,8 +56,8 @@ class Models:
             step, Phase.LOG_PROBS, sequences, lambda micro_batches: ComputeLogProbs(micro_batches, role, top_k)
         )
         answers = {name: [getattr(r, name) for r in results] for name in LogProbsResult.__struct_fields__}
-        infos, count = self._workers.infos, len(sequences)
-        return {name: in_sequence_order(packing, infos, a, count) for name, a in answers.items() if any(a)}
+        trainers, count = self._workers.trainers, len(sequences)
+        return {name: in_sequence_order(packing, trainers, a, count) for name, a in answers.items() if any(a)}
 
     def values(self, step: int, sequences: Sequence[TrainSequence], role: Role) -> Arrays:
         """A value head's output before every weighted token, float32 [T] per sequence."""
@@ -65,21 +65,21 @@ class Models:
             step, Phase.LOG_PROBS, sequences, lambda micro_batches: ComputeValues(micro_batches, role)
         )
         answers = [cast(ValuesResult, result).values for result in results]
-        return in_sequence_order(packing, self._workers.infos, answers, len(sequences))
+        return in_sequence_order(packing, self._workers.trainers, answers, len(sequences))
 
     def train(self, step: int, sequences: Sequence[TrainSequence], role: Role) -> tuple[list[TrainResult], Arrays]:
-        """One optimizer step. Every rank's result, and what was computed of each sequence before the update."""
+        """One optimizer step. Every trainer rank's result, and what was computed of each sequence before the update."""
         packing, results = self._call(step, Phase.TRAIN, sequences, lambda micro_batches: Train(micro_batches, role))
         answers = [cast(TrainResult, result).log_probs for result in results]
         return cast(list[TrainResult], results), in_sequence_order(
-            packing, self._workers.infos, answers, len(sequences)
+            packing, self._workers.trainers, answers, len(sequences)
         )
 
     def _call(
         self, step: int, phase: Phase, sequences: Sequence[TrainSequence], make: Callable[[list[MicroBatch]], Body]
     ) -> tuple[Packing, list[Result]]:
         packing = self._pack(sequences)
-        body = bodies(packing, sequences, self._workers.infos, make)
+        body = bodies(packing, sequences, self._workers.trainers, make)
         return packing, self._workers.call(body, step=step, phase=phase)
 
     def _pack(self, sequences: Sequence[TrainSequence]) -> Packing:
@@ -88,7 +88,7 @@ class Models:
         lengths = [len(s.tokens) for s in sequences]
         interleaved = "virtual_pipeline_model_parallel_size" in m or "num_layers_per_virtual_pipeline_stage" in m
         where: dict[str, Any] = {
-            "data_parallel_size": self._workers.infos[0].data_parallel_size,
+            "data_parallel_size": self._workers.trainers[0].data_parallel_size,
             "multiple": int(m["pipeline_model_parallel_size"]) if interleaved else 1,
         }
         if leaves := self._config.train.reduction_leaves:

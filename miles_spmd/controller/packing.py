@@ -9,7 +9,7 @@ from itertools import chain
 import numpy as np
 
 from miles_spmd.data.sample import MicroBatch, TrainSequence
-from miles_spmd.messaging.wire import Body, RankInfo
+from miles_spmd.messaging.wire import Body, TrainerRank
 
 FILLER = -1  # stands for a sequence without weight, so that every rank has something to run
 
@@ -75,28 +75,28 @@ def expand(packing: Packing, size: int) -> Packing:
 def bodies(
     packing: Packing,
     sequences: Sequence[TrainSequence],
-    infos: Sequence[RankInfo],
+    trainers: Sequence[TrainerRank],
     make: Callable[[list[MicroBatch]], Body],
 ) -> list[Body]:
-    """One command body per rank: ranks that hold parts of the same model replica get the same micro-batches."""
+    """One command body per trainer rank: ranks that hold parts of the same model replica get the same micro-batches."""
     shortest = min(sequences, key=lambda s: len(s.tokens))
     filler = _without_weight(shortest)
     per_replica = [
         make([[filler if i == FILLER else sequences[i] for i in micro_batch] for micro_batch in rank])
         for rank in packing.bins
     ]
-    return [per_replica[info.data_parallel_rank] for info in infos]
+    return [per_replica[rank.data_parallel_rank] for rank in trainers]
 
 
 def in_sequence_order(
-    packing: Packing, infos: Sequence[RankInfo], answers: Sequence[Sequence[np.ndarray] | None], count: int
+    packing: Packing, trainers: Sequence[TrainerRank], answers: Sequence[Sequence[np.ndarray] | None], count: int
 ) -> list[np.ndarray]:
     """The arrays of all ``count`` sequences, from whichever rank of each replica returned them."""
     ordered: list[np.ndarray | None] = [None] * count
-    for info, arrays in zip(infos, answers, strict=True):
+    for rank, arrays in zip(trainers, answers, strict=True):
         if arrays is None:
             continue
-        positions = [i for micro_batch in packing.bins[info.data_parallel_rank] for i in micro_batch]
+        positions = [i for micro_batch in packing.bins[rank.data_parallel_rank] for i in micro_batch]
         for index, values in zip(positions, arrays, strict=True):
             if index != FILLER:
                 ordered[index] = values

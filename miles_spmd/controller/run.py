@@ -196,8 +196,8 @@ class Run:
     def _update(self, step: int, batch: Sequence[TrainSequence], role: Role) -> list[np.ndarray]:
         with self._timed("train"):
             results, scores = self.models.train(step, batch, role)
-        self._train_metrics.append(train_metrics(results, self.workers.infos, critic=role is Role.CRITIC))
-        self._count_skipped(step, next(r.skipped for r, i in zip(results, self.workers.infos) if i.reports))
+        self._train_metrics.append(train_metrics(results, self.workers.trainers, critic=role is Role.CRITIC))
+        self._count_skipped(step, next(r.skipped for r, rank in zip(results, self.workers.trainers) if rank.reports))
         return scores
 
     def keep(self, step: int) -> None:

@@ -29,10 +29,12 @@ from miles_spmd.messaging.wire import (
     Message,
     Phase,
     RankInfo,
+    Refit,
     Reply,
     Result,
     Stop,
     Submit,
+    TrainerRank,
     WireError,
 )
 from miles_spmd.rollout.engine import Output, Request
@@ -99,9 +101,10 @@ class _Rank:
 
 @dataclass
 class _Call:
-    """One command on its way: what was asked of all ranks, and who has answered."""
+    """One command on its way: whom it was given to, and who has answered."""
 
     id: int
+    ranks: Sequence[int]
     seconds: float
     end: float  # monotonic
     replies: dict[int, Reply] = field(default_factory=dict)
@@ -110,7 +113,8 @@ class _Call:
 class Workers:
     """All ranks of a run behind ``router``.
 
-    ``phase`` and ``step`` are those of the last command; ``seconds`` holds, by rank, where its time went.
+    ``phase`` and ``step`` are those of the last command; ``seconds`` holds, by rank, where its time went, nothing for a
+    rank that it did not concern.
     """
 
     def __init__(
@@ -126,7 +130,7 @@ class Workers:
         self._missing = set(range(world_size))  # have not said hello
         self._rank_of: dict[Peer, int] = {}
         self._ids = itertools.count(1)
-        self._call = _Call(0, deadlines.start_timeout, time.monotonic() + deadlines.start_timeout)
+        self._call = _Call(0, [], deadlines.start_timeout, time.monotonic() + deadlines.start_timeout)
         self._completed: deque[Output] = deque()
         self._next_check = 0.0  # monotonic
         self._troubles: list[WorkerError] = []
@@ -145,23 +149,27 @@ class Workers:
             self.wait_ready()
         return [rank.info for rank in self._ranks if rank.info is not None]
 
+    @property
+    def trainers(self) -> list[TrainerRank]:
+        """The ranks that train, by rank."""
+        return [info.trainer for info in self.infos if info.trainer is not None]
+
     def call(
         self, body: Body | Sequence[Body], *, step: int, phase: Phase, timeout: float | None = None
     ) -> list[Result]:
-        """Tell every rank ``body`` (a sequence: one per rank) and return all results by rank.
+        """Tell ``body`` (a sequence: one per rank) to every rank that it concerns and return their results by rank.
 
         ``timeout`` in seconds defaults to the phase's deadline. Raises a WorkerError.
         """
-        bodies = list(body) if isinstance(body, Sequence) else [body] * len(self._ranks)
-        self._begin(bodies, step, phase, timeout)
+        self._begin(body, step, phase, timeout)
         return self._finish()
 
     @contextmanager
     def rollout(self, step: int, timeout: float | None = None) -> Iterator[RolloutSession]:
         """Open a rollout on all engines; leaving the block ends it, and stops what is still running."""
-        self._begin([Generate()] * len(self.infos), step, Phase.ROLLOUT, timeout)
+        self._begin(Generate(), step, Phase.ROLLOUT, timeout)
         self._completed.clear()
-        session = RolloutSession(self, [info.rank for info in self.infos if info.engine_leader])
+        session = RolloutSession(self, [info.rank for info in self.infos if info.engine and info.engine.leader])
         yield session
         session.end()
         self._finish()
@@ -172,17 +180,29 @@ class Workers:
 
     # --- one command -------------------------------------------------------------------------------------------------
 
-    def _begin(self, bodies: Sequence[Body], step: int, phase: Phase, timeout: float | None) -> None:
-        if len(bodies) != len(self.infos):
-            raise ValueError(f"{len(bodies)} bodies for {len(self._ranks)} ranks")
+    def _begin(self, body: Body | Sequence[Body], step: int, phase: Phase, timeout: float | None) -> None:
+        ranks = self._concerned(body[0] if isinstance(body, Sequence) else body)
+        bodies = body if isinstance(body, Sequence) else [body] * len(ranks)
+        if len(bodies) != len(ranks):
+            raise ValueError(f"{len(bodies)} bodies for {len(ranks)} ranks")
         seconds = getattr(self._deadlines, DEADLINE_OF[phase]) if timeout is None else timeout
         self.phase, self.step = phase, step
-        self._call = _Call(next(self._ids), seconds, time.monotonic() + seconds)
-        ranks_of: dict[int, list[int]] = {}  # ranks that get the same object get the same bytes
-        for rank, body in enumerate(bodies):
-            ranks_of.setdefault(id(body), []).append(rank)
-        for ranks in ranks_of.values():
-            self.send(bodies[ranks[0]], ranks)
+        self._call = _Call(next(self._ids), ranks, seconds, time.monotonic() + seconds)
+        same: dict[int, tuple[Body, list[int]]] = {}  # ranks that get the same object get the same bytes
+        for rank, own in zip(ranks, bodies):
+            same.setdefault(id(own), (own, []))[1].append(rank)
+        for own, receivers in same.values():
+            self.send(own, receivers)
+
+    def _concerned(self, body: Body) -> list[int]:
+        """The ranks that have a part in ``body``."""
+        match body:
+            case Refit() | Stop():
+                return [info.rank for info in self.infos]
+            case Generate():
+                return [info.rank for info in self.infos if info.engine is not None]
+            case _:
+                return [info.rank for info in self.infos if info.trainer is not None]
 
     def send(self, body: Body, ranks: Sequence[int]) -> None:
         """As part of the command under way."""
@@ -193,10 +213,10 @@ class Workers:
             raise self.cause() or WorkerError(f"{self.place}: {error}") from None
 
     def _finish(self) -> list[Result]:
-        replies = self._call.replies
-        self._wait(lambda: len(replies) == len(self._ranks))
-        self.seconds = [replies[rank].seconds for rank in range(len(self._ranks))]
-        return [replies[rank].result for rank in range(len(self._ranks))]
+        ranks, replies = self._call.ranks, self._call.replies
+        self._wait(lambda: len(replies) == len(ranks))
+        self.seconds = [replies[rank].seconds if rank in replies else {} for rank in range(len(self._ranks))]
+        return [replies[rank].result for rank in ranks]
 
     def next_output(self) -> Output:
         """The next finished request of the rollout under way."""
@@ -345,7 +365,8 @@ class Workers:
 
     def _owes(self, rank: int) -> bool:
         """An answer to what was asked last; at the start, a hello."""
-        return rank not in self._call.replies if self._call.id else rank in self._missing
+        call = self._call
+        return rank in call.ranks and rank not in call.replies if call.id else rank in self._missing
 
 
 class RolloutSession:

@@ -147,18 +147,30 @@ class Command(msgspec.Struct, tag=True, frozen=True):
 # --- what a worker says ----------------------------------------------------------------------------------------------
 
 
+class TrainerRank(msgspec.Struct, frozen=True):
+    """Where a rank stands in the trainer."""
+
+    data_parallel_rank: int
+    data_parallel_size: int
+    reports: bool  # its results count (last pipeline stage, first tensor-parallel rank)
+
+
+class EngineRank(msgspec.Struct, frozen=True):
+    """Where a rank stands among the engines."""
+
+    engine: int
+    leader: bool
+
+
 class RankInfo(msgspec.Struct, frozen=True):
-    """Where a rank stands in every group; the controller plans with nothing else."""
+    """What a rank does in the run, and where; the controller plans with nothing else."""
 
     rank: int
     world_size: int
     host: str
     pid: int
-    data_parallel_rank: int
-    data_parallel_size: int
-    reports: bool  # this rank's train results count (last pipeline stage, first tensor-parallel rank)
-    engine: int  # which engine this rank belongs to
-    engine_leader: bool
+    trainer: TrainerRank | None  # None: does not train
+    engine: EngineRank | None  # None: does not generate
     versions: dict[str, str] = {}
 
 

@@ -24,7 +24,19 @@ from miles_spmd.controller.process import LAST_WORDS, ControllerProcess
 from miles_spmd.messaging.dealer import Dealer
 from miles_spmd.messaging.keys import Credentials
 from miles_spmd.messaging.router import LOOPBACK
-from miles_spmd.messaging.wire import Command, Failure, Feed, Hello, Ok, Phase, RankInfo, Reply, Stop
+from miles_spmd.messaging.wire import (
+    Command,
+    EngineRank,
+    Failure,
+    Feed,
+    Hello,
+    Ok,
+    Phase,
+    RankInfo,
+    Reply,
+    Stop,
+    TrainerRank,
+)
 from miles_spmd.worker.stopwatch import Stopwatch
 from miles_spmd.worker.watchdog import Watchdog
 
@@ -166,16 +178,14 @@ def build(config: Config, task: str, place: Place, dealer: Dealer, watch: Stopwa
 
 
 def rank_info(worker: Worker, place: Place) -> RankInfo:
+    actor = worker.roles.actor
     return RankInfo(
         rank=place.rank,
         world_size=place.world_size,
         host=HOST,
         pid=os.getpid(),
-        data_parallel_rank=worker.roles.actor.data_parallel_rank,
-        data_parallel_size=worker.roles.actor.data_parallel_size,
-        reports=worker.roles.actor.reports,
-        engine=place.rank // worker.engine_size,
-        engine_leader=place.rank % worker.engine_size == 0,
+        trainer=TrainerRank(actor.data_parallel_rank, actor.data_parallel_size, actor.reports),
+        engine=EngineRank(place.rank // worker.engine_size, place.rank % worker.engine_size == 0),
         versions={name: version(name) for name in ("torch", "megatron-core", "sglang")},
     )
 

@@ -11,6 +11,7 @@ from miles_spmd.messaging.keys import Credentials
 from miles_spmd.messaging.wire import (
     Beat,
     Command,
+    EngineRank,
     Hello,
     Message,
     Ok,
@@ -19,6 +20,7 @@ from miles_spmd.messaging.wire import (
     Reply,
     Result,
     Stop,
+    TrainerRank,
 )
 
 DIGEST = "0123456789abcdef"
@@ -33,11 +35,8 @@ def info_of(rank: int, world_size: int, engine_size: int = 1) -> RankInfo:
         world_size=world_size,
         host=HOST,
         pid=1000 + rank,
-        data_parallel_rank=rank,
-        data_parallel_size=world_size,
-        reports=True,
-        engine=rank // engine_size,
-        engine_leader=rank % engine_size == 0,
+        trainer=TrainerRank(rank, world_size, reports=True),
+        engine=EngineRank(rank // engine_size, rank % engine_size == 0),
     )
 
 

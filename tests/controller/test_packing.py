@@ -7,11 +7,7 @@ from hypothesis import strategies as st
 
 from miles_spmd.controller.packing import FILLER, bodies, expand, in_sequence_order, pack, pack_leaves
 from miles_spmd.data.sample import TrainSequence
-from miles_spmd.messaging.wire import ComputeLogProbs, RankInfo
-
-
-def info(rank: int, dp_rank: int, dp_size: int, reports: bool) -> RankInfo:
-    return RankInfo(rank, 4, "host", 1, dp_rank, dp_size, reports, engine=rank, engine_leader=True)
+from miles_spmd.messaging.wire import ComputeLogProbs, TrainerRank
 
 
 @given(
@@ -44,16 +40,16 @@ def test_sequence_over_budget_is_named() -> None:
 def test_answers_find_back_to_their_sequences() -> None:
     sequences = [TrainSequence(np.arange(n, dtype=np.int32), np.ones(n, np.float32)) for n in (5, 2, 7)]
     packing = pack([5, 2, 7], data_parallel_size=2, max_tokens=7, multiple=2)  # four bins for three: one filler
-    infos = [info(0, 0, 2, True), info(1, 0, 2, False), info(2, 1, 2, True), info(3, 1, 2, False)]
-    sent = bodies(packing, sequences, infos, ComputeLogProbs)
+    ranks = [TrainerRank(replica, 2, reports) for replica in (0, 1) for reports in (True, False)]
+    sent = bodies(packing, sequences, ranks, ComputeLogProbs)
     assert sent[0] == sent[1]
     weights = [s.loss_weights.sum() for b in sent[::2] for micro in b.micro_batches for s in micro]  # type: ignore[union-attr]
     assert sorted(weights) == [0, 2, 5, 7]
     answers = [
-        [s.tokens * 10.0 for micro in body.micro_batches for s in micro] if i.reports else None  # type: ignore[union-attr]
-        for i, body in zip(infos, sent)
+        [s.tokens * 10.0 for micro in body.micro_batches for s in micro] if rank.reports else None  # type: ignore[union-attr]
+        for rank, body in zip(ranks, sent)
     ]
-    for sequence, values in zip(sequences, in_sequence_order(packing, infos, answers, 3)):
+    for sequence, values in zip(sequences, in_sequence_order(packing, ranks, answers, 3)):
         np.testing.assert_array_equal(values, sequence.tokens * 10.0)
 
 

@@ -14,7 +14,7 @@ from miles_spmd.config.schema import Config
 from miles_spmd.controller.metrics import train_metrics
 from miles_spmd.controller.packing import bodies, pack, pack_leaves
 from miles_spmd.data.sample import TrainSequence
-from miles_spmd.messaging.wire import RankInfo, Train, TrainResult
+from miles_spmd.messaging.wire import Train, TrainerRank, TrainResult
 from miles_spmd.training.trainer import Trainer
 from tests.ranks import Ranks
 from tests.training.cases import SP, Held, build, config, held, sequences, whole_weights
@@ -44,9 +44,8 @@ class Cut(NamedTuple):
 CUTS = [Cut(300, 1, 0), Cut(64, 1, 1), Cut(90, 4, 2)]
 
 
-def info(trainer: Trainer, rank: int, world_size: int) -> RankInfo:
-    where = (trainer.data_parallel_rank, trainer.data_parallel_size, trainer.reports)
-    return RankInfo(rank, world_size, "host", 1, *where, engine=rank, engine_leader=True)
+def standing(trainer: Trainer) -> TrainerRank:
+    return TrainerRank(trainer.data_parallel_rank, trainer.data_parallel_size, trainer.reports)
 
 
 def own_body(trainer: Trainer, batch: list[TrainSequence], cut: Cut | None, leaves: int) -> Train:
@@ -59,29 +58,29 @@ def own_body(trainer: Trainer, batch: list[TrainSequence], cut: Cut | None, leav
         batch = [batch[i] for i in order]
         lengths = [len(s.tokens) for s in batch]
         packing = pack(lengths, data_parallel_size=size, max_tokens=cut.max_tokens, multiple=cut.multiple)
-    (body,) = bodies(packing, batch, [info(trainer, 0, 1)], Train)
+    (body,) = bodies(packing, batch, [standing(trainer)], Train)
     return body  # type: ignore[return-value]
 
 
 class Result(NamedTuple):
     result: TrainResult
-    info: RankInfo
+    rank: TrainerRank
 
 
-def steps_of_cuts(run: Config, cuts: list[Cut], rank_count: int) -> list[Result]:
+def steps_of_cuts(run: Config, cuts: list[Cut]) -> list[Result]:
     """One step for each cut, all from the same weights: the learning rate is 0."""
     trainer = build(run)
     results = []
     for cut in cuts:
         result = trainer.train_step(own_body(trainer, BATCH, cut, 0).micro_batches)
-        results.append(Result(result, info(trainer, 0, rank_count)))
+        results.append(Result(result, standing(trainer)))
     return results
 
 
 def loss_and_norm(ranks: list[Result]) -> tuple[float, float]:
     norms = {r.result.grad_norm for r in ranks}
     assert len(norms) == 1
-    return train_metrics([r.result for r in ranks], [r.info for r in ranks])["train/loss"], norms.pop()
+    return train_metrics([r.result for r in ranks], [r.rank for r in ranks])["train/loss"], norms.pop()
 
 
 def table(dp: int, cp: int, tp: int, pp: int) -> dict[str, Any]:
@@ -96,7 +95,7 @@ def table(dp: int, cp: int, tp: int, pp: int) -> dict[str, Any]:
 
 @cache
 def alone(ranks: Ranks) -> list[tuple[float, float]]:
-    (results,) = ranks.run(1, steps_of_cuts, config("qwen3", table(1, 1, 1, 1), algorithm=ALGORITHM), CUTS, 1)
+    (results,) = ranks.run(1, steps_of_cuts, config("qwen3", table(1, 1, 1, 1), algorithm=ALGORITHM), CUTS)
     return [loss_and_norm([result]) for result in results]
 
 
@@ -104,7 +103,7 @@ def alone(ranks: Ranks) -> list[tuple[float, float]]:
 def test_loss_and_gradient_norm(ranks: Ranks, layout: tuple[int, int, int, int]) -> None:
     world_size = math.prod(layout)
     run = config("qwen3", table(*layout), algorithm=ALGORITHM)
-    per_rank = ranks.run(world_size, steps_of_cuts, run, CUTS, world_size, timeout=60 + 60 * world_size)
+    per_rank = ranks.run(world_size, steps_of_cuts, run, CUTS, timeout=60 + 60 * world_size)
     expected_loss, expected_norm = alone(ranks)[0]
     for results in zip(*per_rank):
         loss, norm = loss_and_norm(list(results))
@@ -118,18 +117,18 @@ LEAVES = 4
 ADAM = {"lr": 1e-2, "clip_grad": 1.0}
 
 
-def trained(run: Config, cut: Cut | None, world_size: int) -> tuple[list[Result], Held]:
+def trained(run: Config, cut: Cut | None) -> tuple[list[Result], Held]:
     """Three updates; ``cut`` None: as the canonical reduction wants it."""
     trainer = build(run)
     body = own_body(trainer, BATCH, cut, LEAVES)
-    results = [Result(trainer.train_step(body.micro_batches), info(trainer, 0, world_size)) for _ in range(3)]
+    results = [Result(trainer.train_step(body.micro_batches), standing(trainer)) for _ in range(3)]
     return results, held(trainer)
 
 
 def run_of(ranks: Ranks, dp: int, table: dict[str, Any], cut: Cut | None) -> tuple[list[Any], dict[str, np.ndarray]]:
     model_ranks = table.get("tensor_model_parallel_size", 1) * table.get("pipeline_model_parallel_size", 1)
     run = config("qwen3", ADAM | table, algorithm=ALGORITHM, train={"reduction_leaves": 0 if cut else LEAVES})
-    per_rank = ranks.run(dp * model_ranks, trained, run, cut, dp * model_ranks)
+    per_rank = ranks.run(dp * model_ranks, trained, run, cut)
     steps = [loss_and_norm(list(results)) for results in zip(*(results for results, _ in per_rank))]
     return steps, whole_weights("qwen3", [weights for _, weights in per_rank])
 
