@@ -89,6 +89,9 @@ class Rollout(Table):
     rollout_top_k: int = -1
     rollout_stop: list[str] = []
     rollout_stop_token_ids: list[int] = []
+    rollout_num_gpus: NonNegativeInt = 0
+    """Disaggregated layout: the last so many ranks only generate, on devices of their own, and the others only train.
+    0: colocated, every rank does both in turns."""
     engine: Literal["sglang", "torch"] = "sglang"
     """`torch` is a small reference engine for tests."""
 
@@ -290,6 +293,20 @@ class Refit(Table):
     refit_bucket_mib: PositiveInt = 256
 
 
+class Determinism(Table):
+    """Whether runs of one configuration are equal in every bit, and what a run keeps to show it."""
+
+    deterministic: bool = False
+    """Two runs on machines alike are equal bit for bit: every kernel and collective adds up in a fixed order, and no
+    answer depends on what else the engine computes."""
+    ledger: bool = True
+    """Keep in `ledger/` a hash chain over what every step read and computed; see `miles-spmd ledger`, `diff`, `replay`.
+    """
+    ledger_data_gib: NonNegativeFloat = 4.0
+    """Beside it keep tokens, log-probs, rewards and advantages of the newest steps, up to so much: by them `diff` finds
+    the token and `replay --phase train` does without generating. 0: none."""
+
+
 class Telemetry(Table):
     progress: Literal["auto", "rich", "plain", "none"] = "auto"
     use_tensorboard: bool = False
@@ -321,6 +338,7 @@ class Config(Table):
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     refit: Refit = Refit()
+    determinism: Determinism = Determinism()
     telemetry: Telemetry = Telemetry()
     deadlines: Deadlines = Deadlines()
     megatron: dict[str, Any] = {}
