@@ -305,6 +305,11 @@ class Determinism(Table):
     ledger_data_gib: NonNegativeFloat = 4.0
     """Beside it keep tokens, log-probs, rewards and advantages of the newest steps, up to so much: by them `diff` finds
     the token and `replay --phase train` does without generating. 0: none."""
+    parity: Literal["off", "bitwise"] = "off"
+    """`bitwise`: engine and trainer compute log-probs by the same batch-invariant kernels, so that they are equal."""
+    parity_gate: Literal["warn", "mask", "stop"] = "stop"
+    """What happens when the log-probs of a token differ though they should not: a warning; the token is not trained on;
+    the run ends with a report of the first such token."""
 
 
 class Telemetry(Table):
