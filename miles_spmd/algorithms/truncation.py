@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+UNIT = 2**52  # of a probability as a whole number: sums of such are exact, so they are the same on every device
 FEW = 1024  # tokens that nearly always hold the probability that top-p asks for: to sort a whole vocabulary takes long
 
 
@@ -29,7 +30,8 @@ def threshold(scores: Tensor, top_k: int | Tensor, top_p: float | Tensor) -> Ten
     for candidates in (min(FEW, most), most):
         ordered = scores.topk(candidates, dim=-1).values
         probs = (ordered - log_total).exp()
-        above = probs.cumsum(-1, dtype=torch.float64) - probs
+        parts = probs.double().mul_(UNIT).long()
+        above = (parts.cumsum(-1) - parts).double() / UNIT
         rank = torch.arange(candidates, device=scores.device)
         kept = (rank < limit) & ((above < top_p) | (top_p >= 1))
         if not kept[:, -1].any():

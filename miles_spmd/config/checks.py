@@ -6,7 +6,12 @@ import inspect
 from collections.abc import Collection
 from typing import Any
 
-from miles_spmd.config import algorithm_rules, layout_rules, machine_rules  # noqa: F401  (register themselves)
+from miles_spmd.config import (  # noqa: F401  (register themselves)
+    algorithm_rules,
+    determinism_rules,
+    layout_rules,
+    machine_rules,
+)
 from miles_spmd.config.backends import BackendMissingError, backend_fields
 from miles_spmd.config.rules import CONTRADICTIONS, DOUBTS, FILES, Rule, checkpoint_shape
 from miles_spmd.config.schema import Config, Table
@@ -30,7 +35,7 @@ def missing_files(config: Config, *, ignore: Collection[str] = ()) -> list[str]:
 def _apply(rules: list[Rule], config: Config, world_size: int | None, ignore: Collection[str]) -> list[str]:
     values = {name: value for name, value in settings(config).items() if name not in ignore}
     if world_size is not None:
-        values["world_size"] = world_size
+        values |= _sides(world_size, values.get("rollout_num_gpus"))
     shape = None if "hf_checkpoint" in ignore else checkpoint_shape(config.model.hf_checkpoint)
     if shape is not None:
         values["shape"] = shape
@@ -40,6 +45,14 @@ def _apply(rules: list[Rule], config: Config, world_size: int | None, ignore: Co
         if all(name in values for name in names):
             messages += rule(**{name: values[name] for name in names})
     return messages
+
+
+def _sides(world_size: int, rollout_num_gpus: int | None) -> dict[str, int]:
+    """How many ranks there are, and how many of them train and generate, where that is known and both do."""
+    sizes = {"world_size": world_size}
+    if rollout_num_gpus is not None and rollout_num_gpus < world_size:
+        sizes |= {"trainer_ranks": world_size - rollout_num_gpus, "engine_ranks": rollout_num_gpus or world_size}
+    return sizes
 
 
 def settings(config: Config) -> dict[str, Any]:

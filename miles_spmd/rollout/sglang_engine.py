@@ -243,7 +243,7 @@ class SglangEngine:
 
     def flush(self) -> None:
         self._require_idle("flush")
-        self._scheduler.flush_cache()
+        self._scheduler.flush_cache(empty_cache=False)
 
     def release(self, keep_weights: bool = False) -> None:
         self._require_memory()

@@ -43,6 +43,8 @@ def build_settings(config: Config, family: Family) -> Settings:
     table = DEFAULTS["megatron"] | _with_virtual_stages(config.megatron, family.num_layers)
     _refuse_unknown(table)
     _refuse_unsupported(table)
+    if config.determinism.deterministic:
+        table = {"deterministic_mode": True} | table
     transformer = _defaults(table) | family.transformer_config() | table | _dtypes(config)
     transformer["activation_func"] = getattr(F, transformer["activation_func"])
     dtypes = _dtypes(config)

@@ -44,8 +44,10 @@ def run_rollout(
 ) -> None:
     """From a Generate command until the engine is idle and the controller has said that nothing more will come.
 
-    ``progress`` is told how far it is.
+    It begins with an empty prefix cache: what an evaluation has left there would decide which tokens of a prompt are
+    computed together, and so their last bits. ``progress`` is told how far it is.
     """
+    engine.flush()
     steps, ended = 0, False
     while True:
         with watch("wait"):
