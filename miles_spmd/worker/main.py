@@ -37,6 +37,7 @@ from miles_spmd.messaging.wire import (
     Stop,
     TrainerRank,
 )
+from miles_spmd.platform import fixed_order
 from miles_spmd.worker.stopwatch import Stopwatch
 from miles_spmd.worker.watchdog import Watchdog
 
@@ -138,11 +139,14 @@ def next_command(dealer: Dealer) -> Command:
 
 def join(config: Config, place: Place, controller: ControllerProcess | None) -> Credentials:
     """Meet the other ranks: torch.distributed's groups, and the way to the controller, through one store."""
+    if config.determinism.deterministic:
+        fixed_order.pin_environment()
     import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
+    threads = max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
+    torch.set_num_threads(1 if config.determinism.deterministic else threads)  # a sum depends on how it is shared out
     start_timeout = timedelta(seconds=config.deadlines.start_timeout)
     store, _, _ = next(rendezvous("env://", timeout=start_timeout))
     control = dist.PrefixStore("control", store)

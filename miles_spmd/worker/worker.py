@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
+
 from miles_spmd.config.schema import Config
 from miles_spmd.messaging import wire
 from miles_spmd.messaging.dealer import Dealer
+from miles_spmd.platform import fixed_order
 from miles_spmd.rollout.engine import Engine
 from miles_spmd.training.roles import Roles
 from miles_spmd.worker.phases import EngineTurns
@@ -17,6 +20,8 @@ from miles_spmd.worker.stopwatch import Stopwatch
 def make_engine(config: Config) -> Engine:
     """The kind that ``rollout.engine`` names; imports no other."""
     table = dict(config.sglang)
+    if config.determinism.deterministic and torch.cuda.is_available():
+        table.setdefault("enable_deterministic_inference", True)  # answers do not depend on what else is computed
     context_length = table.pop("context_length", None)
     if config.rollout.engine == "torch":
         from miles_spmd.rollout.torch_engine import TorchEngine
@@ -56,6 +61,11 @@ class Worker:
 
     def do(self, body: wire.Body) -> wire.Result:
         """One command; raises whatever its part raises."""
+        trains = isinstance(body, wire.ComputeLogProbs | wire.ComputeValues | wire.Train)
+        with fixed_order.kernels() if trains and self._config.determinism.deterministic else nullcontext():
+            return self._do(body)
+
+    def _do(self, body: wire.Body) -> wire.Result:
         match body:
             case wire.Generate():
                 self.engine.rollout(self._rank, self._dealer, self._progress)
