@@ -312,20 +312,6 @@ class Determinism(Table):
     the run ends with a report of the first such token."""
 
 
-class Determinism(Table):
-    """Whether runs of one configuration are equal in every bit, and what a run keeps to show it."""
-
-    deterministic: bool = False
-    """Two runs on machines alike are equal bit for bit: every kernel and collective adds up in a fixed order, and no
-    answer depends on what else the engine computes."""
-    ledger: bool = True
-    """Keep in `ledger/` a hash chain over what every step read and computed; see `miles-spmd ledger`, `diff`, `replay`.
-    """
-    ledger_data_gib: NonNegativeFloat = 4.0
-    """Beside it keep tokens, log-probs, rewards and advantages of the newest steps, up to so much: by them `diff` finds
-    the token and `replay --phase train` does without generating. 0: none."""
-
-
 class Telemetry(Table):
     progress: Literal["auto", "rich", "plain", "none"] = "auto"
     use_tensorboard: bool = False
@@ -357,7 +343,6 @@ class Config(Table):
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     refit: Refit = Refit()
-    determinism: Determinism = Determinism()
     determinism: Determinism = Determinism()
     telemetry: Telemetry = Telemetry()
     deadlines: Deadlines = Deadlines()
