@@ -10,8 +10,9 @@ of each position.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,10 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miles_spmd.algorithms.truncation import threshold
+from miles_spmd.training import softmax
 
-# Logits of a chunk on a rank: 512 MiB in fp32. Two such tensors are alive at once, three while the entropy is
-# differentiated.
+# Logits of a chunk on a rank, in tensor operations: 512 MiB in fp32, of which two are alive beside those that came in,
+# three while the entropy is differentiated. Where a kernel reads them as they come, the same memory holds more of them.
 MAX_LOGITS = 2**27
+FP32_COPIES = 2 * 4  # bytes for each logit
+ROWS = 128  # products of a multiple of so many rows waste nothing
 SORTING = 4  # rows that are sorted take so many times more: values, indices and running sums
 OUT = -1e4  # has a probability of 0, like -inf, but a product of the two is not NaN
 
@@ -146,6 +150,7 @@ class _LinearLogProbs(torch.autograd.Function):
         log_probs_S, entropy_S = rows.log_probs(rows.chosen_SK).squeeze(1), rows.entropy()
         ctx.save_for_backward(hidden, weight, targets, rows.peak_S1, rows.total_S1, rows.threshold_S1, entropy_S)
         ctx.distribution, ctx.shard, ctx.differentiate_entropy = distribution, shard, differentiate_entropy
+        ctx.kept_RV = rows.kept_RV
         if not differentiate_entropy:
             ctx.mark_non_differentiable(entropy_S)
         return log_probs_S, entropy_S
@@ -154,29 +159,29 @@ class _LinearLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, targets, peak_S1, total_S1, threshold_S1, entropy_S = ctx.saved_tensors
         head, distribution = _Head(weight, *ctx.shard), ctx.distribution
-        coefficient_S1 = grad_log_probs[:, None] / distribution.temperature
-        coefficient_of_entropy_S1 = grad_entropy[:, None] / distribution.temperature
-        parts = list(head.parts(len(hidden), distribution))
+        parts = head.parts(len(hidden), distribution)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
             dtype = weight.dtype if len(parts) == 1 else _at_least_fp32(weight)
             grad_weight = torch.zeros_like(weight, dtype=dtype)
+        kept_RV, ctx.kept_RV = ctx.kept_RV, None  # a second backward pass finds none and makes them again
 
         def gradient_of_logits(part: slice) -> Tensor:
-            """d log p_y / d z = onehot(y) - p;  d H / d z = -p (log p + H)."""
-            z_RV = _relative(head.logits(hidden[part]), peak_S1[part], distribution.temperature)
-            column_R1, here_R1 = head.columns(targets[part, None])
-            if threshold_S1 is not None:
-                _cut(z_RV, threshold_S1[part], column_R1, here_R1)
-            coefficient_R1, total_R1 = coefficient_S1[part], total_S1[part]
+            logits_RV = head.logits(hidden[part]) if kept_RV is None else kept_RV
+            column_R1, total_R1 = head.columns(targets[part, None]), total_S1[part]
+            grad_R1, of_entropy = grad_log_probs[part, None], None
             if ctx.differentiate_entropy:
-                p_RV = z_RV.exp().div_(total_R1)
-                z_RV.add_(entropy_S[part, None] - total_R1.log()).mul_(coefficient_of_entropy_S1[part])
-                gradient_RV = z_RV.add_(coefficient_R1).mul_(p_RV).neg_()
-            else:
-                gradient_RV = z_RV.exp_().mul_(-coefficient_R1 / total_R1)
-            return gradient_RV.scatter_add_(1, column_R1, torch.where(here_R1, coefficient_R1, 0.0))
+                of_entropy = entropy_S[part, None], grad_entropy[part, None]
+            if threshold_S1 is None:
+                return head.softmax.differentiate(
+                    logits_RV, distribution.temperature, peak_S1[part], total_R1, column_R1, grad_R1, of_entropy
+                )
+            z_RV = softmax.scaled(logits_RV, distribution.temperature).sub_(peak_S1[part])
+            _cut(z_RV, threshold_S1[part], column_R1)
+            return softmax.differentiate_relative(
+                z_RV, distribution.temperature, total_R1, column_R1, grad_R1, of_entropy
+            )
 
         def pass_on(gradient_RV: Tensor, part: slice) -> None:
             if grad_hidden is not None:
@@ -205,21 +210,35 @@ class _Head:
         self.first_id, self.vocab_size = first_id, vocab_size
         self.group = group if group is not None and group.size() > 1 else None
 
+    @property
+    def softmax(self) -> ModuleType:
+        """What reads logits: a kernel, or tensor operations."""
+        if self.weight.is_cuda and self.weight.dtype != torch.float64:
+            from miles_spmd.training import softmax_kernel
+
+            return softmax_kernel
+        return softmax
+
     def logits(self, hidden_RH: Tensor) -> Tensor:
-        return F.linear(hidden_RH, self.weight).to(_at_least_fp32(hidden_RH))
+        return F.linear(hidden_RH, self.weight)
 
-    def columns(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Where among this rank's logits the tokens ``ids`` are, and whether they are there at all."""
-        column = ids - self.first_id
-        last = len(self.weight) - 1
-        return column.clamp(0, last), (column >= 0) & (column <= last)
+    def columns(self, ids: Tensor) -> Tensor:
+        """Where among this rank's logits the tokens ``ids`` are; outside of them, if they are on another rank."""
+        return ids - self.first_id
 
-    def parts(self, rows: int, distribution: Distribution, sorts: bool = False) -> Iterator[slice]:
+    def parts(self, rows: int, distribution: Distribution, sorts: bool = False) -> list[slice]:
         """Chunks of rows. Forward and backward pass have the same ones, so that products of the same shape give the
         same logits, and the same tokens are kept."""
-        logits = len(self.weight) * (SORTING if sorts else 1)
-        size = max(1, MAX_LOGITS // (SORTING * self.vocab_size if distribution.is_cut else logits))
-        return (slice(start, start + size) for start in range(0, rows, size))
+        if distribution.is_cut:
+            size = MAX_LOGITS // (SORTING * self.vocab_size)
+        elif sorts or self.softmax is softmax:
+            size = MAX_LOGITS // (len(self.weight) * (SORTING if sorts else 1))
+        else:
+            item = self.weight.itemsize
+            size = MAX_LOGITS * (item + FP32_COPIES) // (item * len(self.weight))
+            size -= size % ROWS if size > ROWS else 0
+        size = max(1, size)
+        return [slice(start, start + size) for start in range(0, rows, size)]
 
     def gather(self, z_RV: Tensor) -> Tensor:
         """The whole vocabulary's, from all ranks; padding is -inf."""
@@ -233,13 +252,14 @@ class _Head:
 
 @dataclass
 class _Rows:
-    """What the first pass over the logits leaves of every row; sums are over exp(z), z = (logit - peak) / temperature,
-    of what is kept."""
+    """What the first pass over the logits leaves of every row; sums are over exp(z), z = v - peak, v = logit /
+    temperature, of what is kept."""
 
     temperature: float
-    peak_S1: Tensor
+    peak_S1: Tensor  # of v
     threshold_S1: Tensor | None  # of z, where the distribution is cut
     sums_NS: Tensor  # of exp(z), of z exp(z), and, as the only one of the ranks knows them, the logits of chosen tokens
+    kept_RV: Tensor | None = None  # the logits, where they all were one chunk that nothing overwrote
 
     @property
     def total_S1(self) -> Tensor:
@@ -250,7 +270,7 @@ class _Rows:
         return self.sums_NS[2:].T
 
     def log_probs(self, logits_SK: Tensor) -> Tensor:
-        return (logits_SK - self.peak_S1) / self.temperature - self.total_S1.log()
+        return softmax.scaled(logits_SK.clone(), self.temperature) - self.peak_S1 - self.total_S1.log()
 
     def entropy(self) -> Tensor:
         return self.sums_NS[0].log() - self.sums_NS[1] / self.sums_NS[0]
@@ -259,7 +279,7 @@ class _Rows:
         """From sums over this rank's tokens, above its own peak, to those of all."""
         own_peak_S1 = self.peak_S1.clone()
         dist.all_reduce(self.peak_S1, dist.ReduceOp.MAX, group)
-        shift_S = (own_peak_S1 - self.peak_S1).squeeze(1) / self.temperature
+        shift_S = (own_peak_S1 - self.peak_S1).squeeze(1)
         total_S, weighted_S = self.sums_NS[:2]
         weighted_S += shift_S * total_S
         self.sums_NS[:2] *= shift_S.exp()
@@ -285,19 +305,23 @@ def _scan(
         logits_RV = head.logits(hidden[part])
         if inspect is not None:
             inspect(part, logits_RV)
-        column_RK, here_RK = head.columns(ids_SK[part])
-        rows.sums_NS[2:, part] = torch.where(here_RK, logits_RV.gather(1, column_RK), 0.0).T
-        peak_R1 = logits_RV.amax(-1, keepdim=True)
-        if rows.threshold_S1 is not None and head.group is not None:
+        column_RK = head.columns(ids_SK[part])
+        rows.sums_NS[2:, part] = softmax.take(logits_RV, column_RK).T
+        if rows.threshold_S1 is None:
+            measured = head.softmax.measure(logits_RV, distribution.temperature)
+            rows.peak_S1[part], rows.sums_NS[0, part], rows.sums_NS[1, part] = measured
+            if len(logits_RV) == len(hidden) and head.softmax is not softmax:
+                rows.kept_RV = logits_RV
+            return
+        v_RV = softmax.scaled(logits_RV, distribution.temperature)
+        peak_R1 = v_RV.amax(-1, keepdim=True)
+        if head.group is not None:
             dist.all_reduce(peak_R1, dist.ReduceOp.MAX, head.group)
-        z_RV = _relative(logits_RV, peak_R1, distribution.temperature)
-        if rows.threshold_S1 is not None:
-            rows.threshold_S1[part] = threshold(head.gather(z_RV), distribution.top_k, distribution.top_p)
-            _cut(z_RV, rows.threshold_S1[part], column_RK, here_RK)
+        z_RV = v_RV.sub_(peak_R1)
         rows.peak_S1[part] = peak_R1
-        exp_RV = z_RV.exp()
-        rows.sums_NS[0, part] = exp_RV.sum(-1)
-        rows.sums_NS[1, part] = exp_RV.mul_(z_RV).sum(-1)
+        rows.threshold_S1[part] = threshold(head.gather(z_RV), distribution.top_k, distribution.top_p)
+        _cut(z_RV, rows.threshold_S1[part], column_RK)
+        rows.sums_NS[0, part], rows.sums_NS[1, part] = softmax.sums(z_RV)
 
     for part in head.parts(len(hidden), distribution, sorts=inspect is not None):
         measure(part)
@@ -306,17 +330,12 @@ def _scan(
     return rows
 
 
-def _relative(logits_RV: Tensor, peak_R1: Tensor, temperature: float) -> Tensor:
-    """In place. The peak goes before the division: what is left to divide is small and exact."""
-    logits_RV.sub_(peak_R1)
-    return logits_RV if temperature == 1.0 else logits_RV.div_(temperature)
-
-
-def _cut(z_RV: Tensor, threshold_R1: Tensor, column_R1: Tensor, here_R1: Tensor) -> None:
+def _cut(z_RV: Tensor, threshold_R1: Tensor, column_R1: Tensor) -> None:
     """Take what is below the threshold out of every sum, in place; targets that are here stay in."""
-    target_R1 = z_RV.gather(1, column_R1)
+    target_R1, here_R1 = softmax.take(z_RV, column_R1), softmax.is_here(z_RV, column_R1)
     z_RV.masked_fill_(z_RV < threshold_R1, OUT)
-    z_RV.scatter_(1, column_R1, torch.where(here_R1, target_R1, z_RV.gather(1, column_R1)))
+    index_R1 = column_R1.clamp(0, z_RV.shape[1] - 1)
+    z_RV.scatter_(1, index_R1, torch.where(here_R1, target_R1, z_RV.gather(1, index_R1)))
 
 
 def _add_product(total_VH: Tensor, gradient_RV: Tensor, hidden_RH: Tensor) -> None:
@@ -325,11 +344,9 @@ def _add_product(total_VH: Tensor, gradient_RV: Tensor, hidden_RH: Tensor) -> No
         total_VH.addmm_(gradient_RV.to(total_VH.dtype).T, hidden_RH)
     elif not total_VH.is_cuda:
         total_VH.addmm_(gradient_RV.T, hidden_RH.float())
-    else:  # the tensor cores' own sums, in pieces: they have to be added in a second step
-        tokens = max(1, MAX_LOGITS // 1024 // hidden_RH.shape[1]) * 128  # pieces that begin where fast kernels load
-        factor_RV = gradient_RV.to(hidden_RH.dtype)
-        for piece, factor in zip(total_VH.split(tokens), factor_RV.split(tokens, 1)):
-            piece += torch.mm(factor.T, hidden_RH, out_dtype=total_VH.dtype)
+    else:
+        factor_VR = gradient_RV.to(hidden_RH.dtype).T
+        torch.addmm(total_VH, factor_VR, hidden_RH, out_dtype=total_VH.dtype, out=total_VH)
 
 
 def _at_least_fp32(tensor: Tensor) -> torch.dtype:

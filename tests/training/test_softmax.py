@@ -1,0 +1,65 @@
+"""The head's kernels, run by Triton's interpreter: what the tensor operations give, and a softmax in float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+PROGRAM = """
+import itertools
+import torch
+from miles_spmd.training import softmax, softmax_kernel
+
+softmax_kernel.BLOCK, softmax_kernel.WIDE = 64, 128
+generator = torch.Generator().manual_seed(0)
+for dtype, columns, temperature, with_entropy in itertools.product(
+    (torch.float32, torch.bfloat16), (1, 64, 300), (1.0, 0.7), (False, True)
+):
+    rows = 5
+    logits = (4 * torch.randn(rows, columns, generator=generator)).to(dtype)
+    logits[1] *= 20
+    logits[2] = -3.0
+    column = torch.tensor([[0], [columns - 1], [-1], [columns], [columns // 2]])
+    grad, grad_entropy = torch.randn(2, rows, 1, generator=generator)
+
+    v = (logits.double() / temperature).requires_grad_()
+    log_p = v.log_softmax(-1)
+    here = (column >= 0) & (column < columns)
+    entropy = -(log_p.exp() * log_p).sum(-1, keepdim=True)
+    total = (v - v.amax(-1, keepdim=True)).exp().sum(-1, keepdim=True)
+    log_p_of = torch.where(here, log_p.gather(1, column.clamp(0, columns - 1)), -torch.logsumexp(v, -1, keepdim=True))
+    loss = (grad * log_p_of).sum() + with_entropy * (grad_entropy * entropy).sum()
+    expected = torch.autograd.grad(loss, v)[0] / temperature
+
+    way = dtype, columns, temperature, with_entropy
+    before = logits.clone()
+    peak, *sums = softmax_kernel.measure(logits, temperature)
+    assert torch.equal(logits, before), "measuring overwrites nothing"
+    assert torch.equal(peak, softmax.measure(logits.clone(), temperature)[0]), way
+    for got, wanted in zip(sums, softmax.measure(logits.double(), temperature)[1:]):
+        torch.testing.assert_close(got.double(), wanted, rtol=3e-6, atol=1e-5)
+    of_entropy = (entropy.detach().float(), grad_entropy) if with_entropy else None
+    arguments = temperature, peak, total.detach().float(), column, grad, of_entropy
+    reference = softmax.differentiate(logits.clone(), *arguments)
+    gradient = softmax_kernel.differentiate(logits, *arguments)
+    assert gradient is logits, way
+    tolerance = 2**-7 if dtype is torch.bfloat16 else 2e-6  # the interpreter cuts digits off
+    for wanted in (expected, reference.double()):
+        scale = wanted.abs() if dtype is torch.bfloat16 else wanted.abs().amax(-1, keepdim=True)
+        assert ((gradient.double() - wanted).abs() <= tolerance * scale + 2e-5).all(), way
+    sliced = logits.new_zeros(rows, columns + 7)[:, :columns].copy_(before)  # rows apart, each on its own
+    for row in range(rows):
+        alone = softmax_kernel.measure(sliced[row : row + 1], temperature)
+        assert all(torch.equal(a[0], b[row]) for a, b in zip(alone, (peak, *sums))), way
+for empty in (softmax_kernel.measure(logits[:0], 1.0)):
+    assert len(empty) == 0
+print("done")
+"""
+
+
+def test_kernels() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.stdout.strip() == "done", done.stderr
