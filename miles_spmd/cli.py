@@ -55,7 +55,8 @@ def export(
     recipe = checkpoint.absolute().parents[1] / "config.toml"
     if not recipe.is_file():
         launcher.fail(f"{checkpoint} is no checkpoint of a run: there is no {recipe}")
-    fixed = [f"checkpoint.load={checkpoint}", f"checkpoint.export_dir={out}", "sglang.tp_size=1"]
+    no_engines = ["sglang.tp_size=1", "rollout.rollout_num_gpus=0"]
+    fixed = [f"checkpoint.load={checkpoint}", f"checkpoint.export_dir={out}", *no_engines]
     _start("export", recipe, [*(overrides or []), *fixed], nproc_per_node or _smallest_world(recipe, overrides or []))
 
 

@@ -10,6 +10,27 @@ from miles_spmd.config.rules import CONTRADICTIONS, rule
 FP8_BLOCKS = {"blockwise": 128, "tensorwise": 16}  # what has to divide the sides of a matrix, by recipe
 
 
+# --- trainers and engines --------------------------------------------------------------------------------------------
+
+
+@rule(CONTRADICTIONS)
+def _both_sides_have_ranks(rollout_num_gpus: int, world_size: int) -> Iterator[str]:
+    if rollout_num_gpus >= world_size:
+        yield f"rollout.rollout_num_gpus: {rollout_num_gpus} of {world_size} ranks leave none to train"
+
+
+@rule(CONTRADICTIONS)
+def _engines_have_work(rollout_num_gpus: int, mode: str, eval_interval: int) -> Iterator[str]:
+    if rollout_num_gpus and (mode in ("dpo", "rm") or (mode == "sft" and not eval_interval)):
+        yield f"rollout.rollout_num_gpus: must be 0, because this run of mode {mode!r} generates nothing"
+
+
+@rule(CONTRADICTIONS)
+def _nobody_to_make_room_for(rollout_num_gpus: int, offload_train: bool) -> Iterator[str]:
+    if rollout_num_gpus and offload_train:
+        yield "train.offload_train: must be false with rollout_num_gpus; no engine needs the trainers' memory"
+
+
 # --- parallel layout of the trainer ----------------------------------------------------------------------------------
 
 
@@ -19,36 +40,35 @@ def _leaves_divide(
     tensor_model_parallel_size: int,
     pipeline_model_parallel_size: int,
     context_parallel_size: int,
-    world_size: int,
+    trainer_ranks: int,
 ) -> Iterator[str]:
     dense = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
-    if reduction_leaves and not world_size % dense and reduction_leaves % (world_size // dense):
-        yield (
-            f"train.reduction_leaves: {reduction_leaves} is no multiple of the data-parallel size {world_size // dense}"
-        )
+    replicas, rest = divmod(trainer_ranks, dense)
+    if reduction_leaves and not rest and reduction_leaves % replicas:
+        yield f"train.reduction_leaves: {reduction_leaves} is no multiple of the data-parallel size {replicas}"
 
 
 @rule(CONTRADICTIONS)
-def _trainer_fills_the_world(
+def _trainer_fills_its_ranks(
     tensor_model_parallel_size: int,
     pipeline_model_parallel_size: int,
     context_parallel_size: int,
     expert_model_parallel_size: int,
     expert_tensor_parallel_size: int | None,
-    world_size: int,
+    trainer_ranks: int,
 ) -> Iterator[str]:
     dense = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
-    if world_size % dense:
+    if trainer_ranks % dense:
         yield (
             f"megatron: tensor {tensor_model_parallel_size} x pipeline {pipeline_model_parallel_size} x context "
-            f"{context_parallel_size} = {dense} ranks do not divide the {world_size} of this run"
+            f"{context_parallel_size} = {dense} ranks do not divide the {trainer_ranks} that train"
         )
     expert_tensor = expert_tensor_parallel_size or tensor_model_parallel_size
     expert = expert_tensor * pipeline_model_parallel_size * expert_model_parallel_size
-    if expert_model_parallel_size > 1 and world_size % expert:
+    if expert_model_parallel_size > 1 and trainer_ranks % expert:
         yield (
             f"megatron: expert tensor {expert_tensor} x pipeline {pipeline_model_parallel_size} x expert "
-            f"{expert_model_parallel_size} = {expert} ranks do not divide the {world_size} of this run"
+            f"{expert_model_parallel_size} = {expert} ranks do not divide the {trainer_ranks} that train"
         )
 
 
@@ -218,9 +238,9 @@ def _fp8_blocks_divide(
 
 
 @rule(CONTRADICTIONS)
-def _engines_fill_the_world(tp_size: int, world_size: int) -> Iterator[str]:
-    if world_size % tp_size:
-        yield f"sglang.tp_size: engines of {tp_size} ranks do not divide the {world_size} of this run"
+def _engines_fill_their_ranks(tp_size: int, engine_ranks: int) -> Iterator[str]:
+    if engine_ranks % tp_size:
+        yield f"sglang.tp_size: engines of {tp_size} ranks do not divide the {engine_ranks} that generate"
 
 
 @rule(CONTRADICTIONS)

@@ -1,8 +1,9 @@
 """What settings may not say together, one small function per rule: algorithm_rules, layout_rules, machine_rules.
 
 A rule's parameters are leaf names of our tables or keys of `[megatron]` and `[sglang]` (leaf names are unique), or
-``shape`` (the checkpoint's config.json) or ``world_size``. A rule is left out when one of them is unknown or faulty. It
-yields messages that begin with the setting to change.
+``shape`` (the checkpoint's config.json), or ``world_size`` and how much of it trains and generates, ``trainer_ranks``
+and ``engine_ranks``. A rule is left out when one of them is unknown or faulty. It yields messages that begin with the
+setting to change.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class Refit:
     def _make_direct(self, holdings: list[Holding]) -> DirectRefit | None:
         """Take over what goes from GPU to GPU of one host, if the memory of others can be mapped here. All ranks come
         to the same conclusion."""
-        if not any(all(holding.on_gpu) for holding in holdings):
+        if not all(any(holding.on_gpu[side] for holding in holdings) for side in (0, 1)):
             return None
         from miles_spmd.refit.direct import DirectRefit, map_peers  # needs Triton
 

@@ -24,25 +24,14 @@ from miles_spmd.controller.process import LAST_WORDS, ControllerProcess
 from miles_spmd.messaging.dealer import Dealer
 from miles_spmd.messaging.keys import Credentials
 from miles_spmd.messaging.router import LOOPBACK
-from miles_spmd.messaging.wire import (
-    Command,
-    EngineRank,
-    Failure,
-    Feed,
-    Hello,
-    Ok,
-    Phase,
-    RankInfo,
-    Reply,
-    Stop,
-    TrainerRank,
-)
+from miles_spmd.messaging.wire import Command, Failure, Feed, Hello, Ok, Phase, RankInfo, Reply, Stop
 from miles_spmd.platform import fixed_order
 from miles_spmd.worker.stopwatch import Stopwatch
 from miles_spmd.worker.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from miles_spmd.worker.worker import Worker
+    from miles_spmd.worker.world import Side
 
 HOST = socket.gethostname()
 
@@ -100,11 +89,11 @@ def serve(config: Config, task: str, place: Place, controller: ControllerProcess
     """Do what the controller says until it says stop."""
     watch = Stopwatch()
     with watch("join"):
-        credentials = join(config, place, controller)
+        credentials, side = join(config, place, controller)
     watchdog.connect(credentials, config.deadlines.heartbeat_timeout)
     dealer = Dealer(credentials, config.deadlines.heartbeat_timeout)
     try:
-        worker = build(config, task, place, dealer, watch, watchdog)
+        worker = build(config, task, place, side, dealer, watch, watchdog)
     except Exception as error:
         traceback.print_exc()
         dealer.send(Reply(0, place.rank, HOST, Phase.START, failure(error)))
@@ -137,13 +126,15 @@ def next_command(dealer: Dealer) -> Command:
             return command
 
 
-def join(config: Config, place: Place, controller: ControllerProcess | None) -> Credentials:
+def join(config: Config, place: Place, controller: ControllerProcess | None) -> tuple[Credentials, Side]:
     """Meet the other ranks: torch.distributed's groups, and the way to the controller, through one store."""
     if config.determinism.deterministic:
         fixed_order.pin_environment()
     import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
+
+    from miles_spmd.worker.world import take_side
 
     threads = max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
     torch.set_num_threads(1 if config.determinism.deterministic else threads)  # a sum depends on how it is shared out
@@ -153,7 +144,8 @@ def join(config: Config, place: Place, controller: ControllerProcess | None) -> 
     if controller is not None:
         control.set("credentials", msgspec.json.encode(controller.credentials()).decode())
     credentials = msgspec.json.decode(control.get("credentials"), type=Credentials)
-    longest = max(config.deadlines.model_dump().values())  # a collective may last as long as the phase around it
+    # a collective may last as long as the phase around it
+    longest = timedelta(seconds=max(config.deadlines.model_dump().values()))
     if torch.cuda.is_available():
         torch.cuda.set_device(place.local_rank)
     dist.init_process_group(
@@ -161,35 +153,36 @@ def join(config: Config, place: Place, controller: ControllerProcess | None) -> 
         store=dist.PrefixStore("groups", store),
         rank=place.rank,
         world_size=place.world_size,
-        timeout=timedelta(seconds=longest),
+        timeout=longest,
     )
     if torch.cuda.is_available():
         # NCCL meets in the first collective of a group, of which a refit is none: it sends from rank to rank
         dist.all_reduce(torch.zeros(1, device="cuda"))
         torch.cuda.synchronize()
-    return credentials
+    return credentials, take_side(config.rollout.rollout_num_gpus, longest)
 
 
-def build(config: Config, task: str, place: Place, dealer: Dealer, watch: Stopwatch, watchdog: Watchdog) -> Worker:
+def build(
+    config: Config, task: str, place: Place, side: Side, dealer: Dealer, watch: Stopwatch, watchdog: Watchdog
+) -> Worker:
     with watch("imports"):
         from miles_spmd.platform import cpu
 
         cpu.install()
         from miles_spmd.worker.worker import Worker
-    worker = Worker(config, task, place.rank, dealer, watch, watchdog.progress)
+    worker = Worker(config, task, side, place.rank, dealer, watch, watchdog.progress)
     gc.freeze()  # the backends hold millions of objects for good: a collection that walks them takes a second
     return worker
 
 
 def rank_info(worker: Worker, place: Place) -> RankInfo:
-    actor = worker.roles.actor
     return RankInfo(
         rank=place.rank,
         world_size=place.world_size,
         host=HOST,
         pid=os.getpid(),
-        trainer=TrainerRank(actor.data_parallel_rank, actor.data_parallel_size, actor.reports),
-        engine=EngineRank(place.rank // worker.engine_size, place.rank % worker.engine_size == 0),
+        trainer=worker.trainer_rank,
+        engine=worker.engine_rank,
         versions={name: version(name) for name in ("torch", "megatron-core", "sglang")},
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.distributed as dist
 
 from miles_spmd.config.schema import Config
 from miles_spmd.messaging import wire
@@ -14,7 +15,9 @@ from miles_spmd.platform import fixed_order
 from miles_spmd.rollout.engine import Engine
 from miles_spmd.training.roles import Roles
 from miles_spmd.worker.phases import EngineTurns
+from miles_spmd.worker.sides import EngineSide, TrainerSide
 from miles_spmd.worker.stopwatch import Stopwatch
+from miles_spmd.worker.world import Side
 
 
 def make_engine(config: Config) -> Engine:
@@ -35,29 +38,65 @@ def make_engine(config: Config) -> Engine:
 
 
 class Worker:
-    """Builds what ``task`` needs; torch.distributed is initialised. ``watch`` is told how long each part took, then
-    where the time of each command went."""
+    """Builds what ``task`` needs on this rank's ``side``; torch.distributed is initialised. ``watch`` is told how long
+    each part took, then where the time of each command went."""
 
     def __init__(
-        self, config: Config, task: str, rank: int, dealer: Dealer, watch: Stopwatch, progress: Callable[[str], None]
+        self,
+        config: Config,
+        task: str,
+        side: Side,
+        rank: int,
+        dealer: Dealer,
+        watch: Stopwatch,
+        progress: Callable[[str], None],
     ) -> None:
         self._config, self._rank, self._dealer, self._watch, self._progress = config, rank, dealer, watch, progress
-        with watch("trainer"):
-            self.roles = Roles(config)
         self.engine_size = 1 if config.rollout.engine == "torch" else int(config.sglang.get("tp_size", 1))
-        self._engine: EngineTurns | None = None
-        if config.generates(task):
-            if config.train.offload_train:
-                self.roles.move_out()  # so that the engine makes its cache as large as it may be
-            with watch("engine"):
-                engine = make_engine(config)
-            self._engine = EngineTurns(config, engine, self.engine_size, self.roles, watch)
+        self._roles: Roles | None = None
+        if side.trains:
+            with watch("trainer"):
+                self._roles = Roles(config)
+        self._generation = self._build_generation(side) if config.generates(task) else None
+
+    def _build_generation(self, side: Side) -> EngineTurns | EngineSide | TrainerSide:
+        """This rank's part in rollouts and refits."""
+        config, watch = self._config, self._watch
+        if not side.generates:
+            return TrainerSide(config, self.roles, side.everyone, watch)
+        if config.train.offload_train:
+            self.roles.move_out()  # so that the engine makes its cache as large as it may be
+        with watch("engine"):
+            engine = make_engine(config)
+        if not side.trains:
+            return EngineSide(config, engine, self.engine_size, side.everyone, watch)
+        return EngineTurns(config, engine, self.engine_size, self.roles, watch)
 
     @property
-    def engine(self) -> EngineTurns:
-        if self._engine is None:
-            raise RuntimeError("this run has no engine: it neither generates nor evaluates")
-        return self._engine
+    def trainer_rank(self) -> wire.TrainerRank | None:
+        if self._roles is None:
+            return None
+        actor = self._roles.actor
+        return wire.TrainerRank(actor.data_parallel_rank, actor.data_parallel_size, actor.reports)
+
+    @property
+    def engine_rank(self) -> wire.EngineRank | None:
+        if not isinstance(self._generation, EngineTurns | EngineSide):
+            return None
+        engine, place = divmod(dist.get_rank(), self.engine_size)
+        return wire.EngineRank(engine, leader=place == 0)
+
+    @property
+    def roles(self) -> Roles:
+        if self._roles is None:
+            raise RuntimeError("this rank has no trainer: it only generates")
+        return self._roles
+
+    @property
+    def engine(self) -> EngineTurns | EngineSide:
+        if not isinstance(self._generation, EngineTurns | EngineSide):
+            raise RuntimeError("this rank has no engine: it only trains")
+        return self._generation
 
     def do(self, body: wire.Body) -> wire.Result:
         """One command; raises whatever its part raises."""
@@ -83,7 +122,9 @@ class Worker:
             case wire.Keep(role):
                 self.roles.keep(role)
             case wire.Refit(version):
-                return self.engine.refit(version)
+                if self._generation is None:
+                    raise RuntimeError("this run has no engine: it neither generates nor evaluates")
+                return self._generation.refit(version)
             case wire.SaveCheckpoint(path):
                 with self._whole_trainer():
                     self.roles.save(path)
@@ -98,9 +139,11 @@ class Worker:
 
     def _whole_trainer(self) -> AbstractContextManager[None]:
         """Where optimizer states have left the device they come back for a while, and the engine gives way."""
-        offloads = self._engine is not None and self._config.train.offload_train
-        return self.engine.lent() if offloads else nullcontext()
+        turns = self._generation
+        if isinstance(turns, EngineTurns) and self._config.train.offload_train:
+            return turns.lent()
+        return nullcontext()
 
     def _release_engine(self) -> None:
-        if self._engine is not None:
-            self._engine.release()
+        if isinstance(self._generation, EngineTurns):
+            self._generation.release()

@@ -47,7 +47,13 @@ TE = "megatron.transformer_impl=transformer_engine"
         ("rollout_max_prompt_len=1025", "1025 prompt + 1024 response tokens exceed"),
         ("num_rollout=10 lr_warmup_iters=10", "must be smaller than the run's 10 optimizer steps"),
         ("min_lr=0.1 lr_decay_style=cosine", "is larger than megatron.lr"),
-        ("megatron.tensor_model_parallel_size=4", "do not divide the 2 of this run"),
+        ("megatron.tensor_model_parallel_size=4", "do not divide the 2 that train"),
+        ("rollout_num_gpus=2", "2 of 2 ranks leave none to train"),
+        ("rollout_num_gpus=1 megatron.tensor_model_parallel_size=2", "do not divide the 1 that train"),
+        ("rollout_num_gpus=1 sglang.tp_size=2", "engines of 2 ranks do not divide the 1 that generate"),
+        ("rollout_num_gpus=1 offload_train=true", "no engine needs the trainers' memory"),
+        ("rollout_num_gpus=1 mode=dpo", "this run of mode 'dpo' generates nothing"),
+        ("rollout_num_gpus=1 mode=sft", "this run of mode 'sft' generates nothing"),
         ("megatron.sequence_parallel=true", "needs tensor_model_parallel_size > 1"),
         ("megatron.virtual_pipeline_model_parallel_size=2", "needs pipeline_model_parallel_size > 1"),
         ("megatron.recompute_granularity=full", "needs recompute_method and recompute_num_layers"),
@@ -66,7 +72,7 @@ TE = "megatron.transformer_impl=transformer_engine"
         (f"{TE} megatron.fp8=hybrid megatron.fp8_param=true", "megatron.fp8_param: must be false"),
         (f"{TE} megatron.fp8=hybrid megatron.fp8_dot_product_attention=true", "must be false; attention"),
         (f"{TE} megatron.fp8=hybrid", "128 must divide the model's"),
-        ("sglang.tp_size=4", "engines of 4 ranks do not divide the 2"),
+        ("sglang.tp_size=4", "engines of 4 ranks do not divide the 2 that generate"),
         ("use_wandb=true", "the package wandb is not installed"),
     ],
 )
@@ -121,7 +127,7 @@ def test_doubts_do_not_stop_a_run(recipe: Path) -> None:  # noqa: F811
 
 def test_every_rule_reads_settings_that_exist(recipe: Path) -> None:  # noqa: F811
     """A misspelt parameter would silently switch a rule off."""
-    known = {*checks.settings(load_config(recipe)), "shape", "world_size"}
+    known = {*checks.settings(load_config(recipe)), "shape", "world_size", "trainer_ranks", "engine_ranks"}
     everything = [*rules.CONTRADICTIONS, *rules.DOUBTS, *rules.FILES]
     assert len(everything) > 15
     for rule in everything:

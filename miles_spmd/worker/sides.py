@@ -1,0 +1,73 @@
+"""Ranks of a disaggregated run: trainers that refit, and engines that keep a device of their own, idle while the
+trainers work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from miles_spmd.config.schema import Config
+from miles_spmd.messaging.dealer import Dealer
+from miles_spmd.messaging.wire import RefitResult
+from miles_spmd.refit import Refit
+from miles_spmd.rollout.engine import Engine
+from miles_spmd.training.roles import Roles
+from miles_spmd.worker.rollout import Lockstep, run_rollout
+from miles_spmd.worker.stopwatch import Stopwatch
+
+
+class TrainerSide:
+    """The part of a rank without engine in refits. ``everyone``: the group of all ranks."""
+
+    def __init__(self, config: Config, roles: Roles, everyone: dist.ProcessGroup | None, watch: Stopwatch) -> None:
+        self._watch = watch
+        with watch("refit_plan"):
+            self._refit = Refit(
+                roles.actor.weights(),
+                roles.actor.layout(),
+                {},
+                [],
+                bucket_bytes=config.refit.refit_bucket_mib << 20,
+                checksums=config.refit.refit_checksums,
+                group=everyone,
+            )
+
+    def refit(self, version: int) -> RefitResult:
+        """Give the engines the weights of now. Raises RefitError when a checksum differs."""
+        with self._watch("copy"):
+            counts = self._refit.run()
+        return RefitResult(version, counts.bytes_local, counts.bytes_received, counts.checksum_mismatches)
+
+
+class EngineSide:
+    """The engine of a rank without trainer: always resident, without weights until the first refit."""
+
+    def __init__(
+        self, config: Config, engine: Engine, engine_size: int, everyone: dist.ProcessGroup | None, watch: Stopwatch
+    ) -> None:
+        self._engine, self._watch = engine, watch
+        self._lockstep = Lockstep(engine_size)
+        with watch("refit_plan"):
+            self._refit = Refit(
+                {},
+                [],
+                engine.weights(),
+                engine.layout(),
+                bucket_bytes=config.refit.refit_bucket_mib << 20,
+                checksums=config.refit.refit_checksums,
+                group=everyone,
+            )
+
+    def refit(self, version: int) -> RefitResult:
+        """Take the trainers' weights. Raises RefitError when a checksum differs."""
+        with self._watch("copy"):
+            counts = self._refit.run()
+        self._engine.commit(version)
+        return RefitResult(version, counts.bytes_local, counts.bytes_received, counts.checksum_mismatches)
+
+    def rollout(self, rank: int, dealer: Dealer, progress: Callable[[str], None]) -> None:
+        """Raises RuntimeError when the engine has no weights."""
+        if self._engine.weight_version < 0:
+            raise RuntimeError("the engine has no weights: a rollout needs a refit before")
+        run_rollout(rank, self._engine, dealer, self._lockstep, self._watch, progress)
