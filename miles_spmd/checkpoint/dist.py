@@ -1,7 +1,7 @@
 """Resumable checkpoints of the trainer, by Megatron's distributed checkpointing: each rank writes what it holds.
 
-A checkpoint may be read under another layout: tensor, pipeline, context and data parallelism and virtual stages may
-change. What may not is listed in ``_FIXED``, and is refused with what it was.
+A checkpoint may be read under another layout: tensor, expert, pipeline, context and data parallelism and virtual
+stages may change. What may not is listed in ``_FIXED``, and is refused with what it was.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ _FIXED = (
     "num_moe_experts",
     "params_dtype",
     "transformer_impl",  # norms have other places and names
-    "expert parallelism",  # with it, experts have an optimizer of their own
     "use_distributed_optimizer",  # the two kinds of optimizer keep different state
 )
 _RANDOM_STATE_LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
@@ -211,7 +210,6 @@ def _settings(chunks: Sequence[DistributedDataParallel]) -> dict[str, Any]:
     config, ddp = chunks[0].config, chunks[0].ddp_config
     own = {
         "params_dtype": str(config.params_dtype),
-        "expert parallelism": config.expert_model_parallel_size > 1,
         "use_distributed_optimizer": ddp.use_distributed_optimizer,
     }
     return {name: own[name] if name in own else getattr(config, name) for name in (*_FIXED, *_RANDOM_STATE_LAYOUT)}

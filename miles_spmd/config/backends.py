@@ -33,6 +33,7 @@ OWNED: dict[str, dict[str, str]] = {
         ),
         "model.dtype says it": "bf16 fp16 params_dtype pipeline_dtype autocast_dtype",
         "train.min_lr says it": "min_lr",
+        "transformer_impl says it": "moe_grouped_gemm moe_use_legacy_grouped_gemm",
         "packed sequences and global loss weights need their own value": (
             "variable_seq_lengths calculate_per_token_loss hidden_dropout attention_dropout perform_initialization "
             "use_cpu_initialization"

@@ -196,14 +196,24 @@ class Family:
     # ---- who holds what ----
 
     def megatron_layout(
-        self, name: str, shape: Shape, *, tp_rank: int, tp_size: int, etp_rank: int = 0, etp_size: int = 1
+        self,
+        name: str,
+        shape: Shape,
+        *,
+        tp_rank: int,
+        tp_size: int,
+        etp_rank: int = 0,
+        etp_size: int = 1,
+        ep_rank: int = 0,
+        ep_size: int = 1,
     ) -> Pieces:
-        """Pieces of the Megatron parameter ``name``, whose layer and expert numbers are those of the whole model.
+        """Pieces of the Megatron parameter ``name``, whose layer number is that of the whole model.
 
-        ``shape`` is the local shape; ``tp`` is the tensor-parallel rank and size, ``etp`` that of experts. Raises
-        ValueError when the family has no such parameter or a rank of this layout holds another shape.
+        ``shape`` is the local shape; ``tp`` is the tensor-parallel rank and size, ``etp`` that of experts, ``ep`` says
+        which experts are here. Raises ValueError when the family has no such parameter or a rank of this layout holds
+        another shape.
         """
-        tp, etp = Shard(tp_rank, tp_size), Shard(etp_rank, etp_size)
+        tp, etp, ep = Shard(tp_rank, tp_size), Shard(etp_rank, etp_size), Shard(ep_rank, ep_size)
         if self.value_head and name == "output_layer.weight":
             pieces = self._whole(VALUE_HEAD)
         elif name in ("embedding.word_embeddings.weight", "output_layer.weight"):
@@ -211,7 +221,7 @@ class Family:
         elif name == "decoder.final_layernorm.weight":
             pieces = self._whole("model.norm.weight")
         elif (match := MEGATRON_LAYER.fullmatch(name)) and int(match[1]) < self.num_layers:
-            pieces = self._megatron_layer(f"model.layers.{match[1]}.", match[2], tp, etp)
+            pieces = self._megatron_layer(f"model.layers.{match[1]}.", match[2], tp, etp, ep)
         else:
             pieces = ()
         return self._checked("Megatron", name, shape, tp, pieces)
@@ -240,7 +250,7 @@ class Family:
             )
         return pieces
 
-    def _megatron_layer(self, prefix: str, name: str, tp: Shard, etp: Shard) -> Pieces:
+    def _megatron_layer(self, prefix: str, name: str, tp: Shard, etp: Shard, ep: Shard) -> Pieces:
         attention = prefix + "self_attn."
         match name:
             case "input_layernorm.weight" | "self_attention.linear_qkv.layer_norm_weight":
@@ -255,9 +265,9 @@ class Family:
                 return self._interleaved_qkv(attention, name.rpartition(".")[2], tp)
             case "self_attention.linear_proj.weight":
                 return self._column_shard(attention + "o_proj.weight", tp)
-        return self._megatron_mlp(prefix + "mlp.", name.removeprefix("mlp."), tp, etp)
+        return self._megatron_mlp(prefix + "mlp.", name.removeprefix("mlp."), tp, etp, ep)
 
-    def _megatron_mlp(self, prefix: str, name: str, tp: Shard, etp: Shard) -> Pieces:
+    def _megatron_mlp(self, prefix: str, name: str, tp: Shard, etp: Shard, ep: Shard) -> Pieces:
         match name:
             case "linear_fc1.weight":
                 return self._gate_up(prefix, tp)

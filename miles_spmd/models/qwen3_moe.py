@@ -6,11 +6,12 @@ import re
 from math import prod
 from typing import Any
 
-from miles_spmd.models.family import Pieces, Shape, Shard, sglang_width, swiglu_tensors
+from miles_spmd.models.family import Pieces, Shape, Shard, sglang_width, share, swiglu_tensors
+from miles_spmd.models.layout import stack
 from miles_spmd.models.qwen3 import Qwen3
 
-# local spec and SequentialMLP; Transformer Engine's grouped linear
-EXPERT = re.compile(r"experts\.(?:local_experts\.(\d+)\.linear_fc([12])\.weight|linear_fc([12])\.weight(\d+))")
+# of Transformer Engine's grouped linear; the number is that among the rank's own
+EXPERT = re.compile(r"experts\.linear_fc([12])\.weight(\d+)")
 
 
 class Qwen3Moe(Qwen3):
@@ -53,30 +54,42 @@ class Qwen3Moe(Qwen3):
             tensors.update(swiglu_tensors(f"{prefix}experts.{expert}.", self.hidden_size, self.expert_ffn_size))
         return tensors
 
-    def _megatron_mlp(self, prefix: str, name: str, tp: Shard, etp: Shard) -> Pieces:
+    def _megatron_mlp(self, prefix: str, name: str, tp: Shard, etp: Shard, ep: Shard) -> Pieces:
         if name == "router.weight":
             return self._whole(prefix + "gate.weight")
+        experts = [f"{prefix}experts.{expert}." for expert in range(*ep.part(self.num_experts, f"{prefix}experts"))]
+        if name == "experts.gate_up":
+            return tuple(
+                piece
+                for number, expert in enumerate(experts)
+                for side, half in enumerate(("gate_proj.weight", "up_proj.weight"))
+                for piece in stack(share(expert + half, self.expert_ffn_size, etp), (self.hidden_size,), (number, side))
+            )
+        if name == "experts.down":
+            return self._stacked_down(experts, etp)
         match = EXPERT.fullmatch(name)
-        if match is None or (expert := int(match[1] or match[4])) >= self.num_experts:
+        if match is None or int(match[2]) >= len(experts):
             return ()
-        expert_prefix = f"{prefix}experts.{expert}."
-        if (match[2] or match[3]) == "1":
-            return self._gate_up(expert_prefix, etp)
-        return self._column_shard(expert_prefix + "down_proj.weight", etp)
+        expert = experts[int(match[2])]
+        return self._gate_up(expert, etp) if match[1] == "1" else self._column_shard(expert + "down_proj.weight", etp)
 
     def _sglang_mlp(self, prefix: str, name: str, shape: Shape, tp: Shard) -> Pieces:
-        experts = [(f"{prefix}experts.{expert}.", (expert,)) for expert in range(self.num_experts)]
+        if name == "gate.weight":
+            return self._whole(prefix + name)
+        experts = [f"{prefix}experts.{expert}." for expert in range(self.num_experts)]
+        if shape[0] < self.num_experts:  # with ``ep_size``, which SGLang wants to be ``tp_size``, experts are whole
+            experts, tp = experts[slice(*tp.part(self.num_experts, f"{prefix}experts"))], Shard(0, 1)
         match name:
-            case "gate.weight":
-                return self._whole(prefix + name)
             case "experts.w13_weight":
                 width = sglang_width(self.expert_ffn_size, shape[1] // 2, tp)
-                return tuple(piece for expert, lead in experts for piece in self._gate_up(expert, tp, width, lead))
+                return tuple(p for i, expert in enumerate(experts) for p in self._gate_up(expert, tp, width, (i,)))
             case "experts.w2_weight":
-                width = sglang_width(self.expert_ffn_size, shape[2], tp)
-                down = "down_proj.weight"
-                return tuple(p for expert, lead in experts for p in self._column_shard(expert + down, tp, width, lead))
+                return self._stacked_down(experts, tp, sglang_width(self.expert_ffn_size, shape[2], tp))
         return ()
+
+    def _stacked_down(self, experts: list[str], tp: Shard, padded: int = 0) -> Pieces:
+        down = "down_proj.weight"
+        return tuple(p for i, expert in enumerate(experts) for p in self._column_shard(expert + down, tp, padded, (i,)))
 
 
 def count_experts(config: dict[str, Any]) -> int:

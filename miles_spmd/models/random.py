@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -106,22 +107,26 @@ _CHAT_TEMPLATE = (
 
 
 def random_checkpoint(name: str, cache: Path | None = None) -> Path:
-    """The folder of ``random:SHAPE``, written below ``cache`` (default: the user's cache folder).
+    """The folder of ``random:SHAPE``, or of ``random:SHAPE/LAYERS`` with that many of its layers only, written below
+    ``cache`` (default: the user's cache folder).
 
     Raises ValueError naming the known shapes, OSError where it cannot be written.
     """
-    shape = name.removeprefix(PREFIX)
+    shape, _, layers = name.removeprefix(PREFIX).partition("/")
+    if layers and not re.fullmatch(r"[1-9]\d*", layers):
+        raise ValueError(f"{name}: {layers!r} is no number of layers")
     if shape not in SHAPES:
         near = difflib.get_close_matches(shape, SHAPES, n=1)
         hint = f", did you mean {PREFIX}{near[0]}?" if near else ""
         raise ValueError(f"{name}: no such shape{hint} (there are {', '.join(SHAPES)})")
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "miles-spmd" / "random"
-    folder = cache / shape
+    config = SHAPES[shape] | ({"num_hidden_layers": int(layers)} if layers else {})
+    folder = cache / (f"{shape}-{layers}" if layers else shape)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": _SPECIAL[0], "eos_token": _SPECIAL[2]}
     no_tokens = {"bos_token_id": None, "eos_token_id": None, "dtype": "bfloat16"}
     files = {
-        "config.json": json.dumps(SHAPES[shape] | no_tokens, indent=2),
+        "config.json": json.dumps(config | no_tokens, indent=2),
         "tokenizer.json": _byte_tokenizer(),
         "tokenizer_config.json": json.dumps(tokenizer, indent=2),
         "chat_template.jinja": _CHAT_TEMPLATE,

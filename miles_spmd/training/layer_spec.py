@@ -14,15 +14,11 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig, Transformer
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
 from miles_spmd.training.attention import PackedAttention, PackedSequences
-
-if not hasattr(moe_utils, "te_general_gemm"):
-    # megatron-core 0.16.1 reads it in every router, but defines it with Transformer Engine only
-    moe_utils.te_general_gemm = None
+from miles_spmd.training.experts import MoE
 
 
 class RMSNorm(torch.nn.Module):
@@ -109,8 +105,6 @@ def _local_submodules(config: TransformerConfig) -> TransformerLayerSubmodules:
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=RMSNorm,
-        mlp=get_mlp_module_spec_for_backend(
-            local, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
-        ),
+        mlp=MoE if config.num_moe_experts else get_mlp_module_spec_for_backend(local),
         mlp_bda=get_bias_dropout_add,
     )

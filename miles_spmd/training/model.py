@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -90,26 +89,23 @@ def build_chunks(settings: Settings, family: Family, where: Coordinates) -> list
             value_head=family.value_head,
             **family.gpt_model(tp_size=where.tp_size),
         ).to(device())
+        for name, parameter in model.named_parameters():
+            if ".experts." in name:  # an optimizer of their own, whatever their parallelism: a checkpoint may change it
+                parameter.allreduce = False  # type: ignore[attr-defined]
         chunks.append(Float16Module(config, model) if config.bf16 else model)
     return chunks
 
 
-def global_names(chunks: list[torch.nn.Module], where: Coordinates) -> dict[str, torch.nn.Parameter]:
-    """Every parameter of this rank by its name in the whole model: global layer and global expert numbers."""
+def global_names(chunks: list[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
+    """Every parameter of this rank by its name in the whole model: layers have their global numbers."""
     parameters = {}
     for chunk in chunks:
         model = unwrap(chunk)
         first_layer = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
-        experts = (model.config.num_moe_experts or 0) // where.ep_size
         for name, parameter in model.named_parameters():
             parts = name.split(".")
             if parts[:2] == ["decoder", "layers"]:
                 parts[2] = str(int(parts[2]) + first_layer)
-            if "local_experts" in parts:
-                index = parts.index("local_experts") + 1
-                parts[index] = str(int(parts[index]) + where.ep_rank * experts)
-            elif grouped := re.fullmatch(r"weight(\d+)", parts[-1]):  # one of Transformer Engine's grouped experts
-                parts[-1] = f"weight{int(grouped[1]) + where.ep_rank * experts}"
             parameters[".".join(parts)] = parameter
     return parameters
 

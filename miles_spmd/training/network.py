@@ -47,7 +47,7 @@ class Network:
         self._scoring = Scoring.of(config)
         self._chunks: list[Any] = build_chunks(self._settings, family, self._where)
         weakref.finalize(self, release, self._chunks)
-        self._parameters = global_names(self._chunks, self._where)
+        self._parameters = global_names(self._chunks)
         hf.load(source, self.weights(), self.layout(), family)
 
     @property
@@ -144,6 +144,8 @@ class Network:
                     tp_size=where.tp_size,
                     etp_rank=where.etp_rank,
                     etp_size=where.etp_size,
+                    ep_rank=where.ep_rank,
+                    ep_size=where.ep_size,
                 ),
             )
             for name, parameter in self._parameters.items()

@@ -31,7 +31,9 @@ class TreeSum:
         self.own_leaves, rest = divmod(leaves, self._group.size())
         if rest or not self.own_leaves:
             raise ValueError(f"reduction_leaves {leaves} is no multiple of the data-parallel size {self._group.size()}")
-        self._gradient = [buffer.grad_data for chunk in chunks for buffer in chunk.buffers]
+        self._gradient = [
+            buffer.grad_data for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
+        ]
         self._branches: list[list[Tensor]] = []  # sums of finished subtrees, larger ones first
         self._leaf = 0
 

@@ -18,6 +18,15 @@ from miles_spmd.config.backends import DEFAULTS
 from miles_spmd.config.schema import Config
 from miles_spmd.models import Family
 
+# The local layers' experts take every token to all of its experts, by all-to-all.
+NOT_BY_LOCAL_EXPERTS = (
+    "moe_apply_probs_on_input",
+    "moe_expert_capacity_factor",
+    "moe_latent_size",
+    "moe_pad_expert_input_to_capacity",
+    "moe_permute_fusion",
+    "moe_router_padding_for_quantization",
+)
 # What Megatron's launcher accepts beside the dataclasses' fields; turned into virtual_pipeline_model_parallel_size.
 LAYERS_PER_VIRTUAL_STAGE = "num_layers_per_virtual_pipeline_stage"
 
@@ -141,6 +150,12 @@ def _refuse_unsupported(table: Mapping[str, Any]) -> None:
             "moe_aux_loss_coeff must be 0: Megatron scales the auxiliary loss by token counts of its own, for which a "
             "sum over globally weighted tokens has no place"
         )
+    if table["transformer_impl"] == "local":
+        refused = [key for key in NOT_BY_LOCAL_EXPERTS if table.get(key)]
+        if table.get("moe_token_dispatcher_type", "alltoall") != "alltoall":
+            refused.append("moe_token_dispatcher_type")
+        if refused:
+            raise ValueError(f"not with transformer_impl 'local', leave them out: {', '.join(refused)}")
     if table["transformer_impl"] == "transformer_engine":
         if not random.HAVE_TE:
             raise ValueError(

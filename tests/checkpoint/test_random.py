@@ -37,6 +37,14 @@ def test_shapes_are_the_published_ones(shape: str, parameters: float, tmp_path: 
     assert family.num_parameters() == pytest.approx(parameters, rel=0.02)
 
 
+def test_some_of_the_layers(tmp_path: Path) -> None:
+    whole, part = (load_family(random_checkpoint(f"random:qwen3-30b-a3b{end}", tmp_path)) for end in ("", "/2"))
+    assert part.num_layers == 2
+    assert part.checkpoint_tensors().items() <= whole.checkpoint_tensors().items()
+    with pytest.raises(ValueError, match="'two' is no number of layers"):
+        random_checkpoint("random:qwen3-30b-a3b/two", tmp_path)
+
+
 def test_transformers_knows_the_folder(tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 

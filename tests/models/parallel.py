@@ -15,7 +15,7 @@ State = Mapping[str, Tensor]
 
 
 def megatron_names(
-    family: Family, layers: range, experts: range, first: bool = True, last: bool = True
+    family: Family, layers: range, experts: bool, first: bool = True, last: bool = True
 ) -> Iterator[str]:
     """Parameters of one rank under the local layer spec, by whole-model name."""
     if first:
@@ -30,8 +30,8 @@ def megatron_names(
             yield from (f"{prefix}self_attention.{name}_layernorm.weight" for name in "qk")
         if experts:
             yield prefix + "mlp.router.weight"
-        blocks = [f"experts.local_experts.{expert}." for expert in experts] or [""]
-        yield from (f"{prefix}mlp.{block}linear_fc{i}.weight" for block in blocks for i in (1, 2))
+        mlp = ("experts.gate_up", "experts.down") if experts else ("linear_fc1.weight", "linear_fc2.weight")
+        yield from (f"{prefix}mlp.{name}" for name in mlp)
     if last:
         yield "decoder.final_layernorm.weight"
     if last and not (first and family.tied_embeddings):
@@ -60,7 +60,14 @@ def sglang_names(family: Family, experts: bool) -> Iterator[str]:
 
 
 def megatron_tensor(
-    state: State, family: Family, name: str, rank: int, size: int, etp_rank: int = 0, etp_size: int = 1
+    state: State,
+    family: Family,
+    name: str,
+    rank: int,
+    size: int,
+    experts: range = range(0),
+    etp_rank: int = 0,
+    etp_size: int = 1,
 ) -> Tensor:
     """The local tensor of a Megatron parameter, cut from a whole checkpoint."""
     if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
@@ -74,14 +81,16 @@ def megatron_tensor(
     if module == "self_attention" and rest.startswith("linear_qkv."):
         groups = (state[f"{hf}self_attn.{part}_proj.{leaf}"].unflatten(0, (family.num_kv_heads, -1)) for part in "qkv")
         return torch.cat(list(groups), 1).flatten(0, 1).chunk(size)[rank]
-    if module == "mlp" and "linear_fc" in name:
-        if "experts" in name:
-            hf, rank, size = f"{hf}mlp.experts.{name.split('.')[6]}.", etp_rank, etp_size
-        else:
-            hf += "mlp."
-        if "linear_fc2" in name:
-            return state[hf + "down_proj.weight"].chunk(size, 1)[rank]
-        return torch.cat([state[f"{hf}{part}_proj.weight"].chunk(size)[rank] for part in ("gate", "up")])
+    if rest.startswith("experts."):
+        blocks = [f"{hf}mlp.experts.{expert}." for expert in experts]
+        if rest == "experts.down":
+            return torch.stack([state[block + "down_proj.weight"].chunk(etp_size, 1)[etp_rank] for block in blocks])
+        halves = [[state[f"{block}{part}_proj.weight"] for part in ("gate", "up")] for block in blocks]
+        return torch.stack([torch.stack([half.chunk(etp_size)[etp_rank] for half in pair]) for pair in halves])
+    if rest == "linear_fc2.weight":
+        return state[hf + "mlp.down_proj.weight"].chunk(size, 1)[rank]
+    if rest == "linear_fc1.weight":
+        return torch.cat([state[f"{hf}mlp.{part}_proj.weight"].chunk(size)[rank] for part in ("gate", "up")])
     if rest == "linear_proj.weight":
         return state[hf + "self_attn.o_proj.weight"].chunk(size, 1)[rank]
     whole = {
@@ -145,7 +154,7 @@ def trainer_rank(family: Family, state: State, where: Trainer) -> tuple[dict[str
     weights: dict[str, Tensor] = {}
     for chunk in range(stage, chunks, where.pp):
         layers = range(chunk * per_chunk, (chunk + 1) * per_chunk)
-        for name in megatron_names(family, layers, mine, first=chunk == 0, last=chunk == chunks - 1):
-            weights[name] = megatron_tensor(state, family, name, tp_rank, where.tp).clone()
-    place = {"tp_rank": tp_rank, "tp_size": where.tp}
+        for name in megatron_names(family, layers, experts > 0, first=chunk == 0, last=chunk == chunks - 1):
+            weights[name] = megatron_tensor(state, family, name, tp_rank, where.tp, mine).clone()
+    place = {"tp_rank": tp_rank, "tp_size": where.tp, "ep_rank": ep_rank, "ep_size": where.ep}
     return weights, [TensorLayout(n, family.megatron_layout(n, tuple(t.shape), **place)) for n, t in weights.items()]

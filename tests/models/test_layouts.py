@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -25,17 +27,20 @@ def assemble(state: dict[str, Tensor], shape: tuple[int, ...], pieces: tuple[Pie
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])  # 4 > 2 KV heads: Megatron cuts a query group in two
-def test_megatron_rectangles(model: tuple[Family, dict[str, Tensor]], tp_size: int) -> None:
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_megatron_rectangles(model: tuple[Family, dict[str, Tensor]], tp_size: int, ep_size: int) -> None:
     family, state = model
-    experts = range(family.config.get("num_local_experts", 0))
+    experts = family.config.get("num_local_experts", 0)
     seen = set()
-    for name in parallel.megatron_names(family, range(family.num_layers), experts):
-        for rank in range(tp_size):
-            local = parallel.megatron_tensor(state, family, name, rank, tp_size, rank, tp_size)
+    for name in parallel.megatron_names(family, range(family.num_layers), experts > 0):
+        for rank, ep_rank in product(range(tp_size), range(ep_size)):
+            mine = range(ep_rank * experts // ep_size, (ep_rank + 1) * experts // ep_size)
+            local = parallel.megatron_tensor(state, family, name, rank, tp_size, mine, rank, tp_size)
             place = {"tp_rank": rank, "tp_size": tp_size, "etp_rank": rank, "etp_size": tp_size}
+            place |= {"ep_rank": ep_rank, "ep_size": ep_size}
             pieces = family.megatron_layout(name, tuple(local.shape), **place)
             check_filled(name, tuple(local.shape), pieces)
-            assert torch.equal(assemble(state, tuple(local.shape), pieces), local), (name, rank)
+            assert torch.equal(assemble(state, tuple(local.shape), pieces), local), (name, rank, ep_rank)
             seen |= {piece.name for piece in pieces}
     assert seen - {PADDING} == set(state)
 
@@ -54,21 +59,36 @@ def test_sglang_rectangles(model: tuple[Family, dict[str, Tensor]], tp_size: int
     assert seen - {PADDING} == set(state)
 
 
+def test_sglang_experts_of_one_rank(model: tuple[Family, dict[str, Tensor]]) -> None:
+    """With ``ep_size`` an engine's rank has whole experts, of which this is the second of two."""
+    family, state = model
+    if experts := family.config.get("num_local_experts", 0):
+        for kind in ("w13", "w2"):
+            name = f"model.layers.1.mlp.experts.{kind}_weight"
+            local = parallel.sglang_tensor(state, family, name, 0, 1)[experts // 2 :]
+            pieces = family.sglang_layout(name, tuple(local.shape), 1, 2)
+            assert torch.equal(assemble(state, tuple(local.shape), pieces), local)
+
+
 TRANSFORMER_ENGINE = {
-    "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight": "decoder.layers.1.input_layernorm.weight",
-    "decoder.layers.1.mlp.linear_fc1.layer_norm_weight": "decoder.layers.1.pre_mlp_layernorm.weight",
-    "decoder.layers.1.mlp.experts.linear_fc1.weight3": "decoder.layers.1.mlp.experts.local_experts.3.linear_fc1.weight",
-    "decoder.layers.1.mlp.experts.linear_fc2.weight3": "decoder.layers.1.mlp.experts.local_experts.3.linear_fc2.weight",
+    "self_attention.linear_qkv.layer_norm_weight": ("input_layernorm.weight", None),
+    "mlp.linear_fc1.layer_norm_weight": ("pre_mlp_layernorm.weight", None),
+    "mlp.experts.linear_fc1.weight1": ("mlp.experts.gate_up", (1, 48, 32)),
+    "mlp.experts.linear_fc2.weight1": ("mlp.experts.down", (1, 32, 24)),
 }
 
 
 @pytest.mark.parametrize("name", TRANSFORMER_ENGINE)
 def test_transformer_engine_names(name: str) -> None:
-    family = load_family(tiny.build("qwen3_moe").config.to_dict())
-    shape = {"fc1.weight3": (48, 32), "fc2.weight3": (32, 24)}.get(name.rpartition("linear_")[2], (32,))
-    place = {"tp_rank": 0, "tp_size": 1}
-    expected = family.megatron_layout(TRANSFORMER_ENGINE[name], shape, **place)
-    assert family.megatron_layout(name, shape, **place) == expected
+    """Experts 2 and 3 of 4 are here, of which the second is meant."""
+    folder = tiny.checkpoint("qwen3_moe")
+    family, state = load_family(folder), load_file(folder / "model.safetensors")
+    local_name, stacked = TRANSFORMER_ENGINE[name]
+    local = parallel.megatron_tensor(state, family, "decoder.layers.1." + local_name, 0, 1, range(3, 4))
+    local = local if stacked is None else local.view(stacked)[0]
+    place = {"tp_rank": 0, "tp_size": 1, "ep_rank": 1, "ep_size": 2}
+    pieces = family.megatron_layout("decoder.layers.1." + name, tuple(local.shape), **place)
+    assert torch.equal(assemble(state, tuple(local.shape), pieces), local)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +97,7 @@ def test_transformer_engine_names(name: str) -> None:
         ("decoder.layers.0.mlp.linear_fc1.weight", (96, 32), 2, r"has shape \(96, 32\).*rank 0 of 2.*needs \(48, 32\)"),
         ("decoder.layers.0.mlp.linear_fc1.weight", (32, 32), 5, "48 is not divisible by a tensor-parallel size of 5"),
         ("decoder.layers.4.mlp.linear_fc1.weight", (96, 32), 1, "no counterpart"),
-        ("decoder.layers.0.mlp.experts.local_experts.0.linear_fc1.weight", (96, 32), 1, "no counterpart"),
+        ("decoder.layers.0.mlp.experts.gate_up", (4, 2, 24, 32), 1, "no counterpart"),
         ("decoder.layers.0.self_attention.linear_qkv.bias", (128,), 1, "no counterpart in a qwen3 checkpoint"),
         ("decoder.layers.0.rotary.weight", (3,), 1, "no counterpart"),
         ("embedding.word_embeddings.weight", (40, 32), 2, "2 times 40 rows do not hold a vocabulary of 97"),

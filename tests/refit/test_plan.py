@@ -156,12 +156,13 @@ def trainer_rank(family: Family, rank: int) -> list[TensorLayout]:
         "router": (128, 2048),
         "linear_proj": (2048, 2048),
     }
-    shapes |= {"linear_qkv": (2560, 2048), "linear_fc1": (1536, 2048), "linear_fc2": (2048, 768)}
+    shapes |= {"linear_qkv": (2560, 2048), "experts.gate_up": (16, 2, 768, 2048), "experts.down": (16, 2048, 768)}
     shapes |= {"q_layernorm": (128,), "k_layernorm": (128,)}
     layouts = []
-    for name in megatron_names(family, range(48), range(rank * 16, rank * 16 + 16)):
+    place = {"tp_rank": rank % 2, "tp_size": 2, "ep_rank": rank, "ep_size": 8}
+    for name in megatron_names(family, range(48), experts=True):
         shape = next((s for key, s in shapes.items() if key in name), (2048,))
-        layouts.append(TensorLayout(name, family.megatron_layout(name, shape, tp_rank=rank % 2, tp_size=2)))
+        layouts.append(TensorLayout(name, family.megatron_layout(name, shape, **place)))
     return layouts
 
 

@@ -63,6 +63,8 @@ def test_what_cannot_work_is_refused() -> None:
         settings({"moe_aux_loss_coeff": 0.01}, "qwen3_moe")
     with pytest.raises(ValueError, match="layernorm cannot be recomputed without Transformer Engine"):
         settings({"recompute_granularity": "selective", "recompute_modules": ["layernorm"]})
+    with pytest.raises(ValueError, match="leave them out: moe_expert_capacity_factor, moe_token_dispatcher_type"):
+        settings({"moe_expert_capacity_factor": 1.0, "moe_token_dispatcher_type": "flex"}, "qwen3_moe")
     with pytest.raises(ValueError, match="use_precision_aware_optimizer must be false"):
         settings({"use_precision_aware_optimizer": True})
 

@@ -1,0 +1,103 @@
+"""What experts do beside products of matrices: their activation, and bringing rows back to the tokens they belong to.
+
+Each result depends on its own row alone and is added up in one order, in fp32: neither other rows nor another run
+change a bit of it. Triton on a GPU, the same formulas in torch elsewhere.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def swiglu(gate_up: Tensor, weights: Tensor) -> Tensor:
+    """``silu(gate) * up * weight`` of every row: [rows, 2 x width] (gates, then ups), weights fp32 [rows]."""
+    rows, width = len(gate_up), gate_up.shape[1] // 2
+    if not gate_up.is_cuda:
+        gate, up = gate_up.float().chunk(2, 1)
+        return (F.silu(gate) * up * weights[:, None]).to(gate_up.dtype)
+    out = gate_up.new_empty(rows, width)
+    if rows:
+        _swiglu[(rows,)](gate_up, weights, out, width, BLOCK=triton.next_power_of_2(width))
+    return out
+
+
+def swiglu_backward(gate_up: Tensor, weights: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``gate_up`` and of ``weights`` from that of :func:`swiglu`'s result; and that result once more."""
+    rows, width = gradient.shape
+    if not gate_up.is_cuda:
+        (gate, up), g = gate_up.float().chunk(2, 1), gradient.float()
+        sigmoid = gate.sigmoid()
+        silu, weight = gate * sigmoid, weights[:, None]
+        grad_gate = g * weight * up * (sigmoid + silu * (1 - sigmoid))
+        grad_gate_up = torch.cat((grad_gate, g * weight * silu), 1).to(gate_up.dtype)
+        return grad_gate_up, (g * silu * up).sum(1), (silu * up * weight).to(gate_up.dtype)
+    grad_gate_up, grad_weights, out = torch.empty_like(gate_up), torch.empty_like(weights), torch.empty_like(gradient)
+    if rows:
+        _swiglu_backward[(rows,)](
+            gate_up, weights, gradient, grad_gate_up, grad_weights, out, width, BLOCK=triton.next_power_of_2(width)
+        )
+    return grad_gate_up, grad_weights, out
+
+
+def gather_sum(rows: Tensor, places: Tensor) -> Tensor:
+    """The sum of ``rows[places[t, 0]], rows[places[t, 1]], ...`` for every t, added up in this order: [T, width] from
+    [rows, width] and int64 [T, k]."""
+    count, k = places.shape
+    if not rows.is_cuda:
+        total = rows.index_select(0, places[:, 0]).float()
+        for i in range(1, k):
+            total += rows.index_select(0, places[:, i])
+        return total.to(rows.dtype)
+    width = rows.shape[1]
+    out = rows.new_empty(count, width)
+    if count:
+        block = min(1024, triton.next_power_of_2(width))
+        _gather_sum[(count, triton.cdiv(width, block))](rows, places, out, width, K=k, BLOCK=block)
+    return out
+
+
+@triton.jit
+def _swiglu(gate_up, weights, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    gate = tl.load(gate_up + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weights + row)
+    tl.store(out + row * width + column, gate * tl.sigmoid(gate) * up * weight, mask=inside)
+
+
+@triton.jit
+def _swiglu_backward(  # type: ignore[no-untyped-def]
+    gate_up, weights, gradient, grad_gate_up, grad_weights, out, width, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    gate = tl.load(gate_up + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gradient + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weights + row)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    slope = sigmoid + silu * (1 - sigmoid)
+    tl.store(grad_gate_up + row * 2 * width + column, g * weight * up * slope, mask=inside)
+    tl.store(grad_gate_up + row * 2 * width + width + column, g * weight * silu, mask=inside)
+    tl.store(grad_weights + row, tl.sum(g * silu * up))
+    tl.store(out + row * width + column, silu * up * weight, mask=inside)
+
+
+@triton.jit
+def _gather_sum(rows, places, out, width, K: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.static_range(K):
+        place = tl.load(places + token * K + i)
+        total += tl.load(rows + place * width + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * width + column, total, mask=inside)

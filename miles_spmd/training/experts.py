@@ -1,0 +1,178 @@
+"""Mixture of experts under the local layer spec: all experts of a rank in one grouped product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from torch import Tensor
+
+from miles_spmd.training.expert_kernels import gather_sum, swiglu, swiglu_backward
+
+ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+ALIGNED = 8  # elements: a multiple of 16 bytes, of which grouped kernels want rows to be
+
+
+class Router(TopKRouter):
+    """Logits in the model's dtype unless ``moe_router_dtype`` says otherwise; probabilities in fp32, as in engines."""
+
+    def gating(self, hidden: Tensor) -> Tensor:
+        dtype = ROUTER_DTYPES.get(self.config.moe_router_dtype, hidden.dtype)
+        return F.linear(hidden.to(dtype), self.weight.to(dtype)).float()
+
+
+class Experts(MegatronModule):
+    """A rank's SwiGLU experts, one stack for each of their two layers; a token's weight scales what lies between.
+
+    Rows come sorted by expert. With tensor parallelism each rank has part of every expert's width, and its outputs are
+    terms of a sum.
+    """
+
+    def __init__(self, count: int, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
+        super().__init__(config=config)
+        self._groups = pg_collection
+        assert config.moe_ffn_hidden_size is not None
+        width = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
+        self.gate_up = self._parameter(count, 2, width, config.hidden_size)
+        self.down = self._parameter(count, config.hidden_size, width)
+
+    def _parameter(self, *shape: int) -> torch.nn.Parameter:
+        where = None if self.config.use_cpu_initialization else torch.cuda.current_device()
+        parameter = torch.nn.Parameter(torch.empty(shape, dtype=self.config.params_dtype, device=where))
+        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]  # every rank's counts in the norm
+        return parameter
+
+    def forward(self, rows: Tensor, rows_per_expert: Tensor, weights: Tensor) -> tuple[Tensor, None]:
+        """[rows, hidden] from [rows, hidden], int [experts] and fp32 [rows]."""
+        return ExpertsFunction.apply(rows, weights, self.gate_up, self.down, rows_per_expert.tolist()), None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, ShardedTensor]:
+        ep, etp, edp = self._groups.ep, self._groups.expt_tp, self._groups.expt_dp
+        first = len(sharded_offsets)
+        parts = (*sharded_offsets, (first, ep.rank(), ep.size()), (first + 2, etp.rank(), etp.size()))
+        return {
+            prefix + name: ShardedTensor.from_rank_offsets(
+                prefix + name, parameter, *parts, replica_id=(0, 0, edp.rank()), prepend_axis_num=first
+            )
+            for name, parameter in self.named_parameters()
+        }
+
+
+class ExpertsFunction(torch.autograd.Function):
+    """``down(swiglu(gate_up(rows)) * weights)``. Keeps the wider activations only; the others are made again."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
+        wide = _grouped(rows, gate_up.flatten(1, 2).mT, counts)
+        ctx.save_for_backward(rows, weights, gate_up, down, wide)
+        ctx.counts = counts
+        return _grouped(swiglu(wide, weights), down.mT, counts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        rows, weights, gate_up, down, wide = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        grad_wide, grad_weights, inner = swiglu_backward(wide, weights, _grouped(gradient, down, ctx.counts))
+        return (
+            _grouped(grad_wide, gate_up.flatten(1, 2), ctx.counts),
+            grad_weights,
+            _grouped_outer(grad_wide, rows, ctx.counts).view_as(gate_up),
+            _grouped_outer(gradient, inner, ctx.counts),
+            None,
+        )
+
+
+def _grouped(rows: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
+    """Each group's rows times its matrix: [rows, out] from [rows, in] and [groups, in, out]."""
+    if _has_kernel(rows, *matrices.shape[1:]):
+        return F.grouped_mm(rows, matrices, offs=_ends(counts, rows.device))
+    out = rows.new_empty(len(rows), matrices.shape[2])
+    for part, matrix, place in zip(rows.split(counts), matrices, out.split(counts)):
+        torch.mm(part, matrix, out=place)
+    return out
+
+
+def _grouped_outer(left: Tensor, right: Tensor, counts: list[int]) -> Tensor:
+    """Each group's ``left.T @ right``: [groups, a, b] from [rows, a] and [rows, b]; zeros where it has no rows."""
+    if _has_kernel(left, left.shape[1], right.shape[1]):
+        return F.grouped_mm(left.T, right, offs=_ends(counts, left.device))
+    out = left.new_empty(len(counts), left.shape[1], right.shape[1])
+    for a, b, place in zip(left.split(counts), right.split(counts), out):
+        torch.mm(a.T, b, out=place)
+    return out
+
+
+def _has_kernel(rows: Tensor, *sizes: int) -> bool:
+    return rows.is_cuda and rows.dtype is torch.bfloat16 and len(rows) > 0 and not any(s % ALIGNED for s in sizes)
+
+
+def _ends(counts: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(counts).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
+
+
+class Dispatcher(MoEAlltoAllTokenDispatcher):
+    """Megatron's, but for the first and the last step, in which it adds up a token's rows in the order in which they
+    happen to be done, in the dtype of the rows."""
+
+    def dispatch_preprocess(self, hidden: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """A row for every expert of every token, sorted by expert, then by token; and the weight of each."""
+        self.hidden_shape, self.probs = hidden.shape, probs
+        self.tokens_per_expert = self.preprocess(routing_map)
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self.tokens_per_expert)
+        k = self.config.moe_router_topk
+        chosen = routing_map.nonzero_static(size=len(routing_map) * k)[:, 1]
+        order = chosen.argsort(stable=True)
+        self._tokens = order // k
+        self._places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        self._places = self._places.view(-1, k)
+        weights = probs.gather(1, chosen.view(-1, k)).view(-1).index_select(0, order)
+        return _Spread.apply(hidden.view(-1, hidden.shape[-1]), self._tokens, self._places), weights
+
+    def combine_postprocess(self, rows: Tensor) -> Tensor:
+        return _Collect.apply(rows, self._tokens, self._places).view(self.hidden_shape)
+
+
+class _Spread(torch.autograd.Function):
+    """Rows from tokens: row r is token ``tokens[r]``, whose rows are ``places[token]``."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return hidden.index_select(0, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return gather_sum(gradient.contiguous(), *ctx.saved_tensors), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Tokens from rows: the sum of each one's."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        return gather_sum(rows.contiguous(), places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return gradient.index_select(0, *ctx.saved_tensors), None, None
+
+
+class MoE(MoELayer):
+    """A layer's experts with the router before them."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        groups = get_default_pg_collection()
+        super().__init__(config, MoESubmodules(experts=Experts, router=Router), pg_collection=groups)
+        self.token_dispatcher = Dispatcher(self.num_local_experts, self.local_expert_indices, config, groups)

@@ -1,0 +1,31 @@
+"""Grouped experts on a GPU: the kernels against a loop in float64, and what their rows depend on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.gpu.machine import needs
+from tests.training.test_experts import (
+    COUNTS,
+    assert_as_the_oracle,
+    assert_rows_depend_on_themselves_alone,
+    assert_tokens_collect_their_rows,
+)
+
+pytestmark = needs(1)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("counts", [COUNTS, [0, 1], [0] * 100 + [513, 7] + [64] * 26])
+def test_result_and_gradients(counts: list[int], dtype: torch.dtype, tolerance: float) -> None:
+    assert_as_the_oracle(counts, dtype, "cuda", tolerance)
+
+
+def test_rows_depend_on_themselves_alone() -> None:
+    assert_rows_depend_on_themselves_alone(torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_collect_their_rows(dtype: torch.dtype) -> None:
+    assert_tokens_collect_their_rows(dtype, "cuda")
