@@ -164,6 +164,10 @@ def _measure(
         config = bench_config(model, overrides or [], world_size)
     except ConfigError as error:
         launcher.fail(str(error), code=2)
+    if config.rollout.rollout_num_gpus and name != "refit":
+        launcher.fail(
+            f"rollout.rollout_num_gpus: must be 0, because `bench {name}` has no trainer beside an engine", code=2
+        )
     if not is_rank:
         launcher.launch(world_size)
     run_bench(name, model, config, options, out)

@@ -35,21 +35,26 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def timed(function: Callable[[], T]) -> tuple[float, T]:
+def timed(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> tuple[float, T]:
     """Seconds on this rank until the device is done, from the moment on that all ranks were there; and the result."""
     synchronize()
-    dist.barrier()
+    dist.barrier(group)
     began = time.perf_counter()
     result = function()
     synchronize()
     return time.perf_counter() - began, result
 
 
-def slowest(seconds: list[float]) -> float:
+def slowest(seconds: list[float], group: dist.ProcessGroup | None = None) -> float:
     """The median over repetitions of the slowest rank's time. Collective."""
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, seconds)
-    return statistics.median(map(max, zip(*everywhere)))
+    return statistics.median(map(max, zip(*everywhere(seconds, group))))
+
+
+def everywhere(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's ``value``."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def free_gib() -> float:

@@ -1,23 +1,24 @@
 """How long a refit takes, part by part, and how long the engine stands still for it: from its last token before to its
-first after, less what the trainer does meanwhile."""
+first after, less what the trainer does meanwhile. An engine with a device of its own has nothing to release."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 
-import torch.distributed as dist
-
-from miles_spmd.bench.machine import slowest, timed
+from miles_spmd.bench.machine import everywhere, slowest, timed
 from miles_spmd.bench.result import Row
 from miles_spmd.bench.workload import generate, random_requests
 from miles_spmd.config.schema import Config
 from miles_spmd.models import load_family
 from miles_spmd.refit import Refit
-from miles_spmd.rollout.engine import Engine
+from miles_spmd.rollout.engine import Engine, Request
 from miles_spmd.training.network import Network
+from miles_spmd.worker.world import take_side
 
 WARM_UP = 3
+LONGEST = timedelta(minutes=10)
 
 
 def measure(config: Config, make_engine: Callable[[Config], Engine], repeats: int) -> list[Row]:
@@ -26,50 +27,57 @@ def measure(config: Config, make_engine: Callable[[Config], Engine], repeats: in
     The trainer is its network alone: gradients and moments have no part in a refit.
     """
     family = load_family(config.model.hf_checkpoint)
-    network = Network(config, family, config.model.hf_checkpoint)
-    engine = make_engine(config)  # takes what the network leaves
+    side = take_side(config.rollout.rollout_num_gpus, LONGEST)
+    network = Network(config, family, config.model.hf_checkpoint) if side.trains else None
+    engine = make_engine(config) if side.generates else None  # takes what the network leaves
     seconds, refit = timed(
         lambda: Refit(
-            network.weights(),
-            network.layout(),
-            engine.weights(),
-            engine.layout(),
+            network.weights() if network else {},
+            network.layout() if network else [],
+            engine.weights() if engine else {},
+            engine.layout() if engine else [],
             bucket_bytes=config.refit.refit_bucket_mib << 20,
-        )
+            group=side.everyone,
+        ),
+        side.everyone,
     )
-    plan = slowest([seconds])
-    request = random_requests(1, 16, 1, family.vocab_size)
+    plan = slowest([seconds], side.everyone)
+    parts = _parts(engine, random_requests(1, 16, 1, family.vocab_size), refit, colocated=side.everyone is None)
     rows = []
     for refit.checksums in (True, False):
         taken: dict[str, list[float]] = defaultdict(list)
         for repeat in range(WARM_UP + repeats):
-            for part, action in {
-                "release": engine.release,
-                "resume weights": engine.resume_weights,
-                "copy": refit.run,
-                "resume rest": engine.resume,
-                "commit": lambda: engine.commit(0),
-                "first token": lambda: generate(engine, request),
-            }.items():
-                seconds, _ = timed(action)
+            for part, action in parts.items():
+                seconds, _ = timed(action, side.everyone)
                 if repeat >= WARM_UP:
                     taken[part].append(seconds)
-        times = {part: 1e3 * slowest(all_seconds) for part, all_seconds in taken.items()}
+        times = {part: 1e3 * slowest(all_seconds, side.everyone) for part, all_seconds in taken.items()}
         rows.append(
             {
                 "checksums": refit.checksums,
                 "plan s": plan,
-                "GB": sum(everywhere(float(refit.counts.bytes_local))) / 1e9,
-                "GB from other ranks": sum(everywhere(float(refit.counts.bytes_received))) / 1e9,
+                "GB": sum(everywhere(refit.counts.bytes_local, side.everyone)) / 1e9,
+                "GB from other ranks": sum(everywhere(refit.counts.bytes_received, side.everyone)) / 1e9,
                 **{f"{part} ms": value for part, value in times.items()},
-                "loop ms": sum(times[part] for part in ("resume weights", "copy", "resume rest", "commit")),
+                "loop ms": sum(times[part] for part in times if part not in ("release", "first token")),
                 "stopped ms": sum(times.values()),
             }
         )
     return rows
 
 
-def everywhere(number: float) -> list[float]:
-    numbers = [0.0] * dist.get_world_size()
-    dist.all_gather_object(numbers, number)
-    return numbers
+def _parts(
+    engine: Engine | None, request: list[Request], refit: Refit, *, colocated: bool
+) -> Mapping[str, Callable[[], object]]:
+    """What lies between two tokens, in order; a rank without engine waits where it has no part."""
+    if engine is None:
+        return {"copy": refit.run, "commit": _wait, "first token": _wait}
+    parts = {"copy": refit.run, "commit": lambda: engine.commit(0), "first token": lambda: generate(engine, request)}
+    if not colocated:
+        return parts
+    before = {"release": engine.release, "resume weights": engine.resume_weights, "copy": refit.run}
+    return {**before, "resume rest": engine.resume, **parts}
+
+
+def _wait() -> None:
+    pass

@@ -47,6 +47,19 @@ def test_refit(ranks: Ranks) -> None:
         assert 0 < row["copy ms"] < row["loop ms"] < row["stopped ms"]
 
 
+def test_refit_between_trainers_and_engines(ranks: Ranks) -> None:
+    folder = tiny.checkpoint("qwen3")
+    overrides = ["rollout_num_gpus=2", "megatron.tensor_model_parallel_size=2"]
+    rows, *others = ranks.run(4, measure, "refit", folder, overrides, {"repeats": 2})
+    assert others == [rows] * 3
+    for row in rows:
+        assert row["GB"] == 0
+        assert row["GB from other ranks"] == pytest.approx(2 * 4 * load_family(folder).num_parameters() / 1e9)
+        assert row["stopped ms"] == pytest.approx(row["copy ms"] + row["commit ms"] + row["first token ms"])
+        assert 0 < row["copy ms"] < row["loop ms"] < row["stopped ms"]
+        assert "release ms" not in row
+
+
 def test_sleep_and_rollout(ranks: Ranks) -> None:
     folder = tiny.checkpoint("qwen3")
     ((row,),) = ranks.run(1, measure, "sleep", folder, [], {"cycles": 3})
@@ -73,6 +86,8 @@ def test_train_through_the_command_line(tmp_path: Path) -> None:
     wrong = subprocess.run([*command, "megatron.tensor_paralel=2"], capture_output=True, text=True, check=False)
     assert wrong.returncode != 0
     assert "megatron.tensor_paralel: unknown key" in wrong.stderr
+    wrong = subprocess.run([*command, "rollout_num_gpus=1"], capture_output=True, text=True, check=False)
+    assert "rollout_num_gpus: must be 0, because `bench train`" in wrong.stderr
 
 
 def test_step_through_the_command_line(tmp_path: Path) -> None:
