@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from miles_spmd.quickstart.assets import build_assets
 from miles_spmd.telemetry.metrics import phase_times
 from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
 from tests.gpu import machine
+from tests.ranks import free_port
 
 STEPS = 30
 TP2 = ["megatron.tensor_model_parallel_size=2"]
@@ -26,11 +28,18 @@ LIMIT = {"float32": 1e-4, "bfloat16": 0.5}
 def train(recipe: Path, folder: Path, name: str, ranks: int, *overrides: str) -> dict[int, dict[str, float]]:
     """The metrics of a run in ``folder``/``name``."""
     command = [sys.executable, "-m", "miles_spmd", "train", str(recipe), f"--nproc-per-node={ranks}"]
-    settings = [f"run.output_dir={folder}", f"run.name={name}", "telemetry.progress=plain", *overrides]
+    settings = [*run_settings(folder, name), *overrides]
     done = subprocess.run([*command, *settings], capture_output=True, text=True, timeout=240, check=False)
-    logs = "".join(f"{log.name}:\n{log.read_text()[-3000:]}\n" for log in (folder / name / "logs").glob("*.log"))
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}\n{logs}"
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}\n{logs(folder / name)}"
     return read_metrics(folder / name / METRICS_FILE)
+
+
+def run_settings(folder: Path, name: str) -> list[str]:
+    return [f"run.output_dir={folder}", f"run.name={name}", "telemetry.progress=plain"]
+
+
+def logs(run: Path) -> str:
+    return "".join(f"{log.name}:\n{log.read_text()[-3000:]}\n" for log in (run / "logs").glob("*.log"))
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +92,36 @@ def test_grpo_learns(warm: Path, ranks: int, dtype: str, layout: list[str]) -> N
     assert (warm / name / "export" / "model.safetensors").is_file()
 
 
+@machine.needs(2)
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a process another host name")
+def test_two_nodes(warm: Path) -> None:
+    """On one machine: a launcher for each, with a GPU and a host name of its own, so that weights cross by NCCL."""
+    meet = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    meet |= {"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo"}
+    renamed = ["unshare", "--uts", "bash", "-c", 'hostname "$0" && exec "$@"']
+    command = ["launch/torchrun.sh", str(GRPO), *grpo_settings(warm, 4), *TP2, "model.dtype=float32"]
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+    nodes = [
+        subprocess.Popen(
+            [*renamed, f"node{rank}", *command, *run_settings(warm, "nodes")],
+            env=os.environ | meet | {"NODE_RANK": str(rank), "CUDA_VISIBLE_DEVICES": gpus[rank]},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    for node in nodes:
+        _, error = node.communicate(timeout=240)
+        assert node.returncode == 0, error[-4000:] + logs(warm / "nodes")
+    metrics = read_metrics(warm / "nodes" / METRICS_FILE)
+    assert " node1 " in (warm / "nodes" / "logs" / "rank-1.log").read_text()
+    assert max(series(metrics, "train/train_rollout_logprob_abs_diff_max")) < LIMIT["float32"]
+    assert set(series(metrics, "refit/checksum_mismatches")) == {0.0}
+    machine.measured(
+        "GRPO of the quickstart, two nodes", {"refit, s": statistics.median(series(metrics, "perf/refit_time")[1:])}
+    )
+
+
 @machine.needs(1)
 def test_resumes_where_it_was(warm: Path) -> None:
     stopped = grpo(warm, "resumed", 1, 2, "model.dtype=float32")
@@ -95,11 +134,11 @@ def test_resumes_where_it_was(warm: Path) -> None:
 
 def grpo(warm: Path, name: str, ranks: int, steps: int, *overrides: str) -> dict[int, dict[str, float]]:
     """Train on the quickstart's prompts from its warmed-up model; evaluate and save at the end."""
-    return train(
-        GRPO,
-        warm,
-        name,
-        ranks,
+    return train(GRPO, warm, name, ranks, *grpo_settings(warm, steps), *overrides)
+
+
+def grpo_settings(warm: Path, steps: int) -> list[str]:
+    return [
         f"model.hf_checkpoint={warm}/sft/export",
         f"data.prompt_data={warm}/assets/train.jsonl",
         f'eval.eval_prompt_data={{ heldout = "{warm}/assets/heldout.jsonl" }}',
@@ -107,8 +146,7 @@ def grpo(warm: Path, name: str, ranks: int, steps: int, *overrides: str) -> dict
         f"eval.eval_interval={steps}",
         f"checkpoint.save_interval={steps}",
         *(f"sglang.{key}={value}" for key, value in machine.ENGINE.items()),
-        *overrides,
-    )
+    ]
 
 
 def series(metrics: dict[int, dict[str, float]], name: str) -> list[float]:
