@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "miles_spmd"
 # A room imports from its own floor and from those below.
 FLOORS = (
     ("config", "data", "models", "algorithms"),
-    ("platform", "telemetry", "rewards", "messaging", "refit"),
+    ("platform", "telemetry", "rewards", "messaging", "refit", "determinism"),
     ("rollout", "training", "checkpoint"),  # loading and export move weights as a refit does
     ("worker", "controller"),
     ("bench", "planning", "doctor", "quickstart", "launcher", "cli", "__main__"),

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from miles_spmd.data.sample import MicroBatch
+from miles_spmd.determinism.rectangles import Rectangle
 from miles_spmd.rollout.engine import Output, Request
 
 
@@ -98,11 +99,21 @@ class Refit(msgspec.Struct, tag=True, frozen=True):
     version: int
 
 
+class DigestWeights(msgspec.Struct, tag=True, frozen=True):
+    """Replies with :class:`WeightsDigest`."""
+
+    role: Role = Role.ACTOR
+
+
 class SaveCheckpoint(msgspec.Struct, tag=True, frozen=True):
+    """Replies with :class:`CheckpointResult`."""
+
     path: str
 
 
 class LoadCheckpoint(msgspec.Struct, tag=True, frozen=True):
+    """Replies with :class:`CheckpointResult`."""
+
     path: str
 
 
@@ -129,6 +140,7 @@ Body = (
     | Train
     | Keep
     | Refit
+    | DigestWeights
     | SaveCheckpoint
     | LoadCheckpoint
     | ExportModel
@@ -196,6 +208,13 @@ class Completions(msgspec.Struct, tag=True, frozen=True):
     outputs: list[Output]
 
 
+class UpdateDigests(msgspec.Struct, frozen=True):
+    """One number, uint64, for each rectangle that :class:`WeightsDigest` has named."""
+
+    gradient: np.ndarray  # over ``of_updates``: summed over all ranks, before it is clipped
+    weights: np.ndarray  # over ``of_weights``: after the update
+
+
 class TrainResult(msgspec.Struct, tag=True, frozen=True):
     """What one optimizer step did. ``sums`` are this rank's plain sums, one for each leaf of the canonical reduction
     that it has (without: one), to be added over ``reports`` ranks; under context parallelism each of its ranks reports
@@ -206,6 +225,7 @@ class TrainResult(msgspec.Struct, tag=True, frozen=True):
     lr: float
     skipped: str = ""  # why no update was made: "non-finite loss", "non-finite gradient"
     log_probs: list[np.ndarray] | None = None  # float32 [T] per sequence in batch order, before the update
+    digests: UpdateDigests | None = None  # where a ledger is kept
 
 
 class LogProbsResult(msgspec.Struct, tag=True, frozen=True):
@@ -223,6 +243,20 @@ class ValuesResult(msgspec.Struct, tag=True, frozen=True):
     0. None on ranks that do not report."""
 
     values: list[np.ndarray] | None = None
+
+
+class WeightsDigest(msgspec.Struct, tag=True, frozen=True):
+    """What this rank holds of the trainer, and its digest, see :mod:`miles_spmd.determinism.rectangles`."""
+
+    of_weights: list[Rectangle]
+    of_updates: list[Rectangle]  # of gradient and optimizer state, which may lie elsewhere
+    weights: np.ndarray  # uint64
+
+
+class CheckpointResult(msgspec.Struct, tag=True, frozen=True):
+    """The optimizer's state by role and kind, uint64 over ``of_updates``; empty where no ledger is kept."""
+
+    optimizers: dict[Role, dict[str, np.ndarray]]
 
 
 class RefitResult(msgspec.Struct, tag=True, frozen=True):
@@ -244,7 +278,7 @@ class Failure(msgspec.Struct, tag=True, frozen=True):
     traceback: str = ""
 
 
-Result = Ok | TrainResult | LogProbsResult | ValuesResult | RefitResult | Failure
+Result = Ok | TrainResult | LogProbsResult | ValuesResult | WeightsDigest | CheckpointResult | RefitResult | Failure
 
 
 class Reply(msgspec.Struct, tag=True, frozen=True):

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from miles_spmd.algorithms.losses import ValueLoss, make_loss
 from miles_spmd.config.schema import Config
-from miles_spmd.messaging.wire import Role
+from miles_spmd.messaging.wire import CheckpointResult, Role, WeightsDigest
 from miles_spmd.models import load_family
+from miles_spmd.training.digests import to_host
 from miles_spmd.training.network import Network
 from miles_spmd.training.trainer import Trainer
 
@@ -83,6 +84,19 @@ class Roles:
     def keep(self, role: Role) -> None:
         """Make the actor's weights of now those of ``role``."""
         self._copies[role] = self.actor.copy_to_host()
+
+    # ---- digests ----
+
+    def weights_digest(self, role: Role) -> WeightsDigest:
+        """Raises ValueError where no ledger is kept."""
+        digests = self.trainer(role).digests
+        if digests is None:
+            raise ValueError("this run keeps no ledger")
+        return WeightsDigest(digests.of_weights, digests.of_updates, to_host(digests.weights()))
+
+    def optimizer_digests(self) -> CheckpointResult:
+        trainers = {Role.ACTOR: self.actor, Role.CRITIC: self.critic}
+        return CheckpointResult({role: t.digests.optimizer_state() for role, t in trainers.items() if t and t.digests})
 
     # ---- checkpoints ----
 

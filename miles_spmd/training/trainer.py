@@ -15,8 +15,9 @@ from miles_spmd.algorithms.losses import HeadLoss, LossFunction
 from miles_spmd.checkpoint import dist as checkpoint
 from miles_spmd.config.schema import Config
 from miles_spmd.data.sample import MicroBatch
-from miles_spmd.messaging.wire import TrainResult
+from miles_spmd.messaging.wire import TrainResult, UpdateDigests
 from miles_spmd.models import Family
+from miles_spmd.training.digests import TrainerDigests, to_host
 from miles_spmd.training.network import Network, Outputs
 from miles_spmd.training.offload import Offload
 from miles_spmd.training.optimizer import build_optimizer, build_schedule, update
@@ -59,6 +60,8 @@ class Trainer(Network):
         leaves = config.train.reduction_leaves
         self._sum_gradients = TreeSum(self._chunks, leaves) if leaves else plain_sum
         self._connect_schedule()
+        ledger = config.determinism.ledger
+        self.digests = TrainerDigests(self._parameters, self.layout(), self._optimizer) if ledger else None
         self._offload = Offload(self._chunks, self._optimizer, self.weights().values())
 
     def move_out(self) -> int:
@@ -88,10 +91,14 @@ class Trainer(Network):
             for start in range(0, len(batches), size)
         ]
         lr = self._optimizer.param_groups[0]["lr"]
+        gradient = self.digests.gradient() if self.digests else None
         norm, updated = update(self._optimizer)
         if updated:
             self._schedule.step(1)
             self._finish_gathering_parameters()
+        digests = None
+        if self.digests and gradient is not None:
+            digests = UpdateDigests(to_host(gradient), to_host(self.digests.weights()))
         sums = [_add_up([o.sums for o in leaf]) for leaf in outcomes]
         scores = [o.scores for leaf in outcomes for o in leaf]
         return TrainResult(
@@ -100,6 +107,7 @@ class Trainer(Network):
             lr=lr,
             skipped="" if updated else _why_skipped(sums),
             log_probs=self._per_sequence(batches, scores) if self.reports else None,
+            digests=digests,
         )
 
     def _loss(self, batch: PackedBatch, outputs: Outputs) -> tuple[Tensor, Outcome]:

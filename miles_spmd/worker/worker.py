@@ -125,12 +125,16 @@ class Worker:
                 if self._generation is None:
                     raise RuntimeError("this run has no engine: it neither generates nor evaluates")
                 return self._generation.refit(version)
+            case wire.DigestWeights(role):
+                return self.roles.weights_digest(role)
             case wire.SaveCheckpoint(path):
                 with self._whole_trainer():
                     self.roles.save(path)
+                    return self.roles.optimizer_digests()
             case wire.LoadCheckpoint(path):
                 with self._whole_trainer():
                     self.roles.load(path)
+                    return self.roles.optimizer_digests()
             case wire.ExportModel(path):
                 self.roles.actor.export(path, self._config.model.hf_checkpoint)
             case _:
