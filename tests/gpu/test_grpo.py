@@ -65,6 +65,11 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_grpo_learns(warm: Path, ranks: int, dtype: str, layout: list[str]) -> None:
+    learns(warm, ranks, dtype, layout)
+
+
+def learns(warm: Path, ranks: int, dtype: str, layout: list[str]) -> None:
+    """Train, show what was measured, and check that it went as it must."""
     name = "-".join(["grpo", str(ranks), dtype, *(word.partition(".")[2].replace("=", "") for word in layout)])
     metrics = grpo(warm, name, ranks, STEPS, f"model.dtype={dtype}", *layout)
     rewards, scores = series(metrics, "rollout/raw_reward"), series(metrics, "eval/heldout")
