@@ -19,7 +19,7 @@ FLOORS = (
     ("platform", "telemetry", "rewards", "messaging", "refit", "determinism"),
     ("rollout", "training", "checkpoint"),  # loading and export move weights as a refit does
     ("worker", "controller"),
-    ("bench", "planning", "doctor", "quickstart", "launcher", "cli", "__main__"),
+    ("bench", "doctor", "quickstart", "launcher", "cli", "__main__"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -33,8 +33,11 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     activations: int
-    logits: int
+    logits: int  # of a chunk, and the output layer's gradient in fp32
+    update: int  # what the optimizer step takes for a while, when there are no activations any more
+    others: int  # weights of another model, on the device while it is asked
     critic: int  # its parameters, gradients and optimizer
+    copies: int  # in FP8, that Transformer Engine keeps of weights
     engine_weights: int
     engine_stays: bool  # the engine keeps its weights while the trainer works, because rollouts lag behind
     kv_bytes_per_token: int
@@ -43,11 +46,16 @@ class MemoryEstimate:
 
     @property
     def trainer(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.critic
+        return self.parameters + self.gradients + self.optimizer + self.critic + self.copies
+
+    @property
+    def working(self) -> int:
+        """What comes on top of that while the trainer works."""
+        return max(self.activations + self.logits, self.update, self.others + self.logits)
 
     @property
     def training(self) -> int:
-        return self.trainer + self.activations + self.logits + (self.engine_weights if self.engine_stays else 0)
+        return self.trainer + self.working + (self.engine_weights if self.engine_stays else 0)
 
     @property
     def generating(self) -> int:
@@ -70,8 +78,8 @@ def estimate_memory(config: Config, family: Family, layout: ParallelLayout) -> M
 
     def trained(model: Family) -> tuple[int, int, int]:
         dense, expert = max(local_parameters(model, layout, s), key=sum)
-        state = (dense // shards + expert // expert_shards) * state_bytes
-        return (dense + expert) * bytes_each, (dense + expert) * grad_bytes, state
+        states = dense // shards + expert // expert_shards
+        return (dense + expert) * bytes_each, (dense + expert) * grad_bytes, states * state_bytes
 
     parameters, gradients, optimizer = trained(family)
     models = config.model
@@ -87,8 +95,12 @@ def estimate_memory(config: Config, family: Family, layout: ParallelLayout) -> M
         activations=_activations(config, family, layout, s) * bytes_each,
         # of one chunk: logits, their fp32 copy, probabilities
         logits=min(config.train.max_tokens_per_gpu * family.vocab_size // layout.tp, MAX_LOGITS)
-        * (bytes_each + 2 * FP32),
+        * (bytes_each + 2 * FP32)
+        + family.vocab_size * family.hidden_size // layout.tp * FP32,
+        update=0 if grad_bytes == FP32 else optimizer // state_bytes * FP32,
+        others=max(parameters if copies else 0, trained(teacher)[0] if teacher else 0),
         critic=sum(of_critic),
+        copies=_fp8_copies(family, layout, s),
         engine_weights=_engine_parameters(family, layout.engine_tp) * bytes_each,
         engine_stays=config.refit.update_weights_interval > 1,
         kv_bytes_per_token=2 * family.num_layers * kv_heads * family.head_dim * bytes_each,
@@ -121,6 +133,16 @@ def _is_on(name: str, layers: range, first: bool, last: bool, tied: bool) -> boo
     if name == "model.embed_tokens.weight":
         return first or (last and tied)
     return last
+
+
+def _fp8_copies(family: Family, layout: ParallelLayout, s: dict[str, Any]) -> int:
+    """Of each matrix in a layer a byte as it stands and one transposed, kept from step to step."""
+    if not s["fp8"] or s["transformer_impl"] != "transformer_engine" or s["disable_parameter_transpose_cache"]:
+        return 0
+    layers = layers_per_stage(family.num_layers, layout.pp, s)[0]
+    tensors = family.checkpoint_tensors()
+    first = [shape for name, shape in tensors.items() if name.startswith("model.layers.0.") and len(shape) > 1]
+    return 2 * layers * sum(map(prod, first)) // layout.tp
 
 
 def layers_per_stage(num_layers: int, stages: int, s: dict[str, Any]) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 
@@ -58,6 +58,14 @@ class Output(msgspec.Struct):
     prompt_log_probs: list[float] | None = None  # of input_ids[1:] at temperature 1, when asked for
 
 
+class EngineMemory(NamedTuple):
+    """Bytes on the device."""
+
+    weights: int
+    kv_cache: int
+    graphs: int = 0  # CUDA graphs and what they compute in
+
+
 class Engine(Protocol):
     """One rank of an engine. With tensor parallelism all its ranks make the same calls in the same order; only the
     content of the leader's ``submit`` and ``abort`` counts, and every rank gets the outputs."""
@@ -87,6 +95,15 @@ class Engine(Protocol):
         """Stop the named requests (None: all). They come out of a later ``step`` as ABORT with their tokens so far.
         Rids that are not in the engine are ignored: they may just have finished."""
 
+    def retry_smaller(self) -> int | None:
+        """After a ``step`` that ran out of memory: forget what it was doing, and begin again with the unfinished
+        requests, half as many at a time as then, from now on. Their draws are functions of their seeds, so they are
+        drawn alike.
+
+        Returns how many may run now; None, with nothing changed, where that cannot be: one request alone was too
+        much, or other ranks are in the middle of the same step.
+        """
+
     @property
     def idle(self) -> bool:
         """True, on every rank alike, when nothing is queued, running or waiting to be returned."""
@@ -113,7 +130,10 @@ class Engine(Protocol):
 
     def resume(self) -> None:
         """Take all memory again that is still released. Weights that were not kept are undefined until the next
-        refit."""
+        refit. Raises MemoryError, as ``resume_weights`` does, when there is not enough."""
+
+    def memory(self) -> EngineMemory:
+        """What it holds now, without what is released."""
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The engine's own parameter storage on this rank by its own names; writing into it changes the model."""

@@ -18,8 +18,16 @@ _MOST_REQUESTS = 4096  # that SGLang runs at a time on a GPU, unless told otherw
 _ONLY = {"pp_size": 1, "dp_size": 1, "nnodes": 1, "enable_dp_attention": False, "speculative_algorithm": None}
 
 
-def build_server_args(model_path: str, dtype: str, context_length: int, table: dict[str, Any]) -> ServerArgs:
-    """ServerArgs for an in-process engine on this machine's device.
+def build_server_args(
+    model_path: str,
+    dtype: str,
+    context_length: int,
+    table: dict[str, Any],
+    cache_tokens: int | None = None,
+    invariant: bool = False,
+) -> ServerArgs:
+    """ServerArgs for an in-process engine on this machine's device. ``cache_tokens``: the most that a cache is of use
+    for. ``invariant``: attend to a request's keys in the same order whatever else is in the batch.
 
     Raises ValueError listing every entry of ``table`` that SGLang does not know or that this engine decides itself.
     """
@@ -42,6 +50,8 @@ def build_server_args(model_path: str, dtype: str, context_length: int, table: d
         defaults |= {"disable_prefill_cuda_graph": True, "cuda_graph_bs_decode": _GRAPH_BATCHES}
         if dtype == "float32":
             defaults["attention_backend"] = "triton"  # SGLang's own choice would take 16-bit numbers only
+        if invariant:
+            fixed |= {"enable_deterministic_inference": True, "attention_backend": "fa3"}
     else:
         fixed |= {
             "attention_backend": "torch_native",
@@ -53,7 +63,7 @@ def build_server_args(model_path: str, dtype: str, context_length: int, table: d
     _check(table, fixed)
     args = fixed | defaults | table
     # A small model's cache would otherwise fill the GPU with hundreds of millions of tokens, more than its index bears.
-    most = args.get("max_running_requests", _MOST_REQUESTS) * context_length
+    most = cache_tokens or args.get("max_running_requests", _MOST_REQUESTS) * context_length
     args.setdefault("max_total_tokens", most if on_gpu else min(most, _CPU_CACHE_TOKENS))
     return ServerArgs(**args)
 

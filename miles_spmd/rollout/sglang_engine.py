@@ -10,7 +10,7 @@ import pkgutil
 import random
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from sglang.srt import runtime_context
-from sglang.srt.constants import GPU_MEMORY_ALL_TYPES, GPU_MEMORY_TYPE_WEIGHTS
+from sglang.srt.constants import (
+    GPU_MEMORY_ALL_TYPES,
+    GPU_MEMORY_TYPE_CUDA_GRAPH,
+    GPU_MEMORY_TYPE_KV_CACHE,
+    GPU_MEMORY_TYPE_WEIGHTS,
+)
 from sglang.srt.managers.io_struct import (
     AbortReq,
     ReleaseMemoryOccupationReqInput,
@@ -37,10 +42,12 @@ from miles_spmd.rollout import (
     sglang_cpu_attention,
     sglang_cpu_linear,
     sglang_float32,
+    sglang_invariant,
     sglang_sampler,
     sglang_world,
+    storage,
 )
-from miles_spmd.rollout.engine import Output, Request, check_request
+from miles_spmd.rollout.engine import EngineMemory, Output, Request, check_request
 from miles_spmd.rollout.sglang_args import build_server_args
 from miles_spmd.rollout.sglang_scheduler import InProcessScheduler
 
@@ -48,6 +55,8 @@ sglang_shim.check_version()
 
 # SGLang aborts every request whose rid begins with the given one. Rids that end in this begin no other.
 _END = "\0"
+
+_PARTS = (GPU_MEMORY_TYPE_WEIGHTS, GPU_MEMORY_TYPE_KV_CACHE, GPU_MEMORY_TYPE_CUDA_GRAPH)  # as in EngineMemory
 
 
 class SglangEngine:
@@ -69,9 +78,13 @@ class SglangEngine:
         dtype: str,
         server_args: dict[str, Any] | None = None,
         context_length: int | None = None,
+        cache_tokens: int | None = None,
+        invariant: bool = False,
     ) -> None:
         """``dtype``: "float32" or "bfloat16". ``server_args``: fields of SGLang's ServerArgs, among them ``tp_size``.
-        ``context_length``: the longest prompt plus answer, by default the model's.
+        ``context_length``: the longest prompt plus answer, by default the model's. ``cache_tokens``: no use is made of
+        a KV cache for more; how many it has then depends on ``server_args`` and on what is free.
+        ``invariant``: compute with :mod:`miles_spmd.invariant`, so that no answer depends on what else is in the batch.
 
         Raises ValueError for settings that SGLang does not have or that this engine decides itself.
         """
@@ -79,7 +92,7 @@ class SglangEngine:
         self.context_length = context_length or self._family.max_sequence_length
         table = server_args or {}
         logging.getLogger("sglang").setLevel(table.get("log_level", "error").upper())
-        args = build_server_args(str(model_path), dtype, self.context_length, table)
+        args = build_server_args(str(model_path), dtype, self.context_length, table, cache_tokens, invariant)
         self.tp_size = args.tp_size
         self.tp_rank = dist.get_rank() % args.tp_size
         sglang_sampler.register()
@@ -91,7 +104,8 @@ class SglangEngine:
             cuda.require_memory_saver()
         _import_no_other_models()
         plain = args.device == "cuda" and dtype == "float32"
-        with _keep_random_state(), sglang_float32.plain_kernels() if plain else contextlib.nullcontext():
+        kernels = sglang_invariant.shared_kernels(invariant)
+        with _keep_random_state(), kernels, sglang_float32.plain_kernels() if plain else contextlib.nullcontext():
             set_global_server_args_for_scheduler(args)
             sglang_world.join(args.tp_size)
             device_index = torch.cuda.current_device() if args.device == "cuda" else 0
@@ -100,7 +114,8 @@ class SglangEngine:
         self._paused = False
         self._touched = False
         self._released: list[str] = []  # SGLang's names of the parts of its memory
-        self._live: set[str] = set()
+        self._live: dict[str, Request] = {}
+        self._aborted: set[str] = set()
         self._spans: dict[str, list[tuple[int, int]]] = defaultdict(list)  # rid -> (version, tokens up to its end)
 
     @property
@@ -120,7 +135,7 @@ class SglangEngine:
             for rid in rids:
                 if rid in self._live or rids.count(rid) > 1:
                     raise ValueError(f"request {rid}: another request with this rid is in the engine")
-            self._live.update(rids)
+            self._live |= {request.rid: request for request in requests}
             self._scheduler.inbox += messages
         self._touched = True
 
@@ -167,13 +182,13 @@ class SglangEngine:
             )
 
     def abort(self, rids: list[str] | None = None) -> None:
-        if rids is None:
-            messages = [AbortReq(abort_all=True)]
-        else:
-            messages = [AbortReq(rid=rid + _END) for rid in rids if rid in self._live]
         if self.leader:
-            self._scheduler.inbox += messages
+            self._aborted |= {*self._live} if rids is None else {rid for rid in rids if rid in self._live}
+            self._scheduler.inbox += [AbortReq(abort_all=True)] if rids is None else self._abort_messages(rids)
         self._touched = True
+
+    def _abort_messages(self, rids: Iterable[str]) -> list[AbortReq]:
+        return [AbortReq(rid=rid + _END) for rid in rids if rid in self._live]
 
     def step(self) -> list[Output]:
         self._require_memory()
@@ -183,8 +198,22 @@ class SglangEngine:
         self._touched = False
         outputs = [self._output(req) for req in self._scheduler.finished]
         self._scheduler.finished.clear()
-        self._live.difference_update(output.rid for output in outputs)
+        for output in outputs:
+            self._live.pop(output.rid, None)
+            self._aborted.discard(output.rid)
         return outputs
+
+    def retry_smaller(self) -> int | None:
+        if self.tp_size > 1 or (limit := self._scheduler.halve()) is None:
+            return None
+        self._scheduler.forget()
+        ended = {req.rid.removesuffix(_END) for req in self._scheduler.finished}
+        again = [request for rid, request in self._live.items() if rid not in ended]
+        for request in again:
+            self._spans.pop(request.rid + _END, None)
+        self._scheduler.inbox[:] = [*map(self._message, again), *self._abort_messages(sorted(self._aborted))]
+        self._touched = True
+        return limit
 
     def _output(self, req: Req) -> Output:
         rid = req.rid.removesuffix(_END)
@@ -263,13 +292,37 @@ class SglangEngine:
     def _take(self, tags: list[str]) -> None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what the trainer has freed, its allocator still holds
+            self._require_free(tags)
         self._scheduler.weight_updater.resume_memory_occupation(ResumeMemoryOccupationReqInput(tags=tags))
         self._released = [tag for tag in self._released if tag not in tags]
+
+    def memory(self) -> EngineMemory:
+        sizes = self._sizes()
+        here = [sizes[tag] if tag not in self._released else 0 for tag in _PARTS]
+        return EngineMemory(*here)
+
+    def _sizes(self) -> dict[str, int]:
+        """Bytes by SGLang's name; on a CPU those of freed storages are 0."""
+        return {
+            GPU_MEMORY_TYPE_WEIGHTS: storage.size(self._model.parameters()),
+            GPU_MEMORY_TYPE_KV_CACHE: storage.size(self._scheduler.kv_cache()),
+            GPU_MEMORY_TYPE_CUDA_GRAPH: int(self._scheduler.tp_worker.model_runner.graph_mem_usage * 2**30),
+        }
 
     def close(self) -> None:
         del self._scheduler
         sglang_world.leave()
         runtime_context.reset_context()
+
+    def _require_free(self, tags: list[str]) -> None:
+        """torch_memory_saver ends the process when the driver has nothing left for it."""
+        sizes, (free, total) = self._sizes(), torch.cuda.mem_get_info()
+        needed = sum(sizes[tag] for tag in tags)
+        if needed > free:
+            raise MemoryError(
+                f"the engine's {' and '.join(tags)} take {needed / 2**30:.2f} GiB, of which {free / 2**30:.2f} of "
+                f"{total / 2**30:.1f} are free"
+            )
 
     def _require_memory(self) -> None:
         if self._released:

@@ -20,3 +20,8 @@ def allocate(tensors: Iterable[torch.Tensor], sizes: list[int]) -> None:
     """Give freed tensors memory again; what it holds is undefined."""
     for tensor, size in zip(tensors, sizes, strict=True):
         tensor.untyped_storage().resize_(size)
+
+
+def size(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes under ``tensors``, no two of which may share a storage; those of freed ones are 0."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)

@@ -13,7 +13,7 @@ from miles_spmd.algorithms.truncation import truncated
 from miles_spmd.data.sample import FinishReason
 from miles_spmd.models import Piece, TensorLayout, load_family
 from miles_spmd.rollout import storage
-from miles_spmd.rollout.engine import Output, Request, check_request
+from miles_spmd.rollout.engine import EngineMemory, Output, Request, check_request
 
 _COLD = 1e-6
 
@@ -144,6 +144,9 @@ class TorchEngine:
         if new:
             running.weight_versions.append((self._weight_version, new))
 
+    def retry_smaller(self) -> None:
+        """It runs one request at a time."""
+
     @property
     def idle(self) -> bool:
         return not self._requests
@@ -170,6 +173,10 @@ class TorchEngine:
         if self._freed:
             storage.allocate(self._model.parameters(), self._freed)
         self._freed = None
+
+    def memory(self) -> EngineMemory:
+        """Keys and values come and go with the requests."""
+        return EngineMemory(storage.size(self._model.parameters()), 0)
 
     def close(self) -> None:
         """Nothing outlives the object."""

@@ -7,6 +7,7 @@ only what lies under them is freed and allocated again.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -16,6 +17,14 @@ from torch import Tensor, UntypedStorage
 from miles_spmd.training.optimizer import parts
 
 
+class TrainerMemory(NamedTuple):
+    """Bytes on the device."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+
 class Offload:
     """Of one trainer. Its host memory, pinned where there is a GPU, is allocated once and kept."""
 
@@ -23,7 +32,8 @@ class Offload:
         self, chunks: list[DistributedDataParallel], optimizer: ChainedOptimizer, weights: Collection[Tensor]
     ) -> None:
         self._chunks, self._optimizer = chunks, optimizer
-        self._weights = {_identity(weight.untyped_storage()) for weight in weights}
+        storages = [weight.untyped_storage() for weight in weights]
+        self._weights = {_identity(storage): storage.nbytes() for storage in storages}
         self._away: list[tuple[UntypedStorage, int]] = []
         self._kept = 0  # of these, from the first on, the contents are in host memory
         self._host = torch.empty(0, dtype=torch.uint8)
@@ -32,13 +42,18 @@ class Offload:
     def away(self) -> bool:
         return bool(self._away)
 
+    def memory(self) -> TrainerMemory:
+        """What the trainer holds now, without activations."""
+        state, gradients = (self._storages(tensors) for tensors in (self._state(), self._gradients()))
+        return TrainerMemory(sum(self._weights.values()), _size(gradients), _size(state))
+
     def move_out(self) -> int:
         """Returns the bytes given back to the device's allocator; 0 when they are away already."""
         if self._away:
             return 0
         self._optimizer.zero_grad()  # lets go of the gradients
         state, gradients = self._storages(self._state()), self._storages(self._gradients())
-        self._reserve(sum(storage.nbytes() for storage in state))
+        self._reserve(_size(state))
         for storage, host in zip(state, self._slices(state)):
             host.copy_(_bytes(storage), non_blocking=True)
         if state and state[0].is_cuda:
@@ -90,6 +105,10 @@ class Offload:
 
 def _identity(storage: UntypedStorage) -> int:
     return storage._cdata
+
+
+def _size(storages: Iterable[UntypedStorage]) -> int:
+    return sum(storage.nbytes() for storage in storages)
 
 
 def _bytes(storage: UntypedStorage) -> Tensor:

@@ -19,7 +19,7 @@ from miles_spmd.messaging.wire import TrainResult, UpdateDigests
 from miles_spmd.models import Family
 from miles_spmd.training.digests import TrainerDigests, to_host
 from miles_spmd.training.network import Network, Outputs
-from miles_spmd.training.offload import Offload
+from miles_spmd.training.offload import Offload, TrainerMemory
 from miles_spmd.training.optimizer import build_optimizer, build_schedule, update
 from miles_spmd.training.packing import PackedBatch
 from miles_spmd.training.reduction import TreeSum, plain_sum
@@ -73,6 +73,10 @@ class Trainer(Network):
     def move_in(self) -> int:
         """Returns the bytes that were taken again; 0 when nothing was away."""
         return self._offload.move_in()
+
+    def memory(self) -> TrainerMemory:
+        """What it holds on the device now, activations not counted."""
+        return self._offload.memory()
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> TrainResult:
         """One optimizer step. A non-finite loss or gradient anywhere makes every rank skip it, see ``skipped``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 
 import torch
@@ -9,7 +10,8 @@ import torch.distributed as dist
 
 from miles_spmd.messaging.dealer import Dealer
 from miles_spmd.messaging.wire import AbortRequests, Command, Completions, EndGenerate, Submit
-from miles_spmd.rollout.engine import Engine
+from miles_spmd.platform.memory import is_out_of_memory
+from miles_spmd.rollout.engine import Engine, Output
 from miles_spmd.worker.stopwatch import Stopwatch
 
 
@@ -41,27 +43,46 @@ def run_rollout(
     lockstep: Lockstep,
     watch: Stopwatch,
     progress: Callable[[str], None],
-) -> None:
-    """From a Generate command until the engine is idle and the controller has said that nothing more will come.
+) -> int:
+    """From a Generate command until the engine is idle and the controller has said that nothing more will come. Returns
+    how often it ran out of memory and began again.
 
     It begins with an empty prefix cache: what an evaluation has left there would decide which tokens of a prompt are
     computed together, and so their last bits. ``progress`` is told how far it is.
     """
     engine.flush()
-    steps, ended = 0, False
+    steps, retries, ended = 0, 0, False
     while True:
         with watch("wait"):
             if lockstep.leader:
                 ended = _listen(engine, dealer, ended)
             go_on = lockstep.agree(not (ended and engine.idle))
         if not go_on:
-            return
+            return retries
         with watch("engine"):
-            outputs = engine.step()
+            outputs = step(engine)
+        if outputs is None:
+            retries += 1
         if outputs and lockstep.leader:
             dealer.send(Completions(rank, outputs))
         steps += 1
         progress(f"engine step {steps}")
+
+
+def step(engine: Engine) -> list[Output] | None:
+    """What finished; None when there was too little memory and the engine begins again with fewer requests at a time,
+    which ends: it halves them. Raises what the step raised where it cannot."""
+    try:
+        return engine.step()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # or they would keep what the step had allocated so far
+        limit = engine.retry_smaller()
+        if limit is None:
+            raise
+        print(f"rollout: out of memory; again with at most {limit} requests at a time: {str(error).splitlines()[0]}")
+        return None
 
 
 def _listen(engine: Engine, dealer: Dealer, ended: bool) -> bool:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from miles_spmd.rollout.engine import Output
+from miles_spmd.worker.rollout import step
 from tests.ranks import Ranks
 from tests.rollout.checkpoints import CONTEXT, EOS, Reference
 from tests.rollout.conformance import TOLERANCE, difference, engine_of, finish, prompt, refit, request, run
@@ -124,6 +125,58 @@ def test_small_caches(ranks: Ranks, folders: list[Path], server_args: dict[str, 
     counts = ranks.run(server_args.get("tp_size", 1), crowded, folders, server_args)
     assert (counts[0] > 0) == retracts
     assert len(set(counts)) == 1
+
+
+def starved(folders: list[Path]) -> None:
+    """Batches of more than a few requests find no memory, in the middle of answers: all come all the same."""
+    asked = [request(f"r{i}", prompt(i, 9 + i), seed=i, ignore_eos=True, max_new_tokens=9 + i) for i in range(12)]
+    with engine_of("sglang", folders[0]) as engine:
+        expected = run(engine, asked)
+        run_batch, sizes, most = engine._scheduler.run_batch, [], 3
+
+        def starving(batch: Any) -> Any:
+            sizes.append(batch.batch_size())
+            if len(sizes) > 10 and batch.batch_size() > most:
+                torch.empty(2**60, dtype=torch.uint8)
+            return run_batch(batch)
+
+        engine._scheduler.run_batch = starving
+        engine.submit(asked)
+        outputs: dict[str, Output] = {}
+        retries = 0
+        while not engine.idle:
+            finished = step(engine)
+            retries += finished is None
+            outputs |= {output.rid: output for output in finished or []}
+        same_tokens(outputs, expected)
+        assert retries == 2  # 10 were left: 5, 2
+        assert [size for size in sizes if size > most][-2:] == [10, 5]
+        # one that was stopped meanwhile stays stopped; what finds no memory alone is given up
+        engine.submit(asked[:2])
+        step(engine)
+        engine.abort(["r1"])
+        most = 1
+        assert step(engine) is None or not engine.idle
+        left: dict[str, Output] = {}
+        while not engine.idle:
+            left |= {output.rid: output for output in step(engine) or []}
+        same_tokens({"r0": left["r0"]}, {"r0": expected["r0"]})
+        assert len(left["r1"].output_ids) < len(expected["r1"].output_ids)
+        most = 0
+        engine.submit(asked[:1])
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            step(engine)
+
+
+def same_tokens(outputs: dict[str, Output], expected: dict[str, Output]) -> None:
+    assert outputs.keys() == expected.keys()
+    for rid, output in outputs.items():
+        assert output.output_ids == expected[rid].output_ids
+        assert output.output_log_probs == pytest.approx(expected[rid].output_log_probs, abs=TOLERANCE)
+
+
+def test_too_little_memory(ranks: Ranks, folders: list[Path]) -> None:
+    ranks.run(1, starved, folders)
 
 
 def construction(folders: list[Path]) -> None:

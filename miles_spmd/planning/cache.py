@@ -1,0 +1,51 @@
+"""How many tokens of KV cache the requests of a run can fill at most."""
+
+from __future__ import annotations
+
+from math import ceil
+
+from miles_spmd.config.checks import settings
+from miles_spmd.config.schema import Config
+from miles_spmd.data.dataset import DataError, read_rows
+from miles_spmd.models import Family
+from miles_spmd.planning.layout import ParallelLayout
+
+MOST_REQUESTS = 4096  # that SGLang runs at a time, unless told otherwise
+SPARE = 256  # tokens: SGLang wants a page more than a request takes
+
+
+def needed_tokens(config: Config, family: Family, layout: ParallelLayout) -> int | None:
+    """Of one engine, for the larger of rollout and evaluation: as many sequences as it runs at a time, each as long as
+    it may be, in whole pages. None where the user has sized the cache.
+
+    Without ``rollout_max_prompt_len`` a prompt may take all that the answer leaves of a micro-batch, or of the context.
+    """
+    s = settings(config)
+    if s["mem_fraction_static"] is not None or s["max_total_tokens"] is not None:
+        return None
+    page = s["page_size"] or 1
+    prompt, r, e = config.data.rollout_max_prompt_len, config.rollout, config.eval
+
+    def need(prompts: int, samples: int, response: int, longest: int) -> int:
+        requests = min(ceil(prompts / layout.engines) * samples, s["max_running_requests"] or MOST_REQUESTS)
+        length = longest if prompt is None else min(prompt + response, longest)
+        return requests * (ceil(length / page) + 1) * page
+
+    needs = [0]
+    context = family.max_sequence_length
+    if config.run.mode == "rl":
+        longest = min(context, config.micro_batch_tokens)  # what is trained on fits a micro-batch
+        needs.append(need(r.rollout_batch_size, r.n_samples_per_prompt, r.rollout_max_response_len, longest))
+    if e.eval_interval:
+        response = e.eval_max_response_len or r.rollout_max_response_len
+        rows = max(map(_rows, e.eval_prompt_data.values()), default=0)
+        needs.append(need(rows, e.n_samples_per_eval_prompt, response, context))
+    return max(needs) + SPARE
+
+
+def _rows(source: str) -> int:
+    """Of a dataset; 0 where it cannot be read, which others will say."""
+    try:
+        return sum(1 for _ in read_rows(source, []))
+    except (OSError, DataError):
+        return 0
