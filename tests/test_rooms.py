@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "miles_spmd"
 # A room imports from its own floor and from those below.
 FLOORS = (
     ("config", "data", "models", "algorithms"),
-    ("platform", "telemetry", "rewards", "messaging", "refit", "determinism"),
+    ("platform", "telemetry", "rewards", "messaging", "refit", "determinism", "planning"),
     ("rollout", "training", "checkpoint"),  # loading and export move weights as a refit does
     ("worker", "controller"),
     ("bench", "doctor", "quickstart", "launcher", "cli", "__main__"),
