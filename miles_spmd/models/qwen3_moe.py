@@ -76,16 +76,18 @@ class Qwen3Moe(Qwen3):
     def _sglang_mlp(self, prefix: str, name: str, shape: Shape, tp: Shard) -> Pieces:
         if name == "gate.weight":
             return self._whole(prefix + name)
+        if name not in ("experts.w13_weight", "experts.w2_weight"):
+            return ()
         experts = [f"{prefix}experts.{expert}." for expert in range(self.num_experts)]
+        local = shape[1] // 2 if name == "experts.w13_weight" else shape[2]
         if shape[0] < self.num_experts:  # with ``ep_size``, which SGLang wants to be ``tp_size``, experts are whole
-            experts, tp = experts[slice(*tp.part(self.num_experts, f"{prefix}experts"))], Shard(0, 1)
-        match name:
-            case "experts.w13_weight":
-                width = sglang_width(self.expert_ffn_size, shape[1] // 2, tp)
-                return tuple(p for i, expert in enumerate(experts) for p in self._gate_up(expert, tp, width, (i,)))
-            case "experts.w2_weight":
-                return self._stacked_down(experts, tp, sglang_width(self.expert_ffn_size, shape[2], tp))
-        return ()
+            first, last = tp.part(self.num_experts, f"{prefix}experts")
+            experts, tp, width = experts[first:last], Shard(0, 1), max(self.expert_ffn_size, local)
+        else:
+            width = sglang_width(self.expert_ffn_size, local, tp)
+        if name == "experts.w2_weight":
+            return self._stacked_down(experts, tp, width)
+        return tuple(piece for i, expert in enumerate(experts) for piece in self._gate_up(expert, tp, width, (i,)))
 
     def _stacked_down(self, experts: list[str], tp: Shard, padded: int = 0) -> Pieces:
         down = "down_proj.weight"
