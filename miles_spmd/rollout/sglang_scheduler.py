@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from sglang.srt.managers.io_struct import AbortReq, PauseGenerationReqInput
-from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.ipc_channels import SchedulerIpcChannels
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
@@ -27,11 +27,15 @@ class InProcessScheduler(Scheduler):
     output_streamer: Any
     running_batch: Any
     last_batch: Any
+    cur_batch_for_debug: Any
+    chunked_req: Any
+    chunked_prefill_size: Any
     forward_stream: Any
 
     def __init__(self, server_args: ServerArgs, device_index: int, tp_rank: int) -> None:
         self.inbox: list[Any] = []
         self.finished: list[Req] = []
+        self._limit: int | None = None  # of running requests, where SGLang's own turned out to be too many
         no_ports = PortArgs(**dict.fromkeys((field.name for field in dataclasses.fields(PortArgs)), ""))
         moe_ep_rank = tp_rank * server_args.ep_size // server_args.tp_size
         super().__init__(server_args, no_ports, device_index, tp_rank, moe_ep_rank, 0, 0, 0, None)
@@ -62,6 +66,7 @@ class InProcessScheduler(Scheduler):
         self.process_input_requests(self.request_receiver.recv_requests())
         plan = self.get_next_batch_to_run(running_batch=self.running_batch, last_batch=self.last_batch)
         self.running_batch = plan.running_batch
+        self.cur_batch_for_debug = plan.batch_to_run
         return plan.batch_to_run
 
     def _step_overlapped(self) -> None:
@@ -99,6 +104,47 @@ class InProcessScheduler(Scheduler):
         self.token_to_kv_pool_allocator.clear()
         return self.waiting_queue
 
+    def get_num_allocatable_reqs(self, running_bs: int) -> int:
+        allowed = super().get_num_allocatable_reqs(running_bs)
+        return allowed if self._limit is None else min(allowed, self._limit - running_bs)
+
+    def halve(self) -> int | None:
+        """Allow half as many requests at a time as are in flight now, and prefills of half the size; returns how many.
+        None, with nothing changed, where there is but one."""
+        batches = [self.running_batch, self.last_batch, self.cur_batch_for_debug, *(b for b, _ in self._results())]
+        running = len({req.rid for batch in batches if batch is not None for req in batch.reqs})
+        limit = min(running, self._limit or running) // 2
+        if not limit:
+            return None
+        self._limit = limit
+        if self.chunked_prefill_size:
+            self.chunked_prefill_size = max(self.chunked_prefill_size // 2, self.page_size)
+        return limit
+
+    @torch.inference_mode()
+    def forget(self) -> None:
+        """Drop everything in flight or queued, of which nothing can be relied on after a step that failed half-way."""
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        self._results().clear()
+        self.waiting_queue.clear()
+        self.running_batch = ScheduleBatch(reqs=[], batch_is_full=False)
+        self.last_batch = self.cur_batch_for_debug = self.chunked_req = None
+        self.tree_cache.reset()
+        self.req_to_token_pool.clear()
+        self.token_to_kv_pool_allocator.clear()
+        self.new_token_ratio_tracker.reset()
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
+
+    def _results(self) -> deque[Any]:
+        return self.result_queue if self.enable_overlap else deque()
+
+    def kv_cache(self) -> list[torch.Tensor]:
+        """Keys and values of all layers."""
+        pool = self.tp_worker.model_runner.token_to_kv_pool
+        return [buffer for layer in range(pool.layer_num) for buffer in pool.get_kv_buffer(layer)]
+
     # --- parts that SGLang builds while it is constructed ----------------------------------------------------------
 
     def init_ipc_channels(self, port_args: PortArgs) -> None:
@@ -115,9 +161,7 @@ class InProcessScheduler(Scheduler):
         # No watchdog: SGLang's kills the parent process, which here is the launcher of all ranks.
         runner = self.tp_worker.model_runner
         if self.device == "cpu":
-            pool = runner.token_to_kv_pool
-            kv_cache = [buffer for layer in range(pool.layer_num) for buffer in pool.get_kv_buffer(layer)]
-            self.memory_saver_adapter = CpuMemorySaver(runner.model.parameters(), kv_cache)
+            self.memory_saver_adapter = CpuMemorySaver(runner.model.parameters(), self.kv_cache())
         else:
             self.memory_saver_adapter = TorchMemorySaverAdapter.create(enable=True)
         self.recv_skipper = None
