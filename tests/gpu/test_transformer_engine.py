@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +16,16 @@ from torch import Tensor
 
 from miles_spmd.config.schema import Config
 from miles_spmd.data.sample import TrainSequence
+from miles_spmd.quickstart import checkpoint
+from miles_spmd.quickstart.__main__ import SFT as SFT_RECIPE
+from miles_spmd.quickstart.assets import build_assets
 from tests.gpu.machine import measured, needs
+from tests.gpu.test_grpo import grpo, series, train
 from tests.models import tiny
 from tests.ranks import Ranks
 from tests.training.cases import (
     CP2,
+    EP2,
     PLAIN_SGD,
     PP2,
     SP,
@@ -122,6 +128,7 @@ def errors(ranks: Ranks, name: str, world: int, megatron: dict[str, Any]) -> tup
         pytest.param(2, "wide", TP2 | SP, marks=needs(2)),
         pytest.param(2, "wide", PP2, marks=needs(2)),
         pytest.param(2, "wide", CP2, marks=needs(2)),
+        pytest.param(2, "wide-all-experts", EP2, marks=needs(2)),
     ],
 )
 def test_bf16(ranks: Ranks, world: int, name: str, megatron: dict[str, Any]) -> None:
@@ -182,3 +189,46 @@ def test_resume(ranks: Ranks, tmp_path: Path, megatron: dict[str, Any]) -> None:
     folder = str(tmp_path / "checkpoint")
     uninterrupted = ranks.run(1, reproducible_history, run, folder, 6, False, 3)[0]
     assert ranks.run(1, reproducible_history, run, folder, 3, True)[0] == uninterrupted[3:]
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As that of test_grpo, with a model that FP8 can multiply."""
+    folder = tmp_path_factory.mktemp("wide-quickstart")
+    with pytest.MonkeyPatch.context() as patch:
+        for key in ("hidden_size", "intermediate_size", "head_dim"):
+            patch.setitem(checkpoint.CONFIG, key, WIDE[key])
+        build_assets(folder / "assets")
+    files = f"model.hf_checkpoint={folder}/assets/model", f"data.prompt_data={folder}/assets/sft.jsonl"
+    train(SFT_RECIPE, folder, "sft", 1, *files, *overrides(TE), "megatron.lr=2e-3", "run.num_rollout=300")
+    return folder
+
+
+def overrides(megatron: dict[str, Any]) -> list[str]:
+    return ["model.dtype=bfloat16", *(f"megatron.{key}={value}" for key, value in megatron.items())]
+
+
+@needs(1)
+@pytest.mark.parametrize(("megatron", "mean"), [(TE, 0.02), (FP8, FP8_PRODUCT * 4)], ids=["bf16", "fp8"])
+def test_grpo_learns(warm: Path, megatron: dict[str, Any], mean: float) -> None:
+    """With the engine in the same process."""
+    steps, name = 20, f"grpo-{len(megatron)}"
+    metrics = grpo(warm, name, 1, steps, *overrides(megatron))
+    rewards, scores = series(metrics, "rollout/raw_reward"), series(metrics, "eval/heldout")
+    largest, apart = (series(metrics, f"train/train_rollout_logprob_abs_diff{kind}") for kind in ("_max", ""))
+    measured(
+        f"GRPO of a wide quickstart, {megatron}",
+        {
+            "reward, first 5 steps": statistics.mean(rewards[:5]),
+            "reward, last 5 steps": statistics.mean(rewards[-5:]),
+            "held out, before": scores[0],
+            "held out, after": scores[-1],
+            "largest |engine - trainer| log-prob": max(largest),
+            "mean |engine - trainer| log-prob": statistics.mean(apart),
+            "step, s": statistics.median(series(metrics, "perf/step_time")[5:]),
+        },
+    )
+    assert len(rewards) == steps
+    assert scores[-1] > scores[0] + 0.2
+    assert 0 < statistics.mean(apart) < mean
+    assert set(series(metrics, "refit/checksum_mismatches")) == {0.0}
