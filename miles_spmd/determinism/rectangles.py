@@ -41,7 +41,7 @@ def parts(layout: TensorLayout, shape: Sequence[int], start: int = 0, stop: int 
     """Of the elements [start, stop) of a contiguous local tensor of ``shape``, counted as in memory; offsets count from
     ``start``. Raises ValueError for a checkpoint tensor of more than two dimensions."""
     stop = int(np.prod(shape)) if stop is None else stop
-    found = []
+    found: list[Part] = []
     for piece in layout.pieces:
         if piece.name != PADDING:
             found += _parts_of(piece, shape, start, stop)

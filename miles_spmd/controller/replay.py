@@ -1,0 +1,58 @@
+"""Steps of a finished or stopped run, done again: from which checkpoint, and with what changed in its configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from miles_spmd.controller import resume
+from miles_spmd.determinism import data
+from miles_spmd.determinism.chain import LedgerError, links
+from miles_spmd.determinism.entries import Step
+
+
+class Replay(msgspec.Struct, frozen=True):
+    """The steps from ``first`` to ``step`` of the run in the folder ``run``. In phase "rollout" the last one does not
+    train; in phase "train" nothing is generated: the answers are the run's own."""
+
+    run: str
+    first: int
+    step: int
+    phase: Literal["rollout", "train"] | None
+
+    @property
+    def steps(self) -> range:
+        return range(self.first, self.step + 1)
+
+
+def plan(run_dir: Path, step: int, phase: Literal["rollout", "train"] | None) -> tuple[Replay, list[str]]:
+    """What to do, and the overrides of the run's configuration for it. Raises LedgerError where that cannot be."""
+    done = [link.entry.step for link in links(run_dir) if isinstance(link.entry, Step)]
+    if step not in done:
+        has = f"steps {done[0]} to {done[-1]}" if done else "no complete step"
+        raise LedgerError(f"{run_dir} has no step {step}: its ledger has {has}")
+    checkpoint = resume.newest(run_dir, up_to=step)
+    first = done[0] if checkpoint is None else resume.read(checkpoint).step
+    missing = [s for s in range(first, step + 1) if phase == "train" and not data.path_of(run_dir, s).is_file()]
+    if missing:
+        raise LedgerError(
+            f"{run_dir}: the answers of step {missing[0]} were not kept, see determinism.ledger_data_gib; leave out "
+            "--phase"
+        )
+    overrides = [
+        f"run.output_dir={run_dir.absolute().parent}",
+        f"run.name={run_dir.absolute().name}-replay-{step}",
+        "telemetry.use_tensorboard=false",
+        "telemetry.use_wandb=false",
+        "eval.eval_interval=0",
+        "checkpoint.save_interval=0",
+        "checkpoint.save_final=false",
+        "checkpoint.export_final=false",
+        "checkpoint.resume=false",
+        "determinism.ledger=true",
+    ]
+    if checkpoint is not None:
+        overrides.append(f"checkpoint.load={checkpoint.absolute()}")
+    return Replay(str(run_dir), first, step, phase), overrides
