@@ -24,6 +24,7 @@ import msgspec
 
 from miles_spmd.config.load import config_digest
 from miles_spmd.config.schema import Config
+from miles_spmd.controller.replay import Replay
 from miles_spmd.controller.workers import WorkerError, Workers
 from miles_spmd.messaging.keys import Credentials
 from miles_spmd.messaging.router import Router
@@ -39,6 +40,7 @@ class Order(msgspec.Struct, frozen=True):
     task: str  # of controller.loop.run
     host: str  # under which all workers reach this machine
     world_size: int
+    replay: Replay | None = None  # what the task of this name does again
 
 
 # --- rank 0's side ---------------------------------------------------------------------------------------------------
@@ -47,7 +49,7 @@ class Order(msgspec.Struct, frozen=True):
 class ControllerProcess:
     """The controller as rank 0's child. Start it before importing torch: both then import side by side."""
 
-    def __init__(self, config: Config, task: str, host: str, world_size: int) -> None:
+    def __init__(self, config: Config, task: str, host: str, world_size: int, replay: Replay | None = None) -> None:
         self._pipe, theirs = Pipe()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "miles_spmd.controller", str(theirs.fileno())],
@@ -56,7 +58,7 @@ class ControllerProcess:
             start_new_session=True,
         )
         theirs.close()
-        self._pipe.send_bytes(msgspec.json.encode(Order(config.model_dump_json(), task, host, world_size)))
+        self._pipe.send_bytes(msgspec.json.encode(Order(config.model_dump_json(), task, host, world_size, replay)))
         self.pid = self._process.pid
         self.listening = False
 
@@ -151,7 +153,7 @@ def main(descriptor: int) -> int:
                 launcher.listen()
                 from miles_spmd.controller.loop import run  # imports much, while the workers do the same
 
-                run(config, workers, order.task)
+                run(config, workers, order.task, order.replay)
                 workers.stop()
                 return 0
             except Exception as error:

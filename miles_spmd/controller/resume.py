@@ -2,7 +2,7 @@
 
 ``checkpoints/step_000020/`` holds the ranks' share in ``trainer/`` and, written last, ``controller.json``: a folder
 without it was being written when the run ended and is passed over. Data order and seeds are functions of the step, so
-the step is all the state that the controller has.
+the step is all the state that the controller has, beside its place in the ledger.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class CheckpointError(RuntimeError):
 class ControllerState(msgspec.Struct, frozen=True):
     step: int  # optimizer has seen rollouts 0 .. step - 1
     seed: int
+    ledger: str = ""  # hash of its last entry; "": none was kept
     format: int = 1
 
 
@@ -30,10 +31,11 @@ def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / FOLDER / f"step_{step:06d}"
 
 
-def newest(run_dir: Path) -> Path | None:
-    """The complete checkpoint of the highest step in a run folder, if any."""
+def newest(run_dir: Path, up_to: int | None = None) -> Path | None:
+    """The complete checkpoint of the highest step in a run folder, or of the highest that is not above ``up_to``."""
     complete = [p.parent for p in (run_dir / FOLDER).glob(f"step_*/{STATE_FILE}")]
-    return max(complete, key=lambda folder: folder.name, default=None)
+    usable = [folder for folder in complete if up_to is None or folder.name <= step_folder(run_dir, up_to).name]
+    return max(usable, key=lambda folder: folder.name, default=None)
 
 
 def complete(folder: Path, state: ControllerState) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Self, cast
 
@@ -16,14 +17,19 @@ from miles_spmd.controller import resume
 from miles_spmd.controller.batch import optimizer_steps, pair_sequences, set_loss_weights, to_sequences
 from miles_spmd.controller.datasets import Datasets
 from miles_spmd.controller.evaluation import eval_metrics, eval_sampling, preference_metrics
+from miles_spmd.controller.ledger import Recorder
 from miles_spmd.controller.metrics import mismatch_metrics, rollout_metrics, train_metrics
 from miles_spmd.controller.models import Models
 from miles_spmd.controller.rollout import Rollouts
 from miles_spmd.controller.scoring import Scores, score
 from miles_spmd.controller.workers import Workers
-from miles_spmd.data.sample import Sample, TrainSequence
+from miles_spmd.data.sample import Prompt, Sample, TrainSequence
 from miles_spmd.data.tokenizer import Tokenizer
+from miles_spmd.determinism import data
+from miles_spmd.determinism.chain import LedgerError
 from miles_spmd.messaging.wire import (
+    CheckpointResult,
+    DigestWeights,
     ExportModel,
     Keep,
     LoadCheckpoint,
@@ -32,6 +38,7 @@ from miles_spmd.messaging.wire import (
     RefitResult,
     Role,
     SaveCheckpoint,
+    WeightsDigest,
 )
 from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.rollout.engine import SamplingParams
@@ -57,6 +64,9 @@ class Run:
         self._metrics: dict[str, float] = {}
         self._train_metrics: list[dict[str, float]] = []
         self._skipped_in_a_row = 0
+        self._ledger: Recorder | None = None
+        self._loaded: tuple[str, list[CheckpointResult]] = "", []  # a ledger's hash, and what the checkpoint had
+        self._recorded: Path | None = None  # the run whose answers are taken
         self._engine_version = -1
         self._evaluated = -1
 
@@ -90,8 +100,21 @@ class Run:
         if folder is None:
             return 0
         state = resume.read(folder)
-        self.workers.call(LoadCheckpoint(str(folder)), step=state.step, phase=Phase.CHECKPOINT)
+        results = self.workers.call(LoadCheckpoint(str(folder)), step=state.step, phase=Phase.CHECKPOINT)
+        if folder.absolute().is_relative_to(self.config.run_dir.absolute()):
+            self._loaded = state.ledger, cast(list[CheckpointResult], results)
         return state.step
+
+    def open_ledger(self, first: int) -> None:
+        """Begin the ledger, or go on with it where the run does. Raises LedgerError."""
+        if not self.config.determinism.ledger:
+            return
+        roles = [Role.ACTOR, *([Role.CRITIC] if self.config.has_critic else [])]
+        answers = {r: self.workers.call(DigestWeights(r), step=first, phase=Phase.CHECKPOINT) for r in roles}
+        weights = {role: cast(list[WeightsDigest], of_ranks) for role, of_ranks in answers.items()}
+        head, optimizers = self._loaded
+        self._ledger = Recorder(self.config, first, weights, continues=head, optimizers=optimizers)
+        self._open.callback(self._ledger.close)
 
     def save(self, step: int) -> None:
         """Write a resumable checkpoint when one is due."""
@@ -102,8 +125,12 @@ class Run:
         with self._timed("save"):
             folder = resume.step_folder(self.config.run_dir, step)
             folder.mkdir(parents=True, exist_ok=True)
-            self.workers.call(SaveCheckpoint(str(folder)), step=step, phase=Phase.CHECKPOINT)
-            resume.complete(folder, resume.ControllerState(step, self.config.run.seed))
+            results = self.workers.call(SaveCheckpoint(str(folder)), step=step, phase=Phase.CHECKPOINT)
+            head = ""
+            if self._ledger is not None:
+                self._ledger.saved(step, cast(list[CheckpointResult], results))
+                head = self._ledger.head
+            resume.complete(folder, resume.ControllerState(step, self.config.run.seed, ledger=head))
 
     def export(self) -> None:
         """Write the trainer's weights as a Hugging Face checkpoint into the run folder."""
@@ -116,8 +143,32 @@ class Run:
 
     # --- one step ------------------------------------------------------------------------------------------------
 
+    def take_answers(self, run_dir: Path) -> None:
+        """Generate nothing: take what another run has recorded."""
+        self._recorded = run_dir
+
     def rollout(self, step: int) -> list[list[Sample]]:
         """Answers to this step's prompts, scored: groups in submission order."""
+        groups, dropped = self._generate(step) if self._recorded is None else self._read_answers(step, self._recorded)
+        self._metrics |= rollout_metrics(groups) | {"rollout/dropped_groups": float(dropped)}
+        if self._ledger is not None:
+            with self._timed("ledger"):
+                self._ledger.samples(step, groups, dropped)
+        return groups
+
+    def _read_answers(self, step: int, run_dir: Path) -> tuple[list[list[Sample]], int]:
+        kept = data.read(run_dir, step)
+        if kept is None or kept.samples is None:
+            raise LedgerError(f"{data.path_of(run_dir, step)}: the answers of step {step} were not kept")
+        wanted, waves = set(kept.samples.uids), self._data.waves(step)
+        prompts: dict[str, Prompt] = {}
+        while not wanted <= prompts.keys():
+            prompts |= {prompt.uid: prompt for prompt in next(waves)}
+        samples = kept.samples.samples(prompts)
+        size = self.config.rollout.n_samples_per_prompt
+        return [samples[start : start + size] for start in range(0, len(samples), size)], kept.samples.dropped
+
+    def _generate(self, step: int) -> tuple[list[list[Sample]], int]:
         r = self.config.rollout
         sampling = SamplingParams(
             max_new_tokens=r.rollout_max_response_len,
@@ -128,7 +179,7 @@ class Run:
             stop_token_ids=r.rollout_stop_token_ids,
         )
         with self._timed("rollout"):
-            groups, dropped = self._rollouts.generate_until(
+            return self._rollouts.generate_until(
                 r.rollout_batch_size,
                 self._data.waves(step).__next__,
                 sampling,
@@ -136,8 +187,6 @@ class Run:
                 step=step,
                 keep=self._filter,
             )
-        self._metrics |= rollout_metrics(groups) | {"rollout/dropped_groups": float(dropped)}
-        return groups
 
     def sequences(self, groups: Sequence[Sequence[Sample]]) -> list[TrainSequence]:
         return to_sequences([sample for group in groups for sample in group])
@@ -196,9 +245,19 @@ class Run:
     def _update(self, step: int, batch: Sequence[TrainSequence], role: Role) -> list[np.ndarray]:
         with self._timed("train"):
             results, scores = self.models.train(step, batch, role)
-        self._train_metrics.append(train_metrics(results, self.workers.trainers, critic=role is Role.CRITIC))
+        metrics = train_metrics(results, self.workers.trainers, critic=role is Role.CRITIC)
+        self._train_metrics.append(metrics)
+        if self._ledger is not None:
+            with self._timed("ledger"):
+                self._ledger.update(role, batch, results, scores, metrics)
         self._count_skipped(step, next(r.skipped for r, rank in zip(results, self.workers.trainers) if rank.reports))
         return scores
+
+    def record(self, step: int) -> None:
+        """The ledger's entry for the step."""
+        if self._ledger is not None:
+            with self._timed("ledger"):
+                self._ledger.step(step)
 
     def keep(self, step: int) -> None:
         """Make the newest weights the reference's when its refreshment is due."""

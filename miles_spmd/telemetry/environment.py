@@ -43,6 +43,7 @@ class Environment(msgspec.Struct, frozen=True):
     memory_gib: float
     gpus: list[Gpu]
     packages: dict[str, str]  # installed ones of PACKAGES
+    cpu: str = ""
 
 
 def environment() -> Environment:
@@ -53,7 +54,17 @@ def environment() -> Environment:
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         gpus=gpus(),
         packages={name: version for name in PACKAGES if (version := installed(name)) is not None},
+        cpu=_cpu(),
     )
+
+
+def _cpu() -> str:
+    """The model's name: libraries choose their kernels by it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def installed(package: str) -> str | None:

@@ -71,13 +71,14 @@ METRICS: dict[str, Metric] = {
     "perf/refit_time": Metric("s", "Copying the trainer's weights into the engine"),
     "perf/eval_time": Metric("s", "Evaluation"),
     "perf/save_time": Metric("s", "Writing the checkpoint"),
+    "perf/ledger_time": Metric("s", "The controller's part of the ledger; the ranks' digests are in the other phases"),
     "perf/step_time": Metric("s", "The whole step"),
     "perf/tokens_per_gpu_per_second": Metric("tokens/s", "Prompt and response tokens of the step per rank and second"),
     "train/tokens": Metric("tokens", "Prompt and response tokens that went through the trainer"),
     "refit/bytes": Metric("bytes", "Copied from trainer to engine, over all ranks"),
     "refit/checksum_mismatches": Metric("buckets", "Refit buckets whose checksums differed; must be 0"),
 }
-PHASES = ("start", "rollout", "log_probs", "train", "refit", "eval", "save")  # in the order of a step
+PHASES = ("start", "rollout", "log_probs", "train", "refit", "eval", "save", "ledger")  # in the order of a step
 
 
 def describe(name: str) -> Metric:

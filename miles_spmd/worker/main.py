@@ -21,6 +21,7 @@ import msgspec
 from miles_spmd.config.load import config_digest
 from miles_spmd.config.schema import Config
 from miles_spmd.controller.process import LAST_WORDS, ControllerProcess
+from miles_spmd.controller.replay import Replay
 from miles_spmd.messaging.dealer import Dealer
 from miles_spmd.messaging.keys import Credentials
 from miles_spmd.messaging.router import LOOPBACK
@@ -58,13 +59,13 @@ class Place:
         )
 
 
-def main(config: Config, task: str = "train") -> int:
-    """Returns the exit status. ``task`` is what the controller's loop is to do."""
+def main(config: Config, task: str = "train", replay: Replay | None = None) -> int:
+    """Returns the exit status. ``task`` is what the controller's loop is to do, ``replay`` of which steps."""
     place = Place.from_environment()
     controller = None
     if place.rank == 0:  # first of all, so that it imports while we do
         host = LOOPBACK if place.local_world_size == place.world_size else place.master
-        controller = ControllerProcess(config, task, host, place.world_size)
+        controller = ControllerProcess(config, task, host, place.world_size, replay)
     logs = config.run_dir / "logs"
     terminal = redirect_output(logs / f"rank-{place.rank}.log")
     watchdog = Watchdog(place.rank, terminal, logs / f"rank-{place.rank}.stacks", controller)
