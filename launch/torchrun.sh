@@ -50,4 +50,8 @@ if [[ $nodes -gt 1 ]]; then
 else
     meet=(--standalone)
 fi
+# A rank's cores, and with them the host memory that it takes, are on its GPU's side of the machine.
+if [[ -d /sys/devices/system/node/node1 ]] && command -v numactl >/dev/null; then
+    meet+=(--numa-binding=node)
+fi
 exec "$python" -m torch.distributed.run "${meet[@]}" --nproc-per-node="$gpus" -m miles_spmd train "$@"
