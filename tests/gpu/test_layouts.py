@@ -10,7 +10,7 @@ from tests.gpu.machine import ENGINE, needs
 from tests.models import tiny
 from tests.ranks import Ranks
 from tests.refit.test_refit import written_over
-from tests.refit.test_trainer_to_engine import EP, PP, TP, refit_and_compare
+from tests.refit.test_trainer_to_engine import EP, PP, TP, VPP, refit_and_compare
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,10 @@ from tests.refit.test_trainer_to_engine import EP, PP, TP, refit_and_compare
         pytest.param(2, "qwen3-tied", {TP: 2}, 1, "float32", marks=needs(2)),
         pytest.param(2, "qwen3", {"use_distributed_optimizer": True}, 2, "bfloat16", marks=needs(2)),
         pytest.param(2, "qwen3-tied", {PP: 2}, 2, "float32", marks=needs(2)),
+        pytest.param(4, "qwen3", {TP: 2, PP: 2}, 4, "bfloat16", marks=needs(4)),
+        pytest.param(4, "qwen3-tied", {TP: 2, **VPP}, 1, "bfloat16", marks=needs(4)),
+        pytest.param(4, "qwen2", {TP: 2, "sequence_parallel": True}, 2, "bfloat16", marks=needs(4)),
+        pytest.param(4, "llama", {"use_distributed_optimizer": True}, 4, "bfloat16", marks=needs(4)),
     ],
 )
 def test_refit(ranks: Ranks, world: int, name: str, megatron: dict[str, Any], engine_tp: int, dtype: str) -> None:
