@@ -50,9 +50,10 @@ class TensorSums:
 
 
 def _words(tensor: Tensor) -> np.ndarray:
-    """The memory of a CPU tensor as unsigned numbers of the elements' size, [elements]."""
+    """What a CPU tensor holds as unsigned numbers of the elements' size, [elements]. A copy: a storage that numpy has
+    seen can never be resized again, and an offloaded trainer's are."""
     signed, unsigned = (torch.int32, np.uint32) if tensor.element_size() == 4 else (torch.int16, np.uint16)
-    return tensor.detach().contiguous().view(-1).view(signed).numpy().view(unsigned)
+    return tensor.detach().clone(memory_format=torch.contiguous_format).view(-1).view(signed).numpy().view(unsigned)
 
 
 def _sum(words: np.ndarray, part: Part) -> np.uint64:
