@@ -41,6 +41,7 @@ from miles_spmd.platform.cpu import sglang_shim
 from miles_spmd.rollout import (
     sglang_cpu_attention,
     sglang_cpu_linear,
+    sglang_experts,
     sglang_float32,
     sglang_invariant,
     sglang_sampler,
@@ -102,6 +103,7 @@ class SglangEngine:
             sglang_shim.adapt()
         else:
             cuda.require_memory_saver()
+            sglang_experts.register()
         _import_no_other_models()
         plain = args.device == "cuda" and dtype == "float32"
         kernels = sglang_invariant.shared_kernels(invariant)
