@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, TextIO
 
 import typer
 
@@ -15,6 +15,8 @@ from miles_spmd.launcher import Overrides, Processes
 
 if TYPE_CHECKING:
     from miles_spmd.config.schema import Config
+    from miles_spmd.controller.replay import Replay
+    from miles_spmd.determinism.compare import Comparison
 
 app = typer.Typer(
     add_completion=False,
@@ -23,6 +25,8 @@ app = typer.Typer(
     help="Reinforcement-learning post-training of language models on Megatron-core and in-process SGLang.",
 )
 app.add_typer(bench, name="bench")
+ledger = typer.Typer(no_args_is_help=True, help="What a run has recorded of every step.")
+app.add_typer(ledger, name="ledger")
 
 Recipe = Annotated[Path, typer.Argument(help="TOML file, see configs/.", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run, as `plan` does, and stop.")]
@@ -82,6 +86,79 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run, or of 
         launcher.fail(str(error))
 
 
+@ledger.command("verify")
+def verify_ledger(run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
+    """Recompute the hash chain, and the digests of the data that were kept. Names the first entry that is broken."""
+    from miles_spmd.determinism.chain import LedgerError
+    from miles_spmd.determinism.record import verify
+
+    try:
+        record = verify(run_dir)
+    except LedgerError as error:
+        launcher.fail(str(error))
+    typer.echo(f"{run_dir}: {record.entries} entries hold together, {len(record.steps)} of them steps")
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    b: Annotated[Path, typer.Argument(help="Folder of another.")],
+) -> None:
+    """Name the first difference between what two runs computed. Status 0: there is none, 1: there is one, 2: error."""
+    from miles_spmd.determinism.chain import LedgerError
+    from miles_spmd.determinism.compare import compare
+    from miles_spmd.determinism.record import read_record
+
+    try:
+        raise typer.Exit(_say(compare(read_record(a), read_record(b))))
+    except LedgerError as error:
+        launcher.fail(str(error), code=2)
+
+
+@app.command()
+def replay(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a run; wants the data and models that it had.")],
+    step: Annotated[int, typer.Option("--step", min=0, help="The last step to do again.")],
+    phase: Annotated[
+        Literal["rollout", "train"] | None,
+        typer.Option(
+            help="rollout: of that step only the answers. train: nothing is generated, answers are the run's."
+        ),
+    ] = None,
+    nproc_per_node: Processes = None,
+) -> None:
+    """Do steps again, from the nearest checkpoint on, and compare them with the ledger bit for bit. The replay has a
+    folder beside the run's. Status as of `diff`."""
+    from miles_spmd.controller.replay import plan
+    from miles_spmd.determinism.chain import LedgerError
+    from miles_spmd.determinism.compare import compare
+    from miles_spmd.determinism.record import read_record
+
+    try:
+        wanted, overrides = plan(run_dir, step, phase)
+        of_run = read_record(run_dir)
+    except (LedgerError, RuntimeError) as error:
+        launcher.fail(str(error), code=2)
+    is_rank, world_size = launcher.ranks(nproc_per_node or of_run.context(wanted.first).environment["ranks"])
+    config = _load(run_dir / "config.toml", overrides, world_size, check_files=True)
+    if not is_rank:
+        launcher.launch(world_size)
+    with os.fdopen(os.dup(1), "w") as terminal:  # a rank's own output goes to its log
+        status = _run_as_rank(config, "replay", wanted)
+        if status == 0 and os.environ["RANK"] == "0":
+            status = _say(compare(of_run, read_record(config.run_dir), wanted.steps, phase), terminal)
+    raise SystemExit(status)
+
+
+def _say(comparison: Comparison, terminal: TextIO | None = None) -> int:
+    """The exit status of what was found."""
+    for condition in comparison.conditions:
+        typer.echo(f"differs: {condition}", terminal)
+    found = "no difference" if comparison.equal else f"first difference: {comparison.difference}"
+    typer.echo(f"steps {comparison.steps[0]} to {comparison.steps[-1]}: {found}", terminal)
+    return 0 if comparison.equal else 1
+
+
 @app.command()
 def doctor() -> None:
     """Say what this machine can run, what not, and why. Succeeds if at least the CPU path works."""
@@ -112,19 +189,9 @@ def _start(task: str, recipe: Path, overrides: list[str], nproc: int | None, dry
 
 
 def _be_a_rank(config: Config, task: str) -> NoReturn:
-    from miles_spmd.config.load import dump_config
-    from miles_spmd.telemetry.environment import write_environment
-    from miles_spmd.worker.main import main as worker
-
     if task == "eval":  # beside the training run of the same recipe, not in its folder
         config = config.model_copy(update={"run": config.run.model_copy(update={"name": f"{config.run.name}-eval"})})
-    if os.environ["RANK"] == "0":
-        _print_doubts(config)
-        if task != "export":
-            config.run_dir.mkdir(parents=True, exist_ok=True)
-            (config.run_dir / "config.toml").write_text(dump_config(config))
-            write_environment(config.run_dir)
-    status = worker(config, task)
+    status = _run_as_rank(config, task)
     if status == 0 and os.environ["RANK"] == "0" and task != "export":
         from miles_spmd.telemetry.report import write_report  # now: loading matplotlib takes as long as a step
 
@@ -135,6 +202,21 @@ def _be_a_rank(config: Config, task: str) -> NoReturn:
                 f"miles-spmd: note: no report: {error}; `miles-spmd report {config.run_dir}` tries again", err=True
             )
     raise SystemExit(status)
+
+
+def _run_as_rank(config: Config, task: str, replay: Replay | None = None) -> int:
+    """The exit status."""
+    from miles_spmd.config.load import dump_config
+    from miles_spmd.telemetry.environment import write_environment
+    from miles_spmd.worker.main import main as worker
+
+    if os.environ["RANK"] == "0":
+        _print_doubts(config)
+        if task != "export":
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+            (config.run_dir / "config.toml").write_text(dump_config(config))
+            write_environment(config.run_dir)
+    return worker(config, task, replay)
 
 
 def _smallest_world(recipe: Path, overrides: list[str]) -> int:

@@ -33,7 +33,7 @@ TABLES_WITHOUT_EFFECT = ("telemetry", "deadlines")
 
 
 class Recorder:
-    """The ledger of the run that ``config`` describes, from step ``first`` on.
+    """The ledger of the run of so many ``ranks`` that ``config`` describes, from step ``first`` on.
 
     ``weights`` are those before it, of every trainer rank, by role. Raises LedgerError where a ledger that is to be
     continued does not hold together, or has other weights.
@@ -43,6 +43,7 @@ class Recorder:
         self,
         config: Config,
         first: int,
+        ranks: int,
         weights: Mapping[Role, Sequence[WeightsDigest]],
         *,
         continues: str = "",
@@ -59,7 +60,7 @@ class Recorder:
             step=first,
             config=_settings(config),
             code=_source_digest(),
-            environment=_environment(config.run_dir, trainers=len(weights[Role.ACTOR])),
+            environment=_environment(config.run_dir, ranks),
             tensors={role: sorted(total) for role, total in totals.items()},
             weights=self._weights,
         )
@@ -195,13 +196,13 @@ def _source_digest() -> str:
     return state.hexdigest()
 
 
-def _environment(run_dir: Path, trainers: int) -> dict[str, Any]:
+def _environment(run_dir: Path, ranks: int) -> dict[str, Any]:
     """As `environment.json` has it, without what differs between machines alike."""
     found = read_environment(run_dir)
     if found is None:
-        return {"trainers": trainers}
+        return {"ranks": ranks}
     names = {"gpus": [gpu.name for gpu in found.gpus], "python": found.python, "cpu": found.cpu}
-    return {"trainers": trainers, **names, "packages": found.packages}
+    return {"ranks": ranks, **names, "packages": found.packages}
 
 
 def _number(value: float) -> float | None:

@@ -63,10 +63,10 @@ class SampleData(msgspec.Struct):
             answers=ragged((s.response for s in samples), np.int32),
             masks=ragged((s.loss_mask for s in samples), np.int8),
             log_probs=ragged((s.rollout_log_probs for s in samples), np.float32),
-            finish_reasons=[s.finish_reason for s in samples],
+            finish_reasons=[str(s.finish_reason) for s in samples],
             weight_versions=[s.weight_versions for s in samples],
-            rewards=[s.reward for s in samples],
-            reward_details=[s.reward_detail for s in samples],
+            rewards=[None if s.reward is None else float(s.reward) for s in samples],
+            reward_details=[{name: float(v) for name, v in s.reward_detail.items()} for s in samples],
         )
 
     def digests(self, run_seed: int, step: int) -> Samples:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ class TrainerDigests:
     def gradient(self) -> Tensor:
         """After it was summed over all ranks, before it is clipped: int64, on the device."""
         return self._updated(
-            {name: self._parameters[name].main_grad.view(-1)[s.start : s.stop] for name, s in self._shares.items()}
+            {name: _gradient(self._parameters[name])[s.start : s.stop] for name, s in self._shares.items()}
         )
 
     def optimizer_state(self) -> dict[str, np.ndarray]:
@@ -85,9 +85,14 @@ def to_host(sums: Tensor) -> np.ndarray:
     return sums.cpu().numpy().view(np.uint64)
 
 
+def _gradient(parameter: Any) -> Tensor:
+    """Where Megatron adds it up, flat."""
+    return parameter.main_grad.view(-1)
+
+
 def _shares(parameters: Iterable[torch.nn.Parameter], optimizer: ChainedOptimizer) -> dict[torch.nn.Parameter, _Share]:
     shares = {}
-    whole = {}  # optimizers that have all of a parameter, by the tensor that they update
+    whole: dict[int, MegatronOptimizer] = {}  # optimizers that have all of a parameter, by the tensor that they update
     for inner in optimizers(optimizer):
         if isinstance(inner, DistributedOptimizer):
             for parameter, (group, place) in inner.model_param_group_index_map.items():
