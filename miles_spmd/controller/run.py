@@ -113,7 +113,8 @@ class Run:
         answers = {r: self.workers.call(DigestWeights(r), step=first, phase=Phase.CHECKPOINT) for r in roles}
         weights = {role: cast(list[WeightsDigest], of_ranks) for role, of_ranks in answers.items()}
         head, optimizers = self._loaded
-        self._ledger = Recorder(self.config, first, weights, continues=head, optimizers=optimizers)
+        ranks = len(self.workers.infos)
+        self._ledger = Recorder(self.config, first, ranks, weights, continues=head, optimizers=optimizers)
         self._open.callback(self._ledger.close)
 
     def save(self, step: int) -> None:
