@@ -109,7 +109,9 @@ def bench_rollout(
 ) -> None:
     """Generation, beside plain sglang.Engine."""
     sizes = {"prompts": prompts, "prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens}
-    _measure("rollout", model, overrides, nproc_per_node, out, **sizes, repeats=repeats, peer=peer)
+    cache = [f"rollout_batch_size={-(-prompts // 2)}", "n_samples_per_prompt=2"]
+    cache += [f"rollout_max_prompt_len={prompt_tokens}", f"rollout_max_response_len={answer_tokens}"]
+    _measure("rollout", model, cache + (overrides or []), nproc_per_node, out, **sizes, repeats=repeats, peer=peer)
 
 
 @bench.command("train")
@@ -150,6 +152,30 @@ def bench_step(
     sizes = {"prompts": prompts, "samples": samples, "prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens}
     rows = bench_step(model, ranks, overrides or [], **sizes, warm_up=warm_up, steps=repeats)
     publish(make_result("step", model, ranks, {"overrides": overrides or []}, rows), out)
+
+
+@bench.command("determinism")
+def bench_determinism(
+    overrides: Overrides = None,
+    model: Model = "random:qwen3-0.6b",
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of a step.")] = 32,
+    samples: Annotated[int, typer.Option(min=2, help="Answers to each.")] = 16,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    answer_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    warm_up: Annotated[int, typer.Option(min=0, help="Steps before those that count.")] = 2,
+    repeats: Repeats = 5,
+    nproc_per_node: Processes = None,
+    out: Out = None,
+) -> None:
+    """GRPO steps with and without determinism and ledger: the price of each."""
+    from miles_spmd.bench.determinism import bench_determinism
+    from miles_spmd.bench.result import make_result
+    from miles_spmd.bench.run import publish
+
+    ranks = nproc_per_node or launcher.default_processes()
+    sizes = {"prompts": prompts, "samples": samples, "prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens}
+    rows = bench_determinism(overrides or [], model=model, ranks=ranks, **sizes, warm_up=warm_up, steps=repeats)
+    publish(make_result("determinism", model, ranks, {"overrides": overrides or [], **sizes}, rows), out)
 
 
 def _measure(

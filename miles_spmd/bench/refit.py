@@ -1,17 +1,25 @@
 """How long a refit takes, part by part, and how long the engine stands still for it: from its last token before to its
-first after, less what the trainer does meanwhile. An engine with a device of its own has nothing to release."""
+first after, less what the trainer does meanwhile. The engine gives up what it would have to beside the whole trainer;
+one with a device of its own nothing."""
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+
+import torch.distributed as dist
 
 from miles_spmd.bench.machine import everywhere, slowest, timed
 from miles_spmd.bench.result import Row
 from miles_spmd.bench.workload import generate, random_requests
 from miles_spmd.config.schema import Config
 from miles_spmd.models import load_family
+from miles_spmd.planning.layout import ParallelLayout
+from miles_spmd.planning.memory import estimate_memory
+from miles_spmd.planning.release import Release, planned_release
+from miles_spmd.platform import memory
 from miles_spmd.refit import Refit
 from miles_spmd.rollout.engine import Engine, Request
 from miles_spmd.training.network import Network
@@ -42,7 +50,8 @@ def measure(config: Config, make_engine: Callable[[Config], Engine], repeats: in
         side.everyone,
     )
     plan = slowest([seconds], side.everyone)
-    parts = _parts(engine, random_requests(1, 16, 1, family.vocab_size), refit, colocated=side.everyone is None)
+    level = Release.NOTHING if side.everyone else release_of(config, engine)
+    parts = _parts(engine, random_requests(1, 16, 1, family.vocab_size), refit, level)
     rows = []
     for refit.checksums in (True, False):
         taken: dict[str, list[float]] = defaultdict(list)
@@ -55,6 +64,8 @@ def measure(config: Config, make_engine: Callable[[Config], Engine], repeats: in
         rows.append(
             {
                 "checksums": refit.checksums,
+                "given up": str(level),
+                "KV cache GiB": max(everywhere(engine.memory().kv_cache if engine else 0, side.everyone)) / 2**30,
                 "plan s": plan,
                 "GB": sum(everywhere(refit.counts.bytes_local, side.everyone)) / 1e9,
                 "GB from other ranks": sum(everywhere(refit.counts.bytes_received, side.everyone)) / 1e9,
@@ -66,16 +77,24 @@ def measure(config: Config, make_engine: Callable[[Config], Engine], repeats: in
     return rows
 
 
+def release_of(config: Config, engine: Engine) -> Release:
+    """What the engine would give up beside the whole trainer, whose network alone may be here."""
+    layout = ParallelLayout.of(config, dist.get_world_size())
+    plan = estimate_memory(config, load_family(config.model.hf_checkpoint), layout)
+    return planned_release(config, plan, engine.memory().kv_cache, memory.read().total)
+
+
 def _parts(
-    engine: Engine | None, request: list[Request], refit: Refit, *, colocated: bool
+    engine: Engine | None, request: list[Request], refit: Refit, level: Release
 ) -> Mapping[str, Callable[[], object]]:
     """What lies between two tokens, in order; a rank without engine waits where it has no part."""
     if engine is None:
         return {"copy": refit.run, "commit": _wait, "first token": _wait}
     parts = {"copy": refit.run, "commit": lambda: engine.commit(0), "first token": lambda: generate(engine, request)}
-    if not colocated:
+    if level is Release.NOTHING:
         return parts
-    before = {"release": engine.release, "resume weights": engine.resume_weights, "copy": refit.run}
+    release = functools.partial(engine.release, keep_weights=level is Release.KV_CACHE)
+    before = {"release": release, "resume weights": engine.resume_weights, "copy": refit.run}
     return {**before, "resume rest": engine.resume, **parts}
 
 

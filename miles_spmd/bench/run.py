@@ -22,7 +22,8 @@ def bench_config(model: str, overrides: list[str], world_size: int) -> Config:
     raw: dict[str, Any] = {
         "model": {"hf_checkpoint": model},
         "data": {"prompt_data": "none"},
-        "rollout": {"rollout_max_response_len": 1},  # measurements have lengths of their own
+        # Measurements have lengths of their own. By these an engine sizes its cache: 24 sequences of a micro-batch.
+        "rollout": {"rollout_batch_size": 12, "n_samples_per_prompt": 2, "rollout_max_response_len": 1},
         "megatron": {"lr": 1e-6, "clip_grad": 1.0},
     }
     return make_config(raw, overrides, source="bench", world_size=world_size, check_files=False)

@@ -1,4 +1,5 @@
-"""How long an engine takes to give its memory back and to take it again, and whether anything is lost on the way."""
+"""How long an engine takes to give memory back, its KV cache or all of it, and to take it again, and whether anything
+is lost on the way."""
 
 from __future__ import annotations
 
@@ -8,25 +9,33 @@ import numpy as np
 import psutil
 
 from miles_spmd.bench.machine import free_gib, slowest, timed
+from miles_spmd.bench.refit import release_of
 from miles_spmd.bench.result import Row
 from miles_spmd.bench.workload import generate, random_requests
 from miles_spmd.config.schema import Config
 from miles_spmd.models import load_family
+from miles_spmd.planning.release import Release
 from miles_spmd.rollout.engine import Engine
 
 WARM_UP = 3
 
 
 def measure(config: Config, make_engine: Callable[[Config], Engine], cycles: int) -> list[Row]:
-    """Collective. Every cycle generates a little, too. Growth is the slope of a line through all cycles."""
+    """Collective. Every cycle generates a little, too. Growth is the slope of a line through all cycles. ``planned``
+    is whether a run with these settings would give up so much."""
     engine = make_engine(config)
+    planned = release_of(config, engine)
+    return [_row(engine, config, cycles, level, level is planned) for level in (Release.KV_CACHE, Release.ALL)]
+
+
+def _row(engine: Engine, config: Config, cycles: int, level: Release, planned: bool) -> Row:
     requests = random_requests(4, 16, 4, load_family(config.model.hf_checkpoint).vocab_size)
     released, resumed, device, host, given = [], [], [], [], 0.0
     for cycle in range(WARM_UP + cycles):
         engine.commit(0)
         generate(engine, requests)
         before = free_gib()
-        release, _ = timed(engine.release)
+        release, _ = timed(lambda: engine.release(keep_weights=level is Release.KV_CACHE))
         given = free_gib() - before
         resume, _ = timed(engine.resume)
         if cycle >= WARM_UP:
@@ -36,16 +45,16 @@ def measure(config: Config, make_engine: Callable[[Config], Engine], cycles: int
             host.append(psutil.Process().memory_info().rss / 2**20)
         for weight in engine.weights().values():  # what they held is lost
             weight.zero_()
-    return [
-        {
-            "cycles": cycles,
-            "given back GiB": given,
-            "release ms": 1e3 * slowest(released),
-            "resume ms": 1e3 * slowest(resumed),
-            "GPU growth MiB/cycle": _slope(device),
-            "host growth MiB/cycle": _slope(host),
-        }
-    ]
+    return {
+        "given up": str(level),
+        "planned": planned,
+        "cycles": cycles,
+        "GiB": given,
+        "release ms": 1e3 * slowest(released),
+        "resume ms": 1e3 * slowest(resumed),
+        "GPU growth MiB/cycle": _slope(device),
+        "host growth MiB/cycle": _slope(host),
+    }
 
 
 def _slope(values: list[float]) -> float:

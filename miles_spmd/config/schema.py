@@ -94,6 +94,9 @@ class Rollout(Table):
     0: colocated, every rank does both in turns."""
     engine: Literal["sglang", "torch"] = "sglang"
     """`torch` is a small reference engine for tests."""
+    offload_rollout: Literal["auto", "nothing", "kv_cache", "all"] = "auto"
+    """What an engine gives up while the trainer works on the same device: nothing; its KV cache and CUDA graphs; its
+    weights, too. `auto`: the least that leaves the trainer what it is planned to need, with `memory_allowance`."""
 
 
 class Algorithm(Table):
@@ -243,6 +246,8 @@ class Train(Table):
     offload_train: bool = False
     """Put moments and main parameters into host memory, and free gradients, while the engine has the device; the
     weights stay. More room for the engine's cache, at the price of two transfers in each step."""
+    memory_allowance: NonNegativeFloat = 0.25
+    """How much more memory than planned (a fraction, and 2 GiB) may be in use before the run stops."""
     max_skipped_steps: NonNegativeInt = 3
     """Consecutive steps with a non-finite loss or gradient before the run stops."""
     lr_warmup_iters: NonNegativeInt = 0

@@ -319,6 +319,7 @@ class Run:
         if "train/tokens" in self._metrics:
             rate = self._metrics["train/tokens"] / seconds / len(self.workers.infos)
             self._metrics["perf/tokens_per_gpu_per_second"] = rate
+        self._metrics |= self.workers.take_memory()
         self._trackers.log(done, self._metrics)
         self._progress.update(done, self._metrics)
         self._step_started, self._metrics, self._train_metrics = now, {}, []

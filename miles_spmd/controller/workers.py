@@ -122,6 +122,7 @@ class Workers:
     ) -> None:
         self.phase, self.step = Phase.START, 0
         self.seconds: list[dict[str, float]] = [{} for _ in range(world_size)]
+        self._memory: dict[str, float] = {}
         self._router = router
         self._deadlines = deadlines
         self._config_digest = config_digest
@@ -174,6 +175,15 @@ class Workers:
         session.end()
         self._finish()
 
+    def take_memory(self) -> dict[str, float]:
+        """The metrics ``memory/...`` of the commands since the last call: the most that any rank said."""
+        taken, self._memory = self._memory, {}
+        return taken
+
+    def _count_memory(self, of_rank: dict[str, float]) -> None:
+        for name, most in of_rank.items():
+            self._memory[name] = max(self._memory.get(name, 0.0), most)
+
     def stop(self) -> None:
         """Let every rank leave its command loop."""
         self.call(Stop(), step=self.step, phase=Phase.STOP)
@@ -216,6 +226,8 @@ class Workers:
         ranks, replies = self._call.ranks, self._call.replies
         self._wait(lambda: len(replies) == len(ranks))
         self.seconds = [replies[rank].seconds if rank in replies else {} for rank in range(len(self._ranks))]
+        for reply in replies.values():
+            self._count_memory(reply.memory)
         return [replies[rank].result for rank in ranks]
 
     def next_output(self) -> Output:
@@ -325,6 +337,7 @@ class Workers:
             state.info, state.peer = hello.info, peer
             self._missing.remove(rank)
             self.seconds[rank] = hello.seconds
+            self._count_memory(hello.memory)
 
     def _take_loss(self, peer: Peer) -> None:
         """A closed connection is a death, but for a rank that leaves as told. Its two connections are read by different

@@ -190,6 +190,7 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
     info: RankInfo
     config_digest: str
     seconds: dict[str, float] = {}  # start-up, by part
+    memory: dict[str, float] = {}  # as in Reply
 
 
 class Beat(msgspec.Struct, tag=True, frozen=True):
@@ -288,6 +289,7 @@ class Reply(msgspec.Struct, tag=True, frozen=True):
     phase: Phase
     result: Result
     seconds: dict[str, float] = {}  # where the time went, by part
+    memory: dict[str, float] = {}  # what this rank has to say for the metrics ``memory/...``
 
 
 Message = Command | Hello | Beat | Completions | Reply

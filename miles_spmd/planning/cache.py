@@ -7,32 +7,32 @@ from math import ceil
 from miles_spmd.config.checks import settings
 from miles_spmd.config.schema import Config
 from miles_spmd.data.dataset import DataError, read_rows
-from miles_spmd.models import Family
-from miles_spmd.planning.layout import ParallelLayout
+from miles_spmd.models import load_family
 
 MOST_REQUESTS = 4096  # that SGLang runs at a time, unless told otherwise
 SPARE = 256  # tokens: SGLang wants a page more than a request takes
 
 
-def needed_tokens(config: Config, family: Family, layout: ParallelLayout) -> int | None:
-    """Of one engine, for the larger of rollout and evaluation: as many sequences as it runs at a time, each as long as
-    it may be, in whole pages. None where the user has sized the cache.
+def needed_tokens(config: Config, engine_ranks: int) -> int | None:
+    """Of one of the engines that ``engine_ranks`` ranks have together, for the larger of rollout and evaluation: as
+    many sequences as it runs at a time, each as long as it may be, in whole pages. None where the user has sized the
+    cache.
 
     Without ``rollout_max_prompt_len`` a prompt may take all that the answer leaves of a micro-batch, or of the context.
     """
     s = settings(config)
     if s["mem_fraction_static"] is not None or s["max_total_tokens"] is not None:
         return None
-    page = s["page_size"] or 1
+    page, engines = s["page_size"] or 1, engine_ranks // s["tp_size"]
     prompt, r, e = config.data.rollout_max_prompt_len, config.rollout, config.eval
 
     def need(prompts: int, samples: int, response: int, longest: int) -> int:
-        requests = min(ceil(prompts / layout.engines) * samples, s["max_running_requests"] or MOST_REQUESTS)
+        requests = min(ceil(prompts / engines) * samples, s["max_running_requests"] or MOST_REQUESTS)
         length = longest if prompt is None else min(prompt + response, longest)
         return requests * (ceil(length / page) + 1) * page
 
     needs = [0]
-    context = family.max_sequence_length
+    context = load_family(config.model.hf_checkpoint).max_sequence_length
     if config.run.mode == "rl":
         longest = min(context, config.micro_batch_tokens)  # what is trained on fits a micro-batch
         needs.append(need(r.rollout_batch_size, r.n_samples_per_prompt, r.rollout_max_response_len, longest))

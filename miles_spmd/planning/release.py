@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from miles_spmd.config.schema import Config
+from miles_spmd.planning.memory import MemoryEstimate
+
 GIB = 2**30
 SPARE = 2 * GIB  # that nobody plans with: fragments, workspaces of libraries
+CONTEXT = 3 * GIB  # of CUDA, NCCL and the engine's graphs, before there is anything to measure
 
 
 class Release(StrEnum):
@@ -31,3 +35,12 @@ def choose_release(working: int, room: int, kv_cache: int) -> Release:
     if working <= room:
         return Release.NOTHING
     return Release.KV_CACHE if working <= room + kv_cache else Release.ALL
+
+
+def planned_release(config: Config, plan: MemoryEstimate, kv_cache: int, device: int) -> Release:
+    """What :func:`choose_release` is likely to choose for an engine with ``kv_cache`` bytes of cache on a device of
+    ``device`` bytes."""
+    if config.rollout.offload_rollout != "auto":
+        return Release(config.rollout.offload_rollout)
+    room = device - CONTEXT - plan.trainer - plan.engine_weights - kv_cache
+    return choose_release(with_margin(plan.working, config.train.memory_allowance), room, kv_cache)

@@ -39,8 +39,9 @@ class Offload:
         self._host = torch.empty(0, dtype=torch.uint8)
 
     @property
-    def away(self) -> bool:
-        return bool(self._away)
+    def away(self) -> int:
+        """Bytes that :meth:`move_in` would take."""
+        return sum(nbytes for _, nbytes in self._away)
 
     def memory(self) -> TrainerMemory:
         """What the trainer holds now, without activations."""
@@ -62,7 +63,7 @@ class Offload:
         self._kept = len(state)
         for storage, _ in self._away:
             storage.resize_(0)
-        return sum(nbytes for _, nbytes in self._away)
+        return self.away
 
     def move_in(self) -> int:
         """Returns the bytes taken; gradients are undefined, as they are before every step."""
@@ -71,8 +72,7 @@ class Offload:
         state = [storage for storage, _ in self._away[: self._kept]]
         for storage, host in zip(state, self._slices(state)):
             _bytes(storage).copy_(host, non_blocking=True)
-        taken = sum(nbytes for _, nbytes in self._away)
-        self._away = []
+        taken, self._away = self.away, []
         return taken
 
     def _state(self) -> Iterable[Tensor]:

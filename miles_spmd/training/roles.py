@@ -66,6 +66,11 @@ class Roles:
         """The reverse."""
         return sum(trainer.move_in() for trainer in self._trainers())
 
+    @property
+    def away(self) -> int:
+        """Bytes that :meth:`move_in` would take."""
+        return sum(trainer.away for trainer in self._trainers())
+
     def memory(self) -> dict[str, int]:
         """Bytes that they hold on the device now, by what for; activations not counted."""
         critic = {"critic": sum(self.critic.memory())} if self.critic else {}

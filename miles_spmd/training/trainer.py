@@ -74,6 +74,11 @@ class Trainer(Network):
         """Returns the bytes that were taken again; 0 when nothing was away."""
         return self._offload.move_in()
 
+    @property
+    def away(self) -> int:
+        """Bytes that :meth:`move_in` would take."""
+        return self._offload.away
+
     def memory(self) -> TrainerMemory:
         """What it holds on the device now, activations not counted."""
         return self._offload.memory()

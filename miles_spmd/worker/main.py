@@ -100,17 +100,20 @@ def serve(config: Config, task: str, place: Place, controller: ControllerProcess
         dealer.send(Reply(0, place.rank, HOST, Phase.START, failure(error)))
         dealer.receive()  # nothing comes: the controller ends the run
         return
-    dealer.send(Hello(rank_info(worker, place), config_digest(config), watch.take()))
+    dealer.send(Hello(rank_info(worker, place), config_digest(config), watch.take(), worker.ledger.take()))
     watchdog.enter(Phase.IDLE, 0, None)
     while not isinstance((command := next_command(dealer)).body, Stop):
         watchdog.enter(command.phase, command.step, command.deadline)
+        worker.ledger.begin(command.phase, command.step)
         try:
-            result = worker.do(command.body)
+            with worker.ledger.explaining():
+                result = worker.do(command.body)
         except Exception as error:
             traceback.print_exc()
             result = failure(error)
         watchdog.enter(Phase.IDLE, command.step, None)
-        dealer.send(Reply(command.id, place.rank, HOST, command.phase, result, watch.take()))
+        memory = worker.ledger.take()
+        dealer.send(Reply(command.id, place.rank, HOST, command.phase, result, watch.take(), memory))
     watchdog.stop()
     dealer.send(Reply(command.id, place.rank, HOST, command.phase, Ok()))
     dealer.close()
@@ -170,8 +173,12 @@ def build(
         from miles_spmd.platform import cpu
 
         cpu.install()
+        from miles_spmd.worker.memory import Ledger
         from miles_spmd.worker.worker import Worker
-    worker = Worker(config, task, side, place.rank, dealer, watch, watchdog.progress)
+    ledger = Ledger(config, side.trains, side.generates and config.generates(task))
+    ledger.require_room(training=task == "train")
+    with ledger.explaining():
+        worker = Worker(config, task, side, place.rank, dealer, watch, ledger, watchdog.progress)
     gc.freeze()  # the backends hold millions of objects for good: a collection that walks them takes a second
     return worker
 

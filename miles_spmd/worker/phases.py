@@ -1,6 +1,7 @@
 """The engine's turns on a device that it shares with the trainer.
 
-- train, log-probs: the engine is released, the trainer resident
+- train, log-probs: the trainer is resident; the engine gives up what it has to for that: nothing, its cache and graphs,
+  or its weights, too
 - refit: the engine's weights are resumed and given the trainer's values; the trainer moves out, all but its weights, if
   the run says so; cache and graphs are resumed
 - rollout: the engine is resident, with the weights of the last refit
@@ -14,9 +15,11 @@ from contextlib import contextmanager
 from miles_spmd.config.schema import Config
 from miles_spmd.messaging.dealer import Dealer
 from miles_spmd.messaging.wire import RefitResult
+from miles_spmd.planning.release import Release
 from miles_spmd.refit import Refit
 from miles_spmd.rollout.engine import Engine
 from miles_spmd.training.roles import Roles
+from miles_spmd.worker.memory import Ledger
 from miles_spmd.worker.rollout import Lockstep, run_rollout
 from miles_spmd.worker.stopwatch import Stopwatch
 
@@ -25,15 +28,17 @@ class EngineTurns:
     """An engine, the refit that fills it, and whether it has memory and weights now.
 
     A new engine is resident, without weights. Where rollouts lag behind, it keeps the weights that it has while the
-    trainer works: the trainer has newer ones. ``watch`` is told where the time goes.
+    trainer works: the trainer has newer ones. ``watch`` is told where the time goes, ``ledger`` who has the memory.
     """
 
-    def __init__(self, config: Config, engine: Engine, engine_size: int, roles: Roles, watch: Stopwatch) -> None:
+    def __init__(
+        self, config: Config, engine: Engine, engine_size: int, roles: Roles, watch: Stopwatch, ledger: Ledger
+    ) -> None:
         self.engine = engine
-        self._roles, self._offloads, self._watch = roles, config.train.offload_train, watch
+        self._roles, self._offloads, self._watch, self._ledger = roles, config.train.offload_train, watch, ledger
         self._version = -1
         self._resident, self._filled = True, False
-        self._keeps_weights = config.refit.update_weights_interval > 1
+        self._released = Release.NOTHING
         self._lockstep = Lockstep(engine_size)
         with watch("refit_plan"):
             self._refit = Refit(
@@ -58,22 +63,28 @@ class EngineTurns:
         """Leave the memory to the trainer."""
         if self._resident:
             with self._watch("release"):
-                self.engine.release(self._keeps_weights)
+                self._released = self._ledger.release(self._roles.away)
+                if self._released is not Release.NOTHING:
+                    self.engine.release(keep_weights=self._released is Release.KV_CACHE)
             self._resident = False
-            self._filled &= self._keeps_weights
-        if self._offloads:
+            self._filled &= self._released is not Release.ALL
+            self._ledger.record(f"engine gave up {self._released}")
+        if self._roles.away:
             with self._watch("onload"):
                 self._roles.move_in()
+            self._ledger.record("trainer moved in")
 
     def refit(self, version: int) -> RefitResult:
         """Raises RefitError when a checksum differs."""
-        if not self._resident:
+        if self._released is Release.ALL:
             with self._watch("resume_weights"):
                 self.engine.resume_weights()
+            self._ledger.record("weights resumed")
         with self._watch("copy"):
             counts = self._refit.run()
         self._resume()
         self.engine.commit(version)
+        self._ledger.record("refit")
         self._filled, self._version = True, version
         return RefitResult(version, counts.bytes_local, counts.bytes_received, counts.checksum_mismatches)
 
@@ -82,13 +93,18 @@ class EngineTurns:
         if not self._filled:
             raise RuntimeError("the engine has no weights: a rollout needs a refit after the last training phase")
         self._resume()
-        run_rollout(rank, self.engine, dealer, self._lockstep, self._watch, progress)
+        retries = run_rollout(rank, self.engine, dealer, self._lockstep, self._watch, progress)
+        self._ledger.note("rollout_retries", retries)
+        self._ledger.record("rollout")
 
     def _resume(self) -> None:
         if not self._resident:
             if self._offloads:
                 with self._watch("offload"):
                     self._roles.move_out()
-            with self._watch("resume"):
-                self.engine.resume()
-            self._resident = True
+                self._ledger.record("trainer moved out")
+            if self._released is not Release.NOTHING:
+                with self._watch("resume"):
+                    self.engine.resume()
+                self._ledger.record("engine resumed")
+            self._resident, self._released = True, Release.NOTHING

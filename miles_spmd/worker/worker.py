@@ -11,9 +11,11 @@ import torch.distributed as dist
 from miles_spmd.config.schema import Config
 from miles_spmd.messaging import wire
 from miles_spmd.messaging.dealer import Dealer
+from miles_spmd.planning.cache import needed_tokens
 from miles_spmd.platform import fixed_order
 from miles_spmd.rollout.engine import Engine
 from miles_spmd.training.roles import Roles
+from miles_spmd.worker.memory import Ledger
 from miles_spmd.worker.phases import EngineTurns
 from miles_spmd.worker.sides import EngineSide, TrainerSide
 from miles_spmd.worker.stopwatch import Stopwatch
@@ -33,13 +35,18 @@ def make_engine(config: Config) -> Engine:
     from miles_spmd.rollout.sglang_engine import SglangEngine
 
     return SglangEngine(
-        config.model.hf_checkpoint, dtype=config.model.dtype, server_args=table, context_length=context_length
+        config.model.hf_checkpoint,
+        dtype=config.model.dtype,
+        server_args=table,
+        context_length=context_length,
+        cache_tokens=needed_tokens(config, dist.get_world_size()),
+        invariant=config.determinism.parity == "bitwise",
     )
 
 
 class Worker:
     """Builds what ``task`` needs on this rank's ``side``; torch.distributed is initialised. ``watch`` is told how long
-    each part took, then where the time of each command went."""
+    each part took, then where the time of each command went; ``ledger`` who holds the memory."""
 
     def __init__(
         self,
@@ -49,14 +56,18 @@ class Worker:
         rank: int,
         dealer: Dealer,
         watch: Stopwatch,
+        ledger: Ledger,
         progress: Callable[[str], None],
     ) -> None:
+        self.ledger = ledger
         self._config, self._rank, self._dealer, self._watch, self._progress = config, rank, dealer, watch, progress
         self.engine_size = 1 if config.rollout.engine == "torch" else int(config.sglang.get("tp_size", 1))
         self._roles: Roles | None = None
         if side.trains:
             with watch("trainer"):
                 self._roles = Roles(config)
+            ledger.trainer = self._roles.memory
+            ledger.record("trainer built")
         self._generation = self._build_generation(side) if config.generates(task) else None
 
     def _build_generation(self, side: Side) -> EngineTurns | EngineSide | TrainerSide:
@@ -68,9 +79,11 @@ class Worker:
             self.roles.move_out()  # so that the engine makes its cache as large as it may be
         with watch("engine"):
             engine = make_engine(config)
+        self.ledger.built(engine.memory)
+        self.ledger.record("engine built")
         if not side.trains:
             return EngineSide(config, engine, self.engine_size, side.everyone, watch)
-        return EngineTurns(config, engine, self.engine_size, self.roles, watch)
+        return EngineTurns(config, engine, self.engine_size, self.roles, watch, self.ledger)
 
     @property
     def trainer_rank(self) -> wire.TrainerRank | None:
@@ -110,15 +123,16 @@ class Worker:
                 self.engine.rollout(self._rank, self._dealer, self._progress)
             case wire.ComputeLogProbs(micro_batches, role, top_k):
                 self._release_engine()
-                with self.roles.network(role) as network:
+                with self.roles.network(role) as network, self.ledger.work("log-probs"):
                     return network.log_probs(micro_batches, top_k)
             case wire.ComputeValues(micro_batches, role):
                 self._release_engine()
-                with self.roles.network(role) as network:
+                with self.roles.network(role) as network, self.ledger.work("values"):
                     return network.values(micro_batches)
             case wire.Train(micro_batches, role):
                 self._release_engine()
-                return self.roles.trainer(role).train_step(micro_batches)
+                with self.ledger.work("optimizer step"):
+                    return self.roles.trainer(role).train_step(micro_batches)
             case wire.Keep(role):
                 self.roles.keep(role)
             case wire.Refit(version):

@@ -35,8 +35,10 @@ def measure(name: str, folder: Path, overrides: list[str], options: dict[str, An
 
 def test_refit(ranks: Ranks) -> None:
     folder = tiny.checkpoint("qwen3")
-    rows, same = ranks.run(2, measure, "refit", folder, ["megatron.tensor_model_parallel_size=2"], {"repeats": 2})
+    overrides = ["megatron.tensor_model_parallel_size=2", "offload_rollout=all"]
+    rows, same = ranks.run(2, measure, "refit", folder, overrides, {"repeats": 2})
     assert rows == same
+    assert {row["given up"] for row in rows} == {"all"}
     assert [row["checksums"] for row in rows] == [True, False]
     nbytes = 2 * 4 * load_family(folder).num_parameters() / 1e9  # two engines of one rank
     for row in rows:
@@ -45,6 +47,9 @@ def test_refit(ranks: Ranks) -> None:
         parts = ["release", "resume weights", "copy", "resume rest", "commit", "first token"]
         assert row["stopped ms"] == pytest.approx(sum(row[f"{part} ms"] for part in parts))
         assert 0 < row["copy ms"] < row["loop ms"] < row["stopped ms"]
+    ((kept, _),) = ranks.run(1, measure, "refit", folder, [], {"repeats": 1})
+    assert kept["given up"] == "nothing"
+    assert not {"release ms", "resume weights ms", "resume rest ms"} & kept.keys()
 
 
 def test_refit_between_trainers_and_engines(ranks: Ranks) -> None:
@@ -62,9 +67,12 @@ def test_refit_between_trainers_and_engines(ranks: Ranks) -> None:
 
 def test_sleep_and_rollout(ranks: Ranks) -> None:
     folder = tiny.checkpoint("qwen3")
-    ((row,),) = ranks.run(1, measure, "sleep", folder, [], {"cycles": 3})
-    assert row["release ms"] > 0
-    assert row["resume ms"] > 0
+    (rows,) = ranks.run(1, measure, "sleep", folder, [], {"cycles": 3})
+    assert [row["given up"] for row in rows] == ["kv_cache", "all"]
+    for row in rows:
+        assert row["release ms"] > 0
+        assert row["resume ms"] > 0
+        assert not row["planned"]
     options = {"prompts": 3, "prompt_tokens": 5, "answer_tokens": 7, "repeats": 2, "peer": False}
     ((row,),) = ranks.run(1, measure, "rollout", folder, [], options)
     assert row["tokens/s"] == pytest.approx(3 * 7 / row["s"])

@@ -1,0 +1,215 @@
+"""The account of a rank's device: who holds how much of it at every hand-off, against what was planned.
+
+A hand-off is a moment at which trainer and engine have just changed what they hold. Activations come and go between
+two of them: of those the most is known, and on a CPU, whose allocator keeps no account, only how far the process grew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from miles_spmd.config.schema import Config
+from miles_spmd.messaging.wire import Phase
+from miles_spmd.models import load_family
+from miles_spmd.planning.layout import ParallelLayout
+from miles_spmd.planning.memory import estimate_memory
+from miles_spmd.planning.release import GIB, ORDER, SPARE, Release, choose_release, with_margin
+from miles_spmd.platform import memory
+from miles_spmd.platform.memory import Reading
+from miles_spmd.rollout.engine import EngineMemory
+from miles_spmd.worker.remedies import remedies
+
+Holders = Mapping[str, int]  # bytes
+NOTHING = EngineMemory(0, 0)
+
+
+class DeviceMemoryError(RuntimeError):
+    """Something asked for memory that there is not."""
+
+
+class MemoryPlanError(RuntimeError):
+    """More memory is needed, or is in use, than the plan says or the device has."""
+
+
+@dataclass
+class Ledger:
+    """Of one rank; torch.distributed is initialised. ``trains`` and ``generates``: what this rank is there for."""
+
+    config: Config
+    trains: bool = True
+    generates: bool = True
+    phase: Phase = Phase.START
+    step: int = 0
+    trainer: Callable[[], Holders] = dict  # bytes by what for, without activations
+    engine: Callable[[], EngineMemory] = lambda: NOTHING
+    working: int = 0  # activations at most, in any phase so far
+    _whole_engine: EngineMemory = NOTHING  # as it was built
+    _began: Reading = field(default_factory=memory.read)
+    _peaks: dict[str, float] = field(default_factory=dict)
+    _said: str = ""
+
+    def __post_init__(self) -> None:
+        family = load_family(self.config.model.hf_checkpoint)
+        layout = ParallelLayout.of(self.config, dist.get_world_size())
+        self.plan = estimate_memory(self.config, family, layout)
+        self._allowance = self.config.train.memory_allowance
+        self._exact = memory.is_exact()
+
+    # --- before there is anything ------------------------------------------------------------------------------------
+
+    def require_room(self, *, training: bool) -> None:
+        """Raise MemoryPlanError, with all there is to know, if the device cannot hold what is planned. ``training``:
+        whether this run makes optimizer steps. Activations, which are estimated, may turn out to be fewer."""
+        plan, free = self.plan, memory.read().free
+        trainer = plan.trainer if self.trains else 0
+        working = int(plan.working / (1 + self._allowance)) if self.trains and training else 0
+        beside = (trainer - plan.moves_out) if self.generates else 0
+        engine = (plan.engine_weights + plan.kv_bytes_per_token) if self.generates else 0
+        for needed, when in ((trainer + working, "training"), (beside + engine, "generating")):
+            if needed > free:
+                raise MemoryPlanError(
+                    f"{when} takes at least {needed / GIB:.2f} GiB on this rank, and {free / GIB:.2f} of the "
+                    f"{self._began.total / GIB:.1f} GiB of its device are free; planned: {listed(self._planned())}. "
+                    f"{remedies(self.config, when)}"
+                )
+
+    # --- hand-offs ---------------------------------------------------------------------------------------------------
+
+    def begin(self, phase: Phase, step: int) -> None:
+        """A command."""
+        self.phase, self.step = phase, step
+        self._restart()
+
+    def built(self, engine: Callable[[], EngineMemory]) -> None:
+        self.engine, self._whole_engine = engine, engine()
+
+    def holders(self, now: Reading | None = None) -> dict[str, int]:
+        """Everything in use on the device, by holder; "others" are the context, NCCL, and other processes on a GPU."""
+        now = now or memory.read()
+        engine = self.engine()
+        named = {
+            **self.trainer(),
+            "engine weights": engine.weights,
+            "KV cache": engine.kv_cache,
+            "CUDA graphs": engine.graphs,
+        }
+        away = sum(self._whole_engine) - sum(engine) if self._exact else 0  # which torch's account still has
+        tensors = now.allocated - away - sum(named.values())
+        unused = now.reserved - now.allocated
+        others = now.used - (now.reserved - away) if self._exact else 0
+        return named | {"other tensors": max(0, tensors), "unused by torch": unused, "others": max(0, others)}
+
+    @contextmanager
+    def work(self, what: str) -> Iterator[None]:
+        """The trainer's, for a while."""
+        yield
+        self.record(what, worked=True)
+
+    def record(self, handoff: str, *, worked: bool = False) -> None:
+        """Write a line into the log. ``worked``: the trainer has, since the last line. Raises MemoryPlanError when
+        somebody holds more than was planned for it, and the allowance is used up."""
+        now = memory.read()
+        grown = max(0, now.allocated_peak - self._began.allocated)
+        used = now.used + now.reserved_peak - now.reserved if self._exact else now.reserved_peak
+        self.note(str(self.phase), used / GIB)
+        held = self.holders(now)
+        text = f"memory, {self.phase} {self.step}, {handoff}: {listed(held)}; {now.free / GIB:.2f} GiB free"
+        if worked:
+            text += f"; meanwhile up to {grown / GIB:.2f} for activations"
+            self.note("activations", grown / GIB)
+            if self._exact:
+                held["activations"], self.working = grown, max(self.working, grown)
+        print(text)
+        self._check(held)
+        self._restart()
+
+    def _check(self, measured: Holders) -> None:
+        over = [
+            f"{name} {measured[name] / GIB:.2f} GiB instead of {size / GIB:.2f}"
+            for name, size in self._planned().items()
+            if measured.get(name, 0) > with_margin(size, self._allowance)
+        ]
+        if over:
+            raise MemoryPlanError(
+                f"more memory in use than planned: {', '.join(over)}. That is beyond train.memory_allowance "
+                f"({self._allowance:g}) and {SPARE / GIB:g} GiB; a larger one lets the run go on"
+            )
+
+    def _planned(self) -> dict[str, int]:
+        plan = self.plan
+        return {
+            "parameters": plan.parameters,
+            "gradients": plan.gradients,
+            "optimizer": plan.optimizer,
+            "critic": plan.critic,
+            "activations": plan.working,
+            "engine weights": plan.engine_weights,
+        }
+
+    def _restart(self) -> None:
+        memory.reset_peak()
+        self._began = memory.read()
+
+    def note(self, name: str, value: float) -> None:
+        """The metric ``memory/name`` of this command, unless it was larger before."""
+        self._peaks[f"memory/{name}"] = max(self._peaks.get(f"memory/{name}", 0.0), value)
+
+    def take(self) -> dict[str, float]:
+        """The metrics since the last call."""
+        taken, self._peaks = self._peaks, {}
+        return taken
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Errors for want of memory become DeviceMemoryError: who holds how much, and what to change."""
+        try:
+            yield
+        except Exception as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            now = memory.read()
+            where = f"GPU {torch.cuda.current_device()}" if torch.cuda.is_available() else "the host"
+            raise DeviceMemoryError(
+                f"no memory left on {where}: {str(error).splitlines()[0].rstrip('.')}. Of {now.total / GIB:.1f} GiB "
+                f"{now.free / GIB:.2f} are free; held: {listed(self.holders(now))}. {remedies(self.config, self.phase)}"
+            ) from error
+
+    # --- what the engine gives up ------------------------------------------------------------------------------------
+
+    def release(self, moves_in: int) -> Release:
+        """What the engine, which has all of its memory now, has to give up for a trainer that takes ``moves_in`` bytes
+        and its activations. Collective over ranks with an engine: all do the same."""
+        wanted = self.config.rollout.offload_rollout
+        choice = Release(wanted) if wanted != "auto" else self._choose(moves_in)
+        if self.plan.engine_stays and choice is Release.ALL:
+            choice = Release.KV_CACHE
+        return agreed(choice)
+
+    def _choose(self, moves_in: int) -> Release:
+        now, engine = memory.read(), self.engine()
+        needed = moves_in + with_margin(max(self.plan.working, self.working), self._allowance)
+        room = now.free + (max(0, now.reserved - now.allocated - engine.graphs) if self._exact else 0)
+        choice = choose_release(needed, room, engine.kv_cache + engine.graphs)
+        words = f"the trainer is given {needed / GIB:.2f} GiB; free beside the engine: {room / GIB:.2f}"
+        if choice != self._said:
+            print(f"memory: the engine gives up {choice.replace('_', ' ')} while the trainer works: {words}")
+            self._said = choice
+        return choice
+
+
+def agreed(choice: Release) -> Release:
+    """The most that any rank needs."""
+    number = torch.tensor(ORDER.index(choice))
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return ORDER[int(number)]
+
+
+def listed(sizes: Holders) -> str:
+    """In GiB, the largest first, without those that are nothing."""
+    parts = sorted(sizes.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts if size >= GIB // 200) or "nothing"

@@ -1,0 +1,37 @@
+"""What to change where memory does not suffice."""
+
+from __future__ import annotations
+
+from miles_spmd.config.checks import settings
+from miles_spmd.config.schema import Config
+from miles_spmd.messaging.wire import Phase
+
+
+def remedies(config: Config, doing: Phase | str) -> str:
+    """Settings, with what they are now, that need less memory for what a rank is ``doing``: the likeliest first."""
+    s = settings(config)
+    activations = [f"lower train.max_tokens_per_gpu ({config.train.max_tokens_per_gpu})"]
+    if s["recompute_granularity"] != "full":
+        activations.append('set megatron.recompute_granularity="full" with recompute_method and recompute_num_layers')
+    states = []
+    if not s["use_distributed_optimizer"]:
+        states.append("set megatron.use_distributed_optimizer=true")
+    states.append(f"raise megatron.tensor_model_parallel_size ({s['tensor_model_parallel_size']})")
+    engine = [f"lower sglang.{name} ({s[name]})" for name in ("mem_fraction_static", "max_total_tokens") if s[name]]
+    engine = engine or ["set sglang.max_total_tokens or mem_fraction_static"]
+    gives_way = [] if config.rollout.offload_rollout == "all" else ['set rollout.offload_rollout="all"']
+    moves_out = [] if config.train.offload_train else ["set train.offload_train=true"]
+    batches = [
+        f"{'lower' if s[name] else 'set'} sglang.{name}" + (f" ({s[name]})" if s[name] else "")
+        for name in ("max_running_requests", "chunked_prefill_size")
+    ]
+    match doing:
+        case Phase.TRAIN | Phase.LOG_PROBS | "training":
+            wanted = [*activations, *gives_way, *states]
+        case Phase.ROLLOUT:
+            wanted = [*batches, *engine, *moves_out]
+        case Phase.REFIT | "generating":
+            wanted = [*engine, *moves_out, f"raise sglang.tp_size ({s['tp_size']})", *states]
+        case _:
+            wanted = [*states, *engine, *moves_out]
+    return f"What helps: {'; '.join(wanted)}"
