@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "miles_spmd"
 # A room imports from its own floor and from those below.
 FLOORS = (
     ("config", "data", "models", "algorithms"),
-    ("platform", "telemetry", "rewards", "messaging", "refit", "determinism", "planning"),
+    ("platform", "telemetry", "rewards", "messaging", "refit", "determinism", "planning", "invariant"),
     ("rollout", "training", "checkpoint"),  # loading and export move weights as a refit does
     ("worker", "controller"),
     ("bench", "doctor", "quickstart", "launcher", "cli", "__main__"),
@@ -27,7 +27,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 INTERFACE = "miles_spmd.rollout.engine"
 
 BACKENDS = ("megatron", "sglang")
-KNOW_BACKENDS = ("platform/", "training/", "rollout/sglang_", "checkpoint/dist.py", "bench/peer_sglang.py")
+KNOW_BACKENDS = ("platform/", "invariant/", "training/", "rollout/sglang_", "checkpoint/dist.py", "bench/peer_sglang.py")
 
 
 class Import(NamedTuple):

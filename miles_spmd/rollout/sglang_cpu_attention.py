@@ -1,9 +1,7 @@
 """Batched attention for SGLang on a CPU, in place of its ``torch_native`` backend, which takes one request at a time.
 
-Requests are sorted into buckets by their own lengths, rounded up. A bucket is one call of PyTorch's attention over keys
-and values gathered from the cache and padded to the bucket's length. A request's bucket depends on nothing but itself,
-and PyTorch's kernel treats all rows alike if a request has at least four: the result does not depend, to the bit, on
-what else is in the batch.
+Requests are sorted into buckets by their own lengths, rounded up. A bucket is one call of
+:mod:`miles_spmd.invariant.attention` over keys and values gathered from the cache and padded to the bucket's length.
 """
 
 from __future__ import annotations
@@ -20,12 +18,13 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad
+
+from miles_spmd.invariant.attention import ROWS, STEP, Tile, attend, make_tiles
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
-_ROWS, _KEYS = 4, 32  # at least so many
 _LARGEST = 2**22  # requests x rows x keys of one bucket: long prompts are not given gigabytes of mask
 
 
@@ -44,7 +43,7 @@ class Bucket:
     gather: torch.Tensor  # int64 [n * queries]: row of each query in the flat batch; padding repeats a request's last
     real: torch.Tensor  # int64 [tokens]: which of ``gather`` are not padding
     slots: torch.Tensor  # int32 [n * keys]: cache slot of each key; padding points at slot 0, which SGLang leaves free
-    mask: torch.Tensor  # additive, [n, 1, queries * heads of a group, keys]
+    tiles: list[Tile]  # of queries * heads of a group
 
 
 class BatchedCpuAttention(TorchNativeAttnBackend):
@@ -53,16 +52,17 @@ class BatchedCpuAttention(TorchNativeAttnBackend):
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__(model_runner)
         config, tp_size = model_runner.model_config, model_runner.ps.attn_tp_size
-        self._group = config.num_attention_heads // tp_size // config.get_num_kv_heads(tp_size)
+        self._heads = config.get_num_kv_heads(tp_size)
+        self._group = config.num_attention_heads // tp_size // self._heads
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         super().init_forward_metadata(forward_batch)
         k_lens = forward_batch.seq_lens_cpu.tolist()
         decoding = forward_batch.forward_mode.is_decode_or_idle()
         q_lens = [1] * len(k_lens) if decoding else list(forward_batch.extend_seq_lens_cpu)
-        table = self.req_to_token_pool.req_to_token
+        table, rows = self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices
         dtype = self.token_to_kv_pool.dtype
-        self.buckets = list(make_buckets(q_lens, k_lens, table, forward_batch.req_pool_indices, self._group, dtype))
+        self.buckets = list(make_buckets(q_lens, k_lens, table, rows, self._heads, self._group, dtype))
 
     def forward_extend(
         self,
@@ -114,7 +114,7 @@ class BatchedCpuAttention(TorchNativeAttnBackend):
             # The query heads that share a key head stand side by side like so many queries: no key is copied for them.
             bucket_q = q.index_select(0, b.gather).view(b.n, b.queries, kv_heads, group, dim).transpose(1, 2)
             bucket_q = bucket_q.reshape(b.n, kv_heads, b.queries * group, dim)
-            attended = scaled_dot_product_attention(bucket_q, bucket_k, bucket_v, b.mask, scale=layer.scaling)
+            attended = attend(bucket_q, bucket_k, bucket_v, b.tiles, layer.scaling)
             attended = attended.view(b.n, kv_heads, b.queries, group, dim).transpose(1, 2).reshape(len(b.gather), -1)
             out.index_copy_(0, b.gather[b.real], attended[b.real])
         return out
@@ -132,38 +132,44 @@ def _is_plain(layer: RadixAttention) -> bool:
 
 
 def make_buckets(
-    q_lens: list[int], k_lens: list[int], table: torch.Tensor, rows: torch.Tensor, group: int, dtype: torch.dtype
+    q_lens: list[int],
+    k_lens: list[int],
+    table: torch.Tensor,
+    rows: torch.Tensor,
+    heads: int,
+    group: int,
+    dtype: torch.dtype,
 ) -> Iterator[Bucket]:
     """Sort a batch into buckets.
 
     Request i brings ``q_lens[i]`` new tokens and has ``k_lens[i]`` in all; row ``rows[i]`` of ``table`` [requests,
-    context] holds the cache slots of its tokens. ``group`` query heads share a key head; masks get ``dtype``.
+    context] holds the cache slots of its tokens. ``group`` query heads share one of ``heads`` key heads; masks get
+    ``dtype``.
     """
     members: dict[tuple[int, int], list[int]] = defaultdict(list)
-    fewest = -(-_ROWS // group)
+    fewest = -(-ROWS // group)
     for i, (q_len, k_len) in enumerate(zip(q_lens, k_lens)):
-        members[_padded(q_len, fewest), min(_padded(k_len, _KEYS), table.shape[1])].append(i)
+        members[_padded(q_len, fewest), _padded(k_len, STEP)].append(i)
     starts = torch.tensor([0, *q_lens]).cumsum(0)
     q, k = torch.tensor(q_lens), torch.tensor(k_lens)
     for (queries, keys), together in members.items():
         most = max(1, _LARGEST // (queries * group * keys))
         for first in range(0, len(together), most):
             index = torch.tensor(together[first : first + most])
-            gather, real, mask = _layout(queries, keys, starts[index], q[index], k[index])
-            slots = table[rows[index], :keys].masked_fill(torch.arange(keys) >= k[index, None], 0)
-            mask = torch.zeros(mask.shape, dtype=dtype).masked_fill_(mask, float("-inf")).repeat_interleave(group, 1)
-            yield Bucket(len(index), queries, keys, gather, real, slots.flatten(), mask.unsqueeze(1))
+            gather, real, seen = _layout(queries, starts[index], q[index], k[index])
+            slots = pad(table[rows[index], :keys], (0, max(0, keys - table.shape[1])))
+            slots = slots.masked_fill(torch.arange(keys) >= k[index, None], 0)
+            tiles = make_tiles(seen.repeat_interleave(group, 1), heads, keys, dtype)
+            yield Bucket(len(index), queries, keys, gather, real, slots.flatten(), tiles)
 
 
 def _layout(
-    queries: int, keys: int, start: torch.Tensor, q_len: torch.Tensor, k_len: torch.Tensor
+    queries: int, start: torch.Tensor, q_len: torch.Tensor, k_len: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``gather`` and ``real`` of a :class:`Bucket`, and which keys each query must not see, bool [n, queries, keys]."""
-    query, key = torch.arange(queries), torch.arange(keys)
-    gather = start[:, None] + torch.minimum(query, q_len[:, None] - 1)
-    real = (query < q_len[:, None]).flatten().nonzero().squeeze(1)
-    position = (k_len - q_len)[:, None] + query
-    return gather.flatten(), real, key > position[:, :, None]
+    """``gather`` and ``real`` of a :class:`Bucket`, and how many keys each query sees, [n, queries]."""
+    query = torch.minimum(torch.arange(queries), q_len[:, None] - 1)
+    real = (torch.arange(queries) < q_len[:, None]).flatten().nonzero().squeeze(1)
+    return (start[:, None] + query).flatten(), real, (k_len - q_len + 1)[:, None] + query
 
 
 @cache

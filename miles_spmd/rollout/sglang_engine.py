@@ -40,7 +40,6 @@ from miles_spmd.platform import cuda
 from miles_spmd.platform.cpu import sglang_shim
 from miles_spmd.rollout import (
     sglang_cpu_attention,
-    sglang_cpu_linear,
     sglang_experts,
     sglang_float32,
     sglang_invariant,
@@ -99,14 +98,13 @@ class SglangEngine:
         sglang_sampler.register()
         if args.device == "cpu":
             sglang_cpu_attention.register()
-            sglang_cpu_linear.register()
             sglang_shim.adapt()
         else:
             cuda.require_memory_saver()
             sglang_experts.register()
         _import_no_other_models()
         plain = args.device == "cuda" and dtype == "float32"
-        kernels = sglang_invariant.shared_kernels(invariant)
+        kernels = sglang_invariant.shared_kernels(invariant or args.device == "cpu")
         with _keep_random_state(), kernels, sglang_float32.plain_kernels() if plain else contextlib.nullcontext():
             set_global_server_args_for_scheduler(args)
             sglang_world.join(args.tp_size)

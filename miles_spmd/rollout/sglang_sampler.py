@@ -5,14 +5,19 @@ SGLang's own heeds seeds in its deterministic mode only, hides NaN logits, and o
 
 from __future__ import annotations
 
+import types
+from typing import Any
+
 import torch
 from sglang.kernels.ops.sampling.murmur_hash import murmur_hash32
+from sglang.srt.layers import logprob_processor
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.sampler import Sampler, register_sampler_backend
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 from miles_spmd.algorithms.truncation import truncated
+from miles_spmd.invariant.softmax import log_softmax
 from miles_spmd.rollout import sglang_draw
 
 _GREEDY = 1  # the top_k by which SGLang marks a request for the likeliest token
@@ -22,11 +27,26 @@ def register() -> None:
     """Have SGLang build this sampler, and give it the seeds of a batch, in every mode."""
     register_sampler_backend("pytorch", SeededSampler)  # the only name that SGLang accepts on a CPU
     SamplingBatchInfo.adjusted_from_schedule_batch = _take_seeds  # a hook that SGLang leaves empty
+    logprob_processor.torch = _torch_with_our_log_softmax()  # of prompts: as of what is drawn
 
 
 def _take_seeds(info: SamplingBatchInfo, batch: ScheduleBatch, vocab_size: int) -> None:
     seeds = [req.sampling_params.sampling_seed for req in batch.reqs]
     info.sampling_seed = torch.tensor(seeds, dtype=torch.int64, device=batch.device)
+
+
+def _torch_with_our_log_softmax() -> types.ModuleType:
+    class Stand(types.ModuleType):
+        def __init__(self, module: types.ModuleType, **own: Any) -> None:
+            super().__init__(module.__name__)
+            self.module = module
+            self.__dict__.update(own)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.module, name)
+
+    functional = Stand(torch.nn.functional, log_softmax=lambda values, dim: log_softmax(values))
+    return Stand(torch, nn=Stand(torch.nn, functional=functional))
 
 
 class SeededSampler(Sampler):
@@ -44,7 +64,7 @@ class SeededSampler(Sampler):
     ) -> torch.Tensor:
         """Token ids, int64 [requests]; writes their log-probs, float32 [requests], into ``logits_output``."""
         logits = logits_output.next_token_logits
-        log_probs = torch.log_softmax(logits / sampling_info.temperatures, dim=-1, dtype=torch.float32)
+        log_probs = log_softmax(logits.float() / sampling_info.temperatures)
         tokens = logits.argmax(-1)
         if not sampling_info.is_all_greedy:
             _cut(log_probs, sampling_info)

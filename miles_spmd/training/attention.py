@@ -19,12 +19,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
+
+from miles_spmd.invariant.attention import ROWS, STEP, attend, make_tiles
+from miles_spmd.invariant.flash import flash_attention
+from miles_spmd.invariant.rotary import rotate
 
 
 @dataclass
@@ -36,10 +39,14 @@ class Blocks:
     key_index: Tensor | None  # int64 [sum of key_lengths], into the gathered keys; None: the stream itself
     kernel: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None  # chosen when the first layer attends
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, invariant: bool = False) -> Tensor:
+        """``invariant``: as an engine attends that shares :mod:`miles_spmd.invariant`."""
         if self.kernel is None:
             flash = query.is_cuda and query.dtype != torch.float32  # which takes 16-bit numbers only
-            self.kernel = _VarlenKernel(self, query.device) if flash else _PaddedBatches(self, query.device)
+            if flash:
+                self.kernel = (_InvariantKernel if invariant else _VarlenKernel)(self, query.device)
+            else:
+                self.kernel = _PaddedBatches(self, query, key)
         return self.kernel(query, key, value, scale)
 
 
@@ -49,9 +56,9 @@ class PackedSequences(PackedSeqParams):
 
     blocks: Blocks = None  # type: ignore[assignment]  # fields before it have defaults
     scored: Tensor = None  # type: ignore[assignment]  # int64 [S], positions of this rank's stream whose logits matter
-    angles: Tensor = None  # type: ignore[assignment]  # fp32 [T, 1, D], of the rotary positions
-    cos: Tensor | None = None  # of the angles, in the model's dtype
-    sin: Tensor | None = None
+    positions: Tensor = None  # type: ignore[assignment]  # int64 [T], of each token within its sequence
+    table: Tensor | None = None  # fp32 [longest, D], see :func:`miles_spmd.invariant.rotary.table`
+    angles: Tensor | None = None  # fp32 [T, 1, D], of the rotary positions: Transformer Engine wants these
 
 
 def make_blocks(lengths: Sequence[int] | np.ndarray, cp_rank: int, cp_size: int, device: torch.device) -> Blocks:
@@ -104,42 +111,18 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:
         """``query`` [T, H, D], ``key`` and ``value`` [T, G, D] -> [T, H * D]."""
         blocks = packed_seq_params.blocks
-        query = _Rotate.apply(query, packed_seq_params.cos, packed_seq_params.sin)
-        key = _Rotate.apply(key, packed_seq_params.cos, packed_seq_params.sin)
+        query, key = (rotate(x, packed_seq_params.table, packed_seq_params.positions) for x in (query, key))
         if blocks.key_index is not None:
             pair = gather_from_sequence_parallel_region(torch.stack((key, value), 1), group=self.cp_group)
             key, value = pair.index_select(0, blocks.key_index).unbind(1)
-        return blocks.attend(query, key, value, self.scale).flatten(1)
-
-
-class _Rotate(torch.autograd.Function):
-    """x * cos + rotate_half(x) * sin. The backward pass is the rotation by the opposite angle."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        cos, sin = ctx.saved_tensors
-        return _rotate(gradient, cos, -sin), None, None
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    half = x.shape[-1] // 2
-    out = x * cos
-    out[..., :half] -= x[..., half:] * sin[..., :half]
-    out[..., half:] += x[..., :half] * sin[..., half:]
-    return out
+        return blocks.attend(query, key, value, self.scale, self.config.batch_invariant_mode).flatten(1)
 
 
 # --- the two ways to compute it: a kernel that takes packed streams, and batches padded for one that does not ---------
 
 
-class _VarlenKernel:
-    """torch's variable-length flash attention (CUDA). Its causal mask is aligned at the last key, as blocks are."""
+class _PackedKernel:
+    """Where blocks begin in the streams of queries and keys, and the most that one has of them."""
 
     def __init__(self, blocks: Blocks, device: torch.device) -> None:
         def starts(lengths: np.ndarray) -> Tensor:
@@ -147,6 +130,18 @@ class _VarlenKernel:
 
         self.query_starts, self.key_starts = starts(blocks.query_lengths), starts(blocks.key_lengths)
         self.max_query, self.max_key = int(blocks.query_lengths.max()), int(blocks.key_lengths.max())
+
+
+class _InvariantKernel(_PackedKernel):
+    """The engine's attention."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        starts, longest = (self.query_starts, self.key_starts), (self.max_query, self.max_key)
+        return flash_attention(query, key, value, starts, longest, scale)
+
+
+class _VarlenKernel(_PackedKernel):
+    """torch's variable-length flash attention (CUDA). Its causal mask is aligned at the last key, as blocks are."""
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         kernel, options = _varlen_attn()
@@ -174,28 +169,29 @@ def _varlen_attn() -> tuple[Callable[..., Any], dict[str, bool]]:
 
 
 class _PaddedBatches:
-    """scaled_dot_product_attention (CPU; fp32 anywhere) on blocks of similar length, padded at their end.
+    """:mod:`miles_spmd.invariant.attention` (CPU; fp32 anywhere) on blocks of similar length, padded at their end.
 
     One call for many sequences: a call per sequence costs more than it computes. A batch takes blocks down to half its
     longest one's length, so that little is computed for padding. Causality hides padded keys from real queries.
     """
 
-    def __init__(self, blocks: Blocks, device: torch.device) -> None:
+    def __init__(self, blocks: Blocks, query: Tensor, key: Tensor) -> None:
         query_starts = np.cumsum(blocks.query_lengths) - blocks.query_lengths
         key_starts = np.cumsum(blocks.key_lengths) - blocks.key_lengths
         self.batches: list[_Batch] = []
         position = np.empty(blocks.query_lengths.sum(), np.int64)  # of each query in the batches put end to end
         end = 0
         for members in _by_length(blocks.key_lengths):
-            batch = _Batch(
-                query_starts[members], blocks.query_lengths[members], key_starts[members], blocks.key_lengths[members]
+            starts, lengths = (
+                (query_starts[members], key_starts[members]),
+                (blocks.query_lengths[members], blocks.key_lengths[members]),
             )
+            batch = _Batch(starts, lengths, query, key)
             self.batches.append(batch)
-            rows = np.arange(batch.query_index.numel()).reshape(batch.query_index.shape)
-            position[batch.query_index[batch.real].numpy()] = end + rows[batch.real.numpy()]
+            rows = np.arange(batch.real.size).reshape(batch.real.shape)
+            position[(starts[0][:, None] + np.arange(batch.real.shape[1]))[batch.real]] = end + rows[batch.real]
             end += rows.size
-            batch.move(device)
-        self.position = torch.from_numpy(position).to(device)
+        self.position = torch.from_numpy(position).to(query.device)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         outputs = [batch.attend(query, key, value, scale) for batch in self.batches]
@@ -204,35 +200,38 @@ class _PaddedBatches:
 
 
 class _Batch:
-    def __init__(
-        self, query_starts: np.ndarray, query_lengths: np.ndarray, key_starts: np.ndarray, key_lengths: np.ndarray
-    ) -> None:
-        query_offsets, key_offsets = np.arange(query_lengths.max()), np.arange(key_lengths.max())
-        real = query_offsets < query_lengths[:, None]
-        self.real = torch.from_numpy(real)
-        self.query_index = torch.from_numpy(np.where(real, query_starts[:, None] + query_offsets, 0))
-        self.key_index = torch.from_numpy(
-            np.where(key_offsets < key_lengths[:, None], key_starts[:, None] + key_offsets, 0)
-        )
-        self.mask: Tensor | None = None
-        if not np.array_equal(query_lengths, key_lengths):
-            last_key = query_offsets + (key_lengths - query_lengths)[:, None]
-            self.mask = torch.from_numpy(key_offsets <= last_key[:, :, None])[:, None]
+    """n blocks. Query heads that share a key head stand side by side like so many queries."""
 
-    def move(self, device: torch.device) -> None:
-        self.query_index, self.key_index = self.query_index.to(device), self.key_index.to(device)
-        self.mask = None if self.mask is None else self.mask.to(device)
+    def __init__(
+        self,
+        starts: tuple[np.ndarray, np.ndarray],
+        lengths: tuple[np.ndarray, np.ndarray],
+        query: Tensor,
+        key: Tensor,
+    ) -> None:
+        heads, group = key.shape[1], query.shape[1] // key.shape[1]
+        queries = np.arange(max(lengths[0].max(), -(-ROWS // group)))
+        keys = np.arange(-(-lengths[1].max() // STEP) * STEP)
+        self.real = queries < lengths[0][:, None]
+        behind = np.minimum(queries, lengths[0][:, None] - 1)
+        seen = torch.from_numpy((lengths[1] - lengths[0] + 1)[:, None] + behind).to(query.device)
+        self.tiles = make_tiles(seen.repeat_interleave(group, 1), heads, len(keys), query.dtype)
+        self.index = [
+            torch.from_numpy(np.where(offset < length[:, None], start[:, None] + offset, 0)).to(query.device)
+            for offset, start, length in zip((queries, keys), starts, lengths)
+        ]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """[blocks * padded length, H, D]"""
-        q, k, v = (
-            x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
-            for x, index in ((query, self.query_index), (key, self.key_index), (value, self.key_index))
+        """[n * padded length, H, D]"""
+        of_query, of_key = self.index
+        n, queries = of_query.shape
+        heads, width = key.shape[1:]
+        k, v = (
+            x.index_select(0, of_key.flatten()).view(*of_key.shape, heads, width).transpose(1, 2) for x in (key, value)
         )
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=self.mask, is_causal=self.mask is None, scale=scale, enable_gqa=True
-        )
-        return out.transpose(1, 2).flatten(0, 1)
+        q = query.index_select(0, of_query.flatten()).view(n, queries, heads, -1, width).transpose(1, 2)
+        out = attend(q.flatten(2, 3), k, v, self.tiles, scale)
+        return out.view(n, heads, queries, -1, width).transpose(1, 2).reshape(n * queries, -1, width)
 
 
 def _by_length(lengths: np.ndarray) -> list[np.ndarray]:

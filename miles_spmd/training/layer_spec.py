@@ -17,8 +17,10 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
+from miles_spmd.invariant.norm import rms_norm
 from miles_spmd.training.attention import PackedAttention, PackedSequences
 from miles_spmd.training.experts import MoE
+from miles_spmd.training.invariant_layers import InvariantSpecProvider
 
 
 class RMSNorm(torch.nn.Module):
@@ -30,36 +32,12 @@ class RMSNorm(torch.nn.Module):
         where = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=where))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self.eps = eps
+        self.eps, self.invariant = eps, config.batch_invariant_mode
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda:
+        if x.is_cuda and not self.invariant:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return _RMSNormOnCpu.apply(x, self.weight, self.eps)
-
-
-class _RMSNormOnCpu(torch.autograd.Function):
-    """torch has no CPU kernel for this norm; composed by autograd its backward pass costs twice as much as written out.
-
-    Computes in fp32. With r = rsqrt(mean(x^2) + eps) and n = x r: y = n w, dx = r (g w - n mean(g w n)), dw = sum g n.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x32 = x.float()
-        r = (torch.linalg.vecdot(x32, x32).unsqueeze(-1) / x.shape[-1] + eps).rsqrt_()
-        ctx.save_for_backward(x, weight, r)
-        return (x32 * r).mul_(weight).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        x, weight, r = ctx.saved_tensors
-        g, n = gradient.float(), x.float() * r
-        grad_weight = (g * n).flatten(0, -2).sum(0)
-        grad_x = g * weight
-        shift = torch.linalg.vecdot(grad_x, n).unsqueeze(-1) / x.shape[-1]
-        grad_x.sub_(n.mul_(shift)).mul_(r)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LastLayer(TransformerLayer):
@@ -88,7 +66,8 @@ def block_spec(config: TransformerConfig, vp_stage: int | None, last: bool) -> T
 
 
 def _local_submodules(config: TransformerConfig) -> TransformerLayerSubmodules:
-    local = LocalSpecProvider()
+    exact = config.batch_invariant_mode
+    local = InvariantSpecProvider() if exact else LocalSpecProvider()
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     return TransformerLayerSubmodules(
         input_layernorm=RMSNorm,
@@ -105,6 +84,6 @@ def _local_submodules(config: TransformerConfig) -> TransformerLayerSubmodules:
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=RMSNorm,
-        mlp=MoE if config.num_moe_experts else get_mlp_module_spec_for_backend(local),
+        mlp=MoE if config.num_moe_experts else get_mlp_module_spec_for_backend(local, use_te_activation_func=exact),
         mlp_bda=get_bias_dropout_add,
     )

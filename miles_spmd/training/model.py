@@ -10,6 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from miles_spmd.invariant import rotary
 from miles_spmd.models import Family
 from miles_spmd.training.layer_spec import LastLayer, block_spec
 from miles_spmd.training.packing import PackedBatch
@@ -42,13 +43,15 @@ class PackedModel(GPTModel):
         return self._score(hidden, batch, scoring)
 
     def _set_rotary(self, batch: PackedBatch) -> None:
-        """Cosine and sine of every position of the stream, once for all layers (and chunks)."""
-        if batch.sequences.cos is None:
-            table = self.rotary_pos_emb.get_emb(batch.sequences.max_seqlen_q)[:, 0]
-            angles = table.index_select(0, batch.positions)
-            batch.sequences.angles = angles
-            batch.sequences.cos = angles.cos().to(self.config.params_dtype)
-            batch.sequences.sin = angles.sin().to(self.config.params_dtype)
+        """The angles by which queries and keys are turned, once for all layers (and chunks)."""
+        sequences = batch.sequences
+        if sequences.table is None:
+            frequencies = self.rotary_pos_emb.inv_freq.to(batch.positions.device)
+            sequences.table = rotary.table(frequencies, sequences.max_seqlen_q)
+        if self.config.transformer_impl == "transformer_engine" and sequences.angles is None:
+            sequences.angles = self.rotary_pos_emb.get_emb(sequences.max_seqlen_q)[:, 0].index_select(
+                0, batch.positions
+            )
 
     def _score(self, hidden: Tensor, batch: PackedBatch, scoring: Scoring) -> tuple[Tensor, ...]:
         """The head's work, on scored positions only."""

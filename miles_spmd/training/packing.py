@@ -116,6 +116,7 @@ def pack(micro_batch: MicroBatch, where: Coordinates, device: torch.device, leng
             max_seqlen_kv=longest,
             blocks=make_blocks(whole, where.cp_rank, where.cp_size, device),
             scored=tensor(scored),
+            positions=tensor(within[mine]),
         ),
         targets=tensor(flat_tokens[sources].astype(np.int64)),
         candidates=None if candidates is None else tensor(candidates[sources].astype(np.int64)),

@@ -13,10 +13,12 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
 
 from miles_spmd.config.backends import DEFAULTS
 from miles_spmd.config.schema import Config
 from miles_spmd.models import Family
+from miles_spmd.training import accumulation  # noqa: F401  # Megatron looks for it
 
 # The local layers' experts take every token to all of its experts, by all-to-all.
 NOT_BY_LOCAL_EXPERTS = (
@@ -29,6 +31,15 @@ NOT_BY_LOCAL_EXPERTS = (
 )
 # What Megatron's launcher accepts beside the dataclasses' fields; turned into virtual_pipeline_model_parallel_size.
 LAYERS_PER_VIRTUAL_STAGE = "num_layers_per_virtual_pipeline_stage"
+
+# Layers compute with :mod:`miles_spmd.invariant`. The backend is what Megatron asks for beside it, and names nothing of
+# ours; the activation is a module of its own.
+_INVARIANT = {
+    "batch_invariant_mode": True,
+    "attention_backend": AttnBackend.flash,
+    "use_te_activation_func": True,
+    "bias_activation_fusion": False,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +65,8 @@ def build_settings(config: Config, family: Family) -> Settings:
     _refuse_unsupported(table)
     if config.determinism.deterministic:
         table = {"deterministic_mode": True} | table
+    if config.determinism.parity == "bitwise":
+        table = _INVARIANT | table
     transformer = _defaults(table) | family.transformer_config() | table | _dtypes(config)
     transformer["activation_func"] = getattr(F, transformer["activation_func"])
     dtypes = _dtypes(config)

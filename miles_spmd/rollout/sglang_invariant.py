@@ -1,0 +1,83 @@
+"""SGLang's layers, computing with :mod:`miles_spmd.invariant`, with which the trainer computes too.
+
+SGLang has a batch-invariant mode of its own, which replaces torch's matrix products in the whole process, the trainer's
+with them, and falls back to unfused norms. Here the layers of one engine call other functions instead; of SGLang's mode
+is left that attention does not split keys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from sglang.srt.layers.activation import SiluAndMul
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+from sglang.srt.layers.utils import MultiPlatformOp
+from sglang.srt.model_executor.model_runner import ModelRunner
+from torch import Tensor
+
+from miles_spmd.invariant.linear import linear
+from miles_spmd.invariant.norm import add_rms_norm, rms_norm
+from miles_spmd.invariant.rotary import rotate
+from miles_spmd.invariant.swiglu import swiglu
+
+_dispatch = MultiPlatformOp.dispatch_forward
+_apply = UnquantizedLinearMethod.apply
+_compute_lm_head = LogitsProcessor._compute_lm_head
+_enable_mode = ModelRunner.maybe_enable_batch_invariant_mode
+
+
+@contextlib.contextmanager
+def shared_kernels(wanted: bool) -> Iterator[None]:
+    """An engine built meanwhile computes with the functions that the trainer calls, or with SGLang's own."""
+    UnquantizedLinearMethod.apply = _linear if wanted else _apply
+    LogitsProcessor._compute_lm_head = _lm_head if wanted else _compute_lm_head
+    ModelRunner.maybe_enable_batch_invariant_mode = _leave_torch_alone if wanted else _enable_mode
+    MultiPlatformOp.dispatch_forward = _shared if wanted else _dispatch
+    try:
+        yield
+    finally:
+        MultiPlatformOp.dispatch_forward = _dispatch
+
+
+def _leave_torch_alone(runner: ModelRunner) -> None: ...
+
+
+def _shared(layer: MultiPlatformOp) -> Callable[..., Any]:
+    forward = {RMSNorm: _norm, SiluAndMul: _swiglu}.get(type(layer))
+    if forward is None and isinstance(layer, RotaryEmbedding):
+        forward = _rotate
+    return _dispatch(layer) if forward is None else partial(forward, layer)
+
+
+def _norm(layer: RMSNorm, x: Tensor, residual: Tensor | None = None, post_residual_addition: None = None) -> Any:
+    if residual is None:
+        return rms_norm(x, layer.weight, layer.variance_epsilon)
+    return add_rms_norm(x, residual, layer.weight, layer.variance_epsilon)
+
+
+def _swiglu(layer: SiluAndMul, x: Tensor) -> Tensor:
+    return swiglu(x)
+
+
+def _rotate(
+    layer: RotaryEmbedding, positions: Tensor, query: Tensor, key: Tensor, fused_set_kv_buffer_arg: None = None
+) -> tuple[Tensor, Tensor]:
+    turned = [
+        rotate(x.view(len(x), -1, layer.head_size), layer.cos_sin_cache, positions).flatten(1) for x in (query, key)
+    ]
+    return turned[0], turned[1]
+
+
+def _linear(method: UnquantizedLinearMethod, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    return linear(x, layer.weight, bias)
+
+
+def _lm_head(processor: LogitsProcessor, hidden: Tensor, head: torch.nn.Module, *_: Any) -> Tensor:
+    return linear(hidden, head.weight)

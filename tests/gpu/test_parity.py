@@ -1,0 +1,37 @@
+"""Log-probs of an engine that decodes in bf16 and of the trainer that reads: the same bits, while weights change."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+
+from miles_spmd.bench.run import bench_config
+from tests.gpu.machine import measured, needs
+from tests.invariant.side_by_side import train_and_compare
+from tests.ranks import Ranks
+
+ENGINE = ["sglang.cuda_graph_bs_decode=[1,8,64]", "sglang.chunked_prefill_size=1024", "sglang.mem_fraction_static=0.3"]
+EXACT = ["determinism.parity=bitwise", "megatron.lr=1e-5", *ENGINE]
+BOTH_TP2 = ["megatron.tensor_model_parallel_size=2", "sglang.tp_size=2"]
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks_needed", "overrides"),
+    [
+        pytest.param("random:qwen3-0.6b", 1, ["rollout.rollout_temperature=1.0"], marks=needs(1)),
+        pytest.param("random:qwen3-0.6b", 1, ["rollout.rollout_temperature=0.7"], marks=needs(1)),
+        pytest.param("random:qwen2.5-1.5b", 1, [], marks=needs(1)),
+        pytest.param("random:llama-3.2-1b", 1, [], marks=needs(1)),
+        pytest.param("random:qwen3-4b", 1, [], marks=needs(1)),
+        pytest.param("random:qwen3-0.6b", 2, BOTH_TP2, marks=needs(2)),
+        pytest.param("random:qwen3-0.6b", 2, [*BOTH_TP2, "megatron.sequence_parallel=true"], marks=needs(2)),
+    ],
+)
+def test_decoded_log_probs_are_the_trainers(ranks: Ranks, model: str, ranks_needed: int, overrides: list[str]) -> None:
+    config = bench_config(model, [*EXACT, *overrides], ranks_needed)
+    found = ranks.run(ranks_needed, train_and_compare, config, 20, 400, 96, 2)
+    measured(f"parity of {model} on {ranks_needed} GPUs, {' '.join(overrides)}", asdict(found[0]))
+    assert found[0].tokens > 0
+    assert all(norm > 0 for norm in found[0].grad_norms)
+    assert [(of_rank.mismatches, of_rank.largest) for of_rank in found] == [(0, 0.0)] * ranks_needed

@@ -1,0 +1,98 @@
+"""An engine and a trainer side by side, over steps that change the weights, and how far apart their log-probs are."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from miles_spmd.config.schema import Config
+from miles_spmd.data.sample import MicroBatch, TrainSequence
+from miles_spmd.rollout.engine import Output, Request
+from tests.rollout.conformance import request, run
+
+PROMPTS, SAMPLES = 12, 4
+
+
+@dataclass
+class Comparison:
+    """Of the tokens that a rank's trainer has scored; none, where it does not report."""
+
+    tokens: int = 0
+    mismatches: int = 0
+    largest: float = 0.0
+    grad_norms: list[float] = field(default_factory=list)
+    rollout_s: float = 0.0  # of the last step
+    log_probs_s: float = 0.0
+
+    def add(self, decoded: list[float], score: np.ndarray) -> None:
+        gap = np.abs(score[-len(decoded) :] - np.asarray(decoded, np.float32))
+        self.tokens += len(gap)
+        self.mismatches += int((gap != 0).sum())
+        self.largest = max(self.largest, float(gap.max()))
+
+
+def requests(rng: np.random.Generator, vocab_size: int, prompt: int, answer: int, temperature: float) -> list[Request]:
+    """Several answers to each prompt, from ``prompt`` to three times as many tokens to read, from ``answer`` to twice as
+    many to write."""
+    lengths = np.linspace(prompt, 3 * prompt, PROMPTS).astype(int)
+    prompts = [rng.integers(0, vocab_size, length).tolist() for length in lengths]
+    return [
+        request(
+            f"{p}-{s}",
+            prompts[p],
+            seed=int(rng.integers(2**40)),
+            ignore_eos=True,
+            max_new_tokens=answer * (SAMPLES + s) // SAMPLES,
+            temperature=temperature,
+        )
+        for p, s in itertools.product(range(PROMPTS), range(SAMPLES))
+    ]
+
+
+def sequence(asked: Request, answered: Output, advantage: float) -> TrainSequence:
+    tokens = np.asarray(asked.input_ids + answered.output_ids, np.int32)
+    weights = (np.arange(len(tokens)) >= len(asked.input_ids)).astype(np.float32)
+    return TrainSequence(
+        tokens, weights / weights.sum() / PROMPTS / SAMPLES, np.full(len(tokens), advantage, np.float32)
+    )
+
+
+def train_and_compare(config: Config, steps: int, prompt: int, answer: int, micro_batches: int) -> Comparison:
+    """Every engine answers the same requests; a replica of the trainer takes its share of them, dealt in an order of
+    its own into ``micro_batches``, compares, and makes an update by advantages of chance."""
+    from miles_spmd.algorithms.losses import make_loss
+    from miles_spmd.models import load_family
+    from miles_spmd.refit import Refit
+    from miles_spmd.training.trainer import Trainer
+    from miles_spmd.worker.worker import make_engine
+
+    family = load_family(config.model.hf_checkpoint)
+    trainer = Trainer(config, family, make_loss("rl", config.algorithm))
+    engine = make_engine(config)
+    rng, found = np.random.default_rng(0), Comparison()
+    try:
+        refit = Refit(trainer.weights(), trainer.layout(), engine.weights(), engine.layout(), bucket_bytes=256 << 20)
+        for step in range(steps):
+            refit.run()
+            engine.commit(step)
+            asked = requests(rng, family.vocab_size, prompt, answer, config.rollout.rollout_temperature)
+            began = time.perf_counter()
+            outputs = run(engine, asked)
+            found.rollout_s = time.perf_counter() - began
+            own = rng.permutation(len(asked))[trainer.data_parallel_rank :: trainer.data_parallel_size].tolist()
+            dealt = [own[i::micro_batches] for i in range(micro_batches)]
+            batch: list[MicroBatch] = [
+                [sequence(asked[i], outputs[asked[i].rid], (-1.0) ** (i + step)) for i in part] for part in dealt
+            ]
+            began = time.perf_counter()
+            scores = trainer.log_probs(batch).log_probs
+            found.log_probs_s = time.perf_counter() - began
+            for i, score in zip(itertools.chain(*dealt), scores or ()):
+                found.add(outputs[asked[i].rid].output_log_probs, score)
+            found.grad_norms.append(trainer.train_step(batch).grad_norm)
+    finally:
+        engine.close()
+    return found
