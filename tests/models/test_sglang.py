@@ -1,4 +1,5 @@
-"""Our layouts of SGLang's parameters against SGLang's own weight loader, in SGLang's own models."""
+"""Our layouts of SGLang's parameters against SGLang's own weight loader, in SGLang's own models; and what mixtures of
+experts generate with them."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from miles_spmd.checkpoint import hf
 from miles_spmd.models import load_family
 from tests.models import tiny
 from tests.ranks import Ranks
+from tests.rollout.checkpoints import Reference
+from tests.rollout.conformance import difference, refit, request, run
 
 
 def compare_loaders(folder: Path, tp_size: int, dtype: str) -> int:
@@ -37,3 +40,25 @@ def test_every_parameter_is_what_sglang_loads(ranks: Ranks, name: str, tp_size: 
     dtype = "bfloat16" if tp_size == 2 else "float32"
     held = ranks.run(tp_size, compare_loaders, tiny.checkpoint(name), tp_size, dtype)
     assert sum(held) >= load_family(tiny.checkpoint(name)).num_parameters()
+
+
+def generate(folder: Path, tp_size: int) -> list[list[int]]:
+    from miles_spmd.rollout.sglang_engine import SglangEngine
+
+    engine = SglangEngine(folder, dtype="float32", server_args={"tp_size": tp_size})
+    try:
+        refit(engine, folder, 0)
+        asked = [request(f"r{i}", list(range(i, 3 * i + 2)), seed=i) for i in range(12)]
+        outputs, reference = run(engine, asked), Reference(folder)
+        for one in asked:
+            assert difference(reference, one, outputs[one.rid]) < 1e-5, one
+        return [outputs[one.rid].output_ids for one in asked]
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_experts_generate(ranks: Ranks, tp_size: int) -> None:
+    """What was drawn has the log-probs that transformers gives it, in float64; and every rank drew the same."""
+    drawn = ranks.run(tp_size, generate, tiny.checkpoint("qwen3_moe"), tp_size)
+    assert all(tokens == drawn[0] for tokens in drawn)
