@@ -125,30 +125,35 @@ def trained(run: Config, cut: Cut | None) -> tuple[list[Result], Held]:
     return results, held(trainer)
 
 
-def run_of(ranks: Ranks, dp: int, table: dict[str, Any], cut: Cut | None) -> tuple[list[Any], dict[str, np.ndarray]]:
+def run_of(
+    ranks: Ranks, dp: int, table: dict[str, Any], cut: Cut | None, name: str = "qwen3"
+) -> tuple[list[Any], dict[str, np.ndarray]]:
     model_ranks = table.get("tensor_model_parallel_size", 1) * table.get("pipeline_model_parallel_size", 1)
-    run = config("qwen3", ADAM | table, algorithm=ALGORITHM, train={"reduction_leaves": 0 if cut else LEAVES})
+    run = config(name, ADAM | table, algorithm=ALGORITHM, train={"reduction_leaves": 0 if cut else LEAVES})
     per_rank = ranks.run(dp * model_ranks, trained, run, cut)
     steps = [loss_and_norm(list(results)) for results in zip(*(results for results, _ in per_rank))]
-    return steps, whole_weights("qwen3", [weights for _, weights in per_rank])
+    return steps, whole_weights(name, [weights for _, weights in per_rank])
 
 
 @pytest.mark.parametrize(
-    "table",
+    ("name", "table"),
     [
-        {},
-        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-        {"pipeline_model_parallel_size": 2},
+        ("qwen3", {}),
+        ("qwen3", {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+        ("qwen3", {"pipeline_model_parallel_size": 2}),
+        ("qwen3_moe", {}),
     ],
-    ids=["", "TP2", "PP2"],
+    ids=["", "TP2", "PP2", "experts"],
 )
-def test_canonical_reduction_is_bitwise_over_data_parallel_sizes(ranks: Ranks, table: dict[str, Any]) -> None:
-    steps, weights = run_of(ranks, 1, table, None)
+def test_canonical_reduction_is_bitwise_over_data_parallel_sizes(
+    ranks: Ranks, name: str, table: dict[str, Any]
+) -> None:
+    steps, weights = run_of(ranks, 1, table, None, name)
     for dp in (2, 4):
-        same_steps, same_weights = run_of(ranks, dp, table, None)
+        same_steps, same_weights = run_of(ranks, dp, table, None, name)
         assert same_steps == steps
-        for name, value in weights.items():
-            assert same_weights[name].tobytes() == value.tobytes(), name
+        for tensor, value in weights.items():
+            assert same_weights[tensor].tobytes() == value.tobytes(), tensor
 
 
 def test_without_it_bits_differ(ranks: Ranks) -> None:
