@@ -3,7 +3,8 @@
     held.py CONFIG PHASE RANK DEED
 
 In that phase that rank touches the file ``held`` beside the configuration, with its process id in it, and then does the
-deed: ``hang`` sleeps, ``raise`` raises. Everything else is the real worker.
+deed: ``hang`` sleeps, ``raise`` raises, ``exhaust`` asks torch for more memory than any machine has. Everything else is
+the real worker.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ def main() -> int:
         scratch.rename(path.with_name("held"))
         if deed == "raise":
             raise RuntimeError("the deed is done")
+        if deed == "exhaust":
+            import torch
+
+            torch.empty(2**60, dtype=torch.uint8)
         time.sleep(600)
 
     def build_held(*args: Any) -> Any:

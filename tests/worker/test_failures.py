@@ -246,6 +246,22 @@ def test_an_exception_in_a_worker_is_named(launch: Launch) -> None:
     assert 'raise RuntimeError("the deed is done")' in (run.run_dir / "logs" / "controller.log").read_text()
 
 
+@pytest.mark.parametrize(("phase", "helps"), [(Phase.TRAIN, "train.max_tokens_per_gpu"), (Phase.ROLLOUT, "sglang.")])
+def test_a_want_of_memory_is_explained(launch: Launch, phase: Phase, helps: str) -> None:
+    run = launch(phase, 1, "exhaust")  # the other rank waits for it in a collective
+    message = run.finish(START_SECONDS)
+    assert message.startswith("rank 1 (")
+    assert f"{phase}, step 0: DeviceMemoryError: no memory left on the host: [enforce fail" in message
+    assert "; held: other tensors" in message
+    assert f"What helps: {'lower' if phase is Phase.TRAIN else 'set'} {helps}" in message
+
+
+def test_too_little_memory_is_said_at_the_start(launch: Launch) -> None:
+    message = launch(train={"max_tokens_per_gpu": 2**40}).finish(START_SECONDS)
+    assert "start: MemoryPlanError: training takes at least" in message
+    assert "What helps: lower train.max_tokens_per_gpu" in message
+
+
 def test_an_exception_at_the_start_is_named(launch: Launch, checkpoint: Path, tmp_path: Path) -> None:
     truncated = tmp_path / "truncated"
     truncated.mkdir()
