@@ -26,9 +26,11 @@ def _engines_have_work(rollout_num_gpus: int, mode: str, eval_interval: int) -> 
 
 
 @rule(CONTRADICTIONS)
-def _nobody_to_make_room_for(rollout_num_gpus: int, offload_train: bool) -> Iterator[str]:
+def _nobody_to_make_room_for(rollout_num_gpus: int, offload_train: bool, offload_rollout: str) -> Iterator[str]:
     if rollout_num_gpus and offload_train:
         yield "train.offload_train: must be false with rollout_num_gpus; no engine needs the trainers' memory"
+    if rollout_num_gpus and offload_rollout not in ("auto", "nothing"):
+        yield "rollout.offload_rollout: must be 'nothing' or 'auto' with rollout_num_gpus; no trainer needs the memory"
 
 
 # --- parallel layout of the trainer ----------------------------------------------------------------------------------

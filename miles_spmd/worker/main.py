@@ -175,7 +175,7 @@ def build(
         cpu.install()
         from miles_spmd.worker.memory import Ledger
         from miles_spmd.worker.worker import Worker
-    ledger = Ledger(config, side.trains, side.generates and config.generates(task))
+    ledger = Ledger(config, place.world_size, side.trains, side.generates and config.generates(task))
     ledger.require_room(training=task == "train")
     with ledger.explaining():
         worker = Worker(config, task, side, place.rank, dealer, watch, ledger, watchdog.progress)

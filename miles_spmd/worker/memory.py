@@ -41,6 +41,7 @@ class Ledger:
     """Of one rank; torch.distributed is initialised. ``trains`` and ``generates``: what this rank is there for."""
 
     config: Config
+    world_size: int  # of the run
     trains: bool = True
     generates: bool = True
     phase: Phase = Phase.START
@@ -55,7 +56,7 @@ class Ledger:
 
     def __post_init__(self) -> None:
         family = load_family(self.config.model.hf_checkpoint)
-        layout = ParallelLayout.of(self.config, dist.get_world_size())
+        layout = ParallelLayout.of(self.config, self.world_size)
         self.plan = estimate_memory(self.config, family, layout)
         self._allowance = self.config.train.memory_allowance
         self._exact = memory.is_exact()

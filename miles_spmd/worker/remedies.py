@@ -19,8 +19,9 @@ def remedies(config: Config, doing: Phase | str) -> str:
     states.append(f"raise megatron.tensor_model_parallel_size ({s['tensor_model_parallel_size']})")
     engine = [f"lower sglang.{name} ({s[name]})" for name in ("mem_fraction_static", "max_total_tokens") if s[name]]
     engine = engine or ["set sglang.max_total_tokens or mem_fraction_static"]
-    gives_way = [] if config.rollout.offload_rollout == "all" else ['set rollout.offload_rollout="all"']
-    moves_out = [] if config.train.offload_train else ["set train.offload_train=true"]
+    colocated = not config.rollout.rollout_num_gpus
+    gives_way = ['set rollout.offload_rollout="all"'] if colocated and config.rollout.offload_rollout != "all" else []
+    moves_out = ["set train.offload_train=true"] if colocated and not config.train.offload_train else []
     batches = [
         f"{'lower' if s[name] else 'set'} sglang.{name}" + (f" ({s[name]})" if s[name] else "")
         for name in ("max_running_requests", "chunked_prefill_size")

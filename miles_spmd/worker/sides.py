@@ -13,6 +13,7 @@ from miles_spmd.messaging.wire import RefitResult
 from miles_spmd.refit import Refit
 from miles_spmd.rollout.engine import Engine
 from miles_spmd.training.roles import Roles
+from miles_spmd.worker.memory import Ledger
 from miles_spmd.worker.rollout import Lockstep, run_rollout
 from miles_spmd.worker.stopwatch import Stopwatch
 
@@ -20,8 +21,10 @@ from miles_spmd.worker.stopwatch import Stopwatch
 class TrainerSide:
     """The part of a rank without engine in refits. ``everyone``: the group of all ranks."""
 
-    def __init__(self, config: Config, roles: Roles, everyone: dist.ProcessGroup | None, watch: Stopwatch) -> None:
-        self._watch = watch
+    def __init__(
+        self, config: Config, roles: Roles, everyone: dist.ProcessGroup | None, watch: Stopwatch, ledger: Ledger
+    ) -> None:
+        self._watch, self._ledger = watch, ledger
         with watch("refit_plan"):
             self._refit = Refit(
                 roles.actor.weights(),
@@ -37,6 +40,7 @@ class TrainerSide:
         """Give the engines the weights of now. Raises RefitError when a checksum differs."""
         with self._watch("copy"):
             counts = self._refit.run()
+        self._ledger.record("refit")
         return RefitResult(version, counts.bytes_local, counts.bytes_received, counts.checksum_mismatches)
 
 
@@ -44,9 +48,15 @@ class EngineSide:
     """The engine of a rank without trainer: always resident, without weights until the first refit."""
 
     def __init__(
-        self, config: Config, engine: Engine, engine_size: int, everyone: dist.ProcessGroup | None, watch: Stopwatch
+        self,
+        config: Config,
+        engine: Engine,
+        engine_size: int,
+        everyone: dist.ProcessGroup | None,
+        watch: Stopwatch,
+        ledger: Ledger,
     ) -> None:
-        self._engine, self._watch = engine, watch
+        self.engine, self._watch, self._ledger = engine, watch, ledger
         self._lockstep = Lockstep(engine_size)
         with watch("refit_plan"):
             self._refit = Refit(
@@ -63,11 +73,14 @@ class EngineSide:
         """Take the trainers' weights. Raises RefitError when a checksum differs."""
         with self._watch("copy"):
             counts = self._refit.run()
-        self._engine.commit(version)
+        self.engine.commit(version)
+        self._ledger.record("refit")
         return RefitResult(version, counts.bytes_local, counts.bytes_received, counts.checksum_mismatches)
 
     def rollout(self, rank: int, dealer: Dealer, progress: Callable[[str], None]) -> None:
         """Raises RuntimeError when the engine has no weights."""
-        if self._engine.weight_version < 0:
+        if self.engine.weight_version < 0:
             raise RuntimeError("the engine has no weights: a rollout needs a refit before")
-        run_rollout(rank, self._engine, dealer, self._lockstep, self._watch, progress)
+        retries = run_rollout(rank, self.engine, dealer, self._lockstep, self._watch, progress)
+        self._ledger.note("rollout_retries", retries)
+        self._ledger.record("rollout")

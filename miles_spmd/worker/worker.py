@@ -74,7 +74,7 @@ class Worker:
         """This rank's part in rollouts and refits."""
         config, watch = self._config, self._watch
         if not side.generates:
-            return TrainerSide(config, self.roles, side.everyone, watch)
+            return TrainerSide(config, self.roles, side.everyone, watch, self.ledger)
         if config.train.offload_train:
             self.roles.move_out()  # so that the engine makes its cache as large as it may be
         with watch("engine"):
@@ -82,7 +82,7 @@ class Worker:
         self.ledger.built(engine.memory)
         self.ledger.record("engine built")
         if not side.trains:
-            return EngineSide(config, engine, self.engine_size, side.everyone, watch)
+            return EngineSide(config, engine, self.engine_size, side.everyone, watch, self.ledger)
         return EngineTurns(config, engine, self.engine_size, self.roles, watch, self.ledger)
 
     @property

@@ -52,6 +52,7 @@ TE = "megatron.transformer_impl=transformer_engine"
         ("rollout_num_gpus=1 megatron.tensor_model_parallel_size=2", "do not divide the 1 that train"),
         ("rollout_num_gpus=1 sglang.tp_size=2", "engines of 2 ranks do not divide the 1 that generate"),
         ("rollout_num_gpus=1 offload_train=true", "no engine needs the trainers' memory"),
+        ("rollout_num_gpus=1 offload_rollout=all", "rollout.offload_rollout: must be 'nothing' or 'auto'"),
         ("rollout_num_gpus=1 mode=dpo", "this run of mode 'dpo' generates nothing"),
         ("rollout_num_gpus=1 mode=sft", "this run of mode 'sft' generates nothing"),
         ("megatron.sequence_parallel=true", "needs tensor_model_parallel_size > 1"),

@@ -37,7 +37,7 @@ def turns(run: Config) -> tuple[list[Any], dict[str, np.ndarray], list[str]]:
     from tests.rollout.conformance import prompt, request
     from tests.rollout.conformance import run as answer
 
-    ledger = Ledger(run)
+    ledger = Ledger(run, dist.get_world_size())
     roles = Roles(run)
     ledger.trainer = roles.memory
     if run.train.offload_train:
@@ -189,7 +189,7 @@ def ledger_says(run: Config) -> None:
     from miles_spmd.rollout.engine import EngineMemory
     from miles_spmd.worker.memory import DeviceMemoryError, Ledger, MemoryPlanError
 
-    ledger = Ledger(run)
+    ledger = Ledger(run, 1)
     ledger.require_room(training=True)
     ledger.trainer = lambda: {"parameters": ledger.plan.parameters + 5 * GIB, "gradients": ledger.plan.gradients}
     ledger.built(lambda: EngineMemory(3 * GIB, 2 * GIB))
@@ -217,8 +217,8 @@ def no_room(run: Config) -> str:
     from miles_spmd.worker.memory import Ledger, MemoryPlanError
 
     with pytest.raises(MemoryPlanError) as caught:
-        Ledger(run).require_room(training=True)
-    Ledger(run, trains=False).require_room(training=True)  # the engine alone would fit
+        Ledger(run, 1).require_room(training=True)
+    Ledger(run, 1, trains=False).require_room(training=True)  # the engine alone would fit
     return str(caught.value)
 
 
