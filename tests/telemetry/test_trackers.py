@@ -19,6 +19,7 @@ from miles_spmd.algorithms.corrections import mis
 from miles_spmd.algorithms.mismatch import mismatch_metrics
 from miles_spmd.algorithms.rollout_batch import RolloutBatch
 from miles_spmd.config.schema import Algorithm
+from miles_spmd.messaging.wire import Phase
 from miles_spmd.telemetry import metrics
 from miles_spmd.telemetry.metrics import METRICS, PHASES, describe, is_score, phase_times
 from miles_spmd.telemetry.trackers import JsonlTracker, open_trackers, read_metrics
@@ -116,6 +117,9 @@ def test_every_metric_that_is_written_is_described_and_the_reverse() -> None:
     source = "".join(path.read_text() for path in controller.glob("*.py"))
     phases = set(re.findall(r'_timed\("(\w+)"\)', source))
     written = set(re.findall(r'"((?:rollout|train|refit|perf)/\w+)"', source)) | algorithm_metrics()
+    workers = "".join(path.read_text() for path in controller.with_name("worker").glob("*.py"))
+    memory = {*re.findall(r'\.note\("(\w+)"', workers), *set(Phase) - {Phase.IDLE, Phase.STOP}}
+    written |= {f"memory/{name}" for name in memory}
     assert set(METRICS) == written | {f"perf/{phase}_time" for phase in phases}
     assert set(PHASES) == phases
 
