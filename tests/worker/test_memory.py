@@ -29,6 +29,8 @@ BATCH = [sequences((9, 17)), sequences((30, 12), seed=1)]
 
 def turns(run: Config) -> tuple[list[Any], dict[str, np.ndarray], list[str]]:
     """Three times: refit, answers, log-probs, an optimizer step. Answers and results; weights; what was given up."""
+    import torch.distributed as dist
+
     from miles_spmd.training.roles import Roles
     from miles_spmd.worker.memory import Ledger
     from miles_spmd.worker.phases import EngineTurns

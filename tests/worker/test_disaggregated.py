@@ -1,0 +1,157 @@
+"""Trainers and engines on ranks of their own make the run that they make when they share ranks, bit for bit.
+
+Real Megatron, SGLang and gloo in processes that stay up from run to run; the controller's loop runs in this one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+from safetensors.torch import load_file
+
+from miles_spmd.config.load import config_digest, load_config
+from miles_spmd.config.schema import Config
+from miles_spmd.controller import loop
+from miles_spmd.controller.models import Models
+from miles_spmd.controller.run import Run
+from miles_spmd.controller.workers import Workers
+from miles_spmd.data.sample import Sample
+from miles_spmd.messaging.dealer import Dealer
+from miles_spmd.messaging.keys import Credentials
+from miles_spmd.messaging.router import Router
+from miles_spmd.messaging.wire import Command, Feed, Hello, Ok, Reply, Stop
+from miles_spmd.worker.stopwatch import Stopwatch
+from tests.ranks import Ranks
+from tests.worker.tiny_run import write_checkpoint, write_config
+
+TP2 = "megatron.tensor_model_parallel_size=2"
+ENGINE_TP2 = "sglang.tp_size=2"
+
+
+def serve(credentials: bytes, config: Config) -> None:
+    """A rank of a run, until it is told to stop; an engine must then hold what the trainers have exported."""
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    from miles_spmd.worker.main import Place, rank_info
+    from miles_spmd.worker.memory import Ledger
+    from miles_spmd.worker.worker import Worker
+    from miles_spmd.worker.world import take_side
+
+    place = Place(dist.get_rank(), dist.get_world_size(), 0, dist.get_world_size(), "")
+    side = take_side(config.rollout.rollout_num_gpus, timedelta(minutes=2))
+    dealer, watch = Dealer(msgspec.json.decode(credentials, type=Credentials)), Stopwatch()
+    ledger = Ledger(config, place.world_size, side.trains, side.generates)
+    worker = Worker(config, "train", side, place.rank, dealer, watch, ledger, lambda _: None)
+    dealer.send(Hello(rank_info(worker, place), config_digest(config), watch.take()))
+    while not dealer.disconnections.poll(0):
+        command = dealer.receive(0.1)
+        if isinstance(command, Command) and not isinstance(command.body, Feed):
+            result = Ok() if isinstance(command.body, Stop) else worker.do(command.body)
+            dealer.send(Reply(command.id, place.rank, "host", command.phase, result, watch.take()))
+    dealer.close()
+    if side.generates:
+        engine: Any = worker.engine.engine
+        held = {name: tensor.clone() for name, tensor in engine.weights().items()}
+        engine._model.load_weights(load_file(config.run_dir / "export" / "model.safetensors").items())
+        assert all(torch.equal(held[name], tensor) for name, tensor in engine.weights().items())
+        engine.close()
+
+
+class Made(NamedTuple):
+    """What a run computed: its samples, the trainer's log-probs before each update, the weights at the end."""
+
+    groups: list[list[list[Sample]]]
+    scores: list[list[bytes]]
+    weights: dict[str, bytes]
+
+
+def train(ranks: Ranks, world_size: int, recipe: Path, folder: Path, *overrides: str) -> Made:
+    """A run in ``folder``."""
+    settings = [
+        f"run.output_dir={folder.parent}",
+        f"run.name={folder.name}",
+        "progress=none",
+        "export_final=true",
+        "save_interval=2",
+        *overrides,
+    ]
+    config = load_config(recipe, settings, world_size=world_size)
+    groups, scores, errors = [], [], list[BaseException]()
+    rollout, update = Run.rollout, Models.train
+
+    def kept_rollout(run: Run, step: int) -> list[list[Sample]]:
+        groups.append(rollout(run, step))
+        return groups[-1]
+
+    def kept_update(models: Models, *arguments: Any) -> Any:
+        results, log_probs = update(models, *arguments)
+        scores.append([array.tobytes() for array in log_probs])
+        return results, log_probs
+
+    router = Router()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "rollout", kept_rollout)
+        patch.setattr(Models, "train", kept_update)
+        arguments = world_size, serve, msgspec.json.encode(router.credentials), config
+        thread = threading.Thread(target=_keep, args=(errors, lambda: ranks.run(*arguments)))
+        thread.start()
+        workers = Workers(router, world_size, config.deadlines, config_digest(config), config.run_dir / "logs")
+        try:
+            loop.run(config, workers)
+            workers.stop()
+        finally:
+            router.close()
+            thread.join()
+            assert not errors, errors[0]  # it explains what the controller says
+    exported = load_file(config.run_dir / "export" / "model.safetensors")
+    return Made(groups, scores, {name: tensor.numpy().tobytes() for name, tensor in exported.items()})
+
+
+def _keep(errors: list[BaseException], function: Callable[[], Any]) -> None:
+    """A failed test's exception, which would end its thread and no more."""
+    try:
+        function()
+    except BaseException as error:
+        errors.append(error)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    reward = {"rm_type": "tests.worker.rewards:by_length"}
+    return write_config(folder, write_checkpoint(folder / "model"), reward=reward, megatron={"lr": 1e-2})
+
+
+@pytest.mark.parametrize(
+    ("trainers", "engines", "layout"),
+    [
+        pytest.param(1, 1, [], id="1+1"),
+        pytest.param(1, 2, [], id="1+2"),
+        pytest.param(2, 1, [TP2], id="TP2+1"),
+        pytest.param(2, 1, [], id="DP2+1"),
+        pytest.param(2, 2, [TP2, ENGINE_TP2], id="TP2+TP2"),
+        pytest.param(2, 2, [TP2], id="TP2+2"),
+    ],
+)
+def test_the_same_run(
+    ranks: Ranks, recipe: Path, tmp_path: Path, trainers: int, engines: int, layout: list[str]
+) -> None:
+    colocated = train(ranks, trainers, recipe, tmp_path / "colocated", *layout)
+    apart = train(ranks, trainers + engines, recipe, tmp_path / "apart", f"rollout_num_gpus={engines}", *layout)
+    assert len(colocated.groups) == len(colocated.scores) == 3
+    assert apart == colocated
+
+
+def test_resumes_where_it_was(ranks: Ranks, recipe: Path, tmp_path: Path) -> None:
+    whole = train(ranks, 2, recipe, tmp_path / "whole", "rollout_num_gpus=1")
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step_000002"
+    resumed = train(ranks, 2, recipe, tmp_path / "resumed", "rollout_num_gpus=1", f"checkpoint.load={checkpoint}")
+    assert resumed == Made(whole.groups[2:], whole.scores[2:], whole.weights)
