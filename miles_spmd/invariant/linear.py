@@ -1,8 +1,8 @@
 """Matrix products whose rows do not feel each other.
 
-On a GPU the product is SGLang's batch-invariant one, which sums over the inner dimension in one order whatever the
-shape. On a CPU it is the BLAS library's on at least four rows: it takes fewer along another path, which rounds in
-another way. One thread is needed there; more share a product out by its shape.
+On a GPU the product of 16-bit numbers is SGLang's batch-invariant one, which sums over the inner dimension in one order
+whatever the shape. On a CPU it is the BLAS library's on at least four rows: it takes fewer along another path, which
+rounds in another way. One thread is needed there; more share a product out by its shape.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ROWS = 4
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x`` [..., K] times ``weight`` [N, K] transposed, plus ``bias`` [N]. No gradient passes."""
     rows = x.reshape(-1, x.shape[-1])
-    if x.is_cuda:
+    if x.is_cuda and x.itemsize == 2:
         from sglang.srt.batch_invariant_ops.batch_invariant_ops import matmul_persistent
 
         product = matmul_persistent(rows.contiguous(), weight.t())

@@ -1,7 +1,7 @@
 """Log-probs over a vocabulary.
 
-The trainer, which needs those of single tokens and no copy of the logits, comes to the same bits by the same sums in the
-same order: ``training.softmax`` on a CPU, ``training.softmax_kernel`` on a GPU.
+The trainer, which needs those of single tokens and no copy of the logits, comes to the same bits by the same sums in
+the same order: ``training.softmax`` on a CPU, ``training.softmax_kernel`` on a GPU.
 """
 
 from __future__ import annotations

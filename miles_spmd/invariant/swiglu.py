@@ -10,8 +10,6 @@ from torch import Tensor
 
 from miles_spmd.invariant import kernels
 
-_VECTORS = 32  # numbers that a CPU computes at a time, at most
-
 
 def swiglu(x: Tensor) -> Tensor:
     """``x`` [..., 2 F], gate first -> [..., F]; on a GPU in fp32 with one rounding."""
@@ -25,7 +23,7 @@ class _SwiGLU(torch.autograd.Function):
         if x.is_cuda:
             return kernels.swiglu(x)
         gate, up = x.chunk(2, -1)
-        return _silu(gate) * up
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
@@ -37,10 +35,3 @@ class _SwiGLU(torch.autograd.Function):
         of_up = gate * sigmoid
         of_gate = (1 - sigmoid).mul_(gate).add_(1).mul_(sigmoid).mul_(up).mul_(gradient)
         return torch.cat([of_gate, of_up.mul_(gradient)], -1)
-
-
-def _silu(x: Tensor) -> Tensor:
-    """What is left of a row behind whole vectors takes another path, which rounds in another way; an engine may have
-    wider rows, with zeros at their end."""
-    width = x.shape[-1]
-    return F.silu(x) if width % _VECTORS == 0 else F.silu(F.pad(x, (0, -width % _VECTORS)))[..., :width]

@@ -11,8 +11,9 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     gather_from_sequence_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
+    layers,
 )
+from megatron.core.tensor_parallel.layers import LinearWithGradAccumulationAndAsyncCommunication
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
@@ -39,50 +40,46 @@ class SwiGLU(torch.nn.Module):
         return swiglu(x)
 
 
-class _Linear(torch.autograd.Function):
-    """Megatron's linear over a tensor-parallel group: under sequence parallelism the input is gathered first, and its
-    gradient is the sum over ranks, whole or scattered."""
+class _Linear(LinearWithGradAccumulationAndAsyncCommunication):
+    """Megatron's, but for the product of the forward pass."""
 
     @staticmethod
+    @layers.custom_fwd
     def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        sums_gradient: bool,
-        scattered: bool,
-        group: dist.ProcessGroup | None,
+        gradient_accumulation_fusion: bool,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        grad_output_buffer: list[Tensor] | None,
+        wgrad_deferral_limit: int | None,
+        tp_group: dist.ProcessGroup | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.has_bias, ctx.sums_gradient, ctx.scattered, ctx.group = bias is not None, sums_gradient, scattered, group
-        return linear(gather_from_sequence_parallel_region(x, group=group) if scattered else x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        of_x = gradient.matmul(weight)
-        under_way = dist.all_reduce(of_x, group=ctx.group, async_op=True) if ctx.sums_gradient else None
-        if ctx.scattered:
-            x = gather_from_sequence_parallel_region(x, group=ctx.group)
-            of_x = reduce_scatter_to_sequence_parallel_region(of_x, group=ctx.group)
-        rows = gradient.flatten(0, -2)
-        of_weight = rows.t().matmul(x.flatten(0, -2))
-        if under_way is not None:
-            under_way.wait()
-        return of_x, of_weight, rows.sum(0) if ctx.has_bias else None, None, None, None
+        ctx.main_grad = getattr(weight, "main_grad", None) if gradient_accumulation_fusion else None
+        ctx.use_bias, ctx.gradient_accumulation_fusion = bias is not None, gradient_accumulation_fusion
+        ctx.allreduce_dgrad, ctx.sequence_parallel, ctx.tp_group = allreduce_dgrad, sequence_parallel, tp_group
+        ctx.grad_output_buffer, ctx.wgrad_deferral_limit = grad_output_buffer, wgrad_deferral_limit
+        return linear(gather_from_sequence_parallel_region(x, group=tp_group) if sequence_parallel else x, weight, bias)
 
 
 def _multiply(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    gradient_accumulation_fusion: bool,
     allreduce_dgrad: bool,
     sequence_parallel: bool,
+    grad_output_buffer: list[Tensor] | None,
     tp_group: dist.ProcessGroup | None,
-    **_: Any,
+    wgrad_deferral_limit: int | None = None,
 ) -> Tensor:
     """By the names that Megatron gives its arguments."""
-    return _Linear.apply(input, weight, bias, allreduce_dgrad, sequence_parallel, tp_group)
+    fused, summed, scattered = gradient_accumulation_fusion, allreduce_dgrad, sequence_parallel
+    deferred = grad_output_buffer, wgrad_deferral_limit
+    return _Linear.apply(input, weight, bias, fused, summed, scattered, *deferred, tp_group)
 
 
 class InvariantColumnParallelLinear(ColumnParallelLinear):

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miles_spmd.algorithms.truncation import threshold
+from miles_spmd.invariant.linear import linear
 from miles_spmd.training import softmax
 
 # Logits of a chunk on a rank, in tensor operations: 512 MiB in fp32, of which two are alive beside those that came in,
@@ -55,6 +56,7 @@ def linear_log_probs(
     vocab_size: int,
     group: dist.ProcessGroup | None = None,
     differentiate_entropy: bool = False,
+    invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """log p(target) and -sum p log p of ``distribution`` over logits ``hidden @ weight.T``; fp32 [S], natural log.
 
@@ -71,8 +73,11 @@ def linear_log_probs(
     ``hidden`` is the whole one, on every rank alike. The entropy has a gradient only with ``differentiate_entropy``.
     Collectives: two all-reduces of numbers per row, and one of the gradient of ``hidden``; where the distribution is
     cut, also an all-reduce and a gather of every chunk's logits.
+
+    ``invariant``: log-probs are, to the bit, those of an engine that computes with :mod:`miles_spmd.invariant`. Every
+    rank then sums over the whole vocabulary, whose logits it gathers.
     """
-    shard = first_id, vocab_size, group
+    shard = first_id, vocab_size, group, invariant
     return _LinearLogProbs.apply(hidden, weight, targets, distribution, shard, differentiate_entropy)
 
 
@@ -143,7 +148,7 @@ class _LinearLogProbs(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         distribution: Distribution,
-        shard: tuple[int, int, dist.ProcessGroup | None],
+        shard: tuple[int, int, dist.ProcessGroup | None, bool],
         differentiate_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         rows = _scan(_Head(weight, *shard), hidden, targets[:, None], distribution)
@@ -199,7 +204,14 @@ class _LinearLogProbs(torch.autograd.Function):
 class _Head:
     """The part of the output layer that this rank has, without padding."""
 
-    def __init__(self, weight: Tensor, first_id: int, vocab_size: int, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        first_id: int,
+        vocab_size: int,
+        group: dist.ProcessGroup | None,
+        invariant: bool = False,
+    ) -> None:
         if first_id >= vocab_size:
             raise ValueError(
                 f"the rank with tokens from {first_id} on has none of a vocabulary of {vocab_size}; "
@@ -207,7 +219,7 @@ class _Head:
             )
         self.weight = weight[: vocab_size - first_id]
         self.padding = len(weight) - len(self.weight)
-        self.first_id, self.vocab_size = first_id, vocab_size
+        self.first_id, self.vocab_size, self.invariant = first_id, vocab_size, invariant
         self.group = group if group is not None and group.size() > 1 else None
 
     @property
@@ -220,7 +232,13 @@ class _Head:
         return softmax
 
     def logits(self, hidden_RH: Tensor) -> Tensor:
-        return F.linear(hidden_RH, self.weight)
+        return (linear if self.invariant else F.linear)(hidden_RH, self.weight)
+
+    def measure(self, logits_RV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Over this rank's part of the vocabulary; where products are invariant, over the whole of it."""
+        if self.invariant and self.group is not None:
+            logits_RV = self.gather(logits_RV)[:, : self.vocab_size]
+        return self.softmax.measure(logits_RV, temperature)
 
     def columns(self, ids: Tensor) -> Tensor:
         """Where among this rank's logits the tokens ``ids`` are; outside of them, if they are on another rank."""
@@ -308,7 +326,7 @@ def _scan(
         column_RK = head.columns(ids_SK[part])
         rows.sums_NS[2:, part] = softmax.take(logits_RV, column_RK).T
         if rows.threshold_S1 is None:
-            measured = head.softmax.measure(logits_RV, distribution.temperature)
+            measured = head.measure(logits_RV, distribution.temperature)
             rows.peak_S1[part], rows.sums_NS[0, part], rows.sums_NS[1, part] = measured
             if len(logits_RV) == len(hidden) and head.softmax is not softmax:
                 rows.kept_RV = logits_RV
@@ -325,8 +343,10 @@ def _scan(
 
     for part in head.parts(len(hidden), distribution, sorts=inspect is not None):
         measure(part)
-    if head.group is not None:
+    if head.group is not None and not head.invariant:
         rows.reduce(head.group)
+    elif head.group is not None:
+        dist.all_reduce(rows.sums_NS[2:], group=head.group)
     return rows
 
 

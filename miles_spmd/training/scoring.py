@@ -21,19 +21,21 @@ class Scoring:
 
     distribution: Distribution
     differentiate_entropy: bool = False
+    invariant: bool = False  # as the engine computes them
     top_k: int = 0  # so many most likely tokens are named
 
     @classmethod
     def of(cls, config: Config) -> Self:
         """Log-probs of the distribution that is trained: the one that was sampled from. Greedy sampling trains the
         plain one, whose log-probs engines report then."""
+        invariant = config.determinism.parity == "bitwise"
         if config.run.mode != "rl":
-            return cls(Distribution())
+            return cls(Distribution(), invariant=invariant)
         r = config.rollout
         distribution = Distribution(r.rollout_temperature or 1.0)
         if r.rollout_temperature > 0 and r.rollout_top_k != 1:
             distribution = replace(distribution, top_p=r.rollout_top_p, top_k=r.rollout_top_k)
-        return cls(distribution, differentiate_entropy=config.algorithm.entropy_coef != 0)
+        return cls(distribution, config.algorithm.entropy_coef != 0, invariant)
 
     def with_candidates(self, top_k: int) -> Self:
         return replace(self, top_k=top_k)
@@ -71,9 +73,14 @@ def score(
     where sampling was cut by top-k or top-p.
     """
     where: dict[str, Any] = {"first_id": layer.first_id, "vocab_size": layer.vocab_size, "group": layer.group}
-    entropy = scoring.differentiate_entropy
     outputs: tuple[Tensor, ...] = linear_log_probs(
-        hidden, layer.weight, targets, scoring.distribution, differentiate_entropy=entropy, **where
+        hidden,
+        layer.weight,
+        targets,
+        scoring.distribution,
+        differentiate_entropy=scoring.differentiate_entropy,
+        invariant=scoring.invariant,
+        **where,
     )
     whole = Distribution(scoring.distribution.temperature)
     if scoring.top_k:

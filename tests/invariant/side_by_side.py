@@ -35,8 +35,8 @@ class Comparison:
 
 
 def requests(rng: np.random.Generator, vocab_size: int, prompt: int, answer: int, temperature: float) -> list[Request]:
-    """Several answers to each prompt, from ``prompt`` to three times as many tokens to read, from ``answer`` to twice as
-    many to write."""
+    """Several answers to each prompt; ``prompt`` to three times as many tokens to read, ``answer`` to twice as many to
+    write."""
     lengths = np.linspace(prompt, 3 * prompt, PROMPTS).astype(int)
     prompts = [rng.integers(0, vocab_size, length).tolist() for length in lengths]
     return [
