@@ -8,13 +8,17 @@ from math import ceil
 from miles_spmd.config.checks import settings
 from miles_spmd.config.schema import Config
 from miles_spmd.models import Family, load_family
+from miles_spmd.planning.cache import needed_tokens
 from miles_spmd.planning.layout import Groups, ParallelLayout
 from miles_spmd.planning.memory import STATIC_FRACTION, MemoryEstimate, estimate_memory
+from miles_spmd.planning.release import GIB, Release, planned_release
 
 MAX_RANKS = 16  # listed one by one
-GIB = 2**30
-
-
+GIVEN_UP = {
+    Release.NOTHING: "nothing",
+    Release.KV_CACHE: "KV cache and CUDA graphs",
+    Release.ALL: "weights, KV cache and CUDA graphs",
+}
 KINDS = {
     "rl": "reinforcement learning",
     "sft": "supervised fine-tuning",
@@ -133,6 +137,8 @@ def _memory(config: Config, layout: ParallelLayout, m: MemoryEstimate, device_gi
     yield f"    ({where})"
     if m.critic:
         yield f"  {'critic, all of that':<34}{_gib(m.critic)}"
+    if m.copies:
+        yield f"  {'copies of weights in FP8':<34}{_gib(m.copies)}"
     yield f"  {'activations of one micro-batch':<34}{_gib(m.activations)}"
     yield f"  {'logits':<34}{_gib(m.logits)}"
     yield f"  {'engine weights':<34}{_gib(m.engine_weights)}"
@@ -142,20 +148,25 @@ def _memory(config: Config, layout: ParallelLayout, m: MemoryEstimate, device_gi
     yield f"  {'while training':<34}{_gib(m.training)}"
     yield f"  {'while generating, without KV cache':<34}{_gib(m.generating)}"
     if device_gib is not None:
-        yield from _fit(config, m, device_gib)
+        yield from _fit(config, layout, m, int(device_gib * GIB))
 
 
-def _fit(config: Config, m: MemoryEstimate, device_gib: float) -> Iterator[str]:
-    s = settings(config)
-    fraction = s["mem_fraction_static"] or STATIC_FRACTION
-    if m.training > device_gib * GIB:
-        yield f"  does not fit: training needs more than the {device_gib:g} GiB of a device"
-    tokens = s["max_total_tokens"] or m.kv_tokens(int(device_gib * GIB), fraction)
+def _fit(config: Config, layout: ParallelLayout, m: MemoryEstimate, device: int) -> Iterator[str]:
+    s, where = settings(config), f"the {device / GIB:g} GiB of a device"
+    if m.training > device:
+        yield f"  does not fit: training needs more than {where}"
+    room = s["max_total_tokens"] or m.kv_tokens(device, s["mem_fraction_static"] or STATIC_FRACTION)
+    needed = needed_tokens(config, config.rollout.rollout_num_gpus or layout.world_size)
+    tokens = min(room, needed or room)
     longest = (config.data.rollout_max_prompt_len or 0) + config.rollout.rollout_max_response_len
     if not tokens:
-        yield f"  does not fit: no room for a KV cache in the {device_gib:g} GiB of a device"
-    else:
-        yield f"  KV cache on {device_gib:g} GiB: {tokens:,} tokens, {tokens / longest:,.4g} of the longest sequences"
+        yield f"  does not fit: no room for a KV cache in {where}"
+        return
+    enough = ", as many as its requests can fill" if tokens == needed else ""
+    size = tokens * m.kv_bytes_per_token
+    yield f"  KV cache: {tokens:,} tokens{enough}; {tokens / longest:,.4g} of the longest sequences; {size / GIB:.4g} GiB"
+    if not config.rollout.rollout_num_gpus:
+        yield f"  while the trainer works the engine gives up: {GIVEN_UP[planned_release(config, m, size, device)]}"
 
 
 def _gib(size: int) -> str:

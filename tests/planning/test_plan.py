@@ -161,7 +161,8 @@ def test_models_beside_the_policy_are_counted() -> None:
     assert (alone.critic, alone.host) == (0, 0)
     assert memory(kl_loss_coef=0.1, keep_old_actor=True).host == 2 * alone.parameters
     assert memory(interval=2).training == alone.training + alone.engine_weights
-    assert memory(opd_kl_coef=1.0).host == load_family(checkpoint("qwen2")).num_parameters() * 2
+    teacher = load_family(checkpoint("qwen2")).num_parameters() * 2
+    assert memory(opd_kl_coef=1.0).host == memory(opd_kl_coef=1.0).others == teacher
     head = load_family(path).vocab_size - 1  # rows that a value head has not
     policy = alone.parameters + alone.gradients + alone.optimizer
     assert memory(advantage_estimator="ppo").critic == policy - head * load_family(path).hidden_size * (2 + 4 + 12)
@@ -203,9 +204,11 @@ def test_text() -> None:
         "micro-batches of at most 512 tokens: 4 if every sequence has the 256 tokens that it may have",
         "evaluation    every 5 and at both ends, 1 sample a prompt",
         "in total      10 rollouts, 20 optimizer steps, 320 samples",
-        "KV cache on 2 GiB",
+        "KV cache: 1,296 tokens, as many as its requests can fill",  # 16 sequences of the context of 64, and a page each
+        "while the trainer works the engine gives up: weights, KV cache and CUDA graphs",
     ):
         assert line in text, text
+    assert "the engine gives up: nothing" in describe_plan(config, 4, device_gib=6)
     assert "does not fit: training needs more than the 0.0001 GiB" in describe_plan(config, 4, device_gib=0.0001)
 
 
