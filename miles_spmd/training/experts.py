@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,8 @@ class Experts(MegatronModule):
 
     def forward(self, rows: Tensor, rows_per_expert: Tensor, weights: Tensor) -> tuple[Tensor, None]:
         """[rows, hidden] from [rows, hidden], int [experts] and fp32 [rows]."""
-        return ExpertsFunction.apply(rows, weights, self.gate_up, self.down, rows_per_expert.tolist()), None
+        groups = Groups(rows_per_expert.tolist(), rows_per_expert.cumsum(0, dtype=torch.int32).to(rows.device))
+        return ExpertsFunction.apply(rows, weights, self.gate_up, self.down, groups), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -69,56 +70,59 @@ class Experts(MegatronModule):
         }
 
 
+class Groups(NamedTuple):
+    """How many of the rows each expert has; and where its last one ends, int32, where the rows are."""
+
+    counts: list[int]
+    ends: Tensor
+
+
 class ExpertsFunction(torch.autograd.Function):
     """``down(swiglu(gate_up(rows)) * weights)``. Keeps the wider activations only; the others are made again."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
-        wide = _grouped(rows, gate_up.flatten(1, 2).mT, counts)
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, groups: Groups) -> Tensor:
+        wide = _grouped(rows, gate_up.flatten(1, 2).mT, groups)
         ctx.save_for_backward(rows, weights, gate_up, down, wide)
-        ctx.counts = counts
-        return _grouped(swiglu(wide, weights), down.mT, counts)
+        ctx.groups = groups
+        return _grouped(swiglu(wide, weights), down.mT, groups)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         rows, weights, gate_up, down, wide = ctx.saved_tensors
-        gradient = gradient.contiguous()
-        grad_wide, grad_weights, inner = swiglu_backward(wide, weights, _grouped(gradient, down, ctx.counts))
+        gradient, groups = gradient.contiguous(), ctx.groups
+        grad_wide, grad_weights, inner = swiglu_backward(wide, weights, _grouped(gradient, down, groups))
         return (
-            _grouped(grad_wide, gate_up.flatten(1, 2), ctx.counts),
+            _grouped(grad_wide, gate_up.flatten(1, 2), groups),
             grad_weights,
-            _grouped_outer(grad_wide, rows, ctx.counts).view_as(gate_up),
-            _grouped_outer(gradient, inner, ctx.counts),
+            _grouped_outer(grad_wide, rows, groups).view_as(gate_up),
+            _grouped_outer(gradient, inner, groups),
             None,
         )
 
 
-def _grouped(rows: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
+def _grouped(rows: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
     """Each group's rows times its matrix: [rows, out] from [rows, in] and [groups, in, out]."""
     if _has_kernel(rows, *matrices.shape[1:]):
-        return F.grouped_mm(rows, matrices, offs=_ends(counts, rows.device))
+        return F.grouped_mm(rows, matrices, offs=groups.ends)
     out = rows.new_empty(len(rows), matrices.shape[2])
-    for part, matrix, place in zip(rows.split(counts), matrices, out.split(counts)):
+    for part, matrix, place in zip(rows.split(groups.counts), matrices, out.split(groups.counts)):
         torch.mm(part, matrix, out=place)
     return out
 
 
-def _grouped_outer(left: Tensor, right: Tensor, counts: list[int]) -> Tensor:
+def _grouped_outer(left: Tensor, right: Tensor, groups: Groups) -> Tensor:
     """Each group's ``left.T @ right``: [groups, a, b] from [rows, a] and [rows, b]; zeros where it has no rows."""
     if _has_kernel(left, left.shape[1], right.shape[1]):
-        return F.grouped_mm(left.T, right, offs=_ends(counts, left.device))
-    out = left.new_empty(len(counts), left.shape[1], right.shape[1])
-    for a, b, place in zip(left.split(counts), right.split(counts), out):
+        return F.grouped_mm(left.T, right, offs=groups.ends)
+    out = left.new_empty(len(groups.counts), left.shape[1], right.shape[1])
+    for a, b, place in zip(left.split(groups.counts), right.split(groups.counts), out):
         torch.mm(a.T, b, out=place)
     return out
 
 
 def _has_kernel(rows: Tensor, *sizes: int) -> bool:
     return rows.is_cuda and rows.dtype is torch.bfloat16 and len(rows) > 0 and not any(s % ALIGNED for s in sizes)
-
-
-def _ends(counts: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(counts).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
 
 
 class Dispatcher(MoEAlltoAllTokenDispatcher):

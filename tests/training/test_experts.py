@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miles_spmd.training.expert_kernels import gather_sum
-from miles_spmd.training.experts import ExpertsFunction
+from miles_spmd.training.experts import ExpertsFunction, Groups
 
 COUNTS = [3, 0, 17, 1, 40, 0]  # rows of each expert
 HIDDEN, WIDTH = 64, 48
@@ -44,7 +44,8 @@ def case(counts: list[int], dtype: torch.dtype, device: str) -> Case:
 def computed(case: Case, counts: list[int]) -> list[Tensor]:
     """The result and the gradients of rows, weights and both layers."""
     leaves = [tensor.clone().requires_grad_() for tensor in case[:-1]]
-    out = ExpertsFunction.apply(*leaves, counts)
+    ends = torch.tensor(counts).cumsum(0, dtype=torch.int32).to(case.rows.device)
+    out = ExpertsFunction.apply(*leaves, Groups(counts, ends))
     out.backward(case.gradient)
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
