@@ -16,6 +16,7 @@ class ParallelLayout:
     """Sizes of all groups. ``dp`` counts replicas that see different sequences, ``edp`` the same for expert weights."""
 
     world_size: int
+    rollout_num_gpus: int  # the last so many ranks only generate, the others only train; 0: all do both
     tp: int
     cp: int
     pp: int
@@ -31,6 +32,7 @@ class ParallelLayout:
         s = settings(config)
         return cls(
             world_size=world_size,
+            rollout_num_gpus=s["rollout_num_gpus"],
             tp=s["tensor_model_parallel_size"],
             cp=s["context_parallel_size"],
             pp=s["pipeline_model_parallel_size"],
@@ -42,34 +44,47 @@ class ParallelLayout:
         )
 
     @property
+    def trainer_ranks(self) -> range:
+        return range(self.world_size - self.rollout_num_gpus)
+
+    @property
+    def engine_ranks(self) -> range:
+        return range(len(self.trainer_ranks) if self.rollout_num_gpus else 0, self.world_size)
+
+    @property
     def dp(self) -> int:
-        return self.world_size // (self.tp * self.cp * self.pp)
+        return len(self.trainer_ranks) // (self.tp * self.cp * self.pp)
 
     @property
     def edp(self) -> int:
-        return self.world_size // (self.etp * self.ep * self.pp)
+        return len(self.trainer_ranks) // (self.etp * self.ep * self.pp)
 
     @property
     def engines(self) -> int:
-        return self.world_size // self.engine_tp
+        return len(self.engine_ranks) // self.engine_tp
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Position in every group. Megatron's rank order: tensor fastest, then context, data, pipeline."""
-        dense = _unravel(rank, {"tp": self.tp, "cp": self.cp, "dp": self.dp, "pp": self.pp})
-        expert = _unravel(rank, {"etp": self.etp, "ep": self.ep, "edp": self.edp, "pp": self.pp})
-        return {**expert, **dense, "engine": rank // self.engine_tp}
+        """Position in every group that the rank is in. Megatron's rank order: tensor fastest, then context, data,
+        pipeline."""
+        where = {}
+        if rank in self.trainer_ranks:
+            where |= _unravel(rank, {"etp": self.etp, "ep": self.ep, "edp": self.edp, "pp": self.pp})
+            where |= _unravel(rank, {"tp": self.tp, "cp": self.cp, "dp": self.dp, "pp": self.pp})
+        if rank in self.engine_ranks:
+            where["engine"] = (rank - self.engine_ranks.start) // self.engine_tp
+        return where
 
     def groups(self, axis: str) -> Groups:
         """The groups that differ in ``axis`` only, in the order of their first ranks."""
         family = ("tp", "cp", "dp", "pp") if axis in ("tp", "cp", "dp", "pp") else ("etp", "ep", "edp", "pp")
         found: dict[tuple[int, ...], list[int]] = {}
-        for rank in range(self.world_size):
+        for rank in self.trainer_ranks:
             where = self.coordinates(rank)
             found.setdefault(tuple(where[a] for a in family if a != axis), []).append(rank)
         return list(found.values())
 
     def engine_groups(self) -> Groups:
-        return [list(range(e * self.engine_tp, (e + 1) * self.engine_tp)) for e in range(self.engines)]
+        return [list(self.engine_ranks[e * self.engine_tp :][: self.engine_tp]) for e in range(self.engines)]
 
 
 def _unravel(rank: int, sizes: Mapping[str, int]) -> dict[str, int]:

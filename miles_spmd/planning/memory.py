@@ -39,6 +39,7 @@ class MemoryEstimate:
     critic: int  # its parameters, gradients and optimizer
     copies: int  # in FP8, that Transformer Engine keeps of weights
     engine_weights: int
+    colocated: bool  # trainer and engine are on the same devices
     engine_stays: bool  # the engine keeps its weights while the trainer works, because rollouts lag behind
     kv_bytes_per_token: int
     host: int  # in host memory: weights of the reference policy, the old actor, the teacher
@@ -55,16 +56,21 @@ class MemoryEstimate:
 
     @property
     def training(self) -> int:
-        return self.trainer + self.working + (self.engine_weights if self.engine_stays else 0)
+        return self.trainer + self.working + (self.engine_weights if self.colocated and self.engine_stays else 0)
+
+    @property
+    def beside(self) -> int:
+        """What the trainer keeps on the engine's device while that generates."""
+        return self.trainer - self.moves_out if self.colocated else 0
 
     @property
     def generating(self) -> int:
         """Without KV cache."""
-        return self.trainer - self.moves_out + self.engine_weights
+        return self.beside + self.engine_weights
 
     def kv_tokens(self, device_bytes: int, static_fraction: float) -> int:
         """Tokens of KV cache beside the engine's weights, of which SGLang gives both a fraction of what is free."""
-        free = (device_bytes - self.trainer + self.moves_out) * static_fraction - self.engine_weights
+        free = (device_bytes - self.beside) * static_fraction - self.engine_weights
         return max(0, int(free)) // self.kv_bytes_per_token
 
 
@@ -102,6 +108,7 @@ def estimate_memory(config: Config, family: Family, layout: ParallelLayout) -> M
         critic=sum(of_critic),
         copies=_fp8_copies(family, layout, s),
         engine_weights=_engine_parameters(family, layout.engine_tp) * bytes_each,
+        colocated=not layout.rollout_num_gpus,
         engine_stays=config.refit.update_weights_interval > 1,
         kv_bytes_per_token=2 * family.num_layers * kv_heads * family.head_dim * bytes_each,
         host=copies * parameters + (trained(teacher)[0] if teacher else 0),

@@ -59,12 +59,14 @@ def _ranks(layout: ParallelLayout) -> Iterator[str]:
     shown = min(layout.world_size, MAX_RANKS)
     for rank in range(shown):
         where = layout.coordinates(rank)
-        leader = "*" if rank % layout.engine_tp == 0 and layout.engine_tp > 1 else ""
-        yield f"  {rank:>4}" + "".join(f"{where[axis]:>8}" for axis in axes) + leader
+        leader = "*" if layout.engine_tp > 1 and rank in layout.engine_ranks[:: layout.engine_tp] else ""
+        yield f"  {rank:>4}" + "".join(f"{where.get(axis, '-'):>8}" for axis in axes) + leader
     if layout.engine_tp > 1:
         yield "  * leads its engine"
     if shown < layout.world_size:
-        yield f"  ... and {layout.world_size - shown} more in the same pattern"
+        yield f"  ... and {layout.world_size - shown} more"
+    if layout.rollout_num_gpus:
+        yield f"  disaggregated: {len(layout.trainer_ranks)} train, {len(layout.engine_ranks)} generate"
 
 
 def _groups(layout: ParallelLayout, family: Family) -> Iterator[str]:
@@ -148,11 +150,11 @@ def _memory(config: Config, layout: ParallelLayout, m: MemoryEstimate, device_gi
     yield f"  {'while training':<34}{_gib(m.training)}"
     yield f"  {'while generating, without KV cache':<34}{_gib(m.generating)}"
     if device_gib is not None:
-        yield from _fit(config, layout, m, int(device_gib * GIB))
+        yield from _fit(config, layout, m, device_gib)
 
 
-def _fit(config: Config, layout: ParallelLayout, m: MemoryEstimate, device: int) -> Iterator[str]:
-    s, where = settings(config), f"the {device / GIB:g} GiB of a device"
+def _fit(config: Config, layout: ParallelLayout, m: MemoryEstimate, device_gib: float) -> Iterator[str]:
+    s, device, where = settings(config), int(device_gib * GIB), f"the {device_gib:g} GiB of a device"
     if m.training > device:
         yield f"  does not fit: training needs more than {where}"
     room = s["max_total_tokens"] or m.kv_tokens(device, s["mem_fraction_static"] or STATIC_FRACTION)
@@ -162,9 +164,11 @@ def _fit(config: Config, layout: ParallelLayout, m: MemoryEstimate, device: int)
     if not tokens:
         yield f"  does not fit: no room for a KV cache in {where}"
         return
-    enough = ", as many as its requests can fill" if tokens == needed else ""
     size = tokens * m.kv_bytes_per_token
-    yield f"  KV cache: {tokens:,} tokens{enough}; {tokens / longest:,.4g} of the longest sequences; {size / GIB:.4g} GiB"
+    enough = (
+        "all that its requests can fill" if tokens == needed else f"{tokens / longest:,.4g} of the longest sequences"
+    )
+    yield f"  KV cache: {tokens:,} tokens, {enough}; {size / GIB:.4g} GiB"
     if not config.rollout.rollout_num_gpus:
         yield f"  while the trainer works the engine gives up: {GIVEN_UP[planned_release(config, m, size, device)]}"
 

@@ -204,7 +204,7 @@ def test_text() -> None:
         "micro-batches of at most 512 tokens: 4 if every sequence has the 256 tokens that it may have",
         "evaluation    every 5 and at both ends, 1 sample a prompt",
         "in total      10 rollouts, 20 optimizer steps, 320 samples",
-        "KV cache: 1,296 tokens, as many as its requests can fill",  # 16 sequences of the context of 64, and a page each
+        "KV cache: 1,296 tokens, all that its requests can fill",  # 16 of the context's 64 and a page
         "while the trainer works the engine gives up: weights, KV cache and CUDA graphs",
     ):
         assert line in text, text
@@ -225,3 +225,33 @@ def test_a_trainer_that_moves_out_leaves_room() -> None:
     assert moves.training == stays.training
     gained = moves.kv_tokens(139 << 30, 0.8) - stays.kv_tokens(139 << 30, 0.8)
     assert gained == pytest.approx(0.8 * moves.moves_out / moves.kv_bytes_per_token, abs=2)
+
+
+def test_trainers_and_engines_apart() -> None:
+    config = make_config(checkpoint("qwen3"), {TP: 2}, rollout={"rollout_num_gpus": 4}, sglang={"tp_size": 2})
+    layout = ParallelLayout.of(config, world_size=8)
+    assert (layout.dp, layout.engines) == (2, 2)
+    assert layout.groups("tp") == [[0, 1], [2, 3]]
+    assert layout.engine_groups() == [[4, 5], [6, 7]]
+    text = describe_plan(config, world_size=8, device_gib=1.0)
+    for line in (
+        "     3       1       0       1       0       -",
+        "     6       -       -       -       -       1*",
+        "disaggregated: 4 train, 4 generate",
+        "16 for each of 2 engines",
+        "16 for each of 2 replicas of the trainer",
+    ):
+        assert line in text, text
+
+
+def test_apart_each_side_has_its_device() -> None:
+    shape = SHAPES["qwen3-4b"]
+
+    def estimate(**rollout: int) -> MemoryEstimate:
+        config = make_config(Path("absent"), {}, rollout=rollout, refit={"update_weights_interval": 2})
+        return estimate_memory(config, load_family(shape), ParallelLayout.of(config, world_size=2))
+
+    together, apart = estimate(), estimate(rollout_num_gpus=1)
+    assert together.training - apart.training == apart.engine_weights == apart.generating
+    gained = apart.kv_tokens(139 << 30, 0.8) - together.kv_tokens(139 << 30, 0.8)
+    assert gained == pytest.approx(0.8 * apart.trainer / apart.kv_bytes_per_token, abs=2)
