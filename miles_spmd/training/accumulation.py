@@ -12,15 +12,14 @@ from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
 
-def wgrad_gemm_accum_fp32(inputs_TI: Tensor, gradient_TO: Tensor, total_OI: Tensor) -> None:
-    """total += gradient^T inputs, on a GPU; ``total`` in fp32, factors in fp32 or 16 bits."""
-    torch.addmm(total_OI, gradient_TO.T, inputs_TI, out_dtype=total_OI.dtype, out=total_OI)
+def add_product(inputs_TI: Tensor, gradient_TO: Tensor, total_OI: Tensor) -> None:
+    """total += gradient^T inputs; ``total`` in fp32 or the dtype of the factors."""
+    if total_OI.dtype == inputs_TI.dtype:
+        total_OI.addmm_(gradient_TO.T, inputs_TI)
+    else:
+        torch.addmm(total_OI, gradient_TO.T, inputs_TI, out_dtype=total_OI.dtype, out=total_OI)
 
 
-def wgrad_gemm_accum_fp16(inputs_TI: Tensor, gradient_TO: Tensor, total_OI: Tensor) -> None:
-    """The same, all in one dtype."""
-    total_OI.addmm_(gradient_TO.T, inputs_TI)
-
-
+wgrad_gemm_accum_fp32 = wgrad_gemm_accum_fp16 = add_product
 layers.fused_weight_gradient_mlp_cuda = sys.modules[__name__]
 layers._grad_accum_fusion_available = True

@@ -79,7 +79,15 @@ def build_settings(config: Config, family: Family) -> Settings:
             )
         ),
         ddp=DistributedDataParallelConfig(
-            **_fields_of(DistributedDataParallelConfig, {"grad_reduce_in_fp32": True} | table)
+            **_fields_of(
+                DistributedDataParallelConfig,
+                {
+                    "grad_reduce_in_fp32": True,
+                    # in the background of the backward pass, but for sums whose order is given
+                    "overlap_grad_reduce": torch.cuda.is_available() and not config.train.reduction_leaves,
+                }
+                | table,
+            )
         ),
     )
 
@@ -95,8 +103,8 @@ def _defaults(table: Mapping[str, Any]) -> dict[str, Any]:
         "init_method": _leave_as_allocated,
         "output_layer_init_method": _leave_as_allocated,
         "embedding_init_method": _leave_as_allocated,
+        "gradient_accumulation_fusion": not on_cpu,
         # these need Apex or Transformer Engine
-        "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
         # hand-written backward passes that pay off as one compiled kernel only

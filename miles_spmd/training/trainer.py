@@ -122,9 +122,9 @@ class Trainer(Network):
     def _loss(self, batch: PackedBatch, outputs: Outputs) -> tuple[Tensor, Outcome]:
         per_token, sums = self._loss_function(*outputs, batch.batch)
         loss = (batch.batch.loss_weights * per_token).sum()
-        if not torch.isfinite(loss):
-            # its gradient may still be finite: make it not, so that all ranks see it in the norm and skip alike
-            loss = loss * float("nan")
+        # The gradient of a loss that is not finite may be: make it not, so that all ranks see it in the norm and skip
+        # alike. Nobody looks at the loss here, which would wait for the device.
+        loss = loss * torch.where(torch.isfinite(loss), 1.0, float("nan"))
         return loss, Outcome(outputs[0].detach(), {"loss": loss.detach(), **sums})
 
     def _finish_gathering_parameters(self) -> None:
