@@ -66,7 +66,7 @@ class ParallelLayout:
     def coordinates(self, rank: int) -> dict[str, int]:
         """Position in every group that the rank is in. Megatron's rank order: tensor fastest, then context, data,
         pipeline."""
-        where = {}
+        where: dict[str, int] = {}
         if rank in self.trainer_ranks:
             where |= _unravel(rank, {"etp": self.etp, "ep": self.ep, "edp": self.edp, "pp": self.pp})
             where |= _unravel(rank, {"tp": self.tp, "cp": self.cp, "dp": self.dp, "pp": self.pp})

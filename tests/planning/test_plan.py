@@ -238,8 +238,8 @@ def test_trainers_and_engines_apart() -> None:
         "     3       1       0       1       0       -",
         "     6       -       -       -       -       1*",
         "disaggregated: 4 train, 4 generate",
-        "16 for each of 2 engines",
-        "16 for each of 2 replicas of the trainer",
+        "128 for each of 2 engines",
+        "128 for each of 2 replicas of the trainer",
     ):
         assert line in text, text
 
