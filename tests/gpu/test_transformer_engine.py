@@ -39,6 +39,7 @@ from tests.training.cases import (
     oracle_scores,
     sequences,
     share,
+    unshare,
     whole_weights,
 )
 from tests.training.test_checkpoint import history
@@ -78,6 +79,7 @@ def _models(monkeypatch: pytest.MonkeyPatch) -> None:
 class Scored(NamedTuple):
     log_probs: list[np.ndarray] | None
     dp_rank: int
+    dp_size: int
     before: Held
     gradient: Held
 
@@ -89,7 +91,8 @@ def score(run: Config) -> Scored:
     log_probs, before = trainer.log_probs(own).log_probs, held(trainer)
     assert not trainer.train_step(own).skipped
     gradient = {name: p.main_grad.cpu().numpy() for name, p in trainer._parameters.items()}
-    return Scored(log_probs, trainer.data_parallel_rank, before, Held(gradient, trainer.layout()))
+    where = trainer.data_parallel_rank, trainer.data_parallel_size
+    return Scored(log_probs, *where, before, Held(gradient, trainer.layout()))
 
 
 def sft_loss(sequence: TrainSequence, log_probs: Tensor, entropy: Tensor) -> Tensor:
@@ -107,9 +110,8 @@ def errors(ranks: Ranks, name: str, world: int, megatron: dict[str, Any]) -> tup
     model = tiny.build(name, torch.bfloat16).float()
     with torch.no_grad():
         scores = [oracle_scores(model, s.tokens)[0].numpy() * (s.loss_weights != 0) for s in BATCH]
-    expected = np.concatenate(scores[::2] + scores[1::2])  # as micro-batches are dealt
+    expected, actual = np.concatenate(scores), np.concatenate(unshare(BATCH, results))
     scored = expected != 0
-    actual = np.concatenate(next(r.log_probs for r in results if r.log_probs is not None))
     off, spread = actual[scored] - expected[scored], expected[scored].std()
 
     _, gradient = oracle_gradient(name, BATCH, sft_loss, dtype=torch.bfloat16)
