@@ -147,8 +147,9 @@ def launch(tmp_path: Path, checkpoint: Path) -> Iterator[Callable[..., Launched]
 Launch = Callable[..., Launched]
 
 
-def test_without_a_failure_all_is_quiet(launch: Launch) -> None:
-    run = launch()
+@pytest.mark.parametrize("engines", [0, 1], ids=["colocated", "disaggregated"])
+def test_without_a_failure_all_is_quiet(launch: Launch, engines: int) -> None:
+    run = launch(rollout={"rollout_num_gpus": engines})
     assert run.launcher.wait(START_SECONDS) == 0, run.report()
     assert "miles-spmd: " not in run.stderr()
     assert not run.processes()
@@ -178,6 +179,30 @@ def test_a_killed_worker_is_named(launch: Launch, phase: Phase, rank: int, place
     message = run.finish()
     assert message.startswith(f"rank {rank} ")
     assert f"died: {place}" in message
+
+
+@pytest.mark.parametrize(
+    ("phase", "rank", "place"),
+    [
+        (Phase.TRAIN, 0, "train, step 0"),  # while the engine is idle
+        (Phase.REFIT, 0, "refit, step 0"),
+        (Phase.REFIT, 1, "refit, step 0"),  # while the trainer sends to it
+    ],
+)
+def test_a_killed_rank_of_either_side_is_named(launch: Launch, phase: Phase, rank: int, place: str) -> None:
+    run = launch(phase, rank, "hang", rollout={"rollout_num_gpus": 1})
+    pid = run.wait_until_held()
+    time.sleep(1)  # until it has beaten
+    os.kill(pid, signal.SIGKILL)
+    message = run.finish()
+    assert message.startswith(f"rank {rank} ")
+    assert f"died: {place}" in message
+
+
+def test_an_engine_that_cannot_start_is_named(launch: Launch) -> None:
+    """Its trainers, which wait for it to meet in a refit, end too."""
+    run = launch(Phase.START, 1, "raise", rollout={"rollout_num_gpus": 1})
+    assert "start: RuntimeError: the deed is done" in run.finish(START_SECONDS)
 
 
 def test_a_worker_killed_before_it_could_connect(launch: Launch) -> None:
