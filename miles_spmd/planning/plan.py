@@ -158,7 +158,7 @@ def _fit(config: Config, layout: ParallelLayout, m: MemoryEstimate, device_gib: 
     if m.training > device:
         yield f"  does not fit: training needs more than {where}"
     room = s["max_total_tokens"] or m.kv_tokens(device, s["mem_fraction_static"] or STATIC_FRACTION)
-    needed = needed_tokens(config, config.rollout.rollout_num_gpus or layout.world_size)
+    needed = needed_tokens(config, len(layout.engine_ranks))
     tokens = min(room, needed or room)
     longest = (config.data.rollout_max_prompt_len or 0) + config.rollout.rollout_max_response_len
     if not tokens:

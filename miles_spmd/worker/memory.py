@@ -67,11 +67,10 @@ class Ledger:
         """Raise MemoryPlanError, with all there is to know, if the device cannot hold what is planned. ``training``:
         whether this run makes optimizer steps. Activations, which are estimated, may turn out to be fewer."""
         plan, free = self.plan, memory.read().free
-        trainer = plan.trainer if self.trains else 0
-        working = int(plan.working / (1 + self._allowance)) if self.trains and training else 0
-        beside = (trainer - plan.moves_out) if self.generates else 0
-        engine = (plan.engine_weights + plan.kv_bytes_per_token) if self.generates else 0
-        for needed, when in ((trainer + working, "training"), (beside + engine, "generating")):
+        working = int(plan.working / (1 + self._allowance)) if training else 0
+        train = plan.trainer + working if self.trains else 0
+        generate = plan.generating + plan.kv_bytes_per_token if self.generates else 0
+        for needed, when in ((train, "training"), (generate, "generating")):
             if needed > free:
                 raise MemoryPlanError(
                     f"{when} takes at least {needed / GIB:.2f} GiB on this rank, and {free / GIB:.2f} of the "
@@ -124,7 +123,9 @@ class Ledger:
             text += f"; meanwhile up to {grown / GIB:.2f} for activations"
             self.note("activations", grown / GIB)
             if self._exact:
-                held["activations"], self.working = grown, max(self.working, grown)
+                self.working = max(self.working, grown)
+                if grown > with_margin(self.plan.working, self._allowance):
+                    text += f", where {self.plan.working / GIB:.2f} were planned"
         print(text)
         self._check(held)
         self._restart()
