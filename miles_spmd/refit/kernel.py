@@ -83,7 +83,7 @@ class Launch:
         self._table = torch.from_numpy(table).to(device)
         self._source, self._target = (torch.empty(16, dtype=d, device=device) for d in (kind.source, kind.target))
         self._options: dict[str, Any] = {
-            "WORD": tl.int16 if kind.target.itemsize == 2 else tl.int32,
+            "WORD": tl.uint16 if kind.target.itemsize == 2 else tl.uint32,
             "VECTOR": VECTOR if kind.aligned else 1,
             "COLUMNS": COLUMNS,
             "num_warps": 8,
@@ -146,7 +146,10 @@ def _move_tiles(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
 ):
     """The checksum of a bucket is the sum of each element's bits times 2 * position + 1, modulo 2^64. No change of one
-    element goes unseen, nor the exchange of two: both change the sum by a product smaller than 2^64 and not zero."""
+    element goes unseen, nor the exchange of two: both change the sum by a product smaller than 2^64 and not zero.
+
+    Both factors have 32 bits (positions count modulo 2^31), because a product of wider ones takes several instructions
+    and an element then costs more to sum up than to move."""
     tile = table + tl.program_id(0).to(tl.int64) * 11
     # Addresses are written as distances from a pointer, of which the compiler knows how it is aligned.
     item: tl.constexpr = source.dtype.element_ty.primitive_bitwidth // 8
@@ -161,7 +164,7 @@ def _move_tiles(  # type: ignore[no-untyped-def]
     row_length = tl.load(tile + 9)
     column = tl.arange(0, COLUMNS)
     inside = column < columns
-    total = tl.zeros([COLUMNS], tl.int64)
+    total = tl.zeros([COLUMNS], tl.uint64)
     for row in range(rows):
         start = tl.multiple_of(source_at + row * source_stride, VECTOR)
         values = tl.load(source + start + column, mask=inside, other=0).to(target.dtype.element_ty)
@@ -169,7 +172,8 @@ def _move_tiles(  # type: ignore[no-untyped-def]
             start = tl.multiple_of(target_at + row * target_stride, VECTOR)
             tl.store(target + start + column, values, mask=inside)
         if SUM:
-            words = values.to(WORD, bitcast=True).to(tl.int64)
-            total += words * (2 * (position + row * row_length + column) + 1)
+            words = values.to(WORD, bitcast=True).to(tl.uint32)
+            factors = (2 * (position + row * row_length) + 1).to(tl.uint32) + 2 * column.to(tl.uint32)
+            total += words.to(tl.uint64) * factors.to(tl.uint64)
     if SUM:
-        tl.atomic_add(sums + tl.load(tile + 10), tl.sum(total, 0))
+        tl.atomic_add(sums + tl.load(tile + 10), tl.sum(total, 0).to(tl.int64, bitcast=True))
