@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Collection
 from typing import Any
@@ -11,6 +12,7 @@ from miles_spmd.config import (  # noqa: F401  (register themselves)
     determinism_rules,
     layout_rules,
     machine_rules,
+    parity_rules,
 )
 from miles_spmd.config.backends import BackendMissingError, backend_fields
 from miles_spmd.config.rules import CONTRADICTIONS, DOUBTS, FILES, Rule, checkpoint_shape
@@ -59,10 +61,9 @@ def settings(config: Config) -> dict[str, Any]:
     """Every leaf by its own name: ours, Megatron's and SGLang's, with the defaults of those that were not set."""
     values: dict[str, Any] = {}
     for table in ("sglang", "megatron"):
-        try:
+        with contextlib.suppress(BackendMissingError):
             values |= {name: field.default for name, field in backend_fields(table).items()}
-        except BackendMissingError:
-            continue
+    for table in ("megatron", "sglang"):  # `attention_backend` is a key of both, and ours to say of the engine's alone
         values |= getattr(config, table)
     for name in Config.model_fields:
         table = getattr(config, name)

@@ -313,8 +313,15 @@ class Determinism(Table):
     parity: Literal["off", "bitwise"] = "off"
     """`bitwise`: engine and trainer compute log-probs by the same batch-invariant kernels, so that they are equal."""
     parity_gate: Literal["warn", "mask", "stop"] = "stop"
-    """What happens when the log-probs of a token differ though they should not: a warning; the token is not trained on;
-    the run ends with a report of the first such token."""
+    """What happens when engine and trainer differ by more than is allowed, which with `bitwise` is nothing: a warning;
+    the tokens are not trained on, which takes a forward pass beforehand; the run ends and says where first."""
+    mismatch_budget: dict[Literal["mean", "p999", "max", "k3"], PositiveFloat] = {}
+    """How far log-probs of engine and trainer may be apart without `bitwise`, by what is measured of a step: mean,
+    99.9th percentile and maximum of the difference, and k3 of the KL divergence. It depends on model and dtype."""
+
+    @property
+    def masks_tokens(self) -> bool:
+        return self.parity_gate == "mask" and (self.parity == "bitwise" or bool(self.mismatch_budget))
 
 
 class Telemetry(Table):

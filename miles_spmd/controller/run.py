@@ -18,8 +18,9 @@ from miles_spmd.controller.batch import optimizer_steps, pair_sequences, set_los
 from miles_spmd.controller.datasets import Datasets
 from miles_spmd.controller.evaluation import eval_metrics, eval_sampling, preference_metrics
 from miles_spmd.controller.ledger import Recorder
-from miles_spmd.controller.metrics import mismatch_metrics, rollout_metrics, train_metrics
+from miles_spmd.controller.metrics import rollout_metrics, train_metrics
 from miles_spmd.controller.models import Models
+from miles_spmd.controller.parity import Parity
 from miles_spmd.controller.rollout import Rollouts
 from miles_spmd.controller.scoring import Scores, score
 from miles_spmd.controller.workers import Workers
@@ -61,6 +62,7 @@ class Run:
         self.tokenizer = Tokenizer(config.model.hf_checkpoint)
         name = config.algorithm.dynamic_sampling_filter
         self._filter = None if name is None else GROUP_FILTERS.resolve(name)
+        self._parity = Parity(config.determinism)
         self._metrics: dict[str, float] = {}
         self._train_metrics: list[dict[str, float]] = []
         self._skipped_in_a_row = 0
@@ -190,16 +192,19 @@ class Run:
             )
 
     def sequences(self, groups: Sequence[Sequence[Sample]]) -> list[TrainSequence]:
-        return to_sequences([sample for group in groups for sample in group])
+        samples = [sample for group in groups for sample in group]
+        sequences = to_sequences(samples)
+        self._parity.expect(samples, sequences)
+        return sequences
 
     def score(self, step: int, sequences: Sequence[TrainSequence]) -> Scores:
-        """What the models say of the sequences before the update, as far as the algorithm asks."""
+        """What the models say of the sequences before the update, as far as the algorithm asks. Raises ParityError."""
         with self._timed("log_probs"):
             scores = score(step, sequences, self.models, self.config)
         algorithm = self.config.algorithm
         from_trainer = "old_log_probs" in scores and not algorithm.use_rollout_logprobs
         if from_trainer and (algorithm.keep_old_actor or self._engine_version == step):
-            self._metrics |= mismatch_metrics(sequences, scores["old_log_probs"])
+            self._metrics |= self._parity.check(step, sequences, scores["old_log_probs"])
         return scores
 
     def optimizer_steps(
@@ -231,7 +236,7 @@ class Run:
 
     def train(self, step: int, batch: Sequence[TrainSequence]) -> None:
         """One optimizer step on ``batch``: of the critic, where there is one, and after its warm-up of the policy.
-        Raises TrainingDivergedError after too many skipped ones in a row."""
+        Raises TrainingDivergedError after too many skipped ones in a row, and ParityError."""
         self._metrics.setdefault("train/tokens", 0.0)
         self._metrics["train/tokens"] += float(sum(len(s.tokens) for s in batch))
         if self.config.has_critic:
@@ -241,7 +246,7 @@ class Run:
         log_probs = self._update(step, batch, Role.ACTOR)
         first = batch[0].rollout_log_probs is not None and "train/train_rollout_logprob_abs_diff" not in self._metrics
         if first and self._engine_version == step:  # these are still the weights that generated
-            self._metrics |= mismatch_metrics(batch, log_probs)
+            self._metrics |= self._parity.check(step, batch, log_probs)
 
     def _update(self, step: int, batch: Sequence[TrainSequence], role: Role) -> list[np.ndarray]:
         with self._timed("train"):

@@ -26,7 +26,9 @@ def score(step: int, sequences: Sequence[TrainSequence], models: Models, config:
     several_steps = (config.train.global_batch_size or len(sequences)) < len(sequences)
     if a.use_rollout_logprobs:
         scores["old_log_probs"] = [s.rollout_log_probs for s in sequences if s.rollout_log_probs is not None]
-    elif several_steps or a.keep_old_actor or a.kl_coef or a.use_tis or a.opd_kl_coef:
+    elif (
+        several_steps or a.keep_old_actor or a.kl_coef or a.use_tis or a.opd_kl_coef or config.determinism.masks_tokens
+    ):
         old = Role.OLD_ACTOR if a.keep_old_actor else Role.ACTOR
         scores["old_log_probs"] = models.log_probs(step, sequences, old)
     if config.has_reference:

@@ -29,9 +29,12 @@ def build_server_args(
     """ServerArgs for an in-process engine on this machine's device. ``cache_tokens``: the most that a cache is of use
     for. ``invariant``: attend to a request's keys in the same order whatever else is in the batch.
 
-    Raises ValueError listing every entry of ``table`` that SGLang does not know or that this engine decides itself.
+    Raises ValueError listing every entry of ``table`` that SGLang does not know or that this engine decides itself, and
+    for an ``invariant`` engine in a dtype in which this machine's products depend on the batch.
     """
     on_gpu = torch.cuda.is_available()
+    if invariant and dtype != ("bfloat16" if on_gpu else "float32"):
+        raise ValueError(f"determinism.parity: must be 'off' in {dtype} on a {'GPU' if on_gpu else 'CPU'}")
     fixed = {
         "model_path": model_path,
         "dtype": dtype,

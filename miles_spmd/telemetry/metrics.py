@@ -64,6 +64,8 @@ METRICS: dict[str, Metric] = {
     ),
     "train/train_rollout_ppl_ratio": Metric("", "The trainer's perplexity of the answers over the engine's"),
     "train/extreme_ratios": Metric("tokens", "Tokens whose two log-probs differ by more than 20 nats"),
+    "parity/mismatches": Metric("tokens", "Trained tokens whose log-probs by trainer and engine are not the same bits"),
+    "parity/max_abs_diff": Metric("nats", "Largest difference of the two; 0 where there is none"),
     "perf/start_time": Metric("s", "Waiting for the workers to build trainer and engine"),
     "perf/rollout_time": Metric("s", "Generating, and the rewards that are computed meanwhile"),
     "perf/log_probs_time": Metric("s", "What the models say of the samples before the update"),

@@ -141,7 +141,8 @@ def join(config: Config, place: Place, controller: ControllerProcess | None) -> 
     from miles_spmd.worker.world import take_side
 
     threads = max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
-    torch.set_num_threads(1 if config.determinism.deterministic else threads)  # a sum depends on how it is shared out
+    exact = config.determinism.deterministic or config.determinism.parity == "bitwise"
+    torch.set_num_threads(1 if exact else threads)  # a sum depends on how it is shared out
     start_timeout = timedelta(seconds=config.deadlines.start_timeout)
     store, _, _ = next(rendezvous("env://", timeout=start_timeout))
     control = dist.PrefixStore("control", store)

@@ -14,6 +14,7 @@ from tests.config.test_load import faults, recipe  # noqa: F401  (a fixture)
 from tests.ranks import Ranks
 
 TE = "megatron.transformer_impl=transformer_engine"
+EXACT = "parity=bitwise"
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,18 @@ TE = "megatron.transformer_impl=transformer_engine"
         (f"{TE} megatron.fp8=hybrid megatron.fp8_dot_product_attention=true", "must be false; attention"),
         (f"{TE} megatron.fp8=hybrid", "128 must divide the model's"),
         ("sglang.tp_size=4", "engines of 4 ranks do not divide the 2 that generate"),
+        (f"{EXACT} engine=torch", "rollout.engine: parity = 'bitwise' needs 'sglang'"),
+        (f"{EXACT} sglang.attention_backend=triton", "sglang.attention_backend: parity = 'bitwise' needs 'fa3'"),
+        (f"{EXACT} sglang.kv_cache_dtype=fp8_e4m3", "'fp8_e4m3' rounds keys and values"),
+        (f"{EXACT} sglang.enable_fp32_lm_head=true", "sglang.enable_fp32_lm_head: parity = 'bitwise' cannot hold"),
+        (f"{EXACT} {TE}", "megatron.transformer_impl: parity = 'bitwise' needs 'local'"),
+        (f"{EXACT} megatron.bias_activation_fusion=true", "megatron.bias_activation_fusion: must be false"),
+        (f"{EXACT} sglang.tp_size=2", "needs the trainer's tensor_model_parallel_size 1, not 2"),
+        (f"{EXACT} megatron.context_parallel_size=2", "megatron.context_parallel_size: must be 1"),
+        (f"{EXACT} rollout_top_p=0.9", "rollout.rollout_top_p: parity = 'bitwise' needs the whole vocabulary"),
+        (f"{EXACT} rollout_top_k=50", "rollout.rollout_top_k: parity = 'bitwise' needs the whole vocabulary"),
+        (f"{EXACT} mismatch_budget={{max=0.1}}", "nothing may differ; leave it out"),
+        ("parity_gate=mask mismatch_budget={mean=0.1}", "needs `max`, beyond which"),
         ("use_wandb=true", "the package wandb is not installed"),
     ],
 )
@@ -81,6 +94,20 @@ def test_a_contradiction_is_named(recipe: Path, overrides: str, message: str) ->
     found = faults(recipe, *overrides.split(), world_size=2)
     assert any(message in fault for fault in found), found
     load_config(recipe, world_size=2)
+
+
+def test_parity_names_every_reason_at_once(recipe: Path) -> None:  # noqa: F811
+    wrong = ["sglang.kv_cache_dtype=fp8_e5m2", "sglang.quantization=fp8", "rollout_top_p=0.5", "dtype=float32"]
+    layout = ["megatron.tensor_model_parallel_size=4", "sglang.tp_size=1"]
+    found = [fault.split(":")[0] for fault in faults(recipe, EXACT, *wrong, *layout, world_size=4)]
+    assert found == [
+        "sglang.kv_cache_dtype",
+        "sglang.quantization",
+        "sglang.tp_size",
+        "megatron.tensor_model_parallel_size",
+        "determinism.parity",
+        "rollout.rollout_top_p",
+    ]
 
 
 def test_layouts_against_the_model(recipe: Path) -> None:  # noqa: F811

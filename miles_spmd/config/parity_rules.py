@@ -1,0 +1,129 @@
+"""Rules about runs in which engine and trainer are to give a token the same log-prob, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from miles_spmd.config.rules import CONTRADICTIONS, rule
+
+MOST_RANKS = 2  # whose sum has but one order
+VECTOR = (
+    32  # numbers that a CPU computes at a time, to whose multiple SGLang rounds each rank's part of an MLP up there
+)
+
+
+@rule(CONTRADICTIONS)
+def _same_engine(
+    parity: str,
+    engine: str,
+    attention_backend: str | None,
+    kv_cache_dtype: str,
+    quantization: str | None,
+    enable_lora: bool | None,
+    enable_torch_compile: bool,
+    enable_fp32_lm_head: bool,
+    rl_on_policy_target: str | None,
+) -> Iterator[str]:
+    if parity != "bitwise":
+        return
+    if engine != "sglang":
+        yield f"rollout.engine: parity = 'bitwise' needs 'sglang'; {engine!r} has operations of its own"
+    if attention_backend not in (None, "fa3", "torch_native"):
+        yield (
+            f"sglang.attention_backend: parity = 'bitwise' needs 'fa3', its default; {attention_backend!r} adds up in "
+            "another order where it decodes than where it reads"
+        )
+    if kv_cache_dtype != "auto":
+        yield (
+            f"sglang.kv_cache_dtype: parity = 'bitwise' needs 'auto'; {kv_cache_dtype!r} rounds keys and values, which "
+            "the trainer does not"
+        )
+    for name, value in (
+        ("quantization", quantization),
+        ("enable_lora", enable_lora),
+        ("enable_torch_compile", enable_torch_compile),
+        ("enable_fp32_lm_head", enable_fp32_lm_head),
+        ("rl_on_policy_target", rl_on_policy_target),
+    ):
+        if value:
+            yield f"sglang.{name}: parity = 'bitwise' cannot hold; the trainer multiplies in another way"
+
+
+@rule(CONTRADICTIONS)
+def _same_trainer(
+    parity: str,
+    transformer_impl: str,
+    bias_activation_fusion: bool,
+    fp32_residual_connection: bool,
+    shape: dict[str, Any],
+) -> Iterator[str]:
+    if parity != "bitwise":
+        return
+    if transformer_impl != "local":
+        yield f"megatron.transformer_impl: parity = 'bitwise' needs 'local'; {transformer_impl!r} has its own kernels"
+    for name, value in (
+        ("bias_activation_fusion", bias_activation_fusion),
+        ("fp32_residual_connection", fp32_residual_connection),
+    ):
+        if value:
+            yield f"megatron.{name}: must be false with parity = 'bitwise'; the engine rounds in other places"
+    if shape.get("num_experts") or shape.get("num_local_experts"):
+        yield (
+            "determinism.parity: must be 'off' for a model with experts; trainer and engine each choose them, and add "
+            "them up in another order"
+        )
+
+
+@rule(CONTRADICTIONS)
+def _same_cut(
+    parity: str,
+    tensor_model_parallel_size: int,
+    tp_size: int,
+    context_parallel_size: int,
+    dtype: str,
+    shape: dict[str, Any],
+) -> Iterator[str]:
+    if parity != "bitwise":
+        return
+    if tp_size != tensor_model_parallel_size:
+        yield (
+            f"sglang.tp_size: parity = 'bitwise' needs the trainer's tensor_model_parallel_size "
+            f"{tensor_model_parallel_size}, not {tp_size}; sums over the hidden dimension are cut otherwise"
+        )
+    if tensor_model_parallel_size > MOST_RANKS:
+        yield (
+            f"megatron.tensor_model_parallel_size: parity = 'bitwise' holds up to {MOST_RANKS}; over more ranks engine "
+            "and trainer add up in orders of their own"
+        )
+    if context_parallel_size > 1:
+        yield "megatron.context_parallel_size: must be 1 with parity = 'bitwise'; for more it was not shown to hold"
+    width, unit = shape.get("intermediate_size", 0), VECTOR * tensor_model_parallel_size
+    if dtype == "float32" and width % unit:
+        yield (
+            f"determinism.parity: must be 'off' in float32 for an intermediate_size of {width}, which {unit} does not "
+            "divide; the engine rounds the width up, and sums are cut otherwise"
+        )
+
+
+@rule(CONTRADICTIONS)
+def _same_distribution(parity: str, rollout_top_p: float, rollout_top_k: int) -> Iterator[str]:
+    if parity != "bitwise":
+        return
+    for name, value, cuts in (
+        ("top_p", rollout_top_p, rollout_top_p < 1),
+        ("top_k", rollout_top_k, rollout_top_k > 1),
+    ):
+        if cuts:
+            yield (
+                f"rollout.rollout_{name}: parity = 'bitwise' needs the whole vocabulary; what {value} keeps of it "
+                "engine and trainer find in two ways"
+            )
+
+
+@rule(CONTRADICTIONS)
+def _budget(parity: str, parity_gate: str, mismatch_budget: dict[str, float]) -> Iterator[str]:
+    if parity == "bitwise" and mismatch_budget:
+        yield "determinism.mismatch_budget: with parity = 'bitwise' nothing may differ; leave it out"
+    elif parity_gate == "mask" and mismatch_budget and "max" not in mismatch_budget:
+        yield "determinism.mismatch_budget: parity_gate = 'mask' needs `max`, beyond which a token is masked"

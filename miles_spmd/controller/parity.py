@@ -1,0 +1,100 @@
+"""The check of every step: are the log-probs that the engine gave its tokens those that the trainer gives them?"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from miles_spmd.algorithms.rollout_batch import Arrays
+from miles_spmd.config.schema import Determinism
+from miles_spmd.controller.metrics import mismatch_metrics
+from miles_spmd.data.sample import Sample, TrainSequence
+
+log = logging.getLogger(__name__)
+
+BUDGETED = {  # the names of a budget -> those of the metrics
+    "mean": "train/train_rollout_logprob_abs_diff",
+    "p999": "train/train_rollout_logprob_abs_diff_p999",
+    "max": "train/train_rollout_logprob_abs_diff_max",
+    "k3": "train/train_rollout_kl",
+}
+
+
+class ParityError(RuntimeError):
+    """Engine and trainer differ by more than the run allows; says where first."""
+
+
+class Parity:
+    """Compares log-probs of tokens whose weights engine and trainer share, and does what ``parity_gate`` says."""
+
+    def __init__(self, settings: Determinism) -> None:
+        self._exact, self._gate, self._budget = (
+            settings.parity == "bitwise",
+            settings.parity_gate,
+            settings.mismatch_budget,
+        )
+        self._sample_of: dict[int, Sample] = {}
+
+    def expect(self, samples: Sequence[Sample], sequences: Sequence[TrainSequence]) -> None:
+        """The samples of this step, and their sequences, of which any may be checked later."""
+        self._sample_of = {id(sequence): sample for sequence, sample in zip(sequences, samples, strict=True)}
+
+    def check(self, step: int, sequences: Sequence[TrainSequence], log_probs: Arrays) -> dict[str, float]:
+        """Metrics of all trained tokens. Masks them out of ``sequences``, or raises ParityError, as the gate says.
+
+        ``log_probs`` come from the trainer's own forward pass with the weights that generated.
+        """
+        found = mismatch_metrics(sequences, log_probs)
+        if not found:
+            return {}
+        gaps = [_gap(sequence, own) for sequence, own in zip(sequences, log_probs, strict=True)]
+        differing = sum(int(np.count_nonzero(gap)) for gap in gaps)
+        metrics = {
+            "parity/mismatches": float(differing),
+            "parity/max_abs_diff": max(float(gap.max(initial=0.0)) for gap in gaps),
+        }
+        over = [name for name, limit in self._budget.items() if found[BUDGETED[name]] > limit]
+        if (self._exact and differing) or over:
+            allowed = 0.0 if self._exact else self._budget.get("max", np.inf)
+            self._react(self._describe(step, sequences, log_probs, gaps, found, over), sequences, gaps, allowed)
+        return found | metrics
+
+    def _react(self, what: str, sequences: Sequence[TrainSequence], gaps: Arrays, allowed: float) -> None:
+        if self._gate == "stop":
+            raise ParityError(what)
+        log.warning(what)
+        if self._gate == "mask":
+            for sequence, gap in zip(sequences, gaps, strict=True):
+                sequence.loss_weights = np.where(gap > allowed, 0, sequence.loss_weights).astype(np.float32)
+
+    def _describe(
+        self,
+        step: int,
+        sequences: Sequence[TrainSequence],
+        log_probs: Arrays,
+        gaps: Arrays,
+        found: dict[str, float],
+        over: list[str],
+    ) -> str:
+        """How much differs, and the first token of the largest difference's sample."""
+        largest = [float(gap.max(initial=0.0)) for gap in gaps]
+        number = next(i for i, gap in enumerate(largest) if gap > 0) if self._exact else int(np.argmax(largest))
+        sequence, sample = sequences[number], self._sample_of[id(sequences[number])]
+        place = int(np.flatnonzero(gaps[number])[0]) if self._exact else int(np.argmax(gaps[number]))
+        differing, tokens = sum(map(np.count_nonzero, gaps)), sum(int((s.loss_weights != 0).sum()) for s in sequences)
+        budget = "".join(f"; {name} is {found[BUDGETED[name]]:.3g}, allowed {self._budget[name]:.3g}" for name in over)
+        return (
+            f"step {step}: engine and trainer give {differing} of {tokens} tokens other log-probs, by up to "
+            f"{max(largest):.3g}{budget}; {'first' if self._exact else 'largest'}: prompt {sample.prompt.uid}, sample "
+            f"{sample.index}, token {place - len(sample.prompt.tokens)} of the answer (id {sequence.tokens[place]}): "
+            f"engine {sequence.rollout_log_probs[place]:.9g}, trainer {log_probs[number][place]:.9g}"  # type: ignore[index]
+        )
+
+
+def _gap(sequence: TrainSequence, log_probs: np.ndarray) -> np.ndarray:
+    """Of every token; 0 where none is trained."""
+    if sequence.rollout_log_probs is None:
+        raise ValueError("a sequence without the engine's log-probs has nothing to be compared with")
+    return np.where(sequence.loss_weights != 0, np.abs(log_probs - sequence.rollout_log_probs), 0)

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from miles_spmd.config.schema import Determinism
+from miles_spmd.controller.parity import Parity, ParityError
+from miles_spmd.data.sample import Prompt, Sample, TrainSequence
+
+ENGINE = [[-1.0, -2.0, -3.0], [-0.5, -0.25, -4.0]]
+TRAINER = [[-1.0, -2.0, -3.0], [-0.5, -0.25 - 2**-24, -4.5]]  # the second sample's last two tokens differ
+
+
+def check(trainer: list[list[float]] = TRAINER, **settings: Any) -> tuple[dict[str, float], list[TrainSequence]]:
+    """Two samples of a prompt of one token each, of whose three tokens the policy chose all."""
+    samples = [Sample(Prompt(f"data:{i}", "", [7]), i + 4, [10 * i, 10 * i + 1, 10 * i + 2]) for i in range(2)]
+    sequences = [
+        TrainSequence(
+            np.asarray(sample.sequence, np.int32),
+            np.asarray([0, 1, 1, 1], np.float32),
+            rollout_log_probs=np.asarray([0, *log_probs], np.float32),
+        )
+        for sample, log_probs in zip(samples, ENGINE)
+    ]
+    parity = Parity(Determinism(**settings))
+    parity.expect(samples, sequences)
+    log_probs = [np.asarray([0, *own], np.float32) for own in trainer]
+    return parity.check(3, sequences, log_probs), sequences
+
+
+def test_every_bit_counts() -> None:
+    metrics, _ = check()
+    assert metrics["parity/mismatches"] == 2
+    assert metrics["parity/max_abs_diff"] == 0.5
+    assert check(ENGINE)[0]["parity/mismatches"] == 0
+    assert check(ENGINE)[0]["parity/max_abs_diff"] == 0
+
+
+def test_stop_names_the_first_token() -> None:
+    with pytest.raises(ParityError) as error:
+        check(parity="bitwise")
+    assert "step 3" in str(error.value)
+    assert "2 of 6 tokens" in str(error.value)
+    assert "first: prompt data:1, sample 5, token 1 of the answer (id 11)" in str(error.value)
+    assert "engine -0.25, trainer -0.25000006" in str(error.value)
+    check(ENGINE, parity="bitwise")
+
+
+def test_mask_takes_what_differs_out_of_the_loss() -> None:
+    _, sequences = check(parity="bitwise", parity_gate="mask")
+    assert [s.loss_weights.tolist() for s in sequences] == [[0, 1, 1, 1], [0, 1, 0, 0]]
+    _, sequences = check(mismatch_budget={"max": 0.1}, parity_gate="mask")
+    assert [s.loss_weights.tolist() for s in sequences] == [[0, 1, 1, 1], [0, 1, 1, 0]]
+
+
+def test_warn_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    _, sequences = check(parity="bitwise", parity_gate="warn")
+    assert [s.loss_weights.sum() for s in sequences] == [3, 3]
+    assert "data:1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"), [("mean", 0.5 / 6), ("max", 0.5), ("k3", (np.exp(-0.5) - 0.5) / 6), ("p999", 0.49)]
+)
+def test_budgets(kind: str, found: float) -> None:
+    check(mismatch_budget={kind: found * 1.1})
+    with pytest.raises(ParityError, match=f"{kind} is .*largest: prompt data:1, sample 5, token 2 of the answer"):
+        check(mismatch_budget={kind: found * 0.9})
