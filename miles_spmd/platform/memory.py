@@ -36,7 +36,7 @@ def is_exact() -> bool:
 
 def read() -> Reading:
     if not torch.cuda.is_available():
-        return _read_host()
+        return read_host()
     free, total = torch.cuda.mem_get_info()
     stats = torch.cuda.memory_stats()
     torchs = (stats.get(f"{what}_bytes.all.{when}", 0) for when in ("current", "peak") for what in _COUNTED)
@@ -69,7 +69,8 @@ _OUT_OF_MEMORY = (
 )
 
 
-def _read_host() -> Reading:
+def read_host() -> Reading:
+    """This rank's share of the host's memory, and what its process has of it."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     host = psutil.virtual_memory()
     total, free = host.total, host.available

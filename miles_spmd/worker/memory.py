@@ -70,6 +70,15 @@ class Ledger:
         working = int(plan.working / (1 + self._allowance)) if training else 0
         train = plan.trainer + working if self.trains else 0
         generate = plan.generating + plan.kv_bytes_per_token if self.generates else 0
+        host = plan.host + plan.moves_out if self.trains else 0
+        if not self._exact:
+            train, generate = train + host, generate + host
+        elif host > (room := memory.read_host().free):
+            raise MemoryPlanError(
+                f"{host / GIB:.2f} GiB of models and optimizer states are to be kept in host memory for this rank, of "
+                f"which {room / GIB:.2f} are free: do without train.offload_train, keep_old_actor or a KL term, or "
+                "raise megatron.tensor_model_parallel_size"
+            )
         for needed, when in ((train, "training"), (generate, "generating")):
             if needed > free:
                 raise MemoryPlanError(
