@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 
 import msgspec
 import torch
@@ -84,10 +85,10 @@ class DirectRefit:
         self._meets = any(shared.values())  # whether any rank reads another's memory; all know alike
         self._sources = _Tensors({**shared, self._rank: weights}, device)
         self._targets = _Tensors({self._rank: engine_weights}, device)
-        pulling = [bucket for bucket, _ in self._pulls]
+        pulling = _in_turns(self._pulls, self._rank)
         self._copy = launches(_copies(pulling, self._sources, self._targets), device)
         self._check = launches(_reads(pulling, self._targets, targets=True), device)
-        self._serve = launches(_reads(serving, self._sources, targets=False), device)
+        self._serve = launches(_reads(list(enumerate(serving)), self._sources, targets=False), device)
 
     def run(self, comparisons: Comparisons | None) -> None:
         """Copy. ``comparisons`` is left with checksums of what the owners hold, what was read and what was written."""
@@ -163,8 +164,20 @@ def _strides(tensor: torch.Tensor | Shared) -> tuple[int, ...]:
     return tensor.strides if isinstance(tensor, Shared) else tensor.stride()
 
 
-def _copies(buckets: Sequence[Bucket], sources: _Tensors, targets: _Tensors) -> Iterator[tuple[Move, Kind]]:
-    for number, bucket in enumerate(buckets):
+def _in_turns(pulls: Sequence[tuple[Bucket, int]], rank: int) -> list[tuple[int, Bucket]]:
+    """The buckets with their numbers, from one source after the other. Ranks that need the same begin with different
+    sources, so that they do not all read from one at a time: its link would be the limit of all."""
+    by_source: dict[int, list[tuple[int, Bucket]]] = {}
+    for number, (bucket, source) in enumerate(pulls):
+        by_source.setdefault(source, []).append((number, bucket))
+    sources = sorted(by_source)
+    first = rank % max(1, len(sources))
+    turns = zip_longest(*(by_source[source] for source in (*sources[first:], *sources[:first])))
+    return [numbered for turn in turns for numbered in turn if numbered is not None]
+
+
+def _copies(buckets: Sequence[tuple[int, Bucket]], sources: _Tensors, targets: _Tensors) -> Iterator[tuple[Move, Kind]]:
+    for number, bucket in buckets:
         for copy, dtype, offset in zip(bucket.copies, bucket.dtypes, bucket.offsets):
             source, target = sources.locate(copy.source), targets.locate(copy.target)
             aligned = sources.aligned(source[0]) and targets.aligned(target[0])
@@ -172,9 +185,9 @@ def _copies(buckets: Sequence[Bucket], sources: _Tensors, targets: _Tensors) -> 
             yield move, Kind(sources.dtype(source[0]), dtype, aligned)
 
 
-def _reads(buckets: Sequence[Bucket], tensors: _Tensors, *, targets: bool) -> Iterator[tuple[Move, Kind]]:
+def _reads(buckets: Sequence[tuple[int, Bucket]], tensors: _Tensors, *, targets: bool) -> Iterator[tuple[Move, Kind]]:
     """Of the buckets' sources, or targets, as the values that the targets have."""
-    for number, bucket in enumerate(buckets):
+    for number, bucket in buckets:
         for copy, dtype, offset in zip(bucket.copies, bucket.dtypes, bucket.offsets):
             place = tensors.locate(copy.target if targets else copy.source)
             move = Move(*place, *place, *_rows_and_columns(copy.shape), offset // dtype.itemsize, number)

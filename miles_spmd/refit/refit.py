@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
@@ -53,13 +53,15 @@ class Refit:
     ) -> None:
         self.weights, self.engine_weights = weights, engine_weights
         self.checksums = checksums
-        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+        self.group, self.rank = group, dist.get_rank(group)
         self.device = next((t.device for t in (*weights.values(), *engine_weights.values())), torch.device("cpu"))
         dtype_names = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in engine_weights.items()}
         on_gpu = (_on_one_gpu(weights), _on_one_gpu(engine_weights))
         mine = Holding(socket.gethostname(), layouts, engine_layouts, dtype_names, on_gpu)
         holdings = gather(mine, Holding, self.group)
         dtypes = [{name: getattr(torch, d) for name, d in holding.target_dtypes.items()} for holding in holdings]
+        self.senders = [rank for rank, holding in enumerate(holdings) if holding.sources]
+        self.receivers = [rank for rank, holding in enumerate(holdings) if holding.targets]
         plan = self._plan(holdings)
         self.padding = plan.padding
         self.local = make_buckets(plan.local, dtypes[self.rank], bucket_bytes)
@@ -129,17 +131,25 @@ class Refit:
                 comparisons.add(sent != written, [(bucket, self.rank)])
 
     def _copy_remote(self, comparisons: Comparisons) -> None:
-        """One neighbour distance after the other: at any time a rank sends to one rank and receives from one."""
+        """In rounds, in which a rank sends to one rank and receives from one."""
         outbox = self._buffer(bucket for buckets in self.sends.values() for bucket in buckets)
         inbox = self._buffer(bucket for buckets in self.receives.values() for bucket in buckets)
-        for distance in range(1, self.size):
-            to, source = (self.rank + distance) % self.size, (self.rank - distance) % self.size
+        for to, source in self._rounds():
             for sent, received in zip_longest(self.sends.get(to, ()), self.receives.get(source, ())):
                 outgoing = self._pack(sent, outbox) if sent else None
                 incoming = inbox[: received.nbytes + ALIGNMENT] if received else None
                 exchange(outgoing, to, incoming, source, self.group)
                 if received:
                     self._unpack(received, inbox, source, comparisons)
+
+    def _rounds(self) -> Iterator[tuple[int, int]]:
+        """To whom and from whom; this rank itself where there is nobody. A sender comes to all receivers in turn."""
+        count = max(len(self.senders), len(self.receivers))
+        senders, receivers = ([*ranks, *[self.rank] * (count - len(ranks))] for ranks in (self.senders, self.receivers))
+        for turn in range(count):
+            to = receivers[(self.senders.index(self.rank) + turn) % count] if self.rank in self.senders else self.rank
+            source = senders[self.receivers.index(self.rank) - turn] if self.rank in self.receivers else self.rank
+            yield to, source
 
     def _pack(self, bucket: Bucket, buffer: torch.Tensor) -> torch.Tensor:
         """The bucket in flat form with its checksum behind it. Casting here sends what the engine needs, no more."""
