@@ -124,7 +124,8 @@ class Ledger:
         somebody holds more than was planned for it, and the allowance is used up."""
         now = memory.read()
         grown = max(0, now.allocated_peak - self._began.allocated)
-        used = now.used + now.reserved_peak - now.reserved if self._exact else now.reserved_peak
+        began = self._began  # in between, either torch or the engine's memory saver took something
+        used = max(now.used, began.used + now.reserved_peak - began.reserved) if self._exact else now.reserved_peak
         self.note(str(self.phase), used / GIB)
         held = self.holders(now)
         text = f"memory, {self.phase} {self.step}, {handoff}: {listed(held)}; {now.free / GIB:.2f} GiB free"
