@@ -33,13 +33,8 @@ NOT_BY_LOCAL_EXPERTS = (
 LAYERS_PER_VIRTUAL_STAGE = "num_layers_per_virtual_pipeline_stage"
 
 # Layers compute with :mod:`miles_spmd.invariant`. The backend is what Megatron asks for beside it, and names nothing of
-# ours; the activation is a module of its own.
-_INVARIANT = {
-    "batch_invariant_mode": True,
-    "attention_backend": AttnBackend.flash,
-    "use_te_activation_func": True,
-    "bias_activation_fusion": False,
-}
+# ours.
+_INVARIANT = {"batch_invariant_mode": True, "attention_backend": AttnBackend.flash}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +89,7 @@ def build_settings(config: Config, family: Family) -> Settings:
 
 def _defaults(table: Mapping[str, Any]) -> dict[str, Any]:
     """TransformerConfig fields whose own default does not fit, where the user said nothing."""
-    on_cpu = not torch.cuda.is_available()
+    on_cpu, local = not torch.cuda.is_available(), table["transformer_impl"] == "local"
     return {
         # the loss of a step is a plain sum: nothing is divided by micro-batches, data-parallel or context-parallel size
         "calculate_per_token_loss": True,
@@ -107,10 +102,11 @@ def _defaults(table: Mapping[str, Any]) -> dict[str, Any]:
         # these need Apex or Transformer Engine
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
-        # hand-written backward passes that pay off as one compiled kernel only
-        "bias_activation_fusion": not on_cpu,
-        "bias_dropout_fusion": not on_cpu,
-        "moe_grouped_gemm": table["transformer_impl"] == "transformer_engine",
+        # the local layers' activation is a module of its own; Megatron's is compiled, as the addition of residuals and
+        # (absent) biases would be, where one that is not takes as long
+        "use_te_activation_func": local,
+        "bias_activation_fusion": not local,
+        "moe_grouped_gemm": not local,
         "moe_token_dispatcher_type": "alltoall",
         "moe_aux_loss_coeff": 0.0,
     } | (_gloo_pipeline() if on_cpu and table.get("virtual_pipeline_model_parallel_size") else {})

@@ -59,7 +59,8 @@ def differentiate_relative(
 
 def scaled(logits_RV: Tensor, temperature: float) -> Tensor:
     v_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
-    return v_RV if temperature == 1.0 else v_RV.div_(temperature)
+    # by a tensor: of a number a GPU would multiply by the reciprocal, which rounds otherwise
+    return v_RV if temperature == 1.0 else v_RV.div_(v_RV.new_full((), temperature))
 
 
 def sums(z_RV: Tensor) -> tuple[Tensor, Tensor]:
