@@ -143,6 +143,16 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
         weights = probs.gather(1, chosen.view(-1, k)).view(-1).index_select(0, order)
         return _Spread.apply(hidden.view(-1, hidden.shape[-1]), self._tokens, self._places), weights
 
+    def dispatch_postprocess(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.ep_size * self.tp_size > 1:
+            return super().dispatch_postprocess(rows, weights)
+        for point in ("before_permutation_2", "before_finish"):  # at one of them the counts have arrived
+            self._maybe_dtoh_and_synchronize(point)
+        return rows, self.tokens_per_expert, weights  # in order already
+
+    def combine_preprocess(self, rows: Tensor) -> Tensor:
+        return super().combine_preprocess(rows) if self.ep_size * self.tp_size > 1 else rows
+
     def combine_postprocess(self, rows: Tensor) -> Tensor:
         return _Collect.apply(rows, self._tokens, self._places).view(self.hidden_shape)
 

@@ -10,7 +10,7 @@ import pytest
 from miles_spmd.quickstart import checkpoint
 from miles_spmd.quickstart.__main__ import SFT
 from miles_spmd.quickstart.assets import build_assets
-from tests.gpu.machine import ENGINE, needs
+from tests.gpu.machine import needs
 from tests.gpu.test_grpo import learns, train
 from tests.models import tiny
 from tests.ranks import Ranks
@@ -58,7 +58,7 @@ def test_refit(
     """The oracle is SGLang's own loader."""
     kind, sizes = tiny.CONFIGS["qwen3_moe"]
     monkeypatch.setitem(tiny.CONFIGS, f"qwen3_moe-{shape}", (kind, sizes | SHAPES[shape]))
-    server_args = ENGINE | {"cuda_graph_bs_decode": [1]} | engine
+    server_args = {"mem_fraction_static": 0.3, "disable_cuda_graph": True} | engine  # nothing is generated
     ranks.run(world, refit_and_compare, tiny.checkpoint(f"qwen3_moe-{shape}"), megatron, server_args, "bfloat16")
 
 
