@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 import xxhash
 
 from miles_spmd.refit.transport import Bucket
 
-CHUNK_WORDS = 1 << 20
-CHUNKS_AT_ONCE = 16  # bounds the temporary of products to 128 MiB; a GPU's time goes to their number, not their size
-CHUNK_FACTOR = 0x1E3779B97F4A7C15  # odd, no pattern in its bits
 MAX_NAMES = 8  # tensors spelled out per damaged bucket
 
 
@@ -57,34 +53,6 @@ def checksum(buffer: torch.Tensor) -> torch.Tensor:
     """Order-sensitive checksum of a flat uint8 buffer whose length is a multiple of 4; int64 scalar on its device."""
     if buffer.device.type == "cpu":
         return torch.tensor(xxhash.xxh3_64_intdigest(buffer.numpy().data) - (1 << 63))
-    return weighted_sum(buffer)
+    from miles_spmd.refit.word_sum import word_sum  # needs Triton
 
-
-def weighted_sum(buffer: torch.Tensor) -> torch.Tensor:
-    """The checksum in tensor operations, for devices that xxHash does not reach.
-
-    Per chunk, the sum of 32-bit words times the odd number 2 * position + 1; over chunks, a polynomial; modulo 2^64.
-    No change of a single word goes unseen, nor the exchange of two words of a chunk: both change the sum by a product
-    that is smaller than 2^64 and not zero. Products modulo 2^32 would not do, because the low bits of weights such as
-    1.0 are zero.
-    """
-    odd, words = _odd_numbers(buffer.device), buffer.view(torch.int32)
-    count = words.numel() // CHUNK_WORDS
-    whole, rest = words[: count * CHUNK_WORDS].view(count, CHUNK_WORDS), words[count * CHUNK_WORDS :]
-    sums = [(chunks * odd).sum(1) for chunks in whole.split(CHUNKS_AT_ONCE)]
-    if rest.numel():
-        sums.append((rest * odd[: rest.numel()]).sum()[None])
-    total = torch.cat(sums)
-    return (total * _powers(total.numel(), buffer.device)).sum()
-
-
-@cache
-def _odd_numbers(device: torch.device) -> torch.Tensor:
-    return torch.arange(CHUNK_WORDS, dtype=torch.int64, device=device) * 2 + 1
-
-
-@cache
-def _powers(count: int, device: torch.device) -> torch.Tensor:
-    """Of CHUNK_FACTOR, from ``count - 1`` down to 0, modulo 2^64."""
-    powers = [pow(CHUNK_FACTOR, exponent, 1 << 64) for exponent in reversed(range(count))]
-    return torch.tensor([power - (power >> 63 << 64) for power in powers], dtype=torch.int64, device=device)
+    return word_sum(buffer)
