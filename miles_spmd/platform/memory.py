@@ -15,7 +15,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Reading:
-    """Bytes. On a CPU, where torch keeps no account, ``allocated`` and ``reserved`` are the process's resident memory."""
+    """Bytes. On a CPU torch keeps no account: ``allocated`` and ``reserved`` are the process's resident memory."""
 
     total: int
     free: int  # for any process
@@ -52,11 +52,17 @@ def reset_peak() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether somebody asked for memory that there is not: torch, a library under it, or SGLang when it starts."""
-    said = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError | ValueError) and any(words in said for words in _OUT_OF_MEMORY)
-    )
+    """Whether somebody asked for memory that there is not: torch, a library under it, or SGLang, which when it starts
+    raises errors of all types for that."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def first_line(error: BaseException) -> str:
+    """What it says, without the advice that follows."""
+    lines = str(error).splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 _COUNTED = ("allocated", "reserved")

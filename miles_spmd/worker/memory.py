@@ -187,7 +187,7 @@ class Ledger:
             now = memory.read()
             where = f"GPU {torch.cuda.current_device()}" if torch.cuda.is_available() else "the host"
             raise DeviceMemoryError(
-                f"no memory left on {where}: {str(error).splitlines()[0].rstrip('.')}. Of {now.total / GIB:.1f} GiB "
+                f"no memory left on {where}: {memory.first_line(error)}. Of {now.total / GIB:.1f} GiB "
                 f"{now.free / GIB:.2f} are free; held: {listed(self.holders(now))}. {remedies(self.config, self.phase)}"
             ) from error
 

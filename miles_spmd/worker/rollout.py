@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from miles_spmd.messaging.dealer import Dealer
 from miles_spmd.messaging.wire import AbortRequests, Command, Completions, EndGenerate, Submit
-from miles_spmd.platform.memory import is_out_of_memory
+from miles_spmd.platform.memory import first_line, is_out_of_memory
 from miles_spmd.rollout.engine import Engine, Output
 from miles_spmd.worker.stopwatch import Stopwatch
 
@@ -81,7 +81,7 @@ def step(engine: Engine) -> list[Output] | None:
         limit = engine.retry_smaller()
         if limit is None:
             raise
-        print(f"rollout: out of memory; again with at most {limit} requests at a time: {str(error).splitlines()[0]}")
+        print(f"rollout: out of memory; again with at most {limit} requests at a time: {first_line(error)}")
         return None
 
 
