@@ -21,15 +21,17 @@ from miles_spmd.invariant.linear import linear
 from miles_spmd.invariant.swiglu import swiglu
 
 
-class InvariantSpecProvider(LocalSpecProvider):
+class OwnActivationSpecProvider(LocalSpecProvider):
+    def activation_func(self) -> type:
+        return SwiGLU
+
+
+class InvariantSpecProvider(OwnActivationSpecProvider):
     def column_parallel_linear(self) -> type:
         return InvariantColumnParallelLinear
 
     def row_parallel_linear(self) -> type:
         return InvariantRowParallelLinear
-
-    def activation_func(self) -> type:
-        return SwiGLU
 
 
 class SwiGLU(torch.nn.Module):

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -20,7 +19,7 @@ from torch import Tensor
 from miles_spmd.invariant.norm import rms_norm
 from miles_spmd.training.attention import PackedAttention, PackedSequences
 from miles_spmd.training.experts import MoE
-from miles_spmd.training.invariant_layers import InvariantSpecProvider
+from miles_spmd.training.invariant_layers import InvariantSpecProvider, OwnActivationSpecProvider
 
 
 class RMSNorm(torch.nn.Module):
@@ -66,8 +65,7 @@ def block_spec(config: TransformerConfig, vp_stage: int | None, last: bool) -> T
 
 
 def _local_submodules(config: TransformerConfig) -> TransformerLayerSubmodules:
-    exact = config.batch_invariant_mode
-    local = InvariantSpecProvider() if exact else LocalSpecProvider()
+    local = InvariantSpecProvider() if config.batch_invariant_mode else OwnActivationSpecProvider()
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     return TransformerLayerSubmodules(
         input_layernorm=RMSNorm,
@@ -84,6 +82,6 @@ def _local_submodules(config: TransformerConfig) -> TransformerLayerSubmodules:
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=RMSNorm,
-        mlp=MoE if config.num_moe_experts else get_mlp_module_spec_for_backend(local, use_te_activation_func=exact),
+        mlp=MoE if config.num_moe_experts else get_mlp_module_spec_for_backend(local, use_te_activation_func=True),
         mlp_bda=get_bias_dropout_add,
     )
