@@ -50,7 +50,7 @@ def measure(config: Config, make_engine: Callable[[Config], Engine], repeats: in
         side.everyone,
     )
     plan = slowest([seconds], side.everyone)
-    level = Release.NOTHING if side.everyone else release_of(config, engine)
+    level = release_of(config, engine) if engine and side.everyone is None else Release.NOTHING
     parts = _parts(engine, random_requests(1, 16, 1, family.vocab_size), refit, level)
     rows = []
     for refit.checksums in (True, False):
@@ -90,12 +90,16 @@ def _parts(
     """What lies between two tokens, in order; a rank without engine waits where it has no part."""
     if engine is None:
         return {"copy": refit.run, "commit": _wait, "first token": _wait}
-    parts = {"copy": refit.run, "commit": lambda: engine.commit(0), "first token": lambda: generate(engine, request)}
+    generation = {"commit": lambda: engine.commit(0), "first token": lambda: generate(engine, request)}
     if level is Release.NOTHING:
-        return parts
-    release = functools.partial(engine.release, keep_weights=level is Release.KV_CACHE)
-    before = {"release": release, "resume weights": engine.resume_weights, "copy": refit.run}
-    return {**before, "resume rest": engine.resume, **parts}
+        return {"copy": refit.run, **generation}
+    return {
+        "release": functools.partial(engine.release, keep_weights=level is Release.KV_CACHE),
+        "resume weights": engine.resume_weights,
+        "copy": refit.run,
+        "resume rest": engine.resume,
+        **generation,
+    }
 
 
 def _wait() -> None:
