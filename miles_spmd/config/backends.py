@@ -47,6 +47,7 @@ OWNED: dict[str, dict[str, str]] = {
         "model.hf_checkpoint says it": "model_path tokenizer_path served_model_name revision context_length",
         "model.dtype says it": "dtype",
         "run.seed says it": "random_seed",
+        "determinism.deterministic says it": "enable_deterministic_inference",
         "weights come from the trainer": "load_format model_loader_extra_config weight_loader_disable_mmap",
         "the engine runs inside the worker's process: no server, no port, no tokenizer": (
             "host port nccl_port dist_init_addr nnodes node_rank base_gpu_id gpu_id_step api_key admin_api_key "

@@ -29,6 +29,7 @@ WITHOUT_EFFECT: dict[str, set[str]] = {
     "checkpoint": {"save_interval", "save_final", "export_final", "export_dir", "load", "resume"},
     "determinism": {"ledger", "ledger_data_gib"},
 }
+OF_UPDATE = ("grad_norm", "lr", "skipped_steps")  # metrics that have fields of their own
 TABLES_WITHOUT_EFFECT = ("telemetry", "deadlines")
 
 
@@ -95,10 +96,10 @@ class Recorder:
         batch: Sequence[TrainSequence],
         results: Sequence[TrainResult],
         log_probs: Sequence[np.ndarray],
-        sums: Mapping[str, float],
+        metrics: Mapping[str, float],
     ) -> None:
         """An optimizer step: every trainer rank's results, ``log_probs`` (or values) in the order of the batch, and
-        ``sums`` over all ranks."""
+        what the step's metrics say of all ranks."""
         own = [result.digests for result in results if result.digests is not None]
         gradient = self._total(self._of_updates[role], [d.gradient for d in own])
         self._weights[role] = tensor_digests(self._total(self._of_weights[role], [d.weights for d in own]))
@@ -106,7 +107,7 @@ class Recorder:
         update = Update(
             role=role,
             **kept.digests(),
-            sums={name: _number(value) for name, value in sorted(sums.items())},
+            sums={name: _number(metrics[name]) for name in sorted(metrics) if not name.endswith(OF_UPDATE)},
             gradient=tensor_digests(gradient),
             grad_norm=_number(results[0].grad_norm),
             lr=results[0].lr,

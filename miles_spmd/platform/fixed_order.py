@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,7 +40,23 @@ def kernels() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]  # nobody reads it
     torch.use_deterministic_algorithms(True)
     try:
-        yield
+        with _torchs_own():
+            yield
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = filling
+
+
+@contextmanager
+def _torchs_own() -> Iterator[None]:
+    """SGLang's deterministic mode puts kernels in the place of torch's, in the whole process. That of a norm has no
+    backward pass: gradients would end there, without an error."""
+    mode = sys.modules.get("sglang.srt.batch_invariant_ops.batch_invariant_ops")
+    if mode is None or not mode.is_batch_invariant_mode_enabled():
+        yield
+        return
+    mode.disable_batch_invariant_mode()
+    try:
+        yield
+    finally:
+        mode.enable_batch_invariant_mode()

@@ -26,7 +26,7 @@ def make_engine(config: Config) -> Engine:
     """The kind that ``rollout.engine`` names; imports no other."""
     table = dict(config.sglang)
     if config.determinism.deterministic and torch.cuda.is_available():
-        table.setdefault("enable_deterministic_inference", True)  # answers do not depend on what else is computed
+        table["enable_deterministic_inference"] = True  # answers do not depend on what else is computed
     context_length = table.pop("context_length", None)
     if config.rollout.engine == "torch":
         from miles_spmd.rollout.torch_engine import TorchEngine
