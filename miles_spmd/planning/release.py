@@ -29,18 +29,21 @@ def with_margin(working: int, allowance: float) -> int:
     return int(working * (1 + allowance)) + SPARE
 
 
-def choose_release(working: int, room: int, kv_cache: int) -> Release:
-    """The least that leaves the trainer ``working`` bytes, margin included, where ``room`` bytes are free beside the
-    engine and ``kv_cache`` more without its cache."""
-    if working <= room:
-        return Release.NOTHING
-    return Release.KV_CACHE if working <= room + kv_cache else Release.ALL
+def choose_release(config: Config, needed: int, room: int, kv_cache: int) -> Release:
+    """The least that leaves a trainer ``needed`` bytes, where ``room`` bytes are free beside the engine and
+    ``kv_cache`` more without its cache; or what the user wants. Where rollouts lag behind, engines need their weights.
+    """
+    if config.rollout.offload_rollout != "auto":
+        choice = Release(config.rollout.offload_rollout)
+    elif needed <= room:
+        choice = Release.NOTHING
+    else:
+        choice = Release.KV_CACHE if needed <= room + kv_cache else Release.ALL
+    lags = config.refit.update_weights_interval > 1
+    return Release.KV_CACHE if lags and choice is Release.ALL else choice
 
 
 def planned_release(config: Config, plan: MemoryEstimate, kv_cache: int, device: int) -> Release:
-    """What :func:`choose_release` is likely to choose for an engine with ``kv_cache`` bytes of cache on a device of
-    ``device`` bytes."""
-    if config.rollout.offload_rollout != "auto":
-        return Release(config.rollout.offload_rollout)
+    """What is likely to be chosen for an engine with ``kv_cache`` bytes of cache on a device of ``device`` bytes."""
     room = device - CONTEXT - plan.trainer - plan.engine_weights - kv_cache
-    return choose_release(with_margin(plan.working, config.train.memory_allowance), room, kv_cache)
+    return choose_release(config, with_margin(plan.working, config.train.memory_allowance), room, kv_cache)

@@ -196,20 +196,15 @@ class Ledger:
     def release(self, moves_in: int) -> Release:
         """What the engine, which has all of its memory now, has to give up for a trainer that takes ``moves_in`` bytes
         and its activations. Collective over ranks with an engine: all do the same."""
-        wanted = self.config.rollout.offload_rollout
-        choice = Release(wanted) if wanted != "auto" else self._choose(moves_in)
-        if self.plan.engine_stays and choice is Release.ALL:
-            choice = Release.KV_CACHE
-        return agreed(choice)
-
-    def _choose(self, moves_in: int) -> Release:
         now, engine = memory.read(), self.engine()
         needed = moves_in + with_margin(max(self.plan.working, self.working), self._allowance)
         room = now.free + (max(0, now.reserved - now.allocated - engine.graphs) if self._exact else 0)
-        choice = choose_release(needed, room, engine.kv_cache + engine.graphs)
-        words = f"the trainer is given {needed / GIB:.2f} GiB; free beside the engine: {room / GIB:.2f}"
+        choice = agreed(choose_release(self.config, needed, room, engine.kv_cache + engine.graphs))
         if choice != self._said:
-            print(f"memory: the engine gives up {choice.replace('_', ' ')} while the trainer works: {words}")
+            print(
+                f"memory: the engine gives up {choice.replace('_', ' ')} while the trainer works, which is to have "
+                f"{needed / GIB:.2f} GiB; free beside the engine are {room / GIB:.2f}"
+            )
             self._said = choice
         return choice
 
