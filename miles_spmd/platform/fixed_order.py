@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 # Read when CUDA, cuBLAS, NCCL and Transformer Engine start, so they are set before.
 ENVIRONMENT = {
@@ -36,15 +37,16 @@ def kernels() -> Iterator[None]:
     the trainer alone: SGLang's have their own switch."""
     import torch
 
-    filling = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]  # nobody reads it
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory
+    memory.fill_uninitialized_memory = False  # which nobody reads
     torch.use_deterministic_algorithms(True)
     try:
         with _torchs_own():
             yield
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = filling
+        memory.fill_uninitialized_memory = fills
 
 
 @contextmanager

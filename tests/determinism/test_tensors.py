@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def test_against_a_loop(dtype: torch.dtype) -> None:
 
 @given(cuts=st.lists(st.integers(0, ROWS * COLUMNS), max_size=5), column=st.integers(0, COLUMNS))
 def test_parts_add_up(cuts: list[int], column: int) -> None:
-    """Cut between columns, as by tensor parallelism, and each side anywhere in memory, as by a distributed optimizer."""
+    """Cut between columns, as tensor parallelism does, and each side anywhere, as a distributed optimizer does."""
     matrix = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
     ranks = []
     for first, last in ((0, column), (column, COLUMNS)):
@@ -53,7 +54,7 @@ def test_parts_add_up(cuts: list[int], column: int) -> None:
             own = matrix[:, first:last].contiguous()
             layout = TensorLayout("t", (Piece("w", (0, first), (0, 0), tuple(own.shape)),))
             edges = sorted({0, own.numel(), *(cut for cut in cuts if cut < own.numel())})
-            ranks += [sums(layout, own, *edge) for edge in zip(edges, edges[1:])]
+            ranks += [sums(layout, own, *edge) for edge in itertools.pairwise(edges)]
     assert add_up(ranks) == ({"w": by_hand(matrix)}, [])
     assert sum(r.rows * r.columns for rectangles, _ in ranks for r in rectangles) == matrix.numel()
 
@@ -120,7 +121,7 @@ def test_weights_are_those_of_the_checkpoint(alone: dict[str, dict[str, int]]) -
     (file,) = Path(run({}).model.hf_checkpoint).glob("*.safetensors")
     expected = {name: by_hand(t.reshape(1, -1) if t.dim() == 1 else t) for name, t in load_file(file).items()}
     assert alone["before"] == expected
-    assert {kind for kind in alone} == {"before", "gradient", "after", "main_params", "exp_avg", "exp_avg_sq"}
+    assert set(alone) == {"before", "gradient", "after", "main_params", "exp_avg", "exp_avg_sq"}
     assert all(alone[kind].keys() == expected.keys() for kind in alone)
     assert alone["main_params"] == alone["after"] != alone["before"]
 

@@ -1,0 +1,27 @@
+"""What determinism and the ledger cost: the same GRPO steps without, with the ledger, and deterministic, one run after
+the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from miles_spmd.bench.result import Row
+from miles_spmd.bench.step import bench_step
+
+RUNS = {
+    "neither": ["determinism.deterministic=false", "determinism.ledger=false"],
+    "ledger": ["determinism.deterministic=false", "determinism.ledger=true"],
+    "deterministic, ledger": ["determinism.deterministic=true", "determinism.ledger=true"],
+}
+PHASES = ("rollout", "train", "step")
+
+
+def bench_determinism(overrides: list[str], **options: Any) -> list[Row]:
+    """Seconds, and in percent how much more than without either. ``options``: the others of bench_step."""
+    rows: list[Row] = []
+    for run, settings in RUNS.items():
+        (seconds,) = bench_step(overrides=[*overrides, *settings], **options)
+        row = {"run": run, **{f"{phase} s": seconds[f"{phase} s"] for phase in PHASES}}
+        plain = rows[0] if rows else row
+        rows.append(row | {f"{phase} %": 100 * (row[f"{phase} s"] / plain[f"{phase} s"] - 1) for phase in PHASES})
+    return rows

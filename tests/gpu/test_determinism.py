@@ -1,0 +1,108 @@
+"""Two runs at once, in each other's way, are equal in every entry of their ledgers; and a replay is equal to them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from miles_spmd.determinism.compare import compare
+from miles_spmd.determinism.record import read_record, verify
+from miles_spmd.quickstart.__main__ import GRPO
+from miles_spmd.quickstart.assets import build_assets
+from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
+from tests.gpu import machine
+
+STEPS = 5
+COMMAND = [sys.executable, "-m", "miles_spmd"]
+TP2 = ["megatron.tensor_model_parallel_size=2", "megatron.sequence_parallel=true", "sglang.tp_size=2"]
+ZERO = ["megatron.use_distributed_optimizer=true"]
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("assets")
+    build_assets(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("ranks", "backend", "dtype", "layout"),
+    [
+        pytest.param(1, "fa3", "bfloat16", [], marks=machine.needs(1), id="bf16"),
+        pytest.param(1, "triton", "float32", [], marks=machine.needs(1), id="fp32"),
+        pytest.param(2, "fa3", "bfloat16", TP2, marks=machine.needs(2), id="tp2"),
+        pytest.param(2, "fa3", "bfloat16", ZERO, marks=machine.needs(2), id="dp2"),
+    ],
+)
+def test_two_runs_are_equal(
+    assets: Path, tmp_path: Path, ranks: int, backend: str, dtype: str, layout: list[str]
+) -> None:
+    own = [f"--nproc-per-node={ranks}", *settings(assets, tmp_path, backend, dtype), *layout]
+    run_together([["train", str(GRPO), f"run.name={name}", *own] for name in "ab"])
+    a, b = (verify(tmp_path / name) for name in "ab")
+    assert len(a.steps) == STEPS
+    assert sum(step.samples.dropped for step in a.steps.values() if step.samples) > 0
+    assert len({update.weights for step in a.steps.values() for update in step.updates}) == 2 * STEPS
+    comparison = compare(a, b)
+    assert comparison.equal, comparison.difference
+    metrics = read_metrics(tmp_path / "a" / METRICS_FILE)
+    assert metrics[STEPS]["train/grad_norm"] > 0
+    ledger = (tmp_path / "a" / "ledger" / "chain.jsonl").stat().st_size / STEPS
+    machine.measured(f"ledger, {ranks} x {dtype}", {"bytes a step": ledger, **last_seconds(metrics)})
+    if ranks == 1:
+        run_together([["replay", str(tmp_path / "a"), "--step", str(STEPS - 1), "--nproc-per-node=1"]])
+
+
+@machine.needs(1)
+def test_the_gradient_is_that_of_any_run(assets: Path, tmp_path: Path) -> None:
+    """Other kernels compute the same: one optimizer step on the same answers, in fp32."""
+    plain = ["--nproc-per-node=1", *settings(assets, tmp_path, "triton", "float32"), "run.num_rollout=1"]
+    names: dict[str, list[str]] = {"deterministic": [], "plain": ["determinism.deterministic=false"]}
+    run_together([["train", str(GRPO), f"run.name={name}", *plain, *more] for name, more in names.items()])
+    a, b = (read_record(tmp_path / name).steps[0] for name in names)
+    assert a.samples == b.samples
+    norms = [run.updates[0].grad_norm for run in (a, b)]
+    machine.measured("gradient norm, deterministic and plain", dict(zip(names, norms)))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+def settings(assets: Path, folder: Path, backend: str, dtype: str) -> list[str]:
+    return [
+        f"model.hf_checkpoint={assets}/model",
+        f"model.dtype={dtype}",
+        f"data.prompt_data={assets}/train.jsonl",
+        "reward.rm_type=tests.recipe_run:coin",
+        "algorithm.dynamic_sampling_filter=reward_nonzero_std",
+        "rollout.rollout_batch_size=16",
+        "rollout.n_samples_per_prompt=3",
+        "train.global_batch_size=24",
+        f"run.output_dir={folder}",
+        f"run.num_rollout={STEPS}",
+        "eval.eval_interval=0",
+        "eval.eval_prompt_data={}",
+        "checkpoint.export_final=false",
+        "checkpoint.save_interval=3",
+        "telemetry.progress=plain",
+        "determinism.deterministic=true",
+        f"sglang.attention_backend={backend}",
+        "sglang.cuda_graph_bs_decode=[8,64]",
+        "sglang.mem_fraction_static=0.2",
+    ]
+
+
+def last_seconds(metrics: dict[int, dict[str, float]]) -> dict[str, float]:
+    return {name: value for name, value in metrics[STEPS].items() if name.startswith("perf/") and "time" in name}
+
+
+def run_together(commands: list[list[str]]) -> None:
+    """All of them must succeed."""
+    running = [
+        subprocess.Popen([*COMMAND, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for command in commands
+    ]
+    outputs = [process.communicate(timeout=280)[0] for process in running]
+    assert [process.returncode for process in running] == [0] * len(running), json.dumps(outputs)[-6000:]
