@@ -92,7 +92,7 @@ class Ledger:
     def begin(self, phase: Phase, step: int) -> None:
         """A command."""
         self.phase, self.step = phase, step
-        self._restart()
+        self._restart(memory.read())
 
     def built(self, engine: Callable[[], EngineMemory]) -> None:
         self.engine, self._whole_engine = engine, engine()
@@ -137,8 +137,8 @@ class Ledger:
                 if grown > with_margin(self.plan.working, self._allowance):
                     text += f", where {self.plan.working / GIB:.2f} were planned"
         print(text)
+        self._restart(now)
         self._check(held)
-        self._restart()
 
     def _check(self, measured: Holders) -> None:
         over = [
@@ -163,9 +163,9 @@ class Ledger:
             "engine weights": plan.engine_weights,
         }
 
-    def _restart(self) -> None:
+    def _restart(self, now: Reading) -> None:
         memory.reset_peak()
-        self._began = memory.read()
+        self._began = now
 
     def note(self, name: str, value: float) -> None:
         """The metric ``memory/name`` of this command, unless it was larger before."""
