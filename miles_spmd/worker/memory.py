@@ -67,6 +67,7 @@ class Ledger:
         """Raise MemoryPlanError, with all there is to know, if the device cannot hold what is planned. ``training``:
         whether this run makes optimizer steps. Activations, which are estimated, may turn out to be fewer."""
         plan, free = self.plan, memory.read().free
+        print(f"memory, planned: {listed(self._planned())}; {free / GIB:.2f} GiB free")
         working = int(plan.working / (1 + self._allowance)) if training else 0
         train = plan.trainer + working if self.trains else 0
         generate = plan.generating + plan.kv_bytes_per_token if self.generates else 0
