@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.tensor_parallel import (
@@ -14,7 +13,7 @@ from megatron.core.tensor_parallel import (
     layers,
 )
 from megatron.core.tensor_parallel.layers import LinearWithGradAccumulationAndAsyncCommunication
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
 from miles_spmd.invariant.linear import linear
@@ -34,9 +33,11 @@ class InvariantSpecProvider(OwnActivationSpecProvider):
         return InvariantRowParallelLinear
 
 
-class SwiGLU(torch.nn.Module):
+class SwiGLU(MegatronModule):
+    """Megatron's kind of module, which a checkpoint asks for its state though it has none."""
+
     def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
+        super().__init__(config)
 
     def forward(self, x: Tensor) -> Tensor:
         return swiglu(x)
