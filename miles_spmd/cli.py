@@ -150,6 +150,24 @@ def replay(
     raise SystemExit(status)
 
 
+@app.command()
+def bisect(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a run; wants the data and models that it had.")],
+    step: Annotated[int, typer.Option("--step", min=0, help="The step in which engine and trainer differ.")],
+    nproc_per_node: Processes = None,
+) -> None:
+    """Name the first layer and operator whose outputs differ between engine and trainer, for the first token of a step
+    whose log-probs do. Does the steps before it again, from the nearest checkpoint on, in a folder beside the run's."""
+    from miles_spmd.controller.replay import plan_bisection
+
+    wanted, overrides = plan_bisection(run_dir, step)
+    is_rank, world_size = launcher.ranks(nproc_per_node)
+    config = _load(run_dir / "config.toml", overrides, world_size, check_files=True)
+    if not is_rank:
+        launcher.launch(world_size)
+    raise SystemExit(_run_as_rank(config, "bisect", wanted))
+
+
 def _say(comparison: Comparison, terminal: TextIO | None = None) -> int:
     """The exit status of what was found."""
     for condition in comparison.conditions:

@@ -11,14 +11,16 @@ from miles_spmd.controller.workers import Workers
 
 
 def run(config: Config, workers: Workers, task: str = "train", wanted: Replay | None = None) -> None:
-    """Do ``task`` ("train", "eval", "export", or "replay" of what is ``wanted``) with connected workers. Raises what
-    went wrong, as one clear error."""
+    """Do ``task`` ("train", "eval", "export", or "replay" or "bisect" of what is ``wanted``) with connected workers.
+    Raises what went wrong, as one clear error."""
     with Run(config, workers) as r:
         if task != "export":
             r.read_data(training=task != "eval")
         first = r.load()
         if task == "train":
             train(r, first)
+        elif wanted is not None and task == "bisect":
+            bisect(r, first, wanted)
         elif wanted is not None:
             replay(r, first, wanted)
         elif task == "eval":
@@ -57,6 +59,14 @@ def replay(r: Run, first: int, wanted: Replay) -> None:
     else:
         advance(r, wanted.step)
     r.record(wanted.step)
+
+
+def bisect(r: Run, first: int, wanted: Replay) -> None:
+    """The steps before the wanted one again, and then what in it engine and trainer compute otherwise."""
+    r.refit(first)
+    for step in range(first, wanted.step):
+        advance(r, step)
+    r.bisect(wanted.step)
 
 
 def advance(r: Run, step: int) -> None:

@@ -11,6 +11,7 @@ from miles_spmd.algorithms.rollout_batch import Arrays
 from miles_spmd.config.schema import Determinism
 from miles_spmd.controller.metrics import mismatch_metrics
 from miles_spmd.data.sample import Sample, TrainSequence
+from miles_spmd.messaging.wire import Bisection
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,13 @@ class Parity:
             for sequence, gap in zip(sequences, gaps, strict=True):
                 sequence.loss_weights = np.where(gap > allowed, 0, sequence.loss_weights).astype(np.float32)
 
+    def first(self, sequences: Sequence[TrainSequence], log_probs: Arrays) -> tuple[Sample, int] | None:
+        """The first sample with a token whose log-probs differ, and that token's place in its sequence."""
+        for sequence, own in zip(sequences, log_probs, strict=True):
+            if (gap := _gap(sequence, own)).any():
+                return self._sample_of[id(sequence)], int(np.flatnonzero(gap)[0])
+        return None
+
     def _describe(
         self,
         step: int,
@@ -78,18 +86,19 @@ class Parity:
         found: dict[str, float],
         over: list[str],
     ) -> str:
-        """How much differs, and the first token of the largest difference's sample."""
+        """How much differs, and where: first of all; without bitwise parity, most of all."""
         largest = [float(gap.max(initial=0.0)) for gap in gaps]
         number = next(i for i, gap in enumerate(largest) if gap > 0) if self._exact else int(np.argmax(largest))
+        place = int(np.flatnonzero(gaps[number])[0] if self._exact else np.argmax(gaps[number]))
         sequence, sample = sequences[number], self._sample_of[id(sequences[number])]
-        place = int(np.flatnonzero(gaps[number])[0]) if self._exact else int(np.argmax(gaps[number]))
         differing, tokens = sum(map(np.count_nonzero, gaps)), sum(int((s.loss_weights != 0).sum()) for s in sequences)
         budget = "".join(f"; {name} is {found[BUDGETED[name]]:.3g}, allowed {self._budget[name]:.3g}" for name in over)
         return (
             f"step {step}: engine and trainer give {differing} of {tokens} tokens other log-probs, by up to "
             f"{max(largest):.3g}{budget}; {'first' if self._exact else 'largest'}: prompt {sample.prompt.uid}, sample "
             f"{sample.index}, token {place - len(sample.prompt.tokens)} of the answer (id {sequence.tokens[place]}): "
-            f"engine {sequence.rollout_log_probs[place]:.9g}, trainer {log_probs[number][place]:.9g}"  # type: ignore[index]
+            f"engine {sequence.rollout_log_probs[place]:.9g}, trainer {log_probs[number][place]:.9g}; "  # type: ignore[index]
+            "`miles-spmd bisect` names the operator"
         )
 
 
@@ -98,3 +107,18 @@ def _gap(sequence: TrainSequence, log_probs: np.ndarray) -> np.ndarray:
     if sequence.rollout_log_probs is None:
         raise ValueError("a sequence without the engine's log-probs has nothing to be compared with")
     return np.where(sequence.loss_weights != 0, np.abs(log_probs - sequence.rollout_log_probs), 0)
+
+
+def describe_bisection(step: int, sample: Sample, place: int, answers: Sequence[Bisection]) -> str:
+    """What the ranks have found, each in its part of the model."""
+    where = (
+        f"step {step}, prompt {sample.prompt.uid}, sample {sample.index}, token {place - len(sample.prompt.tokens)} of "
+        "the answer"
+    )
+    if any(answer.answer[: len(sample.response)] != sample.response for answer in answers):
+        return f"{where}: the engine gives another answer alone than it gave among others, so it depends on the batch"
+    named = [answer for answer in answers if answer.operator]
+    if not named:
+        return f"{where}: all operators agree, up to the final norm; what differs is the output layer or its softmax"
+    first = min(named, key=lambda answer: answer.order)
+    return f"{where}: the first operator to differ is {first.operator}; its output {first.what}"

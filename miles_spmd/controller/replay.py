@@ -41,9 +41,22 @@ def plan(run_dir: Path, step: int, phase: Literal["rollout", "train"] | None) ->
             f"{run_dir}: the answers of step {missing[0]} were not kept, see determinism.ledger_data_gib; leave out "
             "--phase"
         )
+    return Replay(str(run_dir), first, step, phase), _overrides(run_dir, f"replay-{step}", checkpoint)
+
+
+def plan_bisection(run_dir: Path, step: int) -> tuple[Replay, list[str]]:
+    """As :func:`plan`, of the steps before ``step``, which need not have ended, and of its rollout."""
+    checkpoint = resume.newest(run_dir, up_to=step)
+    first = 0 if checkpoint is None else resume.read(checkpoint).step
+    graphs = ["sglang.disable_cuda_graph=true", "megatron.sequence_parallel=false"]  # of which no module is told
+    overrides = [*_overrides(run_dir, f"bisect-{step}", checkpoint), *graphs, "determinism.parity_gate=warn"]
+    return Replay(str(run_dir), first, step, "rollout"), overrides
+
+
+def _overrides(run_dir: Path, name: str, checkpoint: Path | None) -> list[str]:
     overrides = [
         f"run.output_dir={run_dir.absolute().parent}",
-        f"run.name={run_dir.absolute().name}-replay-{step}",
+        f"run.name={run_dir.absolute().name}-{name}",
         "telemetry.use_tensorboard=false",
         "telemetry.use_wandb=false",
         "eval.eval_interval=0",
@@ -55,4 +68,4 @@ def plan(run_dir: Path, step: int, phase: Literal["rollout", "train"] | None) ->
     ]
     if checkpoint is not None:
         overrides.append(f"checkpoint.load={checkpoint.absolute()}")
-    return Replay(str(run_dir), first, step, phase), overrides
+    return overrides

@@ -79,10 +79,14 @@ class Rollouts:
         requests = []
         for number, group in enumerate(wave, first):
             for sample in group:
-                seed = sample_seed(self.run_seed, step, sample.prompt.uid, sample.index, turn=0)
-                rid = f"{number}.{sample.index}"
-                requests.append(Request(rid, sample.prompt.tokens, msgspec.structs.replace(sampling, seed=seed)))
+                requests.append(self.request(sample, sampling, step, number))
         session.submit(requests)
+
+    def request(self, sample: Sample, sampling: SamplingParams, step: int, group: int = 0) -> Request:
+        """What an engine is asked for ``sample``, the ``group``-th prompt's, in ``step``."""
+        seed = sample_seed(self.run_seed, step, sample.prompt.uid, sample.index, turn=0)
+        rid = f"{group}.{sample.index}"
+        return Request(rid, sample.prompt.tokens, msgspec.structs.replace(sampling, seed=seed))
 
 
 class _Acceptance:

@@ -20,7 +20,7 @@ from miles_spmd.controller.evaluation import eval_metrics, eval_sampling, prefer
 from miles_spmd.controller.ledger import Recorder
 from miles_spmd.controller.metrics import rollout_metrics, train_metrics
 from miles_spmd.controller.models import Models
-from miles_spmd.controller.parity import Parity
+from miles_spmd.controller.parity import Parity, describe_bisection
 from miles_spmd.controller.rollout import Rollouts
 from miles_spmd.controller.scoring import Scores, score
 from miles_spmd.controller.workers import Workers
@@ -29,6 +29,8 @@ from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.determinism import data
 from miles_spmd.determinism.chain import LedgerError
 from miles_spmd.messaging.wire import (
+    Bisect,
+    Bisection,
     CheckpointResult,
     DigestWeights,
     ExportModel,
@@ -173,7 +175,20 @@ class Run:
 
     def _generate(self, step: int) -> tuple[list[list[Sample]], int]:
         r = self.config.rollout
-        sampling = SamplingParams(
+        with self._timed("rollout"):
+            return self._rollouts.generate_until(
+                r.rollout_batch_size,
+                self._data.waves(step).__next__,
+                self._sampling,
+                samples_per_prompt=r.n_samples_per_prompt,
+                step=step,
+                keep=self._filter,
+            )
+
+    @property
+    def _sampling(self) -> SamplingParams:
+        r = self.config.rollout
+        return SamplingParams(
             max_new_tokens=r.rollout_max_response_len,
             temperature=r.rollout_temperature,
             top_p=r.rollout_top_p,
@@ -181,15 +196,20 @@ class Run:
             stop=r.rollout_stop,
             stop_token_ids=r.rollout_stop_token_ids,
         )
-        with self._timed("rollout"):
-            return self._rollouts.generate_until(
-                r.rollout_batch_size,
-                self._data.waves(step).__next__,
-                sampling,
-                samples_per_prompt=r.n_samples_per_prompt,
-                step=step,
-                keep=self._filter,
-            )
+
+    def bisect(self, step: int) -> None:
+        """Say which operator is the first whose output differs between engine and trainer, for the first token of this
+        step whose log-probs do."""
+        sequences = self.sequences(self.rollout(step))
+        found = self._parity.first(sequences, self.models.log_probs(step, sequences, Role.ACTOR))
+        if found is None:
+            print(f"step {step}: engine and trainer give every token the same log-prob", flush=True)
+            return
+        sample, place = found
+        self.workers.call(Refit(step), step=step, phase=Phase.REFIT)  # the trainer had the engine's memory
+        request = self._rollouts.request(sample, self._sampling, step)
+        answers = self.workers.call(Bisect(request, place), step=step, phase=Phase.LOG_PROBS)
+        print(describe_bisection(step, sample, place, cast(list[Bisection], answers)), flush=True)
 
     def sequences(self, groups: Sequence[Sequence[Sample]]) -> list[TrainSequence]:
         samples = [sample for group in groups for sample in group]

@@ -99,6 +99,14 @@ class Refit(msgspec.Struct, tag=True, frozen=True):
     version: int
 
 
+class Bisect(msgspec.Struct, tag=True, frozen=True):
+    """Have the engine answer ``request`` again and the trainer read it, and look for the first operator whose outputs
+    for the first ``tokens`` tokens differ. Replies with :class:`Bisection`."""
+
+    request: Request
+    tokens: int
+
+
 class DigestWeights(msgspec.Struct, tag=True, frozen=True):
     """Replies with :class:`WeightsDigest`."""
 
@@ -140,6 +148,7 @@ Body = (
     | Train
     | Keep
     | Refit
+    | Bisect
     | DigestWeights
     | SaveCheckpoint
     | LoadCheckpoint
@@ -279,7 +288,26 @@ class Failure(msgspec.Struct, tag=True, frozen=True):
     traceback: str = ""
 
 
-Result = Ok | TrainResult | LogProbsResult | ValuesResult | WeightsDigest | CheckpointResult | RefitResult | Failure
+class Bisection(msgspec.Struct, tag=True, frozen=True):
+    """``answer``: what the engine drew. ``operator``: "" where no output differs."""
+
+    answer: list[int]
+    operator: str = ""
+    order: int = 0  # of the operator in the model
+    what: str = ""  # how much differs, in words
+
+
+Result = (
+    Ok
+    | TrainResult
+    | LogProbsResult
+    | ValuesResult
+    | WeightsDigest
+    | CheckpointResult
+    | RefitResult
+    | Bisection
+    | Failure
+)
 
 
 class Reply(msgspec.Struct, tag=True, frozen=True):

@@ -59,6 +59,11 @@ class Network:
         return self._where.dp_size
 
     @property
+    def num_layers(self) -> int:
+        """Of the whole model."""
+        return self._family.num_layers
+
+    @property
     def reports(self) -> bool:
         """Whether this rank's sums count: last pipeline stage, first tensor-parallel, any context-parallel rank."""
         return self._where.reports

@@ -15,6 +15,7 @@ from miles_spmd.planning.cache import needed_tokens
 from miles_spmd.platform import fixed_order
 from miles_spmd.rollout.engine import Engine
 from miles_spmd.training.roles import Roles
+from miles_spmd.worker.bisect import bisect
 from miles_spmd.worker.memory import Ledger
 from miles_spmd.worker.phases import EngineTurns
 from miles_spmd.worker.sides import EngineSide, TrainerSide
@@ -133,6 +134,8 @@ class Worker:
                 self._release_engine()
                 with self.ledger.work("optimizer step"):
                     return self.roles.trainer(role).train_step(micro_batches)
+            case wire.Bisect():
+                return bisect(body, self.engine.engine, self.roles.actor)
             case wire.Keep(role):
                 self.roles.keep(role)
             case wire.Refit(version):

@@ -5,12 +5,16 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+import torch
+import transformers
 
 from miles_spmd.config.schema import Config
 from miles_spmd.data.sample import MicroBatch, TrainSequence
 from miles_spmd.rollout.engine import Output, Request
+from tests.models import tiny
 from tests.rollout.conformance import request, run
 
 PROMPTS, SAMPLES = 12, 4
@@ -32,6 +36,16 @@ class Comparison:
         self.tokens += len(gap)
         self.mismatches += int((gap != 0).sum())
         self.largest = max(self.largest, float(gap.max()))
+
+
+def checkpoint(folder: Path, name: str) -> Path:
+    """The tiny model ``name``, with an MLP of the width that a CPU engine does not round up."""
+    prefix, changes = tiny.CONFIGS[name]
+    shape = tiny.COMMON | changes | {"intermediate_size": 64}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**shape))
+    model.save_pretrained(folder)
+    return folder
 
 
 def requests(rng: np.random.Generator, vocab_size: int, prompt: int, answer: int, temperature: float) -> list[Request]:

@@ -7,28 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
 
 from miles_spmd.config.schema import Config
-from tests.invariant.side_by_side import PROMPTS, SAMPLES, train_and_compare
-from tests.models import tiny
+from tests.invariant.side_by_side import PROMPTS, SAMPLES, checkpoint, train_and_compare
 from tests.ranks import Ranks
 from tests.training.cases import PP2, SP, TP2
 
 STEPS, PROMPT, ANSWER = 20, 5, 12
 DECODED = sum(ANSWER * (SAMPLES + s) // SAMPLES for s in range(SAMPLES)) * PROMPTS  # of one step
 UPDATES = {"lr": 3e-3, "clip_grad": 1.0}
-
-
-def checkpoint(folder: Path, name: str) -> Path:
-    """The tiny model ``name``, with an MLP of the width that a CPU engine does not round up."""
-    prefix, changes = tiny.CONFIGS[name]
-    shape = tiny.COMMON | changes | {"intermediate_size": 64}
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**shape))
-    model.save_pretrained(folder)
-    return folder
 
 
 def compare(
