@@ -24,11 +24,14 @@ DISTRIBUTED_OPTIMIZER = "megatron.use_distributed_optimizer=true"
 @pytest.mark.parametrize(
     ("ranks", "dtype", "layout"),
     [
-        pytest.param(2, "bfloat16", ["rollout_num_gpus=1"], marks=machine.needs(2)),
-        pytest.param(2, "float32", ["rollout_num_gpus=1"], marks=machine.needs(2)),
-        pytest.param(4, "bfloat16", ["rollout_num_gpus=2", *TP2], marks=machine.needs(4)),
+        pytest.param(2, "bfloat16", ["rollout.rollout_num_gpus=1"], marks=machine.needs(2)),
+        pytest.param(2, "float32", ["rollout.rollout_num_gpus=1"], marks=machine.needs(2)),
+        pytest.param(4, "bfloat16", ["rollout.rollout_num_gpus=2", *TP2], marks=machine.needs(4)),
         pytest.param(
-            4, "bfloat16", ["rollout_num_gpus=2", DISTRIBUTED_OPTIMIZER, "sglang.tp_size=2"], marks=machine.needs(4)
+            4,
+            "bfloat16",
+            ["rollout.rollout_num_gpus=2", DISTRIBUTED_OPTIMIZER, "sglang.tp_size=2"],
+            marks=machine.needs(4),
         ),
     ],
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,10 +17,9 @@ from safetensors.torch import load_file
 from miles_spmd.config.load import config_digest, load_config
 from miles_spmd.config.schema import Config
 from miles_spmd.controller import loop
-from miles_spmd.controller.models import Models
-from miles_spmd.controller.run import Run
 from miles_spmd.controller.workers import Workers
-from miles_spmd.data.sample import Sample
+from miles_spmd.determinism.compare import compare
+from miles_spmd.determinism.record import Record, read_record
 from miles_spmd.messaging.dealer import Dealer
 from miles_spmd.messaging.keys import Credentials
 from miles_spmd.messaging.router import Router
@@ -65,54 +64,24 @@ def serve(credentials: bytes, config: Config) -> None:
         engine.close()
 
 
-class Made(NamedTuple):
-    """What a run computed: its samples, the trainer's log-probs before each update, the weights at the end."""
-
-    groups: list[list[list[Sample]]]
-    scores: list[list[bytes]]
-    weights: dict[str, bytes]
-
-
-def train(ranks: Ranks, world_size: int, recipe: Path, folder: Path, *overrides: str) -> Made:
-    """A run in ``folder``."""
-    settings = [
-        f"run.output_dir={folder.parent}",
-        f"run.name={folder.name}",
-        "progress=none",
-        "export_final=true",
-        "save_interval=2",
-        *overrides,
-    ]
+def train(ranks: Ranks, world_size: int, recipe: Path, folder: Path, *overrides: str) -> Record:
+    """A run in ``folder``; what its ledger says of it."""
+    settings = [f"run.output_dir={folder.parent}", f"run.name={folder.name}", "progress=none", "export_final=true"]
+    settings += ["save_interval=2", "start_timeout=60", *overrides]
     config = load_config(recipe, settings, world_size=world_size)
-    groups, scores, errors = [], [], list[BaseException]()
-    rollout, update = Run.rollout, Models.train
-
-    def kept_rollout(run: Run, step: int) -> list[list[Sample]]:
-        groups.append(rollout(run, step))
-        return groups[-1]
-
-    def kept_update(models: Models, *arguments: Any) -> Any:
-        results, log_probs = update(models, *arguments)
-        scores.append([array.tobytes() for array in log_probs])
-        return results, log_probs
-
-    router = Router()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "rollout", kept_rollout)
-        patch.setattr(Models, "train", kept_update)
-        arguments = world_size, serve, msgspec.json.encode(router.credentials), config
-        thread = threading.Thread(target=_keep, args=(errors, lambda: ranks.run(*arguments)))
-        thread.start()
-        workers = Workers(router, world_size, config.deadlines, config_digest(config), config.run_dir / "logs")
-        try:
-            loop.run(config, workers)
-            workers.stop()
-        finally:
-            router.close()
-            thread.join()
-            assert not errors, errors[0]  # it explains what the controller says
-    exported = load_file(config.run_dir / "export" / "model.safetensors")
-    return Made(groups, scores, {name: tensor.numpy().tobytes() for name, tensor in exported.items()})
+    router, errors = Router(), list[BaseException]()
+    arguments = world_size, serve, msgspec.json.encode(router.credentials), config
+    thread = threading.Thread(target=_keep, args=(errors, lambda: ranks.run(*arguments)))
+    thread.start()
+    workers = Workers(router, world_size, config.deadlines, config_digest(config), config.run_dir / "logs")
+    try:
+        loop.run(config, workers)
+        workers.stop()
+    finally:
+        router.close()
+        thread.join()
+        assert not errors, errors[0]  # it explains what the controller says
+    return read_record(folder)
 
 
 def _keep(errors: list[BaseException], function: Callable[[], Any]) -> None:
@@ -146,12 +115,13 @@ def test_the_same_run(
 ) -> None:
     colocated = train(ranks, trainers, recipe, tmp_path / "colocated", *layout)
     apart = train(ranks, trainers + engines, recipe, tmp_path / "apart", f"rollout_num_gpus={engines}", *layout)
-    assert len(colocated.groups) == len(colocated.scores) == 3
-    assert apart == colocated
+    found = compare(colocated, apart)
+    assert (found.steps, found.difference) == ([0, 1, 2], "")
 
 
 def test_resumes_where_it_was(ranks: Ranks, recipe: Path, tmp_path: Path) -> None:
     whole = train(ranks, 2, recipe, tmp_path / "whole", "rollout_num_gpus=1")
     checkpoint = tmp_path / "whole" / "checkpoints" / "step_000002"
     resumed = train(ranks, 2, recipe, tmp_path / "resumed", "rollout_num_gpus=1", f"checkpoint.load={checkpoint}")
-    assert resumed == Made(whole.groups[2:], whole.scores[2:], whole.weights)
+    found = compare(whole, resumed)
+    assert (found.steps, found.difference) == ([2], "")
