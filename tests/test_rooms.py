@@ -27,7 +27,14 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 INTERFACE = "miles_spmd.rollout.engine"
 
 BACKENDS = ("megatron", "sglang")
-KNOW_BACKENDS = ("platform/", "invariant/", "training/", "rollout/sglang_", "checkpoint/dist.py", "bench/peer_sglang.py")
+KNOW_BACKENDS = (
+    "platform/",
+    "invariant/",
+    "training/",
+    "rollout/sglang_",
+    "checkpoint/dist.py",
+    "bench/peer_sglang.py",
+)
 
 
 class Import(NamedTuple):

@@ -31,11 +31,8 @@ class Parity:
     """Compares log-probs of tokens whose weights engine and trainer share, and does what ``parity_gate`` says."""
 
     def __init__(self, settings: Determinism) -> None:
-        self._exact, self._gate, self._budget = (
-            settings.parity == "bitwise",
-            settings.parity_gate,
-            settings.mismatch_budget,
-        )
+        self._exact, self._gate = settings.parity == "bitwise", settings.parity_gate
+        self._budget = settings.mismatch_budget
         self._sample_of: dict[int, Sample] = {}
 
     def expect(self, samples: Sequence[Sample], sequences: Sequence[TrainSequence]) -> None:
@@ -56,7 +53,7 @@ class Parity:
             "parity/mismatches": float(differing),
             "parity/max_abs_diff": max(float(gap.max(initial=0.0)) for gap in gaps),
         }
-        over = [name for name, limit in self._budget.items() if found[BUDGETED[name]] > limit]
+        over: dict[str, float] = {name: limit for name, limit in self._budget.items() if found[BUDGETED[name]] > limit}
         if (self._exact and differing) or over:
             allowed = 0.0 if self._exact else self._budget.get("max", np.inf)
             self._react(self._describe(step, sequences, log_probs, gaps, found, over), sequences, gaps, allowed)
@@ -84,7 +81,7 @@ class Parity:
         log_probs: Arrays,
         gaps: Arrays,
         found: dict[str, float],
-        over: list[str],
+        over: dict[str, float],
     ) -> str:
         """How much differs, and where: first of all; without bitwise parity, most of all."""
         largest = [float(gap.max(initial=0.0)) for gap in gaps]
@@ -92,7 +89,9 @@ class Parity:
         place = int(np.flatnonzero(gaps[number])[0] if self._exact else np.argmax(gaps[number]))
         sequence, sample = sequences[number], self._sample_of[id(sequences[number])]
         differing, tokens = sum(map(np.count_nonzero, gaps)), sum(int((s.loss_weights != 0).sum()) for s in sequences)
-        budget = "".join(f"; {name} is {found[BUDGETED[name]]:.3g}, allowed {self._budget[name]:.3g}" for name in over)
+        budget = "".join(
+            f"; {name} is {found[BUDGETED[name]]:.3g}, allowed {limit:.3g}" for name, limit in over.items()
+        )
         return (
             f"step {step}: engine and trainer give {differing} of {tokens} tokens other log-probs, by up to "
             f"{max(largest):.3g}{budget}; {'first' if self._exact else 'largest'}: prompt {sample.prompt.uid}, sample "

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from sglang.srt.layers.activation import SiluAndMul
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.logits_processor import LogitsProcessor
@@ -50,20 +49,17 @@ def _leave_torch_alone(runner: ModelRunner) -> None: ...
 
 
 def _shared(layer: MultiPlatformOp) -> Callable[..., Any]:
-    forward = {RMSNorm: _norm, SiluAndMul: _swiglu}.get(type(layer))
-    if forward is None and isinstance(layer, RotaryEmbedding):
-        forward = _rotate
-    return _dispatch(layer) if forward is None else partial(forward, layer)
+    if type(layer) is RMSNorm:
+        return partial(_norm, layer)
+    if type(layer) is SiluAndMul:
+        return swiglu
+    return partial(_rotate, layer) if isinstance(layer, RotaryEmbedding) else _dispatch(layer)
 
 
 def _norm(layer: RMSNorm, x: Tensor, residual: Tensor | None = None, post_residual_addition: None = None) -> Any:
     if residual is None:
         return rms_norm(x, layer.weight, layer.variance_epsilon)
     return add_rms_norm(x, residual, layer.weight, layer.variance_epsilon)
-
-
-def _swiglu(layer: SiluAndMul, x: Tensor) -> Tensor:
-    return swiglu(x)
 
 
 def _rotate(
@@ -75,9 +71,9 @@ def _rotate(
     return turned[0], turned[1]
 
 
-def _linear(method: UnquantizedLinearMethod, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(method: UnquantizedLinearMethod, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
     return linear(x, layer.weight, bias)
 
 
-def _lm_head(processor: LogitsProcessor, hidden: Tensor, head: torch.nn.Module, *_: Any) -> Tensor:
+def _lm_head(processor: LogitsProcessor, hidden: Tensor, head: Any, *_: Any) -> Tensor:
     return linear(hidden, head.weight)

@@ -44,7 +44,9 @@ def test_log_probs_are_the_engines(vocabulary: int, temperature: float, monkeypa
 
     logits = (4 * torch.randn(300, vocabulary, device="cuda")).bfloat16()
     targets = torch.randint(vocabulary, (300,), device="cuda")
-    wanted = log_softmax(logits.float() / logits.new_full((), temperature, dtype=torch.float32)).gather(1, targets[:, None])[:, 0]
+    wanted = log_softmax(logits.float() / logits.new_full((), temperature, dtype=torch.float32)).gather(
+        1, targets[:, None]
+    )[:, 0]
     identity = torch.eye(vocabulary, dtype=torch.bfloat16, device="cuda")
     for max_logits in (2**27, THREE_ROWS * vocabulary):
         monkeypatch.setattr(module, "MAX_LOGITS", max_logits)

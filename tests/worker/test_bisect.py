@@ -69,8 +69,6 @@ def test_the_operator_is_named(ranks: Ranks, tmp_path: Path, size: int, layout: 
     expected = {"nothing": ""} | PLANTED | {name: names[tp_size > 1] for name, names in SUMMED.items()}
     for name, operator in expected.items():
         found = [of_rank[name] for of_rank in of_ranks if of_rank[name].operator]
-        first = min(
-            found, key=lambda answer: answer.order, default=None
-        )  # later ranks get what earlier ones have
+        first = min(found, key=lambda answer: answer.order, default=None)  # later ranks get what earlier ones have
         assert (first.operator if first else "") == operator, name
         assert not first or "tokens, first for number" in first.what
