@@ -20,6 +20,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from torch.nn.functional import pad
 
+from miles_spmd.invariant import compiled
 from miles_spmd.invariant.attention import ROWS, STEP, Tile, attend, make_tiles
 
 if TYPE_CHECKING:
@@ -47,12 +48,16 @@ class Bucket:
 
 
 class BatchedCpuAttention(TorchNativeAttnBackend):
-    buckets: list[Bucket]
+    paged: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = (
+        None  # what :func:`locate` found, for the compiled kernel
+    )
+    buckets: list[Bucket]  # where there is none
 
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__(model_runner)
         config, tp_size = model_runner.model_config, model_runner.ps.attn_tp_size
         self._heads = config.get_num_kv_heads(tp_size)
+        self._dim = config.head_dim
         self._group = config.num_attention_heads // tp_size // self._heads
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
@@ -62,7 +67,10 @@ class BatchedCpuAttention(TorchNativeAttnBackend):
         q_lens = [1] * len(k_lens) if decoding else list(forward_batch.extend_seq_lens_cpu)
         table, rows = self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices
         dtype = self.token_to_kv_pool.dtype
-        self.buckets = list(make_buckets(q_lens, k_lens, table, rows, self._heads, self._group, dtype))
+        if compiled.takes(dtype, table.device, self._dim):
+            self.paged = locate(q_lens, k_lens, table, rows)
+        else:
+            self.buckets = list(make_buckets(q_lens, k_lens, table, rows, self._heads, self._group, dtype))
 
     def forward_extend(
         self,
@@ -103,6 +111,11 @@ class BatchedCpuAttention(TorchNativeAttnBackend):
         pool = self.token_to_kv_pool
         if save_kv_cache and k is not None:
             pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc), k, v)
+        if self.paged is not None:
+            query_starts, key_starts, slots = self.paged
+            query, (key, value) = q.view(len(q), -1, layer.head_dim), pool.get_kv_buffer(layer.layer_id)
+            out = compiled.attention(query, key, value, query_starts, key_starts, layer.scaling, slots)
+            return out.view(len(q), -1)
         keys, values = (buffer.flatten(1) for buffer in pool.get_kv_buffer(layer.layer_id))
         kv_heads, group, dim = layer.tp_k_head_num, self._group, layer.head_dim
         q = q.reshape(-1, kv_heads * group * dim)
@@ -129,6 +142,16 @@ def _is_plain(layer: RadixAttention) -> bool:
         and layer.logit_cap == 0
         and layer.qk_head_dim == layer.v_head_dim
     )
+
+
+def locate(
+    q_lens: list[int], k_lens: list[int], table: torch.Tensor, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where each request's queries and keys begin, int64 [requests + 1] each, and the cache slots of all keys, int32.
+    Arguments as for :func:`make_buckets`."""
+    seen = torch.arange(max(k_lens)) < torch.tensor(k_lens)[:, None]
+    query_starts, key_starts = (torch.tensor([0, *lengths]).cumsum(0) for lengths in (q_lens, k_lens))
+    return query_starts, key_starts, table[rows, : seen.shape[1]].masked_select(seen)
 
 
 def make_buckets(

@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
+from miles_spmd.invariant import compiled
 from miles_spmd.invariant.attention import ROWS, STEP, attend, make_tiles
 from miles_spmd.invariant.flash import flash_attention
 from miles_spmd.invariant.rotary import rotate
@@ -45,6 +46,8 @@ class Blocks:
             flash = query.is_cuda and query.dtype != torch.float32  # which takes 16-bit numbers only
             if flash:
                 self.kernel = (_InvariantKernel if invariant else _VarlenKernel)(self, query.device)
+            elif compiled.takes(query.dtype, query.device, query.shape[-1]):
+                self.kernel = _CompiledKernel(self)
             else:
                 self.kernel = _PaddedBatches(self, query, key)
         return self.kernel(query, key, value, scale)
@@ -57,8 +60,8 @@ class PackedSequences(PackedSeqParams):
     blocks: Blocks = None  # type: ignore[assignment]  # fields before it have defaults
     scored: Tensor = None  # type: ignore[assignment]  # int64 [S], positions of this rank's stream whose logits matter
     positions: Tensor = None  # type: ignore[assignment]  # int64 [T], of each token within its sequence
-    table: Tensor | None = None  # fp32 [longest, D], see :func:`miles_spmd.invariant.rotary.table`
-    angles: Tensor | None = None  # fp32 [T, 1, D], of the rotary positions: Transformer Engine wants these
+    table: Tensor = None  # type: ignore[assignment]  # fp32 [longest, D], see :func:`miles_spmd.invariant.rotary.table`
+    angles: Tensor = None  # type: ignore[assignment]  # fp32 [T, 1, D], of the rotary positions: Transformer Engine wants these
 
 
 def make_blocks(lengths: Sequence[int] | np.ndarray, cp_rank: int, cp_size: int, device: torch.device) -> Blocks:
@@ -119,6 +122,19 @@ class PackedAttention(MegatronModule):
 
 
 # --- the two ways to compute it: a kernel that takes packed streams, and batches padded for one that does not ---------
+
+
+class _CompiledKernel:
+    """The engine's attention on a CPU."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        self.query_starts, self.key_starts = (
+            torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
+            for lengths in (blocks.query_lengths, blocks.key_lengths)
+        )
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        return compiled.attention(query, key, value, self.query_starts, self.key_starts, scale)
 
 
 class _PackedKernel:

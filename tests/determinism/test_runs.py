@@ -143,9 +143,9 @@ def test_a_bit_of_a_weight(ranks: Ranks, recipe: Recipe, first: Path, tmp_path: 
             "step 0, train: update 0 (actor): sample 0 (number 0 of data.jsonl:7): advantages, token ",
         ),
         (
-            ["algorithm.loss_aggregation=constant"],
-            "algorithm.loss_aggregation: 'rollout_mean' | 'constant'",
-            "step 0, train: update 0 (actor): sample 0 (number 0 of data.jsonl:7): loss_weights, token ",
+            ["algorithm.kl_loss_coef=0.1"],
+            "algorithm.kl_loss_coef: 0.0 | 0.1",
+            "step 0, train: update 0 (actor): sample 0 (number 0 of data.jsonl:7): has ref_log_probs on one side only",
         ),
         (
             ["algorithm.entropy_coef=0.1"],

@@ -1,0 +1,97 @@
+"""Causal attention in one compiled kernel (``kernels/attention.cpp``), on CPUs for which it was built.
+
+It takes packed streams and paged caches as they are, where :mod:`miles_spmd.invariant.attention`, which computes the
+same to within rounding, needs batches padded to one length.
+"""
+
+from __future__ import annotations
+
+from ctypes import CDLL, c_float, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).with_name("cpu_kernels.so")
+LANES = 8  # float32 numbers that the kernel takes at a time
+
+
+def takes(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
+    """Whether the kernel is there and computes attention of such numbers."""
+    return dtype == torch.float32 and device.type == "cpu" and head_dim % LANES == 0 and _library() is not None
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    scale: float,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """``query`` [T, H, D], ``key`` and ``value`` [K, G, D], all float32 -> [T, H, D].
+
+    ``query_starts`` and ``key_starts``: int64 [B + 1], where each sequence begins. Its last query sees all of its keys.
+    ``slots``: int32, which row of ``key`` and ``value`` each key is; None: the rows in order. Then there is a gradient.
+    """
+    if slots is None:
+        return _Attention.apply(query, key, value, query_starts, key_starts, scale)
+    return _forward(query.contiguous(), key, value, slots, query_starts, key_starts, scale)[0]
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, query_starts: Tensor, key_starts: Tensor, scale: float
+    ) -> Tensor:
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        out, lse = _forward(query, key, value, None, query_starts, key_starts, scale)
+        ctx.save_for_backward(query, key, value, out, lse, query_starts, key_starts)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, out, lse, query_starts, key_starts = ctx.saved_tensors
+        of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        inputs = *map(_at, (gradient.contiguous(), query, key, value, out, lse)), None
+        shape = _shape(query, key, query_starts, key_starts, ctx.scale)
+        gradients = map(_at, (of_query, of_key, of_value))
+        _library().attention_backward(*inputs, *shape, *gradients)  # type: ignore[union-attr]
+        return of_query, of_key, of_value, None, None, None
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor | None,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The result, and for every row the log of its sum of exponentials, [T, H]."""
+    out, lse = torch.empty_like(query), query.new_empty(query.shape[:2])
+    inputs = *map(_at, (query, key, value)), None if slots is None else _at(slots)
+    shape = _shape(query, key, query_starts, key_starts, scale)
+    _library().attention_forward(*inputs, *shape, _at(out), _at(lse))  # type: ignore[union-attr]
+    return out, lse
+
+
+def _shape(query: Tensor, key: Tensor, query_starts: Tensor, key_starts: Tensor, scale: float) -> tuple[Any, ...]:
+    sizes = len(query_starts) - 1, query.shape[1], key.shape[1], query.shape[2]
+    return _at(query_starts), _at(key_starts), *map(c_int64, sizes), c_float(scale)
+
+
+def _at(tensor: Tensor) -> c_void_p:
+    return c_void_p(tensor.data_ptr())
+
+
+@cache
+def _library() -> CDLL | None:
+    if not LIBRARY.is_file() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return None
+    return CDLL(str(LIBRARY))
