@@ -27,7 +27,7 @@ install() {
     .venv/bin/python -m pip --quiet --disable-pip-version-check install --no-input --no-compile "$@"
 }
 
-wanted=$(cat "$lock" pyproject.toml <(pwd) | sha256sum)
+wanted=$(cat "$lock" pyproject.toml CMakeLists.txt kernels/* <(pwd) | sha256sum)
 if [[ -f $stamp && $(<"$stamp") == "$wanted" && -x .venv/bin/python ]]; then
     exit 0
 fi
@@ -45,5 +45,8 @@ if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
 fi
 # Compiled here on every core, where pip would use one; left to the first run, each of its processes would do it again.
 .venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
+kernels=miles_spmd/invariant/cpu_kernels.so
+rm -f "$kernels" # of other sources, perhaps
 install --no-deps --no-build-isolation --editable . || fail "the project itself could not be installed"
+[[ -f $kernels ]] || echo "setup: the CPU kernels could not be compiled (is there a C++ compiler?); torch does their work, slower"
 echo "$wanted" >"$stamp"
