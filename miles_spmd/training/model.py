@@ -42,6 +42,12 @@ class PackedModel(GPTModel):
             return hidden
         return self._score(hidden, batch, scoring)
 
+    def _set_attention_backend(self) -> None:
+        """Megatron's way to tell Transformer Engine, in environment variables, and an error where another model of this
+        process has set them otherwise. The local layers have an attention of their own."""
+        if self.config.transformer_impl == "transformer_engine":
+            super()._set_attention_backend()
+
     def _set_rotary(self, batch: PackedBatch) -> None:
         """The angles by which queries and keys are turned, once for all layers (and chunks)."""
         sequences = batch.sequences
