@@ -15,13 +15,28 @@ from miles_spmd.config import (  # noqa: F401  (register themselves)
     parity_rules,
 )
 from miles_spmd.config.backends import BackendMissingError, backend_fields
-from miles_spmd.config.rules import CONTRADICTIONS, DOUBTS, FILES, Rule, checkpoint_shape
+from miles_spmd.config.rules import CONTRADICTIONS, DOUBTS, FILES, PARITY, Rule, checkpoint_shape
 from miles_spmd.config.schema import Config, Table
 
 
 def contradictions(config: Config, *, world_size: int | None = None, ignore: Collection[str] = ()) -> list[str]:
     """Why this configuration cannot run. ``ignore`` names leaves that are known to be faulty."""
-    return _apply(CONTRADICTIONS, config, world_size, ignore)
+    found = _apply(CONTRADICTIONS, config, world_size, ignore)
+    if config.determinism.parity == "bitwise" and "parity" not in ignore:
+        found += _apply(PARITY, config, world_size, ignore)
+    return found
+
+
+def decide_parity(config: Config, capabilities: Collection[str] | None) -> tuple[Config, list[str]]:
+    """``config`` with "bitwise" or "off" in the place of "auto", and the reasons why it is off. What was not asked for
+    ends no run: a mismatch is a warning then. ``capabilities``: of the GPUs that will be used; None: not known."""
+    if config.determinism.parity != "auto":
+        return config, []
+    reasons = _apply(PARITY, config, None, (), capabilities)
+    decided = (
+        {"parity": "off"} if reasons else {"parity": "bitwise", "parity_gate": config.determinism.parity_gate or "warn"}
+    )
+    return config.model_copy(update={"determinism": config.determinism.model_copy(update=decided)}), reasons
 
 
 def doubts(config: Config) -> list[str]:
@@ -34,13 +49,21 @@ def missing_files(config: Config, *, ignore: Collection[str] = ()) -> list[str]:
     return _apply(FILES, config, None, ignore)
 
 
-def _apply(rules: list[Rule], config: Config, world_size: int | None, ignore: Collection[str]) -> list[str]:
+def _apply(
+    rules: list[Rule],
+    config: Config,
+    world_size: int | None,
+    ignore: Collection[str],
+    capabilities: Collection[str] | None = None,
+) -> list[str]:
     values = {name: value for name, value in settings(config).items() if name not in ignore}
     if world_size is not None:
         values |= _sides(world_size, values.get("rollout_num_gpus"))
     shape = None if "hf_checkpoint" in ignore else checkpoint_shape(config.model.hf_checkpoint)
     if shape is not None:
         values["shape"] = shape
+    if capabilities is not None:
+        values["capabilities"] = frozenset(capabilities)
     messages: list[str] = []
     for rule in rules:
         names = inspect.signature(rule).parameters

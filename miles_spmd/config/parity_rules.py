@@ -1,21 +1,37 @@
-"""Rules about runs in which engine and trainer are to give a token the same log-prob, to the bit."""
+"""What stands in the way of an engine and a trainer that give a token the same log-prob, to the bit."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from miles_spmd.config.rules import CONTRADICTIONS, rule
+from miles_spmd.config.rules import CONTRADICTIONS, PARITY, rule
 
 MOST_RANKS = 2  # whose sum has but one order
-VECTOR = (
-    32  # numbers that a CPU computes at a time, to whose multiple SGLang rounds each rank's part of an MLP up there
-)
+VECTOR = 32  # numbers that a CPU takes at a time: SGLang rounds each rank's part of an MLP up to a multiple there
+CAPABILITY = "9.0"  # of GPUs that have FlashAttention 3
 
 
-@rule(CONTRADICTIONS)
+@rule(PARITY)
+def _something_to_compare(mode: str) -> Iterator[str]:
+    if mode != "rl":
+        yield f"run.mode: parity is of tokens that an engine generates and a trainer learns from; {mode!r} has none"
+
+
+@rule(PARITY)
+def _same_bits_in_any_batch(dtype: str, capabilities: frozenset[str]) -> Iterator[str]:
+    device, wanted = ("GPU", "bfloat16") if capabilities else ("CPU", "float32")
+    if dtype != wanted:
+        yield f"model.dtype: parity needs {wanted!r} on a {device}; products in {dtype!r} depend on the batch there"
+    for other in sorted(capabilities - {CAPABILITY}):
+        yield (
+            f"determinism.parity: must be 'off' on GPUs of compute capability {other}; the attention that both sides "
+            f"use needs {CAPABILITY}"
+        )
+
+
+@rule(PARITY)
 def _same_engine(
-    parity: str,
     engine: str,
     attention_backend: str | None,
     kv_cache_dtype: str,
@@ -25,18 +41,16 @@ def _same_engine(
     enable_fp32_lm_head: bool,
     rl_on_policy_target: str | None,
 ) -> Iterator[str]:
-    if parity != "bitwise":
-        return
     if engine != "sglang":
-        yield f"rollout.engine: parity = 'bitwise' needs 'sglang'; {engine!r} has operations of its own"
+        yield f"rollout.engine: parity needs 'sglang'; {engine!r} has operations of its own"
     if attention_backend not in (None, "fa3", "torch_native"):
         yield (
-            f"sglang.attention_backend: parity = 'bitwise' needs 'fa3', its default; {attention_backend!r} adds up in "
+            f"sglang.attention_backend: parity needs 'fa3', its default; {attention_backend!r} adds up in "
             "another order where it decodes than where it reads"
         )
     if kv_cache_dtype != "auto":
         yield (
-            f"sglang.kv_cache_dtype: parity = 'bitwise' needs 'auto'; {kv_cache_dtype!r} rounds keys and values, which "
+            f"sglang.kv_cache_dtype: parity needs 'auto'; {kv_cache_dtype!r} rounds keys and values, which "
             "the trainer does not"
         )
     for name, value in (
@@ -47,57 +61,45 @@ def _same_engine(
         ("rl_on_policy_target", rl_on_policy_target),
     ):
         if value:
-            yield f"sglang.{name}: parity = 'bitwise' cannot hold; the trainer multiplies in another way"
+            yield f"sglang.{name}: parity cannot hold; the trainer multiplies in another way"
 
 
-@rule(CONTRADICTIONS)
+@rule(PARITY)
 def _same_trainer(
-    parity: str,
     transformer_impl: str,
     bias_activation_fusion: bool,
     fp32_residual_connection: bool,
-    shape: dict[str, Any],
 ) -> Iterator[str]:
-    if parity != "bitwise":
-        return
     if transformer_impl != "local":
-        yield f"megatron.transformer_impl: parity = 'bitwise' needs 'local'; {transformer_impl!r} has its own kernels"
+        yield f"megatron.transformer_impl: parity needs 'local'; {transformer_impl!r} has its own kernels"
     for name, value in (
         ("bias_activation_fusion", bias_activation_fusion),
         ("fp32_residual_connection", fp32_residual_connection),
     ):
         if value:
-            yield f"megatron.{name}: must be false with parity = 'bitwise'; the engine rounds in other places"
-    if shape.get("num_experts") or shape.get("num_local_experts"):
-        yield (
-            "determinism.parity: must be 'off' for a model with experts; trainer and engine each choose them, and add "
-            "them up in another order"
-        )
+            yield f"megatron.{name}: must be false for parity; the engine rounds in other places"
 
 
-@rule(CONTRADICTIONS)
+@rule(PARITY)
 def _same_cut(
-    parity: str,
     tensor_model_parallel_size: int,
     tp_size: int,
     context_parallel_size: int,
     dtype: str,
     shape: dict[str, Any],
 ) -> Iterator[str]:
-    if parity != "bitwise":
-        return
     if tp_size != tensor_model_parallel_size:
         yield (
-            f"sglang.tp_size: parity = 'bitwise' needs the trainer's tensor_model_parallel_size "
+            f"sglang.tp_size: parity needs the trainer's tensor_model_parallel_size "
             f"{tensor_model_parallel_size}, not {tp_size}; sums over the hidden dimension are cut otherwise"
         )
     if tensor_model_parallel_size > MOST_RANKS:
         yield (
-            f"megatron.tensor_model_parallel_size: parity = 'bitwise' holds up to {MOST_RANKS}; over more ranks engine "
+            f"megatron.tensor_model_parallel_size: parity holds up to {MOST_RANKS}; over more ranks engine "
             "and trainer add up in orders of their own"
         )
     if context_parallel_size > 1:
-        yield "megatron.context_parallel_size: must be 1 with parity = 'bitwise'; for more it was not shown to hold"
+        yield "megatron.context_parallel_size: must be 1 for parity; for more it was not shown to hold"
     width, unit = shape.get("intermediate_size", 0), VECTOR * tensor_model_parallel_size
     if dtype == "float32" and width % unit:
         yield (
@@ -106,24 +108,26 @@ def _same_cut(
         )
 
 
-@rule(CONTRADICTIONS)
-def _same_distribution(parity: str, rollout_top_p: float, rollout_top_k: int) -> Iterator[str]:
-    if parity != "bitwise":
-        return
+@rule(PARITY)
+def _same_distribution(rollout_top_p: float, rollout_top_k: int) -> Iterator[str]:
     for name, value, cuts in (
         ("top_p", rollout_top_p, rollout_top_p < 1),
         ("top_k", rollout_top_k, rollout_top_k > 1),
     ):
         if cuts:
             yield (
-                f"rollout.rollout_{name}: parity = 'bitwise' needs the whole vocabulary; what {value} keeps of it "
+                f"rollout.rollout_{name}: parity needs the whole vocabulary; what {value} keeps of it "
                 "engine and trainer find in two ways"
             )
 
 
+@rule(PARITY)
+def _no_budget(mismatch_budget: dict[str, float]) -> Iterator[str]:
+    if mismatch_budget:
+        yield "determinism.mismatch_budget: with parity nothing may differ; leave it out"
+
+
 @rule(CONTRADICTIONS)
-def _budget(parity: str, parity_gate: str, mismatch_budget: dict[str, float]) -> Iterator[str]:
-    if parity == "bitwise" and mismatch_budget:
-        yield "determinism.mismatch_budget: with parity = 'bitwise' nothing may differ; leave it out"
-    elif parity_gate == "mask" and mismatch_budget and "max" not in mismatch_budget:
+def _budget_of_a_mask(parity: str, parity_gate: str | None, mismatch_budget: dict[str, float]) -> Iterator[str]:
+    if parity != "bitwise" and parity_gate == "mask" and mismatch_budget and "max" not in mismatch_budget:
         yield "determinism.mismatch_budget: parity_gate = 'mask' needs `max`, beyond which a token is masked"

@@ -1,9 +1,9 @@
-"""What settings may not say together, one small function per rule: algorithm_rules, layout_rules, machine_rules.
+"""What settings may not say together, one small function per rule: algorithm_rules, layout_rules, parity_rules, ...
 
 A rule's parameters are leaf names of our tables or keys of `[megatron]` and `[sglang]` (leaf names are unique), or
 ``shape`` (the checkpoint's config.json), or ``world_size`` and how much of it trains and generates, ``trainer_ranks``
-and ``engine_ranks``. A rule is left out when one of them is unknown or faulty. It yields messages that begin with the
-setting to change.
+and ``engine_ranks``, or ``capabilities`` (compute capabilities of the GPUs here, "9.0"; none on a CPU). A rule is left
+out when one of them is unknown or faulty. It yields messages that begin with the setting to change.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 Rule = Callable[..., Iterator[str]]
 CONTRADICTIONS: list[Rule] = []  # why a configuration cannot run
+PARITY: list[Rule] = []  # why engine and trainer cannot give a token the same log-prob to the bit
 DOUBTS: list[Rule] = []  # what is allowed but probably not meant
 FILES: list[Rule] = []  # what is not there
 

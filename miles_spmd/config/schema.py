@@ -310,11 +310,13 @@ class Determinism(Table):
     ledger_data_gib: NonNegativeFloat = 4.0
     """Beside it keep tokens, log-probs, rewards and advantages of the newest steps, up to so much: by them `diff` finds
     the token and `replay --phase train` does without generating. 0: none."""
-    parity: Literal["off", "bitwise"] = "off"
-    """`bitwise`: engine and trainer compute log-probs by the same batch-invariant kernels, so that they are equal."""
-    parity_gate: Literal["warn", "mask", "stop"] = "stop"
-    """What happens when engine and trainer differ by more than is allowed, which with `bitwise` is nothing: a warning;
-    the tokens are not trained on, which takes a forward pass beforehand; the run ends and says where first."""
+    parity: Literal["auto", "bitwise", "off"] = "auto"
+    """`bitwise`: engine and trainer compute log-probs by the same batch-invariant kernels, so that they are equal; what
+    stands in the way of that is an error. `auto`: the same where nothing does, else `off`, and the log says why."""
+    parity_gate: Literal["warn", "mask", "stop"] | None = None
+    """What happens when engine and trainer differ by more than is allowed, which with `bitwise` is nothing: a warning,
+    once; the tokens are not trained on, which takes a forward pass beforehand; the run ends and says where first.
+    Default: `stop`, and `warn` where `auto` has chosen."""
     mismatch_budget: dict[Literal["mean", "p999", "max", "k3"], PositiveFloat] = {}
     """How far log-probs of engine and trainer may be apart without `bitwise`, by what is measured of a step: mean,
     99.9th percentile and maximum of the difference, and k3 of the KL divergence. It depends on model and dtype."""

@@ -31,9 +31,10 @@ class Parity:
     """Compares log-probs of tokens whose weights engine and trainer share, and does what ``parity_gate`` says."""
 
     def __init__(self, settings: Determinism) -> None:
-        self._exact, self._gate = settings.parity == "bitwise", settings.parity_gate
+        self._exact, self._gate = settings.parity == "bitwise", settings.parity_gate or "stop"
         self._budget = settings.mismatch_budget
         self._sample_of: dict[int, Sample] = {}
+        self._warned = False
 
     def expect(self, samples: Sequence[Sample], sequences: Sequence[TrainSequence]) -> None:
         """The samples of this step, and their sequences, of which any may be checked later."""
@@ -50,6 +51,7 @@ class Parity:
         gaps = [_gap(sequence, own) for sequence, own in zip(sequences, log_probs, strict=True)]
         differing = sum(int(np.count_nonzero(gap)) for gap in gaps)
         metrics = {
+            "parity/tokens": float(_trained(sequences)),
             "parity/mismatches": float(differing),
             "parity/max_abs_diff": max(float(gap.max(initial=0.0)) for gap in gaps),
         }
@@ -62,7 +64,9 @@ class Parity:
     def _react(self, what: str, sequences: Sequence[TrainSequence], gaps: Arrays, allowed: float) -> None:
         if self._gate == "stop":
             raise ParityError(what)
-        log.warning(what)
+        if not self._warned:
+            log.warning("%s (said once; the metrics parity/* count on)", what)
+            self._warned = True
         if self._gate == "mask":
             for sequence, gap in zip(sequences, gaps, strict=True):
                 sequence.loss_weights = np.where(gap > allowed, 0, sequence.loss_weights).astype(np.float32)
@@ -88,7 +92,7 @@ class Parity:
         number = next(i for i, gap in enumerate(largest) if gap > 0) if self._exact else int(np.argmax(largest))
         place = int(np.flatnonzero(gaps[number])[0] if self._exact else np.argmax(gaps[number]))
         sequence, sample = sequences[number], self._sample_of[id(sequences[number])]
-        differing, tokens = sum(map(np.count_nonzero, gaps)), sum(int((s.loss_weights != 0).sum()) for s in sequences)
+        differing, tokens = sum(map(np.count_nonzero, gaps)), _trained(sequences)
         budget = "".join(
             f"; {name} is {found[BUDGETED[name]]:.3g}, allowed {limit:.3g}" for name, limit in over.items()
         )
@@ -99,6 +103,10 @@ class Parity:
             f"engine {sequence.rollout_log_probs[place]:.9g}, trainer {log_probs[number][place]:.9g}; "  # type: ignore[index]
             "`miles-spmd bisect` names the operator"
         )
+
+
+def _trained(sequences: Sequence[TrainSequence]) -> int:
+    return sum(int(np.count_nonzero(sequence.loss_weights)) for sequence in sequences)
 
 
 def _gap(sequence: TrainSequence, log_probs: np.ndarray) -> np.ndarray:

@@ -34,6 +34,7 @@ class Gpu(msgspec.Struct, frozen=True):
     name: str
     memory_gib: float
     driver: str
+    capability: str = ""  # for computing, "9.0"
 
 
 class Environment(msgspec.Struct, frozen=True):
@@ -79,13 +80,13 @@ def gpus() -> list[Gpu]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible == "" or shutil.which("nvidia-smi") is None:
         return []
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version,compute_cap", "--format=csv,noheader,nounits"]
     query += ["-i", visible] if visible else []
     done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
         return []
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
-    return [Gpu(name, round(float(memory) / 1024, 1), driver) for name, memory, driver in rows]
+    return [Gpu(name, round(float(memory) / 1024, 1), driver, cap) for name, memory, driver, cap in rows]
 
 
 def write_environment(run_dir: Path) -> None:

@@ -75,17 +75,18 @@ EXACT = "parity=bitwise"
         (f"{TE} megatron.fp8=hybrid megatron.fp8_dot_product_attention=true", "must be false; attention"),
         (f"{TE} megatron.fp8=hybrid", "128 must divide the model's"),
         ("sglang.tp_size=4", "engines of 4 ranks do not divide the 2 that generate"),
-        (f"{EXACT} engine=torch", "rollout.engine: parity = 'bitwise' needs 'sglang'"),
-        (f"{EXACT} sglang.attention_backend=triton", "sglang.attention_backend: parity = 'bitwise' needs 'fa3'"),
+        (f"{EXACT} engine=torch", "rollout.engine: parity needs 'sglang'"),
+        (f"{EXACT} sglang.attention_backend=triton", "sglang.attention_backend: parity needs 'fa3'"),
         (f"{EXACT} sglang.kv_cache_dtype=fp8_e4m3", "'fp8_e4m3' rounds keys and values"),
-        (f"{EXACT} sglang.enable_fp32_lm_head=true", "sglang.enable_fp32_lm_head: parity = 'bitwise' cannot hold"),
-        (f"{EXACT} {TE}", "megatron.transformer_impl: parity = 'bitwise' needs 'local'"),
+        (f"{EXACT} sglang.enable_fp32_lm_head=true", "sglang.enable_fp32_lm_head: parity cannot hold"),
+        (f"{EXACT} {TE}", "megatron.transformer_impl: parity needs 'local'"),
         (f"{EXACT} megatron.bias_activation_fusion=true", "megatron.bias_activation_fusion: must be false"),
         (f"{EXACT} sglang.tp_size=2", "needs the trainer's tensor_model_parallel_size 1, not 2"),
         (f"{EXACT} megatron.context_parallel_size=2", "megatron.context_parallel_size: must be 1"),
-        (f"{EXACT} rollout_top_p=0.9", "rollout.rollout_top_p: parity = 'bitwise' needs the whole vocabulary"),
-        (f"{EXACT} rollout_top_k=50", "rollout.rollout_top_k: parity = 'bitwise' needs the whole vocabulary"),
+        (f"{EXACT} rollout_top_p=0.9", "rollout.rollout_top_p: parity needs the whole vocabulary"),
+        (f"{EXACT} rollout_top_k=50", "rollout.rollout_top_k: parity needs the whole vocabulary"),
         (f"{EXACT} mismatch_budget={{max=0.1}}", "nothing may differ; leave it out"),
+        (f"{EXACT} mode=sft", "run.mode: parity is of tokens that an engine generates"),
         ("parity_gate=mask mismatch_budget={mean=0.1}", "needs `max`, beyond which"),
         ("use_wandb=true", "the package wandb is not installed"),
     ],
@@ -108,6 +109,47 @@ def test_parity_names_every_reason_at_once(recipe: Path) -> None:  # noqa: F811
         "determinism.parity",
         "rollout.rollout_top_p",
     ]
+
+
+HOPPER, CPU = {"9.0"}, set[str]()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "capabilities", "reasons"),
+    [
+        ([], HOPPER, []),
+        ([], None, []),
+        ([], CPU, ["model.dtype"]),
+        (["dtype=float32"], CPU, []),
+        (["dtype=float32"], HOPPER, ["model.dtype"]),
+        ([], {"9.0", "8.0"}, ["determinism.parity"]),
+        (["mode=sft"], HOPPER, ["run.mode"]),
+        (["engine=torch", "rollout_top_p=0.9"], HOPPER, ["rollout.engine", "rollout.rollout_top_p"]),
+        (["sglang.tp_size=2"], HOPPER, ["sglang.tp_size"]),
+        (["mismatch_budget={max=0.5}"], HOPPER, ["determinism.mismatch_budget"]),
+    ],
+)
+def test_parity_is_on_where_nothing_objects(
+    recipe: Path,  # noqa: F811
+    overrides: list[str],
+    capabilities: set[str] | None,
+    reasons: list[str],
+) -> None:
+    config = load_config(recipe, overrides, world_size=2)
+    assert config.determinism.parity == "auto"
+    decided, found = checks.decide_parity(config, capabilities)
+    assert decided.determinism.parity == ("off" if reasons else "bitwise")
+    assert [reason.split(":")[0] for reason in found] == reasons
+    assert decided.model_copy(update={"determinism": config.determinism}) == config
+
+
+def test_what_parity_was_asked_for_decides_what_a_mismatch_does(recipe: Path) -> None:  # noqa: F811
+    def gate(*overrides: str) -> str | None:
+        return checks.decide_parity(load_config(recipe, overrides), HOPPER)[0].determinism.parity_gate
+
+    assert gate() == "warn"
+    assert gate("parity_gate=mask") == "mask"
+    assert gate(EXACT) is None  # which stops the run
 
 
 def test_layouts_against_the_model(recipe: Path) -> None:  # noqa: F811
@@ -155,8 +197,9 @@ def test_doubts_do_not_stop_a_run(recipe: Path) -> None:  # noqa: F811
 
 def test_every_rule_reads_settings_that_exist(recipe: Path) -> None:  # noqa: F811
     """A misspelt parameter would silently switch a rule off."""
-    known = {*checks.settings(load_config(recipe)), "shape", "world_size", "trainer_ranks", "engine_ranks"}
-    everything = [*rules.CONTRADICTIONS, *rules.DOUBTS, *rules.FILES]
+    of_machine = {"shape", "world_size", "trainer_ranks", "engine_ranks", "capabilities"}
+    known = {*checks.settings(load_config(recipe)), *of_machine}
+    everything = [*rules.CONTRADICTIONS, *rules.PARITY, *rules.DOUBTS, *rules.FILES]
     assert len(everything) > 15
     for rule in everything:
         assert set(inspect.signature(rule).parameters) <= known, rule.__name__

@@ -32,6 +32,7 @@ def check(trainer: list[list[float]] = TRAINER, **settings: Any) -> tuple[dict[s
 
 def test_every_bit_counts() -> None:
     metrics, _ = check()
+    assert metrics["parity/tokens"] == 6
     assert metrics["parity/mismatches"] == 2
     assert metrics["parity/max_abs_diff"] == 0.5
     assert check(ENGINE)[0]["parity/mismatches"] == 0
