@@ -198,11 +198,11 @@ def _source_digest() -> str:
 
 
 def _environment(run_dir: Path, ranks: int) -> dict[str, Any]:
-    """As `environment.json` has it, without what differs between machines alike."""
+    """As `environment.json` has it, without what differs between machines alike, and each kind of GPU once."""
     found = read_environment(run_dir)
     if found is None:
         return {"ranks": ranks}
-    names = {"gpus": [gpu.name for gpu in found.gpus], "python": found.python, "cpu": found.cpu}
+    names = {"gpus": sorted({gpu.name for gpu in found.gpus}), "python": found.python, "cpu": found.cpu}
     return {"ranks": ranks, **names, "packages": found.packages}
 
 

@@ -14,14 +14,34 @@ from miles_spmd.determinism.entries import Digests, Samples, Saved, Step, Update
 from miles_spmd.determinism.record import Record
 
 MAX_NAMES = 4  # of tensors that differ
+LAYOUT = {  # what decides where and in which pieces the same work is done
+    "ranks",
+    "max_tokens_per_gpu",
+    "offload_train",
+    "offload_rollout",
+    "rollout_num_gpus",
+    "tp_size",
+    "ep_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "num_layers_per_virtual_pipeline_stage",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "sequence_parallel",
+    "use_distributed_optimizer",
+}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """``conditions``: settings, code and machines that are not the same. ``difference``: the first one between what was
-    computed, "" where there is none. Values of the two runs stand left and right of a bar."""
+    """``conditions``: settings, code and machines that are not the same; ``layout``: those that only say how work was
+    cut. ``difference``: the first one between what was computed, "" where there is none. Values of the two runs stand
+    left and right of a bar."""
 
     conditions: list[str]
+    layout: list[str]
     steps: list[int]  # that both have
     difference: str
 
@@ -37,8 +57,10 @@ def compare(a: Record, b: Record, steps: Sequence[int] | None = None, phase: str
     if not common:
         raise LedgerError(f"{a.folder} and {b.folder} have no step in common")
     first = common[0]
-    conditions = list(_conditions(a, b, first))
-    return Comparison(conditions, common, next(_differences(a, b, common, phase), ""))
+    conditions, layout = list[str](), list[str]()
+    for name, values in _conditions(a, b, first):
+        (layout if name.rpartition(".")[2] in LAYOUT else conditions).append(f"{name}: {values}")
+    return Comparison(conditions, layout, common, next(_differences(a, b, common, phase), ""))
 
 
 def _differences(a: Record, b: Record, steps: Sequence[int], phase: str | None) -> Iterator[str]:
@@ -61,18 +83,14 @@ def _differences(a: Record, b: Record, steps: Sequence[int], phase: str | None) 
 # --- what the runs ran under -----------------------------------------------------------------------------------------
 
 
-def _conditions(a: Record, b: Record, step: int) -> Iterator[str]:
+def _conditions(a: Record, b: Record, step: int) -> Iterator[tuple[str, str]]:
+    """Names, and the values on both sides."""
     one, other = a.context(step), b.context(step)
-    ours, theirs = _flat(one.config), _flat(other.config)
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            yield f"{name}: {ours.get(name)!r} | {theirs.get(name)!r}"
-    if one.code != other.code:
-        yield f"code of miles_spmd: {one.code[:12]} | {other.code[:12]}"
-    ours, theirs = _flat(one.environment), _flat(other.environment)
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            yield f"{name}: {ours.get(name)} | {theirs.get(name)}"
+    sides = [_flat({**side.config, "code of miles_spmd": side.code[:12], **side.environment}) for side in (one, other)]
+    for name in dict.fromkeys([*sides[0], *sides[1]]):
+        values = [side.get(name) for side in sides]
+        if values[0] != values[1]:
+            yield name, " | ".join(map(repr, values))
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

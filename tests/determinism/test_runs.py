@@ -53,6 +53,25 @@ def test_two_runs_are_equal(ranks: Ranks, recipe: Recipe, first: Path) -> None:
     assert len({s.answers for s in samples}) == len({u.weights for s in record.steps.values() for u in s.updates}) / 2
 
 
+def test_ranks_and_packing_change_no_bit(ranks: Ranks, recipe: Recipe) -> None:
+    """On 1, 2 and 4 ranks, each with an engine, in micro-batches of other sizes."""
+    leaves, few = "train.reduction_leaves=4", "run.num_rollout=2"
+    alone, *others = (
+        train(ranks, recipe.config(f"on_{size}", leaves, few, f"train.max_tokens_per_gpu={8192 // size}"), size)
+        for size in (1, 2, 4)
+    )
+    for size, folder in zip((2, 4), others):
+        found = against(alone, folder)
+        assert found.equal, found.difference
+        assert found.conditions == []
+        assert found.layout == [f"train.max_tokens_per_gpu: 8192 | {8192 // size}", f"ranks: 1 | {size}"]
+
+
+def test_without_leaves_they_do(ranks: Ranks, recipe: Recipe) -> None:
+    alone, two = (train(ranks, recipe.config(f"plain_{n}", "run.num_rollout=1"), n) for n in (1, 2))
+    assert against(alone, two).difference.startswith("step 0, train: update 0 (actor): train/entropy_loss 6.2314")
+
+
 @pytest.mark.parametrize("phase", [None, "rollout", "train"])
 @pytest.mark.parametrize("step", range(STEPS))
 def test_replay_of_any_step(ranks: Ranks, first: Path, step: int, phase: str | None) -> None:
@@ -117,8 +136,8 @@ def test_a_bit_of_a_weight(ranks: Ranks, recipe: Recipe, first: Path, tmp_path: 
     one_bit(model / "model.safetensors", name)
     found = against(first, train(ranks, recipe.config("bit", f"model.hf_checkpoint={model}", "run.num_rollout=1")))
     assert found.conditions == [
-        f"model.hf_checkpoint: {str(recipe.model)!r} | {str(model)!r}",
         "run.num_rollout: 4 | 1",
+        f"model.hf_checkpoint: {str(recipe.model)!r} | {str(model)!r}",
     ]
     assert found.difference.startswith(f"before step 0: weights of the actor: 1 of 24 tensors differ: {name}; digests")
 
