@@ -15,12 +15,15 @@ from typing import Any
 from sglang.srt.layers.activation import SiluAndMul
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.logits_processor import LogitsProcessor
-from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput, StandardDispatchOutput
+from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK
+from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, UnquantizedLinearMethod
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.layers.utils import MultiPlatformOp
 from sglang.srt.model_executor.model_runner import ModelRunner
 from torch import Tensor
 
+from miles_spmd.invariant import experts
 from miles_spmd.invariant.linear import linear
 from miles_spmd.invariant.norm import add_rms_norm, rms_norm
 from miles_spmd.invariant.rotary import rotate
@@ -53,6 +56,10 @@ def _shared(layer: MultiPlatformOp) -> Callable[..., Any]:
         return partial(_norm, layer)
     if type(layer) is SiluAndMul:
         return swiglu
+    if type(layer) is TopK:
+        return partial(_choose, layer)
+    if type(layer) is UnquantizedFusedMoEMethod:
+        return _mix
     return partial(_rotate, layer) if isinstance(layer, RotaryEmbedding) else _dispatch(layer)
 
 
@@ -77,3 +84,16 @@ def _linear(method: UnquantizedLinearMethod, layer: Any, x: Tensor, bias: Tensor
 
 def _lm_head(processor: LogitsProcessor, hidden: Tensor, head: Any, *_: Any) -> Tensor:
     return linear(hidden, head.weight)
+
+
+def _choose(layer: TopK, hidden_states: Tensor, router_logits: Tensor, **_: Any) -> StandardTopKOutput:
+    config = layer.topk_config
+    weights, chosen = experts.choose(router_logits.float(), config.top_k, not config.renormalize)
+    return StandardTopKOutput(weights, chosen, router_logits)
+
+
+def _mix(layer: Any, dispatch_output: StandardDispatchOutput) -> StandardCombineInput:
+    """Of the experts that this rank has."""
+    weights, chosen, _ = dispatch_output.topk_output
+    mixed = experts.mix(dispatch_output.hidden_states, chosen, weights, layer.w13_weight, layer.w2_weight)
+    return StandardCombineInput(mixed)

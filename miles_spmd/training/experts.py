@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +16,19 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
-from miles_spmd.training.expert_kernels import gather_sum, swiglu, swiglu_backward
+from miles_spmd.invariant.expert_kernels import gather_sum, swiglu, swiglu_backward
+from miles_spmd.invariant.experts import Groups, grouped, has_kernel
+from miles_spmd.training.invariant_layers import multiply
 
 ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
-ALIGNED = 8  # elements: a multiple of 16 bytes, of which grouped kernels want rows to be
 
 
 class Router(TopKRouter):
     """Logits in the model's dtype unless ``moe_router_dtype`` says otherwise; probabilities in fp32, as in engines."""
 
     def gating(self, hidden: Tensor) -> Tensor:
+        if self.config.batch_invariant_mode:
+            return multiply(hidden, self.weight, None, False, False, False, None, None).float()
         dtype = ROUTER_DTYPES.get(self.config.moe_router_dtype, hidden.dtype)
         return F.linear(hidden.to(dtype), self.weight.to(dtype)).float()
 
@@ -70,30 +73,23 @@ class Experts(MegatronModule):
         }
 
 
-class Groups(NamedTuple):
-    """How many of the rows each expert has; and where its last one ends, int32, where the rows are."""
-
-    counts: list[int]
-    ends: Tensor
-
-
 class ExpertsFunction(torch.autograd.Function):
     """``down(swiglu(gate_up(rows)) * weights)``. Keeps the wider activations only; the others are made again."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, groups: Groups) -> Tensor:
-        wide = _grouped(rows, gate_up.flatten(1, 2).mT, groups)
+        wide = grouped(rows, gate_up.flatten(1, 2).mT, groups)
         ctx.save_for_backward(rows, weights, gate_up, down, wide)
         ctx.groups = groups
-        return _grouped(swiglu(wide, weights), down.mT, groups)
+        return grouped(swiglu(wide, weights), down.mT, groups)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         rows, weights, gate_up, down, wide = ctx.saved_tensors
         gradient, groups = gradient.contiguous(), ctx.groups
-        grad_wide, grad_weights, inner = swiglu_backward(wide, weights, _grouped(gradient, down, groups))
+        grad_wide, grad_weights, inner = swiglu_backward(wide, weights, grouped(gradient, down, groups))
         return (
-            _grouped(grad_wide, gate_up.flatten(1, 2), groups),
+            grouped(grad_wide, gate_up.flatten(1, 2), groups),
             grad_weights,
             _grouped_outer(grad_wide, rows, groups).view_as(gate_up),
             _grouped_outer(gradient, inner, groups),
@@ -101,28 +97,14 @@ class ExpertsFunction(torch.autograd.Function):
         )
 
 
-def _grouped(rows: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
-    """Each group's rows times its matrix: [rows, out] from [rows, in] and [groups, in, out]."""
-    if _has_kernel(rows, *matrices.shape[1:]):
-        return F.grouped_mm(rows, matrices, offs=groups.ends)
-    out = rows.new_empty(len(rows), matrices.shape[2])
-    for part, matrix, place in zip(rows.split(groups.counts), matrices, out.split(groups.counts)):
-        torch.mm(part, matrix, out=place)
-    return out
-
-
 def _grouped_outer(left: Tensor, right: Tensor, groups: Groups) -> Tensor:
     """Each group's ``left.T @ right``: [groups, a, b] from [rows, a] and [rows, b]; zeros where it has no rows."""
-    if _has_kernel(left, left.shape[1], right.shape[1]):
+    if has_kernel(left, left.shape[1], right.shape[1]):
         return F.grouped_mm(left.T, right, offs=groups.ends)
     out = left.new_empty(len(groups.counts), left.shape[1], right.shape[1])
     for a, b, place in zip(left.split(groups.counts), right.split(groups.counts), out):
         torch.mm(a.T, b, out=place)
     return out
-
-
-def _has_kernel(rows: Tensor, *sizes: int) -> bool:
-    return rows.is_cuda and rows.dtype is torch.bfloat16 and len(rows) > 0 and not any(s % ALIGNED for s in sizes)
 
 
 class Dispatcher(MoEAlltoAllTokenDispatcher):

@@ -68,7 +68,7 @@ class _Linear(LinearWithGradAccumulationAndAsyncCommunication):
         return linear(gather_from_sequence_parallel_region(x, group=tp_group) if sequence_parallel else x, weight, bias)
 
 
-def _multiply(
+def multiply(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -87,9 +87,9 @@ def _multiply(
 
 class InvariantColumnParallelLinear(ColumnParallelLinear):
     def _forward_impl(self, *args: Any, **kwargs: Any) -> Tensor:
-        return _multiply(*args, **kwargs)
+        return multiply(*args, **kwargs)
 
 
 class InvariantRowParallelLinear(RowParallelLinear):
     def _forward_impl(self, *args: Any, **kwargs: Any) -> Tensor:
-        return _multiply(*args, **kwargs)
+        return multiply(*args, **kwargs)

@@ -39,9 +39,11 @@ class Comparison:
 
 
 def checkpoint(folder: Path, name: str) -> Path:
-    """The tiny model ``name``, with an MLP of the width that a CPU engine does not round up."""
+    """The tiny model ``name``, with MLPs of widths that a CPU engine does not round up."""
     prefix, changes = tiny.CONFIGS[name]
     shape = tiny.COMMON | changes | {"intermediate_size": 64}
+    if "moe_intermediate_size" in shape:
+        shape |= {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4}
     torch.manual_seed(0)
     model = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**shape))
     model.save_pretrained(folder)

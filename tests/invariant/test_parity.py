@@ -11,7 +11,7 @@ import pytest
 from miles_spmd.config.schema import Config
 from tests.invariant.side_by_side import PROMPTS, SAMPLES, checkpoint, train_and_compare
 from tests.ranks import Ranks
-from tests.training.cases import PP2, SP, TP2
+from tests.training.cases import EP2, PP2, SP, TP2
 
 STEPS, PROMPT, ANSWER = 20, 5, 12
 DECODED = sum(ANSWER * (SAMPLES + s) // SAMPLES for s in range(SAMPLES)) * PROMPTS  # of one step
@@ -43,7 +43,7 @@ def compare(
     assert [(of_rank.mismatches, of_rank.largest) for of_rank in found] == [(0, 0.0)] * world_size
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen3-tied", "qwen2", "llama"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-tied", "qwen2", "llama", "qwen3_moe"])
 def test_families(ranks: Ranks, tmp_path: Path, name: str) -> None:
     compare(ranks, tmp_path, name)
 
@@ -51,6 +51,12 @@ def test_families(ranks: Ranks, tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("layout", [{}, PP2, TP2, TP2 | SP], ids=["DP2", "PP2", "TP2", "TP2+SP"])
 def test_layouts(ranks: Ranks, tmp_path: Path, layout: dict[str, Any]) -> None:
     compare(ranks, tmp_path, "qwen3", 2, layout, steps=5)
+
+
+@pytest.mark.parametrize("layout", [{}, PP2, EP2], ids=["DP2", "PP2", "EP2"])
+def test_layouts_of_experts(ranks: Ranks, tmp_path: Path, layout: dict[str, Any]) -> None:
+    """Each rank's engine has them all."""
+    compare(ranks, tmp_path, "qwen3_moe", 2, layout, steps=5)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 24])

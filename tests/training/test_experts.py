@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miles_spmd.training.expert_kernels import gather_sum
-from miles_spmd.training.experts import ExpertsFunction, Groups
+from miles_spmd.invariant.expert_kernels import gather_sum
+from miles_spmd.invariant.experts import Groups
+from miles_spmd.training.experts import ExpertsFunction
 
 COUNTS = [3, 0, 17, 1, 40, 0]  # rows of each expert
 HIDDEN, WIDTH = 64, 48

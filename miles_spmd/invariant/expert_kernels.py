@@ -45,12 +45,12 @@ def swiglu_backward(gate_up: Tensor, weights: Tensor, gradient: Tensor) -> tuple
 
 def gather_sum(rows: Tensor, places: Tensor) -> Tensor:
     """The sum of ``rows[places[t, 0]], rows[places[t, 1]], ...`` for every t, added up in this order: [T, width] from
-    [rows, width] and int64 [T, k]."""
+    [rows, width] and int64 [T, k]. Places below 0 are left out."""
     count, k = places.shape
     if not rows.is_cuda:
-        total = rows.index_select(0, places[:, 0]).float()
-        for i in range(1, k):
-            total += rows.index_select(0, places[:, i])
+        total = rows.new_zeros((count, rows.shape[1]), dtype=torch.float32)
+        for place in places.T:
+            total += rows.index_select(0, place.clamp(min=0)).where((place >= 0)[:, None], 0)
         return total.to(rows.dtype)
     width = rows.shape[1]
     out = rows.new_empty(count, width)
@@ -99,5 +99,5 @@ def _gather_sum(rows, places, out, width, K: tl.constexpr, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.float32)
     for i in tl.static_range(K):
         place = tl.load(places + token * K + i)
-        total += tl.load(rows + place * width + column, mask=inside, other=0.0).to(tl.float32)
+        total += tl.load(rows + place * width + column, mask=inside & (place >= 0), other=0.0).to(tl.float32)
     tl.store(out + token * width + column, total, mask=inside)

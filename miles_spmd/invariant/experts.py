@@ -1,0 +1,77 @@
+"""Mixtures of experts: which experts a token has, their products, and the sum of what they say.
+
+A token's result depends on its own row and on nothing else: neither on how many rows an expert has, nor on where they
+stand among them; and what its experts say is added up in the order of their numbers. Where engine and trainer agree on
+what comes before a router, they agree on its choice, which therefore need not be recorded and replayed.
+
+T tokens, each with k of E experts, have T k rows. These come sorted by expert, then by token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from miles_spmd.invariant.expert_kernels import gather_sum, swiglu
+from miles_spmd.invariant.linear import linear
+
+ALIGNED = 8  # elements: a multiple of 16 bytes, of which grouped kernels want rows to be
+
+
+class Groups(NamedTuple):
+    """How many of the rows each expert has; and where its last one ends, int32, where the rows are."""
+
+    counts: list[int]
+    ends: Tensor
+
+
+def choose(logits: Tensor, k: int, softmax_first: bool) -> tuple[Tensor, Tensor]:
+    """The k most likely experts of every token by ascending number, int64 [T, k], and their weights, fp32 [T, k]: their
+    probabilities (``softmax_first``), or the softmax of their logits, fp32 [T, E]. As Megatron's
+    ``topk_routing_with_score_function``."""
+    if softmax_first:
+        weights, experts = logits.softmax(-1).topk(k, dim=1)
+    else:
+        scores, experts = logits.topk(k, dim=1)
+        weights = scores.softmax(-1)
+    experts, order = experts.sort(dim=1)
+    return weights.gather(1, order), experts
+
+
+def mix(hidden: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """A layer without gradients: [T, H] from [T, H], experts [T, k], fp32 [T, k], [E, 2 F, H] and [E, H, F].
+
+    An expert below 0 is one of another rank, whose part of the sum is left out.
+    """
+    k, flat = experts.shape[1], experts.flatten()
+    owners, order = torch.where(flat < 0, len(down), flat).sort(stable=True)  # the absent ones last
+    rows = torch.arange(len(order), device=order.device)
+    places = torch.empty_like(order).scatter_(0, order, rows).where(flat >= 0, -1).view_as(experts)
+    numbers = torch.arange(len(down), dtype=owners.dtype, device=owners.device)
+    ends = torch.searchsorted(owners, numbers, right=True, out_int32=True)
+    unseen = has_kernel(hidden, *down.shape[1:])  # counts on the host, for which a CUDA graph could not wait
+    groups = Groups([] if unseen else ends.diff(prepend=ends.new_zeros(1)).tolist(), ends)
+    wide = grouped(hidden.index_select(0, order // k), gate_up.mT, groups)
+    return gather_sum(grouped(swiglu(wide, weights.flatten()[order]), down.mT, groups), places)
+
+
+def grouped(rows: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
+    """Each group's rows times its matrix: [rows, out] from [rows, in] and [groups, in, out]. What rows there are behind
+    the last group's are left as they happen to be."""
+    if has_kernel(rows, *matrices.shape[1:]):
+        return F.grouped_mm(rows, matrices, offs=groups.ends)
+    out = rows.new_empty(len(rows), matrices.shape[2])
+    start = 0
+    for count, matrix in zip(groups.counts, matrices):
+        if count:
+            out[start : start + count] = linear(rows[start : start + count], matrix.mT)
+        start += count
+    return out
+
+
+def has_kernel(rows: Tensor, *sizes: int) -> bool:
+    """Whether torch has one kernel for products of groups of such rows, which on a GPU is batch invariant."""
+    return rows.is_cuda and rows.dtype is torch.bfloat16 and len(rows) > 0 and not any(s % ALIGNED for s in sizes)
