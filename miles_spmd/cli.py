@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, TextIO
 
@@ -59,7 +60,7 @@ def export(
     recipe = checkpoint.absolute().parents[1] / "config.toml"
     if not recipe.is_file():
         launcher.fail(f"{checkpoint} is no checkpoint of a run: there is no {recipe}")
-    no_engines = ["sglang.tp_size=1", "rollout.rollout_num_gpus=0"]
+    no_engines = ["sglang.tp_size=1", "rollout.rollout_num_gpus=0", "determinism.parity=off"]
     fixed = [f"checkpoint.load={checkpoint}", f"checkpoint.export_dir={out}", *no_engines]
     _start("export", recipe, [*(overrides or []), *fixed], nproc_per_node or _smallest_world(recipe, overrides or []))
 
@@ -172,7 +173,11 @@ def _say(comparison: Comparison, terminal: TextIO | None = None) -> int:
     """The exit status of what was found."""
     for condition in comparison.conditions:
         typer.echo(f"differs: {condition}", terminal)
-    found = "no difference" if comparison.equal else f"first difference: {comparison.difference}"
+    for condition in comparison.layout:
+        typer.echo(f"layout: {condition}", terminal)
+    found = f"first difference: {comparison.difference}"
+    if comparison.equal:
+        found = "no difference, except for the layout" if comparison.layout else "no difference"
     typer.echo(f"steps {comparison.steps[0]} to {comparison.steps[-1]}: {found}", terminal)
     return 0 if comparison.equal else 1
 
@@ -199,7 +204,7 @@ def _start(task: str, recipe: Path, overrides: list[str], nproc: int | None, dry
     is_rank, world_size = launcher.ranks(nproc)
     config = _load(recipe, overrides, world_size, check_files=task != "export")
     if dry_run:
-        _plan(config, world_size, None)
+        _plan(config, world_size, None, here=True)
     elif is_rank:
         _be_a_rank(config, task)
     else:
@@ -225,11 +230,12 @@ def _be_a_rank(config: Config, task: str) -> NoReturn:
 def _run_as_rank(config: Config, task: str, replay: Replay | None = None) -> int:
     """The exit status."""
     from miles_spmd.config.load import dump_config
-    from miles_spmd.telemetry.environment import write_environment
+    from miles_spmd.telemetry.environment import gpus, write_environment
     from miles_spmd.worker.main import main as worker
 
+    config, notes = _decide(config, {gpu.capability for gpu in gpus()})
     if os.environ["RANK"] == "0":
-        _print_doubts(config)
+        _print_notes(notes)
         if task != "export":
             config.run_dir.mkdir(parents=True, exist_ok=True)
             (config.run_dir / "config.toml").write_text(dump_config(config))
@@ -259,19 +265,31 @@ def _load(recipe: Path, overrides: list[str], world_size: int | None, *, check_f
         launcher.fail(str(error), code=2)
 
 
-def _print_doubts(config: Config) -> None:
-    from miles_spmd.config.checks import doubts
+def _decide(config: Config, capabilities: Collection[str] | None) -> tuple[Config, list[str]]:
+    """What "auto" stands for with these GPUs (None: not known), and what a user should be told of the settings."""
+    from miles_spmd.config.checks import decide_parity, doubts
 
-    for doubt in doubts(config):
-        typer.echo(f"miles-spmd: note: {doubt}", err=True)
+    decided, reasons = decide_parity(config, capabilities)
+    if config.run.mode != "rl":  # nobody misses it
+        reasons = []
+    return decided, [*doubts(config), *(f"determinism.parity is off: {reason}" for reason in reasons)]
 
 
-def _plan(config: Config, world_size: int, device_memory: float | None) -> None:
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        typer.echo(f"miles-spmd: note: {note}", err=True)
+
+
+def _plan(config: Config, world_size: int, device_memory: float | None, *, here: bool = False) -> None:
+    """Of a run on a machine like this one if ``here``, else of one on GPUs that this machine need not have."""
     from miles_spmd.planning.plan import describe_plan
     from miles_spmd.telemetry.environment import gpus
 
-    _print_doubts(config)
-    device_memory = device_memory or min((gpu.memory_gib for gpu in gpus()), default=None)
+    devices = gpus()
+    capabilities = {gpu.capability for gpu in devices}
+    config, notes = _decide(config, capabilities if capabilities or here else None)
+    _print_notes(notes)
+    device_memory = device_memory or min((gpu.memory_gib for gpu in devices), default=None)
     try:
         typer.echo(describe_plan(config, world_size, device_memory))
     except (FileNotFoundError, ValueError) as error:
