@@ -1,10 +1,13 @@
-"""Two runs at once, in each other's way, are equal in every entry of their ledgers; and a replay is equal to them."""
+"""Runs at once, in each other's way, are equal in every entry of their ledgers, on as many GPUs or on more; and a
+replay is equal to them."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ STEPS = 5
 COMMAND = [sys.executable, "-m", "miles_spmd"]
 TP2 = ["megatron.tensor_model_parallel_size=2", "megatron.sequence_parallel=true", "sglang.tp_size=2"]
 ZERO = ["megatron.use_distributed_optimizer=true"]
+DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(machine.COUNT)))).split(",")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,28 @@ def test_two_runs_are_equal(
         run_together([["replay", str(tmp_path / "a"), "--step", str(STEPS - 1), "--nproc-per-node=1"]])
 
 
+@machine.needs(2)
+def test_ranks_and_packing_change_no_bit(assets: Path, tmp_path: Path) -> None:
+    """On 1, 2 and 4 GPUs, as many as there are, all at once."""
+    own = [*settings(assets, tmp_path, "fa3", "bfloat16"), "train.reduction_leaves=8"]
+    sizes = [size for size in (1, 2, 4) if size <= machine.COUNT]
+    commands = [
+        ["train", str(GRPO), f"run.name=on_{n}", f"--nproc-per-node={n}", f"train.max_tokens_per_gpu={8192 // n}", *own]
+        for n in sizes
+    ]
+    run_together(commands, [DEVICES[-size:] for size in sizes])
+    alone, *others = (verify(tmp_path / f"on_{size}") for size in sizes)
+    assert len(alone.steps) == STEPS
+    assert sum(step.samples.dropped for step in alone.steps.values() if step.samples) > 0
+    assert len({update.weights for step in alone.steps.values() for update in step.updates}) == 2 * STEPS
+    for other in others:
+        comparison = compare(alone, other)
+        assert comparison.equal, comparison.difference
+        assert not comparison.conditions
+    last = alone.steps[STEPS - 1].updates[-1]
+    machine.measured(f"ledgers on {sizes} GPUs are equal", {"last norm": last.grad_norm, "last loss": last.sums})
+
+
 @machine.needs(1)
 def test_the_gradient_is_that_of_any_run(assets: Path, tmp_path: Path) -> None:
     """Other kernels compute the same: one optimizer step on the same answers, in fp32."""
@@ -64,7 +90,9 @@ def test_the_gradient_is_that_of_any_run(assets: Path, tmp_path: Path) -> None:
     names: dict[str, list[str]] = {"deterministic": [], "plain": ["determinism.deterministic=false"]}
     run_together([["train", str(GRPO), f"run.name={name}", *plain, *more] for name, more in names.items()])
     a, b = (read_record(tmp_path / name).steps[0] for name in names)
-    assert a.samples == b.samples
+    assert a.samples is not None
+    assert b.samples is not None
+    assert a.samples.answers == b.samples.answers
     norms = [run.updates[0].grad_norm for run in (a, b)]
     machine.measured("gradient norm, deterministic and plain", dict(zip(names, norms)))
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
@@ -98,11 +126,17 @@ def last_seconds(metrics: dict[int, dict[str, float]]) -> dict[str, float]:
     return {name: value for name, value in metrics[STEPS].items() if name.startswith("perf/") and "time" in name}
 
 
-def run_together(commands: list[list[str]]) -> None:
-    """All of them must succeed."""
+def run_together(commands: Sequence[Sequence[str]], devices: Sequence[Sequence[str]] | None = None) -> None:
+    """All of them must succeed. ``devices``: for each, those that it may use; default: all."""
     running = [
-        subprocess.Popen([*COMMAND, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for command in commands
+        subprocess.Popen(
+            [*COMMAND, *command],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(own)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for command, own in zip(commands, devices or [DEVICES] * len(commands), strict=True)
     ]
     outputs = [process.communicate(timeout=280)[0] for process in running]
     assert [process.returncode for process in running] == [0] * len(running), json.dumps(outputs)[-6000:]
