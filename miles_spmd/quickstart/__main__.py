@@ -47,6 +47,8 @@ def main() -> None:
     (root / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"quickstart: report {write_report(root)}")
     print(f"quickstart: model {grpo.run_dir / 'export'}")
+    differing, compared = summary["parity_mismatches"], summary["parity_tokens"]
+    print(f"quickstart: engine and trainer disagree about {differing:,.0f} of {compared:,.0f} tokens")
     before, after = summary["accuracy_before"], summary["accuracy_after"]
     print(f"quickstart: held-out accuracy {before:.2f} -> {after:.2f} in {train_seconds:.0f} s")
 
@@ -70,6 +72,8 @@ def summarize(sft: Stage, grpo: Stage) -> dict[str, float]:
         "accuracy_after": scores[-1][1],
         "steps": grpo.done,
         "warmup_steps": sft.done,
+        "parity_tokens": sum(value for _, value in grpo.series("parity/tokens")),
+        "parity_mismatches": sum(value for _, value in grpo.series("parity/mismatches")),
         "rollout_train_logprob_max_abs_diff": max(differences),
         "refit_checksum_mismatches": sum(mismatches),
     }

@@ -110,6 +110,11 @@ def headline(stages: list[Stage]) -> list[Number]:
     if differences:
         note = "largest difference of a token's log-prob, all steps"
         numbers.append(Number("Engine against trainer", f"{max(differences):.1e}", note))
+    compared = [v for s in stages for _, v in s.series("parity/tokens")]
+    if compared:
+        differing = [v for s in stages for _, v in s.series("parity/mismatches")]
+        note = f"of {sum(compared):,.0f} that were compared, to the last bit"
+        numbers.append(Number("Tokens with two log-probs", f"{sum(differing):,.0f}", note))
     mismatches = [v for s in stages for _, v in s.series("refit/checksum_mismatches")]
     if mismatches:
         numbers.append(Number("Refit checksum mismatches", f"{sum(mismatches):.0f}", f"in {len(mismatches)} refits"))

@@ -40,18 +40,22 @@ def test_quickstart_leaves_what_it_promises(tmp_path: Path) -> None:
         "train_seconds",
         "install_seconds",
         "steps",
+        "parity_tokens",
+        "parity_mismatches",
         "rollout_train_logprob_max_abs_diff",
         "refit_checksum_mismatches",
     }
     assert (summary["steps"], summary["warmup_steps"], summary["install_seconds"]) == (3, 25, 12.3)
-    assert 0 < summary["rollout_train_logprob_max_abs_diff"] < 1e-4
+    assert summary["parity_tokens"] > 3 * 8 * 8  # of three rollouts of 8 prompts x 8 answers of a few tokens
+    assert summary["parity_mismatches"] == summary["rollout_train_logprob_max_abs_diff"] == 0
     assert summary["refit_checksum_mismatches"] == 0
     scores = [
         json.loads(line).get("eval/heldout") for line in (root / "grpo" / "metrics.jsonl").read_text().splitlines()
     ]
     assert scores[0] == summary["accuracy_before"]
     assert scores[-1] == summary["accuracy_after"]
-    last = done.stdout.splitlines()[-1]
+    agreement, last = done.stdout.splitlines()[-2:]
+    assert agreement == f"quickstart: engine and trainer disagree about 0 of {summary['parity_tokens']:,.0f} tokens"
     said = re.fullmatch(r"quickstart: held-out accuracy (\S+) -> (\S+) in (\d+) s", last)
     assert said, last
     assert said.groups() == (

@@ -34,6 +34,8 @@ def step_metrics(step: int) -> dict[str, float]:
         "train/grad_norm": 1.5,
         "train/train_rollout_logprob_abs_diff": 2e-7,
         "train/train_rollout_logprob_abs_diff_max": 3e-6,
+        "parity/tokens": 768.0,
+        "parity/mismatches": 2.0,
         "refit/checksum_mismatches": 0.0,
         "perf/rollout_time": 0.6,
         "perf/train_time": 0.5,

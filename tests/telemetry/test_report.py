@@ -128,4 +128,5 @@ def test_headline_numbers(two_stages: Path) -> None:
     numbers = {number.label: (number.value, number.note) for number in headline(read_stages(two_stages))}
     assert numbers["Time"] == ("0:47", "0:14 + 0:33")
     assert numbers["Refit checksum mismatches"] == ("0", "in 25 refits")
+    assert numbers["Tokens with two log-probs"] == ("50", "of 19,200 that were compared, to the last bit")
     assert numbers["Reward of the last step"] == ("0.8", "first step 0.325")
