@@ -11,7 +11,8 @@ from miles_spmd.models import Family, load_family
 from miles_spmd.planning.cache import needed_tokens
 from miles_spmd.planning.layout import Groups, ParallelLayout
 from miles_spmd.planning.memory import STATIC_FRACTION, MemoryEstimate, estimate_memory
-from miles_spmd.planning.release import GIB, Release, planned_release
+from miles_spmd.planning.release import CONTEXT, GIB, Release, peaks, planned_release
+from miles_spmd.planning.remedies import remedies
 
 MAX_RANKS = 16  # listed one by one
 GIVEN_UP = {
@@ -155,22 +156,27 @@ def _memory(config: Config, layout: ParallelLayout, m: MemoryEstimate, device_gi
 
 def _fit(config: Config, layout: ParallelLayout, m: MemoryEstimate, device_gib: float) -> Iterator[str]:
     s, device, where = settings(config), int(device_gib * GIB), f"the {device_gib:g} GiB of a device"
-    if m.training > device:
-        yield f"  does not fit: training needs more than {where}"
-    room = s["max_total_tokens"] or m.kv_tokens(device, s["mem_fraction_static"] or STATIC_FRACTION)
+    room = s["max_total_tokens"] or m.kv_tokens(device - CONTEXT, s["mem_fraction_static"] or STATIC_FRACTION)
     needed = needed_tokens(config, len(layout.engine_ranks))
     tokens = min(room, needed or room)
-    longest = (config.data.rollout_max_prompt_len or 0) + config.rollout.rollout_max_response_len
-    if not tokens:
-        yield f"  does not fit: no room for a KV cache in {where}"
-        return
     size = tokens * m.kv_bytes_per_token
-    enough = (
-        "all that its requests can fill" if tokens == needed else f"{tokens / longest:,.4g} of the longest sequences"
+    if tokens:
+        longest = (config.data.rollout_max_prompt_len or 0) + config.rollout.rollout_max_response_len
+        enough = tokens == needed
+        of = "all that its requests can fill" if enough else f"{tokens / longest:,.4g} of the longest sequences"
+        yield f"  KV cache: {tokens:,} tokens, {of}; {size / GIB:.4g} GiB"
+    else:
+        yield f"  does not fit: no room for a KV cache in {where}. {remedies(config, 'generating')}"
+    release = planned_release(config, m, size, device)
+    if m.colocated:
+        yield f"  while the trainer works the engine gives up: {GIVEN_UP[release]}"
+    training, generating = peaks(m, size, release)
+    yield (
+        f"  at most, with {CONTEXT / GIB:g} for CUDA and NCCL: {training / GIB:.4g} while training, "
+        f"{generating / GIB:.4g} while generating"
     )
-    yield f"  KV cache: {tokens:,} tokens, {enough}; {size / GIB:.4g} GiB"
-    if not config.rollout.rollout_num_gpus:
-        yield f"  while the trainer works the engine gives up: {GIVEN_UP[planned_release(config, m, size, device)]}"
+    if training > device:
+        yield f"  does not fit: training needs more than {where}. {remedies(config, 'training')}"
 
 
 def _gib(size: int) -> str:

@@ -47,3 +47,10 @@ def planned_release(config: Config, plan: MemoryEstimate, kv_cache: int, device:
     """What is likely to be chosen for an engine with ``kv_cache`` bytes of cache on a device of ``device`` bytes."""
     room = device - CONTEXT - plan.trainer - plan.engine_weights - kv_cache
     return choose_release(config, with_margin(plan.working, config.train.memory_allowance), room, kv_cache)
+
+
+def peaks(plan: MemoryEstimate, kv_cache: int, release: Release) -> tuple[int, int]:
+    """Bytes of a device in use at most: while the trainer works, while the engine does."""
+    kept = {Release.NOTHING: plan.engine_weights + kv_cache, Release.KV_CACHE: plan.engine_weights, Release.ALL: 0}
+    beside = kept[release] if plan.colocated else 0
+    return CONTEXT + plan.trainer + plan.working + beside, CONTEXT + plan.generating + kv_cache

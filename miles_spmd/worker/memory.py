@@ -19,10 +19,10 @@ from miles_spmd.models import load_family
 from miles_spmd.planning.layout import ParallelLayout
 from miles_spmd.planning.memory import estimate_memory
 from miles_spmd.planning.release import GIB, ORDER, SPARE, Release, choose_release, with_margin
+from miles_spmd.planning.remedies import remedies
 from miles_spmd.platform import memory
 from miles_spmd.platform.memory import Reading
 from miles_spmd.rollout.engine import EngineMemory
-from miles_spmd.worker.remedies import remedies
 
 Holders = Mapping[str, int]  # bytes
 NOTHING = EngineMemory(0, 0)

@@ -16,7 +16,7 @@ from miles_spmd.models.random import SHAPES
 from miles_spmd.planning.cache import needed_tokens
 from miles_spmd.planning.layout import ParallelLayout
 from miles_spmd.planning.memory import estimate_memory
-from miles_spmd.planning.release import GIB, Release, choose_release, planned_release, with_margin
+from miles_spmd.planning.release import GIB, Release, choose_release, peaks, planned_release, with_margin
 from tests.models import tiny
 from tests.ranks import Ranks
 from tests.training.cases import config, held, sequences
@@ -118,6 +118,7 @@ def test_a_small_device_takes_more_of_the_engine(device: int, release: str) -> N
     run = of_shape("absent", train={"max_tokens_per_gpu": 16384})
     plan = estimate_memory(run, load_family(SHAPES["qwen3-1.7b"]), ParallelLayout.of(run, 1))
     assert planned_release(run, plan, 40 * GIB, device * GIB) == release
+    assert peaks(plan, 40 * GIB, Release(release))[0] < device * GIB
     forced = of_shape("absent", rollout={"offload_rollout": "all"})
     assert planned_release(forced, plan, 40 * GIB, device * GIB) is Release.ALL
 

@@ -19,6 +19,7 @@ def remedies(config: Config, doing: Phase | str) -> str:
     states.append(f"raise megatron.tensor_model_parallel_size ({s['tensor_model_parallel_size']})")
     engine = [f"lower sglang.{name} ({s[name]})" for name in ("mem_fraction_static", "max_total_tokens") if s[name]]
     engine = engine or ["set sglang.max_total_tokens or mem_fraction_static"]
+    cut = [f"raise sglang.tp_size ({s['tp_size']})"]
     colocated = not config.rollout.rollout_num_gpus
     gives_way = ['set rollout.offload_rollout="all"'] if colocated and config.rollout.offload_rollout != "all" else []
     moves_out = ["set train.offload_train=true"] if colocated and not config.train.offload_train else []
@@ -31,8 +32,10 @@ def remedies(config: Config, doing: Phase | str) -> str:
             wanted = [*activations, *gives_way, *states]
         case Phase.ROLLOUT:
             wanted = [*batches, *engine, *moves_out]
-        case Phase.REFIT | "generating":
-            wanted = [*engine, *moves_out, f"raise sglang.tp_size ({s['tp_size']})", *states]
+        case Phase.REFIT:
+            wanted = [*engine, *moves_out, *cut, *states]
+        case "generating":
+            wanted = [*moves_out, *cut, *states]
         case _:
             wanted = [*states, *engine, *moves_out]
     return f"What helps: {'; '.join(wanted)}"
