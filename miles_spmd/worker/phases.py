@@ -2,8 +2,8 @@
 
 - train, log-probs: the trainer is resident; the engine gives up what it has to for that: nothing, its cache and graphs,
   or its weights, too
-- refit: the engine's weights are resumed and given the trainer's values; the trainer moves out, all but its weights, if
-  the run says so; cache and graphs are resumed
+- refit: the trainer moves out, all but its weights, if the run says so; the engine's weights are resumed and given the
+  trainer's values; cache and graphs are resumed
 - rollout: the engine is resident, with the weights of the last refit
 """
 
@@ -76,6 +76,7 @@ class EngineTurns:
 
     def refit(self, version: int) -> RefitResult:
         """Raises RefitError when a checksum differs."""
+        self._move_trainer_out()
         if self._released is Release.ALL:
             with self._watch("resume_weights"):
                 self.engine.resume_weights()
@@ -97,12 +98,15 @@ class EngineTurns:
         self._ledger.note("rollout_retries", retries)
         self._ledger.record("rollout")
 
+    def _move_trainer_out(self) -> None:
+        if self._offloads and not self._roles.away:
+            with self._watch("offload"):
+                self._roles.move_out()
+            self._ledger.record("trainer moved out")
+
     def _resume(self) -> None:
         if not self._resident:
-            if self._offloads:
-                with self._watch("offload"):
-                    self._roles.move_out()
-                self._ledger.record("trainer moved out")
+            self._move_trainer_out()
             if self._released is not Release.NOTHING:
                 with self._watch("resume"):
                     self.engine.resume()
