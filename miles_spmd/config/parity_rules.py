@@ -19,10 +19,12 @@ def _something_to_compare(mode: str) -> Iterator[str]:
 
 
 @rule(PARITY)
-def _same_bits_in_any_batch(dtype: str, capabilities: frozenset[str]) -> Iterator[str]:
+def _same_bits_in_any_batch(dtype: str, attention_backend: str | None, capabilities: frozenset[str]) -> Iterator[str]:
     device, wanted = ("GPU", "bfloat16") if capabilities else ("CPU", "float32")
     if dtype != wanted:
         yield f"model.dtype: parity needs {wanted!r} on a {device}; products in {dtype!r} depend on the batch there"
+    if capabilities and attention_backend == "torch_native":
+        yield "sglang.attention_backend: parity needs 'fa3' on a GPU, its default"
     for other in sorted(capabilities - {CAPABILITY}):
         yield (
             f"determinism.parity: must be 'off' on GPUs of compute capability {other}; the attention that both sides "
@@ -31,37 +33,56 @@ def _same_bits_in_any_batch(dtype: str, capabilities: frozenset[str]) -> Iterato
 
 
 @rule(PARITY)
+def _same_attention(
+    attention_backend: str | None,
+    prefill_attention_backend: str | None,
+    decode_attention_backend: str | None,
+    kv_cache_dtype: str,
+) -> Iterator[str]:
+    for name, backend in (
+        ("attention_backend", attention_backend),
+        ("prefill_attention_backend", prefill_attention_backend),
+        ("decode_attention_backend", decode_attention_backend),
+    ):
+        if backend not in (None, "fa3", "torch_native"):
+            yield (
+                f"sglang.{name}: parity needs 'fa3', its default; {backend!r} adds up in another order where it "
+                "decodes than where it reads"
+            )
+    if kv_cache_dtype != "auto":
+        yield (
+            f"sglang.kv_cache_dtype: parity needs 'auto'; {kv_cache_dtype!r} rounds keys and values, which the trainer "
+            "does not"
+        )
+
+
+@rule(PARITY)
 def _same_engine(
     engine: str,
-    attention_backend: str | None,
-    kv_cache_dtype: str,
+    model_impl: str,
     quantization: str | None,
     enable_lora: bool | None,
     enable_torch_compile: bool,
     enable_fp32_lm_head: bool,
+    enable_fused_qk_norm_rope: bool,
+    enable_quant_communications: bool,
     rl_on_policy_target: str | None,
 ) -> Iterator[str]:
     if engine != "sglang":
         yield f"rollout.engine: parity needs 'sglang'; {engine!r} has operations of its own"
-    if attention_backend not in (None, "fa3", "torch_native"):
-        yield (
-            f"sglang.attention_backend: parity needs 'fa3', its default; {attention_backend!r} adds up in "
-            "another order where it decodes than where it reads"
-        )
-    if kv_cache_dtype != "auto":
-        yield (
-            f"sglang.kv_cache_dtype: parity needs 'auto'; {kv_cache_dtype!r} rounds keys and values, which "
-            "the trainer does not"
-        )
+    if model_impl not in ("auto", "sglang"):
+        yield f"sglang.model_impl: parity needs 'auto'; the layers of {model_impl!r} are not the trainer's"
     for name, value in (
         ("quantization", quantization),
         ("enable_lora", enable_lora),
         ("enable_torch_compile", enable_torch_compile),
         ("enable_fp32_lm_head", enable_fp32_lm_head),
+        ("enable_fused_qk_norm_rope", enable_fused_qk_norm_rope),
+        ("enable_quant_communications", enable_quant_communications),
         ("rl_on_policy_target", rl_on_policy_target),
     ):
         if value:
-            yield f"sglang.{name}: parity cannot hold; the trainer multiplies in another way"
+            yield f"sglang.{name}: parity cannot hold; the trainer computes in another way"
 
 
 @rule(PARITY)
@@ -90,13 +111,13 @@ def _same_cut(
 ) -> Iterator[str]:
     if tp_size != tensor_model_parallel_size:
         yield (
-            f"sglang.tp_size: parity needs the trainer's tensor_model_parallel_size "
-            f"{tensor_model_parallel_size}, not {tp_size}; sums over the hidden dimension are cut otherwise"
+            f"sglang.tp_size: parity needs the trainer's tensor_model_parallel_size {tensor_model_parallel_size}, not "
+            f"{tp_size}; sums over the hidden dimension are cut otherwise"
         )
     if tensor_model_parallel_size > MOST_RANKS:
         yield (
-            f"megatron.tensor_model_parallel_size: parity holds up to {MOST_RANKS}; over more ranks engine "
-            "and trainer add up in orders of their own"
+            f"megatron.tensor_model_parallel_size: parity holds up to {MOST_RANKS}; over more ranks engine and trainer "
+            "add up in orders of their own"
         )
     if context_parallel_size > 1:
         yield "megatron.context_parallel_size: must be 1 for parity; for more it was not shown to hold"
@@ -116,8 +137,8 @@ def _same_distribution(rollout_top_p: float, rollout_top_k: int) -> Iterator[str
     ):
         if cuts:
             yield (
-                f"rollout.rollout_{name}: parity needs the whole vocabulary; what {value} keeps of it "
-                "engine and trainer find in two ways"
+                f"rollout.rollout_{name}: parity needs the whole vocabulary; what {value} keeps of it engine and "
+                "trainer find in two ways"
             )
 
 
