@@ -1,4 +1,4 @@
-"""What experts do beside products of matrices: their activation, and bringing rows back to the tokens they belong to.
+"""What experts do beside products of matrices: their activation, and bringing rows to experts and back to tokens.
 
 Each result depends on its own row alone and is added up in one order, in fp32: neither other rows nor another run
 change a bit of it. Triton on a GPU, the same formulas in torch elsewhere.
@@ -6,11 +6,38 @@ change a bit of it. Triton on a GPU, the same formulas in torch elsewhere.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+class Arranged(NamedTuple):
+    """T tokens with k of E experts: their T k rows by expert, then by token."""
+
+    tokens: Tensor  # int64 [T k], whose row it is
+    weights: Tensor  # fp32 [T k]
+    places: Tensor  # int64 [T, k], where a token's rows are; -1 where there is none
+    ends: Tensor  # int32 [E], behind the last row of each expert
+
+
+def arrange(experts: Tensor, weights: Tensor, count: int) -> Arranged:
+    """From int [T, k] and fp32 [T, k], of ``count`` experts. One below 0 is another rank's: what would be its row is
+    left as it happens to be, behind all others (a token and a weight there are valid, but of no meaning)."""
+    k, flat = experts.shape[1], experts.flatten()
+    if not flat.is_cuda:
+        owners, order = torch.where(flat < 0, count, flat).sort(stable=True)
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).where(flat >= 0, -1)
+        ends = torch.searchsorted(owners, torch.arange(count, dtype=owners.dtype), right=True, out_int32=True)
+        return Arranged(order // k, weights.flatten()[order], places.view_as(experts), ends)
+    tokens = torch.zeros_like(flat, dtype=torch.int64)
+    places = torch.full_like(experts, -1, dtype=torch.int64)
+    arranged = Arranged(tokens, torch.zeros_like(weights).view(-1), places, flat.new_empty(count, dtype=torch.int32))
+    _arrange[(count,)](flat, weights.contiguous(), *arranged, len(flat), K=k, BLOCK=1024)
+    return arranged
 
 
 def swiglu(gate_up: Tensor, weights: Tensor) -> Tensor:
@@ -58,6 +85,26 @@ def gather_sum(rows: Tensor, places: Tensor) -> Tensor:
         block = min(1024, triton.next_power_of_2(width))
         _gather_sum[(count, triton.cdiv(width, block))](rows, places, out, width, K=k, BLOCK=block)
     return out
+
+
+@triton.jit
+def _arrange(flat, weights, tokens, sorted_weights, places, ends, rows, K: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Every expert counts the rows before its own, then deals its own out."""
+    expert = tl.program_id(0)
+    offset = tl.arange(0, BLOCK)
+    place = 0
+    for start in range(0, rows, BLOCK):
+        other = tl.load(flat + start + offset, mask=start + offset < rows, other=-1)
+        place += tl.sum(((other >= 0) & (other < expert)).to(tl.int32))
+    for start in range(0, rows, BLOCK):
+        row = start + offset
+        own = (tl.load(flat + row, mask=row < rows, other=-1) == expert).to(tl.int32)
+        to = place + tl.cumsum(own) - own
+        tl.store(tokens + to, (row // K).to(tl.int64), mask=own != 0)
+        tl.store(sorted_weights + to, tl.load(weights + row, mask=own != 0), mask=own != 0)
+        tl.store(places + row, to.to(tl.int64), mask=own != 0)
+        place += tl.sum(own)
+    tl.store(ends + expert, place)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miles_spmd.invariant.expert_kernels import gather_sum, swiglu
+from miles_spmd.invariant.expert_kernels import arrange, gather_sum, swiglu
 from miles_spmd.invariant.linear import linear
 
 ALIGNED = 8  # elements: a multiple of 16 bytes, of which grouped kernels want rows to be
@@ -46,16 +46,12 @@ def mix(hidden: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down:
 
     An expert below 0 is one of another rank, whose part of the sum is left out.
     """
-    k, flat = experts.shape[1], experts.flatten()
-    owners, order = torch.where(flat < 0, len(down), flat).sort(stable=True)  # the absent ones last
-    rows = torch.arange(len(order), device=order.device)
-    places = torch.empty_like(order).scatter_(0, order, rows).where(flat >= 0, -1).view_as(experts)
-    numbers = torch.arange(len(down), dtype=owners.dtype, device=owners.device)
-    ends = torch.searchsorted(owners, numbers, right=True, out_int32=True)
+    by_expert = arrange(experts, weights, len(down))
     unseen = has_kernel(hidden, *down.shape[1:])  # counts on the host, for which a CUDA graph could not wait
-    groups = Groups([] if unseen else ends.diff(prepend=ends.new_zeros(1)).tolist(), ends)
-    wide = grouped(hidden.index_select(0, order // k), gate_up.mT, groups)
-    return gather_sum(grouped(swiglu(wide, weights.flatten()[order]), down.mT, groups), places)
+    counts = [] if unseen else by_expert.ends.diff(prepend=by_expert.ends.new_zeros(1)).tolist()
+    groups = Groups(counts, by_expert.ends)
+    wide = grouped(hidden.index_select(0, by_expert.tokens), gate_up.mT, groups)
+    return gather_sum(grouped(swiglu(wide, by_expert.weights), down.mT, groups), by_expert.places)
 
 
 def grouped(rows: Tensor, matrices: Tensor, groups: Groups) -> Tensor:

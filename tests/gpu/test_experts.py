@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.gpu.machine import needs
+from tests.invariant.test_experts import assert_arranged_as_by_a_loop, assert_mixed_as_by_a_loop
 from tests.training.test_experts import (
     COUNTS,
     assert_as_the_oracle,
@@ -29,3 +30,13 @@ def test_rows_depend_on_themselves_alone() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_collect_their_rows(dtype: torch.dtype) -> None:
     assert_tokens_collect_their_rows(dtype, "cuda")
+
+
+@pytest.mark.parametrize("tokens", [1, 700])
+def test_rows_are_arranged(tokens: int) -> None:
+    assert_arranged_as_by_a_loop(tokens, "cuda")
+
+
+@pytest.mark.parametrize("tokens", [2, 400])
+def test_mixtures(tokens: int) -> None:
+    assert_mixed_as_by_a_loop(tokens, torch.bfloat16, "cuda", 1e-2)

@@ -1,0 +1,72 @@
+"""Routing and mixtures against Megatron's function and a plain loop. ``tests/gpu`` runs the same on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+from torch import Tensor
+from torch.nn.functional import silu
+
+from miles_spmd.invariant.expert_kernels import arrange
+from miles_spmd.invariant.experts import choose, mix
+
+EXPERTS, HIDDEN, WIDTH = 16, 64, 32
+
+
+def chosen(tokens: int, k: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Logits with many ties, as bf16 routers have them; and whose experts and weights."""
+    logits = torch.randn(tokens, EXPERTS, generator=torch.Generator().manual_seed(tokens)).mul(4).round().to(device)
+    return choose(logits, k, softmax_first=False)
+
+
+def assert_arranged_as_by_a_loop(tokens: int, device: str) -> None:
+    """Of an engine's rank that has the first half of the experts."""
+    weights, experts = chosen(tokens, 4, device)
+    local = EXPERTS // 2
+    found = arrange(torch.where(experts < local, experts, -1), weights, local)
+    rows = [(e, t, i) for e in range(local) for t in range(tokens) for i in range(4) if experts[t, i] == e]
+    assert found.tokens[: len(rows)].tolist() == [t for _, t, _ in rows]
+    assert found.weights[: len(rows)].tolist() == [weights[t, i].item() for _, t, i in rows]
+    places = torch.full((tokens, 4), -1)
+    for place, (_, t, i) in enumerate(rows):
+        places[t, i] = place
+    assert torch.equal(found.places.cpu(), places)
+    assert found.ends.tolist() == [sum(e <= expert for e, _, _ in rows) for expert in range(local)]
+
+
+def assert_mixed_as_by_a_loop(tokens: int, dtype: torch.dtype, device: str, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, gate_up, down = (
+        torch.randn(shape, generator=generator).mul(shape[-1] ** -0.5).to(device, dtype)
+        for shape in ((tokens, HIDDEN), (EXPERTS, 2 * WIDTH, HIDDEN), (EXPERTS, HIDDEN, WIDTH))
+    )
+    weights, experts = chosen(tokens, 4, device)
+    found = mix(hidden, experts, weights, gate_up, down)
+    expected = torch.zeros(tokens, HIDDEN, dtype=torch.float64)
+    for t in range(tokens):
+        for expert, weight in zip(experts[t].tolist(), weights[t].tolist()):
+            gate, up = (gate_up[expert].double() @ hidden[t].double()).chunk(2)
+            expected[t] += (down[expert].double() @ (silu(gate) * up * weight)).cpu()
+    assert (found.double().cpu() - expected).norm() / expected.norm() < tolerance
+    some = slice(tokens // 3, tokens // 3 + 2)  # the same bits among fewer
+    assert torch.equal(mix(hidden[some], experts[some], weights[some], gate_up, down), found[some])
+
+
+@pytest.mark.parametrize("softmax_first", [False, True])
+def test_tokens_choose_as_the_trainers(softmax_first: bool) -> None:
+    logits = torch.randn(200, EXPERTS).mul(4).round()  # with ties
+    weights, experts = choose(logits, 4, softmax_first)
+    probabilities, mask = topk_routing_with_score_function(logits, 4, use_pre_softmax=softmax_first)
+    assert torch.equal(mask.nonzero()[:, 1].view(-1, 4), experts)
+    assert torch.equal(probabilities.gather(1, experts), weights)
+
+
+@pytest.mark.parametrize("tokens", [1, 50])
+def test_rows_are_arranged(tokens: int) -> None:
+    assert_arranged_as_by_a_loop(tokens, "cpu")
+
+
+@pytest.mark.parametrize("tokens", [2, 50])
+def test_mixtures(tokens: int) -> None:
+    assert_mixed_as_by_a_loop(tokens, torch.float32, "cpu", 1e-6)
