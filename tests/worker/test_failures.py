@@ -337,4 +337,4 @@ def test_a_missed_deadline_ends_the_run_with_stacks(launch: Launch) -> None:
     assert "do_deed (held.py:" in report  # where rank 1 is
     assert "rank 0 (" in report
     assert "do_deed" in (run.run_dir / "logs" / "rank-1.stacks").read_text()
-    assert "train_step" in (run.run_dir / "logs" / "rank-0.stacks").read_text()
+    assert "all_reduce" in (run.run_dir / "logs" / "rank-0.stacks").read_text()  # where it waits for rank 1
