@@ -12,6 +12,7 @@ from miles_spmd.config import (  # noqa: F401  (register themselves)
     determinism_rules,
     layout_rules,
     machine_rules,
+    parity_expert_rules,
     parity_rules,
 )
 from miles_spmd.config.backends import BackendMissingError, backend_fields

@@ -1,0 +1,49 @@
+"""What parity asks of a model with experts beside what it asks of all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from miles_spmd.config import checks
+from miles_spmd.config.load import load_config
+from tests.config.test_load import recipe  # noqa: F401  (a fixture)
+
+
+def reasons(recipe: Path, overrides: str, shape: dict[str, Any]) -> list[str]:  # noqa: F811
+    file = recipe.parent / "checkpoint" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | shape))
+    return checks.decide_parity(load_config(recipe, overrides.split(), world_size=2), {"9.0"})[1]
+
+
+EXPERTS = {"num_experts": 8, "moe_intermediate_size": 40}
+SP = "megatron.sequence_parallel=true"
+
+
+def test_nothing_objects_to_experts(recipe: Path) -> None:  # noqa: F811
+    assert reasons(recipe, "megatron.expert_model_parallel_size=2", EXPERTS) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("megatron.moe_router_dtype=fp32", "megatron.moe_router_dtype: leave it out"),
+        ("megatron.moe_router_topk_scaling_factor=2.5", "megatron.moe_router_topk_scaling_factor: leave it out"),
+        ("megatron.moe_expert_capacity_factor=1.0", "megatron.moe_expert_capacity_factor: leave it out"),
+        ("megatron.moe_router_load_balancing_type=sinkhorn", "load_balancing_type: leave it out"),
+        ("sglang.moe_runner_backend=triton_kernel", "sglang.moe_runner_backend: parity needs 'auto'"),
+        ("sglang.enable_eplb=true", "sglang.enable_eplb: parity needs False"),
+        ("sglang.tp_size=2", "sglang.tp_size: must be 1 for parity of a model with experts"),
+        (f"megatron.tensor_model_parallel_size=2 {SP}", "megatron.tensor_model_parallel_size: must be 1 for parity"),
+        ("dtype=float32", "a moe_intermediate_size of 40, which 32 does not divide"),
+    ],
+)
+def test_an_obstacle_is_named(recipe: Path, overrides: str, message: str) -> None:  # noqa: F811
+    assert any(message in reason for reason in reasons(recipe, overrides, EXPERTS))
+
+
+def test_they_are_none_to_a_dense_model(recipe: Path) -> None:  # noqa: F811
+    assert reasons(recipe, "megatron.moe_router_dtype=fp32 sglang.enable_eplb=true", {}) == []
