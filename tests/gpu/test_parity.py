@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
+import tomli_w
 
 from miles_spmd.bench.run import bench_config
+from miles_spmd.config.load import load_config
+from miles_spmd.telemetry.metrics import phase_times
 from tests.gpu.machine import measured, needs
+from tests.gpu.test_grpo import train
 from tests.invariant.side_by_side import train_and_compare
 from tests.ranks import Ranks
 
@@ -25,6 +31,7 @@ BOTH_TP2 = ["megatron.tensor_model_parallel_size=2", "sglang.tp_size=2"]
         pytest.param("random:qwen2.5-1.5b", 1, 96, [], marks=needs(1)),
         pytest.param("random:llama-3.2-1b", 1, 96, [], marks=needs(1)),
         pytest.param("random:qwen3-4b", 1, 48, LARGE, marks=needs(1)),
+        pytest.param("random:qwen3-30b-a3b/4", 1, 96, LARGE, marks=needs(1)),
         pytest.param("random:qwen3-0.6b", 2, 96, BOTH_TP2, marks=needs(2)),
         pytest.param("random:qwen3-0.6b", 2, 96, [*BOTH_TP2, "megatron.sequence_parallel=true"], marks=needs(2)),
     ],
@@ -38,3 +45,27 @@ def test_decoded_log_probs_are_the_trainers(
     assert found[0].tokens > 0
     assert all(norm > 0 for norm in found[0].grad_norms)
     assert [(of_rank.mismatches, of_rank.largest) for of_rank in found] == [(0, 0.0)] * ranks_needed
+
+
+@needs(1)
+def test_a_run_has_it_without_being_asked(tmp_path: Path) -> None:
+    prompts = [json.dumps({"prompt": f"{i:03} " * (4 + i), "label": ""}) for i in range(16)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
+    recipe = tmp_path / "recipe.toml"
+    settings = {
+        "run": {"num_rollout": 4},
+        "model": {"hf_checkpoint": "random:qwen3-0.6b"},
+        "data": {"prompt_data": str(tmp_path / "prompts.jsonl")},
+        "rollout": {"rollout_batch_size": 16, "n_samples_per_prompt": 4, "rollout_max_response_len": 100},
+        "reward": {"rm_type": "miles_spmd.bench.step:by_chance"},
+        "checkpoint": {"export_final": False},
+        "megatron": {"lr": 1e-5, "clip_grad": 1.0},
+        "sglang": {"cuda_graph_bs_decode": [1, 8, 64]},
+    }
+    recipe.write_text(tomli_w.dumps(settings))
+    steps = [m for step, m in train(recipe, tmp_path, "run", 1).items() if step]
+    assert load_config(tmp_path / "run" / "config.toml").determinism.parity == "bitwise"
+    measured("a run with parity by default, seconds of the last step", dict(phase_times(steps[-1])))
+    assert len(steps) == 4
+    assert all(m["parity/tokens"] == 16 * 4 * 100 and m["train/grad_norm"] > 0 for m in steps)
+    assert [(m["parity/mismatches"], m["parity/max_abs_diff"]) for m in steps] == [(0, 0)] * 4
