@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.invariant.compiled_paths import kernels, needs_build
 from tests.ranks import Ranks
 from tests.rollout.conformance import engine_of
 
@@ -74,10 +75,10 @@ EXTENDS: list[Lengths] = [
 DECODES: list[Lengths] = [[(0, 1)], [(i, 1) for i in range(70)], [(159, 1), (31, 1), (32, 1), (63, 1), (64, 1)]]
 
 
-def attend_all(folders: list[Path], largest: int) -> None:
+def attend_all(folders: list[Path], with_kernels: bool, largest: int) -> None:
     from miles_spmd.rollout import sglang_cpu_attention
 
-    with engine_of("sglang", folders[0], max_running_requests=70) as engine:
+    with kernels(with_kernels), engine_of("sglang", folders[0], max_running_requests=70) as engine:
         runner = engine._scheduler.tp_worker.model_runner
         assert isinstance(runner.attn_backend, sglang_cpu_attention.BatchedCpuAttention)
         whole, sglang_cpu_attention._LARGEST = sglang_cpu_attention._LARGEST, largest
@@ -86,10 +87,18 @@ def attend_all(folders: list[Path], largest: int) -> None:
                 attend(runner, lengths, decoding=False)
             for lengths in DECODES:
                 attend(runner, lengths, decoding=True)
+            assert (runner.attn_backend.paged is not None) == with_kernels
         finally:
             sglang_cpu_attention._LARGEST = whole
 
 
-@pytest.mark.parametrize("largest", [2**22, 1])
-def test_attention_of_every_token(ranks: Ranks, folders: list[Path], largest: int) -> None:
-    ranks.run(1, attend_all, folders, largest)
+@pytest.mark.parametrize(
+    ("with_kernels", "largest"),
+    [
+        pytest.param(True, 1, marks=needs_build, id="compiled"),
+        pytest.param(False, 2**22, id="torch"),
+        pytest.param(False, 1, id="torch, a bucket for each request"),
+    ],
+)
+def test_attention_of_every_token(ranks: Ranks, folders: list[Path], with_kernels: bool, largest: int) -> None:
+    ranks.run(1, attend_all, folders, with_kernels, largest)

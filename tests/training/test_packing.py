@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from miles_spmd.training.attention import make_blocks
+from miles_spmd.training.attention import _CompiledKernel, _PaddedBatches, make_blocks
 from miles_spmd.training.packing import pack, scatter, split, stream_length
 from miles_spmd.training.parallel import Coordinates
+from tests.invariant.compiled_paths import both_ways, kernels
 from tests.training.cases import sequences
 
 CPU = torch.device("cpu")
@@ -94,9 +95,10 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
     return out
 
 
+@both_ways
 @settings(max_examples=25, deadline=None)
 @given(lengths_of_a_batch, st.sampled_from([1, 2, 4]))
-def test_attention(lengths: list[int], cp_size: int) -> None:
+def test_attention(with_kernels: bool, lengths: list[int], cp_size: int) -> None:
     """Each context-parallel rank's queries, on all ranks' keys; values and gradients."""
     whole = [-(-n // (2 * cp_size)) * 2 * cp_size for n in lengths]
     generator = torch.Generator().manual_seed(sum(lengths))
@@ -115,7 +117,9 @@ def test_attention(lengths: list[int], cp_size: int) -> None:
         keys, values = (x[gathered] for x in (k, v))
         if blocks.key_index is not None:
             keys, values = keys[blocks.key_index], values[blocks.key_index]
-        actual = blocks.attend(q[mine[rank]], keys, values, 0.3)
+        with kernels(with_kernels):
+            actual = blocks.attend(q[mine[rank]], keys, values, 0.3)
+        assert isinstance(blocks.kernel, _CompiledKernel if with_kernels else _PaddedBatches)
         torch.testing.assert_close(actual.double(), expected[mine[rank]], rtol=1e-5, atol=1e-5)
         total = total + (actual * g[mine[rank]]).sum()
     for ours, theirs in zip(torch.autograd.grad(total, (q, k, v)), gradients):
