@@ -167,7 +167,7 @@ def bench_determinism(
     nproc_per_node: Processes = None,
     out: Out = None,
 ) -> None:
-    """GRPO steps with and without determinism and ledger: the price of each."""
+    """GRPO steps without and with determinism, ledger and bitwise parity: what they cost."""
     from miles_spmd.bench.determinism import bench_determinism
     from miles_spmd.bench.result import make_result
     from miles_spmd.bench.run import publish

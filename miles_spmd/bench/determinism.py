@@ -1,5 +1,4 @@
-"""What determinism and the ledger cost: the same GRPO steps without, with the ledger, and deterministic, one run after
-the other."""
+"""What determinism, ledger and bitwise parity cost: the same GRPO steps without and with, one run after the other."""
 
 from __future__ import annotations
 
@@ -8,16 +7,17 @@ from typing import Any
 from miles_spmd.bench.result import Row
 from miles_spmd.bench.step import bench_step
 
+EXACT = ["determinism.deterministic=true", "determinism.ledger=true"]
 RUNS = {
-    "neither": ["determinism.deterministic=false", "determinism.ledger=false"],
-    "ledger": ["determinism.deterministic=false", "determinism.ledger=true"],
-    "deterministic, ledger": ["determinism.deterministic=true", "determinism.ledger=true"],
+    "none": ["determinism.deterministic=false", "determinism.ledger=false", "determinism.parity=off"],
+    "deterministic, ledger": [*EXACT, "determinism.parity=off"],
+    "deterministic, ledger, parity": [*EXACT, "determinism.parity=bitwise"],
 }
 PHASES = ("rollout", "train", "step")
 
 
 def bench_determinism(overrides: list[str], **options: Any) -> list[Row]:
-    """Seconds, and in percent how much more than without either. ``options``: the others of bench_step."""
+    """Seconds, and in percent how much more than without any. ``options``: the others of bench_step."""
     rows: list[Row] = []
     for run, settings in RUNS.items():
         (seconds,) = bench_step(overrides=[*overrides, *settings], **options)

@@ -60,7 +60,7 @@ class Recorder:
         context = Context(
             step=first,
             config=_settings(config),
-            code=_source_digest(),
+            code=_code_digest(),
             environment=_environment(config.run_dir, ranks),
             tensors={role: sorted(total) for role, total in totals.items()},
             weights=self._weights,
@@ -188,11 +188,11 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 @functools.cache
-def _source_digest() -> str:
-    """Of every file of this package that is code: the version that really runs, whatever was committed."""
+def _code_digest() -> str:
+    """Of every file of this package that is code, compiled or not: what really runs, whatever was committed."""
     root = Path(miles_spmd.__file__).parent
     state = hashlib.blake2b(digest_size=16)
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(path for path in root.rglob("*") if path.suffix in (".py", ".so")):
         state.update(f"{path.relative_to(root)}\0".encode() + hashlib.blake2b(path.read_bytes()).digest())
     return state.hexdigest()
 

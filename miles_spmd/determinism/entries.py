@@ -21,7 +21,7 @@ class Context(msgspec.Struct, tag="context", frozen=True):
 
     step: int
     config: dict[str, Any]  # of what can matter to a number
-    code: str  # digest of this package's source
+    code: str  # digest of this package, compiled kernels included
     environment: dict[str, Any]
     tensors: dict[str, list[str]]  # names of the checkpoint's tensors, by role
     weights: dict[str, Digests]  # before the step, by role

@@ -276,7 +276,7 @@ def test_a_checkpoint_of_another_ledger(ranks: Ranks, recipe: Recipe, first: Pat
         train(ranks, recipe.config("mixed", "checkpoint.resume=true"))
 
 
-# --- through the command line, on two ranks with two engines ---------------------------------------------------------
+# --- through the command line, on two ranks with two engines of SGLang, and on one -----------------------------------
 
 
 def test_verbs(tmp_path: Path) -> None:
@@ -286,19 +286,21 @@ def test_verbs(tmp_path: Path) -> None:
         run={"num_rollout": 2},
         algorithm={"dynamic_sampling_filter": "reward_nonzero_std"},
         reward={"rm_type": "tests.recipe_run:coin"},
+        train={"reduction_leaves": 2},
         determinism={"deterministic": True},
     )
-    a, b = (tmp_path / "runs" / name for name in "ab")
-    for folder in (a, b):
-        miles_spmd("train", recipe, f"run.name={folder.name}", "--nproc-per-node", 2)
-    assert miles_spmd("diff", a, b).splitlines()[-1] == "steps 0 to 1: no difference"
-    assert miles_spmd("replay", a, "--step", 1).splitlines()[-1] == "steps 0 to 1: no difference"
-    assert miles_spmd("ledger", "verify", a) == f"{a}: 3 entries hold together, 2 of them steps\n"
-    chain = b / FOLDER / FILE
+    run, again = tmp_path / "runs" / "tiny", tmp_path / "runs" / "tiny-replay-1"
+    miles_spmd("train", recipe, "--nproc-per-node", 2)
+    for verb in (["replay", run, "--step", 1, "--nproc-per-node", 1], ["diff", run, again]):
+        *conditions, found = miles_spmd(*verb).splitlines()
+        assert "layout: ranks: 2 | 1" in conditions
+        assert found == "steps 0 to 1: no difference, except for the layout"
+    assert miles_spmd("ledger", "verify", run) == f"{run}: 3 entries hold together, 2 of them steps\n"
+    chain = again / FOLDER / FILE
     chain.write_bytes(chain.read_bytes().replace(b'"lr":0.0001', b'"lr":0.0002'))
-    assert "entry 0, after the beginning: its hash" in miles_spmd("ledger", "verify", b, status=1)
-    assert "entry 0, after the beginning: its hash" in miles_spmd("diff", a, b, status=2)
-    assert "has no ledger" in miles_spmd("diff", a, tmp_path, status=2)
+    assert "entry 0, after the beginning: its hash" in miles_spmd("ledger", "verify", again, status=1)
+    assert "entry 0, after the beginning: its hash" in miles_spmd("diff", run, again, status=2)
+    assert "has no ledger" in miles_spmd("diff", run, tmp_path, status=2)
 
 
 def miles_spmd(*arguments: object, status: int = 0) -> str:
