@@ -14,6 +14,10 @@ TRAINER = [[-1.0, -2.0, -3.0], [-0.5, -0.25 - 2**-24, -4.5]]  # the second sampl
 
 
 def check(trainer: list[list[float]] = TRAINER, **settings: Any) -> tuple[dict[str, float], list[TrainSequence]]:
+    return check_with(Parity(Determinism(**settings)), trainer)
+
+
+def check_with(parity: Parity, trainer: list[list[float]] = TRAINER) -> tuple[dict[str, float], list[TrainSequence]]:
     """Two samples of a prompt of one token each, of whose three tokens the policy chose all."""
     samples = [Sample(Prompt(f"data:{i}", "", [7]), i + 4, [10 * i, 10 * i + 1, 10 * i + 2]) for i in range(2)]
     sequences = [
@@ -24,7 +28,6 @@ def check(trainer: list[list[float]] = TRAINER, **settings: Any) -> tuple[dict[s
         )
         for sample, log_probs in zip(samples, ENGINE)
     ]
-    parity = Parity(Determinism(**settings))
     parity.expect(samples, sequences)
     log_probs = [np.asarray([0, *own], np.float32) for own in trainer]
     return parity.check(3, sequences, log_probs), sequences
@@ -56,10 +59,13 @@ def test_mask_takes_what_differs_out_of_the_loss() -> None:
     assert [s.loss_weights.tolist() for s in sequences] == [[0, 1, 1, 1], [0, 1, 1, 0]]
 
 
-def test_warn_goes_on(caplog: pytest.LogCaptureFixture) -> None:
-    _, sequences = check(parity="bitwise", parity_gate="warn")
-    assert [s.loss_weights.sum() for s in sequences] == [3, 3]
-    assert "data:1" in caplog.text
+def test_warn_says_it_once_and_counts_on(caplog: pytest.LogCaptureFixture) -> None:
+    parity = Parity(Determinism(parity="bitwise", parity_gate="warn"))
+    for _ in range(2):
+        metrics, sequences = check_with(parity)
+        assert [s.loss_weights.sum() for s in sequences] == [3, 3]
+        assert metrics["parity/mismatches"] == 2
+    assert caplog.text.count("data:1") == 1
 
 
 @pytest.mark.parametrize(
