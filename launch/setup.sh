@@ -48,5 +48,5 @@ fi
 kernels=miles_spmd/invariant/cpu_kernels.so
 rm -f "$kernels" # of other sources, perhaps
 install --no-deps --no-build-isolation --editable . || fail "the project itself could not be installed"
-[[ -f $kernels ]] || echo "setup: the CPU kernels could not be compiled (is there a C++ compiler?); torch does their work, slower"
+[[ -f $kernels ]] || echo "setup: without a C++ compiler, torch does the work of the CPU kernels, slower (docs/kernels.md)"
 echo "$wanted" >"$stamp"

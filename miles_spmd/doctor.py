@@ -38,6 +38,11 @@ from miles_spmd.platform import cpu
 adapted = cpu.install()
 from sglang.srt.managers.scheduler import Scheduler
 print("on the CPU" if adapted else "on CUDA")""",
+    "attention kernel": """
+import torch
+from miles_spmd.invariant import compiled
+there = compiled.takes(torch.float32, torch.device("cpu"), 64)
+print("compiled" if there else "not compiled: torch does its work, slower (docs/kernels.md)")""",
 }
 CUDA_PROBES = {
     "torch sees the GPU": """
