@@ -11,8 +11,10 @@ import msgspec
 from rich.console import Console
 
 from miles_spmd.bench.result import Result, make_result, show
+from miles_spmd.config.checks import decide_parity
 from miles_spmd.config.load import make_config
 from miles_spmd.config.schema import Config
+from miles_spmd.telemetry.environment import gpus
 
 ENGINES = ("refit", "sleep", "rollout")  # what is measured on an engine
 
@@ -34,6 +36,7 @@ def run_bench(name: str, model: str, config: Config, options: dict[str, Any], ou
     from miles_spmd.bench import machine
     from miles_spmd.platform import cpu
 
+    config, _ = decide_parity(config, {gpu.capability for gpu in gpus()})  # as a run does
     cpu.install()
     from miles_spmd.worker.worker import make_engine
 
@@ -41,7 +44,8 @@ def run_bench(name: str, model: str, config: Config, options: dict[str, Any], ou
     with_engine = {"make_engine": make_engine} if name in ENGINES else {}
     rows = importlib.import_module(f"miles_spmd.bench.{name}").measure(config, **with_engine, **options)
     if os.environ["RANK"] == "0":
-        settings = {"dtype": config.model.dtype, "megatron": config.megatron, "sglang": config.sglang, **options}
+        decided = {"dtype": config.model.dtype, "parity": config.determinism.parity}
+        settings = {**decided, "megatron": config.megatron, "sglang": config.sglang, **options}
         publish(make_result(name, model, int(os.environ["WORLD_SIZE"]), settings, rows), out)
     machine.leave()
 
