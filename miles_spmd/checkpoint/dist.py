@@ -30,7 +30,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-_FORMAT = 1
+from miles_spmd.training.model import unwrap
+
+_FORMAT = 2
 # what of the configuration a checkpoint is bound to; the model's shape, and what Megatron cannot convert
 _FIXED = (
     "num_layers",
@@ -38,7 +40,10 @@ _FIXED = (
     "ffn_hidden_size",
     "num_attention_heads",
     "num_query_groups",
+    "kv_channels",
     "num_moe_experts",
+    "moe_ffn_hidden_size",
+    "vocab_size",  # Megatron would cut or pad embeddings in silence
     "params_dtype",
     "transformer_impl",  # norms have other places and names
     "use_distributed_optimizer",  # the two kinds of optimizer keep different state
@@ -209,6 +214,7 @@ def _load_parameter_state(optimizer: DistributedOptimizer, state: dict[int, dict
 def _settings(chunks: Sequence[DistributedDataParallel]) -> dict[str, Any]:
     config, ddp = chunks[0].config, chunks[0].ddp_config
     own = {
+        "vocab_size": unwrap(chunks[0]).real_vocab_size,
         "params_dtype": str(config.params_dtype),
         "use_distributed_optimizer": ddp.use_distributed_optimizer,
     }

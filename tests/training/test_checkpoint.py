@@ -10,6 +10,7 @@ import pytest
 
 from miles_spmd.checkpoint.dist import CheckpointError
 from miles_spmd.config.schema import Config
+from tests.models import tiny
 from tests.ranks import Ranks
 from tests.training.cases import CP2, EP2, ETP1, PP2, SP, TP2, VPP2, ZERO, build, config, global_loss, sequences, share
 
@@ -142,8 +143,13 @@ def test_damaged_folders(ranks: Ranks, saved: Path, tmp_path: Path) -> None:
             assert text in message
 
 
-def test_another_model(ranks: Ranks, saved: Path) -> None:
+def test_another_model(ranks: Ranks, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, changes = tiny.CONFIGS["qwen3"]
+    for name, value in (("vocab_size", 113), ("head_dim", 8)):
+        monkeypatch.setitem(tiny.CONFIGS, f"qwen3-{name}", (kind, changes | {name: value}))
     different = [
+        (config("qwen3-vocab_size", TP2, **RUN), "vocab_size was 97, now 113"),
+        (config("qwen3-head_dim", TP2, **RUN), "kv_channels was 16, now 8"),
         (config("qwen3_moe", TP2, **RUN), "num_moe_experts was None, now 4"),
         (config("qwen3", TP2 | ZERO, **RUN), "use_distributed_optimizer was False, now True"),
         (
