@@ -227,7 +227,7 @@ def _update(
 def _field(both: tuple[UpdateData, UpdateData], index: int, only: str = "") -> str:
     """The first field of a sequence that differs, and where."""
     a, b = (side.fields for side in both)
-    for name in [only] if only else sorted(a.keys() | b.keys()):
+    for name in [only] if only else dict.fromkeys([*a, *b]):
         if name not in a or name not in b:
             return f"has {name} on one side only"
         if what := _place(name, a[name], b[name], index):

@@ -211,6 +211,33 @@ def test_another_order(ranks: Ranks, recipe: Recipe) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        (1, "the same sequences in another order, from sample 0 (number 0 of data.jsonl:10) on"),  # of its prompt
+        (3, "sample 0 (number 0 of data.jsonl:10): tokens, token "),  # of another prompt
+    ],
+)
+def test_swapped_answers(ranks: Ranks, first: Path, tmp_path: Path, other: int, difference: str) -> None:
+    """A replay trains on the answers of a step of which two were exchanged."""
+    copy = Path(shutil.copytree(first, tmp_path / "copy"))
+    kept = data.read(copy, 1)
+    assert kept is not None
+    assert kept.samples is not None
+    for name in ("answers", "log_probs"):
+        swapped = getattr(kept.samples, name).split()
+        swapped[0], swapped[other] = swapped[other], swapped[0]
+        setattr(kept.samples, name, data.Ragged.of(swapped))
+    store = data.DataStore(copy, STEPS, 2**30)
+    store.write(1, kept)
+    store.close()
+    folder, wanted = replayed(ranks, copy, 1, "train")
+    found = compare(verify(first), verify(folder), wanted.steps, "train")
+    assert found.difference.startswith(f"step 1, train: update 0 (actor): {difference}")
+    with pytest.raises(LedgerError, match=r"step_000001.msgpack.z: the samples are not those of the ledger"):
+        verify(copy)
+
+
 def test_without_data_samples_have_numbers(ranks: Ranks, recipe: Recipe, first: Path) -> None:
     overrides = ["determinism.ledger_data_gib=0", "rollout.rollout_temperature=1.1", "run.num_rollout=2"]
     folder = train(ranks, recipe.config("no_data", *overrides))
