@@ -1,0 +1,31 @@
+"""The Triton kernels of norms, rotary positions, SwiGLU and digests on a GPU, at the sizes that models have."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.gpu.machine import needs
+from tests.invariant.kernel_checks import DTYPES, check_digests, check_norm, check_rotation, check_swiglu
+
+pytestmark = [needs(1), pytest.mark.parametrize("dtype", DTYPES)]
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (5000, 128), (3, 1024), (700, 2560), (1100, 4096), (9, 100)])
+def test_norm(dtype: torch.dtype, rows: int, width: int) -> None:
+    check_norm("cuda", dtype, rows, width)
+
+
+@pytest.mark.parametrize(("heads", "width"), [(32, 128), (2, 64), (3, 20)])
+def test_rotation(dtype: torch.dtype, heads: int, width: int) -> None:
+    check_rotation("cuda", dtype, 999, heads, width)
+
+
+@pytest.mark.parametrize("width", [9728, 3072, 100])
+def test_swiglu(dtype: torch.dtype, width: int) -> None:
+    check_swiglu("cuda", dtype, 333, width)
+
+
+@pytest.mark.parametrize("columns", [2048, 4104, 1301])
+def test_digests(dtype: torch.dtype, columns: int) -> None:
+    check_digests("cuda", dtype, columns)

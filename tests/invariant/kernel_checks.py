@@ -1,0 +1,106 @@
+"""What holds for the Triton kernels of norms, rotary positions, SwiGLU and digests, on any device.
+
+``TRITON_INTERPRET=1 python -m tests.invariant.kernel_checks`` runs all of it on a CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from miles_spmd.determinism import kernel as digests
+from miles_spmd.determinism.rectangles import parts
+from miles_spmd.determinism.tensors import TensorSums
+from miles_spmd.invariant import kernels, rotary
+from miles_spmd.models.layout import Piece, TensorLayout, whole
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def near(actual: Tensor, expected: Tensor) -> None:
+    """To one rounding, or what sums in fp32 lose. Triton's interpreter cuts digits off where a GPU rounds."""
+    tolerance = 2**-7 if actual.dtype == torch.bfloat16 else 5e-6
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+def randn(*shape: int, device: str, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def check_norm(device: str, dtype: torch.dtype, rows: int, width: int) -> None:
+    x, residual, gradient = randn(3, rows, width, device=device, dtype=dtype)
+    weight = randn(width, device=device, dtype=dtype)
+    y, r, total = kernels.rms_norm(x, weight, 1e-6, residual)
+    assert total is not None
+    near(total, x.double() + residual.double())
+    if device != "cpu":
+        assert torch.equal(total, x + residual), "rounded before it is squared"
+
+    exact, w = total.double().requires_grad_(), weight.double().requires_grad_()
+    expected = exact * (exact.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * w
+    near(y, expected.detach())
+    found = kernels.rms_norm_backward(gradient, total, weight, r)
+    for ours, theirs in zip(found, torch.autograd.grad(expected, (exact, w), gradient.double())):
+        near(ours, theirs)
+
+    plain, again, _ = kernels.rms_norm(total, weight, 1e-6, None)
+    assert torch.equal(plain, y), "with and without the addition"
+    assert torch.equal(again, r)
+    one = kernels.rms_norm(total[rows // 2 :][:1], weight, 1e-6, None)[0]
+    assert torch.equal(one[0], y[rows // 2]), "a row alone"
+    assert all(map(torch.equal, found, kernels.rms_norm_backward(gradient, total, weight, r))), "the same again"
+
+
+def check_rotation(device: str, dtype: torch.dtype, tokens: int, heads: int, width: int) -> None:
+    wide = randn(tokens, heads + 3, width, device=device, dtype=dtype)
+    x = wide[:, 1 : heads + 1]  # a slice, as queries are of one product
+    positions = torch.arange(tokens, device=device).mul(7) % 50
+    frequencies = 10000.0 ** -torch.arange(0, 1, 2 / width, device=device)
+    table = rotary.table(frequencies, 50)
+    pairs = torch.view_as_complex(torch.stack(x.double().chunk(2, -1), -1))
+    for back in (False, True):
+        angles = positions[:, None, None].double() * frequencies.double() * (-1 if back else 1)
+        turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).unbind(-1)
+        near(kernels.rotate(x, table, positions, back), torch.cat(turned, -1))
+
+
+def check_swiglu(device: str, dtype: torch.dtype, rows: int, width: int) -> None:
+    x, gradient = randn(rows, 2 * width, device=device, dtype=dtype), randn(rows, width, device=device, dtype=dtype)
+    exact = x.double().requires_grad_()
+    gate, up = exact.chunk(2, -1)
+    expected = silu(gate) * up
+    near(kernels.swiglu(x), expected.detach())
+    near(kernels.swiglu_backward(gradient, x), torch.autograd.grad(expected, exact, gradient.double())[0])
+
+
+def check_digests(device: str, dtype: torch.dtype, columns: int) -> None:
+    """Two tensors in one launch, of which one holds parts of two others: the sums that numpy has."""
+    a, b = randn(70, columns, device="cpu", dtype=dtype), randn(29, device="cpu", dtype=dtype)
+    cut = columns // 2 // 8 * 8
+    pieces = Piece("A", (3, 5), (0, 0), (70, cut)), Piece("B", (0, 0), (0, cut), (70, columns - cut))
+    of = {"a": parts(TensorLayout("a", pieces), a.shape), "b": parts(TensorLayout("b", whole("b", (29,))), b.shape)}
+    located = [(number, part) for number, name in enumerate(of) for part in of[name]]
+    held = [tensor.to(device) for tensor in (a, b)]
+    addresses = torch.tensor([tensor.data_ptr() for tensor in held], device=device)
+    sums = torch.zeros(len(located), dtype=torch.int64, device=device)
+    digests.add_sums(addresses, a.element_size(), torch.from_numpy(digests.tiles(located)).to(device), sums)
+    assert torch.equal(sums.cpu(), TensorSums(of)({"a": a, "b": b}))
+
+
+def main() -> None:
+    kernels.PARTS, kernels.TILE = 4, 256
+    digests.ROWS, digests.COLUMNS = 8, 128
+    for dtype in DTYPES:
+        for rows, width in ((1, 64), (9, 100), (11, 300)):
+            check_norm("cpu", dtype, rows, width)
+        check_rotation("cpu", dtype, 5, 3, 20)
+        check_swiglu("cpu", dtype, 3, 300)
+        for columns in (304, 301):
+            check_digests("cpu", dtype, columns)
+    print("done")
+
+
+if __name__ == "__main__":
+    main()
