@@ -17,7 +17,8 @@ fail() {
 python=${PYTHON:-$([[ -x $root/.venv/bin/python ]] && echo "$root/.venv/bin/python" || echo python3)}
 nodes=${NNODES:-1}
 gpus=${NPROC_PER_NODE:-$("$python" -c 'from miles_spmd.telemetry.environment import gpus; print(len(gpus()))')}
-[[ $gpus -ge 1 ]] || fail "no GPU here; on a CPU use \`miles-spmd train $1\`, or set NPROC_PER_NODE"
+visible=${CUDA_VISIBLE_DEVICES+ (CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES)}
+[[ $gpus -ge 1 ]] || fail "no GPU here$visible; on a CPU use \`miles-spmd train $1\`, or set NPROC_PER_NODE"
 if [[ $nodes -gt 1 && (-z ${MASTER_ADDR:-} || -z ${NODE_RANK:-}) ]]; then
     fail "with NNODES=$nodes, MASTER_ADDR (the first node's address) and NODE_RANK (0..$((nodes - 1))) must be set"
 fi
@@ -27,10 +28,6 @@ fi
 hook=$("$python" -c 'from miles_spmd.platform.cuda import memory_saver_libraries as m; print(*m(), sep=":")')
 if [[ -n $hook && ${LD_PRELOAD:-} != *torch_memory_saver* ]]; then
     export LD_PRELOAD=$hook${LD_PRELOAD:+:$LD_PRELOAD}
-fi
-# It maps memory itself, and cannot do so under an allocator that does.
-if [[ ${PYTORCH_CUDA_ALLOC_CONF:-}${PYTORCH_ALLOC_CONF:-} == *expandable_segments:True* ]]; then
-    fail "unset expandable_segments:True in PYTORCH_CUDA_ALLOC_CONF: engine memory could not be released beside it"
 fi
 
 # NCCL would register with the network the buffers that a CUDA graph captured, which the engine unmaps when it sleeps.

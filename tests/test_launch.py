@@ -32,11 +32,7 @@ def launch(*arguments: str | Path, cwd: Path = ROOT, **variables: str) -> subpro
         (["missing.toml"], {}, "no file missing.toml"),
         ([RECIPE], {"NPROC_PER_NODE": "0"}, "no GPU here"),
         ([RECIPE], {"NPROC_PER_NODE": "1", "NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR"),
-        (
-            [RECIPE],
-            {"NPROC_PER_NODE": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
-            "engine memory could not be released",
-        ),
+        ([RECIPE], {"CUDA_VISIBLE_DEVICES": ""}, "no GPU here (CUDA_VISIBLE_DEVICES=); on a CPU use"),
     ],
 )
 def test_refusals(arguments: list[str], variables: dict[str, str], message: str) -> None:

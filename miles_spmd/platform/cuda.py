@@ -1,4 +1,4 @@
-"""What a process needs before it can share a GPU: torch_memory_saver's hook.
+"""What a process needs before it can share a GPU: the GPU, and torch_memory_saver's hook.
 
 The hook stands before the CUDA runtime's allocation functions, so that an engine's memory can be given back and taken
 again at the same addresses. The dynamic linker has to load it, which it does only when a program starts.
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 _NAME = "torch_memory_saver_hook_mode_preload"
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 def memory_saver_libraries() -> list[Path]:
@@ -40,8 +41,27 @@ def preload_memory_saver() -> None:
         os.execve(sys.executable, sys.orig_argv, os.environ | {"LD_PRELOAD": preload})
 
 
+def take_gpu(local_rank: int, ranks: int) -> None:
+    """Make this rank's GPU the current one. ``ranks``: how many share this host. Raises RuntimeError."""
+    import torch
+
+    if ranks > torch.cuda.device_count():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        raise RuntimeError(
+            f"{ranks} ranks on this host and {torch.cuda.device_count()} GPUs"
+            + (f" (CUDA_VISIBLE_DEVICES={visible})" if visible else "")
+            + ": each rank needs one of its own, and all ranks of a host have to see all of them"
+        )
+    torch.cuda.set_device(local_rank)
+
+
 def require_memory_saver() -> None:
-    """Raise RuntimeError, with what to do, when the hook is not in this process."""
+    """Raise RuntimeError, with what to do, when the hook is not in this process or cannot work there."""
+    if any("expandable_segments:True" in os.environ.get(name, "") for name in _ALLOCATOR):
+        raise RuntimeError(
+            f"unset expandable_segments:True in {_ALLOCATOR[0]}: torch_memory_saver maps an engine's memory itself, "
+            "and cannot do so under an allocator that does"
+        )
     if _NAME not in Path("/proc/self/maps").read_text():
         libraries = ":".join(map(str, memory_saver_libraries()))
         raise RuntimeError(

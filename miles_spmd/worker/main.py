@@ -138,6 +138,7 @@ def join(config: Config, place: Place, controller: ControllerProcess | None) -> 
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
+    from miles_spmd.platform import cuda
     from miles_spmd.worker.world import take_side
 
     threads = max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
@@ -152,7 +153,7 @@ def join(config: Config, place: Place, controller: ControllerProcess | None) -> 
     # a collective may last as long as the phase around it
     longest = timedelta(seconds=max(config.deadlines.model_dump().values()))
     if torch.cuda.is_available():
-        torch.cuda.set_device(place.local_rank)
+        cuda.take_gpu(place.local_rank, place.local_world_size)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
         store=dist.PrefixStore("groups", store),
@@ -170,13 +171,18 @@ def join(config: Config, place: Place, controller: ControllerProcess | None) -> 
 def build(
     config: Config, task: str, place: Place, side: Side, dealer: Dealer, watch: Stopwatch, watchdog: Watchdog
 ) -> Worker:
-    with watch("imports"):
-        from miles_spmd.platform import cpu
+    import torch
 
+    from miles_spmd.platform import cpu, cuda
+
+    generates = side.generates and config.generates(task)
+    if generates and config.rollout.engine == "sglang" and torch.cuda.is_available():
+        cuda.require_memory_saver()
+    with watch("imports"):
         cpu.install()
         from miles_spmd.worker.memory import Ledger
         from miles_spmd.worker.worker import Worker
-    ledger = Ledger(config, place.world_size, side.trains, side.generates and config.generates(task))
+    ledger = Ledger(config, place.world_size, side.trains, generates)
     ledger.require_room(training=task == "train")
     with ledger.explaining():
         worker = Worker(config, task, side, place.rank, dealer, watch, ledger, watchdog.progress)

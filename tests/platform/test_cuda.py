@@ -58,3 +58,9 @@ def test_goes_on_without_a_gpu_build_of_torch(tmp_path: Path) -> None:
 def test_says_what_to_do() -> None:
     with pytest.raises(RuntimeError, match=r"not in this process: start ranks with `miles-spmd`, or set LD_PRELOAD"):
         require_memory_saver()
+
+
+def test_refuses_an_allocator_that_maps_memory_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "garbage_collection_threshold:0.8,expandable_segments:True")
+    with pytest.raises(RuntimeError, match="unset expandable_segments:True in PYTORCH_CUDA_ALLOC_CONF"):
+        require_memory_saver()
