@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 from typing import Any
 
 import pytest
@@ -35,17 +38,24 @@ def test_refit(ranks: Ranks, world: int, name: str, megatron: dict[str, Any], en
 @needs(2)
 def test_refit_without_access_to_peers(ranks: Ranks) -> None:
     server_args = ENGINE | {"cuda_graph_bs_decode": [1]}
-    ranks.run(2, refit_through_buffers, tiny.checkpoint("qwen3-tied"), {TP: 2}, server_args, "bfloat16")
+    said, _ = ranks.run(2, refit_through_buffers, tiny.checkpoint("qwen3-tied"), {TP: 2}, server_args, "bfloat16")
+    assert re.search(r"weights go through buffers and NCCL, because memory of rank [01] .*: no access", said)
 
 
-def refit_through_buffers(*arguments: Any) -> None:
-    from miles_spmd.refit import direct
+def refit_through_buffers(*arguments: Any) -> str:
+    """As where one GPU cannot map another's memory. Returns what is said of it."""
+    from miles_spmd.refit import ipc
 
-    original, direct.map_peers = direct.map_peers, lambda *_: None
+    def refuse(_: ipc.Export) -> int:
+        raise ipc.MappingError("no access")
+
+    original, ipc.address = ipc.address, refuse
     try:
-        refit_and_compare(*arguments)
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            refit_and_compare(*arguments)
     finally:
-        direct.map_peers = original
+        ipc.address = original
+    return said.getvalue()
 
 
 @needs(1)
