@@ -7,7 +7,7 @@ from typing import Any
 
 from miles_spmd.config.rules import CONTRADICTIONS, PARITY, rule
 
-MOST_RANKS = 2  # whose sum has but one order
+RANKS = 1, 2, 4  # of which sums over the hidden dimension were shown to be the same
 VECTOR = 32  # numbers that a CPU takes at a time: SGLang rounds each rank's part of an MLP up to a multiple there
 CAPABILITY = "9.0"  # of GPUs that have FlashAttention 3
 
@@ -109,19 +109,15 @@ def _same_cut(
     dtype: str,
     shape: dict[str, Any],
 ) -> Iterator[str]:
-    if tp_size != tensor_model_parallel_size:
-        yield (
-            f"sglang.tp_size: parity needs the trainer's tensor_model_parallel_size {tensor_model_parallel_size}, not "
-            f"{tp_size}; sums over the hidden dimension are cut otherwise"
-        )
-    if tensor_model_parallel_size > MOST_RANKS:
-        yield (
-            f"megatron.tensor_model_parallel_size: parity holds up to {MOST_RANKS}; over more ranks engine and trainer "
-            "add up in orders of their own"
-        )
+    for name, ranks in (
+        ("megatron.tensor_model_parallel_size", tensor_model_parallel_size),
+        ("sglang.tp_size", tp_size),
+    ):
+        if ranks not in RANKS:
+            yield f"{name}: parity holds for {', '.join(map(str, RANKS))}, not {ranks}; ranks add up in a binary tree"
     if context_parallel_size > 1:
         yield "megatron.context_parallel_size: must be 1 for parity; for more it was not shown to hold"
-    width, unit = shape.get("intermediate_size", 0), VECTOR * tensor_model_parallel_size
+    width, unit = shape.get("intermediate_size", 0), VECTOR * max(tensor_model_parallel_size, tp_size)
     if dtype == "float32" and width % unit and "moe_intermediate_size" not in shape:
         yield (
             f"determinism.parity: must be 'off' in float32 for an intermediate_size of {width}, which {unit} does not "

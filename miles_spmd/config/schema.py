@@ -374,6 +374,11 @@ class Config(Table):
         """Tokens that one micro-batch may hold over the ranks that share its sequences."""
         return self.train.max_tokens_per_gpu * int(self.megatron.get("context_parallel_size", 1))
 
+    @property
+    def sum_terms(self) -> int:
+        """Of every sum that tensor-parallel ranks share, for parity: as many as the side of more ranks has."""
+        return max(int(self.megatron.get("tensor_model_parallel_size", 1)), int(self.sglang.get("tp_size", 1)))
+
     def generates(self, task: str) -> bool:
         """Whether ``task`` ("train", "eval" or "export") needs an engine."""
         if task == "export" or self.trains_on_pairs:

@@ -80,11 +80,13 @@ class SglangEngine:
         context_length: int | None = None,
         cache_tokens: int | None = None,
         invariant: bool = False,
+        sum_terms: int = 1,
     ) -> None:
         """``dtype``: "float32" or "bfloat16". ``server_args``: fields of SGLang's ServerArgs, among them ``tp_size``.
         ``context_length``: the longest prompt plus answer, by default the model's. ``cache_tokens``: no use is made of
         a KV cache for more; how many it has then depends on ``server_args`` and on what is free.
-        ``invariant``: compute with :mod:`miles_spmd.invariant`, so that no answer depends on what else is in the batch.
+        ``invariant``: compute with :mod:`miles_spmd.invariant`, so that no answer depends on what else is in the batch;
+        what ranks add up are then ``sum_terms`` terms, at least one of each.
 
         Raises ValueError for settings that SGLang does not have or that this engine decides itself.
         """
@@ -104,7 +106,7 @@ class SglangEngine:
             sglang_experts.register()
         _import_no_other_models()
         plain = args.device == "cuda" and dtype == "float32"
-        kernels = sglang_invariant.shared_kernels(invariant or args.device == "cpu")
+        kernels = sglang_invariant.shared_kernels(invariant or args.device == "cpu", sum_terms)
         with _keep_random_state(), kernels, sglang_float32.plain_kernels() if plain else contextlib.nullcontext():
             set_global_server_args_for_scheduler(args)
             sglang_world.join(args.tp_size)

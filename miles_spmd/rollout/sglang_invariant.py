@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, partialmethod
 from typing import Any
 
+from sglang.srt.distributed.parallel_state import GroupCoordinator
 from sglang.srt.layers.activation import SiluAndMul
 from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.linear import RowParallelLinear
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput, StandardDispatchOutput
 from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK
@@ -24,21 +26,24 @@ from sglang.srt.model_executor.model_runner import ModelRunner
 from torch import Tensor
 
 from miles_spmd.invariant import experts
-from miles_spmd.invariant.linear import linear
+from miles_spmd.invariant.linear import linear, tree_sum
 from miles_spmd.invariant.norm import add_rms_norm, rms_norm
 from miles_spmd.invariant.rotary import rotate
 from miles_spmd.invariant.swiglu import swiglu
 
 _dispatch = MultiPlatformOp.dispatch_forward
+_their_all_reduce = GroupCoordinator.all_reduce
 _apply = UnquantizedLinearMethod.apply
 _compute_lm_head = LogitsProcessor._compute_lm_head
 _enable_mode = ModelRunner.maybe_enable_batch_invariant_mode
 
 
 @contextlib.contextmanager
-def shared_kernels(wanted: bool) -> Iterator[None]:
-    """An engine built meanwhile computes with the functions that the trainer calls, or with SGLang's own."""
-    UnquantizedLinearMethod.apply = _linear if wanted else _apply
+def shared_kernels(wanted: bool, terms: int) -> Iterator[None]:
+    """An engine built meanwhile computes with the functions that the trainer calls, or with SGLang's own. ``terms``: of
+    what its ranks add up."""
+    UnquantizedLinearMethod.apply = partialmethod(_linear, terms) if wanted else _apply
+    GroupCoordinator.all_reduce = _all_reduce if wanted else _their_all_reduce
     LogitsProcessor._compute_lm_head = _lm_head if wanted else _compute_lm_head
     ModelRunner.maybe_enable_batch_invariant_mode = _leave_torch_alone if wanted else _enable_mode
     MultiPlatformOp.dispatch_forward = _shared if wanted else _dispatch
@@ -78,8 +83,15 @@ def _rotate(
     return turned[0], turned[1]
 
 
-def _linear(method: UnquantizedLinearMethod, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    return linear(x, layer.weight, bias)
+def _linear(method: UnquantizedLinearMethod, terms: int, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    own = max(1, terms // layer.tp_size) if isinstance(layer, RowParallelLinear) else 1
+    return linear(x, layer.weight, bias, own)
+
+
+def _all_reduce(group: GroupCoordinator, x: Tensor) -> Tensor:
+    if group.world_size <= 2:  # whose sum has but one order
+        return _their_all_reduce(group, x)
+    return tree_sum(group.all_gather(x.unsqueeze(0), 0).unbind())
 
 
 def _lm_head(processor: LogitsProcessor, hidden: Tensor, head: Any, *_: Any) -> Tensor:

@@ -37,9 +37,15 @@ LAYERS_PER_VIRTUAL_STAGE = "num_layers_per_virtual_pipeline_stage"
 _INVARIANT = {"batch_invariant_mode": True, "attention_backend": AttnBackend.flash}
 
 
+@dataclasses.dataclass
+class NetworkConfig(TransformerConfig):
+    sum_terms: int = 1
+    """Of what tensor-parallel ranks add up under ``batch_invariant_mode``; a multiple of their number."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    transformer: TransformerConfig
+    transformer: NetworkConfig
     optimizer: OptimizerConfig
     ddp: DistributedDataParallelConfig
 
@@ -61,12 +67,12 @@ def build_settings(config: Config, family: Family) -> Settings:
     if config.determinism.deterministic:
         table = {"deterministic_mode": True} | table
     if config.determinism.parity == "bitwise":
-        table = _INVARIANT | table
+        table = _INVARIANT | {"sum_terms": config.sum_terms} | table
     transformer = _defaults(table) | family.transformer_config() | table | _dtypes(config)
     transformer["activation_func"] = getattr(F, transformer["activation_func"])
     dtypes = _dtypes(config)
     return Settings(
-        transformer=TransformerConfig(**_fields_of(TransformerConfig, transformer)),
+        transformer=NetworkConfig(**_fields_of(NetworkConfig, transformer)),
         optimizer=OptimizerConfig(
             **_fields_of(
                 OptimizerConfig,

@@ -42,6 +42,7 @@ def make_engine(config: Config) -> Engine:
         context_length=context_length,
         cache_tokens=needed_tokens(config, dist.get_world_size()),
         invariant=config.determinism.parity == "bitwise",
+        sum_terms=config.sum_terms,
     )
 
 

@@ -84,7 +84,7 @@ EXACT = "parity=bitwise"
         (f"{EXACT} sglang.enable_fp32_lm_head=true", "sglang.enable_fp32_lm_head: parity cannot hold"),
         (f"{EXACT} {TE}", "megatron.transformer_impl: parity needs 'local'"),
         (f"{EXACT} megatron.bias_activation_fusion=true", "megatron.bias_activation_fusion: must be false"),
-        (f"{EXACT} sglang.tp_size=2", "needs the trainer's tensor_model_parallel_size 1, not 2"),
+        (f"{EXACT} sglang.tp_size=3", "sglang.tp_size: parity holds for 1, 2, 4, not 3"),
         (f"{EXACT} megatron.context_parallel_size=2", "megatron.context_parallel_size: must be 1"),
         (f"{EXACT} rollout_top_p=0.9", "rollout.rollout_top_p: parity needs the whole vocabulary"),
         (f"{EXACT} rollout_top_k=50", "rollout.rollout_top_k: parity needs the whole vocabulary"),
@@ -102,13 +102,12 @@ def test_a_contradiction_is_named(recipe: Path, overrides: str, message: str) ->
 
 def test_parity_names_every_reason_at_once(recipe: Path) -> None:  # noqa: F811
     wrong = ["sglang.kv_cache_dtype=fp8_e5m2", "sglang.quantization=fp8", "rollout_top_p=0.5", "dtype=float32"]
-    layout = ["megatron.tensor_model_parallel_size=4", "sglang.tp_size=1"]
+    layout = ["sglang.tp_size=2", "megatron.context_parallel_size=2"]
     found = [fault.split(":")[0] for fault in faults(recipe, EXACT, *wrong, *layout, world_size=4)]
     assert found == [
         "sglang.kv_cache_dtype",
         "sglang.quantization",
-        "sglang.tp_size",
-        "megatron.tensor_model_parallel_size",
+        "megatron.context_parallel_size",
         "determinism.parity",
         "rollout.rollout_top_p",
     ]
@@ -129,7 +128,7 @@ HOPPER, CPU = {"9.0"}, set[str]()
         (["sglang.attention_backend=torch_native"], HOPPER, ["sglang.attention_backend"]),
         (["mode=sft"], HOPPER, ["run.mode"]),
         (["engine=torch", "rollout_top_p=0.9"], HOPPER, ["rollout.engine", "rollout.rollout_top_p"]),
-        (["sglang.tp_size=2"], HOPPER, ["sglang.tp_size"]),
+        (["sglang.tp_size=2"], HOPPER, []),
         (["mismatch_budget={max=0.5}"], HOPPER, ["determinism.mismatch_budget"]),
     ],
 )

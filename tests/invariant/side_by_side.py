@@ -38,12 +38,13 @@ class Comparison:
         self.largest = max(self.largest, float(gap.max()))
 
 
-def checkpoint(folder: Path, name: str) -> Path:
+def checkpoint(folder: Path, name: str, **more: int) -> Path:
     """The tiny model ``name``, with MLPs of widths that a CPU engine does not round up."""
     prefix, changes = tiny.CONFIGS[name]
-    shape = tiny.COMMON | changes | {"intermediate_size": 64}
+    shape = tiny.COMMON | changes | {"intermediate_size": 128}
     if "moe_intermediate_size" in shape:
         shape |= {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4}
+    shape |= more
     torch.manual_seed(0)
     model = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**shape))
     model.save_pretrained(folder)

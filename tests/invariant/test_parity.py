@@ -13,6 +13,7 @@ from tests.invariant.side_by_side import PROMPTS, SAMPLES, checkpoint, train_and
 from tests.ranks import Ranks
 from tests.training.cases import EP2, PP2, SP, TP2
 
+TP4 = {"tensor_model_parallel_size": 4}
 STEPS, PROMPT, ANSWER = 20, 5, 12
 DECODED = sum(ANSWER * (SAMPLES + s) // SAMPLES for s in range(SAMPLES)) * PROMPTS  # of one step
 UPDATES = {"lr": 3e-3, "clip_grad": 1.0}
@@ -27,14 +28,18 @@ def compare(
     steps: int = STEPS,
     temperature: float = 1.0,
     micro_batches: int = 3,
+    engine_tp: int | None = None,
+    **shape: int,
 ) -> None:
+    """An engine of as many ranks as share a layer of the trainer's, unless told otherwise."""
+    tp = (megatron or {}).get("tensor_model_parallel_size", 1)
     run = Config(
-        model={"hf_checkpoint": checkpoint(folder, name), "dtype": "float32"},
+        model={"hf_checkpoint": checkpoint(folder, name, **shape), "dtype": "float32"},
         data={"prompt_data": "none"},
         megatron=UPDATES | (megatron or {}),
         rollout={"rollout_temperature": temperature},
         determinism={"parity": "bitwise"},
-        sglang={"context_length": 64, "tp_size": (megatron or {}).get("tensor_model_parallel_size", 1)},
+        sglang={"context_length": 64, "tp_size": engine_tp or tp},
     )
     found = ranks.run(world_size, train_and_compare, run, steps, PROMPT, ANSWER, micro_batches)
     scored = sum(of_rank.tokens for of_rank in found)
@@ -51,6 +56,18 @@ def test_families(ranks: Ranks, tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("layout", [{}, PP2, TP2, TP2 | SP], ids=["DP2", "PP2", "TP2", "TP2+SP"])
 def test_layouts(ranks: Ranks, tmp_path: Path, layout: dict[str, Any]) -> None:
     compare(ranks, tmp_path, "qwen3", 2, layout, steps=5)
+
+
+@pytest.mark.parametrize(
+    ("layout", "engine_tp", "world_size"),
+    [(TP2, 1, 2), ({}, 2, 2), (TP4, 2, 4), (TP4 | SP, 1, 4), (TP2, 4, 4)],
+    ids=["TP2-1", "TP1-2", "TP4-2", "TP4+SP-1", "TP2-4"],
+)
+def test_layers_shared_by_more_or_fewer_ranks(
+    ranks: Ranks, tmp_path: Path, layout: dict[str, Any], engine_tp: int, world_size: int
+) -> None:
+    """Of as many key-value heads as there may be ranks: SGLang on a CPU would add some that nobody has."""
+    compare(ranks, tmp_path, "qwen3", world_size, layout, steps=5, engine_tp=engine_tp, num_key_value_heads=4)
 
 
 @pytest.mark.parametrize("layout", [{}, PP2, EP2], ids=["DP2", "PP2", "EP2"])
