@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# The pinned GPU runtime for machines without network: launch/bundle.sh OUT [--part-mib N]
+# The pinned GPU runtime for machines without network: launch/bundle.sh OUT [--part-mib N] [--te WHEEL]
 #
-# Needs pip, unzip, strip and xz here, 2 GB of disk for a while and no GPU. OUT/bundle/ (about 220 MB, or parts of at
-# most N MiB, for channels that carry no more) is copied to the other machine, where
+# Needs pip, unzip, strip and xz here, 3 GB of disk for a while and no GPU. --te adds Transformer Engine: WHEEL is its
+# transformer_engine_torch, which the package index has as source only; docs/gpu.md says how to build it. OUT/bundle/
+# (about 220 MB, 490 with Transformer Engine, or parts of at most N MiB, for channels that carry no more) is copied to
+# the other machine, where
 #   source OUT/bundle/activate.sh [FOLDER]
 # unpacks it once, to FOLDER or /tmp/miles-spmd-runtime, and makes it importable. docs/gpu.md says what must be there.
 set -euo pipefail
@@ -13,30 +15,42 @@ fail() {
     exit 2
 }
 
-[[ $# -ge 1 ]] || fail "usage: launch/bundle.sh OUT [--part-mib N]"
+[[ $# -ge 1 && $1 != -* ]] || fail "usage: launch/bundle.sh OUT [--part-mib N] [--te WHEEL]"
 out=$1/bundle
-part_mib=
-if [[ ${2:-} == --part-mib ]]; then
-    part_mib=${3:?bundle.sh: --part-mib needs a number}
-elif [[ $# -gt 1 ]]; then
-    fail "unknown option $2"
-fi
+shift
+part_mib= te=
+while [[ $# -gt 0 ]]; do
+    case $1 in
+    --part-mib) [[ ${2:-} =~ ^[0-9]+$ ]] && part_mib=$2 || fail "--part-mib needs a number" ;;
+    --te) [[ -f ${2:-} && $2 =~ /?transformer_engine_torch-([0-9.]+)-[^/]*\.whl$ ]] && te=$2 te_version=${BASH_REMATCH[1]} ||
+        fail "--te needs the wheel of transformer_engine_torch, not '${2:-}'" ;;
+    *) fail "unknown option $1" ;;
+    esac
+    shift 2
+done
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 # pip matches the minor version of a manylinux tag exactly
 platforms=(--platform manylinux2014_x86_64 --platform manylinux1_x86_64)
 for minor in 5 12 17 24 26 27 28 31 34 35; do platforms+=(--platform "manylinux_2_${minor}_x86_64"); done
+download() {
+    "${PYTHON:-python3}" -m pip --quiet --disable-pip-version-check download --no-deps --only-binary=:all: \
+        --python-version 3.12 --implementation cp "${platforms[@]}" --dest "$work/wheels" "$@"
+}
 echo "bundle.sh: downloading"
-"${PYTHON:-python3}" -m pip --quiet --disable-pip-version-check download --no-deps --only-binary=:all: \
-    --python-version 3.12 --implementation cp "${platforms[@]}" \
-    --dest "$work/wheels" --requirement "$here/requirements-cuda.txt"
+download --requirement "$here/requirements-cuda.txt"
+if [[ -n $te ]]; then
+    download "transformer-engine==$te_version" "transformer-engine-cu13==$te_version"
+    cp "$te" "$work/wheels"
+fi
 mkdir "$work/site"
 for wheel in "$work"/wheels/*.whl; do unzip -qo "$wheel" -d "$work/site"; done
 
 cd "$work/site"
 # of other chips, for linking, and what no path of ours loads
-rm -rf sgl_kernel/sm100 sgl_kernel/infllm_ops* sgl_kernel/flashmla_ops* sglang/multimodal_gen/csrc xgrammar/lib/*.a
+rm -rf sgl_kernel/sm100 sgl_kernel/infllm_ops* sgl_kernel/flashmla_ops* sglang/multimodal_gen/csrc xgrammar/lib/*.a \
+    transformer_engine/jax
 find . -name __pycache__ -prune -exec rm -rf {} +
 find xgrammar zstandard -name '*.so' -exec strip --strip-unneeded {} +
 # SGLang imports IPython only to show HTML in notebooks

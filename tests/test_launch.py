@@ -1,4 +1,6 @@
-"""launch/torchrun.sh: what it refuses, and that it starts ranks. What it sets for GPUs is seen in tests/gpu."""
+"""What launch/torchrun.sh and launch/bundle.sh refuse, and that the former starts ranks. What it sets for GPUs is seen
+in tests/gpu.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +42,25 @@ def test_refusals(arguments: list[str], variables: dict[str, str], message: str)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 2
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "usage: launch/bundle.sh OUT"),
+        (["--te"], "usage: launch/bundle.sh OUT"),
+        (["out", "--part-mib", "x"], "--part-mib needs a number"),
+        (["out", "--te", "missing.whl"], "--te needs the wheel of transformer_engine_torch, not 'missing.whl'"),
+        (["out", "--fa3", "x"], "unknown option --fa3"),
+    ],
+)
+def test_no_bundle(tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = subprocess.run(
+        [ROOT / "launch" / "bundle.sh", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_nodes_on_one_machine(tmp_path: Path) -> None:
