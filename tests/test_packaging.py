@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from miles_spmd import doctor
 
 REPOSITORY = Path(__file__).parents[1]
-PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+SETTINGS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+PROJECT = SETTINGS["project"]
 
 
 def locked() -> dict[str, str]:
@@ -32,7 +38,8 @@ def requirements(extra: str | None = None) -> list[Requirement]:
 
 def test_the_lock_satisfies_the_project() -> None:
     lock = locked()
-    for requirement in [*requirements(), *requirements("dev")]:
+    build = map(Requirement, SETTINGS["build-system"]["requires"])
+    for requirement in [*requirements(), *requirements("dev"), *build]:
         assert lock[canonicalize_name(requirement.name)] in requirement.specifier, str(requirement)
 
 
@@ -42,6 +49,26 @@ def test_the_doctor_knows_the_same_versions() -> None:
     assert {name: lock[name] for name in doctor.PINS} == doctor.PINS
     cuda = {r.name: str(r.specifier).removeprefix("==") for r in requirements("cuda")}
     assert cuda == doctor.CUDA_PINS | {"torch": doctor.TORCH_PINS["cuda"], "sglang": doctor.PINS["sglang"]}
+
+
+@pytest.mark.parametrize(
+    "compiler",
+    [
+        pytest.param("c++", marks=pytest.mark.skipif(not shutil.which("c++"), reason="there is no compiler here")),
+        "/never/installed/c++",
+    ],
+)
+def test_wheels_with_a_compiler_and_without(tmp_path: Path, compiler: str) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path]
+    subprocess.run([*command, REPOSITORY], check=True, env=os.environ | {"CXX": compiler}, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    files = set(zipfile.ZipFile(wheel).namelist())
+    modules = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "miles_spmd").rglob("*.py")}
+    assert modules <= files
+    assert "miles_spmd/telemetry/report.html.j2" in files
+    there = compiler == "c++"
+    assert ("miles_spmd/invariant/cpu_kernels.so" in files) == there
+    assert wheel.name.endswith("-py3-none-linux_x86_64.whl" if there else "-py3-none-any.whl")
 
 
 def test_no_package_host_is_named() -> None:
