@@ -52,6 +52,8 @@ def serve(settings: str, credentials: bytes) -> None:
         except Exception as error:
             result = failure(error)
         dealer.send(Reply(command.id, rank, HOST, command.phase, result))
+    if worker.engine_rank is not None:
+        worker.engine.engine.close()  # a process has room for one of SGLang's
     dealer.close()
 
 
