@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+import torch
 
 from miles_spmd.bench.run import bench_config
 from miles_spmd.config.load import load_config
@@ -15,6 +16,7 @@ from miles_spmd.telemetry.metrics import phase_times
 from tests.gpu.machine import measured, needs
 from tests.gpu.test_grpo import train
 from tests.invariant.side_by_side import train_and_compare
+from tests.invariant.test_linear import assert_ranks_make_the_same_columns, assert_ranks_make_the_same_sum
 from tests.ranks import Ranks
 
 ENGINE = ["sglang.cuda_graph_bs_decode=[1,8,64]", "sglang.chunked_prefill_size=1024", "sglang.mem_fraction_static=0.3"]
@@ -32,6 +34,11 @@ BOTH_TP2 = ["megatron.tensor_model_parallel_size=2", "sglang.tp_size=2"]
         pytest.param("random:llama-3.2-1b", 1, 96, [], marks=needs(1)),
         pytest.param("random:qwen3-4b", 1, 48, LARGE, marks=needs(1)),
         pytest.param("random:qwen3-30b-a3b/4", 1, 96, LARGE, marks=needs(1)),
+        pytest.param("random:qwen3-0.6b", 2, 96, BOTH_TP2[:1], marks=needs(2)),
+        pytest.param("random:qwen3-0.6b", 2, 96, BOTH_TP2[1:], marks=needs(2)),
+        pytest.param(
+            "random:qwen3-0.6b", 4, 96, ["megatron.tensor_model_parallel_size=4", "sglang.tp_size=2"], marks=needs(4)
+        ),
         pytest.param("random:qwen3-0.6b", 2, 96, BOTH_TP2, marks=needs(2)),
         pytest.param("random:qwen3-0.6b", 2, 96, [*BOTH_TP2, "megatron.sequence_parallel=true"], marks=needs(2)),
     ],
@@ -69,3 +76,10 @@ def test_a_run_has_it_without_being_asked(tmp_path: Path) -> None:
     assert len(steps) == 4
     assert all(m["parity/tokens"] == 16 * 4 * 100 and m["train/grad_norm"] > 0 for m in steps)
     assert [(m["parity/mismatches"], m["parity/max_abs_diff"]) for m in steps] == [(0, 0)] * 4
+
+
+@needs(1)
+@pytest.mark.parametrize("rows", [1, 64, 3000])
+def test_products_of_ranks(rows: int) -> None:
+    assert_ranks_make_the_same_sum(rows, 9728, 2560, torch.bfloat16, "cuda")
+    assert_ranks_make_the_same_columns(rows, 2560, 9728, torch.bfloat16, "cuda")

@@ -1,0 +1,50 @@
+"""Products by ranks that share the inner or the outer dimension, against one rank's. ``tests/gpu`` has bf16."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from miles_spmd.invariant.linear import linear, tree_sum
+
+
+def factors(rows: int, inner: int, outer: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = (torch.randn(shape, generator=generator) for shape in ((rows, inner), (outer, inner)))
+    return x.to(device, dtype), (weight * inner**-0.5).to(device, dtype)
+
+
+def assert_ranks_make_the_same_sum(rows: int, inner: int, outer: int, dtype: torch.dtype, device: str) -> None:
+    """Four terms: of one rank, of two with two each, of four with one each, whose weights are tensors of their own."""
+    x, weight = factors(rows, inner, outer, dtype, device)
+    alone = linear(x, weight, terms=4)
+    for ranks in (2, 4):
+        parts = zip(x.chunk(ranks, 1), weight.chunk(ranks, 1))
+        terms = [linear(a.contiguous(), w.contiguous(), terms=4 // ranks) for a, w in parts]
+        assert torch.equal(tree_sum(terms), alone)
+    exact = x.double() @ weight.double().T
+    assert (alone - exact).norm() / exact.norm() < 4 * torch.finfo(dtype).eps
+
+
+def assert_ranks_make_the_same_columns(rows: int, inner: int, outer: int, dtype: torch.dtype, device: str) -> None:
+    x, weight = factors(rows, inner, outer, dtype, device)
+    alone = linear(x, weight)
+    for ranks in (2, 4):
+        assert torch.equal(torch.cat([linear(x, part.contiguous()) for part in weight.chunk(ranks)], 1), alone)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_sums(rows: int) -> None:
+    assert_ranks_make_the_same_sum(rows, 256, 64, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_columns(rows: int) -> None:
+    assert_ranks_make_the_same_columns(rows, 64, 256, torch.float32, "cpu")
+
+
+def test_a_tree_is_added_level_by_level() -> None:
+    big, small = 2.0**24, 1.0  # big + small rounds to big
+    terms = [torch.tensor(value) for value in (big, small, small, -big)]
+    assert tree_sum(terms).item() == (big + 0) + (1 - big)  # and not ((big + 1) + 1) - big
