@@ -3,6 +3,7 @@ replay is equal to them."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from miles_spmd.determinism.compare import compare
 from miles_spmd.determinism.record import read_record, verify
+from miles_spmd.quickstart import checkpoint
 from miles_spmd.quickstart.__main__ import GRPO
 from miles_spmd.quickstart.assets import build_assets
 from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
@@ -23,29 +25,48 @@ STEPS = 5
 COMMAND = [sys.executable, "-m", "miles_spmd"]
 TP2 = ["megatron.tensor_model_parallel_size=2", "megatron.sequence_parallel=true", "sglang.tp_size=2"]
 ZERO = ["megatron.use_distributed_optimizer=true"]
+TE = ["megatron.transformer_impl=transformer_engine"]
+no_te = pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
+)
+EXPERTS = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "head_dim": 64,  # SGLang's kernels want heads and experts of at least that
+    "moe_intermediate_size": 64,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+}
 DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(machine.COUNT)))).split(",")
 
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's, and its model with experts in ``experts/``."""
     folder = tmp_path_factory.mktemp("assets")
     build_assets(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "CONFIG", checkpoint.CONFIG | EXPERTS)
+        build_assets(folder / "experts")
     return folder
 
 
 @pytest.mark.parametrize(
-    ("ranks", "backend", "dtype", "layout"),
+    ("ranks", "model", "backend", "dtype", "layout"),
     [
-        pytest.param(1, "fa3", "bfloat16", [], marks=machine.needs(1), id="bf16"),
-        pytest.param(1, "triton", "float32", [], marks=machine.needs(1), id="fp32"),
-        pytest.param(2, "fa3", "bfloat16", TP2, marks=machine.needs(2), id="tp2"),
-        pytest.param(2, "fa3", "bfloat16", ZERO, marks=machine.needs(2), id="dp2"),
+        pytest.param(1, "", "fa3", "bfloat16", [], marks=machine.needs(1), id="bf16"),
+        pytest.param(1, "", "triton", "float32", [], marks=machine.needs(1), id="fp32"),
+        pytest.param(1, "", "fa3", "bfloat16", TE, marks=[machine.needs(1), no_te], id="transformer-engine"),
+        pytest.param(1, "experts", "fa3", "bfloat16", [], marks=machine.needs(1), id="experts"),
+        pytest.param(2, "", "fa3", "bfloat16", TP2, marks=machine.needs(2), id="tp2"),
+        pytest.param(2, "", "fa3", "bfloat16", ZERO, marks=machine.needs(2), id="dp2"),
     ],
 )
 def test_two_runs_are_equal(
-    assets: Path, tmp_path: Path, ranks: int, backend: str, dtype: str, layout: list[str]
+    assets: Path, tmp_path: Path, ranks: int, model: str, backend: str, dtype: str, layout: list[str]
 ) -> None:
-    own = [f"--nproc-per-node={ranks}", *settings(assets, tmp_path, backend, dtype), *layout]
+    own = [f"--nproc-per-node={ranks}", *settings(assets / model, tmp_path, backend, dtype), *layout]
     run_together([["train", str(GRPO), f"run.name={name}", *own] for name in "ab"])
     a, b = (verify(tmp_path / name) for name in "ab")
     assert len(a.steps) == STEPS
