@@ -14,6 +14,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor, UntypedStorage
 
+from miles_spmd.platform import memory
 from miles_spmd.training.optimizer import parts
 
 
@@ -94,7 +95,7 @@ class Offload:
 
     def _reserve(self, nbytes: int) -> None:
         if self._host.numel() < nbytes:
-            self._host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            self._host = memory.pinned(nbytes)
 
     def _slices(self, storages: list[UntypedStorage]) -> Iterable[Tensor]:
         start = 0

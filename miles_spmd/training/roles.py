@@ -93,7 +93,7 @@ class Roles:
 
     def keep(self, role: Role) -> None:
         """Make the actor's weights of now those of ``role``."""
-        self._copies[role] = self.actor.copy_to_host()
+        self._copies[role] = self.actor.copy_to_host(self._copies.get(role))
 
     # ---- digests ----
 
