@@ -63,19 +63,19 @@ def _same_mixtures(
 
 @rule(PARITY)
 def _same_cut_of_experts(
-    tp_size: int, tensor_model_parallel_size: int, dtype: str, shape: dict[str, Any]
+    tp_size: int,
+    ep_size: int,
+    tensor_model_parallel_size: int,
+    expert_tensor_parallel_size: int | None,
+    dtype: str,
+    shape: dict[str, Any],
 ) -> Iterator[str]:
     if not _has_experts(shape):
         return
-    for name, value in (
-        ("sglang.tp_size", tp_size),
-        ("megatron.tensor_model_parallel_size", tensor_model_parallel_size),
-    ):
-        if value > 1:
-            yield (
-                f"{name}: must be 1 for parity of a model with experts; over more ranks engine and trainer add up in "
-                "orders of their own"
-            )
+    if ep_size != tp_size:
+        yield f"sglang.ep_size: parity needs tp_size, {tp_size}; ranks that cut experts add up in an order of their own"
+    if (expert_tensor_parallel_size or tensor_model_parallel_size) > 1:
+        yield "megatron.expert_tensor_parallel_size: parity needs 1; what ranks have of an expert is added up too early"
     width = shape.get("moe_intermediate_size", 0)
     if dtype == "float32" and width % VECTOR:
         yield (

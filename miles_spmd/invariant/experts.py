@@ -54,6 +54,15 @@ def mix(hidden: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down:
     return gather_sum(grouped(swiglu(wide, by_expert.weights), down.mT, groups), by_expert.places)
 
 
+def places_of_terms(places: Tensor, experts: Tensor, count: int, terms: int) -> list[Tensor]:
+    """What :func:`~miles_spmd.invariant.expert_kernels.gather_sum` adds up on each of ``terms`` ranks that share
+    ``count`` experts: of ``places`` [T, k] those of its ``experts`` [T, k]."""
+    if terms == 1:
+        return [places]
+    owners = experts // (count // terms)
+    return [places.where(owners == term, -1) for term in range(terms)]
+
+
 def grouped(rows: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
     """Each group's rows times its matrix: [rows, out] from [rows, in] and [groups, in, out]. What rows there are behind
     the last group's are left as they happen to be."""

@@ -17,7 +17,8 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from torch import Tensor
 
 from miles_spmd.invariant.expert_kernels import gather_sum, swiglu, swiglu_backward
-from miles_spmd.invariant.experts import Groups, grouped, has_kernel
+from miles_spmd.invariant.experts import Groups, grouped, has_kernel, places_of_terms
+from miles_spmd.invariant.linear import tree_sum
 from miles_spmd.training.invariant_layers import multiply
 
 ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -121,8 +122,9 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
         order = chosen.argsort(stable=True)
         self._tokens = order // k
         self._places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        self._places = self._places.view(-1, k)
-        weights = probs.gather(1, chosen.view(-1, k)).view(-1).index_select(0, order)
+        self._places, chosen = self._places.view(-1, k), chosen.view(-1, k)
+        self._terms = places_of_terms(self._places, chosen, routing_map.shape[1], self.config.expert_sum_terms)
+        weights = probs.gather(1, chosen).view(-1).index_select(0, order)
         return _Spread.apply(hidden.view(-1, hidden.shape[-1]), self._tokens, self._places), weights
 
     def dispatch_postprocess(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,7 +138,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
         return super().combine_preprocess(rows) if self.ep_size * self.tp_size > 1 else rows
 
     def combine_postprocess(self, rows: Tensor) -> Tensor:
-        return _Collect.apply(rows, self._tokens, self._places).view(self.hidden_shape)
+        return _Collect.apply(rows, self._tokens, *self._terms).view(self.hidden_shape)
 
 
 class _Spread(torch.autograd.Function):
@@ -153,16 +155,17 @@ class _Spread(torch.autograd.Function):
 
 
 class _Collect(torch.autograd.Function):
-    """Tokens from rows: the sum of each one's."""
+    """Tokens from rows: the sum of each one's, in terms."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, tokens: Tensor, *terms: Tensor) -> Tensor:
         ctx.save_for_backward(tokens)
-        return gather_sum(rows.contiguous(), places)
+        ctx.terms, rows = len(terms), rows.contiguous()
+        return tree_sum([gather_sum(rows, places) for places in terms])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return gradient.index_select(0, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return gradient.index_select(0, *ctx.saved_tensors), *[None] * (1 + ctx.terms)
 
 
 class MoE(MoELayer):

@@ -41,6 +41,8 @@ _INVARIANT = {"batch_invariant_mode": True, "attention_backend": AttnBackend.fla
 class NetworkConfig(TransformerConfig):
     sum_terms: int = 1
     """Of what tensor-parallel ranks add up under ``batch_invariant_mode``; a multiple of their number."""
+    expert_sum_terms: int = 1
+    """Of what a token's experts say: of as many ranks as share the experts of an engine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,7 @@ def build_settings(config: Config, family: Family) -> Settings:
     if config.determinism.deterministic:
         table = {"deterministic_mode": True} | table
     if config.determinism.parity == "bitwise":
-        table = _INVARIANT | {"sum_terms": config.sum_terms} | table
+        table = _INVARIANT | _terms(config) | table
     transformer = _defaults(table) | family.transformer_config() | table | _dtypes(config)
     transformer["activation_func"] = getattr(F, transformer["activation_func"])
     dtypes = _dtypes(config)
@@ -91,6 +93,10 @@ def build_settings(config: Config, family: Family) -> Settings:
             )
         ),
     )
+
+
+def _terms(config: Config) -> dict[str, int]:
+    return {"sum_terms": config.sum_terms, "expert_sum_terms": config.sglang.get("ep_size", 1)}
 
 
 def _defaults(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,8 +36,8 @@ def test_nothing_objects_to_experts(recipe: Path) -> None:  # noqa: F811
         ("megatron.moe_router_load_balancing_type=sinkhorn", "load_balancing_type: leave it out"),
         ("sglang.moe_runner_backend=triton_kernel", "sglang.moe_runner_backend: parity needs 'auto'"),
         ("sglang.enable_eplb=true", "sglang.enable_eplb: parity needs False"),
-        ("sglang.tp_size=2", "sglang.tp_size: must be 1 for parity of a model with experts"),
-        (f"megatron.tensor_model_parallel_size=2 {SP}", "megatron.tensor_model_parallel_size: must be 1 for parity"),
+        ("sglang.tp_size=2", "sglang.ep_size: parity needs tp_size, 2"),
+        (f"megatron.tensor_model_parallel_size=2 {SP}", "megatron.expert_tensor_parallel_size: parity needs 1"),
         ("dtype=float32", "a moe_intermediate_size of 40, which 32 does not divide"),
     ],
 )

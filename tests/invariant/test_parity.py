@@ -11,7 +11,7 @@ import pytest
 from miles_spmd.config.schema import Config
 from tests.invariant.side_by_side import PROMPTS, SAMPLES, checkpoint, train_and_compare
 from tests.ranks import Ranks
-from tests.training.cases import EP2, PP2, SP, TP2
+from tests.training.cases import EP2, ETP1, PP2, SP, TP2
 
 TP4 = {"tensor_model_parallel_size": 4}
 STEPS, PROMPT, ANSWER = 20, 5, 12
@@ -29,6 +29,7 @@ def compare(
     temperature: float = 1.0,
     micro_batches: int = 3,
     engine_tp: int | None = None,
+    experts_on: int = 1,
     **shape: int,
 ) -> None:
     """An engine of as many ranks as share a layer of the trainer's, unless told otherwise."""
@@ -39,7 +40,7 @@ def compare(
         megatron=UPDATES | (megatron or {}),
         rollout={"rollout_temperature": temperature},
         determinism={"parity": "bitwise"},
-        sglang={"context_length": 64, "tp_size": engine_tp or tp},
+        sglang={"context_length": 64, "tp_size": engine_tp or tp, "ep_size": experts_on},
     )
     found = ranks.run(world_size, train_and_compare, run, steps, PROMPT, ANSWER, micro_batches)
     scored = sum(of_rank.tokens for of_rank in found)
@@ -70,10 +71,16 @@ def test_layers_shared_by_more_or_fewer_ranks(
     compare(ranks, tmp_path, "qwen3", world_size, layout, steps=5, engine_tp=engine_tp, num_key_value_heads=4)
 
 
-@pytest.mark.parametrize("layout", [{}, PP2, EP2], ids=["DP2", "PP2", "EP2"])
-def test_layouts_of_experts(ranks: Ranks, tmp_path: Path, layout: dict[str, Any]) -> None:
-    """Each rank's engine has them all."""
-    compare(ranks, tmp_path, "qwen3_moe", 2, layout, steps=5)
+@pytest.mark.parametrize(
+    ("layout", "engine_ranks", "world_size"),
+    [({}, 1, 2), (PP2, 1, 2), (EP2, 1, 2), ({}, 2, 2), (EP2, 2, 2), (TP2 | SP | EP2 | ETP1, 2, 2), (EP2, 4, 4)],
+    ids=["DP2-1", "PP2-1", "EP2-1", "DP2-2", "EP2-2", "TP2+SP+EP2-2", "EP2-4"],
+)
+def test_experts_shared_by_more_or_fewer_ranks(
+    ranks: Ranks, tmp_path: Path, layout: dict[str, Any], engine_ranks: int, world_size: int
+) -> None:
+    engine = {"engine_tp": engine_ranks, "experts_on": engine_ranks, "num_key_value_heads": 4}
+    compare(ranks, tmp_path, "qwen3_moe", world_size, layout, steps=5, **engine)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 24])
