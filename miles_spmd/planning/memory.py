@@ -42,8 +42,8 @@ class MemoryEstimate:
     colocated: bool  # trainer and engine are on the same devices
     engine_stays: bool  # the engine keeps its weights while the trainer works, because rollouts lag behind
     kv_bytes_per_token: int
-    host: int  # in host memory: weights of the reference policy, the old actor, the teacher
-    moves_out: int  # of all that is trained, to host memory or nowhere while the engine generates
+    host: int  # in host memory: weights of the reference policy, the old actor, the teacher; optimizers that move out
+    moves_out: int  # of all that is trained, while the engine generates: optimizers to host memory, gradients nowhere
 
     @property
     def trainer(self) -> int:
@@ -111,7 +111,9 @@ def estimate_memory(config: Config, family: Family, layout: ParallelLayout) -> M
         colocated=not layout.rollout_num_gpus,
         engine_stays=config.refit.update_weights_interval > 1,
         kv_bytes_per_token=2 * family.num_layers * kv_heads * family.head_dim * bytes_each,
-        host=copies * parameters + (trained(teacher)[0] if teacher else 0),
+        host=copies * parameters
+        + (trained(teacher)[0] if teacher else 0)
+        + (optimizer + of_critic[2] if config.train.offload_train else 0),
         moves_out=gradients + optimizer + sum(of_critic[1:]) if config.train.offload_train else 0,
     )
 

@@ -147,7 +147,7 @@ def _memory(config: Config, layout: ParallelLayout, m: MemoryEstimate, device_gi
     yield f"  {'engine weights':<34}{_gib(m.engine_weights)}"
     yield f"  {'KV cache, per 1,000 tokens':<34}{_gib(1000 * m.kv_bytes_per_token)}"
     if m.host:
-        yield f"  {'other models, in host memory':<34}{_gib(m.host)}"
+        yield f"  {'in host memory':<34}{_gib(m.host)}"
     yield f"  {'while training':<34}{_gib(m.training)}"
     yield f"  {'while generating, without KV cache':<34}{_gib(m.generating)}"
     if device_gib is not None:

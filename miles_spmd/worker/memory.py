@@ -71,7 +71,7 @@ class Ledger:
         working = int(plan.working / (1 + self._allowance)) if training else 0
         train = plan.trainer + working if self.trains else 0
         generate = plan.generating + plan.kv_bytes_per_token if self.generates else 0
-        host = plan.host + plan.moves_out if self.trains else 0
+        host = plan.host if self.trains else 0
         if not self._exact:
             train, generate = train + host, generate + host
         elif host > (room := memory.read_host().free):
