@@ -137,6 +137,16 @@ def _canonical_reduction(
 
 
 @rule(CONTRADICTIONS)
+def _leaves_fit(
+    reduction_leaves: int, leaf_tokens: int, max_tokens_per_gpu: int, context_parallel_size: int
+) -> Iterator[str]:
+    if leaf_tokens and not reduction_leaves:
+        yield "train.leaf_tokens: needs train.reduction_leaves"
+    if leaf_tokens > (most := max_tokens_per_gpu * context_parallel_size):
+        yield f"train.leaf_tokens: at most {most}, which is max_tokens_per_gpu x context_parallel_size"
+
+
+@rule(CONTRADICTIONS)
 def _top_k(rollout_top_k: int) -> Iterator[str]:
     if rollout_top_k == 0 or rollout_top_k < -1:
         yield f"rollout.rollout_top_k: must be -1 (the whole vocabulary) or positive, got {rollout_top_k}"

@@ -260,8 +260,11 @@ class Train(Table):
     """Rollouts at the beginning that train the critic alone."""
     reduction_leaves: NonNegativeInt = 0
     """Canonical reduction: sum gradients over a tree with so many leaves (a power of two), each a fixed share of the
-    batch computed sequence by sequence. Gradients are then the same bits for every data-parallel size that divides it,
-    every micro-batch size and every packing. 0: in the order in which sequences happen to be packed."""
+    batch. Gradients are then the same bits for every data-parallel size that divides it, and for every
+    `max_tokens_per_gpu`. 0: in the order in which sequences happen to be packed."""
+    leaf_tokens: NonNegativeInt = 0
+    """Pack the sequences of a leaf into micro-batches of so many tokens, at most `max_tokens_per_gpu` times
+    context-parallel size. Another number gives other bits. 0: one sequence in each."""
 
 
 class Eval(Table):

@@ -91,7 +91,8 @@ class Models:
             "data_parallel_size": self._workers.trainers[0].data_parallel_size,
             "multiple": int(m["pipeline_model_parallel_size"]) if interleaved else 1,
         }
-        if leaves := self._config.train.reduction_leaves:
-            return expand(pack_leaves(len(lengths) // unit, leaves=leaves, **where), unit)
         units = [sum(lengths[i : i + unit]) for i in range(0, len(lengths), unit)]
+        if leaves := self._config.train.reduction_leaves:
+            max_tokens = self._config.train.leaf_tokens
+            return expand(pack_leaves(units, leaves=leaves, max_tokens=max_tokens, **where), unit)
         return expand(pack(units, max_tokens=self._config.micro_batch_tokens, **where), unit)

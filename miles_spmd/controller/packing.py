@@ -53,12 +53,20 @@ def pack(lengths: Sequence[int], *, data_parallel_size: int, max_tokens: int, mu
     return Packing([filled[rank::data_parallel_size] for rank in range(data_parallel_size)])
 
 
-def pack_leaves(count: int, *, data_parallel_size: int, leaves: int, multiple: int = 1) -> Packing:
-    """The canonical reduction's cut: ``leaves`` equal shares of ``count`` sequences in order, one sequence per
-    micro-batch, as many micro-batches in every leaf. A rank has the leaves that follow each other."""
-    size = -(-count // (leaves * multiple)) * multiple
-    shares = np.array_split(np.arange(count), leaves)
-    filled = [[[int(i)] for i in share] + [[FILLER]] * (size - len(share)) for share in shares]
+def pack_leaves(
+    lengths: Sequence[int], *, data_parallel_size: int, leaves: int, max_tokens: int = 0, multiple: int = 1
+) -> Packing:
+    """The canonical reduction's cut: ``leaves`` equal shares of the sequences in order, each packed as if it were alone
+    (0: one sequence per micro-batch; one that is too long has its own), as many micro-batches in every leaf. A rank has
+    the leaves that follow each other."""
+    budget = max(max_tokens, *lengths)
+    cuts: list[list[list[int]]] = []
+    for share in np.array_split(np.arange(len(lengths)), leaves):
+        (packed,) = pack([lengths[i] for i in share], data_parallel_size=1, max_tokens=budget).bins
+        alone = [[i] for i in range(len(share))]
+        cuts.append([[int(share[i]) for i in b] for b in (packed if max_tokens else alone) if b != [FILLER]])
+    size = -(-max(map(len, cuts)) // multiple) * multiple
+    filled = [cut + [[FILLER]] * (size - len(cut)) for cut in cuts]
     own = leaves // data_parallel_size
     return Packing([list(chain(*filled[rank * own : (rank + 1) * own])) for rank in range(data_parallel_size)])
 

@@ -32,6 +32,8 @@ EXACT = "parity=bitwise"
         ("overlong_buffer_len=2048", "is more than rollout_max_response_len 1024"),
         ("keep_old_actor=true", "with update_weights_interval = 1"),
         ("reduction_leaves=6", "a power of two"),
+        ("leaf_tokens=64", "train.leaf_tokens: needs train.reduction_leaves"),
+        ("reduction_leaves=2 leaf_tokens=65 max_tokens_per_gpu=64", "train.leaf_tokens: at most 64"),
         ("reduction_leaves=8 megatron.use_distributed_optimizer=true", "must be false"),
         ("reduction_leaves=8 megatron.expert_model_parallel_size=2", "train.reduction_leaves: experts"),
         ("update_weights_interval=3 save_interval=4", "checkpoint.save_interval: 4 is no multiple"),

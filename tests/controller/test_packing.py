@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -53,14 +55,24 @@ def test_answers_find_back_to_their_sequences() -> None:
         np.testing.assert_array_equal(values, sequence.tokens * 10.0)
 
 
-@pytest.mark.parametrize("count", [1, 5, 8, 19])
-@pytest.mark.parametrize("multiple", [1, 2])
-def test_leaves_are_the_same_for_every_data_parallel_size(count: int, multiple: int) -> None:
-    everything = pack_leaves(count, data_parallel_size=1, leaves=4, multiple=multiple).bins[0]
-    assert [i for (i,) in everything if i != FILLER] == list(range(count))
+@given(
+    lengths=st.lists(st.integers(2, 50), min_size=1, max_size=40),
+    budget=st.integers(0, 120),
+    multiple=st.integers(1, 2),
+)
+def test_leaves_are_the_same_for_every_data_parallel_size(lengths: list[int], budget: int, multiple: int) -> None:
+    shape: dict[str, int] = {"leaves": 4, "max_tokens": budget, "multiple": multiple}
+    (everything,) = pack_leaves(lengths, data_parallel_size=1, **shape).bins
+    real = [[i for i in micro if i != FILLER] for micro in everything]
+    assert all(len(micro) <= 1 or sum(lengths[i] for i in micro) <= max(budget, *lengths) for micro in real)
+    size = len(everything) // 4
+    leaves = [sorted(itertools.chain(*real[start : start + size])) for start in range(0, len(real), size)]
+    assert leaves == [share.tolist() for share in np.array_split(np.arange(len(lengths)), 4)]
     assert len(everything) % (4 * multiple) == 0
-    for size in (2, 4):
-        ranks = pack_leaves(count, data_parallel_size=size, leaves=4, multiple=multiple).bins
+    if not budget:
+        assert all(len(micro) == 1 for micro in everything)
+    for replicas in (2, 4):
+        ranks = pack_leaves(lengths, data_parallel_size=replicas, **shape).bins
         assert [micro for rank in ranks for micro in rank] == everything
         assert len({len(rank) for rank in ranks}) == 1
 

@@ -55,9 +55,9 @@ def test_two_runs_are_equal(ranks: Ranks, recipe: Recipe, first: Path) -> None:
 
 def test_ranks_and_packing_change_no_bit(ranks: Ranks, recipe: Recipe) -> None:
     """On 1, 2 and 4 ranks, each with an engine, in micro-batches of other sizes."""
-    leaves, few = "train.reduction_leaves=4", "run.num_rollout=2"
+    leaves = ["run.num_rollout=2", "train.reduction_leaves=4", "train.leaf_tokens=64"]
     alone, *others = (
-        train(ranks, recipe.config(f"on_{size}", leaves, few, f"train.max_tokens_per_gpu={8192 // size}"), size)
+        train(ranks, recipe.config(f"on_{size}", *leaves, f"train.max_tokens_per_gpu={8192 // size}"), size)
         for size in (1, 2, 4)
     )
     for size, folder in zip((2, 4), others):

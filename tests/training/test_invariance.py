@@ -52,7 +52,7 @@ def own_body(trainer: Trainer, batch: list[TrainSequence], cut: Cut | None, leav
     """What the controller would send this rank."""
     size = trainer.data_parallel_size
     if cut is None:
-        packing = pack_leaves(len(batch), data_parallel_size=size, leaves=leaves)
+        packing = pack_leaves([len(s.tokens) for s in batch], data_parallel_size=size, leaves=leaves)
     else:
         order = np.random.default_rng(cut.order).permutation(len(batch)) if cut.order else range(len(batch))
         batch = [batch[i] for i in order]
