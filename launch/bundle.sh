@@ -3,7 +3,7 @@
 #
 # Needs pip, unzip, strip and xz here, 3 GB of disk for a while and no GPU. --te adds Transformer Engine: WHEEL is its
 # transformer_engine_torch, which the package index has as source only; docs/gpu.md says how to build it. OUT/bundle/
-# (about 220 MB, 490 with Transformer Engine, or parts of at most N MiB, for channels that carry no more) is copied to
+# (about 220 MB, 500 with Transformer Engine, or parts of at most N MiB, for channels that carry no more) is copied to
 # the other machine, where
 #   source OUT/bundle/activate.sh [FOLDER]
 # unpacks it once, to FOLDER or /tmp/miles-spmd-runtime, and makes it importable. docs/gpu.md says what must be there.
