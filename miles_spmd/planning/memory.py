@@ -195,10 +195,11 @@ def _activations(config: Config, family: Family, layout: ParallelLayout, s: dict
 
 
 def _layer_elements(family: Family, layout: ParallelLayout, split_input: int) -> int:
-    """Per token: inputs of two norms and of two linear layers; q, k, v and the attention's output (again before the
-    norm of q and k); gate, up and their product, for each expert chosen."""
+    """Per token: inputs of two norms and of two linear layers; q, k, v and the attention's output (and, before the norm
+    of q and k, the product that has them and v in one, with a copy of q); gate, up and their product, for each expert
+    chosen."""
     q, kv = family.num_heads * family.head_dim, family.num_kv_heads * family.head_dim
-    attention = 2 * q + 2 * kv + (q + kv if family.qk_norm else 0)
+    attention = (2 * q + 2 * kv) * (2 if family.qk_norm else 1)
     experts = getattr(family, "experts_per_token", None)
     if experts is None:
         mlp = 3 * family.ffn_size // layout.tp

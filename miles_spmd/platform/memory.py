@@ -79,9 +79,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What it says, without the advice that follows."""
+    """What it says, without the account and the advice that follow: torch's own would not work here."""
     lines = str(error).splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return lines[0].partition(" Including non-PyTorch memory")[0].rstrip(".") if lines else type(error).__name__
 
 
 _COUNTED = ("allocated", "reserved")

@@ -217,7 +217,7 @@ def test_a_step_that_does_not_fit_is_explained(ranks: Ranks) -> None:
     assert of_torch.startswith("no memory left on GPU 0: CUDA out of memory. Tried to allocate")
     assert of_cublas.startswith("no memory left on GPU 0: CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
     for text in (of_torch, of_cublas):
-        assert re.search(r"held: .*optimizer 6\.\d\d, gradients 2\.\d\d, .*parameters 1\.11", text)
+        assert all(holder in text for holder in ("optimizer 6.66", "gradients 2.22", "parameters 1.11"))
         assert "What helps: lower train.max_tokens_per_gpu (4096)" in text
     assert "held: other tensors" in of_torch
 

@@ -54,7 +54,8 @@ def test_errors_for_want_of_memory() -> None:
         assert memory.is_out_of_memory(error)
     for error in (RuntimeError("shape mismatch"), ValueError("memory"), KeyError("x")):
         assert not memory.is_out_of_memory(error)
-    assert memory.first_line(RuntimeError("CUDA out of memory. Tried 2 GiB.\nSee the docs")) == (
-        "CUDA out of memory. Tried 2 GiB"
-    )
+    advice = "Including non-PyTorch memory, this process has 139 GiB. Try setting expandable_segments:True."
+    for following in (f" {advice}", f"\n{advice}"):
+        error = torch.OutOfMemoryError(f"CUDA out of memory. Tried 2 GiB. 3 MiB is free.{following}")
+        assert memory.first_line(error) == "CUDA out of memory. Tried 2 GiB. 3 MiB is free"
     assert memory.first_line(MemoryError()) == "MemoryError"
