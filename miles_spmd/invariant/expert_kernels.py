@@ -15,28 +15,44 @@ import triton.language as tl
 from torch import Tensor
 
 
+def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of every row [T, E] in descending order, fp32 [T, k], and where they are, int64 [T, k]; of equal
+    ones the first. ``torch.topk``, which trainers call, agrees on a GPU, but takes several kernels for it."""
+    if not values.is_cuda:
+        return values.float().topk(k, dim=1)
+    rows, width = values.shape
+    values = values.contiguous()
+    best, where = values.new_empty((rows, k), dtype=torch.float32), values.new_empty((rows, k), dtype=torch.int64)
+    if rows:
+        _top_k[(rows,)](values, best, where, width, K=k, BLOCK=triton.next_power_of_2(width))
+    return best, where
+
+
 class Arranged(NamedTuple):
     """T tokens with k of E experts: their T k rows by expert, then by token."""
 
     tokens: Tensor  # int64 [T k], whose row it is
     weights: Tensor  # fp32 [T k]
-    places: Tensor  # int64 [T, k], where a token's rows are; -1 where there is none
+    places: Tensor  # int64 [T, k], where a token's rows are, ascending; -1 where there is none
     ends: Tensor  # int32 [E], behind the last row of each expert
 
 
 def arrange(experts: Tensor, weights: Tensor, count: int) -> Arranged:
     """From int [T, k] and fp32 [T, k], of ``count`` experts. One below 0 is another rank's: what would be its row is
-    left as it happens to be, behind all others (a token and a weight there are valid, but of no meaning)."""
+    left as it happens to be, behind all others (the token there is a valid one, but of no meaning)."""
     k, flat = experts.shape[1], experts.flatten()
     if not flat.is_cuda:
         owners, order = torch.where(flat < 0, count, flat).sort(stable=True)
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).where(flat >= 0, -1)
         ends = torch.searchsorted(owners, torch.arange(count, dtype=owners.dtype), right=True, out_int32=True)
-        return Arranged(order // k, weights.flatten()[order], places.view_as(experts), ends)
-    tokens = torch.zeros_like(flat, dtype=torch.int64)
-    places = torch.full_like(experts, -1, dtype=torch.int64)
-    arranged = Arranged(tokens, torch.zeros_like(weights).view(-1), places, flat.new_empty(count, dtype=torch.int32))
-    _arrange[(count,)](flat, weights.contiguous(), *arranged, len(flat), K=k, BLOCK=1024)
+        return Arranged(order // k, weights.flatten()[order], places.view_as(experts).sort(1).values, ends)
+    arranged = Arranged(
+        torch.empty_like(flat, dtype=torch.int64),
+        torch.empty_like(weights).view(-1),
+        torch.full_like(experts, -1, dtype=torch.int64),
+        torch.empty(count, dtype=torch.int32, device=flat.device),
+    )
+    _arrange[(count,)](flat, weights.contiguous(), *arranged, len(flat), count, K=k, BLOCK=1024)
     return arranged
 
 
@@ -88,8 +104,26 @@ def gather_sum(rows: Tensor, places: Tensor) -> Tensor:
 
 
 @triton.jit
-def _arrange(flat, weights, tokens, sorted_weights, places, ends, rows, K: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Every expert counts the rows before its own, then deals its own out."""
+def _top_k(values, best, where, width, K: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What is not a number counts as the smallest one, so that there are always k."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    value = tl.load(values + row * width + column, mask=column < width, other=0.0).to(tl.float32)
+    value = tl.where(value == value, value, float("-inf"))
+    left = column < width
+    for i in tl.static_range(K):
+        largest = tl.max(tl.where(left, value, float("-inf")))
+        first = tl.min(tl.where(left & (value == largest), column, BLOCK))
+        tl.store(best + row * K + i, largest)
+        tl.store(where + row * K + i, first.to(tl.int64))
+        left = left & (column != first)
+
+
+@triton.jit
+def _arrange(  # type: ignore[no-untyped-def]
+    flat, weights, tokens, sorted_weights, places, ends, rows, count, K: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Every expert counts the rows before its own, then deals its own out. What is left over is token 0's."""
     expert = tl.program_id(0)
     offset = tl.arange(0, BLOCK)
     place = 0
@@ -98,13 +132,21 @@ def _arrange(flat, weights, tokens, sorted_weights, places, ends, rows, K: tl.co
         place += tl.sum(((other >= 0) & (other < expert)).to(tl.int32))
     for start in range(0, rows, BLOCK):
         row = start + offset
-        own = (tl.load(flat + row, mask=row < rows, other=-1) == expert).to(tl.int32)
-        to = place + tl.cumsum(own) - own
-        tl.store(tokens + to, (row // K).to(tl.int64), mask=own != 0)
+        owner = tl.load(flat + row, mask=row < rows, other=-1)
+        own = (owner == expert).to(tl.int32)
+        to, token = place + tl.cumsum(own) - own, row // K
+        rank = tl.zeros((BLOCK,), tl.int32)  # among its token's, of which absent ones come first
+        for i in tl.static_range(K):
+            sibling = tl.load(flat + token * K + i, mask=own != 0, other=0)
+            rank += (sibling < expert).to(tl.int32)
+        tl.store(tokens + to, token.to(tl.int64), mask=own != 0)
         tl.store(sorted_weights + to, tl.load(weights + row, mask=own != 0), mask=own != 0)
-        tl.store(places + row, to.to(tl.int64), mask=own != 0)
+        tl.store(places + token * K + rank, to.to(tl.int64), mask=own != 0)
         place += tl.sum(own)
     tl.store(ends + expert, place)
+    if expert == count - 1:
+        for start in range(place, rows, BLOCK):
+            tl.store(tokens + start + offset, tl.zeros((BLOCK,), tl.int64), mask=start + offset < rows)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miles_spmd.invariant.expert_kernels import arrange, gather_sum, swiglu
+from miles_spmd.invariant.expert_kernels import arrange, gather_sum, swiglu, top_k
 from miles_spmd.invariant.linear import linear
 
 ALIGNED = 8  # elements: a multiple of 16 bytes, of which grouped kernels want rows to be
@@ -29,16 +29,13 @@ class Groups(NamedTuple):
 
 
 def choose(logits: Tensor, k: int, softmax_first: bool) -> tuple[Tensor, Tensor]:
-    """The k most likely experts of every token by ascending number, int64 [T, k], and their weights, fp32 [T, k]: their
-    probabilities (``softmax_first``), or the softmax of their logits, fp32 [T, E]. As Megatron's
-    ``topk_routing_with_score_function``."""
+    """The k most likely experts of every token, int64 [T, k], after their weights, fp32 [T, k]: their probabilities
+    (``softmax_first``), or the softmax of their logits, float [T, E]. As Megatron's
+    ``topk_routing_with_score_function``, which the trainer calls."""
     if softmax_first:
-        weights, experts = logits.softmax(-1).topk(k, dim=1)
-    else:
-        scores, experts = logits.topk(k, dim=1)
-        weights = scores.softmax(-1)
-    experts, order = experts.sort(dim=1)
-    return weights.gather(1, order), experts
+        return top_k(logits.softmax(-1, dtype=torch.float32), k)
+    scores, experts = top_k(logits, k)
+    return scores.softmax(-1), experts
 
 
 def mix(hidden: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, Un
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.layers.utils import MultiPlatformOp
 from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.models import qwen3_moe
 from torch import Tensor
 
 from miles_spmd.invariant import experts
@@ -35,6 +36,7 @@ _dispatch = MultiPlatformOp.dispatch_forward
 _their_all_reduce = GroupCoordinator.all_reduce
 _apply = UnquantizedLinearMethod.apply
 _compute_lm_head = LogitsProcessor._compute_lm_head
+_rotary_stores_keys = qwen3_moe.enable_fused_set_kv_buffer
 _enable_mode = ModelRunner.maybe_enable_batch_invariant_mode
 
 
@@ -46,6 +48,7 @@ def shared_kernels(wanted: bool, terms: int) -> Iterator[None]:
     GroupCoordinator.all_reduce = _all_reduce if wanted else _their_all_reduce
     LogitsProcessor._compute_lm_head = _lm_head if wanted else _compute_lm_head
     ModelRunner.maybe_enable_batch_invariant_mode = _leave_torch_alone if wanted else _enable_mode
+    qwen3_moe.enable_fused_set_kv_buffer = _no if wanted else _rotary_stores_keys
     MultiPlatformOp.dispatch_forward = _shared if wanted else _dispatch
     try:
         yield
@@ -54,6 +57,11 @@ def shared_kernels(wanted: bool, terms: int) -> Iterator[None]:
 
 
 def _leave_torch_alone(runner: ModelRunner) -> None: ...
+
+
+def _no(batch: Any) -> bool:
+    """The rotary layer does not write keys and values into the cache; attention does."""
+    return False
 
 
 def _shared(layer: MultiPlatformOp) -> Callable[..., Any]:
@@ -100,7 +108,7 @@ def _lm_head(processor: LogitsProcessor, hidden: Tensor, head: Any, *_: Any) -> 
 
 def _choose(layer: TopK, hidden_states: Tensor, router_logits: Tensor, **_: Any) -> StandardTopKOutput:
     config = layer.topk_config
-    weights, chosen = experts.choose(router_logits.float(), config.top_k, not config.renormalize)
+    weights, chosen = experts.choose(router_logits, config.top_k, not config.renormalize)
     return StandardTopKOutput(weights, chosen, router_logits)
 
 

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from tests.gpu.machine import needs
-from tests.invariant.test_experts import assert_arranged_as_by_a_loop, assert_mixed_as_by_a_loop
+from tests.invariant.test_experts import (
+    assert_arranged_as_by_a_loop,
+    assert_chosen_as_by_the_trainer,
+    assert_mixed_as_by_a_loop,
+)
 from tests.training.test_experts import (
     COUNTS,
     assert_as_the_oracle,
@@ -40,3 +44,8 @@ def test_rows_are_arranged(tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [2, 400])
 def test_mixtures(tokens: int) -> None:
     assert_mixed_as_by_a_loop(tokens, torch.bfloat16, "cuda", 1e-2)
+
+
+@pytest.mark.parametrize("softmax_first", [False, True])
+def test_tokens_choose_as_the_trainers(softmax_first: bool) -> None:
+    assert_chosen_as_by_the_trainer(softmax_first, torch.bfloat16, "cuda")
