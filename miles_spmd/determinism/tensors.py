@@ -21,6 +21,7 @@ class TensorSums:
         self._parts = [(name, part) for name, own in parts.items() for part in own]
         self._names = list(parts)
         self._table: Tensor | None = None  # of tiles, on a GPU
+        self._even = False
 
     @property
     def rectangles(self) -> list[Rectangle]:
@@ -42,10 +43,11 @@ class TensorSums:
         if self._table is None:
             number = {name: index for index, name in enumerate(self._names)}
             tiles = kernel.tiles([(number[name], part) for name, part in self._parts])
-            self._table = torch.from_numpy(tiles).to(device)
-        addresses = torch.tensor([tensor.data_ptr() for tensor in given], dtype=torch.int64).to(device)
+            self._table, self._even = torch.from_numpy(tiles).to(device), kernel.even(tiles)
+        addresses = torch.tensor([tensor.data_ptr() for tensor in given], dtype=torch.int64)
+        aligned = self._even and not (addresses % 16).any()
         sums = torch.zeros(len(self._parts), dtype=torch.int64, device=device)
-        kernel.add_sums(addresses, itemsize, self._table, sums)
+        kernel.add_sums(addresses.to(device), itemsize, self._table, sums, bool(aligned))
         return sums
 
 

@@ -77,16 +77,19 @@ def check_swiglu(device: str, dtype: torch.dtype, rows: int, width: int) -> None
 
 def check_digests(device: str, dtype: torch.dtype, columns: int) -> None:
     """Two tensors in one launch, of which one holds parts of two others: the sums that numpy has."""
-    a, b = randn(70, columns, device="cpu", dtype=dtype), randn(29, device="cpu", dtype=dtype)
+    a, b = randn(70, columns, device="cpu", dtype=dtype), randn(columns, device="cpu", dtype=dtype)
     cut = columns // 2 // 8 * 8
     pieces = Piece("A", (3, 5), (0, 0), (70, cut)), Piece("B", (0, 0), (0, cut), (70, columns - cut))
-    of = {"a": parts(TensorLayout("a", pieces), a.shape), "b": parts(TensorLayout("b", whole("b", (29,))), b.shape)}
+    of = {"a": parts(TensorLayout("a", pieces), a.shape), "b": parts(TensorLayout("b", whole("b", b.shape)), b.shape)}
     located = [(number, part) for number, name in enumerate(of) for part in of[name]]
     held = [tensor.to(device) for tensor in (a, b)]
     addresses = torch.tensor([tensor.data_ptr() for tensor in held], device=device)
-    sums = torch.zeros(len(located), dtype=torch.int64, device=device)
-    digests.add_sums(addresses, a.element_size(), torch.from_numpy(digests.tiles(located)).to(device), sums)
-    assert torch.equal(sums.cpu(), TensorSums(of)({"a": a, "b": b}))
+    table = digests.tiles(located)
+    expected = TensorSums(of)({"a": a, "b": b})
+    for aligned in {False, digests.even(table)}:
+        sums = torch.zeros_like(expected, device=device)
+        digests.add_sums(addresses, a.element_size(), torch.from_numpy(table).to(device), sums, aligned)
+        assert torch.equal(sums.cpu(), expected)
 
 
 def main() -> None:
