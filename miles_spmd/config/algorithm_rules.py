@@ -121,7 +121,6 @@ def _critic_only_steps(advantage_estimator: str, num_critic_only_steps: int, num
 @rule(CONTRADICTIONS)
 def _canonical_reduction(
     reduction_leaves: int,
-    use_distributed_optimizer: bool,
     overlap_grad_reduce: bool,
     expert_model_parallel_size: int,
 ) -> Iterator[str]:
@@ -129,10 +128,10 @@ def _canonical_reduction(
         yield "train.reduction_leaves: experts on several ranks see a whole group's tokens; no order of theirs is kept"
     if reduction_leaves & (reduction_leaves - 1):
         yield f"train.reduction_leaves: must be a power of two, got {reduction_leaves}"
-    if reduction_leaves and (use_distributed_optimizer or overlap_grad_reduce):
+    if reduction_leaves and overlap_grad_reduce:
         yield (
-            "train.reduction_leaves: use_distributed_optimizer and overlap_grad_reduce must be false; they add up "
-            "shards of gradients, and their norm, in an order that depends on the number of ranks"
+            "train.reduction_leaves: overlap_grad_reduce must be false; it adds up gradients before they are whole, in "
+            "an order that depends on the number of ranks"
         )
 
 

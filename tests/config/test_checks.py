@@ -34,7 +34,7 @@ EXACT = "parity=bitwise"
         ("reduction_leaves=6", "a power of two"),
         ("leaf_tokens=64", "train.leaf_tokens: needs train.reduction_leaves"),
         ("reduction_leaves=2 leaf_tokens=65 max_tokens_per_gpu=64", "train.leaf_tokens: at most 64"),
-        ("reduction_leaves=8 megatron.use_distributed_optimizer=true", "must be false"),
+        ("reduction_leaves=8 megatron.overlap_grad_reduce=true", "must be false"),
         ("reduction_leaves=8 megatron.expert_model_parallel_size=2", "train.reduction_leaves: experts"),
         ("update_weights_interval=3 save_interval=4", "checkpoint.save_interval: 4 is no multiple"),
         ("update_weights_interval=3 eval_interval=4", "eval.eval_interval: 4 is no multiple"),

@@ -117,9 +117,13 @@ def run(megatron: dict[str, Any]) -> Config:
     return cases.config("qwen3", {"lr": 1e-3} | megatron, train={"reduction_leaves": 4})
 
 
+def of_checkpoint(config: Config) -> dict[str, int]:
+    (file,) = Path(config.model.hf_checkpoint).glob("*.safetensors")
+    return {name: by_hand(t.reshape(1, -1) if t.dim() == 1 else t) for name, t in load_file(file).items()}
+
+
 def test_weights_are_those_of_the_checkpoint(alone: dict[str, dict[str, int]]) -> None:
-    (file,) = Path(run({}).model.hf_checkpoint).glob("*.safetensors")
-    expected = {name: by_hand(t.reshape(1, -1) if t.dim() == 1 else t) for name, t in load_file(file).items()}
+    expected = of_checkpoint(run({}))
     assert alone["before"] == expected
     assert set(alone) == {"before", "gradient", "after", "main_params", "exp_avg", "exp_avg_sq"}
     assert all(alone[kind].keys() == expected.keys() for kind in alone)
@@ -136,3 +140,12 @@ def test_weights_under_tensor_parallelism(ranks: Ranks, alone: dict[str, dict[st
     found = over_ranks(ranks.run(2, digests_of, run(cases.TP2 | cases.SP), cases.sequences([12] * 4)))
     assert found["before"] == alone["before"]
     assert found["gradient"].keys() == alone["gradient"].keys()
+
+
+@pytest.mark.parametrize("megatron", [{}, cases.EP2, cases.TP2 | cases.SP])
+def test_experts(ranks: Ranks, megatron: dict[str, Any]) -> None:
+    config = cases.config("qwen3_moe", {"lr": 1e-3} | megatron)
+    found = over_ranks(ranks.run(2 if megatron else 1, digests_of, config, cases.sequences([12] * 4)))
+    assert found["before"] == of_checkpoint(config)
+    assert found["gradient"].keys() == found["main_params"].keys() == found["before"].keys()
+    assert found["main_params"] == found["after"]

@@ -17,7 +17,7 @@ from miles_spmd.data.sample import TrainSequence
 from miles_spmd.messaging.wire import Train, TrainerRank, TrainResult
 from miles_spmd.training.trainer import Trainer
 from tests.ranks import Ranks
-from tests.training.cases import SP, Held, build, config, held, sequences, whole_weights
+from tests.training.cases import SP, ZERO, Held, build, config, held, sequences, whole_weights
 
 BATCH = sequences((5, 17, 40, 9, 30, 31, 4, 12, 22, 3, 8, 27, 35), seed=7)
 ALGORITHM = {"entropy_coef": 0.05, "kl_loss_coef": 0.1, "eps_clip": 0.5}
@@ -141,9 +141,10 @@ def run_of(
         ("qwen3", {}),
         ("qwen3", {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
         ("qwen3", {"pipeline_model_parallel_size": 2}),
+        ("qwen3", ZERO),
         ("qwen3_moe", {}),
     ],
-    ids=["", "TP2", "PP2", "experts"],
+    ids=["", "TP2", "PP2", "distributed-optimizer", "experts"],
 )
 def test_canonical_reduction_is_bitwise_over_data_parallel_sizes(
     ranks: Ranks, name: str, table: dict[str, Any]
