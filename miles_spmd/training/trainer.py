@@ -102,6 +102,7 @@ class Trainer(Network):
         lr = self._optimizer.param_groups[0]["lr"]
         gradient = self.digests.gradient() if self.digests else None
         norm, updated = update(self._optimizer)
+        self._optimizer.zero_grad()  # those in bf16 have fp32 copies now, which would stay until the next step
         if updated:
             self._schedule.step(1)
             self._finish_gathering_parameters()
