@@ -31,6 +31,7 @@ from sglang.srt.managers.io_struct import (
     TokenizedGenerateReqInput,
 )
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
+from sglang.srt.model_executor import input_buffers
 from sglang.srt.sampling.sampling_params import SamplingParams as SglangSamplingParams
 from sglang.srt.server_args import set_global_server_args_for_scheduler
 
@@ -315,6 +316,8 @@ class SglangEngine:
         del self._scheduler
         sglang_world.leave()
         runtime_context.reset_context()
+        # of CUDA graphs; another model's would be captured with this one's token ids, which it may not have
+        input_buffers._forward_input_buffer_pool.clear()
 
     def _require_free(self, tags: list[str]) -> None:
         """torch_memory_saver ends the process when the driver has nothing left for it."""
