@@ -21,6 +21,8 @@ PARTS = (
     "gate and up projection",
     "SwiGLU",
     "down projection",
+    "router",
+    "experts",
 )
 FIRST, LAST = "embedding", "final norm"
 

@@ -20,8 +20,13 @@ PARTS = {
     "post_attention_layernorm": "MLP norm",
     "mlp.gate_up_proj": "gate and up projection",
     "mlp.act_fn": "SwiGLU",
+    "mlp.topk": "router",  # weights, the largest first
 }
-SUMMED_LATER = {"self_attn.o_proj": "output projection", "mlp.down_proj": "down projection"}  # over ranks, if several
+SUMMED_LATER = {  # over ranks, if several
+    "self_attn.o_proj": "output projection",
+    "mlp.down_proj": "down projection",
+    "mlp.experts": "experts",
+}
 
 
 @contextmanager

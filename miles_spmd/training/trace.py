@@ -25,6 +25,8 @@ PARTS = {
     "mlp.linear_fc1": "gate and up projection",
     "mlp.activation_func": "SwiGLU",
     "mlp.linear_fc2": "down projection",
+    "mlp.router": "router",
+    "mlp": "experts",  # which a dense engine does not have
 }
 
 
@@ -58,5 +60,9 @@ def _traced(model: PackedModel, tokens: int) -> Iterator[Trace]:
         by_group = rows.view(len(rows), -1, heads + 2, width)
         return torch.cat([part.flatten(1) for part in by_group.split([heads, 1, 1], 2)], 1)
 
-    with hooked(modules, places, {"query, key and value": apart}) as found:
+    def weights(rows: Tensor) -> Tensor:
+        """Of the chosen experts, the largest first."""
+        return rows.topk(model.config.moe_router_topk).values
+
+    with hooked(modules, places, {"query, key and value": apart, "router": weights}) as found:
         yield found

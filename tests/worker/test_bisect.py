@@ -29,7 +29,13 @@ SUMMED = {  # over the ranks of a tensor-parallel group; the engine adds the sum
 }
 
 
-def named(run: Config) -> dict[str, Bisection]:
+PLANTED_IN_EXPERTS = {
+    "decoder.layers.1.mlp.router.weight": "layer 1, router",
+    "decoder.layers.2.mlp.experts.down": "layer 2, experts",
+}
+
+
+def named(run: Config, weights: tuple[str, ...]) -> dict[str, Bisection]:
     """What is named after a bit of each of this rank's weights has changed, one after another; "nothing": before."""
     from miles_spmd.algorithms.losses import make_loss
     from miles_spmd.models import load_family
@@ -45,7 +51,7 @@ def named(run: Config) -> dict[str, Bisection]:
         engine.commit(0)
         wanted = Bisect(request("0.0", list(range(20)), seed=3, ignore_eos=True, max_new_tokens=12), 26)
         found = {"nothing": bisect(wanted, engine, trainer)}
-        for name in (*PLANTED, *SUMMED):
+        for name in weights:
             weight = trainer.weights().get(name, torch.zeros(0))
             weight.view(torch.int32)[..., :8] ^= 1 << 16
             found[name] = bisect(wanted, engine, trainer)
@@ -65,8 +71,21 @@ def test_the_operator_is_named(ranks: Ranks, tmp_path: Path, size: int, layout: 
         determinism={"parity": "bitwise"},
         sglang={"context_length": 64, "tp_size": tp_size},
     )
-    of_ranks = ranks.run(size, named, run)
     expected = {"nothing": ""} | PLANTED | {name: names[tp_size > 1] for name, names in SUMMED.items()}
+    compare(ranks.run(size, named, run, (*PLANTED, *SUMMED)), expected)
+
+
+def test_the_operator_of_experts_is_named(ranks: Ranks, tmp_path: Path) -> None:
+    run = Config(
+        model={"hf_checkpoint": checkpoint(tmp_path, "qwen3_moe"), "dtype": "float32"},
+        data={"prompt_data": "none"},
+        determinism={"parity": "bitwise"},
+        sglang={"context_length": 64},
+    )
+    compare(ranks.run(1, named, run, (*PLANTED_IN_EXPERTS,)), {"nothing": ""} | PLANTED_IN_EXPERTS)
+
+
+def compare(of_ranks: list[dict[str, Bisection]], expected: dict[str, str]) -> None:
     for name, operator in expected.items():
         found = [of_rank[name] for of_rank in of_ranks if of_rank[name].operator]
         first = min(found, key=lambda answer: answer.order, default=None)  # later ranks get what earlier ones have
