@@ -16,7 +16,7 @@ from miles_spmd.config import (  # noqa: F401  (register themselves)
     parity_rules,
 )
 from miles_spmd.config.backends import BackendMissingError, backend_fields
-from miles_spmd.config.rules import CONTRADICTIONS, DOUBTS, FILES, PARITY, Rule, checkpoint_shape
+from miles_spmd.config.rules import CONTRADICTIONS, DOUBTS, FILES, NOT_BY_DEFAULT, PARITY, Rule, checkpoint_shape
 from miles_spmd.config.schema import Config, Table
 
 
@@ -33,7 +33,7 @@ def decide_parity(config: Config, capabilities: Collection[str] | None) -> tuple
     ends no run: a mismatch is a warning then. ``capabilities``: of the GPUs that will be used; None: not known."""
     if config.determinism.parity != "auto":
         return config, []
-    reasons = _apply(PARITY, config, None, (), capabilities)
+    reasons = _apply([*PARITY, *NOT_BY_DEFAULT], config, None, (), capabilities)
     decided = (
         {"parity": "off"} if reasons else {"parity": "bitwise", "parity_gate": config.determinism.parity_gate or "warn"}
     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from miles_spmd.config.rules import CONTRADICTIONS, PARITY, rule
+from miles_spmd.config.rules import CONTRADICTIONS, NOT_BY_DEFAULT, PARITY, rule
 
 RANKS = 1, 2, 4  # of which sums over the hidden dimension were shown to be the same
 VECTOR = 32  # numbers that a CPU takes at a time: SGLang rounds each rank's part of an MLP up to a multiple there
+LONG = 4096  # tokens of a sequence whose keys a GPU reads in one piece at a price that shows
 CAPABILITY = "9.0"  # of GPUs that have FlashAttention 3
 
 
@@ -142,6 +143,27 @@ def _same_distribution(rollout_top_p: float, rollout_top_k: int) -> Iterator[str
 def _no_budget(mismatch_budget: dict[str, float]) -> Iterator[str]:
     if mismatch_budget:
         yield "determinism.mismatch_budget: with parity nothing may differ; leave it out"
+
+
+@rule(NOT_BY_DEFAULT)
+def _shown_on_gpus(dtype: str, tensor_model_parallel_size: int, tp_size: int, shape: dict[str, Any]) -> Iterator[str]:
+    """``model.dtype`` says where: parity needs bf16 on a GPU and fp32 on a CPU."""
+    if dtype != "bfloat16":
+        return
+    if shape.get("num_experts") or shape.get("num_local_experts"):
+        yield "determinism.parity: 'bitwise' has it with experts; on GPUs it was not shown to hold"
+    if max(tensor_model_parallel_size, tp_size) > 1:
+        yield "determinism.parity: 'bitwise' has it with tensor parallelism; on GPUs its price was not measured"
+
+
+@rule(NOT_BY_DEFAULT)
+def _keys_in_one_piece(dtype: str, rollout_max_prompt_len: int | None, rollout_max_response_len: int) -> Iterator[str]:
+    longest = (rollout_max_prompt_len or 0) + rollout_max_response_len
+    if dtype == "bfloat16" and longest > LONG:
+        yield (
+            f"determinism.parity: 'bitwise' has it for sequences of up to {longest} tokens; the last long ones of a "
+            "rollout decode slowly, because the keys of each are read in one piece"
+        )
 
 
 @rule(CONTRADICTIONS)

@@ -16,6 +16,7 @@ from typing import Any
 Rule = Callable[..., Iterator[str]]
 CONTRADICTIONS: list[Rule] = []  # why a configuration cannot run
 PARITY: list[Rule] = []  # why engine and trainer cannot give a token the same log-prob to the bit
+NOT_BY_DEFAULT: list[Rule] = []  # why "auto" does without such parity where it could be had
 DOUBTS: list[Rule] = []  # what is allowed but probably not meant
 FILES: list[Rule] = []  # what is not there
 

@@ -116,6 +116,7 @@ def test_parity_names_every_reason_at_once(recipe: Path) -> None:  # noqa: F811
 
 
 HOPPER, CPU = {"9.0"}, set[str]()
+TP2 = ["megatron.tensor_model_parallel_size=2", "sglang.tp_size=2"]
 
 
 @pytest.mark.parametrize(
@@ -129,8 +130,9 @@ HOPPER, CPU = {"9.0"}, set[str]()
         ([], {"9.0", "8.0"}, ["determinism.parity"]),
         (["sglang.attention_backend=torch_native"], HOPPER, ["sglang.attention_backend"]),
         (["mode=sft"], HOPPER, ["run.mode"]),
+        (TP2, HOPPER, ["determinism.parity"]),
         (["engine=torch", "rollout_top_p=0.9"], HOPPER, ["rollout.engine", "rollout.rollout_top_p"]),
-        (["sglang.tp_size=2"], HOPPER, []),
+        (["sglang.tp_size=2"], HOPPER, ["determinism.parity"]),
         (["mismatch_budget={max=0.5}"], HOPPER, ["determinism.mismatch_budget"]),
     ],
 )
@@ -146,6 +148,18 @@ def test_parity_is_on_where_nothing_objects(
     assert decided.determinism.parity == ("off" if reasons else "bitwise")
     assert [reason.split(":")[0] for reason in found] == reasons
     assert decided.model_copy(update={"determinism": config.determinism}) == config
+
+
+def test_parity_of_long_sequences_is_to_be_asked_for(recipe: Path) -> None:  # noqa: F811
+    def parity(dtype: str, response: int, *overrides: str) -> str:
+        config = load_config(recipe, [f"dtype={dtype}", *overrides])
+        longer = config.rollout.model_copy(update={"rollout_max_response_len": response})
+        return checks.decide_parity(config.model_copy(update={"rollout": longer}), None)[0].determinism.parity
+
+    assert parity("bfloat16", 4096) == "bitwise"
+    assert parity("bfloat16", 4096, "rollout_max_prompt_len=1") == "off"
+    assert parity("bfloat16", 4097, EXACT) == "bitwise"
+    assert parity("float32", 4097) == "bitwise"
 
 
 def test_what_parity_was_asked_for_decides_what_a_mismatch_does(recipe: Path) -> None:  # noqa: F811
@@ -204,7 +218,7 @@ def test_every_rule_reads_settings_that_exist(recipe: Path) -> None:  # noqa: F8
     """A misspelt parameter would silently switch a rule off."""
     of_machine = {"shape", "world_size", "trainer_ranks", "engine_ranks", "capabilities"}
     known = {*checks.settings(load_config(recipe)), *of_machine}
-    everything = [*rules.CONTRADICTIONS, *rules.PARITY, *rules.DOUBTS, *rules.FILES]
+    everything = [*rules.CONTRADICTIONS, *rules.PARITY, *rules.NOT_BY_DEFAULT, *rules.DOUBTS, *rules.FILES]
     assert len(everything) > 15
     for rule in everything:
         assert set(inspect.signature(rule).parameters) <= known, rule.__name__
