@@ -33,7 +33,7 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     activations: int
-    logits: int  # of a chunk, and the output layer's gradient in fp32
+    logits: int  # of a chunk, and the output layer's gradient
     update: int  # what the optimizer step takes for a while, when there are no activations any more
     others: int  # weights of another model, on the device while it is asked
     critic: int  # its parameters, gradients and optimizer
@@ -99,10 +99,7 @@ def estimate_memory(config: Config, family: Family, layout: ParallelLayout) -> M
         gradients=gradients,
         optimizer=optimizer,
         activations=_activations(config, family, layout, s) * bytes_each,
-        # of one chunk: logits, their fp32 copy, probabilities
-        logits=min(config.train.max_tokens_per_gpu * family.vocab_size // layout.tp, MAX_LOGITS)
-        * (bytes_each + 2 * FP32)
-        + family.vocab_size * family.hidden_size // layout.tp * FP32,
+        logits=_head_bytes(config.train.max_tokens_per_gpu, family, layout.tp, bytes_each),
         update=0 if grad_bytes == FP32 else optimizer // state_bytes * FP32,
         others=max(parameters if copies else 0, trained(teacher)[0] if teacher else 0),
         critic=sum(of_critic),
@@ -179,11 +176,19 @@ def _engine_parameters(family: Family, tp: int) -> int:
     return total
 
 
+def _head_bytes(tokens: int, family: Family, tp: int, bytes_each: int) -> int:
+    """Logits of a chunk, as training/log_probs.py cuts them, and the output weight's gradient, which is added up in
+    fp32 where there are several."""
+    logits, limit = tokens * family.vocab_size // tp * bytes_each, MAX_LOGITS * (bytes_each + 2 * FP32)
+    gradient = family.vocab_size * family.hidden_size // tp * (bytes_each if logits <= limit else FP32)
+    return min(logits, limit) + gradient
+
+
 def _activations(config: Config, family: Family, layout: ParallelLayout, s: dict[str, Any]) -> int:
     """Elements kept for the backward pass on the first stage, which has the most micro-batches under way."""
     layers = layers_per_stage(family.num_layers, layout.pp, s)[0]
     split_input = family.hidden_size // (layout.tp if layout.sequence_parallel else 1)
-    layer = _layer_elements(family, layout, split_input)
+    layer = _layer_elements(family, layout, split_input, s["transformer_impl"] == "local")
     kept, working = layers * layer, 0  # of each micro-batch under way; of the one whose backward pass runs
     if s["recompute_granularity"] == "full":
         number = min(s["recompute_num_layers"] or 1, layers)
@@ -194,7 +199,7 @@ def _activations(config: Config, family: Family, layout: ParallelLayout, s: dict
     return config.train.max_tokens_per_gpu * (kept * layout.pp + working)
 
 
-def _layer_elements(family: Family, layout: ParallelLayout, split_input: int) -> int:
+def _layer_elements(family: Family, layout: ParallelLayout, split_input: int, local: bool) -> int:
     """Per token: inputs of two norms and of two linear layers; q, k, v and the attention's output (and, before the norm
     of q and k, the product that has them and v in one, with a copy of q); gate, up and their product, for each expert
     chosen."""
@@ -203,6 +208,7 @@ def _layer_elements(family: Family, layout: ParallelLayout, split_input: int) ->
     experts = getattr(family, "experts_per_token", None)
     if experts is None:
         mlp = 3 * family.ffn_size // layout.tp
-    else:  # and each expert's own copy of its input and of its output
-        mlp = experts * (3 * family.expert_ffn_size // layout.etp + 2 * family.hidden_size)  # type: ignore[attr-defined]
+    else:  # and each expert's own copy of its input; our own make the product, and their outputs, again
+        wide = family.expert_ffn_size // layout.etp  # type: ignore[attr-defined]
+        mlp = experts * (2 * wide + family.hidden_size if local else 3 * wide + 2 * family.hidden_size)
     return 4 * split_input + attention // layout.tp + mlp
