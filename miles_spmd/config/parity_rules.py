@@ -151,9 +151,9 @@ def _shown_on_gpus(dtype: str, tensor_model_parallel_size: int, tp_size: int, sh
     if dtype != "bfloat16":
         return
     if shape.get("num_experts") or shape.get("num_local_experts"):
-        yield "determinism.parity: 'bitwise' has it with experts; on GPUs it was not shown to hold"
+        yield "model.hf_checkpoint: has experts, with which it was not shown to hold on GPUs; 'bitwise' tries it"
     if max(tensor_model_parallel_size, tp_size) > 1:
-        yield "determinism.parity: 'bitwise' has it with tensor parallelism; on GPUs its price was not measured"
+        yield "sglang.tp_size: engines of several ranks lose their fast all-reduce; 'bitwise' pays that"
 
 
 @rule(NOT_BY_DEFAULT)
@@ -161,8 +161,8 @@ def _keys_in_one_piece(dtype: str, rollout_max_prompt_len: int | None, rollout_m
     longest = (rollout_max_prompt_len or 0) + rollout_max_response_len
     if dtype == "bfloat16" and longest > LONG:
         yield (
-            f"determinism.parity: 'bitwise' has it for sequences of up to {longest} tokens; the last long ones of a "
-            "rollout decode slowly, because the keys of each are read in one piece"
+            f"rollout.rollout_max_response_len: sequences may have {longest} tokens, and the last long ones of a rollout "
+            "decode slowly where the keys of each are read in one piece; 'bitwise' pays that"
         )
 
 

@@ -130,9 +130,9 @@ TP2 = ["megatron.tensor_model_parallel_size=2", "sglang.tp_size=2"]
         ([], {"9.0", "8.0"}, ["determinism.parity"]),
         (["sglang.attention_backend=torch_native"], HOPPER, ["sglang.attention_backend"]),
         (["mode=sft"], HOPPER, ["run.mode"]),
-        (TP2, HOPPER, ["determinism.parity"]),
+        (TP2, HOPPER, ["sglang.tp_size"]),
         (["engine=torch", "rollout_top_p=0.9"], HOPPER, ["rollout.engine", "rollout.rollout_top_p"]),
-        (["sglang.tp_size=2"], HOPPER, ["determinism.parity"]),
+        (["sglang.tp_size=2"], HOPPER, ["sglang.tp_size"]),
         (["mismatch_budget={max=0.5}"], HOPPER, ["determinism.mismatch_budget"]),
     ],
 )
