@@ -152,8 +152,10 @@ def _shown_on_gpus(dtype: str, tensor_model_parallel_size: int, tp_size: int, sh
         return
     if shape.get("num_experts") or shape.get("num_local_experts"):
         yield "model.hf_checkpoint: has experts, with which it was not shown to hold on GPUs; 'bitwise' tries it"
-    if max(tensor_model_parallel_size, tp_size) > 1:
+    if tp_size > 1:
         yield "sglang.tp_size: engines of several ranks lose their fast all-reduce; 'bitwise' pays that"
+    if tp_size != tensor_model_parallel_size:
+        yield "sglang.tp_size: is not the trainer's, with which it was not shown to hold on GPUs; 'bitwise' tries it"
 
 
 @rule(NOT_BY_DEFAULT)
@@ -161,8 +163,8 @@ def _keys_in_one_piece(dtype: str, rollout_max_prompt_len: int | None, rollout_m
     longest = (rollout_max_prompt_len or 0) + rollout_max_response_len
     if dtype == "bfloat16" and longest > LONG:
         yield (
-            f"rollout.rollout_max_response_len: sequences may have {longest} tokens, and the last long ones of a rollout "
-            "decode slowly where the keys of each are read in one piece; 'bitwise' pays that"
+            f"rollout.rollout_max_response_len: sequences may have {longest} tokens, and the last long ones of a "
+            "rollout decode slowly where the keys of each are read in one piece; 'bitwise' pays that"
         )
 
 

@@ -132,7 +132,8 @@ TP2 = ["megatron.tensor_model_parallel_size=2", "sglang.tp_size=2"]
         (["mode=sft"], HOPPER, ["run.mode"]),
         (TP2, HOPPER, ["sglang.tp_size"]),
         (["engine=torch", "rollout_top_p=0.9"], HOPPER, ["rollout.engine", "rollout.rollout_top_p"]),
-        (["sglang.tp_size=2"], HOPPER, ["sglang.tp_size"]),
+        (["sglang.tp_size=2"], HOPPER, ["sglang.tp_size"] * 2),
+        (TP2[:1], HOPPER, ["sglang.tp_size"]),
         (["mismatch_budget={max=0.5}"], HOPPER, ["determinism.mismatch_budget"]),
     ],
 )
