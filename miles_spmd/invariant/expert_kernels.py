@@ -17,7 +17,7 @@ from torch import Tensor
 
 def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of every row [T, E] in descending order, fp32 [T, k], and where they are, int64 [T, k]; of equal
-    ones the first. ``torch.topk``, which trainers call, agrees on a GPU, but takes several kernels for it."""
+    ones, of which bf16 routers have many, the first (on a CPU those that ``torch.topk`` takes)."""
     if not values.is_cuda:
         return values.float().topk(k, dim=1)
     rows, width = values.shape

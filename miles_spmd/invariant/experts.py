@@ -30,10 +30,10 @@ class Groups(NamedTuple):
 
 def choose(logits: Tensor, k: int, softmax_first: bool) -> tuple[Tensor, Tensor]:
     """The k most likely experts of every token, int64 [T, k], after their weights, fp32 [T, k]: their probabilities
-    (``softmax_first``), or the softmax of their logits, float [T, E]. As Megatron's
-    ``topk_routing_with_score_function``, which the trainer calls."""
+    (``softmax_first``), or the softmax of their logits, float [T, E]. As the trainer's router: Megatron's, with
+    :func:`~miles_spmd.invariant.expert_kernels.top_k`."""
     if softmax_first:
-        return top_k(logits.softmax(-1, dtype=torch.float32), k)
+        return top_k(logits.float().softmax(-1), k)
     scores, experts = top_k(logits, k)
     return scores.softmax(-1), experts
 

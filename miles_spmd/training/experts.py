@@ -16,7 +16,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
-from miles_spmd.invariant.expert_kernels import gather_sum, swiglu, swiglu_backward
+from miles_spmd.invariant.expert_kernels import gather_sum, swiglu, swiglu_backward, top_k
 from miles_spmd.invariant.experts import Groups, grouped, has_kernel, places_of_terms
 from miles_spmd.invariant.linear import tree_sum
 from miles_spmd.training.invariant_layers import multiply
@@ -27,11 +27,24 @@ ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 class Router(TopKRouter):
     """Logits in the model's dtype unless ``moe_router_dtype`` says otherwise; probabilities in fp32, as in engines."""
 
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
+        super().__init__(config, pg_collection)
+        if config.batch_invariant_mode:
+            self.router_replay = SharedTopK()
+
     def gating(self, hidden: Tensor) -> Tensor:
         if self.config.batch_invariant_mode:
             return multiply(hidden, self.weight, None, False, False, False, None, None).float()
         dtype = ROUTER_DTYPES.get(self.config.moe_router_dtype, hidden.dtype)
         return F.linear(hidden.to(dtype), self.weight.to(dtype)).float()
+
+
+class SharedTopK:
+    """In the place of what Megatron asks for the experts of an earlier forward pass."""
+
+    def get_replay_topk(self, scores: Tensor, k: int, *_: Any) -> tuple[Tensor, Tensor]:
+        _, experts = top_k(scores.detach(), k)
+        return scores.gather(1, experts), experts
 
 
 class Experts(MegatronModule):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from miles_spmd.invariant.expert_kernels import top_k
 from tests.gpu.machine import needs
 from tests.invariant.test_experts import (
     assert_arranged_as_by_a_loop,
@@ -49,3 +50,11 @@ def test_mixtures(tokens: int) -> None:
 @pytest.mark.parametrize("softmax_first", [False, True])
 def test_tokens_choose_as_the_trainers(softmax_first: bool) -> None:
     assert_chosen_as_by_the_trainer(softmax_first, torch.bfloat16, "cuda")
+
+
+def test_of_equal_values_the_first_is_taken() -> None:
+    values = torch.randn(200, 100, generator=torch.Generator().manual_seed(0)).mul(2).round()
+    best, where = (found.cpu() for found in top_k(values.to("cuda", torch.bfloat16), 8))
+    expected = [sorted(range(100), key=lambda i: (-row[i], i))[:8] for row in values.tolist()]
+    assert where.tolist() == expected
+    assert torch.equal(best, values.gather(1, where))

@@ -15,6 +15,8 @@ cpu.install()
 
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function  # noqa: E402
 
+from miles_spmd.training.experts import SharedTopK  # noqa: E402
+
 EXPERTS, HIDDEN, WIDTH = 16, 64, 32
 
 
@@ -61,7 +63,8 @@ def assert_chosen_as_by_the_trainer(softmax_first: bool, dtype: torch.dtype, dev
     logits = torch.randn(300, 128, generator=torch.Generator().manual_seed(0)).mul(4).to(device, dtype)
     logits[::2].round_()  # with many ties
     weights, experts = choose(logits, 8, softmax_first)
-    probabilities, mask = topk_routing_with_score_function(logits.float(), 8, use_pre_softmax=softmax_first)
+    options = {"use_pre_softmax": softmax_first, "router_replay": SharedTopK()}
+    probabilities, mask = topk_routing_with_score_function(logits.float(), 8, **options)
     assert torch.equal(mask.nonzero()[:, 1].view(-1, 8), experts.sort(1).values)
     assert torch.equal(probabilities.gather(1, experts), weights)
 
