@@ -1,8 +1,4 @@
-"""Causal attention in one compiled kernel (``kernels/attention.cpp``), on CPUs for which it was built.
-
-It takes packed streams and paged caches as they are, where :mod:`miles_spmd.invariant.attention`, which computes the
-same to within rounding, needs batches padded to one length.
-"""
+"""Causal attention in one compiled kernel (``kernels/attention.cpp``), on CPUs for which it was built."""
 
 from __future__ import annotations
 
@@ -27,9 +23,10 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    scale: float,
+    *,
     query_starts: Tensor,
     key_starts: Tensor,
-    scale: float,
     slots: Tensor | None = None,
 ) -> Tensor:
     """``query`` [T, H, D], ``key`` and ``value`` [K, G, D], all float32 -> [T, H, D].

@@ -25,8 +25,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
-from miles_spmd.invariant import compiled
-from miles_spmd.invariant.attention import ROWS, STEP, attend, make_tiles
+from miles_spmd.invariant.attention import Attention, packed_attention
 from miles_spmd.invariant.flash import flash_attention
 from miles_spmd.invariant.rotary import rotate
 
@@ -38,18 +37,15 @@ class Blocks:
     query_lengths: np.ndarray  # int64 [B], in stream order
     key_lengths: np.ndarray  # int64 [B], >= query_lengths
     key_index: Tensor | None  # int64 [sum of key_lengths], into the gathered keys; None: the stream itself
-    kernel: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None  # chosen when the first layer attends
+    kernel: Attention | None = None  # chosen when the first layer attends
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, invariant: bool = False) -> Tensor:
         """``invariant``: as an engine attends that shares :mod:`miles_spmd.invariant`."""
         if self.kernel is None:
-            flash = query.is_cuda and query.dtype != torch.float32  # which takes 16-bit numbers only
-            if flash:
+            if query.is_cuda and query.dtype != torch.float32:  # flash attention takes 16-bit numbers only
                 self.kernel = (_InvariantKernel if invariant else _VarlenKernel)(self, query.device)
-            elif compiled.takes(query.dtype, query.device, query.shape[-1]):
-                self.kernel = _CompiledKernel(self)
             else:
-                self.kernel = _PaddedBatches(self, query, key)
+                self.kernel = packed_attention(self.query_lengths, self.key_lengths, query, key)
         return self.kernel(query, key, value, scale)
 
 
@@ -121,20 +117,7 @@ class PackedAttention(MegatronModule):
         return blocks.attend(query, key, value, self.scale, self.config.batch_invariant_mode).flatten(1)
 
 
-# --- the two ways to compute it: a kernel that takes packed streams, and batches padded for one that does not ---------
-
-
-class _CompiledKernel:
-    """The engine's attention on a CPU."""
-
-    def __init__(self, blocks: Blocks) -> None:
-        self.query_starts, self.key_starts = (
-            torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
-            for lengths in (blocks.query_lengths, blocks.key_lengths)
-        )
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        return compiled.attention(query, key, value, self.query_starts, self.key_starts, scale)
+# --- on a GPU --------------------------------------------------------------------------------------------------------
 
 
 class _PackedKernel:
@@ -182,80 +165,3 @@ def _varlen_attn() -> tuple[Callable[..., Any], dict[str, bool]]:
 
     grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
     return varlen_attn, {"enable_gqa": True} if grouped else {}
-
-
-class _PaddedBatches:
-    """:mod:`miles_spmd.invariant.attention` (CPU; fp32 anywhere) on blocks of similar length, padded at their end.
-
-    One call for many sequences: a call per sequence costs more than it computes. A batch takes blocks down to half its
-    longest one's length, so that little is computed for padding. Causality hides padded keys from real queries.
-    """
-
-    def __init__(self, blocks: Blocks, query: Tensor, key: Tensor) -> None:
-        query_starts = np.cumsum(blocks.query_lengths) - blocks.query_lengths
-        key_starts = np.cumsum(blocks.key_lengths) - blocks.key_lengths
-        self.batches: list[_Batch] = []
-        position = np.empty(blocks.query_lengths.sum(), np.int64)  # of each query in the batches put end to end
-        end = 0
-        for members in _by_length(blocks.key_lengths):
-            starts, lengths = (
-                (query_starts[members], key_starts[members]),
-                (blocks.query_lengths[members], blocks.key_lengths[members]),
-            )
-            batch = _Batch(starts, lengths, query, key)
-            self.batches.append(batch)
-            rows = np.arange(batch.real.size).reshape(batch.real.shape)
-            position[(starts[0][:, None] + np.arange(batch.real.shape[1]))[batch.real]] = end + rows[batch.real]
-            end += rows.size
-        self.position = torch.from_numpy(position).to(query.device)
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        outputs = [batch.attend(query, key, value, scale) for batch in self.batches]
-        padded = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return padded.index_select(0, self.position)
-
-
-class _Batch:
-    """n blocks. Query heads that share a key head stand side by side like so many queries."""
-
-    def __init__(
-        self,
-        starts: tuple[np.ndarray, np.ndarray],
-        lengths: tuple[np.ndarray, np.ndarray],
-        query: Tensor,
-        key: Tensor,
-    ) -> None:
-        heads, group = key.shape[1], query.shape[1] // key.shape[1]
-        queries = np.arange(max(lengths[0].max(), -(-ROWS // group)))
-        keys = np.arange(-(-lengths[1].max() // STEP) * STEP)
-        self.real = queries < lengths[0][:, None]
-        behind = np.minimum(queries, lengths[0][:, None] - 1)
-        seen = torch.from_numpy((lengths[1] - lengths[0] + 1)[:, None] + behind).to(query.device)
-        self.tiles = make_tiles(seen.repeat_interleave(group, 1), heads, len(keys), query.dtype)
-        self.index = [
-            torch.from_numpy(np.where(offset < length[:, None], start[:, None] + offset, 0)).to(query.device)
-            for offset, start, length in zip((queries, keys), starts, lengths)
-        ]
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """[n * padded length, H, D]"""
-        of_query, of_key = self.index
-        n, queries = of_query.shape
-        heads, width = key.shape[1:]
-        k, v = (
-            x.index_select(0, of_key.flatten()).view(*of_key.shape, heads, width).transpose(1, 2) for x in (key, value)
-        )
-        q = query.index_select(0, of_query.flatten()).view(n, queries, heads, -1, width).transpose(1, 2)
-        out = attend(q.flatten(2, 3), k, v, self.tiles, scale)
-        return out.view(n, heads, queries, -1, width).transpose(1, 2).reshape(n * queries, -1, width)
-
-
-def _by_length(lengths: np.ndarray) -> list[np.ndarray]:
-    """Indices grouped so that the longest of a group is at most twice its shortest."""
-    order = np.argsort(-lengths, kind="stable")
-    groups, start = [], 0
-    while start < len(order):
-        stop = start + int(np.searchsorted(-lengths[order[start:]], -lengths[order[start]] / 2, side="right"))
-        groups.append(np.sort(order[start:stop]))
-        start = stop
-    return groups

@@ -6,10 +6,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 
-from tests.invariant.compiled_paths import kernels, needs_build
+from miles_spmd.invariant.attention import PaddedAttention
+from tests.invariant.both_ways import both_ways, kernels
 from tests.ranks import Ranks
 from tests.rollout.conformance import engine_of
 
@@ -75,30 +75,19 @@ EXTENDS: list[Lengths] = [
 DECODES: list[Lengths] = [[(0, 1)], [(i, 1) for i in range(70)], [(159, 1), (31, 1), (32, 1), (63, 1), (64, 1)]]
 
 
-def attend_all(folders: list[Path], with_kernels: bool, largest: int) -> None:
-    from miles_spmd.rollout import sglang_cpu_attention
+def attend_all(folders: list[Path], with_kernels: bool) -> None:
+    from miles_spmd.rollout.sglang_cpu_attention import BatchedCpuAttention
 
     with kernels(with_kernels), engine_of("sglang", folders[0], max_running_requests=70) as engine:
         runner = engine._scheduler.tp_worker.model_runner
-        assert isinstance(runner.attn_backend, sglang_cpu_attention.BatchedCpuAttention)
-        whole, sglang_cpu_attention._LARGEST = sglang_cpu_attention._LARGEST, largest
-        try:
-            for lengths in EXTENDS:
-                attend(runner, lengths, decoding=False)
-            for lengths in DECODES:
-                attend(runner, lengths, decoding=True)
-            assert (runner.attn_backend.paged is not None) == with_kernels
-        finally:
-            sglang_cpu_attention._LARGEST = whole
+        assert isinstance(runner.attn_backend, BatchedCpuAttention)
+        for lengths in EXTENDS:
+            attend(runner, lengths, decoding=False)
+        for lengths in DECODES:
+            attend(runner, lengths, decoding=True)
+        assert isinstance(runner.attn_backend.attention, PaddedAttention) != with_kernels
 
 
-@pytest.mark.parametrize(
-    ("with_kernels", "largest"),
-    [
-        pytest.param(True, 1, marks=needs_build, id="compiled"),
-        pytest.param(False, 2**22, id="torch"),
-        pytest.param(False, 1, id="torch, a bucket for each request"),
-    ],
-)
-def test_attention_of_every_token(ranks: Ranks, folders: list[Path], with_kernels: bool, largest: int) -> None:
-    ranks.run(1, attend_all, folders, with_kernels, largest)
+@both_ways
+def test_attention_of_every_token(ranks: Ranks, folders: list[Path], with_kernels: bool) -> None:
+    ranks.run(1, attend_all, folders, with_kernels)

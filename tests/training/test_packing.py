@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from miles_spmd.training.attention import _CompiledKernel, _PaddedBatches, make_blocks
+from miles_spmd.invariant.attention import PaddedAttention
+from miles_spmd.training.attention import make_blocks
 from miles_spmd.training.packing import pack, scatter, split, stream_length
 from miles_spmd.training.parallel import Coordinates
-from tests.invariant.compiled_paths import both_ways, kernels
+from tests.invariant.both_ways import both_ways, kernels
 from tests.training.cases import sequences
 
 CPU = torch.device("cpu")
@@ -119,7 +120,7 @@ def test_attention(with_kernels: bool, lengths: list[int], cp_size: int) -> None
             keys, values = keys[blocks.key_index], values[blocks.key_index]
         with kernels(with_kernels):
             actual = blocks.attend(q[mine[rank]], keys, values, 0.3)
-        assert isinstance(blocks.kernel, _CompiledKernel if with_kernels else _PaddedBatches)
+        assert isinstance(blocks.kernel, PaddedAttention) != with_kernels
         torch.testing.assert_close(actual.double(), expected[mine[rank]], rtol=1e-5, atol=1e-5)
         total = total + (actual * g[mine[rank]]).sum()
     for ours, theirs in zip(torch.autograd.grad(total, (q, k, v)), gradients):
