@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from miles_spmd.bench.result import Row
@@ -17,11 +18,13 @@ PHASES = ("rollout", "train", "step")
 
 
 def bench_determinism(overrides: list[str], **options: Any) -> list[Row]:
-    """Seconds, and in percent how much more than without any. ``options``: the others of bench_step."""
+    """Seconds, and in percent how much more than without any. ``options``: the others of bench_step. Each row is on
+    stderr as soon as it is known: they take a minute and more."""
     rows: list[Row] = []
     for run, settings in RUNS.items():
         (seconds,) = bench_step(overrides=[*overrides, *settings], **options)
         row = {"run": run, **{f"{phase} s": seconds[f"{phase} s"] for phase in PHASES}}
         plain = rows[0] if rows else row
         rows.append(row | {f"{phase} %": 100 * (row[f"{phase} s"] / plain[f"{phase} s"] - 1) for phase in PHASES})
+        print(rows[-1], file=sys.stderr, flush=True)
     return rows
