@@ -139,7 +139,6 @@ def settings(assets: Path, folder: Path, backend: str, dtype: str) -> list[str]:
         "determinism.deterministic=true",
         f"sglang.attention_backend={backend}",
         "sglang.cuda_graph_bs_decode=[8,64]",
-        "sglang.mem_fraction_static=0.4",
     ]
 
 
