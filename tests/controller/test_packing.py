@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miles_spmd.controller.packing import FILLER, bodies, expand, in_sequence_order, pack, pack_leaves

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -44,6 +44,7 @@ def test_against_a_loop(dtype: torch.dtype) -> None:
     assert add_up([sums(TensorLayout("t", whole("w", (ROWS, COLUMNS))), matrix)]) == ({"w": by_hand(matrix)}, [])
 
 
+@settings(deadline=None)
 @given(cuts=st.lists(st.integers(0, ROWS * COLUMNS), max_size=5), column=st.integers(0, COLUMNS))
 def test_parts_add_up(cuts: list[int], column: int) -> None:
     """Cut between columns, as tensor parallelism does, and each side anywhere, as a distributed optimizer does."""
