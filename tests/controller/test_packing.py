@@ -55,6 +55,7 @@ def test_answers_find_back_to_their_sequences() -> None:
         np.testing.assert_array_equal(values, sequence.tokens * 10.0)
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(2, 50), min_size=1, max_size=40),
     budget=st.integers(0, 120),
