@@ -98,7 +98,7 @@ class Launched:
         status = self.launcher.wait(seconds)
         assert status != 0, self.report()
         self._wait_for(lambda: not self.processes(), 5)
-        lines = [line for line in self.stderr().splitlines() if line.startswith("miles-spmd: ")]
+        lines = [line for line in self.stderr().splitlines() if re.match("miles-spmd: (?!note: )", line)]
         assert len(lines) == 1, self.report()
         metrics = self.run_dir / "metrics.jsonl"
         if metrics.exists():
