@@ -97,7 +97,7 @@ def _linear(method: UnquantizedLinearMethod, terms: int, layer: Any, x: Tensor, 
 
 
 def _all_reduce(group: GroupCoordinator, x: Tensor) -> Tensor:
-    if group.world_size <= 2:  # whose sum has but one order
+    if group.world_size <= 2 or group.world_size.bit_count() > 1:  # but one order, or no parity
         return _their_all_reduce(group, x)
     return tree_sum(group.all_gather(x.unsqueeze(0), 0).unbind())
 
