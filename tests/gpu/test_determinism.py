@@ -83,9 +83,10 @@ def test_two_runs_are_equal(
 
 
 @machine.needs(2)
-def test_ranks_and_packing_change_no_bit(assets: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], ["train.leaf_tokens=64", *ZERO]], ids=["one-sequence-each", "packed"])
+def test_ranks_and_packing_change_no_bit(assets: Path, tmp_path: Path, more: list[str]) -> None:
     """On 1, 2 and 4 GPUs, as many as there are, all at once."""
-    own = [*settings(assets, tmp_path, "fa3", "bfloat16"), "train.reduction_leaves=8", "train.leaf_tokens=64", *ZERO]
+    own = [*settings(assets, tmp_path, "fa3", "bfloat16"), "train.reduction_leaves=8", *more]
     sizes = [size for size in (1, 2, 4) if size <= machine.COUNT]
     commands = [
         ["train", str(GRPO), f"run.name=on_{n}", f"--nproc-per-node={n}", f"train.max_tokens_per_gpu={8192 // n}", *own]
@@ -139,6 +140,7 @@ def settings(assets: Path, folder: Path, backend: str, dtype: str) -> list[str]:
         "determinism.deterministic=true",
         f"sglang.attention_backend={backend}",
         "sglang.cuda_graph_bs_decode=[8,64]",
+        "sglang.mem_fraction_static=0.2",
     ]
 
 
