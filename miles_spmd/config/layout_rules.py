@@ -133,12 +133,20 @@ def _layers_divide(
 
 
 @rule(CONTRADICTIONS)
-def _experts_divide(expert_model_parallel_size: int, shape: dict[str, Any]) -> Iterator[str]:
+def _experts_divide(
+    expert_model_parallel_size: int,
+    expert_tensor_parallel_size: int | None,
+    tensor_model_parallel_size: int,
+    shape: dict[str, Any],
+) -> Iterator[str]:
     experts = shape.get("num_experts") or shape.get("num_local_experts")
     if expert_model_parallel_size > 1 and not experts:
         yield "megatron.expert_model_parallel_size: the model has no experts"
     elif experts and experts % expert_model_parallel_size:
         yield f"megatron.expert_model_parallel_size: {expert_model_parallel_size} does not divide {experts} experts"
+    etp, width = expert_tensor_parallel_size or tensor_model_parallel_size, shape.get("moe_intermediate_size")
+    if experts and width is not None and width % etp:
+        yield f"megatron.expert_tensor_parallel_size: {etp} does not divide the experts' moe_intermediate_size {width}"
 
 
 @rule(CONTRADICTIONS)

@@ -185,6 +185,15 @@ def test_layouts_against_the_model(recipe: Path) -> None:  # noqa: F811
     load_config(recipe, ["megatron.tensor_model_parallel_size=4", "sglang.tp_size=4"], world_size=12)
 
 
+def test_experts_against_the_model(recipe: Path) -> None:  # noqa: F811
+    config = recipe.parent / "checkpoint" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_experts": 6, "moe_intermediate_size": 90}))
+    sizes = ["megatron.expert_model_parallel_size=4", "megatron.tensor_model_parallel_size=4"]
+    found = "\n".join(faults(recipe, *sizes, "megatron.sequence_parallel=true", world_size=16))
+    assert "megatron.expert_model_parallel_size: 4 does not divide 6 experts" in found
+    assert "expert_tensor_parallel_size: 4 does not divide the experts' moe_intermediate_size 90" in found
+
+
 def test_canonical_reduction_over_the_ranks(recipe: Path) -> None:  # noqa: F811
     load_config(recipe, ["reduction_leaves=4"], world_size=4)
     assert "4 is no multiple of the data-parallel size 8" in str(faults(recipe, "reduction_leaves=4", world_size=8))
