@@ -75,5 +75,6 @@ def grouped(rows: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
 
 
 def has_kernel(rows: Tensor, *sizes: int) -> bool:
-    """Whether torch has one kernel for products of groups of such rows, which on a GPU is batch invariant."""
+    """Whether torch has one kernel for products of groups of such rows. It has two tile shapes, for few and for many
+    rows of a group, and adds up over the inner dimension in one order in both."""
     return rows.is_cuda and rows.dtype is torch.bfloat16 and len(rows) > 0 and not any(s % ALIGNED for s in sizes)

@@ -83,8 +83,10 @@ def _norm(layer: RMSNorm, x: Tensor, residual: Tensor | None = None, post_residu
 
 
 def _rotate(
-    layer: RotaryEmbedding, positions: Tensor, query: Tensor, key: Tensor, fused_set_kv_buffer_arg: None = None
+    layer: RotaryEmbedding, positions: Tensor, query: Tensor, key: Tensor, fused_set_kv_buffer_arg: Any = None
 ) -> tuple[Tensor, Tensor]:
+    if fused_set_kv_buffer_arg is not None:
+        raise RuntimeError("SGLang expects its rotary layer to fill the cache of keys, which this one does not do")
     turned = [
         rotate(x.view(len(x), -1, layer.head_size), layer.cos_sin_cache, positions).flatten(1) for x in (query, key)
     ]
