@@ -43,7 +43,7 @@ class SharedTopK:
     """In the place of what Megatron asks for the experts of an earlier forward pass."""
 
     def get_replay_topk(self, scores: Tensor, k: int, *_: Any) -> tuple[Tensor, Tensor]:
-        _, experts = top_k(scores.detach(), k)
+        experts = top_k(scores.detach(), k)[1]
         return scores.gather(1, experts), experts
 
 
