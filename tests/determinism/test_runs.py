@@ -53,6 +53,13 @@ def test_two_runs_are_equal(ranks: Ranks, recipe: Recipe, first: Path) -> None:
     assert len({s.answers for s in samples}) == len({u.weights for s in record.steps.values() for u in s.updates}) / 2
 
 
+@pytest.mark.parametrize("parallel", ["tensor_model", "pipeline_model", "context"])
+def test_two_runs_of_a_model_on_two_ranks(ranks: Ranks, recipe: Recipe, parallel: str) -> None:
+    settings = ["run.num_rollout=2", f"megatron.{parallel}_parallel_size=2"]
+    found = against(*(train(ranks, recipe.config(f"{parallel}_{n}", *settings), 2) for n in range(2)))
+    assert found.equal, found.difference
+
+
 def test_ranks_and_packing_change_no_bit(ranks: Ranks, recipe: Recipe) -> None:
     """On 1, 2 and 4 ranks, each with an engine, with more memory for each and with less."""
     leaves = ["run.num_rollout=2", "train.reduction_leaves=4", "train.leaf_tokens=64"]
