@@ -35,6 +35,7 @@ def install() -> None:
     if "sglang.srt" in sys.modules:
         raise RuntimeError("sglang was imported before miles_spmd.platform.cpu.install(); call install() first")
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+    os.environ["SGLANG_NCCL_SO_PATH"] = os.devnull  # a torch built for CUDA brings one, which wants a GPU
     _stand_in_for_torchvision()
     sys.modules["sgl_kernel"] = sgl_kernel_stub
 
