@@ -67,6 +67,6 @@ def test_reward_rises(tmp_path: Path) -> None:
     rewards = [row["rollout/raw_reward"] for row in rows if "rollout/raw_reward" in row]
     assert len(rewards) == 16
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.3
-    # the engine was given the trainer's weights before every rollout: what both compute stays the same bits as they change
+    # the engine was given the trainer's weights before every rollout: both compute the same bits as they change
     differences = [r["train/train_rollout_logprob_abs_diff_max"] for r in rows if "rollout/raw_reward" in r]
     assert max(differences) == 0
