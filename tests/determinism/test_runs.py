@@ -320,7 +320,7 @@ def test_a_checkpoint_of_another_ledger(ranks: Ranks, recipe: Recipe, first: Pat
         train(ranks, recipe.config("mixed", "checkpoint.resume=true"))
 
 
-# --- through the command line, on two ranks with two engines of SGLang, and on one -----------------------------------
+# --- through the command line, on two ranks and on one; runs with SGLang's engine are in tests/worker ----------------
 
 
 def test_verbs(tmp_path: Path) -> None:
@@ -328,6 +328,7 @@ def test_verbs(tmp_path: Path) -> None:
         tmp_path,
         write_checkpoint(tmp_path / "model"),
         run={"num_rollout": 2},
+        rollout={"engine": "torch"},
         algorithm={"dynamic_sampling_filter": "reward_nonzero_std"},
         reward={"rm_type": "tests.recipe_run:coin"},
         train={"reduction_leaves": 2},
