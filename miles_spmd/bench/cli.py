@@ -69,6 +69,7 @@ def bench_loss(
 Model = Annotated[str, typer.Option("--model", help="Checkpoint folder, or random:SHAPE.")]
 Out = Annotated[Path | None, typer.Option(help="JSON file for the result.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Repetitions to take the median of.")]
+Tokens = Annotated[int, typer.Option(min=1)]
 
 
 @bench.command("refit")
@@ -100,8 +101,8 @@ def bench_rollout(
     overrides: Overrides = None,
     model: Model = "random:qwen3-0.6b",
     prompts: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 256,
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    answer_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    prompt_tokens: Tokens = 256,
+    answer_tokens: Tokens = 512,
     peer: Annotated[bool, typer.Option(help="Run plain sglang.Engine, too.")] = True,
     repeats: Repeats = 3,
     nproc_per_node: Processes = None,
@@ -136,46 +137,27 @@ def bench_step(
     model: Model = "random:qwen2.5-1.5b",
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of a step.")] = 32,
     samples: Annotated[int, typer.Option(min=2, help="Answers to each.")] = 16,
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    answer_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    prompt_tokens: Tokens = 128,
+    answer_tokens: Tokens = 512,
     warm_up: Annotated[int, typer.Option(min=0, help="Steps before those that count.")] = 2,
     repeats: Repeats = 5,
+    determinism: Annotated[
+        bool, typer.Option("--determinism", help="What ledger, determinism and bitwise parity cost of it.")
+    ] = False,
     nproc_per_node: Processes = None,
     out: Out = None,
 ) -> None:
     """A GRPO step by phase, as `train` does it."""
+    from miles_spmd.bench.determinism import bench_determinism
     from miles_spmd.bench.result import make_result
     from miles_spmd.bench.run import publish
     from miles_spmd.bench.step import bench_step
 
     ranks = nproc_per_node or launcher.default_processes()
     sizes = {"prompts": prompts, "samples": samples, "prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens}
-    rows = bench_step(model, ranks, overrides or [], **sizes, warm_up=warm_up, steps=repeats)
-    publish(make_result("step", model, ranks, {"overrides": overrides or []}, rows), out)
-
-
-@bench.command("determinism")
-def bench_determinism(
-    overrides: Overrides = None,
-    model: Model = "random:qwen3-0.6b",
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts of a step.")] = 32,
-    samples: Annotated[int, typer.Option(min=2, help="Answers to each.")] = 16,
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    answer_tokens: Annotated[int, typer.Option(min=1)] = 512,
-    warm_up: Annotated[int, typer.Option(min=0, help="Steps before those that count.")] = 2,
-    repeats: Repeats = 5,
-    nproc_per_node: Processes = None,
-    out: Out = None,
-) -> None:
-    """GRPO steps without and with determinism, ledger and bitwise parity: what they cost."""
-    from miles_spmd.bench.determinism import bench_determinism
-    from miles_spmd.bench.result import make_result
-    from miles_spmd.bench.run import publish
-
-    ranks = nproc_per_node or launcher.default_processes()
-    sizes = {"prompts": prompts, "samples": samples, "prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens}
-    rows = bench_determinism(overrides or [], model=model, ranks=ranks, **sizes, warm_up=warm_up, steps=repeats)
-    publish(make_result("determinism", model, ranks, {"overrides": overrides or [], **sizes}, rows), out)
+    measure = bench_determinism if determinism else bench_step
+    rows = measure(model=model, ranks=ranks, overrides=overrides or [], **sizes, warm_up=warm_up, steps=repeats)
+    publish(make_result("step", model, ranks, {"overrides": overrides or [], **sizes}, rows), out)
 
 
 def _measure(
