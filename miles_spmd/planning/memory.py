@@ -110,9 +110,14 @@ def estimate_memory(config: Config, family: Family, layout: ParallelLayout) -> M
         kv_bytes_per_token=2 * family.num_layers * kv_heads * family.head_dim * bytes_each,
         host=copies * parameters
         + (trained(teacher)[0] if teacher else 0)
-        + (optimizer + of_critic[2] if config.train.offload_train else 0),
+        + (_pinned(optimizer) + _pinned(of_critic[2]) if config.train.offload_train else 0),
         moves_out=gradients + optimizer + sum(of_critic[1:]) if config.train.offload_train else 0,
     )
+
+
+def _pinned(nbytes: int) -> int:
+    """What torch takes for it: a power of two."""
+    return 1 << (nbytes - 1).bit_length() if nbytes else 0
 
 
 def local_parameters(family: Family, layout: ParallelLayout, s: dict[str, Any]) -> list[tuple[int, int]]:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
-from torch import Tensor
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -53,21 +49,6 @@ def reset_peak() -> None:
     else:
         with contextlib.suppress(OSError):  # where the kernel does not let us, the peak is that of the whole run
             Path("/proc/self/clear_refs").write_text("5")
-
-
-def pinned(nbytes: int) -> Tensor:
-    """Host memory, uint8 [nbytes], that a GPU reads and writes at full speed; without one, ordinary memory. Torch's own
-    would be rounded up to a power of two, and never given back. Raises MemoryError."""
-    page = mmap.PAGESIZE
-    room = np.empty(nbytes + 2 * page, np.uint8)
-    start = -room.ctypes.data % page
-    if torch.cuda.is_available() and nbytes:
-        address, size = room.ctypes.data + start, -(-nbytes // page) * page  # whole pages, and nobody else's
-        cudart = torch.cuda.cudart()
-        if status := int(cudart.cudaHostRegister(address, size, 0)):
-            raise MemoryError(f"{nbytes / 2**30:.2f} GiB of host memory cannot be pinned (CUDA error {status})")
-        weakref.finalize(room, cudart.cudaHostUnregister, address).atexit = False
-    return torch.from_numpy(room)[start : start + nbytes]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

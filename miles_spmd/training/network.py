@@ -20,14 +20,12 @@ from miles_spmd.config.schema import Config
 from miles_spmd.data.sample import MicroBatch
 from miles_spmd.messaging.wire import LogProbsResult, ValuesResult
 from miles_spmd.models import Family, TensorLayout
-from miles_spmd.platform import memory
 from miles_spmd.training import parallel
 from miles_spmd.training.model import Scoring, build_chunks, global_names, release
 from miles_spmd.training.packing import PackedBatch, pack, scatter, split, stream_length
 from miles_spmd.training.settings import build_settings
 
 Outputs = tuple[Tensor, ...]  # of the last stage, for one micro-batch: see PackedModel
-ALIGNMENT = 256  # bytes, of tensors that share a piece of host memory
 LossOf = Callable[[PackedBatch, Outputs], tuple[Tensor, Any]]  # the loss, and what to keep of the micro-batch
 
 
@@ -165,16 +163,19 @@ class Network:
     def copy_to_host(self, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The weights as they are now, in memory from which they return to the device at full speed: new, or ``into``
         what an earlier call returned."""
-        copies = into or _on_host(self.weights())
+        copies = into or self._on_host()
         for name, weight in self.weights().items():
             copies[name].copy_(weight)
         return copies
 
     def read_to_host(self, path: str | Path) -> dict[str, Tensor]:
         """As :meth:`copy_to_host`, the weights of a Hugging Face checkpoint of this model. Raises CheckpointError."""
-        weights = _on_host(self.weights())
+        weights = self._on_host()
         hf.load(path, weights, self.layout(), self._family)
         return weights
+
+    def _on_host(self) -> dict[str, Tensor]:
+        return {n: torch.empty_like(w, device="cpu", pin_memory=w.is_cuda) for n, w in self.weights().items()}
 
     def move_to_host(self) -> dict[str, Tensor]:
         """As :meth:`copy_to_host`, and give up the weights on the device; the model runs with :meth:`replaced_by`."""
@@ -194,13 +195,6 @@ class Network:
         finally:
             for name, parameter in self._parameters.items():
                 parameter.data = own[name]
-
-
-def _on_host(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Room for them."""
-    sizes = [-(-weight.nbytes // ALIGNMENT) * ALIGNMENT for weight in weights.values()]
-    places = zip(weights.items(), memory.pinned(sum(sizes)).split(sizes))
-    return {name: place[: weight.nbytes].view(weight.dtype).view(weight.shape) for (name, weight), place in places}
 
 
 def _forward_step(scoring: Scoring, loss_of: LossOf, batches: Iterator[PackedBatch], chunk: torch.nn.Module) -> Any:

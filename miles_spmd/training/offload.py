@@ -14,7 +14,6 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor, UntypedStorage
 
-from miles_spmd.platform import memory
 from miles_spmd.training.optimizer import parts
 
 
@@ -95,7 +94,7 @@ class Offload:
 
     def _reserve(self, nbytes: int) -> None:
         if self._host.numel() < nbytes:
-            self._host = memory.pinned(nbytes)
+            self._host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
 
     def _slices(self, storages: list[UntypedStorage]) -> Iterable[Tensor]:
         start = 0

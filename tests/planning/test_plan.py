@@ -220,7 +220,7 @@ def test_a_trainer_that_moves_out_leaves_room() -> None:
     parameters = load_family(shape).num_parameters()
     assert stays.generating - moves.generating == moves.moves_out == (4 + 8) * parameters  # fp32: two moments
     assert moves.training == stays.training
-    assert moves.host - stays.host == 8 * parameters  # gradients go nowhere
+    assert moves.host - stays.host == 32 * 2**30 >= 8 * parameters  # gradients go nowhere
     gained = moves.kv_tokens(139 << 30, 0.8) - stays.kv_tokens(139 << 30, 0.8)
     assert gained == pytest.approx(0.8 * moves.moves_out / moves.kv_bytes_per_token, abs=2)
 

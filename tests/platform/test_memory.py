@@ -30,15 +30,6 @@ def test_ranks_of_a_host_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.read_host().free < alone.total // 4
 
 
-def test_memory_for_copies() -> None:
-    for nbytes in (0, 1, 5 * MIB + 3):
-        held = memory.pinned(nbytes)
-        assert held.shape == (nbytes,)
-        assert held.data_ptr() % 4096 == 0 or not nbytes
-    held.fill_(7)
-    assert held[: 5 * MIB].view(torch.float32).isfinite().all()
-
-
 def test_errors_for_want_of_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
