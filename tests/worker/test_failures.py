@@ -135,9 +135,7 @@ def launch(tmp_path: Path, checkpoint: Path) -> Iterator[Callable[..., Launched]
 
     def start(*deed: object, **changes: dict[str, Any]) -> Launched:
         changes["rollout"] = {"engine": "torch"} | changes.get("rollout", {})
-        changes["determinism"] = {
-            "parity": "off"
-        }  # not for that engine, and a run would say so
+        changes["determinism"] = {"parity": "off"}  # not for that engine, and a run would say so
         config = write_config(tmp_path, checkpoint, **changes)
         launched.append(Launched(tmp_path, config, *map(str, deed)))
         return launched[-1]
