@@ -53,8 +53,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, out, lse, query_starts, key_starts = ctx.saved_tensors
+        gradient = gradient.contiguous()  # kept until the kernel is done with its address
         of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        inputs = *map(_at, (gradient.contiguous(), query, key, value, out, lse)), None
+        inputs = *map(_at, (gradient, query, key, value, out, lse)), None
         shape = _shape(query, key, query_starts, key_starts, ctx.scale)
         gradients = map(_at, (of_query, of_key, of_value))
         _library().attention_backward(*inputs, *shape, *gradients)  # type: ignore[union-attr]
