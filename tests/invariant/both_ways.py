@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 
 from miles_spmd.invariant import compiled
 
-built = compiled.LIBRARY.is_file()
-needs_build = pytest.mark.skipif(not built, reason="the kernels are not compiled here")
+# Where there is a compiler, kernels that are not there have not been built, and tests of them fail.
+can_build = compiled.LIBRARY.is_file() or shutil.which("c++")
+needs_build = pytest.mark.skipif(not can_build, reason="there is no compiler here")
 both_ways = pytest.mark.parametrize(
     "with_kernels", [pytest.param(True, marks=needs_build, id="compiled"), pytest.param(False, id="torch")]
 )
