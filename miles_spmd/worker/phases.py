@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch.distributed as dist
+
 from miles_spmd.config.schema import Config
 from miles_spmd.messaging.dealer import Dealer
 from miles_spmd.messaging.wire import RefitResult
@@ -41,14 +43,7 @@ class EngineTurns:
         self._released = Release.NOTHING
         self._lockstep = Lockstep(engine_size)
         with watch("refit_plan"):
-            self._refit = Refit(
-                roles.actor.weights(),
-                roles.actor.layout(),
-                engine.weights(),
-                engine.layout(),
-                bucket_bytes=config.refit.refit_bucket_mib << 20,
-                checksums=config.refit.refit_checksums,
-            )
+            self._refit = make_refit(config, roles, engine)
 
     @contextmanager
     def lent(self) -> Iterator[None]:
@@ -112,3 +107,18 @@ class EngineTurns:
                     self.engine.resume()
                 self._ledger.record("engine resumed")
             self._resident, self._released = True, Release.NOTHING
+
+
+def make_refit(
+    config: Config, roles: Roles | None, engine: Engine | None, everyone: dist.ProcessGroup | None = None
+) -> Refit:
+    """From the actor of ``roles`` to ``engine``, of which this rank may have but one. Collective over ``everyone``."""
+    return Refit(
+        roles.actor.weights() if roles else {},
+        roles.actor.layout() if roles else [],
+        engine.weights() if engine else {},
+        engine.layout() if engine else [],
+        bucket_bytes=config.refit.refit_bucket_mib << 20,
+        checksums=config.refit.refit_checksums,
+        group=everyone,
+    )

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from miles_spmd.config.schema import Config
 from miles_spmd.messaging.dealer import Dealer
 from miles_spmd.messaging.wire import RefitResult
-from miles_spmd.refit import Refit
 from miles_spmd.rollout.engine import Engine
 from miles_spmd.training.roles import Roles
 from miles_spmd.worker.memory import Ledger
+from miles_spmd.worker.phases import make_refit
 from miles_spmd.worker.rollout import Lockstep, run_rollout
 from miles_spmd.worker.stopwatch import Stopwatch
 
@@ -26,15 +26,7 @@ class TrainerSide:
     ) -> None:
         self._watch, self._ledger = watch, ledger
         with watch("refit_plan"):
-            self._refit = Refit(
-                roles.actor.weights(),
-                roles.actor.layout(),
-                {},
-                [],
-                bucket_bytes=config.refit.refit_bucket_mib << 20,
-                checksums=config.refit.refit_checksums,
-                group=everyone,
-            )
+            self._refit = make_refit(config, roles, None, everyone)
 
     def refit(self, version: int) -> RefitResult:
         """Give the engines the weights of now. Raises RefitError when a checksum differs."""
@@ -59,15 +51,7 @@ class EngineSide:
         self.engine, self._watch, self._ledger = engine, watch, ledger
         self._lockstep = Lockstep(engine_size)
         with watch("refit_plan"):
-            self._refit = Refit(
-                {},
-                [],
-                engine.weights(),
-                engine.layout(),
-                bucket_bytes=config.refit.refit_bucket_mib << 20,
-                checksums=config.refit.refit_checksums,
-                group=everyone,
-            )
+            self._refit = make_refit(config, None, engine, everyone)
 
     def refit(self, version: int) -> RefitResult:
         """Take the trainers' weights. Raises RefitError when a checksum differs."""
