@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -22,6 +24,13 @@ def join() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if torch.cuda.is_available():
         dist.all_reduce(torch.zeros(1, device="cuda"))
+
+
+def stage(what: str) -> None:
+    """Say on standard error what begins, and how many seconds this process is old; the first rank does."""
+    if dist.get_rank() == 0:
+        age = time.time() - psutil.Process().create_time()
+        print(f"{age:6.1f} s  {what}", file=sys.stderr, flush=True)
 
 
 def leave() -> None:

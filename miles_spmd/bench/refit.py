@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from miles_spmd.bench.machine import everywhere, slowest, timed
+from miles_spmd.bench.machine import everywhere, slowest, stage, timed
 from miles_spmd.bench.result import Row
 from miles_spmd.bench.workload import generate, random_requests
 from miles_spmd.config.schema import Config
@@ -36,8 +36,11 @@ def measure(config: Config, make_engine: Callable[[Config], Engine], repeats: in
     """
     family = load_family(config.model.hf_checkpoint)
     side = take_side(config.rollout.rollout_num_gpus, LONGEST)
+    stage("building the trainer's network")
     network = Network(config, family, config.model.hf_checkpoint) if side.trains else None
+    stage("building the engine")
     engine = make_engine(config) if side.generates else None  # takes what the network leaves
+    stage("planning the refit")
     seconds, refit = timed(
         lambda: Refit(
             network.weights() if network else {},
@@ -54,6 +57,7 @@ def measure(config: Config, make_engine: Callable[[Config], Engine], repeats: in
     parts = _parts(engine, random_requests(1, 16, 1, family.vocab_size), refit, level)
     rows = []
     for refit.checksums in (True, False):
+        stage(f"refits {'with' if refit.checksums else 'without'} checksums")
         taken: dict[str, list[float]] = defaultdict(list)
         for repeat in range(WARM_UP + repeats):
             for part, action in parts.items():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from miles_spmd.bench.machine import slowest, timed
+from miles_spmd.bench.machine import slowest, stage, timed
 from miles_spmd.bench.result import Row
 from miles_spmd.bench.workload import generate, random_requests
 from miles_spmd.config.schema import Config
@@ -32,7 +32,9 @@ def measure(
     """Collective. One engine's tokens per second; engines beside it run the same requests. It is asleep afterwards."""
     vocab_size = load_family(config.model.hf_checkpoint).vocab_size
     requests = random_requests(prompts, prompt_tokens, answer_tokens, vocab_size)
+    stage("building the engine")
     engine = make_engine(config)
+    stage(f"generating {prompts} x {answer_tokens} tokens")
     generate(engine, requests[:4])
     seconds = []
     for _ in range(repeats):
@@ -42,6 +44,7 @@ def measure(
     ours = slowest(seconds)
     rows: list[Row] = [{"system": "miles_spmd", "s": ours, "tokens/s": prompts * answer_tokens / ours, "ratio": 1.0}]
     if peer:
+        stage("the same with plain sglang.Engine")
         dist.barrier()
         if dist.get_rank() == 0:
             job = {

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import psutil
 
-from miles_spmd.bench.machine import free_gib, slowest, timed
+from miles_spmd.bench.machine import free_gib, slowest, stage, timed
 from miles_spmd.bench.refit import release_of
 from miles_spmd.bench.result import Row
 from miles_spmd.bench.workload import generate, random_requests
@@ -23,6 +23,7 @@ WARM_UP = 3
 def measure(config: Config, make_engine: Callable[[Config], Engine], cycles: int) -> list[Row]:
     """Collective. Every cycle generates a little, too. Growth is the slope of a line through all cycles. ``planned``
     is whether a run with these settings would give up so much."""
+    stage("building the engine")
     engine = make_engine(config)
     planned = release_of(config, engine)
     return [_row(engine, config, cycles, level, level is planned) for level in (Release.KV_CACHE, Release.ALL)]
@@ -30,6 +31,7 @@ def measure(config: Config, make_engine: Callable[[Config], Engine], cycles: int
 
 def _row(engine: Engine, config: Config, cycles: int, level: Release, planned: bool) -> Row:
     requests = random_requests(4, 16, 4, load_family(config.model.hf_checkpoint).vocab_size)
+    stage(f"{cycles} cycles of giving up {level}")
     released, resumed, device, host, given = [], [], [], [], 0.0
     for cycle in range(WARM_UP + cycles):
         engine.commit(0)

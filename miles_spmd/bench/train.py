@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from miles_spmd.algorithms.losses import make_loss
 from miles_spmd.bench.flops import peak_tflops, sequence_flops
-from miles_spmd.bench.machine import slowest, timed
+from miles_spmd.bench.machine import slowest, stage, timed
 from miles_spmd.bench.result import Row
 from miles_spmd.config.schema import Config
 from miles_spmd.data.sample import MicroBatch, TrainSequence
@@ -23,6 +23,7 @@ WARM_UP = 2
 def measure(config: Config, packings: Sequence[tuple[int, int]], micro_batches: int, repeats: int) -> list[Row]:
     """Collective. ``packings``: sequences of a micro-batch and their tokens."""
     family = load_family(config.model.hf_checkpoint)
+    stage("building the trainer")
     trainer = Trainer(config, family, make_loss("rl", config.algorithm))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     rows = []
@@ -30,9 +31,12 @@ def measure(config: Config, packings: Sequence[tuple[int, int]], micro_batches: 
         batch = random_batch(family, sequences, tokens, micro_batches)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+        stage(f"training on {micro_batches} x {sequences} x {tokens} tokens")
         steps = [timed(lambda: trainer.train_step(batch))[0] for _ in range(WARM_UP + repeats)]  # noqa: B023
         peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+        stage("scoring them")
         scores = [timed(lambda: trainer.log_probs(batch))[0] for _ in range(WARM_UP + repeats)]  # noqa: B023
+        stage("moving out and in")
         asleep = [(timed(trainer.move_out), timed(trainer.move_in)) for _ in range(WARM_UP + repeats)]
         step, score = slowest(steps[WARM_UP:]), slowest(scores[WARM_UP:])
         total = micro_batches * sequences * tokens * trainer.data_parallel_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from miles_spmd.config.rules import CONTRADICTIONS, rule
+from miles_spmd.config.rules import CONTRADICTIONS, head_size, rule
 
 FP8_BLOCKS = {"blockwise": 128, "tensorwise": 16}  # what has to divide the sides of a matrix, by recipe
 
@@ -231,11 +231,10 @@ def _fp8_blocks_divide(
         yield "megatron.fp8: is not supported for models with experts"
         return
     tp, block = tensor_model_parallel_size, FP8_BLOCKS[fp8_recipe]
-    hidden, heads = shape.get("hidden_size", 0), shape.get("num_attention_heads", 0)
+    heads, head = shape.get("num_attention_heads", 0), head_size(shape)
     groups = shape.get("num_key_value_heads") or heads
-    head = shape.get("head_dim") or (hidden // heads if heads else 0)
     for what, size in (
-        ("hidden_size", hidden),
+        ("hidden_size", shape.get("hidden_size", 0)),
         (f"query heads' width / {tp}", heads * head // tp),
         (f"query, key and value heads' width / {tp}", (heads + 2 * groups) * head // tp),
         (f"intermediate_size / {tp}", shape.get("intermediate_size", 0) // tp),

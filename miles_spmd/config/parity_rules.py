@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from miles_spmd.config.rules import CONTRADICTIONS, NOT_BY_DEFAULT, PARITY, rule
+from miles_spmd.config.rules import CONTRADICTIONS, NOT_BY_DEFAULT, PARITY, head_size, rule
 
 RANKS = 1, 2, 4  # of which sums over the hidden dimension were shown to be the same
 VECTOR = 32  # numbers that a CPU takes at a time: SGLang rounds each rank's part of an MLP up to a multiple there
@@ -54,6 +54,16 @@ def _same_attention(
         yield (
             f"sglang.kv_cache_dtype: parity needs 'auto'; {kv_cache_dtype!r} rounds keys and values, which the trainer "
             "does not"
+        )
+
+
+@rule(PARITY)
+def _same_blocks_of_keys(shape: dict[str, Any], capabilities: frozenset[str]) -> Iterator[str]:
+    head = head_size(shape)
+    if capabilities and not (head <= 64 or 96 < head <= 128):
+        yield (
+            f"determinism.parity: must be 'off' for heads of {head} numbers on a GPU; FlashAttention 3 reads their "
+            "keys in other blocks where it decodes"
         )
 
 

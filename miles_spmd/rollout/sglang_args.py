@@ -51,6 +51,8 @@ def build_server_args(
     if on_gpu:
         # Capturing prefills takes a minute, and they are few; of decode batches SGLang would capture thrice as many.
         defaults |= {"disable_prefill_cuda_graph": True, "cuda_graph_bs_decode": _GRAPH_BATCHES}
+        # Fused with norms, all-reduces of models that SGLang knows would be compiled first, for minutes, on every node.
+        defaults["enforce_disable_flashinfer_allreduce_fusion"] = True
         if dtype == "float32":
             defaults["attention_backend"] = "triton"  # SGLang's own choice would take 16-bit numbers only
         if invariant:

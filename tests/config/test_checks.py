@@ -163,6 +163,15 @@ def test_parity_of_long_sequences_is_to_be_asked_for(recipe: Path) -> None:  # n
     assert parity("float32", 4097) == "bitwise"
 
 
+@pytest.mark.parametrize(("numbers", "holds"), [(32, True), (64, True), (80, False), (128, True), (192, False)])
+def test_parity_depends_on_the_size_of_heads(recipe: Path, numbers: int, holds: bool) -> None:  # noqa: F811
+    config = recipe.parent / "checkpoint" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"head_dim": numbers}))
+    found = checks.decide_parity(load_config(recipe), HOPPER)[1]
+    assert [f"heads of {numbers} numbers" in reason for reason in found] == ([] if holds else [True])
+    assert checks.decide_parity(load_config(recipe, ["dtype=float32"]), CPU)[1] == []
+
+
 def test_what_parity_was_asked_for_decides_what_a_mismatch_does(recipe: Path) -> None:  # noqa: F811
     def gate(*overrides: str) -> str | None:
         return checks.decide_parity(load_config(recipe, overrides), HOPPER)[0].determinism.parity_gate
