@@ -24,21 +24,13 @@ if [[ $nodes -gt 1 && (-z ${MASTER_ADDR:-} || -z ${NODE_RANK:-}) ]]; then
 fi
 
 # An engine gives its memory back through torch_memory_saver, which stands before the CUDA runtime's allocation
-# functions. The dynamic linker loads it when a program starts, and never later.
+# functions. The dynamic linker loads it when a program starts, and never later; a rank that finds itself without it has
+# to start again. What else CUDA and NCCL are to find, every rank sets itself: miles_spmd/platform/cuda.py.
 hook=$("$python" -c 'from miles_spmd.platform.cuda import memory_saver_libraries as m; print(*m(), sep=":")')
 if [[ -n $hook && ${LD_PRELOAD:-} != *torch_memory_saver* ]]; then
     export LD_PRELOAD=$hook${LD_PRELOAD:+:$LD_PRELOAD}
 fi
 
-# NCCL would register with the network the buffers that a CUDA graph captured, which the engine unmaps when it sleeps.
-export NCCL_GRAPH_REGISTER=${NCCL_GRAPH_REGISTER:-0}
-# Communicators map their buffers so that peers may import them: memory that is never given back, in every group.
-export NCCL_CUMEM_ENABLE=${NCCL_CUMEM_ENABLE:-0}
-# One hardware queue: the trainer's collectives start in the order in which they were issued, before the matrix product
-# that is to hide them. Megatron's tensor parallelism counts on it.
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-# Kernels are loaded when first used: hundreds of MiB less on every GPU.
-export CUDA_MODULE_LOADING=${CUDA_MODULE_LOADING:-LAZY}
 # The ranks of a node share its cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 

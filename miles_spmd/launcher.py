@@ -28,11 +28,11 @@ def ranks(nproc: int | None) -> tuple[bool, int]:
 
 
 def _prepare_device() -> None:
-    from miles_spmd.platform.cuda import preload_memory_saver
+    from miles_spmd.platform.cuda import prepare
     from miles_spmd.telemetry.environment import gpus
 
     if gpus():
-        preload_memory_saver()
+        prepare()
 
 
 def launch(world_size: int) -> NoReturn:

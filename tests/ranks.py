@@ -22,6 +22,9 @@ from typing import Any
 
 import pytest
 
+from miles_spmd.telemetry.environment import gpus
+
+GPUS = bool(gpus())
 MANY_THREADS = 150  # a Megatron rank's groups have sixty; those that something still refers to busy the machine
 
 _context = multiprocessing.get_context("spawn")
@@ -80,6 +83,8 @@ class Ranks:
         self._meetings = itertools.count()
 
     def _ensure(self, count: int) -> None:
+        if GPUS and len(self._live) != count:
+            self.stop()  # ranks that set up symmetric memory have to have done so equally often
         while len(self._live) < count:
             here, there = _context.Pipe()
             process = _context.Process(target=_serve, args=(len(self._live), there), daemon=True)

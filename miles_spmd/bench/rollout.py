@@ -80,6 +80,8 @@ def _peer(job: dict[str, object]) -> float:
         "TORCHELASTIC",
         "LD_PRELOAD",
         "CUDA_DEVICE_MAX",
+        "NCCL_",
+        "PYTORCH_",
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:

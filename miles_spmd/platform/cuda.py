@@ -13,6 +13,18 @@ import sys
 from pathlib import Path
 
 _NAME = "torch_memory_saver_hook_mode_preload"
+# What CUDA, NCCL and torch read when they start, where the user has not said otherwise.
+_ENVIRONMENT = {
+    # NCCL would register with the network what a CUDA graph captured: buffers that the engine unmaps when it sleeps.
+    "NCCL_GRAPH_REGISTER": "0",
+    # Communicators map their buffers so that peers may import them: memory that is never given back, in every group.
+    "NCCL_CUMEM_ENABLE": "0",
+    # One hardware queue: the trainer's collectives start in the order in which they were issued, before the matrix
+    # product that is to hide them. Megatron's tensor parallelism counts on it.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    # Host memory for what leaves the device is pinned by several threads, in a fifth of the time.
+    "PYTORCH_CUDA_ALLOC_CONF": "pinned_use_cuda_host_register:True,pinned_num_register_threads:8",
+}
 _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
@@ -31,9 +43,12 @@ def memory_saver_libraries() -> list[Path]:
     return [*runtimes, *hooks]
 
 
-def preload_memory_saver() -> None:
-    """Start this process's program again with the hook, unless it has it or there is none. To be called before
-    anything else: nothing of what the process has done survives."""
+def prepare() -> None:
+    """To be called before anything else, where there is a GPU: the environment that CUDA, NCCL and torch are to find,
+    and the hook. Without the hook, where there is one, the process's program is started again with it, and nothing of
+    what it has done survives."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     preloaded = os.environ.get("LD_PRELOAD", "")
     libraries = memory_saver_libraries()
     if libraries and _NAME not in preloaded:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial, partialmethod
 from typing import Any
 
+import torch
 from sglang.jit_kernel.flash_attention import flash_attn_with_kvcache
 from sglang.srt.distributed.parallel_state import GroupCoordinator
 from sglang.srt.layers.activation import SiluAndMul
@@ -50,13 +51,39 @@ def shared_kernels(wanted: bool, terms: int) -> Iterator[None]:
     GroupCoordinator.all_reduce = _all_reduce if wanted else _their_all_reduce
     LogitsProcessor._compute_lm_head = _lm_head if wanted else _compute_lm_head
     ModelRunner.maybe_enable_batch_invariant_mode = _leave_torch_alone if wanted else _enable_mode
-    flashattention_backend.flash_attn_with_kvcache = _attend if wanted else flash_attn_with_kvcache
     qwen3_moe.enable_fused_set_kv_buffer = _no if wanted else _rotary_stores_keys
     MultiPlatformOp.dispatch_forward = _shared if wanted else _dispatch
+    with _causal_attention(wanted):
+        try:
+            yield
+        finally:
+            MultiPlatformOp.dispatch_forward = _dispatch
+
+
+@contextlib.contextmanager
+def _causal_attention(wanted: bool) -> Iterator[None]:
+    """FlashAttention 3 drops the causal mask where every request has one query, and then, with heads of 64, reads 192
+    keys at a time instead of the 128 that it reads where there are more queries. It is told of more."""
+    flashattention_backend.flash_attn_with_kvcache = flash_attn_with_kvcache
+    if not wanted or not torch.cuda.is_available():
+        yield
+        return
+    from sgl_kernel import flash_attn  # where an engine takes its scheduler from, when it is built
+
+    scheduler = flash_attn.get_scheduler_metadata
+    flash_attn.get_scheduler_metadata = _told_of_two_queries(scheduler)
+    flashattention_backend.flash_attn_with_kvcache = _told_of_two_queries(flash_attn_with_kvcache)
     try:
         yield
     finally:
-        MultiPlatformOp.dispatch_forward = _dispatch
+        flash_attn.get_scheduler_metadata = scheduler
+
+
+def _told_of_two_queries(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, max_seqlen_q: int, **options: Any) -> Any:
+        return function(*args, max_seqlen_q=max(max_seqlen_q, 2), **options)
+
+    return call
 
 
 def _leave_torch_alone(runner: ModelRunner) -> None: ...
@@ -94,12 +121,6 @@ def _rotate(
         rotate(x.view(len(x), -1, layer.head_size), layer.cos_sin_cache, positions).flatten(1) for x in (query, key)
     ]
     return turned[0], turned[1]
-
-
-def _attend(*args: Any, max_seqlen_q: int, **options: Any) -> Any:
-    """FlashAttention 3 takes a lone query for one without causal mask, and then, with heads of 64, reads 192 keys at a
-    time instead of the 128 of a batch with more queries. It is told of more."""
-    return flash_attn_with_kvcache(*args, max_seqlen_q=max(max_seqlen_q, 2), **options)
 
 
 def _linear(method: UnquantizedLinearMethod, terms: int, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:

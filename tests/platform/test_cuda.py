@@ -13,16 +13,22 @@ from miles_spmd.platform.cuda import require_memory_saver
 
 PROGRAM = """
 import os, sys
-from miles_spmd.platform.cuda import preload_memory_saver
+from miles_spmd.platform.cuda import prepare
 print("started", flush=True)
-preload_memory_saver()
+prepare()
 print(os.environ.get("LD_PRELOAD"), sys.argv[1:])
+print(os.environ["NCCL_CUMEM_ENABLE"], os.environ["CUDA_DEVICE_MAX_CONNECTIONS"])
 """
+SETTINGS = "1 1"  # the user's own, and ours
 
 
 def run(site: Path) -> list[str]:
     """What PROGRAM prints where ``site`` has the packages."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), os.getcwd()]), "LD_PRELOAD": "libm.so.6"}
+    environment = os.environ | {
+        "NCCL_CUMEM_ENABLE": "1",
+        "PYTHONPATH": os.pathsep.join([str(site), os.getcwd()]),
+        "LD_PRELOAD": "libm.so.6",
+    }
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, "a", "b c"], capture_output=True, text=True, env=environment, check=True
     )
@@ -47,12 +53,12 @@ def install(site: Path, cuda: str) -> Path:
 def test_starts_again_with_the_hook(tmp_path: Path) -> None:
     hook = install(tmp_path, "'13.0'")
     runtime = tmp_path / "nvidia" / "cu13" / "lib" / "libcudart.so.13"
-    assert run(tmp_path) == ["started", "started", f"{runtime}:{hook}:libm.so.6 ['a', 'b c']"]
+    assert run(tmp_path) == ["started", "started", f"{runtime}:{hook}:libm.so.6 ['a', 'b c']", SETTINGS]
 
 
 def test_goes_on_without_a_gpu_build_of_torch(tmp_path: Path) -> None:
     install(tmp_path, "None")
-    assert run(tmp_path) == ["started", "libm.so.6 ['a', 'b c']"]
+    assert run(tmp_path) == ["started", "libm.so.6 ['a', 'b c']", SETTINGS]
 
 
 def test_says_what_to_do() -> None:
