@@ -30,6 +30,7 @@ from sglang.srt.models import qwen3_moe
 from torch import Tensor
 
 from miles_spmd.invariant import experts
+from miles_spmd.invariant.flash import told_queries
 from miles_spmd.invariant.linear import linear, tree_sum
 from miles_spmd.invariant.norm import add_rms_norm, rms_norm
 from miles_spmd.invariant.rotary import rotate
@@ -53,7 +54,7 @@ def shared_kernels(wanted: bool, terms: int) -> Iterator[None]:
     ModelRunner.maybe_enable_batch_invariant_mode = _leave_torch_alone if wanted else _enable_mode
     qwen3_moe.enable_fused_set_kv_buffer = _no if wanted else _rotary_stores_keys
     MultiPlatformOp.dispatch_forward = _shared if wanted else _dispatch
-    with _causal_attention(wanted):
+    with _many_queries(wanted):
         try:
             yield
         finally:
@@ -61,29 +62,28 @@ def shared_kernels(wanted: bool, terms: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _causal_attention(wanted: bool) -> Iterator[None]:
-    """FlashAttention 3 drops the causal mask where every request has one query, and then, with heads of 64, reads 192
-    keys at a time instead of the 128 that it reads where there are more queries. It is told of more."""
-    flashattention_backend.flash_attn_with_kvcache = flash_attn_with_kvcache
+def _many_queries(wanted: bool) -> Iterator[None]:
+    """Attention and the scheduler of its work, which an engine takes when it is built, are told of as many queries."""
+    flashattention_backend.flash_attn_with_kvcache = _attend if wanted else flash_attn_with_kvcache
     if not wanted or not torch.cuda.is_available():
         yield
         return
-    from sgl_kernel import flash_attn  # where an engine takes its scheduler from, when it is built
+    from sgl_kernel import flash_attn
 
-    scheduler = flash_attn.get_scheduler_metadata
-    flash_attn.get_scheduler_metadata = _told_of_two_queries(scheduler)
-    flashattention_backend.flash_attn_with_kvcache = _told_of_two_queries(flash_attn_with_kvcache)
+    schedule = flash_attn.get_scheduler_metadata
+    flash_attn.get_scheduler_metadata = partial(_schedule, schedule)
     try:
         yield
     finally:
-        flash_attn.get_scheduler_metadata = scheduler
+        flash_attn.get_scheduler_metadata = schedule
 
 
-def _told_of_two_queries(function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, max_seqlen_q: int, **options: Any) -> Any:
-        return function(*args, max_seqlen_q=max(max_seqlen_q, 2), **options)
+def _attend(*, q: Tensor, max_seqlen_q: int, **options: Any) -> Any:
+    return flash_attn_with_kvcache(q=q, max_seqlen_q=told_queries(max_seqlen_q, q.shape[-1]), **options)
 
-    return call
+
+def _schedule(schedule: Callable[..., Tensor], *, max_seqlen_q: int, headdim: int, **options: Any) -> Tensor:
+    return schedule(max_seqlen_q=told_queries(max_seqlen_q, headdim), headdim=headdim, **options)
 
 
 def _leave_torch_alone(runner: ModelRunner) -> None: ...

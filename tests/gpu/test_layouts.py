@@ -30,19 +30,9 @@ from tests.refit.test_trainer_to_engine import EP, PP, TP, VPP, refit_and_compar
         pytest.param(4, "llama", {"use_distributed_optimizer": True}, 4, "bfloat16", marks=needs(4)),
     ],
 )
-def test_refit(
-    ranks: Ranks,
-    monkeypatch: pytest.MonkeyPatch,
-    world: int,
-    name: str,
-    megatron: dict[str, Any],
-    engine_tp: int,
-    dtype: str,
-) -> None:
-    kind, changes = tiny.CONFIGS[name]  # narrower, once cut, than SGLang's kernels take
-    monkeypatch.setitem(tiny.CONFIGS, f"{name}-wide", (kind, changes | {"intermediate_size": 256}))
-    server_args = ENGINE | {"tp_size": engine_tp, "cuda_graph_bs_decode": [1]}
-    ranks.run(world, refit_and_compare, tiny.checkpoint(f"{name}-wide"), megatron, server_args, dtype)
+def test_refit(ranks: Ranks, world: int, name: str, megatron: dict[str, Any], engine_tp: int, dtype: str) -> None:
+    server_args = ENGINE | {"tp_size": engine_tp, "disable_cuda_graph": True}  # nothing is generated
+    ranks.run(world, refit_and_compare, tiny.checkpoint(name), megatron, server_args, dtype)
 
 
 @needs(2)
