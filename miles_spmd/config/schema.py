@@ -320,9 +320,14 @@ class Determinism(Table):
     """What happens when engine and trainer differ by more than is allowed, which with `bitwise` is nothing: a warning,
     once; the tokens are not trained on, which takes a forward pass beforehand; the run ends and says where first.
     Default: `stop`, and `warn` where `auto` has chosen."""
-    mismatch_budget: dict[Literal["mean", "p999", "max", "k3"], PositiveFloat] = {}
+    mismatch_budget: dict[Literal["mean", "p999", "max", "k3", "top1_flips"], PositiveFloat] = {}
     """How far log-probs of engine and trainer may be apart without `bitwise`, by what is measured of a step: mean,
-    99.9th percentile and maximum of the difference, and k3 of the KL divergence. It depends on model and dtype."""
+    99.9th percentile and maximum of the difference, k3 of the KL divergence, and the share of places whose most likely
+    token is another one, which takes a forward pass beforehand. It depends on model and dtype."""
+
+    @property
+    def counts_flips(self) -> bool:
+        return "top1_flips" in self.mismatch_budget
 
     @property
     def masks_tokens(self) -> bool:

@@ -55,11 +55,39 @@ class Parity:
             "parity/mismatches": float(differing),
             "parity/max_abs_diff": max(float(gap.max(initial=0.0)) for gap in gaps),
         }
-        over: dict[str, float] = {name: limit for name, limit in self._budget.items() if found[BUDGETED[name]] > limit}
+        bounds: dict[str, float] = {name: limit for name, limit in self._budget.items() if name in BUDGETED}
+        over = {name: limit for name, limit in bounds.items() if found[BUDGETED[name]] > limit}
         if (self._exact and differing) or over:
             allowed = 0.0 if self._exact else self._budget.get("max", np.inf)
             self._react(self._describe(step, sequences, log_probs, gaps, found, over), sequences, gaps, allowed)
         return found | metrics
+
+    def check_likeliest(self, step: int, sequences: Sequence[TrainSequence], likeliest: Arrays) -> dict[str, float]:
+        """As :meth:`check`, of the most likely token in the place of every trained one: the trainer's are ``likeliest``
+        [T, 1], the engine's came with the samples."""
+        flips = [self._flips(sequence, own) for sequence, own in zip(sequences, likeliest, strict=True)]
+        if not (tokens := _trained(sequences)):
+            return {}
+        share = float(sum(map(np.sum, flips)) / tokens)
+        if share > self._budget.get("top1_flips", np.inf):
+            number = next(i for i, flip in enumerate(flips) if flip.any())
+            sample, place = self._sample_of[id(sequences[number])], int(flips[number].argmax())
+            what = (
+                f"step {step}: in the place of {share:.3g} of {tokens} tokens engine and trainer find another one most "
+                f"likely, allowed {self._budget['top1_flips']:.3g}; first: {_token(sample, place)}: "
+                f"engine {sample.likeliest[place - len(sample.prompt.tokens)]}, "  # type: ignore[index]
+                f"trainer {likeliest[number][place, 0]}"
+            )
+            self._react(what, sequences, flips, 0.0)
+        return {"train/train_rollout_top1_flips": share}
+
+    def _flips(self, sequence: TrainSequence, likeliest: np.ndarray) -> np.ndarray:
+        """bool [T]: where a token is trained and another one most likely."""
+        sample = self._sample_of[id(sequence)]
+        if sample.likeliest is None:
+            raise ValueError(f"the engine named no likeliest tokens for {sample.prompt.uid}, sample {sample.index}")
+        engine = np.concatenate([np.asarray(sample.prompt.tokens), np.asarray(sample.likeliest)])
+        return (sequence.loss_weights != 0) & (engine != likeliest[:, 0])
 
     def _react(self, what: str, sequences: Sequence[TrainSequence], gaps: Arrays, allowed: float) -> None:
         if self._gate == "stop":
@@ -98,11 +126,15 @@ class Parity:
         )
         return (
             f"step {step}: engine and trainer give {differing} of {tokens} tokens other log-probs, by up to "
-            f"{max(largest):.3g}{budget}; {'first' if self._exact else 'largest'}: prompt {sample.prompt.uid}, sample "
-            f"{sample.index}, token {place - len(sample.prompt.tokens)} of the answer (id {sequence.tokens[place]}): "
+            f"{max(largest):.3g}{budget}; {'first' if self._exact else 'largest'}: "
+            f"{_token(sample, place)} (id {sequence.tokens[place]}): "
             f"engine {sequence.rollout_log_probs[place]:.9g}, trainer {log_probs[number][place]:.9g}; "  # type: ignore[index]
             "`miles-spmd bisect` names the operator"
         )
+
+
+def _token(sample: Sample, place: int) -> str:
+    return f"prompt {sample.prompt.uid}, sample {sample.index}, token {place - len(sample.prompt.tokens)} of the answer"
 
 
 def _trained(sequences: Sequence[TrainSequence]) -> int:
@@ -118,10 +150,7 @@ def _gap(sequence: TrainSequence, log_probs: np.ndarray) -> np.ndarray:
 
 def describe_bisection(step: int, sample: Sample, place: int, answers: Sequence[Bisection]) -> str:
     """What the ranks have found, each in its part of the model."""
-    where = (
-        f"step {step}, prompt {sample.prompt.uid}, sample {sample.index}, token {place - len(sample.prompt.tokens)} of "
-        "the answer"
-    )
+    where = f"step {step}, {_token(sample, place)}"
     if any(answer.answer[: len(sample.response)] != sample.response for answer in answers):
         return f"{where}: the engine gives another answer alone than it gave among others, so it depends on the batch"
     named = [answer for answer in answers if answer.operator]

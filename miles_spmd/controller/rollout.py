@@ -31,6 +31,7 @@ class Rollouts:
     tokenizer: Tokenizer
     rewards: RewardPool
     run_seed: int
+    return_likeliest: bool = False  # see Request
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, *, samples_per_prompt: int, step: int
@@ -86,7 +87,8 @@ class Rollouts:
         """What an engine is asked for ``sample``, the ``group``-th prompt's, in ``step``."""
         seed = sample_seed(self.run_seed, step, sample.prompt.uid, sample.index, turn=0)
         rid = f"{group}.{sample.index}"
-        return Request(rid, sample.prompt.tokens, msgspec.structs.replace(sampling, seed=seed))
+        drawn = msgspec.structs.replace(sampling, seed=seed)
+        return Request(rid, sample.prompt.tokens, drawn, return_likeliest=self.return_likeliest)
 
 
 class _Acceptance:
@@ -136,6 +138,7 @@ class _Acceptance:
 def _fill(sample: Sample, output: Output, tokenizer: Tokenizer) -> None:
     sample.response = output.output_ids
     sample.rollout_log_probs = output.output_log_probs
+    sample.likeliest = output.likeliest_ids
     sample.loss_mask = [1] * len(output.output_ids)
     sample.finish_reason = FinishReason(output.finish_reason)
     sample.weight_versions = output.weight_versions

@@ -77,7 +77,9 @@ class Run:
     def __enter__(self) -> Self:
         self._open = ExitStack()
         rewards = self._open.enter_context(RewardPool(self.config.reward))
-        self._rollouts = Rollouts(self.workers, self.tokenizer, rewards, self.config.run.seed)
+        self._rollouts = Rollouts(
+            self.workers, self.tokenizer, rewards, self.config.run.seed, self.config.determinism.counts_flips
+        )
         self._trackers = self._open.enter_context(open_trackers(self.config))
         self._progress = self._open.enter_context(open_progress(self.config))
         self._step_started = time.monotonic()
@@ -222,8 +224,13 @@ class Run:
         with self._timed("log_probs"):
             scores = score(step, sequences, self.models, self.config)
         algorithm = self.config.algorithm
-        from_trainer = "old_log_probs" in scores and not algorithm.use_rollout_logprobs
-        if from_trainer and (algorithm.keep_old_actor or self._engine_version == step):
+        generated = algorithm.keep_old_actor or self._engine_version == step  # by weights that are here
+        if generated and self.config.determinism.counts_flips:
+            with self._timed("log_probs"):
+                role = Role.OLD_ACTOR if algorithm.keep_old_actor else Role.ACTOR
+                likeliest, _ = self.models.likely_tokens(step, sequences, role, 1)
+            self._metrics |= self._parity.check_likeliest(step, sequences, likeliest)
+        if generated and "old_log_probs" in scores and not algorithm.use_rollout_logprobs:
             self._metrics |= self._parity.check(step, sequences, scores["old_log_probs"])
         return scores
 

@@ -37,6 +37,7 @@ class Sample(msgspec.Struct):
     index: int  # 0 .. n_samples_per_prompt - 1 within the group; siblings, parts of one rollout, share it
     response: list[int] = []
     rollout_log_probs: list[float] = []  # engine's log-prob of each response token, natural log
+    likeliest: list[int] | None = None  # in the place of each, of the engine, where it was asked
     loss_mask: list[int] = []
     text: str = ""
     finish_reason: FinishReason = FinishReason.STOP

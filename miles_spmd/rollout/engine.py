@@ -39,6 +39,7 @@ class Request(msgspec.Struct, frozen=True):
     input_ids: list[int]
     sampling: SamplingParams
     return_prompt_log_probs: bool = False
+    return_likeliest: bool = False
 
 
 class Output(msgspec.Struct):
@@ -56,6 +57,7 @@ class Output(msgspec.Struct):
     finish_reason: FinishReason
     weight_versions: list[tuple[int, int]]  # (version, number of tokens), in order
     prompt_log_probs: list[float] | None = None  # of input_ids[1:] at temperature 1, when asked for
+    likeliest_ids: list[int] | None = None  # in the place of each of output_ids; of equally likely ones the lowest
 
 
 class EngineMemory(NamedTuple):

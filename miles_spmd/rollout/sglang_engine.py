@@ -167,7 +167,7 @@ class SglangEngine:
             sampling_params=params,
             return_logprob=True,
             logprob_start_len=0 if request.return_prompt_log_probs else -1,
-            top_logprobs_num=0,
+            top_logprobs_num=int(request.return_likeliest),
             token_ids_logprob=None,
             stream=False,
         )
@@ -222,7 +222,7 @@ class SglangEngine:
         rid = req.rid.removesuffix(_END)
         ids = list(req.output_ids_through_stop)
         log_probs = req.logprob.output_token_logprobs_val[: len(ids)]
-        prompt = req.logprob.input_token_logprobs_val
+        prompt, likeliest = req.logprob.input_token_logprobs_val, req.logprob.output_top_logprobs_idx
         if not all(map(math.isfinite, log_probs)):
             raise FloatingPointError(
                 f"request {rid}: the model of weight version {self._weight_version} gives log-probs that are not finite"
@@ -234,6 +234,7 @@ class SglangEngine:
             finish_reason=_finish_reason(req),
             weight_versions=self._weight_versions(req.rid, len(ids)),
             prompt_log_probs=prompt[1:] if prompt else None,
+            likeliest_ids=[token for (token,) in likeliest[: len(ids)]] if likeliest else None,
         )
 
     def _weight_versions(self, rid: str, tokens: int) -> list[tuple[int, int]]:

@@ -65,12 +65,15 @@ class SeededSampler(Sampler):
         """Token ids, int64 [requests]; writes their log-probs, float32 [requests], into ``logits_output``."""
         logits = logits_output.next_token_logits
         log_probs = log_softmax(logits.float() / sampling_info.temperatures)
-        tokens = logits.argmax(-1)
+        tokens = likeliest = logits.argmax(-1)
         if not sampling_info.is_all_greedy:
             _cut(log_probs, sampling_info)
             drawn = draw(log_probs, sampling_info.sampling_seed, positions)
             tokens = torch.where(sampling_info.top_ks == _GREEDY, tokens, drawn)
         logits_output.next_token_logprobs = log_probs.gather(-1, tokens[:, None]).squeeze(-1)
+        if any(top_logprobs_nums):  # there may be one: the likeliest
+            logits_output.next_token_top_logprobs_idx = [*likeliest[:, None]]
+            logits_output.next_token_top_logprobs_val = [*log_probs.gather(-1, likeliest[:, None])]
         self._sync_token_ids_across_tp(tokens, sampling_info)
         return tokens
 

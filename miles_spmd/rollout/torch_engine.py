@@ -28,6 +28,7 @@ class Running:
     output_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     prompt_log_probs: list[float] | None = None
+    likeliest_ids: list[int] = field(default_factory=list)
     weight_versions: list[tuple[int, int]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
@@ -105,9 +106,9 @@ class TorchEngine:
                 f"request {running.request.rid}: the model of weight version {self._weight_version} gives log-probs "
                 "that are not finite"
             )
-        if cold or wanted.top_k == 1:
-            token = int(log_probs.argmax())
-        else:
+        token = int(log_probs.argmax())
+        running.likeliest_ids.append(token)
+        if not cold and wanted.top_k != 1:
             if wanted.top_k != -1 or wanted.top_p < 1:
                 log_probs = truncated(log_probs, wanted.top_k, wanted.top_p)
             token = int(torch.multinomial(log_probs[0].exp(), 1, generator=running.generator))
@@ -136,6 +137,7 @@ class TorchEngine:
             finish_reason=running.finish_reason,
             weight_versions=running.weight_versions,
             prompt_log_probs=running.prompt_log_probs,
+            likeliest_ids=running.likeliest_ids if running.request.return_likeliest else None,
         )
 
     def _stamp(self, running: Running) -> None:

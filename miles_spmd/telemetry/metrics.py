@@ -56,6 +56,7 @@ METRICS: dict[str, Metric] = {
     "train/train_rollout_logprob_abs_diff": Metric("nats", "Mean |trainer - engine| log-prob of the sampled tokens"),
     "train/train_rollout_logprob_abs_diff_p999": Metric("nats", "The same, 99.9th percentile"),
     "train/train_rollout_logprob_abs_diff_max": Metric("nats", "The same, largest"),
+    "train/train_rollout_top1_flips": Metric("fraction", "Places in which another token is most likely to the trainer"),
     "train/train_rollout_kl": Metric("nats", "k3 estimate of KL(engine || trainer)"),
     "train/train_rollout_chi2_token": Metric("", "chi-squared distance of engine and trainer, per token"),
     "train/train_rollout_chi2_seq": Metric("", "The same, of whole answers"),

@@ -42,6 +42,30 @@ def test_every_bit_counts() -> None:
     assert check(ENGINE)[0]["parity/max_abs_diff"] == 0
 
 
+def flips(**settings: Any) -> tuple[dict[str, float], list[TrainSequence]]:
+    """Two answers of three tokens; for the last of the second, and for its prompt, the trainer finds another token
+    likelier than the engine does. The first answer's last token is not trained."""
+    parity = Parity(Determinism(**settings))
+    samples = [Sample(Prompt(f"data:{i}", "", [7]), 0, [1, 2, 3], likeliest=[1, 4, 5]) for i in range(2)]
+    weights = np.asarray([[0, 1, 1, 0], [0, 1, 1, 1]], np.float32)
+    sequences = [TrainSequence(np.asarray(s.sequence, np.int32), w) for s, w in zip(samples, weights)]
+    parity.expect(samples, sequences)
+    return parity.check_likeliest(3, sequences, [np.asarray([[0], [1], [4], [6]], np.int32)] * 2), sequences
+
+
+def test_likeliest_tokens_have_a_budget() -> None:
+    metrics, _ = flips(mismatch_budget={"top1_flips": 0.25})
+    assert metrics == {"train/train_rollout_top1_flips": 0.2}
+    with pytest.raises(ParityError) as error:
+        flips(mismatch_budget={"top1_flips": 0.15})
+    assert "in the place of 0.2 of 5 tokens engine and trainer find another one most likely" in str(error.value)
+    assert "allowed 0.15; first: prompt data:1, sample 0, token 2 of the answer: engine 5, trainer 6" in str(
+        error.value
+    )
+    _, sequences = flips(mismatch_budget={"top1_flips": 0.15, "max": 1.0}, parity_gate="mask")
+    assert [s.loss_weights.tolist() for s in sequences] == [[0, 1, 1, 0], [0, 1, 1, 0]]
+
+
 def test_stop_names_the_first_token() -> None:
     with pytest.raises(ParityError) as error:
         check(parity="bitwise")

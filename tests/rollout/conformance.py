@@ -46,8 +46,10 @@ def refit(engine: Engine, folder: Path, version: int) -> None:
     engine.commit(version)
 
 
-def request(rid: str, prompt: list[int], *, prompt_log_probs: bool = False, **sampling: Any) -> Request:
-    return Request(rid, prompt, SamplingParams(**({"max_new_tokens": 24} | sampling)), prompt_log_probs)
+def request(
+    rid: str, prompt: list[int], *, prompt_log_probs: bool = False, likeliest: bool = False, **sampling: Any
+) -> Request:
+    return Request(rid, prompt, SamplingParams(**({"max_new_tokens": 24} | sampling)), prompt_log_probs, likeliest)
 
 
 def run(engine: Engine, requests: list[Request]) -> dict[str, Output]:
@@ -116,7 +118,10 @@ def log_probs(engine: Engine, folders: list[Path]) -> Any:
     for number in range(28):
         text = shared + prompt(number, number % 5 + 1) if number % 2 else prompt(number, 1 + 4 * number)
         way = ways[number % len(ways)]
-        requests.append(request(f"r{number}", text, prompt_log_probs=number % 3 == 0, seed=number, **way))
+        prompt_too, likeliest = number % 3 == 0, number % 2 == 0
+        requests.append(
+            request(f"r{number}", text, prompt_log_probs=prompt_too, likeliest=likeliest, seed=number, **way)
+        )
     outputs = run(engine, requests)
     for asked in requests:
         output = outputs[asked.rid]
@@ -129,6 +134,11 @@ def log_probs(engine: Engine, folders: list[Path]) -> Any:
             torch.testing.assert_close(torch.tensor(output.prompt_log_probs).double(), expected, atol=TOLERANCE, rtol=0)
         else:
             assert output.prompt_log_probs is None
+        if asked.return_likeliest:
+            expected = reference.log_probs(asked.input_ids + output.output_ids)[len(asked.input_ids) - 1 :]
+            assert output.likeliest_ids == expected.argmax(-1).tolist()
+        else:
+            assert output.likeliest_ids is None
     return outputs
 
 

@@ -12,6 +12,16 @@ from tests.ranks import Ranks
 UPDATED = ("train/loss", "train/grad_norm", "train/ppo_kl", "train/pg_clipfrac")
 
 
+def test_likeliest_tokens_are_compared_where_a_budget_asks(ranks: Ranks, tmp_path: Path) -> None:
+    recipe, found = Recipe(tmp_path), {}
+    for engine in ("sglang", "torch"):
+        budget = "mismatch_budget={top1_flips=0.01}"
+        config = recipe.config(engine, f"engine={engine}", "parity=off", budget, "ledger=false")
+        metrics = read_metrics(train(ranks, config) / METRICS_FILE)
+        found[engine] = [metrics[step]["train/train_rollout_top1_flips"] for step in range(1, STEPS + 1)]
+    assert found == {"sglang": [0.0] * STEPS, "torch": [0.0] * STEPS}
+
+
 def test_the_engines_log_probs_stand_for_the_trainers(ranks: Ranks, tmp_path: Path) -> None:
     """Two optimizer steps a rollout: the trainer's forward pass for the old policy may be left out, and not a bit of
     the training changes."""
