@@ -37,13 +37,13 @@ class Sample(msgspec.Struct):
     index: int  # 0 .. n_samples_per_prompt - 1 within the group; siblings, parts of one rollout, share it
     response: list[int] = []
     rollout_log_probs: list[float] = []  # engine's log-prob of each response token, natural log
-    likeliest: list[int] | None = None  # in the place of each, of the engine, where it was asked
     loss_mask: list[int] = []
     text: str = ""
     finish_reason: FinishReason = FinishReason.STOP
     weight_versions: list[tuple[int, int]] = []  # (version, number of tokens), in order
     reward: float | None = None
     reward_detail: dict[str, float] = {}
+    likeliest: list[int] | None = None  # the engine's most likely tokens in the places of the response, where asked for
 
     @property
     def sequence(self) -> list[int]:
