@@ -225,7 +225,7 @@ class Run:
             scores = score(step, sequences, self.models, self.config)
         algorithm = self.config.algorithm
         generated = algorithm.keep_old_actor or self._engine_version == step  # by weights that are here
-        if generated and self.config.determinism.counts_flips:
+        if generated and self.config.determinism.counts_flips and self._recorded is None:  # which did not keep them
             with self._timed("log_probs"):
                 role = Role.OLD_ACTOR if algorithm.keep_old_actor else Role.ACTOR
                 likeliest, _ = self.models.likely_tokens(step, sequences, role, 1)

@@ -5,21 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 from miles_spmd.config.checks import decide_parity
+from miles_spmd.determinism.record import verify
 from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
-from tests.determinism.runs import STEPS, Recipe, train
+from tests.determinism.runs import STEPS, Recipe, replayed, train
 from tests.ranks import Ranks
 
 UPDATED = ("train/loss", "train/grad_norm", "train/ppo_kl", "train/pg_clipfrac")
 
 
 def test_likeliest_tokens_are_compared_where_a_budget_asks(ranks: Ranks, tmp_path: Path) -> None:
-    recipe, found = Recipe(tmp_path), {}
+    """A replay that takes recorded answers has none of the engine's, and compares none."""
+    recipe, budget = Recipe(tmp_path), "mismatch_budget={top1_flips=0.01}"
     for engine in ("sglang", "torch"):
-        budget = "mismatch_budget={top1_flips=0.01}"
-        config = recipe.config(engine, f"engine={engine}", "parity=off", budget, "ledger=false")
-        metrics = read_metrics(train(ranks, config) / METRICS_FILE)
-        found[engine] = [metrics[step]["train/train_rollout_top1_flips"] for step in range(1, STEPS + 1)]
-    assert found == {"sglang": [0.0] * STEPS, "torch": [0.0] * STEPS}
+        folder = train(ranks, recipe.config(engine, f"engine={engine}", "parity=off", budget))
+        metrics = read_metrics(folder / METRICS_FILE)
+        assert [metrics[step]["train/train_rollout_top1_flips"] for step in range(1, STEPS + 1)] == [0.0] * STEPS
+    again, _ = replayed(ranks, folder, 1, "train")
+    assert verify(again).steps[1].updates
 
 
 def test_the_engines_log_probs_stand_for_the_trainers(ranks: Ranks, tmp_path: Path) -> None:
