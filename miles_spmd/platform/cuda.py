@@ -25,7 +25,7 @@ _ENVIRONMENT = {
     # Host memory for what leaves the device is pinned by several threads, in a fifth of the time.
     "PYTORCH_CUDA_ALLOC_CONF": "pinned_use_cuda_host_register:True,pinned_num_register_threads:8",
 }
-_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # two names of one variable
 
 
 def memory_saver_libraries() -> list[Path]:
@@ -48,7 +48,9 @@ def prepare() -> None:
     and the hook. Without the hook, where there is one, the process's program is started again with it, and nothing of
     what it has done survives."""
     for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+        names = _ALLOCATOR if name in _ALLOCATOR else (name,)
+        if not any(said in os.environ for said in names):
+            os.environ[name] = value
     preloaded = os.environ.get("LD_PRELOAD", "")
     libraries = memory_saver_libraries()
     if libraries and _NAME not in preloaded:

@@ -17,15 +17,16 @@ from miles_spmd.platform.cuda import prepare
 print("started", flush=True)
 prepare()
 print(os.environ.get("LD_PRELOAD"), sys.argv[1:])
-print(os.environ["NCCL_CUMEM_ENABLE"], os.environ["CUDA_DEVICE_MAX_CONNECTIONS"])
+print(os.environ["NCCL_CUMEM_ENABLE"], os.environ["CUDA_DEVICE_MAX_CONNECTIONS"], "pinned" in str(os.environ))
 """
-SETTINGS = "1 1"  # the user's own, and ours
+SETTINGS = "1 1 False"  # the user's own, ours, and nothing beside the user's PYTORCH_ALLOC_CONF
 
 
 def run(site: Path) -> list[str]:
     """What PROGRAM prints where ``site`` has the packages."""
     environment = os.environ | {
         "NCCL_CUMEM_ENABLE": "1",
+        "PYTORCH_ALLOC_CONF": "max_split_size_mb:64",
         "PYTHONPATH": os.pathsep.join([str(site), os.getcwd()]),
         "LD_PRELOAD": "libm.so.6",
     }
