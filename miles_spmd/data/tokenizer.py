@@ -56,14 +56,7 @@ class Tokenizer:
 
     @property
     def eos_token_id(self) -> int | None:
-        return self._token_id("eos_token")
-
-    @property
-    def pad_token_id(self) -> int | None:
-        return self._token_id("pad_token")
-
-    def _token_id(self, name: str) -> int | None:
-        token = self.special_tokens.get(name)
+        token = self.special_tokens.get("eos_token")
         return None if token is None else self._fast.token_to_id(token)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
