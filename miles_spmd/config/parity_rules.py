@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from miles_spmd.config.rules import CONTRADICTIONS, NOT_BY_DEFAULT, PARITY, head_size, rule
+from miles_spmd.config.schema import SPLIT_KEYS
 
 RANKS = 1, 2, 4  # of which sums over the hidden dimension were shown to be the same
 VECTOR = 32  # numbers that a CPU takes at a time: SGLang rounds each rank's part of an MLP up to a multiple there
 LONG = 4096  # tokens of a sequence whose keys a GPU reads in one piece at a price that shows
 CAPABILITY = "9.0"  # of GPUs that have FlashAttention 3
+SHARED = "fa3", SPLIT_KEYS, "torch_native"  # the last on CPUs
 
 
 @rule(PARITY)
@@ -25,11 +27,14 @@ def _same_bits_in_any_batch(dtype: str, attention_backend: str | None, capabilit
     if dtype != wanted:
         yield f"model.dtype: parity needs {wanted!r} on a {device}; products in {dtype!r} depend on the batch there"
     if capabilities and attention_backend == "torch_native":
-        yield "sglang.attention_backend: parity needs 'fa3' on a GPU, its default"
-    for other in sorted(capabilities - {CAPABILITY}):
+        yield "sglang.attention_backend: parity needs 'fa3' on a GPU, its default, or 'triton'"
+    found = ", ".join(sorted(capabilities))
+    if len(capabilities) > 1:
+        yield f"determinism.parity: must be 'off' on GPUs of several compute capabilities ({found}), which round apart"
+    elif attention_backend != SPLIT_KEYS and capabilities - {CAPABILITY}:
         yield (
-            f"determinism.parity: must be 'off' on GPUs of compute capability {other}; the attention that both sides "
-            f"use needs {CAPABILITY}"
+            f"sglang.attention_backend: on GPUs of compute capability {found} parity needs 'triton'; FlashAttention 3 "
+            f"needs {CAPABILITY}"
         )
 
 
@@ -40,16 +45,17 @@ def _same_attention(
     decode_attention_backend: str | None,
     kv_cache_dtype: str,
 ) -> Iterator[str]:
+    if attention_backend not in (None, *SHARED):
+        yield (
+            f"sglang.attention_backend: parity needs 'fa3', its default, or 'triton'; {attention_backend!r} adds up in "
+            "another order where it decodes than where it reads"
+        )
     for name, backend in (
-        ("attention_backend", attention_backend),
         ("prefill_attention_backend", prefill_attention_backend),
         ("decode_attention_backend", decode_attention_backend),
     ):
-        if backend not in (None, "fa3", "torch_native"):
-            yield (
-                f"sglang.{name}: parity needs 'fa3', its default; {backend!r} adds up in another order where it "
-                "decodes than where it reads"
-            )
+        if backend not in (None, attention_backend or "fa3"):
+            yield f"sglang.{name}: parity needs that of attention_backend, its default; {backend!r} adds up otherwise"
     if kv_cache_dtype != "auto":
         yield (
             f"sglang.kv_cache_dtype: parity needs 'auto'; {kv_cache_dtype!r} rounds keys and values, which the trainer "
@@ -58,12 +64,14 @@ def _same_attention(
 
 
 @rule(PARITY)
-def _same_blocks_of_keys(shape: dict[str, Any], capabilities: frozenset[str]) -> Iterator[str]:
+def _same_blocks_of_keys(
+    shape: dict[str, Any], attention_backend: str | None, capabilities: frozenset[str]
+) -> Iterator[str]:
     head = head_size(shape)
-    if capabilities and not (head <= 64 or 96 < head <= 128):
+    if capabilities and attention_backend != SPLIT_KEYS and not (head <= 64 or 96 < head <= 128):
         yield (
-            f"determinism.parity: must be 'off' for heads of {head} numbers on a GPU; FlashAttention 3 reads their "
-            "keys in other blocks where it decodes"
+            f"sglang.attention_backend: for heads of {head} numbers parity needs 'triton' on a GPU; FlashAttention 3 "
+            "reads their keys in other blocks where it decodes"
         )
 
 
@@ -153,6 +161,12 @@ def _same_distribution(rollout_top_p: float, rollout_top_k: int) -> Iterator[str
 def _no_budget(mismatch_budget: dict[str, float]) -> Iterator[str]:
     if mismatch_budget:
         yield "determinism.mismatch_budget: with parity nothing may differ; leave it out"
+
+
+@rule(NOT_BY_DEFAULT)
+def _our_own_attention(attention_backend: str | None, capabilities: frozenset[str]) -> Iterator[str]:
+    if capabilities and attention_backend == SPLIT_KEYS:
+        yield "sglang.attention_backend: parity by 'triton' has not been run on GPUs yet; 'bitwise' tries it"
 
 
 @rule(NOT_BY_DEFAULT)

@@ -25,10 +25,10 @@ def flash_attention(
     block. The last query of a block sees all of its keys. Keys are never split over thread blocks, whose partial
     results would be added in an order that depends on the batch.
     """
-    return _Flash.apply(query.contiguous(), key.contiguous(), value.contiguous(), starts, longest, scale)
+    return FlashAttention.apply(query.contiguous(), key.contiguous(), value.contiguous(), starts, longest, scale)
 
 
-class _Flash(torch.autograd.Function):
+class FlashAttention(torch.autograd.Function):
     """The backward pass is FlashAttention 2's, of torch, which asks for the same numbers of the forward one."""
 
     @staticmethod

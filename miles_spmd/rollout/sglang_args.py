@@ -56,7 +56,8 @@ def build_server_args(
         if dtype == "float32":
             defaults["attention_backend"] = "triton"  # SGLang's own choice would take 16-bit numbers only
         if invariant:
-            fixed |= {"enable_deterministic_inference": True, "attention_backend": "fa3"}
+            fixed["enable_deterministic_inference"] = True
+            defaults["attention_backend"] = "fa3"
     else:
         fixed |= {
             "attention_backend": "torch_native",

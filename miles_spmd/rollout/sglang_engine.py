@@ -45,6 +45,7 @@ from miles_spmd.rollout import (
     sglang_float32,
     sglang_invariant,
     sglang_sampler,
+    sglang_split_attention,
     sglang_world,
     storage,
 )
@@ -105,6 +106,7 @@ class SglangEngine:
         else:
             cuda.require_memory_saver()
             sglang_experts.register()
+            sglang_split_attention.register(invariant)
         _import_no_other_models()
         plain = args.device == "cuda" and dtype == "float32"
         kernels = sglang_invariant.shared_kernels(invariant or args.device == "cpu", sum_terms)

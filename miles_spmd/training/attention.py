@@ -28,6 +28,9 @@ from torch import Tensor
 from miles_spmd.invariant.attention import Attention, packed_attention
 from miles_spmd.invariant.flash import flash_attention
 from miles_spmd.invariant.rotary import rotate
+from miles_spmd.invariant.split_attention import split_attention
+
+EngineAttention = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], tuple[int, int], float], Tensor]
 
 
 @dataclass
@@ -39,11 +42,15 @@ class Blocks:
     key_index: Tensor | None  # int64 [sum of key_lengths], into the gathered keys; None: the stream itself
     kernel: Attention | None = None  # chosen when the first layer attends
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, invariant: bool = False) -> Tensor:
-        """``invariant``: as an engine attends that shares :mod:`miles_spmd.invariant`."""
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, engines: EngineAttention | None = None
+    ) -> Tensor:
+        """``engines``: how an engine attends that shares :mod:`miles_spmd.invariant`."""
         if self.kernel is None:
             if query.is_cuda and query.dtype != torch.float32:  # flash attention takes 16-bit numbers only
-                self.kernel = (_InvariantKernel if invariant else _VarlenKernel)(self, query.device)
+                self.kernel = (
+                    _EngineKernel(self, query.device, engines) if engines else _VarlenKernel(self, query.device)
+                )
             else:
                 self.kernel = packed_attention(self.query_lengths, self.key_lengths, query, key)
         return self.kernel(query, key, value, scale)
@@ -96,6 +103,10 @@ class PackedAttention(MegatronModule):
         super().__init__(config)
         self.cp_group = pg_collection.cp  # type: ignore[union-attr]
         self.scale = softmax_scale or config.kv_channels**-0.5  # type: ignore[operator]
+        self.engines: EngineAttention | None = None
+        if config.batch_invariant_mode:
+            split = config.split_keys
+            self.engines = functools.partial(split_attention, split=split) if split else flash_attention
 
     def forward(
         self,
@@ -114,7 +125,7 @@ class PackedAttention(MegatronModule):
         if blocks.key_index is not None:
             pair = gather_from_sequence_parallel_region(torch.stack((key, value), 1), group=self.cp_group)
             key, value = pair.index_select(0, blocks.key_index).unbind(1)
-        return blocks.attend(query, key, value, self.scale, self.config.batch_invariant_mode).flatten(1)
+        return blocks.attend(query, key, value, self.scale, self.engines).flatten(1)
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------
@@ -131,12 +142,14 @@ class _PackedKernel:
         self.max_query, self.max_key = int(blocks.query_lengths.max()), int(blocks.key_lengths.max())
 
 
-class _InvariantKernel(_PackedKernel):
-    """The engine's attention."""
+class _EngineKernel(_PackedKernel):
+    def __init__(self, blocks: Blocks, device: torch.device, attention: EngineAttention) -> None:
+        super().__init__(blocks, device)
+        self.attention = attention
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         starts, longest = (self.query_starts, self.key_starts), (self.max_query, self.max_key)
-        return flash_attention(query, key, value, starts, longest, scale)
+        return self.attention(query, key, value, starts, longest, scale)
 
 
 class _VarlenKernel(_PackedKernel):

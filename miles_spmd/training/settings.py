@@ -17,6 +17,7 @@ from megatron.core.transformer.enums import AttnBackend
 
 from miles_spmd.config.backends import DEFAULTS
 from miles_spmd.config.schema import Config
+from miles_spmd.invariant.split_attention import part_length
 from miles_spmd.models import Family
 from miles_spmd.training import accumulation  # noqa: F401  # Megatron looks for it
 
@@ -41,6 +42,8 @@ _INVARIANT = {"batch_invariant_mode": True, "attention_backend": AttnBackend.fla
 class NetworkConfig(TransformerConfig):
     sum_terms: int = 1
     """Of what tensor-parallel ranks add up under ``batch_invariant_mode``; a multiple of their number."""
+    split_keys: int = 0
+    """Of a part in which attention takes keys; 0: FlashAttention 3's, which takes them in one."""
     expert_sum_terms: int = 1
     """Of what a token's experts say: of as many ranks as share the experts of an engine."""
 
@@ -69,7 +72,7 @@ def build_settings(config: Config, family: Family) -> Settings:
     if config.determinism.deterministic:
         table = {"deterministic_mode": True} | table
     if config.determinism.parity == "bitwise":
-        table = _INVARIANT | _terms(config) | table
+        table = _INVARIANT | _terms(config) | _split(config, family) | table
     transformer = _defaults(table) | family.transformer_config() | table | _dtypes(config)
     transformer["activation_func"] = getattr(F, transformer["activation_func"])
     dtypes = _dtypes(config)
@@ -93,6 +96,12 @@ def build_settings(config: Config, family: Family) -> Settings:
             )
         ),
     )
+
+
+def _split(config: Config, family: Family) -> dict[str, int]:
+    """As an engine's attention does."""
+    context = config.sglang.get("context_length") or family.max_sequence_length
+    return {"split_keys": part_length(context) if config.splits_keys else 0}
 
 
 def _terms(config: Config) -> dict[str, int]:

@@ -78,8 +78,8 @@ EXACT = "parity=bitwise"
         (f"{TE} megatron.fp8=hybrid", "128 must divide the model's"),
         ("sglang.tp_size=4", "engines of 4 ranks do not divide the 2 that generate"),
         (f"{EXACT} engine=torch", "rollout.engine: parity needs 'sglang'"),
-        (f"{EXACT} sglang.attention_backend=triton", "sglang.attention_backend: parity needs 'fa3'"),
-        (f"{EXACT} sglang.decode_attention_backend=flashinfer", "sglang.decode_attention_backend: parity needs 'fa3'"),
+        (f"{EXACT} sglang.attention_backend=flashinfer", "sglang.attention_backend: parity needs 'fa3'"),
+        (f"{EXACT} sglang.decode_attention_backend=triton", "sglang.decode_attention_backend: parity needs that of"),
         (f"{EXACT} sglang.model_impl=transformers", "sglang.model_impl: parity needs 'auto'"),
         (f"{EXACT} sglang.enable_fused_qk_norm_rope=true", "sglang.enable_fused_qk_norm_rope: parity cannot hold"),
         (f"{EXACT} sglang.kv_cache_dtype=fp8_e4m3", "'fp8_e4m3' rounds keys and values"),
@@ -128,6 +128,9 @@ TP2 = ["megatron.tensor_model_parallel_size=2", "sglang.tp_size=2"]
         (["dtype=float32"], CPU, []),
         (["dtype=float32"], HOPPER, ["model.dtype"]),
         ([], {"9.0", "8.0"}, ["determinism.parity"]),
+        ([], {"8.0"}, ["sglang.attention_backend"]),
+        (["sglang.attention_backend=triton", "parity=bitwise"], {"8.0"}, []),
+        (["sglang.attention_backend=triton"], HOPPER, ["sglang.attention_backend"]),
         (["sglang.attention_backend=torch_native"], HOPPER, ["sglang.attention_backend"]),
         (["mode=sft"], HOPPER, ["run.mode"]),
         (TP2, HOPPER, ["sglang.tp_size"]),
@@ -144,7 +147,6 @@ def test_parity_is_on_where_nothing_objects(
     reasons: list[str],
 ) -> None:
     config = load_config(recipe, overrides, world_size=2)
-    assert config.determinism.parity == "auto"
     decided, found = checks.decide_parity(config, capabilities)
     assert decided.determinism.parity == ("off" if reasons else "bitwise")
     assert [reason.split(":")[0] for reason in found] == reasons

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from tests.gpu.machine import needs
-from tests.invariant.kernel_checks import DTYPES, check_digests, check_norm, check_rotation, check_swiglu
+from tests.invariant.kernel_checks import (
+    DTYPES,
+    check_attention,
+    check_digests,
+    check_norm,
+    check_rotation,
+    check_swiglu,
+)
 
 pytestmark = [needs(1), pytest.mark.parametrize("dtype", DTYPES)]
 
@@ -29,3 +36,11 @@ def test_swiglu(dtype: torch.dtype, width: int) -> None:
 @pytest.mark.parametrize("columns", [2048, 4104, 1301])
 def test_digests(dtype: torch.dtype, columns: int) -> None:
     check_digests("cuda", dtype, columns)
+
+
+@pytest.mark.parametrize(
+    ("heads", "width"), [((32, 8), 128), ((32, 8), 64), ((14, 2), 64), ((24, 8), 80), ((16, 4), 256)]
+)
+@pytest.mark.parametrize("split", [64, 1024])
+def test_attention(dtype: torch.dtype, heads: tuple[int, int], width: int, split: int) -> None:
+    check_attention("cuda", dtype, heads, width, split)

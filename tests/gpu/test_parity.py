@@ -12,6 +12,8 @@ import torch
 
 from miles_spmd.bench.run import bench_config
 from miles_spmd.config.load import load_config
+from miles_spmd.invariant.flash import flash_attention
+from miles_spmd.invariant.split_attention import split_attention
 from miles_spmd.telemetry.metrics import phase_times
 from tests.gpu.machine import measured, needs
 from tests.gpu.test_grpo import train
@@ -32,6 +34,7 @@ BOTH_TP2 = ["megatron.tensor_model_parallel_size=2", "sglang.tp_size=2"]
         pytest.param("random:qwen3-0.6b", 1, 96, ["rollout.rollout_temperature=0.7"], marks=needs(1)),
         pytest.param("random:qwen2.5-1.5b", 1, 96, [], marks=needs(1)),
         pytest.param("random:llama-3.2-1b", 1, 96, [], marks=needs(1)),
+        pytest.param("random:qwen3-0.6b", 1, 96, ["sglang.attention_backend=triton"], marks=needs(1)),
         pytest.param("random:qwen3-4b", 1, 48, LARGE, marks=needs(1)),
         pytest.param("random:qwen3-30b-a3b/4", 1, 96, LARGE, marks=needs(1)),
         pytest.param("random:qwen3-0.6b", 2, 96, BOTH_TP2[:1], marks=needs(2)),
@@ -83,3 +86,16 @@ def test_a_run_has_it_without_being_asked(tmp_path: Path) -> None:
 def test_products_of_ranks(rows: int) -> None:
     assert_ranks_make_the_same_sum(rows, 9728, 2560, torch.bfloat16, "cuda")
     assert_ranks_make_the_same_columns(rows, 2560, 9728, torch.bfloat16, "cuda")
+
+
+@needs(1)
+def test_gradients_of_both_attentions() -> None:
+    """Of FlashAttention 3 and of ours, which share a backward pass and not what it starts from."""
+    lengths = torch.tensor([0, 1500, 1, 700], device="cuda").cumsum(0).int()
+    tensors = [torch.randn(2201, heads, 128, device="cuda").bfloat16().requires_grad_() for heads in (16, 8, 8)]
+    where = (lengths, lengths), (1500, 1500), 128**-0.5
+    outs = flash_attention(*tensors, *where), split_attention(*tensors, *where, 1024)
+    gradient = torch.randn_like(outs[0])
+    theirs, ours = ([out, *torch.autograd.grad(out, tensors, gradient)] for out in outs)
+    for their, our in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(our, their, rtol=2**-6, atol=2**-6 * float(their.abs().max()))

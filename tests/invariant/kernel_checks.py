@@ -13,6 +13,7 @@ from miles_spmd.determinism import kernel as digests
 from miles_spmd.determinism.rectangles import parts
 from miles_spmd.determinism.tensors import TensorSums
 from miles_spmd.invariant import kernels, rotary
+from miles_spmd.invariant.split_attention import attend, decode
 from miles_spmd.models.layout import Piece, TensorLayout, whole
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -92,6 +93,39 @@ def check_digests(device: str, dtype: torch.dtype, columns: int) -> None:
         assert torch.equal(sums.cpu(), expected)
 
 
+def check_attention(device: str, dtype: torch.dtype, heads: tuple[int, int], width: int, split: int) -> None:
+    """A packed sequence's rows against an oracle, and bit for bit what the same give decoded from pages of a cache."""
+    lengths = [split + 5, 1, 2 * split, 2 * split - 1, 7]
+    tokens, (h, g), scale = sum(lengths), heads, width**-0.5
+    query, key, value = (randn(tokens, n, width, device=device, dtype=dtype) for n in (h, g, g))
+    starts = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    counts, begin = torch.tensor(lengths, dtype=torch.int32, device=device), starts[:-1].long()
+    in_order = torch.arange(tokens, dtype=torch.int32, device=device)
+    out, lse = attend(query, key, value, starts, max(lengths), counts, in_order, begin, scale, split)
+    for first, length in zip(begin.tolist(), lengths):
+        part = slice(first, first + length)
+        keys, values = (x[part].double().repeat_interleave(h // g, 1) for x in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query[part].double(), keys) * scale
+        scores = scores.masked_fill(torch.ones(length, length, device=device).triu(1).bool(), -torch.inf)
+        near(out[part], torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
+        near(lse[:, part], scores.logsumexp(-1))
+
+    slots = torch.randperm(2 * tokens, generator=torch.Generator().manual_seed(0))[:tokens].to(device)
+    cache = randn(2, 2 * tokens, g, width, device=device, dtype=dtype)
+    cache[:, slots] = torch.stack((key, value))
+    table = torch.zeros(len(lengths), max(lengths) + 3, dtype=torch.int32, device=device)
+    for row, first, length in zip(table, begin.tolist(), lengths):
+        row[:length] = slots[first : first + length]
+    pages = table.view(-1), torch.arange(len(lengths), device=device) * table.stride(0)
+    last = (starts[1:] - 1).long()
+    decoded = decode(query[last], *cache, counts, 3 * split, *pages, scale, split)
+    assert torch.equal(decoded, out[last]), "decoded"
+    tails = [min(5, length) for length in lengths]  # as prompts are read in chunks
+    rows = torch.cat([torch.arange(end - tail + 1, end + 1) for end, tail in zip(last.tolist(), tails)]).to(device)
+    chunks = torch.tensor([0, *tails], device=device).cumsum(0).int()
+    assert torch.equal(attend(query[rows], *cache, chunks, 5, counts, *pages, scale, split)[0], out[rows]), "in chunks"
+
+
 def main() -> None:
     kernels.PARTS, kernels.TILE = 4, 256
     digests.ROWS, digests.COLUMNS = 8, 128
@@ -102,6 +136,8 @@ def main() -> None:
         check_swiglu("cpu", dtype, 3, 300)
         for columns in (304, 301):
             check_digests("cpu", dtype, columns)
+    for heads, width in (((4, 2), 16), ((6, 2), 80)):  # the interpreter has no products in bf16
+        check_attention("cpu", torch.float32, heads, width, 64)
     print("done")
 
 

@@ -33,6 +33,16 @@ def test_the_user_overrules_our_defaults() -> None:
     assert settings({"bias_dropout_fusion": True}).transformer.bias_dropout_fusion
 
 
+def test_attention_takes_keys_as_an_engine_does() -> None:
+    def parts(**sglang: object) -> int:
+        parity = {"determinism": {"parity": "bitwise"}, "sglang": sglang}
+        return settings({}, dtype="bfloat16", **parity).transformer.split_keys
+
+    assert parts() == parts(attention_backend="fa3") == 0
+    assert parts(attention_backend="triton") == 1024
+    assert parts(attention_backend="triton", context_length=40960) == 8192
+
+
 def test_model_and_dtype() -> None:
     transformer = settings({}, "qwen3_moe", "bfloat16").transformer
     assert (transformer.num_layers, transformer.num_moe_experts, transformer.moe_ffn_hidden_size) == (4, 4, 24)

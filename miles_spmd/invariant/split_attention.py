@@ -1,0 +1,249 @@
+"""Causal attention on a GPU whose keys are cut at fixed places, in Triton: for GPUs without FlashAttention 3.
+
+A row's result is a chain over parts of so many keys: each part alone, then merged into those before it. A request that
+decodes has its parts computed side by side and merged by a second kernel, a packed sequence one after the other; what
+is computed, in what order and in tiles of what shape, is the same. Keys that a row does not see add zeros, which change
+no bit, so neither its neighbours nor what stands behind it matter.
+
+Keys and values lie anywhere in ``[N, G, D]``: a request's i-th key is in slot ``slots[slot_at[request] + i]``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from miles_spmd.invariant.flash import FlashAttention
+
+FEWEST, PARTS = 1024, 8  # keys of a part; parts of the longest sequence, whose results a decoding engine keeps
+ROWS, KEYS = 64, 64  # of a tile: queries times heads that share a key; keys
+
+
+def part_length(context: int) -> int:
+    """Keys of a part where sequences may have ``context`` tokens."""
+    return max(FEWEST, triton.next_power_of_2(triton.cdiv(context, PARTS)))
+
+
+def split_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    scale: float,
+    split: int,
+) -> Tensor:
+    """As :func:`~miles_spmd.invariant.flash.flash_attention`, in parts of ``split`` keys, a power of two."""
+    return _Split.apply(query.contiguous(), key.contiguous(), value.contiguous(), starts, longest, scale, split)
+
+
+class _Split(FlashAttention):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        starts: tuple[Tensor, Tensor],
+        longest: tuple[int, int],
+        scale: float,
+        split: int,
+    ) -> Tensor:
+        queries, keys = starts
+        slots = torch.arange(len(key), dtype=torch.int32, device=key.device)
+        out, lse = attend(query, key, value, queries, longest[0], keys.diff(), slots, keys[:-1].long(), scale, split)
+        ctx.save_for_backward(query, key, value, out, lse, *starts)
+        ctx.longest, ctx.scale = longest, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return *FlashAttention.backward(ctx, gradient), None
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    most: int,
+    lengths: Tensor,
+    slots: Tensor,
+    slot_at: Tensor,
+    scale: float,
+    split: int,
+) -> tuple[Tensor, Tensor]:
+    """``query`` [T, H, D] -> [T, H, D] and the logarithm of each row's sum of exponentials, fp32 [H, T].
+
+    Of B requests: ``starts`` int32 [B + 1], where the queries of each begin, up to ``most``; ``lengths`` int [B] of
+    their keys, the last of which the last query sees; ``slots`` int32; ``slot_at`` int64 [B].
+    """
+    tokens, heads, width = query.shape
+    group = heads // keys.shape[1]
+    out, lse = torch.empty_like(query), torch.empty(heads, tokens, dtype=torch.float32, device=query.device)
+    _attend[(triton.cdiv(most * group, ROWS), len(lengths), keys.shape[1])](
+        query, keys, values, out, lse, starts, lengths, slots, slot_at, _binary(scale), keys.stride(0), heads, tokens,
+        GROUP=group, ROWS=ROWS, KEYS=KEYS, num_warps=4, **_sizes(width, split),
+    )  # fmt: skip
+    return out, lse
+
+
+def decode(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    longest: int,
+    slots: Tensor,
+    slot_at: Tensor,
+    scale: float,
+    split: int,
+) -> Tensor:
+    """As :func:`attend`, of one query [H, D] a request, which sees all keys. ``longest``: the most keys that any
+    request ever has, so that a CUDA graph fits them all."""
+    requests, heads, width = query.shape
+    splits, groups = triton.cdiv(longest, split), keys.shape[1]
+    peaks, totals = torch.empty(2, requests, splits, heads, dtype=torch.float32, device=query.device)
+    mixes = torch.empty(requests, splits, heads, width, dtype=torch.float32, device=query.device)
+    sizes = _sizes(width, split)
+    _attend_parts[(splits, requests, groups)](
+        query, keys, values, peaks, totals, mixes, lengths, slots, slot_at, _binary(scale), keys.stride(0), heads,
+        splits, GROUP=heads // groups, ROWS=ROWS, KEYS=KEYS, num_warps=4, **sizes,
+    )  # fmt: skip
+    out = torch.empty_like(query)
+    _merge_parts[(requests, heads)](peaks, totals, mixes, out, lengths, heads, splits, num_warps=1, **sizes)
+    return out
+
+
+def _binary(scale: float) -> float:
+    """Exponentials are powers of two."""
+    return scale / math.log(2)
+
+
+def _sizes(width: int, split: int) -> dict[str, int]:
+    return {"WIDTH": width, "DIM": max(16, triton.next_power_of_2(width)), "SPLIT": split}
+
+
+@triton.jit
+def _part(  # type: ignore[no-untyped-def]
+    query, keys, values, slots, first, last, limit, scale, stride,
+    WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Of keys ``first`` .. ``last - 1``, those up to each row's ``limit``: the largest score, the sum of exponentials
+    relative to it, and their sum of values."""
+    column = tl.arange(0, DIM)
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    mixed = tl.zeros([ROWS, DIM], tl.float32)
+    for start in range(first, last, KEYS):
+        place = start + tl.arange(0, KEYS)
+        there = place < last
+        slot = tl.load(slots + place, mask=there, other=0).to(tl.int64)
+        at = slot[:, None] * stride + column[None, :]
+        inside = there[:, None] & (column < WIDTH)[None, :]
+        key = tl.load(keys + at, mask=inside, other=0.0)
+        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        score = tl.where((place[None, :] <= limit[:, None]) & there[None, :], score, float("-inf"))
+        higher = tl.maximum(peak, tl.max(score, 1))
+        above = tl.where(higher == float("-inf"), 0.0, higher)
+        weight = tl.exp2(score - above[:, None])
+        shrink = tl.exp2(peak - above)
+        total = tl.fma(total, shrink, tl.sum(weight, 1))
+        value = tl.load(values + at, mask=inside, other=0.0)
+        mixed = tl.dot(weight.to(value.dtype), value, mixed * shrink[:, None], input_precision="ieee")
+        peak = higher
+    return peak, total, mixed
+
+
+@triton.jit
+def _merge(peak, total, mixed, part_peak, part_total, part_mixed):  # type: ignore[no-untyped-def]
+    """A part into those before it. What is fused is said, so that two kernels do not fuse differently."""
+    higher = tl.maximum(peak, part_peak)
+    above = tl.where(higher == float("-inf"), 0.0, higher)
+    own, other = tl.exp2(peak - above), tl.exp2(part_peak - above)
+    spread = tl.zeros_like(mixed) + own[:, None]
+    return higher, tl.fma(total, own, part_total * other), tl.fma(mixed, spread, part_mixed * other[:, None])
+
+
+@triton.jit
+def _attend(  # type: ignore[no-untyped-def]
+    query, keys, values, out, lse, starts, lengths, slots, slot_at, scale, stride, heads, tokens,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    block, request, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    begin = tl.load(starts + request)
+    queries = tl.load(starts + request + 1) - begin
+    length = tl.load(lengths + request).to(tl.int32)
+    if block * ROWS < queries * GROUP:
+        row = block * ROWS + tl.arange(0, ROWS)
+        number, column = row // GROUP, tl.arange(0, DIM)
+        inside = number < queries
+        of_query = head * GROUP + row % GROUP
+        at = ((begin + number).to(tl.int64) * heads + of_query)[:, None] * WIDTH + column[None, :]
+        mask = inside[:, None] & (column < WIDTH)[None, :]
+        turned = tl.load(query + at, mask=mask, other=0.0)
+        limit = length - queries + number
+        last = tl.minimum(length, length - queries + (block * ROWS + ROWS - 1) // GROUP + 1)
+        own = slots + tl.load(slot_at + request)
+        peak = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        mixed = tl.zeros([ROWS, DIM], tl.float32)
+        for first in range(0, last, SPLIT):
+            part_peak, part_total, part_mixed = _part(
+                turned, keys + head * WIDTH, values + head * WIDTH, own, first, tl.minimum(first + SPLIT, last), limit,
+                scale, stride, WIDTH, DIM, ROWS, KEYS,
+            )  # fmt: skip
+            peak, total, mixed = _merge(peak, total, mixed, part_peak, part_total, part_mixed)
+        tl.store(out + at, mixed / total[:, None], mask=mask)
+        natural = (peak + tl.log2(total)) * 0.6931471805599453
+        tl.store(lse + of_query.to(tl.int64) * tokens + begin + number, natural, mask=inside)
+
+
+@triton.jit
+def _attend_parts(  # type: ignore[no-untyped-def]
+    query, keys, values, peaks, totals, mixes, lengths, slots, slot_at, scale, stride, heads, splits,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    split, request, head = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    length = tl.load(lengths + request).to(tl.int32)
+    first = split * SPLIT
+    if first < length:
+        row, column = tl.arange(0, ROWS), tl.arange(0, DIM)
+        inside, wide = row < GROUP, (column < WIDTH)[None, :]
+        of_query = head * GROUP + row
+        at = (request * heads + of_query)[:, None] * WIDTH + column[None, :]
+        turned = tl.load(query + at, mask=inside[:, None] & wide, other=0.0)
+        limit = tl.zeros([ROWS], tl.int32) + length - 1
+        peak, total, mixed = _part(
+            turned, keys + head * WIDTH, values + head * WIDTH, slots + tl.load(slot_at + request), first,
+            tl.minimum(first + SPLIT, length), limit, scale, stride, WIDTH, DIM, ROWS, KEYS,
+        )  # fmt: skip
+        to = (request * splits + split) * heads + of_query
+        tl.store(peaks + to, peak, mask=inside)
+        tl.store(totals + to, total, mask=inside)
+        tl.store(mixes + to[:, None] * WIDTH + column[None, :], mixed, mask=inside[:, None] & wide)
+
+
+@triton.jit
+def _merge_parts(  # type: ignore[no-untyped-def]
+    peaks, totals, mixes, out, lengths, heads, splits, WIDTH: tl.constexpr, DIM: tl.constexpr, SPLIT: tl.constexpr
+):
+    request, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    length = tl.load(lengths + request).to(tl.int32)
+    column = tl.arange(0, DIM)
+    wide = (column < WIDTH)[None, :]
+    peak = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    mixed = tl.zeros([1, DIM], tl.float32)
+    for split in range(tl.cdiv(length, SPLIT)):
+        at = (request * splits + split) * heads + head + tl.arange(0, 1)
+        part_mixed = tl.load(mixes + at[:, None] * WIDTH + column[None, :], mask=wide, other=0.0)
+        peak, total, mixed = _merge(peak, total, mixed, tl.load(peaks + at), tl.load(totals + at), part_mixed)
+    tl.store(out + (request * heads + head) * WIDTH + column[None, :], mixed / total[:, None], mask=wide)

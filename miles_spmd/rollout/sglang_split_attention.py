@@ -1,0 +1,78 @@
+"""Attention for SGLang on a GPU that cuts keys where the trainer cuts them, in place of its ``triton`` backend."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from sglang.srt.layers.attention.attention_registry import create_triton_backend, register_attention_backend
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from torch import Tensor
+
+from miles_spmd.invariant.split_attention import attend, decode, part_length
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+
+def register(wanted: bool) -> None:
+    """Have SGLang build this backend under the name ``triton``, or its own again."""
+    register_attention_backend("triton")(SplitAttention if wanted else create_triton_backend)
+
+
+class SplitAttention(AttentionBackend):
+    """Reads where a request's keys are from SGLang's own tables, so that a CUDA graph needs no others."""
+
+    needs_cpu_seq_lens = False
+
+    def __init__(self, runner: ModelRunner) -> None:
+        super().__init__()
+        self._pool, self._table = runner.token_to_kv_pool, runner.req_to_token_pool.req_to_token
+        self._longest = runner.model_config.context_len
+        self._split = part_length(self._longest)
+        self._starts = torch.zeros(1, dtype=torch.int32)
+        self._most = 0
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None: ...
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        return 1
+
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        if forward_batch.forward_mode.is_decode_or_idle():
+            return
+        counts = np.asarray(forward_batch.extend_seq_lens_cpu)
+        starts = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
+        self._starts, self._most = torch.from_numpy(starts).to(self._table.device), int(counts.max())
+
+    def forward_extend(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch, **options: Any
+    ) -> Tensor:
+        keys, values = self._store(k, v, layer, forward_batch, **options)
+        query = q.view(len(q), -1, layer.head_dim)
+        where = self._table.view(-1), self._slot_at(forward_batch), layer.scaling, self._split
+        out, _ = attend(query, keys, values, self._starts, self._most, forward_batch.seq_lens, *where)
+        return out.flatten(1)
+
+    def forward_decode(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch, **options: Any
+    ) -> Tensor:
+        keys, values = self._store(k, v, layer, forward_batch, **options)
+        query = q.view(len(q), -1, layer.head_dim)
+        where = self._table.view(-1), self._slot_at(forward_batch), layer.scaling, self._split
+        return decode(query, keys, values, forward_batch.seq_lens, self._longest, *where).flatten(1)
+
+    def _store(
+        self, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch, save_kv_cache: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """New k and v [tokens, kv_heads, dim] enter the cache; the whole cache, [slots, kv_heads, dim] each."""
+        if save_kv_cache and k is not None:
+            self._pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+        return self._pool.get_kv_buffer(layer.layer_id)
+
+    def _slot_at(self, forward_batch: ForwardBatch) -> Tensor:
+        return forward_batch.req_pool_indices.long() * self._table.stride(0)
