@@ -85,10 +85,11 @@ def attend(
     """
     tokens, heads, width = query.shape
     group = heads // keys.shape[1]
-    out, lse = torch.empty_like(query), torch.empty(heads, tokens, dtype=torch.float32, device=query.device)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(heads, tokens, dtype=torch.float32, device=query.device)
     _attend[(triton.cdiv(most * group, ROWS), len(lengths), keys.shape[1])](
-        query, keys, values, out, lse, starts, lengths, slots, slot_at, _binary(scale), keys.stride(0), heads, tokens,
-        GROUP=group, ROWS=ROWS, KEYS=KEYS, num_warps=4, **_sizes(width, split),
+        query.contiguous(), keys, values, out, lse, starts, lengths, slots, slot_at, _binary(scale), keys.stride(0),
+        heads, tokens, **_sizes(width, split), **_tile(width, group),
     )  # fmt: skip
     return out, lse
 
@@ -112,10 +113,10 @@ def decode(
     mixes = torch.empty(requests, splits, heads, width, dtype=torch.float32, device=query.device)
     sizes = _sizes(width, split)
     _attend_parts[(splits, requests, groups)](
-        query, keys, values, peaks, totals, mixes, lengths, slots, slot_at, _binary(scale), keys.stride(0), heads,
-        splits, GROUP=heads // groups, ROWS=ROWS, KEYS=KEYS, num_warps=4, **sizes,
+        query.contiguous(), keys, values, peaks, totals, mixes, lengths, slots, slot_at, _binary(scale),
+        keys.stride(0), heads, splits, **sizes, **_tile(width, heads // groups),
     )  # fmt: skip
-    out = torch.empty_like(query)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     _merge_parts[(requests, heads)](peaks, totals, mixes, out, lengths, heads, splits, num_warps=1, **sizes)
     return out
 
@@ -123,6 +124,11 @@ def decode(
 def _binary(scale: float) -> float:
     """Exponentials are powers of two."""
     return scale / math.log(2)
+
+
+def _tile(width: int, group: int) -> dict[str, int]:
+    """The same wherever a part is computed."""
+    return {"GROUP": group, "ROWS": ROWS, "KEYS": KEYS, "num_warps": 4 if width <= 64 else 8}
 
 
 def _sizes(width: int, split: int) -> dict[str, int]:
