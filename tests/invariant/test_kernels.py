@@ -1,10 +1,19 @@
-"""The Triton kernels, run by Triton's interpreter. ``tests/gpu`` runs the same on a GPU."""
+"""The Triton kernels, run by Triton's interpreter, or compiled for GPUs that need not be here. ``tests/gpu`` runs the
+same on a GPU."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
+
+import pytest
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from miles_spmd.invariant import split_attention
 
 
 def test_kernels() -> None:
@@ -12,3 +21,24 @@ def test_kernels() -> None:
     command = [sys.executable, "-m", "tests.invariant.kernel_checks"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.stdout.strip() == "done", done.stderr
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("width", [64, 128])
+def test_attention_multiplies_by_the_same_instructions_where_it_reads_and_where_it_decodes(
+    capability: int, width: int
+) -> None:
+    """As compiled for GPUs: tiles of one shape, or sums could be taken in another order."""
+    numbers = {"query": "*bf16", "keys": "*bf16", "values": "*bf16", "out": "*bf16", "scale": "fp32"}
+    numbers |= dict.fromkeys(("lse", "peaks", "totals", "mixes"), "*fp32")
+    numbers |= {"starts": "*i32", "slots": "*i32", "lengths": "*i64", "slot_at": "*i64"}
+    fixed = split_attention._sizes(width, 1024) | split_attention._tile(width, group=4)
+    options = {"num_warps": fixed.pop("num_warps")}
+    products = []
+    for kernel in (split_attention._attend, split_attention._attend_parts):
+        signature = {n: "constexpr" if n in fixed else numbers.get(n, "i32") for n in kernel.arg_names}
+        source = ASTSource(kernel, signature, constexprs=fixed)
+        ptx = compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+        products.append(Counter(re.findall(r"(?:wgmma\.mma_async|mma)\.sync\.aligned\.m\d+n\d+k\d+", ptx)))
+    assert products[0] == products[1]
+    assert products[0].total() > 0
