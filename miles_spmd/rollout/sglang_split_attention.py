@@ -34,8 +34,8 @@ class SplitAttention(AttentionBackend):
         self._pool, self._table = runner.token_to_kv_pool, runner.req_to_token_pool.req_to_token
         self._longest = runner.model_config.context_len
         self._split = part_length(self._longest)
-        self._starts = torch.zeros(1, dtype=torch.int32)
-        self._most = 0
+        self._starts, self._most = torch.zeros(1, dtype=torch.int32), 0  # of the queries of the batch at hand
+        self._slot_at = torch.zeros(1, dtype=torch.int64)  # where its requests' slots begin in the table
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None: ...
 
@@ -49,22 +49,23 @@ class SplitAttention(AttentionBackend):
         starts = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
         self._starts, self._most = torch.from_numpy(starts).to(self._table.device), int(counts.max())
 
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        """Once for all layers; a CUDA graph does it anew."""
+        self._slot_at = forward_batch.req_pool_indices.long() * self._table.stride(0)
+
     def forward_extend(
         self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch, **options: Any
     ) -> Tensor:
         keys, values = self._store(k, v, layer, forward_batch, **options)
-        query = q.view(len(q), -1, layer.head_dim)
-        where = self._table.view(-1), self._slot_at(forward_batch), layer.scaling, self._split
-        out, _ = attend(query, keys, values, self._starts, self._most, forward_batch.seq_lens, *where)
-        return out.flatten(1)
+        query, lengths, where = _heads(q, layer), forward_batch.seq_lens, self._where(layer)
+        return attend(query, keys, values, self._starts, self._most, lengths, *where)[0].flatten(1)
 
     def forward_decode(
         self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch, **options: Any
     ) -> Tensor:
         keys, values = self._store(k, v, layer, forward_batch, **options)
-        query = q.view(len(q), -1, layer.head_dim)
-        where = self._table.view(-1), self._slot_at(forward_batch), layer.scaling, self._split
-        return decode(query, keys, values, forward_batch.seq_lens, self._longest, *where).flatten(1)
+        query, lengths, where = _heads(q, layer), forward_batch.seq_lens, self._where(layer)
+        return decode(query, keys, values, lengths, self._longest, *where).flatten(1)
 
     def _store(
         self, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch, save_kv_cache: bool = True
@@ -74,5 +75,9 @@ class SplitAttention(AttentionBackend):
             self._pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         return self._pool.get_kv_buffer(layer.layer_id)
 
-    def _slot_at(self, forward_batch: ForwardBatch) -> Tensor:
-        return forward_batch.req_pool_indices.long() * self._table.stride(0)
+    def _where(self, layer: RadixAttention) -> tuple[Tensor, Tensor, float, int]:
+        return self._table.view(-1), self._slot_at, layer.scaling, self._split
+
+
+def _heads(q: Tensor, layer: RadixAttention) -> Tensor:
+    return q.view(len(q), -1, layer.head_dim)
