@@ -21,7 +21,7 @@ from torch import Tensor
 from miles_spmd.invariant.flash import FlashAttention
 
 FEWEST, PARTS = 1024, 8  # keys of a part; parts of the longest sequence, whose results a decoding engine keeps
-ROWS, KEYS = 64, 64  # of a tile: queries times heads that share a key; keys
+TILES = {2: (64, 32), 4: (32, 16)}  # rows, which are queries times heads that share a key, and keys; by bytes of a number
 
 
 def part_length(context: int) -> int:
@@ -87,9 +87,10 @@ def attend(
     group = heads // keys.shape[1]
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=query.device)
-    _attend[(triton.cdiv(most * group, ROWS), len(lengths), keys.shape[1])](
+    tile = _tile(query, group)
+    _attend[(triton.cdiv(most * group, tile["ROWS"]), len(lengths), keys.shape[1])](
         query.contiguous(), keys, values, out, lse, starts, lengths, slots, slot_at, _binary(scale), keys.stride(0),
-        heads, tokens, **_sizes(width, split), **_tile(width, group),
+        heads, tokens, **_sizes(width, split), **tile,
     )  # fmt: skip
     return out, lse
 
@@ -114,7 +115,7 @@ def decode(
     sizes = _sizes(width, split)
     _attend_parts[(splits, requests, groups)](
         query.contiguous(), keys, values, peaks, totals, mixes, lengths, slots, slot_at, _binary(scale),
-        keys.stride(0), heads, splits, **sizes, **_tile(width, heads // groups),
+        keys.stride(0), heads, splits, **sizes, **_tile(query, heads // groups),
     )  # fmt: skip
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     _merge_parts[(requests, heads)](peaks, totals, mixes, out, lengths, heads, splits, num_warps=1, **sizes)
@@ -126,9 +127,10 @@ def _binary(scale: float) -> float:
     return scale / math.log(2)
 
 
-def _tile(width: int, group: int) -> dict[str, int]:
+def _tile(query: Tensor, group: int) -> dict[str, int]:
     """The same wherever a part is computed."""
-    return {"GROUP": group, "ROWS": ROWS, "KEYS": KEYS, "num_warps": 4 if width <= 64 else 8}
+    rows, keys = TILES[query.element_size()]
+    return {"GROUP": group, "ROWS": rows, "KEYS": keys, "num_warps": 4 if query.shape[-1] <= 64 else 8}
 
 
 def _sizes(width: int, split: int) -> dict[str, int]:

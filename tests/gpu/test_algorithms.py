@@ -8,18 +8,18 @@ import pytest
 
 from miles_spmd.quickstart.__main__ import CONFIGS
 from tests.gpu import machine
-from tests.gpu.test_grpo import grpo, series, train, warm  # noqa: F401  (a fixture)
+from tests.gpu.test_grpo import grpo, series, train
 
 STEPS = 15
 
 
 @pytest.fixture(scope="module")
-def teacher(warm: Path) -> Path:  # noqa: F811
+def teacher(warm: Path) -> Path:
     grpo(warm, "teacher", 1, 20, "model.dtype=bfloat16")
     return warm / "teacher" / "export"
 
 
-def run(warm: Path, recipe: str, *overrides: str) -> dict[int, dict[str, float]]:  # noqa: F811
+def run(warm: Path, recipe: str, *overrides: str) -> dict[int, dict[str, float]]:
     """A recipe on the warmed-up model, bf16."""
     pairs = recipe in ("dpo", "reward_model")
     data, held_out = ("preferences", "heldout_preferences") if pairs else ("train", "heldout")
@@ -52,7 +52,7 @@ def run(warm: Path, recipe: str, *overrides: str) -> dict[int, dict[str, float]]
 
 
 @machine.needs(1)
-def test_ppo(warm: Path) -> None:  # noqa: F811
+def test_ppo(warm: Path) -> None:
     metrics = run(warm, "ppo", "num_critic_only_steps=2")
     losses = series(metrics, "train/critic_loss")
     assert losses[-1] < 0.7 * losses[0]
@@ -63,12 +63,12 @@ def test_ppo(warm: Path) -> None:  # noqa: F811
 
 @machine.needs(1)
 @pytest.mark.parametrize("recipe", ["opd", "opd_top_k"])
-def test_distillation(warm: Path, teacher: Path, recipe: str) -> None:  # noqa: F811
+def test_distillation(warm: Path, teacher: Path, recipe: str) -> None:
     distance = series(run(warm, recipe, f"model.teacher_load={teacher}"), "rollout/opd_reverse_kl")
     assert distance[-1] < 0.7 * distance[0]
 
 
 @machine.needs(1)
 @pytest.mark.parametrize("recipe", ["dpo", "reward_model"])
-def test_pairs(warm: Path, recipe: str) -> None:  # noqa: F811
+def test_pairs(warm: Path, recipe: str) -> None:
     run(warm, recipe)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.gpu import machine
-from tests.gpu.test_grpo import TP2, learns, warm  # noqa: F401
+from tests.gpu.test_grpo import TP2, learns
 from tests.gpu.test_layouts import refit_through_buffers
 from tests.models import tiny
 from tests.ranks import Ranks
@@ -35,7 +35,7 @@ DISTRIBUTED_OPTIMIZER = "megatron.use_distributed_optimizer=true"
         ),
     ],
 )
-def test_grpo_learns(warm: Path, ranks: int, dtype: str, layout: list[str]) -> None:  # noqa: F811
+def test_grpo_learns(warm: Path, ranks: int, dtype: str, layout: list[str]) -> None:
     learns(warm, ranks, dtype, layout)
 
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from miles_spmd.quickstart.__main__ import GRPO, SFT
-from miles_spmd.quickstart.assets import build_assets
+from miles_spmd.quickstart.__main__ import GRPO
 from miles_spmd.telemetry.metrics import phase_times
 from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
 from tests.gpu import machine
@@ -40,16 +39,6 @@ def run_settings(folder: Path, name: str) -> list[str]:
 
 def logs(run: Path) -> str:
     return "".join(f"{log.name}:\n{log.read_text()[-3000:]}\n" for log in (run / "logs").glob("*.log"))
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the quickstart's data in ``assets`` and its warmed-up model in ``sft/export``."""
-    folder = tmp_path_factory.mktemp("quickstart")
-    build_assets(folder / "assets")
-    model, data = f"model.hf_checkpoint={folder}/assets/model", f"data.prompt_data={folder}/assets/sft.jsonl"
-    train(SFT, folder, "sft", 1, model, data)
-    return folder
 
 
 @pytest.mark.parametrize(

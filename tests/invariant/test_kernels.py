@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 
 import pytest
+import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
@@ -32,7 +33,8 @@ def test_attention_multiplies_by_the_same_instructions_where_it_reads_and_where_
     numbers = {"query": "*bf16", "keys": "*bf16", "values": "*bf16", "out": "*bf16", "scale": "fp32"}
     numbers |= dict.fromkeys(("lse", "peaks", "totals", "mixes"), "*fp32")
     numbers |= {"starts": "*i32", "slots": "*i32", "lengths": "*i64", "slot_at": "*i64"}
-    fixed = split_attention._sizes(width, 1024) | split_attention._tile(width, group=4)
+    query = torch.empty(1, 4, width, dtype=torch.bfloat16)
+    fixed = split_attention._sizes(width, 1024) | split_attention._tile(query, group=4)
     options = {"num_warps": fixed.pop("num_warps")}
     products = []
     for kernel in (split_attention._attend, split_attention._attend_parts):
