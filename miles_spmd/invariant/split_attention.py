@@ -21,7 +21,9 @@ from torch import Tensor
 from miles_spmd.invariant.flash import FlashAttention
 
 FEWEST, PARTS = 1024, 8  # keys of a part; parts of the longest sequence, whose results a decoding engine keeps
-TILES = {2: (64, 32), 4: (32, 16)}  # rows, which are queries times heads that share a key, and keys; by bytes of a number
+# Rows of a tile, which are queries times heads that share a key; keys; warps. By the widest head that it is for.
+TILES = {64: (64, 64, 4), 128: (128, 64, 8), math.inf: (64, 32, 8)}
+TILE_OF_FP32 = 32, 16, 8
 
 
 def part_length(context: int) -> int:
@@ -129,8 +131,9 @@ def _binary(scale: float) -> float:
 
 def _tile(query: Tensor, group: int) -> dict[str, int]:
     """The same wherever a part is computed."""
-    rows, keys = TILES[query.element_size()]
-    return {"GROUP": group, "ROWS": rows, "KEYS": keys, "num_warps": 4 if query.shape[-1] <= 64 else 8}
+    width = query.shape[-1]
+    fits = TILE_OF_FP32 if query.dtype == torch.float32 else next(TILES[most] for most in TILES if width <= most)
+    return {"GROUP": group} | dict(zip(("ROWS", "KEYS", "num_warps"), fits))
 
 
 def _sizes(width: int, split: int) -> dict[str, int]:

@@ -20,8 +20,10 @@ from tests.ranks import free_port
 STEPS = 30
 TP2 = ["megatron.tensor_model_parallel_size=2"]
 BOTH_TP2 = [*TP2, "megatron.sequence_parallel=true", "sglang.tp_size=2"]
-# Largest |engine - trainer| log-prob of a run: two fp32 programs; bf16, where one rounding of a logit of 16 is 0.06.
-LIMIT = {"float32": 1e-4, "bfloat16": 0.5}
+# |engine - trainer| log-prob. fp32: two programs; bf16: a logit of 16 is rounded by up to 0.06, and how far the few
+# least likely of 40,000 tokens are apart differs between runs by a factor of three, so the mean is bounded alone.
+MEAN = {"float32": 1e-6, "bfloat16": 0.01}
+LARGEST_FP32 = 1e-4
 
 
 def train(recipe: Path, folder: Path, name: str, ranks: int, *overrides: str) -> dict[int, dict[str, float]]:
@@ -57,7 +59,7 @@ def test_grpo_learns(warm: Path, ranks: int, dtype: str, layout: list[str]) -> N
     learns(warm, ranks, dtype, layout)
 
 
-def learns(warm: Path, ranks: int, dtype: str, layout: list[str], limit: float | None = None) -> None:
+def learns(warm: Path, ranks: int, dtype: str, layout: list[str]) -> None:
     """Train, show what was measured, and check that it went as it must."""
     name = "-".join(["grpo", str(ranks), dtype, *(word.partition(".")[2].replace("=", "") for word in layout)])
     metrics = grpo(warm, name, ranks, STEPS, f"model.dtype={dtype}", *layout)
@@ -81,7 +83,8 @@ def learns(warm: Path, ranks: int, dtype: str, layout: list[str], limit: float |
     assert len(rewards) == STEPS
     assert statistics.mean(rewards[-5:]) > statistics.mean(rewards[:5]) + 0.2
     assert scores[-1] > scores[0] + 0.3
-    assert 0 < max(largest) < (limit or LIMIT[dtype])
+    assert 0 < statistics.mean(mean) < MEAN[dtype]
+    assert dtype != "float32" or max(largest) < LARGEST_FP32
     assert set(series(metrics, "refit/checksum_mismatches")) == {0.0}
     assert (warm / name / "export" / "model.safetensors").is_file()
 
@@ -109,7 +112,7 @@ def test_two_nodes(warm: Path) -> None:
         assert node.returncode == 0, error[-4000:] + logs(warm / "nodes")
     metrics = read_metrics(warm / "nodes" / METRICS_FILE)
     assert " node1 " in (warm / "nodes" / "logs" / "rank-1.log").read_text()
-    assert max(series(metrics, "train/train_rollout_logprob_abs_diff_max")) < LIMIT["float32"]
+    assert max(series(metrics, "train/train_rollout_logprob_abs_diff_max")) < LARGEST_FP32
     assert set(series(metrics, "refit/checksum_mismatches")) == {0.0}
     machine.measured(
         "GRPO of the quickstart, two nodes", {"refit, s": statistics.median(series(metrics, "perf/refit_time")[1:])}
@@ -123,7 +126,7 @@ def test_resumes_where_it_was(warm: Path) -> None:
     assert list(resumed) == [0, 1, 2, 3, 4]
     assert resumed[2]["eval/heldout"] == stopped[2]["eval/heldout"]  # of the resumed run: the later line wins
     assert resumed[2]["time"] > stopped[2]["time"]
-    assert max(series(resumed, "train/train_rollout_logprob_abs_diff_max")) < LIMIT["float32"]
+    assert max(series(resumed, "train/train_rollout_logprob_abs_diff_max")) < LARGEST_FP32
 
 
 def grpo(warm: Path, name: str, ranks: int, steps: int, *overrides: str) -> dict[int, dict[str, float]]:
