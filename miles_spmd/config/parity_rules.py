@@ -6,13 +6,19 @@ from collections.abc import Iterator
 from typing import Any
 
 from miles_spmd.config.rules import CONTRADICTIONS, NOT_BY_DEFAULT, PARITY, head_size, rule
-from miles_spmd.config.schema import SPLIT_KEYS
 
 RANKS = 1, 2, 4  # of which sums over the hidden dimension were shown to be the same
 VECTOR = 32  # numbers that a CPU takes at a time: SGLang rounds each rank's part of an MLP up to a multiple there
 LONG = 4096  # tokens of a sequence whose keys a GPU reads in one piece at a price that shows
+FLASH, SPLIT_KEYS = "fa3", "triton"  # SGLang's names; for the second, invariant/split_attention.py takes its place
+SHARED = FLASH, SPLIT_KEYS, "torch_native"  # the last on CPUs
 CAPABILITY = "9.0"  # of GPUs that have FlashAttention 3
-SHARED = "fa3", SPLIT_KEYS, "torch_native"  # the last on CPUs
+FLASH_HEADS = range(97, 129)  # numbers of a head whose keys it reads in the same blocks for few queries as for many
+
+
+def shared_attention(head: int, capability: str) -> str:
+    """What engine and trainer share by default on a GPU, for heads of ``head`` numbers."""
+    return FLASH if capability == CAPABILITY and head in FLASH_HEADS else SPLIT_KEYS
 
 
 @rule(PARITY)
@@ -27,14 +33,14 @@ def _same_bits_in_any_batch(dtype: str, attention_backend: str | None, capabilit
     if dtype != wanted:
         yield f"model.dtype: parity needs {wanted!r} on a {device}; products in {dtype!r} depend on the batch there"
     if capabilities and attention_backend == "torch_native":
-        yield "sglang.attention_backend: parity needs 'fa3' on a GPU, its default, or 'triton'"
+        yield "sglang.attention_backend: parity needs 'fa3' or 'triton' on a GPU; left out, it takes the one that fits"
     found = ", ".join(sorted(capabilities))
     if len(capabilities) > 1:
         yield f"determinism.parity: must be 'off' on GPUs of several compute capabilities ({found}), which round apart"
-    elif attention_backend != SPLIT_KEYS and capabilities - {CAPABILITY}:
+    elif attention_backend == FLASH and capabilities - {CAPABILITY}:
         yield (
-            f"sglang.attention_backend: on GPUs of compute capability {found} parity needs 'triton'; FlashAttention 3 "
-            f"needs {CAPABILITY}"
+            f"sglang.attention_backend: on GPUs of compute capability {found} parity needs 'triton', its default; "
+            f"FlashAttention 3 needs {CAPABILITY}"
         )
 
 
@@ -47,14 +53,14 @@ def _same_attention(
 ) -> Iterator[str]:
     if attention_backend not in (None, *SHARED):
         yield (
-            f"sglang.attention_backend: parity needs 'fa3', its default, or 'triton'; {attention_backend!r} adds up in "
-            "another order where it decodes than where it reads"
+            f"sglang.attention_backend: parity needs 'fa3' or 'triton'; {attention_backend!r} adds up in another order "
+            "where it decodes than where it reads"
         )
     for name, backend in (
         ("prefill_attention_backend", prefill_attention_backend),
         ("decode_attention_backend", decode_attention_backend),
     ):
-        if backend not in (None, attention_backend or "fa3"):
+        if backend not in (None, attention_backend):
             yield f"sglang.{name}: parity needs that of attention_backend, its default; {backend!r} adds up otherwise"
     if kv_cache_dtype != "auto":
         yield (
@@ -64,14 +70,12 @@ def _same_attention(
 
 
 @rule(PARITY)
-def _same_blocks_of_keys(
-    shape: dict[str, Any], attention_backend: str | None, capabilities: frozenset[str]
-) -> Iterator[str]:
+def _same_blocks_of_keys(shape: dict[str, Any], attention_backend: str | None) -> Iterator[str]:
     head = head_size(shape)
-    if capabilities and attention_backend != SPLIT_KEYS and not (head <= 64 or 96 < head <= 128):
+    if head and attention_backend == FLASH and head not in FLASH_HEADS:
         yield (
-            f"sglang.attention_backend: for heads of {head} numbers parity needs 'triton' on a GPU; FlashAttention 3 "
-            "reads their keys in other blocks where it decodes"
+            f"sglang.attention_backend: for heads of {head} numbers parity needs 'triton', its default for them; "
+            "FlashAttention 3 reads their keys in other blocks where it decodes"
         )
 
 
@@ -164,9 +168,12 @@ def _no_budget(mismatch_budget: dict[str, float]) -> Iterator[str]:
 
 
 @rule(NOT_BY_DEFAULT)
-def _our_own_attention(attention_backend: str | None, capabilities: frozenset[str]) -> Iterator[str]:
-    if capabilities and attention_backend == SPLIT_KEYS:
-        yield "sglang.attention_backend: parity by 'triton' has not been run on GPUs yet; 'bitwise' tries it"
+def _seen_on_such_gpus(capabilities: frozenset[str]) -> Iterator[str]:
+    if len(capabilities) == 1 and CAPABILITY not in capabilities:
+        yield (
+            f"determinism.parity: was not seen on GPUs of compute capability {next(iter(capabilities))} yet; 'bitwise' "
+            "tries it"
+        )
 
 
 @rule(NOT_BY_DEFAULT)

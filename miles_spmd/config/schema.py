@@ -17,8 +17,6 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
-SPLIT_KEYS = "triton"  # the engine's attention whose place invariant/split_attention.py takes
-
 
 def plug_point(*builtins: str) -> AfterValidator:
     """Accepts a built-in's name, or anybody's function as `module:function`."""
@@ -388,11 +386,6 @@ class Config(Table):
     def sum_terms(self) -> int:
         """Of every sum that tensor-parallel ranks share, for parity: as many as the side of more ranks has."""
         return max(int(self.megatron.get("tensor_model_parallel_size", 1)), int(self.sglang.get("tp_size", 1)))
-
-    @property
-    def splits_keys(self) -> bool:
-        """Whether attention, where engine and trainer share it on a GPU, is ours instead of FlashAttention 3."""
-        return self.sglang.get("attention_backend") == SPLIT_KEYS
 
     def generates(self, task: str) -> bool:
         """Whether ``task`` ("train", "eval" or "export") needs an engine."""

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_FEW = 64  # rows, queries times heads that share a key
+from miles_spmd.config.parity_rules import shared_attention
 
 
-def told_queries(most: int, head: int) -> int:
-    """What FlashAttention 3 is to be told where a request has up to ``most`` queries, of ``head`` numbers. Few heads of
-    64, as there are where an engine decodes, it takes through other tiles, and adds up in another order."""
-    return max(most, _FEW + 1) if head == 64 else most
+def shared_backend(chosen: str | None, head: int) -> str | None:
+    """SGLang's name of the attention that engine and trainer share: ``chosen``, or on a GPU what fits it and heads of
+    ``head`` numbers."""
+    if chosen or not torch.cuda.is_available():
+        return chosen
+    return shared_attention(head, ".".join(map(str, torch.cuda.get_device_capability())))
 
 
 def flash_attention(
@@ -48,8 +50,7 @@ class FlashAttention(torch.autograd.Function):
             key,
             value,
             *starts,
-            told_queries(longest[0], query.shape[-1]),
-            longest[1],
+            *longest,
             softmax_scale=scale,
             causal=True,
             num_splits=1,

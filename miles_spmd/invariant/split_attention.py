@@ -181,7 +181,7 @@ def _merge(peak, total, mixed, part_peak, part_total, part_mixed):  # type: igno
     return higher, tl.fma(total, own, part_total * other), tl.fma(mixed, spread, part_mixed * other[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # it would be compiled anew for multiples of 16
 def _attend(  # type: ignore[no-untyped-def]
     query, keys, values, out, lse, starts, lengths, slots, slot_at, scale, stride, heads, tokens,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,

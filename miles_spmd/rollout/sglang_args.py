@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from sglang.srt.server_args import ServerArgs
 
+from miles_spmd.invariant.flash import shared_backend
+from miles_spmd.models import load_family
+
 _CPU_CACHE_TOKENS = 2**17  # pages of the cache are taken from the system only when first written
 _GRAPH_BATCHES = [1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512]  # larger ones run eagerly
 _MOST_REQUESTS = 4096  # that SGLang runs at a time on a GPU, unless told otherwise
@@ -57,7 +60,7 @@ def build_server_args(
             defaults["attention_backend"] = "triton"  # SGLang's own choice would take 16-bit numbers only
         if invariant:
             fixed["enable_deterministic_inference"] = True
-            defaults["attention_backend"] = "fa3"
+            defaults["attention_backend"] = shared_backend(None, load_family(model_path).head_dim)
     else:
         fixed |= {
             "attention_backend": "torch_native",

@@ -12,11 +12,8 @@ from collections.abc import Callable, Iterator
 from functools import partial, partialmethod
 from typing import Any
 
-import torch
-from sglang.jit_kernel.flash_attention import flash_attn_with_kvcache
 from sglang.srt.distributed.parallel_state import GroupCoordinator
 from sglang.srt.layers.activation import SiluAndMul
-from sglang.srt.layers.attention import flashattention_backend
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.linear import RowParallelLinear
 from sglang.srt.layers.logits_processor import LogitsProcessor
@@ -30,7 +27,6 @@ from sglang.srt.models import qwen3_moe
 from torch import Tensor
 
 from miles_spmd.invariant import experts
-from miles_spmd.invariant.flash import told_queries
 from miles_spmd.invariant.linear import linear, tree_sum
 from miles_spmd.invariant.norm import add_rms_norm, rms_norm
 from miles_spmd.invariant.rotary import rotate
@@ -54,36 +50,10 @@ def shared_kernels(wanted: bool, terms: int) -> Iterator[None]:
     ModelRunner.maybe_enable_batch_invariant_mode = _leave_torch_alone if wanted else _enable_mode
     qwen3_moe.enable_fused_set_kv_buffer = _no if wanted else _rotary_stores_keys
     MultiPlatformOp.dispatch_forward = _shared if wanted else _dispatch
-    with _many_queries(wanted):
-        try:
-            yield
-        finally:
-            MultiPlatformOp.dispatch_forward = _dispatch
-
-
-@contextlib.contextmanager
-def _many_queries(wanted: bool) -> Iterator[None]:
-    """Attention and the scheduler of its work, which an engine takes when it is built, are told of as many queries."""
-    flashattention_backend.flash_attn_with_kvcache = _attend if wanted else flash_attn_with_kvcache
-    if not wanted or not torch.cuda.is_available():
-        yield
-        return
-    from sgl_kernel import flash_attn
-
-    schedule = flash_attn.get_scheduler_metadata
-    flash_attn.get_scheduler_metadata = partial(_schedule, schedule)
     try:
         yield
     finally:
-        flash_attn.get_scheduler_metadata = schedule
-
-
-def _attend(*, q: Tensor, max_seqlen_q: int, **options: Any) -> Any:
-    return flash_attn_with_kvcache(q=q, max_seqlen_q=told_queries(max_seqlen_q, q.shape[-1]), **options)
-
-
-def _schedule(schedule: Callable[..., Tensor], *, max_seqlen_q: int, headdim: int, **options: Any) -> Tensor:
-    return schedule(max_seqlen_q=told_queries(max_seqlen_q, headdim), headdim=headdim, **options)
+        MultiPlatformOp.dispatch_forward = _dispatch
 
 
 def _leave_torch_alone(runner: ModelRunner) -> None: ...

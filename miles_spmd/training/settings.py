@@ -16,7 +16,9 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 
 from miles_spmd.config.backends import DEFAULTS
+from miles_spmd.config.parity_rules import SPLIT_KEYS
 from miles_spmd.config.schema import Config
+from miles_spmd.invariant.flash import shared_backend
 from miles_spmd.invariant.split_attention import part_length
 from miles_spmd.models import Family
 from miles_spmd.training import accumulation  # noqa: F401  # Megatron looks for it
@@ -101,7 +103,8 @@ def build_settings(config: Config, family: Family) -> Settings:
 def _split(config: Config, family: Family) -> dict[str, int]:
     """As an engine's attention does."""
     context = config.sglang.get("context_length") or family.max_sequence_length
-    return {"split_keys": part_length(context) if config.splits_keys else 0}
+    backend = shared_backend(config.sglang.get("attention_backend"), family.head_dim)
+    return {"split_keys": part_length(context) if backend == SPLIT_KEYS else 0}
 
 
 def _terms(config: Config) -> dict[str, int]:

@@ -10,6 +10,7 @@ import pytest
 
 from miles_spmd.config import checks, rules
 from miles_spmd.config.load import load_config
+from miles_spmd.config.parity_rules import shared_attention
 from tests.config.test_load import faults, recipe  # noqa: F401  (a fixture)
 from tests.ranks import Ranks
 
@@ -128,9 +129,10 @@ TP2 = ["megatron.tensor_model_parallel_size=2", "sglang.tp_size=2"]
         (["dtype=float32"], CPU, []),
         (["dtype=float32"], HOPPER, ["model.dtype"]),
         ([], {"9.0", "8.0"}, ["determinism.parity"]),
-        ([], {"8.0"}, ["sglang.attention_backend"]),
-        (["sglang.attention_backend=triton", "parity=bitwise"], {"8.0"}, []),
-        (["sglang.attention_backend=triton"], HOPPER, ["sglang.attention_backend"]),
+        ([], {"8.0"}, ["determinism.parity"]),
+        (["parity=bitwise"], {"8.0"}, []),
+        (["sglang.attention_backend=fa3"], {"8.0"}, ["sglang.attention_backend", "determinism.parity"]),
+        (["sglang.attention_backend=triton"], HOPPER, []),
         (["sglang.attention_backend=torch_native"], HOPPER, ["sglang.attention_backend"]),
         (["mode=sft"], HOPPER, ["run.mode"]),
         (TP2, HOPPER, ["sglang.tp_size"]),
@@ -165,13 +167,15 @@ def test_parity_of_long_sequences_is_to_be_asked_for(recipe: Path) -> None:  # n
     assert parity("float32", 4097) == "bitwise"
 
 
-@pytest.mark.parametrize(("numbers", "holds"), [(32, True), (64, True), (80, False), (128, True), (192, False)])
-def test_parity_depends_on_the_size_of_heads(recipe: Path, numbers: int, holds: bool) -> None:  # noqa: F811
+@pytest.mark.parametrize(("numbers", "alike"), [(32, False), (64, False), (80, False), (128, True), (192, False)])
+def test_heads_decide_which_attention_is_shared(recipe: Path, numbers: int, alike: bool) -> None:  # noqa: F811
     config = recipe.parent / "checkpoint" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"head_dim": numbers}))
-    found = checks.decide_parity(load_config(recipe), HOPPER)[1]
-    assert [f"heads of {numbers} numbers" in reason for reason in found] == ([] if holds else [True])
-    assert checks.decide_parity(load_config(recipe, ["dtype=float32"]), CPU)[1] == []
+    found = checks.decide_parity(load_config(recipe, ["sglang.attention_backend=fa3"]), HOPPER)[1]
+    assert [f"heads of {numbers} numbers" in reason for reason in found] == ([] if alike else [True])
+    assert checks.decide_parity(load_config(recipe), HOPPER)[1] == []
+    assert shared_attention(numbers, "9.0") == ("fa3" if alike else "triton")
+    assert shared_attention(numbers, "8.0") == "triton"
 
 
 def test_what_parity_was_asked_for_decides_what_a_mismatch_does(recipe: Path) -> None:  # noqa: F811

@@ -55,12 +55,12 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("ranks", "model", "backend", "dtype", "layout"),
     [
-        pytest.param(1, "", "fa3", "bfloat16", [], marks=machine.needs(1), id="bf16"),
+        pytest.param(1, "", "triton", "bfloat16", [], marks=machine.needs(1), id="bf16"),
         pytest.param(1, "", "triton", "float32", [], marks=machine.needs(1), id="fp32"),
         pytest.param(1, "", "fa3", "bfloat16", TE, marks=[machine.needs(1), no_te], id="transformer-engine"),
         pytest.param(1, "experts", "fa3", "bfloat16", [], marks=machine.needs(1), id="experts"),
         pytest.param(2, "", "fa3", "bfloat16", TP2, marks=machine.needs(2), id="tp2"),
-        pytest.param(2, "", "fa3", "bfloat16", ZERO, marks=machine.needs(2), id="dp2"),
+        pytest.param(2, "", "triton", "bfloat16", ZERO, marks=machine.needs(2), id="dp2"),
     ],
 )
 def test_two_runs_are_equal(
@@ -86,7 +86,7 @@ def test_two_runs_are_equal(
 @pytest.mark.parametrize("more", [[], ["train.leaf_tokens=64", *ZERO]], ids=["one-sequence-each", "packed"])
 def test_ranks_and_packing_change_no_bit(assets: Path, tmp_path: Path, more: list[str]) -> None:
     """On 1, 2 and 4 GPUs, as many as there are, all at once."""
-    own = [*settings(assets, tmp_path, "fa3", "bfloat16"), "train.reduction_leaves=8", *more]
+    own = [*settings(assets, tmp_path, "triton", "bfloat16"), "train.reduction_leaves=8", *more]
     sizes = [size for size in (1, 2, 4) if size <= machine.COUNT]
     commands = [
         ["train", str(GRPO), f"run.name=on_{n}", f"--nproc-per-node={n}", f"train.max_tokens_per_gpu={8192 // n}", *own]
