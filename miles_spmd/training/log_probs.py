@@ -237,7 +237,8 @@ class _Head:
     def measure(self, logits_RV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """Over this rank's part of the vocabulary; where products are invariant, over the whole of it."""
         if self.invariant and self.group is not None:
-            logits_RV = self.gather(logits_RV)[:, : self.vocab_size]
+            # As far apart as an engine's rows, which says how many numbers a thread of the kernel reads at a time.
+            logits_RV = self.gather(logits_RV)[:, : self.vocab_size].contiguous()
         return self.softmax.measure(logits_RV, temperature)
 
     def columns(self, ids: Tensor) -> Tensor:

@@ -58,11 +58,11 @@ def _scaled(logits, temperature, SCALE: tl.constexpr):  # type: ignore[no-untype
     return tl.div_rn(v, temperature) if SCALE else v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"])  # a loop known to run once is unrolled, and max_contiguous lost with it
 def _measure(  # type: ignore[no-untyped-def]
     logits,
     stride: tl.constexpr,
-    columns: tl.constexpr,
+    columns,
     temperature,
     peaks,
     totals,

@@ -37,7 +37,7 @@ def test_values_and_gradients() -> None:
 
 @needs(1)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("vocabulary", [151_936 // 16, 5003])
+@pytest.mark.parametrize("vocabulary", [151_936 // 16, 5003, 1000, 18])
 def test_log_probs_are_the_engines(vocabulary: int, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of SGLang's batch-invariant kernel over the same logits, bit for bit, in one chunk and in many."""
     from sglang.srt.batch_invariant_ops.batch_invariant_ops import log_softmax

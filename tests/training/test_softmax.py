@@ -1,10 +1,21 @@
-"""The head's kernels, run by Triton's interpreter: what the tensor operations give, and a softmax in float64."""
+"""The head's kernels, run by Triton's interpreter: what the tensor operations give, and a softmax in float64. Compiled
+for a GPU, they add up in the order of the engine's."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from typing import Any
+
+import pytest
+from triton import JITFunction
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from miles_spmd.platform import cpu
+from miles_spmd.training import softmax_kernel
 
 PROGRAM = """
 import itertools
@@ -63,3 +74,31 @@ def test_kernels() -> None:
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
     assert done.stdout.strip() == "done", done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
+@pytest.mark.parametrize("tokens", [18, 20, 32, 1000, 5003, 9496, 151_936])
+def test_a_thread_adds_as_many_neighbours_as_in_the_engines_kernel(tokens: int, dtype: str) -> None:
+    """The order of a sum on a GPU depends on them."""
+    cpu.install()
+    from sglang.srt.batch_invariant_ops.batch_invariant_ops import _log_softmax_kernel
+
+    strides = dict.fromkeys(("input_row_stride", "output_row_stride", "n_cols"), tokens)
+    engines = neighbours(_log_softmax_kernel, strides | {"BLOCK_SIZE": softmax_kernel.BLOCK}, {})
+    sizes = {"stride": tokens, "columns": tokens, "BLOCK": softmax_kernel.BLOCK, "WIDE": softmax_kernel.WIDE}
+    types = {"logits": dtype, "columns": "i32", "temperature": "fp32"}
+    trainers = neighbours(softmax_kernel._measure, sizes | {"SCALE": False}, types)
+    assert trainers == engines == [min(4, tokens & -tokens)]
+
+
+def neighbours(kernel: JITFunction[Any], values: dict[str, Any], types: dict[str, str]) -> list[int]:
+    """Held by a thread, in each sum of a block in a compiled kernel. Arguments that have no type point to fp32."""
+    fixed = {parameter.name: values[parameter.name] for parameter in kernel.params if parameter.is_constexpr}
+    signature = {name: "constexpr" if name in fixed else types.get(name, "*fp32") for name in kernel.arg_names}
+    aligned: Any = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+    source = ASTSource(kernel, signature, constexprs=fixed, attrs=aligned)
+    code = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": softmax_kernel.WARPS}).asm["ttgir"]
+    held = dict(re.findall(r"(#blocked\d*) = #ttg.blocked<\{sizePerThread = \[(\d+)\]", code))
+    reshaped = dict(re.findall(r"%(\w+) = tt.reshape %\w+ allow_reorder : tensor<\d+xf32, (#blocked\d*)>", code))
+    summed = re.findall(r'"tt.reduce"\(%(\w+)\) <\{axis = 0 : i32\}> \(\{[^}]*?arith.addf', code)
+    return [int(held[reshaped[name]]) for name in summed if name in reshaped]
