@@ -14,8 +14,8 @@ from triton import JITFunction
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from miles_spmd.platform import cpu
 from miles_spmd.training import softmax_kernel
+from tests.ranks import Ranks
 
 PROGRAM = """
 import itertools
@@ -78,17 +78,22 @@ def test_kernels() -> None:
 
 @pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
 @pytest.mark.parametrize("tokens", [18, 20, 32, 1000, 5003, 9496, 151_936])
-def test_a_thread_adds_as_many_neighbours_as_in_the_engines_kernel(tokens: int, dtype: str) -> None:
+def test_a_thread_adds_as_many_neighbours_as_in_the_engines_kernel(ranks: Ranks, tokens: int, dtype: str) -> None:
     """The order of a sum on a GPU depends on them."""
-    cpu.install()
+    [(trainers, engines)] = ranks.run(1, both_neighbours, tokens, dtype)
+    assert trainers == engines == [min(4, tokens & -tokens)]
+
+
+def both_neighbours(tokens: int, dtype: str) -> tuple[list[int], list[int]]:
     from sglang.srt.batch_invariant_ops.batch_invariant_ops import _log_softmax_kernel
 
-    strides = dict.fromkeys(("input_row_stride", "output_row_stride", "n_cols"), tokens)
-    engines = neighbours(_log_softmax_kernel, strides | {"BLOCK_SIZE": softmax_kernel.BLOCK}, {})
     sizes = {"stride": tokens, "columns": tokens, "BLOCK": softmax_kernel.BLOCK, "WIDE": softmax_kernel.WIDE}
     types = {"logits": dtype, "columns": "i32", "temperature": "fp32"}
-    trainers = neighbours(softmax_kernel._measure, sizes | {"SCALE": False}, types)
-    assert trainers == engines == [min(4, tokens & -tokens)]
+    strides = dict.fromkeys(("input_row_stride", "output_row_stride", "n_cols"), tokens)
+    return (
+        neighbours(softmax_kernel._measure, sizes | {"SCALE": False}, types),
+        neighbours(_log_softmax_kernel, strides | {"BLOCK_SIZE": softmax_kernel.BLOCK}, {}),
+    )
 
 
 def neighbours(kernel: JITFunction[Any], values: dict[str, Any], types: dict[str, str]) -> list[int]:
