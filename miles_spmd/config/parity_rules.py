@@ -9,7 +9,7 @@ from miles_spmd.config.rules import CONTRADICTIONS, NOT_BY_DEFAULT, PARITY, head
 
 RANKS = 1, 2, 4  # of which sums over the hidden dimension were shown to be the same
 VECTOR = 32  # numbers that a CPU takes at a time: SGLang rounds each rank's part of an MLP up to a multiple there
-LONG = 4096  # tokens of a sequence whose keys a GPU reads in one piece at a price that shows
+LONG = 4096  # tokens of a sequence whose keys a GPU reads in one piece, or a few, at a price that shows
 FLASH, SPLIT_KEYS = "fa3", "triton"  # SGLang's names; for the second, invariant/split_attention.py takes its place
 SHARED = FLASH, SPLIT_KEYS, "torch_native"  # the last on CPUs
 CAPABILITY = "9.0"  # of GPUs that have FlashAttention 3
@@ -195,7 +195,7 @@ def _keys_in_one_piece(dtype: str, rollout_max_prompt_len: int | None, rollout_m
     if dtype == "bfloat16" and longest > LONG:
         yield (
             f"rollout.rollout_max_response_len: sequences may have {longest} tokens, and the last long ones of a "
-            "rollout decode slowly where the keys of each are read in one piece; 'bitwise' pays that"
+            "rollout decode slowly where the keys of each are read in one piece, or a few; 'bitwise' pays that"
         )
 
 

@@ -1,4 +1,5 @@
-"""Causal attention on a GPU whose keys are cut at fixed places, in Triton: for GPUs without FlashAttention 3.
+"""Causal attention on a GPU whose keys are cut at fixed places, in Triton: where FlashAttention 3 is not, or reads
+keys of such heads in other blocks for few queries than for many.
 
 A row's result is a chain over parts of so many keys: each part alone, then merged into those before it. A request that
 decodes has its parts computed side by side and merged by a second kernel, a packed sequence one after the other; what

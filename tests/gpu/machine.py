@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -22,6 +23,11 @@ MEASURED: list[str] = []
 
 def needs(count: int) -> pytest.MarkDecorator:
     return pytest.mark.skipif(count > COUNT, reason=f"needs {count} GPUs, there are {COUNT}")
+
+
+needs_transformer_engine = pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
+)
 
 
 def measured(what: str, numbers: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@ replay is equal to them."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -26,9 +25,6 @@ COMMAND = [sys.executable, "-m", "miles_spmd"]
 TP2 = ["megatron.tensor_model_parallel_size=2", "megatron.sequence_parallel=true", "sglang.tp_size=2"]
 ZERO = ["megatron.use_distributed_optimizer=true"]
 TE = ["megatron.transformer_impl=transformer_engine"]
-no_te = pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
-)
 EXPERTS = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
@@ -57,7 +53,15 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         pytest.param(1, "", "triton", "bfloat16", [], marks=machine.needs(1), id="bf16"),
         pytest.param(1, "", "triton", "float32", [], marks=machine.needs(1), id="fp32"),
-        pytest.param(1, "", "fa3", "bfloat16", TE, marks=[machine.needs(1), no_te], id="transformer-engine"),
+        pytest.param(
+            1,
+            "",
+            "fa3",
+            "bfloat16",
+            TE,
+            marks=[machine.needs(1), machine.needs_transformer_engine],
+            id="transformer-engine",
+        ),
         pytest.param(1, "experts", "fa3", "bfloat16", [], marks=machine.needs(1), id="experts"),
         pytest.param(2, "", "fa3", "bfloat16", TP2, marks=machine.needs(2), id="tp2"),
         pytest.param(2, "", "triton", "bfloat16", ZERO, marks=machine.needs(2), id="dp2"),

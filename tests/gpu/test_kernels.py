@@ -1,4 +1,4 @@
-"""The Triton kernels of norms, rotary positions, SwiGLU and digests on a GPU, at the sizes that models have."""
+"""The Triton kernels of norms, rotary positions, SwiGLU, digests and attention on a GPU, at sizes that models have."""
 
 from __future__ import annotations
 

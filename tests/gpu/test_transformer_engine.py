@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import statistics
 from pathlib import Path
@@ -19,7 +18,7 @@ from miles_spmd.data.sample import TrainSequence
 from miles_spmd.quickstart import checkpoint
 from miles_spmd.quickstart.__main__ import SFT as SFT_RECIPE
 from miles_spmd.quickstart.assets import build_assets
-from tests.gpu.machine import measured, needs
+from tests.gpu.machine import measured, needs, needs_transformer_engine
 from tests.gpu.test_grpo import grpo, series, train
 from tests.models import tiny
 from tests.ranks import Ranks
@@ -44,9 +43,7 @@ from tests.training.cases import (
 )
 from tests.training.test_checkpoint import history
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
-)
+pytestmark = needs_transformer_engine
 
 # FP8 wants sides of 128, fused attention heads of 64
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "initializer_range": 0.05}
