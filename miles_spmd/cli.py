@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 from collections.abc import Collection, Sequence
@@ -11,13 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, TextIO
 import typer
 
 from miles_spmd import launcher
-from miles_spmd.bench.cli import bench
 from miles_spmd.launcher import Overrides, Processes
 
 if TYPE_CHECKING:
     from miles_spmd.config.schema import Config
-    from miles_spmd.controller.replay import Replay
-    from miles_spmd.determinism.compare import Comparison
+    from miles_spmd.ledger.compare import Comparison
+    from miles_spmd.protocol.order import Replay
 
 app = typer.Typer(
     add_completion=False,
@@ -25,7 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Reinforcement-learning post-training of language models on Megatron-core and in-process SGLang.",
 )
-app.add_typer(bench, name="bench")
 ledger = typer.Typer(no_args_is_help=True, help="What a run has recorded of every step.")
 app.add_typer(ledger, name="ledger")
 
@@ -90,8 +89,8 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run, or of 
 @ledger.command("verify")
 def verify_ledger(run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
     """Recompute the hash chain, and the digests of the data that were kept. Names the first entry that is broken."""
-    from miles_spmd.determinism.chain import LedgerError
-    from miles_spmd.determinism.record import verify
+    from miles_spmd.ledger.chain import LedgerError
+    from miles_spmd.ledger.record import verify
 
     try:
         record = verify(run_dir)
@@ -106,9 +105,9 @@ def diff(
     b: Annotated[Path, typer.Argument(help="Folder of another.")],
 ) -> None:
     """Name the first difference between what two runs computed. Status 0: there is none, 1: there is one, 2: error."""
-    from miles_spmd.determinism.chain import LedgerError
-    from miles_spmd.determinism.compare import compare
-    from miles_spmd.determinism.record import read_record
+    from miles_spmd.ledger.chain import LedgerError
+    from miles_spmd.ledger.compare import compare
+    from miles_spmd.ledger.record import read_record
 
     try:
         raise typer.Exit(_say(compare(read_record(a), read_record(b))))
@@ -130,10 +129,10 @@ def replay(
 ) -> None:
     """Do steps again, from the nearest checkpoint on, and compare them with the ledger bit for bit. The replay has a
     folder beside the run's. Status as of `diff`."""
-    from miles_spmd.controller.replay import plan
-    from miles_spmd.determinism.chain import LedgerError
-    from miles_spmd.determinism.compare import compare
-    from miles_spmd.determinism.record import read_record
+    from miles_spmd.controller.loops.replay import plan
+    from miles_spmd.ledger.chain import LedgerError
+    from miles_spmd.ledger.compare import compare
+    from miles_spmd.ledger.record import read_record
 
     try:
         wanted, overrides = plan(run_dir, step, phase)
@@ -159,7 +158,7 @@ def bisect(
 ) -> None:
     """Name the first layer and operator whose outputs differ between engine and trainer, for the first token of a step
     whose log-probs do. Does the steps before it again, from the nearest checkpoint on, in a folder beside the run's."""
-    from miles_spmd.controller.replay import plan_bisection
+    from miles_spmd.controller.loops.replay import plan_bisection
 
     wanted, overrides = plan_bisection(run_dir, step)
     is_rank, world_size = launcher.ranks(nproc_per_node)
@@ -190,6 +189,13 @@ def doctor() -> None:
     sections, works = examine()
     typer.echo(render(sections, works))
     raise typer.Exit(0 if works else 1)
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Measure this machine; `miles-spmd bench --help` lists what."""
+    measure = importlib.import_module("miles_spmd.bench.cli").app  # beside the product: by name, so only when asked for
+    measure(context.args, prog_name="miles-spmd bench")
 
 
 def main() -> None:

@@ -4,6 +4,6 @@ from miles_spmd.platform import cpu
 
 cpu.install()
 
-import miles_spmd.rollout.sglang_engine  # noqa: E402
+import miles_spmd.generation.sglang.engine  # noqa: E402
 import miles_spmd.telemetry.report  # noqa: E402
 import miles_spmd.worker.worker  # noqa: E402, F401

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from miles_spmd.cli import main
-from miles_spmd.data.sample import Sample
+from miles_spmd.types.sample import Sample
 
 
 def train(folder: Path, arguments: list[str], cpu: int, port: int, messages: Path) -> None:

@@ -15,10 +15,10 @@ import torch
 from miles_spmd.algorithms.advantages import compute_advantages
 from miles_spmd.algorithms.corrections import correct
 from miles_spmd.algorithms.losses import PolicyLoss
-from miles_spmd.algorithms.rollout_batch import RolloutBatch
-from miles_spmd.algorithms.token_batch import TokenBatch
 from miles_spmd.config.load import TABLE_OF, load_config
-from miles_spmd.config.schema import Algorithm
+from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.types.rollout_batch import RolloutBatch
+from miles_spmd.types.token_batch import TokenBatch
 
 REPOSITORY = Path(__file__).parents[1]
 PAGE = (REPOSITORY / "docs" / "algorithms.md").read_text()
@@ -52,17 +52,17 @@ def test_settings_exist() -> None:
 
 
 @pytest.fixture
-def users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Algorithm:
+def users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AlgorithmConfig:
     """The page's module where it can be imported, and its settings."""
     (code,) = blocks("python")
     (settings,) = blocks("toml")
     (tmp_path / "my_algorithms.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_algorithms", raising=False)
-    return Algorithm(**tomllib.loads(settings)["algorithm"])
+    return AlgorithmConfig(**tomllib.loads(settings)["algorithm"])
 
 
-def test_a_users_advantage_and_correction(users: Algorithm) -> None:
+def test_a_users_advantage_and_correction(users: AlgorithmConfig) -> None:
     masks = [np.asarray(mask, np.float32) for mask in ([0, 1, 1], [0, 1], [0, 1], [0, 0, 1])]
     engine = [np.asarray(values, np.float32) for values in ([0, -1, -8], [0, -7], [0, -6.8], [0, 0, -2])]
     batch = RolloutBatch(
@@ -81,7 +81,7 @@ def test_a_users_advantage_and_correction(users: Algorithm) -> None:
     assert correction.metrics["kept_tokens"] == 3
 
 
-def test_a_users_policy_term(users: Algorithm) -> None:
+def test_a_users_policy_term(users: AlgorithmConfig) -> None:
     advantages, old, new = [2.0, -1.0, 2.0], [-1.0, -1.0, -1.0], [-0.5, -0.5, -1.0]
     log_probs = torch.tensor(new, requires_grad=True)
     tokens = TokenBatch(torch.ones(3), advantages=torch.tensor(advantages), old_log_probs=torch.tensor(old))

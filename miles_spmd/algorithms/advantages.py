@@ -10,9 +10,10 @@ import numpy as np
 from miles_spmd.algorithms import gae
 from miles_spmd.algorithms.distillation import reverse_kl
 from miles_spmd.algorithms.group_relative import dr_grpo, grpo, reinforce_plus_plus_baseline, rloo
-from miles_spmd.algorithms.protocols import AdvantageEstimator, PlugPoint
-from miles_spmd.algorithms.rollout_batch import Arrays, Estimate, RolloutBatch, flat, masked
-from miles_spmd.config.schema import Algorithm
+from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.plugins.algorithm import AdvantageEstimator
+from miles_spmd.plugins.plug_point import PlugPoint
+from miles_spmd.types.rollout_batch import Arrays, Estimate, RolloutBatch, flat, masked
 
 ESTIMATORS: PlugPoint[AdvantageEstimator] = PlugPoint(
     "advantage_estimator",
@@ -29,7 +30,7 @@ ESTIMATORS: PlugPoint[AdvantageEstimator] = PlugPoint(
 )
 
 
-def compute_advantages(batch: RolloutBatch, algorithm: Algorithm) -> Estimate:
+def compute_advantages(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estimate:
     """Advantages (and PPO's returns) of every token, float32 [T] per sample and 0 where masked, with metrics.
 
     Metrics are ``zero_std_groups`` and ``fully_masked_samples`` (counts), ``opd_reverse_kl`` (mean over trained tokens)
@@ -60,7 +61,7 @@ def whiten(values: Arrays, masks: Arrays) -> Arrays:
     return _float32([np.where(m > 0, (v - mean) * scale, 0.0) for v, m in zip(values, masks)])
 
 
-def _checked(kind: str, arrays: Arrays, batch: RolloutBatch, algorithm: Algorithm) -> Arrays:
+def _checked(kind: str, arrays: Arrays, batch: RolloutBatch, algorithm: AlgorithmConfig) -> Arrays:
     """What an estimator, perhaps a user's, returned: float64, 0 where masked."""
     name = algorithm.advantage_estimator
     if [a.shape for a in arrays] != [m.shape for m in batch.masks]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from miles_spmd.algorithms.protocols import Aggregation, PlugPoint
-from miles_spmd.algorithms.rollout_batch import Arrays, flat
+from miles_spmd.plugins.algorithm import Aggregation
+from miles_spmd.plugins.plug_point import PlugPoint
+from miles_spmd.types.rollout_batch import Arrays, flat
 
 
 def rollout_mean(masks: Arrays, rollout_ids: np.ndarray, max_response_len: int) -> Arrays:

@@ -25,12 +25,13 @@ from __future__ import annotations
 import numpy as np
 
 from miles_spmd.algorithms.kl import MAX_LOG_RATIO
-from miles_spmd.algorithms.protocols import CorrectionFunction, PlugPoint
-from miles_spmd.algorithms.rollout_batch import Arrays, Correction, RolloutBatch, flat, masked
-from miles_spmd.config.schema import Algorithm
+from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.plugins.algorithm import CorrectionFunction
+from miles_spmd.plugins.plug_point import PlugPoint
+from miles_spmd.types.rollout_batch import Arrays, Correction, RolloutBatch, flat, masked
 
 
-def correct(batch: RolloutBatch, algorithm: Algorithm) -> Correction | None:
+def correct(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction | None:
     """The correction that ``use_tis`` and ``tis_function`` ask for; None without ``use_tis``.
 
     ``old_log_probs`` must be the trainer's, with the weights that generated. Raises ValueError without them or the
@@ -48,21 +49,21 @@ def correct(batch: RolloutBatch, algorithm: Algorithm) -> Correction | None:
     return Correction([w.astype(np.float32) for w in weights], correction.metrics)
 
 
-def tis(batch: RolloutBatch, algorithm: Algorithm) -> Correction:
+def tis(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction:
     """w = clip(rho, ``tis_clip_low``, ``tis_clip``) of each token."""
     ratios = _Ratios(batch)
     weights = _clip(ratios.token, algorithm.tis_clip_low, algorithm.tis_clip)
     return _correction(ratios, weights, kept=ratios.trained, clipped=weights != ratios.token)
 
 
-def icepop(batch: RolloutBatch, algorithm: Algorithm) -> Correction:
+def icepop(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction:
     """w = rho where ``tis_clip_low`` <= rho <= ``tis_clip``, else 0, of each token."""
     ratios = _Ratios(batch)
     inside = _inside(ratios.token, algorithm.tis_clip_low, algorithm.tis_clip)
     return _correction(ratios, ratios.token, kept=ratios.trained & inside, clipped=~inside)
 
 
-def mis(batch: RolloutBatch, algorithm: Algorithm) -> Correction:
+def mis(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction:
     """w from the ratio at ``tis_level``, bounded as ``tis_mode`` says; then rejection, veto and normalisation.
 
     Adds the metrics ``rs_masked`` (fraction of trained tokens outside the rejection's bounds), ``rs_vetoed`` (fraction

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from miles_spmd.algorithms.rollout_batch import Arrays, RolloutBatch, masked
+from miles_spmd.types.rollout_batch import Arrays, RolloutBatch, masked
 
 STRATEGIES = ("only-student", "only-teacher", "intersection", "union", "xor")
 WEIGHT_MODES = ("student_p", "teacher_p", "none")

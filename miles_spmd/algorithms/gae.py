@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from miles_spmd.algorithms.rollout_batch import Arrays, Estimate, RolloutBatch, flat
-from miles_spmd.config.schema import Algorithm
+from miles_spmd.algorithms.kl import kl_penalties
+from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.types.rollout_batch import Arrays, Estimate, RolloutBatch, flat
 
 
 def gae(rewards: Arrays, values: Arrays, masks: Arrays, gamma: float, lambd: float) -> tuple[Arrays, Arrays]:
@@ -38,7 +39,7 @@ def gae(rewards: Arrays, values: Arrays, masks: Arrays, gamma: float, lambd: flo
     return advantages, returns
 
 
-def ppo(batch: RolloutBatch, algorithm: Algorithm) -> Estimate:
+def ppo(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estimate:
     """PPO with a critic (arXiv 1707.06347): GAE with ``gamma`` and ``lambd`` over the token rewards."""
     values = batch.required("values", "advantage_estimator ppo")
     advantages, returns = gae(token_rewards(batch, algorithm), values, batch.masks, algorithm.gamma, algorithm.lambd)
@@ -46,7 +47,7 @@ def ppo(batch: RolloutBatch, algorithm: Algorithm) -> Estimate:
     return Estimate(advantages, returns, {"value_explained_variance": _explained(flat(returns), flat(values), trained)})
 
 
-def reinforce_plus_plus(batch: RolloutBatch, algorithm: Algorithm) -> Estimate:
+def reinforce_plus_plus(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estimate:
     """REINFORCE++ (arXiv 2501.03262): the discounted sum of the token rewards that follow; then whitened.
 
     That is GAE without a critic and with lambda = 1. Others let ``gamma`` decay over masked tokens too, which makes a
@@ -57,10 +58,10 @@ def reinforce_plus_plus(batch: RolloutBatch, algorithm: Algorithm) -> Estimate:
     return Estimate(advantages, returns)
 
 
-def token_rewards(batch: RolloutBatch, algorithm: Algorithm) -> Arrays:
+def token_rewards(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Arrays:
     """-``kl_coef`` x KL at every trained token, and at the last of them the sample's reward, also a sibling's: float64
     [T]."""
-    rewards = [-penalty for penalty in batch.kl_penalties(algorithm)]
+    rewards = [-penalty for penalty in kl_penalties(batch, algorithm)]
     for of_token, reward, mask in zip(rewards, batch.rewards, batch.masks):
         trained = np.flatnonzero(mask > 0)
         if len(trained):

@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from miles_spmd.algorithms.rollout_batch import Estimate, RolloutBatch, masked
-from miles_spmd.config.schema import Algorithm
+from miles_spmd.algorithms.kl import kl_penalties
+from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.types.rollout_batch import Estimate, RolloutBatch, masked
 
 STD_EPSILON = 1e-6
 
@@ -47,7 +48,7 @@ def within_groups(rewards_R: np.ndarray, group_ids_R: np.ndarray, compare: Compa
     return advantages_R, without_variance
 
 
-def grpo(batch: RolloutBatch, algorithm: Algorithm) -> Estimate:
+def grpo(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estimate:
     """DeepSeekMath (arXiv 2402.03300), section 4.1.2: reward standardised within its group; centred only without
     ``grpo_std_normalization``. GSPO (arXiv 2507.18071) and CISPO (arXiv 2506.13585) use the same advantages.
 
@@ -56,26 +57,26 @@ def grpo(batch: RolloutBatch, algorithm: Algorithm) -> Estimate:
     return _sequence_level(batch, algorithm, standardised if algorithm.grpo_std_normalization else centred)
 
 
-def dr_grpo(batch: RolloutBatch, algorithm: Algorithm) -> Estimate:
+def dr_grpo(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estimate:
     """Dr.GRPO (arXiv 2503.20783): centred, never divided. Its loss is aggregated by ``constant``."""
     return _sequence_level(batch, algorithm, centred)
 
 
-def rloo(batch: RolloutBatch, algorithm: Algorithm) -> Estimate:
+def rloo(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estimate:
     """RLOO (arXiv 2402.14740): the baseline of a rollout is the mean reward of the others; ``kl_coef`` as in GRPO."""
     return _sequence_level(batch, algorithm, leave_one_out)
 
 
-def reinforce_plus_plus_baseline(batch: RolloutBatch, algorithm: Algorithm) -> Estimate:
+def reinforce_plus_plus_baseline(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estimate:
     """REINFORCE++-baseline (arXiv 2501.03262): centred reward - ``kl_coef`` x KL of the token; then whitened."""
     rollouts = batch.rollouts
     advantages_R, flat_groups = within_groups(rollouts.rewards, rollouts.group_ids, centred)
-    return _spread(batch, advantages_R, flat_groups, penalties=batch.kl_penalties(algorithm))
+    return _spread(batch, advantages_R, flat_groups, penalties=kl_penalties(batch, algorithm))
 
 
-def _sequence_level(batch: RolloutBatch, algorithm: Algorithm, compare: Comparison) -> Estimate:
+def _sequence_level(batch: RolloutBatch, algorithm: AlgorithmConfig, compare: Comparison) -> Estimate:
     rollouts = batch.rollouts
-    penalties_N = np.asarray([penalty.sum() for penalty in batch.kl_penalties(algorithm)])
+    penalties_N = np.asarray([penalty.sum() for penalty in kl_penalties(batch, algorithm)])
     rewards_R = rollouts.rewards - np.bincount(rollouts.of_sample, penalties_N, minlength=len(rollouts.rewards))
     return _spread(batch, *within_groups(rewards_R, rollouts.group_ids, compare))
 

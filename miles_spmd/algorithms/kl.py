@@ -10,6 +10,9 @@ from typing import TypeVar
 
 import numpy as np
 
+from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.types.rollout_batch import Arrays, RolloutBatch, masked
+
 Array = TypeVar("Array")  # numpy array or torch tensor, any shape
 
 KINDS = ("k1", "k2", "k3", "low_var_kl")
@@ -42,6 +45,18 @@ def kl_estimate(log_probs: Array, base_log_probs: Array, kind: str, ratio: Array
     if ratio is not None:
         estimate = ratio * estimate
     return estimate.clip(-MAX_LOW_VAR_KL, MAX_LOW_VAR_KL) if kind == "low_var_kl" else estimate
+
+
+def kl_penalties(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Arrays:
+    """Return ``kl_coef`` x estimated KL(old policy || reference) for every token, float64 [T]; 0 where masked."""
+    if not algorithm.kl_coef:
+        return [np.zeros(m.shape) for m in batch.masks]
+    old = batch.required("old_log_probs", "kl_coef")
+    ref = batch.required("ref_log_probs", "kl_coef")
+    return [
+        algorithm.kl_coef * kl_estimate(masked(x, m), masked(y, m), algorithm.kl_loss_type)
+        for x, y, m in zip(old, ref, batch.masks)
+    ]
 
 
 def _expm1(x: Array) -> Array:

@@ -14,8 +14,8 @@ from torch import Tensor
 from miles_spmd.algorithms.kl import MAX_LOG_RATIO, kl_estimate
 from miles_spmd.algorithms.preference import PreferenceLoss, RewardModelLoss
 from miles_spmd.algorithms.surrogates import SURROGATES, log_ratio, off_policy_sequences
-from miles_spmd.algorithms.token_batch import TokenBatch
-from miles_spmd.config.schema import Algorithm
+from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.types.token_batch import TokenBatch
 
 
 class LossFunction(Protocol):
@@ -42,7 +42,7 @@ class PolicyLoss:
     ``loss_type`` names the surrogate. Off-policy sequence masking and ``policy_weights`` act on the surrogate only.
     """
 
-    def __init__(self, algorithm: Algorithm) -> None:
+    def __init__(self, algorithm: AlgorithmConfig) -> None:
         self.algorithm = algorithm
         self.surrogate = SURROGATES.resolve(algorithm.surrogate)
 
@@ -93,7 +93,7 @@ class ValueLoss:
     Source: the reference code of PPO (openai/baselines, ppo2), but as in slime and Miles without its factor 1/2.
     """
 
-    algorithm: Algorithm
+    algorithm: AlgorithmConfig
 
     def __call__(self, values: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         returns, old, clip = tokens.required("returns"), tokens.required("old_values"), self.algorithm.value_clip
@@ -109,7 +109,7 @@ class ValueLoss:
         return loss, {name: value.detach() for name, value in sums.items()}
 
 
-def make_loss(mode: str, algorithm: Algorithm) -> LossFunction | HeadLoss:
+def make_loss(mode: str, algorithm: AlgorithmConfig) -> LossFunction | HeadLoss:
     """The loss of a run's ``mode``: "rl", "sft", "dpo" or "rm". Raises ValueError for another."""
     match mode:
         case "rl":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from miles_spmd.algorithms.kl import MAX_LOG_RATIO
-from miles_spmd.algorithms.rollout_batch import Arrays, flat, masked
+from miles_spmd.types.rollout_batch import Arrays, flat, masked
 
 
 def mismatch_metrics(train_log_probs: Arrays, rollout_log_probs: Arrays, masks: Arrays) -> dict[str, float]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from miles_spmd.algorithms.token_batch import SegmentSum, TokenBatch
-from miles_spmd.config.schema import Algorithm
+from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.types.token_batch import SegmentSum, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class PreferenceLoss:
     - ``simpo``: -log sigmoid(beta h - ``simpo_gamma``), h = mean_c log pi - mean_r log pi (arXiv 2405.14734, eq. 6)
     """
 
-    algorithm: Algorithm
+    algorithm: AlgorithmConfig
 
     def __call__(self, log_probs: Tensor, entropy: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         a = self.algorithm

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from miles_spmd.algorithms.protocols import GroupFilter, PlugPoint, RewardPostProcess
-from miles_spmd.config.schema import Algorithm
-from miles_spmd.data.sample import Sample
+from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.plugins.algorithm import GroupFilter, RewardPostProcess
+from miles_spmd.plugins.plug_point import PlugPoint
+from miles_spmd.types.sample import Sample
 
 
-def shape_rewards(samples: Sequence[Sample], algorithm: Algorithm, max_response_len: int) -> np.ndarray:
+def shape_rewards(samples: Sequence[Sample], algorithm: AlgorithmConfig, max_response_len: int) -> np.ndarray:
     """The samples' rewards, float64 [N], after ``reward_post_process`` and then the over-long penalty.
 
     Raises ValueError for a sample without a reward or with one that is not finite, and for a result of another shape.

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from miles_spmd.algorithms.kl import MAX_LOG_RATIO
-from miles_spmd.algorithms.protocols import PlugPoint, Surrogate
-from miles_spmd.algorithms.token_batch import TokenBatch
-from miles_spmd.config.schema import Algorithm
+from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.plugins.algorithm import Surrogate
+from miles_spmd.plugins.plug_point import PlugPoint
+from miles_spmd.types.token_batch import TokenBatch
 
 
-def ppo(log_probs: Tensor, tokens: TokenBatch, algorithm: Algorithm) -> tuple[Tensor, Tensor]:
+def ppo(log_probs: Tensor, tokens: TokenBatch, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
     """max(-r A, -clip(r, 1 - eps_clip, 1 + eps_clip_high) A), bounded by -eps_clip_c A where A < 0.
 
     Sources: PPO (arXiv 1707.06347) eq. 7, DAPO's asymmetric clip (arXiv 2503.14476), dual clip (arXiv 1912.09729).
@@ -23,14 +24,14 @@ def ppo(log_probs: Tensor, tokens: TokenBatch, algorithm: Algorithm) -> tuple[Te
     return _clipped(log_ratio(log_probs, tokens), tokens.required("advantages"), algorithm)
 
 
-def gspo(log_probs: Tensor, tokens: TokenBatch, algorithm: Algorithm) -> tuple[Tensor, Tensor]:
+def gspo(log_probs: Tensor, tokens: TokenBatch, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
     """PPO's form with one ratio per sequence, s = exp(mean of log r over its trained tokens): the gradient of a token's
     loss reaches all of them. Source: GSPO (arXiv 2507.18071) eq. 5 and 7; its clip range is 1000 times narrower."""
     log_s = tokens.sequence_mean(log_ratio(log_probs, tokens))
     return _clipped(log_s, tokens.required("advantages"), algorithm)
 
 
-def cispo(log_probs: Tensor, tokens: TokenBatch, algorithm: Algorithm) -> tuple[Tensor, Tensor]:
+def cispo(log_probs: Tensor, tokens: TokenBatch, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
     """-sg(clip(r, 1 - eps_clip, 1 + eps_clip_high)) A log pi_theta: where PPO has no gradient, this has a bounded one.
 
     Source: MiniMax-M1 (arXiv 2506.13585) eq. 4 and 5, which sets no lower bound (eps_clip = 1) and tunes the upper one.
@@ -59,13 +60,13 @@ def log_ratio(log_probs: Tensor, tokens: TokenBatch) -> Tensor:
     return log_probs - (log_probs.detach() if tokens.old_log_probs is None else tokens.old_log_probs)
 
 
-def clip_range(algorithm: Algorithm) -> tuple[float, float]:
+def clip_range(algorithm: AlgorithmConfig) -> tuple[float, float]:
     """(1 - eps_clip, 1 + eps_clip_high)."""
     high = algorithm.eps_clip if algorithm.eps_clip_high is None else algorithm.eps_clip_high
     return 1 - algorithm.eps_clip, 1 + high
 
 
-def _clipped(log_r: Tensor, advantages: Tensor, algorithm: Algorithm) -> tuple[Tensor, Tensor]:
+def _clipped(log_r: Tensor, advantages: Tensor, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
     ratio = log_r.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     unclipped = -ratio * advantages
     clipped = -ratio.clamp(*clip_range(algorithm)) * advantages

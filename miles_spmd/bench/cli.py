@@ -12,10 +12,10 @@ import typer
 from miles_spmd import launcher
 from miles_spmd.launcher import Overrides, Processes
 
-bench = typer.Typer(no_args_is_help=True, help="Measure this machine.")
+app = typer.Typer(no_args_is_help=True, help="Measure this machine.")
 
 
-@bench.command("quickstart")
+@app.command("quickstart")
 def bench_quickstart(
     ranks: Annotated[int, typer.Option(min=1, help="Ranks to run with.")] = 2,
     steps: Annotated[int, typer.Option(min=3, help="Steps to take the median of.")] = 15,
@@ -29,7 +29,7 @@ def bench_quickstart(
     show(bench_quickstart(ranks, steps, trl), Console())
 
 
-@bench.command("algorithms")
+@app.command("algorithms")
 def bench_algorithms(
     recipes: Annotated[list[Path] | None, typer.Argument(help="Default: configs/algorithms/*.toml but sft.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each recipe, seeds 1, 2, ...")] = 3,
@@ -48,7 +48,7 @@ def bench_algorithms(
         launcher.fail(str(error))
 
 
-@bench.command("loss")
+@app.command("loss")
 def bench_loss(
     vocabulary: Annotated[int, typer.Option(min=4)] = 151_936,
     tokens: Annotated[int, typer.Option(min=2, help="Scored tokens of a micro-batch.")] = 16_384,
@@ -72,7 +72,7 @@ Repeats = Annotated[int, typer.Option(min=1, help="Repetitions to take the media
 Tokens = Annotated[int, typer.Option(min=1)]
 
 
-@bench.command("refit")
+@app.command("refit")
 def bench_refit(
     overrides: Overrides = None,
     model: Model = "random:qwen3-0.6b",
@@ -84,7 +84,7 @@ def bench_refit(
     _measure("refit", model, overrides, nproc_per_node, out, repeats=repeats)
 
 
-@bench.command("sleep")
+@app.command("sleep")
 def bench_sleep(
     overrides: Overrides = None,
     model: Model = "random:qwen3-0.6b",
@@ -96,7 +96,7 @@ def bench_sleep(
     _measure("sleep", model, overrides, nproc_per_node, out, cycles=cycles)
 
 
-@bench.command("rollout")
+@app.command("rollout")
 def bench_rollout(
     overrides: Overrides = None,
     model: Model = "random:qwen3-0.6b",
@@ -115,7 +115,7 @@ def bench_rollout(
     _measure("rollout", model, cache + (overrides or []), nproc_per_node, out, **sizes, repeats=repeats, peer=peer)
 
 
-@bench.command("train")
+@app.command("train")
 def bench_train(
     overrides: Overrides = None,
     model: Model = "random:qwen3-0.6b",
@@ -131,7 +131,7 @@ def bench_train(
     _measure("train", model, overrides, nproc_per_node, out, **options)
 
 
-@bench.command("step")
+@app.command("step")
 def bench_step(
     overrides: Overrides = None,
     model: Model = "random:qwen2.5-1.5b",

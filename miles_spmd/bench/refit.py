@@ -15,14 +15,15 @@ from miles_spmd.bench.machine import everywhere, slowest, stage, timed
 from miles_spmd.bench.result import Row
 from miles_spmd.bench.workload import generate, random_requests
 from miles_spmd.config.schema import Config
+from miles_spmd.generation.engine import Engine
 from miles_spmd.models import load_family
-from miles_spmd.planning.layout import ParallelLayout
-from miles_spmd.planning.memory import estimate_memory
+from miles_spmd.planning.memory_estimate import estimate_memory
+from miles_spmd.planning.parallel_layout import ParallelLayout
 from miles_spmd.planning.release import Release, planned_release
-from miles_spmd.platform import memory
-from miles_spmd.refit import Refit
-from miles_spmd.rollout.engine import Engine, Request
+from miles_spmd.platform import device_memory
 from miles_spmd.training.network import Network
+from miles_spmd.types.request import Request
+from miles_spmd.weights.refit import Refit
 from miles_spmd.worker.world import take_side
 
 WARM_UP = 3
@@ -85,7 +86,7 @@ def release_of(config: Config, engine: Engine) -> Release:
     """What the engine would give up beside the whole trainer, whose network alone may be here."""
     layout = ParallelLayout.of(config, dist.get_world_size())
     plan = estimate_memory(config, load_family(config.model.hf_checkpoint), layout)
-    return planned_release(config, plan, engine.memory().kv_cache, memory.read().total)
+    return planned_release(config, plan, engine.memory().kv_cache, device_memory.read().total)
 
 
 def _parts(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from miles_spmd.rollout.engine import Engine, Output, Request, SamplingParams
+from miles_spmd.generation.engine import Engine
+from miles_spmd.types.request import Output, Request, SamplingParams
 
 
 def random_requests(count: int, prompt_tokens: int, answer_tokens: int, vocab_size: int) -> list[Request]:

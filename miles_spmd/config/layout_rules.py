@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from miles_spmd.config.rules import CONTRADICTIONS, head_size, rule
+from miles_spmd.config.rules import CONTRADICTIONS, rule
+from miles_spmd.models.attention import head_dim
 
 FP8_BLOCKS = {"blockwise": 128, "tensorwise": 16}  # what has to divide the sides of a matrix, by recipe
 
@@ -231,7 +232,7 @@ def _fp8_blocks_divide(
         yield "megatron.fp8: is not supported for models with experts"
         return
     tp, block = tensor_model_parallel_size, FP8_BLOCKS[fp8_recipe]
-    heads, head = shape.get("num_attention_heads", 0), head_size(shape)
+    heads, head = shape.get("num_attention_heads", 0), head_dim(shape)
     groups = shape.get("num_key_value_heads") or heads
     for what, size in (
         ("hidden_size", shape.get("hidden_size", 0)),

@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from miles_spmd.config.rules import CONTRADICTIONS, NOT_BY_DEFAULT, PARITY, head_size, rule
+from miles_spmd.config.rules import CONTRADICTIONS, NOT_BY_DEFAULT, PARITY, rule
+from miles_spmd.models.attention import CAPABILITY, FLASH, FLASH_HEADS, SPLIT_KEYS, head_dim
 
 RANKS = 1, 2, 4  # of which sums over the hidden dimension were shown to be the same
 VECTOR = 32  # numbers that a CPU takes at a time: SGLang rounds each rank's part of an MLP up to a multiple there
 LONG = 4096  # tokens of a sequence whose keys a GPU reads in one piece, or a few, at a price that shows
-FLASH, SPLIT_KEYS = "fa3", "triton"  # SGLang's names; for the second, invariant/split_attention.py takes its place
 SHARED = FLASH, SPLIT_KEYS, "torch_native"  # the last on CPUs
-CAPABILITY = "9.0"  # of GPUs that have FlashAttention 3
-FLASH_HEADS = range(97, 129)  # numbers of a head whose keys it reads in the same blocks for few queries as for many
-
-
-def shared_attention(head: int, capability: str) -> str:
-    """What engine and trainer share by default on a GPU, for heads of ``head`` numbers."""
-    return FLASH if capability == CAPABILITY and head in FLASH_HEADS else SPLIT_KEYS
 
 
 @rule(PARITY)
@@ -71,7 +64,7 @@ def _same_attention(
 
 @rule(PARITY)
 def _same_blocks_of_keys(shape: dict[str, Any], attention_backend: str | None) -> Iterator[str]:
-    head = head_size(shape)
+    head = head_dim(shape)
     if head and attention_backend == FLASH and head not in FLASH_HEADS:
         yield (
             f"sglang.attention_backend: for heads of {head} numbers parity needs 'triton', its default for them; "

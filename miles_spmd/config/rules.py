@@ -38,9 +38,3 @@ def checkpoint_shape(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return shape if isinstance(shape, dict) else None
-
-
-def head_size(shape: dict[str, Any]) -> int:
-    """Numbers of an attention head, 0 where ``shape`` does not say."""
-    heads = shape.get("num_attention_heads")
-    return shape.get("head_dim") or (shape.get("hidden_size", 0) // heads if heads else 0)

@@ -34,7 +34,7 @@ class Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-class Run(Table):
+class RunConfig(Table):
     mode: Literal["rl", "sft", "dpo", "rm"] = "rl"
     """`rl` generates and trains on rewards; `sft` trains on the answers in the data; `dpo` trains the policy, and `rm`
     a reward model, on pairs of a preferred and a rejected answer."""
@@ -47,7 +47,7 @@ class Run(Table):
     """Number of rollouts (`rl`) or optimizer steps (other modes) in the run."""
 
 
-class Model(Table):
+class ModelConfig(Table):
     hf_checkpoint: Path
     """Folder with config.json, tokenizer and safetensors; the run starts from it. `random:qwen3-0.6b` (`-1.7b`, `-4b`,
     `-8b`, `-30b-a3b`, `random:qwen2.5-1.5b`, `random:llama-3.2-1b`) is a model of that shape with random weights."""
@@ -61,7 +61,7 @@ class Model(Table):
     """Parameter dtype of trainer and engine."""
 
 
-class Data(Table):
+class DataConfig(Table):
     prompt_data: str
     """JSONL or parquet file; `path@[0:1000]` takes a slice of its rows."""
     input_key: str = "prompt"
@@ -79,7 +79,7 @@ class Data(Table):
     drop_long_prompts: bool = False
 
 
-class Rollout(Table):
+class RolloutConfig(Table):
     rollout_batch_size: PositiveInt = 32
     """Prompts per rollout."""
     n_samples_per_prompt: PositiveInt = 8
@@ -99,9 +99,9 @@ class Rollout(Table):
     weights, too. `auto`: the least that leaves the trainer what it is planned to need, with `memory_allowance`."""
 
 
-class Algorithm(Table):
+class AlgorithmConfig(Table):
     """What is computed from rewards and log-probs. A plug point takes a built-in's name or `module:function`; the
-    functions' signatures are in `miles_spmd/algorithms/protocols.py`. The defaults are plain GRPO."""
+    functions' signatures are in `miles_spmd/plugins/algorithm.py`. The defaults are plain GRPO."""
 
     # rewards
     reward_post_process: Annotated[str, plug_point()] | None = None
@@ -225,7 +225,7 @@ class Algorithm(Table):
         return self.normalize_advantages
 
 
-class Reward(Table):
+class RewardConfig(Table):
     rm_type: str = "math"
     """`math` (math-verify), `exact`, or `module:function`."""
     reward_timeout: PositiveFloat = 30.0
@@ -237,7 +237,7 @@ class Reward(Table):
     """Call a custom function once per prompt group instead of once per sample."""
 
 
-class Train(Table):
+class TrainConfig(Table):
     global_batch_size: PositiveInt | None = None
     """Samples per optimizer step; default: one step per rollout. In `sft` sequences per step, in `dpo`
     and `rm` pairs."""
@@ -267,7 +267,7 @@ class Train(Table):
     context-parallel size. Another number gives other bits. 0: one sequence in each."""
 
 
-class Eval(Table):
+class EvalConfig(Table):
     eval_interval: NonNegativeInt = 0
     """Evaluate every n rollouts and at both ends; 0: never."""
     eval_prompt_data: dict[str, str] = {}
@@ -279,7 +279,7 @@ class Eval(Table):
     eval_max_response_len: PositiveInt | None = None
 
 
-class Checkpoint(Table):
+class CheckpointConfig(Table):
     save_interval: NonNegativeInt = 0
     """Write a resumable checkpoint every n rollouts; 0: only where `save_final` says so."""
     save_final: bool = False
@@ -293,7 +293,7 @@ class Checkpoint(Table):
     """Continue from the run folder's newest checkpoint if there is one."""
 
 
-class Refit(Table):
+class RefitConfig(Table):
     update_weights_interval: PositiveInt = 1
     """Give the engine new weights every n rollouts."""
     refit_checksums: bool = True
@@ -301,7 +301,7 @@ class Refit(Table):
     refit_bucket_mib: PositiveInt = 256
 
 
-class Determinism(Table):
+class DeterminismConfig(Table):
     """Whether runs of one configuration are equal in every bit, and what a run keeps to show it."""
 
     deterministic: bool = False
@@ -334,7 +334,7 @@ class Determinism(Table):
         return self.parity_gate == "mask" and (self.parity == "bitwise" or bool(self.mismatch_budget))
 
 
-class Telemetry(Table):
+class TelemetryConfig(Table):
     progress: Literal["auto", "rich", "plain", "none"] = "auto"
     use_tensorboard: bool = False
     use_wandb: bool = False
@@ -343,7 +343,7 @@ class Telemetry(Table):
     """Sample transcripts kept per evaluation for the report."""
 
 
-class Deadlines(Table):
+class DeadlinesConfig(Table):
     """Seconds after which the wait for something ends the run with a report of where each rank stands."""
 
     start_timeout: PositiveFloat = 900.0
@@ -355,19 +355,19 @@ class Deadlines(Table):
 
 
 class Config(Table):
-    run: Run = Run()
-    model: Model
-    data: Data
-    rollout: Rollout = Rollout()
-    algorithm: Algorithm = Algorithm()
-    reward: Reward = Reward()
-    train: Train = Train()
-    eval: Eval = Eval()
-    checkpoint: Checkpoint = Checkpoint()
-    refit: Refit = Refit()
-    determinism: Determinism = Determinism()
-    telemetry: Telemetry = Telemetry()
-    deadlines: Deadlines = Deadlines()
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    reward: RewardConfig = RewardConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    refit: RefitConfig = RefitConfig()
+    determinism: DeterminismConfig = DeterminismConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    deadlines: DeadlinesConfig = DeadlinesConfig()
     megatron: dict[str, Any] = {}
     """Fields of TransformerConfig, OptimizerConfig and DistributedDataParallelConfig, by their own names."""
     sglang: dict[str, Any] = {}

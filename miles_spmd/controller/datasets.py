@@ -7,15 +7,15 @@ from collections.abc import Iterator
 import msgspec
 
 from miles_spmd.config.schema import Config
-from miles_spmd.controller.evaluation import load_eval_pairs, load_eval_sets
+from miles_spmd.controller.generation.evaluation import load_eval_pairs, load_eval_sets
 from miles_spmd.data.preferences import PreferencePair, load_preference_pairs
 from miles_spmd.data.prompts import load_prompts
-from miles_spmd.data.sample import Prompt
-from miles_spmd.data.seeds import derive_seed
 from miles_spmd.data.sft import SftExample, load_sft_examples
 from miles_spmd.data.source import PromptSource
 from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.models import load_family
+from miles_spmd.types.sample import Prompt
+from miles_spmd.types.seeds import derive_seed
 
 MAX_SPARE_WAVES = 8  # batches of prompts tried in place of groups that a filter drops, before a step is given up
 

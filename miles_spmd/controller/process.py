@@ -8,15 +8,12 @@ can end everything that the controller started.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import subprocess
 import sys
 import threading
-import time
 import traceback
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
 
@@ -24,78 +21,11 @@ import msgspec
 
 from miles_spmd.config.load import config_digest
 from miles_spmd.config.schema import Config
-from miles_spmd.controller.replay import Replay
-from miles_spmd.controller.workers import WorkerError, Workers
-from miles_spmd.messaging.keys import Credentials
-from miles_spmd.messaging.router import Router
-
-LAST_WORDS = 5.0  # seconds a controller that has to stop may take to close its files
-CLEAN_UP = 1.0  # seconds for what a controller has left behind to end by itself
-
-
-class Order(msgspec.Struct, frozen=True):
-    """What rank 0 asks of the controller."""
-
-    config: str  # JSON of the resolved configuration
-    task: str  # of controller.loop.run
-    host: str  # under which all workers reach this machine
-    world_size: int
-    replay: Replay | None = None  # what the task of this name does again
-
+from miles_spmd.controller.cluster.cluster import Cluster, WorkerError
+from miles_spmd.protocol.order import LAST_WORDS, Order
+from miles_spmd.protocol.router import Router
 
 # --- rank 0's side ---------------------------------------------------------------------------------------------------
-
-
-class ControllerProcess:
-    """The controller as rank 0's child. Start it before importing torch: both then import side by side."""
-
-    def __init__(self, config: Config, task: str, host: str, world_size: int, replay: Replay | None = None) -> None:
-        self._pipe, theirs = Pipe()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "miles_spmd.controller", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        theirs.close()
-        self._pipe.send_bytes(msgspec.json.encode(Order(config.model_dump_json(), task, host, world_size, replay)))
-        self.pid = self._process.pid
-        self.listening = False
-
-    def credentials(self) -> Credentials:
-        """Waits until the controller listens. Raises EOFError when it died first."""
-        credentials = msgspec.json.decode(self._pipe.recv_bytes(), type=Credentials)
-        self.listening = True
-        return credentials
-
-    def fileno(self) -> int:
-        """Readable, from ``listening`` on, once the controller is gone."""
-        return self._pipe.fileno()
-
-    def tell(self, reason: str) -> None:
-        """Ask it to stop, and why."""
-        with contextlib.suppress(BrokenPipeError):
-            self._pipe.send_bytes(reason.encode())
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Its exit status (negative: the signal that killed it). After ``timeout`` seconds it is killed. Whatever else
-        it started is gone, too, on return."""
-        try:
-            return self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
-        finally:
-            self._end_group()
-
-    def _end_group(self) -> None:
-        """Its reward processes die with it, and multiprocessing's tracker cleans up behind them; give it the time."""
-        end = time.monotonic() + CLEAN_UP
-        with contextlib.suppress(ProcessLookupError):
-            while time.monotonic() < end:
-                os.killpg(self.pid, 0)
-                time.sleep(0.01)
-            os.killpg(self.pid, signal.SIGKILL)
 
 
 # --- the controller's side -------------------------------------------------------------------------------------------
@@ -147,11 +77,11 @@ def main(descriptor: int) -> int:
     log = config.run_dir / "logs" / "controller.log"
     with Router(order.host) as router:
         pipe.send_bytes(msgspec.json.encode(router.credentials))
-        workers = Workers(router, order.world_size, config.deadlines, config_digest(config), log.parent)
+        workers = Cluster(router, order.world_size, config.deadlines, config_digest(config), log.parent)
         try:
             try:
                 launcher.listen()
-                from miles_spmd.controller.loop import run  # imports much, while the workers do the same
+                from miles_spmd.controller.loops.sync import run  # imports much, while the workers do the same
 
                 run(config, workers, order.task, order.replay)
                 workers.stop()

@@ -13,41 +13,42 @@ import numpy as np
 
 from miles_spmd.algorithms.rewards import GROUP_FILTERS
 from miles_spmd.config.schema import Config
-from miles_spmd.controller import resume
-from miles_spmd.controller.batch import optimizer_steps, pair_sequences, set_loss_weights, to_sequences
+from miles_spmd.controller import checkpoints
+from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.datasets import Datasets
-from miles_spmd.controller.evaluation import eval_metrics, eval_sampling, preference_metrics
-from miles_spmd.controller.ledger import Recorder
-from miles_spmd.controller.metrics import rollout_metrics, train_metrics
-from miles_spmd.controller.models import Models
-from miles_spmd.controller.parity import Parity, describe_bisection
-from miles_spmd.controller.rollout import Rollouts
-from miles_spmd.controller.scoring import Scores, score
-from miles_spmd.controller.workers import Workers
-from miles_spmd.data.sample import Prompt, Sample, TrainSequence
+from miles_spmd.controller.generation.evaluation import eval_metrics, eval_sampling, preference_metrics
+from miles_spmd.controller.generation.rollout import Rollouts
+from miles_spmd.controller.journal.ledger import Recorder
+from miles_spmd.controller.journal.metrics import rollout_metrics, train_metrics
+from miles_spmd.controller.journal.parity import Parity, describe_bisection
+from miles_spmd.controller.learning.batch import optimizer_steps, pair_sequences, set_loss_weights, to_sequences
+from miles_spmd.controller.learning.models import Models
+from miles_spmd.controller.learning.scoring import Scores, score
 from miles_spmd.data.tokenizer import Tokenizer
-from miles_spmd.determinism import data
-from miles_spmd.determinism.chain import LedgerError
-from miles_spmd.messaging.wire import (
+from miles_spmd.ledger import step_data
+from miles_spmd.ledger.chain import LedgerError
+from miles_spmd.protocol.messages import (
     Bisect,
     Bisection,
     CheckpointResult,
     DigestWeights,
     ExportModel,
-    Keep,
     LoadCheckpoint,
-    Phase,
-    Refit,
+    RefitEngine,
     RefitResult,
-    Role,
     SaveCheckpoint,
+    SnapshotWeights,
     WeightsDigest,
 )
 from miles_spmd.rewards.pool import RewardPool
-from miles_spmd.rollout.engine import SamplingParams
 from miles_spmd.telemetry.progress import open_progress
 from miles_spmd.telemetry.trackers import open_trackers
 from miles_spmd.telemetry.transcripts import write_transcripts
+from miles_spmd.types.phase import Phase
+from miles_spmd.types.request import SamplingParams
+from miles_spmd.types.role import Role
+from miles_spmd.types.sample import Prompt, Sample
+from miles_spmd.types.train_sequence import TrainSequence
 
 
 class TrainingDivergedError(RuntimeError):
@@ -57,7 +58,7 @@ class TrainingDivergedError(RuntimeError):
 class Run:
     """One run's data, reward pool, trackers and connected workers. A context manager: leaving it closes all of them."""
 
-    def __init__(self, config: Config, workers: Workers) -> None:
+    def __init__(self, config: Config, workers: Cluster) -> None:
         self.config = config
         self.workers = workers
         self.models = Models(config, workers)
@@ -101,11 +102,11 @@ class Run:
         with self._timed("start"):
             self.workers.wait_ready()
         wanted = self.config.checkpoint
-        folder = resume.newest(self.config.run_dir) if wanted.resume else None
+        folder = checkpoints.newest(self.config.run_dir) if wanted.resume else None
         folder = folder or wanted.load
         if folder is None:
             return 0
-        state = resume.read(folder)
+        state = checkpoints.read(folder)
         results = self.workers.call(LoadCheckpoint(str(folder)), step=state.step, phase=Phase.CHECKPOINT)
         if folder.absolute().is_relative_to(self.config.run_dir.absolute()):
             self._loaded = state.ledger, cast(list[CheckpointResult], results)
@@ -130,14 +131,14 @@ class Run:
         if not ((wanted.save_interval and step % wanted.save_interval == 0) or (last and wanted.save_final)):
             return
         with self._timed("save"):
-            folder = resume.step_folder(self.config.run_dir, step)
+            folder = checkpoints.step_folder(self.config.run_dir, step)
             folder.mkdir(parents=True, exist_ok=True)
             results = self.workers.call(SaveCheckpoint(str(folder)), step=step, phase=Phase.CHECKPOINT)
             head = ""
             if self._ledger is not None:
                 self._ledger.saved(step, cast(list[CheckpointResult], results))
                 head = self._ledger.head
-            resume.complete(folder, resume.ControllerState(step, self.config.run.seed, ledger=head))
+            checkpoints.complete(folder, checkpoints.ControllerState(step, self.config.run.seed, ledger=head))
 
     def export(self) -> None:
         """Write the trainer's weights as a Hugging Face checkpoint into the run folder."""
@@ -164,9 +165,9 @@ class Run:
         return groups
 
     def _read_answers(self, step: int, run_dir: Path) -> tuple[list[list[Sample]], int]:
-        kept = data.read(run_dir, step)
+        kept = step_data.read(run_dir, step)
         if kept is None or kept.samples is None:
-            raise LedgerError(f"{data.path_of(run_dir, step)}: the answers of step {step} were not kept")
+            raise LedgerError(f"{step_data.path_of(run_dir, step)}: the answers of step {step} were not kept")
         wanted, waves = set(kept.samples.uids), self._data.waves(step)
         prompts: dict[str, Prompt] = {}
         while not wanted <= prompts.keys():
@@ -208,7 +209,7 @@ class Run:
             print(f"step {step}: engine and trainer give every token the same log-prob", flush=True)
             return
         sample, place = found
-        self.workers.call(Refit(step), step=step, phase=Phase.REFIT)  # the trainer had the engine's memory
+        self.workers.call(RefitEngine(step), step=step, phase=Phase.REFIT)  # the trainer had the engine's memory
         request = self._rollouts.request(sample, self._sampling, step)
         answers = self.workers.call(Bisect(request, place), step=step, phase=Phase.LOG_PROBS)
         print(describe_bisection(step, sample, place, cast(list[Bisection], answers)), flush=True)
@@ -228,8 +229,8 @@ class Run:
         if generated and self.config.determinism.counts_flips and self._recorded is None:  # which did not keep them
             with self._timed("log_probs"):
                 role = Role.OLD_ACTOR if algorithm.keep_old_actor else Role.ACTOR
-                likeliest, _ = self.models.likely_tokens(step, sequences, role, 1)
-            self._metrics |= self._parity.check_likeliest(step, sequences, likeliest)
+                top1, _ = self.models.top_k_tokens(step, sequences, role, 1)
+            self._metrics |= self._parity.check_top1(step, sequences, top1)
         if generated and "old_log_probs" in scores and not algorithm.use_rollout_logprobs:
             self._metrics |= self._parity.check(step, sequences, scores["old_log_probs"])
         return scores
@@ -296,7 +297,7 @@ class Run:
         """Make the newest weights the reference's when its refreshment is due."""
         interval = self.config.algorithm.ref_update_interval
         if self.config.has_reference and interval and step % interval == 0:
-            self.workers.call(Keep(Role.REF), step=step, phase=Phase.TRAIN)
+            self.workers.call(SnapshotWeights(Role.REF), step=step, phase=Phase.TRAIN)
 
     def refit(self, version: int) -> None:
         """Give the newest weights, as ``version``, to an engine that generates with them next."""
@@ -308,12 +309,12 @@ class Run:
         if version == self._engine_version:
             return
         with self._timed("refit"):
-            results = cast(list[RefitResult], self.workers.call(Refit(version), step=version, phase=Phase.REFIT))
+            results = cast(list[RefitResult], self.workers.call(RefitEngine(version), step=version, phase=Phase.REFIT))
         self._engine_version = version
         self._metrics["refit/bytes"] = float(sum(r.bytes_local + r.bytes_received for r in results))
         self._metrics["refit/checksum_mismatches"] = float(sum(r.checksum_mismatches for r in results))
         if self.config.algorithm.keep_old_actor:
-            self.workers.call(Keep(Role.OLD_ACTOR), step=version, phase=Phase.REFIT)
+            self.workers.call(SnapshotWeights(Role.OLD_ACTOR), step=version, phase=Phase.REFIT)
 
     def evaluate(self, step: int) -> None:
         """Score the held-out sets with the newest weights, when an evaluation is due."""

@@ -6,7 +6,7 @@ from itertools import takewhile
 
 import msgspec
 
-from miles_spmd.config.schema import Data
+from miles_spmd.config.schema import DataConfig
 from miles_spmd.data.dataset import Row
 from miles_spmd.data.prompts import RowFault, read_input, read_text
 from miles_spmd.data.sft import (
@@ -33,7 +33,7 @@ class PreferencePair(msgspec.Struct, frozen=True):
 
 
 def load_preference_pairs(
-    data: Data,
+    data: DataConfig,
     tokenizer: Tokenizer,
     *,
     prompt_data: str | None = None,
@@ -69,7 +69,7 @@ def load_preference_pairs(
     return load_items(prompt_data or data.prompt_data, name, pair)
 
 
-def _read_row(row: Row, data: Data) -> tuple[Turns, Turns, Turns]:
+def _read_row(row: Row, data: DataConfig) -> tuple[Turns, Turns, Turns]:
     """Prompt, preferred answer, rejected answer."""
     chosen = _read_answer(row, data.chosen_key, "data.chosen_key")
     rejected = _read_answer(row, data.rejected_key, "data.rejected_key")

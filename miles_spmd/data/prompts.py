@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from miles_spmd.config.schema import Data
+from miles_spmd.config.schema import DataConfig
 from miles_spmd.data.chat import check_messages
 from miles_spmd.data.dataset import DataError, Fault, Row, lookup, parse_slice, read_rows
-from miles_spmd.data.sample import Prompt
 from miles_spmd.data.tokenizer import Message, Tokenizer, TokenizerError
+from miles_spmd.types.sample import Prompt
 
 _log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class RowFault(ValueError):
 
 
 def load_prompts(
-    data: Data,
+    data: DataConfig,
     tokenizer: Tokenizer,
     *,
     prompt_data: str | None = None,
@@ -90,7 +90,7 @@ def render_prompt(value: str | list[Message], tokenizer: Tokenizer) -> str:
         raise RowFault(str(error), "mend the messages or the template") from error
 
 
-def read_input(row: Row, data: Data) -> str | list[Message]:
+def read_input(row: Row, data: DataConfig) -> str | list[Message]:
     """The input column: plain text, or messages (also plain text that the chat template is to wrap)."""
     value = read_text(row, data.input_key, "data.input_key")
     return [{"role": "user", "content": value}] if isinstance(value, str) and data.apply_chat_template else value
@@ -126,7 +126,7 @@ def read_label(row: Row, key: str | None, required: bool) -> Any:
         raise RowFault(f"missing key {key!r} (data.label_key)", remedy) from None
 
 
-def read_metadata(row: Row, data: Data, messages: list[Message] | None) -> dict[str, Any]:
+def read_metadata(row: Row, data: DataConfig, messages: list[Message] | None) -> dict[str, Any]:
     own = row.get(data.metadata_key) if data.metadata_key else None
     if own is not None and not isinstance(own, dict):
         raise RowFault(f"{data.metadata_key!r} is {type(own).__name__}", "write an object or set data.metadata_key")

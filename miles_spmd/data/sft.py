@@ -8,7 +8,7 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
-from miles_spmd.config.schema import Data
+from miles_spmd.config.schema import DataConfig
 from miles_spmd.data.chat import assistant_segments
 from miles_spmd.data.dataset import Fault, Row, parse_slice, read_rows
 from miles_spmd.data.prompts import RowFault, length_problem, raise_faults, read_input, read_label, render_prompt
@@ -27,7 +27,7 @@ class SftExample(msgspec.Struct, frozen=True):
     loss_mask: np.ndarray  # float32, 1 on the assistant's tokens and the end of sequence
 
 
-def load_sft_examples(data: Data, tokenizer: Tokenizer, *, max_len: int | None = None) -> list[SftExample]:
+def load_sft_examples(data: DataConfig, tokenizer: Tokenizer, *, max_len: int | None = None) -> list[SftExample]:
     """Every example of ``data.prompt_data``, tokenized, end of sequence appended. ``max_len`` is in tokens.
 
     Input messages that end with the assistant's are learned in all assistant turns; any other input is a prompt whose
@@ -63,7 +63,7 @@ def load_items(source: str, name: str | None, make: Callable[[str, Row], Item | 
     return items
 
 
-def _row_pieces(row: Row, data: Data, tokenizer: Tokenizer) -> Pieces:
+def _row_pieces(row: Row, data: DataConfig, tokenizer: Tokenizer) -> Pieces:
     value = read_input(row, data)
     if isinstance(value, list) and value[-1]["role"] == "assistant":
         return conversation_pieces(value, 0, tokenizer)
@@ -102,7 +102,7 @@ def end_of_sequence(tokenizer: Tokenizer) -> int:
     return tokenizer.eos_token_id
 
 
-def pieces_fit(pieces: Pieces, data: Data, max_len: int | None) -> bool:
+def pieces_fit(pieces: Pieces, data: DataConfig, max_len: int | None) -> bool:
     """False where the example is too long and to be dropped for it. Raises RowFault where it is not to be dropped."""
     length = sum(len(ids) for ids, _ in pieces)
     problem = length_problem(len(pieces[0][0]), data.rollout_max_prompt_len, None)

@@ -8,7 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import msgspec
 import numpy as np
 
-from miles_spmd.data.seeds import derive_seed
+from miles_spmd.types.seeds import derive_seed
 
 
 class Identified(Protocol):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles_spmd.config.parity_rules import shared_attention
+from miles_spmd.models.attention import shared_attention
 
 
 def shared_backend(chosen: str | None, head: int) -> str | None:

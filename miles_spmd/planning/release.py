@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from miles_spmd.config.schema import Config
-from miles_spmd.planning.memory import MemoryEstimate
+from miles_spmd.planning.memory_estimate import MemoryEstimate
 
 GIB = 2**30
 SPARE = 2 * GIB  # that nobody plans with: fragments, workspaces of libraries

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from miles_spmd.config.checks import settings
 from miles_spmd.config.schema import Config
-from miles_spmd.messaging.wire import Phase
+from miles_spmd.types.phase import Phase
 
 
 def remedies(config: Config, doing: Phase | str) -> str:

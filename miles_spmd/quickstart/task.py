@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from itertools import combinations_with_replacement, product
 from typing import Any, NamedTuple
 
-from miles_spmd.data.seeds import derive_seed
+from miles_spmd.types.seeds import derive_seed
 
 OPERANDS = range(10)
 TERMS = 3

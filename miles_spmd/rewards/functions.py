@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 
-from miles_spmd.data.sample import Sample
-from miles_spmd.rewards.protocols import Score
+from miles_spmd.plugins.reward import Score
+from miles_spmd.types.sample import Sample
 
 
 class Shape(StrEnum):

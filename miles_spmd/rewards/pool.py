@@ -13,12 +13,12 @@ from typing import Any
 import msgspec
 from pebble import ProcessExpired, ProcessPool
 
-from miles_spmd.config.schema import Reward
-from miles_spmd.data.sample import Sample
+from miles_spmd.config.schema import RewardConfig
+from miles_spmd.plugins.reward import RewardError, Score
 from miles_spmd.rewards import process
 from miles_spmd.rewards.exact import exact
 from miles_spmd.rewards.process import Failed
-from miles_spmd.rewards.protocols import RewardError, Score
+from miles_spmd.types.sample import Sample
 
 _IMPORT_TIMEOUT = 120.0  # seconds in which a reward function's module must be imported
 _GRACE = 2.0  # seconds an async function's own timeout is given before its process is killed
@@ -36,7 +36,7 @@ class RewardPool:
     Make it in the main thread: its processes die with the thread that started them.
     """
 
-    def __init__(self, config: Reward) -> None:
+    def __init__(self, config: RewardConfig) -> None:
         """Raises RewardError if the function cannot be imported or called."""
         self._config = config
         self._pool: ProcessPool | None = None

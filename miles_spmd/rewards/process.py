@@ -11,10 +11,10 @@ from pathlib import Path
 
 import msgspec
 
-from miles_spmd.config.schema import Reward
-from miles_spmd.data.sample import Sample
+from miles_spmd.config.schema import RewardConfig
+from miles_spmd.plugins.reward import Score
 from miles_spmd.rewards.functions import BadReward, BoundReward, bind
-from miles_spmd.rewards.protocols import Score
+from miles_spmd.types.sample import Sample
 
 _PR_SET_PDEATHSIG = 1
 
@@ -33,7 +33,7 @@ class _State:
     timeout = 0.0
 
 
-def initialize(config: Reward, parent: int) -> None:
+def initialize(config: RewardConfig, parent: int) -> None:
     """Import the reward function and set this process's limits. Never raises: the pool would start it for ever."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed controller leaves no process behind
     if os.getppid() != parent:

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from miles_spmd.config.schema import Config
-from miles_spmd.data.sample import Sample
+from miles_spmd.types.sample import Sample
 
 TRANSCRIPTS_FILE = "transcripts.jsonl"
 

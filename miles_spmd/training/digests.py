@@ -12,8 +12,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
-from miles_spmd.determinism.rectangles import Rectangle, parts
-from miles_spmd.determinism.tensors import TensorSums
+from miles_spmd.ledger.rectangles import Rectangle, parts
+from miles_spmd.ledger.tensor_sums import TensorSums
 from miles_spmd.models import TensorLayout
 from miles_spmd.training.optimizer import parts as optimizers
 

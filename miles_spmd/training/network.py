@@ -15,15 +15,15 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from miles_spmd.checkpoint import hf
 from miles_spmd.config.schema import Config
-from miles_spmd.data.sample import MicroBatch
-from miles_spmd.messaging.wire import LogProbsResult, ValuesResult
 from miles_spmd.models import Family, TensorLayout
+from miles_spmd.protocol.messages import LogProbsResult, ValuesResult
 from miles_spmd.training import parallel
 from miles_spmd.training.model import Scoring, build_chunks, global_names, release
 from miles_spmd.training.packing import PackedBatch, pack, scatter, split, stream_length
 from miles_spmd.training.settings import build_settings
+from miles_spmd.types.train_sequence import MicroBatch
+from miles_spmd.weights import hugging_face
 
 Outputs = tuple[Tensor, ...]  # of the last stage, for one micro-batch: see PackedModel
 LossOf = Callable[[PackedBatch, Outputs], tuple[Tensor, Any]]  # the loss, and what to keep of the micro-batch
@@ -48,7 +48,7 @@ class Network:
         self._chunks: list[Any] = build_chunks(self._settings, family, self._where)
         weakref.finalize(self, release, self._chunks)
         self._parameters = global_names(self._chunks)
-        hf.load(source, self.weights(), self.layout(), family)
+        hugging_face.load(source, self.weights(), self.layout(), family)
 
     @property
     def data_parallel_rank(self) -> int:
@@ -158,7 +158,7 @@ class Network:
 
     def export(self, path: str | Path, source: str | Path) -> None:
         """Write the weights as a Hugging Face checkpoint, with ``source``'s configuration and tokenizer."""
-        hf.export(path, self.weights(), self.layout(), source, self._family)
+        hugging_face.export(path, self.weights(), self.layout(), source, self._family)
 
     def copy_to_host(self, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The weights as they are now, in memory from which they return to the device at full speed: new, or ``into``
@@ -171,7 +171,7 @@ class Network:
     def read_to_host(self, path: str | Path) -> dict[str, Tensor]:
         """As :meth:`copy_to_host`, the weights of a Hugging Face checkpoint of this model. Raises CheckpointError."""
         weights = self._on_host()
-        hf.load(path, weights, self.layout(), self._family)
+        hugging_face.load(path, weights, self.layout(), self._family)
         return weights
 
     def _on_host(self) -> dict[str, Tensor]:

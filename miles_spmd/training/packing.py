@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miles_spmd.algorithms.token_batch import TokenBatch
-from miles_spmd.data.sample import MicroBatch, TrainSequence
 from miles_spmd.training.attention import PackedSequences, make_blocks
 from miles_spmd.training.parallel import Coordinates
 from miles_spmd.training.segments import SequenceSum
+from miles_spmd.types.token_batch import TokenBatch
+from miles_spmd.types.train_sequence import MicroBatch, TrainSequence
 
 _OPTIONAL_FIELDS = (
     "advantages",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class SequenceSum:
-    """For each scored token the sum over the scored tokens of its sequence; see ``algorithms.token_batch.SegmentSum``.
+    """For each scored token the sum over the scored tokens of its sequence; see ``types.token_batch.SegmentSum``.
 
     ``sequence`` [S] numbers the sequence of each token within the micro-batch, of which there are ``count``; ``group``
     joins the context-parallel ranks that share them.

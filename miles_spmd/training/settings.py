@@ -16,11 +16,11 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 
 from miles_spmd.config.backends import DEFAULTS
-from miles_spmd.config.parity_rules import SPLIT_KEYS
 from miles_spmd.config.schema import Config
 from miles_spmd.invariant.flash import shared_backend
 from miles_spmd.invariant.split_attention import part_length
 from miles_spmd.models import Family
+from miles_spmd.models.attention import SPLIT_KEYS
 from miles_spmd.training import accumulation  # noqa: F401  # Megatron looks for it
 
 # The local layers' experts take every token to all of its experts, by all-to-all.

@@ -12,17 +12,17 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from miles_spmd.algorithms.losses import HeadLoss, LossFunction
-from miles_spmd.checkpoint import dist as checkpoint
 from miles_spmd.config.schema import Config
-from miles_spmd.data.sample import MicroBatch
-from miles_spmd.messaging.wire import TrainResult, UpdateDigests
 from miles_spmd.models import Family
+from miles_spmd.protocol.messages import TrainResult, UpdateDigests
+from miles_spmd.training import checkpoint as checkpoint
 from miles_spmd.training.digests import TrainerDigests, to_host
 from miles_spmd.training.network import Network, Outputs
 from miles_spmd.training.offload import Offload, TrainerMemory
 from miles_spmd.training.optimizer import build_optimizer, build_schedule, update
 from miles_spmd.training.packing import PackedBatch
 from miles_spmd.training.reduction import TreeSum, plain_sum
+from miles_spmd.types.train_sequence import MicroBatch
 
 
 class Outcome(NamedTuple):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from miles_spmd.invariant.trace import first_difference, operators
-from miles_spmd.messaging.wire import Bisect, Bisection
-from miles_spmd.rollout.engine import Engine
+from miles_spmd.generation.engine import Engine
+from miles_spmd.invariant.operators import first_difference, operators
+from miles_spmd.protocol.messages import Bisect, Bisection
 from miles_spmd.training.network import Network
 
 
@@ -13,9 +13,9 @@ def bisect(wanted: Bisect, engine: Engine, network: Network) -> Bisection:
 
     Raises ValueError for an engine whose operators nobody knows.
     """
-    from miles_spmd.rollout.sglang_engine import SglangEngine
-    from miles_spmd.rollout.sglang_trace import traced
-    from miles_spmd.training.trace import trace
+    from miles_spmd.generation.sglang.engine import SglangEngine
+    from miles_spmd.generation.sglang.operators import traced
+    from miles_spmd.training.operators import trace
 
     if not isinstance(engine, SglangEngine):
         raise ValueError("rollout.engine: only the operators of 'sglang' can be compared with the trainer's")

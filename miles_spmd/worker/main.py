@@ -20,13 +20,14 @@ import msgspec
 
 from miles_spmd.config.load import config_digest
 from miles_spmd.config.schema import Config
-from miles_spmd.controller.process import LAST_WORDS, ControllerProcess
-from miles_spmd.controller.replay import Replay
-from miles_spmd.messaging.dealer import Dealer
-from miles_spmd.messaging.keys import Credentials
-from miles_spmd.messaging.router import LOOPBACK
-from miles_spmd.messaging.wire import Command, Failure, Feed, Hello, Ok, Phase, RankInfo, Reply, Stop
 from miles_spmd.platform import fixed_order
+from miles_spmd.protocol.credentials import Credentials
+from miles_spmd.protocol.dealer import Dealer
+from miles_spmd.protocol.messages import Command, Failure, Feed, Hello, Ok, RankInfo, Reply, Stop
+from miles_spmd.protocol.order import LAST_WORDS, Replay
+from miles_spmd.protocol.router import LOOPBACK
+from miles_spmd.types.phase import Phase
+from miles_spmd.worker.controller_process import ControllerProcess
 from miles_spmd.worker.stopwatch import Stopwatch
 from miles_spmd.worker.watchdog import Watchdog
 
@@ -180,9 +181,9 @@ def build(
         cuda.require_memory_saver()
     with watch("imports"):
         cpu.install()
-        from miles_spmd.worker.memory import Ledger
+        from miles_spmd.worker.memory_account import MemoryAccount
         from miles_spmd.worker.worker import Worker
-    ledger = Ledger(config, place.world_size, side.trains, generates)
+    ledger = MemoryAccount(config, place.world_size, side.trains, generates)
     ledger.require_room(training=task == "train")
     with ledger.explaining():
         worker = Worker(config, task, side, place.rank, dealer, watch, ledger, watchdog.progress)

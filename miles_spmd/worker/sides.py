@@ -8,13 +8,13 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from miles_spmd.config.schema import Config
-from miles_spmd.messaging.dealer import Dealer
-from miles_spmd.messaging.wire import RefitResult
-from miles_spmd.rollout.engine import Engine
+from miles_spmd.generation.engine import Engine
+from miles_spmd.protocol.dealer import Dealer
+from miles_spmd.protocol.messages import RefitResult
 from miles_spmd.training.roles import Roles
-from miles_spmd.worker.memory import Ledger
-from miles_spmd.worker.phases import make_refit
-from miles_spmd.worker.rollout import Lockstep, run_rollout
+from miles_spmd.worker.device_turns import make_refit
+from miles_spmd.worker.engine_loop import Lockstep, run_rollout
+from miles_spmd.worker.memory_account import MemoryAccount
 from miles_spmd.worker.stopwatch import Stopwatch
 
 
@@ -22,7 +22,7 @@ class TrainerSide:
     """The part of a rank without engine in refits. ``everyone``: the group of all ranks."""
 
     def __init__(
-        self, config: Config, roles: Roles, everyone: dist.ProcessGroup | None, watch: Stopwatch, ledger: Ledger
+        self, config: Config, roles: Roles, everyone: dist.ProcessGroup | None, watch: Stopwatch, ledger: MemoryAccount
     ) -> None:
         self._watch, self._ledger = watch, ledger
         with watch("refit_plan"):
@@ -46,7 +46,7 @@ class EngineSide:
         engine_size: int,
         everyone: dist.ProcessGroup | None,
         watch: Stopwatch,
-        ledger: Ledger,
+        ledger: MemoryAccount,
     ) -> None:
         self.engine, self._watch, self._ledger = engine, watch, ledger
         self._lockstep = Lockstep(engine_size)

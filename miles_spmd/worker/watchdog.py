@@ -20,10 +20,12 @@ from typing import NoReturn, TextIO
 
 import zmq
 
-from miles_spmd.controller.process import LAST_WORDS, ControllerProcess
-from miles_spmd.messaging.dealer import Dealer
-from miles_spmd.messaging.keys import Credentials
-from miles_spmd.messaging.wire import Beat, Phase
+from miles_spmd.protocol.credentials import Credentials
+from miles_spmd.protocol.dealer import Dealer
+from miles_spmd.protocol.messages import Heartbeat
+from miles_spmd.protocol.order import LAST_WORDS
+from miles_spmd.types.phase import Phase
+from miles_spmd.worker.controller_process import ControllerProcess
 
 BEAT_EVERY = 1.0  # seconds
 LOST_GRACE = 3.0  # seconds for the launcher to stop this rank after the controller's connection closed
@@ -133,7 +135,7 @@ class Watchdog(threading.Thread):
     def _beat(self, phase: Phase, detail: str = "") -> None:
         if self._dealer is not None:
             detail = detail or ", ".join(filter(None, [self._detail, where(self._main)]))
-            self._dealer.try_send(Beat(self._rank, phase, self._doing.step, detail))
+            self._dealer.try_send(Heartbeat(self._rank, phase, self._doing.step, detail))
 
     def _dump_stacks(self) -> None:
         with self._stacks.open("a") as file:

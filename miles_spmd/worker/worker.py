@@ -9,15 +9,15 @@ import torch
 import torch.distributed as dist
 
 from miles_spmd.config.schema import Config
-from miles_spmd.messaging import wire
-from miles_spmd.messaging.dealer import Dealer
-from miles_spmd.planning.cache import needed_tokens
+from miles_spmd.generation.engine import Engine
+from miles_spmd.planning.kv_cache import needed_tokens
 from miles_spmd.platform import fixed_order
-from miles_spmd.rollout.engine import Engine
+from miles_spmd.protocol import messages
+from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.training.roles import Roles
 from miles_spmd.worker.bisect import bisect
-from miles_spmd.worker.memory import Ledger
-from miles_spmd.worker.phases import EngineTurns
+from miles_spmd.worker.device_turns import DeviceTurns
+from miles_spmd.worker.memory_account import MemoryAccount
 from miles_spmd.worker.sides import EngineSide, TrainerSide
 from miles_spmd.worker.stopwatch import Stopwatch
 from miles_spmd.worker.world import Side
@@ -30,10 +30,10 @@ def make_engine(config: Config) -> Engine:
         table["enable_deterministic_inference"] = True  # answers do not depend on what else is computed
     context_length = table.pop("context_length", None)
     if config.rollout.engine == "torch":
-        from miles_spmd.rollout.torch_engine import TorchEngine
+        from miles_spmd.generation.torch_engine import TorchEngine
 
         return TorchEngine(config.model.hf_checkpoint, dtype=config.model.dtype, context_length=context_length)
-    from miles_spmd.rollout.sglang_engine import SglangEngine
+    from miles_spmd.generation.sglang.engine import SglangEngine
 
     return SglangEngine(
         config.model.hf_checkpoint,
@@ -58,7 +58,7 @@ class Worker:
         rank: int,
         dealer: Dealer,
         watch: Stopwatch,
-        ledger: Ledger,
+        ledger: MemoryAccount,
         progress: Callable[[str], None],
     ) -> None:
         self.ledger = ledger
@@ -72,7 +72,7 @@ class Worker:
             ledger.record("trainer built")
         self._generation = self._build_generation(side) if config.generates(task) else None
 
-    def _build_generation(self, side: Side) -> EngineTurns | EngineSide | TrainerSide:
+    def _build_generation(self, side: Side) -> DeviceTurns | EngineSide | TrainerSide:
         """This rank's part in rollouts and refits."""
         config, watch = self._config, self._watch
         if not side.generates:
@@ -85,21 +85,21 @@ class Worker:
         self.ledger.record("engine built")
         if not side.trains:
             return EngineSide(config, engine, self.engine_size, side.everyone, watch, self.ledger)
-        return EngineTurns(config, engine, self.engine_size, self.roles, watch, self.ledger)
+        return DeviceTurns(config, engine, self.engine_size, self.roles, watch, self.ledger)
 
     @property
-    def trainer_rank(self) -> wire.TrainerRank | None:
+    def trainer_rank(self) -> messages.TrainerRank | None:
         if self._roles is None:
             return None
         actor = self._roles.actor
-        return wire.TrainerRank(actor.data_parallel_rank, actor.data_parallel_size, actor.reports)
+        return messages.TrainerRank(actor.data_parallel_rank, actor.data_parallel_size, actor.reports)
 
     @property
-    def engine_rank(self) -> wire.EngineRank | None:
-        if not isinstance(self._generation, EngineTurns | EngineSide):
+    def engine_rank(self) -> messages.EngineRank | None:
+        if not isinstance(self._generation, DeviceTurns | EngineSide):
             return None
         engine, place = divmod(dist.get_rank(), self.engine_size)
-        return wire.EngineRank(engine, leader=place == 0)
+        return messages.EngineRank(engine, leader=place == 0)
 
     @property
     def roles(self) -> Roles:
@@ -108,64 +108,64 @@ class Worker:
         return self._roles
 
     @property
-    def engine(self) -> EngineTurns | EngineSide:
-        if not isinstance(self._generation, EngineTurns | EngineSide):
+    def engine(self) -> DeviceTurns | EngineSide:
+        if not isinstance(self._generation, DeviceTurns | EngineSide):
             raise RuntimeError("this rank has no engine: it only trains")
         return self._generation
 
-    def do(self, body: wire.Body) -> wire.Result:
+    def do(self, body: messages.Body) -> messages.Result:
         """One command; raises whatever its part raises."""
-        trains = isinstance(body, wire.ComputeLogProbs | wire.ComputeValues | wire.Train)
+        trains = isinstance(body, messages.ComputeLogProbs | messages.ComputeValues | messages.TrainStep)
         with fixed_order.kernels() if trains and self._config.determinism.deterministic else nullcontext():
             return self._do(body)
 
-    def _do(self, body: wire.Body) -> wire.Result:
+    def _do(self, body: messages.Body) -> messages.Result:
         match body:
-            case wire.Generate():
+            case messages.Generate():
                 self.engine.rollout(self._rank, self._dealer, self._progress)
-            case wire.ComputeLogProbs(micro_batches, role, top_k):
+            case messages.ComputeLogProbs(micro_batches, role, top_k):
                 self._release_engine()
                 with self.roles.network(role) as network, self.ledger.work("log-probs"):
                     return network.log_probs(micro_batches, top_k)
-            case wire.ComputeValues(micro_batches, role):
+            case messages.ComputeValues(micro_batches, role):
                 self._release_engine()
                 with self.roles.network(role) as network, self.ledger.work("values"):
                     return network.values(micro_batches)
-            case wire.Train(micro_batches, role):
+            case messages.TrainStep(micro_batches, role):
                 self._release_engine()
                 with self.ledger.work("optimizer step"):
                     return self.roles.trainer(role).train_step(micro_batches)
-            case wire.Bisect():
+            case messages.Bisect():
                 return bisect(body, self.engine.engine, self.roles.actor)
-            case wire.Keep(role):
+            case messages.SnapshotWeights(role):
                 self.roles.keep(role)
-            case wire.Refit(version):
+            case messages.RefitEngine(version):
                 if self._generation is None:
                     raise RuntimeError("this run has no engine: it neither generates nor evaluates")
                 return self._generation.refit(version)
-            case wire.DigestWeights(role):
+            case messages.DigestWeights(role):
                 return self.roles.weights_digest(role)
-            case wire.SaveCheckpoint(path):
+            case messages.SaveCheckpoint(path):
                 with self._whole_trainer():
                     self.roles.save(path)
                     return self.roles.optimizer_digests()
-            case wire.LoadCheckpoint(path):
+            case messages.LoadCheckpoint(path):
                 with self._whole_trainer():
                     self.roles.load(path)
                     return self.roles.optimizer_digests()
-            case wire.ExportModel(path):
+            case messages.ExportModel(path):
                 self.roles.actor.export(path, self._config.model.hf_checkpoint)
             case _:
                 raise TypeError(f"{type(body).__name__} is not for a worker outside a rollout")
-        return wire.Ok()
+        return messages.Ok()
 
     def _whole_trainer(self) -> AbstractContextManager[None]:
         """Where optimizer states have left the device they come back for a while, and the engine gives way."""
         turns = self._generation
-        if isinstance(turns, EngineTurns) and self._config.train.offload_train:
+        if isinstance(turns, DeviceTurns) and self._config.train.offload_train:
             return turns.lent()
         return nullcontext()
 
     def _release_engine(self) -> None:
-        if isinstance(self._generation, EngineTurns):
+        if isinstance(self._generation, DeviceTurns):
             self._generation.release()

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from miles_spmd.algorithms.token_batch import TokenBatch
-from miles_spmd.config.schema import Algorithm
+from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.types.token_batch import TokenBatch
 from tests.algorithms.dual import Dual, larger, log_softmax, smaller, total, variables
 
 VOCABULARY = 4
@@ -121,7 +121,7 @@ def kl(x: Dual, y: float, kind: str, ratio: Dual | None = None) -> Dual:
     return estimate.clamp(-10, 10) if kind == "low_var_kl" else estimate
 
 
-def clipped(ratio: Dual, a: Algorithm, advantage: float) -> Dual:
+def clipped(ratio: Dual, a: AlgorithmConfig, advantage: float) -> Dual:
     high = a.eps_clip if a.eps_clip_high is None else a.eps_clip_high
     loss = larger(-ratio * advantage, -ratio.clamp(1 - a.eps_clip, 1 + high) * advantage)
     if a.eps_clip_c is not None and advantage < 0:
@@ -134,7 +134,7 @@ def mean_log_ratio(case: Case, new: list[Dual], i: int) -> Dual:
     return total([new[j] - case.old[j] for j in members]) * (1 / max(len(members), 1))
 
 
-def policy_loss(a: Algorithm, case: Case, new: list[Dual], entropy: list[Dual]) -> list[Dual]:
+def policy_loss(a: AlgorithmConfig, case: Case, new: list[Dual], entropy: list[Dual]) -> list[Dual]:
     out = []
     for i, advantage in enumerate(case.advantages.tolist()):
         ratio = (new[i] - case.old[i]).clamp(-20, 20).exp()
@@ -161,7 +161,7 @@ def value_loss(clip: float, values: list[Dual], old: np.ndarray, returns: np.nda
     return out
 
 
-def preference_loss(a: Algorithm, case: Case, new: list[Dual]) -> list[Dual]:
+def preference_loss(a: AlgorithmConfig, case: Case, new: list[Dual]) -> list[Dual]:
     out = []
     for i in range(len(new)):
         scores = []

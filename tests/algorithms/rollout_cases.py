@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from miles_spmd.algorithms.rollout_batch import RolloutBatch
+from miles_spmd.types.rollout_batch import RolloutBatch
 
 
 @st.composite

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miles_spmd.algorithms.advantages import ESTIMATORS, compute_advantages, whiten
-from miles_spmd.algorithms.rollout_batch import Estimate, RolloutBatch
-from miles_spmd.config.schema import Algorithm
+from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.types.rollout_batch import Estimate, RolloutBatch
 from tests.algorithms.rollout_cases import one_per_group, rollouts
 
 Rows = list[list[float]]
@@ -21,7 +21,7 @@ Rows = list[list[float]]
 # --- the formulas ----------------------------------------------------------------------------------------------------
 
 
-def kl(a: Algorithm, batch: RolloutBatch, i: int, t: int) -> float:
+def kl(a: AlgorithmConfig, batch: RolloutBatch, i: int, t: int) -> float:
     if not a.kl_coef:
         return 0.0
     r = float(batch.old_log_probs[i][t]) - float(batch.ref_log_probs[i][t])  # type: ignore[index]
@@ -35,7 +35,7 @@ def trained(batch: RolloutBatch, i: int) -> list[int]:
     return [t for t, m in enumerate(batch.masks[i]) if m]
 
 
-def compare_in_group(name: str, a: Algorithm, batch: RolloutBatch) -> dict[int, float]:
+def compare_in_group(name: str, a: AlgorithmConfig, batch: RolloutBatch) -> dict[int, float]:
     """Rollout id -> advantage."""
     rewards: dict[int, float] = {}
     groups: dict[int, list[int]] = {}
@@ -62,7 +62,7 @@ def compare_in_group(name: str, a: Algorithm, batch: RolloutBatch) -> dict[int, 
     return out
 
 
-def token_level(name: str, a: Algorithm, batch: RolloutBatch, i: int) -> tuple[list[float], list[float]]:
+def token_level(name: str, a: AlgorithmConfig, batch: RolloutBatch, i: int) -> tuple[list[float], list[float]]:
     """Advantages and returns of sample i: A_t = sum over later trained tokens of (gamma lambda)^k delta."""
     places = trained(batch, i)
     lambd = a.lambd if name == "ppo" else 1.0
@@ -79,7 +79,7 @@ def token_level(name: str, a: Algorithm, batch: RolloutBatch, i: int) -> tuple[l
     return advantages, returns
 
 
-def oracle(a: Algorithm, batch: RolloutBatch) -> Rows:
+def oracle(a: AlgorithmConfig, batch: RolloutBatch) -> Rows:
     name = a.advantage_estimator
     if name in ("ppo", "reinforce_plus_plus"):
         rows = [token_level(name, a, batch, i)[0] for i in range(len(batch.masks))]
@@ -121,7 +121,7 @@ def assert_rows(actual: list[np.ndarray], expected: Rows) -> None:
 @pytest.mark.parametrize("name", ESTIMATORS.builtins)
 @given(data=st.data(), batch=rollouts())
 def test_estimator_equals_plain_loops(name: str, data: st.DataObject, batch: RolloutBatch) -> None:
-    algorithm = Algorithm(
+    algorithm = AlgorithmConfig(
         advantage_estimator=name,
         grpo_std_normalization=data.draw(st.booleans()),
         kl_coef=data.draw(st.sampled_from([0.0, 0.1])),
@@ -139,7 +139,7 @@ def test_estimator_equals_plain_loops(name: str, data: st.DataObject, batch: Rol
 
 
 def advantages(name: str, batch: RolloutBatch, **settings: object) -> list[list[float]]:
-    algorithm = Algorithm(advantage_estimator=name, **{"normalize_advantages": False, **settings})  # type: ignore[arg-type]
+    algorithm = AlgorithmConfig(advantage_estimator=name, **{"normalize_advantages": False, **settings})  # type: ignore[arg-type]
     return [a.tolist() for a in compute_advantages(batch, algorithm).advantages]
 
 
@@ -167,7 +167,7 @@ def test_gae_by_hand() -> None:
     batch = RolloutBatch(
         np.asarray([4.0]), np.zeros(1, int), [np.asarray([1.0, 0, 0, 1])], values=[np.asarray([1.0, 50, 50, 3])]
     )
-    estimate = compute_advantages(batch, Algorithm(advantage_estimator="ppo", gamma=0.5, lambd=0.5))
+    estimate = compute_advantages(batch, AlgorithmConfig(advantage_estimator="ppo", gamma=0.5, lambd=0.5))
     assert estimate.advantages[0].tolist() == [0.75, 0, 0, 1]
     assert estimate.returns is not None
     assert estimate.returns[0].tolist() == [1.75, 0, 0, 4]
@@ -193,7 +193,7 @@ def test_siblings_count_once_and_share_the_advantage() -> None:
 
 def test_a_fully_masked_sample_counts_in_the_baseline_and_gets_nothing() -> None:
     batch = RolloutBatch(np.asarray([1.0, 0.0]), np.zeros(2, int), [np.ones(2), np.zeros(2)])
-    estimate = compute_advantages(batch, Algorithm(advantage_estimator="dr_grpo"))
+    estimate = compute_advantages(batch, AlgorithmConfig(advantage_estimator="dr_grpo"))
     assert [a.tolist() for a in estimate.advantages] == [[0.5, 0.5], [0, 0]]
     assert estimate.metrics == {"zero_std_groups": 0.0, "fully_masked_samples": 1.0}
 
@@ -201,7 +201,7 @@ def test_a_fully_masked_sample_counts_in_the_baseline_and_gets_nothing() -> None
 def test_groups_without_variance_get_exact_zeros_and_are_counted() -> None:
     batch = one_per_group([[0.1] * 7, [0.3], [1.0, 0.0]])  # the mean of seven 0.1 is not 0.1
     for name in ("grpo", "rloo", "dr_grpo", "reinforce_plus_plus_baseline"):
-        estimate = compute_advantages(batch, Algorithm(advantage_estimator=name, normalize_advantages=False))
+        estimate = compute_advantages(batch, AlgorithmConfig(advantage_estimator=name, normalize_advantages=False))
         assert not np.concatenate(estimate.advantages[:8]).any()
         assert np.concatenate(estimate.advantages[8:]).all()
         assert estimate.metrics["zero_std_groups"] == 2
@@ -209,7 +209,9 @@ def test_groups_without_variance_get_exact_zeros_and_are_counted() -> None:
 
 def test_a_critic_that_knows_the_returns_explains_their_variance() -> None:
     batch = one_per_group([[1.0, 0.0]], lengths=2, values=[np.ones(2), np.zeros(2)])
-    assert compute_advantages(batch, Algorithm(advantage_estimator="ppo")).metrics["value_explained_variance"] == 1
+    assert (
+        compute_advantages(batch, AlgorithmConfig(advantage_estimator="ppo")).metrics["value_explained_variance"] == 1
+    )
 
 
 # --- whitening -------------------------------------------------------------------------------------------------------
@@ -233,7 +235,7 @@ def test_whitening_far_from_zero_keeps_its_digits() -> None:
 def test_nothing_left_to_train_on() -> None:
     batch = RolloutBatch(np.zeros(0), np.zeros(0, int), [])
     for name in ("grpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"):
-        assert compute_advantages(batch, Algorithm(advantage_estimator=name)).advantages == []
+        assert compute_advantages(batch, AlgorithmConfig(advantage_estimator=name)).advantages == []
 
 
 @pytest.mark.parametrize(
@@ -253,7 +255,7 @@ def test_nothing_left_to_train_on() -> None:
 def test_bad_batches_name_their_samples(change: dict[str, object], message: str) -> None:
     fields = {"rewards": np.asarray([1.0, 0, 0]), "group_ids": np.asarray([0, 0, 1]), "masks": [np.ones(2)] * 3}
     with pytest.raises(ValueError, match=message):
-        compute_advantages(RolloutBatch(**{**fields, **change}), Algorithm())  # type: ignore[arg-type]
+        compute_advantages(RolloutBatch(**{**fields, **change}), AlgorithmConfig())  # type: ignore[arg-type]
 
 
 def test_what_an_algorithm_lacks_is_named() -> None:
@@ -264,18 +266,18 @@ def test_what_an_algorithm_lacks_is_named() -> None:
         ({"opd_kl_coef": 0.1}, "opd_kl_coef needs old_log_probs"),
     ]:
         with pytest.raises(ValueError, match=message):
-            compute_advantages(batch, Algorithm(**settings))  # type: ignore[arg-type]
+            compute_advantages(batch, AlgorithmConfig(**settings))  # type: ignore[arg-type]
 
 
-def one_for_all(batch: RolloutBatch, algorithm: Algorithm) -> Estimate:
+def one_for_all(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estimate:
     return Estimate([mask * algorithm.gamma for mask in batch.masks])
 
 
-def with_prompt(batch: RolloutBatch, algorithm: Algorithm) -> Estimate:
+def with_prompt(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estimate:
     return Estimate([np.zeros(len(mask) + 1) for mask in batch.masks])
 
 
-def not_a_number(batch: RolloutBatch, algorithm: Algorithm) -> Estimate:
+def not_a_number(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estimate:
     return Estimate([np.full(mask.shape, math.nan) for mask in batch.masks])
 
 
@@ -289,6 +291,6 @@ def test_a_users_estimator_is_called_and_checked() -> None:
 
 
 def test_the_controllers_side_imports_no_torch() -> None:
-    modules = "advantages, aggregation, corrections, distillation, mismatch, protocols, rewards"
+    modules = "advantages, aggregation, corrections, distillation, mismatch, rewards"
     code = f"import sys; from miles_spmd.algorithms import {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 
 from miles_spmd.algorithms.aggregation import AGGREGATIONS, loss_weights
-from miles_spmd.algorithms.rollout_batch import Arrays, RolloutBatch
+from miles_spmd.types.rollout_batch import Arrays, RolloutBatch
 from tests.algorithms.rollout_cases import rollouts
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from miles_spmd.algorithms.corrections import CORRECTIONS, correct
 from miles_spmd.algorithms.mismatch import mismatch_metrics
-from miles_spmd.algorithms.rollout_batch import Correction, RolloutBatch
-from miles_spmd.config.schema import Algorithm
+from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.types.rollout_batch import Correction, RolloutBatch
 from tests.algorithms.rollout_cases import rollouts
 
 # --- the formulas ----------------------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ def at_level(row: list[float | None], level: str) -> list[float]:
     return [bounded_exp(x) for x in d]
 
 
-def oracle(a: Algorithm, batch: RolloutBatch) -> list[list[float]]:
+def oracle(a: AlgorithmConfig, batch: RolloutBatch) -> list[list[float]]:
     rows = log_ratios(batch)
     if a.tis_function == "tis":
         kept = [[min(max(w, a.tis_clip_low), a.tis_clip) for w in at_level(row, "token")] for row in rows]
@@ -63,7 +63,7 @@ def oracle(a: Algorithm, batch: RolloutBatch) -> list[list[float]]:
     return out
 
 
-def mis_weights(a: Algorithm, row: list[float | None]) -> list[float]:
+def mis_weights(a: AlgorithmConfig, row: list[float | None]) -> list[float]:
     upper = a.tis_upper_bound
     lower = 1 / upper if a.tis_lower_bound is None else a.tis_lower_bound
     weights = []
@@ -87,7 +87,7 @@ def mis_weights(a: Algorithm, row: list[float | None]) -> list[float]:
 
 levels = st.sampled_from(["token", "sequence", "geometric"])
 corrections = st.builds(
-    Algorithm,
+    AlgorithmConfig,
     use_tis=st.just(True),
     tis_function=st.sampled_from([*CORRECTIONS.builtins, "mis", "mis"]),
     tis_clip=st.sampled_from([2.0, 1.1]),
@@ -106,7 +106,7 @@ corrections = st.builds(
 
 
 @given(corrections, rollouts())
-def test_weights_equal_plain_loops(algorithm: Algorithm, batch: RolloutBatch) -> None:
+def test_weights_equal_plain_loops(algorithm: AlgorithmConfig, batch: RolloutBatch) -> None:
     correction = correct(batch, algorithm)
     assert correction is not None
     for actual, expected in zip(correction.policy_weights, oracle(algorithm, batch), strict=True):
@@ -116,7 +116,7 @@ def test_weights_equal_plain_loops(algorithm: Algorithm, batch: RolloutBatch) ->
 
 @given(rollouts())
 def test_metrics_equal_plain_loops(batch: RolloutBatch) -> None:
-    algorithm = Algorithm(use_tis=True, tis_function="icepop", tis_clip=1.1, tis_clip_low=0.9)
+    algorithm = AlgorithmConfig(use_tis=True, tis_function="icepop", tis_clip=1.1, tis_clip_low=0.9)
     correction = correct(batch, algorithm)
     assert correction is not None
     d = [x for row in log_ratios(batch) for x in row if x is not None]
@@ -147,7 +147,7 @@ def rollout(*log_ratio_rows: list[float]) -> RolloutBatch:
 
 
 def weights(batch: RolloutBatch, **settings: Any) -> list[list[float]]:
-    correction = correct(batch, Algorithm(use_tis=True, **settings))
+    correction = correct(batch, AlgorithmConfig(use_tis=True, **settings))
     assert correction is not None
     return [np.round(w.astype(np.float64), 6).tolist() for w in correction.policy_weights]
 
@@ -182,18 +182,18 @@ def test_the_rest_of_the_batch_does_not_change_a_token_unless_it_is_normalised()
 
 
 def test_vetoed_samples_and_rejected_tokens_are_counted() -> None:
-    correction = correct(rollout([-10.0, 0.0], [0.1], [1.0]), Algorithm(use_tis=True, tis_function="mis"))
+    correction = correct(rollout([-10.0, 0.0], [0.1], [1.0]), AlgorithmConfig(use_tis=True, tis_function="mis"))
     assert correction is not None
     assert correction.metrics["rs_vetoed"] == pytest.approx(1 / 3)
     assert correction.metrics["rs_masked"] == pytest.approx(2 / 4)
     assert correction.metrics["tis_rejected"] == pytest.approx(3 / 4)
 
 
-def too_short(batch: RolloutBatch, algorithm: Algorithm) -> Correction:
+def too_short(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction:
     return Correction([mask[1:] for mask in batch.masks])
 
 
-def halves(batch: RolloutBatch, algorithm: Algorithm) -> Correction:
+def halves(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction:
     return Correction([mask / 2 for mask in batch.masks], {"own": 1.0})
 
 
@@ -206,7 +206,7 @@ def test_a_users_correction_is_called_and_checked() -> None:
 
 def test_bad_settings() -> None:
     batch = rollout([0.0])
-    assert correct(batch, Algorithm()) is None
+    assert correct(batch, AlgorithmConfig()) is None
     assert weights(
         rollout([1.0]), tis_function="mis", tis_upper_bound=1.0, use_rs=False, tis_batch_normalize=False
     ) == [[1.0]]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from miles_spmd.algorithms.advantages import compute_advantages
 from miles_spmd.algorithms.distillation import STRATEGIES, WEIGHT_MODES, Candidates, topk_reverse_kl
-from miles_spmd.config.schema import Algorithm
+from miles_spmd.config.schema import AlgorithmConfig
 from tests.algorithms.rollout_cases import one_per_group
 
 VOCABULARY = 8
@@ -66,7 +66,7 @@ def test_very_unlikely_candidates_are_still_compared() -> None:
 
 def test_it_goes_into_the_advantages() -> None:
     batch = one_per_group([[1.0, 0.0]], lengths=2, teacher_kl=[np.asarray([0.5, 0.0]), np.asarray([0.0, 1.0])])
-    estimate = compute_advantages(batch, Algorithm(advantage_estimator="dr_grpo", opd_kl_coef=0.1))
+    estimate = compute_advantages(batch, AlgorithmConfig(advantage_estimator="dr_grpo", opd_kl_coef=0.1))
     assert np.allclose(estimate.advantages, [[0.45, 0.5], [-0.5, -0.6]])
     assert estimate.metrics["opd_reverse_kl"] == pytest.approx(1.5 / 4)
 

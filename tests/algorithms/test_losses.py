@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from miles_spmd.algorithms.losses import PolicyLoss, SupervisedLoss, ValueLoss, make_loss
 from miles_spmd.algorithms.preference import PreferenceLoss, RewardModelLoss
-from miles_spmd.algorithms.token_batch import TokenBatch
-from miles_spmd.config.schema import Algorithm
+from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.types.token_batch import TokenBatch
 from tests.algorithms import loss_cases as oracle
 from tests.algorithms.dual import Dual, larger, total, variables
 from tests.algorithms.loss_cases import Case, cases, compare, segment_sum
 
 policies = st.builds(
-    Algorithm,
+    AlgorithmConfig,
     loss_type=st.sampled_from(["ppo", "gspo", "cispo"]),
     eps_clip=st.sampled_from([0.1, 0.2, 1.0]),
     eps_clip_high=st.sampled_from([None, 0.28, 4.0]),
@@ -34,7 +34,7 @@ policies = st.builds(
 
 
 @given(policies, cases())
-def test_policy_loss(algorithm: Algorithm, case: Case) -> None:
+def test_policy_loss(algorithm: AlgorithmConfig, case: Case) -> None:
     logits, log_probs, entropy = case.torch_log_probs()
     loss, _ = PolicyLoss(algorithm)(log_probs, entropy, case.tokens())
     compare(loss, oracle.policy_loss(algorithm, case, *case.plain_log_probs()), case, logits)
@@ -46,12 +46,12 @@ def test_policy_loss(algorithm: Algorithm, case: Case) -> None:
 
 
 @given(policies, cases())
-def test_policy_metrics(algorithm: Algorithm, case: Case) -> None:
+def test_policy_metrics(algorithm: AlgorithmConfig, case: Case) -> None:
     _, log_probs, entropy = case.torch_log_probs()
     _, sums = PolicyLoss(algorithm)(log_probs, entropy, case.tokens())
     trained = case.weights != 0
     new = log_probs.detach().numpy()
-    alone = Algorithm(**{**algorithm.model_dump(), "entropy_coef": 0.0, "kl_loss_coef": 0.0})
+    alone = AlgorithmConfig(**{**algorithm.model_dump(), "entropy_coef": 0.0, "kl_loss_coef": 0.0})
     plain = oracle.policy_loss(alone, case, [Dual(x) for x in new], [Dual(0.0)] * len(new))
     assert sums["tokens"] == trained.sum()
     expected = {
@@ -66,7 +66,7 @@ def test_policy_metrics(algorithm: Algorithm, case: Case) -> None:
 
 @given(st.sampled_from(["dpo", "ipo", "simpo"]), st.sampled_from([0.1, 2.0]), cases(pairs=True))
 def test_preference_loss(kind: str, beta: float, case: Case) -> None:
-    algorithm = Algorithm(preference_loss=kind, dpo_beta=beta, simpo_gamma=0.5)  # type: ignore[arg-type]
+    algorithm = AlgorithmConfig(preference_loss=kind, dpo_beta=beta, simpo_gamma=0.5)  # type: ignore[arg-type]
     logits, log_probs, entropy = case.torch_log_probs()
     loss, _ = PreferenceLoss(algorithm)(log_probs, entropy, case.tokens())
     compare(loss, oracle.preference_loss(algorithm, case, case.plain_log_probs()[0]), case, logits)
@@ -79,7 +79,7 @@ def test_value_loss(case: Case, clip: float) -> None:
     tokens = TokenBatch(
         torch.from_numpy(case.weights), old_values=torch.from_numpy(old), returns=torch.from_numpy(returns)
     )
-    loss, sums = ValueLoss(Algorithm(value_clip=clip))(values, tokens)
+    loss, sums = ValueLoss(AlgorithmConfig(value_clip=clip))(values, tokens)
     compare(loss, oracle.value_loss(clip, variables(values.tolist()), old, returns), case, values)
     assert float(sums["value_loss"]) == pytest.approx(float((tokens.loss_weights * loss).sum().detach()))
 
@@ -124,7 +124,9 @@ def gradient(loss: torch.Tensor, x: torch.Tensor) -> list[float]:
 def test_without_old_log_probs_the_gradient_is_the_policy_gradient() -> None:
     new = leaf(-1.0, -2.0)
     for name in ("ppo", "cispo"):
-        loss, sums = PolicyLoss(Algorithm(loss_type=name))(new, torch.zeros(2), batch([1, 1], advantages=[0.5, -2.0]))
+        loss, sums = PolicyLoss(AlgorithmConfig(loss_type=name))(
+            new, torch.zeros(2), batch([1, 1], advantages=[0.5, -2.0])
+        )
         assert gradient(loss, new) == [-0.5, 2.0]
         assert sums["ppo_kl"] == sums["pg_clipfrac"] == 0
 
@@ -133,7 +135,7 @@ def test_cispo_keeps_the_gradient_where_ppo_clips() -> None:
     new = leaf(0.0, 0.0)
     tokens = batch([1, 1], advantages=[1.0, -1.0], old_log_probs=[-1.0, 1.0])  # ratios e and 1/e
     for name, wanted in (("ppo", [0.0, 0.0]), ("cispo", [-1.2, 0.8])):  # -clip(r) A
-        loss, sums = PolicyLoss(Algorithm(loss_type=name))(new, torch.zeros(2), tokens)
+        loss, sums = PolicyLoss(AlgorithmConfig(loss_type=name))(new, torch.zeros(2), tokens)
         assert gradient(loss, new) == pytest.approx(wanted)
         assert sums["pg_clipfrac"] == 2
 
@@ -147,7 +149,7 @@ def test_gspo_ratio_is_the_geometric_mean_of_its_sequence() -> None:
         **vars(batch([1, 1, 1], advantages=[3.0, 3.0, 1.0], old_log_probs=old))
         | {"sequence_sum": segment_sum(torch.tensor([0, 0, 1]))}
     )
-    loss, sums = PolicyLoss(Algorithm(advantage_estimator="gspo"))(new, torch.zeros(3), tokens)
+    loss, sums = PolicyLoss(AlgorithmConfig(advantage_estimator="gspo"))(new, torch.zeros(3), tokens)
     assert loss.tolist() == pytest.approx([-3.0, -3.0, -1.2])
     assert gradient(loss, new) == pytest.approx([-3.0, -3.0, 0.0])  # each of two losses, half by each token
     assert sums["pg_clipfrac"] == 1
@@ -156,14 +158,14 @@ def test_gspo_ratio_is_the_geometric_mean_of_its_sequence() -> None:
 def test_dual_clip_bounds_the_loss_of_a_bad_token_that_became_likely() -> None:
     new = leaf(0.0)
     tokens = batch([1], advantages=[-1.0], old_log_probs=[-3.0])
-    loss, _ = PolicyLoss(Algorithm(eps_clip_c=3.0))(new, torch.zeros(1), tokens)
+    loss, _ = PolicyLoss(AlgorithmConfig(eps_clip_c=3.0))(new, torch.zeros(1), tokens)
     assert (loss.tolist(), gradient(loss, new)) == ([3.0], [0.0])
 
 
 def test_a_rejected_token_keeps_its_kl_and_entropy() -> None:
     new = leaf(-1.0)
     tokens = batch([1], advantages=[5.0], old_log_probs=[-1.0], ref_log_probs=[-1.5], policy_weights=[0.0])
-    algorithm = Algorithm(kl_loss_coef=0.1, kl_loss_type="k1", entropy_coef=0.01)
+    algorithm = AlgorithmConfig(kl_loss_coef=0.1, kl_loss_type="k1", entropy_coef=0.01)
     loss, sums = PolicyLoss(algorithm)(new, torch.ones(1), tokens)
     assert loss.tolist() == pytest.approx([0.1 * 0.5 - 0.01])
     assert sums["pg_loss"] == 0
@@ -176,7 +178,7 @@ def test_opsm_drops_only_bad_sequences_that_the_policy_left() -> None:
         **vars(batch([1] * 5, advantages=[1.0, 1.0, -1.0, -1.0, -1.0], old_log_probs=[-1.0, -1.0, -1.0, -1.0, -2.0]))
         | {"sequence_sum": segment_sum(torch.tensor([0, 0, 1, 1, 2]))}
     )
-    loss, sums = PolicyLoss(Algorithm(use_opsm=True, opsm_delta=0.5))(new, torch.zeros(5), tokens)
+    loss, sums = PolicyLoss(AlgorithmConfig(use_opsm=True, opsm_delta=0.5))(new, torch.zeros(5), tokens)
     assert [x != 0 for x in loss.tolist()] == [True, True, False, False, True]
     assert sums["opsm_masked"] == 2
 
@@ -188,7 +190,7 @@ def test_dpo_by_hand() -> None:
         **vars(batch([1 / 3] * 3, ref_log_probs=[-1.5, -1.5, -2.0], pair_signs=[1.0, 1.0, -1.0]))
         | {"pair_sum": segment_sum(torch.tensor([0, 0, 0]))}
     )
-    loss, sums = make_loss("dpo", Algorithm())(new, torch.zeros(3), tokens)
+    loss, sums = make_loss("dpo", AlgorithmConfig())(new, torch.zeros(3), tokens)
     assert loss.tolist() == pytest.approx([math.log(1 + math.exp(-0.2))] * 3)
     slope = 0.1 / (1 + math.exp(0.2))
     assert gradient(loss / 3, new) == pytest.approx([-slope, -slope, slope])
@@ -209,7 +211,7 @@ def test_simpo_and_ipo_by_hand(kind: str, trained: list[float], wanted: float) -
         **vars(batch(trained, ref_log_probs=[-1.5, -2.5, -2.0], pair_signs=[1.0, 1.0, -1.0]))
         | {"sequence_sum": segment_sum(torch.tensor([0, 0, 1])), "pair_sum": segment_sum(torch.tensor([0, 0, 0]))}
     )
-    algorithm = Algorithm(preference_loss=kind, dpo_beta=2.0, simpo_gamma=0.5)  # type: ignore[arg-type]
+    algorithm = AlgorithmConfig(preference_loss=kind, dpo_beta=2.0, simpo_gamma=0.5)  # type: ignore[arg-type]
     loss, _ = PreferenceLoss(algorithm)(new, torch.zeros(3), tokens)
     assert loss.tolist() == pytest.approx([wanted] * 3)
     assert np.isfinite(gradient(loss, new)).all()
@@ -218,7 +220,7 @@ def test_simpo_and_ipo_by_hand(kind: str, trained: list[float], wanted: float) -
 def test_value_loss_by_hand() -> None:
     """Moving from 0 to 0.5 with clip 0.2: away from the return 0 costs 0.25, towards the return 1 costs (0.2 - 1)^2."""
     values = leaf(0.5, 0.5)
-    loss, sums = ValueLoss(Algorithm())(values, batch([1, 1], old_values=[0.0, 0.0], returns=[0.0, 1.0]))
+    loss, sums = ValueLoss(AlgorithmConfig())(values, batch([1, 1], old_values=[0.0, 0.0], returns=[0.0, 1.0]))
     assert loss.tolist() == pytest.approx([0.25, 0.64])
     assert gradient(loss, values) == pytest.approx([1.0, 0.0])
     assert sums["value_clipfrac"] == 1
@@ -234,7 +236,7 @@ def test_extreme_log_ratios_stay_finite_in_fp32() -> None:
         sequence_sum=segment_sum(torch.tensor([0, 1])),
     )
     for name in ("ppo", "gspo", "cispo"):
-        algorithm = Algorithm(loss_type=name, kl_loss_coef=0.1, kl_loss_type="low_var_kl", use_unbiased_kl=True)
+        algorithm = AlgorithmConfig(loss_type=name, kl_loss_coef=0.1, kl_loss_type="low_var_kl", use_unbiased_kl=True)
         loss, _ = PolicyLoss(algorithm)(new, torch.zeros(2), tokens)
         assert torch.isfinite(loss).all()
         assert torch.isfinite(torch.autograd.grad(loss.sum(), new)[0]).all()
@@ -248,20 +250,20 @@ def test_not_a_number_is_never_masked() -> None:
             old_log_probs=torch.tensor([math.nan, 0.0]),
             sequence_sum=segment_sum(torch.tensor([0, 0])),
         )
-        loss, _ = PolicyLoss(Algorithm(loss_type=name))(torch.zeros(2), torch.zeros(2), tokens)
+        loss, _ = PolicyLoss(AlgorithmConfig(loss_type=name))(torch.zeros(2), torch.zeros(2), tokens)
         assert torch.isnan(loss[0])
 
 
 def test_what_a_loss_lacks_is_named() -> None:
     tokens = batch([1], advantages=[1.0])
     with pytest.raises(ValueError, match="this loss needs sequence_sum of every token"):
-        PolicyLoss(Algorithm(loss_type="gspo"))(leaf(0.0), torch.zeros(1), tokens)
+        PolicyLoss(AlgorithmConfig(loss_type="gspo"))(leaf(0.0), torch.zeros(1), tokens)
     with pytest.raises(ValueError, match="needs returns"):
-        ValueLoss(Algorithm())(leaf(0.0), tokens)
+        ValueLoss(AlgorithmConfig())(leaf(0.0), tokens)
     with pytest.raises(ValueError, match="needs ref_log_probs"):
-        make_loss("dpo", Algorithm())(leaf(0.0), torch.zeros(1), tokens)
+        make_loss("dpo", AlgorithmConfig())(leaf(0.0), torch.zeros(1), tokens)
     with pytest.raises(ValueError, match="no loss for mode 'x'"):
-        make_loss("x", Algorithm())
+        make_loss("x", AlgorithmConfig())
 
 
 def test_larger_of_duals_is_a_maximum() -> None:

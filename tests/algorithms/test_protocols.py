@@ -15,11 +15,11 @@ from miles_spmd.algorithms.corrections import CORRECTIONS
 from miles_spmd.algorithms.distillation import STRATEGIES, WEIGHT_MODES
 from miles_spmd.algorithms.kl import KINDS
 from miles_spmd.algorithms.losses import PolicyLoss
-from miles_spmd.algorithms.protocols import PlugPoint, PlugPointError
 from miles_spmd.algorithms.rewards import GROUP_FILTERS, REWARD_POST_PROCESSES
 from miles_spmd.algorithms.surrogates import SURROGATES
-from miles_spmd.algorithms.token_batch import TokenBatch
-from miles_spmd.config.schema import Algorithm
+from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.plugins.plug_point import PlugPoint, PlugPointError
+from miles_spmd.types.token_batch import TokenBatch
 
 PLUG_POINTS = [ESTIMATORS, AGGREGATIONS, CORRECTIONS, SURROGATES, GROUP_FILTERS, REWARD_POST_PROCESSES]
 
@@ -56,13 +56,13 @@ def test_bad_names_say_what_to_do(name: str, message: str) -> None:
 @pytest.mark.parametrize("point", PLUG_POINTS, ids=lambda p: p.setting)
 def test_the_configuration_knows_the_same_names(point: PlugPoint) -> None:
     for name in [*point.builtins, "anybodys:function"]:
-        assert getattr(Algorithm(**{point.setting: name}), point.setting) == name
+        assert getattr(AlgorithmConfig(**{point.setting: name}), point.setting) == name
     with pytest.raises(ValidationError, match=f"{', '.join(point.builtins)}.*`module:function`"):
-        Algorithm(**{point.setting: "nobodys"})
+        AlgorithmConfig(**{point.setting: "nobodys"})
 
 
 def test_the_configurations_choices_are_the_functions() -> None:
-    fields = Algorithm.model_fields
+    fields = AlgorithmConfig.model_fields
     assert get_args(fields["kl_loss_type"].annotation) == KINDS
     assert get_args(fields["opd_top_k_strategy"].annotation) == STRATEGIES
     assert get_args(fields["opd_reward_weight_mode"].annotation) == WEIGHT_MODES
@@ -70,7 +70,7 @@ def test_the_configurations_choices_are_the_functions() -> None:
 
 def test_estimators_name_their_own_loss() -> None:
     assert {
-        name: Algorithm(advantage_estimator=name).surrogate for name in ("grpo", "gspo", "cispo", "ppo", "a:b")
+        name: AlgorithmConfig(advantage_estimator=name).surrogate for name in ("grpo", "gspo", "cispo", "ppo", "a:b")
     } == {
         "grpo": "ppo",
         "gspo": "gspo",
@@ -78,22 +78,22 @@ def test_estimators_name_their_own_loss() -> None:
         "ppo": "ppo",
         "a:b": "ppo",
     }
-    assert Algorithm(advantage_estimator="gspo", loss_type="cispo").surrogate == "cispo"
+    assert AlgorithmConfig(advantage_estimator="gspo", loss_type="cispo").surrogate == "cispo"
 
 
-def reinforce(log_probs: Tensor, tokens: TokenBatch, algorithm: Algorithm) -> tuple[Tensor, Tensor]:
+def reinforce(log_probs: Tensor, tokens: TokenBatch, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
     return -log_probs * tokens.required("advantages"), torch.zeros_like(log_probs, dtype=torch.bool)
 
 
-def scalar(log_probs: Tensor, tokens: TokenBatch, algorithm: Algorithm) -> tuple[Tensor, Tensor]:
+def scalar(log_probs: Tensor, tokens: TokenBatch, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
     return -log_probs.sum(), torch.zeros(())
 
 
 def test_a_users_policy_term_gets_entropy_and_correction_around_it() -> None:
-    algorithm = Algorithm(loss_type=f"{__name__}:reinforce", entropy_coef=0.5)
+    algorithm = AlgorithmConfig(loss_type=f"{__name__}:reinforce", entropy_coef=0.5)
     tokens = TokenBatch(torch.ones(1), advantages=torch.tensor([2.0]), policy_weights=torch.tensor([0.5]))
     loss, sums = PolicyLoss(algorithm)(torch.tensor([-3.0]), torch.tensor([4.0]), tokens)
     assert loss.tolist() == [0.5 * 6 - 0.5 * 4]
     assert sums["pg_loss"] == 3
     with pytest.raises(ValueError, match=r"test_protocols:scalar' returned shape \[\], not \[1\]"):
-        PolicyLoss(Algorithm(loss_type=f"{__name__}:scalar"))(torch.tensor([-3.0]), torch.zeros(1), tokens)
+        PolicyLoss(AlgorithmConfig(loss_type=f"{__name__}:scalar"))(torch.tensor([-3.0]), torch.zeros(1), tokens)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from miles_spmd.algorithms.rewards import GROUP_FILTERS, overlong_penalty, shape_rewards
-from miles_spmd.config.schema import Algorithm
-from miles_spmd.data.sample import Prompt, Sample
+from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.types.sample import Prompt, Sample
 
 
 def samples(*rewards: float | None, length: int = 1) -> list[Sample]:
@@ -31,18 +31,18 @@ def first_only(samples: Sequence[Sample], rewards: np.ndarray) -> np.ndarray:
 
 
 def test_post_process_then_penalty() -> None:
-    algorithm = Algorithm(
+    algorithm = AlgorithmConfig(
         reward_post_process=f"{__name__}:minus_mean", overlong_buffer_len=4, overlong_penalty_factor=0.5
     )
     assert shape_rewards(samples(1.0, 0.0, length=9), algorithm, 10).tolist() == [0.5 - 0.375, -0.5 - 0.375]
-    assert shape_rewards(samples(1.0, 0.0), Algorithm(), 10).tolist() == [1.0, 0.0]
+    assert shape_rewards(samples(1.0, 0.0), AlgorithmConfig(), 10).tolist() == [1.0, 0.0]
 
 
 def test_bad_rewards() -> None:
     with pytest.raises(ValueError, match=r"rewards of samples \[1, 2\] are not finite"):
-        shape_rewards(samples(1.0, None, math.nan), Algorithm(), 10)
+        shape_rewards(samples(1.0, None, math.nan), AlgorithmConfig(), 10)
     with pytest.raises(ValueError, match=r"test_rewards:first_only' must return 2 finite numbers, got shape \(1,\)"):
-        shape_rewards(samples(1.0, 0.0), Algorithm(reward_post_process=f"{__name__}:first_only"), 10)
+        shape_rewards(samples(1.0, 0.0), AlgorithmConfig(reward_post_process=f"{__name__}:first_only"), 10)
 
 
 def test_dynamic_sampling_keeps_groups_that_differ() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from miles_spmd.config import checks, rules
 from miles_spmd.config.load import load_config
-from miles_spmd.config.parity_rules import shared_attention
+from miles_spmd.models.attention import shared_attention
 from tests.config.test_load import faults, recipe  # noqa: F401  (a fixture)
 from tests.ranks import Ranks
 

@@ -6,22 +6,22 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from miles_spmd.messaging.dealer import Dealer
-from miles_spmd.messaging.keys import Credentials
-from miles_spmd.messaging.wire import (
-    Beat,
+from miles_spmd.protocol.credentials import Credentials
+from miles_spmd.protocol.dealer import Dealer
+from miles_spmd.protocol.messages import (
     Command,
     EngineRank,
+    Heartbeat,
     Hello,
     Message,
     Ok,
-    Phase,
     RankInfo,
     Reply,
     Result,
     Stop,
     TrainerRank,
 )
+from miles_spmd.types.phase import Phase
 
 DIGEST = "0123456789abcdef"
 HOST = "node-a"
@@ -69,7 +69,7 @@ class SpokenRank(threading.Thread):
 
     def run(self) -> None:
         self.dealer = Dealer(self._credentials)
-        self.say(self._hello if self.hello else Beat(self.rank, Phase.START, 0, "import (worker.py:1)"))
+        self.say(self._hello if self.hello else Heartbeat(self.rank, Phase.START, 0, "import (worker.py:1)"))
         while not self.gone.is_set():
             command = self.dealer.receive(0.02)
             if not isinstance(command, Command):

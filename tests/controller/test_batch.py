@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from miles_spmd.config.schema import Config
-from miles_spmd.controller.batch import optimizer_steps, to_sequences
-from miles_spmd.data.sample import Prompt, Sample, TrainSequence
+from miles_spmd.controller.learning.batch import optimizer_steps, to_sequences
+from miles_spmd.types.sample import Prompt, Sample
+from miles_spmd.types.train_sequence import TrainSequence
 
 
 def config(size: int | None = None, **algorithm: Any) -> Config:

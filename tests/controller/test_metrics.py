@@ -5,8 +5,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from miles_spmd.controller.metrics import mismatch_metrics, pass_at_k
-from miles_spmd.data.sample import TrainSequence
+from miles_spmd.controller.journal.metrics import mismatch_metrics, pass_at_k
+from miles_spmd.types.train_sequence import TrainSequence
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])

@@ -5,16 +5,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from miles_spmd.config.schema import Determinism
-from miles_spmd.controller.parity import Parity, ParityError
-from miles_spmd.data.sample import Prompt, Sample, TrainSequence
+from miles_spmd.config.schema import DeterminismConfig
+from miles_spmd.controller.journal.parity import Parity, ParityError
+from miles_spmd.types.sample import Prompt, Sample
+from miles_spmd.types.train_sequence import TrainSequence
 
 ENGINE = [[-1.0, -2.0, -3.0], [-0.5, -0.25, -4.0]]
 TRAINER = [[-1.0, -2.0, -3.0], [-0.5, -0.25 - 2**-24, -4.5]]  # the second sample's last two tokens differ
 
 
 def check(trainer: list[list[float]] = TRAINER, **settings: Any) -> tuple[dict[str, float], list[TrainSequence]]:
-    return check_with(Parity(Determinism(**settings)), trainer)
+    return check_with(Parity(DeterminismConfig(**settings)), trainer)
 
 
 def check_with(parity: Parity, trainer: list[list[float]] = TRAINER) -> tuple[dict[str, float], list[TrainSequence]]:
@@ -45,12 +46,12 @@ def test_every_bit_counts() -> None:
 def flips(**settings: Any) -> tuple[dict[str, float], list[TrainSequence]]:
     """Two answers of three tokens; for the last of the second, and for its prompt, the trainer finds another token
     likelier than the engine does. The first answer's last token is not trained."""
-    parity = Parity(Determinism(**settings))
-    samples = [Sample(Prompt(f"data:{i}", "", [7]), 0, [1, 2, 3], likeliest=[1, 4, 5]) for i in range(2)]
+    parity = Parity(DeterminismConfig(**settings))
+    samples = [Sample(Prompt(f"data:{i}", "", [7]), 0, [1, 2, 3], top1_ids=[1, 4, 5]) for i in range(2)]
     weights = np.asarray([[0, 1, 1, 0], [0, 1, 1, 1]], np.float32)
     sequences = [TrainSequence(np.asarray(s.sequence, np.int32), w) for s, w in zip(samples, weights)]
     parity.expect(samples, sequences)
-    return parity.check_likeliest(3, sequences, [np.asarray([[0], [1], [4], [6]], np.int32)] * 2), sequences
+    return parity.check_top1(3, sequences, [np.asarray([[0], [1], [4], [6]], np.int32)] * 2), sequences
 
 
 def test_likeliest_tokens_have_a_budget() -> None:
@@ -84,7 +85,7 @@ def test_mask_takes_what_differs_out_of_the_loss() -> None:
 
 
 def test_warn_says_it_once_and_counts_on(caplog: pytest.LogCaptureFixture) -> None:
-    parity = Parity(Determinism(parity="bitwise", parity_gate="warn"))
+    parity = Parity(DeterminismConfig(parity="bitwise", parity_gate="warn"))
     for _ in range(2):
         metrics, sequences = check_with(parity)
         assert [s.loss_weights.sum() for s in sequences] == [3, 3]

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from miles_spmd.config.load import load_config
-from miles_spmd.controller.process import ControllerProcess
-from miles_spmd.messaging.dealer import Dealer
-from miles_spmd.messaging.router import LOOPBACK
-from miles_spmd.messaging.wire import Beat, Phase
+from miles_spmd.protocol.dealer import Dealer
+from miles_spmd.protocol.messages import Heartbeat
+from miles_spmd.protocol.router import LOOPBACK
+from miles_spmd.types.phase import Phase
+from miles_spmd.worker.controller_process import ControllerProcess
 from tests.worker.tiny_run import write_checkpoint, write_config
 
 
@@ -54,7 +55,7 @@ def test_an_error_before_any_worker_is_there(start: Start, tmp_path: Path, capfd
 def test_told_to_stop_it_says_why_and_who_is_missing(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
     controller = start()
     dealer = Dealer(controller.credentials())
-    dealer.send(Beat(rank=1, phase=Phase.START, step=0))
+    dealer.send(Heartbeat(rank=1, phase=Phase.START, step=0))
     time.sleep(0.5)  # for the beat
     controller.tell("stopped by SIGTERM")
     assert controller.wait(60) == 1
@@ -79,7 +80,7 @@ def test_a_controller_that_does_not_end_is_killed(start: Start) -> None:
 LAUNCHER = """
 import sys, time
 from miles_spmd.config.load import load_config
-from miles_spmd.controller.process import ControllerProcess
+from miles_spmd.worker.controller_process import ControllerProcess
 controller = ControllerProcess(load_config(sys.argv[1]), "train", "127.0.0.1", 2)
 controller.credentials()
 print(controller.pid, flush=True)

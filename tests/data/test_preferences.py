@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from miles_spmd.config.schema import Data
+from miles_spmd.config.schema import DataConfig
 from miles_spmd.data.dataset import DataError
 from miles_spmd.data.preferences import PreferencePair, load_preference_pairs
 from miles_spmd.data.sft import SftExample, load_sft_examples
@@ -36,7 +36,7 @@ def load(tmp_path: Path, tokenizer: Tokenizer, *rows: Any, **settings: Any) -> l
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     own = {key: settings.pop(key) for key in ("name", "max_len", "scores_end") if key in settings}
-    return load_preference_pairs(Data(prompt_data=str(path), **settings), tokenizer, **own)
+    return load_preference_pairs(DataConfig(prompt_data=str(path), **settings), tokenizer, **own)
 
 
 def same(a: SftExample, b: SftExample) -> bool:
@@ -54,7 +54,7 @@ def test_each_answer_is_tokenized_as_supervised_learning_does(
     rows = [{"prompt": p, "chosen": " It is 19.", "rejected": " 9"} for p in ("seven plus twelve", "12 plus 7")]
     pairs = load(tmp_path, tokenizer, *rows, apply_chat_template=templated)
     for key in ("chosen", "rejected"):
-        data = Data(prompt_data=str(tmp_path / "pairs.jsonl"), label_key=key, apply_chat_template=templated)
+        data = DataConfig(prompt_data=str(tmp_path / "pairs.jsonl"), label_key=key, apply_chat_template=templated)
         for pair, example in zip(pairs, load_sft_examples(data, tokenizer), strict=True):
             assert same(getattr(pair, key), example)
             assert (pair.uid, example.uid) == (example.uid, getattr(pair, key).uid)

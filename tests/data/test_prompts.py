@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from miles_spmd.config.schema import Data
+from miles_spmd.config.schema import DataConfig
 from miles_spmd.data.dataset import DataError, parse_slice
 from miles_spmd.data.prompts import load_prompts
 from miles_spmd.data.tokenizer import Tokenizer
@@ -28,14 +28,14 @@ def write_jsonl(path: Path, rows: list[Any]) -> str:
 
 def test_rows_become_prompts(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", ROWS)
-    plain, chat, big = load_prompts(Data(prompt_data=path), tokenizer)
+    plain, chat, big = load_prompts(DataConfig(prompt_data=path), tokenizer)
     assert (plain.uid, plain.text, plain.label) == ("train.jsonl:1", "What is 1+1?", 2)
     assert plain.tokens == tokenizer.encode("What is 1+1?")
     assert plain.metadata == {"level": "easy", "source": "book", "label": 2}
     assert chat.text == "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n"
     assert chat.metadata["messages"] == ROWS[1]["prompt"]
     assert big.label == 10**30
-    wrapped = load_prompts(Data(prompt_data=path, apply_chat_template=True), tokenizer, name="eval")[0]
+    wrapped = load_prompts(DataConfig(prompt_data=path, apply_chat_template=True), tokenizer, name="eval")[0]
     assert wrapped.uid == "eval:1"
     assert wrapped.text == "<|im_start|>user\nWhat is 1+1?<|im_end|>\n<|im_start|>assistant\n"
 
@@ -50,7 +50,7 @@ def test_parquet_equals_jsonl(tmp_path: Path, tokenizer: Tokenizer) -> None:
     lines = write_jsonl(tmp_path / "a.jsonl", rows)
     for cut in ("", "@[1:3]", "@[-2:]"):
         both = [
-            load_prompts(Data(prompt_data=f"{p}{cut}", label_key="extra.answer"), tokenizer, name="x")
+            load_prompts(DataConfig(prompt_data=f"{p}{cut}", label_key="extra.answer"), tokenizer, name="x")
             for p in (table, lines)
         ]
         assert both[0] == both[1]
@@ -60,7 +60,7 @@ def test_parquet_equals_jsonl(tmp_path: Path, tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("text", ["[0:2]", "[1:]", "[:-1]", "[:]", "[2:99]"])
 def test_slices_mean_what_python_means(tmp_path: Path, tokenizer: Tokenizer, text: str) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", [{"prompt": f"q{i}", "label": i} for i in range(4)])
-    labels = [p.label for p in load_prompts(Data(prompt_data=f"{path}@{text}"), tokenizer)]
+    labels = [p.label for p in load_prompts(DataConfig(prompt_data=f"{path}@{text}"), tokenizer)]
     assert labels == eval(f"[0, 1, 2, 3]{text}")
 
 
@@ -91,7 +91,7 @@ def test_every_fault_of_a_file_is_reported_at_once(tmp_path: Path, tokenizer: To
     ]
     path.write_bytes(("\n".join(lines) + "\n").encode() + b'{"prompt": "\xff"}\n' + good.encode())
     with pytest.raises(DataError) as caught:
-        load_prompts(Data(prompt_data=str(path), rollout_max_prompt_len=40), tokenizer)
+        load_prompts(DataConfig(prompt_data=str(path), rollout_max_prompt_len=40), tokenizer)
     expected = {
         2: "invalid JSON",
         4: "list instead of an object",
@@ -116,18 +116,18 @@ def test_every_fault_of_a_file_is_reported_at_once(tmp_path: Path, tokenizer: To
 def test_long_prompts(tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "hi", "label": 1}, {"prompt": "long " * 50, "label": 1}])
     with pytest.raises(DataError, match=r"a\.jsonl:2: .*of which 30 fit into the context"):
-        load_prompts(Data(prompt_data=path), tokenizer, room=30)
-    kept = load_prompts(Data(prompt_data=path, drop_long_prompts=True), tokenizer, room=30)
+        load_prompts(DataConfig(prompt_data=path), tokenizer, room=30)
+    kept = load_prompts(DataConfig(prompt_data=path, drop_long_prompts=True), tokenizer, room=30)
     assert [p.uid for p in kept] == ["a.jsonl:1"]
     assert "dropped 1 of 2" in caplog.text
     with pytest.raises(DataError, match="no rows"):
-        load_prompts(Data(prompt_data=path, drop_long_prompts=True, rollout_max_prompt_len=1), tokenizer)
+        load_prompts(DataConfig(prompt_data=path, drop_long_prompts=True, rollout_max_prompt_len=1), tokenizer)
 
 
 def test_many_faults_are_counted_not_printed(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{}] * 50)
     with pytest.raises(DataError) as caught:
-        load_prompts(Data(prompt_data=path), tokenizer)
+        load_prompts(DataConfig(prompt_data=path), tokenizer)
     assert len(caught.value.faults) == 50
     assert str(caught.value).endswith(f"... and 30 more faults in {path}")
 
@@ -139,16 +139,16 @@ def test_whole_files_that_cannot_be_used(tmp_path: Path, tokenizer: Tokenizer) -
     wrongs = {"empty.jsonl": "no rows", "broken.parquet": "unreadable", "a.csv": "unknown kind", "b.jsonl": "no such"}
     for name, message in wrongs.items():
         with pytest.raises(DataError, match=message):
-            load_prompts(Data(prompt_data=str(tmp_path / name)), tokenizer)
+            load_prompts(DataConfig(prompt_data=str(tmp_path / name)), tokenizer)
 
 
 def test_chat_prompts_without_a_template(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ROWS[:2])
     with pytest.raises(DataError, match=r"a\.jsonl:2: .*has no chat template"):
-        load_prompts(Data(prompt_data=path), Tokenizer(write_tokenizer(tmp_path / "t", chat_template=None)))
+        load_prompts(DataConfig(prompt_data=path), Tokenizer(write_tokenizer(tmp_path / "t", chat_template=None)))
 
 
 def test_a_label_can_be_waived(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "hi"}])
-    assert load_prompts(Data(prompt_data=path, label_key=""), tokenizer)[0].label is None
-    assert load_prompts(Data(prompt_data=path), tokenizer, require_label=False)[0].label is None
+    assert load_prompts(DataConfig(prompt_data=path, label_key=""), tokenizer)[0].label is None
+    assert load_prompts(DataConfig(prompt_data=path), tokenizer, require_label=False)[0].label is None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from miles_spmd.config.schema import Data
+from miles_spmd.config.schema import DataConfig
 from miles_spmd.data.dataset import DataError
 from miles_spmd.data.sft import SftExample, load_sft_examples
 from miles_spmd.data.tokenizer import Tokenizer, TokenizerError
@@ -31,7 +31,7 @@ def load(tmp_path: Path, tokenizer: Tokenizer, *rows: Any, **settings: Any) -> l
     path = tmp_path / "sft.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     max_len = settings.pop("max_len", None)
-    return load_sft_examples(Data(prompt_data=str(path), **settings), tokenizer, max_len=max_len)
+    return load_sft_examples(DataConfig(prompt_data=str(path), **settings), tokenizer, max_len=max_len)
 
 
 def learned(example: SftExample, tokenizer: Tokenizer) -> str:

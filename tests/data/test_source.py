@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miles_spmd.data.sample import Prompt
-from miles_spmd.data.seeds import derive_seed, sample_seed
 from miles_spmd.data.source import PromptSource
+from miles_spmd.types.sample import Prompt
+from miles_spmd.types.seeds import derive_seed, sample_seed
 
 
 def prompts(count: int) -> list[Prompt]:

@@ -10,9 +10,9 @@ import pytest
 from miles_spmd.platform.cuda import memory_saver_libraries
 from miles_spmd.quickstart.__main__ import SFT
 from miles_spmd.quickstart.assets import build_assets
+from tests.generation.conftest import folders  # noqa: F401
 from tests.gpu import machine
 from tests.gpu.test_grpo import train
-from tests.rollout.conftest import folders  # noqa: F401
 
 if machine.COUNT:  # for the processes that tests start
     os.environ["LD_PRELOAD"] = ":".join(

@@ -15,7 +15,7 @@ from tests.gpu.test_grpo import TP2, learns
 from tests.gpu.test_layouts import refit_through_buffers
 from tests.models import tiny
 from tests.ranks import Ranks
-from tests.refit.test_trainer_to_engine import PP, TP, refit_and_compare
+from tests.weights.test_trainer_to_engine import PP, TP, refit_and_compare
 
 ENGINE = machine.ENGINE | {"cuda_graph_bs_decode": [1]}
 DISTRIBUTED_OPTIMIZER = "megatron.use_distributed_optimizer=true"
@@ -72,10 +72,11 @@ def refit_times(
     import torch.distributed as dist
 
     from miles_spmd.config.load import make_config
+    from miles_spmd.generation.sglang.engine import SglangEngine
     from miles_spmd.models import load_family
-    from miles_spmd.refit import Refit, direct
-    from miles_spmd.rollout.sglang_engine import SglangEngine
     from miles_spmd.training.network import Network
+    from miles_spmd.weights import direct
+    from miles_spmd.weights.refit import Refit
     from miles_spmd.worker.world import take_side
 
     raw = {"model": {"hf_checkpoint": model}, "data": {"prompt_data": "none"}, "megatron": megatron}

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from tests.generation import conformance
 from tests.gpu.machine import ENGINE, needs
 from tests.ranks import Ranks
-from tests.rollout import conformance
 
 # Not among them: batch mates change a log-prob's last bits on a GPU (seeds), memory is not the CPU's (memory).
 CHECKS = (
@@ -45,7 +45,7 @@ def test_engine(ranks: Ranks, folders: list[Path]) -> None:
 
 
 def noise() -> None:
-    from miles_spmd.rollout.sglang_sampler import draw, gumbel_noise
+    from miles_spmd.generation.sglang.sampler import draw, gumbel_noise
 
     n = 200_000
     probs = torch.tensor([0.5, 0.0, 0.25, 0.125, 0.1, 0.0249, 0.0001], device="cuda")

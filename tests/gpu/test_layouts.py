@@ -12,8 +12,8 @@ import pytest
 from tests.gpu.machine import ENGINE, needs
 from tests.models import tiny
 from tests.ranks import Ranks
-from tests.refit.test_refit import written_over
-from tests.refit.test_trainer_to_engine import EP, PP, TP, VPP, refit_and_compare
+from tests.weights.test_refit import written_over
+from tests.weights.test_trainer_to_engine import EP, PP, TP, VPP, refit_and_compare
 
 
 @pytest.mark.parametrize(
@@ -44,17 +44,17 @@ def test_refit_without_access_to_peers(ranks: Ranks) -> None:
 
 def refit_through_buffers(*arguments: Any) -> str:
     """As where one GPU cannot map another's memory. Returns what is said of it."""
-    from miles_spmd.refit import ipc
+    from miles_spmd.weights import cuda_ipc
 
-    def refuse(_: ipc.Export) -> int:
-        raise ipc.MappingError("no access")
+    def refuse(_: cuda_ipc.Export) -> int:
+        raise cuda_ipc.MappingError("no access")
 
-    original, ipc.address = ipc.address, refuse
+    original, cuda_ipc.address = cuda_ipc.address, refuse
     try:
         with contextlib.redirect_stderr(io.StringIO()) as said:
             refit_and_compare(*arguments)
     finally:
-        ipc.address = original
+        cuda_ipc.address = original
     return said.getvalue()
 
 

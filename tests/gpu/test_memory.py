@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from miles_spmd.config.schema import Config
-from miles_spmd.data.sample import MicroBatch, TrainSequence
 from miles_spmd.models.random import random_checkpoint
-from miles_spmd.rollout.engine import Output
+from miles_spmd.types.request import Output
+from miles_spmd.types.train_sequence import MicroBatch, TrainSequence
+from tests.generation.conformance import prompt, request
+from tests.generation.conformance import run as answer
 from tests.gpu.machine import ENGINE, measured, needs
 from tests.ranks import Ranks
-from tests.rollout.conformance import prompt, request
-from tests.rollout.conformance import run as answer
 
 GIB, MIB = 2**30, 2**20
 CYCLES, WARM_UP = 50, 5
@@ -74,16 +74,16 @@ def alone(run: Config) -> tuple[list[Any], dict[str, Tensor]]:
 
 def in_turns(run: Config, levels: list[str]) -> dict[str, Any]:
     """The same steps, with a refit, answers and a release before each: the engine gives up ``levels``, one in each."""
-    from miles_spmd.messaging.wire import Phase
     from miles_spmd.platform import fixed_order
     from miles_spmd.training.roles import Roles
-    from miles_spmd.worker.memory import Ledger
-    from miles_spmd.worker.phases import EngineTurns
+    from miles_spmd.types.phase import Phase
+    from miles_spmd.worker.device_turns import DeviceTurns
+    from miles_spmd.worker.memory_account import MemoryAccount
     from miles_spmd.worker.stopwatch import Stopwatch
     from miles_spmd.worker.worker import make_engine
 
     fixed_order.pin_environment()
-    micro_batches, ledger = batch(), Ledger(run, 1)
+    micro_batches, ledger = batch(), MemoryAccount(run, 1)
     ledger.require_room(training=True)
     roles = Roles(run)
     ledger.trainer = roles.memory
@@ -93,7 +93,7 @@ def in_turns(run: Config, levels: list[str]) -> dict[str, Any]:
     engine: Any = make_engine(run)
     ledger.built(engine.memory)
     ledger.record("engine built")
-    turns = EngineTurns(run, engine, 1, roles, Stopwatch(), ledger)
+    turns = DeviceTurns(run, engine, 1, roles, Stopwatch(), ledger)
     asked = [request(f"r{i}", prompt(i % 4, 40), seed=i, ignore_eos=True, max_new_tokens=16) for i in range(16)]
     whole, numbers, tokens, device, host, free = engine.memory(), [], [], [], [], []
     for cycle, level in enumerate(levels):
@@ -185,11 +185,11 @@ def fill(leave: int) -> list[Tensor]:
 
 def exhausted_training(run: Config) -> list[str]:
     """What is said when torch finds no memory, and when cuBLAS finds none because torch keeps what it has freed."""
-    from miles_spmd.messaging.wire import Phase
     from miles_spmd.training.roles import Roles
-    from miles_spmd.worker.memory import DeviceMemoryError, Ledger
+    from miles_spmd.types.phase import Phase
+    from miles_spmd.worker.memory_account import DeviceMemoryError, MemoryAccount
 
-    ledger = Ledger(run, 1)
+    ledger = MemoryAccount(run, 1)
     roles = Roles(run)
     ledger.trainer = roles.memory
     ledger.begin(Phase.TRAIN, 3)
@@ -223,11 +223,11 @@ def test_a_step_that_does_not_fit_is_explained(ranks: Ranks) -> None:
 
 
 def no_room(run: Config) -> str:
-    from miles_spmd.worker.memory import Ledger, MemoryPlanError
+    from miles_spmd.worker.memory_account import MemoryAccount, MemoryPlanError
 
     filler = fill(8 * GIB)
     with pytest.raises(MemoryPlanError) as caught:
-        Ledger(run, 1).require_room(training=True)
+        MemoryAccount(run, 1).require_room(training=True)
     del filler
     return str(caught.value)
 
@@ -245,15 +245,15 @@ def exhausted_engine() -> dict[str, Any]:
     import contextlib
     import io
 
-    from miles_spmd.checkpoint import hf
+    from miles_spmd.generation.sglang.engine import SglangEngine
     from miles_spmd.models import load_family
-    from miles_spmd.rollout.sglang_engine import SglangEngine
-    from miles_spmd.worker.rollout import step
+    from miles_spmd.weights import hugging_face
+    from miles_spmd.worker.engine_loop import step
 
     folder = random_checkpoint("random:qwen3-0.6b")
     own = {"max_total_tokens": 100_000, "cuda_graph_bs_decode": [1, 8], "attention_backend": "triton"}
     engine = SglangEngine(folder, dtype="bfloat16", server_args=ENGINE | own, context_length=256)
-    hf.load(folder, engine.weights(), engine.layout(), load_family(folder))
+    hugging_face.load(folder, engine.weights(), engine.layout(), load_family(folder))
     engine.commit(0)
     asked = [
         request(f"r{i}", prompt(i, 20 + i % 7), seed=i, ignore_eos=True, max_new_tokens=24, temperature=0.2)

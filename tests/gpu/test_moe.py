@@ -14,7 +14,7 @@ from tests.gpu.machine import needs
 from tests.gpu.test_grpo import learns, train
 from tests.models import tiny
 from tests.ranks import Ranks
-from tests.refit.test_trainer_to_engine import EP, PP, TP, refit_and_compare
+from tests.weights.test_trainer_to_engine import EP, PP, TP, refit_and_compare
 
 SP = {"sequence_parallel": True}
 ETP1 = {"expert_tensor_parallel_size": 1}

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from miles_spmd.config.schema import Config
-from miles_spmd.data.sample import MicroBatch, TrainSequence
+from miles_spmd.types.train_sequence import MicroBatch, TrainSequence
+from tests.generation.conformance import finish, request, run
 from tests.gpu.machine import ENGINE, measured, needs
 from tests.ranks import Ranks
-from tests.rollout.conformance import finish, request, run
 
 T = TypeVar("T")
 
@@ -95,8 +95,8 @@ def batch_of(texts: list[list[int]], log_probs: list[np.ndarray], part: int, par
 
 def spine(folder: Path, megatron: dict[str, Any], engine_tp: int) -> dict[str, Any]:
     from miles_spmd.algorithms.losses import make_loss
+    from miles_spmd.generation.sglang.engine import SglangEngine
     from miles_spmd.models import load_family
-    from miles_spmd.rollout.sglang_engine import SglangEngine
     from miles_spmd.training.trainer import Trainer
 
     clock = Clock()
@@ -118,7 +118,7 @@ def spine(folder: Path, megatron: dict[str, Any], engine_tp: int) -> dict[str, A
 
 def work(clock: Clock, folder: Path, trainer: Any, engine: Any) -> None:
     """Two engines of one rank each are given the same requests; what the first answers is trained on."""
-    from miles_spmd.refit import Refit
+    from miles_spmd.weights.refit import Refit
 
     refit = Refit(trainer.weights(), trainer.layout(), engine.weights(), engine.layout(), bucket_bytes=256 << 20)
     clock("first refit", refit.run)

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from miles_spmd.config.schema import Config
-from miles_spmd.data.sample import TrainSequence
 from miles_spmd.quickstart import checkpoint
 from miles_spmd.quickstart.__main__ import SFT as SFT_RECIPE
 from miles_spmd.quickstart.assets import build_assets
+from miles_spmd.types.train_sequence import TrainSequence
 from tests.gpu.machine import measured, needs, needs_transformer_engine
 from tests.gpu.test_grpo import grpo, series, train
 from tests.models import tiny

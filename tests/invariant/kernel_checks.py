@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from miles_spmd.determinism import kernel as digests
-from miles_spmd.determinism.rectangles import parts
-from miles_spmd.determinism.tensors import TensorSums
 from miles_spmd.invariant import kernels, rotary
 from miles_spmd.invariant.split_attention import attend, decode
+from miles_spmd.ledger import digest_kernel as digests
+from miles_spmd.ledger.rectangles import parts
+from miles_spmd.ledger.tensor_sums import TensorSums
 from miles_spmd.models.layout import Piece, TensorLayout, whole
 
 DTYPES = (torch.float32, torch.bfloat16)

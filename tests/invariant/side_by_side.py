@@ -12,10 +12,10 @@ import torch
 import transformers
 
 from miles_spmd.config.schema import Config
-from miles_spmd.data.sample import MicroBatch, TrainSequence
-from miles_spmd.rollout.engine import Output, Request
+from miles_spmd.types.request import Output, Request
+from miles_spmd.types.train_sequence import MicroBatch, TrainSequence
+from tests.generation.conformance import request, run
 from tests.models import tiny
-from tests.rollout.conformance import request, run
 
 PROMPTS, SAMPLES = 12, 4
 
@@ -82,8 +82,8 @@ def train_and_compare(config: Config, steps: int, prompt: int, answer: int, micr
     its own into ``micro_batches``, compares, and makes an update by advantages of chance."""
     from miles_spmd.algorithms.losses import make_loss
     from miles_spmd.models import load_family
-    from miles_spmd.refit import Refit
     from miles_spmd.training.trainer import Trainer
+    from miles_spmd.weights.refit import Refit
     from miles_spmd.worker.worker import make_engine
 
     family = load_family(config.model.hf_checkpoint)

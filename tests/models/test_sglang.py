@@ -9,16 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from miles_spmd.checkpoint import hf
 from miles_spmd.models import load_family
+from miles_spmd.weights import hugging_face
+from tests.generation.checkpoints import Reference
+from tests.generation.conformance import difference, refit, request, run
 from tests.models import tiny
 from tests.ranks import Ranks
-from tests.rollout.checkpoints import Reference
-from tests.rollout.conformance import difference, refit, request, run
 
 
 def compare_loaders(folder: Path, tp_size: int, dtype: str) -> int:
-    from miles_spmd.rollout.sglang_engine import SglangEngine
+    from miles_spmd.generation.sglang.engine import SglangEngine
 
     engine = SglangEngine(folder, dtype=dtype, server_args={"tp_size": tp_size})
     try:
@@ -26,7 +26,7 @@ def compare_loaders(folder: Path, tp_size: int, dtype: str) -> int:
         expected = {name: tensor.clone() for name, tensor in engine.weights().items()}
         for tensor in engine.weights().values():
             tensor.fill_(torch.nan)
-        hf.load(folder, engine.weights(), engine.layout(), load_family(folder))
+        hugging_face.load(folder, engine.weights(), engine.layout(), load_family(folder))
         for name, tensor in engine.weights().items():
             assert torch.equal(tensor, expected[name]), name
         return sum(tensor.numel() for tensor in expected.values())
@@ -43,7 +43,7 @@ def test_every_parameter_is_what_sglang_loads(ranks: Ranks, name: str, tp_size: 
 
 
 def generate(folder: Path, tp_size: int) -> list[list[int]]:
-    from miles_spmd.rollout.sglang_engine import SglangEngine
+    from miles_spmd.generation.sglang.engine import SglangEngine
 
     engine = SglangEngine(folder, dtype="float32", server_args={"tp_size": tp_size})
     try:

@@ -12,8 +12,8 @@ from miles_spmd.config.load import load_config
 from miles_spmd.config.schema import Config
 from miles_spmd.models import load_family
 from miles_spmd.models.random import SHAPES
-from miles_spmd.planning.layout import Groups, ParallelLayout
-from miles_spmd.planning.memory import MemoryEstimate, estimate_memory
+from miles_spmd.planning.memory_estimate import MemoryEstimate, estimate_memory
+from miles_spmd.planning.parallel_layout import Groups, ParallelLayout
 from miles_spmd.planning.plan import describe_plan
 from tests.models.tiny import checkpoint
 from tests.ranks import Ranks
@@ -133,31 +133,33 @@ def test_a_step_that_was_measured(name: str, changes: dict[str, int], tokens: in
 
 
 def test_a_chunk_of_logits_is_the_trainers() -> None:
-    from miles_spmd.planning import memory
+    from miles_spmd.planning import memory_estimate
     from miles_spmd.training import log_probs
 
-    assert memory.MAX_LOGITS == log_probs.MAX_LOGITS
+    assert memory_estimate.MAX_LOGITS == log_probs.MAX_LOGITS
 
 
 def test_models_beside_the_policy_are_counted() -> None:
     path = checkpoint("qwen3")
 
-    def memory(interval: int = 1, **algorithm: Any) -> MemoryEstimate:
+    def memory_estimate(interval: int = 1, **algorithm: Any) -> MemoryEstimate:
         teacher = {"teacher_load": checkpoint("qwen2")} if "opd_kl_coef" in algorithm else {}
         model = {"hf_checkpoint": path, "dtype": "bfloat16", **teacher}
         lag = {"update_weights_interval": interval}
         config = make_config(path, {}, model=model, algorithm=algorithm, refit=lag)
         return estimate_memory(config, load_family(path), ParallelLayout.of(config, world_size=1))
 
-    alone = memory()
+    alone = memory_estimate()
     assert (alone.critic, alone.host) == (0, 0)
-    assert memory(kl_loss_coef=0.1, keep_old_actor=True).host == 2 * alone.parameters
-    assert memory(interval=2).training == alone.training + alone.engine_weights
+    assert memory_estimate(kl_loss_coef=0.1, keep_old_actor=True).host == 2 * alone.parameters
+    assert memory_estimate(interval=2).training == alone.training + alone.engine_weights
     teacher = load_family(checkpoint("qwen2")).num_parameters() * 2
-    assert memory(opd_kl_coef=1.0).host == memory(opd_kl_coef=1.0).others == teacher
+    assert memory_estimate(opd_kl_coef=1.0).host == memory_estimate(opd_kl_coef=1.0).others == teacher
     head = load_family(path).vocab_size - 1  # rows that a value head has not
     policy = alone.parameters + alone.gradients + alone.optimizer
-    assert memory(advantage_estimator="ppo").critic == policy - head * load_family(path).hidden_size * (2 + 4 + 12)
+    assert memory_estimate(advantage_estimator="ppo").critic == policy - head * load_family(path).hidden_size * (
+        2 + 4 + 12
+    )
 
 
 def test_recompute_and_sequence_parallel_save_activations() -> None:

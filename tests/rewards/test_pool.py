@@ -13,10 +13,10 @@ from typing import Any
 import psutil
 import pytest
 
-from miles_spmd.config.schema import Reward
-from miles_spmd.data.sample import Prompt, Sample
+from miles_spmd.config.schema import RewardConfig
+from miles_spmd.plugins.reward import RewardError, Score
 from miles_spmd.rewards.pool import RewardPool
-from miles_spmd.rewards.protocols import RewardError, Score
+from miles_spmd.types.sample import Prompt, Sample
 
 HERE = "tests.rewards.user_functions:"
 
@@ -38,7 +38,7 @@ def _no_process_stays() -> Iterator[None]:
 
 
 def scores(function: str, samples: list[Sample], **settings: Any) -> list[Score]:
-    with RewardPool(Reward(rm_type=function, **{"reward_workers": 1} | settings)) as pool:
+    with RewardPool(RewardConfig(rm_type=function, **{"reward_workers": 1} | settings)) as pool:
         return pool.submit(samples).result(timeout=60)
 
 
@@ -57,7 +57,7 @@ def test_own_shapes() -> None:
 
 
 def test_async_samples_wait_at_the_same_time() -> None:
-    with RewardPool(Reward(rm_type=HERE + "length_async", reward_workers=1)) as pool:
+    with RewardPool(RewardConfig(rm_type=HERE + "length_async", reward_workers=1)) as pool:
         start = time.monotonic()
         assert [s.value for s in pool.submit(group(*"abcdefgh")).result(timeout=60)] == [1.0] * 8
         assert time.monotonic() - start < 2  # 8 x 0.5 s one after the other
@@ -85,7 +85,7 @@ def test_built_in_rewards() -> None:
 
 def test_what_math_cannot_verify_is_wrong_and_the_pool_lives_on() -> None:
     tower = r"\boxed{9^{9^{9^9}}}"
-    with RewardPool(Reward(rm_type="math", reward_workers=1, reward_timeout=3, reward_memory_gib=1)) as pool:
+    with RewardPool(RewardConfig(rm_type="math", reward_workers=1, reward_timeout=3, reward_memory_gib=1)) as pool:
         assert [s.value for s in pool.submit(group(tower, r"\boxed{19}", label=5)).result(timeout=60)] == [0, 0]
         assert [s.value for s in pool.submit(group(r"\boxed{19}")).result(timeout=60)] == [1]
 
@@ -143,11 +143,11 @@ def test_a_missing_label_names_the_prompt(name: str) -> None:
 )
 def test_a_function_that_cannot_be_used_fails_at_once(name: str, expected: str) -> None:
     with pytest.raises(RewardError, match=expected):
-        RewardPool(Reward(rm_type=name))
+        RewardPool(RewardConfig(rm_type=name))
 
 
 def test_submit_does_not_wait_and_close_kills_what_runs() -> None:
-    pool = RewardPool(Reward(rm_type=HERE + "hangs", reward_workers=2))
+    pool = RewardPool(RewardConfig(rm_type=HERE + "hangs", reward_workers=2))
     start = time.monotonic()
     future = pool.submit(group("a", "b", "c"))
     assert not future.done()
@@ -159,7 +159,7 @@ def test_submit_does_not_wait_and_close_kills_what_runs() -> None:
 
 
 def test_other_calls_outlive_a_hanging_one() -> None:
-    with RewardPool(Reward(rm_type=HERE + "hangs", reward_workers=1, reward_timeout=1)) as pool:
+    with RewardPool(RewardConfig(rm_type=HERE + "hangs", reward_workers=1, reward_timeout=1)) as pool:
         bad, good = pool.submit(group("a", "b")), pool.submit(group("c", uid="gsm8k:2"))
         assert good.result(timeout=30) == [Score(0.0)]
         with pytest.raises(RewardError):
@@ -175,7 +175,7 @@ def test_processes_die_with_a_killed_controller() -> None:
         "import sys, time\n"
         "from tests.rewards.test_pool import HERE, RewardPool, Reward, group\n"
         "if __name__ == '__main__':\n"
-        "    pool = RewardPool(Reward(rm_type=HERE + 'process_id', reward_workers=1))\n"
+        "    pool = RewardPool(RewardConfig(rm_type=HERE + 'process_id', reward_workers=1))\n"
         "    print(int(pool.submit(group('a')).result()[0].value), flush=True)\n"
         "    time.sleep(60)\n"
     )

@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Any
 
-from miles_spmd.data.sample import Sample
+from miles_spmd.types.sample import Sample
 
 
 def length(sample: Sample) -> float:

@@ -7,10 +7,10 @@ from typing import Any
 
 from miles_spmd.config.load import dump_config
 from miles_spmd.config.schema import Config
-from miles_spmd.data.sample import FinishReason, Prompt, Sample
 from miles_spmd.telemetry.environment import write_environment
 from miles_spmd.telemetry.trackers import open_trackers
 from miles_spmd.telemetry.transcripts import write_transcripts
+from miles_spmd.types.sample import FinishReason, Prompt, Sample
 
 
 def make_config(output_dir: Path, **tables: dict[str, Any]) -> Config:

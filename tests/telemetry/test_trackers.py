@@ -17,12 +17,12 @@ from tensorboardX.proto.event_pb2 import Event
 from miles_spmd.algorithms.advantages import compute_advantages
 from miles_spmd.algorithms.corrections import mis
 from miles_spmd.algorithms.mismatch import mismatch_metrics
-from miles_spmd.algorithms.rollout_batch import RolloutBatch
-from miles_spmd.config.schema import Algorithm
-from miles_spmd.messaging.wire import Phase
+from miles_spmd.config.schema import AlgorithmConfig
 from miles_spmd.telemetry import metrics
 from miles_spmd.telemetry.metrics import METRICS, PHASES, describe, is_score, phase_times
 from miles_spmd.telemetry.trackers import JsonlTracker, open_trackers, read_metrics
+from miles_spmd.types.phase import Phase
+from miles_spmd.types.rollout_batch import RolloutBatch
 from tests.telemetry.runs import make_config
 
 
@@ -104,10 +104,10 @@ def algorithm_metrics() -> set[str]:
         *(np.arange(4.0), np.zeros(4, int), ones),
         **dict.fromkeys(("old_log_probs", "rollout_log_probs", "teacher_log_probs", "values"), ones),
     )
-    correction = mis(batch, Algorithm(use_tis=True, tis_function="mis"))
+    correction = mis(batch, AlgorithmConfig(use_tis=True, tis_function="mis"))
     return {f"train/{name}" for name in mismatch_metrics(ones, ones, ones)} | {
         f"rollout/{name}"
-        for algorithm in (Algorithm(opd_kl_coef=0.1), Algorithm(advantage_estimator="ppo"))
+        for algorithm in (AlgorithmConfig(opd_kl_coef=0.1), AlgorithmConfig(advantage_estimator="ppo"))
         for name in compute_advantages(batch, algorithm).metrics | correction.metrics
     }
 

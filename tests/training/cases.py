@@ -12,9 +12,9 @@ from torch import Tensor
 
 from miles_spmd.algorithms.losses import make_loss
 from miles_spmd.config.schema import Config
-from miles_spmd.data.sample import MicroBatch, TrainSequence
 from miles_spmd.models import TensorLayout, load_family
 from miles_spmd.training.trainer import Trainer
+from miles_spmd.types.train_sequence import MicroBatch, TrainSequence
 from tests.models import tiny
 
 VOCAB = tiny.COMMON["vocab_size"]

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from miles_spmd.checkpoint.dist import CheckpointError
 from miles_spmd.config.schema import Config
+from miles_spmd.training.checkpoint import CheckpointError
 from tests.models import tiny
 from tests.ranks import Ranks
 from tests.training.cases import CP2, EP2, ETP1, PP2, SP, TP2, VPP2, ZERO, build, config, global_loss, sequences, share

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from miles_spmd.config.schema import Config
-from miles_spmd.controller.metrics import train_metrics
-from miles_spmd.controller.packing import bodies, pack, pack_leaves
-from miles_spmd.data.sample import TrainSequence
-from miles_spmd.messaging.wire import Train, TrainerRank, TrainResult
+from miles_spmd.controller.journal.metrics import train_metrics
+from miles_spmd.controller.learning.micro_batches import bodies, pack, pack_leaves
+from miles_spmd.protocol.messages import TrainerRank, TrainResult, TrainStep
 from miles_spmd.training.trainer import Trainer
+from miles_spmd.types.train_sequence import TrainSequence
 from tests.ranks import Ranks
 from tests.training.cases import SP, ZERO, Held, build, config, held, sequences, whole_weights
 
@@ -48,7 +48,7 @@ def standing(trainer: Trainer) -> TrainerRank:
     return TrainerRank(trainer.data_parallel_rank, trainer.data_parallel_size, trainer.reports)
 
 
-def own_body(trainer: Trainer, batch: list[TrainSequence], cut: Cut | None, leaves: int) -> Train:
+def own_body(trainer: Trainer, batch: list[TrainSequence], cut: Cut | None, leaves: int) -> TrainStep:
     """What the controller would send this rank."""
     size = trainer.data_parallel_size
     if cut is None:
@@ -58,7 +58,7 @@ def own_body(trainer: Trainer, batch: list[TrainSequence], cut: Cut | None, leav
         batch = [batch[i] for i in order]
         lengths = [len(s.tokens) for s in batch]
         packing = pack(lengths, data_parallel_size=size, max_tokens=cut.max_tokens, multiple=cut.multiple)
-    (body,) = bodies(packing, batch, [standing(trainer)], Train)
+    (body,) = bodies(packing, batch, [standing(trainer)], TrainStep)
     return body  # type: ignore[return-value]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from miles_spmd.data.sample import TrainSequence
+from miles_spmd.types.train_sequence import TrainSequence
 from tests.models import tiny
 from tests.ranks import Ranks
 from tests.training.cases import (

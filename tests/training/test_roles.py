@@ -16,10 +16,11 @@ import transformers
 from torch import Tensor
 
 from miles_spmd.config.schema import Config
-from miles_spmd.data.sample import MicroBatch, TrainSequence
-from miles_spmd.messaging.wire import LogProbsResult, Role
+from miles_spmd.protocol.messages import LogProbsResult
 from miles_spmd.training.network import Network
 from miles_spmd.training.roles import Roles
+from miles_spmd.types.role import Role
+from miles_spmd.types.train_sequence import MicroBatch, TrainSequence
 from tests.models import tiny
 from tests.ranks import Ranks
 from tests.training.cases import (

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from miles_spmd.algorithms.losses import SupervisedLoss
-from miles_spmd.algorithms.token_batch import TokenBatch
 from miles_spmd.config.schema import Config
-from miles_spmd.data.sample import MicroBatch, TrainSequence
 from miles_spmd.models import load_family
 from miles_spmd.training import log_probs as head
 from miles_spmd.training.model import unwrap
 from miles_spmd.training.trainer import Trainer
+from miles_spmd.types.token_batch import TokenBatch
+from miles_spmd.types.train_sequence import MicroBatch, TrainSequence
 from tests.ranks import Ranks
 from tests.training.cases import (
     CP2,

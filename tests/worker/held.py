@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from miles_spmd.config.load import load_config
-from miles_spmd.messaging import wire
-from miles_spmd.messaging.wire import Phase
+from miles_spmd.protocol import messages
+from miles_spmd.types.phase import Phase
 from miles_spmd.worker import main as worker_main
 
-BODY_OF = {Phase.ROLLOUT: wire.Generate, Phase.TRAIN: wire.Train, Phase.REFIT: wire.Refit}
+BODY_OF = {Phase.ROLLOUT: messages.Generate, Phase.TRAIN: messages.TrainStep, Phase.REFIT: messages.RefitEngine}
 
 
 def main() -> int:
@@ -45,7 +45,7 @@ def main() -> int:
         worker = build(*args)
         do = worker.do
 
-        def do_held(body: wire.Body) -> wire.Result:
+        def do_held(body: messages.Body) -> messages.Result:
             if isinstance(body, BODY_OF[phase]):
                 do_deed()
             return do(body)

@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from miles_spmd.data.sample import Sample
+from miles_spmd.types.sample import Sample
 
 
 def hangs(sample: Sample) -> float:

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from miles_spmd.config.schema import Config
-from miles_spmd.messaging.wire import Bisect, Bisection
+from miles_spmd.protocol.messages import Bisect, Bisection
+from tests.generation.conformance import request
 from tests.invariant.side_by_side import checkpoint
 from tests.ranks import Ranks
-from tests.rollout.conformance import request
 from tests.training.cases import PP2, TP2
 
 PLANTED = {
@@ -39,8 +39,8 @@ def named(run: Config, weights: tuple[str, ...]) -> dict[str, Bisection]:
     """What is named after a bit of each of this rank's weights has changed, one after another; "nothing": before."""
     from miles_spmd.algorithms.losses import make_loss
     from miles_spmd.models import load_family
-    from miles_spmd.refit import Refit
     from miles_spmd.training.trainer import Trainer
+    from miles_spmd.weights.refit import Refit
     from miles_spmd.worker.bisect import bisect
     from miles_spmd.worker.worker import make_engine
 

@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 
 from miles_spmd.config.load import config_digest, load_config
 from miles_spmd.config.schema import Config
-from miles_spmd.controller import loop
-from miles_spmd.controller.workers import Workers
-from miles_spmd.determinism.compare import compare
-from miles_spmd.determinism.record import Record, read_record
-from miles_spmd.messaging.dealer import Dealer
-from miles_spmd.messaging.keys import Credentials
-from miles_spmd.messaging.router import Router
-from miles_spmd.messaging.wire import Command, Feed, Hello, Ok, Reply, Stop
+from miles_spmd.controller.cluster.cluster import Cluster
+from miles_spmd.controller.loops import sync
+from miles_spmd.ledger.compare import compare
+from miles_spmd.ledger.record import Record, read_record
+from miles_spmd.protocol.credentials import Credentials
+from miles_spmd.protocol.dealer import Dealer
+from miles_spmd.protocol.messages import Command, Feed, Hello, Ok, Reply, Stop
+from miles_spmd.protocol.router import Router
 from miles_spmd.worker.stopwatch import Stopwatch
 from tests.ranks import Ranks
 from tests.worker.tiny_run import write_checkpoint, write_config
@@ -40,14 +40,14 @@ def serve(credentials: bytes, config: Config) -> None:
     import torch.distributed as dist
 
     from miles_spmd.worker.main import Place, rank_info
-    from miles_spmd.worker.memory import Ledger
+    from miles_spmd.worker.memory_account import MemoryAccount
     from miles_spmd.worker.worker import Worker
     from miles_spmd.worker.world import take_side
 
     place = Place(dist.get_rank(), dist.get_world_size(), 0, dist.get_world_size(), "")
     side = take_side(config.rollout.rollout_num_gpus, timedelta(minutes=2))
     dealer, watch = Dealer(msgspec.json.decode(credentials, type=Credentials)), Stopwatch()
-    ledger = Ledger(config, place.world_size, side.trains, side.generates)
+    ledger = MemoryAccount(config, place.world_size, side.trains, side.generates)
     worker = Worker(config, "train", side, place.rank, dealer, watch, ledger, lambda _: None)
     dealer.send(Hello(rank_info(worker, place), config_digest(config), watch.take()))
     while not dealer.disconnections.poll(0):
@@ -73,9 +73,9 @@ def train(ranks: Ranks, world_size: int, recipe: Path, folder: Path, *overrides:
     arguments = world_size, serve, msgspec.json.encode(router.credentials), config
     thread = threading.Thread(target=_keep, args=(errors, lambda: ranks.run(*arguments)))
     thread.start()
-    workers = Workers(router, world_size, config.deadlines, config_digest(config), config.run_dir / "logs")
+    workers = Cluster(router, world_size, config.deadlines, config_digest(config), config.run_dir / "logs")
     try:
-        loop.run(config, workers)
+        sync.run(config, workers)
         workers.stop()
     finally:
         router.close()

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from miles_spmd.messaging.wire import Phase
+from miles_spmd.types.phase import Phase
 from tests.worker.tiny_run import write_checkpoint, write_config
 
 REPOSITORY = Path(__file__).parents[2]

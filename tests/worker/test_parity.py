@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from miles_spmd.config.checks import decide_parity
-from miles_spmd.determinism.record import verify
+from miles_spmd.ledger.record import verify
 from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
-from tests.determinism.runs import STEPS, Recipe, replayed, train
+from tests.ledger.runs import STEPS, Recipe, replayed, train
 from tests.ranks import Ranks
 
 UPDATED = ("train/loss", "train/grad_norm", "train/ppo_kl", "train/pg_clipfrac")

@@ -13,15 +13,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from miles_spmd.config.schema import Deadlines
-from miles_spmd.controller.workers import RolloutSession, WorkerFailedError, Workers
-from miles_spmd.data.sample import FinishReason
-from miles_spmd.messaging.dealer import Dealer
-from miles_spmd.messaging.keys import Credentials
-from miles_spmd.messaging.router import Router
-from miles_spmd.messaging.wire import Command, Failure, Generate, Hello, Ok, Reply
-from miles_spmd.rollout.engine import Engine, Output, Request, SamplingParams
-from miles_spmd.worker.rollout import Lockstep, run_rollout
+from miles_spmd.config.schema import DeadlinesConfig
+from miles_spmd.controller.cluster.cluster import Cluster, RolloutSession, WorkerFailedError
+from miles_spmd.generation.engine import Engine
+from miles_spmd.protocol.credentials import Credentials
+from miles_spmd.protocol.dealer import Dealer
+from miles_spmd.protocol.messages import Command, Failure, Generate, Hello, Ok, Reply
+from miles_spmd.protocol.router import Router
+from miles_spmd.types.request import Output, Request, SamplingParams
+from miles_spmd.types.sample import FinishReason
+from miles_spmd.worker.engine_loop import Lockstep, run_rollout
 from miles_spmd.worker.stopwatch import Stopwatch
 from tests.controller.ranks import DIGEST, HOST, info_of
 from tests.ranks import Ranks
@@ -37,11 +38,11 @@ def make_engine(kind: str, folder: Path, engine_size: int) -> Any:
     """With weights that follow from their names, so that every engine has the same."""
     engine: Any
     if kind == "torch":
-        from miles_spmd.rollout.torch_engine import TorchEngine
+        from miles_spmd.generation.torch_engine import TorchEngine
 
         engine = TorchEngine(folder, dtype="float32")
     else:
-        from miles_spmd.rollout.sglang_engine import SglangEngine
+        from miles_spmd.generation.sglang.engine import SglangEngine
 
         engine = SglangEngine(folder, dtype="float32", server_args={"tp_size": engine_size})
     for number, (_, tensor) in enumerate(sorted(engine.weights().items())):
@@ -75,13 +76,13 @@ def serve(credentials: bytes, kind: str, folder: Path, engine_size: int) -> None
 
 
 @contextmanager
-def serving(ranks: Ranks, *args: Any) -> Iterator[Workers]:
+def serving(ranks: Ranks, *args: Any) -> Iterator[Cluster]:
     """Two ranks behind a Workers."""
     router = Router()
     thread = threading.Thread(target=ranks.run, args=(2, serve, msgspec.json.encode(router.credentials), *args))
     thread.start()
     try:
-        yield Workers(router, 2, Deadlines(), DIGEST, Path("logs"))
+        yield Cluster(router, 2, DeadlinesConfig(), DIGEST, Path("logs"))
     finally:
         router.close()
         thread.join()
@@ -152,7 +153,7 @@ def test_aborted_requests_keep_what_they_have(ranks: Ranks, checkpoint: Path) ->
 
 
 def test_a_request_that_does_not_fit_ends_the_rollout(ranks: Ranks, checkpoint: Path) -> None:
-    def rollout(workers: Workers) -> None:
+    def rollout(workers: Cluster) -> None:
         with workers.rollout(0) as session:
             session.submit(requests(2, new_tokens=500))
             list(session.completions())

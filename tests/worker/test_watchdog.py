@@ -13,15 +13,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from miles_spmd.messaging.router import Router
-from miles_spmd.messaging.wire import Beat, Phase
+from miles_spmd.protocol.messages import Heartbeat
+from miles_spmd.protocol.router import Router
+from miles_spmd.types.phase import Phase
 
 WORKER = """
 import sys, time
 from pathlib import Path
 import msgspec
-from miles_spmd.messaging.keys import Credentials
-from miles_spmd.messaging.wire import Phase
+from miles_spmd.protocol.credentials import Credentials
+from miles_spmd.protocol.messages import Phase
 from miles_spmd.worker.watchdog import Watchdog
 
 def train_step():
@@ -45,12 +46,12 @@ class Watched:
             [sys.executable, "-c", WORKER, credentials, str(stacks), str(deadline)], stderr=subprocess.PIPE, text=True
         )
 
-    def beat(self, wanted: Callable[[Beat], bool], seconds: float = 30) -> Beat:
+    def beat(self, wanted: Callable[[Heartbeat], bool], seconds: float = 30) -> Heartbeat:
         """The first such one."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             event = self.router.receive(end - time.monotonic())
-            if event is not None and isinstance(event[1], Beat) and wanted(event[1]):
+            if event is not None and isinstance(event[1], Heartbeat) and wanted(event[1]):
                 return event[1]
         raise AssertionError("no such beat")
 
@@ -75,7 +76,7 @@ def watched(tmp_path: Path) -> Iterator[Callable[..., Watched]]:
         one.router.close()
 
 
-def in_train_step(beat: Beat) -> bool:
+def in_train_step(beat: Heartbeat) -> bool:
     return "train_step" in beat.detail
 
 

@@ -1,0 +1,121 @@
+"""From sequences to each rank's micro-batches, and from the ranks' answers back to sequence order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+
+from miles_spmd.protocol.messages import Body, TrainerRank
+from miles_spmd.types.train_sequence import MicroBatch, TrainSequence
+
+FILLER = -1  # stands for a sequence without weight, so that every rank has something to run
+
+
+@dataclass(frozen=True)
+class Packing:
+    """``bins[d][m]`` lists the sequences (indices into the batch) of micro-batch m on data-parallel rank d.
+
+    Every rank has the same number of micro-batches: ranks of an expert-parallel group meet in each of them.
+    """
+
+    bins: list[list[list[int]]]
+
+
+def pack(lengths: Sequence[int], *, data_parallel_size: int, max_tokens: int, multiple: int = 1) -> Packing:
+    """Fewest balanced micro-batches of at most ``max_tokens`` tokens, their number a multiple of ``multiple`` per rank.
+
+    Longest sequence first into the emptiest bin (LPT), ties by index: a pure function of the lengths.
+    Raises ValueError naming the sequence that alone exceeds the budget.
+    """
+    for index, length in enumerate(lengths):
+        if length > max_tokens:
+            raise ValueError(
+                f"sequence {index} has {length} tokens, more than one micro-batch may hold ({max_tokens}); "
+                "raise max_tokens_per_gpu"
+            )
+    unit = data_parallel_size * multiple
+    count = unit * max(1, -(-sum(lengths) // (max_tokens * unit)))
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(count)]
+        loads = np.zeros(count, np.int64)
+        for index in order:
+            target = int(loads.argmin())
+            bins[target].append(index)
+            loads[target] += lengths[index]
+        if loads.max(initial=0) <= max_tokens:
+            break
+        count += unit
+    filled = [sorted(b) or [FILLER] for b in bins]
+    return Packing([filled[rank::data_parallel_size] for rank in range(data_parallel_size)])
+
+
+def pack_leaves(
+    lengths: Sequence[int], *, data_parallel_size: int, leaves: int, max_tokens: int = 0, multiple: int = 1
+) -> Packing:
+    """The canonical reduction's cut: ``leaves`` equal shares of the sequences in order, each packed as if it were alone
+    (0: one sequence per micro-batch; one that is too long has its own), as many micro-batches in every leaf. A rank has
+    the leaves that follow each other."""
+    budget = max(max_tokens, *lengths)
+    cuts: list[list[list[int]]] = []
+    for share in np.array_split(np.arange(len(lengths)), leaves):
+        (packed,) = pack([lengths[i] for i in share], data_parallel_size=1, max_tokens=budget).bins
+        alone = [[i] for i in range(len(share))]
+        cuts.append([[int(share[i]) for i in b] for b in (packed if max_tokens else alone) if b != [FILLER]])
+    size = -(-max(map(len, cuts)) // multiple) * multiple
+    filled = [cut + [[FILLER]] * (size - len(cut)) for cut in cuts]
+    own = leaves // data_parallel_size
+    return Packing([list(chain(*filled[rank * own : (rank + 1) * own])) for rank in range(data_parallel_size)])
+
+
+def expand(packing: Packing, size: int) -> Packing:
+    """From units to the ``size`` consecutive sequences that each consists of."""
+
+    def members(unit: int) -> list[int]:
+        return [FILLER] * size if unit == FILLER else list(range(unit * size, (unit + 1) * size))
+
+    return Packing([[list(chain.from_iterable(map(members, units))) for units in rank] for rank in packing.bins])
+
+
+def bodies(
+    packing: Packing,
+    sequences: Sequence[TrainSequence],
+    trainers: Sequence[TrainerRank],
+    make: Callable[[list[MicroBatch]], Body],
+) -> list[Body]:
+    """One command body per trainer rank: ranks that hold parts of the same model replica get the same micro-batches."""
+    shortest = min(sequences, key=lambda s: len(s.tokens))
+    filler = _without_weight(shortest)
+    per_replica = [
+        make([[filler if i == FILLER else sequences[i] for i in micro_batch] for micro_batch in rank])
+        for rank in packing.bins
+    ]
+    return [per_replica[rank.data_parallel_rank] for rank in trainers]
+
+
+def in_sequence_order(
+    packing: Packing, trainers: Sequence[TrainerRank], answers: Sequence[Sequence[np.ndarray] | None], count: int
+) -> list[np.ndarray]:
+    """The arrays of all ``count`` sequences, from whichever rank of each replica returned them."""
+    ordered: list[np.ndarray | None] = [None] * count
+    for rank, arrays in zip(trainers, answers, strict=True):
+        if arrays is None:
+            continue
+        positions = [i for micro_batch in packing.bins[rank.data_parallel_rank] for i in micro_batch]
+        for index, values in zip(positions, arrays, strict=True):
+            if index != FILLER:
+                ordered[index] = values
+    missing = [i for i, values in enumerate(ordered) if values is None]
+    if missing:
+        raise RuntimeError(f"no rank returned anything for sequences {missing[:8]} (of {count})")
+    return ordered  # type: ignore[return-value]
+
+
+def _without_weight(sequence: TrainSequence) -> TrainSequence:
+    """The same arrays cut to two tokens, which is the least that has a target, and no weight."""
+    cut = {name: getattr(sequence, name) for name in TrainSequence.__struct_fields__}
+    cut = {name: None if values is None else values[:2] for name, values in cut.items()}
+    return TrainSequence(**cut | {"loss_weights": np.zeros_like(cut["loss_weights"])})

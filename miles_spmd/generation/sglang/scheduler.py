@@ -1,0 +1,216 @@
+"""SGLang's scheduler without its server: requests and results are objects in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from typing import Any
+
+import torch
+from sglang.srt.managers.io_struct import AbortReq, PauseGenerationReqInput
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler_components.ipc_channels import SchedulerIpcChannels
+from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
+from sglang.srt.server_args import PortArgs, ServerArgs
+from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
+
+from miles_spmd.generation.sglang.cpu_memory_saver import CpuMemorySaver
+
+
+class InProcessScheduler(Scheduler):
+    """Reads SGLang's request messages from ``inbox`` (the first rank's counts, SGLang broadcasts it) and puts requests
+    that ended into ``finished``, on every rank."""
+
+    request_receiver: Any
+    output_streamer: Any
+    running_batch: Any
+    last_batch: Any
+    cur_batch_for_debug: Any
+    chunked_req: Any
+    chunked_prefill_size: Any
+    forward_stream: Any
+
+    def __init__(self, server_args: ServerArgs, device_index: int, tp_rank: int) -> None:
+        self.inbox: list[Any] = []
+        self.finished: list[Req] = []
+        self._limit: int | None = None  # of running requests, where SGLang's own turned out to be too many
+        no_ports = PortArgs(**dict.fromkeys((field.name for field in dataclasses.fields(PortArgs)), ""))
+        moe_ep_rank = tp_rank * server_args.ep_size // server_args.tp_size
+        super().__init__(server_args, no_ports, device_index, tp_rank, moe_ep_rank, 0, 0, 0, None)
+        self.max_req_input_len = self.model_config.context_len
+        if self.enable_overlap:  # what SGLang sets up when it enters its loop
+            self.result_queue: deque[Any] = deque()
+            self.schedule_stream = torch.cuda.Stream()
+            while self.schedule_stream == self.forward_stream:  # torch hands out the same few in turn
+                self.schedule_stream = torch.cuda.Stream()
+            self._war_barrier_enabled = True
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One pass of SGLang's event loop; where batches overlap, it ends while its batch still runs."""
+        if self.enable_overlap:
+            self.schedule_stream.wait_stream(torch.cuda.current_stream())  # which may just have written weights
+            with torch.cuda.stream(self.schedule_stream):
+                self._step_overlapped()
+            return
+        batch = self._next_batch()
+        if batch:
+            self.process_batch_result(batch, self.run_batch(batch))
+        else:
+            self.on_idle()
+        self.last_batch = batch
+
+    def _next_batch(self) -> Any:
+        self.process_input_requests(self.request_receiver.recv_requests())
+        plan = self.get_next_batch_to_run(running_batch=self.running_batch, last_batch=self.last_batch)
+        self.running_batch = plan.running_batch
+        self.cur_batch_for_debug = plan.batch_to_run
+        return plan.batch_to_run
+
+    def _step_overlapped(self) -> None:
+        """Launch a batch, then look at what the one before it has given."""
+        batch = self._next_batch()
+        now = self.is_disable_overlap_for_batch(batch, last_batch=self.last_batch)
+        if now:
+            self._process_last()
+        result = self.run_batch(batch) if batch else None
+        if batch:
+            self._apply_war_barrier()
+            self.result_queue.append((batch.copy(), result))
+        if self.last_batch and not now:
+            self._process_last()
+        elif not self.last_batch and batch is None:
+            self.on_idle()
+        self.launch_batch_sample_if_needed(result, batch)
+        self.last_batch = batch
+
+    def _process_last(self) -> None:
+        self.process_batch_result(*self.result_queue.popleft())
+
+    def settle(self) -> None:
+        """Have what the host does next on its stream wait for what is under way."""
+        if self.enable_overlap:
+            torch.cuda.current_stream().wait_stream(self.forward_stream)
+
+    @torch.inference_mode()
+    def retract_all(self) -> list[Req]:
+        """Send everything in flight back to the queue, tokens kept, keys and values forgotten; return it."""
+        self.pause_generation(PauseGenerationReqInput(mode="retract"))
+        self._engine_paused = False
+        self.tree_cache.reset()
+        self.req_to_token_pool.clear()
+        self.token_to_kv_pool_allocator.clear()
+        return self.waiting_queue
+
+    def get_num_allocatable_reqs(self, running_bs: int) -> int:
+        allowed = super().get_num_allocatable_reqs(running_bs)
+        return allowed if self._limit is None else min(allowed, self._limit - running_bs)
+
+    def halve(self) -> int | None:
+        """Allow half as many requests at a time as are in flight now, and prefills of half the size; returns how many.
+        None, with nothing changed, where there is but one."""
+        batches = [self.running_batch, self.last_batch, self.cur_batch_for_debug, *(b for b, _ in self._results())]
+        running = len({req.rid for batch in batches if batch is not None for req in batch.reqs})
+        limit = min(running, self._limit or running) // 2
+        if not limit:
+            return None
+        self._limit = limit
+        if self.chunked_prefill_size:
+            self.chunked_prefill_size = max(self.chunked_prefill_size // 2, self.page_size)
+        return limit
+
+    @torch.inference_mode()
+    def forget(self) -> None:
+        """Drop everything in flight or queued, of which nothing can be relied on after a step that failed half-way."""
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        self._results().clear()
+        self.waiting_queue.clear()
+        self.running_batch = ScheduleBatch(reqs=[], batch_is_full=False)
+        self.last_batch = self.cur_batch_for_debug = self.chunked_req = None
+        self.tree_cache.reset()
+        self.req_to_token_pool.clear()
+        self.token_to_kv_pool_allocator.clear()
+        self.new_token_ratio_tracker.reset()
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
+
+    def _results(self) -> deque[Any]:
+        return self.result_queue if self.enable_overlap else deque()
+
+    def kv_cache(self) -> list[torch.Tensor]:
+        """Keys and values of all layers."""
+        pool = self.tp_worker.model_runner.token_to_kv_pool
+        return [buffer for layer in range(pool.layer_num) for buffer in pool.get_kv_buffer(layer)]
+
+    # --- parts that SGLang builds while it is constructed ----------------------------------------------------------
+
+    def init_ipc_channels(self, port_args: PortArgs) -> None:
+        self.ipc_channels = SchedulerIpcChannels(
+            recv_from_tokenizer=self.inbox,
+            recv_from_rpc=None,
+            send_to_tokenizer=_AbortCollector(self.finished),
+            send_to_detokenizer=None,
+            send_metrics_from_scheduler=None,
+        )
+        self.load_snapshot_writer = None
+
+    def init_watch_dog_memory_saver_input_blocker(self) -> None:
+        # No watchdog: SGLang's kills the parent process, which here is the launcher of all ranks.
+        runner = self.tp_worker.model_runner
+        if self.device == "cpu":
+            self.memory_saver_adapter = CpuMemorySaver(runner.model.parameters(), self.kv_cache())
+        else:
+            self.memory_saver_adapter = TorchMemorySaverAdapter.create(enable=True)
+        self.recv_skipper = None
+        self.input_blocker = None
+
+    def init_request_receiver(self) -> None:
+        super().init_request_receiver()
+        self.request_receiver = _rebuilt(_InboxReceiver, self.request_receiver)
+
+    def init_output_streamer(self) -> None:
+        super().init_output_streamer()
+        self.output_streamer = _rebuilt(_FinishedCollector, self.output_streamer, send_to_detokenizer=self.finished)
+
+    def init_req_max_new_tokens(self, req: Req) -> None:
+        """SGLang would shorten answers that do not fit here; the engine refuses such requests beforehand."""
+
+
+class _InboxReceiver(SchedulerRequestReceiver):
+    def _pull_raw_reqs(self) -> list[Any] | None:
+        if self.ps.tp_rank != 0:
+            return None
+        received = self.recv_from_tokenizer.copy()
+        self.recv_from_tokenizer.clear()
+        return received
+
+
+class _FinishedCollector(SchedulerOutputStreamer):
+    """SGLang would send the tokens of running requests too, every 50 steps."""
+
+    def stream_output(self, reqs: list[Req], return_logprob: bool, skip_req: Req | None = None) -> None:
+        for req in reqs:
+            if req.finished() and not req.finished_output and req is not skip_req:
+                req.finished_output = True
+                self.send_to_detokenizer.append(req)
+
+
+class _AbortCollector:
+    """Takes what SGLang tells its front end; of that only requests aborted while queued are news."""
+
+    def __init__(self, finished: list[Req]) -> None:
+        self._finished = finished
+
+    def send_output(self, output: Any, recv_obj: Any = None) -> None:
+        if isinstance(output, AbortReq) and isinstance(recv_obj, Req) and not recv_obj.finished_output:
+            recv_obj.finished_reason = recv_obj.finished_reason or FINISH_ABORT()
+            recv_obj.finished_output = True
+            self._finished.append(recv_obj)
+
+
+def _rebuilt(kind: type, part: Any, **changes: Any) -> Any:
+    """``part``, a dataclass object, as an object of its subclass ``kind``."""
+    return kind(**{field.name: getattr(part, field.name) for field in dataclasses.fields(part)} | changes)

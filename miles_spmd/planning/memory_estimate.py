@@ -1,0 +1,219 @@
+"""How much memory a rank needs, from the shapes of the checkpoint's tensors. An estimate: allocators and workspaces
+come on top.
+
+Weights, gradients and optimizer states are counted exactly. Activations follow Korthikanti et al., "Reducing Activation
+Recomputation in Large Transformer Models" (arXiv 2205.05198), section 4, restated for grouped-query attention that
+keeps no score matrix, SwiGLU and no dropout: what each layer keeps for its backward pass, per token, is listed in
+:func:`_layer_elements`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from miles_spmd.config.checks import settings
+from miles_spmd.config.schema import Config
+from miles_spmd.models import Family, load_family
+from miles_spmd.planning.parallel_layout import ParallelLayout
+
+FP32 = 4
+MAX_LOGITS = 2**27  # of a chunk, as training/log_probs.py has it
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+STATIC_FRACTION = 0.85  # of a GPU for weights and KV cache, where [sglang] mem_fraction_static leaves it to SGLang
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on the rank that needs most of each."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int  # of a chunk, and the output layer's gradient
+    update: int  # what the optimizer step takes for a while, when there are no activations any more
+    others: int  # weights of another model, on the device while it is asked
+    critic: int  # its parameters, gradients and optimizer
+    copies: int  # in FP8, that Transformer Engine keeps of weights
+    engine_weights: int
+    colocated: bool  # trainer and engine are on the same devices
+    engine_stays: bool  # the engine keeps its weights while the trainer works, because rollouts lag behind
+    kv_bytes_per_token: int
+    host: int  # in host memory: weights of the reference policy, the old actor, the teacher; optimizers that move out
+    moves_out: int  # of all that is trained, while the engine generates: optimizers to host memory, gradients nowhere
+
+    @property
+    def trainer(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.critic + self.copies
+
+    @property
+    def working(self) -> int:
+        """What comes on top of that while the trainer works."""
+        return max(self.activations + self.logits, self.update, self.others + self.logits)
+
+    @property
+    def training(self) -> int:
+        return self.trainer + self.working + (self.engine_weights if self.colocated and self.engine_stays else 0)
+
+    @property
+    def beside(self) -> int:
+        """What the trainer keeps on the engine's device while that generates."""
+        return self.trainer - self.moves_out if self.colocated else 0
+
+    @property
+    def generating(self) -> int:
+        """Without KV cache."""
+        return self.beside + self.engine_weights
+
+    def kv_tokens(self, device_bytes: int, static_fraction: float) -> int:
+        """Tokens of KV cache beside the engine's weights, of which SGLang gives both a fraction of what is free."""
+        free = (device_bytes - self.beside) * static_fraction - self.engine_weights
+        return max(0, int(free)) // self.kv_bytes_per_token
+
+
+def estimate_memory(config: Config, family: Family, layout: ParallelLayout) -> MemoryEstimate:
+    s = settings(config)
+    bytes_each = DTYPE_BYTES[config.model.dtype]
+    shards, expert_shards = (layout.dp * layout.cp, layout.edp) if layout.distributed_optimizer else (1, 1)
+    # two moments, and the main parameters where the weights themselves are not fp32
+    state_bytes = 2 * FP32 + (0 if bytes_each == FP32 else FP32)
+    grad_bytes = FP32 if config.megatron.get("grad_reduce_in_fp32", True) else bytes_each  # the trainer's default
+
+    def trained(model: Family) -> tuple[int, int, int]:
+        dense, expert = max(local_parameters(model, layout, s), key=sum)
+        states = dense // shards + expert // expert_shards
+        return (dense + expert) * bytes_each, (dense + expert) * grad_bytes, states * state_bytes
+
+    parameters, gradients, optimizer = trained(family)
+    models = config.model
+    critic = load_family(models.critic_load or models.hf_checkpoint, value_head=True) if config.has_critic else None
+    of_critic = trained(critic) if critic else (0, 0, 0)
+    teacher = load_family(models.teacher_load) if config.has_teacher and models.teacher_load else None
+    copies = int(config.has_reference) + int(config.algorithm.keep_old_actor)
+    kv_heads = max(1, family.num_kv_heads // layout.engine_tp)
+    return MemoryEstimate(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=_activations(config, family, layout, s) * bytes_each,
+        logits=_head_bytes(config.train.max_tokens_per_gpu, family, layout.tp, bytes_each),
+        update=0 if grad_bytes == FP32 else optimizer // state_bytes * FP32,
+        others=max(parameters if copies else 0, trained(teacher)[0] if teacher else 0),
+        critic=sum(of_critic),
+        copies=_fp8_copies(family, layout, s),
+        engine_weights=_engine_parameters(family, layout.engine_tp) * bytes_each,
+        colocated=not layout.rollout_num_gpus,
+        engine_stays=config.refit.update_weights_interval > 1,
+        kv_bytes_per_token=2 * family.num_layers * kv_heads * family.head_dim * bytes_each,
+        host=copies * parameters
+        + (trained(teacher)[0] if teacher else 0)
+        + (_pinned(optimizer) + _pinned(of_critic[2]) if config.train.offload_train else 0),
+        moves_out=gradients + optimizer + sum(of_critic[1:]) if config.train.offload_train else 0,
+    )
+
+
+def _pinned(nbytes: int) -> int:
+    """What torch takes for it: a power of two."""
+    return 1 << (nbytes - 1).bit_length() if nbytes else 0
+
+
+def local_parameters(family: Family, layout: ParallelLayout, s: dict[str, Any]) -> list[tuple[int, int]]:
+    """(dense, expert) parameters of one rank of each pipeline stage."""
+    stages, start = [], 0
+    for stage, count in enumerate(layers_per_stage(family.num_layers, layout.pp, s)):
+        layers, start = range(start, start + count), start + count
+        dense = expert = 0
+        for name, shape in family.checkpoint_tensors().items():
+            if not _is_on(name, layers, stage == 0, stage == layout.pp - 1, family.tied_embeddings):
+                continue
+            if ".experts." in name:
+                expert += prod(shape) // (layout.etp * layout.ep)
+            else:
+                dense += _dense_share(name, shape, layout.tp)
+        stages.append((dense, expert))
+    return stages
+
+
+def _is_on(name: str, layers: range, first: bool, last: bool, tied: bool) -> bool:
+    """Whether a pipeline stage with these layers holds this checkpoint tensor."""
+    if match := re.match(r"model\.layers\.(\d+)\.", name):
+        return int(match[1]) in layers
+    if name == "model.embed_tokens.weight":
+        return first or (last and tied)
+    return last
+
+
+def _fp8_copies(family: Family, layout: ParallelLayout, s: dict[str, Any]) -> int:
+    """Of each matrix in a layer a byte as it stands and one transposed, kept from step to step."""
+    if not s["fp8"] or s["transformer_impl"] != "transformer_engine" or s["disable_parameter_transpose_cache"]:
+        return 0
+    layers = layers_per_stage(family.num_layers, layout.pp, s)[0]
+    tensors = family.checkpoint_tensors()
+    first = [shape for name, shape in tensors.items() if name.startswith("model.layers.0.") and len(shape) > 1]
+    return 2 * layers * sum(map(prod, first)) // layout.tp
+
+
+def layers_per_stage(num_layers: int, stages: int, s: dict[str, Any]) -> list[int]:
+    """Even, but for Megatron's settings of the first and the last stage."""
+    ends = {0: s["num_layers_in_first_pipeline_stage"], stages - 1: s["num_layers_in_last_pipeline_stage"]}
+    given = {stage: layers for stage, layers in ends.items() if layers is not None}
+    rest = stages - len(given)
+    even = (num_layers - sum(given.values())) // rest if rest else 0
+    return [given.get(stage, even) for stage in range(stages)]
+
+
+def _dense_share(name: str, shape: tuple[int, ...], tp: int) -> int:
+    """Matrices are split over tensor-parallel ranks, and so are biases of split outputs; norms and routers are not."""
+    if name.endswith("mlp.gate.weight") or (len(shape) == 1 and not name.endswith(".bias")):
+        return prod(shape)
+    return -(-shape[0] // tp) * prod(shape[1:]) if "embed" in name or "lm_head" in name else prod(shape) // tp
+
+
+def _engine_parameters(family: Family, tp: int) -> int:
+    """SGLang splits as Megatron does, experts included, but repeats KV heads where there are fewer than ranks."""
+    total = 0
+    for name, shape in family.checkpoint_tensors().items():
+        kv = ".k_proj." in name or ".v_proj." in name
+        total += prod(shape) // min(tp, family.num_kv_heads) if kv else _dense_share(name, shape, tp)
+    return total
+
+
+def _head_bytes(tokens: int, family: Family, tp: int, bytes_each: int) -> int:
+    """Logits of a chunk, as training/log_probs.py cuts them, and the output weight's gradient, which is added up in
+    fp32 where there are several."""
+    logits, limit = tokens * family.vocab_size // tp * bytes_each, MAX_LOGITS * (bytes_each + 2 * FP32)
+    gradient = family.vocab_size * family.hidden_size // tp * (bytes_each if logits <= limit else FP32)
+    return min(logits, limit) + gradient
+
+
+def _activations(config: Config, family: Family, layout: ParallelLayout, s: dict[str, Any]) -> int:
+    """Elements kept for the backward pass on the first stage, which has the most micro-batches under way."""
+    layers = layers_per_stage(family.num_layers, layout.pp, s)[0]
+    split_input = family.hidden_size // (layout.tp if layout.sequence_parallel else 1)
+    layer = _layer_elements(family, layout, split_input, s["transformer_impl"] == "local")
+    kept, working = layers * layer, 0  # of each micro-batch under way; of the one whose backward pass runs
+    if s["recompute_granularity"] == "full":
+        number = min(s["recompute_num_layers"] or 1, layers)
+        if s["recompute_method"] == "block":  # the first layers run again, one by one, when the others are done with
+            kept = number * split_input + max(layers - number, 1) * layer
+        else:  # groups of layers run again together
+            kept, working = -(-layers // number) * split_input, number * layer
+    return config.train.max_tokens_per_gpu * (kept * layout.pp + working)
+
+
+def _layer_elements(family: Family, layout: ParallelLayout, split_input: int, local: bool) -> int:
+    """Per token: inputs of two norms and of two linear layers; q, k, v and the attention's output (and, before the norm
+    of q and k, the product that has them and v in one, with a copy of q); gate, up and their product, for each expert
+    chosen."""
+    q, kv = family.num_heads * family.head_dim, family.num_kv_heads * family.head_dim
+    attention = (2 * q + 2 * kv) * (2 if family.qk_norm else 1)
+    experts = getattr(family, "experts_per_token", None)
+    if experts is None:
+        mlp = 3 * family.ffn_size // layout.tp
+    else:  # and each expert's own copy of its input; our own make the product, and their outputs, again
+        wide = family.expert_ffn_size // layout.etp  # type: ignore[attr-defined]
+        mlp = experts * (2 * wide + family.hidden_size if local else 3 * wide + 2 * family.hidden_size)
+    return 4 * split_input + attention // layout.tp + mlp

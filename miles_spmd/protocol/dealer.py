@@ -1,0 +1,54 @@
+"""A worker's end of the control plane: one DEALER socket, used by one thread."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import zmq
+
+from miles_spmd.protocol.credentials import Credentials
+from miles_spmd.protocol.messages import Message, decode, encode
+
+
+class Dealer:
+    """Connects to a run's controller. A controller whose machine answers nothing for ``silence`` seconds counts as
+    disconnected even when no packet said so (ZMTP heartbeats, answered by libzmq's own thread)."""
+
+    def __init__(self, credentials: Credentials, silence: float = 60.0) -> None:
+        self._context = zmq.Context()  # its own, so that closing waits for what this thread has sent
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.curve_serverkey = credentials.server_public.encode()
+        self._socket.curve_publickey = credentials.client_public.encode()
+        self._socket.curve_secretkey = credentials.client_secret.encode()
+        self._socket.heartbeat_ivl = int(silence * 1000 / 4)
+        self._socket.heartbeat_timeout = int(silence * 1000)
+        self._socket.linger = 1000
+        self.disconnections = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)  # readable once it happened
+        self._socket.connect(credentials.endpoint)
+
+    def send(self, message: Message) -> None:
+        """Waits only when a thousand messages lie unread."""
+        self._socket.send(encode(message), copy=False)
+
+    def try_send(self, message: Message) -> None:
+        """Drops the message when it would have to wait."""
+        with contextlib.suppress(zmq.Again):
+            self._socket.send(encode(message), zmq.NOBLOCK, copy=False)
+
+    def receive(self, timeout: float | None = None) -> Message | None:
+        """The next message; None when none came within ``timeout`` seconds (None: wait for ever). Costs microseconds
+        with ``timeout=0``. Raises WireError on bytes that are no message."""
+        if timeout != 0 and not self._socket.poll(None if timeout is None else math.ceil(timeout * 1000)):
+            return None
+        try:
+            return decode(self._socket.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            return None
+
+    def close(self) -> None:
+        """Give what was sent up to a second to leave."""
+        self._socket.disable_monitor()
+        self.disconnections.close(0)
+        self._socket.close()
+        self._context.term()

@@ -1,0 +1,116 @@
+"""The controller's end of the control plane: one ROUTER socket that lets in only holders of the run's client key."""
+
+from __future__ import annotations
+
+import math
+import time
+from types import TracebackType
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils.monitor import parse_monitor_message
+
+from miles_spmd.protocol.credentials import Credentials, make_keys
+from miles_spmd.protocol.messages import Message, WireError, decode, encode
+
+Peer = bytes  # a connection's routing id, chosen by our socket, so no client can claim another's
+ANY_INTERFACE = "0.0.0.0"
+LOOPBACK = "127.0.0.1"
+IO_THREADS = 4  # encrypting a large batch for many ranks is more than one thread's work
+
+
+class PeerGoneError(ConnectionError):
+    """The connection a message was meant for is closed."""
+
+
+class Router:
+    """Binds a free port. ``host`` is the name or address under which clients reach this machine; with the default only
+    processes of this machine can connect."""
+
+    def __init__(self, host: str = LOOPBACK) -> None:
+        server_public, server_secret = make_keys()
+        client_public, client_secret = make_keys()
+        self._client_key = client_public.encode()
+        self._context = zmq.Context(IO_THREADS)
+        self._authenticator = ThreadAuthenticator(self._context)
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback("*", self)
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.curve_server = True
+        self._socket.curve_publickey = server_public.encode()
+        self._socket.curve_secretkey = server_secret.encode()
+        self._socket.router_mandatory = True  # sending to a closed connection is an error, not a silent drop
+        self._socket.linger = 1000
+        self._socket.monitor("inproc://connections", zmq.EVENT_DISCONNECTED)
+        self._monitor = self._context.socket(zmq.PAIR)
+        self._monitor.rcvhwm = 0  # a full queue would block libzmq's thread, so a flood of strangers must fit
+        self._monitor.connect("inproc://connections")
+        port = self._socket.bind_to_random_port(f"tcp://{LOOPBACK if host == LOOPBACK else ANY_INTERFACE}")
+        self.credentials = Credentials(f"tcp://{host}:{port}", server_public, client_public, client_secret)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+        self._peer_of_descriptor: dict[int, Peer] = {}
+        self._closed: set[Peer] = set()
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Asked by the authenticator, on its thread, for every client that knows the server's public key."""
+        return key == self._client_key
+
+    def send(self, message: Message, peers: list[Peer]) -> None:
+        """One message to each of ``peers``, encoded once. Raises PeerGoneError."""
+        data = encode(message)
+        for peer in peers:
+            try:
+                if peer in self._closed:  # which libzmq may not have heard yet
+                    raise zmq.ZMQError(zmq.EHOSTUNREACH)
+                self._socket.send_multipart([peer, data], copy=False)
+            except zmq.ZMQError as error:
+                if error.errno == zmq.EHOSTUNREACH:
+                    raise PeerGoneError(f"connection {peer.hex()} is closed") from None
+                raise
+
+    def receive(self, timeout: float) -> tuple[Peer, Message | WireError | None] | None:
+        """Wait up to ``timeout`` seconds, without using the CPU, for the next event of a known peer.
+
+        Gives (peer, message), (peer, WireError) for bytes that are no message, (peer, None) once when a peer's
+        connection has closed and all it sent was read; None when the time is over. A foreign client is never seen here.
+        """
+        end = time.monotonic() + timeout
+        while True:
+            ready = dict(self._poller.poll(math.ceil(max(0.0, end - time.monotonic()) * 1000)))
+            # A message may have come since poll looked, and its sender gone right after: what was said comes first.
+            if self._socket in ready or self._socket.poll(0):
+                return self._read()
+            if self._monitor not in ready:
+                return None
+            event = parse_monitor_message(self._monitor.recv_multipart())
+            closed = self._peer_of_descriptor.pop(event["value"], None)
+            if closed is not None:  # None: a client that never got in, or never spoke
+                self._closed.add(closed)
+                return closed, None
+
+    def _read(self) -> tuple[Peer, Message | WireError]:
+        peer, *frames = self._socket.recv_multipart(copy=False)
+        self._peer_of_descriptor[int(peer.get(zmq.SRCFD))] = peer.bytes
+        try:
+            if len(frames) != 1:
+                raise WireError(f"a message of {len(frames)} frames")
+            return peer.bytes, decode(frames[0].buffer)
+        except WireError as error:
+            return peer.bytes, error
+
+    def close(self) -> None:
+        self._socket.disable_monitor()
+        self._monitor.close()
+        self._socket.close()
+        self._authenticator.stop()
+        self._context.term()
+
+    def __enter__(self) -> Router:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,198 @@
+"""Refit between the GPUs of a host: every rank pulls what its engine needs, from its own trainer and, over NVLink, from
+the memory of other ranks' trainers, in one pass and without buffers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from miles_spmd.weights import cuda_ipc
+from miles_spmd.weights.checksums import Comparisons
+from miles_spmd.weights.copy_kernel import Kind, Move, launches
+from miles_spmd.weights.copy_plan import Place
+from miles_spmd.weights.transport import Bucket, gather
+
+ALIGNMENT = 16  # bytes, of a vector access
+Buckets = Mapping[int, list[Bucket]]
+
+
+class Shared(msgspec.Struct, frozen=True):
+    """A tensor that other ranks may read."""
+
+    where: cuda_ipc.Export
+    dtype: str
+    strides: tuple[int, ...]
+
+
+def map_peers(
+    weights: Mapping[str, torch.Tensor], pulls: Buckets, serves: Buckets, group: dist.ProcessGroup | None
+) -> dict[int, dict[str, Shared]] | None:
+    """Collective: what every rank shares, by rank and name, or None on all when one cannot map what it pulls."""
+    problem = ""
+    offered: dict[str, Shared] = {}
+    names = {copy.source.tensor for buckets in serves.values() for bucket in buckets for copy in bucket.copies}
+    try:
+        for name in names:
+            tensor = weights[name]
+            where = cuda_ipc.export(tensor.data_ptr())
+            offered[name] = Shared(where, str(tensor.dtype).removeprefix("torch."), tensor.stride())
+    except cuda_ipc.MappingError as error:
+        problem = str(error)
+    shared = dict(enumerate(gather(offered, dict[str, Shared], group)))
+    try:
+        for rank, buckets in () if problem else pulls.items():
+            for name in {copy.source.tensor for bucket in buckets for copy in bucket.copies} & set(shared[rank]):
+                cuda_ipc.address(shared[rank][name].where)
+    except cuda_ipc.MappingError as error:
+        problem = f"memory of rank {rank} cannot be mapped on rank {dist.get_rank(group)}: {error}"
+    problems = list(filter(None, gather(problem, str, group)))
+    if problems and dist.get_rank(group) == 0:
+        print(f"refit: weights go through buffers and NCCL, because {problems[0]}", file=sys.stderr)
+    return None if problems else shared
+
+
+class DirectRefit:
+    """This rank's part. ``pulls``: buckets by the rank (of ``group``) that holds their sources, this one among them;
+    ``serves``: by the other rank that pulls them; ``shared``: the tensors of other ranks, by rank and name.
+
+    All ranks of ``group`` build and run it together. What is shared must stay where it is.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        engine_weights: Mapping[str, torch.Tensor],
+        pulls: Buckets,
+        serves: Buckets,
+        shared: Mapping[int, Mapping[str, Shared]],
+        device: torch.device,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self._group, self._rank, self._device = group, dist.get_rank(group), device
+        others = [rank for rank in range(dist.get_world_size(group)) if rank != self._rank]
+        self._own = len(pulls.get(self._rank, ()))
+        self._pulls = [(bucket, rank) for rank in (self._rank, *others) for bucket in pulls.get(rank, ())]
+        serving = [bucket for rank in others for bucket in serves.get(rank, ())]
+        # checksums that go to and come from every rank; none from a rank to itself
+        self._served, self._pulled = ([0] * (len(others) + 1) for _ in range(2))
+        for rank in others:
+            self._served[rank], self._pulled[rank] = len(serves.get(rank, ())), len(pulls.get(rank, ()))
+        self._meets = any(shared.values())  # whether any rank reads another's memory; all know alike
+        self._sources = _Tensors({**shared, self._rank: weights}, device)
+        self._targets = _Tensors({self._rank: engine_weights}, device)
+        pulling = _in_turns(self._pulls, self._rank)
+        self._copy = launches(_copies(pulling, self._sources, self._targets), device)
+        self._check = launches(_reads(pulling, self._targets, targets=True), device)
+        self._serve = launches(_reads(list(enumerate(serving)), self._sources, targets=False), device)
+
+    def run(self, comparisons: Comparisons | None) -> None:
+        """Copy. ``comparisons`` is left with checksums of what the owners hold, what was read and what was written."""
+        sources, targets = self._sources.addresses(), self._targets.addresses()
+        served, read, written = (self._sums(count) for count in (sum(self._served), *[len(self._pulls)] * 2))
+        checks = comparisons is not None
+        if checks:
+            for launch in self._serve:
+                launch(sources, sources, served, copy=False, checksum=True)
+        sent = self._sums(sum(self._pulled))
+        if self._meets:  # on the devices' streams: nobody reads before the owner's weights are final
+            dist.all_to_all_single(sent, served, self._pulled, self._served, group=self._group)
+        for launch in self._copy:
+            launch(sources, targets, read, copy=True, checksum=checks)
+        if comparisons is not None:
+            for launch in self._check:
+                launch(targets, targets, written, copy=False, checksum=True)
+            sent = torch.cat([read[: self._own], sent])
+            comparisons.add((sent != read) | (read != written), self._pulls)
+        if self._meets:  # nobody's weights change before everybody has read
+            dist.all_reduce(self._sums(1), group=self._group)
+
+    def _sums(self, count: int) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.int64, device=self._device)
+
+
+class _Tensors:
+    """Tensors by number, in the order in which they are first asked for."""
+
+    def __init__(self, known: Mapping[int, Mapping[str, torch.Tensor | Shared]], device: torch.device) -> None:
+        self._known, self._device = known, device
+        self._numbers: dict[tuple[int, str], int] = {}
+        self._tensors: list[torch.Tensor | Shared] = []
+        self._addresses: list[int] = []
+        self._on_device: torch.Tensor | None = None
+
+    def locate(self, place: Place) -> tuple[int, int, int]:
+        """Number of the tensor; in elements, offset of the place and distance of rows. Raises MappingError."""
+        key = place.rank, place.tensor
+        if key not in self._numbers:
+            self._numbers[key] = len(self._tensors)
+            tensor = self._known[place.rank][place.tensor]
+            self._tensors.append(tensor)
+            self._addresses.append(_address(tensor))
+        number = self._numbers[key]
+        strides = _strides(self._tensors[number])
+        offset = sum(at * stride for at, stride in zip((*place.lead, *place.start), strides))
+        return number, offset, strides[len(place.lead)]
+
+    def dtype(self, number: int) -> torch.dtype:
+        tensor = self._tensors[number]
+        return getattr(torch, tensor.dtype) if isinstance(tensor, Shared) else tensor.dtype
+
+    def aligned(self, number: int) -> bool:
+        return self._addresses[number] % ALIGNMENT == 0
+
+    def addresses(self) -> torch.Tensor:
+        """int64 [tensors], on the device: where they lie now."""
+        now = [_address(tensor) for tensor in self._tensors]
+        if self._on_device is None or now != self._addresses:
+            if any(a % ALIGNMENT and not b % ALIGNMENT for a, b in zip(now, self._addresses)):
+                raise RuntimeError("refit: a tensor has moved to an address that is no multiple of 16 bytes")
+            self._addresses = now
+            self._on_device = torch.tensor(now, dtype=torch.int64).to(self._device)
+        return self._on_device
+
+
+def _address(tensor: torch.Tensor | Shared) -> int:
+    return cuda_ipc.address(tensor.where) if isinstance(tensor, Shared) else tensor.data_ptr()
+
+
+def _strides(tensor: torch.Tensor | Shared) -> tuple[int, ...]:
+    return tensor.strides if isinstance(tensor, Shared) else tensor.stride()
+
+
+def _in_turns(pulls: Sequence[tuple[Bucket, int]], rank: int) -> list[tuple[int, Bucket]]:
+    """The buckets with their numbers, from one source after the other. Ranks that need the same begin with different
+    sources, so that they do not all read from one at a time: its link would be the limit of all."""
+    by_source: dict[int, list[tuple[int, Bucket]]] = {}
+    for number, (bucket, source) in enumerate(pulls):
+        by_source.setdefault(source, []).append((number, bucket))
+    sources = sorted(by_source)
+    first = rank % max(1, len(sources))
+    turns = zip_longest(*(by_source[source] for source in (*sources[first:], *sources[:first])))
+    return [numbered for turn in turns for numbered in turn if numbered is not None]
+
+
+def _copies(buckets: Sequence[tuple[int, Bucket]], sources: _Tensors, targets: _Tensors) -> Iterator[tuple[Move, Kind]]:
+    for number, bucket in buckets:
+        for copy, dtype, offset in zip(bucket.copies, bucket.dtypes, bucket.offsets):
+            source, target = sources.locate(copy.source), targets.locate(copy.target)
+            aligned = sources.aligned(source[0]) and targets.aligned(target[0])
+            move = Move(*source, *target, *_rows_and_columns(copy.shape), offset // dtype.itemsize, number)
+            yield move, Kind(sources.dtype(source[0]), dtype, aligned)
+
+
+def _reads(buckets: Sequence[tuple[int, Bucket]], tensors: _Tensors, *, targets: bool) -> Iterator[tuple[Move, Kind]]:
+    """Of the buckets' sources, or targets, as the values that the targets have."""
+    for number, bucket in buckets:
+        for copy, dtype, offset in zip(bucket.copies, bucket.dtypes, bucket.offsets):
+            place = tensors.locate(copy.target if targets else copy.source)
+            move = Move(*place, *place, *_rows_and_columns(copy.shape), offset // dtype.itemsize, number)
+            yield move, Kind(tensors.dtype(place[0]), dtype, tensors.aligned(place[0]))
+
+
+def _rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
+    return (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])

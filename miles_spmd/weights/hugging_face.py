@@ -1,0 +1,222 @@
+"""Hugging Face checkpoints: read only the slices that a rank holds; write from any layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from miles_spmd.models import PADDING, VALUE_HEAD, Family, Piece, TensorLayout, read_config
+from miles_spmd.models.layout import check_filled, region, whole
+from miles_spmd.models.random import NO_WEIGHTS
+from miles_spmd.weights.random_weights import random_slices
+from miles_spmd.weights.refit import Refit
+from miles_spmd.weights.transport import raise_together
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+COPIED = {".json", ".jinja", ".model", ".tiktoken", ".txt"}  # tokenizer, chat template, generation config
+MAX_PROBLEMS = 20
+
+
+class CheckpointError(ValueError):
+    """Everything that is wrong with a checkpoint folder, one line each."""
+
+    def __init__(self, folder: Path, problems: list[str]) -> None:
+        more = [f"... and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+        super().__init__("\n  ".join([f"checkpoint {folder} cannot be loaded:", *problems[:MAX_PROBLEMS], *more]))
+
+
+@torch.no_grad()
+def load(path: str | Path, weights: Mapping[str, torch.Tensor], layouts: list[TensorLayout], family: Family) -> None:
+    """Fill ``weights`` in place with this rank's slices of the checkpoint in ``path``, cast to their dtypes.
+
+    ``family`` is the model that ``weights`` belong to. A rank reads its own slices only and talks to no other. A value
+    head begins with zeros where the checkpoint has none, being a policy's. A folder of ``random:`` has no files: its
+    weights are made up, the same for every layout.
+    Raises CheckpointError naming every missing or truncated file, missing tensor and wrong shape at once, before any
+    weight has changed; ValueError when a layout does not fill its tensor.
+    """
+    wanted: dict[str, list[tuple[torch.Tensor, Piece]]] = defaultdict(list)
+    for layout in layouts:
+        local = weights[layout.local_name]
+        check_filled(layout.local_name, tuple(local.shape), layout.pieces)
+        for piece in layout.pieces:
+            wanted[piece.name].append((local[region(piece.lead, piece.local, piece.shape)], piece))
+    padding = wanted.pop(PADDING, [])
+    with ExitStack() as opened:
+        shapes = {name: family.checkpoint_tensors()[name] for name in wanted}
+        if (Path(path) / NO_WEIGHTS).is_file():
+            device = next(iter(weights.values())).device
+            slices = random_slices(shapes, family.config.get("initializer_range", 0.02), device)
+        else:
+            slices = _Reader(Path(path), opened).slices(shapes)
+        for name, places in wanted.items():
+            if name not in slices:
+                padding += places
+                continue
+            for target, piece in places:
+                target.copy_(slices[name][region((), piece.start, piece.shape)])
+    for target, _ in padding:
+        target.zero_()
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+class _Reader:
+    """The safetensors files of a folder, opened while ``opened`` lives, and what is wrong with them."""
+
+    def __init__(self, folder: Path, opened: ExitStack) -> None:
+        self.folder, self.opened = folder, opened
+        self.problems: list[str] = []
+        self.files: dict[str, tuple[Any, set[str]]] = {}  # by name: open file, names of its tensors
+
+    def slices(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """Lazy slices of the tensors with these names, of these shapes, which must exist but for a value head."""
+        file_of = self._file_of_tensor()
+        found = {}
+        for name, shape in () if self.problems else shapes.items():
+            if name not in file_of:
+                if name != VALUE_HEAD:
+                    self.problems.append(f"tensor {name} is missing")
+                continue
+            file, names = self._open(file_of[name])
+            if name in names:
+                found[name] = file.get_slice(name)
+                if tuple(actual := found[name].get_shape()) != shape:
+                    self.problems.append(f"{file_of[name]}: {name} has shape {actual}, the model needs {list(shape)}")
+            elif file is not None:
+                self.problems.append(f"{file_of[name]}: tensor {name} is missing, though the index lists it here")
+        if self.problems:
+            raise CheckpointError(self.folder, self.problems)
+        return found
+
+    def _file_of_tensor(self) -> dict[str, str]:
+        if (self.folder / SINGLE_FILE).is_file():
+            return dict.fromkeys(self._open(SINGLE_FILE)[1], SINGLE_FILE)
+        index = self.folder / INDEX_FILE
+        if not index.is_file():
+            self.problems.append(f"neither {SINGLE_FILE} nor {INDEX_FILE} is there (other formats are not read)")
+            return {}
+        try:
+            return msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
+        except msgspec.DecodeError as error:
+            self.problems.append(f"{INDEX_FILE} is not a valid index: {error}")
+            return {}
+
+    def _open(self, name: str) -> tuple[Any, set[str]]:
+        """The file and its tensors' names; None and nothing when it cannot be opened, which is noted once."""
+        if name not in self.files:
+            self.files[name] = (None, set())
+            try:
+                file = self.opened.enter_context(safe_open(self.folder / name, framework="pt"))
+                self.files[name] = (file, set(file.keys()))
+            except FileNotFoundError:
+                self.problems.append(f"{name} is missing")
+            except SafetensorError as error:
+                self.problems.append(f"{name} is truncated or no safetensors file: {error}")
+        return self.files[name]
+
+
+def export(
+    path: str | Path,
+    weights: Mapping[str, torch.Tensor],
+    layouts: list[TensorLayout],
+    source_config_dir: str | Path,
+    family: Family,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = 5 << 30,
+    bucket_bytes: int = 256 << 20,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Write the model that the ranks of ``group`` hold together as a Hugging Face checkpoint folder, on its rank 0.
+
+    All ranks call it. ``family`` is the model; its configuration and tokenizer files come from ``source_config_dir``.
+    A model with a value head becomes a sequence classifier with one label, as transformers knows it. ``dtype``: of the
+    files; default: that of the weights. Rank 0 needs the memory of one shard. The folder appears whole or not at all;
+    one that is already there is replaced. Raises ValueError on every rank when rank 0 cannot write.
+    """
+    folder, source = Path(path), Path(source_config_dir)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shapes = family.checkpoint_tensors()
+    dtype = dtype or next(iter(weights.values())).dtype
+    shards = _shards(shapes, dtype.itemsize, shard_bytes)
+    _on_writer(group, _begin, partial, source, family, dtype, shards)
+    for file, names in shards.items():
+        wanted = {name: shapes[name] for name in names} if dist.get_rank(group) == 0 else {}
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in wanted.items()}
+        targets = [TensorLayout(name, whole(name, shape)) for name, shape in wanted.items()]
+        here = set(names)
+        sources = [layout for layout in layouts if not here.isdisjoint(piece.name for piece in layout.pieces)]
+        Refit(weights, sources, tensors, targets, bucket_bytes=bucket_bytes, group=group).run()
+        _on_writer(group, save_file, tensors, partial / file, {"format": "pt"})
+    _on_writer(group, _publish, partial, folder)
+
+
+def _on_writer(group: dist.ProcessGroup | None, function: Callable[..., None], *args: Any) -> None:
+    """Call on rank 0; when that fails, fail on all ranks."""
+    problem = ""
+    if dist.get_rank(group) == 0:
+        try:
+            function(*args)
+        except (OSError, SafetensorError) as error:
+            problem = f"export failed: {error}"
+    raise_together(problem, group)
+
+
+def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) -> dict[str, list[str]]:
+    """Tensor names by file, in order, each file of at most ``limit`` bytes unless one tensor is larger."""
+    shards: list[list[str]] = []
+    filled = limit
+    for name, shape in shapes.items():
+        nbytes = prod(shape) * itemsize
+        if filled + nbytes > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += nbytes
+    if len(shards) == 1:
+        return {SINGLE_FILE: shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, 1)}
+
+
+def _begin(partial: Path, source: Path, family: Family, dtype: torch.dtype, shards: Mapping[str, list[str]]) -> None:
+    """Everything but the weights."""
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    partial.mkdir(parents=True)
+    for file in source.iterdir():
+        if file.suffix in COPIED and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, partial / file.name)
+    config = read_config(source)
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    if family.value_head:
+        classifier = [
+            name.replace("ForCausalLM", "ForSequenceClassification") for name in config.get("architectures", ())
+        ]
+        config |= {"architectures": classifier, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in shards.items() for name in names}
+        (partial / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2) + "\n")
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)
+    partial.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)

@@ -1,0 +1,111 @@
+"""Moving planned rectangles: straight into the target inside a process, in flat bounded buckets between ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from typing import NamedTuple, TypeVar
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from miles_spmd.models.layout import region
+from miles_spmd.weights.copy_plan import Copy, Ints, Place
+
+T = TypeVar("T")
+ALIGNMENT = 16  # bytes: any dtype can be viewed at a multiple of it
+
+
+class Bucket(NamedTuple):
+    """Rectangles that travel together, in the dtypes of their targets, each at its own offset of a flat buffer."""
+
+    copies: list[Copy]
+    dtypes: list[torch.dtype]
+    offsets: list[int]
+    nbytes: int
+
+    @property
+    def payload(self) -> int:
+        """Bytes of weights; ``nbytes`` counts the gaps of alignment too."""
+        return sum(prod(copy.shape) * dtype.itemsize for copy, dtype in zip(self.copies, self.dtypes))
+
+    def sources(self, weights: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        return [rectangle(weights, copy.source, copy.shape) for copy in self.copies]
+
+    def targets(self, weights: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        return [rectangle(weights, copy.target, copy.shape) for copy in self.copies]
+
+    def segments(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """The rectangles as views of a uint8 ``buffer``."""
+        return [
+            buffer[offset : offset + prod(copy.shape) * dtype.itemsize].view(dtype).view(copy.shape)
+            for copy, dtype, offset in zip(self.copies, self.dtypes, self.offsets)
+        ]
+
+
+def rectangle(tensors: Mapping[str, torch.Tensor], place: Place, shape: Ints) -> torch.Tensor:
+    """A view of the rectangle. Made anew in every refit: storage moves when trainer or engine releases memory."""
+    return tensors[place.tensor][region(place.lead, place.start, shape)]
+
+
+def gather(value: T, kind: type[T], group: dist.ProcessGroup | None) -> list[T]:
+    """Every rank's ``value``, of a type that msgspec encodes, by rank."""
+    encoded: list[bytes] = [b""] * dist.get_world_size(group)
+    dist.all_gather_object(encoded, msgspec.msgpack.encode(value), group=group)
+    return [msgspec.msgpack.decode(data, type=kind) for data in encoded]
+
+
+def raise_together(problem: str, group: dist.ProcessGroup | None) -> None:
+    """Raise ValueError on every rank of ``group`` when any rank has a problem, so that none waits for the others."""
+    problems: list[str] = [""] * dist.get_world_size(group)
+    dist.all_gather_object(problems, problem, group=group)
+    if any(problems):
+        raise ValueError("; ".join(dict.fromkeys(p for p in problems if p)))
+
+
+def make_buckets(copies: Sequence[Copy], dtypes: Mapping[str, torch.dtype], limit: int) -> list[Bucket]:
+    """Fill buckets of at most ``limit`` bytes in order; ``dtypes`` by target tensor. Sender and receiver make the same.
+
+    A rectangle larger than a bucket is cut between rows; a single row may exceed the limit.
+    """
+    buckets: list[Bucket] = []
+    for whole in copies:
+        dtype = dtypes[whole.target.tensor]
+        for copy in _cut(whole, max(1, limit // (prod(whole.shape[1:]) * dtype.itemsize))):
+            nbytes = -(-prod(copy.shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+            if not buckets or buckets[-1].nbytes + nbytes > limit:
+                buckets.append(Bucket([], [], [], 0))
+            last = buckets[-1]
+            last.copies.append(copy)
+            last.dtypes.append(dtype)
+            last.offsets.append(last.nbytes)
+            buckets[-1] = last._replace(nbytes=last.nbytes + nbytes)
+    return buckets
+
+
+def _cut(copy: Copy, rows: int) -> Iterator[Copy]:
+    for first in range(0, copy.shape[0], rows):
+        yield Copy(
+            copy.name,
+            (min(rows, copy.shape[0] - first), *copy.shape[1:]),
+            _below(copy.source, first),
+            _below(copy.target, first),
+        )
+
+
+def _below(place: Place, rows: int) -> Place:
+    return place._replace(start=(place.start[0] + rows, *place.start[1:]))
+
+
+def exchange(
+    outgoing: torch.Tensor | None, to: int, incoming: torch.Tensor | None, source: int, group: dist.ProcessGroup | None
+) -> None:
+    """Send one flat buffer to a rank of ``group`` and receive one at the same time; None: nothing in that direction."""
+    operations = []
+    if outgoing is not None:
+        operations.append(dist.P2POp(dist.isend, outgoing, group=group, group_peer=to))
+    if incoming is not None:
+        operations.append(dist.P2POp(dist.irecv, incoming, group=group, group_peer=source))
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()

@@ -1,0 +1,423 @@
+"""What the controller makes of its ranks: answers in order, and one clear error for everything that goes wrong."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from miles_spmd.config.schema import DeadlinesConfig
+from miles_spmd.controller.cluster.cluster import (
+    Cluster,
+    DeadlineError,
+    ProtocolError,
+    WorkerFailedError,
+    WorkerLostError,
+    WorkerSilentError,
+    WorkerStoppedError,
+)
+from miles_spmd.protocol.dealer import Dealer
+from miles_spmd.protocol.messages import (
+    AbortRequests,
+    Command,
+    Completions,
+    EndGenerate,
+    Failure,
+    Generate,
+    Heartbeat,
+    Ok,
+    RefitEngine,
+    RefitResult,
+    Result,
+    Stop,
+    Submit,
+    TrainStep,
+)
+from miles_spmd.protocol.router import Router
+from miles_spmd.types.phase import Phase
+from miles_spmd.types.request import Output, Request, SamplingParams
+from miles_spmd.types.sample import FinishReason
+from miles_spmd.types.train_sequence import TrainSequence
+from tests.controller.ranks import DIGEST, SpokenRank
+
+Start = Callable[..., Cluster]
+
+
+class Harness:
+    """A router, its workers, and spoken ranks."""
+
+    def __init__(self, world_size: int, **deadlines: float) -> None:
+        self.world_size = world_size
+        self.router = Router()
+        self.workers = Cluster(self.router, world_size, DeadlinesConfig(**deadlines), DIGEST, Path("runs/x/logs"))
+        self.ranks: list[SpokenRank] = []
+
+    def add(self, rank: int, *args: Any, **settings: Any) -> SpokenRank:
+        self.ranks.append(SpokenRank(self.router.credentials, rank, self.world_size, *args, **settings))
+        return self.ranks[-1]
+
+    def add_all(self, *args: Any, **settings: Any) -> Cluster:
+        for rank in range(self.world_size):
+            self.add(rank, *args, **settings)
+        self.workers.wait_ready()
+        return self.workers
+
+    def close(self) -> None:
+        for rank in self.ranks:
+            rank.leave()
+        self.router.close()
+
+
+@pytest.fixture
+def cluster() -> Iterator[Callable[..., Harness]]:
+    made: list[Harness] = []
+
+    def make(world_size: int = 2, **deadlines: float) -> Harness:
+        made.append(Harness(world_size, **deadlines))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+Make = Callable[..., Harness]
+
+
+# --- start -----------------------------------------------------------------------------------------------------------
+
+
+def test_infos_come_by_rank(cluster: Make) -> None:
+    c = cluster(3)
+    for rank in (2, 0, 1):
+        c.add(rank)
+    assert [info.rank for info in c.workers.infos] == [0, 1, 2]
+    assert c.workers.seconds == [{"imports": 1.5}] * 3
+
+
+def test_a_rank_with_another_configuration_is_refused(cluster: Make) -> None:
+    c = cluster()
+    c.add(0)
+    c.add(1, digest="another")
+    with pytest.raises(ProtocolError, match=r"rank 1 \(node-a\) was started with another configuration"):
+        c.workers.wait_ready()
+
+
+def test_two_processes_of_one_rank_are_refused(cluster: Make) -> None:
+    c = cluster()
+    c.add(1)
+    c.add(1)
+    with pytest.raises(ProtocolError, match="two processes are rank 1"):
+        c.workers.wait_ready()
+
+
+def test_a_rank_outside_the_world_is_refused(cluster: Make) -> None:
+    c = cluster()
+    c.add(2)
+    with pytest.raises(ProtocolError, match="calls itself rank 2"):
+        c.workers.wait_ready()
+
+
+def test_a_rank_that_never_connects_is_named(cluster: Make) -> None:
+    c = cluster(3, start_timeout=0.3)
+    c.add(0)
+    c.add(1, hello=False)
+    with pytest.raises(DeadlineError) as caught:
+        c.workers.wait_ready()
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "start: rank 1, 2 did not answer within 0.3 s"
+    assert "rank 1: start, import (worker.py:1), last heard" in lines[1]
+    assert lines[2] == "  rank 2: start, never connected"
+
+
+# --- calls -----------------------------------------------------------------------------------------------------------
+
+
+def test_one_body_for_all_and_one_for_each(cluster: Make) -> None:
+    def answer(rank: SpokenRank, command: Command) -> Result:
+        if isinstance(command.body, RefitEngine):
+            return RefitResult(command.body.version, rank.rank, 0, 0)
+        return Ok(
+            {"tokens": len(command.body.micro_batches[0][0].tokens) if isinstance(command.body, TrainStep) else 0}
+        )
+
+    c = cluster(3)
+    workers = c.add_all(answer)
+    assert workers.call(RefitEngine(7), step=4, phase=Phase.REFIT) == [RefitResult(7, rank, 0, 0) for rank in range(3)]
+    assert workers.seconds == [{"work": 0.25}, {"work": 0.5}, {"work": 0.75}]
+    batches = [TrainStep([[TrainSequence(np.zeros(n, np.int32), np.ones(n, np.float32))]]) for n in (5, 6, 7)]
+    assert workers.call(batches, step=4, phase=Phase.TRAIN) == [Ok({"tokens": n}) for n in (5, 6, 7)]
+    assert workers.place == "train, step 4"
+    with pytest.raises(ValueError, match="2 bodies for 3 ranks"):
+        workers.call(batches[:2], step=4, phase=Phase.TRAIN)
+    workers.stop()
+    assert all(isinstance(rank.received[-1], Stop) for rank in c.ranks)
+
+
+def only(rank: int, act: Callable[[SpokenRank, Command], Result | None]) -> Callable[..., Result | None]:
+    """An answer that differs on one rank."""
+    return lambda spoken, command: act(spoken, command) if spoken.rank == rank else Ok()
+
+
+def test_an_exception_on_a_rank_is_named(cluster: Make) -> None:
+    failure = Failure("RefitError", "checksum of model.norm differs", "Traceback: ...")
+    workers = cluster(2).add_all(only(1, lambda spoken, command: failure))
+    with pytest.raises(WorkerFailedError) as caught:
+        workers.call(RefitEngine(1), step=3, phase=Phase.REFIT)
+    assert str(caught.value) == "rank 1 (node-a), refit, step 3: RefitError: checksum of model.norm differs"
+    assert caught.value.details == "Traceback: ..."
+
+
+def test_a_missed_deadline_says_who_is_where(cluster: Make) -> None:
+    def hang(spoken: SpokenRank, command: Command) -> None:
+        spoken.say(Heartbeat(1, Phase.TRAIN, 3, "all_reduce (distributed.py:10) in train_step (trainer.py:20)"))
+
+    workers = cluster(2, train_timeout=0.3).add_all(only(1, hang))
+    began = time.monotonic()
+    with pytest.raises(DeadlineError) as caught:
+        workers.call(TrainStep([]), step=3, phase=Phase.TRAIN)
+    assert time.monotonic() - began < 3
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "train, step 3: rank 1 did not answer within 0.3 s"
+    assert "rank 1 (node-a, pid 1001): train, step 3, all_reduce (distributed.py:10) in train_step" in lines[1]
+    assert "runs/x/logs/rank-*.stacks" in lines[2]
+
+
+def test_a_rank_without_beats_is_noticed_before_the_deadline(cluster: Make) -> None:
+    def beat_on(spoken: SpokenRank, command: Command) -> None:
+        while not spoken.gone.wait(0.1):
+            spoken.say(Heartbeat(spoken.rank, Phase.TRAIN, 3))
+
+    answer = lambda spoken, command: beat_on(spoken, command) if spoken.rank == 0 else None  # noqa: E731
+    workers = cluster(2, heartbeat_timeout=0.6, train_timeout=60).add_all(answer)
+    with pytest.raises(WorkerSilentError, match=r"rank 1 \(node-a, pid 1001\) is silent: train, step 3"):
+        workers.call(TrainStep([]), step=3, phase=Phase.TRAIN)
+
+
+def die(spoken: SpokenRank, command: Command) -> None:
+    spoken.gone.set()
+
+
+def test_a_dead_rank_is_named_at_once(cluster: Make) -> None:
+    workers = cluster(3).add_all(only(2, die))
+    began = time.monotonic()
+    with pytest.raises(WorkerLostError, match=r"rank 2 \(node-a, pid 1002\) died: train, step 3"):
+        workers.call(TrainStep([]), step=3, phase=Phase.TRAIN)
+    assert time.monotonic() - began < 2
+
+
+def test_a_death_explains_failures_of_others(cluster: Make) -> None:
+    """The others' collectives break first; what they say is not the cause."""
+
+    def answer(spoken: SpokenRank, command: Command) -> Result | None:
+        if spoken.rank == 2:
+            time.sleep(0.2)
+            return die(spoken, command)
+        return Failure("RuntimeError", "Connection closed by peer")
+
+    workers = cluster(3).add_all(answer)
+    with pytest.raises(WorkerLostError, match="rank 2"):
+        workers.call(TrainStep([]), step=3, phase=Phase.TRAIN)
+
+
+def say_goodbye(spoken: SpokenRank, command: Command) -> None:
+    spoken.say(Heartbeat(spoken.rank, Phase.STOP, 3, "stopped by SIGTERM"))
+    spoken.gone.set()
+
+
+def test_an_announced_stop_is_no_death(cluster: Make) -> None:
+    workers = cluster(2).add_all(say_goodbye)
+    with pytest.raises(WorkerStoppedError, match=r"^train, step 3: stopped by SIGTERM$"):
+        workers.call(TrainStep([]), step=3, phase=Phase.TRAIN)
+
+
+def test_a_watchdog_that_is_gone_before_the_last_reply_is_heard_is_no_death(cluster: Make) -> None:
+    def answer(spoken: SpokenRank, command: Command) -> Ok:
+        if isinstance(command.body, Stop):
+            beats.pop().close()
+        else:
+            beats.append(Dealer(spoken._credentials))
+            beats[0].send(Heartbeat(spoken.rank, Phase.TRAIN, 0))
+        time.sleep(0.2)
+        return Ok()
+
+    beats: list[Dealer] = []
+    workers = cluster(1).add_all(answer)
+    workers.call(RefitEngine(0), step=0, phase=Phase.REFIT)
+    workers.stop()
+
+
+def test_a_death_instead_of_the_last_reply_is_one(cluster: Make) -> None:
+    def answer(spoken: SpokenRank, command: Command) -> None:
+        spoken.gone.set()
+
+    with pytest.raises(WorkerLostError, match=r"rank 0 \(node-a, pid 1000\) died: stop"):
+        cluster(1).add_all(answer).stop()
+
+
+def test_a_death_explains_the_stop_of_others(cluster: Make) -> None:
+    """As when a launcher stops the remaining ranks."""
+    workers = cluster(3).add_all(lambda s, c: die(s, c) if s.rank == 1 else say_goodbye(s, c))
+    with pytest.raises(WorkerLostError, match="rank 1"):
+        workers.call(TrainStep([]), step=3, phase=Phase.TRAIN)
+
+
+def test_a_death_while_the_controller_was_busy(cluster: Make) -> None:
+    c = cluster(2)
+    workers = c.add_all()
+    c.ranks[1].leave()
+    assert "rank 1 (node-a, pid 1001) died" in workers.explain("stopped by SIGTERM")
+    with pytest.raises(WorkerLostError, match="rank 1"):
+        workers.call(RefitEngine(1), step=1, phase=Phase.REFIT)
+
+
+def test_a_deadline_holds_while_others_talk(cluster: Make) -> None:
+    """Beats that come faster than the clock is looked at must not hide that it has run out."""
+
+    def chatter(spoken: SpokenRank, command: Command) -> None:
+        while not spoken.gone.wait(0.002):
+            spoken.say(Heartbeat(0, Phase.TRAIN, 1))
+
+    workers = cluster(2, train_timeout=0.3).add_all(only(0, chatter))
+    with pytest.raises(DeadlineError, match="rank 0 did not answer"):
+        workers.call(TrainStep([]), step=1, phase=Phase.TRAIN)
+
+
+def test_malformed_bytes_name_their_sender(cluster: Make) -> None:
+    workers = cluster(2).add_all(only(1, lambda spoken, command: spoken.dealer._socket.send(b"nonsense")))
+    with pytest.raises(ProtocolError, match=r"rank 1 \(node-a, pid 1001\): not a message of this protocol"):
+        workers.call(RefitEngine(1), step=1, phase=Phase.REFIT)
+
+
+def test_waiting_costs_no_cpu(cluster: Make) -> None:
+    c = cluster(1, train_timeout=1.0)
+    c.add(0, lambda spoken, command: spoken.gone.wait(5) and None)  # type: ignore[func-returns-value]
+    c.workers.wait_ready()
+    began = time.thread_time()
+    with pytest.raises(DeadlineError):
+        c.workers.call(TrainStep([]), step=1, phase=Phase.TRAIN)
+    assert time.thread_time() - began < 0.1
+
+
+# --- rollouts --------------------------------------------------------------------------------------------------------
+
+
+def request(number: int) -> Request:
+    return Request(str(number), [1, 2, number], SamplingParams(max_new_tokens=4))
+
+
+def output(rid: str, reason: FinishReason = FinishReason.STOP) -> Output:
+    return Output(rid, [7], [-0.5], reason, [(0, 1)])
+
+
+class SpokenEngine:
+    """Answers requests at once, except those in ``slow``, which have to be aborted."""
+
+    def __init__(self, slow: tuple[str, ...] = ()) -> None:
+        self.slow = slow
+
+    def __call__(self, spoken: SpokenRank, command: Command) -> Result | None:
+        match command.body:
+            case Submit(requests):
+                finished = [output(r.rid) for r in requests if r.rid not in self.slow]
+                if finished:
+                    spoken.say(Completions(spoken.rank, finished))
+            case AbortRequests(rids):
+                spoken.say(Completions(spoken.rank, [output(rid, FinishReason.ABORT) for rid in rids]))
+            case Generate():
+                return None if spoken.leader else Ok()  # whoever has to step does not answer before the end
+            case EndGenerate():
+                return Ok()
+        return None
+
+
+def submitted(spoken: SpokenRank) -> list[str]:
+    return [r.rid for body in spoken.received if isinstance(body, Submit) for r in body.requests]
+
+
+def test_requests_go_round_the_engines_in_order_of_submission(cluster: Make) -> None:
+    c = cluster(4)
+    workers = c.add_all(SpokenEngine(), engine_size=2)
+    for _ in range(2):  # each session begins with the first engine again
+        with workers.rollout(step=0) as session:
+            session.submit([request(i) for i in range(3)])
+            session.submit([request(3), request(4)])
+            outputs = list(session.completions())
+        assert sorted(o.rid for o in outputs) == ["0", "1", "2", "3", "4"]
+    assert submitted(c.ranks[0]) == ["0", "2", "4"] * 2
+    assert submitted(c.ranks[2]) == ["1", "3"] * 2
+    assert all(c.ranks[rank].received == [Generate()] * 2 for rank in (1, 3))
+    assert workers.seconds[3] == {"work": 1.0}
+
+
+def test_one_engine_answers_all_of_a_prompt(cluster: Make) -> None:
+    c = cluster(2)
+    workers = c.add_all(SpokenEngine())
+    with workers.rollout(step=0) as session:
+        prompts = [msgspec.structs.replace(request(i), input_ids=[i // 2]) for i in range(6)]
+        session.submit(prompts)
+        list(session.completions())
+    assert submitted(c.ranks[0]) == ["0", "1", "4", "5"]
+    assert submitted(c.ranks[1]) == ["2", "3"]
+
+
+def test_later_turns_are_submitted_while_others_run(cluster: Make) -> None:
+    workers = cluster(2).add_all(SpokenEngine())
+    seen = []
+    with workers.rollout(step=0) as session:
+        session.submit([request(0), request(1)])
+        for finished in session.completions():
+            seen.append(finished.rid)
+            if int(finished.rid) < 6:
+                session.submit([request(int(finished.rid) + 2)])
+    assert sorted(seen) == [str(i) for i in range(8)]
+
+
+def test_aborted_requests_come_back(cluster: Make) -> None:
+    workers = cluster(2).add_all(SpokenEngine(slow=("1", "2")))
+    with workers.rollout(step=0) as session:
+        session.submit([request(i) for i in range(4)])
+        outputs = session.completions()
+        assert {next(outputs).rid, next(outputs).rid} == {"0", "3"}
+        session.abort(["2", "never submitted"])
+        assert next(outputs) == output("2", FinishReason.ABORT)
+        session.abort()
+        assert [o.rid for o in outputs] == ["1"]
+
+
+def test_leaving_a_rollout_early_aborts_the_rest(cluster: Make) -> None:
+    c = cluster(1)
+    workers = c.add_all(SpokenEngine(slow=("0",)))
+    with workers.rollout(step=0) as session:
+        session.submit([request(0)])
+    assert c.ranks[0].received[-2:] == [AbortRequests(["0"]), EndGenerate()]
+    with workers.rollout(step=1) as session:  # what was left over does not come up again
+        session.submit([request(1)])
+        assert [o.rid for o in session.completions()] == ["1"]
+
+
+def test_a_running_request_cannot_be_submitted_again(cluster: Make) -> None:
+    workers = cluster(1).add_all(SpokenEngine(slow=("0",)))
+    with workers.rollout(step=0) as session:
+        session.submit([request(0)])
+        with pytest.raises(ValueError, match="'0' is already running"):
+            session.submit([request(0)])
+
+
+def test_a_failure_ends_a_rollout(cluster: Make) -> None:
+    failure = Failure("ValueError", "request 1: 3 + 4 tokens exceed the context of 6")
+    answer = SpokenEngine()
+    workers = cluster(2).add_all(lambda s, c: failure if s.rank == 1 and isinstance(c.body, Submit) else answer(s, c))
+
+    def rollout() -> None:
+        with workers.rollout(step=5) as session:
+            session.submit([request(0), request(1)])
+            list(session.completions())
+
+    with pytest.raises(WorkerFailedError, match=r"rank 1 \(node-a\), rollout, step 5: ValueError: request 1"):
+        rollout()

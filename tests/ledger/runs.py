@@ -1,0 +1,103 @@
+"""Whole runs in this process and the ranks of tests/ranks.py: the real loop and real workers, started in a second."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import torch.distributed as dist
+
+from miles_spmd.config.load import config_digest, dump_config, load_config
+from miles_spmd.config.schema import Config
+from miles_spmd.controller.cluster.cluster import Cluster
+from miles_spmd.controller.loops import replay
+from miles_spmd.controller.loops.sync import run
+from miles_spmd.protocol.credentials import Credentials
+from miles_spmd.protocol.dealer import Dealer
+from miles_spmd.protocol.messages import Command, Hello, Ok, Reply, Stop
+from miles_spmd.protocol.order import Replay
+from miles_spmd.protocol.router import Router
+from miles_spmd.worker.main import HOST, Place, build, failure, rank_info
+from miles_spmd.worker.stopwatch import Stopwatch
+from miles_spmd.worker.watchdog import Watchdog
+from tests.ranks import Ranks
+from tests.worker.tiny_run import write_checkpoint, write_config
+
+STEPS = 4
+
+
+class Unwatched:
+    def progress(self, detail: str) -> None:
+        """A real watchdog would take over this process's signals."""
+
+
+def serve(settings: str, credentials: bytes) -> None:
+    """A rank until it is told to stop, or the controller is gone."""
+    from miles_spmd.worker.world import Side
+
+    config = Config.model_validate_json(settings)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    dealer = Dealer(msgspec.json.decode(credentials, type=Credentials))
+    place = Place(rank, size, rank, size, "127.0.0.1")
+    worker = build(config, "train", place, Side(), dealer, Stopwatch(), cast(Watchdog, Unwatched()))
+    dealer.send(Hello(rank_info(worker, place), config_digest(config)))
+    while not dealer.disconnections.poll(0):
+        command = dealer.receive(0.05)
+        if not isinstance(command, Command):
+            continue
+        try:
+            result: Any = Ok() if isinstance(command.body, Stop) else worker.do(command.body)
+        except Exception as error:
+            result = failure(error)
+        dealer.send(Reply(command.id, rank, HOST, command.phase, result))
+    if worker.engine_rank is not None:
+        worker.engine.engine.close()  # a process has room for one of SGLang's
+    dealer.close()
+
+
+def train(ranks: Ranks, config: Config, size: int = 1, wanted: Replay | None = None) -> Path:
+    """The run's folder."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    (config.run_dir / "config.toml").write_text(dump_config(config))
+    router = Router()
+    credentials = msgspec.json.encode(router.credentials)
+    thread = threading.Thread(target=ranks.run, args=(size, serve, config.model_dump_json(), credentials))
+    thread.start()
+    workers = Cluster(router, size, config.deadlines, config_digest(config), config.run_dir / "logs")
+    try:
+        run(config, workers, "train" if wanted is None else "replay", wanted)
+        workers.stop()
+    finally:
+        router.close()
+        thread.join()
+    return config.run_dir
+
+
+def replayed(ranks: Ranks, folder: Path, step: int, phase: Any = None) -> tuple[Path, Replay]:
+    """The replay's folder, as `miles-spmd replay` makes it."""
+    wanted, overrides = replay.plan(folder, step, phase)
+    return train(ranks, load_config(folder / "config.toml", overrides), wanted=wanted), wanted
+
+
+class Recipe:
+    """A run with a filter that drops groups and two optimizer steps a rollout, on a small engine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = write_checkpoint(folder / "model")
+        self.file = write_config(
+            folder,
+            self.model,
+            run={"num_rollout": STEPS},
+            rollout={"engine": "torch", "n_samples_per_prompt": 3},
+            algorithm={"dynamic_sampling_filter": "reward_nonzero_std"},
+            reward={"rm_type": "tests.recipe_run:coin", "reward_workers": 1},
+            train={"global_batch_size": 6},
+            determinism={"deterministic": True},
+            telemetry={"progress": "none"},
+            megatron={"lr": 1e-3},
+        )
+
+    def config(self, name: str, *overrides: str) -> Config:
+        return load_config(self.file, [f"run.name={name}", "checkpoint.save_interval=2", *overrides])

@@ -1,0 +1,177 @@
+"""Who gets in, who does not, and what a controller hears of each. Real sockets, real keys."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import msgspec
+import numpy as np
+import pytest
+import zmq
+
+from miles_spmd.protocol.credentials import Credentials, make_keys
+from miles_spmd.protocol.dealer import Dealer
+from miles_spmd.protocol.messages import Command, Heartbeat, RefitEngine, TrainStep, WireError, encode
+from miles_spmd.protocol.router import PeerGoneError, Router
+from miles_spmd.types.phase import Phase
+from miles_spmd.types.train_sequence import TrainSequence
+
+BEAT = Heartbeat(rank=1, phase=Phase.TRAIN, step=3)
+COMMAND = Command(1, 2, Phase.REFIT, 60.0, RefitEngine(3))
+
+
+@pytest.fixture
+def router() -> Iterator[Router]:
+    with Router() as router:
+        yield router
+
+
+def works_for(router: Router, dealer: Dealer) -> bool:
+    """A message up and one down."""
+    dealer.send(BEAT)
+    event = router.receive(5)
+    if event is None or event[1] != BEAT:
+        return False
+    router.send(COMMAND, [event[0]])
+    return dealer.receive(5) == COMMAND
+
+
+def port_of(router: Router) -> int:
+    return int(router.credentials.endpoint.rpartition(":")[2])
+
+
+def test_a_member_of_the_run_gets_in(router: Router) -> None:
+    dealer = Dealer(router.credentials)
+    assert works_for(router, dealer)
+    dealer.close()
+
+
+@pytest.fixture(params=["no key", "a key of its own", "the wrong server", "plain text", "no zmq", "http"])
+def stranger(request: pytest.FixtureRequest, router: Router) -> Iterator[str]:
+    """A client without the run's client key that has just tried to talk to ``router``."""
+    context = zmq.Context()
+    client = context.socket(zmq.DEALER)
+    client.linger = 0
+    raw: socket.socket | None = None
+    server, keys = router.credentials.server_public, make_keys()
+    if request.param == "a key of its own":
+        client.curve_serverkey, client.curve_publickey, client.curve_secretkey = (k.encode() for k in (server, *keys))
+    elif request.param == "the wrong server":
+        mine = (make_keys()[0], router.credentials.client_public, router.credentials.client_secret)
+        client.curve_serverkey, client.curve_publickey, client.curve_secretkey = (k.encode() for k in mine)
+    elif request.param == "plain text":
+        client.plain_username, client.plain_password = b"rank", b"1"
+    elif request.param != "no key":
+        raw = socket.create_connection(("127.0.0.1", port_of(router)))
+        raw.sendall(b"GET / HTTP/1.1\r\n\r\n" if request.param == "http" else struct.pack("!64I", *range(64)))
+    if raw is None:
+        client.connect(router.credentials.endpoint)
+        client.send(encode(BEAT))
+    yield request.param
+    if raw is not None:
+        raw.close()
+    client.close()
+    context.term()
+
+
+def test_a_stranger_gets_nothing_and_disturbs_nothing(router: Router, stranger: str) -> None:
+    assert router.receive(0.3) is None
+    dealer = Dealer(router.credentials)
+    assert works_for(router, dealer)
+    dealer.close()
+
+
+def test_a_flood_of_strangers_disturbs_nothing(router: Router) -> None:
+    """More closed connections than a queue of default size holds, while the controller does something else."""
+    for _ in range(2300):
+        with socket.create_connection(("127.0.0.1", port_of(router))) as stranger:
+            stranger.sendall(b"\xff")
+    dealer = Dealer(router.credentials)
+    assert works_for(router, dealer)
+    dealer.close()
+
+
+def test_two_runs_on_one_host() -> None:
+    with Router() as one, Router() as other:
+        assert port_of(one) != port_of(other)
+        lost = msgspec.structs.replace(one.credentials, endpoint=other.credentials.endpoint)
+        dealers = [Dealer(credentials) for credentials in (lost, one.credentials, other.credentials)]
+        dealers[0].send(BEAT)
+        assert works_for(one, dealers[1])
+        assert works_for(other, dealers[2])
+        assert one.receive(0.2) is other.receive(0) is None
+        for dealer in dealers:
+            dealer.close()
+
+
+def test_malformed_bytes_from_a_member_are_a_typed_error(router: Router) -> None:
+    dealer = Dealer(router.credentials)
+    dealer._socket.send(b"\x81\xa4type\xa8Shutdown")
+    event = router.receive(5)
+    assert event is not None
+    assert isinstance(event[1], WireError)
+    dealer._socket.send_multipart([encode(BEAT), b""])
+    event = router.receive(5)
+    assert event is not None
+    assert "2 frames" in str(event[1])
+    assert works_for(router, dealer)
+    dealer.close()
+
+
+def test_a_killed_process_is_noticed_at_once(router: Router) -> None:
+    code = (
+        "import sys, time, msgspec\n"
+        "from miles_spmd.protocol.dealer import Dealer\n"
+        "from miles_spmd.protocol.credentials import Credentials\n"
+        "from miles_spmd.protocol.messages import Heartbeat\n"
+        "from miles_spmd.types.phase import Phase\n"
+        "dealer = Dealer(msgspec.json.decode(sys.argv[1], type=Credentials))\n"
+        "dealer.send(Heartbeat(rank=1, phase=Phase.TRAIN, step=3))\n"
+        "time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, msgspec.json.encode(router.credentials).decode()])
+    event = router.receive(30)
+    assert event is not None
+    peer = event[0]
+    killed = time.monotonic()
+    process.kill()
+    process.wait()
+    assert router.receive(5) == (peer, None)
+    assert time.monotonic() - killed < 1
+    with pytest.raises(PeerGoneError):
+        router.send(COMMAND, [peer])
+
+
+def test_a_dealer_learns_that_the_controller_is_gone() -> None:
+    with Router() as router:
+        dealer = Dealer(router.credentials)
+        assert works_for(router, dealer)
+        assert not dealer.disconnections.poll(0)
+    assert dealer.disconnections.poll(5000)
+    dealer.close()
+
+
+def test_arrays_of_a_large_batch_arrive(router: Router) -> None:
+    sequence = TrainSequence(np.arange(2**20, dtype=np.int32), np.ones(2**20, np.float32))
+    dealer = Dealer(router.credentials)
+    assert works_for(router, dealer)
+    dealer.send(BEAT)
+    event = router.receive(5)
+    assert event is not None
+    router.send(Command(1, 1, Phase.TRAIN, 60.0, TrainStep([[sequence] * 4])), [event[0]])
+    command = dealer.receive(30)
+    assert isinstance(command, Command)
+    assert isinstance(command.body, TrainStep)
+    assert len(command.body.micro_batches[0]) == 4
+    assert np.array_equal(command.body.micro_batches[0][3].tokens, sequence.tokens)
+    dealer.close()
+
+
+def test_secrets_do_not_show(router: Router) -> None:
+    assert router.credentials.client_secret not in repr(router.credentials)
+    assert isinstance(router.credentials, Credentials)
