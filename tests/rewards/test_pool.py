@@ -173,7 +173,7 @@ def test_processes_hold_no_torch() -> None:
 def test_processes_die_with_a_killed_controller() -> None:
     code = (
         "import sys, time\n"
-        "from tests.rewards.test_pool import HERE, RewardPool, Reward, group\n"
+        "from tests.rewards.test_pool import HERE, RewardPool, RewardConfig, group\n"
         "if __name__ == '__main__':\n"
         "    pool = RewardPool(RewardConfig(rm_type=HERE + 'process_id', reward_workers=1))\n"
         "    print(int(pool.submit(group('a')).result()[0].value), flush=True)\n"
