@@ -13,10 +13,9 @@ from torch import Tensor
 
 from miles_spmd.models import Family, TensorLayout, load_family
 from miles_spmd.models.layout import stack, whole
-from miles_spmd.weights.refit import RefitCounts
 from miles_spmd.weights import refit as refit_module
 from miles_spmd.weights.checksums import RefitError
-from miles_spmd.weights.refit import Refit
+from miles_spmd.weights.refit import Refit, RefitCounts
 from tests.models import parallel, tiny
 from tests.models.parallel import Trainer, trainer_rank
 from tests.ranks import Ranks
