@@ -23,6 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from miles_spmd.training.log_probs import Distribution, linear_log_probs
+from miles_spmd.training.output_layer import OutputLayer
 
 CHUNKS, FULL = "chunks", "full logits"
 FULL_COPIES = 3  # alive at once with full logits: log-probs, their gradient and that of the logits, in fp32
@@ -92,7 +93,7 @@ def _measure(way: str, shape: Shape) -> dict[str, float]:
 
 def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor, shape: Shape) -> Tensor:
     distribution = Distribution(top_p=shape.top_p, top_k=shape.top_k)
-    return linear_log_probs(hidden, weight, targets, distribution, vocab_size=len(weight))[0].mean()
+    return linear_log_probs(hidden, OutputLayer(weight, len(weight)), targets, distribution)[0].mean()
 
 
 def _full(hidden: Tensor, weight: Tensor, targets: Tensor, shape: Shape) -> Tensor:

@@ -37,7 +37,7 @@ def measure(config: Config, packings: Sequence[tuple[int, int]], micro_batches: 
         stage("scoring them")
         scores = [timed(lambda: trainer.log_probs(batch))[0] for _ in range(WARM_UP + repeats)]  # noqa: B023
         stage("moving out and in")
-        asleep = [(timed(trainer.move_out), timed(trainer.move_in)) for _ in range(WARM_UP + repeats)]
+        asleep = [(timed(trainer.offload.move_out), timed(trainer.offload.move_in)) for _ in range(WARM_UP + repeats)]
         step, score = slowest(steps[WARM_UP:]), slowest(scores[WARM_UP:])
         total = micro_batches * sequences * tokens * trainer.data_parallel_size
         flops = total / tokens * sequence_flops(family, tokens) / step / dist.get_world_size() / 1e12

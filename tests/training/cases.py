@@ -1,4 +1,5 @@
-"""Models, batches and layouts of the trainer's tests, what runs on each rank, and plain transformers as the oracle."""
+"""Models, batches and layouts of the trainer's tests, functions that run on each rank, and transformers as the
+oracle."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ PLAIN_SGD = {"optimizer": "sgd", "lr": 1.0, "weight_decay": 0.0, "clip_grad": 0.
 
 
 def config(name: str, megatron: dict[str, Any] | None = None, **tables: Any) -> Config:
-    """A run from the tiny checkpoint ``name``, in fp32 if nothing else is said."""
+    """Return the configuration of a run from the tiny checkpoint ``name``, by default in fp32."""
     model = {"hf_checkpoint": str(tiny.checkpoint(name)), "dtype": "float32"} | tables.pop("model", {})
     return Config(model=model, data={"prompt_data": "none"}, megatron=megatron or {}, **tables)
 
@@ -171,7 +172,7 @@ def _split_experts(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def whole_weights(name: str, ranks: Iterable[Held], value_head: bool = False) -> dict[str, np.ndarray]:
-    """Checkpoint tensors put together from what every rank holds. What two ranks hold must be the same, bit for bit."""
+    """Checkpoint tensors put together from what every rank holds. What two ranks hold must be bitwise equal."""
     shapes = load_family(tiny.checkpoint(name), value_head=value_head).checkpoint_tensors()
     whole = {tensor: np.full(shape, np.nan, np.float32) for tensor, shape in shapes.items()}
     for rank in ranks:
