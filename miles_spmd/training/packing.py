@@ -24,7 +24,7 @@ from miles_spmd.training.segment_sum import PackedSegmentSum
 from miles_spmd.types.token_batch import TokenBatch
 from miles_spmd.types.train_sequence import MicroBatch, TrainSequence
 
-# what a sequence may say of each token and a loss may read: the fields that both types have
+# per-token arrays that a sequence may have and a loss may read: the fields that both types have
 _OPTIONAL_FIELDS = tuple(
     field.name
     for field in fields(TokenBatch)
