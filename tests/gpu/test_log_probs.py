@@ -10,8 +10,8 @@ from miles_spmd.training.log_probs import Distribution, linear_log_probs
 from miles_spmd.training.output_layer import OutputLayer
 from tests.gpu.machine import needs
 from tests.training.test_log_probs import (
+    CASES,
     THREE_ROWS,
-    WAYS,
     actual,
     assert_close,
     bf16_gradients_of_weight,
@@ -31,7 +31,7 @@ def test_chunks_add_no_rounding() -> None:
 @needs(1)
 def test_values_and_gradients() -> None:
     on_gpu = tuple(tensor.cuda() for tensor in case())
-    for distribution, with_entropy, max_logits in WAYS:
+    for distribution, with_entropy, max_logits in CASES:
         found = actual(on_gpu, distribution, with_entropy, max_logits)
         assert_close([x.cpu() for x in found], expected(case(), distribution, with_entropy), 3e-6)
 

@@ -143,20 +143,20 @@ def test_any_shape(
     assert_close(actual(random, distribution, True, max_logits), expected(random, distribution, True), 1e-12)
 
 
-WAYS = list(itertools.product(DISTRIBUTIONS, (False, True), (2**27, THREE_ROWS)))
+CASES = list(itertools.product(DISTRIBUTIONS, (False, True), (2**27, THREE_ROWS)))
 
 
 def split() -> list[list[Tensor]]:
-    return [actual(case(), *way) for way in WAYS]
+    return [actual(case(), *arguments) for arguments in CASES]
 
 
 def test_a_split_vocabulary_gives_the_same(ranks: Ranks) -> None:
     """7 tokens on one rank, 4 and padding on the other."""
-    for way, (log_probs, *parts), (others, *other_parts) in zip(WAYS, *ranks.run(2, split), strict=True):
-        assert torch.equal(log_probs, others), way
-        assert all(torch.equal(a, b) for a, b in zip(parts[:2], other_parts[:2], strict=False)), way
+    for arguments, (log_probs, *parts), (others, *other_parts) in zip(CASES, *ranks.run(2, split), strict=True):
+        assert torch.equal(log_probs, others), arguments
+        assert all(torch.equal(a, b) for a, b in zip(parts[:2], other_parts[:2], strict=False)), arguments
         found = [log_probs, *parts[:2], torch.cat([parts[2], other_parts[2]])]
-        assert_close(found, expected(case(), *way[:2]), 1e-6)
+        assert_close(found, expected(case(), *arguments[:2]), 1e-6)
 
 
 @pytest.mark.parametrize("cut", [PLAIN, WARM, Distribution(top_k=4), Distribution(0.9, top_p=0.8)], ids=str)

@@ -239,6 +239,7 @@ def update_with_little_memory(run: Config, micro_batches: list[MicroBatch]) -> A
 def test_logits_in_parts_change_nothing(ranks: Ranks, layout: dict[str, Any], name: str) -> None:
     run = config(name, layout | PLAIN_SGD, rollout={"rollout_temperature": 0.7}, **RL)
     at_once, in_parts = (ranks.run(2, f, run, [BATCH]) for f in (update, update_with_little_memory))
+    assert any(log_probs for _, log_probs, _ in at_once)
     for (_, log_probs, weights), (_, same_log_probs, same_weights) in zip(at_once, in_parts):
         assert (log_probs is None) == (same_log_probs is None)
         for ours, theirs in zip(log_probs or (), same_log_probs or ()):
