@@ -1,8 +1,9 @@
 """Matrix products whose rows do not feel each other.
 
 On a GPU the product of 16-bit numbers is SGLang's batch-invariant one, which sums over the inner dimension in one order
-whatever the shape. On a CPU it is the BLAS library's on at least four rows: it takes fewer along another path, which
-rounds in another way. One thread is needed there; more share a product out by its shape.
+whatever the shape. On a CPU it is the BLAS library's on at least sixteen rows: it computes fewer by other kernels, whose
+reduction order differs (below four on AMD, below sixteen on Intel with AVX-512). One thread is needed there; more share
+a product out by its shape.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-_ROWS = 4
+_ROWS = 16
 _DEEPGEMM_ROWS = 16  # of a weight, from which on SGLang multiplies by DeepGEMM
 
 

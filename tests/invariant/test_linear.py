@@ -44,6 +44,16 @@ def test_columns(rows: int) -> None:
     assert_ranks_make_the_same_columns(rows, 64, 256, torch.float32, "cpu")
 
 
+@pytest.mark.parametrize("inner", [48, 64, 128, 192, 512, 1536])
+@pytest.mark.parametrize("outer", [16, 97, 256])
+def test_a_row_does_not_depend_on_how_many_there_are(inner: int, outer: int) -> None:
+    x, weight = factors(300, inner, outer, torch.float32, "cpu")
+    together = linear(x, weight)
+    for rows in (*range(1, 34), 63, 64, 65, 129):
+        for first in (0, 7):
+            assert torch.equal(linear(x[first : first + rows], weight), together[first : first + rows]), rows
+
+
 def test_a_tree_is_added_level_by_level() -> None:
     big, small = 2.0**24, 1.0  # big + small rounds to big
     terms = [torch.tensor(value) for value in (big, small, small, -big)]
