@@ -113,7 +113,7 @@ class _Batch:
 
 
 def _batches(lengths: np.ndarray, group: int) -> Iterator[np.ndarray]:
-    """Yield the indices of the sequences of each batch, of which none has twice as many keys or queries as another."""
+    """Yield the sequences of each batch by index: none has more than twice as many keys or queries as another."""
     for by_keys in _by_length(np.arange(lengths.shape[1]), lengths[1]):
         for members in _by_length(by_keys, lengths[0]):
             count = max(1, MOST // (group * int(lengths[0, members].max() * lengths[1, members].max())))

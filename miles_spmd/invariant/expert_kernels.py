@@ -16,10 +16,10 @@ from torch import Tensor
 
 
 def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest values of every row [T, E] in descending order, fp32 [T, k], and their columns, int64 [T,
-    k].
+    """Return the k largest values of every row in descending order, fp32 [T, k], and their columns, int64 [T, k].
 
-    Of equal values, of which bf16 routers have many, the first columns are taken (on a CPU those of ``torch.topk``).
+    ``values`` [T, E]. Of equal values, of which bf16 routers have many, the first columns are taken (on a CPU those of
+    ``torch.topk``).
     """
     if not values.is_cuda:
         return values.float().topk(k, dim=1)

@@ -19,9 +19,10 @@ PARTS = 1056  # partial sums of a weight's gradient, whatever the number of rows
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return y = x r w with r = 1 / sqrt(mean(x^2) + eps), r (fp32, one per row), and x.
+    """Return y = v r w with r = 1 / sqrt(mean(v^2) + eps), r (fp32, one per row), and v.
 
-    ``x`` [..., width]. With ``residual`` x is its sum with ``x``, rounded; without, None is returned for it.
+    ``x`` [..., width]. With ``residual``, v is x + residual, rounded to the dtype of x before it is squared; without, v
+    is x, and None is returned in its place.
     """
     x = x.contiguous()
     width = x.shape[-1]

@@ -46,8 +46,7 @@ def split_attention(
     scale: float,
     split: int,
 ) -> Tensor:
-    """Return what :func:`~miles_spmd.invariant.flash.flash_attention` does, in parts of ``split`` keys, a power of
-    two."""
+    """Return what :func:`~miles_spmd.invariant.flash.flash_attention` does, in parts of ``split`` (2^n) keys."""
     return _Split.apply(query.contiguous(), key.contiguous(), value.contiguous(), starts, longest, scale, split)
 
 
@@ -87,12 +86,11 @@ def attend(
     scale: float,
     split: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return the attention [T, H, D] of ``query`` [T, H, D], and the log of each row's sum of exponentials, fp32 [H,
-    T].
+    """Return the attention [T, H, D], and the log of each row's sum of exponentials, fp32 [H, T].
 
-    ``keys`` and ``values`` [N, G, D]; ``starts`` int32 [B + 1], where each request's queries begin; ``most``: the most
-    queries of a request; ``lengths`` int [B], the requests' numbers of keys, the last of which the last query sees;
-    ``slots`` int32 and ``slot_at`` int64 [B], where keys lie.
+    ``query`` [T, H, D], ``keys`` and ``values`` [N, G, D]; ``starts`` int32 [B + 1], where each request's queries
+    begin; ``most``: the most queries of a request; ``lengths`` int [B], the requests' numbers of keys, the last of
+    which the last query sees; ``slots`` int32 and ``slot_at`` int64 [B], where keys lie.
     """
     tokens, heads, width = query.shape
     group = heads // keys.shape[1]
@@ -177,8 +175,7 @@ def _part(  # type: ignore[no-untyped-def]
         above = tl.where(higher == float("-inf"), 0.0, higher)
         weight = tl.exp2(score - above[:, None])
         shrink = tl.exp2(peak - above)
-        # an explicit fma: in ``total * shrink + sum`` the compiler may fuse or not, in one kernel otherwise than in
-        # another
+        # an explicit fma: the compiler might fuse ``total * shrink + sum`` in one kernel and not in the other
         total = tl.fma(total, shrink, tl.sum(weight, 1))
         value = tl.load(values + at, mask=inside, other=0.0)
         mixed = tl.dot(weight.to(value.dtype), value, mixed * shrink[:, None], input_precision="ieee")
@@ -214,8 +211,7 @@ def _attend(  # type: ignore[no-untyped-def]
         at = ((begin + number).to(tl.int64) * heads + of_query)[:, None] * WIDTH + column[None, :]
         mask = inside[:, None] & (column < WIDTH)[None, :]
         turned = tl.load(query + at, mask=mask, other=0.0)
-        # the last query sees all keys, so query ``number`` sees those up to ``limit``; the tile needs those of its last
-        # row
+        # the last query sees all keys, so query ``number`` sees those up to ``limit``
         limit = length - queries + number
         last = tl.minimum(length, length - queries + (block * ROWS + ROWS - 1) // GROUP + 1)
         own = slots + tl.load(slot_at + request)
