@@ -188,8 +188,8 @@ struct Forward {
     float *out, *lse;
     std::vector<float> table;  // of a block's rows and all their keys: scores, then probabilities
 
-    // The softmax is over all keys of a row at once, unlike flash attention's: there is no running sum whose rescaling
-    // would depend on where blocks of keys begin.
+    // The softmax is over all keys of a row at once, unlike flash attention's, whose running sum is
+    // rescaled at the borders of blocks.
     void operator()(const Group& g) {
         for (int64_t i = 0; i < g.rows; i += ROWS) {
             const int64_t rows = std::min(ROWS, g.rows - i), keys = g.seen(i + rows - 1), length = whole_lanes(keys);

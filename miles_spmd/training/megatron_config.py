@@ -124,7 +124,7 @@ def _defaults(table: Mapping[str, Any]) -> dict[str, Any]:
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
         # The local layers' activation is a module of its own. Megatron's fused one would be compiled at the first step,
-        # and is no faster.
+        # and takes as long.
         "use_te_activation_func": local,
         "bias_activation_fusion": not local,
         "moe_grouped_gemm": not local,
