@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-_ROWS = 4
+_ROWS = 16
 _DEEPGEMM_ROWS = 16  # of a weight, from which on SGLang multiplies by DeepGEMM
 
 
