@@ -1,6 +1,6 @@
-"""The report of a run: what it left in its folder as one JSON document, and the static page that draws it.
+"""The report of a run: what it left in its folder as one JSON document, and the static page that shows it.
 
-The page (``report_page.html``) contains its styles and its script and loads nothing else. Its function ``show`` draws
+The page (``report_page.html``) contains its styles and its script and loads nothing else. Its function ``show`` renders
 the document that :func:`report_data` returns, whether that is embedded in the page or comes from elsewhere.
 """
 

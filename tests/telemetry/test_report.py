@@ -1,4 +1,4 @@
-"""The report: its document, and the page that draws it, opened in a browser where there is one."""
+"""The report: its document, and the page that shows it, opened in a browser where there is one."""
 
 from __future__ import annotations
 
