@@ -139,6 +139,6 @@ def _try(name: str, program: str) -> Finding:
     try:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
     except subprocess.TimeoutExpired:
-        return Finding(name, False, "no answer within 300 s")
+        return Finding(name, False, "no result within 300 s")
     words = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or [f"exit {done.returncode}"]
     return Finding(name, done.returncode == 0, words[-1])
