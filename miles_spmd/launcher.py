@@ -76,7 +76,7 @@ def start(
 ) -> tuple[Config, int]:
     """Run ``task`` as a rank, and return the configuration that it had and its exit status.
 
-    Any other process launches ranks that do so, and exits with their status. ``task`` and ``replay`` are those of the worker.
+    Any other process launches ranks that do so, and exits with their status. ``task`` and ``replay`` are the worker's.
     """
     is_rank, world_size = ranks(nproc)
     config = load(recipe, overrides, world_size, check_files=task != "export")
