@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up what is needed, then run the tests. Arguments go to pytest: launch/test.sh tests/config -k overrides
+# Set up .venv, then run the tests. Arguments go to pytest: launch/test.sh tests/config -k overrides
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -65,7 +65,7 @@ def test_wheels_with_a_compiler_and_without(tmp_path: Path, compiler: str) -> No
     files = set(zipfile.ZipFile(wheel).namelist())
     modules = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "miles_spmd").rglob("*.py")}
     assert modules <= files
-    assert "miles_spmd/telemetry/report.html.j2" in files
+    assert "miles_spmd/telemetry/report_page.html" in files
     there = compiler == "c++"
     assert ("miles_spmd/invariant/cpu_kernels.so" in files) == there
     assert wheel.name.endswith("-py3-none-linux_x86_64.whl" if there else "-py3-none-any.whl")
