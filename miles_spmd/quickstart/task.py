@@ -33,7 +33,7 @@ TERMS = 3
 LARGEST_SUM = TERMS * max(OPERANDS)
 HELD_OUT_PROBLEMS = 33
 CARELESS_PERCENT = 70
-SPLIT = "held\x20out"  # the salt of the split: the data files depend on every character of it
+SPLIT = "held out"  # the salt of the split: the data files depend on every character of it
 
 UP_TO_NINETEEN = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
