@@ -16,7 +16,7 @@ from miles_spmd.plugins.plug_point import PlugPoint
 from miles_spmd.types.rollout_batch import Arrays, Estimate, RolloutBatch, flat, masked
 
 ESTIMATORS: PlugPoint[AdvantageEstimator] = PlugPoint(
-    "advantage_estimator",
+    "algorithm.advantage_estimator",
     {
         "grpo": grpo,
         "gspo": grpo,

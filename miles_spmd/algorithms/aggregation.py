@@ -34,7 +34,7 @@ def constant(masks: Arrays, rollout_ids: np.ndarray, max_response_len: int) -> A
 
 
 AGGREGATIONS: PlugPoint[Aggregation] = PlugPoint(
-    "loss_aggregation", {"rollout_mean": rollout_mean, "token_mean": token_mean, "constant": constant}
+    "algorithm.loss_aggregation", {"rollout_mean": rollout_mean, "token_mean": token_mean, "constant": constant}
 )
 
 

@@ -104,7 +104,9 @@ def mis(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction:
     return _correction(ratios, weights, kept, clipped, metrics)
 
 
-CORRECTIONS: PlugPoint[CorrectionFunction] = PlugPoint("tis_function", {"tis": tis, "icepop": icepop, "mis": mis})
+CORRECTIONS: PlugPoint[CorrectionFunction] = PlugPoint(
+    "algorithm.tis_function", {"tis": tis, "icepop": icepop, "mis": mis}
+)
 
 
 class _Ratios:

@@ -46,5 +46,7 @@ def reward_nonzero_std(samples: Sequence[Sample]) -> bool:
     return len({sample.reward for sample in samples}) > 1
 
 
-REWARD_POST_PROCESSES: PlugPoint[RewardPostProcess] = PlugPoint("reward_post_process", {})
-GROUP_FILTERS: PlugPoint[GroupFilter] = PlugPoint("dynamic_sampling_filter", {"reward_nonzero_std": reward_nonzero_std})
+REWARD_POST_PROCESSES: PlugPoint[RewardPostProcess] = PlugPoint("algorithm.reward_post_process", {})
+GROUP_FILTERS: PlugPoint[GroupFilter] = PlugPoint(
+    "algorithm.dynamic_sampling_filter", {"reward_nonzero_std": reward_nonzero_std}
+)

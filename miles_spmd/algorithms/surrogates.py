@@ -42,7 +42,7 @@ def cispo(log_probs: Tensor, tokens: TokenBatch, algorithm: AlgorithmConfig) -> 
     return -weight * tokens.required("advantages") * log_probs, weight != ratio
 
 
-SURROGATES: PlugPoint[Surrogate] = PlugPoint("loss_type", {"ppo": ppo, "gspo": gspo, "cispo": cispo})
+SURROGATES: PlugPoint[Surrogate] = PlugPoint("algorithm.loss_type", {"ppo": ppo, "gspo": gspo, "cispo": cispo})
 
 
 def off_policy_sequences(log_probs: Tensor, tokens: TokenBatch, delta: float) -> Tensor:
