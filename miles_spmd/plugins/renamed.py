@@ -55,7 +55,7 @@ class _OldModules(MetaPathFinder, Loader):
 
 
 def _find(old: str, name: str) -> Any:
-    """Return what ``old.name`` is called now. Raises AttributeError, as modules do, if there is no such name."""
+    """Return what ``old.name`` is called now. Raises AttributeError if nothing has that name."""
     new_name = NAMES.get(f"{old}.{name}", name)
     for module in MODULES.get(old, (old,)):
         names = vars(importlib.import_module(module))
