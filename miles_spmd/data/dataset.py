@@ -51,7 +51,7 @@ def parse_slice(prompt_data: str) -> tuple[Path, slice]:
 def load_items(source: str, make: Callable[[int, Row], Item | None]) -> list[Item]:
     """Return ``make(number, row)`` for every row of ``source``, in order and without the Nones.
 
-    Raises DataError with the RowErrors of all rows, and if there is no item at all.
+    Raises DataError with the RowErrors of all rows, and if the result is empty.
     """
     errors: list[RowError] = []
     items = [item for item in make_items(source, make, errors) if item is not None]

@@ -148,7 +148,7 @@ def _rollout(a: Step, b: Step, data: _StepData) -> Iterator[str]:
         pair = Pair(a.samples, b.samples, data.samples, data.sample_name)
         yield from (what for row in ROLLOUT for what in row.differences(pair))
     elif a.samples is not b.samples:
-        yield f"responses were {' | '.join('generated' if side.samples else 'read from a run' for side in (a, b))}"
+        yield f"responses were {' | '.join('generated' if side.samples else 'given' for side in (a, b))}"
 
 
 def _updates(
