@@ -74,7 +74,7 @@ def test_a_users_advantage_and_correction(users: AlgorithmConfig) -> None:
     )
     estimate = compute_advantages(batch, users)
     assert [a.tolist() for a in estimate.advantages] == [[0, 1, 1], [0, 0], [0, 1], [0, 0, 1]]
-    assert estimate.metrics["best_answers"] == 0.75
+    assert estimate.metrics["best_responses"] == 0.75
     correction = correct(batch, users)
     assert correction is not None
     assert [w.tolist() for w in correction.policy_weights] == [[0, 1, 0], [0, 0], [0, 1], [0, 0, 1]]

@@ -1,6 +1,6 @@
 """From rewards to the advantage of every token: estimator, then distillation, then whitening.
 
-On plain arrays of the whole rollout, because each of the three needs all of it; so it belongs to no rank.
+All three run on the controller, on plain arrays, because each of them may need the samples of the whole step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from miles_spmd.plugins.plug_point import PlugPoint
 from miles_spmd.types.rollout_batch import Arrays, Estimate, RolloutBatch, flat, masked
 
 ESTIMATORS: PlugPoint[AdvantageEstimator] = PlugPoint(
-    "advantage_estimator",
+    "algorithm.advantage_estimator",
     {
         "grpo": grpo,
         "gspo": grpo,
@@ -31,11 +31,11 @@ ESTIMATORS: PlugPoint[AdvantageEstimator] = PlugPoint(
 
 
 def compute_advantages(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estimate:
-    """Advantages (and PPO's returns) of every token, float32 [T] per sample and 0 where masked, with metrics.
+    """Compute the advantage (and PPO's return) of every token, float32 [T] per sample and 0 where masked, with metrics.
 
     Metrics are ``zero_std_groups`` and ``fully_masked_samples`` (counts), ``opd_reverse_kl`` (mean over trained tokens)
-    and those of the estimator. Raises ValueError where the batch lacks what the algorithm needs, and where an estimator
-    returns other shapes or values that are not finite.
+    and those of the estimator. Raises ValueError if the batch lacks an array that the algorithm requires, and if an
+    estimator returns other shapes or values that are not finite.
     """
     estimate = ESTIMATORS.resolve(algorithm.advantage_estimator)(batch, algorithm)
     advantages = _checked("advantages", estimate.advantages, batch, algorithm)
@@ -51,9 +51,9 @@ def compute_advantages(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estim
 
 
 def whiten(values: Arrays, masks: Arrays) -> Arrays:
-    """Zero mean and unit variance over all unmasked tokens of the batch (unbiased, two passes, float64 inside).
+    """Scale to zero mean and unit variance over all trained tokens of the batch (unbiased, two passes, float64 inside).
 
-    Shapes: per sample [T], float32; masked entries come out as 0. Fewer than two tokens are only centred.
+    Takes and returns [T] per sample, returned as float32 with 0 where masked. A single token is only centred.
     """
     trained = flat(values)[flat(masks) > 0]
     mean = trained.mean() if trained.size else 0.0
@@ -62,7 +62,7 @@ def whiten(values: Arrays, masks: Arrays) -> Arrays:
 
 
 def _checked(kind: str, arrays: Arrays, batch: RolloutBatch, algorithm: AlgorithmConfig) -> Arrays:
-    """What an estimator, perhaps a user's, returned: float64, 0 where masked."""
+    """Return an estimator's result, which may be a user's, as float64 with 0 where masked. Raises ValueError."""
     name = algorithm.advantage_estimator
     if [a.shape for a in arrays] != [m.shape for m in batch.masks]:
         raise ValueError(f"advantage_estimator {name!r}: {kind} have other shapes than the masks")

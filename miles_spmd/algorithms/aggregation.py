@@ -1,7 +1,7 @@
-"""How per-token losses become one number: as a weight per token that already holds the global denominator.
+"""Aggregation of per-token losses, as one weight per token that already contains the global denominator.
 
 The loss of an optimizer step is then a plain sum over tokens, micro-batches and ranks, and cannot depend on how the
-batch was cut. Denominators count every token of the masks, also those that a correction rejects later.
+batch is divided over them. Denominators count every token of the masks, even if a correction rejects it later.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from miles_spmd.types.rollout_batch import Arrays, flat
 
 
 def rollout_mean(masks: Arrays, rollout_ids: np.ndarray, max_response_len: int) -> Arrays:
-    """Mean over rollouts of the mean over each rollout's tokens, those of all its siblings (GRPO, arXiv 2402.03300).
+    """Mean over rollouts of the mean over each rollout's tokens, including its siblings' (GRPO, arXiv 2402.03300).
     A rollout without a trained token counts in the mean, with loss 0."""
     _, rollout_N = np.unique(rollout_ids, return_inverse=True)
     tokens_R = np.bincount(rollout_N, [mask.sum() for mask in masks])
@@ -34,16 +34,17 @@ def constant(masks: Arrays, rollout_ids: np.ndarray, max_response_len: int) -> A
 
 
 AGGREGATIONS: PlugPoint[Aggregation] = PlugPoint(
-    "loss_aggregation", {"rollout_mean": rollout_mean, "token_mean": token_mean, "constant": constant}
+    "algorithm.loss_aggregation", {"rollout_mean": rollout_mean, "token_mean": token_mean, "constant": constant}
 )
 
 
 def loss_weights(masks: Arrays, kind: str, *, max_response_len: int, rollout_ids: np.ndarray | None = None) -> Arrays:
-    """Per-token weights of one optimizer step by the aggregation called ``kind``, float32, shaped like the 0/1 masks.
+    """Return the weight of every token of one optimizer step, float32, shaped like the 0/1 masks.
 
-    ``rollout_ids`` [N] are equal for siblings, all of which must be in the step; None: every sample is a rollout.
-    Preference pairs are aggregated by ``rollout_mean`` with the pair as the rollout. Raises ValueError for an unknown
-    name, and for weights of a user's function that do not fit or are not finite.
+    ``kind`` is ``algorithm.loss_aggregation``. ``rollout_ids`` [N] are equal for siblings, all of which must be in the
+    step; None: every sample is a rollout. Preference pairs are aggregated by ``rollout_mean`` with the pair as the
+    rollout. Raises ValueError for an unknown name, and if a user's function returns other shapes, weights that are not
+    finite, or a weight on a masked token.
     """
     ids = np.arange(len(masks)) if rollout_ids is None else rollout_ids
     weights = [np.asarray(w, np.float32) for w in AGGREGATIONS.resolve(kind)(masks, ids, max_response_len)]

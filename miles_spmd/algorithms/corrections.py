@@ -1,4 +1,4 @@
-"""Corrections of the train/inference mismatch: engine and trainer give the sampled tokens other probabilities.
+"""Corrections of the train/inference mismatch: engine and trainer compute different probabilities for a token.
 
 With rho = exp(old log-prob of the trainer - log-prob of the engine), the policy term of each token is multiplied by a
 bounded form of rho, or rejected (weight 0).
@@ -9,15 +9,15 @@ bounded form of rho, or rejected (weight 0).
 - MIS, masked importance sampling and rejection: J. Liu et al., "When Speed Kills Stability" (2025); setting names are
   those of Miles' example.
 
-Decided here, because the systems that users come from disagree with their own documentation:
+Choices that other systems make differently, some of them against their own documentation:
 
 - **Denominators count rejected tokens.** Both papers put the indicator inside the expectation over the engine's
-  samples, so a rejected token is a term that is 0, not a sample that never was. Leaving it out of the denominator would
-  hand its weight to the survivors: the larger the mismatch, the larger the step on what is left.
-- A rejected token keeps its KL and entropy terms, which are about the current policy alone.
-- ``tis_batch_normalize`` is over the whole rollout, and over the tokens (for ratios of sequences: the sequences) that
-  are kept, whose weights then have mean 1; a rejected outlier cannot scale the others down.
-- The veto acts whether or not ``use_rs`` is on.
+  samples, so a rejected token contributes 0 to the mean and is still counted. Without it in the denominator, its weight
+  would go to the tokens that are kept: the larger the mismatch, the larger the step on the remaining tokens.
+- A rejected token keeps its KL and entropy terms, which depend on the current policy alone.
+- ``tis_batch_normalize`` is over the whole step, and over the tokens (for ratios of sequences: the sequences) that are
+  kept, whose weights then have mean 1; a rejected outlier cannot scale the others down.
+- The veto applies whether or not ``use_rs`` is on.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from miles_spmd.types.rollout_batch import Arrays, Correction, RolloutBatch, fla
 
 
 def correct(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction | None:
-    """The correction that ``use_tis`` and ``tis_function`` ask for; None without ``use_tis``.
+    """Compute the correction that ``tis_function`` names; None without ``use_tis``.
 
-    ``old_log_probs`` must be the trainer's, with the weights that generated. Raises ValueError without them or the
-    engine's, with ``use_rollout_logprobs``, and where a user's function returns other shapes or values that are not
+    ``old_log_probs`` must be the trainer's, with the weights that generated. Raises ValueError if these or the engine's
+    are missing, with ``use_rollout_logprobs``, and if a user's function returns other shapes or values that are not
     finite.
     """
     if not algorithm.use_tis:
@@ -50,21 +50,21 @@ def correct(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction | Non
 
 
 def tis(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction:
-    """w = clip(rho, ``tis_clip_low``, ``tis_clip``) of each token."""
+    """Weight each token by clip(rho, ``tis_clip_low``, ``tis_clip``)."""
     ratios = _Ratios(batch)
     weights = _clip(ratios.token, algorithm.tis_clip_low, algorithm.tis_clip)
     return _correction(ratios, weights, kept=ratios.trained, clipped=weights != ratios.token)
 
 
 def icepop(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction:
-    """w = rho where ``tis_clip_low`` <= rho <= ``tis_clip``, else 0, of each token."""
+    """Weight each token by rho where ``tis_clip_low`` <= rho <= ``tis_clip``, else by 0."""
     ratios = _Ratios(batch)
     inside = _inside(ratios.token, algorithm.tis_clip_low, algorithm.tis_clip)
     return _correction(ratios, ratios.token, kept=ratios.trained & inside, clipped=~inside)
 
 
 def mis(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction:
-    """w from the ratio at ``tis_level``, bounded as ``tis_mode`` says; then rejection, veto and normalisation.
+    """Weight by the ratio at ``tis_level``, bounded according to ``tis_mode``; then reject, veto and normalise.
 
     Adds the metrics ``rs_masked`` (fraction of trained tokens outside the rejection's bounds), ``rs_vetoed`` (fraction
     of samples with a vetoed token) and ``tis_normalizer``.
@@ -87,7 +87,7 @@ def mis(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction:
         rs_lower = lower if a.rs_lower_bound is None else a.rs_lower_bound
         rs_upper = upper if a.rs_upper_bound is None else a.rs_upper_bound
         rs_inside = _inside(ratios.at(a.rs_level), rs_lower, rs_upper)
-        metrics["rs_masked"] = ratios.fraction(~rs_inside)
+        metrics["rs_masked"] = ratios.mean(~rs_inside)
         kept = kept & rs_inside
     if a.rs_veto_threshold is not None:
         vetoed_N = ratios.per_sample((ratios.token < a.rs_veto_threshold).astype(np.float64)) > 0
@@ -97,18 +97,20 @@ def mis(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction:
         if a.tis_level == "token":
             normalizer = _mean(weights[kept])
         else:
-            first_kept = np.diff(ratios.sample[kept], prepend=-1) > 0  # one of each sample, whose weights are all equal
+            first_kept = np.diff(ratios.sample[kept], prepend=-1) > 0  # a sample has one weight
             normalizer = _mean(weights[kept][first_kept])
         metrics["tis_normalizer"] = normalizer
         weights = weights / normalizer
     return _correction(ratios, weights, kept, clipped, metrics)
 
 
-CORRECTIONS: PlugPoint[CorrectionFunction] = PlugPoint("tis_function", {"tis": tis, "icepop": icepop, "mis": mis})
+CORRECTIONS: PlugPoint[CorrectionFunction] = PlugPoint(
+    "algorithm.tis_function", {"tis": tis, "icepop": icepop, "mis": mis}
+)
 
 
 class _Ratios:
-    """rho of M tokens, all samples in one row; log-ratios are clamped to +-20 before exp, and that is counted."""
+    """rho of M tokens, all samples concatenated; log-ratios are clamped to +-20 before exp."""
 
     def __init__(self, batch: RolloutBatch) -> None:
         old = batch.required("old_log_probs", "use_tis")
@@ -120,11 +122,11 @@ class _Ratios:
         self.token = self.at("token")
 
     def per_sample(self, values_M: np.ndarray) -> np.ndarray:
-        """Sum over each sample's trained tokens, float64 [N]."""
+        """Return the sum over each sample's trained tokens, float64 [N]."""
         return np.bincount(self.sample, np.where(self.trained, values_M, 0.0), minlength=len(self.lengths))
 
     def at(self, level: str) -> np.ndarray:
-        """rho of the token, or of its sample: the product over the tokens (``sequence``) or their geometric mean."""
+        """Return for each token rho of the token, of its sequence (the product), or the geometric mean over it, [M]."""
         log_ratio = self.log_M
         if level != "token":
             sums_N = self.per_sample(self.log_M)
@@ -133,9 +135,9 @@ class _Ratios:
             log_ratio = sums_N[self.sample]
         return np.exp(log_ratio.clip(-MAX_LOG_RATIO, MAX_LOG_RATIO))
 
-    def fraction(self, what_M: np.ndarray) -> float:
-        """Of trained tokens."""
-        return _mean(what_M[self.trained], of_none=0.0)
+    def mean(self, values_M: np.ndarray) -> float:
+        """Return the mean over trained tokens, 0 if there are none."""
+        return _mean(values_M[self.trained], of_none=0.0)
 
     def split(self, values_M: np.ndarray) -> Arrays:
         return np.split(values_M, np.cumsum(self.lengths)[:-1]) if self.lengths else []
@@ -148,18 +150,20 @@ def _correction(
     clipped: np.ndarray,
     metrics: dict[str, float] | None = None,
 ) -> Correction:
-    """Means over trained tokens: ``tis`` (rho), ``tis_abs`` (|rho - 1|), ``tis_clipfrac`` (weight bounded or dropped by
-    its bounds), ``tis_rejected`` (weight 0 for any reason), ``tis_weight`` (as applied); and the count
+    """Return the result with its metrics.
+
+    They are means over trained tokens: ``tis`` (rho), ``tis_abs`` (|rho - 1|), ``tis_clipfrac`` (weight bounded or set
+    to 0 by its bounds), ``tis_rejected`` (weight 0 for any reason), ``tis_weight`` (as applied); and the count
     ``extreme_ratios`` of tokens whose log-ratio was clamped."""
     applied = np.where(kept, weights, 0.0)
     return Correction(
         ratios.split(applied),
         {
-            "tis": ratios.fraction(ratios.token),
-            "tis_abs": ratios.fraction(np.abs(ratios.token - 1)),
-            "tis_clipfrac": ratios.fraction(clipped),
-            "tis_rejected": ratios.fraction(~kept),
-            "tis_weight": ratios.fraction(applied),
+            "tis": ratios.mean(ratios.token),
+            "tis_abs": ratios.mean(np.abs(ratios.token - 1)),
+            "tis_clipfrac": ratios.mean(clipped),
+            "tis_rejected": ratios.mean(~kept),
+            "tis_weight": ratios.mean(applied),
             "extreme_ratios": float((np.abs(ratios.log_M) > MAX_LOG_RATIO).sum()),
             **(metrics or {}),
         },

@@ -1,4 +1,4 @@
-"""On-policy distillation (OPD): the student is drawn to a teacher on the tokens that the student itself chose.
+"""On-policy distillation (OPD): the student learns from a teacher's probabilities of the tokens that it sampled.
 
 Source: Thinking Machines, "On-Policy Distillation" (2025); the top-k forms and their names are those of Miles.
 Shape suffixes: T tokens of one sample, K candidates at each of them.
@@ -17,8 +17,8 @@ WEIGHT_MODES = ("student_p", "teacher_p", "none")
 
 
 def reverse_kl(batch: RolloutBatch) -> Arrays:
-    """Estimate of KL(student || teacher) at every trained token, float64 [T]: log student - log teacher of the sampled
-    token, or ``teacher_kl`` where the batch brings it."""
+    """Return an estimate of KL(student || teacher) at every trained token, float64 [T]: log student - log teacher of
+    the sampled token, or the batch's ``teacher_kl`` if it has it."""
     if batch.teacher_kl is not None:
         return [masked(kl, mask) for kl, mask in zip(batch.teacher_kl, batch.masks)]
     student = batch.required("old_log_probs", "opd_kl_coef")
@@ -28,7 +28,7 @@ def reverse_kl(batch: RolloutBatch) -> Arrays:
 
 @dataclass(frozen=True)
 class Candidates:
-    """One policy's most likely tokens before each token of a sample, with what both policies think of them."""
+    """One policy's most likely tokens at each position of a sample, with the log-probs of both policies."""
 
     ids: np.ndarray  # int [T, K], distinct in a row
     student_log_probs: np.ndarray  # [T, K]
@@ -38,12 +38,12 @@ class Candidates:
 def topk_reverse_kl(
     student: Candidates | None, teacher: Candidates | None, *, strategy: str, weight_mode: str
 ) -> np.ndarray:
-    """sum over a set S of tokens of w (log student - log teacher), float64 [T]: ``RolloutBatch.teacher_kl``.
+    """Return the sum of w (log student - log teacher) over a set S of tokens, float64 [T]: ``RolloutBatch.teacher_kl``.
 
     S is the student's or the teacher's candidates, or their intersection, union or symmetric difference. w is the
-    student's or teacher's probability, or uniform, normalised over S; but not for ``xor``, where S holds the few tokens
-    that one of the two leaves out and normalising would make them all there is. An empty S gives 0.
-    Raises ValueError for unknown names and for candidates that the strategy needs and were not given.
+    student's or teacher's probability, or uniform, normalised over S; but not for ``xor``, whose S contains only the
+    few tokens that one of the two leaves out, which normalising would give all the weight. An empty S gives 0.
+    Raises ValueError for unknown names, and if the candidates that the strategy requires are missing.
     """
     if strategy not in STRATEGIES or weight_mode not in WEIGHT_MODES:
         raise ValueError(
@@ -69,11 +69,11 @@ def topk_reverse_kl(
 def _selected(
     student: Candidates | None, teacher: Candidates | None, strategy: str
 ) -> list[tuple[Candidates, np.ndarray]]:
-    """The candidates to look at, and which of them are in S, bool [T, K]."""
+    """Return the candidates, and which of them are in S, bool [T, K]."""
     if student is None and strategy != "only-teacher":
-        raise ValueError(f"opd_top_k_strategy {strategy!r} needs the student's candidates")
+        raise ValueError(f"opd_top_k_strategy {strategy!r} requires the student's candidates")
     if teacher is None and strategy != "only-student":
-        raise ValueError(f"opd_top_k_strategy {strategy!r} needs the teacher's candidates")
+        raise ValueError(f"opd_top_k_strategy {strategy!r} requires the teacher's candidates")
     if student is None or teacher is None:
         alone = student or teacher
         assert alone is not None

@@ -1,7 +1,7 @@
 """Estimators with a reward and an advantage per token: PPO's generalised advantages and REINFORCE++'s returns.
 
-Masked tokens are no transitions: they have no reward, and neither discount nor trace decays across them. A truncated
-answer ends like a finished one, with value 0 (no bootstrap).
+Masked tokens are not transitions: they have no reward, and neither discount nor trace decays across them. A truncated
+response ends like a finished one, with value 0 (no bootstrap).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from miles_spmd.types.rollout_batch import Arrays, Estimate, RolloutBatch, flat
 
 
 def gae(rewards: Arrays, values: Arrays, masks: Arrays, gamma: float, lambd: float) -> tuple[Arrays, Arrays]:
-    """Advantages A and returns A + V, float64 [T] per sample, 0 where masked (arXiv 1506.02438, eq. 16).
+    """Compute advantages A and returns A + V, float64 [T] per sample, 0 where masked (arXiv 1506.02438, eq. 16).
 
-    delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lambda A_{t+1}, t over the trained tokens of a sample,
-    from its last backwards: this one order of operations, in float64, whatever else is in the batch.
+    delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lambda A_{t+1}, where t runs over a sample's trained
+    tokens from the last one backwards. The order of operations does not depend on the rest of the batch.
     """
-    # K transitions, aligned at their ends, so that one loop serves all samples
+    # [N, K]: the K transitions of each sample, aligned at their ends, so that one loop over K serves all samples
     chosen = [np.flatnonzero(mask > 0) for mask in masks]
     longest = max((len(places) for places in chosen), default=0)
     reward_NK, value_NK, next_value_NK = np.zeros((3, len(masks), longest))
@@ -28,7 +28,7 @@ def gae(rewards: Arrays, values: Arrays, masks: Arrays, gamma: float, lambd: flo
         value_NK[i, longest - len(places) :] = values[i][places]
     next_value_NK[:, :-1] = value_NK[:, 1:]
     delta_NK = reward_NK + gamma * next_value_NK - value_NK
-    advantage_KN = np.ascontiguousarray(delta_NK.T)  # the loop's steps then read whole rows
+    advantage_KN = np.ascontiguousarray(delta_NK.T)  # contiguous rows for the loop
     for k in reversed(range(longest - 1)):
         advantage_KN[k] += gamma * lambd * advantage_KN[k + 1]
     advantage_NK = np.ascontiguousarray(advantage_KN.T)
@@ -40,7 +40,7 @@ def gae(rewards: Arrays, values: Arrays, masks: Arrays, gamma: float, lambd: flo
 
 
 def ppo(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estimate:
-    """PPO with a critic (arXiv 1707.06347): GAE with ``gamma`` and ``lambd`` over the token rewards."""
+    """Estimate by PPO with a critic (arXiv 1707.06347): GAE with ``gamma`` and ``lambd`` over the token rewards."""
     values = batch.required("values", "advantage_estimator ppo")
     advantages, returns = gae(token_rewards(batch, algorithm), values, batch.masks, algorithm.gamma, algorithm.lambd)
     trained = flat(batch.masks) > 0
@@ -48,10 +48,10 @@ def ppo(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estimate:
 
 
 def reinforce_plus_plus(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estimate:
-    """REINFORCE++ (arXiv 2501.03262): the discounted sum of the token rewards that follow; then whitened.
+    """Estimate by REINFORCE++ (arXiv 2501.03262): the discounted sum of the token rewards that follow; then whitened.
 
     That is GAE without a critic and with lambda = 1. Others let ``gamma`` decay over masked tokens too, which makes a
-    turn's credit depend on how much its tools had to say.
+    turn's advantage depend on the length of its tools' output.
     """
     no_values = [np.zeros(mask.shape) for mask in batch.masks]
     advantages, returns = gae(token_rewards(batch, algorithm), no_values, batch.masks, algorithm.gamma, 1.0)
@@ -59,8 +59,9 @@ def reinforce_plus_plus(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Esti
 
 
 def token_rewards(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Arrays:
-    """-``kl_coef`` x KL at every trained token, and at the last of them the sample's reward, also a sibling's: float64
-    [T]."""
+    """Return -``kl_coef`` x KL for every trained token, plus the sample's reward for the last one, float64 [T].
+
+    Each sibling has the reward of its rollout."""
     rewards = [-penalty for penalty in kl_penalties(batch, algorithm)]
     for of_token, reward, mask in zip(rewards, batch.rewards, batch.masks):
         trained = np.flatnonzero(mask > 0)
@@ -70,6 +71,6 @@ def token_rewards(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Arrays:
 
 
 def _explained(returns: np.ndarray, values: np.ndarray, trained: np.ndarray) -> float:
-    """1 - Var(G - V) / Var(G) over trained tokens; 0 where all returns are equal."""
+    """Return 1 - Var(G - V) / Var(G) over trained tokens; 0 if all returns are equal."""
     variance = returns[trained].var() if trained.any() else 0.0
     return float(1 - (returns - values)[trained].var() / variance) if variance else 0.0

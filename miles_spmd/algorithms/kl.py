@@ -1,4 +1,4 @@
-"""KL estimators between the sampled tokens' log-probs of two policies.
+"""Estimators of the KL divergence from the log-probs that two policies have for the sampled tokens.
 
 Source: J. Schulman, "Approximating KL Divergence" (2020). With x the policy that sampled, y the base and
 r = log x - log y, the expectation under x of k1 and k3 is KL(x || y); k2 is biased, k3 is never negative.
@@ -17,16 +17,16 @@ Array = TypeVar("Array")  # numpy array or torch tensor, any shape
 
 KINDS = ("k1", "k2", "k3", "low_var_kl")
 
-# exp() of a log-ratio beyond this has left anything an objective can use; the bound keeps fp32 finite
+# No objective can use the exp() of a larger log-ratio; the bound keeps fp32 finite.
 MAX_LOG_RATIO = 20.0
 MAX_LOW_VAR_KL = 10.0
 
 
 def kl_estimate(log_probs: Array, base_log_probs: Array, kind: str, ratio: Array | None = None) -> Array:
-    """Per-token estimate of KL(policy || base), same shape and dtype as the inputs.
+    """Return a per-token estimate of KL(policy || base), of the inputs' shape and dtype.
 
-    ``low_var_kl`` is k3 that cannot overflow: r is clamped to +-20 and the estimate to +-10 (slime, Miles). ``ratio``,
-    the policy's probability over the sampling policy's, multiplies the estimate before that last clamp, and makes
+    ``low_var_kl`` is k3 with bounds: r is clamped to +-20 and the estimate to +-10 (slime, Miles). ``ratio``,
+    the policy's probability over the sampling policy's, multiplies the estimate before the second clamp; it makes
     value and gradient unbiased for tokens that another policy sampled (DeepSeek-V3.2, arXiv 2512.02556).
     Raises ValueError for an unknown kind.
     """
@@ -60,5 +60,5 @@ def kl_penalties(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Arrays:
 
 
 def _expm1(x: Array) -> Array:
-    """exp(x) - 1, which in fp32 would have no digits left for the small x of a policy near its reference."""
+    """Return exp(x) - 1, without the cancellation that in fp32 loses all digits of a small x."""
     return np.expm1(x) if isinstance(x, np.ndarray) else x.expm1()  # type: ignore[attr-defined,return-value]

@@ -1,4 +1,4 @@
-"""Per-token losses. Pure tensor functions: no group, no rank, no reduction; weights come from the controller.
+"""Per-token losses, as pure functions of tensors: they reduce nothing over ranks; weights come from the controller.
 
 Shape suffix: T tokens of a packed micro-batch on this rank (only those that the trainer scores).
 """
@@ -19,27 +19,27 @@ from miles_spmd.types.token_batch import TokenBatch
 
 
 class LossFunction(Protocol):
-    """Loss of a policy."""
+    """The loss of a policy."""
 
     def __call__(self, log_probs: Tensor, entropy: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of each token, fp32 [T], and scalar sums over trained tokens for the metrics.
+        """Return the loss of each token, fp32 [T], and sums over the trained tokens for the metrics, scalars.
 
-        ``log_probs`` and ``entropy`` are fp32 [T], of softmax(logits / temperature), with gradient; entropy where the
-        configuration has an ``entropy_coef``.
+        ``log_probs`` and ``entropy`` are fp32 [T], of softmax(logits / temperature); the entropy has a gradient only if
+        the configuration has an ``entropy_coef``.
         """
 
 
 class HeadLoss(Protocol):
-    """Loss of a model whose head gives one number per token: a critic or a reward model."""
+    """The loss of a model whose head returns one number per token: a critic or a reward model."""
 
     def __call__(self, values: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of each token, fp32 [T], from the head's outputs ``values``, fp32 [T]; and sums as in LossFunction."""
+        """Return the loss of each token, fp32 [T], from the head's ``values`` [T]; and sums as LossFunction does."""
 
 
 class PolicyLoss:
-    """policy_weights x surrogate - entropy_coef x entropy + kl_loss_coef x KL(policy || reference).
+    """Computes policy_weights x surrogate - entropy_coef x entropy + kl_loss_coef x KL(policy || reference).
 
-    ``loss_type`` names the surrogate. Off-policy sequence masking and ``policy_weights`` act on the surrogate only.
+    ``loss_type`` names the surrogate. Off-policy sequence masking and ``policy_weights`` apply to the surrogate only.
     """
 
     def __init__(self, algorithm: AlgorithmConfig) -> None:
@@ -79,7 +79,7 @@ class PolicyLoss:
 
 @dataclass(frozen=True)
 class SupervisedLoss:
-    """Negative log-likelihood of each trained token."""
+    """Computes the negative log-likelihood of each token."""
 
     def __call__(self, log_probs: Tensor, entropy: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         trained = tokens.trained
@@ -88,7 +88,7 @@ class SupervisedLoss:
 
 @dataclass(frozen=True)
 class ValueLoss:
-    """The critic's max((V - G)^2, (clip(V, V_old +- value_clip) - G)^2), G being the ``returns``.
+    """Computes the critic's max((V - G)^2, (clip(V, V_old +- value_clip) - G)^2), where G are the ``returns``.
 
     Source: the reference code of PPO (openai/baselines, ppo2), but as in slime and Miles without its factor 1/2.
     """
@@ -110,7 +110,7 @@ class ValueLoss:
 
 
 def make_loss(mode: str, algorithm: AlgorithmConfig) -> LossFunction | HeadLoss:
-    """The loss of a run's ``mode``: "rl", "sft", "dpo" or "rm". Raises ValueError for another."""
+    """Return the loss of a run's ``mode``: "rl", "sft", "dpo" or "rm". Raises ValueError for another."""
     match mode:
         case "rl":
             return PolicyLoss(algorithm)

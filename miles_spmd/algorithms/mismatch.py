@@ -1,4 +1,4 @@
-"""How far the engine's probabilities are from the trainer's: the same policy, computed twice by two programs."""
+"""Metrics of the train/inference mismatch: engine and trainer compute the same policy by different programs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from miles_spmd.types.rollout_batch import Arrays, flat, masked
 
 
 def mismatch_metrics(train_log_probs: Arrays, rollout_log_probs: Arrays, masks: Arrays) -> dict[str, float]:
-    """Of the trained tokens of a whole rollout; {} if there are none. Log-probs are [T] per sample.
+    """Return metrics over the trained tokens of a whole step; {} if there are none. Log-probs are [T] per sample.
 
-    ``train_log_probs`` must come from the trainer's own forward with the weights that generated: anything else measures
-    staleness, or nothing. With d = train - rollout and rho = exp(d), d clamped to +-20 in every exponential:
+    ``train_log_probs`` must come from the trainer's forward pass with the weights that generated; otherwise the metrics
+    measure staleness. Raises ValueError for log-probs that are not finite. With d = train - rollout and rho = exp(d),
+    where d is clamped to +-20 in every exponential:
 
     - ``train_rollout_logprob_abs_diff``, ``..._p999``, ``..._max``: of |d|
     - ``train_rollout_kl``: k3 of KL(rollout || train), mean of rho - 1 - d

@@ -1,7 +1,7 @@
-"""Losses of pairs: a preferred answer c and a rejected one r to the same prompt.
+"""Losses of pairs: a preferred response c and a rejected response r to the same prompt.
 
 Both sequences of a pair are in one micro-batch. Every token gets its pair's loss, and the loss weights of a pair's
-tokens sum to 1 / pairs of the step: aggregation ``rollout_mean`` with the pair as the rollout.
+tokens sum to 1 / (pairs of the step): aggregation ``rollout_mean`` with the pair as the rollout.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from miles_spmd.types.token_batch import SegmentSum, TokenBatch
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """By ``preference_loss``, with beta = ``dpo_beta`` and sums over the trained tokens of c and r:
+    """Computes the loss named by ``preference_loss``; beta = ``dpo_beta``, sums are over the trained tokens of c and r:
 
     - ``dpo``: -log sigmoid(beta h), h = sum_c log(pi / pi_ref) - sum_r log(pi / pi_ref) (arXiv 2305.18290, eq. 7)
     - ``ipo``: (h - 1 / (2 beta))^2 (arXiv 2310.12036, eq. 17), with sums as there; TRL takes means
@@ -45,8 +45,8 @@ class PreferenceLoss:
 
 @dataclass(frozen=True)
 class RewardModelLoss:
-    """Bradley-Terry: -log sigmoid(score_c - score_r), a sequence's score being the sum of the head's outputs on its
-    trained tokens, of which it has one: the last. Source: InstructGPT (arXiv 2203.02155) eq. 1."""
+    """Computes the Bradley-Terry loss, -log sigmoid(score_c - score_r), where the score of a sequence is the head's
+    output on its last token, the only one that is trained. Source: InstructGPT (arXiv 2203.02155) eq. 1."""
 
     def __call__(self, values: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         h, chosen, rejected = _margin(values, tokens)
@@ -55,7 +55,7 @@ class RewardModelLoss:
 
 
 def _margin(score: Tensor, tokens: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """score(c) - score(r), score(c) and score(r) of each token's pair, [T]."""
+    """Return score(c) - score(r), score(c) and score(r) of each token's pair, [T] each."""
     pair_sum: SegmentSum = tokens.required("pair_sum")
     preferred = tokens.required("pair_signs") > 0
     chosen = pair_sum(torch.where(tokens.trained & preferred, score, 0.0))
@@ -64,8 +64,8 @@ def _margin(score: Tensor, tokens: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _sums(loss: Tensor, margin: Tensor, chosen: Tensor, rejected: Tensor, tokens: TokenBatch) -> dict[str, Tensor]:
-    """Weighted by the loss weights, so that they are means over the step's pairs once the ranks' are added up."""
-    of_pairs = {
+    """Return sums weighted by the loss weights: their sum over all ranks is the mean over the step's pairs."""
+    per_pair = {
         "preference_loss": loss,
         "reward_accuracy": (margin > 0).to(loss.dtype),
         "reward_margin": margin,
@@ -74,6 +74,6 @@ def _sums(loss: Tensor, margin: Tensor, chosen: Tensor, rejected: Tensor, tokens
     }
     weighted = {
         name: torch.where(tokens.trained, tokens.loss_weights * values, 0.0).sum().detach()
-        for name, values in of_pairs.items()
+        for name, values in per_pair.items()
     }
     return {"tokens": tokens.trained.sum(), **weighted}

@@ -1,4 +1,4 @@
-"""What happens to rewards between the reward function and the advantages, and which groups are kept."""
+"""From the reward function's rewards to those that advantages are computed from, and which groups are kept."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from miles_spmd.types.sample import Sample
 
 
 def shape_rewards(samples: Sequence[Sample], algorithm: AlgorithmConfig, max_response_len: int) -> np.ndarray:
-    """The samples' rewards, float64 [N], after ``reward_post_process`` and then the over-long penalty.
+    """Return the samples' rewards, float64 [N], after ``reward_post_process`` and then the over-long penalty.
 
-    Raises ValueError for a sample without a reward or with one that is not finite, and for a result of another shape.
+    Raises ValueError if a sample has no reward or one that is not finite, and if a user's function returns such or
+    another shape.
     """
     rewards = np.asarray([np.nan if s.reward is None else s.reward for s in samples], np.float64)
     if not np.isfinite(rewards).all():
@@ -36,15 +37,17 @@ def shape_rewards(samples: Sequence[Sample], algorithm: AlgorithmConfig, max_res
 
 
 def overlong_penalty(lengths: np.ndarray, max_response_len: int, buffer_len: int) -> np.ndarray:
-    """Soft over-long punishment of DAPO (arXiv 2503.14476, eq. 13), float64 in [-1, 0]: 0 up to ``max_response_len`` -
-    ``buffer_len`` tokens, then falling linearly to -1 at ``max_response_len`` and beyond."""
+    """Return DAPO's soft over-long punishment (arXiv 2503.14476, eq. 13), float64 in [-1, 0]: 0 up to
+    ``max_response_len`` - ``buffer_len`` tokens, falling linearly to -1 at ``max_response_len`` and beyond."""
     return np.clip((max_response_len - buffer_len - lengths) / buffer_len, -1.0, 0.0)
 
 
 def reward_nonzero_std(samples: Sequence[Sample]) -> bool:
-    """DAPO's dynamic sampling (arXiv 2503.14476, eq. 11): a group teaches something only if its rewards differ."""
+    """Return whether a group's rewards differ: others have no gradient (DAPO, arXiv 2503.14476, eq. 11)."""
     return len({sample.reward for sample in samples}) > 1
 
 
-REWARD_POST_PROCESSES: PlugPoint[RewardPostProcess] = PlugPoint("reward_post_process", {})
-GROUP_FILTERS: PlugPoint[GroupFilter] = PlugPoint("dynamic_sampling_filter", {"reward_nonzero_std": reward_nonzero_std})
+REWARD_POST_PROCESSES: PlugPoint[RewardPostProcess] = PlugPoint("algorithm.reward_post_process", {})
+GROUP_FILTERS: PlugPoint[GroupFilter] = PlugPoint(
+    "algorithm.dynamic_sampling_filter", {"reward_nonzero_std": reward_nonzero_std}
+)

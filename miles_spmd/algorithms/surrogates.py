@@ -1,7 +1,7 @@
-"""The policy term of the loss, per token: what is clipped, and where the gradient goes.
+"""The policy term of the loss, per token.
 
-With r = pi_theta / pi_old of a token and A its advantage; log r is clamped to +-20, so that fp32 stays finite. A value
-that is not a number stays one: the trainer counts it and skips the step.
+Below r = pi_theta / pi_old of a token, and A is its advantage. log r is clamped to +-20, so that fp32 stays finite. NaN
+is propagated: the trainer counts it and skips the step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from miles_spmd.types.token_batch import TokenBatch
 
 
 def ppo(log_probs: Tensor, tokens: TokenBatch, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    """max(-r A, -clip(r, 1 - eps_clip, 1 + eps_clip_high) A), bounded by -eps_clip_c A where A < 0.
+    """Return max(-r A, -clip(r, 1 - eps_clip, 1 + eps_clip_high) A), bounded by -eps_clip_c A where A < 0.
 
     Sources: PPO (arXiv 1707.06347) eq. 7, DAPO's asymmetric clip (arXiv 2503.14476), dual clip (arXiv 1912.09729).
     """
@@ -25,14 +25,15 @@ def ppo(log_probs: Tensor, tokens: TokenBatch, algorithm: AlgorithmConfig) -> tu
 
 
 def gspo(log_probs: Tensor, tokens: TokenBatch, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    """PPO's form with one ratio per sequence, s = exp(mean of log r over its trained tokens): the gradient of a token's
-    loss reaches all of them. Source: GSPO (arXiv 2507.18071) eq. 5 and 7; its clip range is 1000 times narrower."""
+    """Return PPO's term with one ratio per sequence, s = exp(mean of log r over its trained tokens): the gradient of a
+    token's loss reaches all of them. Source: GSPO (arXiv 2507.18071) eq. 5 and 7; its clip range is 1000 times
+    narrower."""
     log_s = tokens.sequence_mean(log_ratio(log_probs, tokens))
     return _clipped(log_s, tokens.required("advantages"), algorithm)
 
 
 def cispo(log_probs: Tensor, tokens: TokenBatch, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    """-sg(clip(r, 1 - eps_clip, 1 + eps_clip_high)) A log pi_theta: where PPO has no gradient, this has a bounded one.
+    """Return -sg(clip(r, 1 - eps_clip, 1 + eps_clip_high)) A log pi_theta: a bounded gradient where PPO's is 0.
 
     Source: MiniMax-M1 (arXiv 2506.13585) eq. 4 and 5, which sets no lower bound (eps_clip = 1) and tunes the upper one.
     """
@@ -42,26 +43,26 @@ def cispo(log_probs: Tensor, tokens: TokenBatch, algorithm: AlgorithmConfig) -> 
     return -weight * tokens.required("advantages") * log_probs, weight != ratio
 
 
-SURROGATES: PlugPoint[Surrogate] = PlugPoint("loss_type", {"ppo": ppo, "gspo": gspo, "cispo": cispo})
+SURROGATES: PlugPoint[Surrogate] = PlugPoint("algorithm.loss_type", {"ppo": ppo, "gspo": gspo, "cispo": cispo})
 
 
 def off_policy_sequences(log_probs: Tensor, tokens: TokenBatch, delta: float) -> Tensor:
-    """OPSM: tokens with A < 0 in sequences whose mean of log(pi_old / pi_theta) is over ``delta``, bool [T].
+    """Return which tokens OPSM masks, bool [T]: A < 0, and the sequence's mean of log(pi_old / pi_theta) > ``delta``.
 
-    Source: DeepSeek-V3.2 (arXiv 2512.02556), off-policy sequence masking. There pi_old is the engine's, which is
-    ``use_rollout_logprobs`` here.
+    Source: DeepSeek-V3.2 (arXiv 2512.02556), off-policy sequence masking. There pi_old is the engine's
+    probability, as with ``use_rollout_logprobs`` here.
     """
     drift = tokens.sequence_mean(-log_ratio(log_probs, tokens).detach())
     return (tokens.required("advantages") < 0) & (drift > delta)
 
 
 def log_ratio(log_probs: Tensor, tokens: TokenBatch) -> Tensor:
-    """log(pi_theta / pi_old) [T]."""
+    """Return log(pi_theta / pi_old), [T]."""
     return log_probs - (log_probs.detach() if tokens.old_log_probs is None else tokens.old_log_probs)
 
 
 def clip_range(algorithm: AlgorithmConfig) -> tuple[float, float]:
-    """(1 - eps_clip, 1 + eps_clip_high)."""
+    """Return (1 - eps_clip, 1 + eps_clip_high)."""
     high = algorithm.eps_clip if algorithm.eps_clip_high is None else algorithm.eps_clip_high
     return 1 - algorithm.eps_clip, 1 + high
 

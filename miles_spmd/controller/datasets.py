@@ -58,9 +58,9 @@ class Datasets:
         place that belongs to this step, so that what other steps needed does not move it. Raises FilterError at its
         end."""
         size = self._config.rollout.rollout_batch_size
-        yield self._prompts.draw(step, size)
+        yield self._prompts.of_step(step, size)
         for wave in range(MAX_SPARE_WAVES):
-            spare = self._spare.draw(step * MAX_SPARE_WAVES + wave, size)
+            spare = self._spare.of_step(step * MAX_SPARE_WAVES + wave, size)
             # seeds are made of uids: a prompt that was asked before gets other answers
             yield [msgspec.structs.replace(prompt, uid=f"{prompt.uid}+{wave + 1}") for prompt in spare]
         raise FilterError(
@@ -71,11 +71,11 @@ class Datasets:
 
     def examples(self, step: int) -> list[SftExample]:
         """The supervised examples of ``step``."""
-        return self._examples.draw(step, self._batch_size)
+        return self._examples.of_step(step, self._batch_size)
 
     def pairs(self, step: int) -> list[PreferencePair]:
         """The preference pairs of ``step``."""
-        return self._pairs.draw(step, self._batch_size)
+        return self._pairs.of_step(step, self._batch_size)
 
     @property
     def _batch_size(self) -> int:

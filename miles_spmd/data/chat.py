@@ -1,4 +1,4 @@
-"""Conversations: what a valid one is, and which of its text the assistant said."""
+"""Conversations: validation, and the parts of their text that the assistant wrote."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from miles_spmd.data.tokenizer import Message, Tokenizer, TokenizerError
 
 
 def check_messages(value: Any) -> list[Message]:
-    """A conversation with the empty fields that parquet puts into every message removed. Raises TypeError."""
+    """Return a conversation without the null fields that parquet adds to every message. Raises TypeError."""
     if not isinstance(value, list) or not value:
         raise TypeError("expected a non-empty list of messages")
     messages = []
@@ -25,12 +25,12 @@ def check_messages(value: Any) -> list[Message]:
 
 
 def assistant_segments(tokenizer: Tokenizer, messages: list[Message], since: int = 0) -> list[tuple[str, bool]]:
-    """A rendered conversation cut into consecutive texts, True where the assistant is to learn to write it, which is
-    in its messages from number ``since`` on.
+    """Render a conversation and split it into consecutive texts; True marks what the assistant wrote in its messages
+    from number ``since`` on, which is trained.
 
-    The ranges come from the template's ``{% generation %}`` marks, or else from what each assistant message adds to the
-    rendering of the messages before it. An assistant text ends with the end-of-sequence token where the template puts
-    one, so that what is learned is what an engine would generate. Raises TokenizerError.
+    The ranges come from the template's ``{% generation %}`` marks, or else from the text that each assistant message
+    adds to the rendering of the messages before it. An assistant's text ends with the end-of-sequence token if the
+    template writes one, so that the trained text is what an engine would generate. Raises TokenizerError.
     """
     text, spans = tokenizer.render_with_spans(messages)
     if spans is None:
@@ -46,7 +46,7 @@ def assistant_segments(tokenizer: Tokenizer, messages: list[Message], since: int
         segments += [(text[end:span_start], False), (text[span_start:span_end], True)]
         end = span_end
     segments.append((text[end:], False))
-    return [(piece, said) for piece, said in segments if piece]
+    return [(piece, trained) for piece, trained in segments if piece]
 
 
 def _spans_by_prefix(tokenizer: Tokenizer, messages: list[Message], since: int, text: str) -> list[tuple[int, int]]:

@@ -1,84 +1,114 @@
-"""Rows of JSONL and parquet files, and one error that lists everything wrong with a file."""
+"""Rows of JSONL and parquet files, and one exception that lists all errors of a file."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 Row = dict[str, Any]
+Item = TypeVar("Item")
 
 _SLICE = re.compile(r"^(?P<path>.+)@\[(?P<start>-?\d*):(?P<stop>-?\d*)\]$")
-_SHOWN_FAULTS = 20
+_SHOWN_ERRORS = 20
 
 
-class Fault(msgspec.Struct, frozen=True):
-    """One thing wrong with a file: ``row`` counts from 1 (the line number in JSONL), None: the file as a whole."""
+class RowError(ValueError):
+    """One error of a file: ``row`` counts from 1 (the line number in JSONL); None: the file as a whole."""
 
-    row: int | None
-    problem: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.problem}; {self.remedy}"
+    def __init__(self, problem: str, remedy: str, row: int | None = None) -> None:
+        super().__init__(f"{problem}; {remedy}")
+        self.problem, self.remedy, self.row = problem, remedy, row
 
 
 class DataError(ValueError):
-    """A data file that cannot be used. ``faults`` has all there is to mend, the message the first of them."""
+    """A data file that cannot be used. ``errors`` has all of its errors, the message the first of them."""
 
-    def __init__(self, path: Path | str, faults: list[Fault]) -> None:
+    def __init__(self, path: Path | str, errors: list[RowError]) -> None:
         self.path = path
-        self.faults = faults
-        lines = [f"{path}{'' if f.row is None else f':{f.row}'}: {f}" for f in faults[:_SHOWN_FAULTS]]
-        if len(faults) > _SHOWN_FAULTS:
-            lines.append(f"... and {len(faults) - _SHOWN_FAULTS} more faults in {path}")
+        self.errors = errors
+        lines = [f"{path}{'' if e.row is None else f':{e.row}'}: {e}" for e in errors[:_SHOWN_ERRORS]]
+        if len(errors) > _SHOWN_ERRORS:
+            lines.append(f"... and {len(errors) - _SHOWN_ERRORS} more errors in {path}")
         super().__init__("\n".join(lines))
 
 
 def parse_slice(prompt_data: str) -> tuple[Path, slice]:
-    """``path@[a:b]`` -> path and the slice of its rows, as Python means it. Raises DataError on a malformed slice."""
+    """Split ``path@[a:b]`` into the path and the slice of its rows, as in Python. Raises DataError if malformed."""
     match = _SLICE.match(prompt_data)
     if match is None:
         if "@[" in prompt_data:
             remedy = "write path@[start:stop] with integers, either of which may be left out"
-            raise DataError(prompt_data, [Fault(None, "malformed slice", remedy)])
+            raise DataError(prompt_data, [RowError("malformed slice", remedy)])
         return Path(prompt_data), slice(None)
     bounds = [int(b) if b else None for b in (match["start"], match["stop"])]
     return Path(match["path"]), slice(*bounds)
 
 
-def read_rows(prompt_data: str, faults: list[Fault]) -> Iterator[tuple[int, Row]]:
-    """The rows of a file's slice with their numbers, which count from 1 in the whole file.
+def load_items(source: str, make: Callable[[int, Row], Item | None]) -> list[Item]:
+    """Return ``make(number, row)`` for every row of ``source``, in order and without the Nones.
 
-    What is wrong with a single row is appended to ``faults`` and the row left out; a file that cannot be read at all
-    raises DataError.
+    Raises DataError with the RowErrors of all rows, and if the result is empty.
+    """
+    errors: list[RowError] = []
+    items = [item for item in make_items(source, make, errors) if item is not None]
+    raise_errors(source, errors, len(items))
+    return items
+
+
+def make_items(source: str, make: Callable[[int, Row], Item], errors: list[RowError]) -> list[Item]:
+    """Return ``make(number, row)`` for every row of ``source``; RowErrors are appended to ``errors`` instead."""
+    items = []
+    for number, row in read_rows(source, errors):
+        try:
+            items.append(make(number, row))
+        except RowError as error:
+            error.row = number
+            errors.append(error)
+    return items
+
+
+def raise_errors(source: str, errors: list[RowError], usable: int) -> None:
+    """Raise DataError if there are any errors, or no ``usable`` items."""
+    if not usable and not errors:
+        errors = [RowError("no rows", "check the file, its slice and data.drop_long_prompts")]
+    if errors:
+        raise DataError(source, sorted(errors, key=lambda error: error.row or 0))
+
+
+def read_rows(prompt_data: str, errors: list[RowError]) -> Iterator[tuple[int, Row]]:
+    """Yield the rows of a file's slice with their numbers, which count from 1 in the whole file.
+
+    An error of a single row is appended to ``errors`` and the row left out. Raises DataError if the file cannot be
+    read.
     """
     path, rows = parse_slice(prompt_data)
     if not path.is_file():
-        raise DataError(path, [Fault(None, "no such file", "check data.prompt_data or eval.eval_prompt_data")])
+        raise DataError(path, [RowError("no such file", "check data.prompt_data or eval.eval_prompt_data")])
     if path.suffix == ".parquet":
         yield from _read_parquet(path, rows)
     elif path.suffix in (".jsonl", ".json", ".ndjson"):
-        yield from _read_jsonl(path, rows, faults)
+        yield from _read_jsonl(path, rows, errors)
     else:
-        raise DataError(path, [Fault(None, f"unknown kind {path.suffix!r}", "use a .jsonl or .parquet file")])
+        raise DataError(path, [RowError(f"unknown kind {path.suffix!r}", "use a .jsonl or .parquet file")])
 
 
-def _read_jsonl(path: Path, rows: slice, faults: list[Fault]) -> Iterator[tuple[int, Row]]:
+def _read_jsonl(path: Path, rows: slice, errors: list[RowError]) -> Iterator[tuple[int, Row]]:
     lines = [(n, line) for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
     for number, line in lines[rows]:
         try:
             row = msgspec.json.decode(line)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            faults.append(Fault(number, f"invalid JSON ({error})", "write one JSON object per line, in UTF-8"))
+            errors.append(RowError(f"invalid JSON ({error})", "write one JSON object per line, in UTF-8", number))
             continue
         if isinstance(row, dict):
             yield number, row
         else:
-            faults.append(Fault(number, f"{type(row).__name__} instead of an object", "write one JSON object per line"))
+            problem = f"{type(row).__name__} instead of an object"
+            errors.append(RowError(problem, "write one JSON object per line", number))
 
 
 def _read_parquet(path: Path, rows: slice) -> Iterator[tuple[int, Row]]:
@@ -88,13 +118,13 @@ def _read_parquet(path: Path, rows: slice) -> Iterator[tuple[int, Row]]:
     try:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(path, [Fault(None, f"unreadable parquet ({error})", "write it again")]) from error
+        raise DataError(path, [RowError(f"unreadable parquet ({error})", "write it again")]) from error
     start, stop, _ = rows.indices(table.num_rows)
     yield from enumerate(table.slice(start, max(0, stop - start)).to_pylist(), start + 1)
 
 
 def lookup(row: Row, key: str) -> Any:
-    """``row[key]``, or with dots the value inside nested objects. Raises KeyError."""
+    """Return ``row[key]``, where dots in ``key`` descend into nested objects. Raises KeyError."""
     if key in row:
         return row[key]
     value: Any = row

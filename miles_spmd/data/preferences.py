@@ -1,4 +1,4 @@
-"""Pairs of a preferred and a rejected answer to the same prompt."""
+"""Pairs of a preferred and a rejected response to the same prompt."""
 
 from __future__ import annotations
 
@@ -7,25 +7,24 @@ from itertools import takewhile
 import msgspec
 
 from miles_spmd.config.schema import DataConfig
-from miles_spmd.data.dataset import Row
-from miles_spmd.data.prompts import RowFault, read_input, read_text
+from miles_spmd.data.dataset import Row, RowError, load_items, parse_slice
+from miles_spmd.data.prompts import read_input, read_text
 from miles_spmd.data.sft import (
     Pieces,
     SftExample,
-    answer_pieces,
     conversation_pieces,
     end_of_sequence,
     join_pieces,
-    load_items,
     pieces_fit,
+    response_pieces,
 )
 from miles_spmd.data.tokenizer import Message, Tokenizer
 
-Turns = str | list[Message]  # an answer as text, or as the messages that continue the prompt's
+Turns = str | list[Message]  # a response as text, or as messages that continue those of the prompt
 
 
 class PreferencePair(msgspec.Struct, frozen=True):
-    """Two sequences with the same prompt, whose mask is 0."""
+    """Two sequences with the same prompt, on which their masks are 0."""
 
     uid: str
     chosen: SftExample
@@ -41,74 +40,78 @@ def load_preference_pairs(
     max_len: int | None = None,
     scores_end: bool = False,
 ) -> list[PreferencePair]:
-    """Every pair of ``prompt_data`` (default: ``data.prompt_data``), tokenized as supervised examples are.
+    """Return every pair of ``prompt_data`` (default: ``data.prompt_data``), tokenized as supervised examples are.
 
-    The columns ``data.chosen_key`` and ``data.rejected_key`` hold a string, or the messages that continue the input's,
-    the first and last of which are the assistant's. Messages that begin with anybody else's are whole conversations:
-    the turns that both share are the prompt, and the input column is not read. A uid is ``name:row`` (default name: the
-    file's); ``max_len`` is in tokens of one sequence.
+    The columns ``data.chosen_key`` and ``data.rejected_key`` contain a string, or messages that continue those of the
+    input, the first and last of which are the assistant's. Messages that begin with another role are whole
+    conversations: the turns that both share are the prompt, and the input column is not read. A uid is ``name:row``
+    (default name: the file's); ``max_len`` is in tokens of one sequence.
 
-    With ``scores_end``, as a reward model is trained, each sequence has one token more, the end of sequence a second
-    time, and the mask is 1 on it alone: the trainer computes token t from the hidden state at t - 1, so that this
-    is where the head reads the state at the end of sequence.
+    With ``scores_end``, for training a reward model, each sequence has a second end-of-sequence token, and the mask is
+    1 on it alone: the output for token t is computed from the hidden state at t - 1, which then is the state at the
+    end of sequence.
 
-    Raises DataError with all faults of the file: missing columns, empty or equal answers, conversations that share no
+    Raises DataError with all errors of the file: missing columns, empty or equal responses, conversations that share no
     beginning, sequences that are too long unless ``data.drop_long_prompts``.
     """
 
-    def pair(uid: str, row: Row) -> PreferencePair | None:
-        prompt, *answers = _read_row(row, data)
-        sequences = [_pieces(prompt, answer, tokenizer) for answer in answers]
+    source = prompt_data or data.prompt_data
+    name = name or parse_slice(source)[0].name
+
+    def pair(number: int, row: Row) -> PreferencePair | None:
+        prompt, *responses = _read_row(row, data)
+        sequences = [_pieces(prompt, response, tokenizer) for response in responses]
         if sequences[0] == sequences[1]:
-            raise RowFault(f"{data.chosen_key!r} and {data.rejected_key!r} are the same", "remove the row")
+            raise RowError(f"{data.chosen_key!r} and {data.rejected_key!r} are the same", "remove the row")
         if scores_end:
             sequences = [_scored_at_end(pieces, end_of_sequence(tokenizer)) for pieces in sequences]
         fitting = [pieces_fit(pieces, data, max_len) for pieces in sequences]
+        uid = f"{name}:{number}"
         return PreferencePair(uid, *(join_pieces(uid, pieces) for pieces in sequences)) if all(fitting) else None
 
-    return load_items(prompt_data or data.prompt_data, name, pair)
+    return load_items(source, pair)
 
 
 def _read_row(row: Row, data: DataConfig) -> tuple[Turns, Turns, Turns]:
-    """Prompt, preferred answer, rejected answer."""
-    chosen = _read_answer(row, data.chosen_key, "data.chosen_key")
-    rejected = _read_answer(row, data.rejected_key, "data.rejected_key")
+    """Return prompt, preferred response and rejected response."""
+    chosen = _read_response(row, data.chosen_key, "data.chosen_key")
+    rejected = _read_response(row, data.rejected_key, "data.rejected_key")
     if isinstance(chosen, str) or isinstance(rejected, str) or chosen[0]["role"] == rejected[0]["role"] == "assistant":
         return read_input(row, data), chosen, rejected
-    # the last message is an answer even where the other conversation goes on from it
+    # The last message is a response even if the other conversation continues after it.
     same = [a == b for a, b in zip(chosen[:-1], rejected[:-1])]
     shared = len(list(takewhile(bool, same)))
     if not shared:
-        problem = f"{data.chosen_key!r} and {data.rejected_key!r} are conversations that do not begin alike"
-        raise RowFault(problem, "begin both with the prompt, or both with the assistant's answer to the input column")
+        problem = f"{data.chosen_key!r} and {data.rejected_key!r} are conversations without a common beginning"
+        raise RowError(problem, "begin both with the prompt, or both with the assistant's response to the input column")
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _read_answer(row: Row, key: str, setting: str) -> Turns:
-    answer = read_text(row, key, setting)
-    if not isinstance(answer, str):
-        for message in answer:
-            said = message.get("content", "").strip() or message.get("tool_calls")
-            if message["role"] == "assistant" and not said:
-                raise RowFault(f"{key!r} has an empty assistant message", "fill it in or remove the row")
-        if answer[-1]["role"] != "assistant":
-            raise RowFault(f"{key!r} does not end with the assistant's message", "remove what follows it")
-    return answer
+def _read_response(row: Row, key: str, setting: str) -> Turns:
+    response = read_text(row, key, setting)
+    if not isinstance(response, str):
+        for message in response:
+            content = message.get("content", "").strip() or message.get("tool_calls")
+            if message["role"] == "assistant" and not content:
+                raise RowError(f"{key!r} has an empty assistant message", "fill it in or remove the row")
+        if response[-1]["role"] != "assistant":
+            raise RowError(f"{key!r} does not end with the assistant's message", "remove what follows it")
+    return response
 
 
-def _pieces(prompt: Turns, answer: Turns, tokenizer: Tokenizer) -> Pieces:
-    if isinstance(answer, str):
-        return answer_pieces(prompt, answer, tokenizer)
+def _pieces(prompt: Turns, response: Turns, tokenizer: Tokenizer) -> Pieces:
+    if isinstance(response, str):
+        return response_pieces(prompt, response, tokenizer)
     history = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    before, after = history[-1]["role"], answer[0]["role"]
+    before, after = history[-1]["role"], response[0]["role"]
     if before == "assistant" or after != "assistant":
-        problem = f"the answer begins with the message of {after!r}, the prompt ends with that of {before!r}"
-        raise RowFault(problem, "let the prompt end before the assistant's message, and the answer begin with it")
-    return conversation_pieces(history + answer, len(history), tokenizer)
+        problem = f"the response begins with a message of {after!r}, the prompt ends with one of {before!r}"
+        raise RowError(problem, "end the prompt before the assistant's message, and begin the response with it")
+    return conversation_pieces(history + response, len(history), tokenizer)
 
 
 def _scored_at_end(pieces: Pieces, eos: int) -> Pieces:
     tokens = [token for ids, _ in pieces for token in ids]
-    while tokens[-1] != eos:  # a template may mark a line feed behind it as the assistant's
+    while tokens[-1] != eos:  # a template may count a line feed after it as the assistant's
         tokens.pop()
     return [(tokens, False), ([eos], True)]

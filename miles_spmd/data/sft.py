@@ -1,26 +1,22 @@
-"""Supervised examples: a prompt with its answer, or a conversation in which the assistant's turns are learned."""
+"""Supervised examples: a prompt with its response, or a conversation of which the assistant's turns are trained."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import TypeVar
 
 import msgspec
 import numpy as np
 
 from miles_spmd.config.schema import DataConfig
 from miles_spmd.data.chat import assistant_segments
-from miles_spmd.data.dataset import Fault, Row, parse_slice, read_rows
-from miles_spmd.data.prompts import RowFault, length_problem, raise_faults, read_input, read_label, render_prompt
+from miles_spmd.data.dataset import Row, RowError, load_items, parse_slice
+from miles_spmd.data.prompts import length_error, read_input, read_label, render_prompt
 from miles_spmd.data.tokenizer import Message, Tokenizer, TokenizerError
 
-Pieces = list[tuple[list[int], bool]]  # token ids in order, each piece with whether it is learned; first the prompt
-Item = TypeVar("Item")
+Pieces = list[tuple[list[int], bool]]  # token ids in order, and whether they are trained; the first is the prompt
 
 
 class SftExample(msgspec.Struct, frozen=True):
-    """One sequence to learn; arrays of length T. ``loss_mask`` divided by the batch's sum of masks, or whatever the
-    loss's denominator is, gives the ``loss_weights`` of a ``TrainSequence``."""
+    """One sequence; arrays have its length T. ``loss_mask`` divided by the loss's denominator gives the
+    ``loss_weights`` of a ``TrainSequence``."""
 
     uid: str
     tokens: np.ndarray  # int32
@@ -28,94 +24,78 @@ class SftExample(msgspec.Struct, frozen=True):
 
 
 def load_sft_examples(data: DataConfig, tokenizer: Tokenizer, *, max_len: int | None = None) -> list[SftExample]:
-    """Every example of ``data.prompt_data``, tokenized, end of sequence appended. ``max_len`` is in tokens.
+    """Return every example of ``data.prompt_data``, tokenized and with end of sequence. ``max_len`` is in tokens.
 
-    Input messages that end with the assistant's are learned in all assistant turns; any other input is a prompt whose
-    answer is the label column. Prompt and answer are tokenized apart, as they are when an engine generates the answer.
+    Of input messages that end with the assistant's, all assistant turns are trained; any other input is a prompt whose
+    response is the label column. Prompt and response are tokenized separately, as they are when an engine generates.
 
-    Raises DataError with all faults of the file, as ``load_prompts`` does.
+    Raises DataError with all errors of the file, as ``load_prompts`` does.
     """
 
-    def example(uid: str, row: Row) -> SftExample | None:
+    file = parse_slice(data.prompt_data)[0].name
+
+    def example(number: int, row: Row) -> SftExample | None:
         pieces = _row_pieces(row, data, tokenizer)
-        return join_pieces(uid, pieces) if pieces_fit(pieces, data, max_len) else None
+        return join_pieces(f"{file}:{number}", pieces) if pieces_fit(pieces, data, max_len) else None
 
-    return load_items(data.prompt_data, None, example)
-
-
-def load_items(source: str, name: str | None, make: Callable[[str, Row], Item | None]) -> list[Item]:
-    """What ``make`` makes of each row and its uid (``name``, or else the file's, and the row's number).
-
-    A row of which it makes None is left out. Its RowFaults are collected and raised as one DataError.
-    """
-    path, _ = parse_slice(source)
-    faults: list[Fault] = []
-    items = []
-    for number, row in read_rows(source, faults):
-        try:
-            item = make(f"{name or path.name}:{number}", row)
-        except RowFault as fault:
-            faults.append(Fault(number, *fault.fault))
-            continue
-        if item is not None:
-            items.append(item)
-    raise_faults(source, faults, len(items))
-    return items
+    return load_items(data.prompt_data, example)
 
 
 def _row_pieces(row: Row, data: DataConfig, tokenizer: Tokenizer) -> Pieces:
     value = read_input(row, data)
     if isinstance(value, list) and value[-1]["role"] == "assistant":
         return conversation_pieces(value, 0, tokenizer)
-    answer = read_label(row, data.label_key, required=True)
-    if not isinstance(answer, str) or not answer.strip():
-        remedy = "give the answer as a string in data.label_key, or end the messages with the assistant's"
-        raise RowFault(f"the answer {answer!r} is not a non-empty string", remedy)
-    return answer_pieces(value, answer, tokenizer)
+    response = read_label(row, data.label_key, required=True)
+    if not isinstance(response, str) or not response.strip():
+        remedy = "give the response as a string in data.label_key, or end the messages with the assistant's"
+        raise RowError(f"the response {response!r} is not a non-empty string", remedy)
+    return response_pieces(value, response, tokenizer)
 
 
-def answer_pieces(prompt: str | list[Message], answer: str, tokenizer: Tokenizer) -> Pieces:
-    """A prompt and the answer to it, with the end of sequence. Raises RowFault."""
+def response_pieces(prompt: str | list[Message], response: str, tokenizer: Tokenizer) -> Pieces:
+    """Tokenize a prompt and a response to it, with end of sequence. Raises RowError."""
     text = render_prompt(prompt, tokenizer)
     ids = tokenizer.encode_prompts([text], [isinstance(prompt, list)])[0]
-    return [(ids, False), ([*tokenizer.encode(answer), end_of_sequence(tokenizer)], True)]
+    return [(ids, False), ([*tokenizer.encode(response), end_of_sequence(tokenizer)], True)]
 
 
 def conversation_pieces(messages: list[Message], since: int, tokenizer: Tokenizer) -> Pieces:
-    """A conversation up to the end of the last assistant turn, those from message ``since`` on learned. Raises
-    RowFault."""
+    """Tokenize a conversation up to its last assistant turn; turns from message ``since`` on are trained. Raises
+    RowError."""
     eos = end_of_sequence(tokenizer)
     try:
         segments = assistant_segments(tokenizer, messages, since)
     except TokenizerError as error:
-        raise RowFault(str(error), "mend the messages or the template") from error
-    pieces = [(tokenizer.encode(text), said) for text, said in segments]
-    last = max(i for i, (_, said) in enumerate(pieces) if said)
+        raise RowError(str(error), "fix the messages or the template") from error
+    pieces = [(tokenizer.encode(text), trained) for text, trained in segments]
+    last = max(i for i, (_, trained) in enumerate(pieces) if trained)
     if eos not in pieces[last][0]:
         pieces[last] = ([*pieces[last][0], eos], True)
     return pieces[: last + 1]
 
 
 def end_of_sequence(tokenizer: Tokenizer) -> int:
+    """Return the id of the end-of-sequence token. Raises TokenizerError if the tokenizer has none."""
     if tokenizer.eos_token_id is None:
         raise TokenizerError(f"{tokenizer.folder} names no eos_token, without which a model cannot learn to stop")
     return tokenizer.eos_token_id
 
 
 def pieces_fit(pieces: Pieces, data: DataConfig, max_len: int | None) -> bool:
-    """False where the example is too long and to be dropped for it. Raises RowFault where it is not to be dropped."""
+    """Return whether the example is within the limits. If not, raises RowError unless ``data.drop_long_prompts``."""
     length = sum(len(ids) for ids, _ in pieces)
-    problem = length_problem(len(pieces[0][0]), data.rollout_max_prompt_len, None)
-    if problem is None and max_len is not None and length > max_len:
-        problem = f"the example has {length} tokens, more than {max_len}", "shorten it or raise the limit"
-    if problem is not None and not data.drop_long_prompts:
-        raise RowFault(*problem)
-    return problem is None
+    error = length_error(len(pieces[0][0]), data.rollout_max_prompt_len, None)
+    if error is None and max_len is not None and length > max_len:
+        error = RowError(f"the example has {length} tokens, more than {max_len}", "shorten it or raise the limit")
+    if error is not None and not data.drop_long_prompts:
+        raise error
+    return error is None
 
 
 def join_pieces(uid: str, pieces: Pieces) -> SftExample:
+    """Concatenate the pieces of one example."""
     return SftExample(
         uid,
         np.concatenate([np.asarray(ids, np.int32) for ids, _ in pieces]),
-        np.concatenate([np.full(len(ids), said, np.float32) for ids, said in pieces]),
+        np.concatenate([np.full(len(ids), trained, np.float32) for ids, trained in pieces]),
     )

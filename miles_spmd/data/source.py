@@ -1,4 +1,4 @@
-"""In which order a dataset is drawn."""
+"""The order in which the items of a dataset are used."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Item = TypeVar("Item", bound=Identified)
 
 
 class PromptSource(Generic[Item]):
-    """The infinite sequence of a dataset's epochs, each a seeded permutation, read at any position.
+    """An infinite sequence of epochs, each a seeded permutation of the items, with access to any position.
 
-    It has no state: which prompts a step gets depends on the seed and the step alone, so a resumed or replayed run
-    draws what the first one drew.
+    It has no state: the items of a step depend on the seed and the step alone, so that a resumed or replayed run gets
+    the same ones.
     """
 
     def __init__(self, items: Sequence[Item], seed: int, shuffle: bool = True) -> None:
         if not items:
-            raise ValueError("a source needs at least one item")
+            raise ValueError("a source requires at least one item")
         self._items = items
         self._seed = seed
         self._shuffle = shuffle
@@ -37,25 +37,25 @@ class PromptSource(Generic[Item]):
     def __len__(self) -> int:
         return len(self._items)
 
-    def draw(self, step: int, count: int) -> list[Item]:
-        """The ``count`` items of ``step``, at positions ``step * count`` and after."""
+    def of_step(self, step: int, count: int) -> list[Item]:
+        """Return the ``count`` items of ``step``, which begin at position ``step * count``."""
         return self.at(step * count, count)
 
     def at(self, position: int, count: int) -> list[Item]:
-        """``count`` items from ``position`` on.
+        """Return ``count`` items from ``position`` on.
 
-        Where a row comes up again within the draw (an epoch's end, or fewer rows than ``count``), its uid gets ``#2``,
-        ``#3``, ...: uids are unique within a draw, because seeds are made of them.
+        If an item occurs again among them (after an epoch's end, or with fewer items than ``count``), its uid gets
+        ``#2``, ``#3``, ...: uids must be unique within a step, because seeds are derived from them.
         """
         size = len(self._items)
-        drawn = []
+        found = []
         seen: dict[int, int] = {}
         for place in range(position, position + count):
             row = int(self._order(place // size)[place % size])
             seen[row] = seen.get(row, 0) + 1
             item = self._items[row]
-            drawn.append(item if seen[row] == 1 else _renamed(item, f"{item.uid}#{seen[row]}"))
-        return drawn
+            found.append(item if seen[row] == 1 else _renamed(item, f"{item.uid}#{seen[row]}"))
+        return found
 
     def _order(self, epoch: int) -> np.ndarray:
         if not self._shuffle:

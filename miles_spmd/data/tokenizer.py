@@ -1,7 +1,7 @@
 """A checkpoint's tokenizer in a process without torch.
 
 ``transformers.AutoTokenizer`` imports torch (seconds, and hundreds of MiB); the ``tokenizers`` library it wraps does
-not, and neither does the function with which transformers renders chat templates. Both are used here directly.
+not, and neither does transformers' function that renders chat templates. Both are used here directly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Message = dict[str, Any]  # {"role": ..., "content": ..., ...} as chat templates
 
 
 class TokenizerError(ValueError):
-    """A checkpoint folder whose tokenizer cannot be used, or a conversation its chat template refuses."""
+    """A checkpoint folder whose tokenizer cannot be used, or a conversation that its chat template rejects."""
 
 
 class Tokenizer:
@@ -51,7 +51,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included; the model's embedding may have more rows."""
+        """Number of tokens including added ones; the model's embedding may have more rows."""
         return self._fast.get_vocab_size()
 
     @property
@@ -63,10 +63,10 @@ class Tokenizer:
         return self._fast.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_prompts(self, texts: Sequence[str], templated: Sequence[bool]) -> list[list[int]]:
-        """Token ids as the model wants to see them at the start of a context.
+        """Return the token ids of texts at the start of a context.
 
-        A chat template writes its special tokens itself. Plain text gets those the tokenizer adds by itself (Llama's
-        BOS), unless it already starts with the BOS token.
+        A chat template writes its special tokens itself (``templated``). Plain text gets those that the tokenizer adds
+        (Llama's BOS), unless it already starts with the BOS token.
         """
         bos = self.special_tokens.get("bos_token")
         ids: list[list[int]] = [[] for _ in texts]
@@ -82,13 +82,13 @@ class Tokenizer:
         return self._fast.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation by the checkpoint's chat template. Raises TokenizerError."""
+        """Return the text of a conversation by the checkpoint's chat template. Raises TokenizerError."""
         return self.render_with_spans(messages, add_generation_prompt)[0]
 
     def render_with_spans(
         self, messages: list[Message], add_generation_prompt: bool = False
     ) -> tuple[str, list[tuple[int, int]] | None]:
-        """As ``render``, with the character ranges that the template marks by ``{% generation %}``; None: no marks."""
+        """Do as ``render`` and also return the character ranges marked by ``{% generation %}``; None without marks."""
         if self.chat_template is None:
             raise TokenizerError(
                 f"{self.folder} has no chat template: add chat_template.jinja, or give plain strings as prompts "
@@ -105,7 +105,7 @@ class Tokenizer:
                 [messages], chat_template=self.chat_template, return_assistant_tokens_mask=marked, **variables
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise TokenizerError(f"the chat template refuses this conversation: {error}") from error
+            raise TokenizerError(f"the chat template rejects this conversation: {error}") from error
         return texts[0], [tuple(span) for span in spans[0]] if marked else None
 
 
@@ -119,7 +119,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _special_tokens(*sources: dict[str, Any]) -> dict[str, str]:
-    """Name -> token; the first source wins. Old files write a token as a table with its text under ``content``."""
+    """Return token by name; the first source wins. Old files have a table with the token under ``content``."""
     found: dict[str, str] = {}
     for source in sources:
         for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"):

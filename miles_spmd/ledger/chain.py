@@ -1,7 +1,7 @@
 """The ledger's file: one entry a line, each with a hash over itself and the hash before it.
 
-``chain.jsonl`` is only ever appended to, or cut behind a checkpoint. An entry that was being written when its run was
-killed has no end of line and does not count.
+``chain.jsonl`` is only appended to, or truncated after a checkpoint. An entry that was being written when its run was
+killed has no end of line and is ignored.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ START = "0" * 32  # the hash before the first entry
 
 
 class LedgerError(RuntimeError):
-    """A ledger that is not there, does not hold together, or is not the one that is meant."""
+    """A ledger that is missing, is inconsistent, or belongs to another run."""
 
 
 class Link(msgspec.Struct, frozen=True):
-    """One line. ``end`` is the file's length with it."""
+    """One line of the file. ``end`` is the file's length up to and including it, in bytes."""
 
     hash: str
     entry: Entry
@@ -42,7 +42,7 @@ _entry = msgspec.json.Decoder(Entry)
 
 
 def links(run_dir: Path) -> Iterator[Link]:
-    """All entries in order. Raises LedgerError naming the first that is not what was written."""
+    """Yield all entries in order. Raises LedgerError naming the first one that was changed."""
     path = run_dir / FOLDER / FILE
     try:
         lines = path.read_bytes().splitlines(keepends=True)
@@ -66,10 +66,10 @@ def links(run_dir: Path) -> Iterator[Link]:
 
 
 class Chain:
-    """The end of a run's ledger, where entries are added."""
+    """Appends entries to a run's ledger."""
 
     def __init__(self, run_dir: Path, last: Link | None) -> None:
-        """Keep what is there up to ``last`` and cut off the rest."""
+        """Open the file and truncate it after the entry ``last``; None: to nothing."""
         path = run_dir / FOLDER / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         self.head = last.hash if last else START
@@ -82,7 +82,7 @@ class Chain:
         self._file.write(b'{"hash":"' + self.head.encode() + b'","entry":' + content + b"}\n")
 
     def sync(self) -> None:
-        """On disk, before anything that refers to it is."""
+        """Flush to disk; to be called before anything that refers to the ledger is written."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -13,13 +13,13 @@ from miles_spmd.ledger.rectangles import COLUMN_STREAM, ROW_STREAM, Part
 
 ROWS, COLUMNS = 32, 1024  # of a tile
 FIELDS = 8
-VECTOR = 8  # elements: what one thread reads at a time, where everything is a multiple of it
+VECTOR = 8  # elements that a thread loads at once, if offsets and sizes are multiples of it
 
 
 def tiles(located: Sequence[tuple[int, Part]]) -> np.ndarray:
-    """int64 [tiles, FIELDS]: number of the tensor, offset, stride; rows, columns; first row, first column; slot.
+    """Return int64 [tiles, FIELDS]: tensor's number, offset, stride; rows, columns; first row, first column; slot.
 
-    ``located``: for each slot, the tensor's number and the part.
+    ``located`` is for each slot the tensor's number and the part.
     """
     tables = []
     for slot, (tensor, (rectangle, offset, stride)) in enumerate(located):
@@ -39,7 +39,7 @@ def tiles(located: Sequence[tuple[int, Part]]) -> np.ndarray:
 
 
 def even(table: np.ndarray) -> bool:
-    """Whether all tiles begin and end at multiples of VECTOR elements, if their tensors do."""
+    """Return whether all tiles begin and end at multiples of VECTOR elements, provided that their tensors do."""
     return not (table[:, [1, 2, 4]] % VECTOR).any()
 
 
@@ -75,10 +75,12 @@ def _sum_tile(  # type: ignore[no-untyped-def]
     ROW_STREAM: tl.constexpr,
     COLUMN_STREAM: tl.constexpr,
 ):
-    """The columns' factor comes once for all rows of the tile. The rows' is taken in two halves, since a product of
-    64 bits with 64 takes more instructions than one with each half, of which the upper one needs 32 bits only."""
+    """Add the sum of one tile to its slot.
+
+    The columns' factor is multiplied once for all rows. The rows' factor is split into two halves: a 64-bit product
+    takes more instructions than one with each half, of which the upper one requires only 32 bits."""
     tile = table + tl.program_id(0).to(tl.int64) * 8
-    # Addresses are written as distances from a pointer, of which the compiler knows how it is aligned.
+    # Addresses are relative to a pointer whose alignment the compiler knows; a cast from an integer has none.
     start = (tl.load(addresses + tl.load(tile)) - here_at) // ITEM + tl.load(tile + 1)
     stride = tl.load(tile + 2)
     rows = tl.load(tile + 3).to(tl.int32)

@@ -1,4 +1,4 @@
-"""What the ledger says of a run: what it ran under, and of every step each thing that was read and computed.
+"""The entries of a ledger: a run's conditions, and digests of everything that each step read and computed.
 
 Arrays of digests are bytes: little-endian uint64, in the order of samples or of tensors' names.
 """
@@ -17,31 +17,31 @@ Number = float | None  # None: not finite
 
 
 class Context(msgspec.Struct, tag="context", frozen=True):
-    """What steps from ``step`` on ran under. The first entry, and again where a run goes on under something else."""
+    """The conditions of the steps from ``step`` on: the first entry, and again if a run is resumed under others."""
 
     step: int
-    config: dict[str, Any]  # of what can matter to a number
+    config: dict[str, Any]  # settings that can affect a number
     code: str  # digest of this package, compiled kernels included
     environment: dict[str, Any]
     tensors: dict[str, list[str]]  # names of the checkpoint's tensors, by role
     weights: dict[str, Digests]  # before the step, by role
 
 
-class Samples(msgspec.Struct, frozen=True, rename={"responses": "answers"}):  # as ledgers on disk have it
-    """A rollout, sample by sample, in order of submission."""
+class Samples(msgspec.Struct, frozen=True, rename={"responses": "answers"}):  # the name on disk
+    """Digests of a rollout, one per sample in order of submission."""
 
     dropped: int  # groups that the filter did not keep
     requests: Digests  # uid, index, seed, prompt
-    responses: Digests  # tokens, mask, reason of the end, weight versions
+    responses: Digests  # tokens, loss mask, finish reason, weight versions
     log_probs: Digests  # of the engine
     rewards: Digests
 
 
 class Update(msgspec.Struct, frozen=True):
-    """One optimizer step of one role, sequence by sequence in the order of the batch, tensor by tensor."""
+    """Digests of one optimizer step of one role: per sequence in the order of the batch, or per tensor."""
 
     role: str
-    inputs: Digests  # tokens, global loss weights, log-probs of old and reference policy: all but the advantages
+    inputs: Digests  # all fields of TrainSequence but the advantages
     advantages: Digests
     log_probs: Digests  # or values, before the update
     sums: dict[str, Number]  # of the loss, over all ranks
@@ -49,17 +49,17 @@ class Update(msgspec.Struct, frozen=True):
     grad_norm: Number
     lr: float
     skipped: str
-    weights: Digests  # after it
+    weights: Digests  # after the update
 
 
 class Step(msgspec.Struct, tag="step", frozen=True):
     step: int
-    samples: Samples | None  # None: answers are in the data
+    samples: Samples | None  # None: responses were given, by the dataset or by the run that is replayed
     updates: list[Update]
 
 
 class Saved(msgspec.Struct, tag="saved", frozen=True):
-    """A checkpoint before ``step``: weights by role, the optimizers' state by role and kind."""
+    """Digests of a checkpoint before ``step``: weights by role, optimizer state by role and kind."""
 
     step: int
     weights: dict[str, Digests]
@@ -69,27 +69,28 @@ class Saved(msgspec.Struct, tag="saved", frozen=True):
 Entry = Context | Step | Saved
 
 
-def digest(*things: np.ndarray | str | float | int | None) -> int:
-    """64 bits of anything, 8 GB/s: a change is seen but for a collision; nobody is to be kept from making one."""
+def digest(*values: np.ndarray | str | float | int | None) -> int:
+    """Return a 64-bit digest of the values, at 8 GB/s. It is not cryptographic: it detects errors, not forgery."""
     state = xxhash.xxh3_64()
-    for thing in things:
-        if isinstance(thing, np.ndarray):
-            state.update(f"{thing.dtype.str}{thing.shape}".encode())
-            state.update(np.ascontiguousarray(thing).data)
+    for value in values:
+        if isinstance(value, np.ndarray):
+            state.update(f"{value.dtype.str}{value.shape}".encode())
+            state.update(np.ascontiguousarray(value).data)
         else:
-            state.update(f"{type(thing).__name__}:{thing!r};".encode())
+            state.update(f"{type(value).__name__}:{value!r};".encode())
     return state.intdigest()
 
 
 def digests(values: Iterable[int]) -> Digests:
+    """Encode digests."""
     return np.fromiter(values, np.uint64).astype("<u8").tobytes()
 
 
 def tensor_digests(totals: Mapping[str, int]) -> Digests:
-    """Of tensors by name, in the order of the names."""
+    """Encode the digests of tensors, in the order of their names."""
     return digests(totals[name] for name in sorted(totals))
 
 
 def unpack(values: Digests) -> np.ndarray:
-    """uint64"""
+    """Decode digests, uint64."""
     return np.frombuffer(values, "<u8")

@@ -1,4 +1,4 @@
-"""A run's ledger, read back: its entries by step, and whether they and the data beside them hold together."""
+"""A run's ledger, read back: its entries by step, and whether the data beside them match."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from miles_spmd.ledger.entries import Context, Digests, Saved, Step
 
 @dataclass
 class Record:
-    """What the run in ``folder`` did."""
+    """All entries of the run in ``folder``."""
 
     folder: Path
     contexts: list[Context] = field(default_factory=list)
@@ -21,22 +21,23 @@ class Record:
     entries: int = 0
 
     def context(self, step: int) -> Context:
-        """That ``step`` ran under."""
+        """Return the conditions of ``step``."""
         return [context for context in self.contexts if context.step <= step][-1]
 
     def weights_before(self, step: int) -> dict[str, Digests]:
-        """By role."""
+        """Return the digests of all weights before ``step``, by role."""
         weights = dict(self.context(step).weights)
         for done in sorted(s for s in self.steps if self.context(step).step <= s < step):
             weights |= {update.role: update.weights for update in self.steps[done].updates}
         return weights
 
     def data(self, step: int) -> step_data.StepData | None:
+        """Return what the entry of ``step`` has digests of; None if it is not on disk."""
         return step_data.read(self.folder, step)
 
 
 def read_record(run_dir: Path) -> Record:
-    """Raises LedgerError where the chain is broken or says nothing."""
+    """Read all entries. Raises LedgerError if the chain is broken or empty."""
     record = Record(run_dir)
     for link in links(run_dir):
         record.entries += 1
@@ -53,16 +54,16 @@ def read_record(run_dir: Path) -> Record:
 
 
 def verify(run_dir: Path) -> Record:
-    """As :func:`read_record`, and that the data that were kept are those of the entries."""
+    """Do as :func:`read_record`, and raise LedgerError unless the data on disk match the entries' digests."""
     record = read_record(run_dir)
     for number, step in record.steps.items():
-        if step_data.path_of(run_dir, number).is_file() and (wrong := _contradiction(record, step)):
+        if step_data.path_of(run_dir, number).is_file() and (wrong := _mismatch(record, step)):
             raise LedgerError(f"{step_data.path_of(run_dir, number)}: {wrong}")
     return record
 
 
-def _contradiction(record: Record, step: Step) -> str:
-    """How the data of ``step`` differ from what its entry says of them; "" where they do not."""
+def _mismatch(record: Record, step: Step) -> str:
+    """Describe how the data of ``step`` differ from the entry's digests; "" if they match."""
     kept = record.data(step.step)
     if kept is None:
         return "cannot be read"

@@ -1,9 +1,9 @@
-"""Digests of checkpoint tensors that lie in parts on many ranks: numbers that add up, whatever the parts.
+"""Digests of checkpoint tensors that are distributed over ranks: sums, which are the same for every distribution.
 
 The digest of a matrix is the sum over its elements of ``bits * A(row) * B(column)`` modulo 2^64, where ``bits`` is the
 element's memory as an unsigned number and A and B are odd pseudo-random 64-bit numbers. A change of one element always
-changes it, since odd factors can be divided by; other changes go unseen with the probability of a collision. A vector
-is one row.
+changes it, since odd factors are invertible; other changes are missed with the probability of a collision. A vector is
+one row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from miles_spmd.models.layout import PADDING, Piece, TensorLayout
 
-ROW_STREAM, COLUMN_STREAM = 0x243F6A8885A308D3, 0x13198A2E03707344  # digits of pi: A and B are drawn apart
+ROW_STREAM, COLUMN_STREAM = 0x243F6A8885A308D3, 0x13198A2E03707344  # digits of pi: seeds of A and B
 
 
 class Rectangle(msgspec.Struct, frozen=True, array_like=True):
@@ -30,7 +30,7 @@ class Rectangle(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Part(NamedTuple):
-    """Where a rectangle lies in memory: ``offset`` elements from the tensor's beginning, rows ``stride`` apart."""
+    """A rectangle in memory: it begins ``offset`` elements after the tensor's start, with rows ``stride`` apart."""
 
     rectangle: Rectangle
     offset: int
@@ -38,8 +38,9 @@ class Part(NamedTuple):
 
 
 def parts(layout: TensorLayout, shape: Sequence[int], start: int = 0, stop: int | None = None) -> list[Part]:
-    """Of the elements [start, stop) of a contiguous local tensor of ``shape``, counted as in memory; offsets count from
-    ``start``. Raises ValueError for a checkpoint tensor of more than two dimensions."""
+    """Return the parts of the elements [start, stop), in memory order, of a contiguous local tensor of ``shape``.
+
+    Offsets count from ``start``. Raises ValueError for a checkpoint tensor of more than two dimensions."""
     stop = int(np.prod(shape)) if stop is None else stop
     found: list[Part] = []
     for piece in layout.pieces:
@@ -50,7 +51,7 @@ def parts(layout: TensorLayout, shape: Sequence[int], start: int = 0, stop: int 
 
 def _parts_of(piece: Piece, shape: Sequence[int], start: int, stop: int) -> Iterator[Part]:
     if len(piece.shape) > 2:
-        raise ValueError(f"{piece.name} has {len(piece.shape)} dimensions, of which a digest knows two")
+        raise ValueError(f"{piece.name} has {len(piece.shape)} dimensions; digests support at most two")
     vector = len(piece.shape) == 1
     row, column = (0, *piece.start) if vector else piece.start
     at_row, at_column = (0, *piece.local) if vector else piece.local
@@ -63,9 +64,10 @@ def _parts_of(piece: Piece, shape: Sequence[int], start: int, stop: int) -> Iter
 
 
 def _inside(rows: int, columns: int, first: int, width: int, start: int, stop: int) -> Iterator[tuple[int, ...]]:
-    """(row, column, rows, columns) of what lies in [start, stop): at most a part of a row, whole rows, a part of a row.
+    """Yield (row, column, rows, columns) of the rectangle's parts in [start, stop).
 
-    Row r of the rectangle is at ``first + r * width``."""
+    Row r of the rectangle begins at ``first + r * width``. A range of memory, such as a distributed optimizer's shard,
+    contains at most an end of one row, a block of whole rows, and a beginning of another: three rectangles."""
     whole_from = min(max(-((first - start) // width), 0), rows)
     whole_to = min(max((stop - first - columns) // width + 1, 0), rows)
     if whole_from < whole_to:
@@ -78,7 +80,7 @@ def _inside(rows: int, columns: int, first: int, width: int, start: int, stop: i
 
 
 def factors(stream: int, first: int, count: int) -> np.ndarray:
-    """A or B of ``count`` rows or columns from ``first`` on, uint64: SplitMix64's finaliser, made odd."""
+    """Return A or B of ``count`` rows or columns from ``first`` on, uint64: SplitMix64's finaliser, made odd."""
     with np.errstate(over="ignore"):
         x = np.arange(first + 1, first + 1 + count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(stream)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -86,11 +88,13 @@ def factors(stream: int, first: int, count: int) -> np.ndarray:
         return (x ^ (x >> np.uint64(31))) | np.uint64(1)
 
 
-def add_up(ranks: Iterable[tuple[Sequence[Rectangle], np.ndarray]]) -> tuple[dict[str, int], list[str]]:
-    """The digest of each tensor by name, from every rank's rectangles and their sums; and the names of tensors of which
-    two ranks hold the same rectangle with another content. Of such the first rank's counts."""
+def sum_digests(ranks: Iterable[tuple[Sequence[Rectangle], np.ndarray]]) -> tuple[dict[str, int], list[str]]:
+    """Return the digest of each tensor by name, from every rank's rectangles and their sums.
+
+    A rectangle that several ranks have counts once. Also return the names of tensors of which two ranks have different
+    contents for the same rectangle; the first rank's counts."""
     seen: dict[Rectangle, int] = {}
-    torn: dict[str, None] = {}
+    inconsistent: dict[str, None] = {}
     totals: dict[str, int] = {}
     for rectangles, sums in ranks:
         for rectangle, value in zip(rectangles, sums.tolist(), strict=True):
@@ -98,5 +102,5 @@ def add_up(ranks: Iterable[tuple[Sequence[Rectangle], np.ndarray]]) -> tuple[dic
                 seen[rectangle] = value
                 totals[rectangle.name] = (totals.get(rectangle.name, 0) + value) % 2**64
             elif seen[rectangle] != value:
-                torn[rectangle.name] = None
-    return dict(sorted(totals.items())), list(torn)
+                inconsistent[rectangle.name] = None
+    return dict(sorted(totals.items())), list(inconsistent)

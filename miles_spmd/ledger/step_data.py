@@ -1,4 +1,4 @@
-"""What the digests of a step are of, for as many of the newest steps as there is room: one compressed file a step."""
+"""The data that a step's digests were computed from: one compressed file per step, for the newest steps."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from miles_spmd.types.seeds import sample_seed
 from miles_spmd.types.train_sequence import TrainSequence
 
 ADVANTAGES = "advantages"
-FIELDS = [name for name in TrainSequence.__struct_fields__ if name != "candidates"]  # asked for and forgotten
-LEVEL = 1  # of compression; more takes longer and gains little on log-probs
+FIELDS = [name for name in TrainSequence.__struct_fields__ if name != "candidates"]  # only requested, not trained on
+LEVEL = 1  # of compression; higher ones are slower and gain little on log-probs
 
 
 class Ragged(msgspec.Struct):
-    """Arrays of one dtype and of many lengths, end to end."""
+    """Arrays of one dtype and of different lengths, concatenated."""
 
     flat: np.ndarray
     lengths: np.ndarray  # int32
@@ -36,10 +36,10 @@ class Ragged(msgspec.Struct):
         return np.split(self.flat, np.cumsum(self.lengths)[:-1])
 
 
-class SampleData(msgspec.Struct, rename={"responses": "answers"}):  # as files on disk have it
-    """A rollout, in order of submission."""
+class SampleData(msgspec.Struct, rename={"responses": "answers"}):  # the name on disk
+    """The samples of a rollout, in order of submission."""
 
-    dropped: int  # groups that a filter did not keep
+    dropped: int  # groups that the filter did not keep
     uids: list[str]
     indices: list[int]
     prompts: Ragged  # int32
@@ -82,35 +82,26 @@ class SampleData(msgspec.Struct, rename={"responses": "answers"}):  # as files o
         )
 
     def samples(self, prompts: Mapping[str, Prompt]) -> list[Sample]:
-        """As they came from the engine and the reward function; ``prompts`` by uid."""
-        lists = (r.split() for r in (self.responses, self.masks, self.log_probs))
+        """Return the samples as engine and reward function returned them; ``prompts`` by uid."""
+        responses, masks, log_probs = (ragged.split() for ragged in (self.responses, self.masks, self.log_probs))
         return [
             Sample(
                 prompt=prompts[uid],
-                index=index,
-                response=answer.tolist(),
-                loss_mask=mask.tolist(),
-                rollout_log_probs=log_probs.tolist(),
-                finish_reason=FinishReason(reason),
-                weight_versions=versions,
-                reward=reward,
-                reward_detail=detail,
+                index=self.indices[i],
+                response=responses[i].tolist(),
+                loss_mask=masks[i].tolist(),
+                rollout_log_probs=log_probs[i].tolist(),
+                finish_reason=FinishReason(self.finish_reasons[i]),
+                weight_versions=self.weight_versions[i],
+                reward=self.rewards[i],
+                reward_detail=self.reward_details[i],
             )
-            for uid, index, answer, mask, log_probs, reason, versions, reward, detail in zip(
-                self.uids,
-                self.indices,
-                *lists,
-                self.finish_reasons,
-                self.weight_versions,
-                self.rewards,
-                self.reward_details,
-                strict=True,
-            )
+            for i, uid in enumerate(self.uids)
         ]
 
 
 class UpdateData(msgspec.Struct):
-    """One optimizer step: what there was of each sequence, and what the model made of it."""
+    """The sequences of one optimizer step, and the log-probs of its forward pass."""
 
     fields: dict[str, Ragged]  # by the names of TrainSequence
     log_probs: Ragged  # float32
@@ -122,7 +113,7 @@ class UpdateData(msgspec.Struct):
         return cls({name: Ragged.of(arrays) for name, arrays in present.items()}, Ragged.of(log_probs))
 
     def digests(self) -> dict[str, Digests]:
-        """By the names of Update."""
+        """Return digests by the names that they have in Update."""
         inputs = [ragged.split() for name, ragged in self.fields.items() if name != ADVANTAGES]
         advantages = self.fields.get(ADVANTAGES)
         return {
@@ -138,7 +129,7 @@ class StepData(msgspec.Struct):
 
 
 def _encode(value: Any) -> Any:
-    return (value.dtype.str, value.tobytes())  # of arrays, which is all that msgspec does not know
+    return (value.dtype.str, value.tobytes())  # of arrays, the only type that msgspec does not encode by itself
 
 
 def _decode(kind: type, value: Any) -> np.ndarray:
@@ -153,7 +144,7 @@ def path_of(run_dir: Path, step: int) -> Path:
 
 
 def read(run_dir: Path, step: int) -> StepData | None:
-    """None where it was not kept, or was only half written."""
+    """Read the data of a step; None if the file does not exist or is incomplete."""
     try:
         return _decoder.decode(zlib.decompress(path_of(run_dir, step).read_bytes()))
     except (OSError, zlib.error, msgspec.DecodeError):
@@ -161,10 +152,10 @@ def read(run_dir: Path, step: int) -> StepData | None:
 
 
 class DataStore:
-    """Writes in a thread of its own; at most ``room`` bytes stay, of the newest steps."""
+    """Writes step data in a thread, and deletes the oldest files beyond ``room`` bytes."""
 
     def __init__(self, run_dir: Path, first_step: int, room: int) -> None:
-        """What there is of ``first_step`` and after belongs to steps that will be done again."""
+        """Delete the files of ``first_step`` and later ones: a resumed run repeats these steps."""
         self._run_dir, self._room = run_dir, room
         folder = path_of(run_dir, 0).parent
         folder.mkdir(parents=True, exist_ok=True)
@@ -178,23 +169,20 @@ class DataStore:
         self._last: Future[None] | None = None
 
     def write(self, step: int, data: StepData) -> None:
-        """Raises what writing the step before has raised."""
+        """Start writing. Raises the exception of the previous write, if it failed."""
         if self._room:
-            self._wait()
+            if self._last is not None:
+                self._last.result()
             self._last = self._thread.submit(self._write, path_of(self._run_dir, step), data)
 
     def close(self) -> None:
         self._thread.shutdown()
 
-    def _wait(self) -> None:
-        if self._last is not None:
-            self._last.result()
-
     def _write(self, path: Path, data: StepData) -> None:
         content = zlib.compress(msgspec.msgpack.encode(data, enc_hook=_encode), LEVEL)
-        scratch = path.with_suffix(".tmp")
-        scratch.write_bytes(content)
-        scratch.replace(path)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(content)
+        temporary.replace(path)
         self._files[path] = len(content)
         while sum(self._files.values()) > self._room:
             oldest = next(iter(self._files))

@@ -1,4 +1,4 @@
-"""Digests of the tensors that a rank holds, computed on the device where they lie."""
+"""Digests of the tensors of a rank, computed on their device."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from miles_spmd.ledger.rectangles import COLUMN_STREAM, ROW_STREAM, Part, Rectan
 
 
 class TensorSums:
-    """The sum of every part of every tensor; see :mod:`miles_spmd.ledger.rectangles`.
+    """Computes the sum of every part of every tensor; see :mod:`miles_spmd.ledger.rectangles`.
 
-    ``parts``: of each tensor, by its name. Tensors are contiguous, of 2 or 4 bytes an element.
+    ``parts`` are those of each tensor, by its name. Tensors are contiguous, with elements of 2 or 4 bytes.
     """
 
     def __init__(self, parts: Mapping[str, Sequence[Part]]) -> None:
@@ -28,7 +28,7 @@ class TensorSums:
         return [part.rectangle for _, part in self._parts]
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """int64 [rectangles], on the tensors' device, which is not waited for. All tensors have the same item size."""
+        """Return int64 [rectangles] on the tensors' device, without synchronising. All item sizes must be equal."""
         given = [tensors[name] for name in self._names]
         if given and given[0].is_cuda:
             return self._on_gpu(given)
@@ -52,8 +52,9 @@ class TensorSums:
 
 
 def _words(tensor: Tensor) -> np.ndarray:
-    """What a CPU tensor holds as unsigned numbers of the elements' size, [elements]. A copy: a storage that numpy has
-    seen can never be resized again, and an offloaded trainer's are."""
+    """Return the memory of a CPU tensor as unsigned integers of the elements' size, [elements].
+
+    It is a copy: a storage that numpy refers to cannot be resized any more, and offloading resizes the trainer's."""
     signed, unsigned = (torch.int32, np.uint32) if tensor.element_size() == 4 else (torch.int16, np.uint16)
     return tensor.detach().clone(memory_format=torch.contiguous_format).view(-1).view(signed).numpy().view(unsigned)
 

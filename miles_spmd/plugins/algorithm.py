@@ -1,12 +1,13 @@
-"""Where a user's own function can stand: one Protocol per plug point, and how a setting's name becomes a function.
+"""The plug points of ``[algorithm]``: one Protocol for each setting that can name a user's function.
 
-A setting names a built-in, or anybody's function as ``module:function``. Importing this file imports no torch.
+The Protocols of ``[reward]`` are in ``plugins/reward.py``. A setting's built-ins are in ``algorithms``, in the file of
+its subject. Importing this file imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -19,45 +20,44 @@ if TYPE_CHECKING:
 
     from miles_spmd.types.token_batch import TokenBatch
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
 
 # --- on the controller, on plain arrays of the whole batch -----------------------------------------------------------
 
 
 class RewardPostProcess(Protocol):
-    """``algorithm.reward_post_process``: rewards as the advantages see them, from those that the samples were given."""
+    """``algorithm.reward_post_process``: maps the rewards of a batch to those that the advantages are computed from."""
 
     def __call__(self, samples: Sequence[Sample], rewards: np.ndarray) -> np.ndarray:
-        """``rewards`` and the result are float64 [N], in the order of ``samples``; not finite is an error."""
+        """Take and return float64 [N] in the order of ``samples``; a value that is not finite is an error."""
         ...
 
 
 class GroupFilter(Protocol):
-    """``algorithm.dynamic_sampling_filter``: whether a prompt's scored samples are worth training on."""
+    """``algorithm.dynamic_sampling_filter``: decides whether a prompt's samples, with rewards, are trained on."""
 
     def __call__(self, samples: Sequence[Sample]) -> bool: ...
 
 
 class AdvantageEstimator(Protocol):
-    """``algorithm.advantage_estimator``: an advantage for every trained token of the rollout."""
+    """``algorithm.advantage_estimator``: computes an advantage for every trained token of the batch."""
 
     def __call__(self, batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estimate: ...
 
 
 class CorrectionFunction(Protocol):
-    """``algorithm.tis_function``: weights of the policy term that make up for the engine having sampled with other
-    probabilities than the trainer computes."""
+    """``algorithm.tis_function``: computes weights of the policy term that correct for the difference between the
+    probabilities with which the engine sampled and those that the trainer computes."""
 
     def __call__(self, batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction: ...
 
 
 class Aggregation(Protocol):
-    """``algorithm.loss_aggregation``: how per-token losses of one optimizer step become one number."""
+    """``algorithm.loss_aggregation``: defines how the per-token losses of an optimizer step become one number."""
 
     def __call__(self, masks: Arrays, rollout_ids: np.ndarray, max_response_len: int) -> Arrays:
-        """A weight for every token, shaped like the 0/1 ``masks`` and 0 where they are; ``rollout_ids`` is int [N].
-        The step's loss is the sum over all tokens of weight x per-token loss."""
+        """Return a weight for every token, shaped like the 0/1 ``masks`` and 0 where a mask is 0.
+
+        ``rollout_ids`` is int [N]. The step's loss is the sum over all tokens of weight x per-token loss."""
         ...
 
 
@@ -68,5 +68,6 @@ class Surrogate(Protocol):
     """``algorithm.loss_type``: the policy term of the loss. KL, entropy and correction weights are added around it."""
 
     def __call__(self, log_probs: Tensor, tokens: TokenBatch, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-        """Loss of each token, fp32 [T], differentiable in ``log_probs`` [T]; and whether it was clipped, bool [T]."""
+        """Return the loss of each token, fp32 [T], differentiable in ``log_probs`` [T], and whether it was clipped,
+        bool [T]."""
         ...

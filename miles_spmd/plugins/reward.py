@@ -1,7 +1,8 @@
-"""What a reward function may look like, and what comes of it.
+"""The plug point of ``[reward]``: the signatures that a reward function may have, and what becomes of its results.
 
-``reward.rm_type = "module:function"`` names any of these; the name of its parameters tells which one it is
-(``functions.bind``). All may be ``async def``. A function runs in its own process with a time and memory limit.
+``reward.rm_type = "module:function"`` names a function with any of these signatures; ``rewards/adapters.py`` tells them
+apart by the names of their parameters. All may be ``async def``. A function runs in a process of its own, with a time
+limit and a memory limit.
 """
 
 from __future__ import annotations
@@ -14,26 +15,27 @@ import msgspec
 from miles_spmd.types.sample import Sample
 
 RewardValue = float | Mapping[str, Any]
-"""A finite number, or an object with one under ``"score"``, whose other numbers are kept as the sample's detail."""
+"""A finite number, or a mapping with one under ``"score"``, whose other numbers are kept as the sample's detail."""
 
 
 class SampleReward(Protocol):
-    """Scores one sample: ``sample.text`` is the answer, ``sample.prompt.label`` the label."""
+    """Scores one sample: ``sample.text`` is the response, ``sample.prompt.label`` the label."""
 
     def __call__(self, sample: Sample) -> RewardValue | Awaitable[RewardValue]: ...
 
 
 class GroupReward(Protocol):
-    """Scores all samples of one prompt at once, in order; chosen by ``reward.reward_batched``."""
+    """Scores all samples of one prompt at once, in order; selected by ``reward.reward_batched``."""
 
     def __call__(self, samples: list[Sample]) -> Sequence[RewardValue] | Awaitable[Sequence[RewardValue]]: ...
 
 
 class TrlReward(Protocol):
-    """The shape of TRL's GRPOTrainer, known by its parameter ``completions``.
+    """The signature of TRL's GRPOTrainer, recognised by its parameter ``completions``.
 
-    It gets the samples of one prompt. Prompts and completions are strings, or lists of messages where the prompt is a
-    conversation; the columns are ``label`` and the rows' metadata, one list entry per sample.
+    It is called with the samples of one prompt. Prompts and completions are strings, or lists of messages where the
+    prompt is a conversation; the columns are ``label``, ``completion_ids`` and the rows' metadata, one list entry per
+    sample.
     """
 
     def __call__(
@@ -42,7 +44,7 @@ class TrlReward(Protocol):
 
 
 class VerlReward(Protocol):
-    """The shape of veRL's ``compute_score``, known by its parameters ``solution_str`` and ``ground_truth``.
+    """The signature of veRL's ``compute_score``, recognised by its parameters ``solution_str`` and ``ground_truth``.
 
     ``data_source`` and ``extra_info`` come from the row's metadata, by default the dataset's name and all metadata.
     """
@@ -53,11 +55,11 @@ class VerlReward(Protocol):
 
 
 class Score(msgspec.Struct, frozen=True):
-    """A sample's reward, always finite, with what else the function told about it."""
+    """A sample's reward, always finite, and the other numbers that the function returned."""
 
     value: float
     detail: dict[str, float] = {}
 
 
 class RewardError(RuntimeError):
-    """A reward that could not be computed: which function, which prompt and sample, why, and what to do."""
+    """A reward that could not be computed. The message gives function, prompt, sample, cause and remedy."""

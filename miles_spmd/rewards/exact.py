@@ -6,15 +6,15 @@ from typing import Any
 
 
 def normalise(text: str) -> str:
-    """Leading and trailing white space removed, every inner run of white space made one blank. Nothing else: case,
-    punctuation and the spelling of numbers count."""
+    """Remove leading and trailing white space, and make every other run of white space one blank. Case, punctuation
+    and the spelling of numbers count."""
     return " ".join(text.split())
 
 
 def exact(text: str, label: Any) -> float:
-    """1.0 if the whole answer equals the label, or one of a list of labels, after ``normalise``; else 0.0.
+    """Return 1.0 if the whole answer equals the label, or one of a list of labels, after ``normalise``; else 0.0.
 
-    A number is compared as Python writes it. Raises ValueError if there is no label.
+    A number is compared as Python writes it. Raises ValueError for a missing label.
     """
     labels = label if isinstance(label, list | tuple) else [label]
     if not labels or any(one is None or isinstance(one, dict) for one in labels):

@@ -1,9 +1,9 @@
 r"""Mathematical equivalence of an answer and a label, by math-verify (https://github.com/huggingface/Math-Verify).
 
-What a policy writes is arbitrary, so nothing it writes is an error here: an answer that cannot be read or compared in
-time is wrong. math-verify limits its time by SIGALRM, which works in the main thread of a process only and does not
-interrupt a long computation inside C; the reward pool therefore runs this in the main thread of its processes, and what
-it has to kill counts as wrong too.
+What a policy writes is arbitrary, so nothing that it writes is an error here: an answer that cannot be parsed, or not
+compared in time, is wrong. math-verify limits its time by SIGALRM, which works in the main thread of a process only and
+does not interrupt a long computation inside C; the reward pool therefore runs this in the main thread of its processes,
+and an answer whose process it has to kill counts as wrong, too.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any
 from math_verify import parse, verify
 from math_verify.errors import TimeoutException
 
-_TAIL = 2000  # characters from the end in which an answer outside a box is looked for
+_TAIL = 2000  # characters at the end of a response that are searched for an answer outside a box
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|[{}]|\\[{}\\]")
 _LONGEST = 1000  # characters of a boxed answer; the parser's time grows faster than its length
 
 
 def math(text: str, label: Any) -> float:
-    r"""1.0 if the answer in ``text`` equals ``label`` as mathematics, else 0.0.
+    r"""Return 1.0 if the answer in ``text`` equals ``label`` as mathematics, else 0.0.
 
     The answer is the content of the last ``\boxed{...}``, or without one the last number or LaTeX formula. The label is
-    a number, or a string with a number or formula; of GSM8K's solutions only what follows ``####`` counts. Raises
-    ValueError if there is no label.
+    a number, or a string with a number or formula; of GSM8K's solutions only the text after ``####`` counts. Raises
+    ValueError for any other label.
     """
     if isinstance(label, bool) or not isinstance(label, str | int | float):
         raise ValueError(f"the label {label!r} is neither a string nor a number")
@@ -39,12 +39,12 @@ def math(text: str, label: Any) -> float:
     try:
         found = _parse(text[-_TAIL:] if answer is None else f"\\boxed{{{answer}}}")
         return float(bool(found) and verify(_parse_gold(gold), found, raise_on_error=True))
-    except (Exception, TimeoutException):  # sympy raises anything, and TimeoutException is no Exception
+    except (Exception, TimeoutException):  # sympy raises anything; TimeoutException is a BaseException
         return 0.0
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the complete ``\boxed{...}`` (or ``\fbox``) that starts last, braces balanced; None: none."""
+    r"""Return the content of the complete ``\boxed{...}`` (or ``\fbox``) that starts last; None: none."""
     best: tuple[int, int] | None = None
     unclosed: list[int | None] = []  # where the content of an open box begins, None for any other brace
     for match in _BRACE.finditer(text):

@@ -1,4 +1,4 @@
-"""Rewards in processes of their own, so that a function that hangs, crashes or eats memory cannot hurt the run."""
+"""Rewards in processes of their own, so that a function that hangs, crashes or leaks memory does not harm the run."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from pebble import ProcessExpired, ProcessPool
 from miles_spmd.config.schema import RewardConfig
 from miles_spmd.plugins.reward import RewardError, Score
 from miles_spmd.rewards import process
-from miles_spmd.rewards.exact import exact
-from miles_spmd.rewards.process import Failed
+from miles_spmd.rewards.failure import BadReward
+from miles_spmd.rewards.functions import load_reward
 from miles_spmd.types.sample import Sample
 
 _IMPORT_TIMEOUT = 120.0  # seconds in which a reward function's module must be imported
-_GRACE = 2.0  # seconds an async function's own timeout is given before its process is killed
+_GRACE = 2.0  # seconds that an async function's own timeout has before its process is killed
+_REMEDY = "; fix the function or the row, or raise the limit in [reward]"
 
 
 class RewardPool:
     """Scores samples by ``reward.rm_type``.
 
-    ``exact`` is computed in place: it costs less than sending the sample. Everything else runs in
-    ``reward_workers`` processes; a call is one sample, or one prompt's group (neighbours in ``submit``'s list) where
-    the function takes groups or is async. A call that takes longer than ``reward_timeout`` is killed with its process,
-    a process that grows by more than ``reward_memory_gib`` gets a MemoryError. Samples travel without their
-    ``rollout_log_probs``.
+    ``exact`` runs in place: it costs less than sending the sample. Everything else runs in ``reward_workers``
+    processes; a call is one sample, or one prompt's group (neighbours in ``submit``'s list) where the function takes
+    groups or is async. A call that takes longer than ``reward_timeout`` is killed with its process, a process that
+    grows by more than ``reward_memory_gib`` gets a MemoryError. Samples travel without their ``rollout_log_probs``.
 
     Make it in the main thread: its processes die with the thread that started them.
     """
@@ -40,9 +40,10 @@ class RewardPool:
         """Raises RewardError if the function cannot be imported or called."""
         self._config = config
         self._pool: ProcessPool | None = None
+        self._in_place = load_reward("exact", batched=False) if config.rm_type == "exact" else None
+        self._by_group = True
         self._unfinished: set[_Gathered] = set()
-        self._wants_groups = False
-        if config.rm_type == "exact":
+        if self._in_place:
             return
         self._pool = ProcessPool(
             max_workers=config.reward_workers,
@@ -51,13 +52,14 @@ class RewardPool:
             initargs=(config, os.getpid()),
         )
         try:
-            answer = self._pool.schedule(process.wants_groups).result(timeout=_IMPORT_TIMEOUT)
+            self._by_group = self._pool.schedule(process.scores_groups).result(timeout=_IMPORT_TIMEOUT)
         except (TimeoutError, ProcessExpired) as error:
-            answer = Failed(f"was not imported within {_IMPORT_TIMEOUT:g} s, or its import ends the process ({error})")
-        if isinstance(answer, Failed):
             self.close()
-            raise RewardError(self._message(answer, "; check reward.rm_type"))
-        self._wants_groups = answer
+            problem = f"was not imported within {_IMPORT_TIMEOUT:g} s, or its import ended the process ({error})"
+            raise RewardError(f"reward.rm_type = {config.rm_type!r} {problem}; import its module by itself") from error
+        except RewardError:
+            self.close()
+            raise
 
     def __enter__(self) -> RewardPool:
         return self
@@ -66,58 +68,53 @@ class RewardPool:
         self.close()
 
     def submit(self, samples: list[Sample]) -> Future[list[Score]]:
-        """Start scoring; returns at once. The future gives one score per sample, in order, or raises RewardError."""
-        if self._config.rm_type == "exact":
-            return self._exact(samples)
-        if self._pool is None:
-            raise RuntimeError("the reward pool is closed")
-        if self._wants_groups:
+        """Start scoring and return at once. The future gives one score per sample, in order, or raises RewardError."""
+        if self._by_group:
             calls = [list(group) for _, group in itertools.groupby(samples, key=lambda s: s.prompt.uid)]
         else:
             calls = [[sample] for sample in samples]
         gathered = _Gathered(len(calls))
         self._unfinished.add(gathered)
         gathered.future.add_done_callback(lambda _: self._unfinished.discard(gathered))
-        timeout = self._config.reward_timeout + (_GRACE if self._wants_groups else 0)
         for number, call in enumerate(calls):
-            light = [msgspec.structs.replace(s, rollout_log_probs=[]) for s in call]
-            task: Any = self._pool.schedule(process.score, args=(light,), timeout=timeout)
-            task.add_done_callback(partial(self._finish, gathered, number, call))
+            self._start(call).add_done_callback(partial(self._finish, gathered, number, call))
         return gathered.future
 
     def close(self) -> None:
         """Kill what still runs and wait until no process is left; unfinished futures raise RewardError."""
         for gathered in list(self._unfinished):
-            gathered.fail(RewardError(self._message(Failed("was stopped because the reward pool closed"), "")))
+            gathered.fail(self._error(BadReward("was stopped because the reward pool closed"), remedy=""))
         if self._pool is not None:
             self._pool.stop()
             self._pool.join()
             self._pool = None
 
-    def _exact(self, samples: list[Sample]) -> Future[list[Score]]:
-        future: Future[list[Score]] = Future()
-        scores = []
-        for sample in samples:
-            try:
-                scores.append(Score(exact(sample.text, sample.prompt.label)))
-            except ValueError as error:
-                failed = Failed(f"raised ValueError: {error}", sample.index)
-                future.set_exception(RewardError(self._message(failed, _REMEDY, sample.prompt.uid)))
-                return future
-        future.set_result(scores)
-        return future
+    def _start(self, call: list[Sample]) -> Future[list[Score]]:
+        timeout = self._config.reward_timeout + (_GRACE if self._by_group else 0)
+        if self._pool is not None:
+            light = [msgspec.structs.replace(s, rollout_log_probs=[]) for s in call]
+            started: Any = self._pool.schedule(process.score, args=(light,), timeout=timeout)
+            return started
+        if self._in_place is None:
+            raise RuntimeError("the reward pool is closed")
+        done: Future[list[Score]] = Future()
+        try:
+            done.set_result(self._in_place.score(call, timeout))
+        except BadReward as error:
+            done.set_exception(error)
+        return done
 
-    def _finish(self, gathered: _Gathered, number: int, call: list[Sample], done: Future[list[Score] | Failed]) -> None:
+    def _finish(self, gathered: _Gathered, number: int, call: list[Sample], done: Future[list[Score]]) -> None:
         try:
             gathered.add(number, self._result(done, call))
         except RewardError as error:
             gathered.fail(error)
 
-    def _result(self, done: Future[list[Score] | Failed], call: list[Sample]) -> list[Score]:
-        """A finished call's scores. Raises RewardError."""
-        index = call[0].index if len(call) == 1 else None
+    def _result(self, done: Future[list[Score]], call: list[Sample]) -> list[Score]:
+        """Return a finished call's scores. Raises RewardError."""
+        uid, index = call[0].prompt.uid, call[0].index if len(call) == 1 else None
         try:
-            answer = done.result()
+            return done.result()
         except (TimeoutError, ProcessExpired) as error:
             if self._config.rm_type == "math":  # an answer that cannot be verified in time and memory is wrong
                 return [Score(0.0, {"killed": 1.0}) for _ in call]
@@ -125,26 +122,24 @@ class RewardPool:
                 problem = f"ended its process (exit code {error.exitcode})"
             else:
                 problem = f"took longer than reward.reward_timeout = {self._config.reward_timeout:g} s"
-            answer = Failed(problem, index)
+            raise self._error(BadReward(problem, index), uid) from error
+        except BadReward as error:
+            raise self._error(error, uid) from error
+        except RewardError:
+            raise
         except Exception as error:
-            answer = Failed(f"could not be called: {type(error).__name__}: {error}", index)
-        if isinstance(answer, Failed):
-            raise RewardError(self._message(answer, _REMEDY, call[0].prompt.uid))
-        return answer
+            raise self._error(BadReward(f"could not be called: {type(error).__name__}: {error}", index), uid) from error
 
-    def _message(self, failed: Failed, remedy: str, uid: str | None = None) -> str:
+    def _error(self, failure: BadReward, uid: str | None = None, remedy: str = _REMEDY) -> RewardError:
         where = "" if uid is None else f" on prompt {uid}"
-        if failed.index is not None:
-            where += f", sample {failed.index},"
-        trace = f"\n{failed.trace}" if failed.trace else ""
-        return f"reward {self._config.rm_type!r}{where} {failed.problem}{remedy}{trace}"
-
-
-_REMEDY = "; mend the function or the row, or raise the limit in [reward]"
+        if failure.index is not None:
+            where += f", sample {failure.index},"
+        trace = f"\n{failure.trace}" if failure.trace else ""
+        return RewardError(f"reward {self._config.rm_type!r}{where} {failure.problem}{remedy}{trace}")
 
 
 class _Gathered:
-    """One future for the results of several calls, in order; the first failure is its failure."""
+    """One future for the results of several calls, in order; it fails with the first call that fails."""
 
     def __init__(self, count: int) -> None:
         self.future: Future[list[Score]] = Future()

@@ -7,62 +7,60 @@ import os
 import resource
 import signal
 import sys
+import traceback
 from pathlib import Path
 
-import msgspec
-
 from miles_spmd.config.schema import RewardConfig
-from miles_spmd.plugins.reward import Score
-from miles_spmd.rewards.functions import BadReward, BoundReward, bind
+from miles_spmd.plugins.plug_point import PlugPointError
+from miles_spmd.plugins.reward import RewardError, Score
+from miles_spmd.rewards.failure import BadReward
+from miles_spmd.rewards.functions import RewardFunction, load_reward
 from miles_spmd.types.sample import Sample
 
 _PR_SET_PDEATHSIG = 1
 
 
-class Failed(msgspec.Struct, frozen=True):
-    """Why a call gave no scores; plain data, because not every exception survives pickling."""
-
-    problem: str
-    index: int | None = None
-    trace: str = ""
-
-
 class _State:
-    reward: BoundReward | None = None
-    failed: Failed | None = None
+    """This process's reward function, or why there is none."""
+
+    reward: RewardFunction | None = None
+    error = RewardError("the reward function was not imported")
     timeout = 0.0
 
 
 def initialize(config: RewardConfig, parent: int) -> None:
-    """Import the reward function and set this process's limits. Never raises: the pool would start it for ever."""
+    """Import the reward function and set this process's limits.
+
+    An error of the import is raised by the first call: raised here, the pool would restart the process forever.
+    """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed controller leaves no process behind
     if os.getppid() != parent:
         os._exit(1)
     sys.path.insert(0, os.getcwd())  # as `python -m` does; a console script does not
     _State.timeout = config.reward_timeout
     try:
-        _State.reward = bind(config.rm_type, config.reward_batched)
-    except BadReward as error:
-        _State.failed = Failed(error.problem, error.index, error.trace)
+        _State.reward = load_reward(config.rm_type, config.reward_batched)
+    except PlugPointError as error:
+        _State.error = RewardError(f"{error}\n{traceback.format_exc()}" if error.__cause__ else str(error))
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     limit = used + int(config.reward_memory_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def wants_groups() -> bool | Failed:
-    """Whether the function is called with whole groups; the first question to a new pool."""
-    if _State.reward is None:
-        return _State.failed or Failed("was not imported")
-    return _State.reward.wants_groups
+def scores_groups() -> bool:
+    """Return whether calls are of whole groups; the first call of a new pool. Raises RewardError."""
+    return _reward().scores_groups
 
 
-def score(samples: list[Sample]) -> list[Score] | Failed:
-    """One call of the reward function, in the process's main thread."""
-    if _State.reward is None:
-        return _State.failed or Failed("was not imported")
+def score(samples: list[Sample]) -> list[Score]:
+    """Call the reward function once, in the process's main thread. Raises BadReward or RewardError."""
     try:
-        return _State.reward.score(samples, _State.timeout)
-    except BadReward as error:
-        return Failed(error.problem, error.index, error.trace)
-    except MemoryError:
-        return Failed("ran out of the memory that reward.reward_memory_gib allows")
+        return _reward().score(samples, _State.timeout)
+    except MemoryError as error:
+        raise BadReward("ran out of the memory that reward.reward_memory_gib allows") from error
+
+
+def _reward() -> RewardFunction:
+    if _State.reward is None:
+        raise _State.error
+    return _State.reward

@@ -1,4 +1,4 @@
-"""The phases of a run, by which commands, heartbeats, deadlines and errors name what a rank is doing."""
+"""The phases of a run: commands, heartbeats, deadlines and errors name them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Phase(StrEnum):
-    """What a worker is doing; carried by commands, beats and errors."""
+    """What a worker is doing."""
 
     START = "start"
     ROLLOUT = "rollout"

@@ -1,4 +1,4 @@
-"""The models of a run, by the role that each plays in the algorithm."""
+"""The models of a run, named by their role in the algorithm."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from enum import StrEnum
 
 
 class Role(StrEnum):
-    """Which of the models on a rank."""
+    """Identifies one of the models on a rank."""
 
     ACTOR = "actor"  # the model that is trained; in mode `rm` the reward model
     REF = "ref"  # the reference policy
-    OLD_ACTOR = "old_actor"  # the policy that generated, where it is not the newest
+    OLD_ACTOR = "old_actor"  # the policy that generated, where it lags behind the actor
     CRITIC = "critic"
     TEACHER = "teacher"

@@ -1,7 +1,7 @@
-"""What advantages and corrections are computed from: one whole rollout as plain arrays, checked once.
+"""The input of advantages and corrections: all samples of a step as plain arrays, checked once.
 
-Shape suffixes: N samples in submission order, R rollouts, T tokens of one sample (its own length for each; entry t
-belongs to token t). A *rollout* is one or more samples (siblings, for example the turns of a conversation) with one
+Shape suffixes: N samples in submission order, R rollouts, T tokens of one sample (each sample has its own length; entry
+t belongs to token t). A *rollout* is one or more samples (siblings, for example the turns of a conversation) with one
 reward; a *group* is all rollouts of one prompt.
 """
 
@@ -19,27 +19,30 @@ _PER_TOKEN = ("old_log_probs", "rollout_log_probs", "ref_log_probs", "teacher_lo
 
 @dataclass(frozen=True)
 class RolloutTable:
-    """The R rollouts of a batch; siblings are counted once."""
+    """The R rollouts of a batch, each once, however many samples it has."""
 
     rewards: np.ndarray  # float64 [R]
     group_ids: np.ndarray  # int [R]
-    of_sample: np.ndarray  # int [N], which rollout each sample belongs to
+    of_sample: np.ndarray  # int [N], the rollout of each sample
 
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """Raises ValueError, naming samples, for shapes that do not fit, rewards or per-token values of trained tokens that
-    are not finite, and siblings that differ in reward or group: nothing of that is masked."""
+    """All samples of a step.
+
+    Raises ValueError, naming the samples, if shapes do not match, if rewards or values of trained tokens are not
+    finite, and if siblings differ in reward or group: such samples are never masked silently.
+    """
 
     rewards: np.ndarray  # float64 [N]
     group_ids: np.ndarray  # int [N], equal for the samples of one prompt
-    masks: Arrays  # 0/1 [T], 1 where the policy chose the token and it is trained
-    rollout_ids: np.ndarray | None = None  # int [N], equal for siblings; None: every sample is a rollout of its own
+    masks: Arrays  # 0/1 [T], 1 where the policy sampled the token and it is trained
+    rollout_ids: np.ndarray | None = None  # int [N], equal for siblings; None: each sample is a rollout
     old_log_probs: Arrays | None = None  # [T], of the policy in the ratio's denominator
-    rollout_log_probs: Arrays | None = None  # [T], as the engine reported them
+    rollout_log_probs: Arrays | None = None  # [T], reported by the engine
     ref_log_probs: Arrays | None = None  # [T]
     teacher_log_probs: Arrays | None = None  # [T]
-    teacher_kl: Arrays | None = None  # [T], KL(student || teacher) over a top-k set, instead of teacher_log_probs
+    teacher_kl: Arrays | None = None  # [T], KL(student || teacher) over a top-k set, in place of teacher_log_probs
     values: Arrays | None = None  # [T], the critic's value of the state before token t
 
     def __post_init__(self) -> None:
@@ -58,20 +61,21 @@ class RolloutBatch:
         arrays = getattr(self, name)
         wrong = [a.shape != m.shape for a, m in zip(arrays, self.masks)]
         if any(wrong):
-            raise ValueError(f"{name} of samples {_first(np.asarray(wrong))} have another shape than their masks")
+            raise ValueError(f"{name} of samples {_first(np.asarray(wrong))} have other shapes than their masks")
         if not np.isfinite(flat(arrays)[flat(self.masks) > 0]).all():
             wrong = [not np.isfinite(a[m > 0]).all() for a, m in zip(arrays, self.masks)]
             raise ValueError(f"{name} of samples {_first(np.asarray(wrong))} are not finite on trained tokens")
 
     def required(self, name: str, why: str) -> Arrays:
-        """The per-token arrays ``name``. Raises ValueError, saying ``why`` they are needed, if there are none."""
+        """Return the per-token arrays ``name``. Raises ValueError if there are none, and gives ``why``."""
         arrays: Arrays | None = getattr(self, name)
         if arrays is None:
-            raise ValueError(f"{why} needs {name} of every sample")
+            raise ValueError(f"{why} requires {name} of every sample")
         return arrays
 
     @cached_property
     def rollouts(self) -> RolloutTable:
+        """The batch by rollout. Raises ValueError if siblings differ in reward or group."""
         ids = np.arange(len(self.rewards)) if self.rollout_ids is None else self.rollout_ids
         _, first_R, of_sample = np.unique(ids, return_index=True, return_inverse=True)
         for name in ("rewards", "group_ids"):
@@ -85,14 +89,14 @@ class RolloutBatch:
 
     @property
     def fully_masked_samples(self) -> int:
-        """Samples without a trained token. They get no gradient; their rewards still count in their group's baseline,
-        as they do where DAPO masks over-long answers."""
+        """Number of samples without a trained token. They get no gradient; their rewards still count in their group's
+        baseline, as they do where DAPO masks over-long responses."""
         return sum(not mask.any() for mask in self.masks)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What an advantage estimator returns; arrays like the masks, 0 where they are."""
+    """The result of an advantage estimator; arrays are shaped like the masks, and 0 where a mask is 0."""
 
     advantages: Arrays  # [T]
     returns: Arrays | None = None  # [T], targets of the critic
@@ -101,24 +105,24 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Correction:
-    """What a correction returns. ``policy_weights`` multiply the policy term of each token, not its KL or entropy; 0
-    rejects a token. Denominators do not change; see ``corrections``."""
+    """The result of a correction. ``policy_weights`` multiply the policy term of each token, not its KL or entropy; 0
+    rejects the token. Denominators do not change; see ``algorithms/corrections.py``."""
 
     policy_weights: Arrays  # float32 [T]
     metrics: dict[str, float] = field(default_factory=dict)
 
 
 def flat(arrays: Arrays) -> np.ndarray:
-    """All tokens of all samples in order, float64."""
+    """Return all tokens of all samples in order, float64."""
     return np.concatenate([np.zeros(0), *arrays])
 
 
 def masked(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Float64 [T], 0 where the mask is, whatever stood there."""
+    """Return ``values`` as float64 [T], with 0 where the mask is 0, even in place of NaN."""
     return np.where(mask > 0, values, np.float64(0))
 
 
 def _first(wrong: np.ndarray, names: np.ndarray | None = None) -> list[int]:
-    """At most eight of the places (or of their names) that are wrong."""
+    """Return at most eight of the places that are wrong, or of their names."""
     places = np.flatnonzero(wrong)
     return list(dict.fromkeys((places if names is None else names[places]).tolist()))[:8]

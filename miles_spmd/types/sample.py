@@ -1,4 +1,4 @@
-"""The unit of work: one prompt's sample, from request to trained tokens."""
+"""The unit of work: a response to a prompt, from request to reward."""
 
 from __future__ import annotations
 
@@ -17,35 +17,34 @@ class FinishReason(StrEnum):
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """One row of a dataset, ready to be asked."""
+    """One row of a dataset, tokenized."""
 
-    uid: str  # stable identity "name:row", the same in every epoch and on every machine
-    text: str  # what the model sees, chat template applied
+    uid: str  # "name:row", the same in every epoch and on every machine
+    text: str  # the model's input, with the chat template applied
     tokens: list[int]
     label: Any = None
     metadata: dict[str, Any] = {}
 
 
 class Sample(msgspec.Struct):
-    """One answer to one prompt.
+    """One response to one prompt.
 
-    ``response`` and its aligned lists have the same length R; ``loss_mask`` is 1 where the policy chose the token.
+    ``response``, ``rollout_log_probs``, ``loss_mask`` and ``top1_ids`` have the same length, that of the response.
     """
 
     prompt: Prompt
-    index: int  # 0 .. n_samples_per_prompt - 1 within the group; siblings, parts of one rollout, share it
+    index: int  # 0 .. n_samples_per_prompt - 1 within its group; siblings, the samples of one rollout, share it
     response: list[int] = []
-    rollout_log_probs: list[float] = []  # engine's log-prob of each response token, natural log
-    loss_mask: list[int] = []
+    rollout_log_probs: list[float] = []  # the engine's log-prob of each response token, natural log
+    loss_mask: list[int] = []  # 1 where the policy sampled the token
     text: str = ""
     finish_reason: FinishReason = FinishReason.STOP
     weight_versions: list[tuple[int, int]] = []  # (version, number of tokens), in order
     reward: float | None = None
     reward_detail: dict[str, float] = {}
-    top1_ids: list[int] | None = (
-        None  # the engine's most likely tokens at the positions of the response, where requested
-    )
+    top1_ids: list[int] | None = None  # the engine's top-1 token at each position, if requested
 
     @property
     def sequence(self) -> list[int]:
+        """Token ids of prompt and response."""
         return self.prompt.tokens + self.response

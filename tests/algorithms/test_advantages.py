@@ -247,7 +247,7 @@ def test_nothing_left_to_train_on() -> None:
         ({"group_ids": np.zeros(2, int)}, "group_ids has 2 entries for 3 rewards"),
         (
             {"old_log_probs": [np.zeros(2), np.zeros(3), np.zeros(2)]},
-            r"old_log_probs of samples \[1\] have another shape",
+            r"old_log_probs of samples \[1\] have other shapes",
         ),
         ({"values": [np.zeros(2), np.zeros(2), np.asarray([0, math.nan])]}, r"values of samples \[2\] are not finite"),
     ],
@@ -261,9 +261,9 @@ def test_bad_batches_name_their_samples(change: dict[str, object], message: str)
 def test_what_an_algorithm_lacks_is_named() -> None:
     batch = one_per_group([[1.0, 0.0]])
     for settings, message in [
-        ({"advantage_estimator": "ppo"}, "advantage_estimator ppo needs values"),
-        ({"kl_coef": 0.1}, "kl_coef needs old_log_probs"),
-        ({"opd_kl_coef": 0.1}, "opd_kl_coef needs old_log_probs"),
+        ({"advantage_estimator": "ppo"}, "advantage_estimator ppo requires values"),
+        ({"kl_coef": 0.1}, "kl_coef requires old_log_probs"),
+        ({"opd_kl_coef": 0.1}, "opd_kl_coef requires old_log_probs"),
     ]:
         with pytest.raises(ValueError, match=message):
             compute_advantages(batch, AlgorithmConfig(**settings))  # type: ignore[arg-type]

@@ -214,7 +214,7 @@ def test_bad_settings() -> None:
         weights(batch, tis_function="icepop", tis_clip_low=3.0)
     with pytest.raises(ValueError, match="use_tis has nothing to correct with use_rollout_logprobs"):
         weights(batch, use_rollout_logprobs=True)
-    with pytest.raises(ValueError, match="use_tis needs old_log_probs of every sample"):
+    with pytest.raises(ValueError, match="use_tis requires old_log_probs of every sample"):
         weights(RolloutBatch(np.zeros(1), np.zeros(1, int), [np.ones(1)]))
 
 

@@ -74,5 +74,5 @@ def test_it_goes_into_the_advantages() -> None:
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"unknown opd_top_k_strategy 'both' \(known: only-student"):
         topk_reverse_kl(None, None, strategy="both", weight_mode="none")
-    with pytest.raises(ValueError, match="opd_top_k_strategy 'union' needs the student's candidates"):
+    with pytest.raises(ValueError, match="opd_top_k_strategy 'union' requires the student's candidates"):
         topk_reverse_kl(None, None, strategy="union", weight_mode="none")

@@ -256,11 +256,11 @@ def test_not_a_number_is_never_masked() -> None:
 
 def test_what_a_loss_lacks_is_named() -> None:
     tokens = batch([1], advantages=[1.0])
-    with pytest.raises(ValueError, match="this loss needs sequence_sum of every token"):
+    with pytest.raises(ValueError, match="this loss requires sequence_sum for every token"):
         PolicyLoss(AlgorithmConfig(loss_type="gspo"))(leaf(0.0), torch.zeros(1), tokens)
-    with pytest.raises(ValueError, match="needs returns"):
+    with pytest.raises(ValueError, match="requires returns"):
         ValueLoss(AlgorithmConfig())(leaf(0.0), tokens)
-    with pytest.raises(ValueError, match="needs ref_log_probs"):
+    with pytest.raises(ValueError, match="requires ref_log_probs"):
         make_loss("dpo", AlgorithmConfig())(leaf(0.0), torch.zeros(1), tokens)
     with pytest.raises(ValueError, match="no loss for mode 'x'"):
         make_loss("x", AlgorithmConfig())

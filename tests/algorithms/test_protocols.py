@@ -34,7 +34,7 @@ NOT_CALLABLE = 3
 
 
 def test_names_and_paths() -> None:
-    point = PlugPoint("loss_type", {"double": lambda x: 2 * x})
+    point = PlugPoint("algorithm.loss_type", {"double": lambda x: 2 * x})
     assert point.resolve("double")(2) == 4
     assert point.resolve(f"{__name__}:Holder.triple")(2) == 6
 
@@ -42,23 +42,28 @@ def test_names_and_paths() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("treble", r"algorithm.loss_type = 'treble' is unknown; known: double, or anybody's `module:function`"),
+        (
+            "treble",
+            r"algorithm.loss_type = 'treble' is unknown; known: double, or your own `module:function`",
+        ),
         ("no_such_module:f", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
         (f"{__name__}:nothing", "cannot be imported: AttributeError.*nothing"),
-        (f"{__name__}:NOT_CALLABLE", "is a int, not a function"),
+        (f"{__name__}:NOT_CALLABLE", "is of type int; it must be a function"),
     ],
 )
 def test_bad_names_say_what_to_do(name: str, message: str) -> None:
     with pytest.raises(PlugPointError, match=message):
-        PlugPoint("loss_type", {"double": lambda x: 2 * x}).resolve(name)
+        PlugPoint("algorithm.loss_type", {"double": lambda x: 2 * x}).resolve(name)
 
 
 @pytest.mark.parametrize("point", PLUG_POINTS, ids=lambda p: p.setting)
 def test_the_configuration_knows_the_same_names(point: PlugPoint) -> None:
+    table, leaf = point.setting.split(".")
+    assert table == "algorithm"
     for name in [*point.builtins, "anybodys:function"]:
-        assert getattr(AlgorithmConfig(**{point.setting: name}), point.setting) == name
+        assert getattr(AlgorithmConfig(**{leaf: name}), leaf) == name
     with pytest.raises(ValidationError, match=f"{', '.join(point.builtins)}.*`module:function`"):
-        AlgorithmConfig(**{point.setting: "nobodys"})
+        AlgorithmConfig(**{leaf: "nobodys"})
 
 
 def test_the_configurations_choices_are_the_functions() -> None:

@@ -129,7 +129,7 @@ def test_a_score_is_read_at_the_end_of_sequence(tmp_path: Path) -> None:
     assert plain[1].chosen.tokens[-1] != eos  # the second template is the case it is meant to be
 
 
-def test_faults(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_errors(tmp_path: Path, tokenizer: Tokenizer) -> None:
     whole = [*TALK, assistant("4")]
     faulty: list[tuple[str, dict[str, Any]]] = [
         (r"missing key 'chosen' .*data\.chosen_key", {"prompt": "a", "rejected": "b"}),
@@ -141,11 +141,14 @@ def test_faults(tmp_path: Path, tokenizer: Tokenizer) -> None:
         (r"'chosen' and 'rejected' are the same", {"prompt": "a", "chosen": "b", "rejected": "b"}),
         (r"are the same", {"chosen": whole, "rejected": whole}),
         (r"are the same", {"prompt": TALK, "chosen": "4", "rejected": [assistant("4")]}),
-        (r"do not begin alike", {"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]}),
-        (r"not begin alike; begin both", {"prompt": "a", "chosen": [assistant("b")], "rejected": whole}),
+        (
+            r"without a common beginning",
+            {"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]},
+        ),
+        (r"without a common beginning; begin both", {"prompt": "a", "chosen": [assistant("b")], "rejected": whole}),
         (r"'rejected' does not end with", {"chosen": whole, "rejected": TALK}),
-        (r"begins with the message of 'user'", {"prompt": "a", "chosen": whole, "rejected": "5"}),
-        (r"prompt ends with that of 'assistant'", {"prompt": whole, "chosen": [assistant("b")], "rejected": "c"}),
+        (r"begins with a message of 'user'", {"prompt": "a", "chosen": whole, "rejected": "5"}),
+        (r"prompt ends with one of 'assistant'", {"prompt": whole, "chosen": [assistant("b")], "rejected": "c"}),
         (r"the last message is the assistant's", {"prompt": whole, "chosen": "b", "rejected": "c"}),
         (r"has 104 tokens, more than 60", {"prompt": "a", "chosen": "b", "rejected": "x" * 102}),
     ]
@@ -153,9 +156,9 @@ def test_faults(tmp_path: Path, tokenizer: Tokenizer) -> None:
     rows = [row for _, row in faulty]
     with pytest.raises(DataError) as caught:
         load(tmp_path, tokenizer, *rows, fine, max_len=60)
-    for number, ((problem, _), fault) in enumerate(zip(faulty, caught.value.faults, strict=True), 1):
-        assert fault.row == number
-        assert re.search(problem, str(fault)), fault
+    for number, ((problem, _), error) in enumerate(zip(faulty, caught.value.errors, strict=True), 1):
+        assert error.row == number
+        assert re.search(problem, str(error)), error
     assert [p.uid for p in load(tmp_path, tokenizer, rows[-1], fine, max_len=60, drop_long_prompts=True)] == [
         "pairs.jsonl:2"
     ]
@@ -168,7 +171,7 @@ def test_length_counts_the_scored_token(tmp_path: Path, tokenizer: Tokenizer) ->
         load(tmp_path, tokenizer, row, max_len=4, scores_end=True)
 
 
-def test_pairs_are_drawn_as_prompts_are(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_pairs_repeat_as_prompts_do(tmp_path: Path, tokenizer: Tokenizer) -> None:
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "d", "chosen": "b", "rejected": "c"}]
-    drawn = PromptSource(load(tmp_path, tokenizer, *rows), seed=1).draw(0, 4)
-    assert sorted(p.uid for p in drawn) == [f"pairs.jsonl:{uid}" for uid in ("1", "1#2", "2", "2#2")]
+    pairs = PromptSource(load(tmp_path, tokenizer, *rows), seed=1).of_step(0, 4)
+    assert sorted(p.uid for p in pairs) == [f"pairs.jsonl:{uid}" for uid in ("1", "1#2", "2", "2#2")]

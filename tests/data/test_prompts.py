@@ -71,7 +71,7 @@ def test_malformed_slice() -> None:
     assert parse_slice("dir@home/a.jsonl")[0] == Path("dir@home/a.jsonl")
 
 
-def test_every_fault_of_a_file_is_reported_at_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_every_error_of_a_file_is_reported_at_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = tmp_path / "bad.jsonl"
     good = json.dumps({"prompt": "fine", "label": 1})
     lines = [
@@ -106,11 +106,11 @@ def test_every_fault_of_a_file_is_reported_at_once(tmp_path: Path, tokenizer: To
         13: "tokens, more than data.rollout_max_prompt_len = 40",
         14: "invalid JSON",
     }
-    assert [f.row for f in caught.value.faults] == list(expected)
-    for fault, text in zip(caught.value.faults, expected.values()):
-        assert text in fault.problem
-        assert fault.remedy
-        assert f"{path}:{fault.row}: {fault.problem}; {fault.remedy}" in str(caught.value)
+    assert [e.row for e in caught.value.errors] == list(expected)
+    for error, text in zip(caught.value.errors, expected.values()):
+        assert text in error.problem
+        assert error.remedy
+        assert f"{path}:{error.row}: {error.problem}; {error.remedy}" in str(caught.value)
 
 
 def test_long_prompts(tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
@@ -124,12 +124,12 @@ def test_long_prompts(tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCa
         load_prompts(DataConfig(prompt_data=path, drop_long_prompts=True, rollout_max_prompt_len=1), tokenizer)
 
 
-def test_many_faults_are_counted_not_printed(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_many_errors_are_counted_not_printed(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{}] * 50)
     with pytest.raises(DataError) as caught:
         load_prompts(DataConfig(prompt_data=path), tokenizer)
-    assert len(caught.value.faults) == 50
-    assert str(caught.value).endswith(f"... and 30 more faults in {path}")
+    assert len(caught.value.errors) == 50
+    assert str(caught.value).endswith(f"... and 30 more errors in {path}")
 
 
 def test_whole_files_that_cannot_be_used(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -86,7 +86,7 @@ def test_a_template_that_rewrites_history_is_named(tmp_path: Path) -> None:
         load(tmp_path, tokenizer, {"prompt": TALK})
 
 
-def test_faults(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_errors(tmp_path: Path, tokenizer: Tokenizer) -> None:
     rows = [
         {"prompt": "no answer"},
         {"prompt": "a number", "label": 19},
@@ -97,8 +97,8 @@ def test_faults(tmp_path: Path, tokenizer: Tokenizer) -> None:
     ]
     with pytest.raises(DataError) as caught:
         load(tmp_path, tokenizer, *rows, max_len=30)
-    assert [f.row for f in caught.value.faults] == [1, 2, 3, 4, 5]
-    assert "tokens, more than 30" in caught.value.faults[-1].problem
+    assert [e.row for e in caught.value.errors] == [1, 2, 3, 4, 5]
+    assert "tokens, more than 30" in caught.value.errors[-1].problem
     assert [e.uid for e in load(tmp_path, tokenizer, *rows[4:], max_len=30, drop_long_prompts=True)] == ["sft.jsonl:2"]
 
 

@@ -25,16 +25,16 @@ def test_every_epoch_is_a_permutation(size: int, seed: int, shuffle: bool) -> No
 
 @given(size=st.integers(1, 30), count=st.integers(1, 50), seed=st.integers(0, 99))
 @settings(max_examples=50, deadline=None)
-def test_draws_tile_the_sequence_in_any_order(size: int, count: int, seed: int) -> None:
+def test_steps_tile_the_sequence_in_any_order(size: int, count: int, seed: int) -> None:
     items = prompts(size)
     whole = [p.tokens for p in PromptSource(items, seed).at(0, 6 * count)]
     resumed = PromptSource(items, seed)
     for step in (5, 0, 3, 2, 4, 1):
-        drawn = resumed.draw(step, count)
-        assert [p.tokens for p in drawn] == whole[step * count : (step + 1) * count]
-        uids = [p.uid for p in drawn]
+        items_of_step = resumed.of_step(step, count)
+        assert [p.tokens for p in items_of_step] == whole[step * count : (step + 1) * count]
+        uids = [p.uid for p in items_of_step]
         assert len(set(uids)) == count
-        assert [u.split("#")[0] for u in uids] == [f"d:{p.tokens[0]}" for p in drawn]
+        assert [u.split("#")[0] for u in uids] == [f"d:{p.tokens[0]}" for p in items_of_step]
 
 
 def test_epochs_and_seeds_differ() -> None:

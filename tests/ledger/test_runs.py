@@ -162,11 +162,15 @@ def test_a_bit_of_a_weight(ranks: Ranks, recipe: Recipe, first: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("overrides", "condition", "difference"),
     [
-        (["run.seed=7"], "run.seed: 1234 | 7", "step 0, rollout: prompts: sample 0 is number 0 of data.jsonl:"),
+        (
+            ["run.seed=7"],
+            "run.seed: 1234 | 7",
+            "step 0, rollout: sample 0 (response 0 to data.jsonl:7): another request: response",
+        ),
         (
             ["rollout.rollout_temperature=1.1"],
             "rollout.rollout_temperature: 1.0 | 1.1",
-            "step 0, rollout: sample 0 (number 0 of data.jsonl:7): at token 0 of the answer: ",
+            "step 0, rollout: sample 0 (response 0 to data.jsonl:7): response, token 0: ",
         ),
         (
             ["reward.rm_type=tests.worker.rewards:by_length", "algorithm.dynamic_sampling_filter=none"],
@@ -176,12 +180,12 @@ def test_a_bit_of_a_weight(ranks: Ranks, recipe: Recipe, first: Path, tmp_path: 
         (
             ["algorithm.grpo_std_normalization=false"],
             "algorithm.grpo_std_normalization: True | False",
-            "step 0, train: update 0 (actor): sample 0 (number 0 of data.jsonl:7): advantages, token ",
+            "step 0, train: update 0 (actor): sample 0 (response 0 to data.jsonl:7): advantages, token ",
         ),
         (
             ["algorithm.kl_loss_coef=0.1"],
             "algorithm.kl_loss_coef: 0.0 | 0.1",
-            "step 0, train: update 0 (actor): sample 0 (number 0 of data.jsonl:7): has ref_log_probs on one side only",
+            "step 0, train: update 0 (actor): sample 0 (response 0 to data.jsonl:7): ref_log_probs in one run only",
         ),
         (
             ["algorithm.entropy_coef=0.1"],
@@ -209,7 +213,7 @@ def test_another_prompt_in_a_row(ranks: Ranks, recipe: Recipe, first: Path, tmp_
     (tmp_path / "data.jsonl").write_text("\n".join(rows))
     overrides = [f"data.prompt_data={tmp_path}/data.jsonl", "run.num_rollout=1"]
     found = against(first, train(ranks, recipe.config("other", *overrides)))
-    what = "prompts: sample 0 (number 0 of data.jsonl:7): token 4 of the prompt is 316 | "
+    what = "sample 0 (response 0 to data.jsonl:7): prompt, token 4: 316 | "
     assert found.difference.startswith(f"step 0, rollout: {what}")
 
 
@@ -224,19 +228,19 @@ def test_another_order(ranks: Ranks, recipe: Recipe) -> None:
     found = against(*folders)
     assert found.conditions == ["data.rollout_shuffle: True | False"]
     assert found.difference.startswith(
-        "step 0, rollout: prompts: the same in another order, from sample 0 (number 0 of"
+        "step 0, rollout: the same requests in another order, from sample 0 (response 0 to"
     )
 
 
 @pytest.mark.parametrize(
     ("other", "difference"),
     [
-        (1, "the same sequences in another order, from sample 0 (number 0 of data.jsonl:10) on"),  # of its prompt
-        (3, "sample 0 (number 0 of data.jsonl:10): tokens, token "),  # of another prompt
+        (1, "the same sequences in another order, from sample 0 (response 0 to data.jsonl:10) on"),  # of its prompt
+        (3, "sample 0 (response 0 to data.jsonl:10): tokens, token "),  # of another prompt
     ],
 )
-def test_swapped_answers(ranks: Ranks, first: Path, tmp_path: Path, other: int, difference: str) -> None:
-    """A replay trains on the answers of a step of which two were exchanged."""
+def test_swapped_responses(ranks: Ranks, first: Path, tmp_path: Path, other: int, difference: str) -> None:
+    """A replay trains on the responses of a step of which two were exchanged."""
     copy = Path(shutil.copytree(first, tmp_path / "copy"))
     kept = step_data.read(copy, 1)
     assert kept is not None
@@ -262,7 +266,7 @@ def test_without_data_samples_have_numbers(ranks: Ranks, recipe: Recipe, first: 
     shutil.copytree(first, first.with_name("copy"), dirs_exist_ok=True)
     shutil.rmtree(first.with_name("copy") / FOLDER / "data")
     difference = against(first.with_name("copy"), folder).difference
-    assert difference == "step 0, rollout: sample 0: answer or its log-probs differ"
+    assert difference == "step 0, rollout: sample 0: response or its log-probs differ"
 
 
 # --- broken ----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from miles_spmd.config.schema import Config
-from miles_spmd.ledger.rectangles import COLUMN_STREAM, ROW_STREAM, Rectangle, add_up, factors, parts
+from miles_spmd.ledger.rectangles import COLUMN_STREAM, ROW_STREAM, Rectangle, factors, parts, sum_digests
 from miles_spmd.ledger.tensor_sums import TensorSums
 from miles_spmd.models.layout import Piece, TensorLayout, whole
 from tests.ranks import Ranks
@@ -41,7 +41,7 @@ def by_hand(matrix: torch.Tensor) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_against_a_loop(dtype: torch.dtype) -> None:
     matrix = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0)).to(dtype)
-    assert add_up([sums(TensorLayout("t", whole("w", (ROWS, COLUMNS))), matrix)]) == ({"w": by_hand(matrix)}, [])
+    assert sum_digests([sums(TensorLayout("t", whole("w", (ROWS, COLUMNS))), matrix)]) == ({"w": by_hand(matrix)}, [])
 
 
 @settings(deadline=None)
@@ -56,7 +56,7 @@ def test_parts_add_up(cuts: list[int], column: int) -> None:
             layout = TensorLayout("t", (Piece("w", (0, first), (0, 0), tuple(own.shape)),))
             edges = sorted({0, own.numel(), *(cut for cut in cuts if cut < own.numel())})
             ranks += [sums(layout, own, *edge) for edge in itertools.pairwise(edges)]
-    assert add_up(ranks) == ({"w": by_hand(matrix)}, [])
+    assert sum_digests(ranks) == ({"w": by_hand(matrix)}, [])
     assert sum(r.rows * r.columns for rectangles, _ in ranks for r in rectangles) == matrix.numel()
 
 
@@ -67,7 +67,7 @@ def test_any_bit_counts() -> None:
     for place in range(matrix.numel()):
         for bit in (0, 1, 13, 30, 31):
             matrix.view(-1)[place] = torch.tensor(1 << bit).to(torch.int32)
-            seen.add(add_up([sums(layout, matrix)])[0]["w"])
+            seen.add(sum_digests([sums(layout, matrix)])[0]["w"])
             matrix.view(-1)[place] = 0
     assert len(seen) == 1 + 5 * matrix.numel()
 
@@ -75,8 +75,8 @@ def test_any_bit_counts() -> None:
 def test_replicas_count_once_and_must_agree() -> None:
     held = [Rectangle("norm", 0, 0, 1, 4)]
     same = [(held, np.asarray([5], np.uint64))] * 2
-    assert add_up(same) == ({"norm": 5}, [])
-    assert add_up([same[0], (held, np.asarray([6], np.uint64))]) == ({"norm": 5}, ["norm"])
+    assert sum_digests(same) == ({"norm": 5}, [])
+    assert sum_digests([same[0], (held, np.asarray([6], np.uint64))]) == ({"norm": 5}, ["norm"])
 
 
 # --- of a trainer, over ranks ----------------------------------------------------------------------------------------
@@ -104,8 +104,8 @@ def digests_of(run: Config, batch: list[Any]) -> Any:
 def over_ranks(answers: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
     totals = {}
     for kind in answers[0]:
-        totals[kind], torn = add_up([answer[kind] for answer in answers])
-        assert not torn
+        totals[kind], inconsistent = sum_digests([answer[kind] for answer in answers])
+        assert not inconsistent
     return totals
 
 

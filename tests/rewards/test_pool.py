@@ -101,7 +101,7 @@ FAILURES = {
     "text": "sample 0, returned '1.0' instead of a finite number",
     "scoreless": "sample 0, returned an object without 'score' (it has reward)",
     "trl_none": "sample 0, returned None instead of a finite number",
-    "trl_missing_column": "needs solution, but the data has only",
+    "trl_missing_column": "requires solution, but the data has only",
     "eats_memory": "sample 0, ran out of the memory that reward.reward_memory_gib allows",
     "exits": "sample 0, ended its process (exit code 7)",
     "stopped_by_signal": "sample 0, ended its process (exit code -11)",
@@ -115,7 +115,7 @@ def test_every_failure_names_function_prompt_and_sample(name: str) -> None:
     message = str(caught.value)
     assert message.startswith(f"reward '{HERE}{name}' on prompt gsm8k:1")
     assert FAILURES[name] in message
-    assert "mend the function" in message
+    assert "fix the function" in message
     assert ("Traceback" in message) == (name == "raises")
 
 
@@ -134,10 +134,13 @@ def test_a_missing_label_names_the_prompt(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("nothing", "neither 'math', 'exact' nor 'module:function'"),
+        (
+            "nothing",
+            "reward.rm_type = 'nothing' is unknown; known: exact, math, or your own `module:function`",
+        ),
         ("no.such.module:f", "cannot be imported: ModuleNotFoundError"),
         (HERE + "no_such_function", "cannot be imported: AttributeError"),
-        (HERE + "not_a_function", "is int, not a function"),
+        (HERE + "not_a_function", "is of type int; it must be a function"),
         (HERE + "too_many", r"has the parameters \(sample, other\)"),
     ],
 )

@@ -15,7 +15,7 @@ import miles_spmd
 from miles_spmd.config.schema import Config
 from miles_spmd.ledger.chain import Chain, LedgerError, Link, links
 from miles_spmd.ledger.entries import Context, Digests, Samples, Saved, Step, Update, tensor_digests, unpack
-from miles_spmd.ledger.rectangles import Rectangle, add_up
+from miles_spmd.ledger.rectangles import Rectangle, sum_digests
 from miles_spmd.ledger.step_data import DataStore, SampleData, StepData, UpdateData
 from miles_spmd.protocol.messages import CheckpointResult, TrainResult, WeightsDigest
 from miles_spmd.telemetry.environment import read_environment
@@ -145,7 +145,7 @@ class Recorder:
 
     @staticmethod
     def _total(rectangles: Sequence[Sequence[Rectangle]], sums: Sequence[np.ndarray]) -> dict[str, int]:
-        return add_up(zip(rectangles, sums, strict=True))[0]
+        return sum_digests(zip(rectangles, sums, strict=True))[0]
 
     @staticmethod
     def _check(saved: Saved, loaded: Saved, context: Context) -> None:

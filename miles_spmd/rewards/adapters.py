@@ -1,0 +1,89 @@
+"""From a user's reward function, in the signature that it has, to a function of a sample or of a prompt's samples.
+
+TRL's and veRL's functions run unchanged: ``adapt`` recognises them by the names of their parameters, and ``_trl`` and
+``_verl`` define what each parameter gets. An adapter returns what the function returns, a coroutine if it is async.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from miles_spmd.rewards.failure import BadReward
+from miles_spmd.types.sample import Sample
+
+Function = Callable[..., Any]
+
+
+class Adapted(NamedTuple):
+    """``call`` takes one sample, or with ``takes_group`` the list of a prompt's samples."""
+
+    call: Function
+    takes_group: bool
+
+
+def adapt(function: Function, batched: bool) -> Adapted:
+    """Wrap ``function`` by its signature; ``batched`` is ``reward.reward_batched``. Raises BadReward for any other."""
+    named, _ = _parameters(function)
+    if "completions" in named:
+        return Adapted(_trl(function), takes_group=True)
+    if {"solution_str", "ground_truth"} <= named.keys():
+        return Adapted(_verl(function), takes_group=False)
+    parameters = list(inspect.signature(function).parameters)
+    if not named or list(named.values()).count(False) > 1:
+        raise BadReward(
+            f"has the parameters ({', '.join(parameters)}); write f(sample), f(samples) with reward.reward_batched, "
+            f"f(prompts, completions, **columns), or f(data_source, solution_str, ground_truth, extra_info)"
+        )
+    first = parameters[0]
+    return Adapted(lambda samples: function(**{first: samples}), takes_group=batched)
+
+
+def _trl(function: Function) -> Function:
+    def call(samples: list[Sample]) -> Any:
+        metadata = [s.prompt.metadata for s in samples]
+        columns: dict[str, list[Any]] = {key: [m.get(key) for m in metadata] for m in metadata for key in m}
+        columns["label"] = [s.prompt.label for s in samples]
+        columns["completion_ids"] = [s.response for s in samples]
+        if conversations := columns.pop("messages", None):
+            columns["prompts"] = conversations
+            columns["completions"] = [[{"role": "assistant", "content": s.text}] for s in samples]
+        else:
+            columns["prompts"] = [s.prompt.text for s in samples]
+            columns["completions"] = [s.text for s in samples]
+        return function(**_accepted(function, columns))
+
+    return call
+
+
+def _verl(function: Function) -> Function:
+    def call(sample: Sample) -> Any:
+        metadata = sample.prompt.metadata
+        arguments = {
+            "data_source": metadata.get("data_source", sample.prompt.uid.rpartition(":")[0]),
+            "solution_str": sample.text,
+            "ground_truth": sample.prompt.label,
+            "extra_info": metadata.get("extra_info", metadata),
+        }
+        return function(**_accepted(function, arguments))
+
+    return call
+
+
+def _accepted(function: Function, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return those of the ``arguments`` that ``function`` has parameters for. Raises BadReward if some are missing."""
+    named, takes_any = _parameters(function)
+    if missing := {name for name, has_default in named.items() if not has_default} - arguments.keys():
+        raise BadReward(
+            f"requires {', '.join(sorted(missing))}, but the data has only {', '.join(sorted(arguments))} "
+            f"(add the column to the data, or give the parameter a default)"
+        )
+    return arguments if takes_any else {name: value for name, value in arguments.items() if name in named}
+
+
+def _parameters(function: Function) -> tuple[dict[str, bool], bool]:
+    """Return the parameters that can be given by name, with whether they have a default; and whether any name can."""
+    parameters = inspect.signature(function).parameters.values()
+    by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return {p.name: p.default is not p.empty for p in by_name}, any(p.kind is p.VAR_KEYWORD for p in parameters)
