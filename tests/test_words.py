@@ -30,7 +30,8 @@ INSTEAD = {
     "snapshot": "(make|made) the reference's",
 }
 ALLOWED = re.compile(
-    r"fault[- _]toleran|is no longer|are no longer|no doubt|dist_init|beats? (per|a) second", re.IGNORECASE
+    r"fault[- _]toleran|is no longer|are no longer|no doubt|dist_init|beats? (per|a) second|layer\.head_size",
+    re.IGNORECASE,
 )
 # Files about math problems, whose answers are answers.
 MATH = ("miles_spmd/rewards/math.py", "miles_spmd/rewards/exact.py", "miles_spmd/quickstart/task.py")

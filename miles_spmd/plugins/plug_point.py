@@ -16,16 +16,17 @@ class PlugPointError(ValueError):
 
 @dataclass(frozen=True)
 class PlugPoint(Generic[Function]):
-    """The built-in functions of one setting of ``[algorithm]`` by name."""
+    """The built-in functions of one setting of ``[table]`` by name."""
 
     setting: str
     builtins: Mapping[str, Function]
+    table: str = "algorithm"
 
     def resolve(self, name: str) -> Function:
         """The function called ``name``. Raises PlugPointError."""
         if name in self.builtins:
             return self.builtins[name]
-        where = f"algorithm.{self.setting} = {name!r}"
+        where = f"{self.table}.{self.setting} = {name!r}"
         module, _, path = name.partition(":")
         if not module or not path:
             known = ", ".join([*self.builtins, "or anybody's `module:function`"])

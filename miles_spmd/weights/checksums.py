@@ -53,6 +53,6 @@ def checksum(buffer: torch.Tensor) -> torch.Tensor:
     """Order-sensitive checksum of a flat uint8 buffer whose length is a multiple of 4; int64 scalar on its device."""
     if buffer.device.type == "cpu":
         return torch.tensor(xxhash.xxh3_64_intdigest(buffer.numpy().data) - (1 << 63))
-    from miles_spmd.weights.word_sum import word_sum  # needs Triton
+    from miles_spmd.weights.checksum_kernel import word_sum  # needs Triton
 
     return word_sum(buffer)

@@ -17,7 +17,7 @@ from miles_spmd.weights.copy_plan import Holding, Plan, make_plan
 from miles_spmd.weights.transport import ALIGNMENT, Bucket, exchange, gather, make_buckets, raise_together, rectangle
 
 if TYPE_CHECKING:
-    from miles_spmd.weights.direct import DirectRefit
+    from miles_spmd.weights.direct_refit import DirectRefit
 
 
 class RefitCounts(msgspec.Struct, frozen=True):
@@ -80,7 +80,7 @@ class Refit:
         to the same conclusion."""
         if not all(any(holding.on_gpu[side] for holding in holdings) for side in (0, 1)):
             return None
-        from miles_spmd.weights.direct import DirectRefit, map_peers  # needs Triton
+        from miles_spmd.weights.direct_refit import DirectRefit, map_peers  # needs Triton
 
         def direct(source: int, target: int) -> bool:
             a, b = holdings[source], holdings[target]
