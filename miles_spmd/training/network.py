@@ -169,7 +169,8 @@ class Network:
         return copies
 
     def read_to_host(self, path: str | Path) -> dict[str, Tensor]:
-        """As :meth:`copy_to_host`, the weights of a Hugging Face checkpoint of this model. Raises CheckpointError."""
+        """As :meth:`copy_to_host`, the weights of a Hugging Face checkpoint of this model. Raises
+        HuggingFaceCheckpointError."""
         weights = self._on_host()
         hugging_face.load(path, weights, self.layout(), self._family)
         return weights

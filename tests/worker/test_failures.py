@@ -295,7 +295,7 @@ def test_an_exception_at_the_start_is_named(launch: Launch, checkpoint: Path, tm
         (truncated / file.name).write_bytes(file.read_bytes()[: -100 if file.suffix == ".safetensors" else None])
     message = launch(model={"hf_checkpoint": str(truncated), "dtype": "float32"}).finish(START_SECONDS)
     assert message.startswith("rank ")
-    assert "start: CheckpointError: " in message
+    assert "start: HuggingFaceCheckpointError: " in message
 
 
 def test_a_raising_reward_is_named(launch: Launch) -> None:
