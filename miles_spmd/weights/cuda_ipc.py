@@ -36,7 +36,7 @@ def export(address: int) -> Export:
 
 
 def address(exported: Export) -> int:
-    """Return the tensor's address in this process. An allocation is mapped once and stays mapped. Raises MappingError."""
+    """Return the tensor's address in this process. An allocation is mapped once and for good. Raises MappingError."""
     return _open(exported.handle) + exported.offset
 
 

@@ -193,7 +193,7 @@ def _copies(buckets: Sequence[tuple[int, Bucket]], sources: _Tensors, targets: _
 
 
 def _reads(buckets: Sequence[tuple[int, Bucket]], tensors: _Tensors, *, targets: bool) -> Iterator[tuple[Move, Kind]]:
-    """Yield moves that only read the buckets' sources, or targets, for checksums of their values in the targets' dtype."""
+    """Yield moves that only read the buckets' sources or targets, for checksums of the values in the targets' dtype."""
     for number, bucket in buckets:
         for copy, dtype, offset in zip(bucket.copies, bucket.dtypes, bucket.offsets):
             place = tensors.locate(copy.target if targets else copy.source)
