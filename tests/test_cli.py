@@ -14,7 +14,7 @@ import pytest
 
 from miles_spmd import doctor
 from miles_spmd.config.load import load_config
-from tests.worker.tiny_run import write_checkpoint, write_config
+from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -43,7 +43,7 @@ def recipe(folder: Path) -> Path:
         folder,
         write_checkpoint(folder / "model"),
         run={"mode": "sft", "num_rollout": 2},
-        rollout={"engine": "torch"},
+        rollout={"engine": REFERENCE_ENGINE},
         eval={"eval_prompt_data": {"sums": str(folder / "data.jsonl")}},
         train={"global_batch_size": 4},
     )

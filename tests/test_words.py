@@ -30,7 +30,8 @@ INSTEAD = {
     "snapshot": "(make|made) the reference's",
 }
 ALLOWED = re.compile(
-    r"rename=\{|fault[- _]toleran|(is|are) no longer|no doubt|dist_init|beats? (per|a) second|--answer-tokens|SPLIT = ",
+    r"rename=\{|fault[- _]toleran|(is|are) no longer|no doubt|dist_init|beats? (per|a) second|--answer-tokens|SPLIT = |"
+    r"layer\.head_size",
     re.IGNORECASE,
 )
 # Files about math problems, whose answers are answers.

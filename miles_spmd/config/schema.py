@@ -30,6 +30,12 @@ def plug_point(*builtins: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _no_torch_engine(engine: str) -> str:
+    if engine == "torch":
+        raise ValueError("sglang or `module:function` (this engine is 'tests.reference_engine:TorchEngine' now)")
+    return engine
+
+
 class Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -92,8 +98,9 @@ class RolloutConfig(Table):
     rollout_num_gpus: NonNegativeInt = 0
     """Disaggregated layout: the last so many ranks only generate, on devices of their own, and the others only train.
     0: colocated, every rank does both in turns."""
-    engine: Literal["sglang", "torch"] = "sglang"
-    """`torch` is a small reference engine for tests."""
+    engine: Annotated[str, AfterValidator(_no_torch_engine), plug_point("sglang")] = "sglang"
+    """Plug point: `sglang`, or `module:function` of a factory of another engine; its Protocol, `EngineFactory`, is in
+    `miles_spmd/generation/engine.py`."""
     offload_rollout: Literal["auto", "nothing", "kv_cache", "all"] = "auto"
     """What an engine gives up while the trainer works on the same device: nothing; its KV cache and CUDA graphs; its
     weights, too. `auto`: the least that leaves the trainer what it is planned to need, with `memory_allowance`."""

@@ -1,9 +1,11 @@
-"""What a rollout engine is: requests in, steps, finished outputs out. In process, no server, no socket."""
+"""The interface of a rollout engine: requests in, steps, finished outputs out. In process, without server or socket."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from miles_spmd.plugins.plug_point import PlugPoint
 from miles_spmd.types.request import Output, Request
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ class EngineMemory(NamedTuple):
 
     weights: int
     kv_cache: int
-    graphs: int = 0  # CUDA graphs and what they compute in
+    graphs: int = 0  # CUDA graphs and the buffers that they compute in
 
 
 class Engine(Protocol):
@@ -25,12 +27,16 @@ class Engine(Protocol):
     content of the leader's ``submit`` and ``abort`` counts, and every rank gets the outputs."""
 
     @property
+    def size(self) -> int:
+        """Number of consecutive ranks of the world that form this engine; it divides the world's size."""
+
+    @property
     def weight_version(self) -> int:
-        """Of the weights that produce tokens now; -1 before the first ``commit``."""
+        """Version of the weights that generate tokens now; -1 before the first ``commit``."""
 
     @property
     def leader(self) -> bool:
-        """Whether this rank's ``submit`` and ``abort`` count."""
+        """Whether this rank's ``submit`` and ``abort`` count; the first rank of each engine is its leader."""
 
     def submit(self, requests: list[Request]) -> None:
         """Queue requests; they start at the next ``step``.
@@ -40,31 +46,31 @@ class Engine(Protocol):
         """
 
     def step(self) -> list[Output]:
-        """Run one scheduler iteration (a prefill or a decode of the running batch); return what finished.
+        """Run one scheduler iteration (a prefill or a decode of the running batch); return the finished outputs.
 
         Raises FloatingPointError when the model produced a log-prob that is not finite.
         """
 
     def abort(self, rids: list[str] | None = None) -> None:
-        """Stop the named requests (None: all). They come out of a later ``step`` as ABORT with their tokens so far.
+        """Stop the named requests (None: all). A later ``step`` returns them as ABORT with their tokens so far.
         Rids that are not in the engine are ignored: they may just have finished."""
 
     def retry_smaller(self) -> int | None:
-        """After a ``step`` that ran out of memory: forget what it was doing, and begin again with the unfinished
-        requests, half as many at a time as then, from now on. Their draws are functions of their seeds, so they are
-        drawn alike.
+        """Recover from a ``step`` that ran out of memory: drop all running state and start the unfinished requests
+        again, from now on with half as many running at a time. Sampling depends on a request's seed only, so that the
+        same tokens are sampled again.
 
-        Returns how many may run now; None, with nothing changed, where that cannot be: one request alone was too
-        much, or other ranks are in the middle of the same step.
+        Returns the new limit of running requests. Returns None and changes nothing when no smaller limit is possible:
+        only one request was running, or other ranks are in the middle of the same step.
         """
 
     @property
     def idle(self) -> bool:
-        """True, on every rank alike, when nothing is queued, running or waiting to be returned."""
+        """True when nothing is queued, running or waiting to be returned; equal on all ranks of the engine."""
 
     def pause(self) -> None:
         """Make ``step`` a no-op until ``unpause``; requests and cache stay. With requests in flight, weights may be
-        written only then."""
+        written only while paused."""
 
     def unpause(self) -> None: ...
 
@@ -72,35 +78,55 @@ class Engine(Protocol):
         """Drop the prefix cache. Raises RuntimeError unless idle."""
 
     def release(self, keep_weights: bool = False) -> None:
-        """Give the memory of weights and KV cache back; contents are lost. Raises RuntimeError unless idle. With
-        ``keep_weights`` those stay, and can be generated with again after ``resume``.
+        """Release the memory of weights, KV cache and CUDA graphs; contents are lost. With ``keep_weights`` the weights
+        stay and are valid after ``resume``. Raises RuntimeError unless idle.
 
         Until ``resume``, ``step`` and another ``release`` raise RuntimeError too.
         """
 
     def resume_weights(self) -> None:
-        """Take the memory of the weights again, and no other: a refit needs no more, and until then a trainer may want
-        the rest. ``resume`` follows."""
+        """Resume the memory of the weights only, which is all that a refit needs, so that a trainer may use the rest
+        until ``resume`` follows."""
 
     def resume(self) -> None:
-        """Take all memory again that is still released. Weights that were not kept are undefined until the next
-        refit. Raises MemoryError, as ``resume_weights`` does, when there is not enough."""
+        """Resume all memory that is still released. Weights that were not kept are undefined until the next refit.
+
+        Raises MemoryError, as ``resume_weights`` does, when there is not enough memory.
+        """
 
     def memory(self) -> EngineMemory:
-        """What it holds now, without what is released."""
+        """Return the memory that the engine holds now; released memory counts as 0."""
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The engine's own parameter storage on this rank by its own names; writing into it changes the model."""
+        """Return this rank's parameters by the engine's own names; writing into the tensors changes the model."""
 
     def layout(self) -> list[TensorLayout]:
-        """Where every part of every tensor of ``weights`` comes from, in checkpoint coordinates."""
+        """Return where every part of every tensor of ``weights`` comes from, in checkpoint coordinates."""
 
     def commit(self, version: int) -> None:
-        """Tell the engine that its weights now are ``version``: drop the cache, stamp later tokens with it.
+        """Declare that the weights now are ``version``: drop the cache and attribute later tokens to it.
 
-        Requests in flight go on: what they have so far is kept and its keys and values are recomputed under the new
-        weights.
+        Requests in flight continue: their tokens so far are kept, and the keys and values of these are recomputed with
+        the new weights.
         """
 
     def close(self) -> None:
-        """Free everything that the engine holds in this process. All ranks of the world do it together."""
+        """Free everything that the engine holds in this process. All ranks of the world call it together."""
+
+
+class EngineFactory(Protocol):
+    """Plug point ``rollout.engine = "module:function"``: builds an engine that is not SGLang. A class whose constructor
+    has this signature is a factory, too.
+
+    All ranks that generate call it at the same time, with torch.distributed initialised. The weights of the engine may
+    be random: a refit comes before the first request.
+    """
+
+    def __call__(self, model_path: Path, *, dtype: str, context_length: int | None) -> Engine:
+        """``model_path``: the Hugging Face checkpoint folder; its safetensors need not be read. ``dtype``: "float32" or
+        "bfloat16". ``context_length``: the longest prompt plus response, ``sglang.context_length``; None: that of the
+        model."""
+        ...
+
+
+FACTORIES: PlugPoint[EngineFactory] = PlugPoint("rollout.engine", {})

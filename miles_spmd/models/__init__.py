@@ -1,4 +1,4 @@
-"""Model families: Hugging Face config -> Megatron-core arguments, and where every weight lies. Imports no torch."""
+"""Model families: from a Hugging Face config to Megatron-core arguments and weight layouts. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ FAMILIES: dict[str, type[Family]] = {family.model_type: family for family in (Ll
 
 
 def load_family(source: str | Path | dict[str, Any], *, value_head: bool = False) -> Family:
-    """The family of a checkpoint folder, or of the contents of its ``config.json``; see :class:`Family`.
+    """Return the family of a checkpoint folder, or of the contents of its ``config.json``; see :class:`Family`.
 
     Raises FileNotFoundError when the folder has no config.json, ValueError when the model or one of its features is
-    not supported; the message names what is.
+    not supported; the message names those that are.
     """
     config = source if isinstance(source, dict) else read_config(Path(source))
     model_type = config.get("model_type")
@@ -35,10 +35,10 @@ def load_family(source: str | Path | dict[str, Any], *, value_head: bool = False
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The contents of ``config.json`` in a checkpoint folder."""
+    """Return the contents of ``config.json`` in a checkpoint folder. Raises FileNotFoundError, ValueError."""
     file = folder / "config.json"
     if not file.is_file():
-        reason = "there is no such folder" if not folder.is_dir() else "the folder has no config.json"
+        reason = "no such folder" if not folder.is_dir() else "the folder has no config.json"
         raise FileNotFoundError(f"{folder} is not a Hugging Face checkpoint: {reason}")
     try:
         return json.loads(file.read_text())

@@ -1,16 +1,16 @@
-"""Facts about attention that decide which implementation engine and trainer share on a GPU."""
+"""Facts about attention that determine which implementation engine and trainer share on a GPU."""
 
 from __future__ import annotations
 
 from typing import Any
 
-FLASH, SPLIT_KEYS = "fa3", "triton"  # SGLang's names; for the second, invariant/split_attention.py takes its place
+FLASH, SPLIT_KEYS = "fa3", "triton"  # SGLang's names; invariant/split_attention.py replaces the second
 CAPABILITY = "9.0"  # compute capability of the GPUs that have FlashAttention 3
-FLASH_HEADS = range(97, 129)  # values of head_dim whose keys FlashAttention 3 reads in the same blocks in decode
+FLASH_HEADS = range(97, 129)  # head_dims for which FlashAttention 3 has the same key blocks in prefill and decode
 
 
 def head_dim(shape: dict[str, Any]) -> int:
-    """Numbers of an attention head, 0 where ``shape`` does not say."""
+    """Return head_dim by the contents of a config.json, ``shape``; 0 if they lack it and what it is derived from."""
     heads = shape.get("num_attention_heads")
     return shape.get("head_dim") or (shape.get("hidden_size", 0) // heads if heads else 0)
 

@@ -1,8 +1,8 @@
-"""A model family: what the config.json of a Hugging Face checkpoint means to Megatron-core and to SGLang.
+"""A model family: from the config.json of a Hugging Face checkpoint to the models of Megatron-core and SGLang.
 
-The base class is the dense pre-norm decoder with grouped-query attention, SwiGLU and rotary positions; a family
-declares in one short file how it differs. Megatron names follow megatron-core 0.16.1 (local and Transformer-Engine
-layer specs), SGLang names follow 0.5.16.
+The base class is the dense pre-norm decoder with grouped-query attention, SwiGLU and rotary positions; a family is one
+short file with the differences. Megatron names follow megatron-core 0.16.1 (local and Transformer-Engine layer specs),
+SGLang names follow 0.5.16.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import cached_property
 from math import prod
 from typing import Any, ClassVar, NamedTuple
 
+from miles_spmd.models.attention import head_dim
 from miles_spmd.models.layout import PADDING, Piece, Span, beside, filled_shape, stack, whole, window
 
 Shape = tuple[int, ...]
@@ -22,7 +23,7 @@ SGLANG_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 VALUE_HEAD = "score.weight"
 
-# GPTModel takes the factor only; the other parameters of Llama 3's rope scaling are constants in megatron-core.
+# GPTModel has a parameter for the factor only; the others of Llama 3's rope scaling are constants in megatron-core.
 LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 
 
@@ -33,7 +34,8 @@ class Shard(NamedTuple):
     size: int
 
     def part(self, total: int, what: str) -> tuple[int, int]:
-        """This rank's [start, stop) of ``total`` equal parts. Raises ValueError when it does not divide."""
+        """Return this rank's [start, stop) of ``total`` things that all ranks have equal shares of. Raises ValueError,
+        naming ``what``, when the size does not divide ``total``."""
         if total % self.size:
             raise ValueError(f"{what}: {total} is not divisible by a tensor-parallel size of {self.size}")
         each = total // self.size
@@ -41,12 +43,12 @@ class Shard(NamedTuple):
 
 
 class Family:
-    """One model, described by its ``config.json``. Sizes are whole-model sizes, independent of any parallel layout.
+    """One model, described by its ``config.json``. Sizes are those of the whole model, for every parallel layout.
 
-    With ``value_head`` it is a critic or a reward model: the same backbone with one output in place of a vocabulary's,
-    ``score.weight`` [1, hidden] as transformers' sequence classifiers call it.
+    With ``value_head`` it is a critic or a reward model: the same backbone with one output in place of the vocabulary,
+    ``score.weight`` [1, hidden] by the name of transformers' sequence classifiers.
 
-    Raises ValueError listing everything in the config that is missing or that trainer or engine cannot do.
+    Raises ValueError listing everything in the config that is missing or that trainer or engine does not support.
     """
 
     model_type: ClassVar[str]
@@ -73,17 +75,17 @@ class Family:
         self.num_layers: int = config["num_hidden_layers"]
         self.num_heads: int = config["num_attention_heads"]
         self.num_kv_heads: int = config.get("num_key_value_heads") or self.num_heads
-        self.head_dim: int = config.get("head_dim") or self.hidden_size // self.num_heads
+        self.head_dim: int = head_dim(config)
         self.ffn_size: int = config["intermediate_size"]
         self.vocab_size: int = config["vocab_size"]
         self.max_sequence_length: int = config["max_position_embeddings"]
         self.value_head = value_head
         self.tied_embeddings: bool = config.get("tie_word_embeddings", False) and not value_head
 
-    # ---- what the config says ----
+    # ---- from the config ----
 
     def unsupported(self, config: dict[str, Any]) -> list[str]:
-        """Everything the config asks for that trainer or engine cannot do, in words."""
+        """Return messages about all settings of the config that trainer or engine does not support."""
         problems = []
         if config.get("hidden_act", "silu") != "silu":
             problems.append(f"hidden_act {config['hidden_act']!r} is not supported (only silu)")
@@ -115,9 +117,9 @@ class Family:
         return problems
 
     def transformer_config(self) -> dict[str, Any]:
-        """Keyword arguments of megatron-core's TransformerConfig that follow from the model alone.
+        """Return the keyword arguments of megatron-core's TransformerConfig that follow from the model.
 
-        ``activation_func`` is the name of a function in torch.nn.functional: this floor imports no torch.
+        ``activation_func`` is the name of a function in torch.nn.functional, because this room imports no torch.
         """
         return {
             "num_layers": self.num_layers,
@@ -138,10 +140,10 @@ class Family:
         }
 
     def gpt_model(self, tp_size: int = 1) -> dict[str, Any]:
-        """Keyword arguments of megatron-core's GPTModel that follow from the model.
+        """Return the keyword arguments of megatron-core's GPTModel that follow from the model.
 
-        ``vocab_size`` is rounded up to a multiple of ``tp_size``. The extra rows are zero in embedding and output
-        layer; logits of ids >= ``self.vocab_size`` are no tokens and must be left out of every softmax.
+        ``vocab_size`` is rounded up to a multiple of ``tp_size``. The added rows of embedding and output layer are
+        zero; every softmax must exclude the logits of ids >= ``self.vocab_size``, which are not tokens.
         """
         rope = rope_parameters(self.config)
         scaling = {"rope_scaling": True, "rope_scaling_factor": rope["factor"]} if rope["rope_type"] == "llama3" else {}
@@ -155,14 +157,15 @@ class Family:
         }
 
     def checkpoint_tensors(self) -> dict[str, Shape]:
-        """Every tensor of the checkpoint on disk, by name, with its shape; tied embeddings have no ``lm_head``."""
+        """Return the shapes of all tensors of the checkpoint on disk by name; tied embeddings have no ``lm_head``."""
         return self._tensors
 
     def num_parameters(self) -> int:
         return sum(map(prod, self._tensors.values()))
 
     def num_active_parameters(self) -> int:
-        """Parameters that take part in one token's forward: all of them, less the experts not chosen for it."""
+        """Return the number of parameters that one token's forward pass uses: all but the experts that it is not routed
+        to."""
         return self.num_parameters()
 
     @cached_property
@@ -193,7 +196,7 @@ class Family:
     def _mlp_tensors(self, prefix: str) -> dict[str, Shape]:
         return swiglu_tensors(prefix, self.hidden_size, self.ffn_size)
 
-    # ---- who holds what ----
+    # ---- layouts ----
 
     def megatron_layout(
         self,
@@ -207,11 +210,10 @@ class Family:
         ep_rank: int = 0,
         ep_size: int = 1,
     ) -> Pieces:
-        """Pieces of the Megatron parameter ``name``, whose layer number is that of the whole model.
+        """Return the pieces of the Megatron parameter ``name``, whose layer number counts in the whole model.
 
-        ``shape`` is the local shape; ``tp`` is the tensor-parallel rank and size, ``etp`` that of experts, ``ep`` says
-        which experts are here. Raises ValueError when the family has no such parameter or a rank of this layout holds
-        another shape.
+        ``shape`` is the local shape; ``tp`` is tensor parallelism, ``etp`` that of experts, ``ep`` expert parallelism.
+        Raises ValueError when the family has no such parameter or the parameter has another shape on this rank.
         """
         tp, etp, ep = Shard(tp_rank, tp_size), Shard(etp_rank, etp_size), Shard(ep_rank, ep_size)
         if self.value_head and name == "output_layer.weight":
@@ -227,7 +229,8 @@ class Family:
         return self._checked("Megatron", name, shape, tp, pieces)
 
     def sglang_layout(self, name: str, shape: Shape, tp_rank: int, tp_size: int) -> Pieces:
-        """Pieces of the SGLang parameter ``name`` on this rank of the engine; same errors as ``megatron_layout``."""
+        """Return the pieces of the SGLang parameter ``name`` on this rank of the engine. Raises ValueError as
+        :meth:`megatron_layout` does."""
         tp = Shard(tp_rank, tp_size)
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             pieces = self._vocabulary(name.startswith("lm_head"), shape, tp)
@@ -240,8 +243,7 @@ class Family:
         return self._checked("SGLang", name, shape, tp, pieces)
 
     def _checked(self, backend: str, name: str, shape: Shape, tp: Shard, pieces: Pieces) -> Pieces:
-        unknown = [p.name for p in pieces if p.name and p.name not in self._tensors]
-        if unknown or not pieces:
+        if not pieces or any(piece.name and piece.name not in self._tensors for piece in pieces):
             raise ValueError(f"{backend} parameter {name} has no counterpart in a {self.model_type} checkpoint")
         if filled_shape(pieces) != tuple(shape):
             raise ValueError(
@@ -283,7 +285,7 @@ class Family:
                 return self._column_shard(prefix + name, tp)
         if name.startswith("mlp."):
             return self._sglang_mlp(prefix + "mlp.", name.removeprefix("mlp."), shape, tp)
-        return self._whole(prefix + name)  # the norms
+        return self._whole(prefix + name)  # norms have the checkpoint's names
 
     def _sglang_mlp(self, prefix: str, name: str, shape: Shape, tp: Shard) -> Pieces:
         match name:
@@ -293,25 +295,27 @@ class Family:
                 return self._column_shard(prefix + name, tp, sglang_width(self.ffn_size, shape[1], tp))
         return ()
 
-    # ---- the cuts that the backends make ----
+    # ---- how the backends shard, fuse and pad ----
 
     def _whole(self, name: str) -> Pieces:
         shape = self._tensors.get(name)
         return whole(name, shape) if shape else ()
 
     def _column_shard(self, name: str, tp: Shard, padded: int = 0, lead: tuple[int, ...] = ()) -> Pieces:
+        """This rank's share of the columns of a matrix, of which there are ``padded`` with padding."""
         rows, width = self._tensors[name]
         return beside(share(name, width, tp, padded), rows, lead)
 
     def _vocabulary(self, output: bool, shape: Shape, tp: Shard) -> Pieces:
-        """Both backends give each rank an equal share of the padded rows, padding last."""
+        """In both backends each rank has an equal share of the padded rows, with padding at the end."""
         name = "lm_head.weight" if output and not self.tied_embeddings else "model.embed_tokens.weight"
         if shape[0] * tp.size < self.vocab_size:
-            raise ValueError(f"{tp.size} times {shape[0]} rows do not hold a vocabulary of {self.vocab_size}")
+            raise ValueError(f"{tp.size} times {shape[0]} rows are too few for a vocabulary of {self.vocab_size}")
         return stack(share(name, self.vocab_size, tp, shape[0] * tp.size), (self.hidden_size,))
 
     def _interleaved_qkv(self, prefix: str, leaf: str, tp: Shard) -> Pieces:
-        """Megatron: for each query group its query heads, its key head, its value head; the rows shared out evenly."""
+        """Megatron: for each query group its query heads, its key head, its value head; each rank has an equal share of
+        these rows, which may start in the middle of a group."""
         spans: list[Span] = []
         q_rows = self.num_heads // self.num_kv_heads * self.head_dim
         for group in range(self.num_kv_heads):
@@ -321,7 +325,8 @@ class Family:
         return stack(window(spans, *tp.part(total, f"{prefix}q/k/v_proj")), self._row_shape(leaf))
 
     def _stacked_qkv(self, prefix: str, leaf: str, tp: Shard) -> Pieces:
-        """SGLang: this rank's query heads, key heads, value heads; with more ranks than KV heads, ranks share them."""
+        """SGLang: this rank's query heads, key heads, value heads. With more ranks than key-value heads, several ranks
+        have copies of the same one."""
         replicas = max(1, tp.size // self.num_kv_heads)
         kv = Shard(tp.rank // replicas, tp.size // replicas)
         spans: list[Span] = []
@@ -335,6 +340,7 @@ class Family:
         return stack(spans, self._row_shape(leaf))
 
     def _gate_up(self, prefix: str, tp: Shard, padded: int = 0, lead: tuple[int, ...] = ()) -> Pieces:
+        """This rank's rows of the gate projection, then those of the up projection."""
         gate, up = prefix + "gate_proj.weight", prefix + "up_proj.weight"
         rows, _ = self._tensors[gate]
         return stack([*share(gate, rows, tp, padded), *share(up, rows, tp, padded)], (self.hidden_size,), lead)
@@ -344,19 +350,21 @@ class Family:
 
 
 def share(name: str, size: int, tp: Shard, padded: int = 0) -> list[Span]:
-    """This rank's equal share of the rows (or columns) of a tensor, after padding has made them ``padded``."""
+    """Return this rank's share of the ``size`` rows (or columns) of a tensor, of which there are ``padded`` with
+    padding."""
     padded = padded or size
     return window([(name, 0, size), (PADDING, 0, padded - size)], *tp.part(padded, name))
 
 
 def sglang_width(ffn_size: int, local: int, tp: Shard) -> int:
-    """MLP width of the whole SGLang model, of which ``local`` is here: without a GPU it rounds up to 32 per rank."""
+    """Return the MLP width of the whole SGLang model, given this rank's ``local``: without a GPU, SGLang rounds the
+    width up to a multiple of 32 per rank."""
     rounded = -(-ffn_size // (32 * tp.size)) * 32 * tp.size
     return rounded if local * tp.size == rounded else ffn_size
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary parameters in today's spelling, from today's ``rope_parameters`` or the older ``rope_scaling`` keys."""
+    """Return the rotary parameters with the current names, from ``rope_parameters`` or the older ``rope_scaling``."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     rope.setdefault("rope_type", rope.get("type", "default"))
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))

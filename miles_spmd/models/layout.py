@@ -1,8 +1,8 @@
-"""Who holds which slice of which checkpoint tensor.
+"""Layouts: which slices of checkpoint tensors a local tensor consists of.
 
-A Hugging Face checkpoint gives every weight one name and one shape. Trainer and engine cut, fuse and interleave those
-tensors each in their own way; both describe it in the same words, as rectangles of checkpoint tensors. Loading,
-export and refit are then one operation: intersect rectangles and copy.
+A Hugging Face checkpoint has one name and one shape for every weight. Trainer and engine shard, fuse and interleave
+these tensors in different ways; both describe theirs as rectangles of checkpoint tensors. Loading, export and refit
+are then one operation: intersect rectangles and copy.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from math import prod
 import msgspec
 
 PADDING = ""
-"""Checkpoint name of local elements that no checkpoint holds (rows that round the vocabulary up): always zero."""
+"""In place of a checkpoint name: local elements that checkpoints do not have (added rows of a vocabulary), zero."""
 
 
 class Piece(msgspec.Struct, frozen=True):
-    """A rectangle of the checkpoint tensor ``name`` lying at ``local`` inside a local tensor.
+    """The rectangle of the checkpoint tensor ``name`` that starts at ``start``, at ``local`` inside a local tensor.
 
-    ``start``, ``local`` and ``shape`` have one entry per dimension of the checkpoint tensor. ``lead`` indexes leading
-    dimensions that only the local tensor has (a stack of experts).
+    ``start``, ``local`` and ``shape`` have one entry per dimension of the checkpoint tensor. ``lead`` is the index in
+    leading dimensions that only the local tensor has (a stack of experts).
     """
 
     name: str
@@ -31,12 +31,12 @@ class Piece(msgspec.Struct, frozen=True):
 
 
 def region(lead: tuple[int, ...], start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int | slice, ...]:
-    """Index of a rectangle in a local tensor."""
+    """Return the index of a rectangle in a tensor."""
     return (*lead, *(slice(at, at + size) for at, size in zip(start, shape)))
 
 
 class TensorLayout(msgspec.Struct, frozen=True):
-    """One local tensor: its own name, and the checkpoint rectangles that fill it."""
+    """A local tensor's own name, and the checkpoint rectangles that fill it."""
 
     local_name: str
     pieces: tuple[Piece, ...]
@@ -47,7 +47,7 @@ Span = tuple[str, int, int]
 
 
 def stack(spans: Iterable[Span], row_shape: tuple[int, ...], lead: tuple[int, ...] = ()) -> tuple[Piece, ...]:
-    """Whole rows of several checkpoint tensors on top of each other; ``row_shape`` is the shape of one row."""
+    """Return the pieces of a local tensor that has the rows ``spans`` below each other, each of shape ``row_shape``."""
     pieces, row, zeros = [], 0, (0,) * len(row_shape)
     for name, start, stop in spans:
         pieces.append(Piece(name, (start, *zeros), (row, *zeros), (stop - start, *row_shape), lead))
@@ -56,7 +56,7 @@ def stack(spans: Iterable[Span], row_shape: tuple[int, ...], lead: tuple[int, ..
 
 
 def window(spans: Iterable[Span], start: int, stop: int) -> list[Span]:
-    """The part of stacked ``spans`` that lies in rows [start, stop) of the stack."""
+    """Return the part of ``spans`` that is in rows [start, stop) when they are below each other: a shard of a stack."""
     inside, row = [], 0
     for name, first, last in spans:
         low, high = max(start, row), min(stop, row + last - first)
@@ -67,12 +67,12 @@ def window(spans: Iterable[Span], start: int, stop: int) -> list[Span]:
 
 
 def whole(name: str, shape: tuple[int, ...]) -> tuple[Piece, ...]:
-    """All of a checkpoint tensor."""
+    """Return the piece that is all of a checkpoint tensor."""
     return stack([(name, 0, shape[0])], shape[1:])
 
 
 def beside(spans: Iterable[Span], rows: int, lead: tuple[int, ...] = ()) -> tuple[Piece, ...]:
-    """Whole columns of several checkpoint matrices with this many rows, next to each other."""
+    """Return the pieces of a local tensor that has the columns ``spans``, of ``rows`` rows, next to each other."""
     pieces, column = [], 0
     for name, start, stop in spans:
         pieces.append(Piece(name, (0, start), (0, column), (rows, stop - start), lead))
@@ -81,7 +81,7 @@ def beside(spans: Iterable[Span], rows: int, lead: tuple[int, ...] = ()) -> tupl
 
 
 def filled_shape(pieces: Iterable[Piece]) -> tuple[int, ...]:
-    """The shape of the smallest local tensor that holds all ``pieces``."""
+    """Return the shape of the smallest local tensor that all ``pieces`` are inside."""
     ends = [(*(i + 1 for i in p.lead), *(at + n for at, n in zip(p.local, p.shape))) for p in pieces]
     return tuple(map(max, zip(*ends)))
 
@@ -92,10 +92,12 @@ def check_filled(name: str, shape: tuple[int, ...], pieces: tuple[Piece, ...]) -
         extent = (*(i + 1 for i in piece.lead), *(at + n for at, n in zip(piece.local, piece.shape)))
         if len(extent) != len(shape) or any(end > size for end, size in zip(extent, shape)):
             raise ValueError(f"{name} of shape {tuple(shape)} does not hold its piece {piece}")
+    # Inside, disjoint and of the right total size: then they fill it. Sorted by their first rows, a piece can only
+    # overlap with those that start before its last row, so that this takes few comparisons for thousands of pieces.
     ordered = sorted(pieces, key=lambda p: (p.lead, p.local))
     for index, piece in enumerate(ordered):
         end = piece.local[0] + piece.shape[0]
-        for other in ordered[index + 1 :]:  # only those that begin before this one's last row
+        for other in ordered[index + 1 :]:
             if other.lead != piece.lead or other.local[0] >= end:
                 break
             if all(a < b + n and b < a + m for a, b, m, n in zip(piece.local, other.local, piece.shape, other.shape)):

@@ -1,4 +1,4 @@
-"""Llama 2 and 3 dense models; 3.1 and later stretch the rotary frequencies."""
+"""Llama 2 and 3 dense models; 3.1 and later scale the rotary frequencies (rope type llama3)."""
 
 from __future__ import annotations
 

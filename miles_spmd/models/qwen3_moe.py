@@ -1,4 +1,4 @@
-"""Qwen3 mixture-of-experts models (Qwen3-30B-A3B, 235B-A22B): every layer routes, no shared expert."""
+"""Qwen3 mixture-of-experts models (Qwen3-30B-A3B, 235B-A22B): experts in every layer, without shared experts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from miles_spmd.models.family import Pieces, Shape, Shard, sglang_width, share, 
 from miles_spmd.models.layout import stack
 from miles_spmd.models.qwen3 import Qwen3
 
-# of Transformer Engine's grouped linear; the number is that among the rank's own
+# parameters of Transformer Engine's grouped linear layers; experts are numbered among those of the rank
 EXPERT = re.compile(r"experts\.linear_fc([12])\.weight(\d+)")
 
 
@@ -39,7 +39,7 @@ class Qwen3Moe(Qwen3):
             "moe_ffn_hidden_size": self.expert_ffn_size,
             "moe_router_topk": self.experts_per_token,
             "moe_router_score_function": "softmax",
-            # softmax over the chosen logits = renormalised softmax over all
+            # softmax over the top-k logits equals the renormalised softmax over all
             "moe_router_pre_softmax": not self.config.get("norm_topk_prob", False),
             "moe_router_load_balancing_type": "none",
         }
@@ -80,7 +80,7 @@ class Qwen3Moe(Qwen3):
             return ()
         experts = [f"{prefix}experts.{expert}." for expert in range(self.num_experts)]
         local = shape[1] // 2 if name == "experts.w13_weight" else shape[2]
-        if shape[0] < self.num_experts:  # with ``ep_size``, which SGLang wants to be ``tp_size``, experts are whole
+        if shape[0] < self.num_experts:  # expert parallelism, with SGLang's ep_size equal to tp_size: experts are whole
             first, last = tp.part(self.num_experts, f"{prefix}experts")
             experts, tp, width = experts[first:last], Shard(0, 1), max(self.expert_ffn_size, local)
         else:

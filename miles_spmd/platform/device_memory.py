@@ -1,4 +1,4 @@
-"""How much memory this process's device has, and how much of it is in use: a GPU's, or its share of the host's."""
+"""Total, free and used memory of this process's device: a GPU, or on a CPU this rank's share of the host."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Reading:
-    """Bytes. On a CPU torch keeps no account: ``allocated`` and ``reserved`` are the process's resident memory."""
+    """Bytes. On a CPU ``allocated`` and ``reserved`` are the resident memory of the process: torch does not count."""
 
     total: int
     free: int  # for any process
-    allocated: int  # by torch, for tensors; what torch_memory_saver has taken away for a while is counted all the same
-    reserved: int  # by torch, of the driver
+    allocated: int  # by torch, for tensors, including memory that torch_memory_saver has released
+    reserved: int  # by torch from the driver
     allocated_peak: int  # since the last :func:`reset_peak`
     reserved_peak: int
 
@@ -30,42 +30,43 @@ class Reading:
 
 
 def is_exact() -> bool:
-    """Whether torch keeps account of every byte here."""
+    """Whether torch counts every allocated byte on this device."""
     return torch.cuda.is_available()
 
 
 def read() -> Reading:
+    """Read the memory of this process's current device."""
     if not torch.cuda.is_available():
         return read_host()
     free, total = torch.cuda.mem_get_info()
     stats = torch.cuda.memory_stats()
-    torchs = (stats.get(f"{what}_bytes.all.{when}", 0) for when in ("current", "peak") for what in _COUNTED)
-    return Reading(total, free, *torchs)
+    kinds = ((what, when) for when in ("current", "peak") for what in ("allocated", "reserved"))
+    return Reading(total, free, *(stats.get(f"{what}_bytes.all.{when}", 0) for what, when in kinds))
 
 
 def reset_peak() -> None:
+    """Start a new measurement of the peaks of :class:`Reading`."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        with contextlib.suppress(OSError):  # where the kernel does not let us, the peak is that of the whole run
+        with contextlib.suppress(OSError):  # if Linux does not permit it, the peak is that of the whole run
             Path("/proc/self/clear_refs").write_text("5")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether somebody asked for memory that there is not: torch, a library under it, or SGLang, which when it starts
-    raises errors of all types for that."""
+    """Whether ``error`` means that memory is exhausted. Torch, a library below it or SGLang raises it; SGLang uses
+    several types of errors for that when it starts."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def first_line(error: BaseException) -> str:
-    """What it says, without the account and the advice that follow: torch's own would not work here."""
+    """Return the first line of an error's message, without torch's details and advice, which do not apply here."""
     lines = str(error).splitlines()
     return lines[0].partition(" Including non-PyTorch memory")[0].rstrip(".") if lines else type(error).__name__
 
 
-_COUNTED = ("allocated", "reserved")
 _OUT_OF_MEMORY = (
     "out of memory",  # CUDA, NCCL
     "can't allocate memory",  # torch on a CPU
@@ -76,11 +77,11 @@ _OUT_OF_MEMORY = (
 
 
 def read_host() -> Reading:
-    """This rank's share of the host's memory, and what its process has of it."""
+    """Read this rank's share of the host's memory and the resident memory of its process."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     host = psutil.virtual_memory()
     total, free = host.total, host.available
-    with contextlib.suppress(OSError, ValueError):  # no limit of a container
+    with contextlib.suppress(OSError, ValueError):  # outside of a container without limit
         total = min(total, int((CGROUP / "memory.max").read_text()))
         free = min(free, total - int((CGROUP / "memory.current").read_text()))
     status = Path("/proc/self/status").read_text()

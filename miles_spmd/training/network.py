@@ -175,7 +175,7 @@ class Network:
 
     def read_to_host(self, path: str | Path) -> dict[str, Tensor]:
         """Read the weights of a Hugging Face checkpoint of this model as :meth:`copy_to_host` returns them. Raises
-        CheckpointError."""
+        HuggingFaceCheckpointError."""
         weights = self._on_host()
         hugging_face.load(path, weights, self.layout(), self._family)
         return weights

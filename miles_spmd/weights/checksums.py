@@ -1,4 +1,5 @@
-"""Did the engine get what the trainer sent? Checksums see every bit and its position, where the data lies."""
+"""Compares what the trainer sent with what the engine holds, by checksums that are computed where the data is and
+depend on every bit and its position."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import xxhash
 
 from miles_spmd.weights.transport import Bucket
 
-MAX_NAMES = 8  # tensors spelled out per damaged bucket
+MAX_NAMES = 8  # tensors that a message names per damaged bucket
 
 
 class RefitError(RuntimeError):
@@ -21,14 +22,15 @@ class RefitError(RuntimeError):
 
 
 class Comparisons:
-    """Checksums of one refit, compared on the device and looked at once, at the end."""
+    """The comparisons of one refit. They stay on the device and are read once, at the end, so that the host does not
+    wait for every bucket."""
 
     def __init__(self) -> None:
         self._differs: list[torch.Tensor] = []
         self._buckets: list[tuple[Bucket, int]] = []
 
     def add(self, differs: torch.Tensor, buckets: Sequence[tuple[Bucket, int]]) -> None:
-        """``differs``: bool, one per bucket. Buckets come with the rank that their sources are on."""
+        """``differs``: bool, one per bucket of ``buckets``, which are pairs of a bucket and the rank of its sources."""
         self._differs.append(differs.reshape(-1))
         self._buckets += buckets
 
@@ -50,9 +52,10 @@ def _describe(bucket: Bucket, source_rank: int) -> str:
 
 
 def checksum(buffer: torch.Tensor) -> torch.Tensor:
-    """Order-sensitive checksum of a flat uint8 buffer whose length is a multiple of 4; int64 scalar on its device."""
+    """Return an order-sensitive checksum of a flat uint8 buffer whose length is a multiple of 4, an int64 scalar on its
+    device: xxh3 on a CPU, :func:`~miles_spmd.weights.checksum_kernel.word_sum` on a GPU."""
     if buffer.device.type == "cpu":
         return torch.tensor(xxhash.xxh3_64_intdigest(buffer.numpy().data) - (1 << 63))
-    from miles_spmd.weights.word_sum import word_sum  # needs Triton
+    from miles_spmd.weights.checksum_kernel import word_sum  # needs Triton
 
     return word_sum(buffer)

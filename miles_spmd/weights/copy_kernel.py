@@ -1,7 +1,8 @@
-"""Moves rectangles between GPU tensors, thousands in one launch, and sums up what they hold.
+"""Kernel that copies rectangles between GPU tensors, thousands in one launch, and computes checksums of them.
 
-Work is a table of tiles, built once: which piece of which tensor goes to which piece of which other. Addresses of
-tensors are looked up by number when the kernel runs, so that memory may move between runs.
+The work is a table of tiles, built once; a tile is a part of a source tensor and the part of a target tensor that it is
+copied to. Tiles name tensors by number, and the kernel looks addresses up when it runs, so that memory may move between
+runs.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ import torch
 import triton
 import triton.language as tl
 
-COLUMNS, ROWS = 2048, 16  # of the largest tile
+COLUMNS, ROWS = 2048, 16  # size of the largest tile, in elements
 FIELDS = 11
-VECTOR = 8  # elements: what one thread moves at a time, where everything is a multiple of it
+VECTOR = 8  # elements that a thread copies at a time, if all offsets, strides and widths are multiples of it
 
 
 class Move(NamedTuple):
-    """``rows`` x ``columns`` elements; in each tensor they begin at an offset and rows lie ``stride`` elements apart.
+    """Copy of ``rows`` x ``columns`` elements. Offsets and strides are in elements: where the rectangle starts in the
+    tensor of this number, and the distance of its rows.
 
-    ``position`` numbers the first element among those of the checksum ``bucket``.
+    ``position`` is that of the first element among the elements of the checksum ``bucket``.
     """
 
     source: int
@@ -38,9 +40,11 @@ class Move(NamedTuple):
 
 
 def _tiles(move: Move) -> list[np.ndarray]:
+    """Return tables of tiles, int64 [tiles, FIELDS], that cover ``move``."""
     if move.rows > 1 and not move.columns == move.source_stride == move.target_stride:
         return [_grid(move, move.columns)]
-    # one run of memory on both sides: cut as suits
+    # The elements are contiguous on both sides, so the shape is free: full tiles, and one row for what remains. Norms
+    # and narrow matrices would otherwise be many small tiles.
     rows, rest = divmod(move.rows * move.columns, COLUMNS)
     done = rows * COLUMNS
     body = move._replace(rows=rows, columns=COLUMNS, source_stride=COLUMNS, target_stride=COLUMNS)
@@ -92,9 +96,10 @@ class Launch:
     def __call__(
         self, sources: torch.Tensor, targets: torch.Tensor, sums: torch.Tensor, *, copy: bool, checksum: bool
     ) -> None:
-        """Copy, or only read, the sources; add up into ``sums`` (int64 [buckets]) what they are as targets' values.
+        """Copy the sources (``copy``), and add the checksums of their values, cast to the targets' dtype, to ``sums``,
+        int64 [buckets] (``checksum``).
 
-        ``sources`` and ``targets`` are the tensors' addresses, int64.
+        ``sources`` and ``targets`` are addresses of tensors by number, int64 [tensors], on the device.
         """
         _move_tiles[(self._count,)](
             self._source,
@@ -112,20 +117,20 @@ class Launch:
 
 
 class Kind(NamedTuple):
-    """What one compiled kernel does."""
+    """Moves of one kind are done by one compiled kernel, in one launch."""
 
     source: torch.dtype
     target: torch.dtype
-    aligned: bool  # addresses are multiples of 16 bytes
+    aligned: bool  # addresses are multiples of 16 bytes, and the fields of tiles multiples of VECTOR
 
 
 def launches(moves: Iterable[tuple[Move, Kind]], device: torch.device) -> list[Launch]:
-    """What does all ``moves``, in as few launches as there are kinds."""
+    """Return launches that do all ``moves``, one for each kind."""
     groups: dict[Kind, list[np.ndarray]] = {}
     for move, kind in moves:
         for table in _tiles(move):
-            even = not (table[:, [1, 2, 4, 5, 7]] % VECTOR).any()
-            groups.setdefault(kind._replace(aligned=kind.aligned and even), []).append(table)
+            vectors = not (table[:, [1, 2, 4, 5, 7]] % VECTOR).any()  # offsets, strides, columns
+            groups.setdefault(kind._replace(aligned=kind.aligned and vectors), []).append(table)
     return [Launch(np.concatenate(tables), kind, device) for kind, tables in groups.items()]
 
 
@@ -145,13 +150,15 @@ def _move_tiles(  # type: ignore[no-untyped-def]
     VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The checksum of a bucket is the sum of each element's bits times 2 * position + 1, modulo 2^64. No change of one
-    element goes unseen, nor the exchange of two: both change the sum by a product smaller than 2^64 and not zero.
+    """Copy and sum one tile. The checksum of a bucket is the sum over its elements of their bits times
+    (2 * position + 1), modulo 2^64. It detects every change of one element and every exchange of two: both change the
+    sum by a non-zero product smaller than 2^64.
 
     Both factors have 32 bits (positions count modulo 2^31), because a product of wider ones takes several instructions
-    and an element then costs more to sum up than to move."""
+    and the checksum of an element would then take longer than its copy."""
     tile = table + tl.program_id(0).to(tl.int64) * 11
-    # Addresses are written as distances from a pointer, of which the compiler knows how it is aligned.
+    # Triton cannot make a typed pointer from an integer. Addresses are therefore expressed as distances, in elements,
+    # from the pointer of a small tensor of the dtype (source, target), whose alignment the compiler knows.
     item: tl.constexpr = source.dtype.element_ty.primitive_bitwidth // 8
     item_out: tl.constexpr = target.dtype.element_ty.primitive_bitwidth // 8
     source_at = (tl.load(source_addresses + tl.load(tile)) - source_here) // item + tl.load(tile + 1)
@@ -166,6 +173,7 @@ def _move_tiles(  # type: ignore[no-untyped-def]
     inside = column < columns
     total = tl.zeros([COLUMNS], tl.uint64)
     for row in range(rows):
+        # The hints make vector accesses of 16 bytes; they hold because VECTOR is 1 unless everything is aligned.
         start = tl.multiple_of(source_at + row * source_stride, VECTOR)
         values = tl.load(source + start + column, mask=inside, other=0).to(target.dtype.element_ty)
         if COPY:

@@ -1,7 +1,7 @@
-"""Which rectangle travels from which rank's tensor into which rank's tensor.
+"""Plans which rectangle is copied from which rank's tensor into which rank's tensor.
 
-A pure function of what all ranks hold and want. Every rank computes only its own part (what it copies, sends and
-receives), and any two ranks agree on the order of what goes between them.
+The plan is a pure function of the layouts of all ranks. Every rank computes only its own part (what it copies, sends
+and receives), and any two ranks have the copies between them in the same order.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ Ints = tuple[int, ...]
 
 
 class Holding(msgspec.Struct, frozen=True):
-    """What one rank declares to all others. ``target_dtypes``: torch dtype names by target tensor; ``on_gpu``: whether
-    all sources, and all targets, are on one GPU."""
+    """What one rank holds, which it sends to all others. ``target_dtypes``: torch dtype names by target tensor;
+    ``on_gpu``: whether all sources, and whether all targets, are on one GPU."""
 
     host: str
     sources: list[TensorLayout]
@@ -28,7 +28,8 @@ class Holding(msgspec.Struct, frozen=True):
 
 
 class Place(NamedTuple):
-    """Where a rectangle begins inside a rank's local tensor."""
+    """Where a rectangle starts inside a rank's local tensor; ``lead`` and ``start`` as in :class:`Piece`'s ``lead`` and
+    ``local``."""
 
     rank: int
     tensor: str
@@ -46,7 +47,7 @@ class Copy(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """One rank's part: copies inside this process, by peer what it sends and receives, and the padding it zeroes."""
+    """One rank's part: copies inside its process, copies that it sends and receives by peer, padding to set to zero."""
 
     local: list[Copy]
     sends: dict[int, list[Copy]]
@@ -55,7 +56,7 @@ class Plan(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """A rectangle of a checkpoint tensor, and every rank that holds exactly it."""
+    """A rectangle of a checkpoint tensor, with every rank that holds exactly this rectangle: local tensor and piece."""
 
     start: Ints
     shape: Ints
@@ -63,9 +64,10 @@ class _Held(NamedTuple):
 
 
 def make_plan(holdings: Sequence[Holding], rank: int) -> Plan:
-    """The part of ``rank``. Raises ValueError naming tensor and rectangle when nobody holds what a target needs.
+    """Return the part of ``rank``. Raises ValueError naming tensor and rectangle if no rank holds what a target needs.
 
-    A rank's own slice is preferred, then one on the same host; equal holders take turns, so that no rank serves all.
+    The target's own rank is preferred as the source, then ranks on its host; equal candidates take turns, so that no
+    rank serves all others.
     """
     index = _index(holdings)
     mine = {piece.name for layout in holdings[rank].sources for piece in layout.pieces}
@@ -76,6 +78,7 @@ def make_plan(holdings: Sequence[Holding], rank: int) -> Plan:
                 if target_rank == rank:
                     plan.padding.append((Place(rank, tensor, piece.lead, piece.local), piece.shape))
                 continue
+            # This rank neither sends nor receives it. In a large world that is so for most pieces, and planning cheap.
             if target_rank != rank and piece.name not in mine:
                 continue
             for copy in _copies(index.get(piece.name, []), tensor, piece, target_rank, turn, holdings):
@@ -93,7 +96,7 @@ def _pieces(layouts: list[TensorLayout]) -> Iterator[tuple[str, Piece]]:
 
 
 def _index(holdings: Sequence[Holding]) -> dict[str, list[_Held]]:
-    """Every distinct rectangle that anyone holds, by checkpoint tensor."""
+    """Return every distinct rectangle that any rank holds, by checkpoint tensor."""
     by_rectangle: dict[tuple[str, Ints, Ints], _Held] = {}
     index: dict[str, list[_Held]] = {}
     for rank, holding in enumerate(holdings):
@@ -112,11 +115,10 @@ def _index(holdings: Sequence[Holding]) -> dict[str, list[_Held]]:
 def _copies(
     candidates: list[_Held], tensor: str, need: Piece, target_rank: int, turn: int, holdings: Sequence[Holding]
 ) -> Iterator[Copy]:
-    """Cut the rectangle ``need`` among ``candidates`` until nothing of it is left."""
-    todo = [(need.start, need.shape)]
-    for held in (
-        sorted(candidates, key=lambda held: target_rank not in held.places) if len(candidates) > 1 else candidates
-    ):
+    """Cover the rectangle ``need`` by copies from ``candidates``."""
+    todo = [(need.start, need.shape)]  # parts that no copy covers yet
+    # rectangles of the target's own rank first; the sort is stable, so that all ranks make the same plan
+    for held in sorted(candidates, key=lambda held: target_rank not in held.places):
         rest = []
         for start, shape in todo:
             common = _intersection(start, shape, held)
@@ -151,7 +153,7 @@ def _choose(places: dict[int, tuple[str, Piece]], target_rank: int, turn: int, h
 
 
 def _inside(piece: Piece, start: Ints) -> Ints:
-    """Where the checkpoint position ``start`` lies in the local tensor that ``piece`` belongs to."""
+    """Return where the checkpoint position ``start`` lies in the local tensor that ``piece`` belongs to."""
     return tuple(local + at - first for local, at, first in zip(piece.local, start, piece.start))
 
 
@@ -165,7 +167,10 @@ def _intersection(start: Ints, shape: Ints, held: _Held) -> tuple[Ints, Ints] | 
 
 
 def _difference(start: Ints, shape: Ints, hole_start: Ints, hole_shape: Ints) -> Iterator[tuple[Ints, Ints]]:
-    """Disjoint rectangles that make up a rectangle less a hole inside it."""
+    """Yield disjoint rectangles that together are the rectangle without a hole inside it.
+
+    Dimension by dimension: the slabs before and after the hole, which in the dimensions before are as wide as the hole
+    (the rest there is in earlier slabs) and in those after as wide as the whole rectangle."""
     for dim, (first, size, hole, hole_size) in enumerate(zip(start, shape, hole_start, hole_shape)):
         for low, high in ((first, hole), (hole + hole_size, first + size)):
             if low < high:

@@ -1,6 +1,6 @@
-"""Memory of other processes on this host, mapped into this one through CUDA's inter-process handles.
+"""Maps memory of other processes on this host into this one through CUDA's inter-process handles.
 
-Only what cudaMalloc gave can be exported, as the trainer's memory is; an engine's is mapped by torch_memory_saver.
+Only memory from cudaMalloc can be exported, as the trainer's is; torch_memory_saver maps an engine's in another way.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import msgspec
 
 
 class Export(msgspec.Struct, frozen=True):
-    """A tensor in an allocation of another process."""
+    """Where a tensor lies in an allocation of another process."""
 
     handle: bytes
-    offset: int  # bytes
+    offset: int  # bytes from the start of the allocation
 
 
 class MappingError(RuntimeError):
-    """The memory cannot be exported, or not be reached from this GPU."""
+    """The memory cannot be exported, or this GPU cannot access it."""
 
 
 class _Handle(ctypes.Structure):
@@ -27,7 +27,7 @@ class _Handle(ctypes.Structure):
 
 
 def export(address: int) -> Export:
-    """Of device memory of this process. Raises MappingError."""
+    """Return what other processes need to map the allocation of a device address. Raises MappingError."""
     base, size = ctypes.c_uint64(), ctypes.c_size_t()
     _call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(address))
     handle = _Handle()
@@ -36,7 +36,7 @@ def export(address: int) -> Export:
 
 
 def address(exported: Export) -> int:
-    """Where the tensor lies in this process. An allocation is mapped once and stays so. Raises MappingError."""
+    """Return the tensor's address in this process. An allocation is mapped once and for good. Raises MappingError."""
     return _open(exported.handle) + exported.offset
 
 

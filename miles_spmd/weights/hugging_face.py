@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: read only the slices that a rank holds; write from any layout."""
+"""Hugging Face checkpoints: load only the slices that a rank holds; export from any layout."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from miles_spmd.weights.refit import Refit
 from miles_spmd.weights.transport import raise_together
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-COPIED = {".json", ".jinja", ".model", ".tiktoken", ".txt"}  # tokenizer, chat template, generation config
+COPIED = {".json", ".jinja", ".model", ".tiktoken", ".txt"}  # of tokenizer, chat template, generation config
 MAX_PROBLEMS = 20
 
 
-class CheckpointError(ValueError):
-    """Everything that is wrong with a checkpoint folder, one line each."""
+class HuggingFaceCheckpointError(ValueError):
+    """A Hugging Face checkpoint that cannot be loaded; the message has one line for each problem."""
 
     def __init__(self, folder: Path, problems: list[str]) -> None:
         more = [f"... and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
@@ -41,31 +41,31 @@ class CheckpointError(ValueError):
 def load(path: str | Path, weights: Mapping[str, torch.Tensor], layouts: list[TensorLayout], family: Family) -> None:
     """Fill ``weights`` in place with this rank's slices of the checkpoint in ``path``, cast to their dtypes.
 
-    ``family`` is the model that ``weights`` belong to. A rank reads its own slices only and talks to no other. A value
-    head begins with zeros where the checkpoint has none, being a policy's. A folder of ``random:`` has no files: its
-    weights are made up, the same for every layout.
-    Raises CheckpointError naming every missing or truncated file, missing tensor and wrong shape at once, before any
-    weight has changed; ValueError when a layout does not fill its tensor.
+    ``family`` is the model that ``weights`` belong to. A rank reads its own slices only, without collectives. A value
+    head is set to zeros if the checkpoint, one of a policy, has none. A folder of ``random:`` has no safetensors: its
+    weights are random, and equal for every layout.
+    Raises HuggingFaceCheckpointError naming every missing or truncated file, missing tensor and wrong shape at once,
+    before any weight has changed; ValueError when a layout does not fill its tensor.
     """
-    wanted: dict[str, list[tuple[torch.Tensor, Piece]]] = defaultdict(list)
+    places: dict[str, list[tuple[torch.Tensor, Piece]]] = defaultdict(list)
     for layout in layouts:
         local = weights[layout.local_name]
         check_filled(layout.local_name, tuple(local.shape), layout.pieces)
         for piece in layout.pieces:
-            wanted[piece.name].append((local[region(piece.lead, piece.local, piece.shape)], piece))
-    padding = wanted.pop(PADDING, [])
+            places[piece.name].append((local[region(piece.lead, piece.local, piece.shape)], piece))
+    padding = places.pop(PADDING, [])
     with ExitStack() as opened:
-        shapes = {name: family.checkpoint_tensors()[name] for name in wanted}
+        shapes = {name: family.checkpoint_tensors()[name] for name in places}
         if (Path(path) / NO_WEIGHTS).is_file():
             device = next(iter(weights.values())).device
             slices = random_slices(shapes, family.config.get("initializer_range", 0.02), device)
         else:
             slices = _Reader(Path(path), opened).slices(shapes)
-        for name, places in wanted.items():
+        for name, targets in places.items():
             if name not in slices:
-                padding += places
+                padding += targets
                 continue
-            for target, piece in places:
+            for target, piece in targets:
                 target.copy_(slices[name][region((), piece.start, piece.shape)])
     for target, _ in padding:
         target.zero_()
@@ -76,7 +76,7 @@ class _Index(msgspec.Struct):
 
 
 class _Reader:
-    """The safetensors files of a folder, opened while ``opened`` lives, and what is wrong with them."""
+    """The safetensors files of a folder, and the problems found in them. ``opened`` closes the files."""
 
     def __init__(self, folder: Path, opened: ExitStack) -> None:
         self.folder, self.opened = folder, opened
@@ -84,7 +84,8 @@ class _Reader:
         self.files: dict[str, tuple[Any, set[str]]] = {}  # by name: open file, names of its tensors
 
     def slices(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        """Lazy slices of the tensors with these names, of these shapes, which must exist but for a value head."""
+        """Return lazy slices of the tensors with these names; only a value head may be missing. Raises
+        HuggingFaceCheckpointError when tensors are missing or have other shapes."""
         file_of = self._file_of_tensor()
         found = {}
         for name, shape in () if self.problems else shapes.items():
@@ -100,15 +101,16 @@ class _Reader:
             elif file is not None:
                 self.problems.append(f"{file_of[name]}: tensor {name} is missing, though the index lists it here")
         if self.problems:
-            raise CheckpointError(self.folder, self.problems)
+            raise HuggingFaceCheckpointError(self.folder, self.problems)
         return found
 
     def _file_of_tensor(self) -> dict[str, str]:
+        """Return the file of every tensor in the checkpoint."""
         if (self.folder / SINGLE_FILE).is_file():
             return dict.fromkeys(self._open(SINGLE_FILE)[1], SINGLE_FILE)
         index = self.folder / INDEX_FILE
         if not index.is_file():
-            self.problems.append(f"neither {SINGLE_FILE} nor {INDEX_FILE} is there (other formats are not read)")
+            self.problems.append(f"neither {SINGLE_FILE} nor {INDEX_FILE} exists (other formats are not supported)")
             return {}
         try:
             return msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
@@ -117,7 +119,8 @@ class _Reader:
             return {}
 
     def _open(self, name: str) -> tuple[Any, set[str]]:
-        """The file and its tensors' names; None and nothing when it cannot be opened, which is noted once."""
+        """Return the file and the names of its tensors; None and no names if it cannot be opened, which is added to the
+        problems once."""
         if name not in self.files:
             self.files[name] = (None, set())
             try:
@@ -126,7 +129,7 @@ class _Reader:
             except FileNotFoundError:
                 self.problems.append(f"{name} is missing")
             except SafetensorError as error:
-                self.problems.append(f"{name} is truncated or no safetensors file: {error}")
+                self.problems.append(f"{name} is truncated or not a safetensors file: {error}")
         return self.files[name]
 
 
@@ -144,10 +147,11 @@ def export(
 ) -> None:
     """Write the model that the ranks of ``group`` hold together as a Hugging Face checkpoint folder, on its rank 0.
 
-    All ranks call it. ``family`` is the model; its configuration and tokenizer files come from ``source_config_dir``.
-    A model with a value head becomes a sequence classifier with one label, as transformers knows it. ``dtype``: of the
-    files; default: that of the weights. Rank 0 needs the memory of one shard. The folder appears whole or not at all;
-    one that is already there is replaced. Raises ValueError on every rank when rank 0 cannot write.
+    All ranks call it. ``family`` is the model; its configuration and tokenizer files are copied from
+    ``source_config_dir``. A model with a value head becomes one of transformers' sequence classifiers with one label.
+    ``dtype`` is that of the files, by default that of the weights. Rank 0 needs host memory for one shard of
+    ``shard_bytes``. The folder appears complete or not at all; an existing one is replaced. Raises ValueError on every
+    rank when rank 0 cannot write.
     """
     folder, source = Path(path), Path(source_config_dir)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -156,18 +160,19 @@ def export(
     shards = _shards(shapes, dtype.itemsize, shard_bytes)
     _on_writer(group, _begin, partial, source, family, dtype, shards)
     for file, names in shards.items():
-        wanted = {name: shapes[name] for name in names} if dist.get_rank(group) == 0 else {}
-        tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in wanted.items()}
-        targets = [TensorLayout(name, whole(name, shape)) for name, shape in wanted.items()]
-        here = set(names)
-        sources = [layout for layout in layouts if not here.isdisjoint(piece.name for piece in layout.pieces)]
+        # A refit whose only receiver is rank 0, with a layout of whole checkpoint tensors.
+        written = names if dist.get_rank(group) == 0 else []
+        tensors = {name: torch.empty(shapes[name], dtype=dtype) for name in written}
+        targets = [TensorLayout(name, whole(name, shapes[name])) for name in written]
+        in_shard = set(names)
+        sources = [layout for layout in layouts if not in_shard.isdisjoint(piece.name for piece in layout.pieces)]
         Refit(weights, sources, tensors, targets, bucket_bytes=bucket_bytes, group=group).run()
         _on_writer(group, save_file, tensors, partial / file, {"format": "pt"})
     _on_writer(group, _publish, partial, folder)
 
 
 def _on_writer(group: dist.ProcessGroup | None, function: Callable[..., None], *args: Any) -> None:
-    """Call on rank 0; when that fails, fail on all ranks."""
+    """Call ``function`` on rank 0; when it fails there, raise ValueError on all ranks."""
     problem = ""
     if dist.get_rank(group) == 0:
         try:
@@ -178,7 +183,7 @@ def _on_writer(group: dist.ProcessGroup | None, function: Callable[..., None], *
 
 
 def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) -> dict[str, list[str]]:
-    """Tensor names by file, in order, each file of at most ``limit`` bytes unless one tensor is larger."""
+    """Return tensor names by file, in order; a file has at most ``limit`` bytes unless a single tensor is larger."""
     shards: list[list[str]] = []
     filled = limit
     for name, shape in shapes.items():
@@ -194,7 +199,7 @@ def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) ->
 
 
 def _begin(partial: Path, source: Path, family: Family, dtype: torch.dtype, shards: Mapping[str, list[str]]) -> None:
-    """Everything but the weights."""
+    """Write everything except the weights into the folder ``partial``."""
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     partial.mkdir(parents=True)
     for file in source.iterdir():
@@ -214,6 +219,7 @@ def _begin(partial: Path, source: Path, family: Family, dtype: torch.dtype, shar
 
 
 def _publish(partial: Path, folder: Path) -> None:
+    """Move ``partial`` to ``folder`` and delete what was there."""
     replaced = folder.with_name(f".{folder.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():

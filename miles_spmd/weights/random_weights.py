@@ -1,4 +1,4 @@
-"""Weights made up on the spot, element by element: a rank makes its own slices only, on its own device."""
+"""Random weights as a function of name and position: a rank computes its own slices only, on its own device."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-CHUNK = 1 << 24  # elements at a time; each takes three words of 8 bytes meanwhile
+CHUNK = 1 << 24  # elements that are computed at a time; each needs three temporary words of 8 bytes
 
 
 class RandomTensor:
-    """A tensor of which every element is a function of the tensor's name and the element's place.
+    """A tensor in which every element is a function of the tensor's name and the element's position.
 
-    Norms are 1 and biases 0, as a new model has them; all else is uniform with standard deviation ``std``.
+    Norms are 1 and biases 0, as in a new model; all other tensors are uniform with standard deviation ``std``.
     """
 
     def __init__(self, name: str, shape: tuple[int, ...], std: float, device: torch.device) -> None:
         self.name, self.shape, self.std, self.device = name, shape, std, device
 
     def __getitem__(self, region: tuple[slice, ...]) -> torch.Tensor:
-        """The rectangle in fp32, on the device."""
+        """Return the rectangle in fp32, on the device."""
         shape = [at.stop - at.start for at in region]
         if len(shape) == 1:
             return torch.full(shape, 0.0 if self.name.endswith("bias") else 1.0, device=self.device)
@@ -34,18 +34,19 @@ class RandomTensor:
         for first in range(0, shape[0], each):
             part = values[first : first + each]
             row = torch.arange(rows.start + first, rows.start + first + len(part), device=self.device)
-            places = row[:, None] * self.shape[1] + column
-            part.copy_(_mix(places.mul_(_GOLDEN).add_(seed)) >> 40 & 0xFFFFFF)
+            positions = row[:, None] * self.shape[1] + column
+            part.copy_(_mix(positions.mul_(_GOLDEN).add_(seed)) >> 40 & 0xFFFFFF)
+        # 24 bits are exact in fp32; the width of a uniform distribution is sqrt(12) standard deviations
         return values.add_(0.5 - 2**23).mul_(2**-24 * self.std * math.sqrt(12))
 
 
 def random_slices(shapes: Mapping[str, tuple[int, ...]], std: float, device: torch.device) -> dict[str, Any]:
-    """To be indexed as the lazy slices of a safetensors file are."""
+    """Return random tensors by name, which are indexed as the lazy slices of a safetensors file."""
     return {name: RandomTensor(name, shape, std, device) for name, shape in shapes.items()}
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's finaliser, in place. Its shifts are logical; torch's copy the sign, which the masks take off."""
+    """Apply SplitMix64's finaliser in place. Its shifts are logical; torch's copy the sign, which the masks remove."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x ^= x >> shift & (1 << 64 - shift) - 1
         x *= factor - (1 << 64)

@@ -1,4 +1,4 @@
-"""Refit: give the engine the trainer's weights, whatever the parallel layouts of the two."""
+"""Refit: copy the trainer's weights into the engine, for any parallel layouts of the two."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from miles_spmd.weights.copy_plan import Holding, Plan, make_plan
 from miles_spmd.weights.transport import ALIGNMENT, Bucket, exchange, gather, make_buckets, raise_together, rectangle
 
 if TYPE_CHECKING:
-    from miles_spmd.weights.direct import DirectRefit
+    from miles_spmd.weights.direct_refit import DirectRefit
 
 
 class RefitCounts(msgspec.Struct, frozen=True):
-    """What one refit moved into this rank's engine, in bytes of the engine's dtypes."""
+    """What one refit copied into this rank's engine, in bytes of the engine's dtypes."""
 
     bytes_local: int
     bytes_received: int
-    checksum_mismatches: int = 0  # any other number is a RefitError
+    checksum_mismatches: int = 0  # never another number: a mismatch raises RefitError
 
 
 class Refit:
     """Plans once, runs many times. All ranks of ``group`` (default: the world) construct and run it together.
 
-    ``weights`` and ``engine_weights`` map local names to tensors; ``layouts`` and ``engine_layouts`` say where they lie
-    in checkpoint coordinates. The tensor objects must stay the same from run to run; their storage need not, but for
-    that of ``weights`` which ranks on the same host read. A rank without trainer or engine passes empty ones. Between
-    GPUs of one host weights go straight from tensor to tensor; elsewhere through buffers of two buckets of
+    ``weights`` and ``engine_weights`` map local names to tensors; ``layouts`` and ``engine_layouts`` are their layouts
+    in checkpoint coordinates. The tensor objects must stay the same from run to run; their storage may change, except
+    for ``weights`` that other ranks on the same host read. A rank without trainer or engine passes empty ones. Between
+    GPUs of one host weights are copied directly from tensor to tensor, otherwise through buffers for two buckets of
     ``bucket_bytes``.
 
-    Raises ValueError when a layout does not fill its tensor exactly, or nobody holds what an engine needs.
+    Raises ValueError when a layout does not fill its tensor exactly, or no rank holds what an engine needs.
     """
 
     def __init__(
@@ -76,11 +76,12 @@ class Refit:
         self._direct = self._make_direct(holdings)
 
     def _make_direct(self, holdings: list[Holding]) -> DirectRefit | None:
-        """Take over what goes from GPU to GPU of one host, if the memory of others can be mapped here. All ranks come
-        to the same conclusion."""
+        """Return the direct part, with the buckets between GPUs of one host, and take these out of the other parts. If
+        a rank cannot map the memory of others, only copies inside ranks are direct. All ranks decide alike, from
+        ``holdings`` and the result of the collective :func:`map_peers`."""
         if not all(any(holding.on_gpu[side] for holding in holdings) for side in (0, 1)):
             return None
-        from miles_spmd.weights.direct import DirectRefit, map_peers  # needs Triton
+        from miles_spmd.weights.direct_refit import DirectRefit, map_peers  # needs Triton
 
         def direct(source: int, target: int) -> bool:
             a, b = holdings[source], holdings[target]
@@ -98,6 +99,7 @@ class Refit:
         return DirectRefit(self.weights, self.engine_weights, pulls, serves, shared, self.device, self.group)
 
     def _plan(self, holdings: list[Holding]) -> Plan:
+        """Raises ValueError on all ranks if one of them has a problem."""
         plan, problem = Plan([], {}, {}, []), ""
         try:
             check_layouts(self.weights, holdings[self.rank].sources)
@@ -131,7 +133,7 @@ class Refit:
                 comparisons.add(sent != written, [(bucket, self.rank)])
 
     def _copy_remote(self, comparisons: Comparisons) -> None:
-        """In rounds, in which a rank sends to one rank and receives from one."""
+        """Send and receive in rounds; in a round, a rank sends to one rank and receives from one."""
         outbox = self._buffer(bucket for buckets in self.sends.values() for bucket in buckets)
         inbox = self._buffer(bucket for buckets in self.receives.values() for bucket in buckets)
         for to, source in self._rounds():
@@ -143,7 +145,11 @@ class Refit:
                     self._unpack(received, inbox, source, comparisons)
 
     def _rounds(self) -> Iterator[tuple[int, int]]:
-        """To whom and from whom; this rank itself where there is nobody. A sender comes to all receivers in turn."""
+        """Yield, for every round, the rank to send to and the rank to receive from; this rank itself stands for none.
+
+        Over all rounds a sender has every receiver once, and in each round no rank serves two others. Sender i sends to
+        receiver i + turn, so that receiver j receives from sender j - turn (modulo ``count``); the shorter list is
+        filled up with this rank."""
         count = max(len(self.senders), len(self.receivers))
         senders, receivers = ([*ranks, *[self.rank] * (count - len(ranks))] for ranks in (self.senders, self.receivers))
         for turn in range(count):
@@ -152,7 +158,8 @@ class Refit:
             yield to, source
 
     def _pack(self, bucket: Bucket, buffer: torch.Tensor) -> torch.Tensor:
-        """The bucket in flat form with its checksum behind it. Casting here sends what the engine needs, no more."""
+        """Return the bucket in flat form, followed by its checksum, as a view of ``buffer``. Values are cast before
+        they are sent, so that no more bytes are sent than the engine has."""
         torch._foreach_copy_(bucket.segments(buffer), bucket.sources(self.weights))
         if self.checksums:
             _trailer(bucket, buffer).copy_(checksum(buffer[: bucket.nbytes]))
@@ -171,7 +178,8 @@ class Refit:
 
 
 def _packed_checksum(bucket: Bucket, rectangles: list[torch.Tensor], buffer: torch.Tensor) -> torch.Tensor:
-    """Checksum of what the rectangles hold now. The gaps between them keep what ``buffer`` had, on both sides."""
+    """Return the checksum of what the rectangles hold now. It includes the gaps of ``buffer`` between them; these are
+    equal on both sides, because the receiver computes it in the buffer that it received."""
     torch._foreach_copy_(bucket.segments(buffer), rectangles)
     return checksum(buffer[: bucket.nbytes])
 
@@ -181,7 +189,7 @@ def _trailer(bucket: Bucket, buffer: torch.Tensor) -> torch.Tensor:
 
 
 def _on_one_gpu(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a kernel can take them all: there are some, on one GPU, elements of a row next to each other."""
+    """Whether one kernel can copy all of them: there are tensors, on one GPU, with contiguous rows."""
     devices = {tensor.device for tensor in tensors.values()}
     return (
         len(devices) == 1

@@ -1,4 +1,4 @@
-"""Moving planned rectangles: straight into the target inside a process, in flat bounded buckets between ranks."""
+"""Buckets of planned rectangles, and the collectives by which ranks exchange them and agree."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from miles_spmd.models.layout import region
 from miles_spmd.weights.copy_plan import Copy, Ints, Place
 
 T = TypeVar("T")
-ALIGNMENT = 16  # bytes: any dtype can be viewed at a multiple of it
+ALIGNMENT = 16  # bytes; any dtype can be viewed at a multiple, and it is the size of a vector access on a GPU
 
 
 class Bucket(NamedTuple):
-    """Rectangles that travel together, in the dtypes of their targets, each at its own offset of a flat buffer."""
+    """Rectangles that are sent together in a flat buffer, in the dtypes of their targets. ``offsets`` are in bytes;
+    between rectangles the buffer has gaps, so that each is aligned."""
 
     copies: list[Copy]
     dtypes: list[torch.dtype]
@@ -27,7 +28,7 @@ class Bucket(NamedTuple):
 
     @property
     def payload(self) -> int:
-        """Bytes of weights; ``nbytes`` counts the gaps of alignment too."""
+        """Bytes of weights; ``nbytes`` includes the gaps."""
         return sum(prod(copy.shape) * dtype.itemsize for copy, dtype in zip(self.copies, self.dtypes))
 
     def sources(self, weights: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -37,7 +38,7 @@ class Bucket(NamedTuple):
         return [rectangle(weights, copy.target, copy.shape) for copy in self.copies]
 
     def segments(self, buffer: torch.Tensor) -> list[torch.Tensor]:
-        """The rectangles as views of a uint8 ``buffer``."""
+        """Return the rectangles as views of a uint8 ``buffer``."""
         return [
             buffer[offset : offset + prod(copy.shape) * dtype.itemsize].view(dtype).view(copy.shape)
             for copy, dtype, offset in zip(self.copies, self.dtypes, self.offsets)
@@ -45,19 +46,21 @@ class Bucket(NamedTuple):
 
 
 def rectangle(tensors: Mapping[str, torch.Tensor], place: Place, shape: Ints) -> torch.Tensor:
-    """A view of the rectangle. Made anew in every refit: storage moves when trainer or engine releases memory."""
+    """Return a view of the rectangle. Views are made anew in every refit, because storages change when trainer or
+    engine releases memory."""
     return tensors[place.tensor][region(place.lead, place.start, shape)]
 
 
 def gather(value: T, kind: type[T], group: dist.ProcessGroup | None) -> list[T]:
-    """Every rank's ``value``, of a type that msgspec encodes, by rank."""
+    """Return every rank's ``value``, by rank; its type ``kind`` is one that msgspec encodes. Collective."""
     encoded: list[bytes] = [b""] * dist.get_world_size(group)
     dist.all_gather_object(encoded, msgspec.msgpack.encode(value), group=group)
     return [msgspec.msgpack.decode(data, type=kind) for data in encoded]
 
 
 def raise_together(problem: str, group: dist.ProcessGroup | None) -> None:
-    """Raise ValueError on every rank of ``group`` when any rank has a problem, so that none waits for the others."""
+    """Raise ValueError on every rank of ``group`` if any rank has a problem, so that no rank waits for the others in a
+    later collective. Collective."""
     problems: list[str] = [""] * dist.get_world_size(group)
     dist.all_gather_object(problems, problem, group=group)
     if any(problems):
@@ -65,7 +68,8 @@ def raise_together(problem: str, group: dist.ProcessGroup | None) -> None:
 
 
 def make_buckets(copies: Sequence[Copy], dtypes: Mapping[str, torch.dtype], limit: int) -> list[Bucket]:
-    """Fill buckets of at most ``limit`` bytes in order; ``dtypes`` by target tensor. Sender and receiver make the same.
+    """Distribute ``copies`` in order over buckets of at most ``limit`` bytes; ``dtypes`` by target tensor. Sender and
+    receiver compute equal buckets from equal copies, so that only data is sent.
 
     A rectangle larger than a bucket is cut between rows; a single row may exceed the limit.
     """
@@ -85,6 +89,7 @@ def make_buckets(copies: Sequence[Copy], dtypes: Mapping[str, torch.dtype], limi
 
 
 def _cut(copy: Copy, rows: int) -> Iterator[Copy]:
+    """Yield ``copy`` in parts of at most ``rows`` rows."""
     for first in range(0, copy.shape[0], rows):
         yield Copy(
             copy.name,

@@ -20,7 +20,7 @@ import msgspec
 
 from miles_spmd.config.load import config_digest
 from miles_spmd.config.schema import Config
-from miles_spmd.platform import fixed_order
+from miles_spmd.platform.determinism import pin_environment
 from miles_spmd.protocol.credentials import Credentials
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.messages import Command, Failure, Feed, Hello, Ok, RankInfo, Reply, Stop
@@ -134,7 +134,7 @@ def next_command(dealer: Dealer) -> Command:
 def join(config: Config, place: Place, controller: ControllerProcess | None) -> tuple[Credentials, Side]:
     """Meet the other ranks: torch.distributed's groups, and the way to the controller, through one store."""
     if config.determinism.deterministic:
-        fixed_order.pin_environment()
+        pin_environment()
     import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous

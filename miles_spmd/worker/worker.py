@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from miles_spmd.config.schema import Config
-from miles_spmd.generation.engine import Engine
+from miles_spmd.generation.engine import FACTORIES, Engine
 from miles_spmd.planning.kv_cache import needed_tokens
-from miles_spmd.platform import fixed_order
+from miles_spmd.platform.determinism import deterministic_kernels
 from miles_spmd.protocol import messages
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.training.roles import Roles
@@ -24,15 +24,14 @@ from miles_spmd.worker.world import Side
 
 
 def make_engine(config: Config) -> Engine:
-    """The kind that ``rollout.engine`` names; imports no other."""
+    """Build this rank's part of the engine that ``rollout.engine`` names; SGLang is imported only for "sglang"."""
     table = dict(config.sglang)
     if config.determinism.deterministic and torch.cuda.is_available():
-        table["enable_deterministic_inference"] = True  # answers do not depend on what else is computed
+        table["enable_deterministic_inference"] = True  # responses do not depend on what else is computed
     context_length = table.pop("context_length", None)
-    if config.rollout.engine == "torch":
-        from miles_spmd.generation.torch_engine import TorchEngine
-
-        return TorchEngine(config.model.hf_checkpoint, dtype=config.model.dtype, context_length=context_length)
+    if config.rollout.engine != "sglang":
+        factory = FACTORIES.resolve(config.rollout.engine)
+        return factory(config.model.hf_checkpoint, dtype=config.model.dtype, context_length=context_length)
     from miles_spmd.generation.sglang.engine import SglangEngine
 
     return SglangEngine(
@@ -63,7 +62,6 @@ class Worker:
     ) -> None:
         self.ledger = ledger
         self._config, self._rank, self._dealer, self._watch, self._progress = config, rank, dealer, watch, progress
-        self.engine_size = 1 if config.rollout.engine == "torch" else int(config.sglang.get("tp_size", 1))
         self._roles: Roles | None = None
         if side.trains:
             with watch("trainer"):
@@ -84,8 +82,8 @@ class Worker:
         self.ledger.built(engine.memory)
         self.ledger.record("engine built")
         if not side.trains:
-            return EngineSide(config, engine, self.engine_size, side.everyone, watch, self.ledger)
-        return DeviceTurns(config, engine, self.engine_size, self.roles, watch, self.ledger)
+            return EngineSide(config, engine, engine.size, side.everyone, watch, self.ledger)
+        return DeviceTurns(config, engine, engine.size, self.roles, watch, self.ledger)
 
     @property
     def trainer_rank(self) -> messages.TrainerRank | None:
@@ -98,7 +96,7 @@ class Worker:
     def engine_rank(self) -> messages.EngineRank | None:
         if not isinstance(self._generation, DeviceTurns | EngineSide):
             return None
-        engine, place = divmod(dist.get_rank(), self.engine_size)
+        engine, place = divmod(dist.get_rank(), self._generation.engine.size)
         return messages.EngineRank(engine, leader=place == 0)
 
     @property
@@ -116,7 +114,7 @@ class Worker:
     def do(self, body: messages.Body) -> messages.Result:
         """One command; raises whatever its part raises."""
         trains = isinstance(body, messages.ComputeLogProbs | messages.ComputeValues | messages.TrainStep)
-        with fixed_order.kernels() if trains and self._config.determinism.deterministic else nullcontext():
+        with deterministic_kernels() if trains and self._config.determinism.deterministic else nullcontext():
             return self._do(body)
 
     def _do(self, body: messages.Body) -> messages.Result:

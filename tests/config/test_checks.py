@@ -16,6 +16,7 @@ from tests.ranks import Ranks
 
 TE = "megatron.transformer_impl=transformer_engine"
 EXACT = "parity=bitwise"
+OTHER_ENGINE = "tests.reference_engine:TorchEngine"
 
 
 @pytest.mark.parametrize(
@@ -77,8 +78,10 @@ EXACT = "parity=bitwise"
         (f"{TE} megatron.fp8=hybrid megatron.fp8_param=true", "megatron.fp8_param: must be false"),
         (f"{TE} megatron.fp8=hybrid megatron.fp8_dot_product_attention=true", "must be false; attention"),
         (f"{TE} megatron.fp8=hybrid", "128 must divide the model's"),
+        ("engine=torch", "rollout.engine: must be sglang or `module:function` (this engine is 'tests.reference_engine"),
+        ("engine=vllm", "rollout.engine: must be sglang or `module:function`, got 'vllm'"),
         ("sglang.tp_size=4", "engines of 4 ranks do not divide the 2 that generate"),
-        (f"{EXACT} engine=torch", "rollout.engine: parity needs 'sglang'"),
+        (f"{EXACT} engine={OTHER_ENGINE}", "rollout.engine: parity needs 'sglang'"),
         (f"{EXACT} sglang.attention_backend=flashinfer", "sglang.attention_backend: parity needs 'fa3'"),
         (f"{EXACT} sglang.decode_attention_backend=triton", "sglang.decode_attention_backend: parity needs that of"),
         (f"{EXACT} sglang.model_impl=transformers", "sglang.model_impl: parity needs 'auto'"),
@@ -136,7 +139,7 @@ TP2 = ["megatron.tensor_model_parallel_size=2", "sglang.tp_size=2"]
         (["sglang.attention_backend=torch_native"], HOPPER, ["sglang.attention_backend"]),
         (["mode=sft"], HOPPER, ["run.mode"]),
         (TP2, HOPPER, ["sglang.tp_size"]),
-        (["engine=torch", "rollout_top_p=0.9"], HOPPER, ["rollout.engine", "rollout.rollout_top_p"]),
+        ([f"engine={OTHER_ENGINE}", "rollout_top_p=0.9"], HOPPER, ["rollout.engine", "rollout.rollout_top_p"]),
         (["sglang.tp_size=2"], HOPPER, ["sglang.tp_size"] * 2),
         (TP2[:1], HOPPER, ["sglang.tp_size"]),
         (["mismatch_budget={max=0.5}"], HOPPER, ["determinism.mismatch_budget"]),

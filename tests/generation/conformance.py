@@ -28,7 +28,7 @@ TOLERANCE = 2e-5  # fp32 against float64
 def engine_of(kind: str, folder: Path, **server_args: Any) -> Iterator[Engine]:
     """An engine with the weights of ``folder`` as version 0."""
     if kind == "torch":
-        from miles_spmd.generation.torch_engine import TorchEngine
+        from tests.reference_engine import TorchEngine
 
         engine: Any = TorchEngine(folder, dtype="float32")
     else:

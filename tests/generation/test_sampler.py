@@ -1,4 +1,4 @@
-"""The seeded draw: right in distribution, and a function of seed and position alone."""
+"""Seeded sampling: right in distribution, and a function of seed and position alone."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from tests.ranks import Ranks
 
 
 def distribution() -> None:
-    from miles_spmd.generation.sglang.sampler import draw, uniform
+    from miles_spmd.generation.sglang.sampler import sample, uniform
 
     n = 100_000
     probs = torch.tensor([0.5, 0.0, 0.25, 0.125, 0.1, 0.0249, 0.0001])
     log_probs = probs.log().expand(n, -1)
     same, counting = torch.full((n,), 123), torch.arange(n)
     for seeds, positions in [(same, counting), (counting, same), (counting << 40, same), (-counting, counting % 7)]:
-        tokens = draw(log_probs, seeds, positions)
+        tokens = sample(log_probs, seeds, positions)
         counts = torch.bincount(tokens, minlength=len(probs))
         assert counts[1] == 0
         error = (counts / n - probs).abs()
@@ -32,11 +32,11 @@ def distribution() -> None:
     # the scale of the weights does not matter, nor where a row stands
     mixed = torch.randn(50, 1000, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
     seeds, positions = torch.arange(50) * 0x123456789ABCDEF, torch.arange(50) % 5
-    tokens = draw(mixed, seeds, positions)
-    assert torch.equal(draw(mixed.flip(0), seeds.flip(0), positions.flip(0)).flip(0), tokens)
-    assert torch.equal(draw(mixed + 3, seeds, positions), tokens)
+    tokens = sample(mixed, seeds, positions)
+    assert torch.equal(sample(mixed.flip(0), seeds.flip(0), positions.flip(0)).flip(0), tokens)
+    assert torch.equal(sample(mixed + 3, seeds, positions), tokens)
     assert len(set(uniform(seeds, positions).tolist())) == 50
 
 
-def test_draw(ranks: Ranks) -> None:
+def test_sample(ranks: Ranks) -> None:
     ranks.run(1, distribution)

@@ -75,7 +75,7 @@ def refit_times(
     from miles_spmd.generation.sglang.engine import SglangEngine
     from miles_spmd.models import load_family
     from miles_spmd.training.network import Network
-    from miles_spmd.weights import direct
+    from miles_spmd.weights import direct_refit
     from miles_spmd.weights.refit import Refit
     from miles_spmd.worker.world import take_side
 
@@ -89,9 +89,9 @@ def refit_times(
     wanted = (engine.weights(), engine.layout()) if engine else ({}, [])
     times: dict[str, list[float]] = {}
     arrived: list[dict[str, torch.Tensor]] = []
-    map_peers = direct.map_peers
+    map_peers = direct_refit.map_peers
     for way, mapping in (("NVLink", map_peers), ("NCCL", lambda *_: None)):
-        direct.map_peers = mapping
+        direct_refit.map_peers = mapping
         refit = Refit(*held, *wanted, bucket_bytes=256 << 20, group=side.everyone)
         for tensor in wanted[0].values():
             tensor.zero_()
@@ -107,7 +107,7 @@ def refit_times(
                 if repeat > 2:
                     times[name].append(1e3 * (time.perf_counter() - began))
         arrived.append({tensor_name: tensor.clone() for tensor_name, tensor in wanted[0].items()})
-    direct.map_peers = map_peers
+    direct_refit.map_peers = map_peers
     assert all(torch.equal(tensor, arrived[1][tensor_name]) for tensor_name, tensor in arrived[0].items())
     if engine is not None:
         assert all(tensor.count_nonzero() > tensor.numel() // 2 for tensor in arrived[0].values())

@@ -45,27 +45,27 @@ def test_engine(ranks: Ranks, folders: list[Path]) -> None:
 
 
 def noise() -> None:
-    from miles_spmd.generation.sglang.sampler import draw, gumbel_noise
+    from miles_spmd.generation.sglang.sampler import gumbel_noise, sample
 
     n = 200_000
     probs = torch.tensor([0.5, 0.0, 0.25, 0.125, 0.1, 0.0249, 0.0001], device="cuda")
     log_probs = probs.log().expand(n, -1)
     same, counting = torch.full((n,), 123, device="cuda"), torch.arange(n, device="cuda")
     for seeds, positions in [(same, counting), (counting, same), (counting << 40, same)]:
-        counts = torch.bincount(draw(log_probs, seeds, positions), minlength=len(probs))
+        counts = torch.bincount(sample(log_probs, seeds, positions), minlength=len(probs))
         assert counts[1] == 0
         error = (counts / n - probs).abs()
         assert (error <= 4.5 * (probs * (1 - probs) / n).sqrt()).all()
 
-    for rows, categories in [(300, 151_936), (3, 1000)]:  # the kernel draws what the tensor operations draw
+    for rows, categories in [(300, 151_936), (3, 1000)]:  # the kernel samples what the tensor operations sample
         log_probs = torch.randn(rows, categories, device="cuda").mul_(3).log_softmax(-1)
         log_probs[1, 5:] = -math.inf
         seeds = torch.randint(2**63 - 1, (rows,), device="cuda")
         positions = torch.randint(2**20, (rows,), device="cuda")
         reference = gumbel_noise(seeds, positions, categories).add_(log_probs).argmax(-1)
-        assert torch.equal(draw(log_probs, seeds, positions), reference)
+        assert torch.equal(sample(log_probs, seeds, positions), reference)
     log_probs[2, 3] = math.nan
-    assert 0 <= draw(log_probs, seeds, positions)[2] < categories
+    assert 0 <= sample(log_probs, seeds, positions)[2] < categories
 
     # every 32-bit hash comes eight times on average, the largest too
     rows, categories = 2**10, 2**17

@@ -53,9 +53,9 @@ def batch() -> list[MicroBatch]:
 
 def step_of(roles: Any, micro_batches: list[MicroBatch]) -> tuple[float, float]:
     """Loss and norm of the gradient of an optimizer step."""
-    from miles_spmd.platform import fixed_order
+    from miles_spmd.platform.determinism import deterministic_kernels
 
-    with fixed_order.kernels():
+    with deterministic_kernels():
         result = roles.actor.train_step(micro_batches)
     assert not result.skipped
     return result.sums[0]["loss"], result.grad_norm
@@ -63,10 +63,10 @@ def step_of(roles: Any, micro_batches: list[MicroBatch]) -> tuple[float, float]:
 
 def alone(run: Config) -> tuple[list[Any], dict[str, Tensor]]:
     """Fifty steps and no engine."""
-    from miles_spmd.platform import fixed_order
+    from miles_spmd.platform.determinism import pin_environment
     from miles_spmd.training.roles import Roles
 
-    fixed_order.pin_environment()
+    pin_environment()
     roles, micro_batches = Roles(run), batch()
     numbers = [step_of(roles, micro_batches) for _ in range(CYCLES)]
     return numbers, {name: weight.cpu() for name, weight in roles.actor.weights().items()}
@@ -74,7 +74,7 @@ def alone(run: Config) -> tuple[list[Any], dict[str, Tensor]]:
 
 def in_turns(run: Config, levels: list[str]) -> dict[str, Any]:
     """The same steps, with a refit, answers and a release before each: the engine gives up ``levels``, one in each."""
-    from miles_spmd.platform import fixed_order
+    from miles_spmd.platform.determinism import pin_environment
     from miles_spmd.training.roles import Roles
     from miles_spmd.types.phase import Phase
     from miles_spmd.worker.device_turns import DeviceTurns
@@ -82,7 +82,7 @@ def in_turns(run: Config, levels: list[str]) -> dict[str, Any]:
     from miles_spmd.worker.stopwatch import Stopwatch
     from miles_spmd.worker.worker import make_engine
 
-    fixed_order.pin_environment()
+    pin_environment()
     micro_batches, ledger = batch(), MemoryAccount(run, 1)
     ledger.require_room(training=True)
     roles = Roles(run)

@@ -22,7 +22,7 @@ STALE = "/nowhere/torch_memory_saver_hook_mode_preload_cu13.abi3.so"
         (
             1,
             {"LD_PRELOAD": STALE},
-            "start: RuntimeError: an engine that shares its GPU needs torch_memory_saver's hook",
+            "start: RuntimeError: an engine requires torch_memory_saver's hook",
         ),
         (
             1,

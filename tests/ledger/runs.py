@@ -23,7 +23,7 @@ from miles_spmd.worker.main import HOST, Place, build, failure, rank_info
 from miles_spmd.worker.stopwatch import Stopwatch
 from miles_spmd.worker.watchdog import Watchdog
 from tests.ranks import Ranks
-from tests.worker.tiny_run import write_checkpoint, write_config
+from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
 
 STEPS = 4
 
@@ -90,7 +90,7 @@ class Recipe:
             folder,
             self.model,
             run={"num_rollout": STEPS},
-            rollout={"engine": "torch", "n_samples_per_prompt": 3},
+            rollout={"engine": REFERENCE_ENGINE, "n_samples_per_prompt": 3},
             algorithm={"dynamic_sampling_filter": "reward_nonzero_std"},
             reward={"rm_type": "tests.recipe_run:coin", "reward_workers": 1},
             train={"global_batch_size": 6},

@@ -20,7 +20,7 @@ from miles_spmd.ledger.compare import Comparison, compare
 from miles_spmd.ledger.record import read_record, verify
 from tests.ledger.runs import STEPS, Recipe, replayed, train
 from tests.ranks import Ranks
-from tests.worker.tiny_run import write_checkpoint, write_config
+from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -332,7 +332,7 @@ def test_verbs(tmp_path: Path) -> None:
         tmp_path,
         write_checkpoint(tmp_path / "model"),
         run={"num_rollout": 2},
-        rollout={"engine": "torch"},
+        rollout={"engine": REFERENCE_ENGINE},
         algorithm={"dynamic_sampling_filter": "reward_nonzero_std"},
         reward={"rm_type": "tests.recipe_run:coin"},
         train={"reduction_leaves": 2},

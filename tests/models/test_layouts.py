@@ -100,7 +100,7 @@ def test_transformer_engine_names(name: str) -> None:
         ("decoder.layers.0.mlp.experts.gate_up", (4, 2, 24, 32), 1, "no counterpart"),
         ("decoder.layers.0.self_attention.linear_qkv.bias", (128,), 1, "no counterpart in a qwen3 checkpoint"),
         ("decoder.layers.0.rotary.weight", (3,), 1, "no counterpart"),
-        ("embedding.word_embeddings.weight", (40, 32), 2, "2 times 40 rows do not hold a vocabulary of 97"),
+        ("embedding.word_embeddings.weight", (40, 32), 2, "2 times 40 rows are too few for a vocabulary of 97"),
     ],
 )
 def test_megatron_refuses(name: str, shape: tuple[int, ...], tp_size: int, message: str) -> None:

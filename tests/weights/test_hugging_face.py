@@ -14,7 +14,7 @@ from torch import Tensor
 
 from miles_spmd.models import TensorLayout, load_family
 from miles_spmd.models.layout import whole
-from miles_spmd.weights.hugging_face import CheckpointError, export, load
+from miles_spmd.weights.hugging_face import HuggingFaceCheckpointError, export, load
 from tests.models import tiny
 from tests.models.parallel import Trainer, trainer_rank
 from tests.ranks import Ranks
@@ -138,7 +138,7 @@ def load_error(folder: Path) -> str:
     family = load_family(folder)
     weights = {name: torch.full(shape, torch.nan) for name, shape in family.checkpoint_tensors().items()}
     layouts = [TensorLayout(name, whole(name, tuple(tensor.shape))) for name, tensor in weights.items()]
-    with pytest.raises(CheckpointError) as raised:
+    with pytest.raises(HuggingFaceCheckpointError) as raised:
         load(folder, weights, layouts, family)
     assert all(tensor.isnan().all() for tensor in weights.values())
     assert str(folder) in str(raised.value)
@@ -160,7 +160,7 @@ def test_every_fault_of_a_checkpoint_is_named_at_once(sharded: Path) -> None:
     assert f"{wrong}: {NORM} has shape [33], the model needs [32]" in message
     assert f"{dropped}: tensor {QUERY} is missing, though the index lists it here" in message
     assert f"{gone} is missing" in message
-    assert f"{short} is truncated or no safetensors file" in message
+    assert f"{short} is truncated or not a safetensors file" in message
     assert "tensor model.layers.3.mlp.down_proj.weight is missing" in message
     assert len(message.splitlines()) == 6
 
@@ -184,10 +184,10 @@ def test_a_truncated_single_file_and_no_weights_at_all(tmp_path: Path) -> None:
     file = folder / "model.safetensors"
     for size in (len(file.read_bytes()) - 1, 4, 0):
         file.write_bytes(file.read_bytes()[:size])
-        assert "model.safetensors is truncated or no safetensors file" in load_error(folder)
+        assert "model.safetensors is truncated or not a safetensors file" in load_error(folder)
     file.unlink()
     (folder / "pytorch_model.bin").write_text("")
-    assert "neither model.safetensors nor model.safetensors.index.json is there" in load_error(folder)
+    assert "neither model.safetensors nor model.safetensors.index.json exists" in load_error(folder)
 
 
 def test_a_checkpoint_of_another_size_is_refused(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_checkpoint_of_another_size_is_refused(tmp_path: Path) -> None:
     weights = {"norm": torch.ones(32)}
     config = json.loads((tiny.checkpoint("qwen3") / "config.json").read_text()) | {"hidden_size": 16}
     other = load_family(config)
-    with pytest.raises(CheckpointError, match=r"model.norm.weight has shape \[32\], the model needs \[16\]"):
+    with pytest.raises(HuggingFaceCheckpointError, match=r"model.norm.weight has shape \[32\], the model needs \[16\]"):
         load(tiny.checkpoint("qwen3"), weights, [TensorLayout("norm", whole(NORM, (32,)))], other)
     with pytest.raises(ValueError, match=r"norm of shape .* is filled in 16 of its 32 elements"):
         load(tiny.checkpoint("qwen3"), weights, [TensorLayout("norm", whole(NORM, (16,)))], family)

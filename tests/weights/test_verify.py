@@ -40,7 +40,7 @@ def test_order_counts(places: set[int], value: int, bit: int) -> None:
 ON_A_GPU = """
 import torch
 
-from miles_spmd.weights import word_sum as module
+from miles_spmd.weights import checksum_kernel as module
 
 module.BLOCK, module.BLOCKS = 64, 4
 generator = torch.Generator().manual_seed(0)

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from miles_spmd.types.phase import Phase
-from tests.worker.tiny_run import write_checkpoint, write_config
+from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
 
 REPOSITORY = Path(__file__).parents[2]
 TOKEN = "MILES_SPMD_TEST_RUN"
@@ -134,7 +134,7 @@ def launch(tmp_path: Path, checkpoint: Path) -> Iterator[Callable[..., Launched]
     launched: list[Launched] = []
 
     def start(*deed: object, **changes: dict[str, Any]) -> Launched:
-        changes["rollout"] = {"engine": "torch"} | changes.get("rollout", {})
+        changes["rollout"] = {"engine": REFERENCE_ENGINE} | changes.get("rollout", {})
         changes["determinism"] = {"parity": "off"}  # not for that engine, and a run would say so
         config = write_config(tmp_path, checkpoint, **changes)
         launched.append(Launched(tmp_path, config, *map(str, deed)))
@@ -295,7 +295,7 @@ def test_an_exception_at_the_start_is_named(launch: Launch, checkpoint: Path, tm
         (truncated / file.name).write_bytes(file.read_bytes()[: -100 if file.suffix == ".safetensors" else None])
     message = launch(model={"hf_checkpoint": str(truncated), "dtype": "float32"}).finish(START_SECONDS)
     assert message.startswith("rank ")
-    assert "start: CheckpointError: " in message
+    assert "start: HuggingFaceCheckpointError: " in message
 
 
 def test_a_raising_reward_is_named(launch: Launch) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.worker.tiny_run import write_checkpoint, write_config
+from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -18,7 +18,7 @@ def test_old_actor_and_reference_follow_at_their_own_pace(tmp_path: Path) -> Non
         tmp_path,
         write_checkpoint(tmp_path / "model"),
         run={"num_rollout": 6},
-        rollout={"engine": "torch"},
+        rollout={"engine": REFERENCE_ENGINE},
         refit={"update_weights_interval": 2},
         algorithm={"keep_old_actor": True, "kl_loss_coef": 0.1, "kl_loss_type": "k2", "ref_update_interval": 3},
         reward={"rm_type": "tests.worker.rewards:by_length"},

@@ -9,6 +9,7 @@ from miles_spmd.ledger.record import verify
 from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
 from tests.ledger.runs import STEPS, Recipe, replayed, train
 from tests.ranks import Ranks
+from tests.worker.tiny_run import REFERENCE_ENGINE
 
 UPDATED = ("train/loss", "train/grad_norm", "train/ppo_kl", "train/pg_clipfrac")
 
@@ -16,8 +17,8 @@ UPDATED = ("train/loss", "train/grad_norm", "train/ppo_kl", "train/pg_clipfrac")
 def test_likeliest_tokens_are_compared_where_a_budget_asks(ranks: Ranks, tmp_path: Path) -> None:
     """A replay that takes recorded answers has none of the engine's, and compares none."""
     recipe, budget = Recipe(tmp_path), "mismatch_budget={top1_flips=0.01}"
-    for engine in ("sglang", "torch"):
-        folder = train(ranks, recipe.config(engine, f"engine={engine}", "parity=off", budget))
+    for name, engine in {"sglang": "sglang", "reference": REFERENCE_ENGINE}.items():
+        folder = train(ranks, recipe.config(name, f"engine={engine}", "parity=off", budget))
         metrics = read_metrics(folder / METRICS_FILE)
         assert [metrics[step]["train/train_rollout_top1_flips"] for step in range(1, STEPS + 1)] == [0.0] * STEPS
     again, _ = replayed(ranks, folder, 1, "train")

@@ -38,7 +38,7 @@ def make_engine(kind: str, folder: Path, engine_size: int) -> Any:
     """With weights that follow from their names, so that every engine has the same."""
     engine: Any
     if kind == "torch":
-        from miles_spmd.generation.torch_engine import TorchEngine
+        from tests.reference_engine import TorchEngine
 
         engine = TorchEngine(folder, dtype="float32")
     else:

@@ -11,6 +11,8 @@ import tomli_w
 from miles_spmd.platform import cpu
 from tests.data.conftest import write_tokenizer
 
+REFERENCE_ENGINE = "tests.reference_engine:TorchEngine"  # quick to start: for runs that are not about generation
+
 
 def write_checkpoint(folder: Path) -> Path:
     """A random two-layer Qwen3 with a byte-level tokenizer."""

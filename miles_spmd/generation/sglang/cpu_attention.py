@@ -1,4 +1,4 @@
-"""Attention for SGLang on a CPU, in place of its ``torch_native`` backend, which takes one request at a time."""
+"""Attention for SGLang on a CPU, in place of its ``torch_native`` backend, which computes one request at a time."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def register() -> None:
-    """Have SGLang build this backend under the name ``torch_native``, by which it decides what must avoid Triton."""
+    """Make SGLang construct this backend under the name ``torch_native``, for which it avoids Triton elsewhere."""
     register_attention_backend("torch_native")(BatchedCpuAttention)
 
 
 class BatchedCpuAttention(TorchNativeAttnBackend):
-    attention: Attention  # for the batch at hand, over pages of the cache
+    attention: Attention  # of the current batch, over slots of the cache
 
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__(model_runner)
@@ -36,9 +36,9 @@ class BatchedCpuAttention(TorchNativeAttnBackend):
         k_lens = forward_batch.seq_lens_cpu.tolist()
         decoding = forward_batch.forward_mode.is_decode_or_idle()
         q_lens = [1] * len(k_lens) if decoding else list(forward_batch.extend_seq_lens_cpu)
-        table = self.req_to_token_pool.req_to_token  # int32 [requests, context]: the cache slots of their tokens
-        seen = torch.arange(max(k_lens)) < forward_batch.seq_lens_cpu[:, None]
-        slots = table[forward_batch.req_pool_indices, : seen.shape[1]].masked_select(seen)
+        table = self.req_to_token_pool.req_to_token  # int32 [requests, context]: cache slots of the requests' tokens
+        in_use = torch.arange(max(k_lens)) < forward_batch.seq_lens_cpu[:, None]
+        slots = table[forward_batch.req_pool_indices, : in_use.shape[1]].masked_select(in_use)
         dtype = self.token_to_kv_pool.dtype
         query, key = (torch.empty(0, heads, self._dim, dtype=dtype) for heads in self._heads)
         self.attention = packed_attention(q_lens, k_lens, query, key, slots)
@@ -78,7 +78,7 @@ class BatchedCpuAttention(TorchNativeAttnBackend):
         forward_batch: ForwardBatch,
         save_kv_cache: bool,
     ) -> torch.Tensor:
-        """q [tokens, heads * dim] -> the same; new k and v [tokens, kv_heads, dim] enter the cache first."""
+        """Write new k and v [tokens, kv_heads, dim] into the cache and attend; q and result [tokens, heads * dim]."""
         pool = self.token_to_kv_pool
         if save_kv_cache and k is not None:
             pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc), k, v)
@@ -87,7 +87,8 @@ class BatchedCpuAttention(TorchNativeAttnBackend):
 
 
 def _is_plain(layer: RadixAttention) -> bool:
-    """Causal self-attention over everything before, without extras: the rest is left to SGLang's own loop."""
+    """Whether ``layer`` is causal self-attention over the whole context without extras; SGLang's own backend computes
+    all other layers."""
     return (
         layer.attn_type == AttentionType.DECODER
         and not layer.is_cross_attention

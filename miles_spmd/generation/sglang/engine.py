@@ -1,4 +1,4 @@
-"""The rollout engine: SGLang in this process, under the host's torch.distributed."""
+"""The rollout engine: SGLang in this process, in the torch.distributed world of the run."""
 
 from __future__ import annotations
 
@@ -35,17 +35,15 @@ from sglang.srt.model_executor import input_buffers
 from sglang.srt.sampling.sampling_params import SamplingParams as SglangSamplingParams
 from sglang.srt.server_args import set_global_server_args_for_scheduler
 
-from miles_spmd.generation import storage
 from miles_spmd.generation.engine import EngineMemory
 from miles_spmd.generation.sglang import (
     cpu_attention,
-    experts,
-    float32,
+    gpu_kernels,
+    process_groups,
     sampler,
-    shared_functions,
     split_attention_backend,
-    world,
 )
+from miles_spmd.generation.sglang.invariant_layers import invariant_layers
 from miles_spmd.generation.sglang.scheduler import InProcessScheduler
 from miles_spmd.generation.sglang.server_args import build_server_args
 from miles_spmd.models import FAMILIES, TensorLayout, load_family
@@ -56,22 +54,23 @@ from miles_spmd.types.sample import FinishReason
 
 sglang_shim.check_version()
 
-# SGLang aborts every request whose rid begins with the given one. Rids that end in this begin no other.
+# SGLang aborts every request whose rid starts with the given one. No rid with this suffix is a prefix of another.
 _END = "\0"
 
-_PARTS = (GPU_MEMORY_TYPE_WEIGHTS, GPU_MEMORY_TYPE_KV_CACHE, GPU_MEMORY_TYPE_CUDA_GRAPH)  # as in EngineMemory
+# SGLang's tags of the parts of its memory, in the order of the fields of EngineMemory
+_TAGS = (GPU_MEMORY_TYPE_WEIGHTS, GPU_MEMORY_TYPE_KV_CACHE, GPU_MEMORY_TYPE_CUDA_GRAPH)
 
 
 class SglangEngine:
     """One rank of an :class:`~miles_spmd.generation.engine.Engine` of ``tp_size`` consecutive ranks of the world.
 
-    All ranks of the world build theirs at the same time. A process holds one at a time; ``close`` makes room for
-    another. Weights are random until the first refit.
+    All ranks of the world construct theirs at the same time. A process holds one at a time; after ``close`` it can
+    construct another. Weights are random until the first refit.
 
-    ``idle`` needs no collective: it is derived from SGLang's queues and batches, which are the same on every rank
-    because they follow from the leader's broadcast messages and from sampled tokens, and every rank draws the same
-    tokens from the same gathered logits. What was submitted and is not yet broadcast counts through ``_touched``, which
-    every rank sets, whatever it was given.
+    ``idle`` needs no collective: it is derived from SGLang's queues and batches, which are equal on all ranks because
+    they follow from the leader's broadcast messages and from sampled tokens, and every rank samples the same tokens
+    from the same gathered logits. Messages that are not broadcast yet count through ``_touched``, which every rank sets
+    in ``submit`` and ``abort``, whatever the arguments.
     """
 
     def __init__(
@@ -86,12 +85,12 @@ class SglangEngine:
         sum_terms: int = 1,
     ) -> None:
         """``dtype``: "float32" or "bfloat16". ``server_args``: fields of SGLang's ServerArgs, among them ``tp_size``.
-        ``context_length``: the longest prompt plus answer, by default the model's. ``cache_tokens``: no use is made of
-        a KV cache for more; how many it has then depends on ``server_args`` and on what is free.
-        ``invariant``: compute with :mod:`miles_spmd.invariant`, so that no answer depends on what else is in the batch;
-        what ranks add up are then ``sum_terms`` terms, at least one of each.
+        ``context_length``: the longest prompt plus response, by default the model's. ``cache_tokens``: upper bound of
+        the KV cache; ``server_args`` and the free memory may make it smaller. ``invariant``: compute with
+        :mod:`miles_spmd.invariant`, so that responses do not depend on the batch; sums over tensor-parallel ranks then
+        have ``sum_terms`` partial sums, at least one per rank.
 
-        Raises ValueError for settings that SGLang does not have or that this engine decides itself.
+        Raises ValueError for settings that SGLang does not have or that this engine sets itself.
         """
         self._family = load_family(model_path)
         self.context_length = context_length or self._family.max_sequence_length
@@ -106,23 +105,29 @@ class SglangEngine:
             sglang_shim.adapt()
         else:
             cuda.require_memory_saver()
-            experts.register()
+            gpu_kernels.use_one_expert_sum()
             split_attention_backend.register(invariant)
         _import_no_other_models()
-        plain = args.device == "cuda" and dtype == "float32"
-        kernels = shared_functions.shared_kernels(invariant or args.device == "cpu", sum_terms)
-        with _keep_random_state(), kernels, float32.plain_kernels() if plain else contextlib.nullcontext():
+        layers = invariant_layers(invariant or args.device == "cpu", sum_terms)
+        float32_on_gpu = args.device == "cuda" and dtype == "float32"
+        kernels = gpu_kernels.float32_kernels() if float32_on_gpu else contextlib.nullcontext()
+        with _keep_random_state(), layers, kernels:
             set_global_server_args_for_scheduler(args)
-            world.join(args.tp_size)
+            process_groups.join(args.tp_size)
             device_index = torch.cuda.current_device() if args.device == "cuda" else 0
             self._scheduler = InProcessScheduler(args, device_index, self.tp_rank)
         self._weight_version = -1
         self._paused = False
-        self._touched = False
-        self._released: list[str] = []  # SGLang's names of the parts of its memory
-        self._live: dict[str, Request] = {}
-        self._aborted: set[str] = set()
-        self._spans: dict[str, list[tuple[int, int]]] = defaultdict(list)  # rid -> (version, tokens up to its end)
+        self._touched = False  # submit or abort was called since the last step
+        self._released: list[str] = []  # tags of the memory that is released
+        self._live: dict[str, Request] = {}  # leader only: requests that were submitted and not returned
+        self._aborted: set[str] = set()  # leader only: rids of live requests that an abort was sent for
+        # rid -> (version, tokens that the request had when this version ended), for earlier weight versions
+        self._spans: dict[str, list[tuple[int, int]]] = defaultdict(list)
+
+    @property
+    def size(self) -> int:
+        return self.tp_size
 
     @property
     def weight_version(self) -> int:
@@ -146,18 +151,18 @@ class SglangEngine:
         self._touched = True
 
     def _message(self, request: Request) -> TokenizedGenerateReqInput:
-        """What SGLang's tokenizer process would send."""
+        """Return the message that SGLang's tokenizer process would send. Raises ValueError as ``submit`` does."""
         self._check(request)
-        wanted = request.sampling
+        sampling = request.sampling
         params = SglangSamplingParams(
-            max_new_tokens=wanted.max_new_tokens,
-            stop=wanted.stop,
-            stop_token_ids=set(wanted.stop_token_ids),
-            temperature=wanted.temperature,
-            top_p=wanted.top_p,
-            top_k=wanted.top_k,
-            ignore_eos=wanted.ignore_eos,
-            sampling_seed=wanted.seed,
+            max_new_tokens=sampling.max_new_tokens,
+            stop=sampling.stop,
+            stop_token_ids=set(sampling.stop_token_ids),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            ignore_eos=sampling.ignore_eos,
+            sampling_seed=sampling.seed,
         )
         params.normalize(self._scheduler.tokenizer)
         return TokenizedGenerateReqInput(
@@ -179,11 +184,11 @@ class SglangEngine:
         check_request(request, self.context_length)
         if request.sampling.stop and self._scheduler.tokenizer is None:
             raise ValueError(f"request {request.rid}: stop strings need a tokenizer in the checkpoint folder")
-        prompt, answer = len(request.input_ids), request.sampling.max_new_tokens
+        prompt, new = len(request.input_ids), request.sampling.max_new_tokens
         page, cache = self._scheduler.page_size, self._scheduler.max_total_num_tokens
-        if -(-prompt // page) * page + answer + page >= cache:  # it would wait for ever
+        if -(-prompt // page) * page + new + page >= cache:  # SGLang would queue it and never start it
             raise ValueError(
-                f"request {request.rid}: {prompt} prompt + {answer} new tokens do not fit SGLang's cache of {cache} "
+                f"request {request.rid}: {prompt} prompt + {new} new tokens do not fit SGLang's cache of {cache} "
                 "tokens; raise sglang.max_total_tokens or mem_fraction_static"
             )
 
@@ -210,14 +215,16 @@ class SglangEngine:
         return outputs
 
     def retry_smaller(self) -> int | None:
+        # Other ranks of the engine may be waiting in a collective of the step that failed here.
         if self.tp_size > 1 or (limit := self._scheduler.halve()) is None:
             return None
         self._scheduler.forget()
-        ended = {req.rid.removesuffix(_END) for req in self._scheduler.finished}
-        again = [request for rid, request in self._live.items() if rid not in ended]
-        for request in again:
+        finished = {req.rid.removesuffix(_END) for req in self._scheduler.finished}
+        unfinished = [request for rid, request in self._live.items() if rid not in finished]
+        for request in unfinished:
             self._spans.pop(request.rid + _END, None)
-        self._scheduler.inbox[:] = [*map(self._message, again), *self._abort_messages(sorted(self._aborted))]
+        # The inbox may hold messages that were not broadcast yet; ``_live`` and ``_aborted`` contain these, too.
+        self._scheduler.inbox[:] = [*map(self._message, unfinished), *self._abort_messages(sorted(self._aborted))]
         self._touched = True
         return limit
 
@@ -228,7 +235,8 @@ class SglangEngine:
         prompt, top1 = req.logprob.input_token_logprobs_val, req.logprob.output_top_logprobs_idx
         if not all(map(math.isfinite, log_probs)):
             raise FloatingPointError(
-                f"request {rid}: the model of weight version {self._weight_version} gives log-probs that are not finite"
+                f"request {rid}: the model of weight version {self._weight_version} computes log-probs that are not "
+                "finite; check the checkpoint, or the last optimizer step"
             )
         return Output(
             rid=rid,
@@ -236,11 +244,12 @@ class SglangEngine:
             output_log_probs=log_probs,
             finish_reason=_finish_reason(req),
             weight_versions=self._weight_versions(req.rid, len(ids)),
-            prompt_log_probs=prompt[1:] if prompt else None,
+            prompt_log_probs=prompt[1:] if prompt else None,  # the first token has none
             top1_ids=[token for (token,) in top1[: len(ids)]] if top1 else None,
         )
 
     def _weight_versions(self, rid: str, tokens: int) -> list[tuple[int, int]]:
+        """Return (version, number of tokens) in order for a request that ends with ``tokens`` tokens."""
         ends = [*self._spans.pop(rid, []), (self._weight_version, tokens)]
         starts = [0, *(end for _, end in ends)]
         return [(version, end - start) for (version, end), start in zip(ends, starts) if end > start]
@@ -272,6 +281,7 @@ class SglangEngine:
         return self._scheduler.tp_worker.model_runner.model
 
     def commit(self, version: int) -> None:
+        # A request that has finished and is not returned yet got its tokens from the old weights, too.
         for req in [*self._scheduler.retract_all(), *self._scheduler.finished]:
             if req.output_ids:
                 self._spans[req.rid].append((self._weight_version, len(req.output_ids)))
@@ -290,47 +300,47 @@ class SglangEngine:
 
     def resume_weights(self) -> None:
         if GPU_MEMORY_TYPE_WEIGHTS in self._released:
-            self._take([GPU_MEMORY_TYPE_WEIGHTS])
+            self._resume([GPU_MEMORY_TYPE_WEIGHTS])
 
     def resume(self) -> None:
         if self._released:
-            self._take(self._released)
+            self._resume(self._released)
 
-    def _take(self, tags: list[str]) -> None:
+    def _resume(self, tags: list[str]) -> None:
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # what the trainer has freed, its allocator still holds
+            torch.cuda.empty_cache()  # torch's allocator still holds the memory that the trainer has freed
             self._require_free(tags)
         self._scheduler.weight_updater.resume_memory_occupation(ResumeMemoryOccupationReqInput(tags=tags))
         self._released = [tag for tag in self._released if tag not in tags]
 
     def memory(self) -> EngineMemory:
         sizes = self._sizes()
-        here = [sizes[tag] if tag not in self._released else 0 for tag in _PARTS]
-        return EngineMemory(*here)
+        return EngineMemory(*(sizes[tag] if tag not in self._released else 0 for tag in _TAGS))
 
     def _sizes(self) -> dict[str, int]:
-        """Bytes by SGLang's name; on a CPU those of freed storages are 0."""
+        """Return bytes by tag, whether released or not; on a CPU the size of a freed storage is 0."""
         return {
-            GPU_MEMORY_TYPE_WEIGHTS: storage.size(self._model.parameters()),
-            GPU_MEMORY_TYPE_KV_CACHE: storage.size(self._scheduler.kv_cache()),
+            GPU_MEMORY_TYPE_WEIGHTS: _storage_bytes(self._model.parameters()),
+            GPU_MEMORY_TYPE_KV_CACHE: _storage_bytes(self._scheduler.kv_cache()),
             GPU_MEMORY_TYPE_CUDA_GRAPH: int(self._scheduler.tp_worker.model_runner.graph_mem_usage * 2**30),
         }
 
     def close(self) -> None:
         del self._scheduler
-        world.leave()
+        process_groups.leave()
         runtime_context.reset_context()
-        # of CUDA graphs; another model's would be captured with this one's token ids, which it may not have
+        # Input buffers of CUDA graphs. Graphs of the next engine would be captured with the token ids that they hold,
+        # which its vocabulary may not have.
         input_buffers._forward_input_buffer_pool.clear()
 
     def _require_free(self, tags: list[str]) -> None:
-        """torch_memory_saver ends the process when the driver has nothing left for it."""
+        """Raise MemoryError when ``tags`` do not fit: torch_memory_saver would end the process."""
         sizes, (free, total) = self._sizes(), torch.cuda.mem_get_info()
         needed = sum(sizes[tag] for tag in tags)
         if needed > free:
             raise MemoryError(
-                f"the engine's {' and '.join(tags)} take {needed / 2**30:.2f} GiB, of which {free / 2**30:.2f} of "
-                f"{total / 2**30:.1f} are free"
+                f"the engine's {' and '.join(tags)} need {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} of "
+                f"{total / 2**30:.1f} GiB are free"
             )
 
     def _require_memory(self) -> None:
@@ -339,7 +349,7 @@ class SglangEngine:
 
     def _require_idle(self, what: str) -> None:
         if not self.idle:
-            raise RuntimeError(f"{what}() needs an idle engine: step until idle is true, or abort first")
+            raise RuntimeError(f"{what}() requires an idle engine: step until idle is true, or abort first")
 
 
 def _finish_reason(req: Req) -> FinishReason:
@@ -348,13 +358,17 @@ def _finish_reason(req: Req) -> FinishReason:
         return FinishReason.LENGTH
     if isinstance(reason, FINISH_ABORT):
         if reason.message != FINISH_ABORT().message:
-            raise RuntimeError(f"SGLang gave up request {req.rid.removesuffix(_END)}: {reason.message}")
+            raise RuntimeError(f"SGLang aborted request {req.rid.removesuffix(_END)}: {reason.message}")
         return FinishReason.ABORT
     return FinishReason.STOP
 
 
+def _storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
 def _import_no_other_models() -> None:
-    """SGLang would import all of its 200 models, which takes seconds, to look one up."""
+    """Disable all model files but those of our families: SGLang would import its 200 models, which takes seconds."""
     from sglang.srt import models
 
     others = {module.name for module in pkgutil.iter_modules(models.__path__)} - FAMILIES.keys()
@@ -363,7 +377,7 @@ def _import_no_other_models() -> None:
 
 @contextlib.contextmanager
 def _keep_random_state() -> Iterator[None]:
-    """SGLang seeds every generator of the process when it is built."""
+    """Restore the state of all random generators at the end: SGLang seeds them when it is constructed."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     try:

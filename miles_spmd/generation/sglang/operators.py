@@ -1,4 +1,4 @@
-"""What SGLang's modules put out while a request is answered."""
+"""Outputs of SGLang's modules while a request runs, by the names under which they are compared with the trainer's."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ PARTS = {
     "post_attention_layernorm": "MLP norm",
     "mlp.gate_up_proj": "gate and up projection",
     "mlp.act_fn": "SwiGLU",
-    "mlp.topk": "router",  # weights, the largest first
+    "mlp.topk": "router",  # its weights, in descending order
 }
-SUMMED_LATER = {  # over ranks, if several
+SUMMED_LATER = {  # partial sums with several ranks, so not comparable before the all-reduce
     "self_attn.o_proj": "output projection",
     "mlp.down_proj": "down projection",
     "mlp.experts": "experts",
@@ -31,22 +31,23 @@ SUMMED_LATER = {  # over ranks, if several
 
 @contextmanager
 def traced(engine: SglangEngine) -> Iterator[OperatorOutputs]:
-    """Without CUDA graphs: what they replay calls no module."""
+    """Record the outputs of the engine's modules inside this context. The engine runs without CUDA graphs, because
+    their replay calls no modules."""
     model: Any = engine._model.model
     modules = {FIRST: model.embed_tokens, LAST: model.norm}
     parts = PARTS | (SUMMED_LATER if engine.tp_size == 1 else {})
     for number, layer in enumerate(model.layers):
         own = dict(layer.named_modules())
         modules |= {f"layer {number}, {part}": own[name] for name, part in parts.items() if name in own}
-    places = torch.empty(0)
+    positions = torch.empty(0)
 
-    def remember(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        nonlocal places
-        places = inputs[1]
+    def keep_positions(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        nonlocal positions
+        positions = inputs[1]
 
-    handle = model.register_forward_pre_hook(remember)
+    handle = model.register_forward_pre_hook(keep_positions)
     try:
-        with hooked(modules, lambda rows: places, {}) as found:
+        with hooked(modules, lambda rows: positions, {}) as found:
             yield found
     finally:
         handle.remove()

@@ -1,6 +1,7 @@
-"""SGLang's sampler, replaced: every request draws with its own seed, log-probs are the trainer's.
+"""A sampler in place of SGLang's: every request samples with its own seed, and log-probs are the trainer's.
 
-SGLang's own heeds seeds in its deterministic mode only, hides NaN logits, and on a CPU hashes the whole vocabulary.
+SGLang's own uses the seeds in its deterministic mode only, replaces NaN logits silently, and on a CPU hashes the whole
+vocabulary for every token.
 """
 
 from __future__ import annotations
@@ -20,23 +21,27 @@ from miles_spmd.algorithms.truncation import truncated
 from miles_spmd.generation.sglang import sampling_kernel
 from miles_spmd.invariant.softmax import log_softmax
 
-_GREEDY = 1  # the top_k by which SGLang marks a request for the likeliest token
+_GREEDY = 1  # the top_k by which SGLang marks a greedy request
 
 
 def register() -> None:
-    """Have SGLang build this sampler, and give it the seeds of a batch, in every mode."""
+    """Make SGLang construct this sampler and pass it the seeds of a batch in every mode, and compute the log-probs of
+    prompts by the same log-softmax."""
     register_sampler_backend("pytorch", SeededSampler)  # the only name that SGLang accepts on a CPU
-    SamplingBatchInfo.adjusted_from_schedule_batch = _take_seeds  # a hook that SGLang leaves empty
-    logprob_processor.torch = _torch_with_our_log_softmax()  # of prompts: as of what is drawn
+    SamplingBatchInfo.adjusted_from_schedule_batch = _set_seeds  # a hook that SGLang leaves empty
+    logprob_processor.torch = _torch_with_our_log_softmax()
 
 
-def _take_seeds(info: SamplingBatchInfo, batch: ScheduleBatch, vocab_size: int) -> None:
+def _set_seeds(info: SamplingBatchInfo, batch: ScheduleBatch, vocab_size: int) -> None:
     seeds = [req.sampling_params.sampling_seed for req in batch.reqs]
     info.sampling_seed = torch.tensor(seeds, dtype=torch.int64, device=batch.device)
 
 
 def _torch_with_our_log_softmax() -> types.ModuleType:
-    class Stand(types.ModuleType):
+    """Return ``torch`` with another ``torch.nn.functional.log_softmax``, for one module of SGLang: changing torch
+    itself would change it for the trainer, too."""
+
+    class Overlay(types.ModuleType):
         def __init__(self, module: types.ModuleType, **own: Any) -> None:
             super().__init__(module.__name__)
             self.module = module
@@ -45,13 +50,13 @@ def _torch_with_our_log_softmax() -> types.ModuleType:
         def __getattr__(self, name: str) -> Any:
             return getattr(self.module, name)
 
-    functional = Stand(torch.nn.functional, log_softmax=lambda values, dim: log_softmax(values))
-    return Stand(torch, nn=Stand(torch.nn, functional=functional))
+    functional = Overlay(torch.nn.functional, log_softmax=lambda values, dim: log_softmax(values))
+    return Overlay(torch, nn=Overlay(torch.nn, functional=functional))
 
 
 class SeededSampler(Sampler):
-    """Draws from ``softmax(logits / temperature)`` cut by top-k and top-p and reports that distribution's log-probs; of
-    greedy requests the uncut one's."""
+    """Samples from ``softmax(logits / temperature)`` truncated by top-k and top-p and reports log-probs of that
+    distribution; for greedy requests, log-probs of the distribution without truncation."""
 
     def forward(
         self,
@@ -62,24 +67,26 @@ class SeededSampler(Sampler):
         token_ids_logprobs: list[list[int]],
         positions: torch.Tensor,
     ) -> torch.Tensor:
-        """Token ids, int64 [requests]; writes their log-probs, float32 [requests], into ``logits_output``."""
+        """Return token ids, int64 [requests]; write their log-probs, float32 [requests], into ``logits_output``.
+
+        ``positions``, int64 [requests]: positions of the last tokens of the sequences."""
         logits = logits_output.next_token_logits
         log_probs = log_softmax(logits.float() / sampling_info.temperatures)
         tokens = top1 = logits.argmax(-1)
         if not sampling_info.is_all_greedy:
-            _cut(log_probs, sampling_info)
-            drawn = draw(log_probs, sampling_info.sampling_seed, positions)
-            tokens = torch.where(sampling_info.top_ks == _GREEDY, tokens, drawn)
+            _truncate(log_probs, sampling_info)
+            sampled = sample(log_probs, sampling_info.sampling_seed, positions)
+            tokens = torch.where(sampling_info.top_ks == _GREEDY, tokens, sampled)
         logits_output.next_token_logprobs = log_probs.gather(-1, tokens[:, None]).squeeze(-1)
-        if any(top_logprobs_nums):  # there may be one: the likeliest
+        if any(top_logprobs_nums):  # a request asks for at most one, the top-1 token
             logits_output.next_token_top_logprobs_idx = [*top1[:, None]]
             logits_output.next_token_top_logprobs_val = [*log_probs.gather(-1, top1[:, None])]
         self._sync_token_ids_across_tp(tokens, sampling_info)
         return tokens
 
 
-def _cut(log_probs: torch.Tensor, info: SamplingBatchInfo) -> None:
-    """In place, and only the rows that ask for it, so that the others draw as they would among themselves."""
+def _truncate(log_probs: torch.Tensor, info: SamplingBatchInfo) -> None:
+    """Truncate in place only the rows that ask for it; the log-probs of the others then do not depend on the batch."""
     if not (info.need_top_k_sampling or info.need_top_p_sampling):
         return
     limited = (info.top_ks < log_probs.shape[-1]) | (info.top_ps < 1)
@@ -88,47 +95,50 @@ def _cut(log_probs: torch.Tensor, info: SamplingBatchInfo) -> None:
         log_probs[rows] = truncated(log_probs[rows], info.top_ks[rows, None], info.top_ps[rows, None])
 
 
-def draw(log_probs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """One category per row of ``log_probs`` [rows, categories], which need not be normalised.
+def sample(log_probs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Sample one category per row of ``log_probs`` [rows, categories], which need not be normalised; int64 [rows].
 
-    A pure function of a row's log-probs, ``seeds`` (int64 [rows]) and ``positions`` ([rows], where in its sequence the
-    last token stands).
+    A pure function of a row's log-probs, its seed (``seeds``, int64 [rows]) and the position of its sequence's last
+    token (``positions``, [rows]). On a GPU by the Gumbel-max trick, on a CPU by inverting the cumulative distribution.
     """
-    if log_probs.is_cuda:  # sums over a row are not reproducible on a GPU, a maximum is
-        return sampling_kernel.draw(log_probs, seeds, positions)
+    if log_probs.is_cuda:  # there cumulative sums are not reproducible, and a maximum is
+        return sampling_kernel.sample(log_probs, seeds, positions)
     cumulative = log_probs.exp().cumsum(-1, dtype=torch.float64)
     point = uniform(seeds, positions)[:, None] * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, point, right=True).squeeze(-1)
-    return index.clamp_(max=log_probs.shape[-1] - 1)  # a row of NaN: any valid id, the log-prob tells
+    return index.clamp_(max=log_probs.shape[-1] - 1)  # a row of NaN: any valid id, with log-prob NaN
 
 
 def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, categories: int) -> torch.Tensor:
-    """Standard Gumbel noise, float64 [rows, categories], from a 32-bit hash of seed, position and category (CUDA). What
-    :func:`draw` adds to log-probs on a GPU, where a kernel makes it and forgets it.
+    """Return standard Gumbel noise, float64 [rows, categories], from a 32-bit hash of seed, position and category
+    (CUDA). It is what :func:`sample` adds to log-probs on a GPU, where a kernel computes it without storing it.
 
-    SGLang's own maps the largest hash to infinity, which wins whatever the log-prob: of a vocabulary of 150,000 it
-    would draw one token in 28,000 uniformly.
+    SGLang's own noise is infinite for the largest hash, and that category is sampled whatever its log-prob: with a
+    vocabulary of 150,000, one token in 28,000 would be sampled uniformly.
     """
     hashes = murmur_hash32(seeds.to(torch.uint64), positions, torch.arange(categories, device=seeds.device))
     return hashes.to(torch.float64).add_(0.5).mul_(2.0**-32).log_().neg_().log_().neg_()
 
 
 def uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """One number in [0, 1) per row, float64: 53 bits of a hash of seed and position (SplitMix64's finaliser, twice)."""
+    """Return one number in [0, 1) per row, float64: 53 bits of a hash of seed and position (SplitMix64's finaliser,
+    applied twice)."""
     bits = _mix(_mix(seeds) ^ (positions.to(torch.int64) + 1) * _signed(0x9E3779B97F4A7C15))
     return _shift(bits, 11).to(torch.float64) * 2.0**-53
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014) on int64, whose products wrap as those of uint64 do."""
     x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
     return x ^ _shift(x, 31)
 
 
 def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical right shift of int64; torch's own copies the sign."""
+    """Logical right shift of int64; torch's own shift copies the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _signed(word: int) -> int:
-    return word - (1 << 64)  # both constants and the increment have their top bit set
+    """The int64 with the bits of a 64-bit ``word`` whose top bit is set."""
+    return word - (1 << 64)

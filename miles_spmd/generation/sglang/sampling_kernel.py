@@ -1,7 +1,7 @@
-"""The draw of :mod:`miles_spmd.generation.sglang.sampler` on a GPU, in one pass over the log-probs.
+"""Seeded sampling on a GPU for :mod:`miles_spmd.generation.sglang.sampler`, in one pass over the log-probs.
 
-In tensor operations the noise of a whole vocabulary is written and read again ten times, in float64. Here a block
-hashes its tokens, adds their log-probs and keeps its best; nothing but that is written.
+Tensor operations would write and read the noise of a whole vocabulary ten times, in float64. Here a block hashes its
+tokens, adds the noise to their log-probs and writes its maximum only.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import triton
 import triton.language as tl
 from sglang.kernels.ops.sampling.murmur_hash import fmix32, murmur3_mix
 
-PART, BLOCK = 8192, 1024  # tokens of the vocabulary that one block of threads looks at, and at a time
+PART, BLOCK = 8192, 1024  # tokens of the vocabulary that one block of threads covers, and covers at a time
 
 
-def draw(log_probs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """``(gumbel_noise(seeds, positions, categories) + log_probs).argmax(-1)``, bit for bit where no row holds a NaN.
+def sample(log_probs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Return ``(gumbel_noise(seeds, positions, categories) + log_probs).argmax(-1)``, int64 [rows], bitwise equal for
+    rows without NaN; for a row with NaN, any category.
 
-    ``log_probs`` fp32 [rows, categories], its rows contiguous; ``seeds`` int64 [rows]; ``positions`` [rows]. Returns
-    int64 [rows]; of a row that holds a NaN, any of its categories.
+    ``log_probs`` fp32 [rows, categories] with contiguous rows; ``seeds`` int64 [rows]; ``positions`` [rows].
     """
     rows, categories = log_probs.shape
     parts = triton.cdiv(categories, PART)

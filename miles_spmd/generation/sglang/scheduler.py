@@ -1,4 +1,8 @@
-"""SGLang's scheduler without its server: requests and results are objects in this process."""
+"""SGLang's scheduler without its server: requests and results are objects in this process.
+
+SGLang's own process calls ``event_loop_*``, which never return; here the host calls :meth:`InProcessScheduler.step`,
+one iteration of the loop. The parts that SGLang builds around sockets are replaced by ones that use lists.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +24,10 @@ from miles_spmd.generation.sglang.cpu_memory_saver import CpuMemorySaver
 
 
 class InProcessScheduler(Scheduler):
-    """Reads SGLang's request messages from ``inbox`` (the first rank's counts, SGLang broadcasts it) and puts requests
-    that ended into ``finished``, on every rank."""
+    """Reads SGLang's request messages from ``inbox`` (only the one of the engine's first rank counts; SGLang broadcasts
+    it) and appends requests that ended to ``finished``, on every rank."""
 
+    # attributes of SGLang's class that are assigned here, whose types mypy does not see
     request_receiver: Any
     output_streamer: Any
     running_batch: Any
@@ -35,23 +40,25 @@ class InProcessScheduler(Scheduler):
     def __init__(self, server_args: ServerArgs, device_index: int, tp_rank: int) -> None:
         self.inbox: list[Any] = []
         self.finished: list[Req] = []
-        self._limit: int | None = None  # of running requests, where SGLang's own turned out to be too many
+        self._limit: int | None = None  # of running requests, after a batch ran out of memory
         no_ports = PortArgs(**dict.fromkeys((field.name for field in dataclasses.fields(PortArgs)), ""))
         moe_ep_rank = tp_rank * server_args.ep_size // server_args.tp_size
         super().__init__(server_args, no_ports, device_index, tp_rank, moe_ep_rank, 0, 0, 0, None)
         self.max_req_input_len = self.model_config.context_len
-        if self.enable_overlap:  # what SGLang sets up when it enters its loop
-            self.result_queue: deque[Any] = deque()
+        self.result_queue: deque[Any] = deque()  # (batch, result) of the batch that still runs, where batches overlap
+        if self.enable_overlap:  # SGLang sets these up when it enters its event loop
             self.schedule_stream = torch.cuda.Stream()
-            while self.schedule_stream == self.forward_stream:  # torch hands out the same few in turn
+            # torch returns the streams of a fixed pool in turn; on the same stream the two would not overlap
+            while self.schedule_stream == self.forward_stream:
                 self.schedule_stream = torch.cuda.Stream()
             self._war_barrier_enabled = True
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One pass of SGLang's event loop; where batches overlap, it ends while its batch still runs."""
+        """Run one iteration of SGLang's event loop; with overlapping batches it returns while its batch still runs."""
         if self.enable_overlap:
-            self.schedule_stream.wait_stream(torch.cuda.current_stream())  # which may just have written weights
+            # the host's stream may just have written weights that this batch reads
+            self.schedule_stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.schedule_stream):
                 self._step_overlapped()
             return
@@ -63,6 +70,7 @@ class InProcessScheduler(Scheduler):
         self.last_batch = batch
 
     def _next_batch(self) -> Any:
+        """Take requests from the inbox and return the next batch to run, or None."""
         self.process_input_requests(self.request_receiver.recv_requests())
         plan = self.get_next_batch_to_run(running_batch=self.running_batch, last_batch=self.last_batch)
         self.running_batch = plan.running_batch
@@ -70,19 +78,24 @@ class InProcessScheduler(Scheduler):
         return plan.batch_to_run
 
     def _step_overlapped(self) -> None:
-        """Launch a batch, then look at what the one before it has given."""
+        """Launch a batch, then process the result of the batch before it while the new one runs on the GPU.
+
+        This is the body of SGLang's ``event_loop_overlap``. A batch is therefore planned before the last one's tokens
+        are known on the host, and a request that has just ended takes part in one more batch, whose token is dropped.
+        """
         batch = self._next_batch()
-        now = self.is_disable_overlap_for_batch(batch, last_batch=self.last_batch)
-        if now:
+        process_first = self.is_disable_overlap_for_batch(batch, last_batch=self.last_batch)
+        if process_first:
             self._process_last()
         result = self.run_batch(batch) if batch else None
         if batch:
-            self._apply_war_barrier()
-            self.result_queue.append((batch.copy(), result))
-        if self.last_batch and not now:
+            self._apply_war_barrier()  # the next batch overwrites buffers that this one's forward pass may still read
+            self.result_queue.append((batch.copy(), result))  # a copy: planning the next batch changes this one
+        if self.last_batch and not process_first:
             self._process_last()
         elif not self.last_batch and batch is None:
             self.on_idle()
+        # sampling that had to wait until the last batch was processed (grammars); it does nothing otherwise
         self.launch_batch_sample_if_needed(result, batch)
         self.last_batch = batch
 
@@ -90,28 +103,32 @@ class InProcessScheduler(Scheduler):
         self.process_batch_result(*self.result_queue.popleft())
 
     def settle(self) -> None:
-        """Have what the host does next on its stream wait for what is under way."""
+        """Make later work on the host's current stream wait for the batch that still runs."""
         if self.enable_overlap:
             torch.cuda.current_stream().wait_stream(self.forward_stream)
 
     @torch.inference_mode()
     def retract_all(self) -> list[Req]:
-        """Send everything in flight back to the queue, tokens kept, keys and values forgotten; return it."""
+        """Move all requests in flight back to the queue with their tokens, drop all keys and values, and return the
+        queue. Prompt and tokens of these requests are prefilled again, with the weights of then."""
+        # SGLang's own way to this state; it also processes the result of a batch that still runs.
         self.pause_generation(PauseGenerationReqInput(mode="retract"))
         self._engine_paused = False
+        # SGLang keeps the prefix cache here; its keys belong to the old weights.
         self.tree_cache.reset()
         self.req_to_token_pool.clear()
         self.token_to_kv_pool_allocator.clear()
         return self.waiting_queue
 
     def get_num_allocatable_reqs(self, running_bs: int) -> int:
-        allowed = super().get_num_allocatable_reqs(running_bs)
-        return allowed if self._limit is None else min(allowed, self._limit - running_bs)
+        allocatable = super().get_num_allocatable_reqs(running_bs)
+        return allocatable if self._limit is None else min(allocatable, self._limit - running_bs)
 
     def halve(self) -> int | None:
-        """Allow half as many requests at a time as are in flight now, and prefills of half the size; returns how many.
-        None, with nothing changed, where there is but one."""
-        batches = [self.running_batch, self.last_batch, self.cur_batch_for_debug, *(b for b, _ in self._results())]
+        """Limit the number of running requests to half of those in flight now, and chunks of prefills to half their
+        size. Returns the new limit, or None with nothing changed when fewer than two are in flight."""
+        # A batch that failed half-way may be in any of these, and a request in several of them.
+        batches = [self.running_batch, self.last_batch, self.cur_batch_for_debug, *(b for b, _ in self.result_queue)]
         running = len({req.rid for batch in batches if batch is not None for req in batch.reqs})
         limit = min(running, self._limit or running) // 2
         if not limit:
@@ -123,10 +140,10 @@ class InProcessScheduler(Scheduler):
 
     @torch.inference_mode()
     def forget(self) -> None:
-        """Drop everything in flight or queued, of which nothing can be relied on after a step that failed half-way."""
+        """Drop all requests in flight or queued: after a step that failed half-way their state is undefined."""
         if self.device != "cpu":
-            torch.cuda.synchronize()
-        self._results().clear()
+            torch.cuda.synchronize()  # an earlier batch may still run and write into the cache
+        self.result_queue.clear()
         self.waiting_queue.clear()
         self.running_batch = ScheduleBatch(reqs=[], batch_is_full=False)
         self.last_batch = self.cur_batch_for_debug = self.chunked_req = None
@@ -137,15 +154,12 @@ class InProcessScheduler(Scheduler):
         if self.device != "cpu":
             torch.cuda.empty_cache()
 
-    def _results(self) -> deque[Any]:
-        return self.result_queue if self.enable_overlap else deque()
-
     def kv_cache(self) -> list[torch.Tensor]:
-        """Keys and values of all layers."""
+        """Return the buffers of keys and values of all layers."""
         pool = self.tp_worker.model_runner.token_to_kv_pool
         return [buffer for layer in range(pool.layer_num) for buffer in pool.get_kv_buffer(layer)]
 
-    # --- parts that SGLang builds while it is constructed ----------------------------------------------------------
+    # --- overridden steps of SGLang's constructor ------------------------------------------------------------------
 
     def init_ipc_channels(self, port_args: PortArgs) -> None:
         self.ipc_channels = SchedulerIpcChannels(
@@ -158,7 +172,7 @@ class InProcessScheduler(Scheduler):
         self.load_snapshot_writer = None
 
     def init_watch_dog_memory_saver_input_blocker(self) -> None:
-        # No watchdog: SGLang's kills the parent process, which here is the launcher of all ranks.
+        # Without a watchdog: SGLang's kills the parent process, which here is the launcher of all ranks.
         runner = self.tp_worker.model_runner
         if self.device == "cpu":
             self.memory_saver_adapter = CpuMemorySaver(runner.model.parameters(), self.kv_cache())
@@ -176,10 +190,12 @@ class InProcessScheduler(Scheduler):
         self.output_streamer = _rebuilt(_FinishedCollector, self.output_streamer, send_to_detokenizer=self.finished)
 
     def init_req_max_new_tokens(self, req: Req) -> None:
-        """SGLang would shorten answers that do not fit here; the engine refuses such requests beforehand."""
+        """Do nothing: SGLang would shorten responses that do not fit, and the engine refuses such requests."""
 
 
 class _InboxReceiver(SchedulerRequestReceiver):
+    """Receives from a list where SGLang polls a socket; broadcasting to the other ranks stays SGLang's."""
+
     def _pull_raw_reqs(self) -> list[Any] | None:
         if self.ps.tp_rank != 0:
             return None
@@ -189,7 +205,7 @@ class _InboxReceiver(SchedulerRequestReceiver):
 
 
 class _FinishedCollector(SchedulerOutputStreamer):
-    """SGLang would send the tokens of running requests too, every 50 steps."""
+    """Collects finished requests only; SGLang would also stream the tokens of running requests, every 50 steps."""
 
     def stream_output(self, reqs: list[Req], return_logprob: bool, skip_req: Req | None = None) -> None:
         for req in reqs:
@@ -199,7 +215,8 @@ class _FinishedCollector(SchedulerOutputStreamer):
 
 
 class _AbortCollector:
-    """Takes what SGLang tells its front end; of that only requests aborted while queued are news."""
+    """Receives SGLang's messages to its front end and collects requests that were aborted while queued; the other
+    messages have no use here. Requests aborted while running come through :class:`_FinishedCollector`."""
 
     def __init__(self, finished: list[Req]) -> None:
         self._finished = finished
@@ -212,5 +229,5 @@ class _AbortCollector:
 
 
 def _rebuilt(kind: type, part: Any, **changes: Any) -> Any:
-    """``part``, a dataclass object, as an object of its subclass ``kind``."""
+    """Return a copy of the dataclass object ``part`` as an object of its subclass ``kind``, with ``changes``."""
     return kind(**{field.name: getattr(part, field.name) for field in dataclasses.fields(part)} | changes)

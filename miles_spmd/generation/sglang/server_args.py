@@ -13,11 +13,11 @@ from sglang.srt.server_args import ServerArgs
 from miles_spmd.invariant.flash import shared_backend
 from miles_spmd.models import load_family
 
-_CPU_CACHE_TOKENS = 2**17  # pages of the cache are taken from the system only when first written
+_CPU_CACHE_TOKENS = 2**17  # the system provides pages of the cache only when they are first written
 _GRAPH_BATCHES = [1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512]  # larger ones run eagerly
-_MOST_REQUESTS = 4096  # that SGLang runs at a time on a GPU, unless told otherwise
+_MAX_REQUESTS = 4096  # running requests that SGLang limits itself to on a GPU by default
 
-# The engine is one data-parallel replica with one copy of every request, stepped by its host.
+# The engine is one data-parallel replica that runs on the ranks of its world and is stepped by its host.
 _ONLY = {"pp_size": 1, "dp_size": 1, "nnodes": 1, "enable_dp_attention": False, "speculative_algorithm": None}
 
 
@@ -29,11 +29,11 @@ def build_server_args(
     cache_tokens: int | None = None,
     invariant: bool = False,
 ) -> ServerArgs:
-    """ServerArgs for an in-process engine on this machine's device. ``cache_tokens``: the most that a cache is of use
-    for. ``invariant``: attend to a request's keys in the same order whatever else is in the batch.
+    """Return ServerArgs for an in-process engine on this machine's device. ``cache_tokens``: upper bound of the cache.
+    ``invariant``: the reduction order of attention does not depend on the batch.
 
-    Raises ValueError listing every entry of ``table`` that SGLang does not know or that this engine decides itself, and
-    for an ``invariant`` engine in a dtype in which this machine's products depend on the batch.
+    Raises ValueError listing every entry of ``table`` that SGLang does not have or that this engine sets itself, and
+    for an ``invariant`` engine with a dtype whose matrix products depend on the batch on this machine.
     """
     on_gpu = torch.cuda.is_available()
     if invariant and dtype != ("bfloat16" if on_gpu else "float32"):
@@ -43,21 +43,22 @@ def build_server_args(
         "dtype": dtype,
         "context_length": context_length,
         "device": "cuda" if on_gpu else "cpu",
-        "load_format": "dummy",  # weights come by refit
-        "random_seed": 0,  # every request brings its own seed
-        "skip_tokenizer_init": not has_tokenizer(model_path),  # it is needed for stop strings only
+        "load_format": "dummy",  # a refit provides the weights
+        "random_seed": 0,  # every request has its own seed
+        "skip_tokenizer_init": not any(Path(model_path).glob("tokenizer*")),  # only stop strings need it
         "sampling_backend": "pytorch",
         "enable_memory_saver": on_gpu,
         **_ONLY,
     }
     defaults: dict[str, Any] = {"grammar_backend": "none"}
     if on_gpu:
-        # Capturing prefills takes a minute, and they are few; of decode batches SGLang would capture thrice as many.
+        # Capturing graphs of prefills takes a minute for few batches; SGLang would capture three times as many graphs
+        # of decode batches.
         defaults |= {"disable_prefill_cuda_graph": True, "cuda_graph_bs_decode": _GRAPH_BATCHES}
-        # Fused with norms, all-reduces of models that SGLang knows would be compiled first, for minutes, on every node.
+        # For some models SGLang would fuse all-reduces with norms, and compile that for minutes on every node.
         defaults["enforce_disable_flashinfer_allreduce_fusion"] = True
         if dtype == "float32":
-            defaults["attention_backend"] = "triton"  # SGLang's own choice would take 16-bit numbers only
+            defaults["attention_backend"] = "triton"  # SGLang's default supports 16-bit dtypes only
         if invariant:
             fixed["enable_deterministic_inference"] = True
             defaults["attention_backend"] = shared_backend(None, load_family(model_path).head_dim)
@@ -71,24 +72,20 @@ def build_server_args(
         defaults |= {"max_running_requests": 64, "chunked_prefill_size": -1, "mem_fraction_static": 0.5}
     _check(table, fixed)
     args = fixed | defaults | table
-    # A small model's cache would otherwise fill the GPU with hundreds of millions of tokens, more than its index bears.
-    most = cache_tokens or args.get("max_running_requests", _MOST_REQUESTS) * context_length
-    args.setdefault("max_total_tokens", most if on_gpu else min(most, _CPU_CACHE_TOKENS))
+    # Without a bound, the cache of a small model would have hundreds of millions of tokens, more than SGLang can index.
+    bound = cache_tokens or args.get("max_running_requests", _MAX_REQUESTS) * context_length
+    args.setdefault("max_total_tokens", bound if on_gpu else min(bound, _CPU_CACHE_TOKENS))
     return ServerArgs(**args)
 
 
-def has_tokenizer(model_path: str) -> bool:
-    return any(Path(model_path).glob("tokenizer*"))
-
-
 def _check(table: dict[str, Any], fixed: dict[str, Any]) -> None:
-    known = [field.name for field in dataclasses.fields(ServerArgs)]
+    names = [field.name for field in dataclasses.fields(ServerArgs)]
     problems = []
     for key in table:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
             problems.append(f"{key}: SGLang has no such setting" + (f", did you mean {near[0]}?" if near else ""))
         elif key in fixed and table[key] != fixed[key]:
-            problems.append(f"{key}: this engine needs {fixed[key]!r}")
+            problems.append(f"{key}: this engine requires {fixed[key]!r}")
     if problems:
         raise ValueError("[sglang] " + "; ".join(problems))

@@ -1,4 +1,4 @@
-"""Attention for SGLang on a GPU that cuts keys where the trainer cuts them, in place of its ``triton`` backend."""
+"""Attention for SGLang on a GPU that splits keys as the trainer does, in place of SGLang's ``triton`` backend."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 
-def register(wanted: bool) -> None:
-    """Have SGLang build this backend under the name ``triton``, or its own again."""
-    register_attention_backend("triton")(SplitAttention if wanted else create_triton_backend)
+def register(enabled: bool) -> None:
+    """Make SGLang construct this backend under the name ``triton``, or, if not ``enabled``, its own again."""
+    register_attention_backend("triton")(SplitAttention if enabled else create_triton_backend)
 
 
 class SplitAttention(AttentionBackend):
-    """Reads where a request's keys are from SGLang's own tables, so that a CUDA graph needs no others."""
+    """Finds a request's keys through SGLang's own request-to-token table, so that CUDA graphs need no other tables."""
 
     needs_cpu_seq_lens = False
 
@@ -34,8 +34,9 @@ class SplitAttention(AttentionBackend):
         self._pool, self._table = runner.token_to_kv_pool, runner.req_to_token_pool.req_to_token
         self._longest = runner.model_config.context_len
         self._split = part_length(self._longest)
-        self._starts, self._most = torch.zeros(1, dtype=torch.int32), 0  # of the queries of the batch at hand
-        self._slot_at = torch.zeros(1, dtype=torch.int64)  # where its requests' slots begin in the table
+        # of the current batch: int32 [requests + 1], where a request's queries start; the most queries of a request
+        self._starts, self._most = torch.zeros(1, dtype=torch.int32), 0
+        self._slot_at = torch.zeros(1, dtype=torch.int64)  # [requests], where a request's slots start in the table
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None: ...
 
@@ -50,7 +51,7 @@ class SplitAttention(AttentionBackend):
         self._starts, self._most = torch.from_numpy(starts).to(self._table.device), int(counts.max())
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
-        """Once for all layers; a CUDA graph does it anew."""
+        """Compute once for all layers; part of the CUDA graph, so that a replay computes it again."""
         self._slot_at = forward_batch.req_pool_indices.long() * self._table.stride(0)
 
     def forward_extend(
@@ -70,7 +71,7 @@ class SplitAttention(AttentionBackend):
     def _store(
         self, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch, save_kv_cache: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """New k and v [tokens, kv_heads, dim] enter the cache; the whole cache, [slots, kv_heads, dim] each."""
+        """Write new k and v [tokens, kv_heads, dim] into the cache; return the cache's, [slots, kv_heads, dim]."""
         if save_kv_cache and k is not None:
             self._pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         return self._pool.get_kv_buffer(layer.layer_id)

@@ -1,4 +1,4 @@
-"""What lets megatron-core and sglang, both written for GPUs, run unchanged on a machine without one."""
+"""Adaptations by which megatron-core and sglang, both written for GPUs, run unchanged on a machine without one."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from __future__ import annotations
 def install() -> bool:
     """Make this process ready to import megatron.core and sglang on a CPU. Call before either is imported.
 
-    Does nothing and returns False where CUDA is available. Raises RuntimeError when an installed version is not the one
-    these adaptations were written for, or when a backend was imported too early.
+    Does nothing and returns False if CUDA is available. Raises RuntimeError when an installed version is not the one
+    that these adaptations were written for, or when a backend was imported before.
     """
     import torch
 

@@ -1,15 +1,15 @@
-"""Lets megatron-core, which names CUDA devices, streams and events throughout, run on a CPU with gloo.
+"""Import hook by which megatron-core, which uses CUDA devices, streams and events throughout, runs on CPUs with gloo.
 
-An import hook, for ``megatron.core`` modules only, rewrites each module's syntax tree as it is loaded; no file and
-nothing of torch is changed:
+The hook, for ``megatron.core`` modules only, rewrites each module's syntax tree while it is loaded; no file and nothing
+of torch is changed:
 
-- ``torch.cuda`` becomes a stand-in whose device is the CPU and whose streams and events do nothing, which is right
-  because everything on a CPU already runs in program order;
+- ``torch.cuda`` becomes a stand-in whose device is the CPU and whose streams and events do nothing, which is correct
+  because operations on a CPU run in program order;
 - device strings ``"cuda"`` become ``"cpu"``, type names ``"torch.cuda.FloatTensor"`` become ``"torch.FloatTensor"``;
 - ``x.cuda(...)`` becomes ``x.cpu()``.
 
-Three modules need more than that after they were loaded (``_REPAIRS``). The rewritten bytecode is cached beside
-Python's own, which brings the import of Megatron from 2.0 s to 0.8 s in every process.
+Three modules are patched further after they were loaded (``_PATCHES``). The rewritten bytecode is cached beside
+Python's own, which shortens the import of Megatron from 2.0 s to 0.8 s in every process.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def install() -> None:
         raise RuntimeError(
             "megatron.core was imported before miles_spmd.platform.cpu.install(): move that call before the import"
         )
-    # Megatron's modules each say that kernels for GPUs are missing
+    # each of Megatron's modules warns that kernels for GPUs are missing
     warnings.filterwarnings("ignore", r"(Transformer Engine and )?Apex (is|are) not installed", UserWarning)
     sys.meta_path.insert(0, _Finder(_cuda_stand_in()))
 
@@ -67,7 +67,7 @@ def install() -> None:
 
 
 class _Event:
-    """A point in program order: always already reached."""
+    """An event that has always happened already."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -85,7 +85,7 @@ class _Event:
 
 
 class _Stream:
-    """Program order itself. All streams are the same one."""
+    """The only stream: operations run in program order."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -109,7 +109,7 @@ class _Stream:
 
 
 def _cuda_stand_in() -> types.ModuleType:
-    """``torch.cuda`` as Megatron uses it, on the CPU; every other attribute is the real module's."""
+    """Return ``torch.cuda`` as Megatron uses it, on the CPU; every other attribute is the real module's."""
     import torch
 
     class CudaOnCpu(types.ModuleType):
@@ -174,7 +174,7 @@ class _CudaToCpu(ast.NodeTransformer):
         return node
 
 
-# Names the cached bytecode: another version of this file never reads what this one wrote.
+# Part of the name of cached bytecode, so that another version of this file does not read it.
 _CACHE_TAG = "cpu" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
 
@@ -201,8 +201,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
     def exec_module(self, module: types.ModuleType) -> None:
         setattr(module, _STAND_IN, self._cuda)
         super().exec_module(module)
-        if repair := _REPAIRS.get(module.__name__.removeprefix(_PACKAGE + ".")):
-            repair(module)
+        if patch := _PATCHES.get(module.__name__.removeprefix(_PACKAGE + ".")):
+            patch(module)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -220,16 +220,17 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-# --- repairs after loading -------------------------------------------------------------------------------------------
+# --- patches after loading -------------------------------------------------------------------------------------------
 
 
 def _disable_fuser(jit: Any) -> None:
-    """``jit_fuser`` is torch.compile, whose C++ compilation costs more than the fused lines save here."""
+    """Disable ``jit_fuser``, which is torch.compile: compiling C++ takes longer than the fused lines save here."""
     jit.disable_jit_fuser()
 
 
 def _use_cpu_generator(random: Any) -> None:
-    """The generator's state goes through torch._C and a lazy CUDA call; forking warns that the CPU's has changed."""
+    """Read and write the state of torch's CPU generator: Megatron's way uses torch._C and a lazy CUDA call. Also drop
+    the warning of forked generators that the CPU's state has changed."""
     import torch
 
     random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
@@ -238,7 +239,7 @@ def _use_cpu_generator(random: Any) -> None:
 
 
 def _move_split_sizes(moe_utils: Any) -> None:
-    """A tensor that is not on CUDA is left as it is, where ``all_to_all_single`` needs its split sizes as numbers."""
+    """Convert split sizes to numpy, as ``all_to_all_single`` requires: Megatron's function ignores CPU tensors."""
 
     def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and hasattr(tensor, "numpy") else tensor
@@ -246,7 +247,7 @@ def _move_split_sizes(moe_utils: Any) -> None:
     moe_utils.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
 
 
-_REPAIRS: dict[str, Callable[[Any], None]] = {
+_PATCHES: dict[str, Callable[[Any], None]] = {
     "jit": _disable_fuser,
     "tensor_parallel.random": _use_cpu_generator,
     "transformer.moe.moe_utils": _move_split_sizes,

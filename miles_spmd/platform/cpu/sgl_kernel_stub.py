@@ -1,7 +1,7 @@
-"""Stands in for ``sgl_kernel``, SGLang's compiled kernels, which have no CPU build on the package index.
+"""Stub of ``sgl_kernel``, SGLang's compiled kernels, which have no CPU build on the package index.
 
 SGLang imports many names from it but calls only :func:`assign_req_to_token_pool_cpu` on the paths used here. Every
-other name is a function that raises: a path that would need a real kernel is an error, not a wrong number.
+other name is a function that raises NotImplementedError, so that a path that needs a real kernel fails at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What SGLang needs to be imported and run where there is no GPU."""
+"""Adaptations by which SGLang can be imported and run on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TORCHVISION_MODULES = (
 
 
 def install() -> None:
-    """Make this process ready to ``import sglang`` on a CPU-only torch. Idempotent.
+    """Make this process ready to ``import sglang`` without a GPU. Idempotent.
 
     Call before the first import of sglang; transformers may be imported before or after.
 
@@ -35,13 +35,13 @@ def install() -> None:
     if "sglang.srt" in sys.modules:
         raise RuntimeError("sglang was imported before miles_spmd.platform.cpu.install(); call install() first")
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
-    os.environ["SGLANG_NCCL_SO_PATH"] = os.devnull  # a torch built for CUDA brings one, which wants a GPU
+    os.environ["SGLANG_NCCL_SO_PATH"] = os.devnull  # a torch for CUDA comes with NCCL, which requires a GPU
     _stand_in_for_torchvision()
     sys.modules["sgl_kernel"] = sgl_kernel_stub
 
 
 def check_version() -> None:
-    """Raise RuntimeError unless the installed sglang is the one whose internals this project knows."""
+    """Raise RuntimeError unless the installed sglang has the version whose internals this project uses."""
     try:
         found = importlib.metadata.version("sglang")
     except importlib.metadata.PackageNotFoundError:
@@ -51,7 +51,7 @@ def check_version() -> None:
 
 
 class _Name(type):
-    """A class that has every attribute, each such a class again."""
+    """Metaclass of classes that have every attribute, whose values are classes of the same kind."""
 
     def __getattr__(cls, name: str) -> _Name:
         if name.startswith("__"):
@@ -60,26 +60,27 @@ class _Name(type):
 
 
 class _Absent(types.ModuleType):
-    """A module of which every name can be imported and nothing can be used."""
+    """A module from which every name can be imported and none can be used."""
 
     __path__: list[str] = []
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        self.__version__ = "0.28"  # transformers asks; the release that belongs to torch 2.13
+        self.__version__ = "0.28"  # transformers reads it; the release for torch 2.13
 
     def __getattr__(self, name: str) -> _Name:
         return getattr(_Name("torchvision", (), {}), name)
 
 
 def _stand_in_for_torchvision() -> None:
-    """SGLang imports torchvision, itself and through transformers' image processors, even where there are only words.
-    Its wheel loads only beside a CUDA torch, so the CPU stack comes without it."""
+    """Replace torchvision by modules without content if it is not installed. SGLang imports it, also through
+    transformers' image processors, even for text models; its wheel requires a CUDA torch, so that the CPU
+    installation does not have it."""
     if importlib.util.find_spec("torchvision") is None:
         for name in TORCHVISION_MODULES:
             sys.modules[name] = _Absent(name)
-        if "transformers" in sys.modules:  # it saw that there was none, and answers for what needs it with an error
+        if "transformers" in sys.modules:  # it found none, and has set a class that raises
             import transformers
             from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -87,18 +88,18 @@ def _stand_in_for_torchvision() -> None:
 
 
 def adapt() -> None:
-    """Keep an engine built on a CPU from what only makes sense for a server that owns the machine, or for a GPU."""
+    """Switch off, for engines on a CPU, what is meant for a server that owns the machine, or for a GPU."""
     from sglang.srt import server_args
     from sglang.srt.model_executor.model_runner import ModelRunner
 
     def leave_threads_alone(runner: ModelRunner) -> None:
-        runner.local_omp_cpuid = None  # SGLang would bind this process to cores of its own choice
+        runner.local_omp_cpuid = None  # SGLang would bind this process to cores that it selects
 
-    def invariant_already(runner: ModelRunner) -> None:
+    def leave_torch_alone(runner: ModelRunner) -> None:
         """SGLang's deterministic mode would replace matrix products by Triton kernels."""
 
     ModelRunner.init_threads_binding = leave_threads_alone
-    ModelRunner.maybe_enable_batch_invariant_mode = invariant_already
+    ModelRunner.maybe_enable_batch_invariant_mode = leave_torch_alone
     for backends in (
         server_args.DETERMINISTIC_ATTENTION_BACKEND_CHOICES,
         server_args.RADIX_SUPPORTED_DETERMINISTIC_ATTENTION_BACKEND,

@@ -1,8 +1,8 @@
-"""SGLang's layers, computing with :mod:`miles_spmd.invariant`, with which the trainer computes too.
+"""SGLang's layers, computing with :mod:`miles_spmd.invariant` as the trainer's do.
 
-SGLang has a batch-invariant mode of its own, which replaces torch's matrix products in the whole process, the trainer's
-with them, and falls back to unfused norms. Here the layers of one engine call other functions instead; of SGLang's mode
-is left that attention does not split keys.
+SGLang's own batch-invariant mode replaces torch's matrix products in the whole process, including the trainer's, and
+falls back to unfused norms. Here the layers of one engine call other functions instead; the only part of SGLang's mode
+that remains in use is that attention does not split keys.
 """
 
 from __future__ import annotations
@@ -33,23 +33,25 @@ from miles_spmd.invariant.rotary import rotate
 from miles_spmd.invariant.swiglu import swiglu
 
 _dispatch = MultiPlatformOp.dispatch_forward
-_their_all_reduce = GroupCoordinator.all_reduce
+_all_reduce = GroupCoordinator.all_reduce
 _apply = UnquantizedLinearMethod.apply
 _compute_lm_head = LogitsProcessor._compute_lm_head
-_rotary_stores_keys = qwen3_moe.enable_fused_set_kv_buffer
+_enable_fused_set_kv_buffer = qwen3_moe.enable_fused_set_kv_buffer
 _enable_mode = ModelRunner.maybe_enable_batch_invariant_mode
 
 
 @contextlib.contextmanager
-def shared_kernels(wanted: bool, terms: int) -> Iterator[None]:
-    """An engine built meanwhile computes with the functions that the trainer calls, or with SGLang's own. ``terms``: of
-    what its ranks add up."""
-    UnquantizedLinearMethod.apply = partialmethod(_linear, terms) if wanted else _apply
-    GroupCoordinator.all_reduce = _all_reduce if wanted else _their_all_reduce
-    LogitsProcessor._compute_lm_head = _lm_head if wanted else _compute_lm_head
-    ModelRunner.maybe_enable_batch_invariant_mode = _leave_torch_alone if wanted else _enable_mode
-    qwen3_moe.enable_fused_set_kv_buffer = _no if wanted else _rotary_stores_keys
-    MultiPlatformOp.dispatch_forward = _shared if wanted else _dispatch
+def invariant_layers(enabled: bool, sum_terms: int) -> Iterator[None]:
+    """An engine constructed inside this context computes with the functions of the trainer, or unless ``enabled``, with
+    SGLang's own. ``sum_terms``: number of partial sums when outputs of tensor-parallel ranks are reduced."""
+    # Layers bind their function when they are constructed (dispatch_forward). The others look theirs up in every call,
+    # so these stay after the context ends: a process has one engine at a time, and the next one sets them again.
+    UnquantizedLinearMethod.apply = partialmethod(_linear, sum_terms) if enabled else _apply
+    GroupCoordinator.all_reduce = _tree_all_reduce if enabled else _all_reduce
+    LogitsProcessor._compute_lm_head = _lm_head if enabled else _compute_lm_head
+    ModelRunner.maybe_enable_batch_invariant_mode = _leave_torch_alone if enabled else _enable_mode
+    qwen3_moe.enable_fused_set_kv_buffer = _not_fused if enabled else _enable_fused_set_kv_buffer
+    MultiPlatformOp.dispatch_forward = _invariant if enabled else _dispatch
     try:
         yield
     finally:
@@ -59,20 +61,21 @@ def shared_kernels(wanted: bool, terms: int) -> Iterator[None]:
 def _leave_torch_alone(runner: ModelRunner) -> None: ...
 
 
-def _no(batch: Any) -> bool:
-    """The rotary layer does not write keys and values into the cache; attention does."""
+def _not_fused(batch: Any) -> bool:
+    """Keys and values are written into the cache by attention, not by the rotary layer."""
     return False
 
 
-def _shared(layer: MultiPlatformOp) -> Callable[..., Any]:
+def _invariant(layer: MultiPlatformOp) -> Callable[..., Any]:
+    """Return the function that ``layer`` computes with."""
     if type(layer) is RMSNorm:
         return partial(_norm, layer)
     if type(layer) is SiluAndMul:
         return swiglu
     if type(layer) is TopK:
-        return partial(_choose, layer)
+        return partial(_route, layer)
     if type(layer) is UnquantizedFusedMoEMethod:
-        return _mix
+        return _experts
     return partial(_rotate, layer) if isinstance(layer, RotaryEmbedding) else _dispatch(layer)
 
 
@@ -86,21 +89,26 @@ def _rotate(
     layer: RotaryEmbedding, positions: Tensor, query: Tensor, key: Tensor, fused_set_kv_buffer_arg: Any = None
 ) -> tuple[Tensor, Tensor]:
     if fused_set_kv_buffer_arg is not None:
-        raise RuntimeError("SGLang expects its rotary layer to fill the cache of keys, which this one does not do")
-    turned = [
+        raise RuntimeError("SGLang expects its rotary layer to write the KV cache, which this one does not do")
+    rotated = [
         rotate(x.view(len(x), -1, layer.head_size), layer.cos_sin_cache, positions).flatten(1) for x in (query, key)
     ]
-    return turned[0], turned[1]
+    return rotated[0], rotated[1]
 
 
-def _linear(method: UnquantizedLinearMethod, terms: int, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    own = max(1, terms // layer.tp_size) if isinstance(layer, RowParallelLinear) else 1
-    return linear(x, layer.weight, bias, own)
+def _linear(
+    method: UnquantizedLinearMethod, sum_terms: int, layer: Any, x: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    # A row-parallel layer has a share of the hidden dimension; it computes its share of the partial sums.
+    terms = max(1, sum_terms // layer.tp_size) if isinstance(layer, RowParallelLinear) else 1
+    return linear(x, layer.weight, bias, terms)
 
 
-def _all_reduce(group: GroupCoordinator, x: Tensor) -> Tensor:
-    if group.world_size <= 2 or group.world_size.bit_count() > 1:  # but one order, or no parity
-        return _their_all_reduce(group, x)
+def _tree_all_reduce(group: GroupCoordinator, x: Tensor) -> Tensor:
+    """Sum over ranks in a binary tree, whose reduction order is the trainer's for every number of ranks."""
+    # Two numbers have one sum only; parity is supported for powers of two only.
+    if group.world_size <= 2 or group.world_size.bit_count() > 1:
+        return _all_reduce(group, x)
     return tree_sum(group.all_gather(x.unsqueeze(0), 0).unbind())
 
 
@@ -108,14 +116,14 @@ def _lm_head(processor: LogitsProcessor, hidden: Tensor, head: Any, *_: Any) -> 
     return linear(hidden, head.weight)
 
 
-def _choose(layer: TopK, hidden_states: Tensor, router_logits: Tensor, **_: Any) -> StandardTopKOutput:
+def _route(layer: TopK, hidden_states: Tensor, router_logits: Tensor, **_: Any) -> StandardTopKOutput:
     config = layer.topk_config
     weights, chosen = experts.choose(router_logits, config.top_k, not config.renormalize)
     return StandardTopKOutput(weights, chosen, router_logits)
 
 
-def _mix(layer: Any, dispatch_output: StandardDispatchOutput) -> StandardCombineInput:
-    """Of the experts that this rank has."""
+def _experts(layer: Any, dispatch_output: StandardDispatchOutput) -> StandardCombineInput:
+    """Return the weighted sum over those of a token's experts that this rank holds."""
     weights, chosen, _ = dispatch_output.topk_output
     mixed = experts.mix(dispatch_output.hidden_states, chosen, weights, layer.w13_weight, layer.w2_weight)
     return StandardCombineInput(mixed)

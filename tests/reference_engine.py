@@ -1,4 +1,5 @@
-"""The reference engine: transformers on a CPU, one request at a time. For tests and as an oracle, not for speed."""
+"""The reference engine: transformers on a CPU, one request at a time. It is small, quick to start, and shows how an
+engine that is not SGLang is plugged in: ``rollout.engine = "tests.reference_engine:TorchEngine"``."""
 
 from __future__ import annotations
 
@@ -10,18 +11,17 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
 from miles_spmd.algorithms.truncation import truncated
-from miles_spmd.generation import storage
 from miles_spmd.generation.engine import EngineMemory
 from miles_spmd.models import Piece, TensorLayout, load_family
 from miles_spmd.types.request import Output, Request, check_request
 from miles_spmd.types.sample import FinishReason
 
-_COLD = 1e-6
+_GREEDY_BELOW = 1e-6  # temperature
 
 
 @dataclass
 class Running:
-    """One request on its way."""
+    """A request that has not been returned yet."""
 
     request: Request
     generator: torch.Generator
@@ -37,11 +37,11 @@ class Running:
 class TorchEngine:
     """An :class:`~miles_spmd.generation.engine.Engine` of one rank. Weights are random until the first refit."""
 
+    size = 1
     leader = True
 
     def __init__(self, model_path: str | Path, *, dtype: str, context_length: int | None = None) -> None:
-        """``dtype``: "float32" or "bfloat16". ``context_length``: the longest prompt plus answer, by default the
-        model's."""
+        """See :class:`~miles_spmd.generation.engine.EngineFactory`."""
         self._family = load_family(model_path)
         self.context_length = context_length or self._family.max_sequence_length
         config = AutoConfig.from_pretrained(model_path)
@@ -53,7 +53,7 @@ class TorchEngine:
         self._requests: dict[str, Running] = {}
         self._weight_version = -1
         self._paused = False
-        self._freed: list[int] | None = None
+        self._freed: list[int] | None = None  # bytes of the parameters, while released
 
     @property
     def weight_version(self) -> int:
@@ -90,43 +90,43 @@ class TorchEngine:
         return [self._output(running) for running in finished]
 
     def _advance(self, running: Running) -> None:
-        """One more token for one request."""
-        wanted = running.request.sampling
+        """Generate one more token for one request."""
+        sampling = running.request.sampling
         sequence = running.request.input_ids + running.output_ids
         if running.cache is None:
             running.cache = DynamicCache()
-        known = running.cache.get_seq_length()
-        logits = self._model(torch.tensor([sequence[known:]]), past_key_values=running.cache).logits[0].float()
+        cached = running.cache.get_seq_length()
+        logits = self._model(torch.tensor([sequence[cached:]]), past_key_values=running.cache).logits[0].float()
         if running.request.return_prompt_log_probs and running.prompt_log_probs is None:
             targets = torch.tensor(sequence[1:])[:, None]
             running.prompt_log_probs = logits[:-1].log_softmax(-1).gather(-1, targets).squeeze(-1).tolist()
-        cold = wanted.temperature < _COLD
-        log_probs = (logits[-1:] / (1 if cold else wanted.temperature)).log_softmax(-1)
+        greedy = sampling.temperature < _GREEDY_BELOW
+        log_probs = (logits[-1:] / (1 if greedy else sampling.temperature)).log_softmax(-1)
         if log_probs.isnan().any():
             raise FloatingPointError(
-                f"request {running.request.rid}: the model of weight version {self._weight_version} gives log-probs "
+                f"request {running.request.rid}: the model of weight version {self._weight_version} computes log-probs "
                 "that are not finite"
             )
         token = int(log_probs.argmax())
         running.top1_ids.append(token)
-        if not cold and wanted.top_k != 1:
-            if wanted.top_k != -1 or wanted.top_p < 1:
-                log_probs = truncated(log_probs, wanted.top_k, wanted.top_p)
+        if not greedy and sampling.top_k != 1:
+            if sampling.top_k != -1 or sampling.top_p < 1:
+                log_probs = truncated(log_probs, sampling.top_k, sampling.top_p)
             token = int(torch.multinomial(log_probs[0].exp(), 1, generator=running.generator))
         running.output_ids.append(token)
         running.log_probs.append(float(log_probs[0, token]))
         running.finish_reason = self._finish_reason(running)
 
     def _finish_reason(self, running: Running) -> FinishReason | None:
-        wanted = running.request.sampling
-        stops = self._eos | set(wanted.stop_token_ids)
-        if not wanted.ignore_eos and running.output_ids[-1] in stops:
+        sampling = running.request.sampling
+        stops = self._eos | set(sampling.stop_token_ids)
+        if not sampling.ignore_eos and running.output_ids[-1] in stops:
             return FinishReason.STOP
-        if wanted.stop and self._tokenizer is not None:
+        if sampling.stop and self._tokenizer is not None:
             text = self._tokenizer.decode(running.output_ids)
-            if any(stop in text for stop in wanted.stop):
+            if any(stop in text for stop in sampling.stop):
                 return FinishReason.STOP
-        return FinishReason.LENGTH if len(running.output_ids) == wanted.max_new_tokens else None
+        return FinishReason.LENGTH if len(running.output_ids) == sampling.max_new_tokens else None
 
     def _output(self, running: Running) -> Output:
         self._stamp(running)
@@ -148,7 +148,7 @@ class TorchEngine:
             running.weight_versions.append((self._weight_version, new))
 
     def retry_smaller(self) -> None:
-        """It runs one request at a time."""
+        """Return None: this engine runs one request at a time already."""
 
     @property
     def idle(self) -> bool:
@@ -161,25 +161,28 @@ class TorchEngine:
         self._paused = False
 
     def flush(self) -> None:
-        """There is no prefix cache to drop."""
+        """Do nothing: this engine has no prefix cache."""
         self._require_idle("flush")
 
     def release(self, keep_weights: bool = False) -> None:
         self._require_memory()
         self._require_idle("release")
-        self._freed = [] if keep_weights else storage.free(self._model.parameters())  # there is no other memory
+        self._freed = []
+        for parameter in () if keep_weights else self._model.parameters():  # there is no other memory
+            self._freed.append(parameter.untyped_storage().nbytes())
+            parameter.untyped_storage().resize_(0)
 
     def resume_weights(self) -> None:
         self.resume()
 
     def resume(self) -> None:
-        if self._freed:
-            storage.allocate(self._model.parameters(), self._freed)
+        for parameter, size in zip(self._model.parameters(), self._freed or ()):
+            parameter.untyped_storage().resize_(size)
         self._freed = None
 
     def memory(self) -> EngineMemory:
-        """Keys and values come and go with the requests."""
-        return EngineMemory(storage.size(self._model.parameters()), 0)
+        """Keys and values live as long as their request and are not counted."""
+        return EngineMemory(sum(parameter.untyped_storage().nbytes() for parameter in self._model.parameters()), 0)
 
     def close(self) -> None:
         """Nothing outlives the object."""
@@ -188,14 +191,15 @@ class TorchEngine:
         return {name: parameter.detach() for name, parameter in self._model.named_parameters()}
 
     def layout(self) -> list[TensorLayout]:
-        """Parameters have the checkpoint's names and shapes. Raises ValueError for a model where they do not."""
+        """Return a layout in which parameters have the checkpoint's names and shapes. Raises ValueError for a model for
+        which transformers uses others."""
         tensors = self._family.checkpoint_tensors()
         layout = []
         for name, tensor in self._model.named_parameters():
             shape = tuple(tensor.shape)
             if tensors.get(name) != shape:
                 raise ValueError(
-                    f"{name} {shape} of transformers is no tensor of the checkpoint; use the sglang engine"
+                    f"{name} {shape} of transformers has no equal in the checkpoint; use rollout.engine = 'sglang'"
                 )
             zeros = (0,) * len(shape)
             layout.append(TensorLayout(name, (Piece(name, zeros, zeros, shape),)))
@@ -213,11 +217,11 @@ class TorchEngine:
 
     def _require_idle(self, what: str) -> None:
         if not self.idle:
-            raise RuntimeError(f"{what}() needs an idle engine: step until idle is true, or abort first")
+            raise RuntimeError(f"{what}() requires an idle engine: step until idle is true, or abort first")
 
 
 def _eos_token_ids(model_path: str | Path, config: Any, tokenizer: Any) -> set[int]:
-    """End-of-sequence ids from everywhere where checkpoints name them, as SGLang collects them."""
+    """Return the end-of-sequence ids of all files in which checkpoints name them, as SGLang collects them."""
     sources = [config, tokenizer]
     if Path(model_path, "generation_config.json").is_file():
         sources.append(GenerationConfig.from_pretrained(model_path))

@@ -1,4 +1,4 @@
-"""The checksum of a buffer on a GPU, in one pass over it."""
+"""Kernel for the checksum of a buffer on a GPU, in one pass over it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK, BLOCKS = 2048, 16  # words that a program takes at a time, and how often
+BLOCK, BLOCKS = 2048, 16  # words in a block, and blocks that a program sums
 
 
 def word_sum(buffer: torch.Tensor) -> torch.Tensor:
-    """int64 scalar, on the device: the sum of a flat uint8 buffer's 32-bit words times 2 * position + 1, modulo 2^64.
+    """Return the sum of a flat uint8 buffer's 32-bit words times (2 * position + 1), modulo 2^64, as an int64 scalar on
+    its device.
 
-    No change of one word goes unseen, nor the exchange of two, in buffers of less than 8 GiB: both change the sum by a
-    product that is smaller than 2^64 and not zero. Products modulo 2^32 would not do, because the low bits of weights
-    such as 1.0 are zero.
+    In buffers of less than 8 GiB it detects every change of one word and every exchange of two: both change the sum by
+    a non-zero product smaller than 2^64. Products modulo 2^32 would not, because the low bits of weights such as 1.0
+    are zero.
     """
     words = buffer.view(torch.int32)
     total = torch.zeros(1, dtype=torch.int64, device=buffer.device)
@@ -26,7 +27,7 @@ def word_sum(buffer: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def _add_words(words, count, total, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Both factors of a product have 32 bits: wider ones would take several instructions."""
+    """Both factors of a product have 32 bits: a product of wider ones takes several instructions."""
     own = tl.zeros([BLOCK], tl.uint64)
     first = tl.program_id(0).to(tl.int64) * (BLOCK * BLOCKS)
     for block in range(BLOCKS):

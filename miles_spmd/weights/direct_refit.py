@@ -1,5 +1,5 @@
-"""Refit between the GPUs of a host: every rank pulls what its engine needs, from its own trainer and, over NVLink, from
-the memory of other ranks' trainers, in one pass and without buffers."""
+"""Refit between the GPUs of a host: every rank reads what its engine needs directly from the memory of its own trainer
+and, over NVLink, of other ranks' trainers, in one pass and without buffers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from miles_spmd.weights import cuda_ipc
 from miles_spmd.weights.checksums import Comparisons
 from miles_spmd.weights.copy_kernel import Kind, Move, launches
 from miles_spmd.weights.copy_plan import Place
-from miles_spmd.weights.transport import Bucket, gather
+from miles_spmd.weights.transport import ALIGNMENT, Bucket, gather
 
-ALIGNMENT = 16  # bytes, of a vector access
 Buckets = Mapping[int, list[Bucket]]
 
 
 class Shared(msgspec.Struct, frozen=True):
-    """A tensor that other ranks may read."""
+    """A tensor that other ranks read."""
 
     where: cuda_ipc.Export
     dtype: str
@@ -32,7 +31,8 @@ class Shared(msgspec.Struct, frozen=True):
 def map_peers(
     weights: Mapping[str, torch.Tensor], pulls: Buckets, serves: Buckets, group: dist.ProcessGroup | None
 ) -> dict[int, dict[str, Shared]] | None:
-    """Collective: what every rank shares, by rank and name, or None on all when one cannot map what it pulls."""
+    """Map the tensors that this rank pulls. Returns the shared tensors of all ranks, by rank and name, or None on all
+    ranks if one of them cannot map what it pulls. Collective over ``group``; see :class:`DirectRefit`."""
     problem = ""
     offered: dict[str, Shared] = {}
     names = {copy.source.tensor for buckets in serves.values() for bucket in buckets for copy in bucket.copies}
@@ -57,10 +57,11 @@ def map_peers(
 
 
 class DirectRefit:
-    """This rank's part. ``pulls``: buckets by the rank (of ``group``) that holds their sources, this one among them;
-    ``serves``: by the other rank that pulls them; ``shared``: the tensors of other ranks, by rank and name.
+    """This rank's part of a refit. ``pulls``: buckets by the rank (of ``group``) that holds their sources, this rank
+    included; ``serves``: buckets by the other rank that pulls them; ``shared``: tensors of other ranks, by rank and
+    name.
 
-    All ranks of ``group`` build and run it together. What is shared must stay where it is.
+    All ranks of ``group`` construct and run it together. Shared tensors must stay at their addresses.
     """
 
     def __init__(
@@ -78,28 +79,32 @@ class DirectRefit:
         self._own = len(pulls.get(self._rank, ()))
         self._pulls = [(bucket, rank) for rank in (self._rank, *others) for bucket in pulls.get(rank, ())]
         serving = [bucket for rank in others for bucket in serves.get(rank, ())]
-        # checksums that go to and come from every rank; none from a rank to itself
+        # number of checksums that go to and come from every rank, as all_to_all takes them; none from a rank to itself
         self._served, self._pulled = ([0] * (len(others) + 1) for _ in range(2))
         for rank in others:
             self._served[rank], self._pulled[rank] = len(serves.get(rank, ())), len(pulls.get(rank, ()))
-        self._meets = any(shared.values())  # whether any rank reads another's memory; all know alike
+        self._reads_peers = any(shared.values())  # whether any rank reads another's memory; equal on all ranks
         self._sources = _Tensors({**shared, self._rank: weights}, device)
         self._targets = _Tensors({self._rank: engine_weights}, device)
-        pulling = _in_turns(self._pulls, self._rank)
+        pulling = _interleaved(self._pulls, self._rank)
         self._copy = launches(_copies(pulling, self._sources, self._targets), device)
         self._check = launches(_reads(pulling, self._targets, targets=True), device)
         self._serve = launches(_reads(list(enumerate(serving)), self._sources, targets=False), device)
 
     def run(self, comparisons: Comparisons | None) -> None:
-        """Copy. ``comparisons`` is left with checksums of what the owners hold, what was read and what was written."""
+        """Copy all weights. Unless ``comparisons`` is None, add to it, for every bucket, whether the checksums of what
+        the owner holds, what was read and what was written are equal."""
         sources, targets = self._sources.addresses(), self._targets.addresses()
         served, read, written = (self._sums(count) for count in (sum(self._served), *[len(self._pulls)] * 2))
         checks = comparisons is not None
+        # Owners sum their own memory, because the reader alone could not detect an error on the way.
         if checks:
             for launch in self._serve:
                 launch(sources, sources, served, copy=False, checksum=True)
         sent = self._sums(sum(self._pulled))
-        if self._meets:  # on the devices' streams: nobody reads before the owner's weights are final
+        # It orders the devices' streams, too: a rank reads only after the owners' streams have reached this point, at
+        # which their optimizer steps are done. It is therefore needed without checksums as well.
+        if self._reads_peers:
             dist.all_to_all_single(sent, served, self._pulled, self._served, group=self._group)
         for launch in self._copy:
             launch(sources, targets, read, copy=True, checksum=checks)
@@ -108,7 +113,7 @@ class DirectRefit:
                 launch(targets, targets, written, copy=False, checksum=True)
             sent = torch.cat([read[: self._own], sent])
             comparisons.add((sent != read) | (read != written), self._pulls)
-        if self._meets:  # nobody's weights change before everybody has read
+        if self._reads_peers:  # in the same way, weights change only after all ranks have read them
             dist.all_reduce(self._sums(1), group=self._group)
 
     def _sums(self, count: int) -> torch.Tensor:
@@ -116,21 +121,22 @@ class DirectRefit:
 
 
 class _Tensors:
-    """Tensors by number, in the order in which they are first asked for."""
+    """Tensors by number, in the order of their first use, with their addresses on the device."""
 
-    def __init__(self, known: Mapping[int, Mapping[str, torch.Tensor | Shared]], device: torch.device) -> None:
-        self._known, self._device = known, device
+    def __init__(self, by_rank: Mapping[int, Mapping[str, torch.Tensor | Shared]], device: torch.device) -> None:
+        self._by_rank, self._device = by_rank, device
         self._numbers: dict[tuple[int, str], int] = {}
         self._tensors: list[torch.Tensor | Shared] = []
         self._addresses: list[int] = []
         self._on_device: torch.Tensor | None = None
 
     def locate(self, place: Place) -> tuple[int, int, int]:
-        """Number of the tensor; in elements, offset of the place and distance of rows. Raises MappingError."""
+        """Return the number of the tensor and, in elements, the offset of ``place`` in it and the distance of its rows.
+        Raises MappingError."""
         key = place.rank, place.tensor
         if key not in self._numbers:
             self._numbers[key] = len(self._tensors)
-            tensor = self._known[place.rank][place.tensor]
+            tensor = self._by_rank[place.rank][place.tensor]
             self._tensors.append(tensor)
             self._addresses.append(_address(tensor))
         number = self._numbers[key]
@@ -146,11 +152,12 @@ class _Tensors:
         return self._addresses[number] % ALIGNMENT == 0
 
     def addresses(self) -> torch.Tensor:
-        """int64 [tensors], on the device: where they lie now."""
+        """Return the current addresses, int64 [tensors], on the device. Raises RuntimeError when one is no longer
+        aligned, although the kernels assume it."""
         now = [_address(tensor) for tensor in self._tensors]
         if self._on_device is None or now != self._addresses:
             if any(a % ALIGNMENT and not b % ALIGNMENT for a, b in zip(now, self._addresses)):
-                raise RuntimeError("refit: a tensor has moved to an address that is no multiple of 16 bytes")
+                raise RuntimeError("refit: a tensor has moved to an address that is not a multiple of 16 bytes")
             self._addresses = now
             self._on_device = torch.tensor(now, dtype=torch.int64).to(self._device)
         return self._on_device
@@ -164,9 +171,9 @@ def _strides(tensor: torch.Tensor | Shared) -> tuple[int, ...]:
     return tensor.strides if isinstance(tensor, Shared) else tensor.stride()
 
 
-def _in_turns(pulls: Sequence[tuple[Bucket, int]], rank: int) -> list[tuple[int, Bucket]]:
-    """The buckets with their numbers, from one source after the other. Ranks that need the same begin with different
-    sources, so that they do not all read from one at a time: its link would be the limit of all."""
+def _interleaved(pulls: Sequence[tuple[Bucket, int]], rank: int) -> list[tuple[int, Bucket]]:
+    """Return the buckets with their numbers, one of each source in turn. Different ranks start with different sources,
+    so that they do not all read from one rank at a time, whose NVLink would limit them all."""
     by_source: dict[int, list[tuple[int, Bucket]]] = {}
     for number, (bucket, source) in enumerate(pulls):
         by_source.setdefault(source, []).append((number, bucket))
@@ -186,7 +193,7 @@ def _copies(buckets: Sequence[tuple[int, Bucket]], sources: _Tensors, targets: _
 
 
 def _reads(buckets: Sequence[tuple[int, Bucket]], tensors: _Tensors, *, targets: bool) -> Iterator[tuple[Move, Kind]]:
-    """Of the buckets' sources, or targets, as the values that the targets have."""
+    """Yield moves that only read the buckets' sources or targets, for checksums of the values in the targets' dtype."""
     for number, bucket in buckets:
         for copy, dtype, offset in zip(bucket.copies, bucket.dtypes, bucket.offsets):
             place = tensors.locate(copy.target if targets else copy.source)
