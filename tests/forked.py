@@ -14,11 +14,12 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+REPOSITORY = Path(__file__).parents[1]
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["tests.preloaded"])
 
@@ -55,23 +56,26 @@ class Program:
 
 
 def start(
-    arguments: Sequence[object], folder: Path, environment: Mapping[str, str], stdout: Path, stderr: Path
+    arguments: Sequence[object],
+    folder: Path,
+    environment: Mapping[str, str],
+    stdout: Path,
+    stderr: Path,
+    cpus: Collection[int] = (),
 ) -> Program:
-    """Start ``python ARGUMENTS`` in ``folder``. ``arguments`` are ``-m MODULE ...`` or ``FILE ...``."""
-    process = _server.Process(
-        target=_run,
-        args=(list(map(str, arguments)), folder, dict(environment), stdout, stderr),
-        name=str(arguments[:2]),
-    )
-    return Program(process)
+    """Start ``python ARGUMENTS`` in ``folder``, on ``cpus`` alone if there are any. ``arguments`` are ``-m MODULE ...``
+    or ``FILE ...``."""
+    args = list(map(str, arguments)), folder, dict(environment), stdout, stderr, cpus
+    return Program(_server.Process(target=_run, args=args, name=str(arguments[:2])))
 
 
 def run(
     *arguments: object, folder: Path, timeout: float = 200, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``python ARGUMENTS`` in ``folder`` to its end, with the text of both streams."""
+    """Run ``python ARGUMENTS`` in ``folder`` to its end, with the text of both streams. It can import tests."""
     stdout, stderr = folder / "stdout.txt", folder / "stderr.txt"
-    program = start(arguments, folder, os.environ | dict(environment or {}), stdout, stderr)
+    variables = os.environ | {"PYTHONPATH": str(REPOSITORY)} | dict(environment or {})
+    program = start(arguments, folder, variables, stdout, stderr)
     try:
         status = program.wait(timeout)
     finally:
@@ -86,8 +90,17 @@ def fork_rank(handler: Any, command: Sequence[str], environment: Mapping[str, st
     return Program(process)
 
 
-def _run(arguments: list[str], folder: Path, environment: dict[str, str], stdout: Path, stderr: Path) -> None:
+def _run(
+    arguments: list[str],
+    folder: Path,
+    environment: dict[str, str],
+    stdout: Path,
+    stderr: Path,
+    cpus: Collection[int],
+) -> None:
     os.chdir(folder)
+    if cpus:
+        os.sched_setaffinity(0, cpus)
     for path, descriptor in ((stdout, 1), (stderr, 2)):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(opened, descriptor)

@@ -18,6 +18,7 @@ from miles_spmd.ledger import step_data
 from miles_spmd.ledger.chain import FILE, FOLDER, LedgerError
 from miles_spmd.ledger.compare import Comparison, compare
 from miles_spmd.ledger.record import read_record, verify
+from tests import forked
 from tests.ledger.runs import STEPS, Recipe, replayed, train
 from tests.ranks import Ranks
 from tests.worker.tiny_run import write_checkpoint, write_config
@@ -336,8 +337,10 @@ def test_verbs(tmp_path: Path) -> None:
     )
     run, again = tmp_path / "runs" / "tiny", tmp_path / "runs" / "tiny-replay-1"
     miles_spmd("train", recipe, "--nproc-per-node", 2)
-    for verb in (["replay", run, "--step", 1, "--nproc-per-node", 1], ["diff", run, again]):
-        *conditions, found = miles_spmd(*verb).splitlines()
+    replay = forked.run("-m", "miles_spmd", "replay", run, "--step", 1, "--nproc-per-node", 1, folder=tmp_path)
+    assert replay.returncode == 0, replay.stderr
+    for shown in (replay.stdout, miles_spmd("diff", run, again)):
+        *conditions, found = shown.splitlines()
         assert "layout: ranks: 2 | 1" in conditions
         assert found == "steps 0 to 1: no difference, except for the layout"
     assert miles_spmd("ledger", "verify", run) == f"{run}: 3 entries hold together, 2 of them steps\n"
