@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["tests.preloaded"])
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["tests.preloaded"])
 
 
 class Program:
@@ -66,7 +66,7 @@ def start(
     """Start ``python ARGUMENTS`` in ``folder``, on ``cpus`` alone if there are any. ``arguments`` are ``-m MODULE ...``
     or ``FILE ...``."""
     args = list(map(str, arguments)), folder, dict(environment), stdout, stderr, cpus
-    return Program(_server.Process(target=_run, args=args, name=str(arguments[:2])))
+    return Program(server.Process(target=_run, args=args, name=str(arguments[:2])))
 
 
 def run(

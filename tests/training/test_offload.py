@@ -26,7 +26,9 @@ def steps(run: Config, offload: bool) -> tuple[list[Any], Any, int, int]:
             before = {name: weight.clone() for name, weight in weights.items()}
             moved = trainer.move_out()
             assert trainer.move_out() == 0
+            assert trainer._chunks
             for chunk in trainer._chunks:
+                assert chunk.buffers
                 assert all(buffer.grad_data.untyped_storage().nbytes() == 0 for buffer in chunk.buffers)
             for name, weight in weights.items():  # a refit reads them meanwhile
                 assert torch.equal(weight, before[name]), name

@@ -103,7 +103,7 @@ class Launched:
         lines = [line for line in self.stderr().splitlines() if line.startswith("miles-spmd: ")]
         assert len(lines) == 1, self.report()
         metrics = self.run_dir / "metrics.jsonl"
-        if metrics.exists():
+        if metrics.exists():  # each line whole, however the run ended
             assert all(isinstance(json.loads(line), dict) for line in metrics.read_text().splitlines())
         return lines[0].removeprefix("miles-spmd: ")
 
