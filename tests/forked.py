@@ -1,5 +1,5 @@
 """Python programs in processes that are forked from one that has imported torch, Megatron and SGLang already
-(tests/preloaded.py): they start in a tenth of a second, where a new interpreter spends five seconds of computing.
+(tests/preloaded.py): they start in a tenth of a second, where a new interpreter computes for five.
 
 A program has its own session, as a launcher does, and the ranks that torchrun starts in it are forked in their turn:
 they are children of torchrun, each in its own session, as they always are. What differs from a start by a user is that
