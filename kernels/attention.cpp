@@ -1,9 +1,13 @@
 // Causal attention of packed sequences in fp32 on a CPU, forward and backward.
 //
-// A row is one head's query of one token. Whatever else is in the call, a row's numbers come from the same operations
-// in the same order: products over the head dimension in eight lanes that are added up at the end, a softmax over all
-// keys at once, keys from first to last. An engine that decodes one token and a trainer that reads the whole sequence
-// therefore get the same bits. Gradients of keys and values are summed over the rows of their own sequence alone.
+// A row is one head's query of one token. Whatever else is in the call, a row's result comes from the same operations
+// in the same order: products over the head dimension in eight lanes that are summed at the end, a softmax over all
+// keys at once, keys from first to last. The results of an engine that decodes one token and of a trainer that scores
+// the whole sequence are therefore bitwise equal. Gradients of keys and values are summed over the rows of their own
+// sequence alone.
+//
+// The compiler must not contract a multiplication and an addition (-ffp-contract=off): fused operations are written as
+// such, so that every build computes the same.
 
 #include <immintrin.h>
 
@@ -16,7 +20,7 @@
 
 namespace {
 
-constexpr int LANES = 8;
+constexpr int LANES = 8;  // float32 numbers of an AVX register
 
 struct Sequences {
     const int64_t *query_starts, *key_starts;
@@ -24,7 +28,8 @@ struct Sequences {
     int64_t count, heads, groups, dim;
 };
 
-// The rows of a sequence that share a key head, by token, and their keys.
+// The rows of sequence s that share key head ``group``, by token, and their keys. ``share``: query heads per key head;
+// ``before``: keys before the first query of the sequence (a cached prefix).
 struct Group {
     const Sequences& q;
     int64_t s, group, share, rows, keys, before;
@@ -34,9 +39,9 @@ struct Group {
           rows((q.query_starts[s + 1] - q.query_starts[s]) * share), keys(q.key_starts[s + 1] - q.key_starts[s]),
           before(keys - rows / share) {}
 
-    int64_t seen(int64_t i) const { return before + i / share + 1; }                     // keys, by row i
-    int64_t first(int64_t j) const { return std::max<int64_t>(j - before, 0) * share; }  // row that sees key j
-    int64_t row(int64_t i) const {  // of [tokens, heads]
+    int64_t seen(int64_t i) const { return before + i / share + 1; }                     // number of keys of row i
+    int64_t first(int64_t j) const { return std::max<int64_t>(j - before, 0) * share; }  // first row that sees key j
+    int64_t row(int64_t i) const {  // index in [tokens, heads]
         return (q.query_starts[s] + i / share) * q.heads + group * share + i % share;
     }
 
@@ -55,7 +60,8 @@ void each_group(const Sequences& q, Pass pass) {
         for (int64_t group = 0; group < q.groups; ++group) pass(Group(q, s, group));
 }
 
-// Four at a time, then two, then one: pass(how many, first).
+// Calls pass(size, first) for four rows at a time, then two, then one. Several rows share every key that is loaded; the
+// operations of a row do not depend on how many there are.
 template <typename Pass>
 void each_tile(int64_t count, Pass pass) {
     int64_t i = 0;
@@ -173,15 +179,17 @@ float weigh(float* products, int64_t count, int64_t length, float scale, float s
     return total(sum);
 }
 
-// What is computed together, so that it stays in the cache. No row's numbers depend on it.
+// Sizes of the blocks that are computed together, so that they stay in the cache. No result depends on them.
 constexpr int64_t ROWS = 16, KEYS = 128;
 
 struct Forward {
     const float *query, *key, *value;
     float scale;
     float *out, *lse;
-    std::vector<float> table;  // of a block's rows and all keys: products, then exponentials
+    std::vector<float> table;  // of a block's rows and all their keys: scores, then probabilities
 
+    // The softmax is over all keys of a row at once, unlike flash attention's, whose running sum is
+    // rescaled at the borders of blocks.
     void operator()(const Group& g) {
         for (int64_t i = 0; i < g.rows; i += ROWS) {
             const int64_t rows = std::min(ROWS, g.rows - i), keys = g.seen(i + rows - 1), length = whole_lanes(keys);
@@ -201,7 +209,7 @@ struct Forward {
         }
     }
 
-    // Of R rows from the given one on, with KEYS keys or those that are left.
+    // Scores of R rows from ``row`` on with the KEYS keys from j on, or those that are left.
     template <int R>
     void score(const Group& g, int64_t row, int64_t j, float* table, int64_t length) {
         const float* queries[R];
@@ -214,6 +222,7 @@ struct Forward {
         multiply<R>(queries, [&](int64_t k) { return g.key_of(key, j + k); }, keys, g.q.dim, p);
     }
 
+    // Adds to R rows of the result their mean of the values from j on.
     template <int R>
     void mean(const Group& g, int64_t row, int64_t j, const float* table, int64_t length) {
         float* outs[R];
@@ -224,7 +233,7 @@ struct Forward {
     }
 };
 
-// Of ROWS rows and KEYS keys: probabilities, the gradients of their scores, and where the rows are.
+// ROWS rows and KEYS keys: their probabilities, the gradients of their scores, and the offsets of the rows.
 struct Block {
     float p[ROWS][KEYS], of_scores[ROWS][KEYS];
     int64_t at[ROWS];
@@ -236,6 +245,8 @@ struct Backward {
     float *of_query, *of_key, *of_value;
     Block block;
 
+    // Blocks of keys outside, of rows inside: every query's gradient is summed over keys from first to last, every
+    // key's over rows from first to last. Within a block rows are done first, because keys read their score gradients.
     void operator()(const Group& g) {
         for (int64_t i = 0; i < g.rows; ++i) std::fill(g.row_of(of_query, i), g.row_of(of_query, i) + g.q.dim, 0.0f);
         for (int64_t j = 0; j < g.keys; j += KEYS)
@@ -247,7 +258,8 @@ struct Backward {
             }
     }
 
-    // Rows i + first ... of the block that begins with row i and key j.
+    // Rows i + first .. i + first + R - 1 of the block that begins with row i and key j: probabilities from the saved
+    // log of the sum of exponentials, gradients of scores, and what they add to the gradient of queries.
     template <int R>
     void of_rows(const Group& g, int64_t i, int64_t j, int64_t first, int64_t keys) {
         const int64_t dim = g.q.dim, length = whole_lanes(keys);
@@ -267,6 +279,7 @@ struct Backward {
         for (int r = 0; r < R; ++r) {
             const int64_t seen = std::min(g.seen(i + first + r) - j, keys);
             weigh(p[r], seen, length, scale, lse[g.row(i + first + r)]);
+            // d score = p (d p - sum of p d p) scale, and the sum equals gradient . out
             std::fill(of_scores[r] + seen, of_scores[r] + length, 0.0f);
             const __m256 shift = all(dot(gradients[r], g.row_of(out, i + first + r), dim));
             for (int64_t k = 0; k < length; k += LANES)
@@ -275,7 +288,7 @@ struct Backward {
         combine<R>(of_queries, key_at, [&](int r, int64_t k) { return of_scores[r][k]; }, 0, most, dim);
     }
 
-    // Keys j + first ... of the same block.
+    // Keys j + first .. j + first + R - 1 of the same block: what its rows add to the gradients of keys and values.
     template <int R>
     void of_keys(const Group& g, int64_t i, int64_t j, int64_t first, int64_t rows) {
         float *of_keys[R], *of_values[R];
@@ -298,8 +311,8 @@ struct Backward {
 extern "C" {
 
 // query and out [tokens, heads, dim]; key and value [slots, groups, dim]; lse [tokens, heads], log of the sum of
-// exponentials. Sequence s has the queries query_starts[s] .. query_starts[s + 1] - 1, and keys alike; its last query
-// sees all of its keys. slots: where each key lies; null: in order. dim is a multiple of 8.
+// exponentials. Sequence s has the queries query_starts[s] .. query_starts[s + 1] - 1, and keys by key_starts; its last
+// query sees all of its keys. slots: the row where each key lies; null: in order. dim is a multiple of 8.
 void attention_forward(const float* query, const float* key, const float* value, const int32_t* slots,
                        const int64_t* query_starts, const int64_t* key_starts, int64_t sequences, int64_t heads,
                        int64_t groups, int64_t dim, float scale, float* out, float* lse) {
@@ -307,7 +320,7 @@ void attention_forward(const float* query, const float* key, const float* value,
                Forward{query, key, value, scale, out, lse, {}});
 }
 
-// of_key and of_value, which begin as zeros, are added to.
+// Writes of_query; adds to of_key and of_value, which the caller has set to zero. Other arguments as above.
 void attention_backward(const float* gradient, const float* query, const float* key, const float* value,
                         const float* out, const float* lse, const int32_t* slots, const int64_t* query_starts,
                         const int64_t* key_starts, int64_t sequences, int64_t heads, int64_t groups, int64_t dim,

@@ -2,16 +2,16 @@
 # The pinned GPU runtime for machines without network: launch/bundle.sh OUT [--part-mib N] [--te WHEEL]
 #
 # Needs pip, unzip, strip and xz here, 3 GB of disk for a while and no GPU. --te adds Transformer Engine: WHEEL is its
-# transformer_engine_torch, which the package index has as source only; docs/gpu.md says how to build it. OUT/bundle/
-# (about 220 MB, 500 with Transformer Engine, or parts of at most N MiB, for channels that carry no more) is copied to
-# the other machine, where
+# transformer_engine_torch, which the package index has as source only; docs/gpu.md describes how to build it. Copy
+# OUT/bundle/ (about 220 MB, 500 with Transformer Engine; with --part-mib in parts of at most N MiB) to the other machine.
 #   source OUT/bundle/activate.sh [FOLDER]
-# unpacks it once, to FOLDER or /tmp/miles-spmd-runtime, and makes it importable. docs/gpu.md says what must be there.
+# unpacks it once, to FOLDER or /tmp/miles-spmd-runtime, and makes it importable. docs/gpu.md lists what that machine
+# must have.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 fail() {
-    echo "bundle.sh: $*" >&2
+    echo "bundle.sh: error: $*" >&2
     exit 2
 }
 
@@ -21,7 +21,7 @@ shift
 part_mib= te=
 while [[ $# -gt 0 ]]; do
     case $1 in
-    --part-mib) [[ ${2:-} =~ ^[0-9]+$ ]] && part_mib=$2 || fail "--part-mib needs a number" ;;
+    --part-mib) [[ ${2:-} =~ ^[0-9]+$ ]] && part_mib=$2 || fail "--part-mib needs a number, not '${2:-}'" ;;
     --te) [[ -f ${2:-} && $2 =~ /?transformer_engine_torch-([0-9.]+)-[^/]*\.whl$ ]] && te=$2 te_version=${BASH_REMATCH[1]} ||
         fail "--te needs the wheel of transformer_engine_torch, not '${2:-}'" ;;
     *) fail "unknown option $1" ;;
@@ -48,7 +48,7 @@ mkdir "$work/site"
 for wheel in "$work"/wheels/*.whl; do unzip -qo "$wheel" -d "$work/site"; done
 
 cd "$work/site"
-# of other chips, for linking, and what no path of ours loads
+# remove kernels of other GPUs, static libraries, and what this project never loads
 rm -rf sgl_kernel/sm100 sgl_kernel/infllm_ops* sgl_kernel/flashmla_ops* sglang/multimodal_gen/csrc xgrammar/lib/*.a \
     transformer_engine/jax
 find . -name __pycache__ -prune -exec rm -rf {} +

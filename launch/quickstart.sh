@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh checkout to a model trained by reinforcement learning, on a CPU. What it made is in runs/quickstart.
+# From a fresh checkout to a model trained by reinforcement learning, on a CPU. Writes into runs/quickstart.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

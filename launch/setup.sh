@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make .venv with the pinned CPU stack, unless it is there and up to date. quickstart.sh and test.sh begin with this.
-# PYTHON=/path/to/python chooses the interpreter; which package index is used is pip's own configuration.
+# Create .venv with the pinned CPU stack, unless it exists and is up to date. quickstart.sh and test.sh begin with this.
+# PYTHON=/path/to/python selects the interpreter; the package index is that of pip's configuration.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -8,7 +8,7 @@ lock=launch/requirements-cpu.txt
 stamp=.venv/.miles-spmd
 
 fail() {
-    echo "setup: $*" >&2
+    echo "setup: error: $*" >&2
     exit 1
 }
 
@@ -20,33 +20,33 @@ find_python() {
             return
         fi
     done
-    fail "needs Python 3.11 or 3.12, and found neither; set PYTHON to one"
+    fail "Python 3.11 or 3.12 is required and neither was found; set PYTHON to the path of one"
 }
 
 install() {
     .venv/bin/python -m pip --quiet --disable-pip-version-check install --no-input --no-compile "$@"
 }
 
-wanted=$(cat "$lock" pyproject.toml CMakeLists.txt kernels/* <(pwd) | sha256sum)
-if [[ -f $stamp && $(<"$stamp") == "$wanted" && -x .venv/bin/python ]]; then
+state=$(cat "$lock" pyproject.toml CMakeLists.txt kernels/* <(pwd) | sha256sum)
+if [[ -f $stamp && $(<"$stamp") == "$state" && -x .venv/bin/python ]]; then
     exit 0
 fi
 
 [[ $(uname -sm) == "Linux x86_64" ]] || fail "the pinned packages are for Linux on x86-64, not $(uname -sm)"
 if [[ ! -x .venv/bin/python ]]; then
     python=$(find_python)
-    "$python" -m venv .venv || fail "$python cannot make a virtual environment; install its venv module (python3-venv)"
+    "$python" -m venv .venv || fail "$python cannot create a virtual environment; install its venv module (python3-venv)"
 fi
 echo "setup: installing the packages of $lock into .venv, a few minutes the first time"
 install --no-deps --requirement "$lock" || fail "the packages could not be installed; pip's message above says which"
 if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
-    echo "setup: this package index has torch for CUDA only; installing the libraries it needs to start (gigabytes)"
+    echo "setup: this package index has torch for CUDA only; installing the libraries that it loads (gigabytes)"
     install --constraint "$lock" "$(grep '^torch==' "$lock")" || fail "torch could not be installed"
 fi
-# Compiled here on every core, where pip would use one; left to the first run, each of its processes would do it again.
+# Compile bytecode on all cores: pip uses one, and without it every process of the first run would compile for itself.
 .venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
 kernels=miles_spmd/invariant/cpu_kernels.so
-rm -f "$kernels" # of other sources, perhaps
+rm -f "$kernels" # may be of other sources
 install --no-deps --no-build-isolation --editable . || fail "the project itself could not be installed"
-[[ -f $kernels ]] || echo "setup: without a C++ compiler, torch does the work of the CPU kernels, slower (docs/kernels.md)"
-echo "$wanted" >"$stamp"
+[[ -f $kernels ]] || echo "setup: warning: no C++ compiler found; torch operations replace the CPU kernels and are slower (docs/kernels.md)"
+echo "$state" >"$stamp"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Set up what is needed, then run the tests, two files at a time. Arguments go to pytest: launch/test.sh tests/config -k
-# overrides. docs/testing.md says what is run, and what -m "slow or many_ranks" adds.
+# Set up .venv, then run the tests, two files at a time. Arguments go to pytest: launch/test.sh tests/config -k overrides
+# docs/testing.md describes what runs, and what -m "slow or many_ranks" adds.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

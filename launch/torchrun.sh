@@ -9,11 +9,11 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
 fail() {
-    echo "torchrun.sh: $*" >&2
+    echo "torchrun.sh: error: $*" >&2
     exit 2
 }
 
-[[ $# -ge 1 && -f $1 ]] || fail "usage: launch/torchrun.sh CONFIG [key=value ...]; no file ${1:-was named}"
+[[ $# -ge 1 && -f $1 ]] || fail "usage: launch/torchrun.sh CONFIG [key=value ...]; no file ${1:-given}"
 python=${PYTHON:-$([[ -x $root/.venv/bin/python ]] && echo "$root/.venv/bin/python" || echo python3)}
 nodes=${NNODES:-1}
 gpus=${NPROC_PER_NODE:-$("$python" -c 'from miles_spmd.telemetry.environment import gpus; print(len(gpus()))')}
@@ -23,9 +23,9 @@ if [[ $nodes -gt 1 && (-z ${MASTER_ADDR:-} || -z ${NODE_RANK:-}) ]]; then
     fail "with NNODES=$nodes, MASTER_ADDR (the first node's address) and NODE_RANK (0..$((nodes - 1))) must be set"
 fi
 
-# An engine gives its memory back through torch_memory_saver, which stands before the CUDA runtime's allocation
-# functions. The dynamic linker loads it when a program starts, and never later; a rank that finds itself without it has
-# to start again. What else CUDA and NCCL are to find, every rank sets itself: miles_spmd/platform/cuda.py.
+# An engine releases its memory through torch_memory_saver, which intercepts the CUDA runtime's allocation functions.
+# The dynamic linker can only load it when a program starts; a rank that was started without it has to start again. All
+# other variables for CUDA and NCCL are set by every rank itself, see miles_spmd/platform/cuda.py.
 hook=$("$python" -c 'from miles_spmd.platform.cuda import memory_saver_libraries as m; print(*m(), sep=":")')
 if [[ -n $hook && ${LD_PRELOAD:-} != *torch_memory_saver* ]]; then
     export LD_PRELOAD=$hook${LD_PRELOAD:+:$LD_PRELOAD}
@@ -35,12 +35,12 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 if [[ $nodes -gt 1 ]]; then
-    meet=(--nnodes="$nodes" --node-rank="$NODE_RANK" --master-addr="$MASTER_ADDR" --master-port="${MASTER_PORT:-29500}")
+    rendezvous=(--nnodes="$nodes" --node-rank="$NODE_RANK" --master-addr="$MASTER_ADDR" --master-port="${MASTER_PORT:-29500}")
 else
-    meet=(--standalone)
+    rendezvous=(--standalone)
 fi
-# A rank's cores, and with them the host memory that it takes, are on its GPU's side of the machine.
+# Bind each rank to the NUMA node of its GPU, and with that the host memory that it allocates.
 if [[ -d /sys/devices/system/node/node1 ]] && command -v numactl >/dev/null; then
-    meet+=(--numa-binding=node)
+    rendezvous+=(--numa-binding=node)
 fi
-exec "$python" -m torch.distributed.run "${meet[@]}" --nproc-per-node="$gpus" -m miles_spmd train "$@"
+exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node="$gpus" -m miles_spmd train "$@"

@@ -1,4 +1,4 @@
-"""What this machine can run, what it cannot, and why: found by trying."""
+"""The doctor: tries what this machine can run, and reports what it cannot and why."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from miles_spmd.telemetry.environment import Environment, environment, installed
 
-# The one tested matrix of versions.
+# The versions that are tested together.
 PINS = {"megatron-core": "0.16.1", "sglang": "0.5.16", "transformers": "5.12.1", "torchft": "0.2.0"}
 TORCH_PINS = {"cpu": "2.13.0", "cuda": "2.11.0"}
 CUDA_PINS = {"sglang-kernel": "0.4.5", "sgl-deep-gemm": "0.1.4.post1", "torch_memory_saver": "0.0.10"}
 
-# Each runs in a process of its own, so that a crash is a finding; what it prints last is the detail.
+# Each program runs in a process of its own, so that a crash is a finding, too; its last line of output is the detail.
 CPU_PROBES = {
     "collectives (gloo)": """
 import torch, torch.distributed as dist
@@ -41,8 +41,8 @@ print("on the CPU" if adapted else "on CUDA")""",
     "attention kernel": """
 import torch
 from miles_spmd.invariant import compiled
-there = compiled.takes(torch.float32, torch.device("cpu"), 64)
-print("compiled" if there else "not compiled: torch does its work, slower (docs/kernels.md)")""",
+built = compiled.takes(torch.float32, torch.device("cpu"), 64)
+print("compiled" if built else "not compiled: torch operations replace it and are slower (docs/kernels.md)")""",
 }
 CUDA_PROBES = {
     "torch sees the GPU": """
@@ -56,7 +56,7 @@ print("CUDA", torch.version.cuda, "NCCL", ".".join(map(str, torch.cuda.nccl.vers
 @dataclass(frozen=True)
 class Finding:
     name: str
-    good: bool | None  # None: worth knowing, but nothing fails without it
+    good: bool | None  # None: for information only
     detail: str
 
     def __str__(self) -> str:
@@ -65,7 +65,7 @@ class Finding:
 
 
 def examine() -> tuple[dict[str, list[Finding]], bool]:
-    """Findings by section, and whether at least one path, CPU or GPU, works."""
+    """Return the findings by section, and whether at least one path, CPU or GPU, works."""
     here = environment()
     cpu = list(_python()) + _probe(CPU_PROBES)
     sections = {"Machine": list(_machine(here)), "Packages": list(_packages(cuda=bool(here.gpus))), "CPU path": cpu}
@@ -75,6 +75,7 @@ def examine() -> tuple[dict[str, list[Finding]], bool]:
 
 
 def render(sections: dict[str, list[Finding]], works: bool) -> str:
+    """Return the findings of :func:`examine` as text."""
     blocks = ["\n".join([name, *map(str, findings)]) for name, findings in sections.items()]
     gpu = all(finding.good is not False for finding in sections["GPU path"])
     end = "This machine can train on its GPUs." if gpu else "This machine can run everything on its CPU."
@@ -84,7 +85,7 @@ def render(sections: dict[str, list[Finding]], works: bool) -> str:
 def _python() -> Iterator[Finding]:
     version = sys.version_info
     good = (3, 11) <= version[:2] <= (3, 12)
-    yield Finding("Python", good, f"{version.major}.{version.minor}" + ("" if good else ", 3.11 or 3.12 is needed"))
+    yield Finding("Python", good, f"{version.major}.{version.minor}" + ("" if good else "; 3.11 or 3.12 is required"))
 
 
 def _machine(here: Environment) -> Iterator[Finding]:
@@ -98,7 +99,7 @@ def _machine(here: Environment) -> Iterator[Finding]:
 
 
 def _packages(*, cuda: bool) -> Iterator[Finding]:
-    """Installed versions against those that were tested together."""
+    """Compare the installed versions with those that are tested together."""
     for package, pinned in {"torch": TORCH_PINS["cuda" if cuda else "cpu"], **PINS}.items():
         yield _version(package, pinned)
     if cuda:
@@ -106,20 +107,20 @@ def _packages(*, cuda: bool) -> Iterator[Finding]:
             yield _version(package, pinned)
     for package, use in (("transformer_engine", "a faster GPU trainer"), ("wandb", "Weights & Biases")):
         found = installed(package)
-        yield Finding(package, None, f"{found}, for {use}" if found else f"not installed; only {use} needs it")
+        yield Finding(package, None, f"{found}, for {use}" if found else f"not installed; required only for {use}")
 
 
 def _version(package: str, pinned: str) -> Finding:
     found = installed(package)
     if found is None:
-        return Finding(package, False, f"not installed, {pinned} is needed")
+        return Finding(package, False, f"not installed; {pinned} is required")
     same = found.split("+")[0] == pinned
     return Finding(package, same or None, found if same else f"{found}; tested with {pinned}")
 
 
 def _cuda_path(here: Environment) -> Iterator[Finding]:
     if not here.gpus:
-        yield Finding("GPU", False, "none: nvidia-smi is not there or shows no GPU")
+        yield Finding("GPU", False, "none: nvidia-smi is missing or lists no GPU")
         return
     yield from _probe(CUDA_PROBES)
     for package, pinned in CUDA_PINS.items():
@@ -139,6 +140,6 @@ def _try(name: str, program: str) -> Finding:
     try:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
     except subprocess.TimeoutExpired:
-        return Finding(name, False, "no answer within 300 s")
+        return Finding(name, False, "no result within 300 s")
     words = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or [f"exit {done.returncode}"]
     return Finding(name, done.returncode == 0, words[-1])

@@ -79,8 +79,8 @@ def test_dry_run_says_what_plan_says(recipe: Path, folder: Path) -> None:
     plan = miles_spmd("plan", recipe, *overrides, "--world-size", 2)
     assert dry.stdout == plan.stdout
     assert "tensor        1 of 2:  [0 1]" in plan.stdout
-    assert "note: model.ref_load: nothing uses" in plan.stderr
-    assert "note: determinism.parity is off: rollout.engine: parity needs 'sglang'" in plan.stderr
+    assert "miles-spmd: warning: model.ref_load: nothing uses" in plan.stderr
+    assert "miles-spmd: warning: determinism.parity is off: rollout.engine: parity needs 'sglang'" in plan.stderr
     assert not (recipe.parent / "runs").exists()
     assert (
         "nowhere is not a Hugging Face checkpoint"
@@ -117,13 +117,13 @@ def test_train_export_evaluate_report(recipe: Path, folder: Path) -> None:
 
 def test_export_needs_a_run(folder: Path) -> None:
     assert (
-        "is no checkpoint of a run: there is no"
+        "model is not a checkpoint of a run: "
         in miles_spmd("export", folder / "model", folder / "out", status=1).stderr
     )
 
 
 def test_report_needs_a_run(folder: Path) -> None:
-    assert "holds no run" in miles_spmd("report", folder / "model", status=1).stderr
+    assert "contains no run" in miles_spmd("report", folder / "model", status=1).stderr
 
 
 def test_doctor() -> None:

@@ -67,7 +67,7 @@ def test_wheels_with_a_compiler_and_without(tmp_path: Path, compiler: str) -> No
     modules = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "miles_spmd").rglob("*.py")}
     assert "miles_spmd/cli.py" in modules
     assert modules <= files
-    assert "miles_spmd/telemetry/report.html.j2" in files
+    assert "miles_spmd/telemetry/report_page.html" in files
     there = compiler == "c++"
     assert ("miles_spmd/invariant/cpu_kernels.so" in files) == there
     assert wheel.name.endswith("-py3-none-linux_x86_64.whl" if there else "-py3-none-any.whl")

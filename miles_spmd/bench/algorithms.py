@@ -1,7 +1,7 @@
 """Held-out accuracy before and after training with every recipe of configs/algorithms, on the quickstart's task.
 
-All start from the quickstart's warm-up. Recipes that generate train on the same number of samples, unless theirs is
-smaller; what a filter drops comes on top. Those of preference pairs are measured by the pairs they tell apart.
+All start from the quickstart's warm-up. Recipes that generate train on the same number of samples, or on fewer where
+they have fewer; samples that a filter drops come on top. The accuracy of preference recipes is that on held-out pairs.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class Outcome(NamedTuple):
 
 
 def bench_algorithms(recipes: Sequence[Path] | None, seeds: int, samples: int, jobs: int, out: Path | None) -> None:
-    """A run that fails says why and counts as not a number. Raises FileNotFoundError for recipes or their models that
-    are missing."""
+    """Run every recipe with seeds 1 to ``seeds`` and publish the accuracies. A run that fails prints why and counts as
+    NaN. Raises FileNotFoundError where recipes or their models are missing."""
     recipes = recipes or [path for path in sorted(RECIPES.glob("*.toml")) if path.stem != "sft"]
     absent = [str(recipe) for recipe in recipes if not recipe.is_file()]
     absent += [
         str(f) for f in {load_config(r, check_files=False).model.hf_checkpoint for r in recipes} if not f.is_dir()
     ]
     if absent:
-        raise FileNotFoundError(f"missing: {', '.join(absent)}; launch/quickstart.sh makes the models")
+        raise FileNotFoundError(f"missing: {', '.join(absent)}; run launch/quickstart.sh, which makes the models")
     tasks = [(recipe, seed) for recipe in recipes for seed in range(1, seeds + 1)]
     with ThreadPoolExecutor(jobs) as pool:
         outcomes = list(pool.map(lambda task: _run(task[0], task[1], samples), tasks))

@@ -1,4 +1,4 @@
-"""Random-weight checkpoints of chosen shapes: speed does not depend on what a model knows."""
+"""Checkpoints of chosen shapes with random weights: speed does not depend on their values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ VOCABULARY = 512
 
 
 def write_random_checkpoint(folder: Path, hidden_size: int, num_layers: int, intermediate_size: int) -> None:
-    """A Qwen3 of this shape with 8 heads in 4 groups, and a tokenizer whose words are the numbers below VOCABULARY."""
+    """Write a Qwen3 with 8 heads in 4 groups, and a tokenizer whose words are the numbers below VOCABULARY."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM

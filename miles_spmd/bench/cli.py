@@ -1,4 +1,4 @@
-"""``miles-spmd bench``: one verb for each thing that is measured."""
+"""``miles-spmd bench``: one verb per measurement."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ app = typer.Typer(no_args_is_help=True, help="Measure this machine.")
 @app.command("quickstart")
 def bench_quickstart(
     ranks: Annotated[int, typer.Option(min=1, help="Ranks to run with.")] = 2,
-    steps: Annotated[int, typer.Option(min=3, help="Steps to take the median of.")] = 15,
-    trl: Annotated[Path | None, typer.Option(help="A Python that has TRL, to measure it beside ours.")] = None,
+    steps: Annotated[int, typer.Option(min=3, help="Steps of which the median is reported.")] = 15,
+    trl: Annotated[Path | None, typer.Option(help="A Python interpreter that has TRL, to measure TRL as well.")] = None,
 ) -> None:
-    """A GRPO step's time by phase on small models."""
+    """Time a GRPO step by phase on small models."""
     from rich.console import Console
 
     from miles_spmd.bench.quickstart import bench_quickstart, show
@@ -31,15 +31,18 @@ def bench_quickstart(
 
 @app.command("algorithms")
 def bench_algorithms(
-    recipes: Annotated[list[Path] | None, typer.Argument(help="Default: configs/algorithms/*.toml but sft.")] = None,
+    recipes: Annotated[list[Path] | None, typer.Argument(help="Default: configs/algorithms/*.toml except sft.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each recipe, seeds 1, 2, ...")] = 3,
     samples: Annotated[
-        int, typer.Option(min=1, help="Trained samples of a run; preference recipes have theirs.")
+        int, typer.Option(min=1, help="Samples that a run trains on; preference recipes keep their own number.")
     ] = 20_480,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: one per core.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs in parallel; default: one per core.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
 ) -> None:
-    """What each algorithm learns of the quickstart's task, with the same budget. Wants a finished quickstart."""
+    """Measure the held-out accuracy that each algorithm reaches on the quickstart's task with the same budget.
+
+    Requires a finished quickstart.
+    """
     from miles_spmd.bench.algorithms import bench_algorithms
 
     try:
@@ -50,14 +53,16 @@ def bench_algorithms(
 
 @app.command("loss")
 def bench_loss(
-    vocabulary: Annotated[int, typer.Option(min=4)] = 151_936,
+    vocabulary: Annotated[int, typer.Option(min=4, help="Size of the vocabulary.")] = 151_936,
     tokens: Annotated[int, typer.Option(min=2, help="Scored tokens of a micro-batch.")] = 16_384,
     hidden: Annotated[int, typer.Option(min=1, help="Width of the hidden states.")] = 1024,
-    dtype: Annotated[str, typer.Option(help="Of hidden states and output layer: float32 or bfloat16.")] = "float32",
-    top_p: Annotated[float, typer.Option(help="As the rollout cuts its distribution.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="The same.")] = -1,
+    dtype: Annotated[
+        str, typer.Option(help="dtype of hidden states and output layer: float32 or bfloat16.")
+    ] = "float32",
+    top_p: Annotated[float, typer.Option(help="top_p of the rollout's sampling.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="top_k of the rollout's sampling.")] = -1,
 ) -> None:
-    """Memory and time of log-probs, entropy and their gradient, from hidden states on."""
+    """Measure memory and time of log-probs, entropy and their gradient, from hidden states on."""
     from rich.console import Console
 
     from miles_spmd.bench.loss import Shape, bench_loss, show
@@ -68,8 +73,18 @@ def bench_loss(
 
 Model = Annotated[str, typer.Option("--model", help="Checkpoint folder, or random:SHAPE.")]
 Out = Annotated[Path | None, typer.Option(help="JSON file for the result.")]
-Repeats = Annotated[int, typer.Option(min=1, help="Repetitions to take the median of.")]
-Tokens = Annotated[int, typer.Option(min=1)]
+Repeats = Annotated[int, typer.Option(min=1, help="Repetitions of which the median is reported.")]
+PromptTokens = Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")]
+ResponseTokens = Annotated[int, typer.Option(min=1, help="Tokens of a response.")]
+
+
+def _old_name(tokens: int | None) -> int | None:
+    if tokens is not None:
+        launcher.warn("--answer-tokens is now --response-tokens; the old name will be removed in the next version")
+    return tokens
+
+
+OldResponseTokens = Annotated[int | None, typer.Option("--answer-tokens", min=1, hidden=True, callback=_old_name)]
 
 
 @app.command("refit")
@@ -80,7 +95,7 @@ def bench_refit(
     nproc_per_node: Processes = None,
     out: Out = None,
 ) -> None:
-    """From trainer to engine: each part of a refit, and how long the engine stands still."""
+    """Time each part of a refit, and for how long it stops the engine."""
     _measure("refit", model, overrides, nproc_per_node, out, repeats=repeats)
 
 
@@ -88,11 +103,11 @@ def bench_refit(
 def bench_sleep(
     overrides: Overrides = None,
     model: Model = "random:qwen3-0.6b",
-    cycles: Annotated[int, typer.Option(min=2, help="Times to sleep and wake.")] = 50,
+    cycles: Annotated[int, typer.Option(min=2, help="Cycles of release and resume.")] = 50,
     nproc_per_node: Processes = None,
     out: Out = None,
 ) -> None:
-    """Release and resume of the engine's memory, and whether memory leaks."""
+    """Time release and resume of the engine's memory, and measure whether memory leaks."""
     _measure("sleep", model, overrides, nproc_per_node, out, cycles=cycles)
 
 
@@ -100,18 +115,20 @@ def bench_sleep(
 def bench_rollout(
     overrides: Overrides = None,
     model: Model = "random:qwen3-0.6b",
-    prompts: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 256,
-    prompt_tokens: Tokens = 256,
-    answer_tokens: Tokens = 512,
-    peer: Annotated[bool, typer.Option(help="Run plain sglang.Engine, too.")] = True,
+    prompts: Annotated[int, typer.Option(min=1, help="Concurrent requests.")] = 256,
+    prompt_tokens: PromptTokens = 256,
+    response_tokens: ResponseTokens = 512,
+    old_response_tokens: OldResponseTokens = None,
+    peer: Annotated[bool, typer.Option(help="Also measure plain sglang.Engine.")] = True,
     repeats: Repeats = 3,
     nproc_per_node: Processes = None,
     out: Out = None,
 ) -> None:
-    """Generation, beside plain sglang.Engine."""
-    sizes = {"prompts": prompts, "prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens}
+    """Time generation, compared with plain sglang.Engine."""
+    response_tokens = old_response_tokens or response_tokens
+    sizes = {"prompts": prompts, "prompt_tokens": prompt_tokens, "response_tokens": response_tokens}
     cache = [f"rollout_batch_size={-(-prompts // 2)}", "n_samples_per_prompt=2"]
-    cache += [f"rollout_max_prompt_len={prompt_tokens}", f"rollout_max_response_len={answer_tokens}"]
+    cache += [f"rollout_max_prompt_len={prompt_tokens}", f"rollout_max_response_len={response_tokens}"]
     _measure("rollout", model, cache + (overrides or []), nproc_per_node, out, **sizes, repeats=repeats, peer=peer)
 
 
@@ -120,12 +137,12 @@ def bench_train(
     overrides: Overrides = None,
     model: Model = "random:qwen3-0.6b",
     packing: Annotated[list[str], typer.Option(help="SEQUENCESxTOKENS of a micro-batch.")] = ["1x4096", "4x4096"],  # noqa: B006
-    micro_batches: Annotated[int, typer.Option(min=1, help="Of one optimizer step.")] = 4,
+    micro_batches: Annotated[int, typer.Option(min=1, help="Micro-batches of an optimizer step.")] = 4,
     repeats: Repeats = 3,
     nproc_per_node: Processes = None,
     out: Out = None,
 ) -> None:
-    """Optimizer steps and log-probs: tokens per second, utilisation, peak memory."""
+    """Measure optimizer steps and log-probs: tokens per second, utilisation, peak memory."""
     packings = [tuple(map(int, word.split("x"))) for word in packing]
     options = {"packings": packings, "micro_batches": micro_batches, "repeats": repeats}
     _measure("train", model, overrides, nproc_per_node, out, **options)
@@ -136,25 +153,28 @@ def bench_step(
     overrides: Overrides = None,
     model: Model = "random:qwen2.5-1.5b",
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of a step.")] = 32,
-    samples: Annotated[int, typer.Option(min=2, help="Answers to each.")] = 16,
-    prompt_tokens: Tokens = 128,
-    answer_tokens: Tokens = 512,
-    warm_up: Annotated[int, typer.Option(min=0, help="Steps before those that count.")] = 2,
+    samples: Annotated[int, typer.Option(min=2, help="Responses to each prompt.")] = 16,
+    prompt_tokens: PromptTokens = 128,
+    response_tokens: ResponseTokens = 512,
+    old_response_tokens: OldResponseTokens = None,
+    warm_up: Annotated[int, typer.Option(min=0, help="Steps before the measured ones.")] = 2,
     repeats: Repeats = 5,
     determinism: Annotated[
-        bool, typer.Option("--determinism", help="What ledger, determinism and bitwise parity cost of it.")
+        bool, typer.Option("--determinism", help="Measure the cost of ledger, determinism and bitwise parity.")
     ] = False,
     nproc_per_node: Processes = None,
     out: Out = None,
 ) -> None:
-    """A GRPO step by phase, as `train` does it."""
+    """Time a GRPO step of `train` by phase."""
     from miles_spmd.bench.determinism import bench_determinism
     from miles_spmd.bench.result import make_result
     from miles_spmd.bench.run import publish
     from miles_spmd.bench.step import bench_step
 
     ranks = nproc_per_node or launcher.default_processes()
-    sizes = {"prompts": prompts, "samples": samples, "prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens}
+    response_tokens = old_response_tokens or response_tokens
+    lengths = {"prompt_tokens": prompt_tokens, "response_tokens": response_tokens}
+    sizes = {"prompts": prompts, "samples": samples, **lengths}
     measure = bench_determinism if determinism else bench_step
     rows = measure(model=model, ranks=ranks, overrides=overrides or [], **sizes, warm_up=warm_up, steps=repeats)
     publish(make_result("step", model, ranks, {"overrides": overrides or [], **sizes}, rows), out)
@@ -163,7 +183,7 @@ def bench_step(
 def _measure(
     name: str, model: str, overrides: list[str] | None, nproc: int | None, out: Path | None, **options: Any
 ) -> None:
-    """Do a measurement as a rank, or launch ranks that do."""
+    """Run a measurement as a rank, or launch ranks that do."""
     is_rank, world_size = launcher.ranks(nproc)
     from miles_spmd.bench.run import bench_config, run_bench
     from miles_spmd.config.load import ConfigError
@@ -174,10 +194,11 @@ def _measure(
         launcher.fail(str(error), code=2)
     if config.rollout.rollout_num_gpus and name != "refit":
         launcher.fail(
-            f"rollout.rollout_num_gpus: must be 0, because `bench {name}` has no trainer beside an engine", code=2
+            f"rollout.rollout_num_gpus: must be 0, because `bench {name}` does not run trainer and engine together",
+            code=2,
         )
     if not is_rank:
         launcher.launch(world_size)
     run_bench(name, model, config, options, out)
     sys.stdout.flush()
-    os._exit(0)  # an interpreter that ends frees the engine's memory, at which torch_memory_saver fails the process
+    os._exit(0)  # a regular exit frees the engine's memory, on which torch_memory_saver crashes the process

@@ -1,4 +1,4 @@
-"""What determinism, ledger and bitwise parity cost: the same GRPO steps without and with, one run after the other."""
+"""The cost of determinism, ledger and bitwise parity: the same GRPO steps without and with them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ PHASES = ("rollout", "train", "step")
 
 
 def bench_determinism(overrides: list[str], **options: Any) -> list[Row]:
-    """Seconds, and in percent how much more than without any. ``options``: the others of bench_step. Each row is on
-    stderr as soon as it is known: they take a minute and more."""
+    """Return the seconds of each phase, and in percent the increase over the run without any. ``options`` are the other
+    arguments of bench_step. Each row is printed to stderr when it is measured, which takes a minute and more."""
     rows: list[Row] = []
     for run, settings in RUNS.items():
         (seconds,) = bench_step(overrides=[*overrides, *settings], **options)

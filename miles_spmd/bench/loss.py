@@ -1,9 +1,8 @@
-"""Memory and time of the loss part of a step, from hidden states to their gradient, beside what full logits take.
+"""Memory and time of the loss part of a step, from hidden states to their gradient, compared with full logits.
 
-Counted is what comes on top of the inputs (hidden states, output weight, targets), and in the backward pass on top of
-their gradients: the most memory that the process ever had, less what it had with the inputs in it. That is resident
-memory on a CPU, and what torch has allocated on a GPU. Seconds are of computing on a CPU, where others may compute too,
-and of the clock on a GPU. Every row comes from a process of its own.
+Measured is the peak memory on top of the inputs (hidden states, output weight, targets), and in the backward pass on
+top of their gradients: resident memory on a CPU, memory allocated by torch on a GPU. Seconds are CPU time on a CPU,
+which other processes may share, and wall time on a GPU. Every row comes from a process of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from miles_spmd.training.log_probs import Distribution, linear_log_probs
+from miles_spmd.training.output_layer import OutputLayer
 
 CHUNKS, FULL = "chunks", "full logits"
 FULL_COPIES = 3  # alive at once with full logits: log-probs, their gradient and that of the logits, in fp32
@@ -43,11 +43,11 @@ class Shape:
 class Row:
     way: str
     extra_gib: float
-    seconds: float | None  # None: does not fit here, and its size was computed
+    seconds: float | None  # None: does not fit here, so that the size is computed
 
 
 def bench_loss(shape: Shape) -> list[Row]:
-    """Ours, and full logits (never cut) where these fit."""
+    """Measure the chunked loss, and full logits (without top-p and top-k) where these fit into memory."""
     least = FULL_COPIES * 4 * shape.vocabulary * shape.tokens
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     full = _measured(FULL, shape) if 2 * least < free else Row(FULL, least / GIB, None)
@@ -55,7 +55,7 @@ def bench_loss(shape: Shape) -> list[Row]:
 
 
 def show(shape: Shape, rows: list[Row], console: Console) -> None:
-    """A table for people, then one JSON object per row."""
+    """Print a table for people, then one JSON object per row."""
     table = Table("way", "extra memory GiB", "forward and backward s")
     for row in rows:
         seconds = "does not fit; size computed" if row.seconds is None else f"{row.seconds:.2f}"
@@ -78,7 +78,7 @@ def _measure(way: str, shape: Shape) -> dict[str, float]:
     weight = torch.randn(shape.vocabulary, shape.hidden, **kind).div_(shape.hidden**0.5)
     targets = torch.randint(shape.vocabulary, (shape.tokens,), device=device)
     loss = _chunks if way == CHUNKS else _full
-    # what libraries set up once, and compile for this vocabulary
+    # Warm up: libraries initialise once, and kernels are compiled for this vocabulary.
     loss(hidden[:2].clone().requires_grad_(), weight.detach().requires_grad_(), targets[:2], shape).backward()
     before = torch.cuda.memory_allocated() if device.type == "cuda" else psutil.Process().memory_info().rss
     clock = time.process_time if device.type == "cpu" else time.perf_counter
@@ -92,7 +92,7 @@ def _measure(way: str, shape: Shape) -> dict[str, float]:
 
 def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor, shape: Shape) -> Tensor:
     distribution = Distribution(top_p=shape.top_p, top_k=shape.top_k)
-    return linear_log_probs(hidden, weight, targets, distribution, vocab_size=len(weight))[0].mean()
+    return linear_log_probs(hidden, OutputLayer(weight, len(weight)), targets, distribution)[0].mean()
 
 
 def _full(hidden: Tensor, weight: Tensor, targets: Tensor, shape: Shape) -> Tensor:
@@ -104,7 +104,7 @@ def _full(hidden: Tensor, weight: Tensor, targets: Tensor, shape: Shape) -> Tens
 
 def _most_memory(device: torch.device) -> int:
     if device.type == "cpu":
-        # not getrusage's, which a process takes over from the one that started it
+        # VmHWM: the peak of getrusage is inherited from the parent process.
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     torch.cuda.synchronize()

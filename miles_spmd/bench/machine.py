@@ -1,4 +1,4 @@
-"""Ranks that measure: how they meet, and how they time what they do together."""
+"""Ranks that measure: how they join a process group, and how they time collective work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def join() -> None:
-    """Meet the ranks that a launcher has started beside this one."""
+    """Form the process group of the ranks that a launcher has started."""
     torch.set_num_threads(1)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -26,15 +26,15 @@ def join() -> None:
         dist.all_reduce(torch.zeros(1, device="cuda"))
 
 
-def stage(what: str) -> None:
-    """Say on standard error what begins, and how many seconds this process is old; the first rank does."""
+def stage(name: str) -> None:
+    """Print to stderr, on the first rank, which part begins and the age of this process in seconds."""
     if dist.get_rank() == 0:
         age = time.time() - psutil.Process().create_time()
-        print(f"{age:6.1f} s  {what}", file=sys.stderr, flush=True)
+        print(f"{age:6.1f} s  {name}", file=sys.stderr, flush=True)
 
 
 def leave() -> None:
-    """All together, before the process ends."""
+    """Destroy the process group when all ranks have come here."""
     dist.barrier()
     dist.destroy_process_group()
 
@@ -45,7 +45,7 @@ def synchronize() -> None:
 
 
 def timed(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> tuple[float, T]:
-    """Seconds on this rank until the device is done, from the moment on that all ranks were there; and the result."""
+    """Return the seconds from a barrier of all ranks until this rank's device is done, and the function's result."""
     synchronize()
     dist.barrier(group)
     began = time.perf_counter()
@@ -55,17 +55,17 @@ def timed(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> 
 
 
 def slowest(seconds: list[float], group: dist.ProcessGroup | None = None) -> float:
-    """The median over repetitions of the slowest rank's time. Collective."""
+    """Return the median over repetitions of the slowest rank's time. Collective."""
     return statistics.median(map(max, zip(*everywhere(seconds, group))))
 
 
 def everywhere(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Every rank's ``value``."""
+    """Return the ``value`` of every rank. Collective."""
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
 
 def free_gib() -> float:
-    """Of this rank's device; 0 on a CPU."""
+    """Return the free memory of this rank's device, 0 on a CPU."""
     return torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else 0.0

@@ -1,6 +1,6 @@
-"""Plain ``sglang.Engine`` on the benchmark's requests. Imports nothing of ours.
+"""Plain ``sglang.Engine`` on the benchmark's requests. Imports nothing of this package.
 
-Argument: a JSON file with server_args, prompts (token ids), answer_tokens, repeats. Prints the median seconds last.
+Argument: a JSON file with server_args, prompts (token ids), response_tokens, repeats. Prints the median seconds last.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> None:
         **job["server_args"],
     }
     engine = sglang.Engine(**settings)
-    sampling = {"temperature": 1.0, "max_new_tokens": job["answer_tokens"], "ignore_eos": True}
+    sampling = {"temperature": 1.0, "max_new_tokens": job["response_tokens"], "ignore_eos": True}
     engine.generate(input_ids=job["prompts"][:4], sampling_params=sampling, return_logprob=True)
     seconds = []
     for _ in range(job["repeats"]):
@@ -32,7 +32,7 @@ def main() -> None:
         began = time.perf_counter()
         outputs = engine.generate(input_ids=job["prompts"], sampling_params=sampling, return_logprob=True)
         seconds.append(time.perf_counter() - began)
-        assert all(len(output["output_ids"]) == job["answer_tokens"] for output in outputs)
+        assert all(len(output["output_ids"]) == job["response_tokens"] for output in outputs)
     engine.shutdown()
     print(statistics.median(seconds))
 

@@ -1,6 +1,7 @@
-"""TRL's GRPOTrainer on the benchmark's model and prompts. Run by an interpreter that has TRL; imports nothing of ours.
+"""TRL's GRPOTrainer on the benchmark's model and prompts. Run by an interpreter that has TRL; imports nothing
+of this package.
 
-Arguments: model folder, prompts file, prompts a step, samples a prompt, answer tokens, steps. Prints the seconds
+Arguments: model folder, prompts file, prompts a step, samples a prompt, response tokens, steps. Prints the seconds
 between the ends of consecutive steps as one JSON list.
 """
 
@@ -28,7 +29,7 @@ class Clock(TrainerCallback):
 
 def main() -> None:
     folder, prompts_file = sys.argv[1:3]
-    prompts, samples, answer_tokens, steps = map(int, sys.argv[3:7])
+    prompts, samples, response_tokens, steps = map(int, sys.argv[3:7])
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     clock = Clock()
     with tempfile.TemporaryDirectory() as scratch:
@@ -42,8 +43,8 @@ def main() -> None:
                 output_dir=scratch,
                 per_device_train_batch_size=prompts * samples,
                 num_generations=samples,
-                max_completion_length=answer_tokens,
-                generation_kwargs={"min_new_tokens": answer_tokens},
+                max_completion_length=response_tokens,
+                generation_kwargs={"min_new_tokens": response_tokens},
                 max_steps=steps,
                 learning_rate=1e-4,
                 beta=0.0,

@@ -1,7 +1,7 @@
-"""What a GRPO step costs on this machine, by phase, at two model sizes; beside TRL's on request.
+"""Time of a GRPO step on this machine, by phase, at two model sizes, and on request that of TRL.
 
-16 prompts of 12 tokens, 8 samples each, 24 tokens an answer, one optimizer step, fp32. No model has an end-of-sequence
-token, so every answer is 24 tokens long in both systems.
+A step has 16 prompts of 12 tokens, 8 samples each, 24 tokens per response and one optimizer step in fp32. No model has
+an end-of-sequence token, so every response is 24 tokens long in both systems.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from miles_spmd.bench.checkpoint import VOCABULARY, write_random_checkpoint
 from miles_spmd.telemetry.metrics import phase_times
 from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
 
-PROMPTS, SAMPLES, PROMPT_TOKENS, ANSWER_TOKENS = 16, 8, 12, 24
+PROMPTS, SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 16, 8, 12, 24
 WARM_UP_STEPS = 3
 
 
@@ -50,7 +50,7 @@ class Row:
 
 
 def bench_quickstart(ranks: int, steps: int, trl_python: Path | None) -> list[Row]:
-    """Run every size with ``ranks`` ranks, and with TRL under the interpreter ``trl_python`` if given."""
+    """Measure every size with ``ranks`` ranks, and with TRL under the interpreter ``trl_python`` if given."""
     rows = []
     with tempfile.TemporaryDirectory(prefix="miles-spmd-bench-") as scratch:
         for size in SIZES:
@@ -64,7 +64,7 @@ def bench_quickstart(ranks: int, steps: int, trl_python: Path | None) -> list[Ro
 
 
 def show(rows: list[Row], console: Console) -> None:
-    """A table for people, then one JSON object per row."""
+    """Print a table for people, then one JSON object per row."""
     phases = list(dict.fromkeys(phase for row in rows for phase in row.phases))
     table = Table("model", "system", "processes", "step s", *(f"{phase} s" for phase in phases), "ratio")
     ours = {row.size: row.step for row in rows if row.system == "miles_spmd"}
@@ -93,7 +93,7 @@ def _ours(size: Size, folder: Path, ranks: int, steps: int) -> Row:
 
 def _trl(size: Size, folder: Path, python: Path, steps: int) -> Row:
     script = Path(__file__).with_name("peer_trl.py")
-    arguments = [str(folder / "model"), str(folder / "prompts.jsonl"), str(PROMPTS), str(SAMPLES), str(ANSWER_TOKENS)]
+    arguments = [str(folder / "model"), str(folder / "prompts.jsonl"), str(PROMPTS), str(SAMPLES), str(RESPONSE_TOKENS)]
     done = subprocess.run(
         [str(python), str(script), *arguments, str(steps + WARM_UP_STEPS)],
         check=True,
@@ -112,7 +112,7 @@ def _config(folder: Path, steps: int) -> dict[str, object]:
         "rollout": {
             "rollout_batch_size": PROMPTS,
             "n_samples_per_prompt": SAMPLES,
-            "rollout_max_response_len": ANSWER_TOKENS,
+            "rollout_max_response_len": RESPONSE_TOKENS,
         },
         "reward": {"rm_type": "exact"},
         "checkpoint": {"export_final": False},

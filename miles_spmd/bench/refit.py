@@ -1,6 +1,6 @@
-"""How long a refit takes, part by part, and how long the engine stands still for it: from its last token before to its
-first after, less what the trainer does meanwhile. The engine gives up what it would have to beside the whole trainer;
-one with a device of its own nothing."""
+"""Time of a refit, part by part, and for how long it stops the engine: from the last token before it to the first after
+it, without the trainer's work in between. The engine releases as much memory as it would have to beside the whole
+trainer; an engine with a device of its own releases nothing."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ LONGEST = timedelta(minutes=10)
 
 
 def measure(config: Config, make_engine: Callable[[Config], Engine], repeats: int) -> list[Row]:
-    """Collective. Milliseconds are medians of the slowest rank, bytes are those of all ranks.
+    """Measure refits with and without checksums. Collective. Milliseconds are medians of the slowest rank, bytes are
+    those of all ranks.
 
-    The trainer is its network alone: gradients and moments have no part in a refit.
+    The trainer is only its network: a refit touches neither gradients nor moments.
     """
     family = load_family(config.model.hf_checkpoint)
     side = take_side(config.rollout.rollout_num_gpus, LONGEST)
     stage("building the trainer's network")
     network = Network(config, family, config.model.hf_checkpoint) if side.trains else None
     stage("building the engine")
-    engine = make_engine(config) if side.generates else None  # takes what the network leaves
+    engine = make_engine(config) if side.generates else None  # sizes its cache by the memory that the network leaves
     stage("planning the refit")
     seconds, refit = timed(
         lambda: Refit(
@@ -69,7 +70,7 @@ def measure(config: Config, make_engine: Callable[[Config], Engine], repeats: in
         rows.append(
             {
                 "checksums": refit.checksums,
-                "given up": str(level),
+                "released": str(level),
                 "KV cache GiB": max(everywhere(engine.memory().kv_cache if engine else 0, side.everyone)) / 2**30,
                 "plan s": plan,
                 "GB": sum(everywhere(refit.counts.bytes_local, side.everyone)) / 1e9,
@@ -83,7 +84,7 @@ def measure(config: Config, make_engine: Callable[[Config], Engine], repeats: in
 
 
 def release_of(config: Config, engine: Engine) -> Release:
-    """What the engine would give up beside the whole trainer, whose network alone may be here."""
+    """Return what the engine would release beside a whole trainer, of which only the network may exist here."""
     layout = ParallelLayout.of(config, dist.get_world_size())
     plan = estimate_memory(config, load_family(config.model.hf_checkpoint), layout)
     return planned_release(config, plan, engine.memory().kv_cache, device_memory.read().total)
@@ -92,7 +93,7 @@ def release_of(config: Config, engine: Engine) -> Release:
 def _parts(
     engine: Engine | None, request: list[Request], refit: Refit, level: Release
 ) -> Mapping[str, Callable[[], object]]:
-    """What lies between two tokens, in order; a rank without engine waits where it has no part."""
+    """Return the parts of a refit between two tokens, in order; a rank without an engine waits in those of engines."""
     if engine is None:
         return {"copy": refit.run, "commit": _wait, "first token": _wait}
     generation = {"commit": lambda: engine.commit(0), "first token": lambda: generate(engine, request)}

@@ -1,4 +1,4 @@
-"""What a measurement found, on which machine, at which commit: a table for people and JSON for the rest."""
+"""The result of a measurement with its machine and commit: a table for people, and JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 
 class Result(msgspec.Struct, frozen=True):
-    """``rows`` have the same keys, whose last word is their unit."""
+    """All ``rows`` have the same keys, whose last word is their unit."""
 
     bench: str
     model: str
@@ -35,7 +35,7 @@ def make_result(bench: str, model: str, ranks: int, settings: dict[str, Any], ro
 
 
 def commit() -> str:
-    """Of this source tree; with "+" where it has changed since, and "unknown" where it is no checkout."""
+    """Return the commit of this source tree, with "+" where files have changed since; "unknown" without git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

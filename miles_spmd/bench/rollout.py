@@ -1,4 +1,4 @@
-"""How fast the engine generates, beside plain ``sglang.Engine`` with its own processes on the same requests."""
+"""Speed of generation, compared with plain ``sglang.Engine`` and its own processes on the same requests."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ def measure(
     make_engine: Callable[[Config], Engine],
     prompts: int,
     prompt_tokens: int,
-    answer_tokens: int,
+    response_tokens: int,
     repeats: int,
     peer: bool,
 ) -> list[Row]:
-    """Collective. One engine's tokens per second; engines beside it run the same requests. It is asleep afterwards."""
+    """Measure the tokens per second of one engine; the other engines run the same requests. Collective. The engine has
+    released its memory afterwards."""
     vocab_size = load_family(config.model.hf_checkpoint).vocab_size
-    requests = random_requests(prompts, prompt_tokens, answer_tokens, vocab_size)
+    requests = random_requests(prompts, prompt_tokens, response_tokens, vocab_size)
     stage("building the engine")
     engine = make_engine(config)
-    stage(f"generating {prompts} x {answer_tokens} tokens")
+    stage(f"generating {prompts} x {response_tokens} tokens")
     generate(engine, requests[:4])
     seconds = []
     for _ in range(repeats):
-        engine.commit(0)  # nobody's prompts are in the cache
+        engine.commit(0)  # empties the prefix cache
         seconds.append(timed(lambda: generate(engine, requests))[0])
     engine.release()
     ours = slowest(seconds)
-    rows: list[Row] = [{"system": "miles_spmd", "s": ours, "tokens/s": prompts * answer_tokens / ours, "ratio": 1.0}]
+    rows: list[Row] = [{"system": "miles_spmd", "s": ours, "tokens/s": prompts * response_tokens / ours, "ratio": 1.0}]
     if peer:
         stage("the same with plain sglang.Engine")
         dist.barrier()
@@ -51,7 +52,7 @@ def measure(
                 "server_args": config.sglang
                 | {"model_path": str(config.model.hf_checkpoint), "dtype": config.model.dtype},
                 "prompts": [request.input_ids for request in requests],
-                "answer_tokens": answer_tokens,
+                "response_tokens": response_tokens,
                 "repeats": repeats,
             }
             theirs = _peer(job)
@@ -59,7 +60,7 @@ def measure(
                 {
                     "system": "sglang.Engine",
                     "s": theirs,
-                    "tokens/s": prompts * answer_tokens / theirs,
+                    "tokens/s": prompts * response_tokens / theirs,
                     "ratio": ours / theirs,
                 }
             )
@@ -68,7 +69,7 @@ def measure(
 
 
 def _peer(job: dict[str, object]) -> float:
-    """Median seconds, from a process that knows nothing of ours."""
+    """Return the median seconds of ``sglang.Engine`` in a process without the variables of our launchers."""
     script = Path(__file__).with_name("peer_sglang.py")
     launcher = (
         "RANK",

@@ -1,4 +1,4 @@
-"""Measurements of the parts: each runs in ranks that a launcher started, as training does."""
+"""Measurements of parts: each runs in ranks that a launcher has started, as training does."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from miles_spmd.config.load import make_config
 from miles_spmd.config.schema import Config
 from miles_spmd.telemetry.environment import gpus
 
-ENGINES = ("refit", "sleep", "rollout")  # what is measured on an engine
+ENGINES = ("refit", "sleep", "rollout")  # the measurements that build an engine
 
 
 def bench_config(model: str, overrides: list[str], world_size: int) -> Config:
-    """Settings of a run that has no data. Raises ConfigError."""
+    """Return the configuration of a run without data. Raises ConfigError."""
     raw: dict[str, Any] = {
         "model": {"hf_checkpoint": model},
         "data": {"prompt_data": "none"},
-        # Measurements have lengths of their own. By these an engine sizes its cache: 24 sequences of a micro-batch.
+        # Measurements have lengths of their own. An engine sizes its cache by these: 24 sequences of a micro-batch.
         "rollout": {"rollout_batch_size": 12, "n_samples_per_prompt": 2, "rollout_max_response_len": 1},
         "megatron": {"lr": 1e-6, "clip_grad": 1.0},
     }
@@ -32,7 +32,7 @@ def bench_config(model: str, overrides: list[str], world_size: int) -> Config:
 
 
 def run_bench(name: str, model: str, config: Config, options: dict[str, Any], out: Path | None) -> None:
-    """Measure with ``miles_spmd.bench.NAME`` and let the first rank say what was found. ``out``: a JSON file for it."""
+    """Measure with ``miles_spmd.bench.NAME``; the first rank prints the result, and writes it to ``out`` as JSON."""
     from miles_spmd.bench import machine
     from miles_spmd.platform import cpu
 

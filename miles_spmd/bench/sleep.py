@@ -1,5 +1,4 @@
-"""How long an engine takes to give memory back, its KV cache or all of it, and to take it again, and whether anything
-is lost on the way."""
+"""Time for an engine to release its memory, the KV cache or all of it, and to resume it, and whether memory leaks."""
 
 from __future__ import annotations
 
@@ -21,8 +20,8 @@ WARM_UP = 3
 
 
 def measure(config: Config, make_engine: Callable[[Config], Engine], cycles: int) -> list[Row]:
-    """Collective. Every cycle generates a little, too. Growth is the slope of a line through all cycles. ``planned``
-    is whether a run with these settings would give up so much."""
+    """Measure both levels of release. Collective. Every cycle also generates a little. Growth is the slope of a line
+    through all cycles. ``planned`` states whether a run with these settings would release as much."""
     stage("building the engine")
     engine = make_engine(config)
     planned = release_of(config, engine)
@@ -31,29 +30,29 @@ def measure(config: Config, make_engine: Callable[[Config], Engine], cycles: int
 
 def _row(engine: Engine, config: Config, cycles: int, level: Release, planned: bool) -> Row:
     requests = random_requests(4, 16, 4, load_family(config.model.hf_checkpoint).vocab_size)
-    stage(f"{cycles} cycles of giving up {level}")
-    released, resumed, device, host, given = [], [], [], [], 0.0
+    stage(f"{cycles} cycles of releasing {level}")
+    release_s, resume_s, device, host, freed = [], [], [], [], 0.0
     for cycle in range(WARM_UP + cycles):
         engine.commit(0)
         generate(engine, requests)
         before = free_gib()
         release, _ = timed(lambda: engine.release(keep_weights=level is Release.KV_CACHE))
-        given = free_gib() - before
+        freed = free_gib() - before
         resume, _ = timed(engine.resume)
         if cycle >= WARM_UP:
-            released.append(release)
-            resumed.append(resume)
+            release_s.append(release)
+            resume_s.append(resume)
             device.append(-1024 * free_gib())
             host.append(psutil.Process().memory_info().rss / 2**20)
-        for weight in engine.weights().values():  # what they held is lost
+        for weight in engine.weights().values():  # their contents are lost
             weight.zero_()
     return {
-        "given up": str(level),
+        "released": str(level),
         "planned": planned,
         "cycles": cycles,
-        "GiB": given,
-        "release ms": 1e3 * slowest(released),
-        "resume ms": 1e3 * slowest(resumed),
+        "GiB": freed,
+        "release ms": 1e3 * slowest(release_s),
+        "resume ms": 1e3 * slowest(resume_s),
         "GPU growth MiB/cycle": _slope(device),
         "host growth MiB/cycle": _slope(host),
     }

@@ -1,5 +1,5 @@
-"""What a whole GRPO step costs, by phase: ``miles-spmd train`` on random prompts of one length, answers as long as they
-may be, rewards by chance."""
+"""Time of a whole GRPO step, by phase: ``miles-spmd train`` on random prompts of one length, with responses of the
+maximum length and random rewards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
 
 
 def by_chance(sample: Any) -> float:
-    """The reward, of tokens: most of a random model's have no text."""
+    """Return a random reward, seeded by the token ids: most tokens of a random model have no text."""
     return random.Random(str(sample.response)).random()
 
 
@@ -32,12 +32,12 @@ def bench_step(
     prompts: int,
     samples: int,
     prompt_tokens: int,
-    answer_tokens: int,
+    response_tokens: int,
     warm_up: int,
     steps: int,
 ) -> list[Row]:
-    """Seconds are medians over ``steps`` steps, after ``warm_up`` ones in which kernels are compiled.
-    ``prompt_tokens`` counts characters, which are tokens to the tokenizer of a ``random:`` model."""
+    """Return one row, with medians over ``steps`` steps that follow ``warm_up`` ones, in which kernels are compiled.
+    ``prompt_tokens`` counts characters, each of which is a token of a ``random:`` model."""
     with tempfile.TemporaryDirectory(prefix="miles-spmd-bench-") as scratch:
         folder = Path(scratch)
         generator = random.Random(0)
@@ -54,7 +54,7 @@ def bench_step(
             "rollout": {
                 "rollout_batch_size": prompts,
                 "n_samples_per_prompt": samples,
-                "rollout_max_response_len": answer_tokens,
+                "rollout_max_response_len": response_tokens,
             },
             "reward": {"rm_type": "miles_spmd.bench.step:by_chance"},
             "train": {"max_tokens_per_gpu": 16384},
@@ -71,9 +71,9 @@ def bench_step(
     step = statistics.median(values["perf/step_time"] for values in metrics)
     return [
         {
-            "step": f"{prompts} x {samples} x ({prompt_tokens} + {answer_tokens})",
+            "step": f"{prompts} x {samples} x ({prompt_tokens} + {response_tokens})",
             "step s": step,
             **{f"{phase} s": statistics.median(t[phase] for t in times) for phase in times[0]},
-            "answer tokens/s per GPU": prompts * samples * answer_tokens / step / ranks,
+            "response tokens/s per GPU": prompts * samples * response_tokens / step / ranks,
         }
     ]

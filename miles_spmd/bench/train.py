@@ -1,4 +1,4 @@
-"""How fast the trainer is: tokens per second, model FLOP utilisation, peak memory, at several packings."""
+"""Speed of the trainer at several packings: tokens per second, model FLOP utilisation, peak memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WARM_UP = 2
 
 
 def measure(config: Config, packings: Sequence[tuple[int, int]], micro_batches: int, repeats: int) -> list[Row]:
-    """Collective. ``packings``: sequences of a micro-batch and their tokens."""
+    """Measure every packing (sequences of a micro-batch, tokens of each). Collective."""
     family = load_family(config.model.hf_checkpoint)
     stage("building the trainer")
     trainer = Trainer(config, family, make_loss("rl", config.algorithm))
@@ -37,7 +37,7 @@ def measure(config: Config, packings: Sequence[tuple[int, int]], micro_batches: 
         stage("scoring them")
         scores = [timed(lambda: trainer.log_probs(batch))[0] for _ in range(WARM_UP + repeats)]  # noqa: B023
         stage("moving out and in")
-        asleep = [(timed(trainer.move_out), timed(trainer.move_in)) for _ in range(WARM_UP + repeats)]
+        moves = [(timed(trainer.offload.move_out), timed(trainer.offload.move_in)) for _ in range(WARM_UP + repeats)]
         step, score = slowest(steps[WARM_UP:]), slowest(scores[WARM_UP:])
         total = micro_batches * sequences * tokens * trainer.data_parallel_size
         flops = total / tokens * sequence_flops(family, tokens) / step / dist.get_world_size() / 1e12
@@ -50,16 +50,16 @@ def measure(config: Config, packings: Sequence[tuple[int, int]], micro_batches: 
                 "MFU %": 100 * flops / peak_tflops(device),
                 "peak GiB": peak,
                 "log-probs tokens/s": total / score,
-                "offloaded GiB": asleep[-1][0][1] / 2**30,
-                "offload s": slowest([out for (out, _), _ in asleep[WARM_UP:]]),
-                "onload s": slowest([back for _, (back, _) in asleep[WARM_UP:]]),
+                "offloaded GiB": moves[-1][0][1] / 2**30,
+                "offload s": slowest([out for (out, _), _ in moves[WARM_UP:]]),
+                "onload s": slowest([back for _, (back, _) in moves[WARM_UP:]]),
             }
         )
     return rows
 
 
 def random_batch(family: Family, sequences: int, tokens: int, micro_batches: int) -> list[MicroBatch]:
-    """Every token but the first of each sequence has the same weight."""
+    """Return micro-batches of random tokens, with equal loss weights for all but the first token of a sequence."""
     rng = np.random.default_rng(0)
     weights = np.full(tokens, 1 / (tokens * sequences * micro_batches), np.float32)
     weights[0] = 0

@@ -1,11 +1,14 @@
-"""Causal attention over packed sequences: on a CPU, and for numbers that no GPU kernel takes.
+"""Causal attention over packed sequences: on a CPU, and for dtypes that no GPU kernel supports.
 
-The compiled kernel takes packed streams and paged caches as they are. Where it is not there, the same is computed to
-within rounding in tensor operations, over sequences of similar length that are padded to one.
+The compiled kernel reads packed streams and paged caches as they are. Where it was not built, tensor operations compute
+the same to within rounding, over batches of sequences of similar length that are padded to one length.
 
-What a query gets depends on the keys that it sees and on nothing behind them: in a padded batch those get a probability
-of 0, of which any number may be added at the end of a sum. Products with values are summed over blocks of keys that
-begin where they always begin, because the BLAS library cuts a long sum into parts by its length.
+A query's result depends on the keys that it sees and on nothing behind them: in a padded batch those have a probability
+of 0, and zeros at the end of a sum do not change it. Products with values are summed in blocks of keys that always
+begin at the same positions, because the BLAS library divides a long sum into parts by its length.
+
+Shape suffixes: T queries and K keys of the stream, H query heads, G key-value heads, D head_dim; n sequences of a
+batch, R rows of it, which are queries times the query heads that share a key-value head.
 """
 
 from __future__ import annotations
@@ -20,12 +23,12 @@ from torch import Tensor
 
 from miles_spmd.invariant import compiled
 
-Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # of query, key, value and the scale of their products
+Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # from query, key, value and the scale of scores
 
-ROWS = 4  # at least so many in a product: fewer take another path through the BLAS library
-STEP = 32  # keys of a tile are a multiple of it
+ROWS = 4  # least rows of a product: fewer take another path through the BLAS library
+STEP = 32  # the number of keys of a tile is a multiple of it
 BLOCK = 128  # keys in one sum
-MOST = 2**22  # scores of a tile, and of a batch's rows and keys: nobody is given gigabytes of mask
+MOST = 2**22  # most scores of a tile, and of a batch's rows times keys: masks would take gigabytes otherwise
 
 
 def packed_attention(
@@ -35,11 +38,11 @@ def packed_attention(
     key: Tensor,
     slots: Tensor | None = None,
 ) -> Attention:
-    """What attends over streams in which sequences of so many queries and keys lie end to end; for all layers.
+    """Return the attention over streams in which sequences of the given lengths lie end to end, for all layers.
 
-    A sequence's last query sees all of its keys. ``query`` [T, H, D] and ``key`` [K, G, D] show what they will be like.
-    ``slots``: int32, which row of the keys and values each key of the stream is; None: the rows in order. What is
-    returned gives [T, H, D], which has a gradient.
+    A sequence's last query sees all of its keys. ``query`` [T, H, D] and ``key`` [K, G, D] are examples of later
+    arguments: only shape, dtype and device count. ``slots``: int32, the row of keys and values where each key of the
+    stream lies; None: the rows in order. The attention returns [T, H, D], with a gradient where ``slots`` is None.
     """
     lengths = np.asarray(query_lengths, np.int64), np.asarray(key_lengths, np.int64)
     if compiled.takes(query.dtype, query.device, query.shape[-1]):
@@ -49,8 +52,8 @@ def packed_attention(
 
 
 class PaddedAttention:
-    """One call for many sequences: a call for each costs more than it computes. A batch takes sequences down to half
-    its longest one's length, so that little is computed for padding."""
+    """Attention over padded batches of sequences: a call for each sequence costs more than it computes. A batch has
+    sequences down to half the length of its longest one, which limits what is computed for padding."""
 
     def __init__(
         self, query_lengths: np.ndarray, key_lengths: np.ndarray, query: Tensor, key: Tensor, slots: Tensor | None
@@ -58,9 +61,11 @@ class PaddedAttention:
         lengths = np.stack([query_lengths, key_lengths])
         starts = np.cumsum(lengths, 1) - lengths
         self.batches: list[_Batch] = []
-        position = np.empty(query_lengths.sum(), np.int64)  # of each query in the batches put end to end
+        # Batches take sequences out of order and pad them. ``position``: where each query of the stream is in the
+        # batches' padded outputs, put end to end.
+        position = np.empty(query_lengths.sum(), np.int64)
         end = 0
-        for members in _alike(lengths, query.shape[1] // key.shape[1]):
+        for members in _batches(lengths, query.shape[1] // key.shape[1]):
             batch = _Batch(starts[:, members], lengths[:, members], query, key, slots)
             self.batches.append(batch)
             rows = np.arange(batch.real.size).reshape(batch.real.shape)
@@ -75,7 +80,8 @@ class PaddedAttention:
 
 
 class _Batch:
-    """n sequences. Query heads that share a key head stand side by side like so many queries."""
+    """n sequences, padded to one number of queries and one of keys. Query heads that share a key head become rows side
+    by side, as if they were further queries, so that one product serves them all."""
 
     def __init__(
         self, starts: np.ndarray, lengths: np.ndarray, query: Tensor, key: Tensor, slots: Tensor | None
@@ -84,15 +90,17 @@ class _Batch:
         queries = np.arange(max(lengths[0].max(), -(-ROWS // group)))
         keys = np.arange(-(-lengths[1].max() // STEP) * STEP)
         self.real = queries < lengths[0][:, None]
-        # padding repeats a sequence's last query and key
+        # Padding repeats a sequence's last query and key: these are finite, where other memory may hold NaN, and the
+        # mask takes the keys out.
         at = [np.minimum(places, length[:, None] - 1) for places, length in zip((queries, keys), lengths)]
+        # query i of a sequence sees the keys before the sequence's queries, and i + 1 more
         seen = torch.from_numpy((lengths[1] - lengths[0] + 1)[:, None] + at[0]).to(query.device)
         self.tiles = make_tiles(seen.repeat_interleave(group, 1), heads, len(keys), query.dtype)
         of_query, of_key = (torch.from_numpy(start[:, None] + x).to(query.device) for start, x in zip(starts, at))
         self.index = of_query, of_key if slots is None else slots[of_key]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """[n * padded length, H, D]"""
+        """Return the result for every padded query, [n * padded length, H, D]."""
         of_query, of_key = self.index
         n, queries = of_query.shape
         heads, width = key.shape[1:]
@@ -104,12 +112,12 @@ class _Batch:
         return out.view(n, heads, queries, -1, width).transpose(1, 2).reshape(n * queries, -1, width)
 
 
-def _alike(lengths: np.ndarray, group: int) -> Iterator[np.ndarray]:
-    """Indices of sequences for a batch: neither of keys nor of queries has one more than twice as many as another."""
+def _batches(lengths: np.ndarray, group: int) -> Iterator[np.ndarray]:
+    """Yield the sequences of each batch by index: none has more than twice as many keys or queries as another."""
     for by_keys in _by_length(np.arange(lengths.shape[1]), lengths[1]):
         for members in _by_length(by_keys, lengths[0]):
-            together = max(1, MOST // (group * int(lengths[0, members].max() * lengths[1, members].max())))
-            yield from (members[first : first + together] for first in range(0, len(members), together))
+            count = max(1, MOST // (group * int(lengths[0, members].max() * lengths[1, members].max())))
+            yield from (members[first : first + count] for first in range(0, len(members), count))
 
 
 def _by_length(members: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
@@ -121,7 +129,7 @@ def _by_length(members: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]
 
 
 class Tile(NamedTuple):
-    """Neighbouring rows, and the keys that any of them sees."""
+    """Rows that follow each other, and the keys that any of them sees."""
 
     rows: slice
     keys: int
@@ -129,12 +137,13 @@ class Tile(NamedTuple):
 
 
 def make_tiles(seen: Tensor, heads: int, keys: int, dtype: torch.dtype) -> list[Tile]:
-    """Cuts n sequences of R rows, of which row r sees the first ``seen[n, r]`` of ``keys`` keys; int64 [n, R]."""
+    """Cut n sequences of R rows into tiles. Row r sees the first ``seen[n, r]`` of ``keys`` keys; int64 [n, R]."""
     n, rows = seen.shape
     height = max(ROWS, MOST // (n * heads * keys) // ROWS * ROWS)
     tiles = []
     for first in range(0, rows, height):
-        part = slice(min(first, max(rows - ROWS, 0)), min(first + height, rows))  # the last one may begin before
+        # the last tile may begin before ``first``, and repeat rows of the one before, so that it has ROWS rows
+        part = slice(min(first, max(rows - ROWS, 0)), min(first + height, rows))
         most = int(seen[:, part].max())
         width = min(-(-most // STEP) * STEP, keys)
         hidden = torch.arange(width, device=seen.device) >= seen[:, part, None]
@@ -144,18 +153,19 @@ def make_tiles(seen: Tensor, heads: int, keys: int, dtype: torch.dtype) -> list[
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, tiles: list[Tile], scale: float) -> Tensor:
-    """``query`` [n, G, R, D] of ``R >= ROWS`` rows, ``key`` and ``value`` [n, G, K, D] -> [n, G, R, D]."""
+    """Return [n, G, R, D] from ``query`` [n, G, R, D] of ``R >= ROWS`` rows, ``key`` and ``value`` [n, G, K, D]."""
     return _Attend.apply(query, key, value, tiles, scale)
 
 
 class _Attend(torch.autograd.Function):
-    """The backward pass makes the probabilities again, which are many more numbers than all others."""
+    """The backward pass recomputes the probabilities, which would take more memory than everything else together."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tiles: list[Tile], scale: float) -> Tensor:
         out = torch.empty_like(query)
         for tile in tiles:
             p = _probabilities(query, key, tile, scale)
+            # One product over all keys would have a reduction order that depends on how many keys the tile has.
             parts = [
                 p[..., k : k + BLOCK] @ value[:, :, k : min(k + BLOCK, tile.keys)] for k in range(0, tile.keys, BLOCK)
             ]
@@ -170,19 +180,21 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, out = ctx.saved_tensors
-        of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         done = 0
         for tile in ctx.tiles:
+            # rows that the tile repeats were counted before: probabilities are of all its rows, gradients of new ones
             rows, keys = slice(max(done, tile.rows.start), tile.rows.stop), slice(0, tile.keys)
             p = _probabilities(query, key, tile, ctx.scale)[:, :, rows.start - tile.rows.start :]
             g, q, k, v = gradient[:, :, rows], query[:, :, rows], key[:, :, keys], value[:, :, keys]
-            of_value[:, :, keys] += p.transpose(2, 3) @ g
+            grad_value[:, :, keys] += p.transpose(2, 3) @ g
+            # Of softmax: d score = p (d p - sum of p d p), and the sum equals g . out (https://arxiv.org/abs/2205.14135).
             shift = (g * out[:, :, rows]).sum(-1, keepdim=True)
-            of_scores = (g @ v.transpose(2, 3)).sub_(shift).mul_(p).mul_(ctx.scale)
-            of_query[:, :, rows] = of_scores @ k
-            of_key[:, :, keys] += of_scores.transpose(2, 3) @ q
+            grad_scores = (g @ v.transpose(2, 3)).sub_(shift).mul_(p).mul_(ctx.scale)
+            grad_query[:, :, rows] = grad_scores @ k
+            grad_key[:, :, keys] += grad_scores.transpose(2, 3) @ q
             done = rows.stop
-        return of_query, of_key, of_value, None, None
+        return grad_query, grad_key, grad_value, None, None
 
 
 def _probabilities(query: Tensor, key: Tensor, tile: Tile, scale: float) -> Tensor:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("cpu_kernels.so")
-LANES = 8  # float32 numbers that the kernel takes at a time
+LANES = 8  # float32 numbers of a vector register
 
 
 def takes(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
-    """Whether the kernel is there and computes attention of such numbers."""
+    """Return whether the kernel was built, runs on this CPU and supports this dtype and ``head_dim``."""
     return dtype == torch.float32 and device.type == "cpu" and head_dim % LANES == 0 and _library() is not None
 
 
@@ -29,10 +29,11 @@ def attention(
     key_starts: Tensor,
     slots: Tensor | None = None,
 ) -> Tensor:
-    """``query`` [T, H, D], ``key`` and ``value`` [K, G, D], all float32 -> [T, H, D].
+    """Return [T, H, D] from ``query`` [T, H, D], ``key`` and ``value`` [K, G, D], all float32.
 
     ``query_starts`` and ``key_starts``: int64 [B + 1], where each sequence begins. Its last query sees all of its keys.
-    ``slots``: int32, which row of ``key`` and ``value`` each key is; None: the rows in order. Then there is a gradient.
+    ``slots``: int32, the row of ``key`` and ``value`` where each key lies, without a gradient; None: the rows in order,
+    with a gradient.
     """
     if slots is None:
         return _Attention.apply(query, key, value, query_starts, key_starts, scale)
@@ -53,13 +54,15 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, out, lse, query_starts, key_starts = ctx.saved_tensors
-        gradient = gradient.contiguous()  # kept until the kernel is done with its address
-        of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        inputs = *map(_at, (gradient, query, key, value, out, lse)), None
+        # A name for the copy keeps it alive until the kernel, which has only addresses, has returned.
+        gradient = gradient.contiguous()
+        # the kernel writes the gradient of queries, and adds to those of keys and values
+        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        inputs = *map(_address, (gradient, query, key, value, out, lse)), None
         shape = _shape(query, key, query_starts, key_starts, ctx.scale)
-        gradients = map(_at, (of_query, of_key, of_value))
+        gradients = map(_address, (grad_query, grad_key, grad_value))
         _library().attention_backward(*inputs, *shape, *gradients)  # type: ignore[union-attr]
-        return of_query, of_key, of_value, None, None, None
+        return grad_query, grad_key, grad_value, None, None, None
 
 
 def _forward(
@@ -71,25 +74,28 @@ def _forward(
     key_starts: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The result, and for every row the log of its sum of exponentials, [T, H]."""
+    """Return the result and the log of every row's sum of exponentials, [T, H]."""
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:2])
-    inputs = *map(_at, (query, key, value)), None if slots is None else _at(slots)
+    inputs = *map(_address, (query, key, value)), None if slots is None else _address(slots)
     shape = _shape(query, key, query_starts, key_starts, scale)
-    _library().attention_forward(*inputs, *shape, _at(out), _at(lse))  # type: ignore[union-attr]
+    _library().attention_forward(*inputs, *shape, _address(out), _address(lse))  # type: ignore[union-attr]
     return out, lse
 
 
 def _shape(query: Tensor, key: Tensor, query_starts: Tensor, key_starts: Tensor, scale: float) -> tuple[Any, ...]:
+    """Return the arguments that describe sequences, in the order of the C functions. Tensors must stay alive: only
+    their addresses are passed."""
     sizes = len(query_starts) - 1, query.shape[1], key.shape[1], query.shape[2]
-    return _at(query_starts), _at(key_starts), *map(c_int64, sizes), c_float(scale)
+    return _address(query_starts), _address(key_starts), *map(c_int64, sizes), c_float(scale)
 
 
-def _at(tensor: Tensor) -> c_void_p:
+def _address(tensor: Tensor) -> c_void_p:
     return c_void_p(tensor.data_ptr())
 
 
 @cache
 def _library() -> CDLL | None:
+    """Return the library, or None where it was not built or this CPU lacks its instructions (AVX2 and FMA)."""
     if not LIBRARY.is_file() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return None
     return CDLL(str(LIBRARY))

@@ -1,7 +1,7 @@
-"""What experts do beside products of matrices: their activation, and bringing rows to experts and back to tokens.
+"""What experts need beside matrix products: top-k, their activation, and bringing rows to experts and back to tokens.
 
-Each result depends on its own row alone and is added up in one order, in fp32: neither other rows nor another run
-change a bit of it. Triton on a GPU, the same formulas in torch elsewhere.
+Each result depends on its own row alone and is summed in one order, in fp32, so it is bitwise equal among other rows
+and in another run. Triton on a GPU, the same formulas in torch elsewhere.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from torch import Tensor
 
 
 def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of every row [T, E] in descending order, fp32 [T, k], and where they are, int64 [T, k]; of equal
-    ones, of which bf16 routers have many, the first (on a CPU those that ``torch.topk`` takes)."""
+    """Return the k largest values of every row in descending order, fp32 [T, k], and their columns, int64 [T, k].
+
+    ``values`` [T, E]. Of equal values, of which bf16 routers have many, the first columns are taken (on a CPU those of
+    ``torch.topk``).
+    """
     if not values.is_cuda:
         return values.float().topk(k, dim=1)
     rows, width = values.shape
@@ -29,17 +32,20 @@ def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 class Arranged(NamedTuple):
-    """T tokens with k of E experts: their T k rows by expert, then by token."""
+    """T tokens with k of E experts: their T k rows sorted by expert, then by token."""
 
-    tokens: Tensor  # int64 [T k], whose row it is
-    weights: Tensor  # fp32 [T k]
-    places: Tensor  # int64 [T, k], where a token's rows are, ascending; -1 where there is none
-    ends: Tensor  # int32 [E], behind the last row of each expert
+    tokens: Tensor  # int64 [T k], the token of each row
+    weights: Tensor  # fp32 [T k], the weight of each row
+    places: Tensor  # int64 [T, k], the rows of each token, ascending; -1 for experts of other ranks, which come first
+    ends: Tensor  # int32 [E], one past the last row of each expert
 
 
 def arrange(experts: Tensor, weights: Tensor, count: int) -> Arranged:
-    """From int [T, k] and fp32 [T, k], of ``count`` experts. One below 0 is another rank's: what would be its row is
-    left as it happens to be, behind all others (the token there is a valid one, but of no meaning)."""
+    """Return the rows of ``experts`` int [T, k] with ``weights`` fp32 [T, k], where this rank has ``count`` experts.
+
+    An expert below 0 belongs to another rank and has no row here. As many rows as that are left over behind the others;
+    their weights are undefined, their tokens valid but without meaning.
+    """
     k, flat = experts.shape[1], experts.flatten()
     if not flat.is_cuda:
         owners, order = torch.where(flat < 0, count, flat).sort(stable=True)
@@ -57,7 +63,8 @@ def arrange(experts: Tensor, weights: Tensor, count: int) -> Arranged:
 
 
 def swiglu(gate_up: Tensor, weights: Tensor) -> Tensor:
-    """``silu(gate) * up * weight`` of every row: [rows, 2 x width] (gates, then ups), weights fp32 [rows]."""
+    """Return ``silu(gate) * up * weight`` [rows, width] of ``gate_up`` [rows, 2 x width] (gates, then ups) and
+    ``weights`` fp32 [rows], computed in fp32."""
     rows, width = len(gate_up), gate_up.shape[1] // 2
     if not gate_up.is_cuda:
         gate, up = gate_up.float().chunk(2, 1)
@@ -69,7 +76,8 @@ def swiglu(gate_up: Tensor, weights: Tensor) -> Tensor:
 
 
 def swiglu_backward(gate_up: Tensor, weights: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``gate_up`` and of ``weights`` from that of :func:`swiglu`'s result; and that result once more."""
+    """Return the gradients of ``gate_up`` and of ``weights`` from that of :func:`swiglu`'s result, and the result
+    itself, which the gradient of the second layer's weight needs again."""
     rows, width = gradient.shape
     if not gate_up.is_cuda:
         (gate, up), g = gate_up.float().chunk(2, 1), gradient.float()
@@ -87,8 +95,10 @@ def swiglu_backward(gate_up: Tensor, weights: Tensor, gradient: Tensor) -> tuple
 
 
 def gather_sum(rows: Tensor, places: Tensor) -> Tensor:
-    """The sum of ``rows[places[t, 0]], rows[places[t, 1]], ...`` for every t, added up in this order: [T, width] from
-    [rows, width] and int64 [T, k]. Places below 0 are left out."""
+    """Return the sum of ``rows[places[t, 0]], rows[places[t, 1]], ...`` for every t, in this order and in fp32.
+
+    [T, width] from [rows, width] and int64 [T, k]. Places below 0 are left out.
+    """
     count, k = places.shape
     if not rows.is_cuda:
         total = rows.new_zeros((count, rows.shape[1]), dtype=torch.float32)
@@ -105,7 +115,7 @@ def gather_sum(rows: Tensor, places: Tensor) -> Tensor:
 
 @triton.jit
 def _top_k(values, best, where, width, K: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What is not a number counts as the smallest one, so that there are always k."""
+    """NaN counts as -inf, so that every row has k largest values."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     value = tl.load(values + row * width + column, mask=column < width, other=0.0).to(tl.float32)
@@ -123,7 +133,8 @@ def _top_k(values, best, where, width, K: tl.constexpr, BLOCK: tl.constexpr):  #
 def _arrange(  # type: ignore[no-untyped-def]
     flat, weights, tokens, sorted_weights, places, ends, rows, count, K: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Every expert counts the rows before its own, then deals its own out. What is left over is token 0's."""
+    """One program per expert: it counts the rows of experts before it, which gives its first place, then places its
+    own. Rows that are left over get token 0."""
     expert = tl.program_id(0)
     offset = tl.arange(0, BLOCK)
     place = 0
@@ -134,8 +145,9 @@ def _arrange(  # type: ignore[no-untyped-def]
         row = start + offset
         owner = tl.load(flat + row, mask=row < rows, other=-1)
         own = (owner == expert).to(tl.int32)
+        # The running count keeps rows in the order of tokens. No atomics: their order would differ from run to run.
         to, token = place + tl.cumsum(own) - own, row // K
-        rank = tl.zeros((BLOCK,), tl.int32)  # among its token's, of which absent ones come first
+        rank = tl.zeros((BLOCK,), tl.int32)  # of this expert among its token's; -1 of other ranks' experts come first
         for i in tl.static_range(K):
             sibling = tl.load(flat + token * K + i, mask=own != 0, other=0)
             rank += (sibling < expert).to(tl.int32)

@@ -1,8 +1,8 @@
-"""Mixtures of experts: which experts a token has, their products, and the sum of what they say.
+"""Mixtures of experts: the choice of experts, their matrix products, and the sum of their outputs.
 
-A token's result depends on its own row and on nothing else: neither on how many rows an expert has, nor on where they
-stand among them; and what its experts say is added up in the order of their numbers. Where engine and trainer agree on
-what comes before a router, they agree on its choice, which therefore need not be recorded and replayed.
+A token's result depends on its own row and on nothing else: neither on how many rows an expert has, nor on its row's
+place among them; and the outputs of its experts are summed in the order of the experts' numbers. Where the inputs of a
+router are bitwise equal in engine and trainer, so is its choice, which therefore need not be recorded and replayed.
 
 T tokens, each with k of E experts, have T k rows. These come sorted by expert, then by token.
 """
@@ -18,20 +18,23 @@ from torch import Tensor
 from miles_spmd.invariant.expert_kernels import arrange, gather_sum, swiglu, top_k
 from miles_spmd.invariant.linear import linear
 
-ALIGNED = 8  # elements: a multiple of 16 bytes, of which grouped kernels want rows to be
+ALIGNED = 8  # elements; grouped kernels require rows of a multiple of 16 bytes
 
 
-class Groups(NamedTuple):
-    """How many of the rows each expert has; and where its last one ends, int32, where the rows are."""
+class RowGroups(NamedTuple):
+    """Which rows belong to which expert: the number of rows of each, and where they end."""
 
-    counts: list[int]
-    ends: Tensor
+    counts: list[int]  # on the host; may be empty where a kernel reads the ends
+    ends: Tensor  # int32 [experts], on the rows' device
 
 
 def choose(logits: Tensor, k: int, softmax_first: bool) -> tuple[Tensor, Tensor]:
-    """The k most likely experts of every token, int64 [T, k], after their weights, fp32 [T, k]: their probabilities
-    (``softmax_first``), or the softmax of their logits, float [T, E]. As the trainer's router: Megatron's, with
-    :func:`~miles_spmd.invariant.expert_kernels.top_k`."""
+    """Return the weights, fp32 [T, k], and the numbers, int64 [T, k], of the top-k experts of every token.
+
+    ``logits`` [T, E]. Weights are probabilities over all experts (``softmax_first``), or the softmax of the chosen
+    experts' logits. The trainer's router computes the same: Megatron's, with
+    :func:`~miles_spmd.invariant.expert_kernels.top_k`.
+    """
     if softmax_first:
         return top_k(logits.float().softmax(-1), k)
     scores, experts = top_k(logits, k)
@@ -39,30 +42,37 @@ def choose(logits: Tensor, k: int, softmax_first: bool) -> tuple[Tensor, Tensor]
 
 
 def mix(hidden: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """A layer without gradients: [T, H] from [T, H], experts [T, k], fp32 [T, k], [E, 2 F, H] and [E, H, F].
+    """Return the output of a layer of experts, [T, H], without a gradient.
 
-    An expert below 0 is one of another rank, whose part of the sum is left out.
+    ``hidden`` [T, H], ``experts`` int [T, k] and ``weights`` fp32 [T, k] of every token, ``gate_up`` [E, 2 F, H] and
+    ``down`` [E, H, F]. An expert below 0 belongs to another rank; its part of the sum is left out.
     """
     by_expert = arrange(experts, weights, len(down))
-    unseen = has_kernel(hidden, *down.shape[1:])  # counts on the host, for which a CUDA graph could not wait
-    counts = [] if unseen else by_expert.ends.diff(prepend=by_expert.ends.new_zeros(1)).tolist()
-    groups = Groups(counts, by_expert.ends)
+    # A kernel does not read counts on the host. To fetch them would wait for the device, which a CUDA graph cannot.
+    on_device = has_kernel(hidden, *down.shape[1:])
+    counts = [] if on_device else by_expert.ends.diff(prepend=by_expert.ends.new_zeros(1)).tolist()
+    groups = RowGroups(counts, by_expert.ends)
     wide = grouped(hidden.index_select(0, by_expert.tokens), gate_up.mT, groups)
     return gather_sum(grouped(swiglu(wide, by_expert.weights), down.mT, groups), by_expert.places)
 
 
-def places_of_terms(places: Tensor, experts: Tensor, count: int, terms: int) -> list[Tensor]:
-    """What :func:`~miles_spmd.invariant.expert_kernels.gather_sum` adds up on each of ``terms`` ranks that share
-    ``count`` experts: of ``places`` [T, k] those of its ``experts`` [T, k]."""
-    if terms == 1:
+def places_of_partial_sums(places: Tensor, experts: Tensor, count: int, partial_sums: int) -> list[Tensor]:
+    """Return the rows of each partial sum, as :func:`~miles_spmd.invariant.expert_kernels.gather_sum` takes them.
+
+    ``partial_sums`` ranks of an engine share ``count`` experts, and each sums the rows of its own: of ``places`` [T,
+    k], where the rows of ``experts`` [T, k] are, those of the other ranks become -1.
+    """
+    if partial_sums == 1:
         return [places]
-    owners = experts // (count // terms)
-    return [places.where(owners == term, -1) for term in range(terms)]
+    owners = experts // (count // partial_sums)
+    return [places.where(owners == rank, -1) for rank in range(partial_sums)]
 
 
-def grouped(rows: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
-    """Each group's rows times its matrix: [rows, out] from [rows, in] and [groups, in, out]. What rows there are behind
-    the last group's are left as they happen to be."""
+def grouped(rows: Tensor, matrices: Tensor, groups: RowGroups) -> Tensor:
+    """Return each group's rows times its matrix: [rows, out] from [rows, in] and [groups, in, out].
+
+    The result of rows behind the last group's is undefined.
+    """
     if has_kernel(rows, *matrices.shape[1:]):
         return F.grouped_mm(rows, matrices, offs=groups.ends)
     out = rows.new_empty(len(rows), matrices.shape[2])
@@ -75,6 +85,6 @@ def grouped(rows: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
 
 
 def has_kernel(rows: Tensor, *sizes: int) -> bool:
-    """Whether torch has one kernel for products of groups of such rows. It has two tile shapes, for few and for many
-    rows of a group, and adds up over the inner dimension in one order in both."""
+    """Return whether torch has a kernel for grouped products of such rows. It has two tile shapes, for few and for many
+    rows of a group, and the reduction order over the inner dimension is the same in both."""
     return rows.is_cuda and rows.dtype is torch.bfloat16 and len(rows) > 0 and not any(s % ALIGNED for s in sizes)

@@ -1,7 +1,7 @@
 """Triton kernels of the norms, rotary positions and SwiGLU, with their backward passes.
 
-A row is always reduced by the same tree: tile sizes are functions of a row's width alone. Everything is computed in
-fp32 and rounded once.
+The reduction order of a row is always the same, because tile sizes depend on a row's width alone. Everything is
+computed in fp32 and rounded once.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 2048  # elements that a program looks at together, at least a row
-PARTS = 1056  # partial sums of a weight's gradient, whatever the number of rows: eight for a multiprocessor of an H200
+TILE = 2048  # elements that a program reads at a time, at least a row
+PARTS = 1056  # partial sums of a weight's gradient, whatever the number of rows: eight per multiprocessor of an H200
 
 
 # --- RMS norm --------------------------------------------------------------------------------------------------------
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y = x r w with r = 1 / sqrt(mean(x^2) + eps), of x [..., width], after adding ``residual`` (rounded) to it.
-    Returns y, r (fp32, one per row), and the sum, if there was one to make."""
+    """Return y = v r w with r = 1 / sqrt(mean(v^2) + eps), r (fp32, one per row), and v.
+
+    ``x`` [..., width]. With ``residual``, v is x + residual, rounded to the dtype of x before it is squared; without, v
+    is x, and None is returned in its place.
+    """
     x = x.contiguous()
     width = x.shape[-1]
     rows = x.numel() // width
@@ -37,7 +40,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
 
 
 def rms_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight; that of the weight is summed over rows in a fixed order."""
+    """Return the gradients of x and weight; that of the weight is summed over rows in a fixed order, as PARTS partial
+    sums over rows that follow each other."""
     gradient = gradient.contiguous()
     width, rows = x.shape[-1], r.numel()
     block, together = _tile(width, 4 * TILE if width < 1024 else TILE)
@@ -104,8 +108,10 @@ def _rms_norm_backward(  # type: ignore[no-untyped-def]
 
 
 def rotate(x: Tensor, table: Tensor, positions: Tensor, back: bool = False) -> Tensor:
-    """``x`` [T, H, D], whose last two dimensions may be a slice of something wider, turned by the angles of
-    ``positions`` [T]; ``table`` fp32 [L, D] holds cosines, then sines, of D / 2 angles. ``back``: the other way."""
+    """Return ``x`` [T, H, D] rotated by the angles of ``positions`` [T], or by the opposite angles (``back``).
+
+    The heads of ``x`` may be a slice of a wider tensor. ``table``: fp32 [L, D], cosines, then sines, of D / 2 angles.
+    """
     tokens, heads, width = x.shape
     if x.stride(2) != 1 or x.stride(1) != width:
         x = x.contiguous()
@@ -144,7 +150,7 @@ def _rotate(  # type: ignore[no-untyped-def]
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) * up of ``x`` [..., 2 F], gate first -> [..., F]."""
+    """Return silu(gate) * up [..., F] of ``x`` [..., 2 F], gate first."""
     x = x.contiguous()
     width = x.shape[-1] // 2
     out = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
@@ -155,6 +161,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def swiglu_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient of ``x`` [..., 2 F] from that of :func:`swiglu`'s result [..., F]."""
     gradient = gradient.contiguous()
     dx = torch.empty_like(x)
     width = x.shape[-1] // 2

@@ -1,8 +1,9 @@
-"""Matrix products whose rows do not feel each other.
+"""Matrix products whose rows do not depend on each other.
 
-On a GPU the product of 16-bit numbers is SGLang's batch-invariant one, which sums over the inner dimension in one order
-whatever the shape. On a CPU it is the BLAS library's on at least four rows: it takes fewer along another path, which
-rounds in another way. One thread is needed there; more share a product out by its shape.
+On a GPU the product of 16-bit numbers is SGLang's batch-invariant one, which has one reduction order over the inner
+dimension whatever the shape. On a CPU it is the BLAS library's on at least sixteen rows: it computes fewer by other
+kernels, whose reduction order differs (below four on AMD, below sixteen on Intel with AVX-512). It requires one thread:
+several divide a product by its shape.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-_ROWS = 4
-_DEEPGEMM_ROWS = 16  # of a weight, from which on SGLang multiplies by DeepGEMM
+_ROWS = 16  # least rows of a product on a CPU
+_DEEPGEMM_ROWS = 16  # least rows of a weight for which SGLang multiplies by DeepGEMM
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, terms: int = 1) -> Tensor:
-    """``x`` [..., K] times ``weight`` [N, K] transposed, plus ``bias`` [N]. No gradient passes.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, partial_sums: int = 1) -> Tensor:
+    """Return ``x`` [..., K] times ``weight`` [N, K] transposed, plus ``bias`` [N], without a gradient.
 
-    ``terms``: the sum over K is one of so many products over K / terms each, every one rounded and added by
-    :func:`tree_sum`. Ranks that have K / terms of the inner dimension, or any 2^n times as much, come to the same bits
-    if they add up theirs by it, too.
+    ``partial_sums``: the sum over K consists of so many products over equal parts of K, each rounded, combined by
+    :func:`tree_sum`. Ranks that each have one part, or any 2^n parts, get results that are bitwise equal to one rank's
+    if they combine theirs by :func:`tree_sum`, too.
     """
-    if terms > 1:
-        products = map(linear, x.chunk(terms, -1), weight.chunk(terms, 1))
+    if partial_sums > 1:
+        products = map(linear, x.chunk(partial_sums, -1), weight.chunk(partial_sums, 1))
         product = tree_sum([*products])
         return product if bias is None else product.add_(bias)
     rows = x.reshape(-1, x.shape[-1])
@@ -39,14 +40,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, terms: int = 1
 
 
 def tree_sum(terms: Sequence[Tensor]) -> Tensor:
-    """Of 2^n, some of which are overwritten: neighbours are added, then neighbours among their sums, and so on."""
+    """Return the sum of 2^n ``terms``: neighbours are added, then neighbours among their sums, and so on. Overwrites
+    some of the terms."""
     while len(terms) > 1:
         terms = [left.add_(right) for left, right in zip(terms[::2], terms[1::2], strict=True)]
     return terms[0]
 
 
 def _product(rows: Tensor, weight: Tensor) -> Tensor:
-    """Of parts of matrices, too, by the kernel that takes whole ones."""
+    """Multiply by SGLang's kernel, also by a part of a weight.
+
+    SGLang chooses between two kernels, and takes the second one for a weight that is not contiguous. A part's product
+    has to be that of the kernel that multiplies the same part as a weight of its own on another rank.
+    """
     from sglang.srt.batch_invariant_ops import batch_invariant_ops as ops
 
     if weight.is_contiguous():

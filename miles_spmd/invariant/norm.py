@@ -11,12 +11,14 @@ from miles_spmd.invariant import kernels
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32, rounded once."""
+    """Return y = x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32, rounded once
+    (https://arxiv.org/abs/1910.07467)."""
     return _RMSNorm.apply(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The norm of x + residual, and the sum, which is rounded to the dtype of ``x`` first. No gradient passes."""
+    """Return the norm of x + residual, and the sum, which is rounded to the dtype of ``x`` first; without a
+    gradient."""
     if x.is_cuda:
         y, _, total = kernels.rms_norm(x, weight, eps, residual)
         return y, total  # type: ignore[return-value]
@@ -25,7 +27,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 class _RMSNorm(torch.autograd.Function):
-    """torch has no CPU kernel for this norm; composed by autograd its backward pass costs twice as much as written out.
+    """The norm with its backward pass written out: torch has no CPU kernel for it, and autograd's costs twice as much.
 
     With r = rsqrt(mean(x^2) + eps) and n = x r: y = n w, dx = r (g w - n mean(g w n)), dw = sum g n.
     """
@@ -50,7 +52,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """y, and r: on a CPU [..., 1]."""
+    """Return y and r, fp32: [..., 1] on a CPU, one number per row on a GPU."""
     if x.is_cuda:
         y, r, _ = kernels.rms_norm(x, weight, eps, None)
         return y, r

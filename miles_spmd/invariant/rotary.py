@@ -1,4 +1,5 @@
-"""Rotary positions: pairs of numbers, D / 2 apart, turned by an angle of their own for each place in a sequence."""
+"""Rotary positions (https://arxiv.org/abs/2104.09864): pairs of numbers, D / 2 apart, are rotated by an angle that
+depends on the place in the sequence."""
 
 from __future__ import annotations
 
@@ -11,15 +12,15 @@ from miles_spmd.invariant import kernels
 
 
 def table(frequencies: Tensor, length: int) -> Tensor:
-    """Cosines, then sines, of the angles of places 0 .. ``length - 1``: fp32 [length, D] of ``frequencies`` fp32
-    [D / 2], which are radians per place."""
+    """Return cosines, then sines, of the angles of places 0 .. ``length - 1``: fp32 [length, D]. ``frequencies``: fp32
+    [D / 2], in radians per place."""
     places = torch.arange(length, dtype=torch.float32, device=frequencies.device)
     angles = torch.outer(places, frequencies)
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
 def rotate(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
-    """``x`` [T, H, D] turned by the angles of ``positions``, int64 [T], in fp32 with one rounding on a GPU."""
+    """Return ``x`` [T, H, D] rotated by the angles of ``positions``, int64 [T]; on a GPU in fp32 with one rounding."""
     return _Rotate.apply(x, table, positions)
 
 

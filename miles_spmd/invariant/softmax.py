@@ -1,7 +1,7 @@
 """Log-probs over a vocabulary.
 
-The trainer, which needs those of single tokens and no copy of the logits, comes to the same bits by the same sums in
-the same order: ``training.softmax`` on a CPU, ``training.softmax_kernel`` on a GPU.
+The trainer needs those of single tokens and no copy of the logits. Its sums have the same reduction order, so its
+results are bitwise equal: ``training.softmax`` on a CPU, ``training.softmax_kernel`` on a GPU.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def log_softmax(values: Tensor) -> Tensor:
-    """(value - peak) - log(sum of exp(value - peak)) of every row: fp32 [R, V] -> the same."""
+    """Return (value - peak) - log(sum of exp(value - peak)) of every row of ``values``, fp32 [R, V]."""
     if values.is_cuda:
         from sglang.srt.batch_invariant_ops import batch_invariant_ops
 

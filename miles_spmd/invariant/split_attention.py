@@ -1,12 +1,16 @@
-"""Causal attention on a GPU whose keys are cut at fixed places, in Triton: where FlashAttention 3 is not, or reads
-keys of such heads in other blocks for few queries than for many.
+"""Causal attention on a GPU that splits keys at fixed positions, in Triton: for GPUs without FlashAttention 3, and for
+a head_dim for which it reads keys in other blocks in decode than in prefill.
 
-A row's result is a chain over parts of so many keys: each part alone, then merged into those before it. A request that
-decodes has its parts computed side by side and merged by a second kernel, a packed sequence one after the other; what
-is computed, in what order and in tiles of what shape, is the same. Keys that a row does not see add zeros, which change
-no bit, so neither its neighbours nor what stands behind it matter.
+A row's result is a chain over parts of a fixed number of keys: each part is computed alone, then merged into those
+before it (online softmax, as in Flash-Decoding). In decode a request's parts are computed in parallel and merged by a
+second kernel; in prefill and training one program computes and merges them one after the other. What is computed, in
+which order and in tiles of which shape, is the same, so results are bitwise equal. Keys that a row does not see add
+zeros, which change nothing, so neither its neighbours nor the keys behind it matter.
 
-Keys and values lie anywhere in ``[N, G, D]``: a request's i-th key is in slot ``slots[slot_at[request] + i]``.
+Keys and values may lie anywhere in ``[N, G, D]``: a request's i-th key is in slot ``slots[slot_at[request] + i]``.
+Scores are multiplied by log2(e), because exponentials are computed as powers of two.
+
+Shape suffixes: T queries of all requests, B requests, H query heads, G key-value heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -21,14 +25,15 @@ from torch import Tensor
 
 from miles_spmd.invariant.flash import FlashAttention
 
-FEWEST, PARTS = 1024, 8  # keys of a part; parts of the longest sequence, whose results a decoding engine keeps
-# Rows of a tile, which are queries times heads that share a key; keys; warps. By the widest head that it is for.
+# Least keys of a part; most parts of the longest sequence, for all of which an engine has memory in decode.
+FEWEST, PARTS = 1024, 8
+# Rows of a tile (queries times the query heads that share a key), keys of a tile, warps; by the largest head_dim.
 TILES = {64: (64, 64, 4), 128: (128, 64, 8), math.inf: (64, 32, 8)}
 TILE_OF_FP32 = 32, 16, 8
 
 
 def part_length(context: int) -> int:
-    """Keys of a part where sequences may have ``context`` tokens."""
+    """Return the number of keys of a part where sequences may have ``context`` tokens."""
     return max(FEWEST, triton.next_power_of_2(triton.cdiv(context, PARTS)))
 
 
@@ -41,7 +46,7 @@ def split_attention(
     scale: float,
     split: int,
 ) -> Tensor:
-    """As :func:`~miles_spmd.invariant.flash.flash_attention`, in parts of ``split`` keys, a power of two."""
+    """Return what :func:`~miles_spmd.invariant.flash.flash_attention` does, in parts of ``split`` (2^n) keys."""
     return _Split.apply(query.contiguous(), key.contiguous(), value.contiguous(), starts, longest, scale, split)
 
 
@@ -81,10 +86,11 @@ def attend(
     scale: float,
     split: int,
 ) -> tuple[Tensor, Tensor]:
-    """``query`` [T, H, D] -> [T, H, D] and the logarithm of each row's sum of exponentials, fp32 [H, T].
+    """Return the attention [T, H, D], and the log of each row's sum of exponentials, fp32 [H, T].
 
-    Of B requests: ``starts`` int32 [B + 1], where the queries of each begin, up to ``most``; ``lengths`` int [B] of
-    their keys, the last of which the last query sees; ``slots`` int32; ``slot_at`` int64 [B].
+    ``query`` [T, H, D], ``keys`` and ``values`` [N, G, D]; ``starts`` int32 [B + 1], where each request's queries
+    begin; ``most``: the most queries of a request; ``lengths`` int [B], the requests' numbers of keys, the last of
+    which the last query sees; ``slots`` int32 and ``slot_at`` int64 [B], where keys lie.
     """
     tokens, heads, width = query.shape
     group = heads // keys.shape[1]
@@ -109,8 +115,11 @@ def decode(
     scale: float,
     split: int,
 ) -> Tensor:
-    """As :func:`attend`, of one query [H, D] a request, which sees all keys. ``longest``: the most keys that any
-    request ever has, so that a CUDA graph fits them all."""
+    """Return the attention [B, H, D] of one query per request, ``query`` [B, H, D], which sees all of its keys.
+
+    ``longest``: the most keys that any request can have: the launch grid must not depend on the batch's own lengths,
+    so that a CUDA graph can replay it. Other arguments as for :func:`attend`.
+    """
     requests, heads, width = query.shape
     splits, groups = triton.cdiv(longest, split), keys.shape[1]
     peaks, totals = torch.empty(2, requests, splits, heads, dtype=torch.float32, device=query.device)
@@ -126,12 +135,12 @@ def decode(
 
 
 def _binary(scale: float) -> float:
-    """Exponentials are powers of two."""
+    """Return the scale of scores for exponentials that are powers of two."""
     return scale / math.log(2)
 
 
 def _tile(query: Tensor, group: int) -> dict[str, int]:
-    """The same wherever a part is computed."""
+    """Return the tile's shape. Both kernels must use the same, or their reduction orders would differ."""
     width = query.shape[-1]
     fits = TILE_OF_FP32 if query.dtype == torch.float32 else next(TILES[most] for most in TILES if width <= most)
     return {"GROUP": group} | dict(zip(("ROWS", "KEYS", "num_warps"), fits))
@@ -146,8 +155,8 @@ def _part(  # type: ignore[no-untyped-def]
     query, keys, values, slots, first, last, limit, scale, stride,
     WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Of keys ``first`` .. ``last - 1``, those up to each row's ``limit``: the largest score, the sum of exponentials
-    relative to it, and their sum of values."""
+    """Return for each row, over keys ``first`` .. ``last - 1`` up to the row's ``limit``: the largest score, the sum of
+    exponentials relative to it, and the sum of values weighted by these."""
     column = tl.arange(0, DIM)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -162,9 +171,11 @@ def _part(  # type: ignore[no-untyped-def]
         score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         score = tl.where((place[None, :] <= limit[:, None]) & there[None, :], score, float("-inf"))
         higher = tl.maximum(peak, tl.max(score, 1))
+        # a row that has seen no key yet has the peak -inf, and -inf - -inf would be NaN
         above = tl.where(higher == float("-inf"), 0.0, higher)
         weight = tl.exp2(score - above[:, None])
         shrink = tl.exp2(peak - above)
+        # an explicit fma: the compiler might fuse ``total * shrink + sum`` in one kernel and not in the other
         total = tl.fma(total, shrink, tl.sum(weight, 1))
         value = tl.load(values + at, mask=inside, other=0.0)
         mixed = tl.dot(weight.to(value.dtype), value, mixed * shrink[:, None], input_precision="ieee")
@@ -174,7 +185,7 @@ def _part(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _merge(peak, total, mixed, part_peak, part_total, part_mixed):  # type: ignore[no-untyped-def]
-    """A part into those before it. What is fused is said, so that two kernels do not fuse differently."""
+    """Merge a part into those before it. Fused operations are explicit, so that two kernels do not fuse differently."""
     higher = tl.maximum(peak, part_peak)
     above = tl.where(higher == float("-inf"), 0.0, higher)
     own, other = tl.exp2(peak - above), tl.exp2(part_peak - above)
@@ -182,7 +193,7 @@ def _merge(peak, total, mixed, part_peak, part_total, part_mixed):  # type: igno
     return higher, tl.fma(total, own, part_total * other), tl.fma(mixed, spread, part_mixed * other[:, None])
 
 
-@triton.jit(do_not_specialize=["tokens"])  # it would be compiled anew for multiples of 16
+@triton.jit(do_not_specialize=["tokens"])  # multiples of 16 would be compiled separately
 def _attend(  # type: ignore[no-untyped-def]
     query, keys, values, out, lse, starts, lengths, slots, slot_at, scale, stride, heads, tokens,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -200,6 +211,7 @@ def _attend(  # type: ignore[no-untyped-def]
         at = ((begin + number).to(tl.int64) * heads + of_query)[:, None] * WIDTH + column[None, :]
         mask = inside[:, None] & (column < WIDTH)[None, :]
         turned = tl.load(query + at, mask=mask, other=0.0)
+        # the last query sees all keys, so query ``number`` sees those up to ``limit``
         limit = length - queries + number
         last = tl.minimum(length, length - queries + (block * ROWS + ROWS - 1) // GROUP + 1)
         own = slots + tl.load(slot_at + request)
@@ -213,6 +225,7 @@ def _attend(  # type: ignore[no-untyped-def]
             )  # fmt: skip
             peak, total, mixed = _merge(peak, total, mixed, part_peak, part_total, part_mixed)
         tl.store(out + at, mixed / total[:, None], mask=mask)
+        # back from powers of two to e: times log(2)
         natural = (peak + tl.log2(total)) * 0.6931471805599453
         tl.store(lse + of_query.to(tl.int64) * tokens + begin + number, natural, mask=inside)
 
@@ -223,6 +236,8 @@ def _attend_parts(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
+    # One program per part, request and key-value head. Rows are the query heads of the one query, and the rest of the
+    # tile is empty: as many rows as in :func:`_attend`, so that products have the same shape.
     split, request, head = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     length = tl.load(lengths + request).to(tl.int32)
     first = split * SPLIT

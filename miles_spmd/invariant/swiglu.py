@@ -1,4 +1,4 @@
-"""SwiGLU: silu(gate) * up."""
+"""SwiGLU (https://arxiv.org/abs/2002.05202): silu(gate) * up."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from miles_spmd.invariant import kernels
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """``x`` [..., 2 F], gate first -> [..., F]; on a GPU in fp32 with one rounding."""
+    """Return silu(gate) * up [..., F] of ``x`` [..., 2 F], gate first; on a GPU in fp32 with one rounding."""
     return _SwiGLU.apply(x)
 
 

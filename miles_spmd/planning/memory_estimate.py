@@ -20,7 +20,7 @@ from miles_spmd.models import Family, load_family
 from miles_spmd.planning.parallel_layout import ParallelLayout
 
 FP32 = 4
-MAX_LOGITS = 2**27  # of a chunk, as training/log_probs.py has it
+MAX_LOGITS = 2**27  # of a chunk, as training/output_layer.py has it
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 STATIC_FRACTION = 0.85  # of a GPU for weights and KV cache, where [sglang] mem_fraction_static leaves it to SGLang
 
@@ -182,7 +182,7 @@ def _engine_parameters(family: Family, tp: int) -> int:
 
 
 def _head_bytes(tokens: int, family: Family, tp: int, bytes_each: int) -> int:
-    """Logits of a chunk, as training/log_probs.py cuts them, and the output weight's gradient, which is added up in
+    """Logits of a chunk, as training/output_layer.py cuts them, and the output weight's gradient, which is added up in
     fp32 where there are several."""
     logits, limit = tokens * family.vocab_size // tp * bytes_each, MAX_LOGITS * (bytes_each + 2 * FP32)
     gradient = family.vocab_size * family.hidden_size // tp * (bytes_each if logits <= limit else FP32)

@@ -23,7 +23,7 @@ RANKS = 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="quickstart", description=__doc__)
-    parser.add_argument("--install-seconds", type=float, default=0.0, help="what the set-up took, for the summary")
+    parser.add_argument("--install-seconds", type=float, default=0.0, help="duration of the set-up, for the summary")
     parser.add_argument("--sft", action="append", default=[], metavar="KEY=VALUE", help="override of the warm-up")
     parser.add_argument("--grpo", action="append", default=[], metavar="KEY=VALUE", help="override of the GRPO run")
     arguments = parser.parse_args()
@@ -32,7 +32,7 @@ def main() -> None:
         sft = load_config(SFT, arguments.sft, check_files=False)
         grpo = load_config(GRPO, arguments.grpo, check_files=False)
     except ConfigError as error:
-        print(f"quickstart: {error}", file=sys.stderr)
+        print(f"quickstart: error: {error}", file=sys.stderr)
         sys.exit(2)
     build_assets(sft.model.hf_checkpoint.parent)
     started = time.monotonic()
@@ -48,13 +48,14 @@ def main() -> None:
     print(f"quickstart: report {write_report(root)}")
     print(f"quickstart: model {grpo.run_dir / 'export'}")
     differing, compared = summary["parity_mismatches"], summary["parity_tokens"]
-    print(f"quickstart: engine and trainer disagree about {differing:,.0f} of {compared:,.0f} tokens")
+    print(f"quickstart: log-probs of engine and trainer differ on {differing:,.0f} of {compared:,.0f} tokens")
     before, after = summary["accuracy_before"], summary["accuracy_after"]
     print(f"quickstart: held-out accuracy {before:.2f} -> {after:.2f} in {train_seconds:.0f} s")
 
 
 def train(recipe: Path, config: Config, overrides: list[str]) -> None:
-    """In a fresh run folder. Ends this program with the run's own status when it fails; it has said why."""
+    """Run ``miles-spmd train`` in a fresh run folder. Where it fails it has printed why, and this program exits with
+    its status."""
     shutil.rmtree(config.run_dir, ignore_errors=True)
     command = [sys.executable, "-m", "miles_spmd", "train", str(recipe), *overrides, "--nproc-per-node", str(RANKS)]
     status = subprocess.run(command, check=False).returncode
@@ -63,19 +64,19 @@ def train(recipe: Path, config: Config, overrides: list[str]) -> None:
 
 
 def summarize(sft: Stage, grpo: Stage) -> dict[str, float]:
-    """Held-out accuracy around GRPO, and how well engine and trainer agreed meanwhile."""
+    """Return held-out accuracy before and after GRPO, and how far engine and trainer agreed during it."""
     (scores,) = grpo.scores().values()
-    differences = [value for _, value in grpo.series("train/train_rollout_logprob_abs_diff_max")]
-    mismatches = [value for stage in (sft, grpo) for _, value in stage.series("refit/checksum_mismatches")]
     return {
         "accuracy_before": scores[0][1],
         "accuracy_after": scores[-1][1],
         "steps": grpo.done,
         "warmup_steps": sft.done,
-        "parity_tokens": sum(value for _, value in grpo.series("parity/tokens")),
-        "parity_mismatches": sum(value for _, value in grpo.series("parity/mismatches")),
-        "rollout_train_logprob_max_abs_diff": max(differences),
-        "refit_checksum_mismatches": sum(mismatches),
+        "parity_tokens": sum(grpo.values("parity/tokens")),
+        "parity_mismatches": sum(grpo.values("parity/mismatches")),
+        "rollout_train_logprob_max_abs_diff": max(grpo.values("train/train_rollout_logprob_abs_diff_max")),
+        "refit_checksum_mismatches": sum(
+            sft.values("refit/checksum_mismatches") + grpo.values("refit/checksum_mismatches")
+        ),
     }
 
 

@@ -1,4 +1,4 @@
-"""All that the quickstart starts from, the same bytes each time: ``python -m miles_spmd.quickstart.assets FOLDER``."""
+"""The quickstart's model and data, the same bytes each time: ``python -m miles_spmd.quickstart.assets FOLDER``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SFT_ROWS, TRAIN_ROWS, HELDOUT_ROWS = 8192, 4096, 400
 def build_assets(folder: Path, seed: int = 0) -> None:
     """Write ``model/`` (random weights, tokenizer) and the files of ``task.data_files`` into ``folder``.
 
-    ``seed`` is of the weights alone; the task is the same for all.
+    ``seed`` determines the weights; the data files never depend on it.
     """
     model = folder / "model"
     model.mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,7 @@ def build_assets(folder: Path, seed: int = 0) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m miles_spmd.quickstart.assets", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
     arguments = parser.parse_args()
     build_assets(arguments.folder, arguments.seed)
 

@@ -51,7 +51,8 @@ CONFIG = {
 
 
 def write_tokenizer(folder: Path) -> None:
-    """One token per digit, per number word and per operator with its blanks, so that decoding is joining."""
+    """Write a tokenizer into ``folder``: one token per digit, per number word and per operator with its spaces, so that
+    decoding only concatenates tokens."""
     tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" plus | in words| in digits|[a-z]+-?|."), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -70,7 +71,8 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_random_model(folder: Path, seed: int) -> None:
-    """Matrices normal with the configuration's ``initializer_range``, norms 1: transformers' initialisation."""
+    """Write random float32 weights into ``folder`` as transformers initialises them: matrices normal with the
+    configuration's ``initializer_range``, norms 1."""
     _write_json(folder / "config.json", CONFIG)
     generator = np.random.default_rng(seed)
     tensors = {}

@@ -3,18 +3,18 @@
     seven plus 2 plus four in digits -> 13
     7 plus two plus 4 in words       -> thirteen
 
-*Split.* A problem is three operands, whatever their order. Of the 220 problems 33 are held out: no prompt of the
-training files has those operands, in any order or notation, so a right answer there is never remembered. The four
-problems that are alone with their sum (0, 1, 26, 27) are not held out, or no model could have seen such an answer. No
-two of sft.jsonl, train.jsonl and heldout.jsonl share a prompt.
+*Split.* A problem is three operands, whatever their order. Of the 220 problems 33 form the held-out set: no prompt of
+the training files has those operands, in any order or notation, so a right answer there cannot have been memorised. The
+four problems that are alone with their sum (0, 1, 26, 27) stay in training, as no model could learn such an answer
+otherwise. No two of sft.jsonl, train.jsonl and heldout.jsonl share a prompt.
 
 *Warm-up.* The answers that supervised learning imitates are careless on purpose: in most sums from ten to nineteen the
 ten is forgotten (`3` for `13`). A model that imitates them well is therefore right in about a third of its greedy
-answers, while the right answer is among a few sampled ones. Reinforcement learning sees the questions and the
-right answers' exact match only, and has to find out what the demonstrations did wrong.
+answers, while the right answer is among a few sampled ones. Reinforcement learning gets the questions and a reward for
+exact matches only, and has to find out what the demonstrations did wrong.
 
-*Preferences.* The questions of train.jsonl and heldout.jsonl once more, each with its right answer and a wrong one: the
-careless answer where the demonstrations give that, else a number next to the right one.
+*Preferences.* The preference files have the questions of train.jsonl and heldout.jsonl once more, each with its right
+answer and a wrong one: the careless answer where the demonstrations give that, else a number next to the right one.
 
 Everything here is a pure function of its arguments: no state, no random generator, the same rows everywhere.
 """
@@ -33,6 +33,7 @@ TERMS = 3
 LARGEST_SUM = TERMS * max(OPERANDS)
 HELD_OUT_PROBLEMS = 33
 CARELESS_PERCENT = 70
+SPLIT = "held out"  # the salt of the split: the data files depend on every character of it
 
 UP_TO_NINETEEN = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
@@ -56,14 +57,14 @@ class Question(NamedTuple):
 
     @property
     def careless_answer(self) -> str:
-        """What the demonstrations say: the same question always gets the same answer, right or wrong."""
+        """The answer of the demonstrations: the same question always gets the same answer, right or wrong."""
         total = sum(self.operands)
         careless = derive_seed("careless", self.prompt) % 100 < CARELESS_PERCENT
         return self._write(total - 10 if careless and 10 <= total < 20 else total)
 
     @property
     def wrong_answer(self) -> str:
-        """What a preference rejects: the careless answer if that is wrong, else one more or one less than the sum."""
+        """The rejected answer of a preference: the careless one if it is wrong, else the sum plus or minus one."""
         total, careless = sum(self.operands), self.careless_answer
         if careless != self.answer:
             return careless
@@ -75,37 +76,37 @@ class Question(NamedTuple):
 
 
 def in_words(number: int) -> str:
-    """English for 0 to 29."""
+    """Return ``number``, 0 to 29, in English words."""
     if number < 20:
         return UP_TO_NINETEEN[number]
     return "twenty" if number == 20 else f"twenty-{UP_TO_NINETEEN[number - 20]}"
 
 
 def held_out_problems() -> frozenset[tuple[int, ...]]:
-    """The held-out problems, operands in ascending order."""
+    """Return the held-out problems, operands in ascending order."""
     problems = list(combinations_with_replacement(OPERANDS, TERMS))
     with_sum = Counter(map(sum, problems))
     candidates = [p for p in problems if with_sum[sum(p)] > 1]
-    shuffled = sorted(candidates, key=lambda p: derive_seed("held out", *p))
+    shuffled = sorted(candidates, key=lambda p: derive_seed(SPLIT, *p))
     return frozenset(shuffled[:HELD_OUT_PROBLEMS])
 
 
 def questions() -> Iterator[Question]:
-    """Every question there is, 16 for each order of each problem."""
+    """Yield every question, 16 for each order of each problem."""
     for operands in product(OPERANDS, repeat=TERMS):
         for *notation, answer_in_words in product((False, True), repeat=TERMS + 1):
             yield Question(operands, tuple(notation), answer_in_words)
 
 
 def data_files(sft_rows: int, train_rows: int, heldout_rows: int) -> dict[str, list[dict[str, Any]]]:
-    """File name -> rows: ``prompt`` and ``label``, in ``sft`` the demonstrated answer; or ``prompt``, ``chosen`` and
-    ``rejected``."""
+    """Return the rows of each file by its name: ``prompt`` and ``label`` (in ``sft`` the demonstrated answer), or
+    ``prompt``, ``chosen`` and ``rejected``. Raises ValueError where there are not as many questions."""
     held_out = held_out_problems()
     shuffled = sorted(questions(), key=lambda q: derive_seed("order", q.prompt))
     known = [q for q in shuffled if tuple(sorted(q.operands)) not in held_out]
     unknown = [q for q in shuffled if tuple(sorted(q.operands)) in held_out]
     if sft_rows + train_rows > len(known) or heldout_rows > len(unknown):
-        raise ValueError(f"there are only {len(known)} questions to train on and {len(unknown)} held out")
+        raise ValueError(f"there are only {len(known)} training and {len(unknown)} held-out questions")
     sft, train, heldout = known[:sft_rows], known[sft_rows : sft_rows + train_rows], unknown[:heldout_rows]
     return {
         "sft.jsonl": [{"prompt": q.prompt, "label": q.careless_answer} for q in sft],

@@ -1,4 +1,4 @@
-"""Which software and machine a run used."""
+"""The environment of a run: versions of its software, and its machine."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Gpu(msgspec.Struct, frozen=True):
     name: str
     memory_gib: float
     driver: str
-    capability: str = ""  # for computing, "9.0"
+    capability: str = ""  # compute capability, such as "9.0"
 
 
 class Environment(msgspec.Struct, frozen=True):
@@ -48,10 +48,11 @@ class Environment(msgspec.Struct, frozen=True):
 
 
 def environment() -> Environment:
+    """Return the environment of this process."""
     return Environment(
         python=platform.python_version(),
         system=platform.platform(),
-        cores=len(os.sched_getaffinity(0)),  # not os.cpu_count(), which knows nothing of cgroups
+        cores=len(os.sched_getaffinity(0)),  # os.cpu_count() ignores affinity and cgroups
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         gpus=gpus(),
         packages={name: version for name in PACKAGES if (version := installed(name)) is not None},
@@ -60,7 +61,7 @@ def environment() -> Environment:
 
 
 def _cpu() -> str:
-    """The model's name: libraries choose their kernels by it."""
+    """Return the processor's model name, by which libraries choose their kernels; "" where it is unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -69,6 +70,7 @@ def _cpu() -> str:
 
 
 def installed(package: str) -> str | None:
+    """Return the version of ``package``, None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -76,7 +78,7 @@ def installed(package: str) -> str | None:
 
 
 def gpus() -> list[Gpu]:
-    """That this process may use, as the driver's own tool names them; no framework is loaded."""
+    """Return the GPUs that this process may use, as nvidia-smi lists them: no framework has to be loaded."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible == "" or shutil.which("nvidia-smi") is None:
         return []

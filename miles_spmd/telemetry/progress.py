@@ -1,12 +1,12 @@
-"""What a person sees while a run goes on: a live bar on a terminal, lines elsewhere."""
+"""The progress display of a run: a live bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Protocol, TextIO
+from contextlib import closing, contextmanager
+from typing import TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -17,7 +17,7 @@ from rich.text import Text
 from miles_spmd.config.schema import Config
 from miles_spmd.telemetry.metrics import is_score, phase_times
 
-# What is shown of a step, in this order: name on screen -> metric.
+# The numbers of a step that are shown, in this order: name on screen -> metric.
 SHOWN = {
     "reward": "rollout/raw_reward",
     "loss": "train/loss",
@@ -29,58 +29,29 @@ SHOWN = {
 SECONDS_BETWEEN_LINES = 2.0
 
 
-class Progress(Protocol):
-    def phase(self, name: str) -> None:
-        """The run is now doing this."""
+class Progress:
+    """The display of kind ``none``, which shows nothing, and the interface of the others."""
 
-    def update(self, done: int, metrics: Mapping[str, float]) -> None:
-        """``done`` steps are done (0: before the first), the last one with these metrics."""
-
-    def close(self) -> None: ...
-
-
-@contextmanager
-def open_progress(config: Config, file: TextIO | None = None) -> Iterator[Progress]:
-    """The display that ``telemetry.progress`` asks for: ``auto`` is ``rich`` on a terminal and ``plain`` elsewhere."""
-    file, kind = file or sys.stdout, config.telemetry.progress
-    if kind == "auto":
-        kind = "rich" if file.isatty() else "plain"
-    kinds: dict[str, type[RichProgress | PlainProgress | NoProgress]] = {
-        "rich": RichProgress,
-        "plain": PlainProgress,
-        "none": NoProgress,
-    }
-    progress = kinds[kind](config, file)
-    try:
-        yield progress
-    finally:
-        progress.close()
-
-
-class NoProgress:
     def __init__(self, config: Config, file: TextIO) -> None:
-        pass
+        """Begin the display of a run of ``config`` in ``file``."""
 
     def phase(self, name: str) -> None:
-        pass
+        """Show that the run has entered the phase ``name``."""
 
     def update(self, done: int, metrics: Mapping[str, float]) -> None:
-        pass
+        """Show that ``done`` steps are done (0: before the first), the last one with ``metrics``."""
 
     def close(self) -> None:
-        pass
+        """End the display."""
 
 
-class PlainProgress:
-    """A line per step, but none within two seconds of the last one, unless it has an evaluation or is the final one."""
+class PlainProgress(Progress):
+    """Prints a line per step, at most one in two seconds; evaluations and the final step always get theirs."""
 
     def __init__(self, config: Config, file: TextIO) -> None:
         self._name, self._total, self._file = config.run.name, config.run.num_rollout, file
         self._eta = Eta(self._total)
         self._last_line = -SECONDS_BETWEEN_LINES
-
-    def phase(self, name: str) -> None:
-        pass
 
     def update(self, done: int, metrics: Mapping[str, float]) -> None:
         now, eta = time.monotonic(), self._eta.after(done)
@@ -90,12 +61,9 @@ class PlainProgress:
         parts = [f"{self._name}: step {done}/{self._total}", *shown(metrics), seconds(metrics), f"eta {eta}"]
         print("  ".join(part for part in parts if part), file=self._file, flush=True)
 
-    def close(self) -> None:
-        pass
 
-
-class RichProgress:
-    """A bar with what the run is doing now, and the newest numbers under it."""
+class RichProgress(Progress):
+    """Shows a bar with the present phase, and the newest numbers under it."""
 
     def __init__(self, config: Config, file: TextIO) -> None:
         self._eta = Eta(config.run.num_rollout)
@@ -130,32 +98,46 @@ class RichProgress:
 
 
 class Eta:
-    """Time left, from the mean time of the steps that were seen."""
+    """Estimates the time left from the mean time of the steps so far."""
 
     def __init__(self, total: int) -> None:
         self._total = total
         self._first: tuple[int, float] | None = None
 
     def after(self, done: int) -> str:
+        """Return the time left after ``done`` steps as text."""
         now = time.monotonic()
         if self._first is None:
-            self._first = done, now  # a resumed run does not begin at 0
+            self._first = done, now  # a resumed run does not start at 0
             return "-:--"
         steps = max(done - self._first[0], 1)
         return clock((now - self._first[1]) / steps * (self._total - done))
 
 
-# --- the words ------------------------------------------------------------------------------------------------------
+KINDS: dict[str, type[Progress]] = {"rich": RichProgress, "plain": PlainProgress, "none": Progress}
+
+
+@contextmanager
+def open_progress(config: Config, file: TextIO | None = None) -> Iterator[Progress]:
+    """Open the display of ``telemetry.progress``; ``auto`` is ``rich`` on a terminal and ``plain`` elsewhere."""
+    file, kind = file or sys.stdout, config.telemetry.progress
+    if kind == "auto":
+        kind = "rich" if file.isatty() else "plain"
+    with closing(KINDS[kind](config, file)) as progress:
+        yield progress
+
+
+# --- texts ----------------------------------------------------------------------------------------------------------
 
 
 def accuracy(metrics: Mapping[str, float]) -> float | None:
-    """Mean pass@1 over the evaluation sets, None in a step without an evaluation."""
+    """Return the mean pass@1 over the evaluation sets, None in a step without an evaluation."""
     scores = [value for name, value in metrics.items() if is_score(name)]
     return sum(scores) / len(scores) if scores else None
 
 
 def shown(metrics: Mapping[str, float]) -> list[str]:
-    """``accuracy 0.55`` first if there is one, then the other numbers of the step."""
+    """Return the numbers of a step as texts such as ``loss 0.01``, ``accuracy`` first where there was an evaluation."""
     held_out = accuracy(metrics)
     numbers = {} if held_out is None else {"accuracy": held_out}
     numbers |= {word: metrics[name] for word, name in SHOWN.items() if name in metrics}
@@ -163,14 +145,14 @@ def shown(metrics: Mapping[str, float]) -> list[str]:
 
 
 def seconds(metrics: Mapping[str, float]) -> str:
-    """``1.42 s (rollout 0.61, train 0.70)``"""
+    """Return the time of a step as ``1.42 s (rollout 0.61, train 0.70)``."""
     total = metrics.get("perf/step_time")
     phases = ", ".join(f"{phase} {value:.2f}" for phase, value in phase_times(metrics).items() if value >= 0.005)
     return "" if total is None else f"{total:.2f} s" + (f" ({phases})" if phases else "")
 
 
 def clock(duration: float) -> str:
-    """3725.2 -> ``1:02:05``, 65 -> ``1:05``"""
+    """Return a duration in seconds as a clock shows it: 3725.2 as ``1:02:05``, 65 as ``1:05``."""
     minutes, rest = divmod(round(duration), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

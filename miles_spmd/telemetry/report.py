@@ -1,4 +1,8 @@
-"""A run as one HTML file that needs nothing else: numbers, curves, transcripts, configuration, versions."""
+"""The report of a run: what it left in its folder as one JSON document, and the static page that shows it.
+
+The page (``report_page.html``) contains its styles and its script and loads nothing else. Its function ``show`` renders
+the document that :func:`report_data` returns, whether that is embedded in the page or comes from elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -7,42 +11,49 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+import msgspec
 
-from miles_spmd.telemetry import plots
-from miles_spmd.telemetry.metrics import METRICS, describe
+from miles_spmd.telemetry.metrics import PHASES, describe, is_score
 from miles_spmd.telemetry.progress import clock
-from miles_spmd.telemetry.run_data import Series, Stage, read_stages
+from miles_spmd.telemetry.run_data import Stage, read_stages
 from miles_spmd.telemetry.transcripts import Transcript
 
 REPORT_FILE = "report.html"
+PAGE = Path(__file__).with_name("report_page.html")
+DATA_PLACE = "__RUN_DATA__"
 
-# title -> the metrics drawn together (label -> name), and whether on a logarithmic axis
-CURVES: dict[str, tuple[dict[str, str], bool]] = {
-    "Reward": ({"reward": "rollout/raw_reward"}, False),
-    "Loss": ({"loss": "train/loss"}, False),
-    "KL to the reference": ({"kl": "train/kl_loss"}, False),
-    "KL to the teacher": ({"kl": "rollout/opd_reverse_kl"}, False),
-    "Critic's loss": ({"loss": "train/critic_loss"}, False),
-    "Variance that the critic explains": ({"explained": "rollout/value_explained_variance"}, False),
-    "Pairs told apart": ({"accuracy": "train/reward_accuracy"}, False),
-    "Policy change within a step": ({"ppo kl": "train/ppo_kl"}, False),
-    "Response length": ({"mean": "rollout/response_len", "longest": "rollout/response_len_max"}, False),
-    "Entropy": ({"entropy": "train/entropy_loss"}, False),
-    "Gradient norm": ({"norm": "train/grad_norm"}, False),
-    "Groups without a gradient": ({"zero std": "rollout/zero_std_ratio"}, False),
-    "Answers cut off": ({"truncated": "rollout/truncated_ratio"}, False),
-    "Engine against trainer": (
-        {
-            "mean": "train/train_rollout_logprob_abs_diff",
-            "largest": "train/train_rollout_logprob_abs_diff_max",
-        },
-        True,
+
+@dataclass(frozen=True)
+class Curves:
+    """Metrics that share a chart: label -> metric."""
+
+    title: str
+    lines: dict[str, str]
+    log: bool = False
+
+
+CURVES = (
+    Curves("Reward", {"reward": "rollout/raw_reward"}),
+    Curves("Loss", {"loss": "train/loss"}),
+    Curves("KL to the reference", {"kl": "train/kl_loss"}),
+    Curves("KL to the teacher", {"kl": "rollout/opd_reverse_kl"}),
+    Curves("Critic loss", {"loss": "train/critic_loss"}),
+    Curves("Explained variance of the critic", {"explained": "rollout/value_explained_variance"}),
+    Curves("Preference accuracy", {"accuracy": "train/reward_accuracy"}),
+    Curves("Policy change within a step", {"ppo kl": "train/ppo_kl"}),
+    Curves("Response length", {"mean": "rollout/response_len", "longest": "rollout/response_len_max"}),
+    Curves("Entropy", {"entropy": "train/entropy_loss"}),
+    Curves("Gradient norm", {"norm": "train/grad_norm"}),
+    Curves("Groups without a gradient", {"zero std": "rollout/zero_std_ratio"}),
+    Curves("Truncated responses", {"truncated": "rollout/truncated_ratio"}),
+    Curves(
+        "Log-prob difference of engine and trainer",
+        {"mean": "train/train_rollout_logprob_abs_diff", "largest": "train/train_rollout_logprob_abs_diff_max"},
+        log=True,
     ),
-    "KL between engine and trainer": ({"kl": "train/train_rollout_kl"}, False),
-    "Throughput": ({"tokens": "perf/tokens_per_gpu_per_second"}, False),
-}
+    Curves("KL between engine and trainer", {"kl": "train/train_rollout_kl"}),
+    Curves("Throughput", {"tokens": "perf/tokens_per_gpu_per_second"}),
+)
 
 
 @dataclass(frozen=True)
@@ -54,111 +65,99 @@ class Number:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Plot:
-    title: str
-    caption: str
-    svg: Markup
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The same prompt in the first and the last evaluation that asked it."""
-
-    first: Transcript
-    last: Transcript
-
-
 def write_report(run_dir: Path) -> Path:
-    """Write ``report.html`` into ``run_dir`` from whatever is there: a run or several stages, finished or not.
+    """Write ``report.html`` into ``run_dir`` and return its path.
 
-    Raises FileNotFoundError when there is no run at all.
+    Raises FileNotFoundError where ``run_dir`` contains no run.
     """
-    stages = read_stages(run_dir)
-    scored = [stage for stage in stages if stage.scores()]
-    page = _template().render(
-        title=run_dir.resolve().name,
-        written=time.strftime("%Y-%m-%d %H:%M"),
-        finished=all(stage.finished for stage in stages),
-        numbers=headline(stages),
-        accuracy=Markup(plots.accuracy(scored)) if scored else None,
-        stages=[_stage(stage) for stage in stages],
-        glossary=[(name, metric) for name, metric in METRICS.items() if any(s.series(name) for s in stages)],
-        environment=next((stage.environment for stage in reversed(stages) if stage.environment), None),
-    )
     path = run_dir / REPORT_FILE
-    path.write_text(page, encoding="utf-8")
+    path.write_text(make_page(report_data(run_dir)), encoding="utf-8")
     return path
 
 
+def make_page(data: dict[str, Any] | None) -> str:
+    """Return the page as HTML with ``data``, the document of :func:`report_data`, in it; None leaves it empty."""
+    # Without "<" no text of a model can end the script element that contains the document.
+    document = msgspec.json.encode(data).decode().replace("<", "\\u003c")
+    return PAGE.read_text(encoding="utf-8").replace(DATA_PLACE, document)
+
+
+def report_data(run_dir: Path) -> dict[str, Any]:
+    """Return everything that the page shows of the run in ``run_dir``, or of its stages, as plain JSON values.
+
+    Raises FileNotFoundError where ``run_dir`` contains no run.
+    """
+    stages = read_stages(run_dir)
+    metrics = sorted({name for stage in stages for name in stage.series})
+    data = {
+        "title": run_dir.resolve().name,
+        "written": time.strftime("%Y-%m-%d %H:%M"),
+        "finished": all(stage.finished for stage in stages),
+        "numbers": headline(stages),
+        "stages": [_stage(stage) for stage in stages],
+        "scores": [name for name in metrics if is_score(name)],
+        "curves": CURVES,
+        "phases": PHASES,
+        "metrics": {name: describe(name) for name in metrics},
+        "environment": next((stage.environment for stage in reversed(stages) if stage.environment), None),
+    }
+    return msgspec.to_builtins(data)
+
+
 def headline(stages: list[Stage]) -> list[Number]:
+    """Return the numbers for the top of the page, only those that the run has."""
+
+    def values(metric: str) -> list[float]:
+        return [value for stage in stages for value in stage.values(metric)]
+
     numbers = []
     for name in dict.fromkeys(name for stage in stages for name in stage.scores()):
         curves = [curve for stage in stages if (curve := stage.scores().get(name))]
-        way = [curves[0][0][1], *(curve[-1][1] for curve in curves)]
-        note = " → ".join(f"{score:.1%}" for score in way)
-        numbers.append(Number(f"Held-out accuracy, {name}", f"{way[-1]:.1%}", note))
-    rewards = [value for stage in stages for _, value in stage.series("rollout/raw_reward")]
-    if rewards:
+        ends = [curves[0][0][1], *(curve[-1][1] for curve in curves)]
+        numbers.append(
+            Number(f"Held-out accuracy, {name}", f"{ends[-1]:.1%}", " → ".join(f"{score:.1%}" for score in ends))
+        )
+    if rewards := values("rollout/raw_reward"):
         numbers.append(Number("Reward of the last step", f"{rewards[-1]:.3g}", f"first step {rewards[0]:.3g}"))
     steps = " + ".join(str(s.done) if s.finished or s.total is None else f"{s.done} of {s.total}" for s in stages)
-    numbers.append(Number("Steps", steps, " + ".join(s.name for s in stages) if len(stages) > 1 else ""))
-    seconds = [stage.seconds for stage in stages]
-    parts = " + ".join(clock(value) for value in seconds) if len(stages) > 1 else ""
-    numbers.append(Number("Time", clock(sum(seconds)), parts))
-    differences = [v for s in stages for _, v in s.series("train/train_rollout_logprob_abs_diff_max")]
-    if differences:
-        note = "largest difference of a token's log-prob, all steps"
+    seconds = [sum(stage.values("perf/step_time")) for stage in stages]
+    several = len(stages) > 1
+    numbers.append(Number("Steps", steps, " + ".join(s.name for s in stages) if several else ""))
+    numbers.append(Number("Time", clock(sum(seconds)), " + ".join(map(clock, seconds)) if several else ""))
+    if differences := values("train/train_rollout_logprob_abs_diff_max"):
+        note = "max abs diff of a token's log-prob, all steps"
         numbers.append(Number("Engine against trainer", f"{max(differences):.1e}", note))
-    compared = [v for s in stages for _, v in s.series("parity/tokens")]
-    if compared:
-        differing = [v for s in stages for _, v in s.series("parity/mismatches")]
-        note = f"of {sum(compared):,.0f} that were compared, to the last bit"
-        numbers.append(Number("Tokens with two log-probs", f"{sum(differing):,.0f}", note))
-    mismatches = [v for s in stages for _, v in s.series("refit/checksum_mismatches")]
-    if mismatches:
+    if compared := values("parity/tokens"):
+        note = f"of {sum(compared):,.0f} compared bitwise"
+        numbers.append(Number("Tokens with two log-probs", f"{sum(values('parity/mismatches')):,.0f}", note))
+    if mismatches := values("refit/checksum_mismatches"):
         numbers.append(Number("Refit checksum mismatches", f"{sum(mismatches):.0f}", f"in {len(mismatches)} refits"))
     return numbers
 
 
 def _stage(stage: Stage) -> dict[str, Any]:
-    drawn = []
-    for title, (metrics, log) in CURVES.items():
-        lines: dict[str, Series] = {label: stage.series(name) for label, name in metrics.items()}
-        lines = {label: series for label, series in lines.items() if series}
-        if lines:
-            first = next(iter(metrics.values()))
-            svg = plots.curves(lines, unit=describe(first).unit, log=log, salt=f"{stage.name}-{title}")
-            drawn.append(Plot(title, describe(first).meaning, Markup(svg)))
+    seconds, startup = (sum(stage.values(f"perf/{name}_time")) for name in ("step", "start"))
+    parts = [
+        stage.mode and f"mode {stage.mode}",
+        f"{stage.done} steps" if stage.total is None else f"{stage.done} of {stage.total} steps",
+        clock(seconds) + (f", {clock(startup)} of it to start" if startup else ""),
+        "" if stage.finished else "not finished",
+    ]
     return {
         "name": stage.name,
-        "mode": stage.mode,
-        "done": stage.done,
-        "total": stage.total,
-        "finished": stage.finished,
-        "seconds": clock(stage.seconds),
-        "startup": clock(stage.startup) if stage.startup else "",
-        "plots": drawn,
-        "phases": Markup(plots.phases(stage)) if stage.timed_steps() else None,
-        "pairs": _pairs(stage.transcripts),
-        "settings": stage.settings_text,
+        "summary": " · ".join(part for part in parts if part),
+        "series": stage.series,
+        "transcripts": _first_and_last(stage.transcripts),
+        "config": stage.config,
     }
 
 
-def _pairs(transcripts: list[Transcript]) -> list[Pair]:
-    """In the order of the first evaluation."""
+def _first_and_last(transcripts: list[Transcript]) -> list[list[Transcript]]:
+    """Return for each prompt its transcripts of the first and the last evaluation: one where these are the same."""
     first: dict[tuple[str, str], Transcript] = {}
     last: dict[tuple[str, str], Transcript] = {}
     for transcript in transcripts:
         key = transcript.source, transcript.uid
         first.setdefault(key, transcript)
         last[key] = transcript
-    return [Pair(first[key], last[key]) for key in first]
-
-
-def _template() -> Any:
-    loader = PackageLoader("miles_spmd.telemetry", "")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("report.html.j2")
+    return [[first[key], last[key]] if first[key].step != last[key].step else [last[key]] for key in first]

@@ -1,12 +1,12 @@
-"""Where metrics go: always a JSONL file, and TensorBoard and Weights & Biases when asked for."""
+"""The trackers of a run's metrics: always a JSONL file; TensorBoard and Weights & Biases where configured."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,19 +21,20 @@ class Tracker(Protocol):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record ``metrics`` after ``step`` steps (0: before the first). May be called more than once for a step."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Write what is not written yet."""
 
 
 class JsonlTracker:
-    """One JSON object per call: ``step``, ``time`` (Unix seconds), then the metrics; a number that is not finite is
-    null. Every line is handed to the system at once, so that a killed run leaves a readable file. A run that resumes
-    appends: readers let the later line of a step win, see :func:`read_metrics`."""
+    """Writes one JSON object per call: ``step``, ``time`` (Unix seconds), then the metrics, null for those that are not
+    finite. Every line is written unbuffered, so that a killed run leaves a readable file. A resumed run appends;
+    :func:`read_metrics` lets the later line of a step win."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab", buffering=0)
         if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            self._file.write(b"\n")  # the last run was killed within a line: ours must not be lost with it
+            self._file.write(b"\n")  # the last run was killed within a line, which would swallow our first one
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         row = {"step": step, "time": time.time()} | {name: float(value) for name, value in metrics.items()}
@@ -44,8 +45,8 @@ class JsonlTracker:
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
-    """Metrics by step, in order. Objects of one step are merged, later ones win; a broken line (a run killed while
-    writing) is left out, and so is null."""
+    """Return the metrics by step, steps ascending. Objects of one step are merged and later values win. Incomplete
+    lines, which a killed run leaves, are skipped, and so are nulls."""
     steps: dict[int, dict[str, float]] = {}
     for row in _rows(path):
         values = {name: value for name, value in row.items() if isinstance(value, int | float)}
@@ -79,7 +80,7 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """Weights & Biases; ``WANDB_MODE`` decides between online and offline, and without a network it is offline."""
+    """Writes to Weights & Biases, offline where neither ``WANDB_MODE`` nor ``WANDB_API_KEY`` is set."""
 
     def __init__(self, config: Config) -> None:
         try:
@@ -103,29 +104,24 @@ class WandbTracker:
         self._run.finish()
 
 
-@contextmanager
-def open_trackers(config: Config) -> Iterator[Tracker]:
-    """All trackers that ``config`` asks for, as one. Raises RuntimeError where a package is missing."""
-    trackers: list[Tracker] = [JsonlTracker(config.run_dir / METRICS_FILE)]
-    if config.telemetry.use_tensorboard:
-        trackers.append(TensorBoardTracker(config.run_dir / "tensorboard"))
-    if config.telemetry.use_wandb:
-        trackers.append(WandbTracker(config))
-    every = _Every(trackers)
-    try:
-        yield every
-    finally:
-        every.close()
+class Trackers:
+    """Several trackers as one."""
 
-
-class _Every:
-    def __init__(self, trackers: list[Tracker]) -> None:
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = trackers
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for tracker in self._trackers:
             tracker.log(step, metrics)
 
-    def close(self) -> None:
-        for tracker in self._trackers:
-            tracker.close()
+
+@contextmanager
+def open_trackers(config: Config) -> Iterator[Trackers]:
+    """Open all trackers that ``config`` asks for. Raises RuntimeError where a package is missing."""
+    makers: list[Callable[[], Tracker]] = [lambda: JsonlTracker(config.run_dir / METRICS_FILE)]
+    if config.telemetry.use_tensorboard:
+        makers.append(lambda: TensorBoardTracker(config.run_dir / "tensorboard"))
+    if config.telemetry.use_wandb:
+        makers.append(lambda: WandbTracker(config))
+    with ExitStack() as stack:
+        yield Trackers([stack.enter_context(closing(make())) for make in makers])

@@ -1,4 +1,4 @@
-"""Samples kept for people to read: a prompt, the answer, what it was worth."""
+"""Transcripts: evaluated samples for people to read, each with its prompt, response and reward."""
 
 from __future__ import annotations
 
@@ -26,18 +26,21 @@ class Transcript(msgspec.Struct, frozen=True):
 
 
 def write_transcripts(config: Config, step: int, sets: Mapping[str, Sequence[Sequence[Sample]]]) -> None:
-    """Keep the first answer to the first ``num_transcripts`` prompts of each set: the same prompts every time."""
-    kept = [
+    """Append the first response to each of the first ``num_transcripts`` prompts of every set to ``transcripts.jsonl``.
+
+    These are the same prompts in every evaluation.
+    """
+    transcripts = [
         _transcript(step, name, group[0])
         for name, groups in sets.items()
         for group in groups[: config.telemetry.num_transcripts]
     ]
     with (config.run_dir / TRANSCRIPTS_FILE).open("ab") as file:
-        file.write(b"".join(msgspec.json.encode(transcript) + b"\n" for transcript in kept))
+        file.write(b"".join(msgspec.json.encode(transcript) + b"\n" for transcript in transcripts))
 
 
 def read_transcripts(run_dir: Path) -> list[Transcript]:
-    """In the order written; a line that was cut off is left out. Empty without a file."""
+    """Return the transcripts in the order written, without incomplete lines; an empty list without a file."""
     path = run_dir / TRANSCRIPTS_FILE
     transcripts = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:

@@ -3,8 +3,8 @@
 A micro-batch is one stream of tokens in which sequences lie end to end. Under context parallelism (zigzag) a sequence
 is cut into ``2 * size`` equal chunks and rank r holds chunks r and 2 * size - 1 - r, so that every rank has the same
 share of the causal triangle. Keys and values are gathered over the ranks; the queries of a chunk attend to the keys up
-to the chunk's own end, which makes each chunk a causal block aligned at its last token. Without context parallelism
-a block is simply a sequence.
+to the chunk's own end, which makes each chunk a causal block whose last query is aligned with its last key. Without
+context parallelism a block is simply a sequence.
 
 Shape suffixes: T tokens of this rank's stream, H query heads, G key-value heads, D head dimension, B blocks.
 """
@@ -30,65 +30,82 @@ from miles_spmd.invariant.flash import flash_attention
 from miles_spmd.invariant.rotary import rotate
 from miles_spmd.invariant.split_attention import split_attention
 
-EngineAttention = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], tuple[int, int], float], Tensor]
+# From query, key, value, where blocks start in the streams of queries and of keys (int32 [B + 1] each), the most
+# queries and keys of a block, and the scale of scores: as :func:`miles_spmd.invariant.flash.flash_attention`.
+BlockAttention = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], tuple[int, int], float], Tensor]
 
 
 @dataclass
 class Blocks:
-    """Where the causal blocks of a stream lie: sizes on the host, what the device needs on the device."""
+    """Where the causal blocks of a stream lie: sizes on the host, the index of keys on the device."""
 
     query_lengths: np.ndarray  # int64 [B], in stream order
     key_lengths: np.ndarray  # int64 [B], >= query_lengths
     key_index: Tensor | None  # int64 [sum of key_lengths], into the gathered keys; None: the stream itself
-    kernel: Attention | None = None  # chosen when the first layer attends
+    kernel: Attention | None = None  # chosen when the first layer attends, then used by all layers
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, engines: EngineAttention | None = None
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, engine_attention: BlockAttention | None = None
     ) -> Tensor:
-        """``engines``: how an engine attends that shares :mod:`miles_spmd.invariant`."""
+        """Return [T, H, D] from ``query`` [T, H, D] and the blocks' keys and values [sum of key_lengths, G, D].
+
+        ``engine_attention``: the attention that an engine with :mod:`miles_spmd.invariant` shares on a GPU.
+        """
         if self.kernel is None:
             if query.is_cuda and query.dtype != torch.float32:  # flash attention takes 16-bit numbers only
-                self.kernel = (
-                    _EngineKernel(self, query.device, engines) if engines else _VarlenKernel(self, query.device)
-                )
+                self.kernel = self._on_gpu(query.device, engine_attention or _varlen_attention)
             else:
                 self.kernel = packed_attention(self.query_lengths, self.key_lengths, query, key)
         return self.kernel(query, key, value, scale)
 
+    def _on_gpu(self, device: torch.device, attention: BlockAttention) -> Attention:
+        lengths = self.query_lengths, self.key_lengths
+        # copied to the device here, once per micro-batch: a copy in every layer would wait for the device
+        query_starts, key_starts = (
+            torch.from_numpy(np.concatenate([[0], np.cumsum(n)]).astype(np.int32)).to(device) for n in lengths
+        )
+        longest = int(lengths[0].max()), int(lengths[1].max())
+        return lambda query, key, value, scale: attention(query, key, value, (query_starts, key_starts), longest, scale)
+
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's packing parameters, plus what is worth computing once per micro-batch instead of once per layer."""
+    """Megatron's packing parameters, and what is computed once per micro-batch instead of once per layer."""
 
     blocks: Blocks = None  # type: ignore[assignment]  # fields before it have defaults
     scored: Tensor = None  # type: ignore[assignment]  # int64 [S], positions of this rank's stream whose logits matter
     positions: Tensor = None  # type: ignore[assignment]  # int64 [T], of each token within its sequence
     table: Tensor = None  # type: ignore[assignment]  # fp32 [longest, D], see :func:`miles_spmd.invariant.rotary.table`
-    angles: Tensor = None  # type: ignore[assignment]  # fp32 [T, 1, D], of the rotary positions: Transformer Engine wants these
+    angles: Tensor = None  # type: ignore[assignment]  # fp32 [T, 1, D], rotary angles of each token; for Transformer Engine only
 
 
 def make_blocks(lengths: Sequence[int] | np.ndarray, cp_rank: int, cp_size: int, device: torch.device) -> Blocks:
-    """Blocks of a stream of sequences of ``lengths`` tokens, each a multiple of ``2 * cp_size`` if ``cp_size > 1``."""
+    """Return the blocks of a context-parallel rank's part of a stream of sequences of ``lengths`` tokens, padding
+    included. With ``cp_size > 1`` each length is a multiple of ``2 * cp_size``."""
     whole = np.asarray(lengths, np.int64)
     if cp_size == 1:
         return Blocks(whole, whole, None)
-    chunk = whole // (2 * cp_size)
-    last_chunks = (cp_rank, 2 * cp_size - 1 - cp_rank)
-    key_lengths = np.stack([chunk * (c + 1) for c in last_chunks], 1).ravel()
-    # where token p of a sequence lies after all ranks' streams are put end to end
+    chunk = whole // (2 * cp_size)  # tokens of a chunk, by sequence
+    own_chunks = (cp_rank, 2 * cp_size - 1 - cp_rank)  # their numbers within a sequence
+    # chunk c sees chunks 0 .. c; blocks alternate between a sequence's two own chunks, as the stream does
+    key_lengths = np.stack([chunk * (c + 1) for c in own_chunks], 1).ravel()
+    # Gathering puts all ranks' streams end to end, each as long as the others. A chunk's owner is given by the zigzag;
+    # within the owner's stream a sequence's later chunk (number >= cp_size) lies behind its earlier one.
     local_starts = np.concatenate([[0], np.cumsum(whole // cp_size)])
     key_index = []
     for start, size, length in zip(local_starts, chunk, whole):
         number, offset = np.divmod(np.arange(length), size)
         owner = np.minimum(number, 2 * cp_size - 1 - number)
         gathered = owner * local_starts[-1] + start + offset + size * (number >= cp_size)
-        key_index += [gathered[: size * (c + 1)] for c in last_chunks]
+        key_index += [gathered[: size * (c + 1)] for c in own_chunks]
     return Blocks(np.repeat(chunk, 2), key_lengths, torch.from_numpy(np.concatenate(key_index)).to(device))
 
 
 class PackedAttention(MegatronModule):
-    """Megatron's ``core_attention`` for packed streams. Turns queries and keys by their rotary positions itself,
-    because Megatron does it with one slice and one table per sequence and layer."""
+    """Megatron's ``core_attention`` for packed streams, which also applies rotary positions to queries and keys.
+
+    Megatron would apply them with one slice and one table per sequence and layer.
+    """
 
     def __init__(
         self,
@@ -103,10 +120,10 @@ class PackedAttention(MegatronModule):
         super().__init__(config)
         self.cp_group = pg_collection.cp  # type: ignore[union-attr]
         self.scale = softmax_scale or config.kv_channels**-0.5  # type: ignore[operator]
-        self.engines: EngineAttention | None = None
+        self.engine_attention: BlockAttention | None = None
         if config.batch_invariant_mode:
             split = config.split_keys
-            self.engines = functools.partial(split_attention, split=split) if split else flash_attention
+            self.engine_attention = functools.partial(split_attention, split=split) if split else flash_attention
 
     def forward(
         self,
@@ -123,57 +140,25 @@ class PackedAttention(MegatronModule):
         blocks = packed_seq_params.blocks
         query, key = (rotate(x, packed_seq_params.table, packed_seq_params.positions) for x in (query, key))
         if blocks.key_index is not None:
+            # Keys and values in one collective. Its backward pass is a reduce-scatter, which sums over the ranks the
+            # gradients of the keys that they all have read.
             pair = gather_from_sequence_parallel_region(torch.stack((key, value), 1), group=self.cp_group)
             key, value = pair.index_select(0, blocks.key_index).unbind(1)
-        return blocks.attend(query, key, value, self.scale, self.engines).flatten(1)
+        return blocks.attend(query, key, value, self.scale, self.engine_attention).flatten(1)
 
 
-# --- on a GPU --------------------------------------------------------------------------------------------------------
-
-
-class _PackedKernel:
-    """Where blocks begin in the streams of queries and keys, and the most that one has of them."""
-
-    def __init__(self, blocks: Blocks, device: torch.device) -> None:
-        def starts(lengths: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device)
-
-        self.query_starts, self.key_starts = starts(blocks.query_lengths), starts(blocks.key_lengths)
-        self.max_query, self.max_key = int(blocks.query_lengths.max()), int(blocks.key_lengths.max())
-
-
-class _EngineKernel(_PackedKernel):
-    def __init__(self, blocks: Blocks, device: torch.device, attention: EngineAttention) -> None:
-        super().__init__(blocks, device)
-        self.attention = attention
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        starts, longest = (self.query_starts, self.key_starts), (self.max_query, self.max_key)
-        return self.attention(query, key, value, starts, longest, scale)
-
-
-class _VarlenKernel(_PackedKernel):
-    """torch's variable-length flash attention (CUDA). Its causal mask is aligned at the last key, as blocks are."""
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        kernel, options = _varlen_attn()
-        return kernel(
-            query.contiguous(),
-            key.contiguous(),
-            value.contiguous(),
-            self.query_starts,
-            self.key_starts,
-            self.max_query,
-            self.max_key,
-            window_size=(-1, 0),
-            scale=scale,
-            **options,
-        )
+def _varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, starts: tuple[Tensor, Tensor], longest: tuple[int, int], scale: float
+) -> Tensor:
+    """torch's variable-length flash attention (CUDA). Its causal mask aligns the last query with the last key."""
+    kernel, options = _varlen_attn()
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    return kernel(query, key, value, *starts, *longest, window_size=(-1, 0), scale=scale, **options)
 
 
 @functools.cache
 def _varlen_attn() -> tuple[Callable[..., Any], dict[str, bool]]:
-    """The kernel, and how this torch wants to be told of grouped queries (2.11 takes them as they come)."""
+    """Return the kernel and its option for grouped queries, which torch 2.11 has not: it takes them as they are."""
     from torch.nn.attention.varlen import varlen_attn
 
     grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters

@@ -1,7 +1,7 @@
 """Resumable checkpoints of the trainer, by Megatron's distributed checkpointing: each rank writes what it holds.
 
 A checkpoint may be read under another layout: tensor, expert, pipeline, context and data parallelism and virtual
-stages may change. What may not is listed in ``_FIXED``, and is refused with what it was.
+stages may change. What may not change is listed in ``_FIXED``; the error for it names both values.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from miles_spmd.training.model import unwrap
 
 _FORMAT = 2
-# what of the configuration a checkpoint is bound to; the model's shape, and what Megatron cannot convert
+# settings that must be those of the checkpoint: the model's shape, and what Megatron cannot convert
 _FIXED = (
     "num_layers",
     "hidden_size",
@@ -43,10 +43,10 @@ _FIXED = (
     "kv_channels",
     "num_moe_experts",
     "moe_ffn_hidden_size",
-    "vocab_size",  # Megatron would cut or pad embeddings in silence
+    "vocab_size",  # Megatron would cut or pad embeddings silently
     "params_dtype",
-    "transformer_impl",  # norms have other places and names
-    "use_distributed_optimizer",  # the two kinds of optimizer keep different state
+    "transformer_impl",  # norms have other names
+    "use_distributed_optimizer",  # the two kinds of optimizer have different state
 )
 _RANDOM_STATE_LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 
@@ -55,8 +55,8 @@ _COMMON_FILE = "common.pt"
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
-class CheckpointError(ValueError):
-    """A folder that cannot be resumed from, with the reason."""
+class TrainerCheckpointError(ValueError):
+    """A folder that a trainer's checkpoint cannot be read from or written to, with the reason."""
 
 
 def save(
@@ -67,7 +67,7 @@ def save(
 ) -> None:
     """Write weights, optimizer, schedule and random state into ``path``, which must be empty or new; all ranks call it.
 
-    Raises CheckpointError when the folder has contents.
+    Raises TrainerCheckpointError where the folder is not empty.
     """
     state = _weights_and_optimizer(chunks, optimizer, is_loading=False)
     _write(path, chunks, state | {"updates": schedule.num_steps, _RANDOM: _random_state()})
@@ -87,12 +87,13 @@ def load(
     """Continue from what :func:`save` wrote; all ranks call it.
 
     The learning rate and its schedule are the configuration's, at the checkpoint's number of updates. Random state is
-    taken over where tensor and pipeline parallelism are the same. Raises CheckpointError on every rank when the folder
-    is no checkpoint, is damaged or is one of another model; the weights are then undefined.
+    restored where tensor and pipeline parallelism are the same. Raises TrainerCheckpointError on every rank where the
+    folder does not hold a checkpoint, is damaged or belongs to another model; the weights are then undefined.
     """
     with _one_error(path):
         settings = _settings(chunks)
         saved = _checked_settings(path, settings)
+        # random state is one per tensor- and pipeline-parallel rank, and other ranks have no state to restore
         same_ranks = all(saved[name] == settings[name] for name in _RANDOM_STATE_LAYOUT)
         state = _weights_and_optimizer(chunks, optimizer, is_loading=True)
         if same_ranks:
@@ -105,7 +106,7 @@ def load(
 
 
 def load_weights(path: str | Path, chunks: Sequence[DistributedDataParallel]) -> None:
-    """Take over what :func:`save_weights` wrote; errors as in :func:`load`."""
+    """Load what :func:`save_weights` wrote; errors as in :func:`load`."""
     with _one_error(path):
         _checked_settings(path, _settings(chunks))
         _read(path, chunks, _weights(chunks))
@@ -117,14 +118,14 @@ def _write(path: str | Path, chunks: Sequence[DistributedDataParallel], state: d
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     if any(folder.iterdir()):
-        raise CheckpointError(f"{folder} is not empty: a checkpoint is written into a folder of its own")
-    dist.barrier()
+        raise TrainerCheckpointError(f"{folder} is not empty: a checkpoint is written into a folder of its own")
+    dist.barrier()  # before any rank writes, all have looked
     state |= {"format": _FORMAT, "settings": _settings(chunks)}
     dist_checkpointing.save(state, str(folder), _SynchronousSave("torch_dist", 1))
 
 
 def _read(path: str | Path, chunks: Sequence[DistributedDataParallel], state: dict[str, Any]) -> dict[str, Any]:
-    """Load into the places that ``state`` describes; the weights are put into the model."""
+    """Load what ``state`` describes, put the weights into the model, and return all of it."""
     loaded, unread, absent = dist_checkpointing.load(state, str(path), strict=StrictHandling.RETURN_ALL)
     _check_complete(unread, absent)
     for name, chunk in _named(chunks):
@@ -133,8 +134,11 @@ def _read(path: str | Path, chunks: Sequence[DistributedDataParallel], state: di
 
 
 class _SynchronousSave(TorchDistSaveShardedStrategy):
-    """Megatron's strategy writes in child processes, forked from one that has an engine's and a socket's threads, even
-    when asked to wait for them. This writes the same format in this process."""
+    """Writes Megatron's format in this process.
+
+    Megatron's own strategy forks child processes to write, even when it waits for them. This process has threads of an
+    engine and of sockets, which a fork does not survive.
+    """
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
@@ -147,17 +151,19 @@ class _SynchronousSave(TorchDistSaveShardedStrategy):
 
 @contextmanager
 def _one_error(folder: str | Path) -> Iterator[None]:
-    """Whatever goes wrong below, in Megatron, torch or a file, as one error that names the checkpoint."""
+    """Raise whatever fails below, in Megatron, torch or a file, as one error that names the checkpoint."""
     if not Path(folder).is_dir():
-        raise CheckpointError(f"checkpoint {folder} does not exist")
+        raise TrainerCheckpointError(f"checkpoint {folder} does not exist")
     try:
         yield
-    except (Exception, CheckpointException) as error:  # torch's CheckpointException is no Exception
-        raise CheckpointError(f"checkpoint {folder} cannot be loaded: {type(error).__name__}: {error}") from error
+    except (Exception, CheckpointException) as error:  # torch's is a BaseException only
+        raise TrainerCheckpointError(
+            f"checkpoint {folder} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _common_state(folder: str) -> dict[str, Any]:
-    """What is the same on all ranks. The file is checked here: Megatron's own errors do not name it."""
+    """Return what is the same on all ranks. The file is checked here: Megatron's own errors do not name it."""
     if dist_checkpointing.check_is_distributed_checkpoint(folder) and not Path(folder, _COMMON_FILE).is_file():
         raise ValueError(f"{_COMMON_FILE} is missing")
     try:
@@ -167,7 +173,7 @@ def _common_state(folder: str) -> dict[str, Any]:
 
 
 def _named(chunks: Sequence[DistributedDataParallel]) -> list[tuple[str, DistributedDataParallel]]:
-    """Chunks by the names that Megatron's optimizers expect in a state dict."""
+    """Return chunks with the names that Megatron's optimizers expect in a state dict."""
     return [("model" if len(chunks) == 1 else f"model{i}", chunk) for i, chunk in enumerate(chunks)]
 
 
@@ -184,7 +190,7 @@ def _weights_and_optimizer(
 
 
 def _load_optimizer(optimizer: ChainedOptimizer, state: dict[Any, Any]) -> None:
-    """Moments and main parameters from the checkpoint; options (learning rate, betas) stay the configuration's."""
+    """Load moments and main parameters; options (learning rate, betas) stay the configuration's."""
     many = len(optimizer.chained_optimizers) > 1
     for index, inner in enumerate(optimizer.chained_optimizers):
         if inner.is_stub_optimizer:
@@ -193,22 +199,25 @@ def _load_optimizer(optimizer: ChainedOptimizer, state: dict[Any, Any]) -> None:
         own = state[index] if many else state
         parameter_state = own.pop("param_state", None)
         if isinstance(inner.optimizer, torch.optim.Adam) and not isinstance(inner, DistributedOptimizer):
-            # left out at step 0
+            # Megatron leaves the step out of a checkpoint at step 0, and requires it when it loads one.
             own.get("optimizer", own)["state"].setdefault("common_step", torch.zeros(()))
         inner.load_state_dict(own)
         if isinstance(inner, DistributedOptimizer):
             _load_parameter_state(inner, parameter_state)
-        for group, saved in zip(inner.param_groups, options):
-            group.update(saved)
+        for group, own_options in zip(inner.param_groups, options):
+            group.update(own_options)
 
 
 def _load_parameter_state(optimizer: DistributedOptimizer, state: dict[int, dict[str, torch.Tensor]]) -> None:
-    """Megatron copies every tensor of a parameter's state from ``state``, where torch's Adam (without Transformer
-    Engine) has one more than it saves: the step, loaded before."""
+    """Load a distributed optimizer's moments and main parameters.
+
+    Megatron copies every tensor of a parameter's own state from ``state``. torch's Adam, unlike Transformer Engine's,
+    also has the step there, which was loaded before and is not in ``state``: it is taken out meanwhile.
+    """
     steps = [(own, own.pop("step")) for own in optimizer.optimizer.state.values() if "step" in own]
     optimizer.load_parameter_state_from_fully_reshardable(state)
     for own, step in steps:
-        own["step"] = step.clone()  # all were given the same tensor, and each is counted up in place
+        own["step"] = step.clone()  # Megatron gave all the same tensor, which every update would increment in place
 
 
 def _settings(chunks: Sequence[DistributedDataParallel]) -> dict[str, Any]:
@@ -222,7 +231,7 @@ def _settings(chunks: Sequence[DistributedDataParallel]) -> dict[str, Any]:
 
 
 def _checked_settings(path: str | Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Those of the checkpoint, which must be those of this model."""
+    """Return the checkpoint's settings. Raises ValueError where they do not fit this model's ``settings``."""
     common = _common_state(str(path))
     if common.get("format") != _FORMAT:
         raise ValueError(f"its format is {common.get('format')}, this version reads {_FORMAT}")
@@ -238,11 +247,11 @@ def _check_complete(unread: set[str], absent: set[str]) -> None:
     if absent:
         raise ValueError(f"{len(absent)} tensors are missing from it, such as {min(absent)}")
     if unread:
-        raise ValueError(f"it has {len(unread)} tensors that this model has not, such as {min(unread)}")
+        raise ValueError(f"it has {len(unread)} tensors that this model does not have, such as {min(unread)}")
 
 
 def _random_state() -> ShardedObject:
-    """Of this tensor- and pipeline-parallel rank; the ranks of its data-parallel group have the same."""
+    """Describe the random state of this tensor- and pipeline-parallel rank; its data-parallel group has the same."""
     state = {
         "cpu": torch.get_rng_state(),
         "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),

@@ -1,4 +1,5 @@
-"""Digests of what a trainer holds: weights, the gradient, the optimizer's state, all in checkpoint coordinates."""
+"""Digests of a trainer's weights, gradient and optimizer state, all in coordinates of the checkpoint's tensors, so that
+they can be compared between layouts."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from miles_spmd.ledger.rectangles import Rectangle, parts
 from miles_spmd.ledger.tensor_sums import TensorSums
 from miles_spmd.models import TensorLayout
-from miles_spmd.training.optimizer import parts as optimizers
+from miles_spmd.training.optimizer import inner_optimizers
 
 
 class _Share(NamedTuple):
@@ -28,8 +29,11 @@ class _Share(NamedTuple):
 
 
 class TrainerDigests:
-    """Of one trainer. ``weights`` lie as ``layouts`` say; the gradient and the optimizer's state of a parameter are
-    wherever the optimizer has put this rank's share of it."""
+    """The digests of one trainer.
+
+    Weights lie as ``layouts`` describe. Of a parameter's gradient and optimizer state this rank has a share, as the
+    optimizer divides them.
+    """
 
     def __init__(
         self,
@@ -51,26 +55,29 @@ class TrainerDigests:
 
     @property
     def of_weights(self) -> list[Rectangle]:
-        """What the numbers of :meth:`weights` belong to, in order."""
+        """Return the parts of tensors that the numbers of :meth:`weights` belong to, in order."""
         return self._weights.rectangles
 
     @property
     def of_updates(self) -> list[Rectangle]:
-        """The same of :meth:`gradient` and :meth:`optimizer_state`."""
+        """Return the parts of tensors that the numbers of :meth:`gradient` and :meth:`optimizer_state` belong to."""
         return self._updated.rectangles
 
     def weights(self) -> Tensor:
-        """int64, on the device."""
+        """Return a digest of every part of the weights, int64, on the device."""
         return self._weights(self._parameters)
 
     def gradient(self) -> Tensor:
-        """After it was summed over all ranks, before it is clipped: int64, on the device."""
+        """Return a digest of every part of the gradient, int64, on the device.
+
+        To be called after the gradient was summed over all ranks and before it is clipped.
+        """
         return self._updated(
             {name: _gradient(self._parameters[name])[s.start : s.stop] for name, s in self._shares.items()}
         )
 
     def optimizer_state(self) -> dict[str, np.ndarray]:
-        """Main parameters and every kind of state that has their shape, by its name: uint64."""
+        """Return digests of the main parameters and of every kind of state that has their shape, uint64, by kind."""
         kinds: dict[str, dict[str, Tensor]] = {"main_params": {}}
         for name, share in self._shares.items():
             kinds["main_params"][name] = share.main
@@ -81,19 +88,24 @@ class TrainerDigests:
 
 
 def to_host(sums: Tensor) -> np.ndarray:
-    """uint64; waits for the device."""
+    """Return digests as uint64 on the host. Waits for the device."""
     return sums.cpu().numpy().view(np.uint64)
 
 
 def _gradient(parameter: Any) -> Tensor:
-    """Where Megatron adds it up, flat."""
+    """Return the flat view of Megatron's gradient buffer."""
     return parameter.main_grad.view(-1)
 
 
 def _shares(parameters: Iterable[torch.nn.Parameter], optimizer: ChainedOptimizer) -> dict[torch.nn.Parameter, _Share]:
+    """Return this rank's share of every parameter that it updates.
+
+    A distributed optimizer has a range of a parameter and its own tensor for it. Other optimizers have whole
+    parameters: the fp32 copies of 16-bit ones (``main_param``), or the parameters themselves.
+    """
     shares = {}
-    whole: dict[int, MegatronOptimizer] = {}  # optimizers that have all of a parameter, by the tensor that they update
-    for inner in optimizers(optimizer):
+    whole: dict[int, MegatronOptimizer] = {}  # optimizers of whole parameters, by the id of the tensor that they update
+    for inner in inner_optimizers(optimizer):
         if isinstance(inner, DistributedOptimizer):
             for parameter, (group, place) in inner.model_param_group_index_map.items():
                 where = inner._get_model_param_range_map(parameter)["param"]

@@ -35,7 +35,8 @@ class InvariantSpecProvider(OwnActivationSpecProvider):
 
 
 class SwiGLU(MegatronModule):
-    """Megatron's kind of module, which a checkpoint asks for its state though it has none."""
+    """:func:`~miles_spmd.invariant.swiglu.swiglu` as Megatron's kind of module: a checkpoint asks even a module without
+    parameters for its state."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
@@ -45,7 +46,10 @@ class SwiGLU(MegatronModule):
 
 
 class _Linear(LinearWithGradAccumulationAndAsyncCommunication):
-    """Megatron's, but for the product of the forward pass."""
+    """Megatron's function with our matrix product in the forward pass.
+
+    The forward pass saves what Megatron's own would, because the backward pass is Megatron's.
+    """
 
     @staticmethod
     @layers.custom_fwd
@@ -60,7 +64,7 @@ class _Linear(LinearWithGradAccumulationAndAsyncCommunication):
         grad_output_buffer: list[Tensor] | None,
         wgrad_deferral_limit: int | None,
         tp_group: dist.ProcessGroup | None,
-        terms: int,
+        partial_sums: int,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.main_grad = getattr(weight, "main_grad", None) if gradient_accumulation_fusion else None
@@ -68,7 +72,7 @@ class _Linear(LinearWithGradAccumulationAndAsyncCommunication):
         ctx.allreduce_dgrad, ctx.sequence_parallel, ctx.tp_group = allreduce_dgrad, sequence_parallel, tp_group
         ctx.grad_output_buffer, ctx.wgrad_deferral_limit = grad_output_buffer, wgrad_deferral_limit
         x = gather_from_sequence_parallel_region(x, group=tp_group) if sequence_parallel else x
-        return linear(x, weight, bias, terms)
+        return linear(x, weight, bias, partial_sums)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -85,12 +89,15 @@ def multiply(
     grad_output_buffer: list[Tensor] | None,
     tp_group: dist.ProcessGroup | None,
     wgrad_deferral_limit: int | None = None,
-    terms: int = 1,
+    partial_sums: int = 1,
 ) -> Tensor:
-    """By the names that Megatron gives its arguments; and :func:`linear`'s ``terms``."""
+    """Return ``input`` [..., K] times ``weight`` [N, K] transposed, plus ``bias``, with a gradient.
+
+    Arguments have the names by which Megatron gives them; ``partial_sums`` is :func:`linear`'s.
+    """
     fused, summed, scattered = gradient_accumulation_fusion, allreduce_dgrad, sequence_parallel
     deferred = grad_output_buffer, wgrad_deferral_limit
-    return _Linear.apply(input, weight, bias, fused, summed, scattered, *deferred, tp_group, terms)
+    return _Linear.apply(input, weight, bias, fused, summed, scattered, *deferred, tp_group, partial_sums)
 
 
 class InvariantColumnParallelLinear(ColumnParallelLinear):
@@ -99,32 +106,35 @@ class InvariantColumnParallelLinear(ColumnParallelLinear):
 
 
 class InvariantRowParallelLinear(RowParallelLinear):
-    """Adds up as many terms as the configuration says, in one tree over those of all ranks."""
+    """Combines the configured number of partial sums in one tree over those of all ranks."""
 
     def _forward_impl(self, *args: Any, **kwargs: Any) -> Tensor:
-        kwargs["terms"] = self.config.sum_terms // self.tp_group.size()
+        kwargs["partial_sums"] = self.config.partial_sums // self.tp_group.size()
         return multiply(*args, **kwargs)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        if self.tp_group.size() <= 2:  # whose sum has but one order
+        if self.tp_group.size() <= 2:  # a sum of two numbers has one order, also in Megatron's all-reduce
             return super().forward(x)
         fused = self.gradient_accumulation_fusion
         product = self._forward_impl(x, self.weight, None, fused, False, False, None, None)
-        return _TreeSum.apply(product, self.tp_group, self.sequence_parallel), None
+        return _TreeReduce.apply(product, self.tp_group, self.sequence_parallel), None
 
 
-class _TreeSum(torch.autograd.Function):
-    """Over the ranks; of a part of the tokens each, or of all."""
+class _TreeReduce(torch.autograd.Function):
+    """:func:`tree_sum` over the ranks of a group: an all-reduce, or with ``scatter`` a reduce-scatter over tokens.
+
+    NCCL's own reductions sum in an order that depends on the number of ranks.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, scatter: bool) -> Tensor:
         ctx.group, ctx.scatter = group, scatter
-        terms = [torch.empty_like(x[: len(x) // group.size()] if scatter else x) for _ in range(group.size())]
+        of_ranks = [torch.empty_like(x[: len(x) // group.size()] if scatter else x) for _ in range(group.size())]
         if scatter:
-            dist.all_to_all(terms, [*x.contiguous().chunk(group.size())], group)
+            dist.all_to_all(of_ranks, [*x.contiguous().chunk(group.size())], group)
         else:
-            dist.all_gather(terms, x.contiguous(), group)
-        return tree_sum(terms)
+            dist.all_gather(of_ranks, x.contiguous(), group)
+        return tree_sum(of_ranks)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]

@@ -1,5 +1,5 @@
-"""What a transformer layer is made of: Megatron's local modules with our norm and our packed attention, or those of
-Transformer Engine."""
+"""The modules of a transformer layer: Megatron's local ones with our norm and our packed attention, or Transformer
+Engine's."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ from miles_spmd.training.invariant_layers import InvariantSpecProvider, OwnActiv
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm for every norm slot. Megatron's wrapper of torch's refuses sequence parallelism, for which
-    a norm only has to mark its weight: each rank sees part of the tokens, so the gradients must be summed."""
+    """Root-mean-square norm for every norm of a layer.
+
+    Megatron's wrapper of torch's norm does not support sequence parallelism, for which a norm only has to mark its
+    weight: each rank has part of the tokens, so that the gradients of the ranks must be summed.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()
-        where = None if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=where))
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.eps, self.invariant = eps, config.batch_invariant_mode
 
@@ -40,8 +43,11 @@ class RMSNorm(torch.nn.Module):
 
 
 class LastLayer(TransformerLayer):
-    """Behind the last attention nothing mixes tokens: what is not scored needs no MLP there. Under sequence
-    parallelism the stream is split by position, and the selection waits until it is gathered."""
+    """The model's last layer, whose MLP runs on scored positions only: after the last attention nothing mixes tokens.
+
+    Not for sequence parallelism, where the stream is split by position and scored positions are selected after it is
+    gathered.
+    """
 
     def _forward_attention(self, *args: Any, packed_seq_params: PackedSequences, **kwargs: Any) -> tuple[Tensor, Any]:
         hidden, context = super()._forward_attention(*args, packed_seq_params=packed_seq_params, **kwargs)
@@ -49,14 +55,15 @@ class LastLayer(TransformerLayer):
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None, last: bool) -> TransformerBlockSubmodules:
-    """The layers of one pipeline chunk; ``last``: the chunk at the end of the model."""
+    """Return the layers of one pipeline chunk. ``last``: the chunk at the end of the model."""
     layers: list[type[TransformerLayer]] = [TransformerLayer] * get_num_layers_to_build(config, vp_stage)
-    if last and layers and not config.sequence_parallel and not config.fp8:  # which takes multiples of its blocks only
+    # FP8 products require a multiple of their block size, which the number of scored positions is not
+    if last and layers and not config.sequence_parallel and not config.fp8:
         layers[-1] = LastLayer
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        from miles_spmd.training.transformer_engine import layer_submodules  # which not every machine can import
+        from miles_spmd.training.transformer_engine import layer_submodules  # fails to import without the package
 
         submodules, norm = layer_submodules(config), TENorm
     else:

@@ -1,4 +1,4 @@
-"""Megatron's GPT with a forward pass over packed streams that ends in log-probs or values; its pipeline chunks."""
+"""Megatron's GPT with a forward pass over packed streams that ends in log-probs or values, and its pipeline chunks."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch import Tensor
 
 from miles_spmd.invariant import rotary
 from miles_spmd.models import Family
+from miles_spmd.training.heads import Scoring, ValueHead, score
 from miles_spmd.training.layer_spec import LastLayer, block_spec
+from miles_spmd.training.megatron_config import NetworkConfig
+from miles_spmd.training.output_layer import OutputLayer
 from miles_spmd.training.packing import PackedBatch
 from miles_spmd.training.parallel import Coordinates, device
-from miles_spmd.training.scoring import OutputLayer, Scoring, ValueHead, score
-from miles_spmd.training.settings import Settings
 
 
 class PackedModel(GPTModel):
@@ -33,8 +34,8 @@ class PackedModel(GPTModel):
             self.output_layer = ValueHead(self.config)
 
     def forward(self, batch: PackedBatch, scoring: Scoring) -> Tensor | tuple[Tensor, ...]:
-        """Hidden states [T, 1, hidden] between stages; from the last one what :func:`score` returns, or the values,
-        fp32 [S], as a tuple of one."""
+        """Return hidden states [T, 1, hidden] between pipeline stages; on the last stage what :func:`score` returns, or
+        the values, fp32 [S], as a tuple of one."""
         hidden = self.embedding(batch.tokens, batch.positions) if self.pre_process else None
         self._set_rotary(batch)
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=batch.sequences)
@@ -43,13 +44,13 @@ class PackedModel(GPTModel):
         return self._score(hidden, batch, scoring)
 
     def _set_attention_backend(self) -> None:
-        """Megatron's way to tell Transformer Engine, in environment variables, and an error where another model of this
-        process has set them otherwise. The local layers have an attention of their own."""
+        """Skip Megatron's function for the local layers, which have their own attention. It sets environment variables
+        for Transformer Engine, and raises an error where another model of this process has set them otherwise."""
         if self.config.transformer_impl == "transformer_engine":
             super()._set_attention_backend()
 
     def _set_rotary(self, batch: PackedBatch) -> None:
-        """The angles by which queries and keys are turned, once for all layers (and chunks)."""
+        """Compute the angles of rotary positions once for all layers and chunks."""
         sequences = batch.sequences
         if sequences.table is None:
             frequencies = self.rotary_pos_emb.inv_freq.to(batch.positions.device)
@@ -60,9 +61,9 @@ class PackedModel(GPTModel):
             )
 
     def _score(self, hidden: Tensor, batch: PackedBatch, scoring: Scoring) -> tuple[Tensor, ...]:
-        """The head's work, on scored positions only."""
+        """Run the head on scored positions only."""
         if self.config.sequence_parallel:
-            # either head gives every rank the whole gradient, of which each takes its part
+            # Either head gives every rank the whole gradient, so the backward pass takes a rank's part without a sum.
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         if not self.last_layer_selects:
             hidden = hidden.index_select(0, batch.sequences.scored)
@@ -80,9 +81,8 @@ class PackedModel(GPTModel):
         return score(hidden, batch.targets, batch.candidates, scoring, layer)
 
 
-def build_chunks(settings: Settings, family: Family, where: Coordinates) -> list[torch.nn.Module]:
-    """This rank's pipeline chunks (several with virtual stages). Weights are as allocated."""
-    config = settings.transformer
+def build_chunks(config: NetworkConfig, family: Family, where: Coordinates) -> list[torch.nn.Module]:
+    """Return this rank's pipeline chunks (several with virtual stages). Weights are not initialised."""
     virtual_stages = config.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(virtual_stages or 1):
@@ -99,14 +99,16 @@ def build_chunks(settings: Settings, family: Family, where: Coordinates) -> list
             **family.gpt_model(tp_size=where.tp_size),
         ).to(device())
         for name, parameter in model.named_parameters():
-            if ".experts." in name:  # an optimizer of their own, whatever their parallelism: a checkpoint may change it
+            if ".experts." in name:
+                # Gives experts an optimizer of their own, also where their parallelism does not require one: another
+                # layout that loads the checkpoint may have one.
                 parameter.allreduce = False  # type: ignore[attr-defined]
         chunks.append(Float16Module(config, model) if config.bf16 else model)
     return chunks
 
 
 def global_names(chunks: list[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
-    """Every parameter of this rank by its name in the whole model: layers have their global numbers."""
+    """Return every parameter of this rank by its name in the whole model, with global layer numbers."""
     parameters = {}
     for chunk in chunks:
         model = unwrap(chunk)
@@ -120,16 +122,17 @@ def global_names(chunks: list[torch.nn.Module]) -> dict[str, torch.nn.Parameter]
 
 
 def release(chunks: list[torch.nn.Module]) -> None:
-    """Make chunks forget model, gradient buffers and process groups, after which nothing can be done with them.
+    """Drop the chunks' references to model, gradient buffers and process groups, after which they are unusable.
 
-    Megatron's gradient hooks hold their chunk from C++ nodes of the autograd graph, where the garbage collector does
-    not see that the chunk holds the nodes: left alone, memory and the groups' threads would never be given back.
+    Megatron's gradient hooks refer to their chunk from C++ nodes of the autograd graph, and the garbage collector does
+    not see that the chunk refers to the nodes: without this, memory and the groups' threads would never be released.
     """
     for chunk in chunks:
         chunk.__dict__.clear()
 
 
 def unwrap(chunk: torch.nn.Module) -> PackedModel:
+    """Return the model inside Megatron's wrappers for data parallelism and 16 bits."""
     while not isinstance(chunk, PackedModel):
         chunk = chunk.module  # type: ignore[assignment]
     return chunk

@@ -1,4 +1,4 @@
-"""One model on one rank: its pipeline chunks, the weights in them by name, and micro-batches run through them."""
+"""One model on one rank: its pipeline chunks, their weights by name, and forward passes over micro-batches."""
 
 from __future__ import annotations
 
@@ -19,34 +19,35 @@ from miles_spmd.config.schema import Config
 from miles_spmd.models import Family, TensorLayout
 from miles_spmd.protocol.messages import LogProbsResult, ValuesResult
 from miles_spmd.training import parallel
-from miles_spmd.training.model import Scoring, build_chunks, global_names, release
+from miles_spmd.training.heads import Scoring
+from miles_spmd.training.megatron_config import build_megatron_config
+from miles_spmd.training.model import build_chunks, global_names, release
 from miles_spmd.training.packing import PackedBatch, pack, scatter, split, stream_length
-from miles_spmd.training.settings import build_settings
 from miles_spmd.types.train_sequence import MicroBatch
 from miles_spmd.weights import hugging_face
 
 Outputs = tuple[Tensor, ...]  # of the last stage, for one micro-batch: see PackedModel
-LossOf = Callable[[PackedBatch, Outputs], tuple[Tensor, Any]]  # the loss, and what to keep of the micro-batch
+LossOf = Callable[[PackedBatch, Outputs], tuple[Tensor, Any]]  # the loss, and what to return of the micro-batch
 
 
 class Network:
-    """Starts from the Hugging Face checkpoint ``source``; torch.distributed must be initialised.
+    """A model with the weights of the Hugging Face checkpoint ``source``; torch.distributed must be initialised.
 
     Another network of the same run is built ``beside`` the first, in the same process groups. All ranks make the same
-    calls in the same order; ranks of one model replica (tensor, pipeline and context parallel) get the same
+    calls in the same order; ranks of one model replica (tensor, pipeline and context parallel) pass the same
     micro-batches, and all ranks the same number of them.
     """
 
     def __init__(self, config: Config, family: Family, source: str | Path, *, beside: Network | None = None) -> None:
-        self._settings = build_settings(config, family)
+        self._megatron = build_megatron_config(config, family)
         self._family = family
         self._where: parallel.Coordinates = (
-            beside._where if beside else parallel.initialize(self._settings.transformer, config.run.seed)
+            beside._where if beside else parallel.initialize(self._megatron.transformer, config.run.seed)
         )
         self._device = parallel.device()
         self._scoring = Scoring.of(config)
-        self._chunks: list[Any] = build_chunks(self._settings, family, self._where)
-        weakref.finalize(self, release, self._chunks)
+        self._chunks: list[Any] = build_chunks(self._megatron.transformer, family, self._where)
+        weakref.finalize(self, release, self._chunks)  # see there why the garbage collector is not enough
         self._parameters = global_names(self._chunks)
         hugging_face.load(source, self.weights(), self.layout(), family)
 
@@ -60,20 +61,22 @@ class Network:
 
     @property
     def num_layers(self) -> int:
-        """Of the whole model."""
+        """Return the number of layers of the whole model."""
         return self._family.num_layers
 
     @property
     def reports(self) -> bool:
-        """Whether this rank's sums count: last pipeline stage, first tensor-parallel, any context-parallel rank."""
+        """Return whether this rank returns results: last pipeline stage, first tensor-parallel, any context-parallel
+        rank."""
         return self._where.reports
 
     # ---- running the model ----
 
     @torch.no_grad()
     def log_probs(self, micro_batches: Sequence[MicroBatch], top_k: int = 0) -> LogProbsResult:
-        """Log-probs of the tokens that have a loss weight (others: 0); of their ``candidates``, where they have such;
-        and the ``top_k`` most likely tokens in the place of each."""
+        """Return the log-prob of every token with a loss weight, float32 [T] per sequence; entries without a weight are
+        0. Also the log-probs of ``candidates`` [T, K], if sequences have some, and with ``top_k`` the ids and log-probs
+        of the top tokens in the place of each, [T, top_k]."""
         batches = self._pack(micro_batches)
         outputs = self._score(batches, self._scoring.with_candidates(top_k))
         if not self.reports:
@@ -86,7 +89,8 @@ class Network:
 
     @torch.no_grad()
     def values(self, micro_batches: Sequence[MicroBatch]) -> ValuesResult:
-        """The value head's output before every token that has a loss weight (others: 0)."""
+        """Return the value before every token with a loss weight, float32 [T] per sequence; entries without a weight
+        are 0."""
         batches = self._pack(micro_batches)
         outputs = self._score(batches, self._scoring)
         return ValuesResult(self._per_sequence(batches, [values for (values,) in outputs]) if self.reports else None)
@@ -99,15 +103,15 @@ class Network:
             raise ValueError(
                 "a step needs at least one micro-batch on every rank; send a sequence without loss weights"
             )
-        sequence_parallel, multiple = self._settings.transformer.sequence_parallel, self._settings.token_multiple
+        sequence_parallel, multiple = self._megatron.transformer.sequence_parallel, self._megatron.token_multiple
         lengths = [stream_length(m, self._where, sequence_parallel, multiple) for m in micro_batches]
         if self._where.pp_size > 1:
-            # equal shapes: telling each neighbour the next one costs a message, and is ambiguous between virtual stages
+            # Equal shapes: sending each neighbour the next shape costs a message, and is ambiguous with virtual stages.
             lengths = [max(lengths)] * len(lengths)
         return [pack(m, self._where, self._device, length) for m, length in zip(micro_batches, lengths)]
 
     def _run(self, batches: list[PackedBatch], scoring: Scoring, loss_of: LossOf, forward_only: bool) -> list[Any]:
-        """What ``loss_of`` wants to keep of each micro-batch, on the last pipeline stage; [] on the others."""
+        """Return what ``loss_of`` returns of each micro-batch, on the last pipeline stage; [] on the others."""
         iterators = [iter(batches) for _ in self._chunks]
         many = len(self._chunks) > 1
         return get_forward_backward_func()(
@@ -121,23 +125,24 @@ class Network:
         )
 
     def _per_sequence(self, batches: list[PackedBatch], values: list[Tensor]) -> list[np.ndarray]:
-        """Results of all micro-batches, one array per sequence in order, from all context-parallel ranks."""
+        """Return results of all micro-batches, one array per sequence in order, from all context-parallel ranks."""
         flat = scatter(batches, values)
         if self._where.cp_group is not None:
-            everywhere = torch.from_numpy(flat).to(self._device)
-            dist.all_reduce(everywhere, group=self._where.cp_group)
-            flat = everywhere.cpu().numpy()
+            # every token is scored on one rank and 0 on the others, so the sum is exact
+            of_ranks = torch.from_numpy(flat).to(self._device)
+            dist.all_reduce(of_ranks, group=self._where.cp_group)
+            flat = of_ranks.cpu().numpy()
         return split(batches, flat)
 
     # ---- weights ----
 
     def weights(self) -> dict[str, Tensor]:
-        """This rank's parameters by their Megatron name in the whole model. The storage is the model's own and stays
-        where it is, so these tensors always hold the weights of the last update. Not to be written into."""
+        """Return this rank's parameters by their Megatron name in the whole model, for reading only. The storage is the
+        model's own and does not move, so these tensors always hold the weights of the last update."""
         return {name: parameter.data for name, parameter in self._parameters.items()}
 
     def layout(self) -> list[TensorLayout]:
-        """Where every part of every tensor of :meth:`weights` lies in the Hugging Face checkpoint."""
+        """Return where every part of every tensor of :meth:`weights` lies in the Hugging Face checkpoint."""
         where = self._where
         return [
             TensorLayout(
@@ -161,15 +166,16 @@ class Network:
         hugging_face.export(path, self.weights(), self.layout(), source, self._family)
 
     def copy_to_host(self, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The weights as they are now, in memory from which they return to the device at full speed: new, or ``into``
-        what an earlier call returned."""
+        """Copy the present weights to host memory, pinned where there is a GPU: new memory, or ``into`` what an earlier
+        call returned."""
         copies = into or self._on_host()
         for name, weight in self.weights().items():
             copies[name].copy_(weight)
         return copies
 
     def read_to_host(self, path: str | Path) -> dict[str, Tensor]:
-        """As :meth:`copy_to_host`, the weights of a Hugging Face checkpoint of this model. Raises CheckpointError."""
+        """Read the weights of a Hugging Face checkpoint of this model as :meth:`copy_to_host` returns them. Raises
+        CheckpointError."""
         weights = self._on_host()
         hugging_face.load(path, weights, self.layout(), self._family)
         return weights
@@ -178,7 +184,8 @@ class Network:
         return {n: torch.empty_like(w, device="cpu", pin_memory=w.is_cuda) for n, w in self.weights().items()}
 
     def move_to_host(self) -> dict[str, Tensor]:
-        """As :meth:`copy_to_host`, and give up the weights on the device; the model runs with :meth:`replaced_by`."""
+        """Copy the weights to host memory and release them on the device; the model runs with :meth:`replaced_by`
+        then."""
         weights = self.copy_to_host()
         for name, parameter in self._parameters.items():
             parameter.data = weights[name]
@@ -186,7 +193,8 @@ class Network:
 
     @contextmanager
     def replaced_by(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Run the model with other weights: parameters point to them for a while, their own storage is untouched."""
+        """Run the model with other weights: parameters refer to them within the context, their own storage is
+        unchanged."""
         own = self.weights()
         try:
             for name, parameter in self._parameters.items():
@@ -201,8 +209,8 @@ def _forward_step(scoring: Scoring, loss_of: LossOf, batches: Iterator[PackedBat
     batch = next(batches)
 
     def finish(outputs: Outputs) -> tuple[Tensor, Tensor, Any]:
-        loss, kept = loss_of(batch, outputs)
-        # what Megatron would divide by, if its configuration did not say that nothing is to be divided
-        return loss, torch.zeros((), dtype=torch.int32, device=loss.device), kept
+        loss, outcome = loss_of(batch, outputs)
+        # Megatron divides by this number of tokens only without calculate_per_token_loss, which is set
+        return loss, torch.zeros((), dtype=torch.int32, device=loss.device), outcome
 
     return chunk(batch=batch, scoring=scoring), finish

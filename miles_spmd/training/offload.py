@@ -1,7 +1,8 @@
-"""A trainer's memory while an engine generates: moments and main parameters wait in host memory, gradients nowhere.
+"""A trainer's memory while an engine generates: moments and main parameters are copied to host memory, gradients are
+dropped.
 
-Weights stay, because a refit reads them and other ranks may have mapped them. Tensor objects and all views stay, too:
-only what lies under them is freed and allocated again.
+Weights stay on the device, because a refit reads them and other ranks may have mapped them. Tensor objects and all
+views stay, too: only the storage below them is freed and allocated again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor, UntypedStorage
 
-from miles_spmd.training.optimizer import parts
+from miles_spmd.training.optimizer import inner_optimizers
 
 
 class TrainerMemory(NamedTuple):
@@ -26,7 +27,7 @@ class TrainerMemory(NamedTuple):
 
 
 class Offload:
-    """Of one trainer. Its host memory, pinned where there is a GPU, is allocated once and kept."""
+    """The offload of one trainer. Its host memory, pinned where there is a GPU, is allocated once."""
 
     def __init__(
         self, chunks: list[DistributedDataParallel], optimizer: ChainedOptimizer, weights: Collection[Tensor]
@@ -34,49 +35,57 @@ class Offload:
         self._chunks, self._optimizer = chunks, optimizer
         storages = [weight.untyped_storage() for weight in weights]
         self._weights = {_identity(storage): storage.nbytes() for storage in storages}
-        self._away: list[tuple[UntypedStorage, int]] = []
-        self._kept = 0  # of these, from the first on, the contents are in host memory
+        # storages that are released, with their sizes; of the first ``_copied`` the contents are in host memory
+        self._released: list[tuple[UntypedStorage, int]] = []
+        self._copied = 0
         self._host = torch.empty(0, dtype=torch.uint8)
 
     @property
-    def away(self) -> int:
-        """Bytes that :meth:`move_in` would take."""
-        return sum(nbytes for _, nbytes in self._away)
+    def offloaded_bytes(self) -> int:
+        """Return the bytes of device memory that :meth:`move_in` would allocate."""
+        return sum(nbytes for _, nbytes in self._released)
 
     def memory(self) -> TrainerMemory:
-        """What the trainer holds now, without activations."""
+        """Return what the trainer holds on the device now, without activations."""
         state, gradients = (self._storages(tensors) for tensors in (self._state(), self._gradients()))
         return TrainerMemory(sum(self._weights.values()), _size(gradients), _size(state))
 
     def move_out(self) -> int:
-        """Returns the bytes given back to the device's allocator; 0 when they are away already."""
-        if self._away:
+        """Offload all but the weights until :meth:`move_in`; only the weights may be used meanwhile.
+
+        Return the bytes that were released to the device's allocator; 0 if they were before.
+        """
+        if self._released:
             return 0
-        self._optimizer.zero_grad()  # lets go of the gradients
+        self._optimizer.zero_grad()  # drops references to gradients in the optimizer's dtype
         state, gradients = self._storages(self._state()), self._storages(self._gradients())
         self._reserve(_size(state))
         for storage, host in zip(state, self._slices(state)):
             host.copy_(_bytes(storage), non_blocking=True)
         if state and state[0].is_cuda:
-            torch.cuda.current_stream().synchronize()
-        self._away = [(storage, storage.nbytes()) for storage in (*state, *gradients)]
-        self._kept = len(state)
-        for storage, _ in self._away:
+            torch.cuda.current_stream().synchronize()  # the copies must be done before their sources are freed
+        self._released = [(storage, storage.nbytes()) for storage in (*state, *gradients)]
+        self._copied = len(state)
+        # Resizing a storage keeps the tensors and views that Megatron holds; they are valid again after move_in.
+        for storage, _ in self._released:
             storage.resize_(0)
-        return self.away
+        return self.offloaded_bytes
 
     def move_in(self) -> int:
-        """Returns the bytes taken; gradients are undefined, as they are before every step."""
-        for storage, nbytes in self._away:
+        """Undo :meth:`move_out`; gradients are undefined, as they are before every step.
+
+        Return the bytes that were allocated; 0 if nothing was offloaded.
+        """
+        for storage, nbytes in self._released:
             storage.resize_(nbytes)
-        state = [storage for storage, _ in self._away[: self._kept]]
+        state = [storage for storage, _ in self._released[: self._copied]]
         for storage, host in zip(state, self._slices(state)):
             _bytes(storage).copy_(host, non_blocking=True)
-        taken, self._away = self.away, []
-        return taken
+        allocated, self._released = self.offloaded_bytes, []
+        return allocated
 
     def _state(self) -> Iterable[Tensor]:
-        for inner in parts(self._optimizer):
+        for inner in inner_optimizers(self._optimizer):
             for group in inner.optimizer.param_groups:
                 for parameter in group["params"]:
                     yield parameter
@@ -88,7 +97,7 @@ class Offload:
                 yield buffer.grad_data
 
     def _storages(self, tensors: Iterable[Tensor]) -> list[UntypedStorage]:
-        """Under ``tensors``, each once, none that weights lie in."""
+        """Return the storages of ``tensors``, each once, without those that hold weights."""
         storages = {_identity(tensor.untyped_storage()): tensor.untyped_storage() for tensor in tensors}
         return [storage for identity, storage in storages.items() if identity not in self._weights]
 
@@ -104,6 +113,7 @@ class Offload:
 
 
 def _identity(storage: UntypedStorage) -> int:
+    """Return the address of the storage's C++ object: Python objects for it are many, and data pointers change."""
     return storage._cdata
 
 

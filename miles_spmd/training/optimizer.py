@@ -1,4 +1,5 @@
-"""Megatron's optimizer and learning-rate schedule, and the one update that may be refused."""
+"""Megatron's optimizer and learning-rate schedule, and the update, which is skipped where the gradient is not
+finite."""
 
 from __future__ import annotations
 
@@ -13,38 +14,38 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from miles_spmd.config.schema import Config
-from miles_spmd.training.settings import Settings
+from miles_spmd.training.megatron_config import MegatronConfig
 
-# Where Transformer Engine is installed Megatron takes its optimizers, even for layers that have nothing to do with it.
-# Updates and checkpoints shall not depend on what is installed.
+# Where Transformer Engine is installed Megatron takes its optimizers, even for local layers. Updates and checkpoints
+# must not depend on what is installed.
 megatron_optimizer.Adam, megatron_optimizer.SGD = torch.optim.AdamW, torch.optim.SGD
 megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
 
 
-def build_optimizer(settings: Settings, chunks: list[DistributedDataParallel]) -> ChainedOptimizer:
-    """Megatron's optimizer over ``chunks``. Main parameters are copies of the weights of this moment."""
-    optimizer = get_megatron_optimizer(settings.optimizer, chunks)
-    for inner in parts(optimizer):
+def build_optimizer(megatron: MegatronConfig, chunks: list[DistributedDataParallel]) -> ChainedOptimizer:
+    """Return Megatron's optimizer over ``chunks``. Main parameters are copies of the present weights."""
+    optimizer = get_megatron_optimizer(megatron.optimizer, chunks)
+    for inner in inner_optimizers(optimizer):
         if isinstance(inner.optimizer, torch.optim.AdamW | torch.optim.Adam):
             _use_fused_kernel(inner.optimizer)
             _allocate_state(inner.optimizer)
     return optimizer
 
 
-def parts(optimizer: ChainedOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers of dense and of expert parameters that have parameters on this rank."""
+def inner_optimizers(optimizer: ChainedOptimizer) -> list[MegatronOptimizer]:
+    """Return the optimizers of dense and of expert parameters, if they have parameters on this rank."""
     return [inner for inner in optimizer.chained_optimizers if not inner.is_stub_optimizer]
 
 
 def _use_fused_kernel(adam: torch.optim.Optimizer) -> None:
-    """Without Transformer Engine Megatron makes torch's Adam in its slowest form, a loop of small operations."""
+    """Megatron configures torch's Adam in its slowest form, a loop of small operations for every parameter."""
     for group in adam.param_groups:
         group["fused"], group["foreach"] = True, False
 
 
 def _allocate_state(adam: torch.optim.Optimizer) -> None:
-    """Moments of zero and step 0, as the first update would make them. A checkpoint can then be loaded into, or saved
-    from, an optimizer that has made no update: Megatron's distributed optimizer needs a step in every state."""
+    """Set moments of zero and step 0, as the first update would. A checkpoint can then be loaded into, or saved from,
+    an optimizer that has made no update: Megatron's distributed optimizer requires a step in every state."""
     for group in adam.param_groups:
         for parameter in group["params"]:
             adam.state[parameter] = {
@@ -54,17 +55,18 @@ def _allocate_state(adam: torch.optim.Optimizer) -> None:
             }
 
 
-def build_schedule(config: Config, settings: Settings, optimizer: ChainedOptimizer) -> OptimizerParamScheduler:
-    """Linear warm-up from 0, then constant, linear or cosine decay to ``min_lr`` at the run's last planned update."""
+def build_schedule(config: Config, megatron: MegatronConfig, optimizer: ChainedOptimizer) -> OptimizerParamScheduler:
+    """Return the schedule: linear warm-up from 0, then constant, linear or cosine decay to ``min_lr`` at the run's last
+    planned update. Raises ValueError for a warm-up that is as long as the run."""
     train = config.train
     updates = planned_updates(config)
     if train.lr_warmup_iters >= updates:
         raise ValueError(f"lr_warmup_iters {train.lr_warmup_iters} must be smaller than the run's {updates} updates")
-    weight_decay = settings.optimizer.weight_decay
+    weight_decay = megatron.optimizer.weight_decay
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
-        max_lr=settings.optimizer.lr,
+        max_lr=megatron.optimizer.lr,
         min_lr=train.min_lr,
         lr_warmup_steps=train.lr_warmup_iters,
         lr_decay_steps=updates,
@@ -77,7 +79,7 @@ def build_schedule(config: Config, settings: Settings, optimizer: ChainedOptimiz
 
 
 def planned_updates(config: Config) -> int:
-    """Optimizer steps of the whole run."""
+    """Return the number of optimizer steps of the whole run."""
     run, train = config.run, config.train
     if run.mode != "rl":
         return run.num_rollout
@@ -88,17 +90,18 @@ def planned_updates(config: Config) -> int:
 
 @torch.no_grad()
 def update(optimizer: ChainedOptimizer) -> tuple[float, bool]:
-    """Clip the gradient and make one update, unless it is not finite. Returns its norm and whether there was an update.
+    """Clip the gradient and make one update, unless the gradient is not finite. Return its norm before clipping, and
+    whether there was an update.
 
     The norm covers all ranks that hold parts of the model, and data-parallel ranks hold the same sum, so every rank
-    comes to the same decision. A refused update changes neither weights nor moments.
+    comes to the same decision. A skipped update changes neither weights nor moments.
     """
     found_inf = optimizer.prepare_grads()
     norm = _gradient_norm(optimizer)
     if found_inf or not math.isfinite(norm):
         return norm, False
     if 0 < optimizer.config.clip_grad < norm:
-        for inner in parts(optimizer):
+        for inner in inner_optimizers(optimizer):
             gradients = [p.grad for p in inner.get_parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, optimizer.config.clip_grad / norm)
     optimizer.step_with_ready_grads()
@@ -106,10 +109,14 @@ def update(optimizer: ChainedOptimizer) -> tuple[float, bool]:
 
 
 def _gradient_norm(optimizer: ChainedOptimizer) -> float:
-    """Of all ranks' parts of the model. Squares are added up in double precision and their sum is rounded to single: in
-    which order that was, which depends on who holds what, shows in one of many millions of norms. inf beyond 2e19."""
+    """Return the norm over all ranks' parts of the model; inf beyond 2e19.
+
+    The reduction order depends on which rank holds what. Squares are therefore summed in double precision and the sum
+    is rounded to single, so that the order changes one of many millions of norms.
+    """
     total = 0.0
-    for inner in optimizer.chained_optimizers:  # one without parameters here, too, for the other ranks wait
+    # also those without parameters on this rank: other ranks wait in the all-reduce
+    for inner in optimizer.chained_optimizers:
         gradients = inner.get_main_grads_for_grad_norm()
         norms = list(torch._foreach_norm(gradients, dtype=torch.float64)) if gradients else []
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""Megatron's process groups, and where this rank stands in them."""
+"""Megatron's process groups, and this rank's coordinates in them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron.core.transformer import TransformerConfig
 
 @dataclass(frozen=True)
 class Coordinates:
-    """This rank in every group of the trainer."""
+    """This rank's number in every kind of process group, and the groups' sizes."""
 
     tp_rank: int
     tp_size: int
@@ -30,15 +30,16 @@ class Coordinates:
 
     @property
     def reports(self) -> bool:
-        """Whether this rank's results count: one rank for each part of the batch, on the stage that has the loss."""
+        """Return whether this rank returns results: one rank for each part of the batch, on the stage with the loss."""
         return self.pp_rank == self.pp_size - 1 and self.tp_rank == 0
 
 
 def initialize(config: TransformerConfig, seed: int) -> Coordinates:
-    """Make the process groups and seed the RNG trackers. torch.distributed must be initialised.
+    """Create the process groups, seed the RNG trackers and return this rank's coordinates. torch.distributed must be
+    initialised.
 
-    Raises RuntimeError where the world size does not divide (by Megatron, naming the sizes). Called again, in tests,
-    it forgets the groups of the last call.
+    Megatron raises RuntimeError, naming the sizes, where the world size is not a multiple of their product. A second
+    call, as in tests, replaces the groups of the first.
     """
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -68,5 +69,5 @@ def initialize(config: TransformerConfig, seed: int) -> Coordinates:
 
 
 def device() -> torch.device:
-    """Where this rank computes."""
+    """Return the device of this rank."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,4 +1,4 @@
-"""How the gradients of a batch's parts are added up."""
+"""In which order the gradients of a batch's parts are summed."""
 
 from __future__ import annotations
 
@@ -12,47 +12,59 @@ from torch import Tensor
 
 
 def plain_sum(chunks: list[DistributedDataParallel], num_tokens: Tensor | None = None, **groups: Any) -> None:
-    """All of Megatron's reductions of the gradient, but not its division by the number of tokens."""
+    """Run all of Megatron's gradient reductions, but not its division by the number of tokens: loss weights carry the
+    global denominator already."""
     finalize_model_grads(chunks, None, **groups)
 
 
 class TreeSum:
     """The canonical reduction: one binary tree whose leaves are equal shares of the batch, in order.
 
-    Floating-point sums depend on their order. Here every data-parallel rank adds up the leaves that are its own, then
-    ranks add to each other, always along the branches of the same tree, so that ``leaves`` = 8 gives the same bits on
-    1, 2, 4 or 8 ranks. A rank holds up to log2(leaves / ranks) more gradients meanwhile.
+    Floating-point sums depend on their order. Here every data-parallel rank sums its own leaves, then ranks sum
+    pairwise, always along the branches of the same tree, so that with ``leaves`` = 8 the gradients of 1, 2, 4 or 8
+    ranks are bitwise equal. Meanwhile a rank holds up to log2(leaves / ranks) more gradients.
 
-    Called like :func:`plain_sum` at the end of each leaf; at the last one the gradient is whole.
+    Called like :func:`plain_sum` at the end of each leaf; after the last one the gradient is whole.
+
+    Raises ValueError where ``leaves`` is not a multiple of the data-parallel size.
     """
 
     def __init__(self, chunks: list[DistributedDataParallel], leaves: int) -> None:
         self._group = parallel_state.get_data_parallel_group()
         self.own_leaves, rest = divmod(leaves, self._group.size())
         if rest or not self.own_leaves:
-            raise ValueError(f"reduction_leaves {leaves} is no multiple of the data-parallel size {self._group.size()}")
+            raise ValueError(
+                f"reduction_leaves {leaves} is not a multiple of the data-parallel size {self._group.size()}"
+            )
+        # Megatron's flat buffers, into which every backward pass adds its gradient
         self._gradient = [
             buffer.grad_data for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
         ]
-        self._branches: list[list[Tensor]] = []  # sums of finished subtrees, larger ones first
+        self._subtrees: list[list[Tensor]] = []  # sums of finished subtrees that wait for a sibling, larger ones first
         self._leaf = 0
 
     def __call__(self, chunks: list[DistributedDataParallel], num_tokens: Tensor | None = None, **groups: Any) -> None:
         self._leaf += 1
-        # as many subtrees end with this leaf as its number has factors of two
+        # As a binary counter carries: leaf number n (from 1) ends as many subtrees as n has factors of two. Each adds
+        # its left half, the most recent one that waits, to its right half, which the buffers hold.
         for _ in range((self._leaf & -self._leaf).bit_length() - 1):
-            self._add(self._branches.pop())
+            self._add(self._subtrees.pop())
         if self._leaf < self.own_leaves:
-            self._branches.append([part.clone() for part in self._gradient])
+            self._subtrees.append([part.clone() for part in self._gradient])
             self._clear()
             return
         self._leaf = 0
-        self._add_up_ranks()
-        # all but the first rank have zeros now: Megatron's own sum over the ranks only spreads the result
+        self._sum_over_ranks()
+        # All but the first rank have zeros now, so Megatron's own sum over the ranks only copies the result to them.
         plain_sum(chunks, **groups)
-        self._add([torch.zeros((), device=part.device) for part in self._gradient])  # -0 becomes 0, as on many ranks
+        # One rank alone may keep a -0, where a sum with other ranks' zeros is 0: adding 0 makes both the same.
+        self._add([torch.zeros((), device=part.device) for part in self._gradient])
 
-    def _add_up_ranks(self) -> None:
+    def _sum_over_ranks(self) -> None:
+        """Continue the tree over the ranks, by point-to-point messages: an all-reduce sums in an order of its own.
+
+        In every round half of the ranks that are left send their sum to the neighbour on their left and are done.
+        """
         rank, size, stride = self._group.rank(), self._group.size(), 1
         while stride < size:
             if rank % (2 * stride):

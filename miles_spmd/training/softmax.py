@@ -1,7 +1,7 @@
 """What log-probs, entropy and their gradient need of a softmax, in tensor operations.
 
-Logits are scaled first, then the peak is subtracted, as engines do it. Numbers are fp32, of float64 logits float64.
-Shape suffixes as in :mod:`miles_spmd.training.log_probs`.
+With v = logit / temperature, z = v - peak. Logits are scaled before the peak is subtracted, as engines do it. Numbers
+are fp32, those of float64 logits float64. Shape suffixes as in :mod:`miles_spmd.training.log_probs`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from torch import Tensor
 
 
 def measure(logits_RV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every row of v = logits / temperature: the peak [R, 1], and sums over z = v - peak of exp(z) and of z exp(z),
-    [R] each. Overwrites logits that are fp32 or float64."""
+    """Return every row's peak of v [R, 1], and its sums of exp(z) and of z exp(z), [R] each.
+
+    Overwrites logits that are fp32 or float64.
+    """
     v_RV = scaled(logits_RV, temperature)
     peak_R1 = v_RV.amax(-1, keepdim=True)
     return peak_R1, *sums(v_RV.sub_(peak_R1))
@@ -25,15 +27,16 @@ def differentiate(
     total_R1: Tensor,
     column_R1: Tensor,
     grad_R1: Tensor,
-    of_entropy: tuple[Tensor, Tensor] | None = None,
+    entropy_and_grad: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The gradient of the logits, which are overwritten, given that of the log-prob of ``column`` and, with
-    ``of_entropy``, the entropy and its gradient [R, 1].
+    """Return the gradient of the logits, which are overwritten.
 
-    ``total`` is the sum of exp(z) over the whole vocabulary. Columns outside of 0 .. V - 1 are on other ranks.
+    ``total``: sum of exp(z) over the whole vocabulary. ``column``: the target's, below 0 or from V on where it is
+    another rank's. ``grad``: gradient of the target's log-prob. ``entropy_and_grad``: the row's entropy and its
+    gradient, [R, 1] each; None: the entropy has no gradient.
     """
     z_RV = scaled(logits_RV, temperature).sub_(peak_R1)
-    return differentiate_relative(z_RV, temperature, total_R1, column_R1, grad_R1, of_entropy)
+    return differentiate_relative(z_RV, temperature, total_R1, column_R1, grad_R1, entropy_and_grad)
 
 
 def differentiate_relative(
@@ -42,38 +45,45 @@ def differentiate_relative(
     total_R1: Tensor,
     column_R1: Tensor,
     grad_R1: Tensor,
-    of_entropy: tuple[Tensor, Tensor] | None,
+    entropy_and_grad: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """d log p_y / d v = onehot(y) - p;  d H / d v = -p (log p + H);  in place."""
+    """Return what :func:`differentiate` does, from z, in place.
+
+    d log p_y / d v = onehot(y) - p;  d H / d v = -p (log p + H).
+    """
     grad_R1 = grad_R1 / temperature
-    if of_entropy is None:
+    if entropy_and_grad is None:
         gradient_RV = z_RV.exp_().mul_(-grad_R1 / total_R1)
     else:
-        entropy_R1, grad_entropy_R1 = of_entropy
+        entropy_R1, grad_entropy_R1 = entropy_and_grad
         p_RV = z_RV.exp().div_(total_R1)
+        # z - log(total) is log p, so z becomes the factor of -p: (log p + H) grad_H + grad
         z_RV.add_(entropy_R1 - total_R1.log()).mul_(grad_entropy_R1 / temperature)
         gradient_RV = z_RV.add_(grad_R1).mul_(p_RV).neg_()
+    # A column of another rank is clamped to one of this rank's, to which 0 is added.
     index_R1 = column_R1.clamp(0, z_RV.shape[1] - 1)
     return gradient_RV.scatter_add_(1, index_R1, torch.where(is_here(z_RV, column_R1), grad_R1, 0.0))
 
 
 def scaled(logits_RV: Tensor, temperature: float) -> Tensor:
+    """Return v. Logits that are fp32 or float64 are overwritten."""
     v_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
-    # by a tensor: of a number a GPU would multiply by the reciprocal, which rounds otherwise
+    # divided by a tensor: a GPU would multiply by a number's reciprocal, which rounds differently
     return v_RV if temperature == 1.0 else v_RV.div_(v_RV.new_full((), temperature))
 
 
 def sums(z_RV: Tensor) -> tuple[Tensor, Tensor]:
-    """Of exp(z) and of z exp(z)."""
+    """Return every row's sums of exp(z) and of z exp(z), [R] each."""
     exp_RV = z_RV.exp()
     return exp_RV.sum(-1), exp_RV.mul_(z_RV).sum(-1)
 
 
 def take(values_RV: Tensor, column_RK: Tensor) -> Tensor:
-    """What is in those columns; 0 for columns outside."""
+    """Return the values in the columns, [R, K]; 0 for columns of other ranks."""
     index_RK = column_RK.clamp(0, values_RV.shape[1] - 1)
     return torch.where(is_here(values_RV, column_RK), values_RV.gather(1, index_RK), 0.0)
 
 
 def is_here(values_RV: Tensor, column_RK: Tensor) -> Tensor:
+    """Return whether the columns are this rank's, bool [R, K]."""
     return (column_RK >= 0) & (column_RK < values_RV.shape[1])

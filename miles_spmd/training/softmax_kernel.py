@@ -1,7 +1,7 @@
 """The functions of :mod:`miles_spmd.training.softmax` on a GPU, without a copy of the logits in fp32.
 
-Rows are independent of each other, and every sum has an order of its own. That of exp(z) is the order of SGLang's
-batch-invariant log_softmax over the same logits in fp32, so that log-probs come out as that kernel's, bit for bit.
+Rows are independent of each other, and every sum has a fixed reduction order. That of exp(z) is the order of SGLang's
+batch-invariant log_softmax over the same logits in fp32, so that log-probs are bitwise equal to that kernel's.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 1024, 4  # SGLang's: which numbers are added first depends on them
-WIDE = 4096  # where the order does not matter
+BLOCK, WARPS = 1024, 4  # SGLang's: the reduction order of a block depends on them
+WIDE = 4096  # block where no sum is computed, and so no order matters
 
 
 def measure(logits_RV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`miles_spmd.training.softmax.measure`. Rows of the logits (16 or 32 bits) are contiguous."""
+    """Return what :func:`miles_spmd.training.softmax.measure` does, and leave the logits as they are.
+
+    Logits have 16 or 32 bits; the numbers of a row are contiguous in memory, rows need not be.
+    """
     rows, columns = logits_RV.shape
     peak_R1 = torch.empty(rows, 1, dtype=torch.float32, device=logits_RV.device)
     total_R, weighted_R = torch.empty(2, rows, dtype=torch.float32, device=logits_RV.device)
@@ -35,19 +38,19 @@ def differentiate(
     total_R1: Tensor,
     column_R1: Tensor,
     grad_R1: Tensor,
-    of_entropy: tuple[Tensor, Tensor] | None = None,
+    entropy_and_grad: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """As :func:`miles_spmd.training.softmax.differentiate`, rounded to the logits' dtype."""
+    """Return what :func:`miles_spmd.training.softmax.differentiate` does, rounded to the logits' dtype, in place."""
     rows, columns = logits_RV.shape
     grad_R1 = grad_R1 / temperature
-    slope_R1, shift_R1 = grad_R1, grad_R1  # not looked at without entropy
-    if of_entropy is not None:
-        slope_R1, shift_R1 = of_entropy[1] / temperature, of_entropy[0] - total_R1.log()
+    slope_R1, shift_R1 = grad_R1, grad_R1  # the kernel does not read them without entropy
+    if entropy_and_grad is not None:
+        slope_R1, shift_R1 = entropy_and_grad[1] / temperature, entropy_and_grad[0] - total_R1.log()
     if rows:
         _differentiate[(rows, triton.cdiv(columns, WIDE))](
             logits_RV, logits_RV.stride(0), columns, temperature,
             peak_R1.contiguous(), total_R1.contiguous(), column_R1.contiguous(), grad_R1, slope_R1, shift_R1,
-            SCALE=temperature != 1.0, ENTROPY=of_entropy is not None, WIDE=WIDE, num_warps=8,
+            SCALE=temperature != 1.0, ENTROPY=entropy_and_grad is not None, WIDE=WIDE, num_warps=8,
         )  # fmt: skip
     return logits_RV
 
@@ -58,7 +61,8 @@ def _scaled(logits, temperature, SCALE: tl.constexpr):  # type: ignore[no-untype
     return tl.div_rn(v, temperature) if SCALE else v
 
 
-@triton.jit(do_not_specialize=["columns"])  # a loop known to run once is unrolled, and max_contiguous lost with it
+# A loop that is known to run once is unrolled, and max_contiguous is lost with it.
+@triton.jit(do_not_specialize=["columns"])
 def _measure(  # type: ignore[no-untyped-def]
     logits,
     stride: tl.constexpr,
@@ -80,10 +84,11 @@ def _measure(  # type: ignore[no-untyped-def]
         highest = tl.maximum(highest, tl.load(here + column, mask=column < columns, other=float("-inf")).to(tl.float32))
     peak = _scaled(tl.max(highest, 0), temperature, SCALE)
 
-    # Threads hold 4 neighbours each, as of fp32 numbers that are read 16 bytes at a time.
+    # SGLang's kernel reads fp32 logits 16 bytes at a time, so each of its threads holds 4 neighbours, which it adds
+    # first. Logits in 16 bits would be read 8 at a time; the hint keeps it at 4, and with it the reduction order.
     lane = tl.arange(0, BLOCK)
     total = 0.0
-    weighted = tl.zeros([BLOCK], tl.float32)
+    weighted = tl.zeros([BLOCK], tl.float32)  # summed once, at the end: no engine computes this sum
     for first in range(0, columns, BLOCK):
         column = tl.max_contiguous(first + lane, 4)
         inside = column < columns

@@ -1,4 +1,4 @@
-"""A network that learns: its loss, its optimizer, and its share of a checkpoint."""
+"""A network that is trained: its loss, its optimizer, and its part of a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from miles_spmd.algorithms.losses import HeadLoss, LossFunction
 from miles_spmd.config.schema import Config
 from miles_spmd.models import Family
 from miles_spmd.protocol.messages import TrainResult, UpdateDigests
-from miles_spmd.training import checkpoint as checkpoint
+from miles_spmd.training import checkpoint
 from miles_spmd.training.digests import TrainerDigests, to_host
 from miles_spmd.training.network import Network, Outputs
-from miles_spmd.training.offload import Offload, TrainerMemory
+from miles_spmd.training.offload import Offload
 from miles_spmd.training.optimizer import build_optimizer, build_schedule, update
 from miles_spmd.training.packing import PackedBatch
 from miles_spmd.training.reduction import TreeSum, plain_sum
@@ -26,17 +26,18 @@ from miles_spmd.types.train_sequence import MicroBatch
 
 
 class Outcome(NamedTuple):
-    """What the last pipeline stage keeps of one micro-batch."""
+    """What the last pipeline stage returns of one micro-batch."""
 
     scores: Tensor  # fp32 [S], log-probs or values
     sums: dict[str, Tensor]
 
 
 class Trainer(Network):
-    """The gradient of a step is the plain sum over all sequences of all micro-batches on all ranks of
-    ``loss_weights * per-token loss``.
+    """A network with an optimizer. The loss of a step is the plain sum of ``loss_weights * per-token loss`` over all
+    sequences of all micro-batches on all ranks.
 
-    The loss is of log-probs (a policy's), or of values where ``family`` has a value head.
+    ``loss_function`` takes log-probs (a policy's), or values where ``family`` has a value head. ``source`` and
+    ``beside`` as for :class:`Network`; ``source`` is the configuration's checkpoint by default.
     """
 
     def __init__(
@@ -50,44 +51,25 @@ class Trainer(Network):
     ) -> None:
         super().__init__(config, family, source or config.model.hf_checkpoint, beside=beside)
         self._loss_function: Callable[..., Any] = loss_function
-        transformer, ddp = self._settings.transformer, self._settings.ddp
+        transformer, ddp = self._megatron.transformer, self._megatron.ddp
         self._chunks[:] = [
             DistributedDataParallel(transformer, ddp, chunk, disable_bucketing=number > 0)
             for number, chunk in enumerate(self._chunks)
         ]
-        self._optimizer = build_optimizer(self._settings, self._chunks)
-        self._schedule = build_schedule(config, self._settings, self._optimizer)
+        self._optimizer = build_optimizer(self._megatron, self._chunks)
+        self._schedule = build_schedule(config, self._megatron, self._optimizer)
         leaves = config.train.reduction_leaves
         self._sum_gradients = TreeSum(self._chunks, leaves) if leaves else plain_sum
         self._connect_schedule()
         ledger = config.determinism.ledger
         self.digests = TrainerDigests(self._parameters, self.layout(), self._optimizer) if ledger else None
-        self._offload = Offload(self._chunks, self._optimizer, self.weights().values())
-
-    def move_out(self) -> int:
-        """Put all but the weights into host memory until :meth:`move_in`; only the weights may be used meanwhile.
-
-        Returns the bytes that the device's allocator got back; 0 when they are away already."""
-        return self._offload.move_out()
-
-    def move_in(self) -> int:
-        """Returns the bytes that were taken again; 0 when nothing was away."""
-        return self._offload.move_in()
-
-    @property
-    def away(self) -> int:
-        """Bytes that :meth:`move_in` would take."""
-        return self._offload.away
-
-    def memory(self) -> TrainerMemory:
-        """What it holds on the device now, activations not counted."""
-        return self._offload.memory()
+        self.offload = Offload(self._chunks, self._optimizer, self.weights().values())
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> TrainResult:
-        """One optimizer step. A non-finite loss or gradient anywhere makes every rank skip it, see ``skipped``.
+        """Make one optimizer step. A non-finite loss or gradient anywhere makes every rank skip it, see ``skipped``.
 
         With ``reduction_leaves`` the micro-batches are those of this rank's leaves, the same number for each leaf. The
-        learning-rate schedule advances with updates made, not with steps asked for.
+        learning-rate schedule advances with every update, not with skipped steps.
         """
         batches = self._pack(micro_batches)
         for chunk in self._chunks:
@@ -102,14 +84,14 @@ class Trainer(Network):
         lr = self._optimizer.param_groups[0]["lr"]
         gradient = self.digests.gradient() if self.digests else None
         norm, updated = update(self._optimizer)
-        self._optimizer.zero_grad()  # those in bf16 have fp32 copies now, which would stay until the next step
+        self._optimizer.zero_grad()  # frees fp32 copies of bf16 gradients, which would stay until the next step
         if updated:
             self._schedule.step(1)
             self._finish_gathering_parameters()
         digests = None
         if self.digests and gradient is not None:
             digests = UpdateDigests(to_host(gradient), to_host(self.digests.weights()))
-        sums = [_add_up([o.sums for o in leaf]) for leaf in outcomes]
+        sums = [_sum_over_micro_batches([o.sums for o in leaf]) for leaf in outcomes]
         scores = [o.scores for leaf in outcomes for o in leaf]
         return TrainResult(
             sums=sums,
@@ -123,20 +105,21 @@ class Trainer(Network):
     def _loss(self, batch: PackedBatch, outputs: Outputs) -> tuple[Tensor, Outcome]:
         per_token, sums = self._loss_function(*outputs, batch.batch)
         loss = (batch.batch.loss_weights * per_token).sum()
-        # The gradient of a loss that is not finite may be: make it not, so that all ranks see it in the norm and skip
-        # alike. Nobody looks at the loss here, which would wait for the device.
+        # The gradient of a loss that is not finite may be finite. The factor makes it NaN, so that all ranks see it in
+        # the norm and skip the step together; reading the loss here would wait for the device.
         loss = loss * torch.where(torch.isfinite(loss), 1.0, float("nan"))
         return loss, Outcome(outputs[0].detach(), {"loss": loss.detach(), **sums})
 
     def _finish_gathering_parameters(self) -> None:
-        """With overlap_param_gather new weights would arrive in the next forward pass; the engine reads them before."""
-        if self._settings.ddp.overlap_param_gather:
+        """Gather weights now: with overlap_param_gather they would arrive in the next forward pass, and the engine
+        reads them before that."""
+        if self._megatron.ddp.overlap_param_gather:
             for chunk in self._chunks:
                 chunk.start_param_sync(force_sync=True)
 
     def _connect_schedule(self) -> None:
-        """What Megatron's pipeline schedules call back, as its own training loop sets it up."""
-        config, ddp = self._settings.transformer, self._settings.ddp
+        """Set the functions that Megatron's pipeline schedules call back, as its own training loop does."""
+        config, ddp = self._megatron.transformer, self._megatron.ddp
         config.finalize_model_grads_func = self._sum_gradients
 
         def per_chunk(functions: list[Any]) -> Any:
@@ -150,24 +133,24 @@ class Trainer(Network):
     # ---- checkpoints ----
 
     def save(self, path: str | Path) -> None:
-        """Write weights, optimizer, schedule and random state into the folder ``path``; every rank calls it."""
+        """Write weights, optimizer, schedule and random state into the folder ``path``; all ranks call this."""
         checkpoint.save(path, self._chunks, self._optimizer, self._schedule)
 
     def load(self, path: str | Path) -> None:
-        """Continue from what :meth:`save` wrote, under the same or another layout; see ``checkpoint.dist``."""
+        """Continue from what :meth:`save` wrote, under the same or another layout; errors as in :mod:`checkpoint`."""
         checkpoint.load(path, self._chunks, self._optimizer, self._schedule)
 
     def save_weights(self, path: str | Path) -> None:
-        """Write the weights alone into the folder ``path``; every rank calls it."""
+        """Write the weights alone into the folder ``path``; all ranks call this."""
         checkpoint.save_weights(path, self._chunks)
 
     def load_weights(self, path: str | Path) -> None:
-        """Replace the weights by what :meth:`save_weights` wrote; the optimizer's own copies stay."""
+        """Replace the weights by what :meth:`save_weights` wrote; the optimizer's main parameters stay as they are."""
         checkpoint.load_weights(path, self._chunks)
 
 
-def _add_up(sums: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Over micro-batches, in their order, with one transfer to the host."""
+def _sum_over_micro_batches(sums: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Return the sums of all micro-batches, in float64, with one transfer to the host."""
     if not sums:
         return {}
     names = list(sums[0])
@@ -176,6 +159,7 @@ def _add_up(sums: list[dict[str, Tensor]]) -> dict[str, float]:
 
 
 def _why_skipped(sums: list[dict[str, float]]) -> str:
-    """Ranks whose own loss was fine, or that have none, saw the gradient only."""
+    """Return the reason as this rank sees it: ranks whose own loss is finite, or that have none, see the gradient
+    only."""
     finite = all(math.isfinite(leaf.get("loss", 0.0)) for leaf in sums)
     return "non-finite gradient" if finite else "non-finite loss"

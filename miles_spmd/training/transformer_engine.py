@@ -1,5 +1,5 @@
-"""Layers of Transformer Engine's modules, Megatron's fast ones: norms fused with the linears behind them, cuDNN's
-attention, FP8 products, grouped experts. To be imported only where the package is installed."""
+"""Layers of Transformer Engine's modules: norms fused with the linears that follow, cuDNN's attention, FP8 products,
+grouped experts. Importing this file requires the package."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from miles_spmd.training.attention import PackedAttention, PackedSequences
 
 
 class RotaryDotProductAttention(TEDotProductAttention):
-    """Megatron's fused attention over packed streams, with queries and keys turned by one kernel each.
+    """Megatron's fused attention over packed streams, with rotary positions applied by one kernel each to queries and
+    keys.
 
-    Rounds once where :class:`PackedAttention` rounds cosines, sines and products, so the two differ in the last bits.
+    The kernel rounds once where :class:`PackedAttention` rounds cosines, sines and products, so their results are not
+    bitwise equal.
     """
 
     def forward(
@@ -39,8 +41,8 @@ class RotaryDotProductAttention(TEDotProductAttention):
 
 
 def layer_submodules(config: TransformerConfig) -> TransformerLayerSubmodules:
-    """Under context parallelism attention is ours: it gathers keys and values once, where Transformer Engine's sends
-    them around in a ring of its own."""
+    """Return the modules of a layer. Under context parallelism attention is :class:`PackedAttention`, which gathers
+    keys and values once; Transformer Engine's would pass them around in a ring."""
     spec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from miles_spmd.generation.engine import Engine
-from miles_spmd.invariant.operators import first_difference, operators
+from miles_spmd.invariant.operator_outputs import first_difference, operators
 from miles_spmd.protocol.messages import Bisect, Bisection
 from miles_spmd.training.network import Network
 
@@ -15,7 +15,7 @@ def bisect(wanted: Bisect, engine: Engine, network: Network) -> Bisection:
     """
     from miles_spmd.generation.sglang.engine import SglangEngine
     from miles_spmd.generation.sglang.operators import traced
-    from miles_spmd.training.operators import trace
+    from miles_spmd.training.operator_outputs import operator_outputs
 
     if not isinstance(engine, SglangEngine):
         raise ValueError("rollout.engine: only the operators of 'sglang' can be compared with the trainer's")
@@ -26,7 +26,7 @@ def bisect(wanted: Bisect, engine: Engine, network: Network) -> Bisection:
         while not engine.idle:
             answers += engine.step()
     answer = answers[0].output_ids
-    of_trainer = trace(network, [*wanted.request.input_ids, *answer])
+    of_trainer = operator_outputs(network, [*wanted.request.input_ids, *answer])
     found = first_difference(of_engine, of_trainer, network.num_layers, wanted.tokens)
     if found is None:
         return Bisection(answer)

@@ -58,13 +58,13 @@ class DeviceTurns:
         """Leave the memory to the trainer."""
         if self._resident:
             with self._watch("release"):
-                self._released = self._ledger.release(self._roles.away)
+                self._released = self._ledger.release(self._roles.offloaded_bytes)
                 if self._released is not Release.NOTHING:
                     self.engine.release(keep_weights=self._released is Release.KV_CACHE)
             self._resident = False
             self._filled &= self._released is not Release.ALL
             self._ledger.record(f"engine gave up {self._released}")
-        if self._roles.away:
+        if self._roles.offloaded_bytes:
             with self._watch("onload"):
                 self._roles.move_in()
             self._ledger.record("trainer moved in")
@@ -94,7 +94,7 @@ class DeviceTurns:
         self._ledger.record("rollout")
 
     def _move_trainer_out(self) -> None:
-        if self._offloads and not self._roles.away:
+        if self._offloads and not self._roles.offloaded_bytes:
             with self._watch("offload"):
                 self._roles.move_out()
             self._ledger.record("trainer moved out")

@@ -138,7 +138,7 @@ class Worker:
             case messages.Bisect():
                 return bisect(body, self.engine.engine, self.roles.actor)
             case messages.SnapshotWeights(role):
-                self.roles.keep(role)
+                self.roles.snapshot(role)
             case messages.RefitEngine(version):
                 if self._generation is None:
                     raise RuntimeError("this run has no engine: it neither generates nor evaluates")

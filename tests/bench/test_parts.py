@@ -1,4 +1,4 @@
-"""The measurements of the parts, on a tiny model and CPU ranks: that they measure what they say."""
+"""The measurements of parts, on a tiny model and CPU ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from rich.console import Console
+from typer.testing import CliRunner
 
+from miles_spmd.bench import cli
 from miles_spmd.bench.flops import sequence_flops
 from miles_spmd.bench.result import make_result, show
 from miles_spmd.bench.run import bench_config
@@ -39,7 +41,7 @@ def test_refit(ranks: Ranks) -> None:
     overrides = ["megatron.tensor_model_parallel_size=2", "offload_rollout=all"]
     rows, same = ranks.run(2, measure, "refit", folder, overrides, {"repeats": 2})
     assert rows == same
-    assert {row["given up"] for row in rows} == {"all"}
+    assert {row["released"] for row in rows} == {"all"}
     assert [row["checksums"] for row in rows] == [True, False]
     nbytes = 2 * 4 * load_family(folder).num_parameters() / 1e9  # two engines of one rank
     for row in rows:
@@ -49,7 +51,7 @@ def test_refit(ranks: Ranks) -> None:
         assert row["stopped ms"] == pytest.approx(sum(row[f"{part} ms"] for part in parts))
         assert 0 < row["copy ms"] < row["loop ms"] < row["stopped ms"]
     ((kept, _),) = ranks.run(1, measure, "refit", folder, [], {"repeats": 1})
-    assert kept["given up"] == "nothing"
+    assert kept["released"] == "nothing"
     assert not {"release ms", "resume weights ms", "resume rest ms"} & kept.keys()
 
 
@@ -71,12 +73,12 @@ def test_refit_between_trainers_and_engines(ranks: Ranks) -> None:
 def test_sleep_and_rollout(ranks: Ranks) -> None:
     folder = tiny.checkpoint("qwen3")
     (rows,) = ranks.run(1, measure, "sleep", folder, [], {"cycles": 3})
-    assert [row["given up"] for row in rows] == ["kv_cache", "all"]
+    assert [row["released"] for row in rows] == ["kv_cache", "all"]
     for row in rows:
         assert row["release ms"] > 0
         assert row["resume ms"] > 0
         assert not row["planned"]
-    options = {"prompts": 3, "prompt_tokens": 5, "answer_tokens": 7, "repeats": 2, "peer": False}
+    options = {"prompts": 3, "prompt_tokens": 5, "response_tokens": 7, "repeats": 2, "peer": False}
     ((row,),) = ranks.run(1, measure, "rollout", folder, [], options)
     assert row["tokens/s"] == pytest.approx(3 * 7 / row["s"])
 
@@ -105,7 +107,7 @@ def test_train_through_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_step_through_the_command_line(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
-    sizes = ["--prompts=2", "--samples=2", "--prompt-tokens=8", "--answer-tokens=4", "--repeats=2"]
+    sizes = ["--prompts=2", "--samples=2", "--prompt-tokens=8", "--response-tokens=4", "--repeats=2"]
     command = [sys.executable, "-m", "miles_spmd", "bench", "step", *sizes, "--nproc-per-node=1", "--out", str(out)]
     model = ["--model", str(tiny_with_tokenizer(tmp_path / "model")), "model.dtype=float32"]
     done = subprocess.run([*command, *model], capture_output=True, text=True, timeout=100, check=False)
@@ -113,7 +115,7 @@ def test_step_through_the_command_line(tmp_path: Path) -> None:
     (row,) = json.loads(out.read_text())["rows"]
     assert row["step"] == "2 x 2 x (8 + 4)"
     assert {"rollout s", "train s", "refit s"} <= set(row)
-    assert row["answer tokens/s per GPU"] == pytest.approx(2 * 2 * 4 / row["step s"])
+    assert row["response tokens/s per GPU"] == pytest.approx(2 * 2 * 4 / row["step s"])
 
 
 def tiny_with_tokenizer(folder: Path) -> Path:
@@ -124,6 +126,17 @@ def tiny_with_tokenizer(folder: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | sizes | heads))
     return folder
+
+
+def test_the_old_name_of_an_option_is_accepted_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(cli, "_measure", lambda *_, **options: seen.update(options))
+    done = CliRunner().invoke(cli.app, ["rollout", "--answer-tokens", "3"])
+    assert done.exit_code == 0, done.output
+    assert seen["response_tokens"] == 3
+    assert "miles-spmd: warning: --answer-tokens is now --response-tokens" in done.stderr
+    done = CliRunner().invoke(cli.app, ["rollout", "--response-tokens", "4"])
+    assert (seen["response_tokens"], done.stderr) == (4, "")
 
 
 def test_flops_of_a_published_shape() -> None:

@@ -15,6 +15,7 @@ import torch
 from miles_spmd.generation.engine import Engine
 from miles_spmd.models import load_family
 from miles_spmd.training.log_probs import Distribution, linear_log_probs
+from miles_spmd.training.output_layer import OutputLayer
 from miles_spmd.types.request import Output, Request, SamplingParams
 from miles_spmd.types.sample import FinishReason
 from miles_spmd.weights import hugging_face
@@ -83,7 +84,7 @@ def difference_to_trainer(reference: Reference, request: Request, output: Output
     weight, distribution = reference.model.lm_head.weight, sampled_from(request)
     targets = torch.tensor(output.output_ids)
     hidden = reference.hidden(sequence)[start:]
-    return largest(linear_log_probs(hidden, weight, targets, distribution, vocab_size=len(weight))[0], output)
+    return largest(linear_log_probs(hidden, OutputLayer(weight, len(weight)), targets, distribution)[0], output)
 
 
 def largest(expected: torch.Tensor, output: Output) -> float:

@@ -1,4 +1,4 @@
-"""A trainer's moments go to pinned host memory and come back bit for bit; the device's memory is free meanwhile."""
+"""A trainer's moments go to pinned host memory and come back bitwise equal; the device's memory is free meanwhile."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from tests.training.cases import ZERO, build, config, sequences
 def there_and_back(run: Config) -> None:
     trainer = build(run)
     trainer.train_step([sequences((30, 40))])
-    trainer.move_out()  # host memory is there now
-    trainer.move_in()
-    offload = trainer._offload
+    trainer.offload.move_out()  # host memory is there now
+    trainer.offload.move_in()
+    offload = trainer.offload
     before = [tensor.clone() for tensor in offload._state()]
     allocated = torch.cuda.memory_allocated()
-    moved = trainer.move_out()
+    moved = trainer.offload.move_out()
     assert allocated - torch.cuda.memory_allocated() >= moved > 0
     scribbled = torch.full((allocated,), 255, dtype=torch.uint8, device="cuda")  # over what was freed
     del scribbled
-    assert trainer.move_in() == moved
+    assert trainer.offload.move_in() == moved
     for tensor, expected in zip(offload._state(), before, strict=True):
         assert torch.equal(tensor, expected)
     assert not trainer.train_step([sequences((30, 40))]).skipped

@@ -1,4 +1,4 @@
-"""Tests run with the compiled kernels, and as on a machine that has none."""
+"""Tests run with the compiled kernels, and as on a machine without them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import pytest
 
 from miles_spmd.invariant import compiled
 
-# Where there is a compiler, kernels that are not there have not been built, and tests of them fail.
+# With a compiler, missing kernels were forgotten to build, and their tests fail; without one they are skipped.
 can_build = compiled.LIBRARY.is_file() or shutil.which("c++")
-needs_build = pytest.mark.skipif(not can_build, reason="there is no compiler here")
+needs_build = pytest.mark.skipif(not can_build, reason="needs a compiler")
 both_ways = pytest.mark.parametrize(
     "with_kernels", [pytest.param(True, marks=needs_build, id="compiled"), pytest.param(False, id="torch")]
 )
 
 
 @contextmanager
-def kernels(there: bool) -> Iterator[None]:
-    """``there``: as built; else the package finds no library."""
+def kernels(present: bool) -> Iterator[None]:
+    """Run with the library as it was built (``present``), or as if it had not been built."""
     library = compiled.LIBRARY
-    compiled.LIBRARY = library if there else Path("never built")
+    compiled.LIBRARY = library if present else Path("never built")
     compiled._library.cache_clear()
     try:
         yield

@@ -1,4 +1,4 @@
-"""What holds for the Triton kernels of norms, rotary positions, SwiGLU and digests, on any device.
+"""Checks of the Triton kernels of norms, rotary positions, SwiGLU, digests and attention, on any device.
 
 ``TRITON_INTERPRET=1 python -m tests.invariant.kernel_checks`` runs all of it on a CPU.
 """
@@ -20,7 +20,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def near(actual: Tensor, expected: Tensor) -> None:
-    """To one rounding, or what sums in fp32 lose. Triton's interpreter cuts digits off where a GPU rounds."""
+    """Assert equality to within one rounding, or the error of sums in fp32. Triton's interpreter truncates where a GPU
+    rounds."""
     tolerance = 2**-7 if actual.dtype == torch.bfloat16 else 5e-6
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
@@ -77,7 +78,7 @@ def check_swiglu(device: str, dtype: torch.dtype, rows: int, width: int) -> None
 
 
 def check_digests(device: str, dtype: torch.dtype, columns: int) -> None:
-    """Two tensors in one launch, of which one holds parts of two others: the sums that numpy has."""
+    """Two tensors in one launch, one of which holds parts of two checkpoint tensors, have the sums of the CPU code."""
     a, b = randn(70, columns, device="cpu", dtype=dtype), randn(columns, device="cpu", dtype=dtype)
     cut = columns // 2 // 8 * 8
     pieces = Piece("A", (3, 5), (0, 0), (70, cut)), Piece("B", (0, 0), (0, cut), (70, columns - cut))
@@ -94,7 +95,8 @@ def check_digests(device: str, dtype: torch.dtype, columns: int) -> None:
 
 
 def check_attention(device: str, dtype: torch.dtype, heads: tuple[int, int], width: int, split: int) -> None:
-    """A packed sequence's rows against an oracle, and bit for bit what the same give decoded from pages of a cache."""
+    """Compare a packed sequence's rows with an oracle; the same rows decoded from pages of a cache are bitwise
+    equal."""
     lengths = [split + 5, 1, 2 * split, 2 * split - 1, 7]
     tokens, (h, g), scale = sum(lengths), heads, width**-0.5
     query, key, value = (randn(tokens, n, width, device=device, dtype=dtype) for n in (h, g, g))
@@ -120,7 +122,7 @@ def check_attention(device: str, dtype: torch.dtype, heads: tuple[int, int], wid
     last = (starts[1:] - 1).long()
     decoded = decode(query[last], *cache, counts, 3 * split, *pages, scale, split)
     assert torch.equal(decoded, out[last]), "decoded"
-    tails = [min(5, length) for length in lengths]  # as prompts are read in chunks
+    tails = [min(5, length) for length in lengths]  # as in chunked prefill
     rows = torch.cat([torch.arange(end - tail + 1, end + 1) for end, tail in zip(last.tolist(), tails)]).to(device)
     chunks = torch.tensor([0, *tails], device=device).cumsum(0).int()
     assert torch.equal(attend(query[rows], *cache, chunks, 5, counts, *pages, scale, split)[0], out[rows]), "in chunks"

@@ -1,4 +1,4 @@
-"""An engine and a trainer side by side, over steps that change the weights, and how far apart their log-probs are."""
+"""An engine and a trainer side by side, over steps that change the weights, and the differences of their log-probs."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ PROMPTS, SAMPLES = 12, 4
 
 @dataclass
 class Comparison:
-    """Of the tokens that a rank's trainer has scored; none, where it does not report."""
+    """The differences over the tokens that a rank's trainer has scored; zeros where the rank does not report."""
 
     tokens: int = 0
     mismatches: int = 0
-    largest: float = 0.0
+    largest: float = 0.0  # max abs diff
     grad_norms: list[float] = field(default_factory=list)
     rollout_s: float = 0.0  # of the last step
     log_probs_s: float = 0.0
@@ -39,7 +39,7 @@ class Comparison:
 
 
 def checkpoint(folder: Path, name: str, **more: int) -> Path:
-    """The tiny model ``name``, with MLPs of widths that a CPU engine does not round up."""
+    """Write the tiny model ``name`` into ``folder``, with MLP widths that a CPU engine does not round up."""
     prefix, changes = tiny.CONFIGS[name]
     shape = tiny.COMMON | changes | {"intermediate_size": 128}
     if "moe_intermediate_size" in shape:
@@ -51,9 +51,11 @@ def checkpoint(folder: Path, name: str, **more: int) -> Path:
     return folder
 
 
-def requests(rng: np.random.Generator, vocab_size: int, prompt: int, answer: int, temperature: float) -> list[Request]:
-    """Several answers to each prompt; ``prompt`` to three times as many tokens to read, ``answer`` to twice as many to
-    write."""
+def requests(
+    rng: np.random.Generator, vocab_size: int, prompt: int, response: int, temperature: float
+) -> list[Request]:
+    """Return requests of several responses to each prompt: prompts of ``prompt`` to three times as many tokens,
+    responses of ``response`` to twice as many."""
     lengths = np.linspace(prompt, 3 * prompt, PROMPTS).astype(int)
     prompts = [rng.integers(0, vocab_size, length).tolist() for length in lengths]
     return [
@@ -62,24 +64,25 @@ def requests(rng: np.random.Generator, vocab_size: int, prompt: int, answer: int
             prompts[p],
             seed=int(rng.integers(2**40)),
             ignore_eos=True,
-            max_new_tokens=answer * (SAMPLES + s) // SAMPLES,
+            max_new_tokens=response * (SAMPLES + s) // SAMPLES,
             temperature=temperature,
         )
         for p, s in itertools.product(range(PROMPTS), range(SAMPLES))
     ]
 
 
-def sequence(asked: Request, answered: Output, advantage: float) -> TrainSequence:
-    tokens = np.asarray(asked.input_ids + answered.output_ids, np.int32)
-    weights = (np.arange(len(tokens)) >= len(asked.input_ids)).astype(np.float32)
+def sequence(request: Request, output: Output, advantage: float) -> TrainSequence:
+    tokens = np.asarray(request.input_ids + output.output_ids, np.int32)
+    weights = (np.arange(len(tokens)) >= len(request.input_ids)).astype(np.float32)
     return TrainSequence(
         tokens, weights / weights.sum() / PROMPTS / SAMPLES, np.full(len(tokens), advantage, np.float32)
     )
 
 
-def train_and_compare(config: Config, steps: int, prompt: int, answer: int, micro_batches: int) -> Comparison:
-    """Every engine answers the same requests; a replica of the trainer takes its share of them, dealt in an order of
-    its own into ``micro_batches``, compares, and makes an update by advantages of chance."""
+def train_and_compare(config: Config, steps: int, prompt: int, response: int, micro_batches: int) -> Comparison:
+    """Run ``steps`` steps and compare log-probs. Every engine generates for the same requests; a replica of the trainer
+    takes its share of them, in a random order and in ``micro_batches``, compares, and makes an update with arbitrary
+    advantages."""
     from miles_spmd.algorithms.losses import make_loss
     from miles_spmd.models import load_family
     from miles_spmd.training.trainer import Trainer
@@ -95,20 +98,20 @@ def train_and_compare(config: Config, steps: int, prompt: int, answer: int, micr
         for step in range(steps):
             refit.run()
             engine.commit(step)
-            asked = requests(rng, family.vocab_size, prompt, answer, config.rollout.rollout_temperature)
+            issued = requests(rng, family.vocab_size, prompt, response, config.rollout.rollout_temperature)
             began = time.perf_counter()
-            outputs = run(engine, asked)
+            outputs = run(engine, issued)
             found.rollout_s = time.perf_counter() - began
-            own = rng.permutation(len(asked))[trainer.data_parallel_rank :: trainer.data_parallel_size].tolist()
-            dealt = [own[i::micro_batches] for i in range(micro_batches)]
+            own = rng.permutation(len(issued))[trainer.data_parallel_rank :: trainer.data_parallel_size].tolist()
+            shares = [own[i::micro_batches] for i in range(micro_batches)]
             batch: list[MicroBatch] = [
-                [sequence(asked[i], outputs[asked[i].rid], (-1.0) ** (i + step)) for i in part] for part in dealt
+                [sequence(issued[i], outputs[issued[i].rid], (-1.0) ** (i + step)) for i in part] for part in shares
             ]
             began = time.perf_counter()
             scores = trainer.log_probs(batch).log_probs
             found.log_probs_s = time.perf_counter() - began
-            for i, score in zip(itertools.chain(*dealt), scores or ()):
-                found.add(outputs[asked[i].rid].output_log_probs, score)
+            for i, score in zip(itertools.chain(*shares), scores or ()):
+                found.add(outputs[issued[i].rid].output_log_probs, score)
             found.grad_norms.append(trainer.train_step(batch).grad_norm)
     finally:
         engine.close()

@@ -1,5 +1,5 @@
 """Attention over packed sequences, by the compiled kernel and in tensor operations, against torch in float64; with keys
-in their places and in pages. Rows do not know of each other."""
+in their places and in pages. Rows do not depend on each other."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ HEADS = [(1, 1), (4, 4), (4, 2), (6, 2), (3, 1), (8, 1)]  # of queries, of keys
 
 
 @pytest.fixture(params=[pytest.param("compiled", marks=needs_build), "torch", "torch, cut"], autouse=True)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """``cut``: into the smallest batches and tiles, as long sequences are."""
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """``cut``: with the smallest batches and tiles, into which long sequences are cut."""
     torch.manual_seed(0)
     if request.param == "torch, cut":
         monkeypatch.setattr(attention, "MOST", 1)
@@ -40,7 +40,7 @@ def reference(
     scale: float,
     slots: Tensor | None = None,
 ) -> Tensor:
-    """What :func:`packed_attention` makes, in float64 and one sequence at a time."""
+    """Return what :func:`packed_attention` computes, in float64 and one sequence at a time."""
     query, key, value = (x.double() for x in (query, key, value))
     if slots is not None:
         key, value = key[slots.long()], value[slots.long()]
@@ -65,7 +65,7 @@ def test_values_and_gradients(lengths: list[tuple[int, int]], heads: tuple[int, 
     both = [new for new, _ in lengths], [new + before for new, before in lengths]
     shapes = [(sum(both[i]), heads[i], dim) for i in (0, 1, 1)]
     inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
-    gradient = torch.randn(shapes[0]).transpose(0, 1).contiguous().transpose(0, 1)  # not as it lies in memory
+    gradient = torch.randn(shapes[0]).transpose(0, 1).contiguous().transpose(0, 1)  # not contiguous
     actual = packed_attention(*both, *inputs[:2])(*inputs, dim**-0.5)
     expected = reference(*both, *inputs, dim**-0.5)
     torch.testing.assert_close(actual.double(), expected, atol=2e-6, rtol=0)
@@ -76,7 +76,7 @@ def test_values_and_gradients(lengths: list[tuple[int, int]], heads: tuple[int, 
 
 @pytest.mark.parametrize("heads", HEADS)
 def test_pages(heads: tuple[int, int]) -> None:
-    """Keys anywhere in a cache, of which the rest is not to be touched."""
+    """Keys anywhere in a cache, whose other slots must not be read: they are NaN."""
     both = [3, 1, 70, 1], [3, 90, 129, 33]
     query = torch.randn(75, heads[0], 16)
     slots = torch.randperm(400)[: sum(both[1])].int()
@@ -88,7 +88,7 @@ def test_pages(heads: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("dim", [8, 64])
-def test_rows_are_the_same_bits_in_any_batch(heads: tuple[int, int], dim: int) -> None:
+def test_rows_are_bitwise_equal_in_any_batch(heads: tuple[int, int], dim: int) -> None:
     """A sequence alone, among others, and one token at a time over a cache."""
     lengths = [37, 150, 1, 20]
     ends = [*itertools.accumulate(lengths)]
@@ -111,8 +111,8 @@ def test_rows_are_the_same_bits_in_any_batch(heads: tuple[int, int], dim: int) -
 
 
 @needs_build
-def test_gradients_do_not_know_of_other_sequences() -> None:
-    """The kernel's: a padded batch's are sums over as many rows as it is padded to."""
+def test_gradients_do_not_depend_on_other_sequences() -> None:
+    """Of the kernel: those of a padded batch are sums over as many rows as it is padded to."""
     lengths = [37, 150, 20]
     stream = [torch.randn(sum(lengths), heads, 16) for heads in (4, 2, 2, 4)]
 
@@ -128,8 +128,8 @@ def test_gradients_do_not_know_of_other_sequences() -> None:
         assert all(torch.equal(x, y[s]) for x, y in zip(alone, whole))
 
 
-def test_what_the_kernel_takes(request: pytest.FixtureRequest) -> None:
-    built, cpu = request.node.callspec.params["way"] == "compiled", torch.device("cpu")
+def test_what_the_kernel_supports(request: pytest.FixtureRequest) -> None:
+    built, cpu = request.node.callspec.params["implementation"] == "compiled", torch.device("cpu")
     assert compiled.takes(torch.float32, cpu, 24) == built
     assert not compiled.takes(torch.float32, cpu, 20)
     assert not compiled.takes(torch.bfloat16, cpu, 24)

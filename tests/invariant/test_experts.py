@@ -1,4 +1,4 @@
-"""Routing and mixtures against Megatron's function and a plain loop. ``tests/gpu`` runs the same on a GPU."""
+"""Routing against Megatron's function, and mixtures against a plain loop. ``tests/gpu`` runs the same on a GPU."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ EXPERTS, HIDDEN, WIDTH = 16, 64, 32
 
 
 def chosen(tokens: int, k: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Logits with many ties, as bf16 routers have them; and whose experts and weights."""
+    """Return weights and experts chosen by logits with many ties, as bf16 routers have them."""
     logits = torch.randn(tokens, EXPERTS, generator=torch.Generator().manual_seed(tokens)).mul(4).round().to(device)
     return choose(logits, k, softmax_first=False)
 
 
 def assert_arranged_as_by_a_loop(tokens: int, device: str) -> None:
-    """Of an engine's rank that has the first half of the experts."""
+    """On an engine's rank that has the first half of the experts."""
     weights, experts = chosen(tokens, 4, device)
     local = EXPERTS // 2
     found = arrange(torch.where(experts < local, experts, -1), weights, local)
@@ -55,7 +55,7 @@ def assert_mixed_as_by_a_loop(tokens: int, dtype: torch.dtype, device: str, tole
             gate, up = (gate_up[expert].double() @ hidden[t].double()).chunk(2)
             expected[t] += (down[expert].double() @ (silu(gate) * up * weight)).cpu()
     assert (found.double().cpu() - expected).norm() / expected.norm() < tolerance
-    some = slice(tokens // 3, tokens // 3 + 2)  # the same bits among fewer
+    some = slice(tokens // 3, tokens // 3 + 2)  # bitwise equal among fewer
     assert torch.equal(mix(hidden[some], experts[some], weights[some], gate_up, down), found[some])
 
 

@@ -1,5 +1,5 @@
-"""The Triton kernels, run by Triton's interpreter, or compiled for GPUs that need not be here. ``tests/gpu`` runs the
-same on a GPU."""
+"""The Triton kernels, run by Triton's interpreter, or compiled for GPUs without having one. ``tests/gpu`` runs the same
+on a GPU."""
 
 from __future__ import annotations
 
@@ -26,10 +26,8 @@ def test_kernels() -> None:
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("width", [64, 128])
-def test_attention_multiplies_by_the_same_instructions_where_it_reads_and_where_it_decodes(
-    capability: int, width: int
-) -> None:
-    """As compiled for GPUs: tiles of one shape, or sums could be taken in another order."""
+def test_attention_multiplies_by_the_same_instructions_in_prefill_and_decode(capability: int, width: int) -> None:
+    """Compiled for GPUs: tiles must have one shape, or the reduction order could differ."""
     numbers = {"query": "*bf16", "keys": "*bf16", "values": "*bf16", "out": "*bf16", "scale": "fp32"}
     numbers |= dict.fromkeys(("lse", "peaks", "totals", "mixes"), "*fp32")
     numbers |= {"starts": "*i32", "slots": "*i32", "lengths": "*i64", "slot_at": "*i64"}

@@ -1,4 +1,4 @@
-"""Products by ranks that share the inner or the outer dimension, against one rank's. ``tests/gpu`` has bf16."""
+"""Matrix products by ranks that share the inner or the outer dimension, against one rank's. ``tests/gpu`` has bf16."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ def factors(rows: int, inner: int, outer: int, dtype: torch.dtype, device: str) 
 
 
 def assert_ranks_make_the_same_sum(rows: int, inner: int, outer: int, dtype: torch.dtype, device: str) -> None:
-    """Four terms: of one rank, of two with two each, of four with one each, whose weights are tensors of their own."""
+    """Four partial sums: on one rank, on two with two each, on four with one each, whose weights are separate
+    tensors."""
     x, weight = factors(rows, inner, outer, dtype, device)
-    alone = linear(x, weight, terms=4)
+    alone = linear(x, weight, partial_sums=4)
     for ranks in (2, 4):
         parts = zip(x.chunk(ranks, 1), weight.chunk(ranks, 1))
-        terms = [linear(a.contiguous(), w.contiguous(), terms=4 // ranks) for a, w in parts]
+        terms = [linear(a.contiguous(), w.contiguous(), partial_sums=4 // ranks) for a, w in parts]
         assert torch.equal(tree_sum(terms), alone)
     exact = x.double() @ weight.double().T
     assert (alone - exact).norm() / exact.norm() < 4 * torch.finfo(dtype).eps
@@ -42,6 +43,16 @@ def test_sums(rows: int) -> None:
 @pytest.mark.parametrize("rows", [1, 3, 70])
 def test_columns(rows: int) -> None:
     assert_ranks_make_the_same_columns(rows, 64, 256, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("inner", [48, 64, 128, 192, 512, 1536])
+@pytest.mark.parametrize("outer", [16, 97, 256])
+def test_a_row_does_not_depend_on_how_many_there_are(inner: int, outer: int) -> None:
+    x, weight = factors(300, inner, outer, torch.float32, "cpu")
+    together = linear(x, weight)
+    for rows in (*range(1, 34), 63, 64, 65, 129):
+        for first in (0, 7):
+            assert torch.equal(linear(x[first : first + rows], weight), together[first : first + rows]), rows
 
 
 def test_a_tree_is_added_level_by_level() -> None:

@@ -1,4 +1,4 @@
-"""Engine and trainer on a CPU: the log-probs of decoded tokens are the same bits on both sides, whatever the layout and
+"""Engine and trainer on a CPU: the log-probs of decoded tokens are bitwise equal on both sides, whatever the layout and
 the packing, while weights change."""
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from tests.ranks import Ranks
 from tests.training.cases import EP2, ETP1, PP2, SP, TP2
 
 TP4 = {"tensor_model_parallel_size": 4}
-STEPS, PROMPT, ANSWER = 20, 5, 12
-DECODED = sum(ANSWER * (SAMPLES + s) // SAMPLES for s in range(SAMPLES)) * PROMPTS  # of one step
+STEPS, PROMPT, RESPONSE = 20, 5, 12
+DECODED = sum(RESPONSE * (SAMPLES + s) // SAMPLES for s in range(SAMPLES)) * PROMPTS  # tokens of one step
 UPDATES = {"lr": 3e-3, "clip_grad": 1.0}
 
 
@@ -32,7 +32,8 @@ def compare(
     experts_on: int = 1,
     **shape: int,
 ) -> None:
-    """An engine of as many ranks as share a layer of the trainer's, unless told otherwise."""
+    """Assert that no log-prob differs. The engine's tensor-parallel size is the trainer's, unless ``engine_tp`` is
+    given."""
     tp = (megatron or {}).get("tensor_model_parallel_size", 1)
     run = Config(
         model={"hf_checkpoint": checkpoint(folder, name, **shape), "dtype": "float32"},
@@ -42,7 +43,7 @@ def compare(
         determinism={"parity": "bitwise"},
         sglang={"context_length": 64, "tp_size": engine_tp or tp, "ep_size": experts_on},
     )
-    found = ranks.run(world_size, train_and_compare, run, steps, PROMPT, ANSWER, micro_batches)
+    found = ranks.run(world_size, train_and_compare, run, steps, PROMPT, RESPONSE, micro_batches)
     scored = sum(of_rank.tokens for of_rank in found)
     assert scored == steps * DECODED
     assert all(norm > 0 for norm in found[0].grad_norms)
@@ -67,7 +68,7 @@ def test_layouts(ranks: Ranks, tmp_path: Path, layout: dict[str, Any]) -> None:
 def test_layers_shared_by_more_or_fewer_ranks(
     ranks: Ranks, tmp_path: Path, layout: dict[str, Any], engine_tp: int, world_size: int
 ) -> None:
-    """Of as many key-value heads as there may be ranks: SGLang on a CPU would add some that nobody has."""
+    """With as many key-value heads as ranks: with fewer, SGLang on a CPU would pad the model with heads of its own."""
     compare(ranks, tmp_path, "qwen3", world_size, layout, steps=5, engine_tp=engine_tp, num_key_value_heads=4)
 
 

@@ -134,9 +134,9 @@ def test_a_step_that_was_measured(name: str, changes: dict[str, int], tokens: in
 
 def test_a_chunk_of_logits_is_the_trainers() -> None:
     from miles_spmd.planning import memory_estimate
-    from miles_spmd.training import log_probs
+    from miles_spmd.training import output_layer
 
-    assert memory_estimate.MAX_LOGITS == log_probs.MAX_LOGITS
+    assert memory_estimate.MAX_LOGITS == output_layer.MAX_LOGITS
 
 
 def test_models_beside_the_policy_are_counted() -> None:

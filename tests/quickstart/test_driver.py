@@ -55,7 +55,8 @@ def test_quickstart_leaves_what_it_promises(tmp_path: Path) -> None:
     assert scores[0] == summary["accuracy_before"]
     assert scores[-1] == summary["accuracy_after"]
     agreement, last = done.stdout.splitlines()[-2:]
-    assert agreement == f"quickstart: engine and trainer disagree about 0 of {summary['parity_tokens']:,.0f} tokens"
+    tokens = f"{summary['parity_tokens']:,.0f} tokens"
+    assert agreement == f"quickstart: log-probs of engine and trainer differ on 0 of {tokens}"
     said = re.fullmatch(r"quickstart: held-out accuracy (\S+) -> (\S+) in (\d+) s", last)
     assert said, last
     assert said.groups() == (

@@ -118,7 +118,7 @@ def test_what_imitation_can_reach(rows: dict[str, list[dict[str, str]]]) -> None
 
 
 def test_more_rows_than_there_are() -> None:
-    with pytest.raises(ValueError, match="questions to train on"):
+    with pytest.raises(ValueError, match="there are only 13440 training and 2560 held-out questions"):
         data_files(20_000, 1, 1)
 
 

@@ -1,30 +1,38 @@
-"""The report, opened in a browser where there is one."""
+"""The report: its document, and the page that shows it, opened in a browser where there is one."""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from miles_spmd.telemetry.report import headline, write_report
+from miles_spmd.telemetry.metrics import describe
+from miles_spmd.telemetry.report import CURVES, headline, make_page, report_data, write_report
 from miles_spmd.telemetry.run_data import read_stages
 from tests.telemetry.runs import make_config, make_run
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no browser here")
+
+SCRIPT = "two plus two & <script>document.title = 'broken'</script>"  # the prompt of every run here
 
 
 class Page(HTMLParser):
-    """Text, tags and attribute values of a page; fails on tags that do not match."""
+    """Text, tags and attribute values of a page, scripts apart; fails on tags that do not match."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open: list[str] = []
         self.tags: list[str] = []
         self.links: list[str] = []
+        self.names: list[str] = []  # of drawings, for those who do not see them
+        self.scripts: list[str] = []
         self.text = ""
         self.feed(text)
         assert not self.open
@@ -32,6 +40,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        self.names += [value or "" for name, value in attrs if tag == "svg" and name == "aria-label"]
         if tag not in ("meta", "link", "br", "img"):
             self.open.append(tag)
 
@@ -43,17 +52,27 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+        else:
+            self.text += data
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """What is embedded in the page."""
+        return json.loads(self.scripts[0])
 
 
-def in_browser(path: Path, profile: Path) -> str:
-    """The page as a browser understands it, after running whatever would run."""
+def in_browser(path: Path, profile: Path) -> Page:
+    """The page as a browser understands it, after running whatever would run; fails where its script fails."""
     flags = (
         "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --virtual-time-budget=2000 --dump-dom"
+        "--disable-component-update --disable-sync --virtual-time-budget=2000 --enable-logging=stderr --dump-dom"
     )
     command = [BROWSER or "", *flags.split(), f"--user-data-dir={profile}", f"file://{path}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert ":CONSOLE" not in done.stderr, done.stderr
+    return Page(done.stdout)
 
 
 @pytest.fixture
@@ -64,13 +83,46 @@ def two_stages(tmp_path: Path) -> Path:
     return root
 
 
-def test_a_report_holds_everything_itself(two_stages: Path, tmp_path: Path) -> None:
+def test_a_report_holds_everything_itself(two_stages: Path) -> None:
     text = write_report(two_stages).read_text()
     page = Page(text)
-    assert all(link.startswith("#") for link in page.links), page.links
-    assert not re.findall(r"url\((?!#)|@import", text)
-    assert page.tags.count("svg") > 12
-    assert not {"script", "img", "link", "iframe", "i"} & set(page.tags)
+    assert not page.links
+    assert not re.findall(r"url\(|@import|\bimport\(|fetch\(", text)
+    assert "default-src 'none'" in text
+    assert page.tags.count("script") == 2
+    assert not {"img", "link", "iframe", "i"} & set(page.tags)
+    assert "</script" not in page.scripts[0]
+    assert "<" not in page.scripts[0]
+    data = page.document
+    assert data | {"written": ""} == json.loads(json.dumps(report_data(two_stages))) | {"written": ""}
+    assert (data["title"], data["finished"]) == ("quick <start>", True)
+    sft, grpo = data["stages"]
+    assert (sft["summary"], grpo["summary"]) == (
+        "mode sft · 5 of 5 steps · 0:14, 0:08 of it to start",
+        "mode rl · 20 of 20 steps · 0:33, 0:08 of it to start",
+    )
+    assert grpo["series"]["eval/sums"] == [[0, 0.25], [20, 0.75]]
+    assert len(grpo["series"]["train/kl_loss"]) == 20
+    ((first, last),) = grpo["transcripts"]
+    assert (first["step"], first["response"], last["step"], last["response"]) == (0, "<i>3</i>", 20, "<i>4</i>")
+    assert first["prompt"] == SCRIPT
+    assert 'hf_checkpoint = "checkpoint"' in grpo["config"]
+    assert data["environment"]["packages"]["sglang"] == "0.5.16"
+    assert data["scores"] == ["eval/sums"]
+    described = {name for name, metric in data["metrics"].items() if metric["meaning"]}
+    assert described == set(sft["series"]) | set(grpo["series"])
+    assert all(describe(metric).meaning for curves in CURVES for metric in curves.lines.values())
+
+
+@needs_browser
+def test_a_browser_shows_it(two_stages: Path, tmp_path: Path) -> None:
+    page = in_browser(write_report(two_stages), tmp_path / "profile")
+    assert page.text.count("quick <start> · miles_spmd") == 1  # the title: no transcript ran as a script
+    assert page.tags.count("script") == 2
+    assert not {"img", "link", "iframe", "i"} & set(page.tags)
+    assert page.text.count(SCRIPT) == 2
+    assert page.text.index("<i>3</i>") < page.text.index("<i>4</i>")
+    assert page.tags.count("svg") == len(page.names) > 12
     for words in (
         "finished",
         "75.0%",
@@ -79,25 +131,40 @@ def test_a_report_holds_everything_itself(two_stages: Path, tmp_path: Path) -> N
         "3.0e-06",
         "Time per phase",
         "KL to the reference",
+        'hf_checkpoint = "checkpoint"',
+        "Global norm of the gradient before clipping",
     ):
         assert words in page.text, words
-    assert "two plus two & <script>document.title = 'broken'</script>" in page.text
-    assert page.text.index("<i>3</i>") < page.text.index("<i>4</i>")
-    assert 'hf_checkpoint = "checkpoint"' in page.text
-    assert "sglang0.5.16" in re.sub(r"\s", "", page.text)
-    drawings = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
-    for drawing in drawings:  # what a drawing refers to is in itself
-        assert set(re.findall(r"url\(#([^)]+)\)", drawing)) <= set(re.findall(r'id="([^"]+)"', drawing))
-    identifiers = re.findall(r'\bid="([^"]+)"', text)
-    assert len(identifiers) == len(set(identifiers))
+    assert "Reward: reward 0.325 at step 1, 0.8 at step 20, between 0.325 and 0.8" in page.names
+    assert "NaN" not in "".join(page.names) + page.text
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no browser here")
-def test_a_browser_shows_it(two_stages: Path, tmp_path: Path) -> None:
-    page = Page(in_browser(write_report(two_stages), tmp_path / "profile"))
-    assert "quick <start> · miles_spmd" in page.text  # the title: no transcript ran as a script
-    assert "script" not in page.tags
-    assert page.tags.count("svg") > 12
+@needs_browser
+def test_a_browser_shows_series_of_every_shape(two_stages: Path, tmp_path: Path) -> None:
+    """Empty, of one point, constant, long, not finite, of an unknown metric; then no data at all."""
+    data = report_data(two_stages)
+    series = data["stages"][1]["series"]
+    series |= {
+        "rollout/raw_reward": [],
+        "train/loss": [[3, 1e-30]],
+        "train/kl_loss": [[step, float("nan") if step % 2 else -1e12] for step in range(10)],
+        "train/entropy_loss": [[1, float("nan")]],
+        "train/grad_norm": [[step, step % 7] for step in range(3000)],
+        "train/train_rollout_logprob_abs_diff": [[1, 0.0], [2, 0.0]],
+        "plugin/</script>": [[1, 5.0]],
+    }
+    data["metrics"]["plugin/</script>"] = {"unit": "<b>", "meaning": ""}
+    path = tmp_path / "page.html"
+    path.write_text(make_page(data))
+    page = in_browser(path, tmp_path / "profile")
+    names = {name.partition(":")[0]: name for name in page.names[len(page.names) // 2 :]}
+    assert {"Reward", "Entropy"} & set(names) == set()
+    assert names["Loss"] == "Loss: loss 1.0e-30 at step 3, 1.0e-30 at step 3, between 1.0e-30 and 1.0e-30"
+    assert names["KL to the reference"].startswith("KL to the reference: kl -1.0e+12 at step 0, -1.0e+12 at step 8")
+    assert "step 2999" in names["Gradient norm"]
+    assert "b" not in page.tags
+    path.write_text(make_page(None))
+    assert "svg" not in in_browser(path, tmp_path / "profile").tags
 
 
 def test_a_run_that_was_killed(tmp_path: Path) -> None:
@@ -107,20 +174,23 @@ def test_a_run_that_was_killed(tmp_path: Path) -> None:
         file.write(b'{"step": 8, "train/loss": 0.')
     with (config.run_dir / "transcripts.jsonl").open("ab") as file:
         file.write(b'{"step": 8, "sou')
-    page = Page(write_report(config.run_dir).read_text())
-    assert "not finished" in page.text
-    assert "7 of 20" in page.text
+    (config.run_dir / "config.toml").write_text((config.run_dir / "config.toml").read_text() + "[half")
+    (stage,) = Page(write_report(config.run_dir).read_text()).document["stages"]
+    assert stage["summary"] == "7 steps · 0:17, 0:08 of it to start · not finished"
+    (config.run_dir / "config.toml").write_text("[run]\nnum_rollout = 20\n")
+    (stage,) = Page(write_report(config.run_dir).read_text()).document["stages"]
+    assert stage["summary"] == "7 of 20 steps · 0:17, 0:08 of it to start · not finished"
 
 
 def test_a_run_of_which_only_metrics_are_left(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 1.0, "train/loss": 2.0}\n')
-    page = Page(write_report(tmp_path).read_text())
-    assert page.tags.count("svg") == 1
-    assert "1 of None" not in page.text
+    (stage,) = Page(write_report(tmp_path).read_text()).document["stages"]
+    assert stage["series"] == {"train/loss": [[1, 2.0]]}
+    assert stage["summary"] == "1 steps · 0:00 · not finished"
 
 
 def test_a_folder_without_a_run(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no metrics.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"no metrics.jsonl"):
         write_report(tmp_path)
 
 
@@ -128,5 +198,5 @@ def test_headline_numbers(two_stages: Path) -> None:
     numbers = {number.label: (number.value, number.note) for number in headline(read_stages(two_stages))}
     assert numbers["Time"] == ("0:47", "0:14 + 0:33")
     assert numbers["Refit checksum mismatches"] == ("0", "in 25 refits")
-    assert numbers["Tokens with two log-probs"] == ("50", "of 19,200 that were compared, to the last bit")
+    assert numbers["Tokens with two log-probs"] == ("50", "of 19,200 compared bitwise")
     assert numbers["Reward of the last step"] == ("0.8", "first step 0.325")

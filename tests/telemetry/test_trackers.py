@@ -114,10 +114,10 @@ def algorithm_metrics() -> set[str]:
 
 def test_every_metric_that_is_written_is_described_and_the_reverse() -> None:
     controller = Path(metrics.__file__).parents[1] / "controller"
-    source = "".join(path.read_text() for path in controller.glob("*.py"))
+    source = "".join(path.read_text() for path in controller.rglob("*.py"))
     phases = set(re.findall(r'_timed\("(\w+)"\)', source))
     written = set(re.findall(r'"((?:rollout|train|refit|parity|perf)/\w+)"', source)) | algorithm_metrics()
-    workers = "".join(path.read_text() for path in controller.with_name("worker").glob("*.py"))
+    workers = "".join(path.read_text() for path in controller.with_name("worker").rglob("*.py"))
     memory = {*re.findall(r'\.note\("(\w+)"', workers), *set(Phase) - {Phase.IDLE, Phase.STOP}}
     written |= {f"memory/{name}" for name in memory}
     assert set(METRICS) == written | {f"perf/{phase}_time" for phase in phases}
@@ -127,7 +127,7 @@ def test_every_metric_that_is_written_is_described_and_the_reverse() -> None:
 def test_names() -> None:
     assert describe("train/grad_norm") is METRICS["train/grad_norm"]
     assert describe("eval/gsm8k").meaning == "Mean score (pass@1) on gsm8k"
-    assert describe("eval/math-500-pass@8").meaning == "Prompts of math-500 with a right answer among 8"
+    assert describe("eval/math-500-pass@8").meaning == "Prompts of math-500 solved by one of 8 responses"
     assert is_score("eval/math-500")
     assert not is_score("eval/math-500-pass@8")
     assert not is_score("eval/math-500-response_len")

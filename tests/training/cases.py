@@ -1,4 +1,5 @@
-"""Models, batches and layouts of the trainer's tests, what runs on each rank, and plain transformers as the oracle."""
+"""Models, batches and layouts of the trainer's tests, functions that run on each rank, and transformers as the
+oracle."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ PLAIN_SGD = {"optimizer": "sgd", "lr": 1.0, "weight_decay": 0.0, "clip_grad": 0.
 
 
 def config(name: str, megatron: dict[str, Any] | None = None, **tables: Any) -> Config:
-    """A run from the tiny checkpoint ``name``, in fp32 if nothing else is said."""
+    """Return the configuration of a run from the tiny checkpoint ``name``, by default in fp32."""
     model = {"hf_checkpoint": str(tiny.checkpoint(name)), "dtype": "float32"} | tables.pop("model", {})
     return Config(model=model, data={"prompt_data": "none"}, megatron=megatron or {}, **tables)
 
@@ -55,13 +56,13 @@ def sequences(lengths: Iterable[int], seed: int = 0) -> list[TrainSequence]:
 
 
 def share(batch: Sequence[TrainSequence], trainer: Trainer, micro_batches: int = 2) -> list[MicroBatch]:
-    """This data-parallel rank's sequences of ``batch``, dealt into micro-batches."""
+    """Return this data-parallel rank's sequences of ``batch``, distributed over micro-batches."""
     own = list(batch)[trainer.data_parallel_rank :: trainer.data_parallel_size]
     return [own[i::micro_batches] for i in range(micro_batches)]
 
 
 def unshare(batch: Sequence[TrainSequence], ranks: Sequence[Any], micro_batches: int = 2) -> list[np.ndarray]:
-    """Per-sequence arrays in the order of ``batch``, from the ranks that have them; these must agree."""
+    """Return per-sequence arrays in the order of ``batch``, from the ranks that have them; these must agree."""
     ordered: dict[int, np.ndarray] = {}
     for rank in ranks:
         if rank.log_probs is None:
@@ -98,7 +99,7 @@ def held(trainer: Trainer) -> Held:
 
 
 def one_step(run: Config, batch: list[TrainSequence], micro_batches: int) -> Step:
-    """Forward only, then one update."""
+    """Run the batch forward only, then make one update."""
     trainer = build(run)
     own = share(batch, trainer, micro_batches)
     log_probs = trainer.log_probs(own).log_probs
@@ -114,7 +115,7 @@ def one_step(run: Config, batch: list[TrainSequence], micro_batches: int) -> Ste
 
 
 def losses(run: Config, batch: list[TrainSequence], steps: int, micro_batches: int) -> list[float]:
-    """The loss of each of ``steps`` updates on the same batch, over all ranks."""
+    """Return the loss of each of ``steps`` updates on the same batch, over all ranks."""
     trainer = build(run)
     own = share(batch, trainer, micro_batches)
     return [global_loss(trainer, trainer.train_step(own).sums[0]) for _ in range(steps)]
@@ -130,7 +131,7 @@ def global_loss(trainer: Trainer, sums: dict[str, float]) -> float:
 
 
 def oracle_scores(model: Any, tokens: np.ndarray, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """transformers' log-prob of every token (0 for the first) and the entropy of the distribution it comes from."""
+    """Return transformers' log-prob of every token (0 for the first) and the entropy of its distribution."""
     ids = torch.from_numpy(tokens.astype(np.int64))
     log_p = (model(input_ids=ids[None]).logits[0, :-1].float() / temperature).log_softmax(-1)
     first = torch.zeros(1)
@@ -144,8 +145,8 @@ def oracle_gradient(
     temperature: float = 1.0,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[float, dict[str, np.ndarray]]:
-    """Sum of ``loss_of(sequence, log_probs, entropy)`` and its gradient by checkpoint tensor, by transformers in fp32
-    with weights of ``dtype``."""
+    """Return the sum of ``loss_of(sequence, log_probs, entropy)`` and its gradient by checkpoint tensor, computed by
+    transformers in fp32 with weights of ``dtype``."""
     model = tiny.build(name, dtype).float()
     total = torch.stack([loss_of(s, *oracle_scores(model, s.tokens, temperature)) for s in batch]).sum()
     total.backward()
@@ -154,7 +155,7 @@ def oracle_gradient(
 
 
 def _split_experts(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """transformers >= 5 stacks experts in memory, though not on disk."""
+    """Split the stacked experts that transformers >= 5 has in memory into the tensors that are on disk."""
     out: dict[str, np.ndarray] = {}
     for name, value in tensors.items():
         prefix, _, stacked = name.rpartition(".experts.")
@@ -171,7 +172,7 @@ def _split_experts(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def whole_weights(name: str, ranks: Iterable[Held], value_head: bool = False) -> dict[str, np.ndarray]:
-    """Checkpoint tensors put together from what every rank holds. What two ranks hold must be the same, bit for bit."""
+    """Return checkpoint tensors, put together from what every rank holds. What two ranks hold must be bitwise equal."""
     shapes = load_family(tiny.checkpoint(name), value_head=value_head).checkpoint_tensors()
     whole = {tensor: np.full(shape, np.nan, np.float32) for tensor, shape in shapes.items()}
     for rank in ranks:
@@ -183,9 +184,9 @@ def whole_weights(name: str, ranks: Iterable[Held], value_head: bool = False) ->
                 if not piece.name:
                     assert not part.any(), f"padding of {layout.local_name} is not zero"
                     continue
-                there = whole[piece.name][tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape))]
-                known = ~np.isnan(there)
-                np.testing.assert_array_equal(part[known], there[known], err_msg=layout.local_name)
-                there[...] = part
+                present = whole[piece.name][tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape))]
+                known = ~np.isnan(present)
+                np.testing.assert_array_equal(part[known], present[known], err_msg=layout.local_name)
+                present[...] = part
     assert not [tensor for tensor, value in whole.items() if np.isnan(value).any()]
     return whole

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from miles_spmd.config.schema import Config
-from miles_spmd.training.checkpoint import CheckpointError
+from miles_spmd.training.checkpoint import TrainerCheckpointError
 from tests.models import tiny
 from tests.ranks import Ranks
 from tests.training.cases import CP2, EP2, ETP1, PP2, SP, TP2, VPP2, ZERO, build, config, global_loss, sequences, share
@@ -98,7 +98,7 @@ def test_the_configuration_decides_the_learning_rate(ranks: Ranks, tmp_path: Pat
 def loading_errors(run: Config, folders: list[Path], save: bool = False) -> list[str]:
     trainer, messages = build(run), []
     for folder in folders:
-        with pytest.raises(CheckpointError) as error:
+        with pytest.raises(TrainerCheckpointError) as error:
             trainer.save(folder) if save else trainer.load(folder)
         messages.append(str(error.value))
     return messages

@@ -1,4 +1,4 @@
-"""Grouped experts against a loop in float64, and what their rows depend on. ``tests/gpu`` runs the same on a GPU."""
+"""Grouped experts against a loop in float64; rows depend on themselves alone. ``tests/gpu`` runs the same on a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miles_spmd.invariant.expert_kernels import gather_sum
-from miles_spmd.invariant.experts import Groups
+from miles_spmd.invariant.experts import RowGroups
 from miles_spmd.training.experts import ExpertsFunction
 
 COUNTS = [3, 0, 17, 1, 40, 0]  # rows of each expert
@@ -46,7 +46,7 @@ def computed(case: Case, counts: list[int]) -> list[Tensor]:
     """The result and the gradients of rows, weights and both layers."""
     leaves = [tensor.clone().requires_grad_() for tensor in case[:-1]]
     ends = torch.tensor(counts).cumsum(0, dtype=torch.int32).to(case.rows.device)
-    out = ExpertsFunction.apply(*leaves, Groups(counts, ends))
+    out = ExpertsFunction.apply(*leaves, RowGroups(counts, ends))
     out.backward(case.gradient)
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -75,7 +75,7 @@ def assert_as_the_oracle(counts: list[int], dtype: torch.dtype, device: str, tol
 
 
 def assert_rows_depend_on_themselves_alone(dtype: torch.dtype, device: str) -> None:
-    """Bit for bit: among other rows, and in another run, every row has the same result and gradients."""
+    """Among other rows, and in another run, every row has results and gradients that are bitwise equal."""
     both, alone = [5, 0, 700, 1], [0, 0, 300, 0]
     inputs = case(both, dtype, device)
     chosen = slice(5 + 100, 5 + 400)

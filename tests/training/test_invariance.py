@@ -1,4 +1,5 @@
-"""One batch, cut in every way: the same loss and gradient norm; with the canonical reduction the same bits."""
+"""One batch in every layout and packing has the same loss and gradient norm; with the canonical reduction gradients are
+bitwise equal."""
 
 from __future__ import annotations
 
@@ -48,12 +49,12 @@ class Cut(NamedTuple):
 CUTS = [Cut(300, 1, 0), Cut(64, 1, 1), Cut(90, 4, 2)]
 
 
-def standing(trainer: Trainer) -> TrainerRank:
+def trainer_rank(trainer: Trainer) -> TrainerRank:
     return TrainerRank(trainer.data_parallel_rank, trainer.data_parallel_size, trainer.reports)
 
 
 def own_body(trainer: Trainer, batch: list[TrainSequence], cut: Cut | None, leaves: int) -> TrainStep:
-    """What the controller would send this rank."""
+    """Return the body of the command that the controller would send to this rank."""
     size = trainer.data_parallel_size
     if cut is None:
         packing = pack_leaves([len(s.tokens) for s in batch], data_parallel_size=size, leaves=leaves)
@@ -62,7 +63,7 @@ def own_body(trainer: Trainer, batch: list[TrainSequence], cut: Cut | None, leav
         batch = [batch[i] for i in order]
         lengths = [len(s.tokens) for s in batch]
         packing = pack(lengths, data_parallel_size=size, max_tokens=cut.max_tokens, multiple=cut.multiple)
-    (body,) = bodies(packing, batch, [standing(trainer)], TrainStep)
+    (body,) = bodies(packing, batch, [trainer_rank(trainer)], TrainStep)
     return body  # type: ignore[return-value]
 
 
@@ -77,7 +78,7 @@ def steps_of_cuts(run: Config, cuts: list[Cut]) -> list[Result]:
     results = []
     for cut in cuts:
         result = trainer.train_step(own_body(trainer, BATCH, cut, 0).micro_batches)
-        results.append(Result(result, standing(trainer)))
+        results.append(Result(result, trainer_rank(trainer)))
     return results
 
 
@@ -123,10 +124,10 @@ ADAM = {"lr": 1e-2, "clip_grad": 1.0}
 
 
 def trained(run: Config, cut: Cut | None) -> tuple[list[Result], Held]:
-    """Three updates; ``cut`` None: as the canonical reduction wants it."""
+    """Make three updates; ``cut`` None: with the packing that the canonical reduction requires."""
     trainer = build(run)
     body = own_body(trainer, BATCH, cut, LEAVES)
-    results = [Result(trainer.train_step(body.micro_batches), standing(trainer)) for _ in range(3)]
+    results = [Result(trainer.train_step(body.micro_batches), trainer_rank(trainer)) for _ in range(3)]
     return results, held(trainer)
 
 
@@ -162,8 +163,8 @@ def test_canonical_reduction_is_bitwise_over_data_parallel_sizes(
             assert same_weights[tensor].tobytes() == value.tobytes(), tensor
 
 
-def test_without_it_bits_differ(ranks: Ranks) -> None:
-    """So the test above can tell."""
+def test_without_it_weights_are_not_bitwise_equal(ranks: Ranks) -> None:
+    """Or the test above could not fail."""
     (_, one), (_, two) = (run_of(ranks, dp, {}, CUTS[0]) for dp in (1, 2))
     assert len(one) > 5
     assert any(one[name].tobytes() != value.tobytes() for name, value in two.items())
@@ -180,5 +181,5 @@ def leaves_that_do_not_divide(run: Config) -> str:
 def test_more_ranks_than_leaves(ranks: Ranks) -> None:
     run = config("qwen3", train={"reduction_leaves": 1})
     assert set(ranks.run(2, leaves_that_do_not_divide, run)) == {
-        "reduction_leaves 1 is no multiple of the data-parallel size 2"
+        "reduction_leaves 1 is not a multiple of the data-parallel size 2"
     }

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from miles_spmd.training import log_probs as module
-from miles_spmd.training.log_probs import Distribution, linear_log_probs, log_probs_of, top_candidates
+from miles_spmd.training import output_layer
+from miles_spmd.training.candidates import log_probs_of, top_candidates
+from miles_spmd.training.log_probs import Distribution, linear_log_probs
+from miles_spmd.training.output_layer import OutputLayer
 from tests.ranks import Ranks
 
 ROWS, HIDDEN, VOCAB, PADDED = 9, 6, 11, 14
@@ -29,8 +31,8 @@ Case = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def case(dtype: torch.dtype = torch.float32) -> Case:
-    """Hidden states, weight with rows of padding, targets everywhere in the vocabulary (likely ones and very unlikely
-    ones), gradients of both outputs. Logits of row 0 are large, of row 1 equal, of row 2 far apart."""
+    """Return hidden states, a weight with rows of padding, targets everywhere in the vocabulary (likely and very
+    unlikely ones), and gradients of both outputs. Logits of row 0 are large, of row 1 equal, of row 2 far apart."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(ROWS, HIDDEN, generator=generator)
     weight = torch.randn(PADDED, HIDDEN, generator=generator)
@@ -44,7 +46,8 @@ def case(dtype: torch.dtype = torch.float32) -> Case:
 
 
 def kept_tokens(row: list[float], target: int, distribution: Distribution) -> list[int]:
-    """Of one row of logits: those that top-k and top-p keep, equals together, and the target."""
+    """Return the tokens of one row of logits that top-k and top-p keep, equally likely ones together, and the
+    target."""
     scaled = [math.exp((x - max(row)) / distribution.temperature) for x in row]
     kept = {target}
     for token, x in enumerate(row):
@@ -59,7 +62,7 @@ def kept_tokens(row: list[float], target: int, distribution: Distribution) -> li
 def oracle(
     hidden: Tensor, weight: Tensor, targets: Tensor, grads: tuple[Tensor, Tensor], distribution: Distribution
 ) -> list[Tensor]:
-    """Log-probs, entropy and the gradients of hidden states and of the weight, in float64, row by row."""
+    """Return log-probs, entropy and the gradients of hidden states and of the weight, in float64, row by row."""
     h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
     log_probs, entropies = [], []
     for row, target in zip(h, targets.tolist()):
@@ -74,25 +77,23 @@ def oracle(
 
 
 def actual(case: Case, distribution: Distribution, with_entropy: bool, max_logits: int) -> list[Tensor]:
-    """On each rank with its half of the vocabulary; the gradient of the weight is of that half."""
-    module.MAX_LOGITS = max_logits
+    """Return the same from the code under test: on each rank with its part of the vocabulary, as is the gradient of the
+    weight."""
+    output_layer.MAX_LOGITS = max_logits
     hidden, weight, targets, grad_log_probs, grad_entropy = case
     size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     h, w = hidden.clone().requires_grad_(), weight.chunk(size)[rank].clone().requires_grad_()
     log_probs, entropy = linear_log_probs(
         h,
-        w,
+        OutputLayer(w, VOCAB, rank * len(w), dist.group.WORLD if size > 1 else None),
         targets,
         distribution,
-        first_id=rank * len(w),
-        vocab_size=VOCAB,
-        group=dist.group.WORLD if size > 1 else None,
         differentiate_entropy=with_entropy,
     )
     assert entropy.requires_grad == with_entropy
     outputs, grads = ([log_probs, entropy], [grad_log_probs, grad_entropy])
     torch.autograd.backward(outputs[: 1 + with_entropy], [g.to(log_probs.dtype) for g in grads[: 1 + with_entropy]])
-    module.MAX_LOGITS = 2**27
+    output_layer.MAX_LOGITS = 2**27
     return [log_probs.detach(), entropy.detach(), h.grad, w.grad]
 
 
@@ -101,9 +102,9 @@ def expected(case: Case, distribution: Distribution, with_entropy: bool) -> list
     return oracle(hidden, weight, targets, (grad_log_probs, grad_entropy * with_entropy), distribution)
 
 
-def assert_close(got: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
+def assert_close(found: list[Tensor], reference: list[Tensor], tolerance: float) -> None:
     """Relative to the largest number of each row: logits of hundreds have no more digits than that."""
-    for name, a, b in zip(("log-probs", "entropy", "hidden", "weight"), got, wanted, strict=True):
+    for name, a, b in zip(("log-probs", "entropy", "hidden", "weight"), found, reference, strict=True):
         scale = b.abs().amax(-1, keepdim=True).clamp(min=1.0)
         assert ((a.double() - b).abs() <= tolerance * scale).all(), (name, (a - b).abs().max())
 
@@ -113,11 +114,11 @@ def assert_close(got: list[Tensor], wanted: list[Tensor], tolerance: float) -> N
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=str)
 def test_values_and_gradients(distribution: Distribution, with_entropy: bool, max_logits: int) -> None:
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
-        wanted = expected(case(dtype), distribution, with_entropy)
-        got = actual(case(dtype), distribution, with_entropy, max_logits)
-        assert_close(got, wanted, tolerance)
-        assert {tensor.dtype for tensor in got} == {dtype}
-        assert not got[3][VOCAB:].any()
+        reference = expected(case(dtype), distribution, with_entropy)
+        found = actual(case(dtype), distribution, with_entropy, max_logits)
+        assert_close(found, reference, tolerance)
+        assert {tensor.dtype for tensor in found} == {dtype}
+        assert not found[3][VOCAB:].any()
 
 
 @settings(max_examples=60, deadline=None)
@@ -142,25 +143,25 @@ def test_any_shape(
     assert_close(actual(random, distribution, True, max_logits), expected(random, distribution, True), 1e-12)
 
 
-WAYS = list(itertools.product(DISTRIBUTIONS, (False, True), (2**27, THREE_ROWS)))
+CASES = list(itertools.product(DISTRIBUTIONS, (False, True), (2**27, THREE_ROWS)))
 
 
 def split() -> list[list[Tensor]]:
-    return [actual(case(), *way) for way in WAYS]
+    return [actual(case(), *arguments) for arguments in CASES]
 
 
 def test_a_split_vocabulary_gives_the_same(ranks: Ranks) -> None:
     """7 tokens on one rank, 4 and padding on the other."""
-    for way, (log_probs, *parts), (others, *other_parts) in zip(WAYS, *ranks.run(2, split), strict=True):
-        assert torch.equal(log_probs, others), way
-        assert all(torch.equal(a, b) for a, b in zip(parts[:2], other_parts[:2], strict=False)), way
-        got = [log_probs, *parts[:2], torch.cat([parts[2], other_parts[2]])]
-        assert_close(got, expected(case(), *way[:2]), 1e-6)
+    for arguments, (log_probs, *parts), (others, *other_parts) in zip(CASES, *ranks.run(2, split), strict=True):
+        assert torch.equal(log_probs, others), arguments
+        assert all(torch.equal(a, b) for a, b in zip(parts[:2], other_parts[:2], strict=False)), arguments
+        found = [log_probs, *parts[:2], torch.cat([parts[2], other_parts[2]])]
+        assert_close(found, expected(case(), *arguments[:2]), 1e-6)
 
 
 @pytest.mark.parametrize("cut", [PLAIN, WARM, Distribution(top_k=4), Distribution(0.9, top_p=0.8)], ids=str)
 def test_gradient_of_logits_through_what_transformers_cuts(cut: Distribution) -> None:
-    """The identity as the output layer makes hidden states logits. Targets are drawn from what is left."""
+    """With the identity as the output layer, hidden states are logits. Targets are sampled from what is left."""
     generator = torch.Generator().manual_seed(1)
     rows, vocabulary = 200, 37
     logits = (3 * torch.randn(rows, vocabulary, generator=generator)).requires_grad_()
@@ -174,14 +175,14 @@ def test_gradient_of_logits_through_what_transformers_cuts(cut: Distribution) ->
     targets = torch.multinomial(log_p.exp().detach(), 1, generator=generator)
     grads = torch.randn(rows, generator=generator)
     (log_p.gather(1, targets)[:, 0] * grads).sum().backward()
-    log_probs, _ = linear_log_probs(logits, torch.eye(vocabulary), targets[:, 0], cut, vocab_size=vocabulary)
+    log_probs, _ = linear_log_probs(logits, OutputLayer(torch.eye(vocabulary), vocabulary), targets[:, 0], cut)
     (log_probs * grads).sum().backward()
     torch.testing.assert_close(log_probs.double(), log_p.gather(1, targets)[:, 0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(logits.grad.double(), z.grad, rtol=1e-6, atol=1e-6)
 
 
 def bf16_gradients_of_weight(device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """In one chunk, in many, and as it should be; what else comes out is checked here."""
+    """Return the gradient in one chunk, in many, and exact; other results are checked here."""
     dtype = torch.bfloat16
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(256, 16, generator=generator).to(device, dtype)
@@ -211,10 +212,10 @@ def test_bf16_is_rounded_once() -> None:
 
 
 def test_a_target_out_of_the_cut_stays_possible() -> None:
-    """And what else is kept loses exactly what it gains."""
+    """And the other kept tokens lose exactly the probability that it gains."""
     logits = torch.tensor([[3.0, 2.0, 1.0, -1.0]])
     target = torch.tensor([3])
-    log_probs, entropy = linear_log_probs(logits, torch.eye(4), target, Distribution(top_k=2), vocab_size=4)
+    log_probs, entropy = linear_log_probs(logits, OutputLayer(torch.eye(4), 4), target, Distribution(top_k=2))
     kept = logits[0, [0, 1, 3]].log_softmax(0)
     torch.testing.assert_close(log_probs[0], kept[2])
     torch.testing.assert_close(entropy[0], -(kept.exp() * kept).sum())
@@ -223,30 +224,30 @@ def test_a_target_out_of_the_cut_stays_possible() -> None:
 def test_no_rows_and_frozen_sides() -> None:
     hidden, weight, targets, *_ = case()
     hidden.requires_grad_()
-    log_probs, entropy = linear_log_probs(hidden[:0], weight, targets[:0], CUT, vocab_size=VOCAB)
+    log_probs, entropy = linear_log_probs(hidden[:0], OutputLayer(weight, VOCAB), targets[:0], CUT)
     assert log_probs.shape == entropy.shape == (0,)
     log_probs.sum().backward()
     assert not hidden.grad.any()
     hidden.grad = None
     for frozen, moving in ((hidden, weight), (weight, hidden)):
         frozen.requires_grad_(False), moving.requires_grad_()
-        linear_log_probs(hidden, weight, targets, PLAIN, vocab_size=VOCAB)[0].sum().backward()
+        linear_log_probs(hidden, OutputLayer(weight, VOCAB), targets, PLAIN)[0].sum().backward()
         assert frozen.grad is None
         assert moving.grad is not None
         moving.grad = None
 
 
 def candidates(max_logits: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    module.MAX_LOGITS = max_logits
+    output_layer.MAX_LOGITS = max_logits
     hidden, weight, *_ = case()
     size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     part = weight.chunk(size)[rank]
-    where = {"first_id": rank * len(part), "vocab_size": VOCAB, "group": dist.group.WORLD if size > 1 else None}
+    layer = OutputLayer(part, VOCAB, rank * len(part), dist.group.WORLD if size > 1 else None)
     found = []
     for k in (1, 4, VOCAB):
-        ids, log_probs = top_candidates(hidden, part, k, WARM, **where)
-        found.append((ids, log_probs, log_probs_of(hidden, part, ids.flip(1), WARM, **where)))
-    module.MAX_LOGITS = 2**27
+        ids, log_probs = top_candidates(hidden, layer, k, WARM)
+        found.append((ids, log_probs, log_probs_of(hidden, layer, ids.flip(1), WARM)))
+    output_layer.MAX_LOGITS = 2**27
     return found
 
 
@@ -261,21 +262,21 @@ def test_candidates(ranks: Ranks, world_size: int, max_logits: int) -> None:
             assert torch.equal(ids.long(), order)
             assert (ids.dtype, log_probs.dtype) == (torch.int32, torch.float32)
             scale = values.abs().amax(1, keepdim=True).clamp(min=1.0)
-            for got in (log_probs, again.flip(1)):
-                assert ((got.double() - values).abs() <= 1e-6 * scale).all()
+            for actual_log_probs in (log_probs, again.flip(1)):
+                assert ((actual_log_probs.double() - values).abs() <= 1e-6 * scale).all()
 
 
 def test_candidates_that_make_no_sense() -> None:
     hidden, weight, targets, *_ = case()
+    layer = OutputLayer(weight, VOCAB)
     with pytest.raises(ValueError, match="12 candidates of a vocabulary of 11 tokens"):
-        top_candidates(hidden, weight, VOCAB + 1, PLAIN, vocab_size=VOCAB)
+        top_candidates(hidden, layer, VOCAB + 1, PLAIN)
     with pytest.raises(ValueError, match="whole vocabulary"):
-        top_candidates(hidden, weight, 2, CUT, vocab_size=VOCAB)
+        top_candidates(hidden, layer, 2, CUT)
     with pytest.raises(ValueError, match="whole vocabulary"):
-        log_probs_of(hidden, weight, targets[:, None], CUT, vocab_size=VOCAB)
+        log_probs_of(hidden, layer, targets[:, None], CUT)
 
 
 def test_a_rank_without_tokens_is_refused() -> None:
-    hidden, weight, targets, *_ = case()
     with pytest.raises(ValueError, match="from 14 on has none of a vocabulary of 11"):
-        linear_log_probs(hidden, weight, targets, PLAIN, first_id=PADDED, vocab_size=VOCAB)
+        OutputLayer(case()[1], VOCAB, first_id=PADDED)

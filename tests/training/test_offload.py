@@ -1,4 +1,4 @@
-"""Training with a trainer that gives its memory away between steps is training with one that does not."""
+"""Training with offloading between steps gives the same results as training without."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ BATCH = sequences((5, 17, 40, 9, 30, 31, 2, 12))
 
 
 def steps(run: Config, offload: bool) -> tuple[list[Any], Any, int, int]:
-    """What three steps and the log-probs between them give; bytes moved out, and those of weights."""
+    """Return the results of three steps and of the log-probs between them, the weights, the bytes moved out, and the
+    bytes of weights."""
     trainer = build(run)
     weights = trainer.weights()
     results, moved = [], 0
@@ -24,15 +25,15 @@ def steps(run: Config, offload: bool) -> tuple[list[Any], Any, int, int]:
         results.append(trainer.train_step(share(BATCH, trainer)))
         if offload:
             before = {name: weight.clone() for name, weight in weights.items()}
-            moved = trainer.move_out()
-            assert trainer.move_out() == 0
+            moved = trainer.offload.move_out()
+            assert trainer.offload.move_out() == 0
             assert trainer._chunks
             for chunk in trainer._chunks:
                 assert chunk.buffers
                 assert all(buffer.grad_data.untyped_storage().nbytes() == 0 for buffer in chunk.buffers)
             for name, weight in weights.items():  # a refit reads them meanwhile
                 assert torch.equal(weight, before[name]), name
-            assert trainer.move_in() == moved
+            assert trainer.offload.move_in() == moved
         results.append(trainer.log_probs(share(BATCH, trainer)))
     return results, held(trainer), moved, sum(weight.nbytes for weight in weights.values())
 

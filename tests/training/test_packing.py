@@ -36,7 +36,7 @@ lengths_of_a_batch = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 def test_every_trained_token_is_scored_once(
     lengths: list[int], cp_size: int, tp_size: int, extra: int, multiple: int
 ) -> None:
-    """Over the ranks of a context-parallel group; with its own target, weight and values, by the position before it."""
+    """Over the ranks of a context-parallel group: by the position before it, with its own target, weight and values."""
     batch = sequences(lengths)
     everything = Coordinates(0, tp_size, 0, cp_size, None, 0, 1, 0, 1, 0, 1, 0, 1)
     granule = 2 * cp_size * tp_size
@@ -100,7 +100,7 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
 @settings(max_examples=25, deadline=None)
 @given(lengths_of_a_batch, st.sampled_from([1, 2, 4]))
 def test_attention(with_kernels: bool, lengths: list[int], cp_size: int) -> None:
-    """Each context-parallel rank's queries, on all ranks' keys; values and gradients."""
+    """Values and gradients of each context-parallel rank's queries over all ranks' keys."""
     whole = [-(-n // (2 * cp_size)) * 2 * cp_size for n in lengths]
     generator = torch.Generator().manual_seed(sum(lengths))
     q, k, v, g = (torch.randn(sum(whole), heads, 8, generator=generator) for heads in (4, 2, 2, 4))
@@ -128,7 +128,8 @@ def test_attention(with_kernels: bool, lengths: list[int], cp_size: int) -> None
 
 
 def zigzag(starts: list[int], rank: int, size: int) -> Tensor:
-    """Positions of the stream on one rank: chunk ``rank`` from the front and from the back of each sequence."""
+    """Return the positions of the stream on one rank: chunk ``rank`` from the front and from the back of each
+    sequence."""
     if size == 1:
         return torch.arange(starts[-1])
     chunks = [torch.arange(a, b).chunk(2 * size) for a, b in itertools.pairwise(starts)]

@@ -60,7 +60,8 @@ CASES = [
 
 
 def policy_loss(sequence: TrainSequence, log_probs: Tensor, entropy: Tensor) -> Tensor:
-    """Of one sequence, written from the papers: PPO's clip with two bounds, entropy bonus, k3 of KL(policy || ref)."""
+    """Return the loss of one sequence, written from the papers: PPO's clip with two bounds, entropy bonus, k3 of
+    KL(policy || ref)."""
     weights, advantages, old, ref = (
         torch.from_numpy(x)
         for x in (sequence.loss_weights, sequence.advantages, sequence.old_log_probs, sequence.ref_log_probs)
@@ -83,7 +84,7 @@ def oracle(name: str) -> tuple[list[np.ndarray], float, dict[str, np.ndarray]]:
 def test_log_probs_loss_and_gradient(ranks: Ranks, name: str, layout: str) -> None:
     world_size, table = LAYOUTS[layout]
     run = config(name, table | PLAIN_SGD, rollout={"rollout_temperature": TEMPERATURE}, algorithm=ALGORITHM)
-    count = 4 if layout == "VPP2" else 2  # with two, interleaved stages never have two messages under way
+    count = 4 if layout == "VPP2" else 2  # with two, interleaved stages never have two messages in flight
     steps: list[Step] = ranks.run(world_size, one_step, run, BATCH, count)
 
     log_probs, loss, gradient = oracle(name)

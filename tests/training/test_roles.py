@@ -97,17 +97,18 @@ def dealt(batch: Sequence[TrainSequence], network: Network) -> list[MicroBatch]:
 
 
 def one_update(run: Config, batch: list[TrainSequence], role: Role) -> tuple[Any, float, Held, Held, dict[str, float]]:
-    """What the network says of its share of ``batch``, by first token; gradient norm; weights before and after."""
+    """Return the scores of this replica's share of ``batch``, by tokens; the gradient norm; weights before and after;
+    the loss's sums."""
     roles = Roles(run)
     trainer = roles.trainer(role)
     micro_batches = dealt(batch, trainer)
     is_value = role is Role.CRITIC or run.run.mode == "rm"
-    said = trainer.values(micro_batches).values if is_value else trainer.log_probs(micro_batches).log_probs
+    scores = trainer.values(micro_batches).values if is_value else trainer.log_probs(micro_batches).log_probs
     before, actor = held(trainer), held(roles.actor)
     result = trainer.train_step(micro_batches)
     if role is Role.CRITIC:
         assert all(np.array_equal(value, actor.weights[name]) for name, value in held(roles.actor).weights.items())
-    keyed = [(s.tokens.tobytes(), v) for s, v in zip(chain(*micro_batches), said or [])]
+    keyed = [(s.tokens.tobytes(), v) for s, v in zip(chain(*micro_batches), scores or [])]
     return keyed, result.grad_norm, before, held(trainer), result.sums[0] if trainer.reports else {}
 
 
@@ -115,7 +116,7 @@ def one_update(run: Config, batch: list[TrainSequence], role: Role) -> tuple[Any
 
 
 def oracle_values(model: Any, tokens: np.ndarray) -> Tensor:
-    """The head's output at the position before each token; 0 for the first."""
+    """Return the head's output at the position before each token; 0 for the first."""
     hidden = model.model(input_ids=torch.from_numpy(tokens.astype(np.int64))[None]).last_hidden_state[0]
     return torch.cat((torch.zeros(1), model.score(hidden[:-1])[:, 0]))
 
@@ -124,17 +125,17 @@ def check(
     steps: list[Any],
     model: Any,
     batch: list[TrainSequence],
-    said: Callable[[np.ndarray], Tensor],
+    scores: Callable[[np.ndarray], Tensor],
     loss: Tensor,
     value_head: bool,
 ) -> None:
-    """What every rank said, the loss, and the update against transformers and autograd."""
+    """Compare every rank's scores, the loss and the update with transformers and autograd."""
     loss.backward()
     gradient = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
-    expected = {s.tokens.tobytes(): (s.loss_weights != 0, said(s.tokens).detach().numpy()) for s in batch}
-    answers = [pair for keyed, *_ in steps for pair in keyed]
-    assert {key for key, _ in answers} == expected.keys()
-    for key, values in answers:
+    expected = {s.tokens.tobytes(): (s.loss_weights != 0, scores(s.tokens).detach().numpy()) for s in batch}
+    found = [pair for keyed, *_ in steps for pair in keyed]
+    assert {key for key, _ in found} == expected.keys()
+    for key, values in found:
         trained, theirs = expected[key]
         np.testing.assert_allclose(values[1:], np.where(trained, theirs, 0)[1:], rtol=0, atol=3e-6)
     assert sum(sums.get("loss", 0.0) for *_, sums in steps) == pytest.approx(loss.item(), rel=1e-6, abs=2e-6)
@@ -142,7 +143,7 @@ def check(
     norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradient.values()))
     assert [step[1] for step in steps] == pytest.approx([norm] * len(steps), rel=1e-5)
     for tensor, value in gradient.items():
-        rounding = 2e-6 * max(1.0, np.abs(value).max())  # of the update, and of fp32 sums in another order
+        rounding = 2e-6 * max(1.0, np.abs(value).max())  # of the update, and of fp32 sums in another reduction order
         np.testing.assert_allclose(before[tensor] - after[tensor], value, rtol=1e-4, atol=rounding, err_msg=tensor)
 
 
@@ -198,30 +199,30 @@ def test_preferences(ranks: Ranks, layout: str, kind: str) -> None:
     check(steps, model, PAIRS, lambda tokens: oracle_scores(model, tokens)[0], loss, False)
 
 
-def torn_pair(run: Config) -> str:
+def incomplete_pair(run: Config) -> str:
     with pytest.raises(ValueError, match="pairs") as raised:
         Roles(run).actor.train_step([PAIRS[:3]])
     return str(raised.value)
 
 
-def test_a_pair_is_not_parted(ranks: Ranks) -> None:
-    (message,) = ranks.run(1, torn_pair, config("qwen3", run={"mode": "dpo"}))
+def test_a_pair_must_be_in_one_micro_batch(ranks: Ranks) -> None:
+    (message,) = ranks.run(1, incomplete_pair, config("qwen3", run={"mode": "dpo"}))
     assert "3 sequences; each pair's two must be in one" in message
 
 
 # --- teacher ---------------------------------------------------------------------------------------------------------
 
 
-def teacher_says(run: Config) -> tuple[bytes, LogProbsResult, LogProbsResult]:
+def teacher_candidates(run: Config) -> tuple[bytes, LogProbsResult, LogProbsResult]:
     roles = Roles(run)
     micro_batches = dealt(BATCH, roles.actor)
     with roles.network(Role.TEACHER) as teacher:
         likely = teacher.log_probs(micro_batches, top_k=5)
     candidates = [likely.candidates]
-    dist.broadcast_object_list(candidates)  # as the controller tells every rank
+    dist.broadcast_object_list(candidates)  # as the controller sends them to every rank
     order = list(chain(*micro_batches))
-    asking = [msgspec.structs.replace(s, candidates=c) for s, c in zip(order, candidates[0] or [])]
-    halves = [asking[: len(micro_batches[0])], asking[len(micro_batches[0]) :]]
+    with_candidates = [msgspec.structs.replace(s, candidates=c) for s, c in zip(order, candidates[0] or [])]
+    halves = [with_candidates[: len(micro_batches[0])], with_candidates[len(micro_batches[0]) :]]
     with roles.network(Role.ACTOR) as actor:
         given = actor.log_probs(halves)
     return b"".join(s.tokens.tobytes() for s in order), likely, given
@@ -232,11 +233,12 @@ def test_teacher_of_another_family(ranks: Ranks, layout: str) -> None:
     world_size, table = LAYOUTS[layout]
     algorithm = {"opd_kl_coef": 1.0, "opd_log_prob_top_k": 5}
     run = config("qwen3", table, algorithm=algorithm, model={"teacher_load": str(tiny.checkpoint("qwen2"))})
-    tokens, likely, given = ranks.run(world_size, teacher_says, run)[0]
+    tokens, likely, given = ranks.run(world_size, teacher_candidates, run)[0]
     student, teacher = tiny.build("qwen3"), tiny.build("qwen2")
     by_tokens = {s.tokens.tobytes(): s for s in BATCH}
     start = 0
-    for i, log_probs in enumerate(likely.log_probs or []):
+    assert likely.log_probs
+    for i, log_probs in enumerate(likely.log_probs):
         key = tokens[start : start + 4 * len(log_probs)]
         start += len(key)
         sequence = by_tokens[key]
@@ -256,7 +258,7 @@ def test_teacher_of_another_family(ranks: Ranks, layout: str) -> None:
     assert start == len(tokens)
 
 
-# --- copies of the actor ---------------------------------------------------------------------------------------------
+# --- snapshots of the actor ------------------------------------------------------------------------------------------
 
 
 def log_probs_of(roles: Roles, role: Role) -> np.ndarray:
@@ -264,33 +266,33 @@ def log_probs_of(roles: Roles, role: Role) -> np.ndarray:
         return np.concatenate(network.log_probs(dealt(BATCH, network)).log_probs or [np.zeros(1)])
 
 
-def copies_while_training(run: Config) -> dict[str, np.ndarray]:
+def snapshots_while_training(run: Config) -> dict[str, np.ndarray]:
     roles = Roles(run)
     storage = {name: weight.data_ptr() for name, weight in roles.actor.weights().items()}
-    said = {"first": log_probs_of(roles, Role.ACTOR), "ref": log_probs_of(roles, Role.REF)}
+    log_probs = {"first": log_probs_of(roles, Role.ACTOR), "ref": log_probs_of(roles, Role.REF)}
     for _ in range(3):
         roles.actor.train_step(dealt(BATCH, roles.actor))
-    said |= {"trained": log_probs_of(roles, Role.ACTOR), "ref after": log_probs_of(roles, Role.REF)}
-    said["old actor"] = log_probs_of(roles, Role.OLD_ACTOR)
-    roles.keep(Role.REF)
-    said |= {"ref refreshed": log_probs_of(roles, Role.REF), "again": log_probs_of(roles, Role.ACTOR)}
+    log_probs |= {"trained": log_probs_of(roles, Role.ACTOR), "ref after": log_probs_of(roles, Role.REF)}
+    log_probs["old actor"] = log_probs_of(roles, Role.OLD_ACTOR)
+    roles.snapshot(Role.REF)
+    log_probs |= {"ref refreshed": log_probs_of(roles, Role.REF), "again": log_probs_of(roles, Role.ACTOR)}
     assert storage == {name: weight.data_ptr() for name, weight in roles.actor.weights().items()}
-    return said
+    return log_probs
 
 
 @pytest.mark.parametrize("table", [{}, TP2 | SP, ZERO], ids=["DP2", "TP2+SP", "DP2+distributed"])
-def test_copies_stay_while_the_actor_learns(ranks: Ranks, table: dict[str, Any]) -> None:
+def test_snapshots_stay_while_the_actor_learns(ranks: Ranks, table: dict[str, Any]) -> None:
     lagging = {"refit": {"update_weights_interval": 2}}
     run = config("qwen3", table | {"lr": 1e-2}, algorithm=KL | {"keep_old_actor": True}, **lagging)
-    said = ranks.run(2, copies_while_training, run)[0]
+    log_probs = ranks.run(2, snapshots_while_training, run)[0]
     for name in ("ref", "ref after", "old actor"):
-        np.testing.assert_array_equal(said[name], said["first"])
+        np.testing.assert_array_equal(log_probs[name], log_probs["first"])
     for name in ("ref refreshed", "again"):
-        np.testing.assert_array_equal(said[name], said["trained"])
-    assert np.abs(said["trained"] - said["first"]).max() > 0.1
+        np.testing.assert_array_equal(log_probs[name], log_probs["trained"])
+    assert np.abs(log_probs["trained"] - log_probs["first"]).max() > 0.1
 
 
-def first_words(run: Config, role: Role) -> np.ndarray:
+def first_log_probs(run: Config, role: Role) -> np.ndarray:
     return log_probs_of(Roles(run), role)
 
 
@@ -300,8 +302,8 @@ def test_reference_from_another_checkpoint(ranks: Ranks, tmp_path: Path) -> None
         other.lm_head.weight.mul_(1.5)
     other.save_pretrained(tmp_path)
     run = config("qwen3", algorithm=KL, model={"ref_load": str(tmp_path)})
-    (actor,), (ref,) = (ranks.run(1, first_words, run, role) for role in (Role.ACTOR, Role.REF))
-    (expected,) = ranks.run(1, first_words, config("qwen3", model={"hf_checkpoint": str(tmp_path)}), Role.ACTOR)
+    (actor,), (ref,) = (ranks.run(1, first_log_probs, run, role) for role in (Role.ACTOR, Role.REF))
+    (expected,) = ranks.run(1, first_log_probs, config("qwen3", model={"hf_checkpoint": str(tmp_path)}), Role.ACTOR)
     np.testing.assert_array_equal(ref, expected)
     assert np.abs(actor - ref).max() > 0.1
 
@@ -313,7 +315,7 @@ def missing_role(run: Config, role: Role) -> str:
 
 
 @pytest.mark.parametrize("role", [Role.REF, Role.CRITIC, Role.TEACHER, Role.OLD_ACTOR])
-def test_a_role_must_be_there(ranks: Ranks, role: Role) -> None:
+def test_a_role_that_the_run_does_not_have(ranks: Ranks, role: Role) -> None:
     (message,) = ranks.run(1, missing_role, config("qwen3"), role)
     assert f"no {role}" in message
 
@@ -322,7 +324,8 @@ def test_a_role_must_be_there(ranks: Ranks, role: Role) -> None:
 
 
 def interrupted(run: Config, folder: str, stop: bool) -> list[dict[str, np.ndarray]]:
-    """Two steps of actor and critic and a fresh reference, perhaps saved and loaded by other objects, and two more."""
+    """Make two steps of actor and critic and a new reference, with ``stop`` save and load it all by new objects, and
+    make two more steps."""
 
     def steps(roles: Roles) -> None:
         for _ in range(2):
@@ -331,7 +334,7 @@ def interrupted(run: Config, folder: str, stop: bool) -> list[dict[str, np.ndarr
 
     roles = Roles(run)
     steps(roles)
-    roles.keep(Role.REF)
+    roles.snapshot(Role.REF)
     if stop:
         roles.save(folder)
         del roles
@@ -362,16 +365,16 @@ def exported_reward_model(run: Config, folder: str) -> list[np.ndarray]:
     roles = Roles(run)
     roles.actor.train_step(dealt(PAIRS, roles.actor))
     roles.actor.export(folder, run.model.hf_checkpoint)
-    said = roles.actor.values([PAIRS]).values
-    return said or []
+    return roles.actor.values([PAIRS]).values or []
 
 
 @pytest.mark.parametrize("layout", ["TP2+SP", "PP2"])
 def test_a_reward_model_is_transformers_classifier(ranks: Ranks, tmp_path: Path, layout: str) -> None:
-    """From a policy: its head begins with zeros, and is there after a step."""
+    """Trained from a policy's checkpoint: the head starts with zeros, and is exported after a step."""
     world_size, table = LAYOUTS[layout]
     run = config("qwen3", table | PLAIN_SGD | {"lr": 0.1}, run={"mode": "rm"})
-    says = [said for said in ranks.run(world_size, exported_reward_model, run, str(tmp_path / "export")) if said]
+    per_rank = ranks.run(world_size, exported_reward_model, run, str(tmp_path / "export"))
+    scores = next(values for values in per_rank if values)
     model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "export", output_loading_info=True
     )
@@ -379,7 +382,7 @@ def test_a_reward_model_is_transformers_classifier(ranks: Ranks, tmp_path: Path,
     assert not report["unexpected_keys"]
     assert model.config.num_labels == 1
     assert model.score.weight.abs().max() > 0.01
-    for sequence, values in zip(PAIRS, says[0], strict=True):
+    for sequence, values in zip(PAIRS, scores, strict=True):
         trained = sequence.loss_weights != 0
         with torch.no_grad():
             theirs = oracle_values(model, sequence.tokens).numpy()

@@ -1,5 +1,5 @@
-"""The head's kernels, run by Triton's interpreter: what the tensor operations give, and a softmax in float64. Compiled
-for a GPU, they add up in the order of the engine's."""
+"""The head's kernels, run by Triton's interpreter, against the tensor operations and a softmax in float64. Compiled for
+a GPU, they have the reduction order of the engine's kernel."""
 
 from __future__ import annotations
 
@@ -43,26 +43,26 @@ for dtype, columns, temperature, with_entropy in itertools.product(
     loss = (grad * log_p_of).sum() + with_entropy * (grad_entropy * entropy).sum()
     expected = torch.autograd.grad(loss, v)[0] / temperature
 
-    way = dtype, columns, temperature, with_entropy
+    case = dtype, columns, temperature, with_entropy
     before = logits.clone()
     peak, *sums = softmax_kernel.measure(logits, temperature)
     assert torch.equal(logits, before), "measuring overwrites nothing"
-    assert torch.equal(peak, softmax.measure(logits.clone(), temperature)[0]), way
-    for got, wanted in zip(sums, softmax.measure(logits.double(), temperature)[1:]):
-        torch.testing.assert_close(got.double(), wanted, rtol=3e-6, atol=1e-5)
-    of_entropy = (entropy.detach().float(), grad_entropy) if with_entropy else None
-    arguments = temperature, peak, total.detach().float(), column, grad, of_entropy
+    assert torch.equal(peak, softmax.measure(logits.clone(), temperature)[0]), case
+    for found, exact in zip(sums, softmax.measure(logits.double(), temperature)[1:], strict=True):
+        torch.testing.assert_close(found.double(), exact, rtol=3e-6, atol=1e-5)
+    entropy_and_grad = (entropy.detach().float(), grad_entropy) if with_entropy else None
+    arguments = temperature, peak, total.detach().float(), column, grad, entropy_and_grad
     reference = softmax.differentiate(logits.clone(), *arguments)
     gradient = softmax_kernel.differentiate(logits, *arguments)
-    assert gradient is logits, way
+    assert gradient is logits, case
     tolerance = 2**-7 if dtype is torch.bfloat16 else 2e-6  # the interpreter cuts digits off
-    for wanted in (expected, reference.double()):
-        scale = wanted.abs() if dtype is torch.bfloat16 else wanted.abs().amax(-1, keepdim=True)
-        assert ((gradient.double() - wanted).abs() <= tolerance * scale + 2e-5).all(), way
+    for exact in (expected, reference.double()):
+        scale = exact.abs() if dtype is torch.bfloat16 else exact.abs().amax(-1, keepdim=True)
+        assert ((gradient.double() - exact).abs() <= tolerance * scale + 2e-5).all(), case
     sliced = logits.new_zeros(rows, columns + 7)[:, :columns].copy_(before)  # rows apart, each on its own
     for row in range(rows):
         alone = softmax_kernel.measure(sliced[row : row + 1], temperature)
-        assert all(torch.equal(a[0], b[row]) for a, b in zip(alone, (peak, *sums))), way
+        assert all(torch.equal(a[0], b[row]) for a, b in zip(alone, (peak, *sums))), case
 for empty in (softmax_kernel.measure(logits[:0], 1.0)):
     assert len(empty) == 0
 print("done")
@@ -79,7 +79,7 @@ def test_kernels() -> None:
 @pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
 @pytest.mark.parametrize("tokens", [18, 20, 32, 1000, 5003, 9496, 151_936])
 def test_a_thread_adds_as_many_neighbours_as_in_the_engines_kernel(ranks: Ranks, tokens: int, dtype: str) -> None:
-    """The order of a sum on a GPU depends on them."""
+    """The reduction order on a GPU depends on how many neighbours a thread holds."""
     [(trainers, engines)] = ranks.run(1, both_neighbours, tokens, dtype)
     assert trainers == engines == [min(4, tokens & -tokens)]
 
@@ -97,7 +97,8 @@ def both_neighbours(tokens: int, dtype: str) -> tuple[list[int], list[int]]:
 
 
 def neighbours(kernel: JITFunction[Any], values: dict[str, Any], types: dict[str, str]) -> list[int]:
-    """Held by a thread, in each sum of a block in a compiled kernel. Arguments that have no type point to fp32."""
+    """Return how many neighbours a thread holds in each sum of a block in a compiled kernel, read from its code.
+    Arguments that have no type point to fp32."""
     fixed = {parameter.name: values[parameter.name] for parameter in kernel.params if parameter.is_constexpr}
     signature = {name: "constexpr" if name in fixed else types.get(name, "*fp32") for name in kernel.arg_names}
     aligned: Any = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}

@@ -1,4 +1,4 @@
-"""What a step may not depend on, and what a bad step may not touch."""
+"""What a step must not depend on, and what a step that is skipped must not change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from miles_spmd.algorithms.losses import SupervisedLoss
 from miles_spmd.config.schema import Config
 from miles_spmd.models import load_family
-from miles_spmd.training import log_probs as head
+from miles_spmd.training import output_layer
 from miles_spmd.training.model import unwrap
 from miles_spmd.training.trainer import Trainer
 from miles_spmd.types.token_batch import TokenBatch
@@ -74,7 +74,7 @@ def test_packing_changes_nothing(ranks: Ranks, layout: dict[str, Any], loss_type
             np.testing.assert_allclose(value, outcomes[0][2][name], rtol=0, atol=2e-6, err_msg=name)
 
 
-def test_one_sequence_ratio_is_shared_by_its_tokens(ranks: Ranks) -> None:
+def test_a_sequences_tokens_share_one_ratio(ranks: Ranks) -> None:
     """GSPO against the formula: each trained token of a sequence has the loss of the sequence's mean log-ratio."""
     sequence = msgspec.structs.replace(BATCH[2], advantages=np.full(40, -0.7, np.float32))
     run = config("qwen3", CP2, algorithm={"loss_type": "gspo", "eps_clip": 1e9})
@@ -227,11 +227,11 @@ def test_recomputation_is_exact(ranks: Ranks, recompute: dict[str, Any]) -> None
 
 def update_with_little_memory(run: Config, micro_batches: list[MicroBatch]) -> Any:
     """At most 10 positions' logits at once."""
-    head.MAX_LOGITS, usual = 10 * 98, head.MAX_LOGITS
+    output_layer.MAX_LOGITS, usual = 10 * 98, output_layer.MAX_LOGITS
     try:
         return update(run, micro_batches)
     finally:
-        head.MAX_LOGITS = usual
+        output_layer.MAX_LOGITS = usual
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-tied"])
@@ -239,6 +239,7 @@ def update_with_little_memory(run: Config, micro_batches: list[MicroBatch]) -> A
 def test_logits_in_parts_change_nothing(ranks: Ranks, layout: dict[str, Any], name: str) -> None:
     run = config(name, layout | PLAIN_SGD, rollout={"rollout_temperature": 0.7}, **RL)
     at_once, in_parts = (ranks.run(2, f, run, [BATCH]) for f in (update, update_with_little_memory))
+    assert any(log_probs for _, log_probs, _ in at_once)
     for (_, log_probs, weights), (_, same_log_probs, same_weights) in zip(at_once, in_parts):
         assert (log_probs is None) == (same_log_probs is None)
         for ours, theirs in zip(log_probs or (), same_log_probs or ()):

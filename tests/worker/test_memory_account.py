@@ -58,7 +58,7 @@ def turns(run: Config) -> tuple[list[Any], dict[str, np.ndarray], list[str]]:
         assert {span for output in outputs.values() for span in output.weight_versions} == {(version, 24)}
         own.release()
         now = engine.memory()
-        assert roles.away == 0
+        assert roles.offloaded_bytes == 0
         seen.append("nothing" if now == whole else "kv_cache" if now.weights else "all")
         results.append(repr(roles.actor.log_probs(BATCH)))
         own.release()  # asked again in the same turn: nothing more to give

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from miles_spmd.generation.sglang.engine import SglangEngine
-from miles_spmd.invariant.operators import FIRST, LAST, Trace, hooked
+from miles_spmd.invariant.operator_outputs import FIRST, LAST, OperatorOutputs, hooked
 
 PARTS = {
     "input_layernorm": "input norm",
@@ -30,7 +30,7 @@ SUMMED_LATER = {  # over ranks, if several
 
 
 @contextmanager
-def traced(engine: SglangEngine) -> Iterator[Trace]:
+def traced(engine: SglangEngine) -> Iterator[OperatorOutputs]:
     """Without CUDA graphs: what they replay calls no module."""
     model: Any = engine._model.model
     modules = {FIRST: model.embed_tokens, LAST: model.norm}

@@ -1,4 +1,4 @@
-"""What Megatron's modules put out while a sequence is scored."""
+"""The outputs of Megatron's modules while a sequence is scored, by the names that both sides share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miles_spmd.invariant.operators import FIRST, LAST, Trace, hooked
+from miles_spmd.invariant.operator_outputs import FIRST, LAST, OperatorOutputs, hooked
 from miles_spmd.training.model import PackedModel, unwrap
 from miles_spmd.training.network import Network
 from miles_spmd.types.train_sequence import TrainSequence
@@ -30,17 +30,17 @@ PARTS = {
 }
 
 
-def trace(network: Network, tokens: list[int]) -> Trace:
-    """Under pipeline parallelism of the layers that are here."""
+def operator_outputs(network: Network, tokens: list[int]) -> OperatorOutputs:
+    """Return the outputs of every operator of this pipeline stage while ``tokens`` are scored."""
     weights = np.ones(len(tokens), np.float32)
     with ExitStack() as stack:
-        found = [stack.enter_context(_traced(unwrap(chunk), len(tokens))) for chunk in network._chunks]
+        found = [stack.enter_context(_recorded(unwrap(chunk), len(tokens))) for chunk in network._chunks]
         network.log_probs([[TrainSequence(np.asarray(tokens, np.int32), weights)]])
     return {name: rows for of_chunk in found for name, rows in of_chunk.items()}
 
 
 @contextmanager
-def _traced(model: PackedModel, tokens: int) -> Iterator[Trace]:
+def _recorded(model: PackedModel, tokens: int) -> Iterator[OperatorOutputs]:
     modules: dict[str, torch.nn.Module] = {FIRST: model.embedding} if model.pre_process else {}
     for layer in model.decoder.layers:
         own = dict(layer.named_modules())
@@ -51,18 +51,19 @@ def _traced(model: PackedModel, tokens: int) -> Iterator[Trace]:
     heads = model.config.num_attention_heads // model.config.num_query_groups
 
     def places(rows: Tensor) -> Tensor:
-        """Behind the last attention there is no last token; a part of the stream only is of no use."""
+        """Return the rows' places in the sequence. After the last attention the last token, which predicts nothing, is
+        missing; outputs of only a part of the stream are left out."""
         return torch.arange(len(rows) if len(rows) in (tokens, tokens - 1) else 0)
 
-    def apart(rows: Tensor) -> Tensor:
-        """Queries, then keys, then values, which Megatron has group by group."""
+    def queries_keys_values(rows: Tensor) -> Tensor:
+        """Return all queries, then keys, then values, as engines order them; Megatron orders them group by group."""
         width = model.config.kv_channels
         by_group = rows.view(len(rows), -1, heads + 2, width)
         return torch.cat([part.flatten(1) for part in by_group.split([heads, 1, 1], 2)], 1)
 
     def weights(rows: Tensor) -> Tensor:
-        """Of the chosen experts, the largest first."""
+        """Return the weights of the chosen experts, the largest first."""
         return rows.topk(model.config.moe_router_topk).values
 
-    with hooked(modules, places, {"query, key and value": apart, "router": weights}) as found:
+    with hooked(modules, places, {"query, key and value": queries_keys_values, "router": weights}) as found:
         yield found

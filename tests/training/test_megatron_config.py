@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from miles_spmd.models import load_family
+from miles_spmd.training.megatron_config import MegatronConfig, build_megatron_config
 from miles_spmd.training.optimizer import planned_updates
-from miles_spmd.training.settings import Settings, build_settings
 from tests.training.cases import config
 
 
-def settings(table: dict, name: str = "qwen3", dtype: str = "float32", **tables: dict) -> Settings:
+def built(table: dict, name: str = "qwen3", dtype: str = "float32", **tables: dict) -> MegatronConfig:
     run = config(name, table, model={"dtype": dtype}, **tables)
-    return build_settings(run, load_family(run.model.hf_checkpoint))
+    return build_megatron_config(run, load_family(run.model.hf_checkpoint))
 
 
 def test_keys_arrive_in_every_dataclass_that_knows_them() -> None:
-    ours = settings(
+    ours = built(
         {"use_distributed_optimizer": True, "lr": 3e-4, "adam_beta2": 0.98, "recompute_granularity": "selective"},
         train={"min_lr": 1e-5},
     )
@@ -28,15 +28,15 @@ def test_keys_arrive_in_every_dataclass_that_knows_them() -> None:
 
 
 def test_the_user_overrules_our_defaults() -> None:
-    assert settings({}).ddp.grad_reduce_in_fp32
-    assert not settings({"grad_reduce_in_fp32": False}).ddp.grad_reduce_in_fp32
-    assert settings({"bias_dropout_fusion": True}).transformer.bias_dropout_fusion
+    assert built({}).ddp.grad_reduce_in_fp32
+    assert not built({"grad_reduce_in_fp32": False}).ddp.grad_reduce_in_fp32
+    assert built({"bias_dropout_fusion": True}).transformer.bias_dropout_fusion
 
 
 def test_attention_takes_keys_as_an_engine_does() -> None:
     def parts(**sglang: object) -> int:
         parity = {"determinism": {"parity": "bitwise"}, "sglang": sglang}
-        return settings({}, dtype="bfloat16", **parity).transformer.split_keys
+        return built({}, dtype="bfloat16", **parity).transformer.split_keys
 
     assert parts() == parts(attention_backend="fa3") == 0
     assert parts(attention_backend="triton") == 1024
@@ -44,7 +44,7 @@ def test_attention_takes_keys_as_an_engine_does() -> None:
 
 
 def test_model_and_dtype() -> None:
-    transformer = settings({}, "qwen3_moe", "bfloat16").transformer
+    transformer = built({}, "qwen3_moe", "bfloat16").transformer
     assert (transformer.num_layers, transformer.num_moe_experts, transformer.moe_ffn_hidden_size) == (4, 4, 24)
     assert (transformer.params_dtype, transformer.bf16) == (torch.bfloat16, True)
     assert transformer.activation_func is torch.nn.functional.silu
@@ -52,16 +52,16 @@ def test_model_and_dtype() -> None:
 
 def test_layers_per_virtual_stage() -> None:
     table = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
-    assert settings(table).transformer.virtual_pipeline_model_parallel_size == 2
+    assert built(table).transformer.virtual_pipeline_model_parallel_size == 2
     with pytest.raises(ValueError, match="= 3 does not divide the 4 layers over 2 stages"):
-        settings(table | {"num_layers_per_virtual_pipeline_stage": 3})
+        built(table | {"num_layers_per_virtual_pipeline_stage": 3})
     with pytest.raises(ValueError, match="not both"):
-        settings(table | {"virtual_pipeline_model_parallel_size": 2})
+        built(table | {"virtual_pipeline_model_parallel_size": 2})
 
 
 def test_unknown_keys_are_all_named() -> None:
     with pytest.raises(ValueError, match="unknown keys") as error:
-        settings({"tensor_model_paralel_size": 2, "adam_beta3": 0.9, "zzz": 1, "lr": 1e-4})
+        built({"tensor_model_paralel_size": 2, "adam_beta3": 0.9, "zzz": 1, "lr": 1e-4})
     message = str(error.value)
     assert "tensor_model_paralel_size (did you mean tensor_model_parallel_size" in message
     assert "adam_beta3 (did you mean adam_beta" in message
@@ -70,26 +70,26 @@ def test_unknown_keys_are_all_named() -> None:
 
 def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(ValueError, match="moe_aux_loss_coeff must be 0"):
-        settings({"moe_aux_loss_coeff": 0.01}, "qwen3_moe")
+        built({"moe_aux_loss_coeff": 0.01}, "qwen3_moe")
     with pytest.raises(ValueError, match="layernorm cannot be recomputed without Transformer Engine"):
-        settings({"recompute_granularity": "selective", "recompute_modules": ["layernorm"]})
+        built({"recompute_granularity": "selective", "recompute_modules": ["layernorm"]})
     with pytest.raises(ValueError, match="leave them out: moe_expert_capacity_factor, moe_token_dispatcher_type"):
-        settings({"moe_expert_capacity_factor": 1.0, "moe_token_dispatcher_type": "flex"}, "qwen3_moe")
+        built({"moe_expert_capacity_factor": 1.0, "moe_token_dispatcher_type": "flex"}, "qwen3_moe")
     with pytest.raises(ValueError, match="use_precision_aware_optimizer must be false"):
-        settings({"use_precision_aware_optimizer": True})
+        built({"use_precision_aware_optimizer": True})
 
 
 def test_transformer_engine_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert settings({}).transformer.transformer_impl == "local"
-    assert settings({}).token_multiple == 1
+    assert built({}).transformer.transformer_impl == "local"
+    assert built({}).token_multiple == 1
     engine = {"transformer_impl": "transformer_engine"}
     monkeypatch.setattr("megatron.core.tensor_parallel.random.HAVE_TE", False)
     with pytest.raises(ValueError, match="is not installed"):
-        settings(engine)
+        built(engine)
     monkeypatch.setattr("megatron.core.tensor_parallel.random.HAVE_TE", True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match="needs a GPU"):
-        settings(engine)
+        built(engine)
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,10 @@ from miles_spmd.invariant.flash import shared_backend
 from miles_spmd.invariant.split_attention import part_length
 from miles_spmd.models import Family
 from miles_spmd.models.attention import SPLIT_KEYS
-from miles_spmd.training import accumulation  # noqa: F401  # Megatron looks for it
+from miles_spmd.training import weight_gradient  # noqa: F401  # for gradient_accumulation_fusion
 
-# The local layers' experts take every token to all of its experts, by all-to-all.
-NOT_BY_LOCAL_EXPERTS = (
+# The local layers' dispatcher takes every token to all of its experts, by all-to-all, and supports none of these.
+UNSUPPORTED_BY_LOCAL_EXPERTS = (
     "moe_apply_probs_on_input",
     "moe_expert_capacity_factor",
     "moe_latent_size",
@@ -32,41 +32,47 @@ NOT_BY_LOCAL_EXPERTS = (
     "moe_permute_fusion",
     "moe_router_padding_for_quantization",
 )
-# What Megatron's launcher accepts beside the dataclasses' fields; turned into virtual_pipeline_model_parallel_size.
+# What Megatron's launcher accepts beside the dataclasses' fields; virtual_pipeline_model_parallel_size is derived from
+# it.
 LAYERS_PER_VIRTUAL_STAGE = "num_layers_per_virtual_pipeline_stage"
 
-# Layers compute with :mod:`miles_spmd.invariant`. The backend is what Megatron asks for beside it, and names nothing of
-# ours.
+# Layers compute with :mod:`miles_spmd.invariant`. Megatron requires the backend together with the mode; our attention
+# does not read it.
 _INVARIANT = {"batch_invariant_mode": True, "attention_backend": AttnBackend.flash}
 
 
 @dataclasses.dataclass
 class NetworkConfig(TransformerConfig):
-    sum_terms: int = 1
-    """Of what tensor-parallel ranks add up under ``batch_invariant_mode``; a multiple of their number."""
+    """Megatron's configuration of a network, and what our layers need beside it under ``batch_invariant_mode``."""
+
+    partial_sums: int = 1
+    """Number of partial sums when tensor-parallel ranks combine a layer's output; a multiple of the number of ranks."""
     split_keys: int = 0
-    """Of a part in which attention takes keys; 0: FlashAttention 3's, which takes them in one."""
-    expert_sum_terms: int = 1
-    """Of what a token's experts say: of as many ranks as share the experts of an engine."""
+    """Number of keys of a part in split attention; 0: FlashAttention 3, which does not split keys."""
+    expert_partial_sums: int = 1
+    """Number of partial sums when expert outputs are combined; equal to the engine's expert-parallel size."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class MegatronConfig:
+    """The three dataclasses that configure Megatron."""
+
     transformer: NetworkConfig
     optimizer: OptimizerConfig
     ddp: DistributedDataParallelConfig
 
     @property
     def token_multiple(self) -> int:
-        """Of the tokens that a linear may be given: FP8 has one scale for up to 128 of them."""
+        """Return what the number of tokens of a linear must be a multiple of: FP8 has one scale for 128 of them."""
         return 128 if self.transformer.fp8 else 1
 
 
-def build_settings(config: Config, family: Family) -> Settings:
-    """Megatron's dataclasses for this run: our defaults, overruled by the model's sizes, overruled by the user.
+def build_megatron_config(config: Config, family: Family) -> MegatronConfig:
+    """Return Megatron's dataclasses for this run: our defaults, overridden by the model's sizes, overridden by the
+    user's ``[megatron]`` table.
 
-    A key that several dataclasses know (``use_distributed_optimizer``) goes to each. Raises ValueError listing every
-    key that none of them knows, with the nearest known names; and whatever Megatron's own validation raises.
+    A key that is a field of several dataclasses (``use_distributed_optimizer``) goes to each. Raises ValueError listing
+    every key that is a field of none, with the nearest names; and whatever Megatron's own validation raises.
     """
     table = DEFAULTS["megatron"] | _with_virtual_stages(config.megatron, family.num_layers)
     _refuse_unknown(table)
@@ -74,48 +80,39 @@ def build_settings(config: Config, family: Family) -> Settings:
     if config.determinism.deterministic:
         table = {"deterministic_mode": True} | table
     if config.determinism.parity == "bitwise":
-        table = _INVARIANT | _terms(config) | _split(config, family) | table
-    transformer = _defaults(table) | family.transformer_config() | table | _dtypes(config)
-    transformer["activation_func"] = getattr(F, transformer["activation_func"])
+        table = _INVARIANT | _as_the_engine(config, family) | table
     dtypes = _dtypes(config)
-    return Settings(
-        transformer=NetworkConfig(**_fields_of(NetworkConfig, transformer)),
-        optimizer=OptimizerConfig(
-            **_fields_of(
-                OptimizerConfig,
-                {"lr": 1e-6, "log_num_zeros_in_grad": False} | table | dtypes | {"min_lr": config.train.min_lr},
-            )
-        ),
-        ddp=DistributedDataParallelConfig(
-            **_fields_of(
-                DistributedDataParallelConfig,
-                {
-                    "grad_reduce_in_fp32": True,
-                    # in the background of the backward pass, but for sums whose order is given
-                    "overlap_grad_reduce": torch.cuda.is_available() and not config.train.reduction_leaves,
-                }
-                | table,
-            )
-        ),
+    transformer = _defaults(table) | family.transformer_config() | table | dtypes
+    transformer["activation_func"] = getattr(F, transformer["activation_func"])
+    optimizer = {"lr": 1e-6, "log_num_zeros_in_grad": False} | table | dtypes | {"min_lr": config.train.min_lr}
+    ddp = {
+        "grad_reduce_in_fp32": True,
+        # in the background of the backward pass, except for sums in a given order
+        "overlap_grad_reduce": torch.cuda.is_available() and not config.train.reduction_leaves,
+    } | table
+    return MegatronConfig(
+        NetworkConfig(**_fields_of(NetworkConfig, transformer)),
+        OptimizerConfig(**_fields_of(OptimizerConfig, optimizer)),
+        DistributedDataParallelConfig(**_fields_of(DistributedDataParallelConfig, ddp)),
     )
 
 
-def _split(config: Config, family: Family) -> dict[str, int]:
-    """As an engine's attention does."""
+def _as_the_engine(config: Config, family: Family) -> dict[str, int]:
+    """Return the fields of :class:`NetworkConfig` by which sums have the engine's reduction order."""
     context = config.sglang.get("context_length") or family.max_sequence_length
     backend = shared_backend(config.sglang.get("attention_backend"), family.head_dim)
-    return {"split_keys": part_length(context) if backend == SPLIT_KEYS else 0}
-
-
-def _terms(config: Config) -> dict[str, int]:
-    return {"sum_terms": config.sum_terms, "expert_sum_terms": config.sglang.get("ep_size", 1)}
+    return {
+        "partial_sums": config.sum_terms,
+        "split_keys": part_length(context) if backend == SPLIT_KEYS else 0,
+        "expert_partial_sums": config.sglang.get("ep_size", 1),
+    }
 
 
 def _defaults(table: Mapping[str, Any]) -> dict[str, Any]:
-    """TransformerConfig fields whose own default does not fit, where the user said nothing."""
+    """Return values for TransformerConfig fields that the user left out and whose own default does not fit."""
     on_cpu, local = not torch.cuda.is_available(), table["transformer_impl"] == "local"
     return {
-        # the loss of a step is a plain sum: nothing is divided by micro-batches, data-parallel or context-parallel size
+        # the loss of a step is a plain sum: Megatron must not divide by micro-batches, data- or context-parallel size
         "calculate_per_token_loss": True,
         "use_cpu_initialization": on_cpu,
         # every weight comes from a checkpoint
@@ -126,8 +123,8 @@ def _defaults(table: Mapping[str, Any]) -> dict[str, Any]:
         # these need Apex or Transformer Engine
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
-        # the local layers' activation is a module of its own; Megatron's is compiled, as the addition of residuals and
-        # (absent) biases would be, where one that is not takes as long
+        # The local layers' activation is a module of its own. Megatron's fused one would be compiled at the first step,
+        # and takes as long.
         "use_te_activation_func": local,
         "bias_activation_fusion": not local,
         "moe_grouped_gemm": not local,
@@ -137,8 +134,8 @@ def _defaults(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gloo_pipeline() -> dict[str, Any]:
-    """Batched point-to-point calls carry no tags: with two messages under way between the same two ranks, which
-    interleaved stages have, gloo may hand over the wrong one."""
+    """Batched point-to-point calls carry no tags: with two messages in flight between the same two ranks, which
+    interleaved stages have, gloo may deliver the wrong one."""
     return {"batch_p2p_comm": False, "overlap_p2p_comm": True}
 
 
@@ -162,7 +159,7 @@ def _with_virtual_stages(table: Mapping[str, Any], num_layers: int) -> dict[str,
     if per_stage is None:
         return table
     if "virtual_pipeline_model_parallel_size" in table:
-        raise ValueError(f"give either {LAYERS_PER_VIRTUAL_STAGE} or virtual_pipeline_model_parallel_size, not both")
+        raise ValueError(f"set either {LAYERS_PER_VIRTUAL_STAGE} or virtual_pipeline_model_parallel_size, not both")
     stages = table.get("pipeline_model_parallel_size", 1)
     if per_stage <= 0 or num_layers % (stages * per_stage):
         raise ValueError(
@@ -174,8 +171,8 @@ def _with_virtual_stages(table: Mapping[str, Any], num_layers: int) -> dict[str,
 def _refuse_unknown(table: Mapping[str, Any]) -> None:
     known = {
         field.name
-        for settings in (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig)
-        for field in dataclasses.fields(settings)
+        for kind in (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig)
+        for field in dataclasses.fields(kind)
     } | {LAYERS_PER_VIRTUAL_STAGE}
     unknown = []
     for key in sorted(set(table) - known):
@@ -188,25 +185,25 @@ def _refuse_unknown(table: Mapping[str, Any]) -> None:
 def _refuse_unsupported(table: Mapping[str, Any]) -> None:
     if table.get("moe_aux_loss_coeff"):
         raise ValueError(
-            "moe_aux_loss_coeff must be 0: Megatron scales the auxiliary loss by token counts of its own, for which a "
-            "sum over globally weighted tokens has no place"
+            "moe_aux_loss_coeff must be 0: Megatron scales the auxiliary loss by its own token counts, which does not "
+            "fit a loss that is a sum over globally weighted tokens"
         )
     if table["transformer_impl"] == "local":
-        refused = [key for key in NOT_BY_LOCAL_EXPERTS if table.get(key)]
+        refused = [key for key in UNSUPPORTED_BY_LOCAL_EXPERTS if table.get(key)]
         if table.get("moe_token_dispatcher_type", "alltoall") != "alltoall":
             refused.append("moe_token_dispatcher_type")
         if refused:
-            raise ValueError(f"not with transformer_impl 'local', leave them out: {', '.join(refused)}")
+            raise ValueError(f"not supported with transformer_impl 'local', leave them out: {', '.join(refused)}")
     if table["transformer_impl"] == "transformer_engine":
         if not random.HAVE_TE:
             raise ValueError(
-                "transformer_impl: Transformer Engine is not installed (docs/gpu.md); 'local' does without it"
+                "transformer_impl: Transformer Engine is not installed (docs/gpu.md); 'local' runs without it"
             )
         if not torch.cuda.is_available():
-            raise ValueError("transformer_impl: Transformer Engine needs a GPU, and there is none; take 'local'")
+            raise ValueError("transformer_impl: Transformer Engine needs a GPU, and there is none; set 'local'")
     if table.get("use_precision_aware_optimizer"):
         raise ValueError(
-            "use_precision_aware_optimizer must be false: updates are made by torch's Adam, which has fp32 state"
+            "use_precision_aware_optimizer must be false: torch's Adam makes the updates, and its state is fp32"
         )
     missing = {"layernorm", "moe_act", "mla_up_proj"} & set(table.get("recompute_modules") or ())
     if missing and not random.HAVE_TE:
@@ -214,6 +211,6 @@ def _refuse_unsupported(table: Mapping[str, Any]) -> None:
         raise ValueError(f"recompute_modules: {names} cannot be recomputed without Transformer Engine")
 
 
-def _fields_of(settings: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(settings)}
+def _fields_of(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(kind)}
     return {name: value for name, value in values.items() if name in names}
