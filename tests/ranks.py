@@ -8,10 +8,12 @@ traceback; a rank that does not answer in time fails it too, and both replace th
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import multiprocessing
 import os
+import random
 import socket
 import sys
 import tempfile
@@ -23,18 +25,22 @@ from typing import Any
 import pytest
 
 from miles_spmd.telemetry.environment import gpus
+from tests import forked
 
 GPUS = bool(gpus())
 MANY_THREADS = 150  # a Megatron rank's groups have sixty; those that something still refers to busy the machine
 
-_context = multiprocessing.get_context("spawn")
+_context = multiprocessing.get_context("spawn") if GPUS else forked.server
 
 
 def free_port() -> int:
-    """For a launcher, which wants one; somebody else may take it meanwhile."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """For a launcher that requires one. Below the range from which the system gives ports to connections and to those
+    who ask for any: otherwise, one of the many processes of the tests could get it meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def _serve(rank: int, pipe: Connection) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from miles_spmd import doctor
 from miles_spmd.config.load import load_config
+from tests import forked
 from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
 
 REPOSITORY = Path(__file__).parents[1]
@@ -98,14 +99,18 @@ def test_train_export_evaluate_report(recipe: Path, folder: Path) -> None:
     assert (run / "report.html").is_file()
     assert json.loads((run / "environment.json").read_text())["packages"]["megatron-core"] == "0.16.1"
 
-    miles_spmd("export", run / "checkpoints" / "step_000002", folder / "exported")
+    export = [run / "checkpoints" / "step_000002", folder / "exported"]
+    done = forked.run("-m", "miles_spmd", "export", *export, folder=folder)
+    assert done.returncode == 0, done.stderr
     exported = (folder / "exported" / "model.safetensors").read_bytes()
     assert exported == (run / "export" / "model.safetensors").read_bytes()
     assert exported != (folder / "model" / "model.safetensors").read_bytes()
 
-    shown = miles_spmd("eval", recipe, f"hf_checkpoint={folder / 'exported'}").stdout
+    evaluate = [recipe, f"hf_checkpoint={folder / 'exported'}"]
+    done = forked.run("-m", "miles_spmd", "eval", *evaluate, folder=folder)
+    assert done.returncode == 0, done.stderr
     (row,) = map(json.loads, (folder / "runs" / "tiny-eval" / "metrics.jsonl").read_text().splitlines())
-    assert f"accuracy {row['eval/sums']:.3g}" in shown
+    assert f"accuracy {row['eval/sums']:.3g}" in done.stdout
 
     assert miles_spmd("report", folder / "runs").stdout.strip() == str(folder / "runs" / "report.html")
 

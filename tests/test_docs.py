@@ -38,7 +38,9 @@ def test_the_tables_have_every_recipe_once() -> None:
 def test_a_row_says_what_its_recipe_says(name: str) -> None:
     (row,) = [line for line in PAGE.splitlines() if f"configs/algorithms/{name}.toml" in line]
     config = load_config(RECIPES / f"{name}.toml", check_files=False)
-    for said in re.findall(r"`(\w+ = [^`]+)`", row.split("|")[2]):
+    settings = re.findall(r"`(\w+ = [^`]+)`", row.split("|")[2])
+    assert settings
+    for said in settings:
         ((leaf, value),) = tomllib.loads(said).items()
         assert getattr(getattr(config, TABLE_OF[leaf]), leaf) == value
 
@@ -47,7 +49,9 @@ def test_settings_exist() -> None:
     """Every name in code that looks like a setting is one, or a metric, or a value that a setting may have."""
     text = re.sub(r"^```.*?^```$", "", PAGE, flags=re.MULTILINE | re.DOTALL)
     described = (REPOSITORY / "miles_spmd" / "config" / "schema.py").read_text()
-    for name in re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)`", text):
+    names = re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)`", text)
+    assert len(names) > 20
+    for name in names:
         assert name in TABLE_OF or f'"{name}"' in described, name
 
 

@@ -51,6 +51,7 @@ def test_the_doctor_knows_the_same_versions() -> None:
     assert cuda == doctor.CUDA_PINS | {"torch": doctor.TORCH_PINS["cuda"], "sglang": doctor.PINS["sglang"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "compiler",
     [
@@ -64,6 +65,7 @@ def test_wheels_with_a_compiler_and_without(tmp_path: Path, compiler: str) -> No
     (wheel,) = tmp_path.glob("*.whl")
     files = set(zipfile.ZipFile(wheel).namelist())
     modules = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "miles_spmd").rglob("*.py")}
+    assert "miles_spmd/cli.py" in modules
     assert modules <= files
     assert "miles_spmd/telemetry/report_page.html" in files
     there = compiler == "c++"

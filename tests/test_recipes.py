@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import tomllib
 from collections.abc import Iterator
@@ -19,8 +18,7 @@ from miles_spmd.config.checks import doubts
 from miles_spmd.config.load import BACKENDS, TABLES, load_config
 from miles_spmd.config.schema import Config
 from miles_spmd.quickstart.assets import build_assets
-from tests.ranks import free_port
-from tests.recipe_run import train
+from tests import forked
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted((CONFIGS / "algorithms").glob("*.toml"))
@@ -116,22 +114,25 @@ def runs(
     for stage in ("sft", "grpo"):  # from whose exports the recipes start
         (quickstart / stage).mkdir()
         (quickstart / stage / "export").symlink_to(quickstart / "assets" / "model")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preloaded"])
     free_cpus: SimpleQueue[int] = SimpleQueue()
     for cpu in sorted(os.sched_getaffinity(0))[:AT_A_TIME]:
         free_cpus.put(cpu)
 
     def run(name: str) -> list[Metrics]:
-        path, messages = CONFIGS / "algorithms" / f"{name}.toml", folder / f"{name}.txt"
-        arguments = [str(path), *_small(load_config(path, check_files=False))]
+        """On one core: several threads, as the worker would start, wait for each other on a busy machine."""
+        path = CONFIGS / "algorithms" / f"{name}.toml"
+        overrides = _small(load_config(path, check_files=False))
+        arguments = ["-m", "miles_spmd", "train", path, "--nproc-per-node=1", *overrides]
+        stdout, stderr = folder / f"{name}.stdout", folder / f"{name}.stderr"
         cpu = free_cpus.get()
-        process = context.Process(target=train, args=(folder, arguments, cpu, free_port(), messages))
-        process.start()
-        process.join(timeout=100)
-        process.kill()
-        free_cpus.put(cpu)
-        assert process.exitcode == 0, messages.read_text()
+        variables = os.environ | {"PYTHONPATH": str(CONFIGS.parent)}
+        program = forked.start(arguments, folder, variables, stdout, stderr, cpus=[cpu])
+        try:
+            status = program.wait(100)
+        finally:
+            program.kill()
+            free_cpus.put(cpu)
+        assert status == 0, stdout.read_text() + stderr.read_text()
         lines = (folder / "runs" / "algorithms" / name / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 

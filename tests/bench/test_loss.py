@@ -3,11 +3,13 @@ from __future__ import annotations
 import io
 import json
 
+import pytest
 from rich.console import Console
 
 from miles_spmd.bench.loss import CHUNKS, FULL, GIB, Shape, bench_loss, show
 
 
+@pytest.mark.slow
 def test_both_ways_are_measured_or_computed_and_shown() -> None:
     """2,048 x 20,000 logits are 0.15 GiB: less than one chunk, of which ours needs two copies and the other three."""
     shape = Shape(vocabulary=20_000, tokens=2_048, hidden=8, dtype="float32", top_p=1.0, top_k=-1)

@@ -35,6 +35,7 @@ def measure(name: str, folder: Path, overrides: list[str], options: dict[str, An
         return importlib.import_module(f"miles_spmd.bench.{name}").measure(config, make, **options)
 
 
+@pytest.mark.slow
 def test_refit(ranks: Ranks) -> None:
     folder = tiny.checkpoint("qwen3")
     overrides = ["megatron.tensor_model_parallel_size=2", "offload_rollout=all"]
@@ -54,6 +55,7 @@ def test_refit(ranks: Ranks) -> None:
     assert not {"release ms", "resume weights ms", "resume rest ms"} & kept.keys()
 
 
+@pytest.mark.slow
 def test_refit_between_trainers_and_engines(ranks: Ranks) -> None:
     folder = tiny.checkpoint("qwen3")
     overrides = ["rollout_num_gpus=2", "megatron.tensor_model_parallel_size=2"]
@@ -67,6 +69,7 @@ def test_refit_between_trainers_and_engines(ranks: Ranks) -> None:
         assert "release ms" not in row
 
 
+@pytest.mark.slow
 def test_sleep_and_rollout(ranks: Ranks) -> None:
     folder = tiny.checkpoint("qwen3")
     (rows,) = ranks.run(1, measure, "sleep", folder, [], {"cycles": 3})
@@ -80,6 +83,7 @@ def test_sleep_and_rollout(ranks: Ranks) -> None:
     assert row["tokens/s"] == pytest.approx(3 * 7 / row["s"])
 
 
+@pytest.mark.slow
 def test_train_through_the_command_line(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     options = ["--model", str(tiny.checkpoint("qwen3")), "--packing", "2x16", "--micro-batches", "2", "--repeats", "1"]
@@ -100,6 +104,7 @@ def test_train_through_the_command_line(tmp_path: Path) -> None:
     assert "rollout_num_gpus: must be 0, because `bench train`" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_step_through_the_command_line(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     sizes = ["--prompts=2", "--samples=2", "--prompt-tokens=8", "--response-tokens=4", "--repeats=2"]

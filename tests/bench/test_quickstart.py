@@ -9,6 +9,7 @@ from rich.console import Console
 from miles_spmd.bench import quickstart
 
 
+@pytest.mark.slow
 def test_every_phase_of_a_step_is_measured_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quickstart, "SIZES", quickstart.SIZES[:1])
     (row,) = quickstart.bench_quickstart(ranks=1, steps=3, trl_python=None)

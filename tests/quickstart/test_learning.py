@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from miles_spmd.quickstart.assets import build_assets
+from tests import forked
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -53,15 +51,8 @@ def test_reward_rises(tmp_path: Path) -> None:
     build_assets(tmp_path / "assets")
     (tmp_path / "one_token.py").write_text(REWARD)
     (tmp_path / "recipe.toml").write_text(RECIPE)
-    done = subprocess.run(
-        [sys.executable, "-m", "miles_spmd", "train", "recipe.toml", "--nproc-per-node=2"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": f"{REPOSITORY}:{tmp_path}"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    command = ["-m", "miles_spmd", "train", "recipe.toml", "--nproc-per-node=2"]
+    done = forked.run(*command, folder=tmp_path, environment={"PYTHONPATH": f"{REPOSITORY}:{tmp_path}"})
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     rewards = [row["rollout/raw_reward"] for row in rows if "rollout/raw_reward" in row]

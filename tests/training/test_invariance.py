@@ -17,6 +17,7 @@ from miles_spmd.controller.learning.micro_batches import bodies, pack, pack_leav
 from miles_spmd.protocol.messages import TrainerRank, TrainResult, TrainStep
 from miles_spmd.training.trainer import Trainer
 from miles_spmd.types.train_sequence import TrainSequence
+from tests.pairwise import pairwise
 from tests.ranks import Ranks
 from tests.training.cases import SP, ZERO, Held, build, config, held, sequences, whole_weights
 
@@ -24,14 +25,17 @@ BATCH = sequences((5, 17, 40, 9, 30, 31, 4, 12, 22, 3, 8, 27, 35), seed=7)
 ALGORITHM = {"entropy_coef": 0.05, "kl_loss_coef": 0.1, "eps_clip": 0.5}
 FEW_RANKS = 8  # more take a small machine's memory and minutes: pytest -m many_ranks
 
-GRID = [
-    pytest.param(
-        sizes,
-        id="DP{}-CP{}-TP{}-PP{}".format(*sizes),
-        marks=[pytest.mark.many_ranks, pytest.mark.timeout(1200)] if math.prod(sizes) > FEW_RANKS else [],
-    )
-    for sizes in product((1, 2, 4), (1, 2), (1, 2), (1, 2))
-]
+SIZES = list(product((1, 2, 4), (1, 2), (1, 2), (1, 2)))
+USUAL = pairwise([sizes for sizes in SIZES if math.prod(sizes) <= FEW_RANKS])
+
+
+def marks(sizes: tuple[int, ...]) -> list[pytest.MarkDecorator]:
+    if math.prod(sizes) > FEW_RANKS:
+        return [pytest.mark.many_ranks, pytest.mark.timeout(1200)]
+    return [] if sizes in USUAL else [pytest.mark.slow]
+
+
+GRID = [pytest.param(sizes, id="DP{}-CP{}-TP{}-PP{}".format(*sizes), marks=marks(sizes)) for sizes in SIZES]
 
 
 class Cut(NamedTuple):
@@ -106,6 +110,7 @@ def test_loss_and_gradient_norm(ranks: Ranks, layout: tuple[int, int, int, int])
     run = config("qwen3", table(*layout), algorithm=ALGORITHM)
     per_rank = ranks.run(world_size, steps_of_cuts, run, CUTS, timeout=60 + 60 * world_size)
     expected_loss, expected_norm = alone(ranks)[0]
+    assert {len(results) for results in per_rank} == {len(CUTS)}
     for results in zip(*per_rank):
         loss, norm = loss_and_norm(list(results))
         assert loss == pytest.approx(expected_loss, rel=1e-6)
@@ -161,6 +166,7 @@ def test_canonical_reduction_is_bitwise_over_data_parallel_sizes(
 def test_without_it_weights_are_not_bitwise_equal(ranks: Ranks) -> None:
     """Or the test above could not fail."""
     (_, one), (_, two) = (run_of(ranks, dp, {}, CUTS[0]) for dp in (1, 2))
+    assert len(one) > 5
     assert any(one[name].tobytes() != value.tobytes() for name, value in two.items())
     for name, value in two.items():
         np.testing.assert_allclose(one[name], value, rtol=0, atol=2e-3, err_msg=name)

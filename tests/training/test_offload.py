@@ -27,6 +27,7 @@ def steps(run: Config, offload: bool) -> tuple[list[Any], Any, int, int]:
             before = {name: weight.clone() for name, weight in weights.items()}
             moved = trainer.offload.move_out()
             assert trainer.offload.move_out() == 0
+            assert trainer._chunks
             for chunk in trainer._chunks:
                 assert chunk.buffers
                 assert all(buffer.grad_data.untyped_storage().nbytes() == 0 for buffer in chunk.buffers)

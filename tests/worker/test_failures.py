@@ -6,6 +6,7 @@ then hurt.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,48 +21,47 @@ from typing import Any
 import pytest
 
 from miles_spmd.types.phase import Phase
+from tests import forked
 from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
 
 REPOSITORY = Path(__file__).parents[2]
-TOKEN = "MILES_SPMD_TEST_RUN"
 START_SECONDS, END_SECONDS = 120, 20  # generous: other tests may use the machine
 
 
 class Launched:
-    """One run: with a ``deed`` under torchrun and held.py, without one as a user starts it. Its processes are found by
-    a token in their environment."""
+    """One run: with a ``deed`` under torchrun and held.py, without one by ``miles-spmd train``. Its processes are
+    forked from one with all imports, or ``preloaded`` is false and it starts as a user starts it. They are found by
+    their working directory, which each inherits."""
 
-    def __init__(self, folder: Path, config: Path, *deed: str) -> None:
+    def __init__(self, folder: Path, config: Path, *deed: str, preloaded: bool = True) -> None:
         self.folder, self.run_dir = folder, folder / "runs" / "tiny"
-        self.token = uuid.uuid4().hex
-        command = [sys.executable, "-m", "miles_spmd", "train", str(config), "--nproc-per-node", "2"]
+        command = ["-m", "miles_spmd", "train", str(config), "--nproc-per-node", "2"]
         if deed:
             torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-            command = [sys.executable, *torchrun, str(Path(__file__).with_name("held.py")), str(config), *deed]
+            command = [*torchrun, str(Path(__file__).with_name("held.py")), str(config), *deed]
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HELD_FILE": str(folder / "held")}
+        self.launcher: forked.Program | subprocess.Popen[bytes]
+        if preloaded:
+            self.launcher = forked.start(command, folder, environment, folder / "stdout", folder / "stderr")
+            return
         with (folder / "stderr").open("wb") as stderr, (folder / "stdout").open("wb") as stdout:
             self.launcher = subprocess.Popen(
-                command,
-                env=os.environ | {TOKEN: self.token, "PYTHONPATH": str(REPOSITORY), "HELD_FILE": str(folder / "held")},
-                cwd=REPOSITORY,
+                [sys.executable, *command],
+                env=environment,
+                cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
                 start_new_session=True,
             )
 
-    def processes(self) -> dict[int, dict[str, str]]:
-        """Environments of all living processes of this run."""
-        found = {}
+    def processes(self) -> list[int]:
+        """All living processes of this run."""
+        found = []
         for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    pairs = (entry / "environ").read_bytes().split(b"\0")
-                    state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                except OSError:
-                    continue
-                environment = dict(pair.decode(errors="replace").partition("=")[::2] for pair in pairs if pair)
-                if environment.get(TOKEN) == self.token and state != "Z":
-                    found[int(entry.name)] = environment
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if entry.name.isdigit() and os.readlink(entry / "cwd") == str(self.folder):
+                    found.append(int(entry.name))
         return found
 
     def controller(self) -> int | None:
@@ -83,11 +82,14 @@ class Launched:
         found: dict[int, int] = {}
 
         def look() -> bool:
-            for pid, environment in self.processes().items():
-                if "RANK" in environment and os.getsid(pid) == pid and self.controller() != pid:
-                    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
-                    if caught and int(caught[1], 16) >> (signal.SIGTERM - 1) & 1:
-                        found[int(environment["RANK"])] = pid
+            for log in self.run_dir.glob("logs/rank-*.log"):
+                started = re.match(r"--- .* pid (\d+)\n", log.read_text())
+                if started:
+                    status = Path(f"/proc/{started[1]}/status").read_text()
+                    caught = re.search(r"SigCgt:\s*(\w+)", status)
+                    assert caught
+                    if int(caught[1], 16) >> (signal.SIGTERM - 1) & 1:
+                        found[int(log.stem.removeprefix("rank-"))] = int(started[1])
             return len(found) == 2
 
         self._wait_for(look, START_SECONDS)
@@ -101,7 +103,7 @@ class Launched:
         lines = [line for line in self.stderr().splitlines() if line.startswith("miles-spmd: ")]
         assert len(lines) == 1, self.report()
         metrics = self.run_dir / "metrics.jsonl"
-        if metrics.exists():
+        if metrics.exists():  # each line whole, however the run ended
             assert all(isinstance(json.loads(line), dict) for line in metrics.read_text().splitlines())
         return lines[0].removeprefix("miles-spmd: ")
 
@@ -115,7 +117,7 @@ class Launched:
     def _wait_for(self, condition: Callable[[], bool], seconds: float) -> None:
         end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end, f"{self.processes().keys()}\n{self.report()}"
+            assert time.monotonic() < end, f"{self.processes()}\n{self.report()}"
             time.sleep(0.05)
 
     def clean_up(self) -> None:
@@ -133,11 +135,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launch(tmp_path: Path, checkpoint: Path) -> Iterator[Callable[..., Launched]]:
     launched: list[Launched] = []
 
-    def start(*deed: object, **changes: dict[str, Any]) -> Launched:
+    def start(*deed: object, preloaded: bool = True, **changes: dict[str, Any]) -> Launched:
         changes["rollout"] = {"engine": REFERENCE_ENGINE} | changes.get("rollout", {})
         changes["determinism"] = {"parity": "off"}  # not for that engine, and a run would say so
         config = write_config(tmp_path, checkpoint, **changes)
-        launched.append(Launched(tmp_path, config, *map(str, deed)))
+        launched.append(Launched(tmp_path, config, *map(str, deed), preloaded=preloaded))
         return launched[-1]
 
     yield start
@@ -150,7 +152,7 @@ Launch = Callable[..., Launched]
 
 @pytest.mark.parametrize("engines", [0, 1], ids=["colocated", "disaggregated"])
 def test_without_a_failure_all_is_quiet(launch: Launch, engines: int) -> None:
-    run = launch(rollout={"rollout_num_gpus": engines})
+    run = launch(rollout={"rollout_num_gpus": engines}, preloaded=False)
     assert run.launcher.wait(START_SECONDS) == 0, run.report()
     assert "miles-spmd: " not in run.stderr()
     assert not run.processes()
@@ -207,7 +209,7 @@ def test_an_engine_that_cannot_start_is_named(launch: Launch) -> None:
 
 
 def test_a_worker_killed_before_it_could_connect(launch: Launch) -> None:
-    run = launch()
+    run = launch(preloaded=False)  # with imports, it is long before it connects
     os.kill(run.wait_for_ranks()[1], signal.SIGKILL)
     message = run.finish()
     assert message.startswith("start: stopped by SIGTERM; rank ")

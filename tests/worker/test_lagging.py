@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+from tests import forked
 from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def test_old_actor_and_reference_follow_at_their_own_pace(tmp_path: Path) -> None:
@@ -24,9 +20,7 @@ def test_old_actor_and_reference_follow_at_their_own_pace(tmp_path: Path) -> Non
         reward={"rm_type": "tests.worker.rewards:by_length"},
         megatron={"lr": 1e-2},
     )
-    command = [sys.executable, "-m", "miles_spmd", "train", str(config), "--nproc-per-node=1"]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
+    done = forked.run("-m", "miles_spmd", "train", config, "--nproc-per-node=1", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
     steps = [row for row in map(json.loads, lines) if "train/loss" in row]

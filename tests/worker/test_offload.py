@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
+from tests import forked
 from tests.worker.tiny_run import write_checkpoint, write_config
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def train(folder: Path, checkpoint: Path, *overrides: str) -> list[dict[str, float]]:
     folder.mkdir(exist_ok=True)
     settings = {"reward": {"rm_type": "tests.worker.rewards:by_length"}, "megatron": {"lr": 1e-2}}
     config = write_config(folder, checkpoint, **settings)
-    command = [
-        sys.executable,
-        "-m",
-        "miles_spmd",
-        "train",
-        str(config),
-        "--nproc-per-node=1",
-        "save_interval=1",
-        *overrides,
-    ]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
+    command = ["-m", "miles_spmd", "train", config, "--nproc-per-node=1", "save_interval=1", *overrides]
+    done = forked.run(*command, folder=folder)
     assert done.returncode == 0, done.stderr
     steps = read_metrics(folder / "runs" / "tiny" / METRICS_FILE)
     return [{name: v for name, v in values.items() if name.startswith("train/")} for values in steps.values()]

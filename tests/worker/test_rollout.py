@@ -122,6 +122,7 @@ def test_two_engines_give_what_one_gives_alone(ranks: Ranks, checkpoint: Path) -
             with workers.rollout(step) as session:
                 found = in_turns(session)
             assert found == alone(make_engine("torch", checkpoint, 1), wanted)
+            assert len(workers.seconds) == 2
             assert all(seconds["engine"] > 0 for seconds in workers.seconds)
 
 
