@@ -182,6 +182,20 @@ def _say(comparison: Comparison, terminal: TextIO | None = None) -> int:
 
 
 @app.command()
+def settings(
+    word: Annotated[str, typer.Argument(help="Print only settings that contain it.", show_default=False)] = "",
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/settings.md.")] = False,
+) -> None:
+    """Print every setting with its type, default and meaning."""
+    from miles_spmd.config.describe import describe_settings, settings_page
+
+    text = settings_page() if markdown else describe_settings(word)
+    if not text:
+        launcher.fail(f"no setting contains {word!r}")
+    typer.echo(text, nl=not markdown)
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine can run, what not, and why. Succeeds if at least the CPU path works."""
     from miles_spmd.doctor import examine, render
@@ -251,9 +265,9 @@ def _run_as_rank(config: Config, task: str, replay: Replay | None = None) -> int
 
 def _smallest_world(recipe: Path, overrides: list[str]) -> int:
     """The fewest ranks that hold the whole model."""
-    from miles_spmd.config.checks import settings
+    from miles_spmd.config import checks
 
-    s = settings(_load(recipe, overrides, None, check_files=False))
+    s = checks.settings(_load(recipe, overrides, None, check_files=False))
     tensor, pipeline = s["tensor_model_parallel_size"], s["pipeline_model_parallel_size"]
     expert = (s["expert_tensor_parallel_size"] or tensor) * s["expert_model_parallel_size"]
     return pipeline * math.lcm(tensor * s["context_parallel_size"], expert)
@@ -273,12 +287,12 @@ def _load(recipe: Path, overrides: list[str], world_size: int | None, *, check_f
 
 def _decide(config: Config, capabilities: Collection[str] | None) -> tuple[Config, list[str]]:
     """What "auto" stands for with these GPUs (None: not known), and what a user should be told of the settings."""
-    from miles_spmd.config.checks import decide_parity, doubts
+    from miles_spmd.config.checks import decide_parity, warnings
 
     decided, reasons = decide_parity(config, capabilities)
     if config.run.mode != "rl":  # nobody misses it
         reasons = []
-    return decided, [*doubts(config), *(f"determinism.parity is off: {reason}" for reason in reasons)]
+    return decided, [*warnings(config), *(f"determinism.parity is off: {reason}" for reason in reasons)]
 
 
 def _print_notes(notes: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from miles_spmd.bench.result import Result, make_result, show
 from miles_spmd.config.checks import decide_parity
 from miles_spmd.config.load import make_config
 from miles_spmd.config.schema import Config
+from miles_spmd.models.random import write_random_checkpoints
 from miles_spmd.telemetry.environment import gpus
 
 ENGINES = ("refit", "sleep", "rollout")  # what is measured on an engine
@@ -37,6 +38,7 @@ def run_bench(name: str, model: str, config: Config, options: dict[str, Any], ou
     from miles_spmd.platform import cpu
 
     config, _ = decide_parity(config, {gpu.capability for gpu in gpus()})  # as a run does
+    write_random_checkpoints(config.model.checkpoints)
     cpu.install()
     from miles_spmd.worker.worker import make_engine
 

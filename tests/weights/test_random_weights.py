@@ -107,6 +107,6 @@ def test_a_recipe_may_name_a_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert load_family(folder).hidden_size == 2560
     with pytest.raises(ConfigError) as error:
         load_config(recipe, ["hf_checkpoint=random:qwen3-5b"])
-    (fault,) = error.value.faults
-    assert fault.startswith("model.hf_checkpoint: random:qwen3-5b: no such shape, did you mean random:qwen3-")
-    assert "qwen3-30b-a3b" in fault
+    (message,) = error.value.errors
+    assert message.startswith("model.hf_checkpoint: random:qwen3-5b: no such shape, did you mean random:qwen3-")
+    assert "qwen3-30b-a3b" in message
