@@ -12,7 +12,7 @@ from pydantic_core import to_jsonable_python
 
 from miles_spmd.config.backends import BACKENDS, REFUSED, backend_fields, backend_keys, refusal
 from miles_spmd.config.config import Config
-from miles_spmd.config.table import ENTRY, NONE, Setting, Table, walk
+from miles_spmd.config.table import ENTRY, NONE, Setting, Table, header, walk
 
 BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 NAMES = {"integer": "int", "number": "float", "string": "str", "boolean": "bool", "null": NONE}
@@ -71,10 +71,9 @@ def _sections(root: type[Table]) -> Iterator[str]:
             below.setdefault(setting.path[:-1], []).append(setting)
     for path, rows in below.items():
         if path:  # the root has nothing but tables
-            name = ".".join(part for part in path if part != ENTRY)
-            title, table = (f"[[{name}]]", path[:-1]) if path[-1] == ENTRY else (f"[{name}]", path)
+            table = path[:-1] if path[-1] == ENTRY else path
             lines = [(f"`{row.path[-1]}`", *_describe(row)[1:]) for row in rows]
-            yield _section(title, _meaning(settings[table]), ("setting", "type", "default", "meaning"), lines)
+            yield _section(header(path), _meaning(settings[table]), ("setting", "type", "default", "meaning"), lines)
     for name in BACKENDS:
         if (name,) in settings:
             keys = [(reason, ", ".join(f"`{key}`" for key in some.split())) for reason, some in REFUSED[name].items()]

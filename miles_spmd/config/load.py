@@ -24,7 +24,7 @@ from miles_spmd.config.checks import errors as conflicts
 from miles_spmd.config.checks import missing_files
 from miles_spmd.config.config import Config
 from miles_spmd.config.overrides import apply_override, hint, nearest
-from miles_spmd.config.table import NONE, Table, bare, is_table, walk
+from miles_spmd.config.table import ENTRY, NONE, Table, bare, header, is_table, walk
 
 T = TypeVar("T", bound=Table)
 Location = tuple[str, ...]
@@ -152,7 +152,7 @@ def _explain(root: type[Table], location: Location, detail: ErrorDetails) -> str
         *tables, name = location
         elsewhere = [s.path[:-1] for s in walk(root) if s.path[-1] == name and not s.is_table]
         if len(elsewhere) == 1:
-            return f"belongs in [{'.'.join(elsewhere[0])}]"
+            return f"belongs in {header(elsewhere[0])}"
         what = "key" if tables else "table"
         return f"unknown {what}{hint([path.split('.')[-1] for path in _meant(root, location)])}"
     if kind == "missing":
@@ -168,12 +168,13 @@ def _explain(root: type[Table], location: Location, detail: ErrorDetails) -> str
 def _meant(root: type[Table], location: Location) -> list[str]:
     """The dotted path of the setting that an unknown one resembles most, its own table's first."""
     known = {s.path: s.dotted for s in walk(root)}
-    if location in known or location[:-1] not in {(), *known}:
+    path = tuple(ENTRY if part.isdecimal() else part for part in location)
+    beside = {other[-1]: dotted for other, dotted in known.items() if other[:-1] == path[:-1]}
+    if path in known or not beside:
         return []
-    beside = {path[-1]: dotted for path, dotted in known.items() if path[:-1] == location[:-1]}
-    anywhere = {path[-1]: dotted for path, dotted in known.items() if len(location) > 1 and len(path) > 1}
+    anywhere = {other[-1]: dotted for other, dotted in known.items() if len(path) > 1 and len(other) > 1}
     for candidates in (beside, anywhere):
-        if close := nearest(location[-1], candidates):
+        if close := nearest(path[-1], candidates):
             return [candidates[close[0]]]
     return []
 

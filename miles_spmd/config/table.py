@@ -79,6 +79,12 @@ def walk(table: type[Table], path: tuple[str, ...] = ()) -> Iterator[Setting]:
             yield from walk(inner, steps)
 
 
+def header(path: tuple[str, ...]) -> str:
+    """How TOML begins the table at ``path``: `[rollout]`, or `[[environments]]` for an entry of a list."""
+    name = ".".join(part for part in path if part != ENTRY)
+    return f"[[{name}]]" if path[-1] == ENTRY else f"[{name}]"
+
+
 def child(annotation: Any, part: str) -> Any:
     """The annotation of a table's field ``part``, or of the entries of a list or dict; None where there is none."""
     annotation = bare(annotation)

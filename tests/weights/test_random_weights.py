@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from miles_spmd.config.load import ConfigError, load_config
+from miles_spmd.config.load import ConfigError, dump_config, load_config
 from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.models import load_family
-from miles_spmd.models.random import NO_WEIGHTS, SHAPES, random_checkpoint
+from miles_spmd.models.random import NO_WEIGHTS, SHAPES, random_checkpoint, random_config, write_random_checkpoints
 from miles_spmd.weights import random_weights
 from miles_spmd.weights.hugging_face import load
 from miles_spmd.weights.random_weights import random_slices
@@ -103,8 +104,16 @@ def test_a_recipe_may_name_a_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     recipe, data = tmp_path / "recipe.toml", tmp_path / "data.jsonl"
     data.touch()
     recipe.write_text(f'[model]\nhf_checkpoint = "random:qwen3-4b"\n[data]\nprompt_data = "{data}"\n')
-    folder = load_config(recipe).model.hf_checkpoint
+    config = load_config(recipe)
+    folder = config.model.hf_checkpoint
     assert load_family(folder).hidden_size == 2560
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "recipe.toml"]  # reading writes nothing
+    written = tmp_path / "written.toml"
+    written.write_text(dump_config(config))
+    assert load_config(written) == config
+    write_random_checkpoints(config.model.checkpoints)
+    assert json.loads((folder / "config.json").read_text()) == random_config(folder)
+    assert (folder / NO_WEIGHTS).is_file()
     with pytest.raises(ConfigError) as error:
         load_config(recipe, ["hf_checkpoint=random:qwen3-5b"])
     (message,) = error.value.errors
