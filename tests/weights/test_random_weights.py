@@ -42,7 +42,7 @@ def test_some_of_the_layers(tmp_path: Path) -> None:
     whole, part = (load_family(random_checkpoint(f"random:qwen3-30b-a3b{end}", tmp_path)) for end in ("", "/2"))
     assert part.num_layers == 2
     assert part.checkpoint_tensors().items() <= whole.checkpoint_tensors().items()
-    with pytest.raises(ValueError, match="'two' is no number of layers"):
+    with pytest.raises(ValueError, match="'two' is not a number of layers"):
         random_checkpoint("random:qwen3-30b-a3b/two", tmp_path)
 
 
