@@ -150,7 +150,7 @@ def _explain(root: type[Table], location: Location, detail: ErrorDetails) -> str
     kind, message = detail["type"], detail["msg"]
     if kind == "extra_forbidden":
         *tables, name = location
-        elsewhere = [s.path[:-1] for s in walk(root) if s.path[-1] == name and not s.is_table]
+        elsewhere = [s.path[:-1] for s in walk(root) if s.path[-1] == name and s.path[1:] and not s.is_table]
         if len(elsewhere) == 1:
             return f"belongs in {header(elsewhere[0])}"
         what = "key" if tables else "table"
