@@ -16,9 +16,9 @@ class UnknownSettingError(LookupError):
 class Settings(dict[str, Any]):
     """Values by dotted path, and by the name alone where no other table has a setting of that name.
 
-    Beside our tables they hold keys of `[megatron]` and `[sglang]`, and what could be found out: ``shape`` (the checkpoint's
-    config.json), ``world_size``, ``trainer_ranks`` and ``engine_ranks``, and ``capabilities`` (compute capabilities of
-    the GPUs, "9.0"; none on a CPU).
+    Beside our tables they hold keys of `[megatron]` and `[sglang]` and, as far as it is known: ``shape`` (the
+    checkpoint's config.json), ``world_size``, ``trainer_ranks``, ``engine_ranks``, and ``capabilities`` (compute
+    capabilities of the GPUs, "9.0"; none on a CPU).
     """
 
     def __missing__(self, name: str) -> Any:
