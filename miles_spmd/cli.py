@@ -15,7 +15,7 @@ from miles_spmd import launcher
 from miles_spmd.launcher import Overrides, Processes
 
 if TYPE_CHECKING:
-    from miles_spmd.config.schema import Config
+    from miles_spmd.config import Config
     from miles_spmd.ledger.compare import Comparison
     from miles_spmd.protocol.order import Replay
 

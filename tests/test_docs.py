@@ -15,9 +15,9 @@ import torch
 from miles_spmd.algorithms.advantages import compute_advantages
 from miles_spmd.algorithms.corrections import correct
 from miles_spmd.algorithms.losses import PolicyLoss
+from miles_spmd.config import AlgorithmConfig, Config
 from miles_spmd.config.checks import settings
 from miles_spmd.config.load import load_config
-from miles_spmd.config.schema import AlgorithmConfig, Config
 from miles_spmd.config.table import walk
 from miles_spmd.types.rollout_batch import RolloutBatch
 from miles_spmd.types.token_batch import TokenBatch

@@ -14,10 +14,10 @@ from queue import SimpleQueue
 
 import pytest
 
+from miles_spmd.config import Config
 from miles_spmd.config.backends import BACKENDS, backend_fields
 from miles_spmd.config.checks import warnings
 from miles_spmd.config.load import load_config
-from miles_spmd.config.schema import Config
 from miles_spmd.quickstart.assets import build_assets
 from tests.ranks import free_port
 from tests.recipe_run import train

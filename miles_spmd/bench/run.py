@@ -11,9 +11,9 @@ import msgspec
 from rich.console import Console
 
 from miles_spmd.bench.result import Result, make_result, show
+from miles_spmd.config import Config
 from miles_spmd.config.checks import decide_parity
 from miles_spmd.config.load import make_config
-from miles_spmd.config.schema import Config
 from miles_spmd.models.random import write_random_checkpoints
 from miles_spmd.telemetry.environment import gpus
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from miles_spmd.config.schema import DataConfig
+from miles_spmd.config import DataConfig
 from miles_spmd.data.chat import check_messages
 from miles_spmd.data.dataset import DataError, Fault, Row, lookup, parse_slice, read_rows
 from miles_spmd.data.tokenizer import Message, Tokenizer, TokenizerError

@@ -8,7 +8,7 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
-from miles_spmd.config.schema import DataConfig
+from miles_spmd.config import DataConfig
 from miles_spmd.data.chat import assistant_segments
 from miles_spmd.data.dataset import Fault, Row, parse_slice, read_rows
 from miles_spmd.data.prompts import RowFault, length_problem, raise_faults, read_input, read_label, render_prompt

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from miles_spmd.config.schema import RewardConfig
+from miles_spmd.config import RewardConfig
 from miles_spmd.plugins.reward import Score
 from miles_spmd.rewards.functions import BadReward, BoundReward, bind
 from miles_spmd.types.sample import Sample

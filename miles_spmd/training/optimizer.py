@@ -12,7 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.training.settings import Settings
 
 # Where Transformer Engine is installed Megatron takes its optimizers, even for layers that have nothing to do with it.

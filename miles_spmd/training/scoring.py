@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.training.log_probs import Distribution, linear_log_probs, log_probs_of, top_candidates
 
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, TextIO
 
 import msgspec
 
+from miles_spmd.config import Config
 from miles_spmd.config.load import config_digest
-from miles_spmd.config.schema import Config
 from miles_spmd.models.random import write_random_checkpoints
 from miles_spmd.platform import fixed_order
 from miles_spmd.protocol.credentials import Credentials

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from miles_spmd.config import Config
 from miles_spmd.config.load import ConfigError, config_digest, dump_config, load_config, parse
-from miles_spmd.config.schema import Config
 from miles_spmd.config.table import walk
 
 MINIMAL = """
