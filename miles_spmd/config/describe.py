@@ -115,7 +115,7 @@ def _describe_backend(table: str) -> Iterator[Description]:
     for key in backend_keys(table):
         field = backend_fields(table)[key]
         types = " or ".join(sorted(t.__name__ for t in field.types or ())) or "any"
-        choices = " or ".join(repr(choice) for choice in field.choices or () if choice is not None)
+        choices = " or ".join(_toml(choice) for choice in field.choices or () if choice is not None)
         meaning = refusal(table, key) or field.meaning
         yield Description(f"{table}.{key}", choices or types, _toml(field.default), meaning)
 
