@@ -14,7 +14,7 @@ from miles_spmd import launcher
 from miles_spmd.launcher import Overrides, Processes
 
 if TYPE_CHECKING:
-    from miles_spmd.config.schema import Config
+    from miles_spmd.config import Config
     from miles_spmd.ledger.compare import Comparison
 
 app = typer.Typer(
@@ -185,6 +185,20 @@ def bisect(
     order, overrides = plan_bisection(run_dir, step)
     _, status = launcher.start("bisect", run_dir / "config.toml", overrides, nproc_per_node, order)
     raise SystemExit(status)
+
+
+@app.command()
+def settings(
+    word: Annotated[str, typer.Argument(help="Print only settings that contain it.", show_default=False)] = "",
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/settings.md.")] = False,
+) -> None:
+    """Print every setting with its type, default and meaning."""
+    from miles_spmd.config.describe import describe_settings, settings_page
+
+    text = settings_page() if markdown else describe_settings(word)
+    if not text:
+        launcher.fail(f"no setting contains {word!r}")
+    typer.echo(text, nl=not markdown)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 if TYPE_CHECKING:
-    from miles_spmd.config.schema import Config
+    from miles_spmd.config import Config
     from miles_spmd.protocol.order import Replay
 
 Overrides = Annotated[
@@ -109,10 +109,10 @@ def load(recipe: Path, overrides: list[str], world_size: int | None, *, check_fi
 def resolve(config: Config, capabilities: Collection[str] | None) -> Config:
     """Return ``config`` with "auto" settings resolved for GPUs of these compute capabilities (None: unknown), and print
     the warnings about its settings."""
-    from miles_spmd.config.checks import decide_parity, doubts
+    from miles_spmd.config.checks import decide_parity, warnings
 
     config, reasons = decide_parity(config, capabilities)
-    for warning in doubts(config):
+    for warning in warnings(config):
         warn(warning)
     if config.run.mode == "rl":  # other modes have no rollout that parity could concern
         for reason in reasons:

@@ -10,7 +10,7 @@ import numpy as np
 from miles_spmd.algorithms import gae
 from miles_spmd.algorithms.distillation import reverse_kl
 from miles_spmd.algorithms.group_relative import dr_grpo, grpo, reinforce_plus_plus_baseline, rloo
-from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.config import AlgorithmConfig
 from miles_spmd.plugins.algorithm import AdvantageEstimator
 from miles_spmd.plugins.plug_point import PlugPoint
 from miles_spmd.types.rollout_batch import Arrays, Estimate, RolloutBatch, flat, masked

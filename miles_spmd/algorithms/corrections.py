@@ -25,7 +25,7 @@ from __future__ import annotations
 import numpy as np
 
 from miles_spmd.algorithms.kl import MAX_LOG_RATIO
-from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.config import AlgorithmConfig
 from miles_spmd.plugins.algorithm import CorrectionFunction
 from miles_spmd.plugins.plug_point import PlugPoint
 from miles_spmd.types.rollout_batch import Arrays, Correction, RolloutBatch, flat, masked

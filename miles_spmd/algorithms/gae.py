@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from miles_spmd.algorithms.kl import kl_penalties
-from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.config import AlgorithmConfig
 from miles_spmd.types.rollout_batch import Arrays, Estimate, RolloutBatch, flat
 
 

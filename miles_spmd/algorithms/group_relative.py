@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from miles_spmd.algorithms.kl import kl_penalties
-from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.config import AlgorithmConfig
 from miles_spmd.types.rollout_batch import Estimate, RolloutBatch, masked
 
 STD_EPSILON = 1e-6

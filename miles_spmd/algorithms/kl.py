@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.config import AlgorithmConfig
 from miles_spmd.types.rollout_batch import Arrays, RolloutBatch, masked
 
 Array = TypeVar("Array")  # numpy array or torch tensor, any shape

@@ -14,7 +14,7 @@ from torch import Tensor
 from miles_spmd.algorithms.kl import MAX_LOG_RATIO, kl_estimate
 from miles_spmd.algorithms.preference import PreferenceLoss, RewardModelLoss
 from miles_spmd.algorithms.surrogates import SURROGATES, log_ratio, off_policy_sequences
-from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.config import AlgorithmConfig
 from miles_spmd.types.token_batch import TokenBatch
 
 

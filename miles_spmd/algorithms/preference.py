@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.config import AlgorithmConfig
 from miles_spmd.types.token_batch import SegmentSum, TokenBatch
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.config import AlgorithmConfig
 from miles_spmd.plugins.algorithm import GroupFilter, RewardPostProcess
 from miles_spmd.plugins.plug_point import PlugPoint
 from miles_spmd.types.sample import Sample

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from miles_spmd.algorithms.kl import MAX_LOG_RATIO
-from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.config import AlgorithmConfig
 from miles_spmd.plugins.algorithm import Surrogate
 from miles_spmd.plugins.plug_point import PlugPoint
 from miles_spmd.types.token_batch import TokenBatch

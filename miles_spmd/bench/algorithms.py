@@ -21,6 +21,7 @@ from typing import NamedTuple
 from miles_spmd.bench.result import Row, make_result
 from miles_spmd.bench.run import publish
 from miles_spmd.config.load import load_config
+from miles_spmd.config.model import checkpoint_shape
 from miles_spmd.telemetry.metrics import is_score
 from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
 
@@ -39,7 +40,9 @@ def bench_algorithms(recipes: Sequence[Path] | None, seeds: int, samples: int, j
     recipes = recipes or [path for path in sorted(RECIPES.glob("*.toml")) if path.stem != "sft"]
     absent = [str(recipe) for recipe in recipes if not recipe.is_file()]
     absent += [
-        str(f) for f in {load_config(r, check_files=False).model.hf_checkpoint for r in recipes} if not f.is_dir()
+        str(f)
+        for f in {load_config(r, check_files=False).model.hf_checkpoint for r in recipes}
+        if checkpoint_shape(f) is None
     ]
     if absent:
         raise FileNotFoundError(f"missing: {', '.join(absent)}; run launch/quickstart.sh, which makes the models")

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from miles_spmd.bench.machine import everywhere, slowest, stage, timed
 from miles_spmd.bench.result import Row
 from miles_spmd.bench.workload import generate, random_requests
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.generation.engine import Engine
 from miles_spmd.models import load_family
 from miles_spmd.planning.memory_estimate import estimate_memory

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from miles_spmd.bench.machine import slowest, stage, timed
 from miles_spmd.bench.result import Row
 from miles_spmd.bench.workload import generate, random_requests
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.generation.engine import Engine
 from miles_spmd.models import load_family
 

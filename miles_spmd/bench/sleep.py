@@ -11,7 +11,7 @@ from miles_spmd.bench.machine import free_gib, slowest, stage, timed
 from miles_spmd.bench.refit import release_of
 from miles_spmd.bench.result import Row
 from miles_spmd.bench.workload import generate, random_requests
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.generation.engine import Engine
 from miles_spmd.models import load_family
 from miles_spmd.planning.release import Release

@@ -12,7 +12,7 @@ from miles_spmd.algorithms.losses import make_loss
 from miles_spmd.bench.flops import peak_tflops, sequence_flops
 from miles_spmd.bench.machine import slowest, stage, timed
 from miles_spmd.bench.result import Row
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.models import Family, load_family
 from miles_spmd.training.trainer import Trainer
 from miles_spmd.types.train_sequence import MicroBatch, TrainSequence

@@ -1,7 +1,7 @@
-"""What `[megatron]` and `[sglang]` may say, read from the installed packages' source without importing them.
+"""The keys of `[megatron]` and `[sglang]`, read from the installed packages' source without importing them.
 
-Importing either backend costs seconds and initialises torch; parsing its dataclasses costs a tenth of a second, and
-knows exactly the version that will run.
+Importing either backend takes seconds and initialises torch; parsing its dataclasses takes a tenth of a second and
+gives the keys of exactly the version that will run.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+BACKENDS = ("megatron", "sglang")
 MEGATRON_CLASSES = (
     ("model_parallel_config.py", "ModelParallelConfig"),
     ("transformer/transformer_config.py", "TransformerConfig"),
@@ -21,19 +23,20 @@ MEGATRON_CLASSES = (
 )
 SGLANG_CLASSES = (("srt/server_args.py", "ServerArgs"),)
 
-# Keys that follow from other settings or from the checkpoint: saying them twice could only contradict. Reason -> keys.
-OWNED: dict[str, dict[str, str]] = {
+# Keys whose values are derived from other settings or from the checkpoint, so that a second one could only conflict:
+# reason -> keys.
+REFUSED: dict[str, dict[str, str]] = {
     "megatron": {
-        "it follows from the checkpoint's config.json": (
+        "it is derived from the checkpoint's config.json": (
             "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels num_moe_experts "
             "moe_ffn_hidden_size moe_router_topk moe_layer_freq moe_shared_expert_intermediate_size normalization "
             "layernorm_epsilon layernorm_zero_centered_gamma gated_linear_unit activation_func add_bias_linear "
             "add_qkv_bias qk_layernorm rotary_interleaved window_size softmax_scale softmax_type "
             "multi_latent_attention mtp_num_layers"
         ),
-        "model.dtype says it": "bf16 fp16 params_dtype pipeline_dtype autocast_dtype",
-        "train.min_lr says it": "min_lr",
-        "transformer_impl says it": "moe_grouped_gemm moe_use_legacy_grouped_gemm",
+        "set model.dtype instead": "bf16 fp16 params_dtype pipeline_dtype autocast_dtype",
+        "set train.min_lr instead": "min_lr",
+        "it is derived from transformer_impl": "moe_grouped_gemm moe_use_legacy_grouped_gemm",
         "packed sequences and global loss weights need their own value": (
             "variable_seq_lengths calculate_per_token_loss hidden_dropout attention_dropout perform_initialization "
             "use_cpu_initialization"
@@ -44,24 +47,24 @@ OWNED: dict[str, dict[str, str]] = {
         ),
     },
     "sglang": {
-        "model.hf_checkpoint says it": "model_path tokenizer_path served_model_name revision context_length",
-        "model.dtype says it": "dtype",
-        "run.seed says it": "random_seed",
-        "determinism.deterministic says it": "enable_deterministic_inference",
+        "set model.hf_checkpoint instead": "model_path tokenizer_path served_model_name revision context_length",
+        "set model.dtype instead": "dtype",
+        "set run.seed instead": "random_seed",
+        "set determinism.deterministic instead": "enable_deterministic_inference",
         "weights come from the trainer": "load_format model_loader_extra_config weight_loader_disable_mmap",
-        "the engine runs inside the worker's process: no server, no port, no tokenizer": (
+        "the engine runs inside the worker's process, without server, port and tokenizer": (
             "host port nccl_port dist_init_addr nnodes node_rank base_gpu_id gpu_id_step api_key admin_api_key "
             "skip_tokenizer_init tokenizer_worker_num detokenizer_worker_num stream_interval enable_memory_saver "
             "skip_server_warmup"
         ),
-        "an engine is one replica, its ranks are the worker processes": (
+        "an engine is one replica whose ranks are the worker processes": (
             "pp_size dp_size enable_dp_attention speculative_algorithm disable_overlap_schedule device sampling_backend"
         ),
     },
 }
 
 
-# What is meant where the user says nothing, in place of the backend's own default.
+# Defaults of ours, in the place of the backend's own.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "megatron": {
         "transformer_impl": "local",  # runs everywhere, and in the same way everywhere
@@ -72,14 +75,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class BackendField:
-    """One dataclass field: what TOML types fit (None: cannot be told from the annotation), literal choices, default."""
+    """A field of a dataclass: the TOML types that fit (None: any), literal choices, default, meaning."""
 
     types: frozenset[type] | None
     choices: tuple[Any, ...] | None
-    default: Any = None  # None also where the default is no literal
+    default: Any = None  # None also where the default is not a literal
+    meaning: str = ""
 
-    def fault(self, value: Any) -> str | None:
-        """Why ``value`` does not fit, or None."""
+    def error(self, value: Any) -> str | None:
+        """Return what is wrong with ``value``, or None."""
         if self.choices is not None and value not in self.choices:
             return f"must be one of {', '.join(repr(c) for c in self.choices if c is not None)}, got {value!r}"
         if self.types is None or type(value) in self.types or (type(value) is int and float in self.types):
@@ -89,7 +93,13 @@ class BackendField:
 
 
 # What Megatron's own launcher accepts beside the dataclasses' fields.
-LAUNCHER_KEYS = {"megatron": {"num_layers_per_virtual_pipeline_stage": BackendField(frozenset([int]), None)}}
+LAUNCHER_KEYS = {
+    "megatron": {
+        "num_layers_per_virtual_pipeline_stage": BackendField(
+            frozenset([int]), None, None, "Number of layers of a virtual pipeline stage."
+        )
+    }
+}
 
 
 class BackendMissingError(ModuleNotFoundError):
@@ -113,24 +123,45 @@ def backend_fields(table: str) -> dict[str, BackendField]:
     return fields | ours | LAUNCHER_KEYS.get(table, {})
 
 
-def owned_because(table: str, key: str) -> str | None:
-    """Why ``key`` may not be set in ``table``, or None if it may."""
-    return next((reason for reason, keys in OWNED[table].items() if key in keys.split()), None)
+def backend_keys(table: str) -> Iterable[str]:
+    """The keys of ``backend_fields``, none where the backend is not installed."""
+    try:
+        return backend_fields(table)
+    except BackendMissingError:
+        return ()
+
+
+def refusal(table: str, key: str) -> str | None:
+    """Return why ``key`` cannot be set in ``table``, or None if it can."""
+    reason = next((reason for reason, keys in REFUSED[table].items() if key in keys.split()), None)
+    return None if reason is None else f"cannot be set here: {reason}"
 
 
 def _dataclass_fields(file: Path, name: str) -> dict[str, BackendField]:
     tree = ast.parse(file.read_text())
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
-    return {
-        node.target.id: _field(node)
-        for node in body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    }
+    fields = {}
+    for node, after in zip(body, [*body[1:], None]):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            types, choices = _annotation(node.annotation)
+            fields[node.target.id] = BackendField(types, choices, _default(node.value), _meaning(node, after))
+    return fields
 
 
-def _field(node: ast.AnnAssign) -> BackendField:
-    types, choices = _annotation(node.annotation)
-    return BackendField(types, choices, _default(node.value))
+def _meaning(node: ast.AnnAssign, after: ast.stmt | None) -> str:
+    """The first paragraph of the string below the field, as Megatron has it, or of the one in its annotation, as SGLang
+    has it."""
+    match (after, node.annotation):
+        case (ast.Expr(ast.Constant(str(text))), _):
+            pass
+        case (_, ast.Subscript(slice=ast.Tuple([_, ast.Constant(str(text))]))):
+            pass
+        case (_, ast.Subscript(slice=ast.Tuple([_, ast.Call(keywords=keywords)]))):
+            help_texts = [k.value.value for k in keywords if k.arg == "help" and isinstance(k.value, ast.Constant)]
+            text = str(help_texts[0]) if help_texts else ""
+        case _:
+            text = ""
+    return " ".join(text.split("\n\n")[0].split())
 
 
 def _default(value: ast.expr | None) -> Any:
@@ -156,7 +187,7 @@ _PLAIN: dict[str, type] = {
 
 
 def _annotation(node: ast.expr) -> tuple[frozenset[type] | None, tuple[Any, ...] | None]:
-    """TOML types and literal choices of an annotation; None where it names something TOML does not have."""
+    """TOML types and literal choices of an annotation; None where it names a type that TOML does not have."""
     if isinstance(node, ast.Constant) and node.value is None:
         return frozenset(), None
     if isinstance(node, ast.Subscript):

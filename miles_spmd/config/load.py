@@ -1,48 +1,42 @@
 """From a TOML file and command-line overrides to a checked :class:`Config`, and back to TOML.
 
-Every fault is collected before anything is raised: unknown keys, wrong types and contradictions come in one message.
+All errors are collected before anything is raised: unknown keys, wrong types and conflicts come in one message. Nothing
+is written to disk.
 """
 
 from __future__ import annotations
 
-import difflib
+import copy
+import functools
 import hashlib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args
+from typing import Any, TypeVar
 
 import tomli_w
-from pydantic import ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import ValidationError, create_model
 from pydantic_core import ErrorDetails
 
-from miles_spmd.config.backends import BackendMissingError, backend_fields, owned_because
-from miles_spmd.config.checks import contradictions, missing_files
-from miles_spmd.config.schema import Config, Table
-from miles_spmd.models.random import PREFIX, random_checkpoint
+from miles_spmd.config.backends import BACKENDS, BackendMissingError, backend_fields, refusal
+from miles_spmd.config.checks import errors as conflicts
+from miles_spmd.config.checks import missing_files
+from miles_spmd.config.config import Config
+from miles_spmd.config.overrides import apply_override, hint, nearest
+from miles_spmd.config.table import ENTRY, NONE, Table, bare, header, is_table, walk
 
-TABLES: dict[str, type[Table]] = {
-    name: field.annotation  # type: ignore[misc]
-    for name, field in Config.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, Table)
-}
-TABLE_OF: dict[str, str] = {leaf: name for name, table in TABLES.items() for leaf in table.model_fields}
-BACKENDS = ("megatron", "sglang")
-NONE = "none"  # TOML has no null: this string stands for it where a setting may be absent
-
+T = TypeVar("T", bound=Table)
 Location = tuple[str, ...]
 
 
 class ConfigError(ValueError):
-    """All faults of one configuration; each says where it is and what to do."""
+    """All errors of one configuration; each names the setting, what is wrong and what to do."""
 
-    def __init__(self, source: str, faults: Sequence[str]) -> None:
-        self.faults = list(faults)
-        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        super().__init__("\n  ".join([f"{source}: {count}", *faults]))
+    def __init__(self, source: str, errors: Sequence[str]) -> None:
+        self.errors = list(errors)
+        count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
+        super().__init__("\n  ".join([f"{source}: {count}", *errors]))
 
 
 def load_config(
@@ -50,9 +44,9 @@ def load_config(
 ) -> Config:
     """Read ``path``, apply ``key=value`` overrides in order, check everything.
 
-    A key is dotted (``rollout.rollout_temperature``) or a leaf of our own tables alone; a value is TOML, or else a
-    bare string. ``world_size`` adds the checks that need it; ``check_files=False`` leaves out those that look for
-    the checkpoint, the data and Transformer Engine. Raises ConfigError.
+    A value is TOML, or else a bare string; :mod:`miles_spmd.config.overrides` describes the keys. ``world_size`` adds
+    the checks that need it; ``check_files=False`` leaves out those that look for the checkpoint, the data and
+    Transformer Engine. Raises ConfigError.
     """
     try:
         raw = tomllib.loads(Path(path).read_text())
@@ -72,36 +66,37 @@ def make_config(
     check_files: bool = True,
 ) -> Config:
     """As :func:`load_config`, from tables that are in memory; ``raw`` is changed. ``source`` is named in errors."""
-    faults: list[str] = []
+    return make_tables(Config, raw, overrides, source=source, world_size=world_size, check_files=check_files)
+
+
+def make_tables(
+    root: type[T],
+    raw: dict[str, Any],
+    overrides: Iterable[str] = (),
+    *,
+    source: str = "settings",
+    world_size: int | None = None,
+    check_files: bool = False,
+) -> T:
+    """As :func:`make_config`, for any tables: whatever ``root`` declares can be set, nested tables and lists too."""
+    errors: list[str] = []
     for override in overrides:
         try:
-            _apply(raw, override)
+            apply_override(root, raw, override)
         except ValueError as error:
-            faults.append(f"{override}: {error}")
-    unknown = _make_random_models(raw, faults)
-    config, wrong = _validate(raw, faults)
-    wrong |= unknown
-    faults += contradictions(config, world_size=world_size, ignore=wrong)
+            errors.append(f"{override}: {error}")
+    tables, wrong = _validate(root, raw, errors)
+    errors += conflicts(tables, world_size=world_size, without=wrong)
     if check_files:
-        faults += missing_files(config, ignore=wrong)
-    if faults:
-        raise ConfigError(source, faults)
-    return config
+        errors += missing_files(tables, without=wrong)
+    if errors:
+        raise ConfigError(source, errors)
+    return tables
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: Table) -> str:
     """The resolved configuration as TOML; loading it gives an equal Config."""
-    document: dict[str, Any] = {}
-    for name, table in TABLES.items():
-        values = getattr(config, name).model_dump()
-        document[name] = {
-            leaf: _plain(NONE if value is None else value)
-            for leaf, value in values.items()
-            if value is not None or table.model_fields[leaf].default is not None
-        }
-    for name in BACKENDS:
-        document[name] = getattr(config, name)
-    return tomli_w.dumps(document)
+    return tomli_w.dumps(_document(config))
 
 
 def config_digest(config: Config) -> str:
@@ -109,181 +104,134 @@ def config_digest(config: Config) -> str:
     return hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]
 
 
-def _plain(value: Any) -> Any:
+def _document(value: Any) -> Any:
+    """``value`` in TOML's types. A setting that is absent is left out where that is its default, else "none"."""
+    if isinstance(value, Table):
+        fields = {name: (getattr(value, name), field.default) for name, field in type(value).model_fields.items()}
+        return {
+            name: NONE if own is None else _document(own)
+            for name, (own, default) in fields.items()
+            if own is not None or default is not None
+        }
+    if isinstance(value, list):
+        return [_document(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: _document(entry) for key, entry in value.items()}
     return str(value) if isinstance(value, Path) else value
-
-
-# --- overrides -------------------------------------------------------------------------------------------------------
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise ValueError("an override is key=value")
-    location = _locate(key.strip())
-    table = raw
-    for part in location[:-1]:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            raise ValueError(f"{part} is no table")
-    table[location[-1]] = _value(location, text.strip())
-
-
-def _locate(key: str) -> Location:
-    """The full path of a dotted key, or of one that begins with a leaf of our tables."""
-    parts = tuple(key.split("."))
-    if parts[0] in TABLE_OF:
-        return (TABLE_OF[parts[0]], *parts)
-    if len(parts) > 1:
-        return parts
-    for table in BACKENDS:
-        if key in _backend_keys(table):
-            raise ValueError(f"this is a key of [{table}]: write {table}.{key}")
-    raise ValueError(f"unknown setting{_hint(_nearest(key, TABLE_OF))}")
-
-
-def _value(location: Location, text: str) -> Any:
-    """TOML where it parses; the text itself where it does not, or where the setting takes nothing but text."""
-    if not text.startswith(('"', "'")) and _takes_text(location):
-        return text
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _takes_text(location: Location) -> bool:
-    if len(location) != 2 or location[0] not in TABLES:
-        return False
-    field = TABLES[location[0]].model_fields.get(location[1])
-    return field is not None and field.annotation in (str, str | None, Path, Path | None)
-
-
-def _make_random_models(raw: dict[str, Any], faults: list[str]) -> set[str]:
-    """Put a folder in the place of every ``random:SHAPE``. Returns the leaves for which there is none."""
-    unknown = set()
-    table = raw.get("model")
-    table = table if isinstance(table, dict) else {}
-    for leaf, value in table.items():
-        if isinstance(value, str) and value.startswith(PREFIX):
-            try:
-                table[leaf] = str(random_checkpoint(value))
-            except (ValueError, OSError) as error:
-                faults.append(f"model.{leaf}: {error}")
-                unknown.add(leaf)
-    return unknown
 
 
 # --- types -----------------------------------------------------------------------------------------------------------
 
 
-def _validate(raw: dict[str, Any], faults: list[str]) -> tuple[Config, set[str]]:
-    """Add faults of keys and types. Returns a Config in which faulty keys have their defaults, and the names of those
-    leaves, so that nothing is concluded from them."""
-    wrong = _check_backends(raw, faults)
-    raw = {name: _with_none(name, table) for name, table in raw.items()}
+def parse(root: type[T], raw: Mapping[str, Any]) -> T:
+    """Check keys and types alone. Raises pydantic's ValidationError."""
+    # The strict rules of JSON: 8 is a float, "8" is not a number, true is not 1, and text is a path.
+    return root.model_validate_json(json.dumps(raw, default=str), strict=True)
+
+
+def _validate(root: type[T], raw: dict[str, Any], errors: list[str]) -> tuple[T, set[str]]:
+    """Add errors of keys and types. Returns tables in which settings with errors have their defaults, and the dotted
+    paths of those settings, so that nothing is concluded from them."""
+    wrong = _check_backends(root, raw, errors)
     try:
-        return _parse(raw), wrong
+        return parse(root, raw), wrong
     except ValidationError as error:
-        for fault in error.errors():
-            location = tuple(str(part) for part in fault["loc"])
-            faults.append(f"{'.'.join(location)}: {_explain(location, fault)}")
-            wrong.update(_repair(raw, location, missing=fault["type"] == "missing"))
-    return _parse(raw), wrong
+        details = error.errors()
+    for detail in details:
+        location = tuple(str(part) for part in detail["loc"])
+        errors.append(f"{'.'.join(location)}: {_explain(root, location, detail)}")
+        setting = _setting_at(root, location)
+        wrong |= {".".join(setting), *_meant(root, location)}
+        _remove(raw, setting)
+    return parse(_without_required(root), raw), wrong
 
 
-def _parse(raw: dict[str, Any]) -> Config:
-    # The strict rules of JSON: 8 is a float, "8" is no number, true is no 1, and text is a path.
-    return Config.model_validate_json(json.dumps(raw, default=str), strict=True)
-
-
-def _with_none(name: str, table: Any) -> Any:
-    if name not in TABLES or not isinstance(table, dict):
-        return table
-    optional = {leaf for leaf, f in TABLES[name].model_fields.items() if NoneType in get_args(f.annotation)}
-    return {leaf: None if leaf in optional and value == NONE else value for leaf, value in table.items()}
-
-
-def _explain(location: Location, fault: ErrorDetails) -> str:
-    kind, value = fault["type"], fault["input"]
+def _explain(root: type[Table], location: Location, detail: ErrorDetails) -> str:
+    kind, message = detail["type"], detail["msg"]
     if kind == "extra_forbidden":
-        leaf = location[-1]
-        if leaf in TABLE_OF and (len(location) == 1 or TABLE_OF[leaf] != location[0]):
-            return f"belongs in [{TABLE_OF[leaf]}]"
-        if len(location) == 1:
-            return f"unknown table{_hint(_nearest(leaf, [*TABLES, *BACKENDS]))}"
-        return f"unknown key{_hint(_meant(location))}"
+        *tables, name = location
+        elsewhere = [s.path[:-1] for s in walk(root) if s.path[-1] == name and s.path[1:] and not s.is_table]
+        if len(elsewhere) == 1:
+            return f"belongs in {header(elsewhere[0])}"
+        what = "key" if tables else "table"
+        return f"unknown {what}{hint([path.split('.')[-1] for path in _meant(root, location)])}"
     if kind == "missing":
-        required = [leaf for leaf, field in TABLES[location[0]].model_fields.items() if field.is_required()]
-        return "is missing and has no default" if len(location) > 1 else f"this table needs {', '.join(required)}"
-    message = fault["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"must be {message}, got {value!r}"
+        inner = next((bare(s.field.annotation) for s in walk(root) if s.path == location), None)
+        if is_table(inner):
+            return f"this table needs {', '.join(name for name, f in inner.model_fields.items() if f.is_required())}"
+        return "is missing and has no default"
+    if kind == "value_error":
+        return message.removeprefix("Value error, ")
+    return f"must be {message.removeprefix('Input should be ')}, got {detail['input']!r}"
 
 
-def _meant(location: Location) -> list[str]:
-    """The leaf that an unknown one most resembles, its own table's first."""
-    return _nearest(location[1], _fields(location[0])) or _nearest(location[1], TABLE_OF)
+def _meant(root: type[Table], location: Location) -> list[str]:
+    """The dotted path of the setting that an unknown one resembles most, its own table's first."""
+    known = {s.path: s.dotted for s in walk(root)}
+    path = tuple(ENTRY if part.isdecimal() else part for part in location)
+    beside = {other[-1]: dotted for other, dotted in known.items() if other[:-1] == path[:-1]}
+    if path in known or not beside:
+        return []
+    anywhere = {other[-1]: dotted for other, dotted in known.items() if len(path) > 1 and len(other) > 1}
+    for candidates in (beside, anywhere):
+        if close := nearest(path[-1], candidates):
+            return [candidates[close[0]]]
+    return []
 
 
-def _repair(raw: dict[str, Any], location: Location, *, missing: bool) -> list[str]:
-    """Make ``raw`` valid at ``location`` and return the leaves whose values are now not the user's."""
-    name = location[0]
-    required = {leaf: "" for leaf, field in _fields(name).items() if field.is_required()}  # each of them is a path
-    if len(location) == 1:
-        raw.pop(name, None)
-        if required:
-            raw[name] = required
-        return [name, *_fields(name)]
-    if missing or location[1] in required:
-        raw[name][location[1]] = ""
-    else:
-        raw[name].pop(location[1], None)
-    return [location[1], *_meant(location)]
+def _setting_at(root: type[Table], location: Location) -> Location:
+    """The path of the setting that has an error at ``location``: a table's key, the whole of a list or mapping."""
+    table: Any = root
+    for depth, name in enumerate(location):
+        if not is_table(table) or name not in table.model_fields:
+            return location[: depth + is_table(table)]
+        table = bare(table.model_fields[name].annotation)
+    return location
 
 
-def _fields(table: str) -> Mapping[str, FieldInfo]:
-    return TABLES[table].model_fields if table in TABLES else {}
+def _remove(raw: Any, path: Location) -> None:
+    for name in path[:-1]:
+        raw = raw.get(name) if isinstance(raw, dict) else None
+    if isinstance(raw, dict):
+        raw.pop(path[-1], None)
+
+
+@functools.cache
+def _without_required(table: type[T]) -> type[T]:
+    """``table`` with None as the default of what has none, to read the rest of a configuration with errors."""
+    fields: dict[str, Any] = {}
+    for name, field in table.model_fields.items():
+        inner = bare(field.annotation)
+        if is_table(inner) or field.is_required():
+            optional = copy.copy(field)
+            optional.default = None if field.is_required() else field.default
+            fields[name] = (_without_required(inner) | None if is_table(inner) else field.annotation, optional)
+    return create_model(table.__name__, __base__=table, **fields)
 
 
 # --- the backends' tables --------------------------------------------------------------------------------------------
 
 
-def _check_backends(raw: dict[str, Any], faults: list[str]) -> set[str]:
+def _check_backends(root: type[Table], raw: dict[str, Any], errors: list[str]) -> set[str]:
     wrong: set[str] = set()
     for table in BACKENDS:
         values = raw.get(table)
-        if not isinstance(values, dict):
+        if table not in root.model_fields or not isinstance(values, dict):
             continue
         try:
             fields = backend_fields(table)
         except BackendMissingError as error:
-            faults.append(str(error))
+            errors.append(str(error))
             continue
         for key, value in values.items():
-            reason = owned_because(table, key)
-            if reason is not None:
-                problem: str | None = f"cannot be set here: {reason}"
-            elif key not in fields:
-                problem = f"unknown key{_hint(_nearest(key, fields))}"
-                wrong.update(_nearest(key, fields))
-            else:
-                problem = fields[key].fault(value)
+            problem = refusal(table, key)
+            if problem is None and key not in fields:
+                close = nearest(key, fields)
+                problem = f"unknown key{hint(close)}"
+                wrong |= {f"{table}.{name}" for name in close}
+            elif problem is None:
+                problem = fields[key].error(value)
             if problem is not None:
-                faults.append(f"{table}.{key}: {problem}")
-                wrong.add(key)
+                errors.append(f"{table}.{key}: {problem}")
+                wrong.add(f"{table}.{key}")
     return wrong
-
-
-def _backend_keys(table: str) -> Iterable[str]:
-    try:
-        return backend_fields(table)
-    except BackendMissingError:
-        return ()
-
-
-def _nearest(name: str, candidates: Iterable[str]) -> list[str]:
-    return difflib.get_close_matches(name, list(candidates), n=1)
-
-
-def _hint(close: list[str]) -> str:
-    return f"; did you mean {close[0]}?" if close else ""

@@ -1,28 +1,44 @@
-"""What settings may not say together, one small function per rule: algorithm_rules, layout_rules, parity_rules, ...
+"""What settings must not say together: small functions that stand below the table that they concern.
 
-A rule's parameters are leaf names of our tables or keys of `[megatron]` and `[sglang]` (leaf names are unique), or
-``shape`` (the checkpoint's config.json), or ``world_size`` and how much of it trains and generates, ``trainer_ranks``
-and ``engine_ranks``, or ``capabilities`` (compute capabilities of the GPUs here, "9.0"; none on a CPU). A rule is left
-out when one of them is unknown or faulty. It yields messages that begin with the setting to change.
+A rule reads the settings it needs from :class:`Settings` and yields messages that begin with the setting to change.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-Rule = Callable[..., Iterator[str]]
-CONTRADICTIONS: list[Rule] = []  # why a configuration cannot run
-PARITY: list[Rule] = []  # why engine and trainer cannot give a token the same log-prob to the bit
-NOT_BY_DEFAULT: list[Rule] = []  # why "auto" does without such parity where it could be had
-DOUBTS: list[Rule] = []  # what is allowed but probably not meant
-FILES: list[Rule] = []  # what is not there
+
+class UnknownSettingError(LookupError):
+    """A rule has read a setting that is not known, or whose value has an error: the rule is left out."""
+
+
+class Settings(dict[str, Any]):
+    """Values by dotted path, and by the name alone where no other table has a setting of that name.
+
+    Beside our tables they hold keys of `[megatron]` and `[sglang]` and, as far as it is known: ``shape`` (the
+    checkpoint's config.json), ``world_size``, ``trainer_ranks``, ``engine_ranks``, and ``capabilities`` (compute
+    capabilities of the GPUs, "9.0"; none on a CPU).
+    """
+
+    def __missing__(self, name: str) -> Any:
+        raise UnknownSettingError(name)
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+Messages = Iterator[str]
+Rule = Callable[[Settings], Messages]
+ERRORS: list[Rule] = []  # why a configuration cannot run
+PARITY: list[Rule] = []  # why log-probs of engine and trainer cannot be bitwise equal
+NOT_BY_DEFAULT: list[Rule] = []  # why "auto" leaves parity off although it is possible
+WARNINGS: list[Rule] = []  # what is allowed but probably not intended
+FILES: list[Rule] = []  # which files and packages are missing
 
 
 def rule(kind: list[Rule]) -> Callable[[Rule], Rule]:
-    """Makes the function a rule of this kind."""
+    """Register the function as a rule of this kind."""
 
     def register(function: Rule) -> Rule:
         kind.append(function)
@@ -31,10 +47,12 @@ def rule(kind: list[Rule]) -> Callable[[Rule], Rule]:
     return register
 
 
-def checkpoint_shape(folder: Path) -> dict[str, Any] | None:
-    """The checkpoint's config.json, or None where there is none to read."""
-    try:
-        shape = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return shape if isinstance(shape, dict) else None
+def violations(rules: list[Rule], settings: Settings) -> list[str]:
+    """The messages of all rules whose settings are known."""
+    messages: list[str] = []
+    for function in rules:
+        try:
+            messages += list(function(settings))
+        except UnknownSettingError:
+            continue
+    return messages

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.controller.generation.evaluation import load_eval_pairs, load_eval_sets
 from miles_spmd.data.preferences import PreferencePair, load_preference_pairs
 from miles_spmd.data.prompts import load_prompts

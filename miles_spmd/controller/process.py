@@ -19,8 +19,8 @@ from types import FrameType
 
 import msgspec
 
+from miles_spmd.config import Config
 from miles_spmd.config.load import config_digest
-from miles_spmd.config.schema import Config
 from miles_spmd.controller.cluster.cluster import Cluster, WorkerError
 from miles_spmd.protocol.order import LAST_WORDS, Order
 from miles_spmd.protocol.router import Router

@@ -12,7 +12,7 @@ from typing import Self, cast
 import numpy as np
 
 from miles_spmd.algorithms.rewards import GROUP_FILTERS
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.controller import checkpoints
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.datasets import Datasets

@@ -6,7 +6,7 @@ from itertools import takewhile
 
 import msgspec
 
-from miles_spmd.config.schema import DataConfig
+from miles_spmd.config import DataConfig
 from miles_spmd.data.dataset import Row, RowError, load_items, parse_slice
 from miles_spmd.data.prompts import read_input, read_text
 from miles_spmd.data.sft import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from miles_spmd.config.schema import DataConfig
+from miles_spmd.config import DataConfig
 from miles_spmd.data.chat import check_messages
 from miles_spmd.data.dataset import Row, RowError, lookup, make_items, parse_slice, raise_errors
 from miles_spmd.data.tokenizer import Message, Tokenizer, TokenizerError

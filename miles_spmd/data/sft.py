@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from miles_spmd.config.schema import DataConfig
+from miles_spmd.config import DataConfig
 from miles_spmd.data.chat import assistant_segments
 from miles_spmd.data.dataset import Row, RowError, load_items, parse_slice
 from miles_spmd.data.prompts import length_error, read_input, read_label, render_prompt

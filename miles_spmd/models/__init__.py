@@ -12,6 +12,7 @@ from miles_spmd.models.llama import Llama
 from miles_spmd.models.qwen2 import Qwen2
 from miles_spmd.models.qwen3 import Qwen3
 from miles_spmd.models.qwen3_moe import Qwen3Moe
+from miles_spmd.models.random import random_config
 
 __all__ = ["FAMILIES", "PADDING", "VALUE_HEAD", "Family", "Piece", "TensorLayout", "load_family"]
 
@@ -35,7 +36,12 @@ def load_family(source: str | Path | dict[str, Any], *, value_head: bool = False
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the contents of ``config.json`` in a checkpoint folder. Raises FileNotFoundError, ValueError."""
+    """Return the contents of ``config.json`` in a checkpoint folder, which for a random model need not exist yet.
+
+    Raises FileNotFoundError, ValueError.
+    """
+    if (random := random_config(folder)) is not None:
+        return random
     file = folder / "config.json"
     if not file.is_file():
         reason = "no such folder" if not folder.is_dir() else "the folder has no config.json"

@@ -1,7 +1,8 @@
 """Checkpoint folders of well-known shapes without weights, for speed runs: ``random:qwen3-4b``.
 
-Speed does not depend on what a model knows. The folder holds a configuration, a tokenizer and, in the place of
-gigabytes of safetensors, an empty file that tells ``checkpoint.hf.load`` to make the weights up.
+Speed does not depend on the values of weights. A folder holds a configuration, a tokenizer and, in the place of
+gigabytes of safetensors, an empty file that makes ``weights.hugging_face.load`` generate the weights. A configuration
+names the folder before it exists; a run writes it when it starts.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import difflib
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ def _sizes(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str,
     }
 
 
-# As published, but without end-of-sequence token: every answer is as long as it may be, so that runs can be compared.
+# As published, but without end-of-sequence token: every response has the maximum length, so that runs are comparable.
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": _QWEN3 | _sizes(1024, 3072, 28, 16),
     "qwen3-1.7b": _QWEN3 | _sizes(2048, 6144, 28, 16),
@@ -106,42 +108,73 @@ _CHAT_TEMPLATE = (
 )
 
 
-def random_checkpoint(name: str, cache: Path | None = None) -> Path:
-    """The folder of ``random:SHAPE``, or of ``random:SHAPE/LAYERS`` with that many of its layers only, written below
-    ``cache`` (default: the user's cache folder).
+_OWN = {"bos_token_id": None, "eos_token_id": None, "dtype": "bfloat16"}  # overrides of every published shape
 
-    Raises ValueError naming the known shapes, OSError where it cannot be written.
-    """
+
+def resolve(folder: Path) -> Path:
+    """Return the folder that stands for ``random:SHAPE`` or ``random:SHAPE/LAYERS`` (with so many layers), whether it
+    exists or not, and any other folder unchanged. Raises ValueError naming the known shapes."""
+    name = str(folder)
+    if not name.startswith(PREFIX):
+        return folder
     shape, _, layers = name.removeprefix(PREFIX).partition("/")
     if layers and not re.fullmatch(r"[1-9]\d*", layers):
-        raise ValueError(f"{name}: {layers!r} is no number of layers")
+        raise ValueError(f"{name}: {layers!r} is not a number of layers")
     if shape not in SHAPES:
         near = difflib.get_close_matches(shape, SHAPES, n=1)
         hint = f", did you mean {PREFIX}{near[0]}?" if near else ""
-        raise ValueError(f"{name}: no such shape{hint} (there are {', '.join(SHAPES)})")
-    cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "miles-spmd" / "random"
-    config = SHAPES[shape] | ({"num_hidden_layers": int(layers)} if layers else {})
-    folder = cache / (f"{shape}-{layers}" if layers else shape)
+        raise ValueError(f"{name}: no such shape{hint} (known: {', '.join(SHAPES)})")
+    return _cache() / (f"{shape}-{layers}" if layers else shape)
+
+
+def random_config(folder: Path) -> dict[str, Any] | None:
+    """Return the contents of config.json in a folder of :func:`resolve`, whether it exists or not; None for others."""
+    for name, shape in SHAPES.items():
+        match = re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?", folder.name)
+        if match and folder.parent == _cache():
+            return shape | ({"num_hidden_layers": int(match[1])} if match[1] else {}) | _OWN
+    return None
+
+
+def write_random_checkpoints(folders: Iterable[Path]) -> None:
+    """Write those of ``folders`` that stand for random models, before anything reads them. Raises OSError."""
+    for folder in folders:
+        config = random_config(folder)
+        if config is not None:
+            _write(folder, config)
+
+
+def random_checkpoint(name: str, cache: Path | None = None) -> Path:
+    """Write ``random:SHAPE`` or ``random:SHAPE/LAYERS`` into a folder below ``cache`` (default: the user's) and return
+    the folder. Raises ValueError naming the known shapes, OSError."""
+    place = resolve(Path(name))
+    config = random_config(place)
+    if config is None:
+        raise ValueError(f"{name}: must begin with {PREFIX}")
+    folder = (cache or place.parent) / place.name
+    _write(folder, config)
+    return folder
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "miles-spmd" / "random"
+
+
+def _write(folder: Path, config: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": _SPECIAL[0], "eos_token": _SPECIAL[2]}
-    no_tokens = {"bos_token_id": None, "eos_token_id": None, "dtype": "bfloat16"}
     files = {
-        "config.json": json.dumps(config | no_tokens, indent=2),
+        "config.json": json.dumps(config, indent=2),
         "tokenizer.json": _byte_tokenizer(),
         "tokenizer_config.json": json.dumps(tokenizer, indent=2),
         "chat_template.jinja": _CHAT_TEMPLATE,
         NO_WEIGHTS: "",
     }
-    for file, text in files.items():
-        _replace(folder / file, text)
-    return folder
-
-
-def _replace(file: Path, text: str) -> None:
-    """Other ranks may be reading what an earlier one wrote."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(text)
-    partial.rename(file)
+    for name, text in files.items():
+        # Other ranks may be reading what an earlier one wrote: a file appears whole or not at all.
+        partial = folder / f".{name}.{os.getpid()}"
+        partial.write_text(text)
+        partial.rename(folder / name)
 
 
 def _byte_tokenizer() -> str:

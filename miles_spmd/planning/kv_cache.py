@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from math import ceil
 
+from miles_spmd.config import Config
 from miles_spmd.config.checks import settings
-from miles_spmd.config.schema import Config
 from miles_spmd.data.dataset import DataError, read_rows
 from miles_spmd.models import load_family
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from miles_spmd.config import Config
 from miles_spmd.config.checks import settings
-from miles_spmd.config.schema import Config
 from miles_spmd.models import Family, load_family
 from miles_spmd.planning.parallel_layout import ParallelLayout
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from miles_spmd.config import Config
 from miles_spmd.config.checks import settings
-from miles_spmd.config.schema import Config
 
 Groups = list[list[int]]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import ceil
 
+from miles_spmd.config import Config
 from miles_spmd.config.checks import settings
-from miles_spmd.config.schema import Config
 from miles_spmd.models import Family, load_family
 from miles_spmd.planning.kv_cache import needed_tokens
 from miles_spmd.planning.memory_estimate import STATIC_FRACTION, MemoryEstimate, estimate_memory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.planning.memory_estimate import MemoryEstimate
 
 GIB = 2**30

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from miles_spmd.config import Config
 from miles_spmd.config.checks import settings
-from miles_spmd.config.schema import Config
 from miles_spmd.types.phase import Phase
 
 

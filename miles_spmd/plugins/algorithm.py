@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.config import AlgorithmConfig
 from miles_spmd.types.rollout_batch import Arrays, Correction, Estimate, RolloutBatch
 from miles_spmd.types.sample import Sample
 

@@ -29,7 +29,7 @@ MODULES = {
 # Old module and name -> the name that it has now, in the same module or in one of those above.
 NAMES = {
     "miles_spmd.algorithms.rollout_batch.Rollouts": "RolloutTable",
-    "miles_spmd.config.schema.Algorithm": "AlgorithmConfig",
+    "miles_spmd.config.Algorithm": "AlgorithmConfig",
 }
 
 

@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from miles_spmd.config import Config
 from miles_spmd.config.load import ConfigError, load_config
-from miles_spmd.config.schema import Config
 from miles_spmd.quickstart.assets import build_assets
 from miles_spmd.telemetry.report import write_report
 from miles_spmd.telemetry.run_data import Stage, read_stages

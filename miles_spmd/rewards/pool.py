@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from pebble import ProcessExpired, ProcessPool
 
-from miles_spmd.config.schema import RewardConfig
+from miles_spmd.config import RewardConfig
 from miles_spmd.plugins.reward import RewardError, Score
 from miles_spmd.rewards import process
 from miles_spmd.rewards.failure import BadReward

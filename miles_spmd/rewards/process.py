@@ -10,7 +10,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from miles_spmd.config.schema import RewardConfig
+from miles_spmd.config import RewardConfig
 from miles_spmd.plugins.plug_point import PlugPointError
 from miles_spmd.plugins.reward import RewardError, Score
 from miles_spmd.rewards.failure import BadReward

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.telemetry.metrics import is_score, phase_times
 
 # The numbers of a step that are shown, in this order: name on screen -> metric.

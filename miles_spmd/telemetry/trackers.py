@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.types.sample import Sample
 
 TRANSCRIPTS_FILE = "transcripts.jsonl"

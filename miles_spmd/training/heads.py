@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.training.candidates import log_probs_of, top_candidates
 from miles_spmd.training.log_probs import Distribution, linear_log_probs
 from miles_spmd.training.output_layer import OutputLayer

@@ -15,8 +15,8 @@ from megatron.core.tensor_parallel import random
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 
+from miles_spmd.config import Config
 from miles_spmd.config.backends import DEFAULTS
-from miles_spmd.config.schema import Config
 from miles_spmd.invariant.flash import shared_backend
 from miles_spmd.invariant.split_attention import part_length
 from miles_spmd.models import Family

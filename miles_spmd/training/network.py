@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.models import Family, TensorLayout
 from miles_spmd.protocol.messages import LogProbsResult, ValuesResult
 from miles_spmd.training import parallel

@@ -13,7 +13,7 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.training.megatron_config import MegatronConfig
 
 # Where Transformer Engine is installed Megatron takes its optimizers, even for local layers. Updates and checkpoints

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from miles_spmd.algorithms.losses import ValueLoss, make_loss
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.models import load_family
 from miles_spmd.protocol.messages import CheckpointResult, WeightsDigest
 from miles_spmd.training.digests import to_host

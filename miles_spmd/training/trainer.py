@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from miles_spmd.algorithms.losses import HeadLoss, LossFunction
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.models import Family
 from miles_spmd.protocol.messages import TrainResult, UpdateDigests
 from miles_spmd.training import checkpoint

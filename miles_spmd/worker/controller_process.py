@@ -18,7 +18,7 @@ from multiprocessing.connection import Pipe
 
 import msgspec
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.protocol.credentials import Credentials
 from miles_spmd.protocol.order import Order, Replay
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.generation.engine import Engine
 from miles_spmd.planning.release import Release
 from miles_spmd.protocol.dealer import Dealer

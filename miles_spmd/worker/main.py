@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, TextIO
 
 import msgspec
 
+from miles_spmd.config import Config
 from miles_spmd.config.load import config_digest
-from miles_spmd.config.schema import Config
+from miles_spmd.models.random import write_random_checkpoints
 from miles_spmd.platform.determinism import pin_environment
 from miles_spmd.protocol.credentials import Credentials
 from miles_spmd.protocol.dealer import Dealer
@@ -63,6 +64,11 @@ class Place:
 def main(config: Config, task: str = "train", replay: Replay | None = None) -> int:
     """Returns the exit status. ``task`` is what the controller's loop is to do, ``replay`` of which steps."""
     place = Place.from_environment()
+    try:
+        write_random_checkpoints(config.model.checkpoints)  # before controller, trainer and engine read them
+    except OSError as error:
+        print(f"miles-spmd: {error.filename} cannot be written: {error.strerror}; set XDG_CACHE_HOME", file=sys.stderr)
+        return 1
     controller = None
     if place.rank == 0:  # first of all, so that it imports while we do
         host = LOOPBACK if place.local_world_size == place.world_size else place.master

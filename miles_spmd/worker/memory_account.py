@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.generation.engine import EngineMemory
 from miles_spmd.models import load_family
 from miles_spmd.planning.memory_estimate import estimate_memory

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.generation.engine import Engine
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.messages import RefitResult

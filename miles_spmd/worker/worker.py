@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.distributed as dist
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.generation.engine import FACTORIES, Engine
 from miles_spmd.planning.kv_cache import needed_tokens
 from miles_spmd.platform.determinism import deterministic_kernels

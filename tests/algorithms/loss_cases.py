@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.config import AlgorithmConfig
 from miles_spmd.types.token_batch import TokenBatch
 from tests.algorithms.dual import Dual, larger, log_softmax, smaller, total, variables
 

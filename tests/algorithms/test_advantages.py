@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miles_spmd.algorithms.advantages import ESTIMATORS, compute_advantages, whiten
-from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.config import AlgorithmConfig
 from miles_spmd.types.rollout_batch import Estimate, RolloutBatch
 from tests.algorithms.rollout_cases import one_per_group, rollouts
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from miles_spmd.algorithms.advantages import compute_advantages
 from miles_spmd.algorithms.distillation import STRATEGIES, WEIGHT_MODES, Candidates, topk_reverse_kl
-from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.config import AlgorithmConfig
 from tests.algorithms.rollout_cases import one_per_group
 
 VOCABULARY = 8

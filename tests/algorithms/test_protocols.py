@@ -17,7 +17,7 @@ from miles_spmd.algorithms.kl import KINDS
 from miles_spmd.algorithms.losses import PolicyLoss
 from miles_spmd.algorithms.rewards import GROUP_FILTERS, REWARD_POST_PROCESSES
 from miles_spmd.algorithms.surrogates import SURROGATES
-from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.config import AlgorithmConfig
 from miles_spmd.plugins.plug_point import PlugPoint, PlugPointError
 from miles_spmd.types.token_batch import TokenBatch
 

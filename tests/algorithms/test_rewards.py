@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from miles_spmd.algorithms.rewards import GROUP_FILTERS, overlong_penalty, shape_rewards
-from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.config import AlgorithmConfig
 from miles_spmd.types.sample import Prompt, Sample
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from miles_spmd.config import checks, rules
 from miles_spmd.config.load import load_config
 from miles_spmd.models.attention import shared_attention
-from tests.config.test_load import faults, recipe  # noqa: F401  (a fixture)
+from tests.config.test_load import errors, recipe  # noqa: F401  (a fixture)
 from tests.ranks import Ranks
 
 TE = "megatron.transformer_impl=transformer_engine"
@@ -26,8 +29,8 @@ OTHER_ENGINE = "tests.reference_engine:TorchEngine"
             "rollout_batch_size=4 n_samples_per_prompt=4 global_batch_size=6",
             "train.global_batch_size: 6 does not divide",
         ),
-        ("n_samples_per_prompt=1", "grpo compares the answers to a prompt"),
-        ("advantage_estimator=rloo n_samples_per_prompt=1", "rloo compares the answers to a prompt"),
+        ("n_samples_per_prompt=1", "grpo compares the responses to a prompt"),
+        ("advantage_estimator=rloo n_samples_per_prompt=1", "rloo compares the responses to a prompt"),
         ("use_tis=true use_rollout_logprobs=true", "nothing is left to correct"),
         ("tis_clip_low=3", "algorithm.tis_clip_low: 3.0 is above the upper bound 2.0"),
         ("tis_lower_bound=2.5", "algorithm.tis_lower_bound: 2.5 is above"),
@@ -35,16 +38,19 @@ OTHER_ENGINE = "tests.reference_engine:TorchEngine"
         ("keep_old_actor=true", "with update_weights_interval = 1"),
         ("reduction_leaves=6", "a power of two"),
         ("leaf_tokens=64", "train.leaf_tokens: needs train.reduction_leaves"),
-        ("reduction_leaves=2 leaf_tokens=65 max_tokens_per_gpu=64", "train.leaf_tokens: at most 64"),
+        ("reduction_leaves=2 leaf_tokens=65 max_tokens_per_gpu=64", "train.leaf_tokens: must be at most 64"),
         ("reduction_leaves=8 megatron.overlap_grad_reduce=true", "must be false"),
-        ("reduction_leaves=8 megatron.expert_model_parallel_size=2", "train.reduction_leaves: experts"),
-        ("update_weights_interval=3 save_interval=4", "checkpoint.save_interval: 4 is no multiple"),
-        ("update_weights_interval=3 eval_interval=4", "eval.eval_interval: 4 is no multiple"),
+        (
+            "reduction_leaves=8 megatron.expert_model_parallel_size=2",
+            "train.reduction_leaves: is not supported with expert",
+        ),
+        ("update_weights_interval=3 save_interval=4", "checkpoint.save_interval: 4 is not a multiple"),
+        ("update_weights_interval=3 eval_interval=4", "eval.eval_interval: 4 is not a multiple"),
         ("advantage_estimator=ppo num_critic_only_steps=100", "leave no step of the 100"),
         ("critic_lr=1e-6 min_lr=1e-5 lr_decay_style=linear", "is larger than train.critic_lr"),
         ("opd_kl_coef=0.1", "needs a teacher"),
-        ("rollout_temperature=0.0", "all samples of a group are the same"),
-        ("rollout_top_k=1", "rollout_top_k: at 1 all samples of a group are the same"),
+        ("rollout_temperature=0.0", "all samples of a group are equal"),
+        ("rollout_top_k=1", "rollout_top_k: at 1 all samples of a group are equal"),
         ("rollout_top_k=0", "must be -1"),
         ("eval_interval=1", "eval.eval_prompt_data: is empty"),
         ("max_tokens_per_gpu=256", "cannot hold the longest sequence (1025 tokens"),
@@ -60,9 +66,7 @@ OTHER_ENGINE = "tests.reference_engine:TorchEngine"
         ("rollout_num_gpus=1 offload_rollout=all", "rollout.offload_rollout: must be 'nothing' or 'auto'"),
         ("rollout_num_gpus=1 mode=dpo", "this run of mode 'dpo' generates nothing"),
         ("rollout_num_gpus=1 mode=sft", "this run of mode 'sft' generates nothing"),
-        ("megatron.sequence_parallel=true", "needs tensor_model_parallel_size > 1"),
         ("megatron.virtual_pipeline_model_parallel_size=2", "needs pipeline_model_parallel_size > 1"),
-        ("megatron.recompute_granularity=full", "needs recompute_method and recompute_num_layers"),
         ("megatron.recompute_method=uniform", "needs recompute_granularity = 'full'"),
         ("megatron.overlap_param_gather=true", "needs use_distributed_optimizer"),
         ("megatron.expert_model_parallel_size=2", "the model has no experts"),
@@ -95,21 +99,21 @@ OTHER_ENGINE = "tests.reference_engine:TorchEngine"
         (f"{EXACT} rollout_top_p=0.9", "rollout.rollout_top_p: parity needs the whole vocabulary"),
         (f"{EXACT} rollout_top_k=50", "rollout.rollout_top_k: parity needs the whole vocabulary"),
         (f"{EXACT} mismatch_budget={{max=0.1}}", "nothing may differ; leave it out"),
-        (f"{EXACT} mode=sft", "run.mode: parity is of tokens that an engine generates"),
+        (f"{EXACT} mode=sft", "run.mode: parity compares the log-probs of generated tokens"),
         ("parity_gate=mask mismatch_budget={mean=0.1}", "needs `max`, beyond which"),
         ("use_wandb=true", "the package wandb is not installed"),
     ],
 )
-def test_a_contradiction_is_named(recipe: Path, overrides: str, message: str) -> None:  # noqa: F811
-    found = faults(recipe, *overrides.split(), world_size=2)
-    assert any(message in fault for fault in found), found
+def test_a_conflict_is_named(recipe: Path, overrides: str, message: str) -> None:  # noqa: F811
+    found = errors(recipe, *overrides.split(), world_size=2)
+    assert any(message in error for error in found), found
     load_config(recipe, world_size=2)
 
 
 def test_parity_names_every_reason_at_once(recipe: Path) -> None:  # noqa: F811
     wrong = ["sglang.kv_cache_dtype=fp8_e5m2", "sglang.quantization=fp8", "rollout_top_p=0.5", "dtype=float32"]
     layout = ["sglang.tp_size=2", "megatron.context_parallel_size=2"]
-    found = [fault.split(":")[0] for fault in faults(recipe, EXACT, *wrong, *layout, world_size=4)]
+    found = [message.split(":")[0] for message in errors(recipe, EXACT, *wrong, *layout, world_size=4)]
     assert found == [
         "sglang.kv_cache_dtype",
         "sglang.quantization",
@@ -170,15 +174,15 @@ def test_parity_of_long_sequences_is_to_be_asked_for(recipe: Path) -> None:  # n
     assert parity("float32", 4097) == "bitwise"
 
 
-@pytest.mark.parametrize(("numbers", "alike"), [(32, False), (64, False), (80, False), (128, True), (192, False)])
-def test_heads_decide_which_attention_is_shared(recipe: Path, numbers: int, alike: bool) -> None:  # noqa: F811
+@pytest.mark.parametrize(("head_dim", "shared"), [(32, False), (64, False), (80, False), (128, True), (192, False)])
+def test_head_dim_decides_which_attention_is_shared(recipe: Path, head_dim: int, shared: bool) -> None:  # noqa: F811
     config = recipe.parent / "checkpoint" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"head_dim": numbers}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"head_dim": head_dim}))
     found = checks.decide_parity(load_config(recipe, ["sglang.attention_backend=fa3"]), HOPPER)[1]
-    assert [f"heads of {numbers} numbers" in reason for reason in found] == ([] if alike else [True])
+    assert [f"head_dim {head_dim} " in reason for reason in found] == ([] if shared else [True])
     assert checks.decide_parity(load_config(recipe), HOPPER)[1] == []
-    assert shared_attention(numbers, "9.0") == ("fa3" if alike else "triton")
-    assert shared_attention(numbers, "8.0") == "triton"
+    assert shared_attention(head_dim, "9.0") == ("fa3" if shared else "triton")
+    assert shared_attention(head_dim, "8.0") == "triton"
 
 
 def test_what_parity_was_asked_for_decides_what_a_mismatch_does(recipe: Path) -> None:  # noqa: F811
@@ -192,13 +196,13 @@ def test_what_parity_was_asked_for_decides_what_a_mismatch_does(recipe: Path) ->
 
 def test_layouts_against_the_model(recipe: Path) -> None:  # noqa: F811
     def found(size: str, value: int) -> str:
-        return "\n".join(faults(recipe, f"megatron.{size}_model_parallel_size={value}", world_size=12))
+        return "\n".join(errors(recipe, f"megatron.{size}_model_parallel_size={value}", world_size=12))
 
     assert "does not divide the model's 4 attention heads" in found("tensor", 3)
-    assert "no multiple or divisor of 2 key-value heads" in found("tensor", 3)
+    assert "not a multiple or divisor of the model's 2 key-value heads" in found("tensor", 3)
     assert "do not divide the model's 4 layers" in found("pipeline", 3)
     assert "sglang.tp_size: 3 does not divide the model's 4 attention heads" in "\n".join(
-        faults(recipe, "sglang.tp_size=3", world_size=12)
+        errors(recipe, "sglang.tp_size=3", world_size=12)
     )
     load_config(recipe, ["megatron.tensor_model_parallel_size=4", "sglang.tp_size=4"], world_size=12)
 
@@ -207,14 +211,14 @@ def test_experts_against_the_model(recipe: Path) -> None:  # noqa: F811
     config = recipe.parent / "checkpoint" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_experts": 6, "moe_intermediate_size": 90}))
     sizes = ["megatron.expert_model_parallel_size=4", "megatron.tensor_model_parallel_size=4"]
-    found = "\n".join(faults(recipe, *sizes, "megatron.sequence_parallel=true", world_size=16))
+    found = "\n".join(errors(recipe, *sizes, "megatron.sequence_parallel=true", world_size=16))
     assert "megatron.expert_model_parallel_size: 4 does not divide 6 experts" in found
     assert "expert_tensor_parallel_size: 4 does not divide the experts' moe_intermediate_size 90" in found
 
 
 def test_canonical_reduction_over_the_ranks(recipe: Path) -> None:  # noqa: F811
     load_config(recipe, ["reduction_leaves=4"], world_size=4)
-    assert "4 is no multiple of the data-parallel size 8" in str(faults(recipe, "reduction_leaves=4", world_size=8))
+    assert "4 is not a multiple of the data-parallel size 8" in str(errors(recipe, "reduction_leaves=4", world_size=8))
 
 
 def test_models_that_do_not_fit_each_other(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -222,12 +226,12 @@ def test_models_that_do_not_fit_each_other(recipe: Path, tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps(shape | {"vocab_size": 7, "hidden_size": 9}))
     (tmp_path / "model.safetensors").touch()
     for name, more in (("teacher_load", ["opd_kl_coef=1"]), ("critic_load", []), ("ref_load", ["kl_coef=0.1"])):
-        found = faults(recipe, f"{name}={tmp_path}", *more)
+        found = errors(recipe, f"{name}={tmp_path}", *more)
         assert any(f.startswith(f"model.{name}: {tmp_path} has vocab_size 7") for f in found)
         assert len(found) == (2 if name == "ref_load" else 1)
 
 
-def test_an_estimator_without_groups_takes_single_answers(recipe: Path) -> None:  # noqa: F811
+def test_an_estimator_without_groups_takes_single_responses(recipe: Path) -> None:  # noqa: F811
     load_config(recipe, ["advantage_estimator=reinforce_plus_plus", "n_samples_per_prompt=1"])
 
 
@@ -235,21 +239,52 @@ def test_supervised_runs_ask_for_no_groups(recipe: Path) -> None:  # noqa: F811
     load_config(recipe, ["mode=sft", "n_samples_per_prompt=1", "global_batch_size=5", "max_tokens_per_gpu=64"])
 
 
-def test_doubts_do_not_stop_a_run(recipe: Path) -> None:  # noqa: F811
-    assert checks.doubts(load_config(recipe)) == []
+def test_warnings_do_not_stop_a_run(recipe: Path) -> None:  # noqa: F811
+    assert checks.warnings(load_config(recipe)) == []
     checkpoint = recipe.parent / "checkpoint"
-    found = checks.doubts(load_config(recipe, ["rollout_top_p=0.9", f"ref_load={checkpoint}"]))
+    found = checks.warnings(load_config(recipe, ["rollout_top_p=0.9", f"ref_load={checkpoint}"]))
     assert [message.split(":")[0] for message in found] == ["model.ref_load"]
 
 
 def test_every_rule_reads_settings_that_exist(recipe: Path) -> None:  # noqa: F811
-    """A misspelt parameter would silently switch a rule off."""
+    """A misspelt name would silently switch a rule off."""
     of_machine = {"shape", "world_size", "trainer_ranks", "engine_ranks", "capabilities"}
     known = {*checks.settings(load_config(recipe)), *of_machine}
-    everything = [*rules.CONTRADICTIONS, *rules.PARITY, *rules.NOT_BY_DEFAULT, *rules.DOUBTS, *rules.FILES]
+    everything = [*rules.ERRORS, *rules.PARITY, *rules.NOT_BY_DEFAULT, *rules.WARNINGS, *rules.FILES]
     assert len(everything) > 15
-    for rule in everything:
-        assert set(inspect.signature(rule).parameters) <= known, rule.__name__
+    read = [set(_names_read(ast.parse(inspect.getsource(rule)), rule.__globals__)) for rule in everything]
+    assert all(read)
+    assert set.union(*read) <= known
+
+
+def _names_read(rule: ast.AST, constants: dict[str, Any]) -> Iterator[str]:
+    """Of the settings `s`: `s.name`, and `s[name]` in a loop over names or over tuples with names in them."""
+    for node in ast.walk(rule):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "s":
+            yield node.attr
+        elif isinstance(node, ast.For):
+            keys = {
+                key.slice.id
+                for statement in node.body
+                for key in ast.walk(statement)
+                if isinstance(key, ast.Subscript) and ast.unparse(key.value) == "s" and isinstance(key.slice, ast.Name)
+            }
+            targets = [t.id if isinstance(t, ast.Name) else "" for t in getattr(node.target, "elts", [node.target])]
+            if isinstance(node.iter, ast.Name) and keys:
+                yield from constants[node.iter.id]
+            for entry in getattr(node.iter, "elts", []):
+                parts = getattr(entry, "elts", [entry])
+                yield from (part.value for name, part in zip(targets, parts, strict=True) if name in keys)
+
+
+def test_names_read_in_loops_are_found() -> None:
+    found = _names_read(
+        ast.parse(
+            "for a, b in (('x', 1), ('y', 2)):\n  s[a] == b\nfor c in ('z',):\n  s[c]\nfor c in NAMES:\n  s[c]\ns.w"
+        ),
+        {"NAMES": ("v",)},
+    )
+    assert set(found) == {"x", "y", "z", "w", "v"}
 
 
 LAYOUTS: list[dict[str, object]] = [
@@ -269,23 +304,30 @@ LAYOUTS: list[dict[str, object]] = [
 ]
 
 
-def _megatron_accepts(layouts: list[dict[str, object]]) -> list[bool]:
+LEFT_TO_MEGATRON = {
+    "Cannot use sequence parallelism without tensor parallelism": {"sequence_parallel": True},
+    'recompute_method must be "block" or "uniform"': {"recompute_granularity": "full"},
+}
+
+
+def _megatron_refuses(layouts: list[dict[str, object]]) -> list[str]:
+    """Megatron's messages, "" for a layout that it accepts."""
     import torch
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    def accepts(layout: dict[str, object]) -> bool:
+    def message(layout: dict[str, object]) -> str:
         try:
             config = TransformerConfig(
                 num_layers=4, hidden_size=64, num_attention_heads=4, num_query_groups=2,
                 pipeline_dtype=torch.float32, **layout,
             )  # fmt: skip
             get_num_layers_to_build(config, vp_stage=0, pp_rank=0)
-        except (ValueError, AssertionError):
-            return False
-        return True
+        except (ValueError, AssertionError) as error:
+            return str(error) or type(error).__name__
+        return ""
 
-    return [accepts(layout) for layout in layouts]
+    return [message(layout) for layout in layouts]
 
 
 def _real_fields() -> dict[str, set[str]]:
@@ -307,15 +349,18 @@ def _real_fields() -> dict[str, set[str]]:
 
 
 def test_megatron_agrees(recipe: Path, ranks: Ranks) -> None:  # noqa: F811
-    (accepted,) = ranks.run(1, _megatron_accepts, LAYOUTS)
+    (refused,) = ranks.run(1, _megatron_refuses, LAYOUTS)
     ours = [
-        not checks.contradictions(
-            load_config(recipe).model_copy(update={"megatron": {"lr": 1e-4, **layout}}),
-        )
-        for layout in LAYOUTS
+        checks.errors(load_config(recipe).model_copy(update={"megatron": {"lr": 1e-4, **layout}})) for layout in LAYOUTS
     ]
-    assert ours == accepted
-    assert set(ours) == {True, False}
+    left = [
+        (layout, message) for layout, message, own in zip(LAYOUTS, refused, ours, strict=True) if message and not own
+    ]
+    assert [layout for layout, _ in left] == list(LEFT_TO_MEGATRON.values())
+    assert all(text in message for text, (_, message) in zip(LEFT_TO_MEGATRON, left, strict=True))
+    assert not any(own and not message for own, message in zip(ours, refused, strict=True))
+    assert any(ours)
+    assert not all(ours)
 
 
 def test_fields_read_from_source_are_those_of_the_classes(ranks: Ranks) -> None:

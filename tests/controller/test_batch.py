@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.controller.learning.batch import optimizer_steps, to_sequences
 from miles_spmd.types.sample import Prompt, Sample
 from miles_spmd.types.train_sequence import TrainSequence

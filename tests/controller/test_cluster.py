@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from miles_spmd.config.schema import DeadlinesConfig
+from miles_spmd.config import DeadlinesConfig
 from miles_spmd.controller.cluster.cluster import (
     Cluster,
     DeadlineError,

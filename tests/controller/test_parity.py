@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from miles_spmd.config.schema import DeterminismConfig
+from miles_spmd.config import DeterminismConfig
 from miles_spmd.controller.journal.parity import Parity, ParityError
 from miles_spmd.types.sample import Prompt, Sample
 from miles_spmd.types.train_sequence import TrainSequence

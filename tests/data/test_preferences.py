@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from miles_spmd.config.schema import DataConfig
+from miles_spmd.config import DataConfig
 from miles_spmd.data.dataset import DataError
 from miles_spmd.data.preferences import PreferencePair, load_preference_pairs
 from miles_spmd.data.sft import SftExample, load_sft_examples

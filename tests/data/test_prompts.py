@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from miles_spmd.config.schema import DataConfig
+from miles_spmd.config import DataConfig
 from miles_spmd.data.dataset import DataError, parse_slice
 from miles_spmd.data.prompts import load_prompts
 from miles_spmd.data.tokenizer import Tokenizer

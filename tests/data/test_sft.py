@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from miles_spmd.config.schema import DataConfig
+from miles_spmd.config import DataConfig
 from miles_spmd.data.dataset import DataError
 from miles_spmd.data.sft import SftExample, load_sft_examples
 from miles_spmd.data.tokenizer import Tokenizer, TokenizerError

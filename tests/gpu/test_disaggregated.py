@@ -74,6 +74,7 @@ def refit_times(
     from miles_spmd.config.load import make_config
     from miles_spmd.generation.sglang.engine import SglangEngine
     from miles_spmd.models import load_family
+    from miles_spmd.models.random import write_random_checkpoints
     from miles_spmd.training.network import Network
     from miles_spmd.weights import direct_refit
     from miles_spmd.weights.refit import Refit
@@ -82,6 +83,7 @@ def refit_times(
     raw = {"model": {"hf_checkpoint": model}, "data": {"prompt_data": "none"}, "megatron": megatron}
     config = make_config(raw, [], source="test", check_files=False)
     folder = config.model.hf_checkpoint
+    write_random_checkpoints([folder])
     side = take_side(rollout_num_gpus, timedelta(minutes=4))
     network = Network(config, load_family(folder), folder) if side.trains else None
     engine = SglangEngine(folder, dtype="bfloat16", server_args=server_args) if side.generates else None

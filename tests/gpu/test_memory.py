@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.models.random import random_checkpoint
 from miles_spmd.types.request import Output
 from miles_spmd.types.train_sequence import MicroBatch, TrainSequence

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from tests.gpu.machine import needs
 from tests.ranks import Ranks
 from tests.training.cases import ZERO, build, config, sequences

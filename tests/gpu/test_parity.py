@@ -14,6 +14,7 @@ from miles_spmd.bench.run import bench_config
 from miles_spmd.config.load import load_config
 from miles_spmd.invariant.flash import flash_attention
 from miles_spmd.invariant.split_attention import split_attention
+from miles_spmd.models.random import write_random_checkpoints
 from miles_spmd.telemetry.metrics import phase_times
 from tests.gpu.machine import measured, needs
 from tests.gpu.test_grpo import train
@@ -50,6 +51,7 @@ def test_decoded_log_probs_are_the_trainers(
     ranks: Ranks, model: str, ranks_needed: int, answer: int, overrides: list[str]
 ) -> None:
     config = bench_config(model, [*EXACT, *overrides], ranks_needed)
+    write_random_checkpoints(config.model.checkpoints)
     found = ranks.run(ranks_needed, train_and_compare, config, 20, 3 * answer, answer, 2)
     measured(f"parity of {model} on {ranks_needed} GPUs, {' '.join(overrides)}", asdict(found[0]))
     assert found[0].tokens > 0

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.types.train_sequence import MicroBatch, TrainSequence
 from tests.generation.conformance import finish, request, run
 from tests.gpu.machine import ENGINE, measured, needs

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.quickstart import checkpoint
 from miles_spmd.quickstart.__main__ import SFT as SFT_RECIPE
 from miles_spmd.quickstart.assets import build_assets

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import transformers
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.types.request import Output, Request
 from miles_spmd.types.train_sequence import MicroBatch, TrainSequence
 from tests.generation.conformance import request, run

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from tests.invariant.side_by_side import PROMPTS, SAMPLES, checkpoint, train_and_compare
 from tests.ranks import Ranks
 from tests.training.cases import EP2, ETP1, PP2, SP, TP2

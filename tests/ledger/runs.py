@@ -9,8 +9,8 @@ from typing import Any, cast
 import msgspec
 import torch.distributed as dist
 
+from miles_spmd.config import Config
 from miles_spmd.config.load import config_digest, dump_config, load_config
-from miles_spmd.config.schema import Config
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.loops import replay
 from miles_spmd.controller.loops.sync import run

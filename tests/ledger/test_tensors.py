@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.ledger.rectangles import COLUMN_STREAM, ROW_STREAM, Rectangle, factors, parts, sum_digests
 from miles_spmd.ledger.tensor_sums import TensorSums
 from miles_spmd.models.layout import Piece, TensorLayout, whole

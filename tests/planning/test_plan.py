@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from miles_spmd.config import Config
 from miles_spmd.config.load import load_config
-from miles_spmd.config.schema import Config
 from miles_spmd.models import load_family
 from miles_spmd.models.random import SHAPES
 from miles_spmd.planning.memory_estimate import MemoryEstimate, estimate_memory

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from miles_spmd.config.schema import RewardConfig
+from miles_spmd.config import RewardConfig
 from miles_spmd.plugins.reward import RewardError, Score
 from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.types.sample import Prompt, Sample

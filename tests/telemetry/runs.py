@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from miles_spmd.config import Config
 from miles_spmd.config.load import dump_config
-from miles_spmd.config.schema import Config
 from miles_spmd.telemetry.environment import write_environment
 from miles_spmd.telemetry.trackers import open_trackers
 from miles_spmd.telemetry.transcripts import write_transcripts

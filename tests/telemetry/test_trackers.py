@@ -17,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 from miles_spmd.algorithms.advantages import compute_advantages
 from miles_spmd.algorithms.corrections import mis
 from miles_spmd.algorithms.mismatch import mismatch_metrics
-from miles_spmd.config.schema import AlgorithmConfig
+from miles_spmd.config import AlgorithmConfig
 from miles_spmd.telemetry import metrics
 from miles_spmd.telemetry.metrics import METRICS, PHASES, describe, is_score, phase_times
 from miles_spmd.telemetry.trackers import JsonlTracker, open_trackers, read_metrics

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from miles_spmd.algorithms.losses import make_loss
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.models import TensorLayout, load_family
 from miles_spmd.training.trainer import Trainer
 from miles_spmd.types.train_sequence import MicroBatch, TrainSequence

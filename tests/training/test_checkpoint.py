@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.training.checkpoint import TrainerCheckpointError
 from tests.models import tiny
 from tests.ranks import Ranks

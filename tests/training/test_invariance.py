@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.controller.journal.metrics import train_metrics
 from miles_spmd.controller.learning.micro_batches import bodies, pack, pack_leaves
 from miles_spmd.protocol.messages import TrainerRank, TrainResult, TrainStep

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from tests.ranks import Ranks
 from tests.training.cases import EP2, PP2, ZERO, build, config, held, sequences, share
 

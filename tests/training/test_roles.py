@@ -15,7 +15,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.protocol.messages import LogProbsResult
 from miles_spmd.training.network import Network
 from miles_spmd.training.roles import Roles

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from miles_spmd.algorithms.losses import SupervisedLoss
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.models import load_family
 from miles_spmd.training import output_layer
 from miles_spmd.training.model import unwrap

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from miles_spmd.config.load import ConfigError, load_config
+from miles_spmd.config.load import ConfigError, dump_config, load_config
 from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.models import load_family
-from miles_spmd.models.random import NO_WEIGHTS, SHAPES, random_checkpoint
+from miles_spmd.models.random import NO_WEIGHTS, SHAPES, random_checkpoint, random_config, write_random_checkpoints
 from miles_spmd.weights import random_weights
 from miles_spmd.weights.hugging_face import load
 from miles_spmd.weights.random_weights import random_slices
@@ -41,7 +42,7 @@ def test_some_of_the_layers(tmp_path: Path) -> None:
     whole, part = (load_family(random_checkpoint(f"random:qwen3-30b-a3b{end}", tmp_path)) for end in ("", "/2"))
     assert part.num_layers == 2
     assert part.checkpoint_tensors().items() <= whole.checkpoint_tensors().items()
-    with pytest.raises(ValueError, match="'two' is no number of layers"):
+    with pytest.raises(ValueError, match="'two' is not a number of layers"):
         random_checkpoint("random:qwen3-30b-a3b/two", tmp_path)
 
 
@@ -103,10 +104,18 @@ def test_a_recipe_may_name_a_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     recipe, data = tmp_path / "recipe.toml", tmp_path / "data.jsonl"
     data.touch()
     recipe.write_text(f'[model]\nhf_checkpoint = "random:qwen3-4b"\n[data]\nprompt_data = "{data}"\n')
-    folder = load_config(recipe).model.hf_checkpoint
+    config = load_config(recipe)
+    folder = config.model.hf_checkpoint
     assert load_family(folder).hidden_size == 2560
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "recipe.toml"]  # reading writes nothing
+    written = tmp_path / "written.toml"
+    written.write_text(dump_config(config))
+    assert load_config(written) == config
+    write_random_checkpoints(config.model.checkpoints)
+    assert json.loads((folder / "config.json").read_text()) == random_config(folder)
+    assert (folder / NO_WEIGHTS).is_file()
     with pytest.raises(ConfigError) as error:
         load_config(recipe, ["hf_checkpoint=random:qwen3-5b"])
-    (fault,) = error.value.faults
-    assert fault.startswith("model.hf_checkpoint: random:qwen3-5b: no such shape, did you mean random:qwen3-")
-    assert "qwen3-30b-a3b" in fault
+    (message,) = error.value.errors
+    assert message.startswith("model.hf_checkpoint: random:qwen3-5b: no such shape, did you mean random:qwen3-")
+    assert "qwen3-30b-a3b" in message

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.models import load_family
 from miles_spmd.weights.refit import Refit
 from tests.models import tiny

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.protocol.messages import Bisect, Bisection
 from tests.generation.conformance import request
 from tests.invariant.side_by_side import checkpoint

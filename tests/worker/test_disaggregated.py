@@ -14,8 +14,8 @@ import msgspec
 import pytest
 from safetensors.torch import load_file
 
+from miles_spmd.config import Config
 from miles_spmd.config.load import config_digest, load_config
-from miles_spmd.config.schema import Config
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.loops import sync
 from miles_spmd.ledger.compare import compare

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.models import load_family
 from miles_spmd.models.random import SHAPES
 from miles_spmd.planning.kv_cache import needed_tokens

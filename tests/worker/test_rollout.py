@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from miles_spmd.config.schema import DeadlinesConfig
+from miles_spmd.config import DeadlinesConfig
 from miles_spmd.controller.cluster.cluster import Cluster, RolloutSession, WorkerFailedError
 from miles_spmd.generation.engine import Engine
 from miles_spmd.protocol.credentials import Credentials

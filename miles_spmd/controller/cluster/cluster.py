@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from miles_spmd.config.schema import DeadlinesConfig
+from miles_spmd.config import DeadlinesConfig
 from miles_spmd.protocol.messages import (
     AbortRequests,
     Body,

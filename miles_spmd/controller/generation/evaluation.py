@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.controller.journal.metrics import pass_at_k
 from miles_spmd.controller.learning.batch import pair_sequences
 from miles_spmd.controller.learning.models import Models

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import miles_spmd
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.ledger.chain import Chain, LedgerError, Link, links
 from miles_spmd.ledger.entries import Context, Digests, Samples, Saved, Step, Update, tensor_digests, unpack
 from miles_spmd.ledger.rectangles import Rectangle, sum_digests

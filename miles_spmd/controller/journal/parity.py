@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from miles_spmd.config.schema import DeterminismConfig
+from miles_spmd.config import DeterminismConfig
 from miles_spmd.controller.journal.metrics import mismatch_metrics
 from miles_spmd.protocol.messages import Bisection
 from miles_spmd.types.rollout_batch import Arrays

@@ -10,7 +10,7 @@ from miles_spmd.algorithms.advantages import compute_advantages
 from miles_spmd.algorithms.aggregation import loss_weights
 from miles_spmd.algorithms.corrections import correct
 from miles_spmd.algorithms.rewards import shape_rewards
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.controller.learning.scoring import Scores
 from miles_spmd.data.preferences import PreferencePair
 from miles_spmd.types.rollout_batch import Arrays, RolloutBatch

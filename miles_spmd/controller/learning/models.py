@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import msgspec
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.learning.micro_batches import Packing, bodies, expand, in_sequence_order, pack, pack_leaves
 from miles_spmd.protocol.messages import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from miles_spmd.algorithms.distillation import Candidates, topk_reverse_kl
-from miles_spmd.config.schema import AlgorithmConfig, Config
+from miles_spmd.config import AlgorithmConfig, Config
 from miles_spmd.controller.learning.models import Models
 from miles_spmd.types.role import Role
 from miles_spmd.types.rollout_batch import Arrays

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from miles_spmd.config.schema import Config
+from miles_spmd.config import Config
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.run import Run
 from miles_spmd.protocol.order import Replay

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from miles_spmd.config.load import load_config
-from tests.config.test_load import faults, recipe  # noqa: F401  (a fixture)
+from tests.config.test_load import errors, recipe  # noqa: F401  (a fixture)
 
 
 def reshaped(recipe: Path, shape: dict[str, Any]) -> Path:  # noqa: F811
@@ -41,8 +41,8 @@ def test_nothing_objects_to_experts(recipe: Path) -> None:  # noqa: F811
     ],
 )
 def test_an_obstacle_is_named(recipe: Path, overrides: str, message: str) -> None:  # noqa: F811
-    found = faults(reshaped(recipe, EXPERTS), "parity=bitwise", *overrides.split(), world_size=2)
-    assert any(message in fault for fault in found), found
+    found = errors(reshaped(recipe, EXPERTS), "parity=bitwise", *overrides.split(), world_size=2)
+    assert any(message in error for error in found), found
 
 
 def test_they_are_none_to_a_dense_model(recipe: Path) -> None:  # noqa: F811

@@ -1,0 +1,100 @@
+"""`[rollout]`: how many responses are generated, how they are sampled, and on which GPUs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from miles_spmd.config.rules import ERRORS, Messages, Settings, rule
+from miles_spmd.config.table import NonNegativeFloat, NonNegativeInt, PositiveInt, Table, must_be, plug_point
+
+
+# an earlier version's name of the engine that is in the tests now
+_not_torch = must_be(
+    "sglang or `module:function`, such as tests.reference_engine:TorchEngine", lambda name: name != "torch"
+)
+
+
+class RolloutConfig(Table):
+    rollout_batch_size: PositiveInt = 32
+    """Number of prompts in a rollout."""
+    n_samples_per_prompt: PositiveInt = 8
+    """Number of responses to each prompt; they are the group that estimators compare."""
+    rollout_max_response_len: PositiveInt = 1024
+    """Longest response in tokens, at which generation stops."""
+    rollout_temperature: NonNegativeFloat = 1.0
+    """Sampling temperature; 0 always takes the top-1 token."""
+    rollout_top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the smallest set of tokens whose probabilities sum to this; 1: from the whole vocabulary."""
+    rollout_top_k: Annotated[
+        int, must_be("-1 (the whole vocabulary) or positive", lambda top_k: top_k == -1 or top_k > 0)
+    ] = -1
+    """Sample from so many most probable tokens; -1: from the whole vocabulary."""
+    rollout_stop: list[str] = []
+    """Texts at which a response ends."""
+    rollout_stop_token_ids: list[int] = []
+    """Tokens at which a response ends, beside the tokenizer's end-of-sequence token."""
+    rollout_num_gpus: NonNegativeInt = 0
+    """Disaggregated layout: the last so many ranks only generate, on devices of their own, and the others only train.
+    0: colocated, every rank does both in turns."""
+    engine: Annotated[str, _not_torch, plug_point("sglang")] = "sglang"
+    """Plug point: the rollout engine. A function builds an engine other than SGLang; its Protocol, `EngineFactory`, is
+    in `generation/engine.py`."""
+    offload_rollout: Literal["auto", "nothing", "kv_cache", "all"] = "auto"
+    """What an engine releases while the trainer works on the same device: nothing; its KV cache and CUDA graphs; its
+    weights, too. `auto`: the least that leaves the trainer what it is planned to need, with `memory_allowance`."""
+
+
+COMPARE_GROUPS = ("grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
+
+
+@rule(ERRORS)
+def _groups_differ(s: Settings) -> Messages:
+    if s.mode != "rl" or s.advantage_estimator not in COMPARE_GROUPS:
+        return
+    if s.n_samples_per_prompt == 1:
+        yield (
+            f"rollout.n_samples_per_prompt: {s.advantage_estimator} compares the responses to a prompt; take at least 2"
+        )
+    if s.rollout_temperature == 0:
+        yield "rollout.rollout_temperature: at 0 all samples of a group are equal and nothing is learnt; take 1.0"
+    if s.rollout_top_k == 1:
+        yield "rollout.rollout_top_k: at 1 all samples of a group are equal and nothing is learnt; take -1"
+
+
+@rule(ERRORS)
+def _responses_fit_the_context(s: Settings) -> Messages:
+    context = s.shape.get("max_position_embeddings")
+    if context is None:
+        return
+    prompt = s.rollout_max_prompt_len or 1
+    lengths = {"rollout.rollout_max_response_len": s.rollout_max_response_len} if s.mode == "rl" else {}
+    if s.eval_interval and s.eval_max_response_len is not None:
+        lengths["eval.eval_max_response_len"] = s.eval_max_response_len
+    for name, response in lengths.items():
+        if prompt + response > context:
+            yield f"{name}: {prompt} prompt + {response} response tokens exceed the model's context of {context}"
+
+
+# --- ranks that only generate ----------------------------------------------------------------------------------------
+
+
+@rule(ERRORS)
+def _ranks_remain_to_train(s: Settings) -> Messages:
+    if s.rollout_num_gpus >= s.world_size:
+        yield f"rollout.rollout_num_gpus: {s.rollout_num_gpus} of {s.world_size} ranks leave none to train"
+
+
+@rule(ERRORS)
+def _engines_have_work(s: Settings) -> Messages:
+    if s.rollout_num_gpus and (s.mode in ("dpo", "rm") or (s.mode == "sft" and not s.eval_interval)):
+        yield f"rollout.rollout_num_gpus: must be 0, because this run of mode {s.mode!r} generates nothing"
+
+
+@rule(ERRORS)
+def _nothing_to_release(s: Settings) -> Messages:
+    if s.rollout_num_gpus and s.offload_train:
+        yield "train.offload_train: must be false with rollout_num_gpus; no engine needs the trainers' memory"
+    if s.rollout_num_gpus and s.offload_rollout not in ("auto", "nothing"):
+        yield "rollout.offload_rollout: must be 'nothing' or 'auto' with rollout_num_gpus; no trainer needs the memory"
