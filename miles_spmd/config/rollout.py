@@ -9,7 +9,6 @@ from pydantic import Field
 from miles_spmd.config.rules import ERRORS, Messages, Settings, rule
 from miles_spmd.config.table import NonNegativeFloat, NonNegativeInt, PositiveInt, Table, must_be, plug_point
 
-
 # an earlier version's name of the engine that is in the tests now
 _not_torch = must_be(
     "sglang or `module:function`, such as tests.reference_engine:TorchEngine", lambda name: name != "torch"
