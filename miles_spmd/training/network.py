@@ -17,7 +17,7 @@ from torch import Tensor
 
 from miles_spmd.config.schema import Config
 from miles_spmd.models import Family, TensorLayout
-from miles_spmd.protocol.messages import LogProbsResult, ValuesResult
+from miles_spmd.protocol.results import LogProbsResult, ValuesResult
 from miles_spmd.training import parallel
 from miles_spmd.training.model import Scoring, build_chunks, global_names, release
 from miles_spmd.training.packing import PackedBatch, pack, scatter, split, stream_length
