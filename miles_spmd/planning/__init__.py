@@ -1,1 +1,1 @@
-"""What a configuration means on a number of ranks, before anything is started. Imports no torch."""
+"""Layouts, memory and batch schedule of a configuration on a number of ranks, before anything starts. Imports no torch."""
