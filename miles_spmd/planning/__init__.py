@@ -1,1 +1,2 @@
-"""What a configuration means on a number of ranks, before anything is started. Imports no torch."""
+"""What a configuration means on a number of ranks, before anything starts: layouts, memory, batch schedule. Imports no
+torch."""

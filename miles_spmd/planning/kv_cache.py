@@ -1,4 +1,4 @@
-"""How many tokens of KV cache the requests of a run can fill at most."""
+"""The number of tokens of KV cache that the requests of a run can fill at most."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from miles_spmd.config.checks import settings
 from miles_spmd.data.dataset import DataError, read_rows
 from miles_spmd.models import load_family
 
-MOST_REQUESTS = 4096  # that SGLang runs at a time, unless told otherwise
-SPARE = 256  # tokens: SGLang wants a page more than a request takes
+MOST_REQUESTS = 4096  # SGLang's default limit of running requests
+SPARE = 256  # tokens: SGLang admits a request only with a page more than it fills
 
 
 def needed_tokens(config: Config, engine_ranks: int) -> int | None:
-    """Of one of the engines that ``engine_ranks`` ranks have together, for the larger of rollout and evaluation: as
-    many sequences as it runs at a time, each as long as it may be, in whole pages. None where the user has sized the
-    cache.
+    """Return the tokens that one of the engines of ``engine_ranks`` ranks needs for the larger of rollout and
+    evaluation: as many sequences as run at a time, each of the maximum length, in whole pages. None where the user has
+    set the size of the cache.
 
-    Without ``rollout_max_prompt_len`` a prompt may take all that the answer leaves of a micro-batch, or of the context.
+    Without ``rollout_max_prompt_len`` a sequence may be as long as a micro-batch, or as the context.
     """
     s = settings(config)
     if s["mem_fraction_static"] is not None or s["max_total_tokens"] is not None:
@@ -44,7 +44,7 @@ def needed_tokens(config: Config, engine_ranks: int) -> int | None:
 
 
 def _rows(source: str) -> int:
-    """Of a dataset; 0 where it cannot be read, which others will say."""
+    """Return the number of rows of a dataset; 0 where it cannot be read, which the controller reports."""
     try:
         return sum(1 for _ in read_rows(source, []))
     except (OSError, DataError):

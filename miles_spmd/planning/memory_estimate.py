@@ -1,4 +1,4 @@
-"""How much memory a rank needs, from the shapes of the checkpoint's tensors. An estimate: allocators and workspaces
+"""The memory that a rank needs, from the shapes of the checkpoint's tensors. An estimate: allocators and workspaces
 come on top.
 
 Weights, gradients and optimizer states are counted exactly. Activations follow Korthikanti et al., "Reducing Activation
@@ -27,17 +27,17 @@ STATIC_FRACTION = 0.85  # of a GPU for weights and KV cache, where [sglang] mem_
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on the rank that needs most of each."""
+    """Bytes of each kind, each on the rank that needs most of it."""
 
     parameters: int
     gradients: int
     optimizer: int
     activations: int
     logits: int  # of a chunk, and the output layer's gradient
-    update: int  # what the optimizer step takes for a while, when there are no activations any more
-    others: int  # weights of another model, on the device while it is asked
+    update: int  # temporary, in the optimizer step, when the activations are freed
+    others: int  # weights of another model, on the device while it runs forward
     critic: int  # its parameters, gradients and optimizer
-    copies: int  # in FP8, that Transformer Engine keeps of weights
+    copies: int  # of weights in FP8, which Transformer Engine keeps
     engine_weights: int
     colocated: bool  # trainer and engine are on the same devices
     engine_stays: bool  # the engine keeps its weights while the trainer works, because rollouts lag behind
@@ -51,7 +51,7 @@ class MemoryEstimate:
 
     @property
     def working(self) -> int:
-        """What comes on top of that while the trainer works."""
+        """The peak on top of that while the trainer works."""
         return max(self.activations + self.logits, self.update, self.others + self.logits)
 
     @property
@@ -60,7 +60,7 @@ class MemoryEstimate:
 
     @property
     def beside(self) -> int:
-        """What the trainer keeps on the engine's device while that generates."""
+        """What the trainer keeps on a shared device while the engine generates."""
         return self.trainer - self.moves_out if self.colocated else 0
 
     @property
@@ -69,7 +69,7 @@ class MemoryEstimate:
         return self.beside + self.engine_weights
 
     def kv_tokens(self, device_bytes: int, static_fraction: float) -> int:
-        """Tokens of KV cache beside the engine's weights, of which SGLang gives both a fraction of what is free."""
+        """Return the tokens of KV cache: SGLang takes ``static_fraction`` of the free memory for weights and cache."""
         free = (device_bytes - self.beside) * static_fraction - self.engine_weights
         return max(0, int(free)) // self.kv_bytes_per_token
 
@@ -116,12 +116,12 @@ def estimate_memory(config: Config, family: Family, layout: ParallelLayout) -> M
 
 
 def _pinned(nbytes: int) -> int:
-    """What torch takes for it: a power of two."""
+    """Return the bytes that torch allocates for pinned memory: it rounds up to a power of two."""
     return 1 << (nbytes - 1).bit_length() if nbytes else 0
 
 
 def local_parameters(family: Family, layout: ParallelLayout, s: dict[str, Any]) -> list[tuple[int, int]]:
-    """(dense, expert) parameters of one rank of each pipeline stage."""
+    """Return the (dense, expert) parameters of one rank of each pipeline stage."""
     stages, start = [], 0
     for stage, count in enumerate(layers_per_stage(family.num_layers, layout.pp, s)):
         layers, start = range(start, start + count), start + count
@@ -147,7 +147,7 @@ def _is_on(name: str, layers: range, first: bool, last: bool, tied: bool) -> boo
 
 
 def _fp8_copies(family: Family, layout: ParallelLayout, s: dict[str, Any]) -> int:
-    """Of each matrix in a layer a byte as it stands and one transposed, kept from step to step."""
+    """Return the bytes of two FP8 copies of each matrix, one transposed, which are kept from step to step."""
     if not s["fp8"] or s["transformer_impl"] != "transformer_engine" or s["disable_parameter_transpose_cache"]:
         return 0
     layers = layers_per_stage(family.num_layers, layout.pp, s)[0]
@@ -182,15 +182,15 @@ def _engine_parameters(family: Family, tp: int) -> int:
 
 
 def _head_bytes(tokens: int, family: Family, tp: int, bytes_each: int) -> int:
-    """Logits of a chunk, as training/output_layer.py cuts them, and the output weight's gradient, which is added up in
-    fp32 where there are several."""
+    """Return the bytes of a chunk's logits, cut as in training/output_layer.py, and of the output weight's gradient,
+    which is summed in fp32 where there are several chunks."""
     logits, limit = tokens * family.vocab_size // tp * bytes_each, MAX_LOGITS * (bytes_each + 2 * FP32)
     gradient = family.vocab_size * family.hidden_size // tp * (bytes_each if logits <= limit else FP32)
     return min(logits, limit) + gradient
 
 
 def _activations(config: Config, family: Family, layout: ParallelLayout, s: dict[str, Any]) -> int:
-    """Elements kept for the backward pass on the first stage, which has the most micro-batches under way."""
+    """Return the elements kept for the backward pass on the first stage, which has the most micro-batches under way."""
     layers = layers_per_stage(family.num_layers, layout.pp, s)[0]
     split_input = family.hidden_size // (layout.tp if layout.sequence_parallel else 1)
     layer = _layer_elements(family, layout, split_input, s["transformer_impl"] == "local")

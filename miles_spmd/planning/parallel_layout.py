@@ -1,4 +1,4 @@
-"""Which rank stands where: Megatron's groups and our engines, as arithmetic on rank numbers."""
+"""The place of each rank in Megatron's groups and in our engines, as arithmetic on rank numbers."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ParallelLayout:
         return len(self.engine_ranks) // self.engine_tp
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Position in every group that the rank is in. Megatron's rank order: tensor fastest, then context, data,
+        """Return the rank's position in each of its groups. Megatron's rank order: tensor fastest, then context, data,
         pipeline."""
         where: dict[str, int] = {}
         if rank in self.trainer_ranks:
@@ -75,7 +75,7 @@ class ParallelLayout:
         return where
 
     def groups(self, axis: str) -> Groups:
-        """The groups that differ in ``axis`` only, in the order of their first ranks."""
+        """Return the groups of ranks whose positions differ in ``axis`` only, in the order of their first ranks."""
         family = ("tp", "cp", "dp", "pp") if axis in ("tp", "cp", "dp", "pp") else ("etp", "ep", "edp", "pp")
         found: dict[tuple[int, ...], list[int]] = {}
         for rank in self.trainer_ranks:

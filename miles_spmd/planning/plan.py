@@ -15,7 +15,7 @@ from miles_spmd.planning.release import CONTEXT, GIB, Release, peaks, planned_re
 from miles_spmd.planning.remedies import remedies
 
 MAX_RANKS = 16  # listed one by one
-GIVEN_UP = {
+RELEASED = {
     Release.NOTHING: "nothing",
     Release.KV_CACHE: "KV cache and CUDA graphs",
     Release.ALL: "weights, KV cache and CUDA graphs",
@@ -169,7 +169,7 @@ def _fit(config: Config, layout: ParallelLayout, m: MemoryEstimate, device_gib: 
         yield f"  does not fit: no room for a KV cache in {where}. {remedies(config, 'generating')}"
     release = planned_release(config, m, size, device)
     if m.colocated:
-        yield f"  while the trainer works the engine gives up: {GIVEN_UP[release]}"
+        yield f"  while the trainer works the engine releases: {RELEASED[release]}"
     training, generating = peaks(m, size, release)
     yield (
         f"  at most, with {CONTEXT / GIB:g} for CUDA and NCCL: {training / GIB:.4g} while training, "

@@ -1,4 +1,4 @@
-"""What an engine gives up while the trainer works on the device that they share."""
+"""What an engine releases while the trainer works on the device that they share."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from miles_spmd.config import Config
 from miles_spmd.planning.memory_estimate import MemoryEstimate
 
 GIB = 2**30
-SPARE = 2 * GIB  # that nobody plans with: fragments, workspaces of libraries
-CONTEXT = 3 * GIB  # of CUDA, NCCL and the engine's graphs, before there is anything to measure
+SPARE = 2 * GIB  # left out of every plan: fragmentation, workspaces of libraries
+CONTEXT = 3 * GIB  # assumed for CUDA, NCCL and the engine's graphs before they can be measured
 
 
 class Release(StrEnum):
-    """From the least to the most. What is given up has to be asked of the driver again, 2 ms for each GiB."""
+    """From the least to the most. To resume released memory takes 2 ms for each GiB."""
 
     NOTHING = "nothing"
     KV_CACHE = "kv_cache"  # and CUDA graphs
@@ -24,15 +24,15 @@ ORDER = list(Release)
 
 
 def with_margin(working: int, allowance: float) -> int:
-    """Bytes to leave to a trainer that is expected to need ``working``: running out of them ends the run, because an
-    engine cannot give way in the middle of a step."""
+    """Return the bytes to leave to a trainer that is expected to need ``working``, with ``train.memory_allowance`` on
+    top: running out of memory ends the run, because an engine cannot release more in the middle of a step."""
     return int(working * (1 + allowance)) + SPARE
 
 
 def choose_release(config: Config, needed: int, room: int, kv_cache: int) -> Release:
-    """The least that leaves a trainer ``needed`` bytes, where ``room`` bytes are free beside the engine and
-    ``kv_cache`` more without its cache; or what the user wants. Where rollouts lag behind, engines need their weights.
-    """
+    """Return the least that leaves a trainer ``needed`` bytes, where ``room`` bytes are free beside the engine and
+    ``kv_cache`` more without its cache; or what ``rollout.offload_rollout`` sets. Where rollouts lag behind, engines
+    keep their weights."""
     if config.rollout.offload_rollout != "auto":
         choice = Release(config.rollout.offload_rollout)
     elif needed <= room:
@@ -44,13 +44,13 @@ def choose_release(config: Config, needed: int, room: int, kv_cache: int) -> Rel
 
 
 def planned_release(config: Config, plan: MemoryEstimate, kv_cache: int, device: int) -> Release:
-    """What is likely to be chosen for an engine with ``kv_cache`` bytes of cache on a device of ``device`` bytes."""
+    """Return the expected choice for an engine with ``kv_cache`` bytes of cache on a device of ``device`` bytes."""
     room = device - CONTEXT - plan.trainer - plan.engine_weights - kv_cache
     return choose_release(config, with_margin(plan.working, config.train.memory_allowance), room, kv_cache)
 
 
 def peaks(plan: MemoryEstimate, kv_cache: int, release: Release) -> tuple[int, int]:
-    """Bytes of a device in use at most: while the trainer works, while the engine does."""
+    """Return the peaks of a device in bytes: while the trainer works, while the engine generates."""
     kept = {Release.NOTHING: plan.engine_weights + kv_cache, Release.KV_CACHE: plan.engine_weights, Release.ALL: 0}
     beside = kept[release] if plan.colocated else 0
     return CONTEXT + plan.trainer + plan.working + beside, CONTEXT + plan.generating + kv_cache

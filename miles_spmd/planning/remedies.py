@@ -8,7 +8,8 @@ from miles_spmd.types.phase import Phase
 
 
 def remedies(config: Config, doing: Phase | str) -> str:
-    """Settings, with what they are now, that need less memory for what a rank is ``doing``: the likeliest first."""
+    """Return a sentence of settings, with their present values, that need less memory for what a rank is ``doing``; the
+    most effective first."""
     s = settings(config)
     activations = [f"lower train.max_tokens_per_gpu ({config.train.max_tokens_per_gpu})"]
     if s["recompute_granularity"] != "full":
@@ -21,7 +22,7 @@ def remedies(config: Config, doing: Phase | str) -> str:
     engine = engine or ["set sglang.max_total_tokens or mem_fraction_static"]
     cut = [f"raise sglang.tp_size ({s['tp_size']})"]
     colocated = not config.rollout.rollout_num_gpus
-    gives_way = ['set rollout.offload_rollout="all"'] if colocated and config.rollout.offload_rollout != "all" else []
+    releases = ['set rollout.offload_rollout="all"'] if colocated and config.rollout.offload_rollout != "all" else []
     moves_out = ["set train.offload_train=true"] if colocated and not config.train.offload_train else []
     batches = [
         f"{'lower' if s[name] else 'set'} sglang.{name}" + (f" ({s[name]})" if s[name] else "")
@@ -29,13 +30,13 @@ def remedies(config: Config, doing: Phase | str) -> str:
     ]
     match doing:
         case Phase.TRAIN | Phase.LOG_PROBS | "training":
-            wanted = [*activations, *gives_way, *states]
+            changes = [*activations, *releases, *states]
         case Phase.ROLLOUT:
-            wanted = [*batches, *engine, *moves_out]
+            changes = [*batches, *engine, *moves_out]
         case Phase.REFIT:
-            wanted = [*engine, *moves_out, *cut, *states]
+            changes = [*engine, *moves_out, *cut, *states]
         case "generating":
-            wanted = [*moves_out, *cut, *states]
+            changes = [*moves_out, *cut, *states]
         case _:
-            wanted = [*states, *engine, *moves_out]
-    return f"What helps: {'; '.join(wanted)}"
+            changes = [*states, *engine, *moves_out]
+    return f"What helps: {'; '.join(changes)}"

@@ -7,13 +7,14 @@ import math
 
 import zmq
 
+from miles_spmd.protocol.codec import decode, encode
 from miles_spmd.protocol.credentials import Credentials
-from miles_spmd.protocol.messages import Message, decode, encode
+from miles_spmd.protocol.messages import Message
 
 
 class Dealer:
-    """Connects to a run's controller. A controller whose machine answers nothing for ``silence`` seconds counts as
-    disconnected even when no packet said so (ZMTP heartbeats, answered by libzmq's own thread)."""
+    """Connects to a run's controller. When the controller's machine sends nothing for ``silence`` seconds the
+    connection counts as closed even without a packet that closes it (ZMTP heartbeats, which libzmq's thread sends)."""
 
     def __init__(self, credentials: Credentials, silence: float = 60.0) -> None:
         self._context = zmq.Context()  # its own, so that closing waits for what this thread has sent
@@ -28,17 +29,17 @@ class Dealer:
         self._socket.connect(credentials.endpoint)
 
     def send(self, message: Message) -> None:
-        """Waits only when a thousand messages lie unread."""
+        """Queue the message. Blocks only while a thousand messages are unsent."""
         self._socket.send(encode(message), copy=False)
 
     def try_send(self, message: Message) -> None:
-        """Drops the message when it would have to wait."""
+        """Queue the message, or drop it where :meth:`send` would block."""
         with contextlib.suppress(zmq.Again):
             self._socket.send(encode(message), zmq.NOBLOCK, copy=False)
 
     def receive(self, timeout: float | None = None) -> Message | None:
-        """The next message; None when none came within ``timeout`` seconds (None: wait for ever). Costs microseconds
-        with ``timeout=0``. Raises WireError on bytes that are no message."""
+        """Return the next message, or None after ``timeout`` seconds without one (None: wait without limit). With
+        ``timeout=0`` it costs microseconds. Raises WireError on bytes that do not decode to a message."""
         if timeout != 0 and not self._socket.poll(None if timeout is None else math.ceil(timeout * 1000)):
             return None
         try:
@@ -47,7 +48,7 @@ class Dealer:
             return None
 
     def close(self) -> None:
-        """Give what was sent up to a second to leave."""
+        """Close the connection; what was sent has up to a second to leave."""
         self._socket.disable_monitor()
         self.disconnections.close(0)
         self._socket.close()

@@ -1,4 +1,4 @@
-"""What rank 0 asks of the controller that it starts: the first message of a run, sent through a pipe."""
+"""The order that rank 0 gives to the controller that it starts: the first message of a run, sent through a pipe."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Literal
 
 import msgspec
 
-LAST_WORDS = 5.0  # seconds a controller that has to stop may take to close its files
+EXIT_SECONDS = 5.0  # which a controller that has to stop may take to close its files
 
 
 class Replay(msgspec.Struct, frozen=True):
-    """The steps from ``first`` to ``step`` of the run in the folder ``run``. In phase "rollout" the last one does not
-    train; in phase "train" nothing is generated: the answers are the run's own."""
+    """The steps from ``first`` to ``step`` of the run in the folder ``run``. In phase "rollout" the last step is
+    generated and not trained; in phase "train" nothing is generated: the responses are those that the run recorded."""
 
     run: str
     first: int
@@ -24,10 +24,10 @@ class Replay(msgspec.Struct, frozen=True):
 
 
 class Order(msgspec.Struct, frozen=True):
-    """What rank 0 asks of the controller."""
+    """What the controller is to do, and for whom."""
 
     config: str  # JSON of the resolved configuration
-    task: str  # of controller.loop.run
-    host: str  # under which all workers reach this machine
+    task: str  # "train", "eval", "export", "replay" or "bisect"
+    host: str  # name or address under which all workers reach the controller's machine
     world_size: int
-    replay: Replay | None = None  # what the task of this name does again
+    replay: Replay | None = None  # of the tasks "replay" and "bisect"

@@ -1,4 +1,4 @@
-"""The controller's end of the control plane: one ROUTER socket that lets in only holders of the run's client key."""
+"""The controller's end of the control plane: one ROUTER socket that admits only holders of the run's client key."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import parse_monitor_message
 
+from miles_spmd.protocol.codec import WireError, decode, encode
 from miles_spmd.protocol.credentials import Credentials, make_keys
-from miles_spmd.protocol.messages import Message, WireError, decode, encode
+from miles_spmd.protocol.messages import Message
 
 Peer = bytes  # a connection's routing id, chosen by our socket, so no client can claim another's
 ANY_INTERFACE = "0.0.0.0"
 LOOPBACK = "127.0.0.1"
-IO_THREADS = 4  # encrypting a large batch for many ranks is more than one thread's work
+IO_THREADS = 4  # one thread is too slow to encrypt a large batch for many ranks
 
 
 class PeerGoneError(ConnectionError):
-    """The connection a message was meant for is closed."""
+    """The connection to which a message was addressed is closed."""
 
 
 class Router:
-    """Binds a free port. ``host`` is the name or address under which clients reach this machine; with the default only
+    """Binds a free port. ``host`` is the name or address under which clients reach this machine; with the default, only
     processes of this machine can connect."""
 
     def __init__(self, host: str = LOOPBACK) -> None:
@@ -54,15 +55,16 @@ class Router:
         self._closed: set[Peer] = set()
 
     def callback(self, domain: str, key: bytes) -> bool:
-        """Asked by the authenticator, on its thread, for every client that knows the server's public key."""
+        """Return whether a client may connect. The authenticator calls this on its own thread for every client that has
+        the server's public key."""
         return key == self._client_key
 
     def send(self, message: Message, peers: list[Peer]) -> None:
-        """One message to each of ``peers``, encoded once. Raises PeerGoneError."""
+        """Send the message, encoded once, to each of ``peers``. Raises PeerGoneError."""
         data = encode(message)
         for peer in peers:
             try:
-                if peer in self._closed:  # which libzmq may not have heard yet
+                if peer in self._closed:  # libzmq may still accept it: it handles the closing on another thread
                     raise zmq.ZMQError(zmq.EHOSTUNREACH)
                 self._socket.send_multipart([peer, data], copy=False)
             except zmq.ZMQError as error:
@@ -71,31 +73,34 @@ class Router:
                 raise
 
     def receive(self, timeout: float) -> tuple[Peer, Message | WireError | None] | None:
-        """Wait up to ``timeout`` seconds, without using the CPU, for the next event of a known peer.
+        """Wait up to ``timeout`` seconds, without using the CPU, for the next event of an admitted peer.
 
-        Gives (peer, message), (peer, WireError) for bytes that are no message, (peer, None) once when a peer's
-        connection has closed and all it sent was read; None when the time is over. A foreign client is never seen here.
+        Returns (peer, message); (peer, WireError) for bytes that do not decode; (peer, None), once, when a peer's
+        connection has closed and everything that it sent was read; None when the time is over. Clients without the
+        run's key cause no event.
         """
         end = time.monotonic() + timeout
         while True:
             ready = dict(self._poller.poll(math.ceil(max(0.0, end - time.monotonic()) * 1000)))
-            # A message may have come since poll looked, and its sender gone right after: what was said comes first.
+            # A message may have arrived after the poll, with its connection closed right behind it: the last message
+            # of a peer has to be read before the event that the peer is gone.
             if self._socket in ready or self._socket.poll(0):
                 return self._read()
             if self._monitor not in ready:
                 return None
             event = parse_monitor_message(self._monitor.recv_multipart())
             closed = self._peer_of_descriptor.pop(event["value"], None)
-            if closed is not None:  # None: a client that never got in, or never spoke
+            if closed is not None:  # None: a client that was not admitted, or sent nothing
                 self._closed.add(closed)
                 return closed, None
 
     def _read(self) -> tuple[Peer, Message | WireError]:
         peer, *frames = self._socket.recv_multipart(copy=False)
+        # disconnect events carry a file descriptor and no routing id, so the pair is remembered here
         self._peer_of_descriptor[int(peer.get(zmq.SRCFD))] = peer.bytes
         try:
             if len(frames) != 1:
-                raise WireError(f"a message of {len(frames)} frames")
+                raise WireError(f"a message of {len(frames)} frames instead of one")
             return peer.bytes, decode(frames[0].buffer)
         except WireError as error:
             return peer.bytes, error

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from miles_spmd.config import Config
 from miles_spmd.models import Family, TensorLayout
-from miles_spmd.protocol.messages import LogProbsResult, ValuesResult
+from miles_spmd.protocol.results import LogProbsResult, ValuesResult
 from miles_spmd.training import parallel
 from miles_spmd.training.heads import Scoring
 from miles_spmd.training.megatron_config import build_megatron_config

@@ -11,7 +11,7 @@ from torch import Tensor
 from miles_spmd.algorithms.losses import ValueLoss, make_loss
 from miles_spmd.config import Config
 from miles_spmd.models import load_family
-from miles_spmd.protocol.messages import CheckpointResult, WeightsDigest
+from miles_spmd.protocol.results import CheckpointResult, WeightsDigest
 from miles_spmd.training.digests import to_host
 from miles_spmd.training.network import Network
 from miles_spmd.training.trainer import Trainer

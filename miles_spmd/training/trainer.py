@@ -14,7 +14,7 @@ from torch import Tensor
 from miles_spmd.algorithms.losses import HeadLoss, LossFunction
 from miles_spmd.config import Config
 from miles_spmd.models import Family
-from miles_spmd.protocol.messages import TrainResult, UpdateDigests
+from miles_spmd.protocol.results import TrainResult, UpdateDigests
 from miles_spmd.training import checkpoint
 from miles_spmd.training.digests import TrainerDigests, to_host
 from miles_spmd.training.network import Network, Outputs

@@ -1,9 +1,6 @@
-"""The controller as the child process of rank 0: how rank 0 starts it and hears of its end.
+"""The controller as the child process of rank 0: how rank 0 starts it, stops it, and notices its end.
 
-A pipe joins the two. Rank 0 sends the order, the controller answers with the way in, and rank 0 may say why it has to
-stop. When either dies, by whatever signal, its end of the pipe closes and the other leaves. The controller leads a
-process group of its own, so that the launcher's signals do not cut its last words short, and so that whoever survives
-can end everything that the controller started.
+A pipe joins the two; :mod:`miles_spmd.controller.process` describes what goes through it and what its closing means.
 """
 
 from __future__ import annotations
@@ -22,11 +19,11 @@ from miles_spmd.config import Config
 from miles_spmd.protocol.credentials import Credentials
 from miles_spmd.protocol.order import Order, Replay
 
-CLEAN_UP = 1.0  # seconds for what a controller has left behind to end by itself
+CLEAN_UP = 1.0  # seconds for processes that the controller has left behind to end by themselves
 
 
 class ControllerProcess:
-    """The controller as rank 0's child. Start it before importing torch: both then import side by side."""
+    """The controller as rank 0's child. Start it before importing torch: the two processes then import in parallel."""
 
     def __init__(self, config: Config, task: str, host: str, world_size: int, replay: Replay | None = None) -> None:
         self._pipe, theirs = Pipe()
@@ -42,23 +39,23 @@ class ControllerProcess:
         self.listening = False
 
     def credentials(self) -> Credentials:
-        """Waits until the controller listens. Raises EOFError when it died first."""
+        """Wait until the controller listens and return its credentials. Raises EOFError when it died first."""
         credentials = msgspec.json.decode(self._pipe.recv_bytes(), type=Credentials)
         self.listening = True
         return credentials
 
     def fileno(self) -> int:
-        """Readable, from ``listening`` on, once the controller is gone."""
+        """The pipe's descriptor. From ``listening`` on, it becomes readable only when the controller is gone."""
         return self._pipe.fileno()
 
-    def tell(self, reason: str) -> None:
-        """Ask it to stop, and why."""
+    def stop(self, reason: str) -> None:
+        """Request the controller to stop; ``reason`` is for its last message."""
         with contextlib.suppress(BrokenPipeError):
             self._pipe.send_bytes(reason.encode())
 
     def wait(self, timeout: float | None = None) -> int:
-        """Its exit status (negative: the signal that killed it). After ``timeout`` seconds it is killed. Whatever else
-        it started is gone, too, on return."""
+        """Wait for the end, kill the controller after ``timeout`` seconds, and return its exit status (negative: the
+        signal that killed it). Everything else that it started has ended, too, on return."""
         try:
             return self._process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -68,7 +65,8 @@ class ControllerProcess:
             self._end_group()
 
     def _end_group(self) -> None:
-        """Its reward processes die with it, and multiprocessing's tracker cleans up behind them; give it the time."""
+        """Wait for the rest of the controller's process group, then kill it: its reward processes end with it, and
+        multiprocessing's resource tracker removes what they left."""
         end = time.monotonic() + CLEAN_UP
         with contextlib.suppress(ProcessLookupError):
             while time.monotonic() < end:

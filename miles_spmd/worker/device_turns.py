@@ -1,10 +1,14 @@
-"""The engine's turns on a device that it shares with the trainer.
+"""One rank's trainer and engine on its device: refits from one into the other, and who holds the memory when.
 
-- train, log-probs: the trainer is resident; the engine gives up what it has to for that: nothing, its cache and graphs,
-  or its weights, too
-- refit: the trainer moves out, all but its weights, if the run says so; the engine's weights are resumed and given the
-  trainer's values; cache and graphs are resumed
+On ranks that have both (colocated) they take turns:
+
+- train, log-probs: the trainer is resident; the engine has released what the trainer needs room for: nothing, its KV
+  cache and CUDA graphs, or its weights as well
+- refit: the trainer moves out, except for its weights, where ``train.offload_train`` is set; the engine resumes its
+  weights, receives the trainer's values, and resumes cache and graphs
 - rollout: the engine is resident, with the weights of the last refit
+
+On ranks that have one of them (disaggregated) it keeps the device to itself, and a refit is only the copy.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from miles_spmd.config import Config
 from miles_spmd.generation.engine import Engine
 from miles_spmd.planning.release import Release
 from miles_spmd.protocol.dealer import Dealer
-from miles_spmd.protocol.messages import RefitResult
+from miles_spmd.protocol.results import RefitResult
 from miles_spmd.training.roles import Roles
 from miles_spmd.weights.refit import Refit
 from miles_spmd.worker.engine_loop import Lockstep, run_rollout
@@ -27,77 +31,114 @@ from miles_spmd.worker.stopwatch import Stopwatch
 
 
 class DeviceTurns:
-    """An engine, the refit that fills it, and whether it has memory and weights now.
+    """An engine, a trainer (``roles``), or both, and the refit between them. ``everyone``: the group of all ranks.
 
-    A new engine is resident, without weights. Where rollouts lag behind, it keeps the weights that it has while the
-    trainer works: the trainer has newer ones. ``watch`` is told where the time goes, ``ledger`` who has the memory.
+    A new engine is resident and has no weights. Where rollouts lag behind, the engine keeps its weights while the
+    trainer works, because the trainer's are newer. ``watch`` measures the time of each part, ``memory`` its holders.
     """
 
     def __init__(
-        self, config: Config, engine: Engine, engine_size: int, roles: Roles, watch: Stopwatch, ledger: MemoryAccount
+        self,
+        config: Config,
+        engine: Engine | None,
+        roles: Roles | None,
+        watch: Stopwatch,
+        memory: MemoryAccount,
+        everyone: dist.ProcessGroup | None = None,
     ) -> None:
-        self.engine = engine
-        self._roles, self._offloads, self._watch, self._ledger = roles, config.train.offload_train, watch, ledger
+        self._engine, self._roles, self._watch, self._memory = engine, roles, watch, memory
+        self._shared = roles if engine is not None else None  # the trainer that the engine takes turns with
+        self._offloads = config.train.offload_train
         self._version = -1
-        self._resident, self._filled = True, False
+        self._resident, self._has_weights = True, False  # of the engine
         self._released = Release.NOTHING
-        self._lockstep = Lockstep(engine_size)
+        self._lockstep = None if engine is None else Lockstep(engine.size)
         with watch("refit_plan"):
-            self._refit = make_refit(config, roles, engine)
+            self._refit = Refit(
+                roles.actor.weights() if roles else {},
+                roles.actor.layout() if roles else [],
+                engine.weights() if engine else {},
+                engine.layout() if engine else [],
+                bucket_bytes=config.refit.refit_bucket_mib << 20,
+                checksums=config.refit.refit_checksums,
+                group=everyone,
+            )
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("this rank has no engine: it only trains")
+        return self._engine
+
+    @property
+    def generates(self) -> bool:
+        return self._engine is not None
 
     @contextmanager
-    def lent(self) -> Iterator[None]:
-        """The memory is the trainer's for a while, then the engine's as before, if it had weights."""
-        filled = self._filled
+    def whole_trainer(self) -> Iterator[None]:
+        """For the block, all of the trainer is on the device; afterwards the engine has its weights again, if it had.
+
+        Moves nothing unless the trainer moves out for rollouts. After an error the engine stays as released: a refit is
+        collective, and the ranks without an error would not take part in it.
+        """
+        if self._shared is None or not self._offloads:
+            yield
+            return
+        had_weights = self._has_weights
         self.release()
         yield
-        if filled and not self._filled:
+        if had_weights and not self._has_weights:
             self.refit(self._version)
 
     def release(self) -> None:
-        """Leave the memory to the trainer."""
+        """Leave the device to the trainer. Collective over the engine's ranks; does nothing on ranks with only one."""
+        if self._shared is None:
+            return
         if self._resident:
             with self._watch("release"):
-                self._released = self._ledger.release(self._roles.offloaded_bytes)
+                self._released = self._memory.release(self._shared.offloaded_bytes)
                 if self._released is not Release.NOTHING:
                     self.engine.release(keep_weights=self._released is Release.KV_CACHE)
             self._resident = False
-            self._filled &= self._released is not Release.ALL
-            self._ledger.record(f"engine gave up {self._released}")
-        if self._roles.offloaded_bytes:
+            self._has_weights &= self._released is not Release.ALL
+            self._memory.record(f"engine released {self._released}")
+        if self._shared.offloaded_bytes:
             with self._watch("onload"):
-                self._roles.move_in()
-            self._ledger.record("trainer moved in")
+                self._shared.move_in()
+            self._memory.record("trainer moved in")
 
     def refit(self, version: int) -> RefitResult:
-        """Raises RefitError when a checksum differs."""
+        """Copy the trainers' weights of now into the engines. Collective. Raises RefitError when a checksum differs."""
+        # The trainer moves out first: on a full device its optimizer states and the engine's weights do not fit
+        # together. The cache comes last, for the same reason: the copy needs buffers.
         self._move_trainer_out()
         if self._released is Release.ALL:
             with self._watch("resume_weights"):
                 self.engine.resume_weights()
-            self._ledger.record("weights resumed")
+            self._memory.record("weights resumed")
         with self._watch("copy"):
             counts = self._refit.run()
         self._resume()
-        self.engine.commit(version)
-        self._ledger.record("refit")
-        self._filled, self._version = True, version
+        if self._engine is not None:
+            self._engine.commit(version)
+        self._memory.record("refit")
+        self._has_weights, self._version = True, version
         return RefitResult(version, counts.bytes_local, counts.bytes_received, counts.checksum_mismatches)
 
     def rollout(self, rank: int, dealer: Dealer, progress: Callable[[str], None]) -> None:
-        """Raises RuntimeError when the engine has no weights."""
-        if not self._filled:
+        """Run the engine until the controller closes the rollout. Raises RuntimeError when it has no weights."""
+        if not self._has_weights or self._lockstep is None:
             raise RuntimeError("the engine has no weights: a rollout needs a refit after the last training phase")
         self._resume()
         retries = run_rollout(rank, self.engine, dealer, self._lockstep, self._watch, progress)
-        self._ledger.note("rollout_retries", retries)
-        self._ledger.record("rollout")
+        self._memory.note("rollout_retries", retries)
+        self._memory.record("rollout")
 
     def _move_trainer_out(self) -> None:
-        if self._offloads and not self._roles.offloaded_bytes:
+        if self._shared is not None and self._offloads and not self._shared.offloaded_bytes:
             with self._watch("offload"):
-                self._roles.move_out()
-            self._ledger.record("trainer moved out")
+                self._shared.move_out()
+            self._memory.record("trainer moved out")
 
     def _resume(self) -> None:
         if not self._resident:
@@ -105,20 +146,5 @@ class DeviceTurns:
             if self._released is not Release.NOTHING:
                 with self._watch("resume"):
                     self.engine.resume()
-                self._ledger.record("engine resumed")
+                self._memory.record("engine resumed")
             self._resident, self._released = True, Release.NOTHING
-
-
-def make_refit(
-    config: Config, roles: Roles | None, engine: Engine | None, everyone: dist.ProcessGroup | None = None
-) -> Refit:
-    """From the actor of ``roles`` to ``engine``, of which this rank may have but one. Collective over ``everyone``."""
-    return Refit(
-        roles.actor.weights() if roles else {},
-        roles.actor.layout() if roles else [],
-        engine.weights() if engine else {},
-        engine.layout() if engine else [],
-        bucket_bytes=config.refit.refit_bucket_mib << 20,
-        checksums=config.refit.refit_checksums,
-        group=everyone,
-    )

@@ -1,4 +1,4 @@
-"""A worker's part in one rollout: step the engine, take requests from the controller, send back what finishes."""
+"""A worker's part in one rollout: step the engine, receive requests from the controller, send what finishes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import torch.distributed as dist
 
 from miles_spmd.generation.engine import Engine
 from miles_spmd.platform.device_memory import first_line, is_out_of_memory
+from miles_spmd.protocol.commands import AbortRequests, EndGenerate, Submit
 from miles_spmd.protocol.dealer import Dealer
-from miles_spmd.protocol.messages import AbortRequests, Command, Completions, EndGenerate, Submit
+from miles_spmd.protocol.messages import Call, Completions
 from miles_spmd.types.request import Output
 from miles_spmd.worker.stopwatch import Stopwatch
 
 
 class Lockstep:
-    """The ranks of one engine, which must all step or all stop. Only the leader hears the controller, so it tells the
-    others before every step. Building it is collective over all ranks of the run."""
+    """The ranks of one engine, which must all step or all stop, because a step has collectives. Only the leader
+    receives from the controller, so it broadcasts the decision before every step. Building it is collective over all
+    ranks with an engine."""
 
     def __init__(self, engine_size: int) -> None:
         first = dist.get_rank() // engine_size * engine_size
@@ -29,12 +31,12 @@ class Lockstep:
             self._group, _ = dist.new_subgroups(engine_size, backend="gloo")
 
     def agree(self, go_on: bool) -> bool:
-        """The leader's ``go_on``, on every rank of the engine."""
+        """Return the leader's ``go_on`` on every rank of the engine."""
         if self._group is None:
             return go_on
-        word = torch.tensor(go_on)
-        dist.broadcast(word, self._first, self._group)
-        return bool(word)
+        decision = torch.tensor(go_on)
+        dist.broadcast(decision, self._first, self._group)
+        return bool(decision)
 
 
 def run_rollout(
@@ -45,18 +47,18 @@ def run_rollout(
     watch: Stopwatch,
     progress: Callable[[str], None],
 ) -> int:
-    """From a Generate command until the engine is idle and the controller has said that nothing more will come. Returns
-    how often it ran out of memory and began again.
+    """Step the engine from a Generate command until it is idle and the controller has sent EndGenerate. Returns how
+    often the engine ran out of memory and began again. ``progress`` receives the number of steps, as text.
 
-    It begins with an empty prefix cache: what an evaluation has left there would decide which tokens of a prompt are
-    computed together, and so their last bits. ``progress`` is told how far it is.
+    The prefix cache is emptied first: what an evaluation left there would decide which tokens of a prompt are prefilled
+    together, and so the rounding of their log-probs.
     """
     engine.flush()
     steps, retries, ended = 0, 0, False
     while True:
         with watch("wait"):
             if lockstep.leader:
-                ended = _listen(engine, dealer, ended)
+                ended = _receive(engine, dealer, ended)
             go_on = lockstep.agree(not (ended and engine.idle))
         if not go_on:
             return retries
@@ -71,14 +73,14 @@ def run_rollout(
 
 
 def step(engine: Engine) -> list[Output] | None:
-    """What finished; None when there was too little memory and the engine begins again with fewer requests at a time,
-    which ends: it halves them. Raises what the step raised where it cannot."""
+    """Return what finished, or None when memory did not suffice and the engine begins again with half as many requests
+    at a time. Raises what the step raised, where the engine cannot run fewer."""
     try:
         return engine.step()
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # or they would keep what the step had allocated so far
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors that the step had allocated so far
         limit = engine.retry_smaller()
         if limit is None:
             raise
@@ -86,17 +88,17 @@ def step(engine: Engine) -> list[Output] | None:
         return None
 
 
-def _listen(engine: Engine, dealer: Dealer, ended: bool) -> bool:
-    """Do what the controller has asked by now; with nothing to run, sleep until it asks. Returns whether it has ended
-    the rollout. Raises ValueError when a request does not fit the engine."""
-    while (command := dealer.receive(0 if ended or not engine.idle else None)) is not None:
-        match command:
-            case Command(body=Submit(requests)):
+def _receive(engine: Engine, dealer: Dealer, ended: bool) -> bool:
+    """Execute what the controller has sent by now; an idle engine waits for it. Returns whether the controller has
+    closed the rollout. Raises ValueError when a request does not fit the engine."""
+    while (call := dealer.receive(0 if ended or not engine.idle else None)) is not None:
+        match call:
+            case Call(command=Submit(requests)):
                 engine.submit(requests)
-            case Command(body=AbortRequests(rids)):
+            case Call(command=AbortRequests(rids)):
                 engine.abort(rids)
-            case Command(body=EndGenerate()):
+            case Call(command=EndGenerate()):
                 ended = True
             case _:
-                raise RuntimeError(f"{type(command).__name__} in the middle of a rollout")
+                raise RuntimeError(f"{type(call).__name__} in the middle of a rollout")
     return ended

@@ -1,4 +1,4 @@
-"""What torchrun starts once per device: join the run, build the parts, do what the controller says."""
+"""What torchrun starts once per device: join the run, build the parts, execute the controller's commands."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ from miles_spmd.config import Config
 from miles_spmd.config.load import config_digest
 from miles_spmd.models.random import write_random_checkpoints
 from miles_spmd.platform.determinism import pin_environment
+from miles_spmd.protocol.commands import Stop
 from miles_spmd.protocol.credentials import Credentials
 from miles_spmd.protocol.dealer import Dealer
-from miles_spmd.protocol.messages import Command, Failure, Feed, Hello, Ok, RankInfo, Reply, Stop
-from miles_spmd.protocol.order import LAST_WORDS, Replay
+from miles_spmd.protocol.messages import Call, Failure, Hello, RankInfo, Reply
+from miles_spmd.protocol.order import EXIT_SECONDS, Replay
+from miles_spmd.protocol.results import Ok, Result
 from miles_spmd.protocol.router import LOOPBACK
 from miles_spmd.types.phase import Phase
 from miles_spmd.worker.controller_process import ControllerProcess
@@ -41,13 +43,13 @@ HOST = socket.gethostname()
 
 @dataclass(frozen=True)
 class Place:
-    """What the launcher (torchrun, or srun through its script) says of this process."""
+    """The place that the launcher (torchrun, or srun through its script) assigns to this process."""
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
-    master: str  # under which all nodes reach the first
+    master: str  # address of the first node, for all nodes
 
     @classmethod
     def from_environment(cls) -> Place:
@@ -62,7 +64,8 @@ class Place:
 
 
 def main(config: Config, task: str = "train", replay: Replay | None = None) -> int:
-    """Returns the exit status. ``task`` is what the controller's loop is to do, ``replay`` of which steps."""
+    """Run one rank and return the exit status. ``task`` names what the controller's loop does, ``replay`` the steps
+    that the tasks "replay" and "bisect" repeat."""
     place = Place.from_environment()
     try:
         write_random_checkpoints(config.model.checkpoints)  # before controller, trainer and engine read them
@@ -70,7 +73,7 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
         print(f"miles-spmd: {error.filename} cannot be written: {error.strerror}; set XDG_CACHE_HOME", file=sys.stderr)
         return 1
     controller = None
-    if place.rank == 0:  # first of all, so that it imports while we do
+    if place.rank == 0:  # first, so that the two processes import in parallel
         host = LOOPBACK if place.local_world_size == place.world_size else place.master
         controller = ControllerProcess(config, task, host, place.world_size, replay)
     logs = config.run_dir / "logs"
@@ -87,14 +90,14 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
         if controller is None:
             print(f"miles-spmd: {problem}", file=terminal, flush=True)
         else:
-            controller.tell(problem)
-            controller.wait(2 * LAST_WORDS)
+            controller.stop(problem)
+            controller.wait(2 * EXIT_SECONDS)
         return 1
     return 0 if controller is None else controller.wait()
 
 
 def serve(config: Config, task: str, place: Place, controller: ControllerProcess | None, watchdog: Watchdog) -> None:
-    """Do what the controller says until it says stop."""
+    """Join the run, build the worker, and execute commands until Stop."""
     watch = Stopwatch()
     with watch("join"):
         credentials, side = join(config, place, controller)
@@ -104,41 +107,45 @@ def serve(config: Config, task: str, place: Place, controller: ControllerProcess
         worker = build(config, task, place, side, dealer, watch, watchdog)
     except Exception as error:
         traceback.print_exc()
-        dealer.send(Reply(0, place.rank, HOST, Phase.START, failure(error)))
+        dealer.send(Reply(0, place.rank, HOST, failure(error)))
         dealer.receive()  # nothing comes: the controller ends the run
         return
-    dealer.send(Hello(rank_info(worker, place), config_digest(config), watch.take(), worker.ledger.take()))
+    dealer.send(Hello(rank_info(worker, place), config_digest(config), watch.take(), worker.memory.take()))
     watchdog.enter(Phase.IDLE, 0, None)
-    while not isinstance((command := next_command(dealer)).body, Stop):
-        watchdog.enter(command.phase, command.step, command.deadline)
-        worker.ledger.begin(command.phase, command.step)
+    while not isinstance((call := next_call(dealer)).command, Stop):
+        watchdog.enter(call.command.phase, call.step, call.deadline)
+        worker.memory.begin(call.command.phase, call.step)
+        result: Result | Failure
         try:
-            with worker.ledger.explaining():
-                result = worker.do(command.body)
+            with worker.memory.explaining():
+                result = worker.execute(call.command)
         except Exception as error:
             traceback.print_exc()
             result = failure(error)
-        watchdog.enter(Phase.IDLE, command.step, None)
-        memory = worker.ledger.take()
-        dealer.send(Reply(command.id, place.rank, HOST, command.phase, result, watch.take(), memory))
+        watchdog.enter(Phase.IDLE, call.step, None)
+        dealer.send(Reply(call.id, place.rank, HOST, result, watch.take(), worker.memory.take()))
+    # The watchdog stops before the last reply: from then on the controller may close its end at any time, which must
+    # not count as its death. Its connection stays open until the reply is sent, or this process would count as dead.
     watchdog.stop()
-    dealer.send(Reply(command.id, place.rank, HOST, command.phase, Ok()))
+    dealer.send(Reply(call.id, place.rank, HOST, Ok()))
     dealer.close()
     watchdog.disconnect()
 
 
-def next_command(dealer: Dealer) -> Command:
-    """The next one that is not for a rollout; such a one comes when the rollout has failed here meanwhile."""
+def next_call(dealer: Dealer) -> Call:
+    """Wait for the next command that has a reply. One without is part of a rollout that has failed on this rank while
+    the controller was still sending to it."""
     while True:
-        command = dealer.receive()
-        if not isinstance(command, Command):
-            raise RuntimeError(f"the controller sent a {type(command).__name__}")
-        if not isinstance(command.body, Feed):
-            return command
+        call = dealer.receive()
+        if not isinstance(call, Call):
+            raise RuntimeError(f"the controller sent a {type(call).__name__}")
+        if call.command.has_reply():
+            return call
 
 
 def join(config: Config, place: Place, controller: ControllerProcess | None) -> tuple[Credentials, Side]:
-    """Meet the other ranks: torch.distributed's groups, and the way to the controller, through one store."""
+    """Meet the other ranks through the launcher's store: set up torch.distributed, and exchange the credentials of the
+    controller."""
     if config.determinism.deterministic:
         pin_environment()
     import torch
@@ -150,7 +157,7 @@ def join(config: Config, place: Place, controller: ControllerProcess | None) -> 
 
     threads = max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
     exact = config.determinism.deterministic or config.determinism.parity == "bitwise"
-    torch.set_num_threads(1 if exact else threads)  # a sum depends on how it is shared out
+    torch.set_num_threads(1 if exact else threads)  # how a sum is split over threads decides its rounding
     start_timeout = timedelta(seconds=config.deadlines.start_timeout)
     store, _, _ = next(rendezvous("env://", timeout=start_timeout))
     control = dist.PrefixStore("control", store)
@@ -169,7 +176,7 @@ def join(config: Config, place: Place, controller: ControllerProcess | None) -> 
         timeout=longest,
     )
     if torch.cuda.is_available():
-        # NCCL meets in the first collective of a group, of which a refit is none: it sends from rank to rank
+        # NCCL sets a group up in its first collective; a refit, which sends from rank to rank, is not one
         dist.all_reduce(torch.zeros(1, device="cuda"))
         torch.cuda.synchronize()
     return credentials, take_side(config.rollout.rollout_num_gpus, longest)
@@ -178,6 +185,7 @@ def join(config: Config, place: Place, controller: ControllerProcess | None) -> 
 def build(
     config: Config, task: str, place: Place, side: Side, dealer: Dealer, watch: Stopwatch, watchdog: Watchdog
 ) -> Worker:
+    """Build the worker. Raises MemoryPlanError, DeviceMemoryError, and whatever models and engine raise."""
     import torch
 
     from miles_spmd.platform import cpu, cuda
@@ -189,11 +197,11 @@ def build(
         cpu.install()
         from miles_spmd.worker.memory_account import MemoryAccount
         from miles_spmd.worker.worker import Worker
-    ledger = MemoryAccount(config, place.world_size, side.trains, generates)
-    ledger.require_room(training=task == "train")
-    with ledger.explaining():
-        worker = Worker(config, task, side, place.rank, dealer, watch, ledger, watchdog.progress)
-    gc.freeze()  # the backends hold millions of objects for good: a collection that walks them takes a second
+    memory = MemoryAccount(config, place.world_size, side.trains, generates, watchdog.warn)
+    memory.require_room(training=task == "train")
+    with memory.explaining():
+        worker = Worker(config, task, side, place.rank, dealer, watch, memory, watchdog.progress)
+    gc.freeze()  # the backends keep millions of objects until the end: a collection that walks them takes a second
     return worker
 
 
@@ -214,7 +222,7 @@ def failure(error: Exception) -> Failure:
 
 
 def redirect_output(log: Path) -> TextIO:
-    """Send what this process and its libraries print, in any language, to ``log``. Returns the stderr it had."""
+    """Send everything that this process prints, native libraries included, to ``log``. Returns the former stderr."""
     log.parent.mkdir(parents=True, exist_ok=True)
     terminal = os.fdopen(os.dup(2), "w")
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -224,6 +232,6 @@ def redirect_output(log: Path) -> TextIO:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)
     os.close(descriptor)
-    faulthandler.enable()  # a crash in native code leaves its stack in the log
+    faulthandler.enable()  # a crash in native code writes its stack to the log
     print(f"--- {time.strftime('%F %T')} {HOST} pid {os.getpid()}")
     return terminal

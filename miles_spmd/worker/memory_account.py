@@ -1,7 +1,10 @@
-"""The account of a rank's device: who holds how much of it at every hand-off, against what was planned.
+"""The account of a rank's device: who holds how much of it at every hand-off, compared with what was planned.
 
-A hand-off is a moment at which trainer and engine have just changed what they hold. Activations come and go between
-two of them: of those the most is known, and on a CPU, whose allocator keeps no account, only how far the process grew.
+A hand-off is a moment at which trainer and engine have just changed what they hold. Activations come and go between two
+hand-offs: of them the peak is measured; on a CPU, whose allocator keeps no account, only how far the process grew.
+
+Plans are estimates. Where one was too low the account warns and uses the measured peak from then on; only an allocation
+that fails ends the run, with an explanation.
 """
 
 from __future__ import annotations
@@ -26,80 +29,107 @@ from miles_spmd.types.phase import Phase
 
 Holders = Mapping[str, int]  # bytes
 NOTHING = EngineMemory(0, 0)
+ACTIVATIONS = "activations"
 
 
 class DeviceMemoryError(RuntimeError):
-    """Something asked for memory that there is not."""
+    """An allocation failed. The text lists all holders of memory and what to change."""
 
 
 class MemoryPlanError(RuntimeError):
-    """More memory is needed, or is in use, than the plan says or the device has."""
+    """The weights, gradients and optimizer states alone exceed the memory that there is."""
 
 
 @dataclass
 class MemoryAccount:
-    """Of one rank; torch.distributed is initialised. ``trains`` and ``generates``: what this rank is there for."""
+    """The account of one rank; torch.distributed is initialised. ``trains`` and ``generates``: the rank's duties.
+    ``warn`` receives the text of each warning."""
 
     config: Config
     world_size: int  # of the run
     trains: bool = True
     generates: bool = True
+    warn: Callable[[str], None] = print
     phase: Phase = Phase.START
     step: int = 0
-    trainer: Callable[[], Holders] = dict  # bytes by what for, without activations
+    trainer: Callable[[], Holders] = dict  # returns bytes by purpose, without activations
     engine: Callable[[], EngineMemory] = lambda: NOTHING
-    working: int = 0  # activations at most, in any phase so far
+    measured: dict[str, int] = field(default_factory=dict)  # the peak of each planned holder so far, in any phase
     _whole_engine: EngineMemory = NOTHING  # as it was built
     _began: Reading = field(default_factory=device_memory.read)
     _peaks: dict[str, float] = field(default_factory=dict)
-    _said: str = ""
+    _warned: set[str] = field(default_factory=set)
+    _reported: str = ""  # the release that the log has last
 
     def __post_init__(self) -> None:
         family = load_family(self.config.model.hf_checkpoint)
         layout = ParallelLayout.of(self.config, self.world_size)
-        self.plan = estimate_memory(self.config, family, layout)
+        self.plan = plan = estimate_memory(self.config, family, layout)
+        self._planned = {
+            "parameters": plan.parameters,
+            "gradients": plan.gradients,
+            "optimizer": plan.optimizer,
+            "critic": plan.critic,
+            ACTIVATIONS: plan.working,
+            "engine weights": plan.engine_weights,
+        }
         self._allowance = self.config.train.memory_allowance
         self._exact = device_memory.is_exact()
 
-    # --- before there is anything ------------------------------------------------------------------------------------
+    # --- before anything is built ------------------------------------------------------------------------------------
 
     def require_room(self, *, training: bool) -> None:
-        """Raise MemoryPlanError, with all there is to know, if the device cannot hold what is planned. ``training``:
-        whether this run makes optimizer steps. Activations, which are estimated, may turn out to be fewer."""
-        plan, free = self.plan, device_memory.read().free
-        print(f"memory, planned: {listed(self._planned())}; {free / GIB:.2f} GiB free")
+        """Compare the plan with the device. ``training``: whether this run makes optimizer steps.
+
+        Raise MemoryPlanError, with all facts, where what is certain (weights, gradients, optimizer states) exceeds the
+        memory of the device or of the host. Warn where what is estimated, too, exceeds what is free: activations may
+        turn out smaller, and another process may end.
+        """
+        plan, device, host = self.plan, device_memory.read(), device_memory.read_host()
+        print(f"memory, planned: {listed(self._planned)}; {device.free / GIB:.2f} GiB free")
+        on_host = plan.host if self.trains else 0
+        beside = 0 if self._exact else on_host  # without a GPU the host is the device
+        # the least that activations may need, where the estimate is too high by the whole allowance
         working = int(plan.working / (1 + self._allowance)) if training else 0
-        train = plan.trainer + working if self.trains else 0
-        generate = plan.generating + plan.kv_bytes_per_token if self.generates else 0
-        host = plan.host if self.trains else 0
-        if not self._exact:
-            train, generate = train + host, generate + host
-        elif host > (room := device_memory.read_host().free):
-            raise MemoryPlanError(
-                f"{host / GIB:.2f} GiB of models and optimizer states are to be kept in host memory for this rank, of "
-                f"which {room / GIB:.2f} are free: do without train.offload_train, keep_old_actor or a KL term, or "
-                "raise megatron.tensor_model_parallel_size"
+        if self.trains:
+            self._require("training", plan.trainer + beside, working, device)
+        if self.generates:
+            self._require("generating", plan.generating + beside, plan.kv_bytes_per_token, device)
+        if self._exact and on_host > host.free:
+            text = (
+                f"{on_host / GIB:.2f} GiB of models and optimizer states are to be kept in host memory for this rank, "
+                f"whose share is {host.total / GIB:.2f} with {host.free / GIB:.2f} free: do without "
+                "train.offload_train, keep_old_actor or a KL term, or raise megatron.tensor_model_parallel_size"
             )
-        for needed, when in ((train, "training"), (generate, "generating")):
-            if needed > free:
-                raise MemoryPlanError(
-                    f"{when} takes at least {needed / GIB:.2f} GiB on this rank, and {free / GIB:.2f} of the "
-                    f"{self._began.total / GIB:.1f} GiB of its device are free; planned: {listed(self._planned())}. "
-                    f"{remedies(self.config, when)}"
-                )
+            self._refuse_or_warn(text, certain=on_host > host.total)
+
+    def _require(self, when: str, states: int, working: int, device: Reading) -> None:
+        if states + working > device.free:
+            text = (
+                f"{when} takes at least {(states + working) / GIB:.2f} GiB on this rank, and {device.free / GIB:.2f} "
+                f"of the {device.total / GIB:.1f} GiB of its device are free; {states / GIB:.2f} GiB are for weights, "
+                f"gradients and optimizer states; planned: {listed(self._planned)}. {remedies(self.config, when)}"
+            )
+            self._refuse_or_warn(text, certain=states > device.total)
+
+    def _refuse_or_warn(self, text: str, *, certain: bool) -> None:
+        if certain:
+            raise MemoryPlanError(text)
+        self.warn(text)
 
     # --- hand-offs ---------------------------------------------------------------------------------------------------
 
     def begin(self, phase: Phase, step: int) -> None:
-        """A command."""
+        """Start the account of a command."""
         self.phase, self.step = phase, step
         self._restart(device_memory.read())
 
     def built(self, engine: Callable[[], EngineMemory]) -> None:
+        """Register the engine, which is resident, by the function that returns what it holds."""
         self.engine, self._whole_engine = engine, engine()
 
     def holders(self, now: Reading | None = None) -> dict[str, int]:
-        """Everything in use on the device, by holder; "others" are the context, NCCL, and other processes on a GPU."""
+        """Return the bytes in use on the device, by holder; "others" are the CUDA context, NCCL and other processes."""
         now = now or device_memory.read()
         engine = self.engine()
         named = {
@@ -108,7 +138,8 @@ class MemoryAccount:
             "KV cache": engine.kv_cache,
             "CUDA graphs": engine.graphs,
         }
-        away = sum(self._whole_engine) - sum(engine) if self._exact else 0  # which torch's account still has
+        # torch counts what torch_memory_saver has unmapped as allocated all the same
+        away = sum(self._whole_engine) - sum(engine) if self._exact else 0
         tensors = now.allocated - away - sum(named.values())
         unused = now.reserved - now.allocated
         others = now.used - (now.reserved - away) if self._exact else 0
@@ -116,70 +147,56 @@ class MemoryAccount:
 
     @contextmanager
     def work(self, what: str) -> Iterator[None]:
-        """The trainer's, for a while."""
+        """Account for the trainer's work in the block. After an error nothing is recorded: the device may not respond
+        any more, and :meth:`explaining` describes what was held when memory was the cause."""
         yield
         self.record(what, worked=True)
 
     def record(self, handoff: str, *, worked: bool = False) -> None:
-        """Write a line into the log. ``worked``: the trainer has, since the last line. Raises MemoryPlanError when
-        somebody holds more than was planned for it, and the allowance is used up."""
+        """Write a line into the log, and warn where a holder has more than was planned for it and the allowance on top.
+        ``worked``: the trainer has, since the last line."""
         now = device_memory.read()
         grown = max(0, now.allocated_peak - self._began.allocated)
-        began = self._began  # in between, either torch or the engine's memory saver took something
+        began = self._began  # between the readings only one of torch and the engine's memory saver allocated memory
         used = max(now.used, began.used + now.reserved_peak - began.reserved) if self._exact else now.reserved_peak
         self.note(str(self.phase), used / GIB)
         held = self.holders(now)
         text = f"memory, {self.phase} {self.step}, {handoff}: {listed(held)}; {now.free / GIB:.2f} GiB free"
         if worked:
             text += f"; meanwhile up to {grown / GIB:.2f} for activations"
-            self.note("activations", grown / GIB)
-            if self._exact:
-                self.working = max(self.working, grown)
-                if grown > with_margin(self.plan.working, self._allowance):
-                    text += f", where {self.plan.working / GIB:.2f} were planned"
+            self.note(ACTIVATIONS, grown / GIB)
         print(text)
         self._restart(now)
-        self._check(held)
+        self._compare(held | ({ACTIVATIONS: grown} if worked and self._exact else {}))
 
-    def _check(self, measured: Holders) -> None:
-        over = [
-            f"{name} {measured[name] / GIB:.2f} GiB instead of {size / GIB:.2f}"
-            for name, size in self._planned().items()
-            if measured.get(name, 0) > with_margin(size, self._allowance)
-        ]
-        if over:
-            raise MemoryPlanError(
-                f"more memory in use than planned: {', '.join(over)}. That is beyond train.memory_allowance "
-                f"({self._allowance:g}) and {SPARE / GIB:g} GiB; a larger one lets the run go on"
-            )
-
-    def _planned(self) -> dict[str, int]:
-        plan = self.plan
-        return {
-            "parameters": plan.parameters,
-            "gradients": plan.gradients,
-            "optimizer": plan.optimizer,
-            "critic": plan.critic,
-            "activations": plan.working,
-            "engine weights": plan.engine_weights,
-        }
+    def _compare(self, held: Holders) -> None:
+        """Take the peak of each planned holder over; warn once for each that exceeds its plan."""
+        for name, planned in self._planned.items():
+            size = self.measured[name] = max(held.get(name, 0), self.measured.get(name, 0))
+            if size > with_margin(planned, self._allowance) and name not in self._warned:
+                self._warned.add(name)
+                self.warn(
+                    f"more memory in use than planned: {name} {size / GIB:.2f} GiB instead of {planned / GIB:.2f}, "
+                    f"beyond train.memory_allowance ({self._allowance:g}) and {SPARE / GIB:g} GiB; the run goes on "
+                    f"with the measured size. {remedies(self.config, self.phase)}"
+                )
 
     def _restart(self, now: Reading) -> None:
         device_memory.reset_peak()
         self._began = now
 
     def note(self, name: str, value: float) -> None:
-        """The metric ``memory/name`` of this command, unless it was larger before."""
+        """Record the metric ``memory/name`` of this command, unless it was larger before."""
         self._peaks[f"memory/{name}"] = max(self._peaks.get(f"memory/{name}", 0.0), value)
 
     def take(self) -> dict[str, float]:
-        """The metrics since the last call."""
+        """Return the metrics since the last call."""
         taken, self._peaks = self._peaks, {}
         return taken
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
-        """Errors for want of memory become DeviceMemoryError: who holds how much, and what to change."""
+        """Turn allocation errors into DeviceMemoryError: who holds how much, and what to change."""
         try:
             yield
         except Exception as error:
@@ -192,32 +209,37 @@ class MemoryAccount:
                 f"{now.free / GIB:.2f} are free; held: {listed(self.holders(now))}. {remedies(self.config, self.phase)}"
             ) from error
 
-    # --- what the engine gives up ------------------------------------------------------------------------------------
+    # --- what the engine releases ------------------------------------------------------------------------------------
 
     def release(self, moves_in: int) -> Release:
-        """What the engine, which has all of its memory now, has to give up for a trainer that takes ``moves_in`` bytes
-        and its activations. Collective over ranks with an engine: all do the same."""
+        """Choose what the engine, which is resident now, has to release for a trainer that takes ``moves_in`` bytes and
+        its activations. Collective over ranks with an engine: all release the same.
+
+        Of the planned and the measured peak the larger counts: a batch that is fuller than those before needs more.
+        """
         now, engine = device_memory.read(), self.engine()
-        needed = moves_in + with_margin(max(self.plan.working, self.working), self._allowance)
+        working = max(self.plan.working, self.measured.get(ACTIVATIONS, 0))
+        needed = moves_in + with_margin(working, self._allowance)
+        # what torch has reserved and does not use serves the trainer as well; the pool of the CUDA graphs does not
         room = now.free + (max(0, now.reserved - now.allocated - engine.graphs) if self._exact else 0)
         choice = agreed(choose_release(self.config, needed, room, engine.kv_cache + engine.graphs))
-        if choice != self._said:
+        if choice != self._reported:
             print(
-                f"memory: the engine gives up {choice.replace('_', ' ')} while the trainer works, which is to have "
-                f"{needed / GIB:.2f} GiB; free beside the engine are {room / GIB:.2f}"
+                f"memory: the engine releases {choice.replace('_', ' ')} while the trainer works, which may need "
+                f"{needed / GIB:.2f} GiB; {room / GIB:.2f} are free beside the engine"
             )
-            self._said = choice
+            self._reported = choice
         return choice
 
 
 def agreed(choice: Release) -> Release:
-    """The most that any rank needs."""
+    """Return the largest choice of all ranks. Collective."""
     number = torch.tensor(ORDER.index(choice))
     dist.all_reduce(number, dist.ReduceOp.MAX)
     return ORDER[int(number)]
 
 
 def listed(sizes: Holders) -> str:
-    """In GiB, the largest first, without those that are nothing."""
+    """Return the sizes as text in GiB, the largest first, without those that round to 0."""
     parts = sorted(sizes.items(), key=lambda item: -item[1])
     return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts if size >= GIB // 200) or "nothing"

@@ -1,4 +1,4 @@
-"""Where the time of one command went, by part."""
+"""The time of one command, by part."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
+        """Count the block's time, also when it raises: a command that fails late is reported with its time."""
         began = time.perf_counter()
-        yield
-        self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - began
+        try:
+            yield
+        finally:
+            self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - began
 
     def take(self) -> dict[str, float]:
-        """What was measured since the last call, in seconds."""
+        """Return the seconds of each part since the last call."""
         taken, self._seconds = self._seconds, {}
         return taken

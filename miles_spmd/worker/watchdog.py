@@ -1,7 +1,8 @@
-"""A worker's side thread: says that the process lives and where it is, and ends it when nobody needs it any more.
+"""A worker's side thread: reports that the process is alive and where it is, and ends it when the run is over.
 
-It works while the main thread sits in a collective or an engine step, since those give up the GIL; so signals are
-handled here too, through the C-level wakeup descriptor.
+It runs while the main thread is in a collective or an engine step, because those release the GIL. Signals are handled
+here, too: Python's handlers run in the main thread, which in a collective may not come back to the interpreter for an
+hour. The C-level wakeup descriptor receives a byte for each signal at once, and this thread polls it.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ import zmq
 from miles_spmd.protocol.credentials import Credentials
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.messages import Heartbeat
-from miles_spmd.protocol.order import LAST_WORDS
+from miles_spmd.protocol.order import EXIT_SECONDS
 from miles_spmd.types.phase import Phase
 from miles_spmd.worker.controller_process import ControllerProcess
 
-BEAT_EVERY = 1.0  # seconds
-LOST_GRACE = 3.0  # seconds for the launcher to stop this rank after the controller's connection closed
+HEARTBEAT_EVERY = 1.0  # seconds
+LOST_GRACE = 3.0  # seconds from the end of the controller's connection, in which the launcher may stop this rank
 PACKAGE = str(Path(__file__).parents[1])
 
 
 @dataclass(frozen=True)
 class Doing:
-    """What the main thread is about, replaced as a whole so that the side thread never sees half of it."""
+    """What the main thread is doing. Replaced as a whole, so that the side thread never reads half of a change."""
 
     phase: Phase
     step: int
@@ -42,10 +43,10 @@ class Doing:
 
 
 class Watchdog(threading.Thread):
-    """``terminal`` takes the last line of a worker that ends without having been told to; ``stacks`` the stack of
-    every thread when a deadline is missed. ``controller`` is given on rank 0, whose child it is.
+    """``terminal`` receives warnings and the last line of a worker that ends on its own; ``stacks`` the stack of every
+    thread when a deadline is missed. ``controller`` is given on rank 0, whose child it is.
 
-    Make it in the main thread: it takes over SIGTERM and SIGINT.
+    Construct it in the main thread: it takes over SIGTERM and SIGINT.
     """
 
     def __init__(self, rank: int, terminal: TextIO, stacks: Path, controller: ControllerProcess | None) -> None:
@@ -63,59 +64,67 @@ class Watchdog(threading.Thread):
         self._waker = waker
         signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)  # the byte in the wakeup descriptor says it all
+            signal.signal(number, lambda *_: None)  # a handler has to exist; the wakeup descriptor does the rest
 
     # --- for the main thread -----------------------------------------------------------------------------------------
 
     def connect(self, credentials: Credentials, silence: float) -> None:
-        """Beat from now on. The controller counts as lost when its machine is silent for ``silence`` seconds."""
+        """Send heartbeats from now on. The controller counts as lost after ``silence`` seconds without its machine."""
         self._dealer = Dealer(credentials, silence)
         self._waker.send(b"\0")
 
     def enter(self, phase: Phase, step: int, seconds: float | None) -> None:
-        """The main thread begins something that is due in ``seconds``."""
+        """The main thread begins something that is due in ``seconds`` (None: without a deadline)."""
         self._detail = ""
         self._doing = Doing(phase, step, None if seconds is None else time.monotonic() + seconds)
         self._waker.send(b"\0")
 
     def progress(self, detail: str) -> None:
-        """How far the main thread is with what it does."""
+        """The main thread's progress, for the next heartbeat."""
         self._detail = detail
 
+    def warn(self, text: str) -> None:
+        """Print a warning into the log and, on rank 0, to the terminal: most warnings are the same on all ranks."""
+        print(f"warning: {text}", flush=True)
+        if self._rank == 0:
+            print(f"miles-spmd: warning: rank 0 ({socket.gethostname()}): {text}", file=self._terminal, flush=True)
+
     def stop(self) -> None:
-        """From now on the end of the controller, or of this process, is as it should be."""
+        """End the thread: from now on the end of the controller, or of this process, is expected."""
         self._stopping = True
         self._waker.send(b"\0")
         self.join()
 
     def disconnect(self) -> None:
-        """After :meth:`stop`, and after the last reply: until then a closed connection means a death."""
+        """Call it after :meth:`stop` and the last reply: until then a closed connection means that the process died."""
         if self._dealer is not None:
             self._dealer.close()
 
     # --- the side thread ---------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        dumped: Doing | None = None
+        dumped: Doing | None = None  # what the stacks were written for: once for each missed deadline
         while not self._stopping:
             now, doing = time.monotonic(), self._doing
             if doing.deadline is not None and now >= doing.deadline and dumped is not doing:
                 dumped = doing
                 self._dump_stacks()
-            self._beat(doing.phase)
-            until = now + BEAT_EVERY
+            self._send_heartbeat(doing.phase)
+            until = now + HEARTBEAT_EVERY
             if doing.deadline is not None and dumped is not doing:
                 until = min(until, doing.deadline)
             self._listen(until)
-            if os.getppid() != self._parent:
+            if os.getppid() != self._parent:  # an orphan is adopted by another process
                 self._leave("the launcher died")
             if self._lost_since is not None and time.monotonic() > self._lost_since + LOST_GRACE:
                 self._exit(1, "lost the controller")
 
     def _listen(self, until: float) -> None:
-        """Sleep until then, or until something happens."""
+        """Wait until then, or until something happens."""
         poller = zmq.Poller()
         poller.register(self._awake, zmq.POLLIN)
+        # Rank 0 learns from its child's pipe, with the exit status, that the controller is gone; other ranks from the
+        # connection, which may close a moment before the launcher stops them with the better message.
         if self._controller is not None and self._controller.listening:
             poller.register(self._controller.fileno(), zmq.POLLIN)
         elif self._dealer is not None and self._lost_since is None:
@@ -132,7 +141,7 @@ class Watchdog(threading.Thread):
         if self._dealer is not None and self._dealer.disconnections in ready:
             self._lost_since = time.monotonic()
 
-    def _beat(self, phase: Phase, detail: str = "") -> None:
+    def _send_heartbeat(self, phase: Phase, detail: str = "") -> None:
         if self._dealer is not None:
             detail = detail or ", ".join(filter(None, [self._detail, where(self._main)]))
             self._dealer.try_send(Heartbeat(self._rank, phase, self._doing.step, detail))
@@ -146,22 +155,22 @@ class Watchdog(threading.Thread):
     # --- ends --------------------------------------------------------------------------------------------------------
 
     def _leave(self, reason: str) -> NoReturn:
-        """Told to stop from outside: the controller has the word."""
-        self._beat(Phase.STOP, reason)
+        """End after a signal or the launcher's death. The controller prints the reason, once for all ranks."""
+        self._send_heartbeat(Phase.STOP, reason)
         if self._controller is not None:
-            self._controller.tell(reason)
-            self._controller.wait(2 * LAST_WORDS)
+            self._controller.stop(reason)
+            self._controller.wait(2 * EXIT_SECONDS)
         self._exit(1)
 
     def _controller_ended(self, controller: ControllerProcess) -> NoReturn:
-        status = controller.wait(LAST_WORDS)
+        status = controller.wait(EXIT_SECONDS)
         if status >= 0:
-            self._exit(status or 1)  # it said why
+            self._exit(status or 1)  # it has printed the reason
         self._exit(1, f"the controller (pid {controller.pid}) was killed by {signal.Signals(-status).name}")
 
     def _exit(self, status: int, line: str = "") -> NoReturn:
         if self._dealer is not None:
-            self._dealer.close()  # a last beat still leaves
+            self._dealer.close()  # waits until a last heartbeat is sent
         if line:
             doing = self._doing
             place = doing.phase if doing.phase is Phase.START else f"{doing.phase}, step {doing.step}"
@@ -172,7 +181,7 @@ class Watchdog(threading.Thread):
 
 
 def where(thread: int) -> str:
-    """Where that thread is: the innermost frame, and the innermost one of this package if that is another."""
+    """Return where that thread is: its innermost frame, and the innermost one of this package if that is another."""
     frame = sys._current_frames().get(thread)
     places: list[str] = []
     while frame is not None:

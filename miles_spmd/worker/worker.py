@@ -1,9 +1,10 @@
-"""One rank: its models and its engine, and what each command does with them."""
+"""One rank: its models and its engine, and one handler for each command."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import singledispatchmethod
 
 import torch
 import torch.distributed as dist
@@ -12,22 +13,46 @@ from miles_spmd.config import Config
 from miles_spmd.generation.engine import FACTORIES, Engine
 from miles_spmd.planning.kv_cache import needed_tokens
 from miles_spmd.platform.determinism import deterministic_kernels
-from miles_spmd.protocol import messages
+from miles_spmd.protocol.commands import (
+    Bisect,
+    Command,
+    ComputeLogProbs,
+    ComputeValues,
+    DigestWeights,
+    ExportModel,
+    Generate,
+    LoadCheckpoint,
+    RefitEngine,
+    SaveCheckpoint,
+    SnapshotWeights,
+    TrainStep,
+)
 from miles_spmd.protocol.dealer import Dealer
+from miles_spmd.protocol.messages import EngineRank, TrainerRank
+from miles_spmd.protocol.results import (
+    Bisection,
+    CheckpointResult,
+    LogProbsResult,
+    Ok,
+    RefitResult,
+    Result,
+    TrainResult,
+    ValuesResult,
+    WeightsDigest,
+)
 from miles_spmd.training.roles import Roles
 from miles_spmd.worker.bisect import bisect
 from miles_spmd.worker.device_turns import DeviceTurns
 from miles_spmd.worker.memory_account import MemoryAccount
-from miles_spmd.worker.sides import EngineSide, TrainerSide
 from miles_spmd.worker.stopwatch import Stopwatch
 from miles_spmd.worker.world import Side
 
 
 def make_engine(config: Config) -> Engine:
-    """Build this rank's part of the engine that ``rollout.engine`` names; SGLang is imported only for "sglang"."""
+    """Build the engine that ``rollout.engine`` names; the modules of the other are not imported."""
     table = dict(config.sglang)
     if config.determinism.deterministic and torch.cuda.is_available():
-        table["enable_deterministic_inference"] = True  # responses do not depend on what else is computed
+        table["enable_deterministic_inference"] = True  # a response does not depend on the rest of its batch
     context_length = table.pop("context_length", None)
     if config.rollout.engine != "sglang":
         factory = FACTORIES.resolve(config.rollout.engine)
@@ -46,8 +71,8 @@ def make_engine(config: Config) -> Engine:
 
 
 class Worker:
-    """Builds what ``task`` needs on this rank's ``side``; torch.distributed is initialised. ``watch`` is told how long
-    each part took, then where the time of each command went; ``ledger`` who holds the memory."""
+    """Builds what ``task`` needs on this rank's ``side``; torch.distributed is initialised. ``watch`` measures the time
+    of each part of the start and of each command, ``memory`` the use of the device."""
 
     def __init__(
         self,
@@ -57,47 +82,44 @@ class Worker:
         rank: int,
         dealer: Dealer,
         watch: Stopwatch,
-        ledger: MemoryAccount,
+        memory: MemoryAccount,
         progress: Callable[[str], None],
     ) -> None:
-        self.ledger = ledger
+        self.memory = memory
         self._config, self._rank, self._dealer, self._watch, self._progress = config, rank, dealer, watch, progress
         self._roles: Roles | None = None
         if side.trains:
             with watch("trainer"):
                 self._roles = Roles(config)
-            ledger.trainer = self._roles.memory
-            ledger.record("trainer built")
-        self._generation = self._build_generation(side) if config.generates(task) else None
+            memory.trainer = self._roles.memory
+            memory.record("trainer built")
+        self._turns = self._build_turns(side) if config.generates(task) else None
 
-    def _build_generation(self, side: Side) -> DeviceTurns | EngineSide | TrainerSide:
-        """This rank's part in rollouts and refits."""
-        config, watch = self._config, self._watch
-        if not side.generates:
-            return TrainerSide(config, self.roles, side.everyone, watch, self.ledger)
-        if config.train.offload_train:
-            self.roles.move_out()  # so that the engine makes its cache as large as it may be
-        with watch("engine"):
-            engine = make_engine(config)
-        self.ledger.built(engine.memory)
-        self.ledger.record("engine built")
-        if not side.trains:
-            return EngineSide(config, engine, engine.size, side.everyone, watch, self.ledger)
-        return DeviceTurns(config, engine, engine.size, self.roles, watch, self.ledger)
+    def _build_turns(self, side: Side) -> DeviceTurns:
+        """Build this rank's part in rollouts and refits, with an engine on ranks that generate."""
+        config, engine = self._config, None
+        if side.generates:
+            if config.train.offload_train:
+                self.roles.move_out()  # the engine sizes its KV cache by what is free while it is built
+            with self._watch("engine"):
+                engine = make_engine(config)
+            self.memory.built(engine.memory)
+            self.memory.record("engine built")
+        return DeviceTurns(config, engine, self._roles, self._watch, self.memory, side.everyone)
 
     @property
-    def trainer_rank(self) -> messages.TrainerRank | None:
+    def trainer_rank(self) -> TrainerRank | None:
         if self._roles is None:
             return None
         actor = self._roles.actor
-        return messages.TrainerRank(actor.data_parallel_rank, actor.data_parallel_size, actor.reports)
+        return TrainerRank(actor.data_parallel_rank, actor.data_parallel_size, actor.reports)
 
     @property
-    def engine_rank(self) -> messages.EngineRank | None:
-        if not isinstance(self._generation, DeviceTurns | EngineSide):
+    def engine_rank(self) -> EngineRank | None:
+        if self._turns is None or not self._turns.generates:
             return None
-        engine, place = divmod(dist.get_rank(), self._generation.engine.size)
-        return messages.EngineRank(engine, leader=place == 0)
+        engine, place = divmod(dist.get_rank(), self._turns.engine.size)
+        return EngineRank(engine, leader=place == 0)
 
     @property
     def roles(self) -> Roles:
@@ -106,64 +128,81 @@ class Worker:
         return self._roles
 
     @property
-    def engine(self) -> DeviceTurns | EngineSide:
-        if not isinstance(self._generation, DeviceTurns | EngineSide):
-            raise RuntimeError("this rank has no engine: it only trains")
-        return self._generation
+    def turns(self) -> DeviceTurns:
+        if self._turns is None:
+            raise RuntimeError("this run has no engine: it neither generates nor evaluates")
+        return self._turns
 
-    def do(self, body: messages.Body) -> messages.Result:
-        """One command; raises whatever its part raises."""
-        trains = isinstance(body, messages.ComputeLogProbs | messages.ComputeValues | messages.TrainStep)
-        with deterministic_kernels() if trains and self._config.determinism.deterministic else nullcontext():
-            return self._do(body)
+    # --- commands ----------------------------------------------------------------------------------------------------
 
-    def _do(self, body: messages.Body) -> messages.Result:
-        match body:
-            case messages.Generate():
-                self.engine.rollout(self._rank, self._dealer, self._progress)
-            case messages.ComputeLogProbs(micro_batches, role, top_k):
-                self._release_engine()
-                with self.roles.network(role) as network, self.ledger.work("log-probs"):
-                    return network.log_probs(micro_batches, top_k)
-            case messages.ComputeValues(micro_batches, role):
-                self._release_engine()
-                with self.roles.network(role) as network, self.ledger.work("values"):
-                    return network.values(micro_batches)
-            case messages.TrainStep(micro_batches, role):
-                self._release_engine()
-                with self.ledger.work("optimizer step"):
-                    return self.roles.trainer(role).train_step(micro_batches)
-            case messages.Bisect():
-                return bisect(body, self.engine.engine, self.roles.actor)
-            case messages.SnapshotWeights(role):
-                self.roles.snapshot(role)
-            case messages.RefitEngine(version):
-                if self._generation is None:
-                    raise RuntimeError("this run has no engine: it neither generates nor evaluates")
-                return self._generation.refit(version)
-            case messages.DigestWeights(role):
-                return self.roles.weights_digest(role)
-            case messages.SaveCheckpoint(path):
-                with self._whole_trainer():
-                    self.roles.save(path)
-                    return self.roles.optimizer_digests()
-            case messages.LoadCheckpoint(path):
-                with self._whole_trainer():
-                    self.roles.load(path)
-                    return self.roles.optimizer_digests()
-            case messages.ExportModel(path):
-                self.roles.actor.export(path, self._config.model.hf_checkpoint)
-            case _:
-                raise TypeError(f"{type(body).__name__} is not for a worker outside a rollout")
-        return messages.Ok()
+    @singledispatchmethod
+    def execute(self, command: Command) -> Result:
+        """Execute one command by the handler of its type; raises whatever that raises."""
+        raise TypeError(f"{type(command).__name__} is not for a worker outside a rollout")
+
+    @execute.register
+    def _generate(self, command: Generate) -> Ok:
+        self.turns.rollout(self._rank, self._dealer, self._progress)
+        return Ok()
+
+    @execute.register
+    def _refit(self, command: RefitEngine) -> RefitResult:
+        return self.turns.refit(command.version)
+
+    @execute.register
+    def _log_probs(self, command: ComputeLogProbs) -> LogProbsResult:
+        with self._training(), self.roles.network(command.role) as network, self.memory.work("log-probs"):
+            return network.log_probs(command.micro_batches, command.top_k)
+
+    @execute.register
+    def _values(self, command: ComputeValues) -> ValuesResult:
+        with self._training(), self.roles.network(command.role) as network, self.memory.work("values"):
+            return network.values(command.micro_batches)
+
+    @execute.register
+    def _train(self, command: TrainStep) -> TrainResult:
+        with self._training(), self.memory.work("optimizer step"):
+            return self.roles.trainer(command.role).train_step(command.micro_batches)
+
+    @execute.register
+    def _snapshot(self, command: SnapshotWeights) -> Ok:
+        self.roles.snapshot(command.role)
+        return Ok()
+
+    @execute.register
+    def _bisect(self, command: Bisect) -> Bisection:
+        return bisect(command, self.turns.engine, self.roles.actor)
+
+    @execute.register
+    def _digest(self, command: DigestWeights) -> WeightsDigest:
+        return self.roles.weights_digest(command.role)
+
+    @execute.register
+    def _save(self, command: SaveCheckpoint) -> CheckpointResult:
+        with self._whole_trainer():
+            self.roles.save(command.path)
+            return self.roles.optimizer_digests()
+
+    @execute.register
+    def _load(self, command: LoadCheckpoint) -> CheckpointResult:
+        with self._whole_trainer():
+            self.roles.load(command.path)
+            return self.roles.optimizer_digests()
+
+    @execute.register
+    def _export(self, command: ExportModel) -> Ok:
+        self.roles.actor.export(command.path, self._config.model.hf_checkpoint)
+        return Ok()
+
+    # --- the device --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """The trainer's turn on the device, with kernels in a fixed order where the run is deterministic."""
+        with deterministic_kernels() if self._config.determinism.deterministic else nullcontext():
+            if self._turns is not None:
+                self._turns.release()
+            yield
 
     def _whole_trainer(self) -> AbstractContextManager[None]:
-        """Where optimizer states have left the device they come back for a while, and the engine gives way."""
-        turns = self._generation
-        if isinstance(turns, DeviceTurns) and self._config.train.offload_train:
-            return turns.lent()
-        return nullcontext()
-
-    def _release_engine(self) -> None:
-        if isinstance(self._generation, DeviceTurns):
-            self._generation.release()
+        return nullcontext() if self._turns is None else self._turns.whole_trainer()

@@ -1,4 +1,4 @@
-"""Ranks that speak the protocol over real sockets and do nothing else."""
+"""Ranks that follow the protocol over real sockets and compute nothing."""
 
 from __future__ import annotations
 
@@ -6,27 +6,56 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
+from miles_spmd.protocol.commands import Command, Stop
 from miles_spmd.protocol.credentials import Credentials
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.messages import (
-    Command,
+    Call,
     EngineRank,
+    Failure,
     Heartbeat,
     Hello,
     Message,
-    Ok,
     RankInfo,
     Reply,
-    Result,
-    Stop,
     TrainerRank,
+)
+from miles_spmd.protocol.results import (
+    Bisection,
+    CheckpointResult,
+    LogProbsResult,
+    Ok,
+    RefitResult,
+    Result,
+    TrainResult,
+    ValuesResult,
+    WeightsDigest,
 )
 from miles_spmd.types.phase import Phase
 
 DIGEST = "0123456789abcdef"
 HOST = "node-a"
 
-Answer = Callable[["SpokenRank", Command], Result | None]
+EMPTY = {  # a result of each type
+    Ok: Ok(),
+    TrainResult: TrainResult([{}], grad_norm=0.0, lr=0.0),
+    LogProbsResult: LogProbsResult(),
+    ValuesResult: ValuesResult(),
+    WeightsDigest: WeightsDigest([], [], np.zeros(0, np.uint64)),
+    CheckpointResult: CheckpointResult({}),
+    RefitResult: RefitResult(0, 0, 0, 0),
+    Bisection: Bisection([]),
+}
+
+
+def empty(command: Command) -> Result:
+    """A result of the type that the command declares."""
+    return EMPTY[command.result_type()]
+
+
+Response = Callable[["FakeRank", Call], Result | Failure | None]
 
 
 def info_of(rank: int, world_size: int, engine_size: int = 1) -> RankInfo:
@@ -40,46 +69,45 @@ def info_of(rank: int, world_size: int, engine_size: int = 1) -> RankInfo:
     )
 
 
-class SpokenRank(threading.Thread):
-    """Says hello, then answers every command with ``answer`` (None: not at all) until told to stop."""
+class FakeRank(threading.Thread):
+    """Sends a hello, then replies to every call with ``respond`` (None: no reply) until it receives Stop."""
 
     def __init__(
         self,
         credentials: Credentials,
         rank: int,
         world_size: int,
-        answer: Answer = lambda rank, command: Ok(),
+        respond: Response = lambda rank, call: empty(call.command),
         *,
         engine_size: int = 1,
         digest: str = DIGEST,
         hello: bool = True,
     ) -> None:
         super().__init__(daemon=True)
-        self.rank, self.answer, self.hello = rank, answer, hello
+        self.rank, self.respond, self.hello = rank, respond, hello
         self.leader = rank % engine_size == 0
-        self.received: list[Any] = []  # bodies
+        self.received: list[Any] = []  # commands
         self.gone = threading.Event()
         self._credentials = credentials
         self._hello = Hello(info_of(rank, world_size, engine_size), digest, {"imports": 1.5})
         self.start()
 
-    def say(self, message: Message) -> None:
-        """From ``answer`` only: a socket belongs to one thread."""
+    def send(self, message: Message) -> None:
+        """From ``respond`` only: a socket belongs to one thread."""
         self.dealer.send(message)
 
     def run(self) -> None:
         self.dealer = Dealer(self._credentials)
-        self.say(self._hello if self.hello else Heartbeat(self.rank, Phase.START, 0, "import (worker.py:1)"))
+        self.send(self._hello if self.hello else Heartbeat(self.rank, Phase.START, 0, "import (worker.py:1)"))
         while not self.gone.is_set():
-            command = self.dealer.receive(0.02)
-            if not isinstance(command, Command):
+            call = self.dealer.receive(0.02)
+            if not isinstance(call, Call):
                 continue
-            self.received.append(command.body)
-            result = self.answer(self, command)
+            self.received.append(call.command)
+            result = self.respond(self, call)
             if result is not None:
-                seconds = {"work": 0.25 * (self.rank + 1)}
-                self.say(Reply(command.id, self.rank, HOST, command.phase, result, seconds))
-            if isinstance(command.body, Stop):
+                self.send(Reply(call.id, self.rank, HOST, result, {"work": 0.25 * (self.rank + 1)}))
+            if isinstance(call.command, Stop):
                 break
         self.dealer.close()
 

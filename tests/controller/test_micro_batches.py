@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miles_spmd.controller.learning.micro_batches import FILLER, bodies, expand, in_sequence_order, pack, pack_leaves
-from miles_spmd.protocol.messages import ComputeLogProbs, TrainerRank
+from miles_spmd.protocol.commands import ComputeLogProbs
+from miles_spmd.protocol.messages import TrainerRank
 from miles_spmd.types.train_sequence import TrainSequence
 
 

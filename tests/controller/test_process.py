@@ -1,4 +1,4 @@
-"""The controller as a child process: its order, its last words, and that neither side outlives the other."""
+"""The controller as a child process: its order, its last message, and that neither side outlives the other."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def test_told_to_stop_it_says_why_and_who_is_missing(start: Start, capfd: pytest
     controller = start()
     dealer = Dealer(controller.credentials())
     dealer.send(Heartbeat(rank=1, phase=Phase.START, step=0))
-    time.sleep(0.5)  # for the beat
-    controller.tell("stopped by SIGTERM")
+    time.sleep(0.5)  # for the heartbeat
+    controller.stop("stopped by SIGTERM")
     assert controller.wait(60) == 1
     assert capfd.readouterr().err == "miles-spmd: start: stopped by SIGTERM; rank 0 had not connected\n"
     dealer.close()
@@ -65,7 +65,7 @@ def test_told_to_stop_it_says_why_and_who_is_missing(start: Start, capfd: pytest
 
 def test_a_deadline_ends_it(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
     assert start(deadlines={"start_timeout": 1.0}).wait(60) == 1
-    assert capfd.readouterr().err.startswith("miles-spmd: start: rank 0, 1 did not answer within 1 s\n")
+    assert capfd.readouterr().err.startswith("miles-spmd: start: rank 0, 1 did not reply within 1 s\n")
 
 
 def test_a_controller_that_does_not_end_is_killed(start: Start) -> None:

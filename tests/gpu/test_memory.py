@@ -73,7 +73,7 @@ def alone(run: Config) -> tuple[list[Any], dict[str, Tensor]]:
 
 
 def in_turns(run: Config, levels: list[str]) -> dict[str, Any]:
-    """The same steps, with a refit, answers and a release before each: the engine gives up ``levels``, one in each."""
+    """The same steps, with a refit, answers and a release before each: the engine releases ``levels``, one in each."""
     from miles_spmd.platform.determinism import pin_environment
     from miles_spmd.training.roles import Roles
     from miles_spmd.types.phase import Phase
@@ -83,31 +83,31 @@ def in_turns(run: Config, levels: list[str]) -> dict[str, Any]:
     from miles_spmd.worker.worker import make_engine
 
     pin_environment()
-    micro_batches, ledger = batch(), MemoryAccount(run, 1)
-    ledger.require_room(training=True)
+    micro_batches, memory = batch(), MemoryAccount(run, 1)
+    memory.require_room(training=True)
     roles = Roles(run)
-    ledger.trainer = roles.memory
-    ledger.record("trainer built")
+    memory.trainer = roles.memory
+    memory.record("trainer built")
     if run.train.offload_train:
         roles.move_out()
     engine: Any = make_engine(run)
-    ledger.built(engine.memory)
-    ledger.record("engine built")
-    turns = DeviceTurns(run, engine, 1, roles, Stopwatch(), ledger)
+    memory.built(engine.memory)
+    memory.record("engine built")
+    turns = DeviceTurns(run, engine, 1, roles, Stopwatch(), memory)
     asked = [request(f"r{i}", prompt(i % 4, 40), seed=i, ignore_eos=True, max_new_tokens=16) for i in range(16)]
     whole, numbers, tokens, device, host, free = engine.memory(), [], [], [], [], []
     for cycle, level in enumerate(levels):
-        ledger.config = run.model_copy(update={"rollout": run.rollout.model_copy(update={"offload_rollout": level})})
-        ledger.begin(Phase.REFIT, cycle)
+        memory.config = run.model_copy(update={"rollout": run.rollout.model_copy(update={"offload_rollout": level})})
+        memory.begin(Phase.REFIT, cycle)
         counts = turns.refit(cycle)
         assert counts.checksum_mismatches == 0
         outputs = answer(engine, asked)
         tokens.append([outputs[one.rid].output_ids for one in asked])
-        ledger.begin(Phase.TRAIN, cycle)
+        memory.begin(Phase.TRAIN, cycle)
         before = torch.cuda.mem_get_info()[0]
         turns.release()
         free.append((torch.cuda.mem_get_info()[0] - before) / GIB)
-        with ledger.work("optimizer step"):
+        with memory.work("optimizer step"):
             numbers.append(step_of(roles, micro_batches))
         device.append(-torch.cuda.mem_get_info()[0] / MIB)
         host.append(psutil.Process().memory_info().rss / MIB)
@@ -120,10 +120,10 @@ def in_turns(run: Config, levels: list[str]) -> dict[str, Any]:
         "given back": free,
         "cache": whole.kv_cache / GIB,
         "engine": sum(whole) / GIB,
-        "memory": ledger.take(),
-        "holders": {name: size / GIB for name, size in ledger.holders().items()},
-        "working": ledger.working / GIB,
-        "planned": ledger.plan.working / GIB,
+        "memory": memory.take(),
+        "holders": {name: size / GIB for name, size in memory.holders().items()},
+        "working": memory.measured["activations"] / GIB,
+        "planned": memory.plan.working / GIB,
         "GPU growth MiB/cycle": slope(device[WARM_UP:]) if many else 0.0,
         "host growth MiB/cycle": slope(host[WARM_UP:]) if many else 0.0,
     }
@@ -189,13 +189,13 @@ def exhausted_training(run: Config) -> list[str]:
     from miles_spmd.types.phase import Phase
     from miles_spmd.worker.memory_account import DeviceMemoryError, MemoryAccount
 
-    ledger = MemoryAccount(run, 1)
+    memory = MemoryAccount(run, 1)
     roles = Roles(run)
-    ledger.trainer = roles.memory
-    ledger.begin(Phase.TRAIN, 3)
+    memory.trainer = roles.memory
+    memory.begin(Phase.TRAIN, 3)
 
     def failing_step() -> str:
-        with pytest.raises(DeviceMemoryError) as caught, ledger.explaining():
+        with pytest.raises(DeviceMemoryError) as caught, memory.explaining():
             roles.actor.train_step(batch())
         return str(caught.value)
 
@@ -222,22 +222,21 @@ def test_a_step_that_does_not_fit_is_explained(ranks: Ranks) -> None:
     assert "held: other tensors" in of_torch
 
 
-def no_room(run: Config) -> str:
-    from miles_spmd.worker.memory_account import MemoryAccount, MemoryPlanError
+def no_room(run: Config) -> list[str]:
+    from miles_spmd.worker.memory_account import MemoryAccount
 
-    filler = fill(8 * GIB)
-    with pytest.raises(MemoryPlanError) as caught:
-        MemoryAccount(run, 1).require_room(training=True)
+    filler, warnings = fill(8 * GIB), list[str]()
+    MemoryAccount(run, 1, warn=warnings.append).require_room(training=True)
     del filler
-    return str(caught.value)
+    return warnings
 
 
 @needs(1)
-def test_too_little_is_said_before_anything_is_built(ranks: Ranks) -> None:
-    (text,) = ranks.run(1, no_room, a_run())
-    assert re.match(r"training takes at least 1\d\.\d\d GiB on this rank, and [78]\.\d\d of the \d+\.\d GiB", text), (
-        text
-    )
+def test_too_little_is_a_warning_before_anything_is_built(ranks: Ranks) -> None:
+    """Not an error: what fills the device may go, and activations are estimated."""
+    (warnings,) = ranks.run(1, no_room, a_run())
+    pattern = r"training takes at least 1\d\.\d\d GiB on this rank, and [78]\.\d\d of the \d+\.\d GiB"
+    assert any(re.match(pattern, text) for text in warnings), warnings
 
 
 def exhausted_engine() -> dict[str, Any]:

@@ -14,10 +14,12 @@ from miles_spmd.config.load import config_digest, dump_config, load_config
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.loops import replay
 from miles_spmd.controller.loops.sync import run
+from miles_spmd.protocol.commands import Stop
 from miles_spmd.protocol.credentials import Credentials
 from miles_spmd.protocol.dealer import Dealer
-from miles_spmd.protocol.messages import Command, Hello, Ok, Reply, Stop
+from miles_spmd.protocol.messages import Call, Hello, Reply
 from miles_spmd.protocol.order import Replay
+from miles_spmd.protocol.results import Ok
 from miles_spmd.protocol.router import Router
 from miles_spmd.worker.main import HOST, Place, build, failure, rank_info
 from miles_spmd.worker.stopwatch import Stopwatch
@@ -32,6 +34,8 @@ class Unwatched:
     def progress(self, detail: str) -> None:
         """A real watchdog would take over this process's signals."""
 
+    warn = progress
+
 
 def serve(settings: str, credentials: bytes) -> None:
     """A rank until it is told to stop, or the controller is gone."""
@@ -44,16 +48,16 @@ def serve(settings: str, credentials: bytes) -> None:
     worker = build(config, "train", place, Side(), dealer, Stopwatch(), cast(Watchdog, Unwatched()))
     dealer.send(Hello(rank_info(worker, place), config_digest(config)))
     while not dealer.disconnections.poll(0):
-        command = dealer.receive(0.05)
-        if not isinstance(command, Command):
+        call = dealer.receive(0.05)
+        if not isinstance(call, Call):
             continue
         try:
-            result: Any = Ok() if isinstance(command.body, Stop) else worker.do(command.body)
+            result: Any = Ok() if isinstance(call.command, Stop) else worker.execute(call.command)
         except Exception as error:
             result = failure(error)
-        dealer.send(Reply(command.id, rank, HOST, command.phase, result))
+        dealer.send(Reply(call.id, rank, HOST, result))
     if worker.engine_rank is not None:
-        worker.engine.engine.close()  # a process has room for one of SGLang's
+        worker.turns.engine.close()  # a process has room for one of SGLang's
     dealer.close()
 
 

@@ -199,11 +199,11 @@ def test_text() -> None:
         "evaluation    every 5 and at both ends, 1 sample a prompt",
         "in total      10 rollouts, 20 optimizer steps, 320 samples",
         "KV cache: 1,296 tokens, all that its requests can fill",  # 16 of the context's 64 and a page
-        "while the trainer works the engine gives up: weights, KV cache and CUDA graphs",
+        "while the trainer works the engine releases: weights, KV cache and CUDA graphs",
         "at most, with 3 for CUDA and NCCL: 3.003 while training, 3.001 while generating",
     ):
         assert line in text, text
-    assert "the engine gives up: nothing" in describe_plan(config, 4, device_gib=6)
+    assert "the engine releases: nothing" in describe_plan(config, 4, device_gib=6)
     text = describe_plan(config, 4, device_gib=2.5)
     assert (
         "does not fit: no room for a KV cache in the 2.5 GiB of a device. What helps: set train.offload_train" in text

@@ -16,7 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from miles_spmd.protocol import messages
-from miles_spmd.protocol.messages import Command, Heartbeat, RefitEngine, Reply, TrainResult, WireError, decode, encode
+from miles_spmd.protocol.codec import WireError, decode, encode
+from miles_spmd.protocol.commands import COMMANDS, RESULTS, RefitEngine
+from miles_spmd.protocol.messages import Call, Failure, Heartbeat, Reply
+from miles_spmd.protocol.results import Ok, TrainResult
 from miles_spmd.types.phase import Phase
 
 ARRAYS = hnp.arrays(
@@ -69,9 +72,9 @@ def same(a: Any, b: Any) -> bool:
 
 
 MESSAGES = [
-    *(kind for kind in typing.get_args(messages.Message) if kind not in (Command, Reply)),
-    *(pytest.param((Command, body), id=f"Command-{body.__name__}") for body in typing.get_args(messages.Body)),
-    *(pytest.param((Reply, result), id=f"Reply-{result.__name__}") for result in typing.get_args(messages.Result)),
+    *(kind for kind in typing.get_args(messages.Message) if kind not in (Call, Reply)),
+    *(pytest.param((Call, command), id=f"Call-{command.__name__}") for command in COMMANDS),
+    *(pytest.param((Reply, result), id=f"Reply-{result.__name__}") for result in (*RESULTS, Failure)),
 ]
 
 
@@ -83,18 +86,18 @@ def test_round_trip(kind: Any, data: st.DataObject) -> None:
         kind, inner = kind
         hints = typing.get_type_hints(kind)
         fields = {name: values_of(hints[name]) for name in kind.__struct_fields__}
-        fields["body" if kind is Command else "result"] = values_of(inner)
+        fields["command" if kind is Call else "result"] = values_of(inner)
         message = data.draw(st.builds(kind, **fields))
     else:
         message = data.draw(values_of(kind))
     assert same(decode(encode(message)), message)
 
 
-BEAT = Heartbeat(rank=1, phase=Phase.TRAIN, step=3, detail="micro-batch 2/8")
-RESULT = Reply(1, 0, "host", Phase.TRAIN, TrainResult([{}], 1.0, 1e-6, log_probs=[np.arange(4, dtype=np.float32)]))
+HEARTBEAT = Heartbeat(rank=1, phase=Phase.TRAIN, step=3, detail="micro-batch 2/8")
+RESULT = Reply(1, 0, "host", TrainResult([{}], 1.0, 1e-6, log_probs=[np.arange(4, dtype=np.float32)]))
 
 
-@pytest.mark.parametrize("message", [BEAT, RESULT, Command(1, 2, Phase.REFIT, 60.0, RefitEngine(3))])
+@pytest.mark.parametrize("message", [HEARTBEAT, RESULT, Call(1, 2, 60.0, RefitEngine(3))])
 def test_truncated_bytes_are_refused_at_every_length(message: messages.Message) -> None:
     data = encode(message)
     for length in range(len(data)):
@@ -116,9 +119,9 @@ def changed(message: messages.Message, **fields: Any) -> bytes:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (changed(BEAT, type="Shutdown"), "Shutdown"),
-        (changed(BEAT, rank="1"), "rank"),
-        (changed(BEAT, phase="lunch"), "lunch"),
+        (changed(HEARTBEAT, type="Shutdown"), "Shutdown"),
+        (changed(HEARTBEAT, rank="1"), "rank"),
+        (changed(HEARTBEAT, phase="lunch"), "lunch"),
         (msgspec.msgpack.encode({"type": "Heartbeat", "rank": 1}), "missing required field"),
     ],
 )
@@ -154,6 +157,6 @@ def test_bad_arrays_are_refused(array: Any) -> None:
 def test_objects_are_not_sent() -> None:
     sums = TrainResult([{}], 1.0, 1e-6, log_probs=[np.array([object()])])
     with pytest.raises(WireError, match="array of object"):
-        encode(Reply(1, 0, "host", Phase.TRAIN, sums))
+        encode(Reply(1, 0, "host", sums))
     with pytest.raises(WireError, match="object cannot be sent"):
-        encode(Reply(1, 0, "host", Phase.TRAIN, messages.Ok({"detail": object()})))
+        encode(Reply(1, 0, "host", Ok({"detail": object()})))

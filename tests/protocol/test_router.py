@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 import zmq
 
+from miles_spmd.protocol.codec import WireError, encode
+from miles_spmd.protocol.commands import RefitEngine, TrainStep
 from miles_spmd.protocol.credentials import Credentials, make_keys
 from miles_spmd.protocol.dealer import Dealer
-from miles_spmd.protocol.messages import Command, Heartbeat, RefitEngine, TrainStep, WireError, encode
+from miles_spmd.protocol.messages import Call, Heartbeat
 from miles_spmd.protocol.router import PeerGoneError, Router
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.train_sequence import TrainSequence
 
-BEAT = Heartbeat(rank=1, phase=Phase.TRAIN, step=3)
-COMMAND = Command(1, 2, Phase.REFIT, 60.0, RefitEngine(3))
+HEARTBEAT = Heartbeat(rank=1, phase=Phase.TRAIN, step=3)
+CALL = Call(1, 2, 60.0, RefitEngine(3))
 
 
 @pytest.fixture
@@ -33,12 +35,12 @@ def router() -> Iterator[Router]:
 
 def works_for(router: Router, dealer: Dealer) -> bool:
     """A message up and one down."""
-    dealer.send(BEAT)
+    dealer.send(HEARTBEAT)
     event = router.receive(5)
-    if event is None or event[1] != BEAT:
+    if event is None or event[1] != HEARTBEAT:
         return False
-    router.send(COMMAND, [event[0]])
-    return dealer.receive(5) == COMMAND
+    router.send(CALL, [event[0]])
+    return dealer.receive(5) == CALL
 
 
 def port_of(router: Router) -> int:
@@ -71,7 +73,7 @@ def stranger(request: pytest.FixtureRequest, router: Router) -> Iterator[str]:
         raw.sendall(b"GET / HTTP/1.1\r\n\r\n" if request.param == "http" else struct.pack("!64I", *range(64)))
     if raw is None:
         client.connect(router.credentials.endpoint)
-        client.send(encode(BEAT))
+        client.send(encode(HEARTBEAT))
     yield request.param
     if raw is not None:
         raw.close()
@@ -101,7 +103,7 @@ def test_two_runs_on_one_host() -> None:
         assert port_of(one) != port_of(other)
         lost = msgspec.structs.replace(one.credentials, endpoint=other.credentials.endpoint)
         dealers = [Dealer(credentials) for credentials in (lost, one.credentials, other.credentials)]
-        dealers[0].send(BEAT)
+        dealers[0].send(HEARTBEAT)
         assert works_for(one, dealers[1])
         assert works_for(other, dealers[2])
         assert one.receive(0.2) is other.receive(0) is None
@@ -115,7 +117,7 @@ def test_malformed_bytes_from_a_member_are_a_typed_error(router: Router) -> None
     event = router.receive(5)
     assert event is not None
     assert isinstance(event[1], WireError)
-    dealer._socket.send_multipart([encode(BEAT), b""])
+    dealer._socket.send_multipart([encode(HEARTBEAT), b""])
     event = router.receive(5)
     assert event is not None
     assert "2 frames" in str(event[1])
@@ -144,7 +146,7 @@ def test_a_killed_process_is_noticed_at_once(router: Router) -> None:
     assert router.receive(5) == (peer, None)
     assert time.monotonic() - killed < 1
     with pytest.raises(PeerGoneError):
-        router.send(COMMAND, [peer])
+        router.send(CALL, [peer])
 
 
 def test_a_dealer_learns_that_the_controller_is_gone() -> None:
@@ -160,15 +162,15 @@ def test_arrays_of_a_large_batch_arrive(router: Router) -> None:
     sequence = TrainSequence(np.arange(2**20, dtype=np.int32), np.ones(2**20, np.float32))
     dealer = Dealer(router.credentials)
     assert works_for(router, dealer)
-    dealer.send(BEAT)
+    dealer.send(HEARTBEAT)
     event = router.receive(5)
     assert event is not None
-    router.send(Command(1, 1, Phase.TRAIN, 60.0, TrainStep([[sequence] * 4])), [event[0]])
-    command = dealer.receive(30)
-    assert isinstance(command, Command)
-    assert isinstance(command.body, TrainStep)
-    assert len(command.body.micro_batches[0]) == 4
-    assert np.array_equal(command.body.micro_batches[0][3].tokens, sequence.tokens)
+    router.send(Call(1, 1, 60.0, TrainStep([[sequence] * 4])), [event[0]])
+    call = dealer.receive(30)
+    assert isinstance(call, Call)
+    assert isinstance(call.command, TrainStep)
+    assert len(call.command.micro_batches[0]) == 4
+    assert np.array_equal(call.command.micro_batches[0][3].tokens, sequence.tokens)
     dealer.close()
 
 

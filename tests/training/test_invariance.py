@@ -14,7 +14,9 @@ import pytest
 from miles_spmd.config import Config
 from miles_spmd.controller.journal.metrics import train_metrics
 from miles_spmd.controller.learning.micro_batches import bodies, pack, pack_leaves
-from miles_spmd.protocol.messages import TrainerRank, TrainResult, TrainStep
+from miles_spmd.protocol.commands import TrainStep
+from miles_spmd.protocol.messages import TrainerRank
+from miles_spmd.protocol.results import TrainResult
 from miles_spmd.training.trainer import Trainer
 from miles_spmd.types.train_sequence import TrainSequence
 from tests.pairwise import pairwise

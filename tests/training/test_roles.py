@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 
 from miles_spmd.config import Config
-from miles_spmd.protocol.messages import LogProbsResult
+from miles_spmd.protocol.results import LogProbsResult
 from miles_spmd.training.network import Network
 from miles_spmd.training.roles import Roles
 from miles_spmd.types.role import Role

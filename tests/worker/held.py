@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from miles_spmd.config.load import load_config
-from miles_spmd.protocol import messages
+from miles_spmd.protocol.commands import Command, Generate, RefitEngine, TrainStep
+from miles_spmd.protocol.results import Result
 from miles_spmd.types.phase import Phase
 from miles_spmd.worker import main as worker_main
 
-BODY_OF = {Phase.ROLLOUT: messages.Generate, Phase.TRAIN: messages.TrainStep, Phase.REFIT: messages.RefitEngine}
+COMMAND_OF = {Phase.ROLLOUT: Generate, Phase.TRAIN: TrainStep, Phase.REFIT: RefitEngine}
 
 
 def main() -> int:
@@ -43,14 +44,14 @@ def main() -> int:
         if phase is Phase.START:
             do_deed()
         worker = build(*args)
-        do = worker.do
+        execute = worker.execute
 
-        def do_held(body: messages.Body) -> messages.Result:
-            if isinstance(body, BODY_OF[phase]):
+        def execute_held(command: Command) -> Result:
+            if isinstance(command, COMMAND_OF[phase]):
                 do_deed()
-            return do(body)
+            return execute(command)
 
-        worker.do = do_held
+        worker.execute = execute_held
         return worker
 
     if int(os.environ["RANK"]) == rank:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from miles_spmd.config import Config
-from miles_spmd.protocol.messages import Bisect, Bisection
+from miles_spmd.protocol.commands import Bisect
+from miles_spmd.protocol.results import Bisection
 from tests.generation.conformance import request
 from tests.invariant.side_by_side import checkpoint
 from tests.ranks import Ranks

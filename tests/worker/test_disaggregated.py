@@ -20,9 +20,11 @@ from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.loops import sync
 from miles_spmd.ledger.compare import compare
 from miles_spmd.ledger.record import Record, read_record
+from miles_spmd.protocol.commands import Stop
 from miles_spmd.protocol.credentials import Credentials
 from miles_spmd.protocol.dealer import Dealer
-from miles_spmd.protocol.messages import Command, Feed, Hello, Ok, Reply, Stop
+from miles_spmd.protocol.messages import Call, Hello, Reply
+from miles_spmd.protocol.results import Ok
 from miles_spmd.protocol.router import Router
 from miles_spmd.worker.stopwatch import Stopwatch
 from tests.ranks import Ranks
@@ -47,17 +49,17 @@ def serve(credentials: bytes, config: Config) -> None:
     place = Place(dist.get_rank(), dist.get_world_size(), 0, dist.get_world_size(), "")
     side = take_side(config.rollout.rollout_num_gpus, timedelta(minutes=2))
     dealer, watch = Dealer(msgspec.json.decode(credentials, type=Credentials)), Stopwatch()
-    ledger = MemoryAccount(config, place.world_size, side.trains, side.generates)
-    worker = Worker(config, "train", side, place.rank, dealer, watch, ledger, lambda _: None)
+    memory = MemoryAccount(config, place.world_size, side.trains, side.generates)
+    worker = Worker(config, "train", side, place.rank, dealer, watch, memory, lambda _: None)
     dealer.send(Hello(rank_info(worker, place), config_digest(config), watch.take()))
     while not dealer.disconnections.poll(0):
-        command = dealer.receive(0.1)
-        if isinstance(command, Command) and not isinstance(command.body, Feed):
-            result = Ok() if isinstance(command.body, Stop) else worker.do(command.body)
-            dealer.send(Reply(command.id, place.rank, "host", command.phase, result, watch.take()))
+        call = dealer.receive(0.1)
+        if isinstance(call, Call) and call.command.has_reply():
+            result = Ok() if isinstance(call.command, Stop) else worker.execute(call.command)
+            dealer.send(Reply(call.id, place.rank, "host", result, watch.take()))
     dealer.close()
     if side.generates:
-        engine: Any = worker.engine.engine
+        engine: Any = worker.turns.engine
         held = {name: tensor.clone() for name, tensor in engine.weights().items()}
         engine._model.load_weights(load_file(config.run_dir / "export" / "model.safetensors").items())
         assert all(torch.equal(held[name], tensor) for name, tensor in engine.weights().items())

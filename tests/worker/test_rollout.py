@@ -14,11 +14,15 @@ import torch
 import torch.distributed as dist
 
 from miles_spmd.config import DeadlinesConfig
-from miles_spmd.controller.cluster.cluster import Cluster, RolloutSession, WorkerFailedError
+from miles_spmd.controller.cluster.cluster import Cluster
+from miles_spmd.controller.cluster.errors import WorkerFailedError
+from miles_spmd.controller.cluster.rollout_session import RolloutSession
 from miles_spmd.generation.engine import Engine
+from miles_spmd.protocol.commands import Generate
 from miles_spmd.protocol.credentials import Credentials
 from miles_spmd.protocol.dealer import Dealer
-from miles_spmd.protocol.messages import Command, Failure, Generate, Hello, Ok, Reply
+from miles_spmd.protocol.messages import Call, Failure, Hello, Reply
+from miles_spmd.protocol.results import Ok
 from miles_spmd.protocol.router import Router
 from miles_spmd.types.request import Output, Request, SamplingParams
 from miles_spmd.types.sample import FinishReason
@@ -60,8 +64,8 @@ def serve(credentials: bytes, kind: str, folder: Path, engine_size: int) -> None
     lockstep = Lockstep(engine_size)
     dealer.send(Hello(info_of(rank, world_size, engine_size), DIGEST))
     while not dealer.disconnections.poll(0):
-        command = dealer.receive(0.1)
-        if not (isinstance(command, Command) and isinstance(command.body, Generate)):
+        call = dealer.receive(0.1)
+        if not (isinstance(call, Call) and isinstance(call.command, Generate)):
             continue
         watch, progress = Stopwatch(), list[str]()
         try:
@@ -69,7 +73,7 @@ def serve(credentials: bytes, kind: str, folder: Path, engine_size: int) -> None
             result: Ok | Failure = Ok({"progress": progress[-1]})
         except ValueError as error:
             result = Failure("ValueError", str(error))
-        dealer.send(Reply(command.id, rank, HOST, command.phase, result, watch.take()))
+        dealer.send(Reply(call.id, rank, HOST, result, watch.take()))
     dealer.close()
     if kind == "sglang":
         engine.close()  # type: ignore[attr-defined]
@@ -77,7 +81,7 @@ def serve(credentials: bytes, kind: str, folder: Path, engine_size: int) -> None
 
 @contextmanager
 def serving(ranks: Ranks, *args: Any) -> Iterator[Cluster]:
-    """Two ranks behind a Workers."""
+    """Two ranks behind a Cluster."""
     router = Router()
     thread = threading.Thread(target=ranks.run, args=(2, serve, msgspec.json.encode(router.credentials), *args))
     thread.start()
@@ -159,6 +163,6 @@ def test_a_request_that_does_not_fit_ends_the_rollout(ranks: Ranks, checkpoint: 
             session.submit(requests(2, new_tokens=500))
             list(session.completions())
 
-    fault = r"rank \d .* rollout, step 0: ValueError: request r\d"
-    with serving(ranks, "torch", checkpoint, 1) as workers, pytest.raises(WorkerFailedError, match=fault):
+    error = r"rank \d .* rollout, step 0: ValueError: request r\d"
+    with serving(ranks, "torch", checkpoint, 1) as workers, pytest.raises(WorkerFailedError, match=error):
         rollout(workers)

@@ -22,7 +22,7 @@ import sys, time
 from pathlib import Path
 import msgspec
 from miles_spmd.protocol.credentials import Credentials
-from miles_spmd.protocol.messages import Phase
+from miles_spmd.types.phase import Phase
 from miles_spmd.worker.watchdog import Watchdog
 
 def train_step():
@@ -46,14 +46,14 @@ class Watched:
             [sys.executable, "-c", WORKER, credentials, str(stacks), str(deadline)], stderr=subprocess.PIPE, text=True
         )
 
-    def beat(self, wanted: Callable[[Heartbeat], bool], seconds: float = 30) -> Heartbeat:
+    def heartbeat(self, wanted: Callable[[Heartbeat], bool], seconds: float = 30) -> Heartbeat:
         """The first such one."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             event = self.router.receive(end - time.monotonic())
             if event is not None and isinstance(event[1], Heartbeat) and wanted(event[1]):
                 return event[1]
-        raise AssertionError("no such beat")
+        raise AssertionError("no such heartbeat")
 
     def end(self) -> tuple[int, str]:
         """Exit status and what it printed."""
@@ -76,30 +76,30 @@ def watched(tmp_path: Path) -> Iterator[Callable[..., Watched]]:
         one.router.close()
 
 
-def in_train_step(beat: Heartbeat) -> bool:
-    return "train_step" in beat.detail
+def in_train_step(heartbeat: Heartbeat) -> bool:
+    return "train_step" in heartbeat.detail
 
 
-def test_beats_say_where_the_main_thread_is(watched: Callable[..., Watched]) -> None:
+def test_heartbeats_tell_where_the_main_thread_is(watched: Callable[..., Watched]) -> None:
     w = watched()
-    beat = w.beat(in_train_step)
-    assert (beat.rank, beat.phase, beat.step) == (1, Phase.TRAIN, 3)
-    assert beat.detail == "micro-batch 2/8, train_step (<string>:10)"
+    heartbeat = w.heartbeat(in_train_step)
+    assert (heartbeat.rank, heartbeat.phase, heartbeat.step) == (1, Phase.TRAIN, 3)
+    assert heartbeat.detail == "micro-batch 2/8, train_step (<string>:10)"
     began = time.monotonic()
-    w.beat(in_train_step)
+    w.heartbeat(in_train_step)
     assert 0.5 < time.monotonic() - began < 5
     assert not w.stacks.exists()
 
 
 def test_a_missed_deadline_leaves_all_stacks_once(watched: Callable[..., Watched]) -> None:
     w = watched(deadline=2.5)
-    w.beat(in_train_step)
+    w.heartbeat(in_train_step)
     end = time.monotonic() + 20
     while not w.stacks.exists():
-        w.beat(in_train_step)
+        w.heartbeat(in_train_step)
         assert time.monotonic() < end
     for _ in range(2):
-        w.beat(in_train_step)
+        w.heartbeat(in_train_step)
     stacks = w.stacks.read_text()
     assert stacks.count("train, step 3: deadline missed") == 1
     assert "in train_step" in stacks
@@ -109,15 +109,15 @@ def test_a_missed_deadline_leaves_all_stacks_once(watched: Callable[..., Watched
 
 def test_a_signal_is_announced(watched: Callable[..., Watched]) -> None:
     w = watched()
-    w.beat(in_train_step)
+    w.heartbeat(in_train_step)
     w.process.send_signal(signal.SIGTERM)
-    assert w.beat(lambda beat: beat.phase is Phase.STOP).detail == "stopped by SIGTERM"
+    assert w.heartbeat(lambda heartbeat: heartbeat.phase is Phase.STOP).detail == "stopped by SIGTERM"
     assert w.end() == (1, "")
 
 
 def test_without_a_controller_it_ends(watched: Callable[..., Watched]) -> None:
     w = watched()
-    w.beat(in_train_step)
+    w.heartbeat(in_train_step)
     w.router.close()
     assert w.end() == (1, f"miles-spmd: rank 1 ({socket.gethostname()}), train, step 3: lost the controller\n")
     w.router = Router()  # for the fixture to close

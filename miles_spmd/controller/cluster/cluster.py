@@ -1,154 +1,62 @@
-"""The controller's view of all ranks: a call to every rank and an answer from each, or one error: who, where and why.
-
-Every wait sleeps in poll, has a deadline, and ends early when a rank fails, dies, or falls silent.
-"""
+"""The controller's view of all ranks: a command to the ranks that it concerns and a typed result from each, or one
+error that names rank, host, phase and cause."""
 
 from __future__ import annotations
 
 import itertools
-import signal
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar, cast
 
 from miles_spmd.config import DeadlinesConfig
-from miles_spmd.protocol.messages import (
-    AbortRequests,
-    Body,
-    Command,
-    Completions,
-    EndGenerate,
-    Failure,
-    Generate,
-    Heartbeat,
-    Hello,
-    Message,
-    RankInfo,
-    RefitEngine,
-    Reply,
-    Result,
-    Stop,
-    Submit,
-    TrainerRank,
-    WireError,
-)
-from miles_spmd.protocol.router import Peer, PeerGoneError, Router
+from miles_spmd.controller.cluster.errors import WorkerError
+from miles_spmd.controller.cluster.listener import Listener, PendingCall
+from miles_spmd.controller.cluster.ranks import RankTable
+from miles_spmd.controller.cluster.rollout_session import RolloutSession
+from miles_spmd.protocol.commands import Command, Generate, Receivers, Stop
+from miles_spmd.protocol.messages import Call, RankInfo, Reply, TrainerRank
+from miles_spmd.protocol.results import Result
+from miles_spmd.protocol.router import PeerGoneError, Router
 from miles_spmd.types.phase import Phase
-from miles_spmd.types.request import Output, Request
+from miles_spmd.types.request import Output
 
-DEADLINE_OF = {
-    Phase.START: "start_timeout",
-    Phase.ROLLOUT: "rollout_timeout",
-    Phase.LOG_PROBS: "train_timeout",
-    Phase.TRAIN: "train_timeout",
-    Phase.REFIT: "refit_timeout",
-    Phase.CHECKPOINT: "checkpoint_timeout",
-    Phase.STOP: "heartbeat_timeout",
-}
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-CHECK_EVERY = 0.25  # seconds between looks at the clock
-MAX_LINES = 32  # of a report on ranks
-STACKS_GRACE = 1.0  # seconds past a deadline in which the ranks say where they are
-CAUSE_GRACE = 0.5  # seconds after a first error in which the rank that caused it may become known
-
-
-class WorkerError(RuntimeError):
-    """A rank did not do what it was told. The text names rank, host, phase and step."""
-
-    def __init__(self, text: str, details: str = "") -> None:
-        super().__init__(text)
-        self.details = details  # for the log: a remote traceback
-
-
-class WorkerLostError(WorkerError):
-    """A rank's process died, or the network to it broke."""
-
-    def __init__(self, text: str, rank: int) -> None:
-        super().__init__(text)
-        self.rank = rank
-
-
-class WorkerStoppedError(WorkerError):
-    """A rank was told by a signal to stop, and said so."""
-
-
-class WorkerFailedError(WorkerError):
-    """A command raised an exception on a rank."""
-
-
-class WorkerSilentError(WorkerError):
-    """A rank is connected but has not beaten for ``heartbeat_timeout``: stopped, or stuck without the GIL."""
-
-
-class DeadlineError(WorkerError):
-    """Some ranks did not answer in time."""
-
-
-class ProtocolError(WorkerError):
-    """A member of the run said something that makes no sense."""
-
-
-@dataclass
-class _Rank:
-    info: RankInfo | None = None
-    peer: Peer | None = None  # the connection that takes commands
-    beat: Heartbeat | None = None
-    heard: float = 0.0  # monotonic; 0: never
-
-
-@dataclass
-class _Call:
-    """One command on its way: whom it was given to, and who has answered."""
-
-    id: int
-    ranks: Sequence[int]
-    seconds: float
-    end: float  # monotonic
-    replies: dict[int, Reply] = field(default_factory=dict)
+R = TypeVar("R", bound=Result)
 
 
 class Cluster:
-    """All ranks of a run behind ``router``.
+    """All ranks of a run behind ``router``. One command is under way at a time.
 
-    ``phase`` and ``step`` are those of the last command; ``seconds`` holds, by rank, where its time went, nothing for a
-    rank that it did not concern.
+    ``seconds`` holds, by rank, the time of each part of the last command; it is empty for ranks that did not receive
+    it.
     """
 
     def __init__(
         self, router: Router, world_size: int, deadlines: DeadlinesConfig, config_digest: str, log_dir: Path
     ) -> None:
-        self.phase, self.step = Phase.START, 0
         self.seconds: list[dict[str, float]] = [{} for _ in range(world_size)]
         self._memory: dict[str, float] = {}
-        self._router = router
-        self._deadlines = deadlines
-        self._config_digest = config_digest
-        self._log_dir = log_dir
-        self._ranks = [_Rank() for _ in range(world_size)]
-        self._missing = set(range(world_size))  # have not said hello
-        self._rank_of: dict[Peer, int] = {}
-        self._ids = itertools.count(1)
-        self._call = _Call(0, [], deadlines.start_timeout, time.monotonic() + deadlines.start_timeout)
-        self._completed: deque[Output] = deque()
-        self._next_check = 0.0  # monotonic
-        self._troubles: list[WorkerError] = []
-        self._leaving: set[int] = set()  # ranks that said they were told to stop
+        self._router, self._deadlines = router, deadlines
+        self._table = RankTable(world_size)
+        self._listener = Listener(router, self._table, deadlines.heartbeat_timeout, config_digest, log_dir)
+        self._ids = itertools.count()
+        self._ready = False
+        self._expect(None, range(world_size), Phase.START, 0)
 
-    # --- what the loop asks ------------------------------------------------------------------------------------------
+    # --- for the loop ------------------------------------------------------------------------------------------------
 
     def wait_ready(self) -> None:
-        """Until every rank has built its parts. ``seconds`` then holds the start-up times."""
-        self._wait(lambda: not self._missing)
+        """Wait until every rank has built its parts. ``seconds`` then holds the times of the start."""
+        if not self._ready:
+            self._finish()
+            self._ready = True
 
     @property
     def infos(self) -> list[RankInfo]:
-        """Of all ranks, by rank; waits for them the first time."""
-        if self._missing:
-            self.wait_ready()
-        return [rank.info for rank in self._ranks if rank.info is not None]
+        """All ranks, by rank; waits for them the first time."""
+        self.wait_ready()
+        return self._table.infos
 
     @property
     def trainers(self) -> list[TrainerRank]:
@@ -156,273 +64,102 @@ class Cluster:
         return [info.trainer for info in self.infos if info.trainer is not None]
 
     def call(
-        self, body: Body | Sequence[Body], *, step: int, phase: Phase, timeout: float | None = None
-    ) -> list[Result]:
-        """Tell ``body`` (a sequence: one per rank) to every rank that it concerns and return their results by rank.
+        self,
+        command: Command[R] | Sequence[Command[R]],
+        *,
+        step: int,
+        phase: Phase | None = None,  # ignored: a command declares its phase
+        timeout: float | None = None,
+    ) -> list[R]:
+        """Send ``command`` (a sequence: one per rank) to its receivers and return their results by rank.
 
-        ``timeout`` in seconds defaults to the phase's deadline. Raises a WorkerError.
+        ``timeout`` in seconds defaults to the deadline of the command's phase. Raises a WorkerError.
         """
-        self._begin(body, step, phase, timeout)
-        return self._finish()
+        self._begin(command, step, timeout)
+        return cast(list[R], self._finish())
 
     @contextmanager
     def rollout(self, step: int, timeout: float | None = None) -> Iterator[RolloutSession]:
-        """Open a rollout on all engines; leaving the block ends it, and stops what is still running."""
-        self._begin(Generate(), step, Phase.ROLLOUT, timeout)
-        self._completed.clear()
-        session = RolloutSession(self, [info.rank for info in self.infos if info.engine and info.engine.leader])
+        """Open a rollout on all engines; leaving the block closes it and aborts what is still running.
+
+        After an error in the block the rollout stays open: to close it is a wait of its own, for engines that may be
+        the cause of the error, and would delay the message that ends the run.
+        """
+        self._begin(Generate(), step, timeout)
+        self._listener.completed.clear()
+        session = RolloutSession(self, self._table.receivers(Receivers.LEADERS))
         yield session
         session.end()
         self._finish()
 
     def take_memory(self) -> dict[str, float]:
-        """The metrics ``memory/...`` of the commands since the last call: the most that any rank said."""
+        """Return the metrics ``memory/...`` of the commands since the last call, each the maximum over ranks."""
         taken, self._memory = self._memory, {}
         return taken
 
-    def _count_memory(self, of_rank: dict[str, float]) -> None:
-        for name, most in of_rank.items():
-            self._memory[name] = max(self._memory.get(name, 0.0), most)
-
     def stop(self) -> None:
         """Let every rank leave its command loop."""
-        self.call(Stop(), step=self.step, phase=Phase.STOP)
+        self.call(Stop(), step=self._listener.call.step)
+
+    # --- for the end of the run --------------------------------------------------------------------------------------
+
+    @property
+    def place(self) -> str:
+        """Phase and step of the last command, for messages."""
+        return self._listener.call.place
+
+    def explain(self, reason: str) -> str:
+        """The reason why the run ends after the controller was told to stop for ``reason``: an error of a rank, if
+        there is one, explains more."""
+        return str(self._listener.cause() or self._listener.stopped(reason))
 
     # --- one command -------------------------------------------------------------------------------------------------
 
-    def _begin(self, body: Body | Sequence[Body], step: int, phase: Phase, timeout: float | None) -> None:
-        ranks = self._concerned(body[0] if isinstance(body, Sequence) else body)
-        bodies = body if isinstance(body, Sequence) else [body] * len(ranks)
-        if len(bodies) != len(ranks):
-            raise ValueError(f"{len(bodies)} bodies for {len(ranks)} ranks")
-        seconds = getattr(self._deadlines, DEADLINE_OF[phase]) if timeout is None else timeout
-        self.phase, self.step = phase, step
-        self._call = _Call(next(self._ids), ranks, seconds, time.monotonic() + seconds)
-        same: dict[int, tuple[Body, list[int]]] = {}  # ranks that get the same object get the same bytes
-        for rank, own in zip(ranks, bodies):
+    def _begin(self, command: Command | Sequence[Command], step: int, timeout: float | None = None) -> None:
+        first = command[0] if isinstance(command, Sequence) else command
+        self.wait_ready()
+        ranks = self._table.receivers(first.receivers)
+        commands = command if isinstance(command, Sequence) else [command] * len(ranks)
+        if len(commands) != len(ranks):
+            raise ValueError(f"{len(commands)} commands for {len(ranks)} ranks")
+        self._expect(type(first), ranks, first.phase, step, timeout)
+        # Ranks that receive the same object (those of one data-parallel rank) receive the same bytes, encoded once.
+        same: dict[int, tuple[Command, list[int]]] = {}
+        for rank, own in zip(ranks, commands):
             same.setdefault(id(own), (own, []))[1].append(rank)
         for own, receivers in same.values():
             self.send(own, receivers)
 
-    def _concerned(self, body: Body) -> list[int]:
-        """The ranks that have a part in ``body``."""
-        match body:
-            case RefitEngine() | Stop():
-                return [info.rank for info in self.infos]
-            case Generate():
-                return [info.rank for info in self.infos if info.engine is not None]
-            case _:
-                return [info.rank for info in self.infos if info.trainer is not None]
+    def _expect(
+        self, kind: type[Command] | None, ranks: Sequence[int], phase: Phase, step: int, timeout: float | None = None
+    ) -> None:
+        seconds = getattr(self._deadlines, phase.deadline) if timeout is None else timeout
+        end = time.monotonic() + seconds
+        self._listener.call = PendingCall(next(self._ids), kind, ranks, phase, step, seconds, end)
 
-    def send(self, body: Body, ranks: Sequence[int]) -> None:
-        """As part of the command under way."""
-        message = Command(self._call.id, self.step, self.phase, max(0.0, self._call.end - time.monotonic()), body)
+    def send(self, command: Command, ranks: Sequence[int]) -> None:
+        """Send a command as part of the call under way. Raises a WorkerError when a rank is gone."""
+        call = self._listener.call
+        message = Call(call.id, call.step, max(0.0, call.end - time.monotonic()), command)
         try:
-            self._router.send(message, [peer for rank in ranks if (peer := self._ranks[rank].peer)])
+            self._router.send(message, [peer for rank in ranks if (peer := self._table.states[rank].peer)])
         except PeerGoneError as error:
-            raise self.cause() or WorkerError(f"{self.place}: {error}") from None
+            raise self._listener.cause() or WorkerError(f"{self.place}: {error}") from None
 
     def _finish(self) -> list[Result]:
-        ranks, replies = self._call.ranks, self._call.replies
-        self._wait(lambda: len(replies) == len(ranks))
-        self.seconds = [replies[rank].seconds if rank in replies else {} for rank in range(len(self._ranks))]
-        for reply in replies.values():
-            self._count_memory(reply.memory)
-        return [replies[rank].result for rank in ranks]
+        """Wait for all replies and return their results by rank."""
+        call = self._listener.call
+        self._listener.wait(lambda: call.done)
+        self.seconds = [{} for _ in self.seconds]
+        for rank, reply in call.replies.items():
+            self.seconds[rank] = reply.seconds
+            for name, value in reply.memory.items():
+                self._memory[name] = max(self._memory.get(name, 0.0), value)
+        replies = [call.replies[rank] for rank in call.ranks]
+        return [cast(Result, reply.result) for reply in replies if isinstance(reply, Reply)]
 
     def next_output(self) -> Output:
-        """The next finished request of the rollout under way."""
-        self._wait(lambda: bool(self._completed))
-        return self._completed.popleft()
-
-    # --- waiting -----------------------------------------------------------------------------------------------------
-
-    def _wait(self, done: Callable[[], bool]) -> None:
-        while not done():
-            if not self._hear(0):  # all that was said is heard: what is missing now is late
-                self._check_time()
-                self._hear(CHECK_EVERY)
-            if self._troubles:
-                raise self.cause() or self._troubles[0]
-
-    def _hear(self, timeout: float) -> bool:
-        """Take one event. Signals wait meanwhile: one that raises must not make us forget what we have just heard."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
-            event = self._router.receive(timeout)
-            if event is not None:
-                self._take(*event)
-            return event is not None
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-    def _check_time(self) -> None:
-        now = time.monotonic()
-        if now < self._next_check:
-            return
-        self._next_check = now + CHECK_EVERY
-        for rank, state in enumerate(self._ranks):
-            if state.heard and now > state.heard + self._deadlines.heartbeat_timeout:
-                self._troubles.append(WorkerSilentError(f"{self._name(rank)} is silent: {self._doing(rank)}"))
-        if now > self._call.end + STACKS_GRACE:
-            self._troubles.append(DeadlineError(self._overdue()))
-
-    def cause(self) -> WorkerError | None:
-        """The error that explains the others, if there is any.
-
-        A dead rank makes others fail in their collectives, and its launcher then stops the rest, so a death that nobody
-        announced comes first, then a stop, then failures.
-        """
-        end = time.monotonic() + CAUSE_GRACE
-        while self._hear(end - time.monotonic()):
-            pass
-        deaths = [t for t in self._troubles if isinstance(t, WorkerLostError)]
-        stops = [t for t in self._troubles if isinstance(t, WorkerStoppedError)]
-        unannounced = [death for death in deaths if death.rank not in self._leaving]
-        return next(iter([*unannounced, *stops, *self._troubles]), None)
-
-    def explain(self, reason: str) -> str:
-        """Why the run ends, when somebody has told the controller to stop for ``reason``."""
-        return str(self.cause() or self._stopped(reason))
-
-    def _stopped(self, reason: str) -> str:
-        absent = ", ".join(str(rank) for rank, state in enumerate(self._ranks) if not state.heard)
-        return f"{self.place}: {reason}" + (f"; rank {absent} had not connected" if absent else "")
-
-    # --- events ------------------------------------------------------------------------------------------------------
-
-    def _take(self, peer: Peer, message: Message | WireError | None) -> None:
-        match message:
-            case Hello() | Heartbeat() | Reply() | Completions():
-                rank = message.info.rank if isinstance(message, Hello) else message.rank
-                if not 0 <= rank < len(self._ranks) or self._rank_of.setdefault(peer, rank) != rank:
-                    self._troubles.append(ProtocolError(f"a member of the run calls itself rank {rank}"))
-                    return
-                self._ranks[rank].heard = time.monotonic()
-                self._take_from(rank, peer, message)
-            case None:
-                self._take_loss(peer)
-            case _:
-                who = self._name(self._rank_of[peer]) if peer in self._rank_of else "a member of the run"
-                what = message if isinstance(message, WireError) else f"sent a {type(message).__name__}"
-                self._troubles.append(ProtocolError(f"{who}: {what}"))
-
-    def _take_from(self, rank: int, peer: Peer, message: Hello | Heartbeat | Reply | Completions) -> None:
-        match message:
-            case Hello():
-                self._take_hello(rank, peer, message)
-            case Heartbeat(phase=Phase.STOP):
-                self._leaving.add(rank)
-                self._troubles.append(WorkerStoppedError(self._stopped(message.detail)))
-            case Heartbeat():
-                self._ranks[rank].beat = message
-            case Completions():
-                self._completed.extend(message.outputs)
-            case Reply(result=Failure() as failure):
-                text = f"rank {rank} ({message.host}), {self.place}: {failure.kind}: {failure.message}"
-                self._troubles.append(WorkerFailedError(text, failure.traceback))
-            case Reply() if message.id == self._call.id:
-                self._call.replies[rank] = message
-            case Reply():
-                self._troubles.append(ProtocolError(f"{self._name(rank)} answered an old command ({message.id})"))
-
-    def _take_hello(self, rank: int, peer: Peer, hello: Hello) -> None:
-        state = self._ranks[rank]
-        if state.info is not None:
-            self._troubles.append(ProtocolError(f"two processes are rank {rank}: {state.info} and {hello.info}"))
-        elif hello.config_digest != self._config_digest:
-            name = f"rank {rank} ({hello.info.host})"
-            self._troubles.append(ProtocolError(f"{name} was started with another configuration than rank 0"))
-        else:
-            state.info, state.peer = hello.info, peer
-            self._missing.remove(rank)
-            self.seconds[rank] = hello.seconds
-            self._count_memory(hello.memory)
-
-    def _take_loss(self, peer: Peer) -> None:
-        """A closed connection is a death, but for a rank that leaves as told. Its two connections are read by different
-        threads, so that of its watchdog may be seen to close before the reply on the other is heard."""
-        rank = self._rank_of.get(peer)
-        if rank is None:
-            return
-        leaves = rank in self._call.replies or peer != self._ranks[rank].peer
-        if self.phase is not Phase.STOP or not leaves:
-            self._troubles.append(WorkerLostError(f"{self._name(rank)} died: {self._doing(rank)}", rank))
-
-    # --- words -------------------------------------------------------------------------------------------------------
-
-    @property
-    def place(self) -> str:
-        """What the run is doing, in words."""
-        return str(self.phase) if self.phase is Phase.START else f"{self.phase}, step {self.step}"
-
-    def _name(self, rank: int) -> str:
-        info = self._ranks[rank].info
-        return f"rank {rank} ({info.host}, pid {info.pid})" if info else f"rank {rank}"
-
-    def _doing(self, rank: int) -> str:
-        """What it was told, and where it last said it was."""
-        state = self._ranks[rank]
-        busy = self._owes(rank)
-        doing = self.place if busy else f"idle after {self.place}"
-        if not state.heard:
-            return f"{doing}, never connected"
-        detail = f", {state.beat.detail}" if state.beat and state.beat.detail and busy else ""
-        return f"{doing}{detail}, last heard {time.monotonic() - state.heard:.1f} s ago"
-
-    def _overdue(self) -> str:
-        late = [rank for rank in range(len(self._ranks)) if self._owes(rank)]
-        first = f"{self.place}: rank {', '.join(map(str, late))} did not answer within {self._call.seconds:g} s"
-        lines = [f"  {self._name(rank)}: {self._doing(rank)}" for rank in late[:MAX_LINES]]
-        return "\n".join([first, *lines, f"  stacks: {self._log_dir}/rank-*.stacks"])
-
-    def _owes(self, rank: int) -> bool:
-        """An answer to what was asked last; at the start, a hello."""
-        call = self._call
-        return rank in call.ranks and rank not in call.replies if call.id else rank in self._missing
-
-
-class RolloutSession:
-    """The engines while a rollout is open.
-
-    Engines take turns prompt by prompt: requests of one prompt, submitted one after another, go to one engine, which
-    reads the prompt once for all. Where a request runs depends on nothing but the order of submission.
-    """
-
-    def __init__(self, workers: Cluster, leaders: Sequence[int]) -> None:
-        self._workers = workers
-        self._leaders = leaders
-        self._turns = itertools.cycle(leaders)
-        self._prompt: list[int] | None = None  # of the last request
-        self._turn = leaders[0]
-        self._rank_of: dict[str, int] = {}  # unfinished requests
-
-    def submit(self, requests: Sequence[Request]) -> None:
-        batches: dict[int, list[Request]] = {}
-        for request in requests:
-            if request.rid in self._rank_of:
-                raise ValueError(f"request {request.rid!r} is already running")
-            if request.input_ids != self._prompt:
-                self._prompt, self._turn = request.input_ids, next(self._turns)
-            self._rank_of[request.rid] = self._turn
-            batches.setdefault(self._turn, []).append(request)
-        for rank, batch in batches.items():
-            self._workers.send(Submit(batch), [rank])
-
-    def abort(self, rids: Sequence[str] | None = None) -> None:
-        """Stop these requests, None: all. They still come out of :meth:`completions`, with what they have."""
-        running = [rid for rid in (self._rank_of if rids is None else rids) if rid in self._rank_of]
-        for rank in sorted({self._rank_of[rid] for rid in running}):
-            self._workers.send(AbortRequests([rid for rid in running if self._rank_of[rid] == rank]), [rank])
-
-    def completions(self) -> Iterator[Output]:
-        """Outputs as they finish, until nothing that was submitted is unfinished."""
-        while self._rank_of:
-            output = self._workers.next_output()
-            del self._rank_of[output.rid]
-            yield output
-
-    def end(self) -> None:
-        """Stop what is still running and tell the engines that nothing more will come."""
-        self.abort()
-        self._workers.send(EndGenerate(), self._leaders)
+        """Return the next finished request of the open rollout."""
+        completed = self._listener.completed
+        self._listener.wait(lambda: bool(completed))
+        return completed.popleft()

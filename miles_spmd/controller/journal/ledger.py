@@ -17,7 +17,7 @@ from miles_spmd.ledger.chain import Chain, LedgerError, Link, links
 from miles_spmd.ledger.entries import Context, Digests, Samples, Saved, Step, Update, tensor_digests, unpack
 from miles_spmd.ledger.rectangles import Rectangle, sum_digests
 from miles_spmd.ledger.step_data import DataStore, SampleData, StepData, UpdateData
-from miles_spmd.protocol.messages import CheckpointResult, TrainResult, WeightsDigest
+from miles_spmd.protocol.results import CheckpointResult, TrainResult, WeightsDigest
 from miles_spmd.telemetry.environment import read_environment
 from miles_spmd.types.role import Role
 from miles_spmd.types.sample import Sample

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from miles_spmd.algorithms import mismatch
-from miles_spmd.protocol.messages import TrainerRank, TrainResult
+from miles_spmd.protocol.messages import TrainerRank
+from miles_spmd.protocol.results import TrainResult
 from miles_spmd.types.sample import FinishReason, Sample
 from miles_spmd.types.train_sequence import TrainSequence
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from miles_spmd.config import DeterminismConfig
 from miles_spmd.controller.journal.metrics import mismatch_metrics
-from miles_spmd.protocol.messages import Bisection
+from miles_spmd.protocol.results import Bisection
 from miles_spmd.types.rollout_batch import Arrays
 from miles_spmd.types.sample import Sample
 from miles_spmd.types.train_sequence import TrainSequence

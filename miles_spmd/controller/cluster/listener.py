@@ -1,0 +1,218 @@
+"""Waiting for ranks: every wait sleeps in poll, has a deadline, and ends early when a rank fails, dies or goes silent.
+
+The router's events update the call under way and the table of ranks, or become errors. Of several errors the one that
+explains the others is raised.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from miles_spmd.controller.cluster.errors import (
+    DeadlineError,
+    ProtocolError,
+    WorkerError,
+    WorkerFailedError,
+    WorkerLostError,
+    WorkerSilentError,
+    WorkerStoppedError,
+)
+from miles_spmd.controller.cluster.ranks import RankTable
+from miles_spmd.protocol.codec import WireError
+from miles_spmd.protocol.commands import Command
+from miles_spmd.protocol.messages import Completions, Failure, Heartbeat, Hello, Message, Reply
+from miles_spmd.protocol.router import Peer, Router
+from miles_spmd.types.phase import Phase
+from miles_spmd.types.request import Output
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+CHECK_EVERY = 0.25  # seconds between looks at the clock
+MAX_LINES = 32  # of a report on ranks
+STACKS_GRACE = 1.0  # seconds past a deadline in which the ranks write their stacks and a last heartbeat
+CAUSE_GRACE = 0.5  # seconds after a first error in which the event that caused it may still arrive
+
+
+@dataclass
+class PendingCall:
+    """One command under way. Call 0 is the start, to which every rank replies with its Hello."""
+
+    id: int
+    kind: type[Command] | None
+    ranks: Sequence[int]
+    phase: Phase
+    step: int
+    seconds: float
+    end: float  # monotonic
+    replies: dict[int, Hello | Reply] = field(default_factory=dict)
+
+    @property
+    def done(self) -> bool:
+        return len(self.replies) == len(self.ranks)
+
+    def awaits(self, rank: int) -> bool:
+        return rank in self.ranks and rank not in self.replies
+
+    @property
+    def place(self) -> str:
+        """Phase and step, for messages."""
+        return str(self.phase) if self.phase is Phase.START else f"{self.phase}, step {self.step}"
+
+
+class Listener:
+    """Receives what the ranks send. ``call`` is the command under way, or the last one."""
+
+    def __init__(
+        self, router: Router, table: RankTable, heartbeat_timeout: float, config_digest: str, log_dir: Path
+    ) -> None:
+        self._router, self._table = router, table
+        self._heartbeat_timeout, self._config_digest, self._log_dir = heartbeat_timeout, config_digest, log_dir
+        self.call = PendingCall(0, None, [], Phase.START, 0, 0.0, 0.0)
+        self.completed: deque[Output] = deque()
+        self._errors: list[WorkerError] = []
+        self._next_check = 0.0  # monotonic
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        """Return once ``done``; raises a WorkerError."""
+        while not done():
+            # The clock is looked at only when nothing is left to read: a reply that has arrived in time and lies in the
+            # queue, because this process was busy, must not count as late.
+            if not self._receive(0):
+                self._check_time()
+                self._receive(CHECK_EVERY)
+            if self._errors:
+                raise self.cause() or self._errors[0]
+
+    def cause(self) -> WorkerError | None:
+        """The error that explains the others, if there is an error.
+
+        A dead rank makes others fail in their collectives, and its launcher then stops the rest. So a death without
+        announcement comes first, then a stop, then failures, whichever arrived first; the grace gives a death time to
+        arrive after the failures that it caused.
+        """
+        end = time.monotonic() + CAUSE_GRACE
+        while self._receive(end - time.monotonic()):
+            pass
+        states = self._table.states
+        deaths = [e for e in self._errors if isinstance(e, WorkerLostError) and not states[e.rank].stopping]
+        stops = [e for e in self._errors if isinstance(e, WorkerStoppedError)]
+        return next(iter([*deaths, *stops, *self._errors]), None)
+
+    def stopped(self, reason: str) -> WorkerStoppedError:
+        """The error of a run that is stopped from outside."""
+        absent = ", ".join(str(rank) for rank, state in enumerate(self._table.states) if not state.heard)
+        suffix = f"; rank {absent} had not connected" if absent else ""
+        return WorkerStoppedError(f"{self.call.place}: {reason}{suffix}")
+
+    def _receive(self, timeout: float) -> bool:
+        """Handle one event; returns whether there was one. Signals are held back meanwhile: their handlers raise, and
+        an event that was read from the socket must not be lost to that."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            event = self._router.receive(timeout)
+            if event is not None:
+                self._handle(*event)
+            return event is not None
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def _check_time(self) -> None:
+        now = time.monotonic()
+        if now < self._next_check:
+            return
+        self._next_check = now + CHECK_EVERY
+        for rank, state in enumerate(self._table.states):
+            if state.heard and now > state.heard + self._heartbeat_timeout:
+                self._errors.append(WorkerSilentError(f"{self._table.name(rank)} is silent: {self._doing(rank)}"))
+        if now > self.call.end + STACKS_GRACE:
+            self._errors.append(DeadlineError(self._overdue()))
+
+    # --- events ------------------------------------------------------------------------------------------------------
+
+    def _handle(self, peer: Peer, message: Message | WireError | None) -> None:
+        match message:
+            case Hello() | Heartbeat() | Reply() | Completions():
+                rank = message.info.rank if isinstance(message, Hello) else message.rank
+                if self._table.claims(peer, rank):
+                    self._table.states[rank].heard = time.monotonic()
+                    self._handle_message(rank, peer, message)
+                else:
+                    self._errors.append(ProtocolError(f"a member of the run calls itself rank {rank}"))
+            case None:
+                self._handle_loss(peer)
+            case _:
+                rank_of = self._table.rank_of
+                sender = self._table.name(rank_of[peer]) if peer in rank_of else "a member of the run"
+                what = message if isinstance(message, WireError) else f"sent a {type(message).__name__}"
+                self._errors.append(ProtocolError(f"{sender}: {what}"))
+
+    def _handle_message(self, rank: int, peer: Peer, message: Hello | Heartbeat | Reply | Completions) -> None:
+        state = self._table.states[rank]
+        match message:
+            case Hello():
+                self._handle_hello(rank, peer, message)
+            case Heartbeat(phase=Phase.STOP):
+                state.stopping = True
+                self._errors.append(self.stopped(message.detail))
+            case Heartbeat():
+                state.heartbeat = message
+            case Completions():
+                self.completed.extend(message.outputs)
+            case Reply():
+                self._handle_reply(rank, message)
+
+    def _handle_hello(self, rank: int, peer: Peer, hello: Hello) -> None:
+        state = self._table.states[rank]
+        if state.info is not None:
+            self._errors.append(ProtocolError(f"two processes are rank {rank}: {state.info} and {hello.info}"))
+        elif hello.config_digest != self._config_digest:
+            name = f"rank {rank} ({hello.info.host})"
+            self._errors.append(ProtocolError(f"{name} was started with another configuration than rank 0"))
+        else:
+            state.info, state.peer = hello.info, peer
+            self.call.replies[rank] = hello
+
+    def _handle_reply(self, rank: int, reply: Reply) -> None:
+        name, call = self._table.name(rank), self.call
+        if isinstance(failure := reply.result, Failure):
+            text = f"rank {rank} ({reply.host}), {call.place}: {failure.kind}: {failure.message}"
+            self._errors.append(WorkerFailedError(text, failure.traceback))
+        elif reply.id != call.id or call.kind is None:
+            self._errors.append(ProtocolError(f"{name} sent a stale reply to command {reply.id}"))
+        elif not isinstance(reply.result, call.kind.result_type()):
+            kinds = f"{type(reply.result).__name__} instead of {call.kind.result_type().__name__}"
+            self._errors.append(ProtocolError(f"{name} replied to {call.kind.__name__} with {kinds}"))
+        else:
+            call.replies[rank] = reply
+
+    def _handle_loss(self, peer: Peer) -> None:
+        """A closed connection is a death, except for a rank that leaves after a Stop command. Different threads of
+        libzmq read its two connections, so the end of its watchdog's may be seen before its last reply."""
+        rank = self._table.rank_of.get(peer)
+        if rank is None:
+            return
+        leaves = rank in self.call.replies or peer != self._table.states[rank].peer
+        if self.call.phase is not Phase.STOP or not leaves:
+            self._errors.append(WorkerLostError(f"{self._table.name(rank)} died: {self._doing(rank)}", rank))
+
+    # --- descriptions ------------------------------------------------------------------------------------------------
+
+    def _doing(self, rank: int) -> str:
+        """What a rank is to do, and the position that its last heartbeat reported."""
+        state, busy = self._table.states[rank], self.call.awaits(rank)
+        doing = self.call.place if busy else f"idle after {self.call.place}"
+        if not state.heard:
+            return f"{doing}, never connected"
+        detail = f", {state.heartbeat.detail}" if state.heartbeat and state.heartbeat.detail and busy else ""
+        return f"{doing}{detail}, last heard {time.monotonic() - state.heard:.1f} s ago"
+
+    def _overdue(self) -> str:
+        late = [rank for rank in range(len(self._table.states)) if self.call.awaits(rank)]
+        ranks = ", ".join(map(str, late))
+        lines = [f"{self.call.place}: rank {ranks} did not reply within {self.call.seconds:g} s"]
+        lines += [f"  {self._table.name(rank)}: {self._doing(rank)}" for rank in late[:MAX_LINES]]
+        return "\n".join([*lines, f"  stacks: {self._log_dir}/rank-*.stacks"])

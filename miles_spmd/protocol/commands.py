@@ -1,0 +1,191 @@
+"""Every command that the controller can send, each declared once.
+
+A subclass of :class:`Command` states with the struct itself which ranks receive it, in which phase they execute it (and
+so its deadline), and the type of the result that each of them replies with. The decoder's union, the routing and the
+check of replies are derived from these declarations; :class:`miles_spmd.worker.worker.Worker` has one handler for each.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from functools import reduce
+from operator import or_
+from types import NoneType
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_args
+
+import msgspec
+
+from miles_spmd.protocol.results import (
+    Bisection,
+    CheckpointResult,
+    LogProbsResult,
+    Ok,
+    RefitResult,
+    Result,
+    TrainResult,
+    ValuesResult,
+    WeightsDigest,
+)
+from miles_spmd.types.phase import Phase
+from miles_spmd.types.request import Request
+from miles_spmd.types.role import Role
+from miles_spmd.types.train_sequence import MicroBatch
+
+R_co = TypeVar("R_co", bound=Result | None, covariant=True)
+
+
+class Receivers(Enum):
+    """The ranks that a command is sent to."""
+
+    TRAINERS = auto()
+    ENGINES = auto()
+    LEADERS = auto()  # the first rank of each engine
+    ALL = auto()
+
+
+class Command(msgspec.Struct, Generic[R_co], tag=True, frozen=True):
+    """Base of all commands. The type argument is the result of each receiver; None for a command without a reply."""
+
+    receivers: ClassVar[Receivers]
+    phase: ClassVar[Phase]
+
+    @classmethod
+    def result_type(cls) -> type[Result | None]:
+        """The type argument of the declaration; NoneType for a command without a reply."""
+        (argument,) = get_args(cls.__orig_bases__[0])  # type: ignore[attr-defined]
+        return argument
+
+    @classmethod
+    def has_reply(cls) -> bool:
+        return cls.result_type() is not NoneType
+
+
+# --- generation ------------------------------------------------------------------------------------------------------
+
+
+class Generate(Command[Ok], frozen=True):
+    """Open a rollout. The reply comes when :class:`EndGenerate` was received and no request is left; until then
+    :class:`Submit` and :class:`AbortRequests` feed the rollout and Completions stream back."""
+
+    receivers, phase = Receivers.ENGINES, Phase.ROLLOUT
+
+
+class Submit(Command[None], frozen=True):
+    """Add requests to an open rollout."""
+
+    receivers, phase = Receivers.LEADERS, Phase.ROLLOUT
+    requests: list[Request]
+
+
+class AbortRequests(Command[None], frozen=True):
+    """Stop these requests of an open rollout; the tokens that they have so far come back as ABORT."""
+
+    receivers, phase = Receivers.LEADERS, Phase.ROLLOUT
+    rids: list[str]
+
+
+class EndGenerate(Command[None], frozen=True):
+    """Close a rollout: no further request will be submitted."""
+
+    receivers, phase = Receivers.LEADERS, Phase.ROLLOUT
+
+
+class RefitEngine(Command[RefitResult], frozen=True):
+    """Copy the trainer's weights into the engine as ``version``."""
+
+    receivers, phase = Receivers.ALL, Phase.REFIT
+    version: int
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+class ComputeLogProbs(Command[LogProbsResult], frozen=True):
+    """Run the network of ``role`` forward."""
+
+    receivers, phase = Receivers.TRAINERS, Phase.LOG_PROBS
+    micro_batches: list[MicroBatch]
+    role: Role = Role.ACTOR
+    top_k: int = 0  # how many of the most likely tokens to return at each position
+
+
+class ComputeValues(Command[ValuesResult], frozen=True):
+    """Run the critic or a reward model forward."""
+
+    receivers, phase = Receivers.TRAINERS, Phase.LOG_PROBS
+    micro_batches: list[MicroBatch]
+    role: Role = Role.CRITIC
+
+
+class TrainStep(Command[TrainResult], frozen=True):
+    """Make one optimizer step on this rank's share of the global batch."""
+
+    receivers, phase = Receivers.TRAINERS, Phase.TRAIN
+    micro_batches: list[MicroBatch]
+    role: Role = Role.ACTOR
+
+
+class SnapshotWeights(Command[Ok], frozen=True):
+    """Copy the actor's present weights to the reference policy or the old actor."""
+
+    receivers, phase = Receivers.TRAINERS, Phase.TRAIN
+    role: Role
+
+
+class Bisect(Command[Bisection], frozen=True):
+    """Run ``request`` in the engine and its tokens in the trainer, and compare the operators' outputs for the first
+    ``tokens`` tokens."""
+
+    receivers, phase = Receivers.TRAINERS, Phase.LOG_PROBS
+    request: Request
+    tokens: int
+
+
+# --- weights on disk -------------------------------------------------------------------------------------------------
+
+
+class DigestWeights(Command[WeightsDigest], frozen=True):
+    """Compute the digests of the weights that ``role`` trains."""
+
+    receivers, phase = Receivers.TRAINERS, Phase.CHECKPOINT
+    role: Role = Role.ACTOR
+
+
+class SaveCheckpoint(Command[CheckpointResult], frozen=True):
+    """Write weights and optimizer states of everything that is trained into the folder ``path``."""
+
+    receivers, phase = Receivers.TRAINERS, Phase.CHECKPOINT
+    path: str
+
+
+class LoadCheckpoint(Command[CheckpointResult], frozen=True):
+    """Read what :class:`SaveCheckpoint` wrote."""
+
+    receivers, phase = Receivers.TRAINERS, Phase.CHECKPOINT
+    path: str
+
+
+class ExportModel(Command[Ok], frozen=True):
+    """Write the actor's weights as a Hugging Face checkpoint into the folder ``path``."""
+
+    receivers, phase = Receivers.TRAINERS, Phase.CHECKPOINT
+    path: str
+
+
+class Stop(Command[Ok], frozen=True):
+    """Leave the command loop and exit with status 0."""
+
+    receivers, phase = Receivers.ALL, Phase.STOP
+
+
+# --- what follows from the declarations ------------------------------------------------------------------------------
+
+COMMANDS: tuple[type[Command[Any]], ...] = tuple(Command.__subclasses__())
+RESULTS = tuple(dict.fromkeys(kind.result_type() for kind in COMMANDS if kind.has_reply()))
+
+if TYPE_CHECKING:
+    AnyCommand = Command[Any]
+    AnyResult = Result
+else:  # the decoder has to know every type by name
+    AnyCommand = reduce(or_, COMMANDS)
+    AnyResult = reduce(or_, RESULTS)
