@@ -143,7 +143,7 @@ def test_only_their_keepers_know_the_backends() -> None:
     "module",
     [
         "miles_spmd.controller.process",
-        "miles_spmd.controller.loops.sync",
+        "miles_spmd.controller.tasks",
         "miles_spmd.cli",
         "miles_spmd.planning.plan",
         "miles_spmd.telemetry.report",

@@ -120,7 +120,7 @@ class Cluster:
     def __init__(
         self, router: Router, world_size: int, deadlines: DeadlinesConfig, config_digest: str, log_dir: Path
     ) -> None:
-        self.phase, self.step = Phase.START, 0
+        self.phase, self.step, self.purpose = Phase.START, 0, ""
         self.seconds: list[dict[str, float]] = [{} for _ in range(world_size)]
         self._memory: dict[str, float] = {}
         self._router = router
@@ -166,9 +166,11 @@ class Cluster:
         return self._finish()
 
     @contextmanager
-    def rollout(self, step: int, timeout: float | None = None) -> Iterator[RolloutSession]:
-        """Open a rollout on all engines; leaving the block ends it, and stops what is still running."""
+    def rollout(self, step: int, timeout: float | None = None, *, purpose: str = "") -> Iterator[RolloutSession]:
+        """Open a rollout on all engines; leaving the block ends it, and stops what is still running. Errors name its
+        ``purpose``, where it has one beside training."""
         self._begin(Generate(), step, Phase.ROLLOUT, timeout)
+        self.purpose = purpose
         self._completed.clear()
         session = RolloutSession(self, [info.rank for info in self.infos if info.engine and info.engine.leader])
         yield session
@@ -196,7 +198,7 @@ class Cluster:
         if len(bodies) != len(ranks):
             raise ValueError(f"{len(bodies)} bodies for {len(ranks)} ranks")
         seconds = getattr(self._deadlines, DEADLINE_OF[phase]) if timeout is None else timeout
-        self.phase, self.step = phase, step
+        self.phase, self.step, self.purpose = phase, step, ""
         self._call = _Call(next(self._ids), ranks, seconds, time.monotonic() + seconds)
         same: dict[int, tuple[Body, list[int]]] = {}  # ranks that get the same object get the same bytes
         for rank, own in zip(ranks, bodies):
@@ -230,10 +232,11 @@ class Cluster:
             self._count_memory(reply.memory)
         return [replies[rank].result for rank in ranks]
 
-    def next_output(self) -> Output:
-        """The next finished request of the rollout under way."""
-        self._wait(lambda: bool(self._completed))
-        return self._completed.popleft()
+    def next_output(self, interrupt: Callable[[], bool] = lambda: False) -> Output | None:
+        """Return the next finished request of the rollout under way; None once ``interrupt`` returns True, which is
+        looked at several times a second."""
+        self._wait(lambda: bool(self._completed) or interrupt())
+        return self._completed.popleft() if self._completed else None
 
     # --- waiting -----------------------------------------------------------------------------------------------------
 
@@ -354,7 +357,9 @@ class Cluster:
     @property
     def place(self) -> str:
         """What the run is doing, in words."""
-        return str(self.phase) if self.phase is Phase.START else f"{self.phase}, step {self.step}"
+        if self.phase is Phase.START:
+            return str(self.phase)
+        return f"{self.phase}, step {self.step}" + (f", {self.purpose}" if self.purpose else "")
 
     def _name(self, rank: int) -> str:
         info = self._ranks[rank].info
@@ -417,10 +422,15 @@ class RolloutSession:
 
     def completions(self) -> Iterator[Output]:
         """Outputs as they finish, until nothing that was submitted is unfinished."""
-        while self._rank_of:
-            output = self._workers.next_output()
-            del self._rank_of[output.rid]
+        while (output := self.next()) is not None:
             yield output
+
+    def next(self, interrupt: Callable[[], bool] = lambda: False) -> Output | None:
+        """Return the next finished output; None when nothing is running, or once ``interrupt`` returns True."""
+        output = self._workers.next_output(interrupt) if self._rank_of else None
+        if output is not None:
+            del self._rank_of[output.rid]
+        return output
 
     def end(self) -> None:
         """Stop what is still running and tell the engines that nothing more will come."""
