@@ -11,28 +11,23 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 from queue import SimpleQueue
-from typing import Protocol
 
 from miles_spmd.plugins.algorithm import GroupFilter
 from miles_spmd.plugins.reward import Score
+from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.types.sample import Sample
 
 Group = list[Sample]
 
 
-class Rewards(Protocol):
-    def submit(self, samples: Group) -> Future[list[Score]]:
-        """Start scoring; the future returns one score per sample, in order, or raises RewardError."""
-
-
 class Acceptance:
-    """Groups on their way: generating, being scored, then accepted or dropped.
+    """The groups of a rollout while they are generated, scored, and accepted or dropped.
 
-    A group is judged, which is to be scored and filtered, as soon as its reward is there. It is accepted or dropped in
-    its turn, once every group that was submitted before it is.
+    A group is judged by the filter as soon as its rewards arrive, so that more prompts can be submitted early. It is
+    accepted or dropped in its turn, after every group that was submitted before it.
     """
 
-    def __init__(self, rewards: Rewards, count: int, accepts: GroupFilter | None = None) -> None:
+    def __init__(self, rewards: RewardPool, count: int, accepts: GroupFilter | None = None) -> None:
         """``count``: groups to accept; ``accepts`` must be a function of the group alone (None: accept all)."""
         self.accepted: list[Group] = []
         self.dropped = 0  # before the last accepted group

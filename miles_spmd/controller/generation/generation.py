@@ -14,11 +14,12 @@ from miles_spmd.algorithms.rewards import GROUP_FILTERS
 from miles_spmd.config.schema import Config
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.datasets import Datasets
-from miles_spmd.controller.generation.acceptance import Acceptance, Group, Rewards
+from miles_spmd.controller.generation.acceptance import Acceptance, Group
 from miles_spmd.controller.generation.evaluation import eval_metrics, eval_sampling
 from miles_spmd.controller.journal.events import EvaluationFinished, RolloutFinished
 from miles_spmd.controller.journal.journal import Journal
 from miles_spmd.data.tokenizer import Tokenizer
+from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.types.request import Output, Request, SamplingParams
 from miles_spmd.types.sample import FinishReason, Prompt, Sample
 from miles_spmd.types.seeds import sample_seed
@@ -30,7 +31,13 @@ class Generation:
     """Generates with the weights in the engines. Methods raise RewardError, FilterError and WorkerError."""
 
     def __init__(
-        self, config: Config, cluster: Cluster, tokenizer: Tokenizer, rewards: Rewards, data: Datasets, journal: Journal
+        self,
+        config: Config,
+        cluster: Cluster,
+        tokenizer: Tokenizer,
+        rewards: RewardPool,
+        data: Datasets,
+        journal: Journal,
     ) -> None:
         self._config, self._cluster, self._tokenizer = config, cluster, tokenizer
         self._rewards, self._data, self._journal = rewards, data, journal

@@ -14,13 +14,17 @@ from miles_spmd.types.train_sequence import TrainSequence
 Groups = Sequence[Sequence[Sample]]  # the samples of each prompt, in the order of submission
 
 
+class Event:
+    """Something that happened in a run."""
+
+
 @dataclass(frozen=True)
-class PhaseStarted:
+class PhaseStarted(Event):
     phase: str  # one of telemetry.metrics.PHASES
 
 
 @dataclass(frozen=True)
-class PhaseFinished:
+class PhaseFinished(Event):
     """A phase ended, also when it raised an exception. The seconds of one phase are summed over a step."""
 
     phase: str
@@ -28,7 +32,7 @@ class PhaseFinished:
 
 
 @dataclass(frozen=True)
-class RolloutFinished:
+class RolloutFinished(Event):
     """All samples of a step are generated and scored."""
 
     step: int
@@ -37,7 +41,7 @@ class RolloutFinished:
 
 
 @dataclass(frozen=True)
-class ParityChecked:
+class ParityChecked(Event):
     """The outputs of engine and trainer were compared."""
 
     step: int
@@ -45,7 +49,7 @@ class ParityChecked:
 
 
 @dataclass(frozen=True)
-class AdvantagesComputed:
+class AdvantagesComputed(Event):
     """A rollout was cut into optimizer steps, with the metrics of its advantages and corrections."""
 
     step: int
@@ -53,7 +57,7 @@ class AdvantagesComputed:
 
 
 @dataclass(frozen=True)
-class BatchStarted:
+class BatchStarted(Event):
     """Training on the batch of one optimizer step begins, of the critic and the actor where there are both."""
 
     step: int
@@ -61,7 +65,7 @@ class BatchStarted:
 
 
 @dataclass(frozen=True)
-class UpdateFinished:
+class UpdateFinished(Event):
     """One optimizer step of one model. Metrics with the same name are averaged over the updates of a step."""
 
     step: int
@@ -73,7 +77,7 @@ class UpdateFinished:
 
 
 @dataclass(frozen=True)
-class EngineRefitted:
+class EngineRefitted(Event):
     """The engine has the trainer's weights."""
 
     version: int
@@ -81,7 +85,7 @@ class EngineRefitted:
 
 
 @dataclass(frozen=True)
-class EvaluationFinished:
+class EvaluationFinished(Event):
     """The held-out sets were scored after ``step`` steps."""
 
     step: int
@@ -90,7 +94,7 @@ class EvaluationFinished:
 
 
 @dataclass(frozen=True)
-class CheckpointWritten:
+class CheckpointWritten(Event):
     """Every rank has written its share of the checkpoint before ``step``."""
 
     step: int
@@ -98,31 +102,15 @@ class CheckpointWritten:
 
 
 @dataclass(frozen=True)
-class StepFinished:
+class StepFinished(Event):
     """The samples and updates of ``step`` are complete."""
 
     step: int
 
 
 @dataclass(frozen=True)
-class MetricsReported:
+class MetricsReported(Event):
     """Everything measured since the last report, after ``step`` steps."""
 
     step: int
     metrics: Mapping[str, float]
-
-
-Event = (
-    PhaseStarted
-    | PhaseFinished
-    | RolloutFinished
-    | ParityChecked
-    | AdvantagesComputed
-    | BatchStarted
-    | UpdateFinished
-    | EngineRefitted
-    | EvaluationFinished
-    | CheckpointWritten
-    | StepFinished
-    | MetricsReported
-)

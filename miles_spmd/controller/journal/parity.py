@@ -7,7 +7,7 @@ differ from the loss. So the policy calls it, and its result decides what is tra
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -67,11 +67,12 @@ class Parity:
         gaps = [_gap(sequence, own) for sequence, own in zip(sequences, log_probs, strict=True)]
         differing = sum(int(np.count_nonzero(gap)) for gap in gaps)
         compared = _count_trained(sequences)  # before the gate masks some of them
-        limits: dict[str, float] = {name: limit for name, limit in self._budget.items() if name in BUDGETED}
-        over = {name: limit for name, limit in limits.items() if metrics[BUDGETED[name]] > limit}
+        limits = [(name, limit) for name, limit in self._budget.items() if name in BUDGETED]
+        over = {name: limit for name, limit in limits if metrics[BUDGETED[name]] > limit}
         if (self._exact and differing) or over:
             allowed = 0.0 if self._exact else self._budget.get("max", np.inf)
-            self._react(self._describe(step, sequences, log_probs, gaps, metrics, over), sequences, gaps, allowed)
+            found = "".join(f"; {name} is {metrics[BUDGETED[name]]:.3g}, allowed {over[name]:.3g}" for name in over)
+            self._react(self._describe(step, sequences, log_probs, gaps, found), sequences, gaps, allowed)
         return metrics | {
             "parity/tokens": float(compared),
             "parity/mismatches": float(differing),
@@ -116,13 +117,7 @@ class Parity:
                 sequence.loss_weights = np.where(gap > allowed, 0, sequence.loss_weights).astype(np.float32)
 
     def _describe(
-        self,
-        step: int,
-        sequences: Sequence[TrainSequence],
-        log_probs: Arrays,
-        gaps: Arrays,
-        metrics: Mapping[str, float],
-        over: Mapping[str, float],
+        self, step: int, sequences: Sequence[TrainSequence], log_probs: Arrays, gaps: Arrays, over_budget: str
     ) -> str:
         """Describe how much differs and where: first of all under bitwise parity, else where most."""
         largest = [float(gap.max(initial=0.0)) for gap in gaps]
@@ -130,12 +125,9 @@ class Parity:
         place = int(np.flatnonzero(gaps[number])[0] if self._exact else np.argmax(gaps[number]))
         sequence, sample = sequences[number], self._sample_of[id(sequences[number])]
         differing, tokens = sum(map(np.count_nonzero, gaps)), _count_trained(sequences)
-        limits = "".join(
-            f"; {name} is {metrics[BUDGETED[name]]:.3g}, allowed {limit:.3g}" for name, limit in over.items()
-        )
         return (
             f"step {step}: log-probs of engine and trainer differ on {differing} of {tokens} tokens "
-            f"(max abs diff {max(largest):.3g}){limits}; {'first' if self._exact else 'largest'}: "
+            f"(max abs diff {max(largest):.3g}){over_budget}; {'first' if self._exact else 'largest'}: "
             f"{_token(sample, place)} (id {sequence.tokens[place]}): "
             f"engine {sequence.rollout_log_probs[place]:.9g}, trainer {log_probs[number][place]:.9g}; "  # type: ignore[index]
             "`miles-spmd bisect` names the operator"

@@ -6,7 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from miles_spmd.controller import checkpoints
+from miles_spmd.controller.checkpoints import newest, read
 from miles_spmd.controller.journal.events import StepFinished
 from miles_spmd.controller.journal.parity import describe_bisection
 from miles_spmd.controller.learning.batch import to_sequences
@@ -54,8 +54,8 @@ def plan(run_dir: Path, step: int, phase: Literal["rollout", "train"] | None) ->
     if step not in done:
         has = f"steps {done[0]} to {done[-1]}" if done else "no complete step"
         raise LedgerError(f"{run_dir} has no step {step}: its ledger has {has}")
-    checkpoint = checkpoints.newest(run_dir, up_to=step)
-    first = done[0] if checkpoint is None else checkpoints.read(checkpoint).step
+    checkpoint = newest(run_dir, up_to=step)
+    first = done[0] if checkpoint is None else read(checkpoint).step
     missing = [s for s in range(first, step + 1) if phase == "train" and not step_data.path_of(run_dir, s).is_file()]
     if missing:
         raise LedgerError(
@@ -67,8 +67,8 @@ def plan(run_dir: Path, step: int, phase: Literal["rollout", "train"] | None) ->
 
 def plan_bisection(run_dir: Path, step: int) -> tuple[Replay, list[str]]:
     """Return the same for the steps before ``step`` and its rollout; the run need not have finished that step."""
-    checkpoint = checkpoints.newest(run_dir, up_to=step)
-    first = 0 if checkpoint is None else checkpoints.read(checkpoint).step
+    checkpoint = newest(run_dir, up_to=step)
+    first = 0 if checkpoint is None else read(checkpoint).step
     # Operators are observed by hooks of their modules, which neither CUDA graphs nor sharded activations call.
     observable = ["sglang.disable_cuda_graph=true", "megatron.sequence_parallel=false"]
     overrides = [*_overrides(run_dir, f"bisect-{step}", checkpoint), *observable, "determinism.parity_gate=warn"]
