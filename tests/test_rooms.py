@@ -28,6 +28,19 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
+# The same holds for the sub-rooms and files of the controller.
+CONTROLLER_FLOORS = (
+    ("cluster", "datasets"),
+    ("journal",),
+    ("checkpoints", "generation", "learning"),
+    ("parts",),
+    ("loops",),
+    ("tasks",),
+    ("process",),
+    ("__main__",),
+)
+CONTROLLER_FLOOR_OF = {room: floor for floor, rooms in enumerate(CONTROLLER_FLOORS) for room in rooms}
+
 # They stand beside the product: they may know every room, and no room knows them.
 BESIDE = ("bench", "quickstart")
 
@@ -130,6 +143,18 @@ def test_rooms_import_from_floors_below_only() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_the_controllers_rooms_import_from_floors_below_only() -> None:
+    inside = [i for i in ALL if i.room == "controller"]
+    assert {i.file.split("/")[1].removesuffix(".py") for i in inside} == set(CONTROLLER_FLOOR_OF)
+    wrong = []
+    for i in inside:
+        own, other = i.file.split("/")[1].removesuffix(".py"), i.module.split(".")[2:3]
+        known = i.other == "controller" and other and other[0] != own
+        if known and CONTROLLER_FLOOR_OF[other[0]] >= CONTROLLER_FLOOR_OF[own]:
+            wrong.append(str(i))
+    assert not wrong, "\n".join(wrong)
+
+
 def test_only_their_keepers_know_the_backends() -> None:
     wrong = [
         str(i)
@@ -143,7 +168,7 @@ def test_only_their_keepers_know_the_backends() -> None:
     "module",
     [
         "miles_spmd.controller.process",
-        "miles_spmd.controller.loops.sync",
+        "miles_spmd.controller.tasks",
         "miles_spmd.cli",
         "miles_spmd.planning.plan",
         "miles_spmd.telemetry.report",

@@ -1,30 +1,88 @@
-"""Where resumable checkpoints lie, and when one is complete.
+"""Resumable checkpoints: where they lie, when one is due, and when one is complete.
 
-``checkpoints/step_000020/`` holds the ranks' share in ``trainer/`` and, written last, ``controller.json``: a folder
-without it was being written when the run ended and is passed over. Data order and seeds are functions of the step, so
-the step is all the state that the controller has, beside its place in the ledger.
+``checkpoints/step_000020/`` holds the ranks' shares in ``trainer/`` and, written last, ``controller.json``: a folder
+without it was being written when the run ended, and is ignored. Data order and seeds are functions of the step, so the
+step is all the state of the controller, beside its position in the ledger.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+
+from miles_spmd.config import Config
+from miles_spmd.controller.cluster.cluster import Cluster
+from miles_spmd.controller.journal.events import CheckpointWritten
+from miles_spmd.controller.journal.journal import Journal
+from miles_spmd.protocol.commands import ExportModel, LoadCheckpoint, SaveCheckpoint
+from miles_spmd.protocol.results import CheckpointResult
 
 FOLDER = "checkpoints"
 STATE_FILE = "controller.json"
 
 
 class ResumeError(RuntimeError):
-    """A checkpoint that cannot be resumed from, with what is wrong and what to do."""
+    """A checkpoint that cannot be resumed from: what is wrong with it and what to do."""
 
 
 class ControllerState(msgspec.Struct, frozen=True):
-    step: int  # optimizer has seen rollouts 0 .. step - 1
+    step: int  # the optimizer has seen rollouts 0 .. step - 1
     seed: int
-    ledger: str = ""  # hash of its last entry; "": none was kept
+    ledger: str = ""  # hash of its last entry; "" without a ledger
     format: int = 1
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: the first step to do. The rest describes a checkpoint of the run itself."""
+
+    step: int = 0
+    ledger: str = ""  # hash of the entry after which the checkpoint was written
+    results: Sequence[CheckpointResult] = ()  # of every rank that loaded it
+
+
+class Checkpoints:
+    """Loads, saves and exports the weights and optimizers of all ranks. Methods raise WorkerError where one fails."""
+
+    def __init__(self, config: Config, cluster: Cluster) -> None:
+        self._config, self._cluster = config, cluster
+
+    def load(self) -> Start:
+        """Load the checkpoint that ``[checkpoint]`` names, if any. Raises ResumeError."""
+        settings, run_dir = self._config.checkpoint, self._config.run_dir
+        folder = (newest(run_dir) if settings.resume else None) or settings.load
+        if folder is None:
+            return Start()
+        state = read(folder)
+        results = self._cluster.call(LoadCheckpoint(str(folder)), step=state.step)
+        if not folder.absolute().is_relative_to(run_dir.absolute()):
+            return Start(state.step)  # of another run, whose ledger this one does not continue
+        return Start(state.step, state.ledger, results)
+
+    def save(self, step: int, journal: Journal) -> None:
+        """Write a checkpoint before ``step`` if one is due."""
+        if not self._due(step):
+            return
+        with journal.timed("save"):
+            folder = step_folder(self._config.run_dir, step)
+            folder.mkdir(parents=True, exist_ok=True)
+            results = self._cluster.call(SaveCheckpoint(str(folder)), step=step)
+            journal.publish(CheckpointWritten(step, results))
+            # The ledger's entry is on disk before the file that refers to it.
+            complete(folder, ControllerState(step, self._config.run.seed, ledger=journal.ledger_head))
+
+    def export(self) -> None:
+        """Write the trainer's weights as a Hugging Face checkpoint, by default into the run folder."""
+        folder = self._config.checkpoint.export_dir or self._config.run_dir / "export"
+        self._cluster.call(ExportModel(str(folder)), step=self._config.run.num_rollout)
+
+    def _due(self, step: int) -> bool:
+        interval, last = self._config.checkpoint.save_interval, step == self._config.run.num_rollout
+        return bool(interval and step % interval == 0) or (last and self._config.checkpoint.save_final)
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -32,7 +90,7 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 
 def newest(run_dir: Path, up_to: int | None = None) -> Path | None:
-    """The complete checkpoint of the highest step in a run folder, or of the highest that is not above ``up_to``."""
+    """Return the complete checkpoint of the highest step in a run folder, or of the highest step up to ``up_to``."""
     complete = [p.parent for p in (run_dir / FOLDER).glob(f"step_*/{STATE_FILE}")]
     usable = [folder for folder in complete if up_to is None or folder.name <= step_folder(run_dir, up_to).name]
     return max(usable, key=lambda folder: folder.name, default=None)
@@ -49,7 +107,7 @@ def complete(folder: Path, state: ControllerState) -> None:
 
 
 def read(folder: Path) -> ControllerState:
-    """Raises CheckpointError when ``folder`` is no complete checkpoint of this project."""
+    """Return the state in ``folder``. Raises ResumeError where it is not a complete checkpoint of this project."""
     path = folder / STATE_FILE
     if not path.is_file():
         kind = "is incomplete: it was being written when its run ended" if folder.is_dir() else "does not exist"

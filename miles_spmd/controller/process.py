@@ -83,7 +83,7 @@ def main(descriptor: int) -> int:
         try:
             try:
                 launcher.listen()
-                from miles_spmd.controller.loops.sync import run  # imports much, while the workers do the same
+                from miles_spmd.controller.tasks import run  # imports much, while the workers do the same
 
                 run(config, cluster, order.task, order.replay)
                 cluster.stop()

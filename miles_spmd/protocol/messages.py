@@ -95,10 +95,3 @@ class Reply(msgspec.Struct, tag=True, frozen=True):
 
 
 Message = Call | Hello | Heartbeat | Completions | Reply
-
-
-# For callers that import commands and results from here; they should import from ``commands`` and ``results``.
-from miles_spmd.protocol.commands import *  # noqa: E402, F403
-from miles_spmd.protocol.results import *  # noqa: E402, F403
-
-Body = AnyCommand

@@ -76,7 +76,7 @@ def test_samples_without_a_trained_token_are_counted() -> None:
 
 
 @pytest.mark.parametrize("reward", [None, np.nan, np.inf])
-def test_a_reward_that_is_no_number_is_named(reward: float | None) -> None:
+def test_a_reward_that_is_not_finite_is_named(reward: float | None) -> None:
     samples = [sample("a", 0, 3, 1.0), sample("a", 1, 3, reward)]
     with pytest.raises(ValueError, match=r"rewards of samples \[1\] are not finite"):
         steps_of(samples, config())

@@ -10,11 +10,11 @@ from miles_spmd.types.train_sequence import TrainSequence
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
-def test_pass_at_k_is_the_share_of_draws_with_a_success(n: int) -> None:
+def test_pass_at_k_is_the_share_of_choices_with_a_success(n: int) -> None:
     for k in range(1, n + 1):
         for successes in range(n + 1):
-            draws = list(combinations([i < successes for i in range(n)], k))
-            assert pass_at_k([successes], n, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+            choices = list(combinations([i < successes for i in range(n)], k))
+            assert pass_at_k([successes], n, k) == pytest.approx(sum(map(any, choices)) / len(choices))
 
 
 def test_mismatch_counts_trained_tokens_only_and_names_the_largest() -> None:

@@ -19,7 +19,7 @@ def check(trainer: list[list[float]] = TRAINER, **settings: Any) -> tuple[dict[s
 
 
 def check_with(parity: Parity, trainer: list[list[float]] = TRAINER) -> tuple[dict[str, float], list[TrainSequence]]:
-    """Two samples of a prompt of one token each, of whose three tokens the policy chose all."""
+    """Two samples of a prompt of one token each, with responses of three trained tokens."""
     samples = [Sample(Prompt(f"data:{i}", "", [7]), i + 4, [10 * i, 10 * i + 1, 10 * i + 2]) for i in range(2)]
     sequences = [
         TrainSequence(
@@ -29,7 +29,7 @@ def check_with(parity: Parity, trainer: list[list[float]] = TRAINER) -> tuple[di
         )
         for sample, log_probs in zip(samples, ENGINE)
     ]
-    parity.expect(samples, sequences)
+    parity.begin_step(samples, sequences)
     log_probs = [np.asarray([0, *own], np.float32) for own in trainer]
     return parity.check(3, sequences, log_probs), sequences
 
@@ -44,23 +44,23 @@ def test_every_bit_counts() -> None:
 
 
 def flips(**settings: Any) -> tuple[dict[str, float], list[TrainSequence]]:
-    """Two answers of three tokens; for the last of the second, and for its prompt, the trainer finds another token
-    likelier than the engine does. The first answer's last token is not trained."""
+    """Two responses of three tokens. The trainer's top-1 token differs from the engine's at the prompt and at the last
+    token of both, of which the first is not trained."""
     parity = Parity(DeterminismConfig(**settings))
     samples = [Sample(Prompt(f"data:{i}", "", [7]), 0, [1, 2, 3], top1_ids=[1, 4, 5]) for i in range(2)]
     weights = np.asarray([[0, 1, 1, 0], [0, 1, 1, 1]], np.float32)
     sequences = [TrainSequence(np.asarray(s.sequence, np.int32), w) for s, w in zip(samples, weights)]
-    parity.expect(samples, sequences)
+    parity.begin_step(samples, sequences)
     return parity.check_top1(3, sequences, [np.asarray([[0], [1], [4], [6]], np.int32)] * 2), sequences
 
 
-def test_likeliest_tokens_have_a_budget() -> None:
+def test_top1_tokens_have_a_budget() -> None:
     metrics, _ = flips(mismatch_budget={"top1_flips": 0.25})
     assert metrics == {"train/train_rollout_top1_flips": 0.2}
     with pytest.raises(ParityError) as error:
         flips(mismatch_budget={"top1_flips": 0.15})
-    assert "in the place of 0.2 of 5 tokens engine and trainer find another one most likely" in str(error.value)
-    assert "allowed 0.15; first: prompt data:1, sample 0, token 2 of the answer: engine 5, trainer 6" in str(
+    assert "the top-1 tokens of engine and trainer differ at 0.2 of 5 tokens" in str(error.value)
+    assert "allowed 0.15; first: prompt data:1, sample 0, token 2 of the response: engine 5, trainer 6" in str(
         error.value
     )
     _, sequences = flips(mismatch_budget={"top1_flips": 0.15, "max": 1.0}, parity_gate="mask")
@@ -71,20 +71,20 @@ def test_stop_names_the_first_token() -> None:
     with pytest.raises(ParityError) as error:
         check(parity="bitwise")
     assert "step 3" in str(error.value)
-    assert "2 of 6 tokens" in str(error.value)
-    assert "first: prompt data:1, sample 5, token 1 of the answer (id 11)" in str(error.value)
+    assert "differ on 2 of 6 tokens (max abs diff 0.5)" in str(error.value)
+    assert "first: prompt data:1, sample 5, token 1 of the response (id 11)" in str(error.value)
     assert "engine -0.25, trainer -0.25000006" in str(error.value)
     check(ENGINE, parity="bitwise")
 
 
-def test_mask_takes_what_differs_out_of_the_loss() -> None:
+def test_mask_removes_what_differs_from_the_loss() -> None:
     _, sequences = check(parity="bitwise", parity_gate="mask")
     assert [s.loss_weights.tolist() for s in sequences] == [[0, 1, 1, 1], [0, 1, 0, 0]]
     _, sequences = check(mismatch_budget={"max": 0.1}, parity_gate="mask")
     assert [s.loss_weights.tolist() for s in sequences] == [[0, 1, 1, 1], [0, 1, 1, 0]]
 
 
-def test_warn_says_it_once_and_counts_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_warn_reports_once_and_continues_to_count(caplog: pytest.LogCaptureFixture) -> None:
     parity = Parity(DeterminismConfig(parity="bitwise", parity_gate="warn"))
     for _ in range(2):
         metrics, sequences = check_with(parity)
@@ -98,5 +98,5 @@ def test_warn_says_it_once_and_counts_on(caplog: pytest.LogCaptureFixture) -> No
 )
 def test_budgets(kind: str, found: float) -> None:
     check(mismatch_budget={kind: found * 1.1})
-    with pytest.raises(ParityError, match=f"{kind} is .*largest: prompt data:1, sample 5, token 2 of the answer"):
+    with pytest.raises(ParityError, match=f"{kind} is .*largest: prompt data:1, sample 5, token 2 of the response"):
         check(mismatch_budget={kind: found * 0.9})

@@ -93,7 +93,7 @@ def in_turns(run: Config, levels: list[str]) -> dict[str, Any]:
     engine: Any = make_engine(run)
     memory.built(engine.memory)
     memory.record("engine built")
-    turns = DeviceTurns(run, engine, 1, roles, Stopwatch(), memory)
+    turns = DeviceTurns(run, engine, roles, Stopwatch(), memory)
     asked = [request(f"r{i}", prompt(i % 4, 40), seed=i, ignore_eos=True, max_new_tokens=16) for i in range(16)]
     whole, numbers, tokens, device, host, free = engine.memory(), [], [], [], [], []
     for cycle, level in enumerate(levels):

@@ -13,7 +13,7 @@ from miles_spmd.config import Config
 from miles_spmd.config.load import config_digest, dump_config, load_config
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.loops import replay
-from miles_spmd.controller.loops.sync import run
+from miles_spmd.controller.tasks import run
 from miles_spmd.protocol.commands import Stop
 from miles_spmd.protocol.credentials import Credentials
 from miles_spmd.protocol.dealer import Dealer

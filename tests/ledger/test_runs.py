@@ -114,7 +114,7 @@ def test_replay_wants_a_step_that_was_done(ranks: Ranks, first: Path, tmp_path: 
         replayed(ranks, first, 9)
     copy = Path(shutil.copytree(first, tmp_path / "copy"))
     step_data.path_of(copy, 1).unlink()
-    with pytest.raises(LedgerError, match="the answers of step 1 were not kept"):
+    with pytest.raises(LedgerError, match="the responses of step 1 were not kept"):
         replayed(ranks, copy, 1, "train")
 
 

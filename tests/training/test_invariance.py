@@ -13,7 +13,7 @@ import pytest
 
 from miles_spmd.config import Config
 from miles_spmd.controller.journal.metrics import train_metrics
-from miles_spmd.controller.learning.micro_batches import bodies, pack, pack_leaves
+from miles_spmd.controller.learning.micro_batches import commands, pack, pack_leaves
 from miles_spmd.protocol.commands import TrainStep
 from miles_spmd.protocol.messages import TrainerRank
 from miles_spmd.protocol.results import TrainResult
@@ -65,7 +65,7 @@ def own_body(trainer: Trainer, batch: list[TrainSequence], cut: Cut | None, leav
         batch = [batch[i] for i in order]
         lengths = [len(s.tokens) for s in batch]
         packing = pack(lengths, data_parallel_size=size, max_tokens=cut.max_tokens, multiple=cut.multiple)
-    (body,) = bodies(packing, batch, [trainer_rank(trainer)], TrainStep)
+    (body,) = commands(packing, batch, [trainer_rank(trainer)], TrainStep)
     return body  # type: ignore[return-value]
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from miles_spmd.config import Config
 from miles_spmd.config.load import config_digest, load_config
 from miles_spmd.controller.cluster.cluster import Cluster
-from miles_spmd.controller.loops import sync
+from miles_spmd.controller.tasks import run
 from miles_spmd.ledger.compare import compare
 from miles_spmd.ledger.record import Record, read_record
 from miles_spmd.protocol.commands import Stop
@@ -77,7 +77,7 @@ def train(ranks: Ranks, world_size: int, recipe: Path, folder: Path, *overrides:
     thread.start()
     workers = Cluster(router, world_size, config.deadlines, config_digest(config), config.run_dir / "logs")
     try:
-        sync.run(config, workers)
+        run(config, workers)
         workers.stop()
     finally:
         router.close()

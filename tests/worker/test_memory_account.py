@@ -46,7 +46,7 @@ def turns(run: Config) -> tuple[list[Any], dict[str, np.ndarray], list[str]]:
         roles.move_out()
     engine: Any = make_engine(run)
     memory.built(engine.memory)
-    own = DeviceTurns(run, engine, 1, roles, Stopwatch(), memory)
+    own = DeviceTurns(run, engine, roles, Stopwatch(), memory)
     asked = [request(f"r{i}", prompt(i % 2, 9 + i), seed=i, ignore_eos=True) for i in range(4)]
     whole = engine.memory()
     seen, results = [], []

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar, cast
@@ -68,7 +68,6 @@ class Cluster:
         command: Command[R] | Sequence[Command[R]],
         *,
         step: int,
-        phase: Phase | None = None,  # ignored: a command declares its phase
         timeout: float | None = None,
     ) -> list[R]:
         """Send ``command`` (a sequence: one per rank) to its receivers and return their results by rank.
@@ -79,13 +78,15 @@ class Cluster:
         return cast(list[R], self._finish())
 
     @contextmanager
-    def rollout(self, step: int, timeout: float | None = None) -> Iterator[RolloutSession]:
-        """Open a rollout on all engines; leaving the block closes it and aborts what is still running.
+    def rollout(self, step: int, timeout: float | None = None, *, purpose: str = "") -> Iterator[RolloutSession]:
+        """Open a rollout on all engines; leaving the block closes it and aborts what is still running. Errors name its
+        ``purpose``, where it has one other than training.
 
         After an error in the block the rollout stays open: to close it is a wait of its own, for engines that may be
         the cause of the error, and would delay the message that ends the run.
         """
         self._begin(Generate(), step, timeout)
+        self._listener.call.purpose = purpose
         self._listener.completed.clear()
         session = RolloutSession(self, self._table.receivers(Receivers.LEADERS))
         yield session
@@ -158,8 +159,9 @@ class Cluster:
         replies = [call.replies[rank] for rank in call.ranks]
         return [cast(Result, reply.result) for reply in replies if isinstance(reply, Reply)]
 
-    def next_output(self) -> Output:
-        """Return the next finished request of the open rollout."""
+    def next_output(self, interrupt: Callable[[], bool] = lambda: False) -> Output | None:
+        """Return the next finished request of the open rollout; None once ``interrupt`` returns True, which is called
+        several times a second."""
         completed = self._listener.completed
-        self._listener.wait(lambda: bool(completed))
-        return completed.popleft()
+        self._listener.wait(lambda: bool(completed) or interrupt())
+        return completed.popleft() if completed else None

@@ -49,6 +49,7 @@ class PendingCall:
     seconds: float
     end: float  # monotonic
     replies: dict[int, Hello | Reply] = field(default_factory=dict)
+    purpose: str = ""  # of a rollout that is not for training
 
     @property
     def done(self) -> bool:
@@ -60,7 +61,9 @@ class PendingCall:
     @property
     def place(self) -> str:
         """Phase and step, for messages."""
-        return str(self.phase) if self.phase is Phase.START else f"{self.phase}, step {self.step}"
+        if self.phase is Phase.START:
+            return str(self.phase)
+        return ", ".join(filter(None, [str(self.phase), f"step {self.step}", self.purpose]))
 
 
 class Listener:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from miles_spmd.protocol.commands import AbortRequests, EndGenerate, Submit
@@ -50,10 +50,15 @@ class RolloutSession:
 
     def completions(self) -> Iterator[Output]:
         """Yield outputs as they finish, until no submitted request is unfinished. Raises a WorkerError."""
-        while self._rank_of:
-            output = self._cluster.next_output()
-            del self._rank_of[output.rid]
+        while (output := self.next()) is not None:
             yield output
+
+    def next(self, interrupt: Callable[[], bool] = lambda: False) -> Output | None:
+        """Return the next finished output; None when nothing is running, or once ``interrupt`` returns True."""
+        output = self._cluster.next_output(interrupt) if self._rank_of else None
+        if output is not None:
+            del self._rank_of[output.rid]
+        return output
 
     def end(self) -> None:
         """Abort what is still running and close the rollout on the engines."""

@@ -1,11 +1,11 @@
-"""What the loop tells the ledger of a run."""
+"""The observer that writes the ledger of a run: digests of what each step read and computed."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,22 @@ import numpy as np
 
 import miles_spmd
 from miles_spmd.config import Config
+from miles_spmd.controller.journal.events import (
+    CheckpointWritten,
+    Event,
+    RolloutFinished,
+    StepFinished,
+    UpdateFinished,
+)
 from miles_spmd.ledger.chain import Chain, LedgerError, Link, links
 from miles_spmd.ledger.entries import Context, Digests, Samples, Saved, Step, Update, tensor_digests, unpack
 from miles_spmd.ledger.rectangles import Rectangle, sum_digests
 from miles_spmd.ledger.step_data import DataStore, SampleData, StepData, UpdateData
-from miles_spmd.protocol.results import CheckpointResult, TrainResult, WeightsDigest
+from miles_spmd.protocol.results import CheckpointResult, WeightsDigest
 from miles_spmd.telemetry.environment import read_environment
 from miles_spmd.types.role import Role
-from miles_spmd.types.sample import Sample
-from miles_spmd.types.train_sequence import TrainSequence
 
-# Settings that decide where things are written or when one gives up, not what is computed.
+# Settings that decide where files are written and when to stop waiting, not what is computed.
 WITHOUT_EFFECT: dict[str, set[str]] = {
     "run": {"name", "output_dir"},
     "reward": {"reward_timeout", "reward_memory_gib", "reward_workers"},
@@ -35,11 +40,13 @@ OF_UPDATE = ("grad_norm", "lr", "skipped_steps")  # metrics that have fields of 
 TABLES_WITHOUT_EFFECT = ("telemetry", "deadlines")
 
 
-class Recorder:
-    """The ledger of the run of so many ``ranks`` that ``config`` describes, from step ``first`` on.
+class LedgerRecorder:
+    """Writes the ledger of the run that ``config`` describes, from step ``first`` on. Close it at the end.
 
-    ``weights`` are those before it, of every trainer rank, by role. Raises LedgerError where a ledger that is to be
-    continued does not hold together, or has other weights.
+    ``weights`` are those before that step, of every trainer rank, by role. ``continues`` is the hash by which a
+    checkpoint of this same run names the entry after which it was written, and ``optimizers`` are what was loaded from
+    it; without, the new ledger replaces one that exists. Raises LedgerError where a ledger to be continued is broken,
+    or its weights and optimizer states are not those that were loaded.
     """
 
     def __init__(
@@ -52,8 +59,6 @@ class Recorder:
         continues: str = "",
         optimizers: Sequence[CheckpointResult] = (),
     ) -> None:
-        """``continues``: the hash by which a checkpoint of this same run names the entry that it was written after,
-        with the ``optimizers`` that were loaded from it; else a ledger that is there is replaced."""
         self._config = config
         self._of_weights = {role: [w.of_weights for w in ranks] for role, ranks in weights.items()}
         self._of_updates = {role: [w.of_updates for w in ranks] for role, ranks in weights.items()}
@@ -71,15 +76,13 @@ class Recorder:
         if last is not None and isinstance(last.entry, Saved):
             self._check(last.entry, self._saved(first, optimizers), context)
         self._chain = Chain(config.run_dir, last)
+        # a resumed run under the same conditions has the very entries of one that never stopped
         if known is None or _conditions(known) != _conditions(context):
             self._chain.append(context)
         self._data = DataStore(config.run_dir, first, int(config.determinism.ledger_data_gib * 2**30))
-        self._forget_step()
-
-    def _forget_step(self) -> None:
-        self._samples: Samples | None = None
+        self._samples: Samples | None = None  # of the step that is under way, like the next two
         self._updates: list[Update] = []
-        self._kept = StepData(None, [])
+        self._step_data = StepData(None, [])
 
     @property
     def head(self) -> str:
@@ -87,47 +90,38 @@ class Recorder:
         self._chain.sync()
         return self._chain.head
 
-    def samples(self, step: int, groups: Iterable[Sequence[Sample]], dropped: int) -> None:
-        """The rollout of ``step``; a filter has ``dropped`` so many groups beside."""
-        self._kept.samples = SampleData.of([sample for group in groups for sample in group], dropped)
-        self._samples = self._kept.samples.digests(self._config.run.seed, step)
+    def observe(self, event: Event) -> None:
+        match event:
+            case RolloutFinished():
+                samples = [sample for group in event.groups for sample in group]
+                self._step_data.samples = SampleData.of(samples, event.dropped)
+                self._samples = self._step_data.samples.digests(self._config.run.seed, event.step)
+            case UpdateFinished():
+                self._add_update(event)
+            case StepFinished(step):
+                self._chain.append(Step(step, self._samples, self._updates))
+                self._data.write(step, self._step_data)
+                self._samples, self._updates, self._step_data = None, [], StepData(None, [])
+            case CheckpointWritten():
+                self._chain.append(self._saved(event.step, event.results))
 
-    def update(
-        self,
-        role: Role,
-        batch: Sequence[TrainSequence],
-        results: Sequence[TrainResult],
-        log_probs: Sequence[np.ndarray],
-        metrics: Mapping[str, float],
-    ) -> None:
-        """An optimizer step: every trainer rank's results, ``log_probs`` (or values) in the order of the batch, and
-        what the step's metrics say of all ranks."""
-        own = [result.digests for result in results if result.digests is not None]
-        gradient = self._total(self._of_updates[role], [d.gradient for d in own])
+    def _add_update(self, event: UpdateFinished) -> None:
+        role, own = event.role, [result.digests for result in event.results if result.digests is not None]
         self._weights[role] = tensor_digests(self._total(self._of_weights[role], [d.weights for d in own]))
-        kept = UpdateData.of(batch, log_probs)
+        data = UpdateData.of(event.batch, event.log_probs)
+        reported = event.results[0]
         update = Update(
             role=role,
-            **kept.digests(),
-            sums={name: _number(metrics[name]) for name in sorted(metrics) if not name.endswith(OF_UPDATE)},
-            gradient=tensor_digests(gradient),
-            grad_norm=_number(results[0].grad_norm),
-            lr=results[0].lr,
-            skipped=results[0].skipped,
+            **data.digests(),
+            sums={n: _finite(value) for n, value in sorted(event.metrics.items()) if not n.endswith(OF_UPDATE)},
+            gradient=tensor_digests(self._total(self._of_updates[role], [d.gradient for d in own])),
+            grad_norm=_finite(reported.grad_norm),
+            lr=reported.lr,
+            skipped=reported.skipped,
             weights=self._weights[role],
         )
         self._updates.append(update)
-        self._kept.updates.append(kept)
-
-    def step(self, step: int) -> None:
-        """All of ``step`` was told."""
-        self._chain.append(Step(step, self._samples, self._updates))
-        self._data.write(step, self._kept)
-        self._forget_step()
-
-    def saved(self, step: int, results: Sequence[CheckpointResult]) -> None:
-        """The ranks have written a checkpoint."""
-        self._chain.append(self._saved(step, results))
+        self._step_data.updates.append(data)
 
     def close(self) -> None:
         self._data.close()
@@ -149,7 +143,7 @@ class Recorder:
 
     @staticmethod
     def _check(saved: Saved, loaded: Saved, context: Context) -> None:
-        """Raise LedgerError unless what was loaded is what was saved."""
+        """Raise LedgerError unless the loaded digests equal the saved ones."""
         for role, names in context.tensors.items():
             before = {"weights": saved.weights[role], **saved.optimizers[role]}
             now = {"weights": loaded.weights[role], **loaded.optimizers[role]}
@@ -159,12 +153,12 @@ class Recorder:
                     raise LedgerError(
                         f"the checkpoint of step {saved.step} is not what was saved: {kind} of the {role} differ from "
                         f"the ledger's in {len(changed)} of {len(names)} tensors, such as {changed[0]}; choose another "
-                        "checkpoint, or load this one into a run of its own with checkpoint.load"
+                        "checkpoint, or start a new run from this one with checkpoint.load"
                     )
 
 
 def _find(run_dir: Path, head: str) -> tuple[Link, Context]:
-    """The entry with this hash, and the last context before it. Raises LedgerError."""
+    """Return the entry with this hash, and the last context before it. Raises LedgerError where there is none."""
     context = None
     for link in links(run_dir):
         context = link.entry if isinstance(link.entry, Context) else context
@@ -172,7 +166,7 @@ def _find(run_dir: Path, head: str) -> tuple[Link, Context]:
             return link, context
     raise LedgerError(
         f"the checkpoint was written after an entry with hash {head}, which is not in the ledger of {run_dir}: one of "
-        "them is another run's, or was changed"
+        "them belongs to another run or was changed; choose another checkpoint"
     )
 
 
@@ -181,7 +175,7 @@ def _conditions(context: Context) -> tuple[Any, ...]:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """Those that can matter to a number."""
+    """Return the settings that can change a result."""
     tables = config.model_dump(mode="json", exclude=dict.fromkeys(TABLES_WITHOUT_EFFECT, True))
     return {
         name: {leaf: value for leaf, value in table.items() if leaf not in WITHOUT_EFFECT.get(name, ())}
@@ -191,7 +185,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 @functools.cache
 def _code_digest() -> str:
-    """Of every file of this package that is code, compiled or not: what really runs, whatever was committed."""
+    """Return the digest of every code file of this package, compiled or not: of what really runs, committed or not."""
     root = Path(miles_spmd.__file__).parent
     state = hashlib.blake2b(digest_size=16)
     for path in sorted(path for path in root.rglob("*") if path.suffix in (".py", ".so")):
@@ -200,7 +194,7 @@ def _code_digest() -> str:
 
 
 def _environment(run_dir: Path, ranks: int) -> dict[str, Any]:
-    """As `environment.json` has it, without what differs between machines alike, and each kind of GPU once."""
+    """Return the content of `environment.json` without what differs between identical machines, each GPU model once."""
     found = read_environment(run_dir)
     if found is None:
         return {"ranks": ranks}
@@ -208,5 +202,5 @@ def _environment(run_dir: Path, ranks: int) -> dict[str, Any]:
     return {"ranks": ranks, **names, "packages": found.packages}
 
 
-def _number(value: float) -> float | None:
+def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None

@@ -1,18 +1,33 @@
-"""What a step did, in numbers: computed once, on the whole batch, from what the ranks sent up."""
+"""The metrics of a step, computed once, on the whole batch, from the results of all ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from miles_spmd.algorithms import mismatch
+from miles_spmd.controller.cluster.cluster import Cluster
+from miles_spmd.controller.journal.events import (
+    AdvantagesComputed,
+    BatchStarted,
+    EngineRefitted,
+    EvaluationFinished,
+    Event,
+    Groups,
+    ParityChecked,
+    PhaseFinished,
+    RolloutFinished,
+    UpdateFinished,
+)
 from miles_spmd.protocol.messages import TrainerRank
 from miles_spmd.protocol.results import TrainResult
-from miles_spmd.types.sample import FinishReason, Sample
+from miles_spmd.types.sample import FinishReason
 from miles_spmd.types.train_sequence import TrainSequence
 
-# sums of the losses (miles_spmd/algorithms) -> the names that users of slime and Miles know
+# Names of the losses' sums (miles_spmd/algorithms) -> the metrics that users of slime and Miles know. Of MEANS the sum
+# is the metric, because the loss weights hold the denominator; of PER_TOKEN it is divided by the trained tokens.
 MEANS = {
     "loss": "train/loss",
     "pg_loss": "train/pg_loss",
@@ -29,7 +44,7 @@ PER_TOKEN = {
     "opsm_masked": "train/opsm_masked",
     "value_clipfrac": "train/value_clipfrac",
 }
-OF_CRITIC = {
+OF_CRITIC = {  # the same metrics of the critic's updates
     "train/loss": "train/critic_loss",
     "train/grad_norm": "train/critic_grad_norm",
     "train/lr": "train/critic_lr",
@@ -37,7 +52,52 @@ OF_CRITIC = {
 }
 
 
-def rollout_metrics(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
+class Metrics:
+    """Collects the metrics of a step from its events."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._started = time.monotonic()
+        self._values: dict[str, float] = {}
+        self._updates: list[Mapping[str, float]] = []
+
+    def observe(self, event: Event) -> None:
+        match event:
+            case PhaseFinished(phase, seconds):
+                self._increase(f"perf/{phase}_time", seconds)
+            case BatchStarted():
+                self._increase("train/tokens", float(event.tokens))
+            case UpdateFinished():
+                self._updates.append(event.metrics)
+            case RolloutFinished():
+                self._values |= rollout_metrics(event.groups)
+                self._values["rollout/dropped_groups"] = float(event.dropped)
+            case EngineRefitted():
+                self._values["refit/bytes"] = float(sum(r.bytes_local + r.bytes_received for r in event.results))
+                self._values["refit/checksum_mismatches"] = float(sum(r.checksum_mismatches for r in event.results))
+            case ParityChecked() | AdvantagesComputed() | EvaluationFinished():
+                self._values |= event.metrics
+
+    def take(self) -> dict[str, float]:
+        """Return the metrics of the events since the last call, those of updates averaged, with the time that has
+        passed, and start over."""
+        metrics, updates = self._values, self._updates
+        for name in {name for update in updates for name in update}:
+            metrics[name] = float(np.mean([update[name] for update in updates if name in update]))
+        now = time.monotonic()
+        seconds = metrics["perf/step_time"] = now - self._started
+        if "train/tokens" in metrics:
+            rate = metrics["train/tokens"] / seconds / len(self._cluster.infos)
+            metrics["perf/tokens_per_gpu_per_second"] = rate
+        self._started, self._values, self._updates = now, {}, []
+        return metrics | self._cluster.take_memory()
+
+    def _increase(self, name: str, value: float) -> None:
+        self._values[name] = self._values.get(name, 0.0) + value
+
+
+def rollout_metrics(groups: Groups) -> dict[str, float]:
+    """Return the metrics of a rollout's rewards, which are means over prompts, and of its responses."""
     samples = [sample for group in groups for sample in group]
     lengths = np.asarray([len(s.response) for s in samples])
     rewards = [np.asarray([s.reward for s in group], np.float64) for group in groups]
@@ -53,11 +113,10 @@ def rollout_metrics(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
 def train_metrics(
     results: Sequence[TrainResult], trainers: Sequence[TrainerRank], critic: bool = False
 ) -> dict[str, float]:
-    """Of one optimizer step: sums over the reporting ranks. Those of loss weights are means already, others become
-    means over trained tokens."""
+    """Return the metrics of one optimizer step: sums over the reporting ranks, turned into means where they are not."""
     sums: dict[str, float] = {}
     reporting = [(rank, result) for rank, result in zip(trainers, results, strict=True) if rank.reports]
-    # in the order of the leaves, in which the sum is the same for every data-parallel size
+    # leaf by leaf: floating-point sums depend on the order, and this one is the same for every data-parallel size
     for _, result in sorted(reporting, key=lambda pair: pair[0].data_parallel_rank):
         for leaf in result.sums:
             for name, value in leaf.items():
@@ -74,9 +133,10 @@ def train_metrics(
 
 
 def mismatch_metrics(sequences: Sequence[TrainSequence], train_log_probs: Sequence[np.ndarray]) -> dict[str, float]:
-    """Engine against trainer on every trained token; see :func:`mismatch.mismatch_metrics`.
+    """Compare engine and trainer on every trained token; see :func:`mismatch.mismatch_metrics`.
 
-    ``train_log_probs`` come from the trainer's own forward with the weights that generated the samples.
+    ``train_log_probs``, float32 [T] per sequence, come from the trainer's own forward pass with the weights that
+    generated the samples. Returns nothing where no token is trained.
     """
     rollout = [s.rollout_log_probs for s in sequences if s.rollout_log_probs is not None]
     masks = [(s.loss_weights != 0).astype(np.float32) for s in sequences]
@@ -85,7 +145,8 @@ def mismatch_metrics(sequences: Sequence[TrainSequence], train_log_probs: Sequen
 
 
 def pass_at_k(correct: Sequence[int], n: int, k: int) -> float:
-    """Unbiased pass@k from ``correct`` successes of ``n`` samples per prompt: 1 - C(n - c, k) / C(n, k), averaged.
+    """Return the unbiased pass@k from ``correct`` successes of ``n`` samples per prompt, the mean of
+    1 - C(n - c, k) / C(n, k).
 
     Source: Chen et al., "Evaluating Large Language Models Trained on Code" (arXiv 2107.03374), eq. 1.
     """

@@ -1,4 +1,7 @@
-"""From scored samples to the sequences of each optimizer step: advantages, weights, denominators of the whole batch."""
+"""From samples, examples and pairs to the sequences of each optimizer step, with advantages and loss weights.
+
+Whatever needs the whole batch is computed here, on plain arrays, so that it is the same for every layout of ranks.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,15 @@ from miles_spmd.algorithms.rewards import shape_rewards
 from miles_spmd.config import Config
 from miles_spmd.controller.learning.scoring import Scores
 from miles_spmd.data.preferences import PreferencePair
+from miles_spmd.data.sft import SftExample
 from miles_spmd.types.rollout_batch import Arrays, RolloutBatch
 from miles_spmd.types.sample import Sample
 from miles_spmd.types.train_sequence import TrainSequence
 
 
 def to_sequences(samples: Sequence[Sample]) -> list[TrainSequence]:
-    """Tokens, the mask (as weights of 0 and 1 for now) and the engine's log-probs, aligned over prompt + response."""
+    """Return tokens, loss mask and the engine's log-probs of each sample, aligned over prompt and response. The mask
+    stands in ``loss_weights`` as 0 and 1 until :func:`optimizer_steps` knows the denominators."""
     return [
         TrainSequence(
             tokens=np.asarray(sample.sequence, np.int32),
@@ -30,20 +35,29 @@ def to_sequences(samples: Sequence[Sample]) -> list[TrainSequence]:
     ]
 
 
+def example_sequences(examples: Sequence[SftExample]) -> list[TrainSequence]:
+    """Return the sequences of supervised examples, weighted to the mean over their trained tokens."""
+    batch = [TrainSequence(example.tokens, example.loss_mask) for example in examples]
+    set_loss_weights(batch, "token_mean", max_response_len=0)
+    return batch
+
+
 def pair_sequences(pairs: Sequence[PreferencePair]) -> list[TrainSequence]:
-    """Preferred and rejected sequence of every pair in turn; the mask (as weights of 0 and 1) is on what counts."""
+    """Return the preferred and the rejected sequence of every pair in turn, with their masks in ``loss_weights``."""
     return [
-        TrainSequence(answer.tokens, answer.loss_mask, pair_signs=np.full(len(answer.tokens), sign, np.float32))
+        TrainSequence(side.tokens, side.loss_mask, pair_signs=np.full(len(side.tokens), sign, np.float32))
         for pair in pairs
-        for answer, sign in ((pair.chosen, 1), (pair.rejected, -1))
+        for side, sign in ((pair.chosen, 1), (pair.rejected, -1))
     ]
 
 
 def optimizer_steps(
     samples: Sequence[Sample], sequences: Sequence[TrainSequence], scores: Scores, config: Config
 ) -> tuple[list[list[TrainSequence]], dict[str, float]]:
-    """Fill in advantages, policy weights and global loss weights; cut the rollout into optimizer steps in submission
-    order. Returns the steps and the algorithm's metrics. Raises ValueError where the algorithm lacks what it needs.
+    """Cut a rollout into optimizer steps of ``global_batch_size`` rollouts in the order of submission.
+
+    Sets advantages, policy weights and loss weights in ``sequences``, which belong to ``samples`` one to one. Returns
+    the steps and the algorithm's metrics. Raises ValueError where the algorithm requires scores that are missing.
     """
     algorithm = config.algorithm
     rollout_ids = _rollout_ids(samples)
@@ -70,8 +84,9 @@ def optimizer_steps(
             setattr(sequence, name, array)
     size = config.train.global_batch_size or len(samples)
     steps = []
+    # Siblings are parts of one rollout. They stay in one step, whose denominator counts them once.
     for start in range(0, int(rollout_ids.max()) + 1, size):
-        inside = np.flatnonzero((start <= rollout_ids) & (rollout_ids < start + size))  # siblings stay together
+        inside = np.flatnonzero((start <= rollout_ids) & (rollout_ids < start + size))
         steps.append([sequences[i] for i in inside.tolist()])
         set_loss_weights(
             steps[-1], algorithm.loss_aggregation, config.rollout.rollout_max_response_len, rollout_ids[inside]
@@ -83,7 +98,7 @@ def optimizer_steps(
 def set_loss_weights(
     sequences: Sequence[TrainSequence], aggregation: str, max_response_len: int, rollout_ids: np.ndarray | None = None
 ) -> None:
-    """Turn the 0/1 masks in ``loss_weights`` into weights with the denominator of this optimizer step."""
+    """Replace the 0/1 masks in ``loss_weights`` by weights that hold the denominator of this optimizer step."""
     masks = [s.loss_weights for s in sequences]
     weights = loss_weights(masks, aggregation, max_response_len=max_response_len, rollout_ids=rollout_ids)
     for sequence, weight in zip(sequences, weights):
@@ -91,12 +106,14 @@ def set_loss_weights(
 
 
 def _rollout_ids(samples: Sequence[Sample]) -> np.ndarray:
-    """Numbers of the rollouts in order of submission, int64 [N]; siblings are samples of one prompt and one index."""
+    """Return the number of each sample's rollout in the order of submission, int64 [N]. Siblings, which are samples of
+    one prompt with one index, share it."""
     numbers: dict[tuple[str, int], int] = {}
     return np.asarray([numbers.setdefault((s.prompt.uid, s.index), len(numbers)) for s in samples])
 
 
 def _after_prompt(sample: Sample, values: Sequence[float]) -> np.ndarray:
+    """Return ``values`` of the response's tokens with 0 before them for the prompt's, float32 [T]."""
     aligned = np.zeros(len(sample.prompt.tokens) + len(sample.response), np.float32)
     aligned[len(sample.prompt.tokens) :] = values
     return aligned

@@ -1,33 +1,29 @@
-"""From sequences to each rank's micro-batches, and from the ranks' answers back to sequence order."""
+"""From sequences to the micro-batches of each rank, and from the ranks' results back to the order of the sequences."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 
-from miles_spmd.protocol.messages import Body, TrainerRank
+from miles_spmd.protocol.commands import Command
+from miles_spmd.protocol.messages import TrainerRank
 from miles_spmd.types.train_sequence import MicroBatch, TrainSequence
 
+C = TypeVar("C", bound=Command)
 FILLER = -1  # stands for a sequence without weight, so that every rank has something to run
 
-
-@dataclass(frozen=True)
-class Packing:
-    """``bins[d][m]`` lists the sequences (indices into the batch) of micro-batch m on data-parallel rank d.
-
-    Every rank has the same number of micro-batches: ranks of an expert-parallel group meet in each of them.
-    """
-
-    bins: list[list[list[int]]]
+# ``packing[d][m]`` lists the sequences (indices into the batch) of micro-batch m on data-parallel rank d. Every rank
+# has the same number of micro-batches: ranks of an expert-parallel group meet in collectives in each of them.
+Packing = list[list[list[int]]]
 
 
 def pack(lengths: Sequence[int], *, data_parallel_size: int, max_tokens: int, multiple: int = 1) -> Packing:
-    """Fewest balanced micro-batches of at most ``max_tokens`` tokens, their number a multiple of ``multiple`` per rank.
+    """Return the fewest balanced micro-batches of at most ``max_tokens`` tokens, a multiple of ``multiple`` per rank.
 
-    Longest sequence first into the emptiest bin (LPT), ties by index: a pure function of the lengths.
+    The longest sequence goes first into the emptiest micro-batch (LPT), ties by index: a pure function of the lengths.
     Raises ValueError naming the sequence that alone exceeds the budget.
     """
     for index, length in enumerate(lengths):
@@ -50,61 +46,64 @@ def pack(lengths: Sequence[int], *, data_parallel_size: int, max_tokens: int, mu
             break
         count += unit
     filled = [sorted(b) or [FILLER] for b in bins]
-    return Packing([filled[rank::data_parallel_size] for rank in range(data_parallel_size)])
+    return [filled[rank::data_parallel_size] for rank in range(data_parallel_size)]
 
 
 def pack_leaves(
     lengths: Sequence[int], *, data_parallel_size: int, leaves: int, max_tokens: int = 0, multiple: int = 1
 ) -> Packing:
-    """The canonical reduction's cut: ``leaves`` equal shares of the sequences in order, each packed as if it were alone
-    (0: one sequence per micro-batch; one that is too long has its own), as many micro-batches in every leaf. A rank has
-    the leaves that follow each other."""
+    """Return the packing of the canonical reduction, whose gradient does not depend on the number of ranks.
+
+    The sequences are cut in order into ``leaves`` equal shares. Each leaf is packed as if it were alone into
+    micro-batches of at most ``max_tokens`` tokens (0: one sequence each; a longer sequence has its own), and all leaves
+    get as many micro-batches as the largest. A rank gets consecutive leaves.
+    """
     budget = max(max_tokens, *lengths)
     cuts: list[list[list[int]]] = []
     for share in np.array_split(np.arange(len(lengths)), leaves):
-        (packed,) = pack([lengths[i] for i in share], data_parallel_size=1, max_tokens=budget).bins
+        (packed,) = pack([lengths[i] for i in share], data_parallel_size=1, max_tokens=budget)
         alone = [[i] for i in range(len(share))]
         cuts.append([[int(share[i]) for i in b] for b in (packed if max_tokens else alone) if b != [FILLER]])
     size = -(-max(map(len, cuts)) // multiple) * multiple
     filled = [cut + [[FILLER]] * (size - len(cut)) for cut in cuts]
     own = leaves // data_parallel_size
-    return Packing([list(chain(*filled[rank * own : (rank + 1) * own])) for rank in range(data_parallel_size)])
+    return [list(chain(*filled[rank * own : (rank + 1) * own])) for rank in range(data_parallel_size)]
 
 
 def expand(packing: Packing, size: int) -> Packing:
-    """From units to the ``size`` consecutive sequences that each consists of."""
+    """Return a packing of sequences from one of units, which consist of ``size`` consecutive sequences each."""
 
     def members(unit: int) -> list[int]:
         return [FILLER] * size if unit == FILLER else list(range(unit * size, (unit + 1) * size))
 
-    return Packing([[list(chain.from_iterable(map(members, units))) for units in rank] for rank in packing.bins])
+    return [[list(chain.from_iterable(map(members, units))) for units in rank] for rank in packing]
 
 
-def bodies(
+def commands(
     packing: Packing,
     sequences: Sequence[TrainSequence],
     trainers: Sequence[TrainerRank],
-    make: Callable[[list[MicroBatch]], Body],
-) -> list[Body]:
-    """One command body per trainer rank: ranks that hold parts of the same model replica get the same micro-batches."""
-    shortest = min(sequences, key=lambda s: len(s.tokens))
-    filler = _without_weight(shortest)
+    make: Callable[[list[MicroBatch]], C],
+) -> list[C]:
+    """Return one command per trainer rank; ranks with parts of the same model replica get the same object."""
+    filler = _without_weight(min(sequences, key=lambda s: len(s.tokens)))
     per_replica = [
         make([[filler if i == FILLER else sequences[i] for i in micro_batch] for micro_batch in rank])
-        for rank in packing.bins
+        for rank in packing
     ]
     return [per_replica[rank.data_parallel_rank] for rank in trainers]
 
 
 def in_sequence_order(
-    packing: Packing, trainers: Sequence[TrainerRank], answers: Sequence[Sequence[np.ndarray] | None], count: int
+    packing: Packing, trainers: Sequence[TrainerRank], results: Sequence[Sequence[np.ndarray] | None], count: int
 ) -> list[np.ndarray]:
-    """The arrays of all ``count`` sequences, from whichever rank of each replica returned them."""
+    """Return the arrays of all ``count`` sequences, from whichever rank of each replica returned them. Raises
+    RuntimeError where none did."""
     ordered: list[np.ndarray | None] = [None] * count
-    for rank, arrays in zip(trainers, answers, strict=True):
+    for rank, arrays in zip(trainers, results, strict=True):
         if arrays is None:
             continue
-        positions = [i for micro_batch in packing.bins[rank.data_parallel_rank] for i in micro_batch]
+        positions = [i for micro_batch in packing[rank.data_parallel_rank] for i in micro_batch]
         for index, values in zip(positions, arrays, strict=True):
             if index != FILLER:
                 ordered[index] = values
@@ -115,7 +114,7 @@ def in_sequence_order(
 
 
 def _without_weight(sequence: TrainSequence) -> TrainSequence:
-    """The same arrays cut to two tokens, which is the least that has a target, and no weight."""
+    """Return the first two tokens of ``sequence``, the fewest that have a target, without loss weight."""
     cut = {name: getattr(sequence, name) for name in TrainSequence.__struct_fields__}
     cut = {name: None if values is None else values[:2] for name, values in cut.items()}
     return TrainSequence(**cut | {"loss_weights": np.zeros_like(cut["loss_weights"])})

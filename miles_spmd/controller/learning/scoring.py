@@ -1,4 +1,4 @@
-"""What the models say of a rollout before it is trained on: old and reference log-probs, values, the teacher's view."""
+"""What the models compute of a rollout before it is trained on: old and reference log-probs, values, distillation."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Scores = dict[str, Arrays]  # by the names of RolloutBatch's fields
 
 
 def score(step: int, sequences: Sequence[TrainSequence], models: Models, config: Config) -> Scores:
-    """Whatever the algorithm needs from before the update, and nothing else.
+    """Return the scores that the algorithm needs from before the update, and no others.
 
-    The old policy is the engine's with ``use_rollout_logprobs``, else the trainer's: of the weights that generated with
-    ``keep_old_actor``, else of the newest. Where one optimizer step follows and nothing else asks, the training forward
-    itself stands for it.
+    The old policy is the engine's with ``use_rollout_logprobs``, else the trainer's: with ``keep_old_actor`` that of
+    the weights that generated, else of the newest. Where only one optimizer step follows and nothing else needs them,
+    old log-probs are left out: the training forward pass computes the same.
     """
     a = config.algorithm
     scores: Scores = {}
@@ -43,7 +43,10 @@ def score(step: int, sequences: Sequence[TrainSequence], models: Models, config:
 
 
 def _teacher_kl(step: int, sequences: Sequence[TrainSequence], models: Models, algorithm: AlgorithmConfig) -> Arrays:
-    """Each policy names its likely tokens, and the other one says what it thinks of them."""
+    """Return the estimated KL(student || teacher), [T] per sequence, over the top-k tokens of one of them or both.
+
+    Each model's top-k tokens are scored by the other one, too.
+    """
     k, strategy = algorithm.opd_log_prob_top_k, algorithm.opd_top_k_strategy
     students: list[Candidates | None] = [None] * len(sequences)
     teachers = students

@@ -1,40 +1,77 @@
-"""Steps of a finished or stopped run, done again: from which checkpoint, and with what changed in its configuration."""
+"""Steps of a finished or stopped run, done again: planning them, and the loops that do them."""
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from miles_spmd.controller import checkpoints
+from miles_spmd.controller.checkpoints import newest, read
+from miles_spmd.controller.journal.events import StepFinished
+from miles_spmd.controller.journal.parity import describe_bisection
+from miles_spmd.controller.learning.batch import to_sequences
+from miles_spmd.controller.loops.sync import advance
+from miles_spmd.controller.parts import RunParts
 from miles_spmd.ledger import step_data
 from miles_spmd.ledger.chain import LedgerError, links
 from miles_spmd.ledger.entries import Step
 from miles_spmd.protocol.order import Replay
 
 
+def replay(run: RunParts, order: Replay) -> None:
+    """Do the steps again, up to the one that was ordered, into a ledger of their own."""
+    run.policy.refit(run.first)
+    for step in range(run.first, order.step):
+        advance(run, step)
+        run.journal.publish(StepFinished(step))
+    if order.phase == "rollout":
+        run.samples.rollout(order.step)
+    else:
+        advance(run, order.step)
+    run.journal.publish(StepFinished(order.step))
+
+
+def bisect(run: RunParts, order: Replay) -> None:
+    """Do the steps before the ordered one again, and print the first operator whose output differs between engine and
+    trainer, for the first token of its rollout whose log-probs differ."""
+    run.policy.refit(run.first)
+    for step in range(run.first, order.step):
+        advance(run, step)
+    samples = list(chain.from_iterable(run.samples.rollout(order.step)))
+    found = run.policy.first_difference(order.step, samples, to_sequences(samples))
+    if found is None:
+        print(f"step {order.step}: log-probs of engine and trainer are bitwise equal for every token", flush=True)
+        return
+    sample, token = found
+    bisections = run.policy.bisect(order.step, run.generation.request(sample, order.step), token)
+    print(describe_bisection(order.step, sample, token, bisections), flush=True)
+
+
 def plan(run_dir: Path, step: int, phase: Literal["rollout", "train"] | None) -> tuple[Replay, list[str]]:
-    """What to do, and the overrides of the run's configuration for it. Raises LedgerError where that cannot be."""
+    """Return the order of a replay, and the overrides of the run's configuration for it. Raises LedgerError where the
+    run cannot be replayed."""
     done = [link.entry.step for link in links(run_dir) if isinstance(link.entry, Step)]
     if step not in done:
         has = f"steps {done[0]} to {done[-1]}" if done else "no complete step"
         raise LedgerError(f"{run_dir} has no step {step}: its ledger has {has}")
-    checkpoint = checkpoints.newest(run_dir, up_to=step)
-    first = done[0] if checkpoint is None else checkpoints.read(checkpoint).step
+    checkpoint = newest(run_dir, up_to=step)
+    first = done[0] if checkpoint is None else read(checkpoint).step
     missing = [s for s in range(first, step + 1) if phase == "train" and not step_data.path_of(run_dir, s).is_file()]
     if missing:
         raise LedgerError(
-            f"{run_dir}: the answers of step {missing[0]} were not kept, see determinism.ledger_data_gib; leave out "
+            f"{run_dir}: the responses of step {missing[0]} were not kept, see determinism.ledger_data_gib; leave out "
             "--phase"
         )
     return Replay(str(run_dir), first, step, phase), _overrides(run_dir, f"replay-{step}", checkpoint)
 
 
 def plan_bisection(run_dir: Path, step: int) -> tuple[Replay, list[str]]:
-    """As :func:`plan`, of the steps before ``step``, which need not have ended, and of its rollout."""
-    checkpoint = checkpoints.newest(run_dir, up_to=step)
-    first = 0 if checkpoint is None else checkpoints.read(checkpoint).step
-    graphs = ["sglang.disable_cuda_graph=true", "megatron.sequence_parallel=false"]  # of which no module is told
-    overrides = [*_overrides(run_dir, f"bisect-{step}", checkpoint), *graphs, "determinism.parity_gate=warn"]
+    """Return the same for the steps before ``step`` and its rollout; the run need not have finished that step."""
+    checkpoint = newest(run_dir, up_to=step)
+    first = 0 if checkpoint is None else read(checkpoint).step
+    # Operators are observed by hooks of their modules, which neither CUDA graphs nor sharded activations call.
+    observable = ["sglang.disable_cuda_graph=true", "megatron.sequence_parallel=false"]
+    overrides = [*_overrides(run_dir, f"bisect-{step}", checkpoint), *observable, "determinism.parity_gate=warn"]
     return Replay(str(run_dir), first, step, "rollout"), overrides
 
 

@@ -1,90 +1,66 @@
-"""The training loop, on one page. What each line does stands in :mod:`miles_spmd.controller.run`."""
+"""The synchronous training loop: a step generates, trains, and gives the engine the new weights."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from itertools import chain
 
-from miles_spmd.config import Config
-from miles_spmd.controller.cluster.cluster import Cluster
-from miles_spmd.controller.run import Run
-from miles_spmd.protocol.order import Replay
-
-
-def run(config: Config, workers: Cluster, task: str = "train", wanted: Replay | None = None) -> None:
-    """Do ``task`` ("train", "eval", "export", or "replay" or "bisect" of what is ``wanted``) with connected workers.
-    Raises what went wrong, as one clear error."""
-    with Run(config, workers) as r:
-        if task != "export":
-            r.read_data(training=task != "eval")
-        first = r.load()
-        if task == "train":
-            train(r, first)
-        elif wanted is not None and task == "bisect":
-            bisect(r, first, wanted)
-        elif wanted is not None:
-            replay(r, first, wanted)
-        elif task == "eval":
-            r.evaluate(first)
-            r.report(first)
-        else:
-            r.export()
+from miles_spmd.controller.journal.events import StepFinished
+from miles_spmd.controller.learning.batch import example_sequences, to_sequences
+from miles_spmd.controller.parts import RunParts
 
 
-def train(r: Run, first: int) -> None:
-    """Steps ``first`` .. num_rollout - 1; the trainer's weights before step i are version i, in the engine too."""
-    r.open_ledger(first)
-    r.refit(first)
-    r.evaluate(first)
-    r.report(first)
-    for step in range(first, r.config.run.num_rollout):
-        advance(r, step)
-        r.record(step)
-        r.evaluate(step + 1)
-        r.save(step + 1)
-        r.report(step + 1)
-    r.finish()
+def train(run: RunParts) -> None:
+    """Do the steps from ``run.first`` to the end. The weights before step i are version i, in the engine too."""
+    steps, checkpoint = run.config.run.num_rollout, run.config.checkpoint
+    run.policy.refit(run.first)
+    if evaluation_due(run, run.first, begins=True):
+        evaluate(run, run.first)
+    run.journal.report(run.first)
+    for step in range(run.first, steps):
+        advance(run, step)
+        run.journal.publish(StepFinished(step))
+        if evaluation_due(run, step + 1):
+            evaluate(run, step + 1)
+        run.checkpoints.save(step + 1, run.journal)
+        run.journal.report(step + 1)
+    if checkpoint.export_final:
+        run.checkpoints.export()
 
 
-def replay(r: Run, first: int, wanted: Replay) -> None:
-    """The same steps again, up to the wanted one, into a ledger of their own."""
-    r.open_ledger(first)
-    if wanted.phase == "train":
-        r.take_answers(Path(wanted.run))
-    r.refit(first)
-    for step in range(first, wanted.step):
-        advance(r, step)
-        r.record(step)
-    if wanted.phase == "rollout":
-        r.rollout(wanted.step)
-    else:
-        advance(r, wanted.step)
-    r.record(wanted.step)
-
-
-def bisect(r: Run, first: int, wanted: Replay) -> None:
-    """The steps before the wanted one again, and then what in it engine and trainer compute otherwise."""
-    r.refit(first)
-    for step in range(first, wanted.step):
-        advance(r, step)
-    r.bisect(wanted.step)
-
-
-def advance(r: Run, step: int) -> None:
-    match r.config.run.mode:
+def advance(run: RunParts, step: int) -> None:
+    """Train on the data of ``step``, which the mode decides."""
+    match run.config.run.mode:
         case "rl":
-            reinforce(r, step)
+            reinforce(run, step)
         case "sft":
-            r.train(step, r.examples(step))  # one optimizer step on the answers in the data
+            run.policy.train(step, example_sequences(run.data.examples(step)))
         case "dpo" | "rm":
-            r.train(step, r.pairs(step))  # ... on pairs of a preferred and a rejected answer
+            run.policy.train(step, run.policy.pair_batch(step, run.data.pairs(step)))
 
 
-def reinforce(r: Run, step: int) -> None:
-    """One rollout and the optimizer steps on it."""
-    groups = r.rollout(step)  # prompts -> scored samples, groups in submission order
-    sequences = r.sequences(groups)
-    scores = r.score(step, sequences)  # old and reference log-probs, values, the teacher's view: what is asked for
-    for batch in r.optimizer_steps(groups, sequences, scores):  # advantages, global denominators
-        r.train(step, batch)
-    r.keep(step + 1)  # the reference policy, when it is to follow
-    r.refit(step + 1)  # trainer -> engine
+def reinforce(run: RunParts, step: int) -> None:
+    """Generate samples for the prompts of ``step``, and train on them."""
+    groups = run.samples.rollout(step)  # prompts -> scored samples, groups in the order of submission
+    samples = list(chain.from_iterable(groups))
+    sequences = to_sequences(samples)
+    scores = run.policy.score(step, samples, sequences)  # log-probs and values from before the update
+    for batch in run.policy.optimizer_steps(step, samples, sequences, scores):  # advantages, global denominators
+        run.policy.train(step, batch)
+    run.policy.update_reference(step + 1)
+    run.policy.refit(step + 1)  # trainer -> engine
+
+
+def evaluation_due(run: RunParts, step: int, *, begins: bool = False) -> bool:
+    """Return whether to evaluate after ``step`` steps: at both ends of the run and every ``eval_interval`` steps."""
+    interval, ends = run.config.eval.eval_interval, begins or step == run.config.run.num_rollout
+    sets = run.data.eval_sets or run.data.eval_pairs
+    return bool(sets and interval) and (ends or step % interval == 0)
+
+
+def evaluate(run: RunParts, step: int) -> None:
+    """Score the held-out sets with the newest weights."""
+    if run.config.trains_on_pairs:
+        run.policy.evaluate(step, run.data.eval_pairs)
+    else:
+        run.policy.refit_now(step)
+        run.generation.evaluate(step)

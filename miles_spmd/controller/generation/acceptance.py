@@ -1,0 +1,107 @@
+"""Which of the groups that were submitted a step trains on: the first ones, in the order of submission, that a filter
+accepts.
+
+The result is a pure function of that order and of the groups' content. It does not depend on which group finished
+first, on how long its reward took, or on the number of engines, so that a step can be repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
+from queue import SimpleQueue
+
+from miles_spmd.plugins.algorithm import GroupFilter
+from miles_spmd.plugins.reward import Score
+from miles_spmd.rewards.pool import RewardPool
+from miles_spmd.types.sample import Sample
+
+Group = list[Sample]
+
+
+class Acceptance:
+    """The groups of a rollout while they are generated, scored, and accepted or dropped.
+
+    A group is judged by the filter as soon as its rewards arrive, so that more prompts can be submitted early. It is
+    accepted or dropped in its turn, after every group that was submitted before it.
+    """
+
+    def __init__(self, rewards: RewardPool, count: int, accepts: GroupFilter | None = None) -> None:
+        """``count``: groups to accept; ``accepts`` must be a function of the group alone (None: accept all)."""
+        self.accepted: list[Group] = []
+        self.dropped = 0  # before the last accepted group
+        self._rewards, self._count, self._accepts = rewards, count, accepts
+        self._groups: list[Group] = []
+        self._unfinished: list[int] = []  # samples of each group that are still generating
+        self._scored: SimpleQueue[tuple[int, Future[list[Score]]]] = SimpleQueue()  # filled by threads of the pool
+        self._verdicts: dict[int, bool | Exception] = {}  # of judged groups; an error is raised in the group's turn
+        self._rejected = 0  # judged groups that will be dropped
+        self._turn = 0  # the first group that is neither accepted nor dropped
+
+    @property
+    def enough(self) -> bool:
+        return len(self.accepted) == self._count
+
+    @property
+    def short(self) -> bool:
+        """Whether the groups submitted so far cannot be enough, even if the filter accepts all that are not judged."""
+        return len(self._groups) - self._rejected < self._count
+
+    @property
+    def has_news(self) -> bool:
+        """Whether a reward has arrived since the last :meth:`resolve`."""
+        return not self._scored.empty()
+
+    def add(self, wave: Sequence[Group]) -> int:
+        """Add groups that are submitted now; returns the number of the first of them."""
+        first = len(self._groups)
+        self._groups += wave
+        self._unfinished += [len(group) for group in wave]
+        return first
+
+    def group(self, number: int) -> Group:
+        return self._groups[number]
+
+    def finish_sample(self, number: int) -> None:
+        """Note that a sample of group ``number`` is complete; the last one starts the group's scoring."""
+        self._unfinished[number] -= 1
+        if not self._unfinished[number]:
+            scores = self._rewards.submit(self._groups[number])
+            scores.add_done_callback(partial(self._note, number))
+
+    def _note(self, number: int, scores: Future[list[Score]]) -> None:
+        self._scored.put((number, scores))
+
+    def wait(self) -> None:
+        """Wait for the next reward."""
+        self._judge(*self._scored.get())
+
+    def resolve(self) -> None:
+        """Judge the groups whose rewards have arrived, and accept or drop those whose turn it is.
+
+        Raises the error of a reward or filter in the turn of its group: groups behind the last that is accepted must
+        not end the run, because whether they are scored at all depends on time.
+        """
+        while self.has_news:
+            self._judge(*self._scored.get())
+        while not self.enough and self._turn in self._verdicts:
+            verdict = self._verdicts[self._turn]
+            if isinstance(verdict, Exception):
+                raise verdict
+            if verdict:
+                self.accepted.append(self._groups[self._turn])
+            else:
+                self.dropped += 1
+            self._turn += 1
+
+    def _judge(self, number: int, scores: Future[list[Score]]) -> None:
+        group = self._groups[number]
+        try:
+            for sample, score in zip(group, scores.result(), strict=True):
+                sample.reward, sample.reward_detail = score.value, score.detail
+            verdict: bool | Exception = self._accepts is None or bool(self._accepts(group))
+        except Exception as error:
+            verdict = error
+        self._verdicts[number] = verdict
+        self._rejected += verdict is False

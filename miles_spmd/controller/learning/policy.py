@@ -1,0 +1,177 @@
+"""The models of a run: what is computed with them, their updates, and which of their weights the engine has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from miles_spmd.config import Config
+from miles_spmd.controller.cluster.cluster import Cluster
+from miles_spmd.controller.journal.events import (
+    AdvantagesComputed,
+    BatchStarted,
+    EngineRefitted,
+    EvaluationFinished,
+    ParityChecked,
+    UpdateFinished,
+)
+from miles_spmd.controller.journal.journal import Journal
+from miles_spmd.controller.journal.metrics import train_metrics
+from miles_spmd.controller.journal.parity import Parity, first_difference
+from miles_spmd.controller.learning.batch import optimizer_steps, pair_sequences, set_loss_weights
+from miles_spmd.controller.learning.models import Models
+from miles_spmd.controller.learning.preferences import preference_metrics
+from miles_spmd.controller.learning.scoring import Scores, score
+from miles_spmd.data.preferences import PreferencePair
+from miles_spmd.protocol.commands import Bisect, RefitEngine, SnapshotWeights
+from miles_spmd.protocol.results import Bisection
+from miles_spmd.types.request import Request
+from miles_spmd.types.role import Role
+from miles_spmd.types.rollout_batch import Arrays
+from miles_spmd.types.sample import Sample
+from miles_spmd.types.train_sequence import TrainSequence
+
+
+class TrainingDivergedError(RuntimeError):
+    """Too many consecutive optimizer steps were skipped for a non-finite loss or gradient."""
+
+
+class Policy:
+    """The actor and the models that its algorithm needs. The trainer's weights before step i are version i.
+
+    Every method raises WorkerError where a rank fails.
+    """
+
+    def __init__(self, config: Config, cluster: Cluster, journal: Journal, parity: Parity) -> None:
+        self._config, self._cluster, self._journal, self._parity = config, cluster, journal, parity
+        self._models = Models(config, cluster)
+        self._engine_version: int | None = None  # of the weights in the engine; None: not yet the trainer's
+        self._skipped_in_a_row = 0
+
+    # --- before the update -------------------------------------------------------------------------------------------
+
+    def score(self, step: int, samples: Sequence[Sample], sequences: Sequence[TrainSequence]) -> Scores:
+        """Return the scores that the algorithm needs from before the update. Compares engine and trainer where that is
+        possible, which may mask tokens of ``sequences``. Raises ParityError."""
+        self._parity.begin_step(samples, sequences)
+        with self._journal.timed("log_probs"):
+            scores = score(step, sequences, self._models, self._config)
+        algorithm = self._config.algorithm
+        # Engine and trainer can only be compared on the same weights: those in the engine are the newest ones, or the
+        # trainer has a copy of them. Otherwise the difference would measure how stale the samples are.
+        if not (algorithm.keep_old_actor or self._engine_version == step):
+            return scores
+        if self._parity.counts_flips:
+            role = Role.OLD_ACTOR if algorithm.keep_old_actor else Role.ACTOR
+            with self._journal.timed("log_probs"):
+                top1, _ = self._models.top_k_tokens(step, sequences, role, 1)
+            self._journal.publish(ParityChecked(step, self._parity.check_top1(step, sequences, top1)))
+        if "old_log_probs" in scores and not algorithm.use_rollout_logprobs:
+            self._check_parity(step, sequences, scores["old_log_probs"])
+        return scores
+
+    def optimizer_steps(
+        self, step: int, samples: Sequence[Sample], sequences: Sequence[TrainSequence], scores: Scores
+    ) -> list[list[TrainSequence]]:
+        """Return the batch of each optimizer step of a rollout, with advantages and global loss weights."""
+        batches, metrics = optimizer_steps(samples, sequences, scores, self._config)
+        self._journal.publish(AdvantagesComputed(step, metrics))
+        return batches
+
+    def pair_batch(self, step: int, pairs: Sequence[PreferencePair]) -> list[TrainSequence]:
+        """Return the sequences of preference pairs, weighted to the mean over pairs, with the log-probs of the
+        reference policy where the loss needs them."""
+        batch = pair_sequences(pairs)
+        if self._config.has_reference:
+            with self._journal.timed("log_probs"):
+                reference = self._models.log_probs(step, batch, Role.REF)
+            for sequence, log_probs in zip(batch, reference, strict=True):
+                sequence.ref_log_probs = log_probs
+        set_loss_weights(batch, "rollout_mean", max_response_len=0, rollout_ids=np.arange(len(batch)) // 2)
+        return batch
+
+    # --- the update --------------------------------------------------------------------------------------------------
+
+    def train(self, step: int, batch: Sequence[TrainSequence]) -> None:
+        """Make one optimizer step on ``batch``: of the critic, where there is one, and after its warm-up of the actor.
+        Raises ParityError, and TrainingDivergedError after too many skipped steps in a row."""
+        self._journal.publish(BatchStarted(step, sum(len(s.tokens) for s in batch)))
+        if self._config.has_critic:
+            self._update(step, batch, Role.CRITIC)
+            if step < self._config.train.num_critic_only_steps:
+                return
+        log_probs = self._update(step, batch, Role.ACTOR)
+        # Where nothing was scored before, the first update's own forward pass still has the weights that generated.
+        generated = batch[0].rollout_log_probs is not None and self._engine_version == step
+        if generated and not self._parity.has_checked(step):
+            self._check_parity(step, batch, log_probs)
+
+    def _update(self, step: int, batch: Sequence[TrainSequence], role: Role) -> Arrays:
+        trainers = self._cluster.trainers
+        with self._journal.timed("train"):
+            results, log_probs = self._models.train(step, batch, role)
+        metrics = train_metrics(results, trainers, critic=role is Role.CRITIC)
+        self._journal.publish(UpdateFinished(step, role, batch, results, log_probs, metrics))
+        self._count_skipped(step, next(r.skipped for r, rank in zip(results, trainers, strict=True) if rank.reports))
+        return log_probs
+
+    def _count_skipped(self, step: int, skipped: str) -> None:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if self._skipped_in_a_row > self._config.train.max_skipped_steps:
+            raise TrainingDivergedError(
+                f"step {step}: {self._skipped_in_a_row} optimizer steps in a row were skipped, last for a {skipped}; "
+                "lower megatron.lr or megatron.clip_grad, and look in metrics.jsonl for the step where it began"
+            )
+
+    def _check_parity(self, step: int, sequences: Sequence[TrainSequence], log_probs: Arrays) -> None:
+        self._journal.publish(ParityChecked(step, self._parity.check(step, sequences, log_probs)))
+
+    # --- weights -----------------------------------------------------------------------------------------------------
+
+    def update_reference(self, version: int) -> None:
+        """Make weights ``version`` the reference policy's where ``ref_update_interval`` is due."""
+        interval = self._config.algorithm.ref_update_interval
+        if self._config.has_reference and interval and version % interval == 0:
+            self._cluster.call(SnapshotWeights(Role.REF), step=version)
+
+    def refit(self, version: int) -> None:
+        """Copy weights ``version`` into the engine where the next rollout is due to use them."""
+        interval = self._config.refit.update_weights_interval
+        if self._config.run.mode == "rl" and (self._engine_version is None or version % interval == 0):
+            self.refit_now(version)
+
+    def refit_now(self, version: int) -> None:
+        """Copy weights ``version`` into the engine, unless it has them."""
+        if version == self._engine_version:
+            return
+        with self._journal.timed("refit"):
+            results = self._cluster.call(RefitEngine(version), step=version)
+        self._engine_version = version
+        self._journal.publish(EngineRefitted(version, results))
+        if self._config.algorithm.keep_old_actor:
+            self._cluster.call(SnapshotWeights(Role.OLD_ACTOR), step=version)
+
+    # --- held-out pairs, and the search for a difference -------------------------------------------------------------
+
+    def evaluate(self, step: int, sets: Mapping[str, Sequence[PreferencePair]]) -> None:
+        """Score the held-out pairs of every set with the newest weights."""
+        metrics: dict[str, float] = {}
+        with self._journal.timed("eval"):
+            for name, pairs in sets.items():
+                metrics |= preference_metrics(step, name, pairs, self._models, self._config)
+        self._journal.publish(EvaluationFinished(step, metrics, {}))
+
+    def first_difference(
+        self, step: int, samples: Sequence[Sample], sequences: Sequence[TrainSequence]
+    ) -> tuple[Sample, int] | None:
+        """Return the first sample with a token whose log-prob differs between engine and trainer, and the position of
+        that token in its sequence; None where there is none."""
+        return first_difference(samples, sequences, self._models.log_probs(step, sequences, Role.ACTOR))
+
+    def bisect(self, step: int, request: Request, tokens: int) -> list[Bisection]:
+        """Have every rank look for the first operator whose output for the first ``tokens`` tokens differs between
+        engine and trainer; the engine generates the response to ``request`` again."""
+        # computing log-probs may have released the engine's memory, and with it its weights
+        self._cluster.call(RefitEngine(step), step=step)
+        return self._cluster.call(Bisect(request, tokens), step=step)

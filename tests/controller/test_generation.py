@@ -1,0 +1,250 @@
+"""Which groups a step trains on, and when more prompts are submitted: a scripted engine decides the order of events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from miles_spmd.config import Config
+from miles_spmd.controller.generation.acceptance import Group
+from miles_spmd.controller.generation.generation import Generation
+from miles_spmd.controller.journal.events import EvaluationFinished, Event, PhaseFinished, RolloutFinished
+from miles_spmd.plugins.reward import RewardError, Score
+from miles_spmd.types.request import Output, Request
+from miles_spmd.types.sample import FinishReason, Prompt, Sample
+from miles_spmd.types.seeds import sample_seed
+
+SAMPLES = 2
+MAX_WAVES = 9
+
+
+class Engines:
+    """A cluster whose engines finish the running request that ``choose`` returns."""
+
+    def __init__(self, choose: Callable[[list[Request]], Request | None]) -> None:
+        self.choose = choose
+        self.running: list[Request] = []
+        self.submitted: list[Request] = []
+        self.rollouts: list[tuple[int, str]] = []
+        self.running_at_submit: list[list[str]] = []
+
+    @contextmanager
+    def rollout(self, step: int, *, purpose: str = "") -> Iterator[Engines]:
+        self.rollouts.append((step, purpose))
+        yield self
+        self.running.clear()
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        self.running_at_submit.append([request.rid for request in self.running])
+        self.running += requests
+        self.submitted += requests
+
+    def next(self, interrupt: Callable[[], bool]) -> Output | None:
+        if not self.running or interrupt():
+            return None
+        chosen = self.choose(self.running)
+        if chosen is None:
+            return None
+        self.running.remove(chosen)
+        return Output(chosen.rid, [7], [-1.0], FinishReason.STOP, [(0, 1)])
+
+
+class Rewards:
+    """Scores are there at once, or when the test says so."""
+
+    def __init__(self, value: Callable[[Group], float | None], waits: Callable[[Group], bool] = lambda group: False):
+        self.value, self.waits = value, waits
+        self.waiting: list[tuple[Group, Future[list[Score]]]] = []
+
+    def submit(self, samples: Group) -> Future[list[Score]]:
+        future: Future[list[Score]] = Future()
+        self.waiting.append((samples, future))
+        if not self.waits(samples):
+            self.finish(len(self.waiting) - 1)
+        return future
+
+    def finish(self, place: int) -> None:
+        group, future = self.waiting.pop(place)
+        value = self.value(group)
+        if value is None:
+            future.set_exception(RewardError(f"no reward for {group[0].prompt.uid}"))
+        else:
+            future.set_result([Score(value)] * len(group))
+
+
+class Data:
+    """Waves of ``size`` prompts, numbered through."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.read = size, 0
+        self.eval_sets = {"held": [Prompt(f"held:{i}", "", [i]) for i in range(size)]}
+
+    def waves(self, step: int) -> Iterator[list[Prompt]]:
+        for wave in range(MAX_WAVES):
+            self.read += 1
+            yield [Prompt(str(wave * self.size + i), "", [wave, i]) for i in range(self.size)]
+        raise LookupError("no more prompts")
+
+
+class Events:
+    def __init__(self) -> None:
+        self.published: list[Event] = []
+
+    def publish(self, event: Event) -> None:
+        self.published.append(event)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        yield
+        self.publish(PhaseFinished(phase, 0.0))
+
+
+class Tokenizer:
+    def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
+        return "text"
+
+
+def accepts(group: Sequence[Sample]) -> bool:
+    return group[0].reward == 1.0
+
+
+CONFIG = {
+    batch_size: Config(
+        model={"hf_checkpoint": "none"},
+        data={"prompt_data": "none"},
+        rollout={"rollout_batch_size": batch_size, "n_samples_per_prompt": SAMPLES},
+        algorithm={"dynamic_sampling_filter": "tests.controller.test_generation:accepts"},
+        eval={"n_samples_per_eval_prompt": SAMPLES},
+    )
+    for batch_size in range(1, 5)
+}
+
+
+def generation(engines: Engines, rewards: Rewards, data: Data, events: Events, batch_size: int) -> Generation:
+    parts: tuple[Any, ...] = engines, Tokenizer(), rewards, data, events
+    return Generation(CONFIG[batch_size], *parts)
+
+
+def waves_in_turn(good: Sequence[bool], batch_size: int, wave_size: int) -> tuple[list[str], int, int]:
+    """The rule that is to hold: whole waves one after another until enough groups are accepted. Returns the accepted
+    groups, the number of dropped ones, and the number of waves."""
+    accepted: list[str] = []
+    dropped = waves = 0
+    while len(accepted) < batch_size:
+        for number in range(waves * wave_size, (waves + 1) * wave_size):
+            if len(accepted) < batch_size:
+                if good[number]:
+                    accepted.append(str(number))
+                else:
+                    dropped += 1
+        waves += 1
+    return accepted, dropped, waves
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data(), st.integers(1, 4), st.integers(1, 4))
+def test_accepted_groups_are_a_function_of_content(data: st.DataObject, batch_size: int, wave_size: int) -> None:
+    """Whatever finishes first, and however long rewards take, the accepted groups and the waves are those of a rule
+    that knows no time."""
+    good = data.draw(
+        st.lists(st.booleans(), min_size=wave_size * (MAX_WAVES - 4), max_size=wave_size * (MAX_WAVES - 4))
+    )
+    good += [True] * wave_size * 4  # so that the prompts are always enough
+    slow = data.draw(st.sets(st.integers(0, len(good) - 1)))
+    rewards = Rewards(lambda g: float(good[int(g[0].prompt.uid)]), lambda g: int(g[0].prompt.uid) in slow)
+
+    def choose(running: list[Request]) -> Request | None:
+        while rewards.waiting and data.draw(st.booleans()):
+            rewards.finish(data.draw(st.integers(0, len(rewards.waiting) - 1)))
+        return data.draw(st.sampled_from(running))
+
+    engines, prompts, events = Engines(choose), Data(wave_size), Events()
+    run = generation(engines, rewards, prompts, events, batch_size)
+    wait = _finish_before_waiting(rewards)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("miles_spmd.controller.generation.acceptance.SimpleQueue", wait)
+        groups = run.rollout(3)
+    expected, dropped, waves = waves_in_turn(good, batch_size, wave_size)
+    assert [group[0].prompt.uid for group in groups] == expected
+    assert prompts.read == waves
+    numbers = [str(i) for i in range(waves * wave_size)]
+    assert [r.rid for r in engines.submitted] == [f"{n}.{i}" for n in numbers for i in range(SAMPLES)]
+    (finished,) = [event for event in events.published if isinstance(event, RolloutFinished)]
+    assert (finished.step, finished.groups, finished.dropped) == (3, groups, dropped)
+
+
+def _finish_before_waiting(rewards: Rewards) -> Any:
+    """A queue for which the slow rewards finish as soon as nothing else can happen."""
+    from queue import SimpleQueue
+
+    class Queue(SimpleQueue):  # type: ignore[type-arg]
+        def get(self, block: bool = True, timeout: float | None = None) -> Any:
+            if self.empty():
+                rewards.finish(0)
+            return super().get(block, timeout)
+
+    return Queue
+
+
+def straggler_last(running: list[Request]) -> Request:
+    return next((request for request in running if not request.rid.startswith("0.")), running[0])
+
+
+def test_more_prompts_are_submitted_while_a_straggler_runs() -> None:
+    """Group 1 of four is dropped: then a second wave is certain to be needed, although group 0 is still generating."""
+    engines, rewards = Engines(straggler_last), Rewards(lambda g: float(g[0].prompt.uid != "1"))
+    groups = generation(engines, rewards, Data(4), Events(), 4).rollout(0)
+    first, refill = engines.running_at_submit
+    assert (first, {"0.0", "0.1"} <= set(refill)) == ([], True)
+    assert [group[0].prompt.uid for group in groups] == ["0", "2", "3", "4"]
+
+
+def test_a_reward_that_arrives_while_a_straggler_runs_leads_to_a_refill() -> None:
+    """Engines that have nothing to return are left as soon as there is a reward to look at."""
+    rewards = Rewards(lambda g: float(g[0].prompt.uid != "1"), lambda g: g[0].prompt.uid == "1")
+    polled: list[bool] = []
+
+    def choose(running: list[Request]) -> Request | None:
+        if rewards.waiting and [request.rid for request in running] == ["0.0", "0.1"]:
+            polled.append(True)
+            rewards.finish(0)
+            return None
+        return straggler_last(running)
+
+    engines = Engines(choose)
+    groups = generation(engines, rewards, Data(2), Events(), 2).rollout(0)
+    assert polled == [True]
+    assert engines.running_at_submit == [[], ["0.0", "0.1"]]
+    assert [group[0].prompt.uid for group in groups] == ["0", "2"]
+
+
+def test_an_error_of_a_reward_counts_in_its_turn() -> None:
+    """A group that is not needed cannot end a run; one that is needed does, whatever finished after it."""
+
+    def value(group: Group) -> float | None:
+        return None if group[0].prompt.uid == "3" else 1.0
+
+    last = Engines(lambda running: running[-1])
+    groups = generation(last, Rewards(value), Data(4), Events(), 3).rollout(0)
+    assert [group[0].prompt.uid for group in groups] == ["0", "1", "2"]
+    with pytest.raises(RewardError, match="no reward for 3"):
+        generation(last, Rewards(value), Data(4), Events(), 4).rollout(0)
+
+
+def test_an_evaluation_has_the_seeds_of_step_0_and_is_named() -> None:
+    engines, events = Engines(lambda running: running[-1]), Events()
+    generation(engines, Rewards(lambda g: float(g[0].prompt.uid == "held:1")), Data(2), events, 2).evaluate(40)
+    assert engines.rollouts == [(40, "evaluation of held")]
+    seeds = [request.sampling.seed for request in engines.submitted]
+    uids = [f"held:{i}" for i in range(2) for _ in range(SAMPLES)]
+    assert seeds == [sample_seed(1234, 0, uid, i % SAMPLES) for i, uid in enumerate(uids)]
+    finished = cast(EvaluationFinished, events.published[-1])
+    assert finished.step == 40
+    assert finished.metrics["eval/held"] == 0.5
+    assert [group[0].prompt.uid for group in finished.samples["held"]] == ["held:0", "held:1"]
