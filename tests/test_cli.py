@@ -60,16 +60,16 @@ def test_help_is_quick_and_names_every_verb() -> None:
 
 
 @pytest.mark.parametrize("verb", ["train", "eval", "plan"])
-def test_faults_come_before_anything_starts(recipe: Path, verb: str) -> None:
+def test_errors_come_before_anything_starts(recipe: Path, verb: str) -> None:
     done = miles_spmd(verb, recipe, "rollout_batchsize=4", "megatron.sequence_parallel=true", status=2)
-    assert "2 faults" in done.stderr
+    assert "2 errors" in done.stderr
     assert "rollout_batchsize=4: unknown setting; did you mean rollout_batch_size?" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (recipe.parent / "runs").exists()
 
 
-def test_only_the_first_rank_names_the_faults(recipe: Path) -> None:
-    assert "1 fault" in miles_spmd("train", recipe, "seed=x", status=2, RANK="0", WORLD_SIZE="2").stderr
+def test_only_the_first_rank_names_the_errors(recipe: Path) -> None:
+    assert "1 error" in miles_spmd("train", recipe, "seed=x", status=2, RANK="0", WORLD_SIZE="2").stderr
     assert miles_spmd("train", recipe, "seed=x", status=2, RANK="1", WORLD_SIZE="2").stderr == ""
 
 

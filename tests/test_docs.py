@@ -16,6 +16,7 @@ from miles_spmd.algorithms.advantages import compute_advantages
 from miles_spmd.algorithms.corrections import correct
 from miles_spmd.algorithms.losses import PolicyLoss
 from miles_spmd.config import AlgorithmConfig, Config
+from miles_spmd.config.checks import settings
 from miles_spmd.config.load import load_config
 from miles_spmd.config.table import walk
 from miles_spmd.types.rollout_batch import RolloutBatch
@@ -39,9 +40,9 @@ def test_the_tables_have_every_recipe_once() -> None:
 def test_a_row_says_what_its_recipe_says(name: str) -> None:
     (row,) = [line for line in PAGE.splitlines() if f"configs/algorithms/{name}.toml" in line]
     config = load_config(RECIPES / f"{name}.toml", check_files=False)
-    settings = re.findall(r"`(\w+ = [^`]+)`", row.split("|")[2])
-    assert settings
-    for said in settings:
+    named = re.findall(r"`(\w+ = [^`]+)`", row.split("|")[2])
+    assert named
+    for said in named:
         ((leaf, value),) = tomllib.loads(said).items()
         assert settings(config)[leaf] == value
 

@@ -28,6 +28,8 @@ def _trainer_fills_its_ranks(s: Settings) -> Messages:
 
 @rule(ERRORS)
 def _sequence_parallel(s: Settings) -> Messages:
+    if s.sequence_parallel and s.tensor_model_parallel_size == 1:
+        yield "megatron.sequence_parallel: needs tensor_model_parallel_size > 1"
     if s.expert_model_parallel_size > 1 and s.tensor_model_parallel_size > 1 and not s.sequence_parallel:
         yield "megatron.sequence_parallel: must be true with both expert and tensor parallelism"
 
@@ -84,6 +86,8 @@ def _experts_divide(s: Settings) -> Messages:
 
 @rule(ERRORS)
 def _recompute(s: Settings) -> Messages:
+    if s.recompute_granularity == "full" and (s.recompute_method is None or s.recompute_num_layers is None):
+        yield "megatron.recompute_granularity: 'full' needs recompute_method and recompute_num_layers"
     if s.recompute_granularity != "full" and s.recompute_method is not None:
         yield "megatron.recompute_method: needs recompute_granularity = 'full'"
 

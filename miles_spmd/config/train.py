@@ -18,7 +18,8 @@ class TrainConfig(Table):
     """Put moments and main parameters into host memory, and free gradients, while the engine uses the device; the
     weights stay. This leaves more memory to the engine's cache, at the price of two transfers in each step."""
     memory_allowance: NonNegativeFloat = 0.25
-    """How much more memory than planned may be in use before the run stops: this fraction, and 2 GiB."""
+    """How much more memory than planned (this fraction, and 2 GiB) is left to the trainer when the engine releases
+    memory, and may be in use before a warning."""
     max_skipped_steps: NonNegativeInt = 3
     """Number of consecutive steps with a non-finite loss or gradient before the run stops."""
     lr_warmup_iters: NonNegativeInt = 0

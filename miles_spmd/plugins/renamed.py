@@ -22,6 +22,7 @@ MODULES = {
     "miles_spmd.algorithms.protocols": ("miles_spmd.plugins.algorithm", "miles_spmd.plugins.plug_point"),
     "miles_spmd.algorithms.rollout_batch": ("miles_spmd.types.rollout_batch",),
     "miles_spmd.algorithms.token_batch": ("miles_spmd.types.token_batch",),
+    "miles_spmd.config.schema": ("miles_spmd.config",),
     "miles_spmd.data.sample": ("miles_spmd.types.sample", "miles_spmd.types.train_sequence"),
     "miles_spmd.data.seeds": ("miles_spmd.types.seeds",),
     "miles_spmd.rewards.protocols": ("miles_spmd.plugins.reward",),
@@ -29,7 +30,7 @@ MODULES = {
 # Old module and name -> the name that it has now, in the same module or in one of those above.
 NAMES = {
     "miles_spmd.algorithms.rollout_batch.Rollouts": "RolloutTable",
-    "miles_spmd.config.Algorithm": "AlgorithmConfig",
+    "miles_spmd.config.schema.Algorithm": "AlgorithmConfig",
 }
 
 

@@ -164,7 +164,7 @@ class MemoryAccount:
         text = f"memory, {self.phase} {self.step}, {handoff}: {listed(held)}; {now.free / GIB:.2f} GiB free"
         if worked:
             text += f"; meanwhile up to {grown / GIB:.2f} for activations"
-            self.note(ACTIVATIONS, grown / GIB)
+            self.note("activations", grown / GIB)
         print(text)
         self._restart(now)
         self._compare(held | ({ACTIVATIONS: grown} if worked and self._exact else {}))

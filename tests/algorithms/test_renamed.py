@@ -21,7 +21,7 @@ PLUG_IN = """
 from miles_spmd.algorithms.protocols import AdvantageEstimator, PlugPoint
 from miles_spmd.algorithms.rollout_batch import Estimate, RolloutBatch, Rollouts
 from miles_spmd.algorithms.token_batch import TokenBatch
-from miles_spmd.config import Algorithm
+from miles_spmd.config.schema import Algorithm
 from miles_spmd.data.sample import Sample, TrainSequence
 from miles_spmd.data.seeds import derive_seed
 from miles_spmd.rewards.protocols import Score
@@ -54,7 +54,7 @@ def test_old_names_work_and_warn_with_the_new_ones(plug_in: Path) -> None:
         "miles_spmd.algorithms.protocols.PlugPoint is now miles_spmd.plugins.plug_point.PlugPoint; the old name is",
         "miles_spmd.data.sample.TrainSequence is now miles_spmd.types.train_sequence.TrainSequence; ",
         "miles_spmd.algorithms.rollout_batch.Rollouts is now miles_spmd.types.rollout_batch.RolloutTable; ",
-        "miles_spmd.config.Algorithm is now miles_spmd.config.AlgorithmConfig; ",
+        "miles_spmd.config.schema.Algorithm is now miles_spmd.config.AlgorithmConfig; ",
         "RolloutBatch.kl_penalties(algorithm) is now miles_spmd.algorithms.kl.kl_penalties(batch, algorithm); ",
     ):
         assert any(m.startswith(message) for m in messages), message
@@ -94,4 +94,4 @@ def test_only_plug_ins_get_old_names(plug_in: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, timeout=60
     )
     assert done.stdout.split("\n")[:2] == ["not yet", "minus_kl"], done.stderr
-    assert f"{plug_in}:5: DeprecationWarning: miles_spmd.config.Algorithm is now" in done.stderr
+    assert f"{plug_in}:5: DeprecationWarning: miles_spmd.config.schema.Algorithm is now" in done.stderr

@@ -134,10 +134,6 @@ def test_a_missing_label_names_the_prompt(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        (
-            "nothing",
-            "reward.rm_type = 'nothing' is unknown; known: exact, math, or your own `module:function`",
-        ),
         ("no.such.module:f", "cannot be imported: ModuleNotFoundError"),
         (HERE + "no_such_function", "cannot be imported: AttributeError"),
         (HERE + "not_a_function", "is of type int; it must be a function"),
