@@ -20,13 +20,13 @@ class DeterminismConfig(Table):
     """Keep in `ledger/` a hash chain over what every step read and computed; see `miles-spmd ledger`, `diff`, `replay`.
     """
     ledger_data_gib: NonNegativeFloat = 4.0
-    """Beside it keep up to so many GiB of tokens, log-probs, rewards and advantages of the newest steps: `diff` needs
-    them to name the token, and `replay --phase train` instead of generating. 0: none."""
+    """GiB of tokens, log-probs, rewards and advantages of the newest steps, kept beside the ledger. `diff` needs
+    them to name the token, and `replay --phase train` reads them instead of generating. 0: keep none."""
     parity: Literal["auto", "bitwise", "off"] = "auto"
     """`bitwise`: engine and trainer compute log-probs by the same batch-invariant kernels, so that they are equal; what
     prevents that is an error. `auto`: the same where nothing prevents it, else `off`, and the log gives the reason."""
     parity_gate: Literal["warn", "mask", "stop"] | None = None
-    """What happens when engine and trainer differ by more than is allowed, which with `bitwise` is nothing. `warn`: one
+    """What happens when engine and trainer differ by more than is allowed. With `bitwise` no difference is. `warn`: one
     warning; `mask`: the tokens are not trained on, which takes a forward pass beforehand; `stop`: the run ends and
     names the first one. The default is `stop`, and `warn` where `auto` has chosen."""
     mismatch_budget: dict[Literal["mean", "p999", "max", "k3", "top1_flips"], PositiveFloat] = {}

@@ -20,6 +20,6 @@ def _lagging_rollouts(s: Settings) -> Messages:
     for name, interval in (("checkpoint.save_interval", s.save_interval), ("eval.eval_interval", s.eval_interval)):
         if interval % s.update_weights_interval:
             yield (
-                f"{name}: {interval} is not a multiple of update_weights_interval {s.update_weights_interval}; both "
-                "happen with the newest weights in the engine, which would then come earlier than they should"
+                f"{name}: {interval} is not a multiple of update_weights_interval {s.update_weights_interval}; saving "
+                "and evaluating refit the engine, which would shorten the interval; set it to a multiple"
             )

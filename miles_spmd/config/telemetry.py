@@ -26,4 +26,4 @@ class TelemetryConfig(Table):
 @rule(ERRORS)
 def _wandb_is_installed(s: Settings) -> Messages:
     if s.use_wandb and importlib.util.find_spec("wandb") is None:
-        yield "telemetry.use_wandb: the package wandb is not installed"
+        yield "telemetry.use_wandb: the package wandb is not installed: pip install 'miles-spmd[wandb]'"

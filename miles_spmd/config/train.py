@@ -35,11 +35,11 @@ class TrainConfig(Table):
     num_critic_only_steps: NonNegativeInt = 0
     """Number of rollouts at the beginning that train the critic alone."""
     reduction_leaves: Annotated[NonNegativeInt, must_be("a power of two", lambda leaves: not leaves & (leaves - 1))] = 0
-    """Canonical reduction: sum gradients over a tree with so many leaves (a power of two), each a fixed share of the
-    batch. Gradients are then bitwise equal for every data-parallel size that divides it, and for every
+    """Canonical reduction: sum gradients over a tree with this number of leaves (a power of two), each a fixed share of
+    the batch. Gradients are then bitwise equal for every data-parallel size that divides it, and for every
     `max_tokens_per_gpu`. 0: in the order in which sequences happen to be packed."""
     leaf_tokens: NonNegativeInt = 0
-    """Pack the sequences of a leaf into micro-batches of so many tokens, at most `max_tokens_per_gpu` times
+    """Pack the sequences of a leaf into micro-batches of this many tokens, at most `max_tokens_per_gpu` times
     context-parallel size. The result depends on this number in its last bits. 0: one sequence in each."""
 
 

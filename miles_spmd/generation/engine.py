@@ -85,8 +85,8 @@ class Engine(Protocol):
         """
 
     def resume_weights(self) -> None:
-        """Resume the memory of the weights only, which is all that a refit needs, so that a trainer may use the rest
-        until ``resume`` follows."""
+        """Resume the memory of the weights only. A refit needs no more, and the trainer can use the rest until
+        ``resume``."""
 
     def resume(self) -> None:
         """Resume all memory that is still released. Weights that were not kept are undefined until the next refit.

@@ -33,7 +33,8 @@ class RewardPostProcess(Protocol):
 
 
 class GroupFilter(Protocol):
-    """``algorithm.dynamic_sampling_filter``: decides whether a prompt's samples, with rewards, are trained on."""
+    """``algorithm.dynamic_sampling_filter``: decides whether a prompt's samples, with rewards, are trained on. It is
+    called as rewards arrive, so it must be a function of the group alone."""
 
     def __call__(self, samples: Sequence[Sample]) -> bool: ...
 

@@ -75,8 +75,8 @@ class Network:
     @torch.no_grad()
     def log_probs(self, micro_batches: Sequence[MicroBatch], top_k: int = 0) -> LogProbsResult:
         """Return the log-prob of every token with a loss weight, float32 [T] per sequence; entries without a weight are
-        0. Also the log-probs of ``candidates`` [T, K], if sequences have some, and with ``top_k`` the ids and log-probs
-        of the top tokens in the place of each, [T, top_k]."""
+        0. Where sequences have ``candidates`` [T, K], return their log-probs, too; with ``top_k`` also ids and
+        log-probs of the top tokens at each position, [T, top_k]."""
         batches = self._pack(micro_batches)
         outputs = self._score(batches, self._scoring.with_candidates(top_k))
         if not self.reports:

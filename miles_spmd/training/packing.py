@@ -36,7 +36,8 @@ _OPTIONAL_FIELDS = tuple(
 class PackedBatch:
     """This rank's part of one micro-batch: T tokens of its stream, S of them scored, on the rank's device.
 
-    At least one position is scored, so that every rank has logits to run; a stand-in has weight 0.
+    At least one position is scored, so that every rank executes the output layer. Where no token is scored, a dummy
+    position with weight 0 is.
     """
 
     tokens: Tensor  # int64 [1, T]

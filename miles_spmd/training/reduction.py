@@ -45,8 +45,9 @@ class TreeSum:
 
     def __call__(self, chunks: list[DistributedDataParallel], num_tokens: Tensor | None = None, **groups: Any) -> None:
         self._leaf += 1
-        # As a binary counter carries: leaf number n (from 1) ends as many subtrees as n has factors of two. Each adds
-        # its left half, the most recent one that waits, to its right half, which the buffers hold.
+        # This works like the carries of a binary counter. Leaf number n (from 1) completes as many subtrees as n has
+        # factors of two. A completed subtree is the sum of its left half, the last entry of ``_subtrees``, and of its
+        # right half, which the buffers hold.
         for _ in range((self._leaf & -self._leaf).bit_length() - 1):
             self._add(self._subtrees.pop())
         if self._leaf < self.own_leaves:

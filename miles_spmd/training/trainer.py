@@ -159,7 +159,6 @@ def _sum_over_micro_batches(sums: list[dict[str, Tensor]]) -> dict[str, float]:
 
 
 def _why_skipped(sums: list[dict[str, float]]) -> str:
-    """Return the reason as this rank sees it: ranks whose own loss is finite, or that have none, see the gradient
-    only."""
+    """Return why this rank skips the step. A rank without a loss, or with a finite one, can only name the gradient."""
     finite = all(math.isfinite(leaf.get("loss", 0.0)) for leaf in sums)
     return "non-finite gradient" if finite else "non-finite loss"

@@ -33,8 +33,9 @@ from miles_spmd.worker.stopwatch import Stopwatch
 class DeviceTurns:
     """An engine, a trainer (``roles``), or both, and the refit between them. ``everyone``: the group of all ranks.
 
-    A new engine is resident and has no weights. Where rollouts lag behind, the engine keeps its weights while the
-    trainer works, because the trainer's are newer. ``watch`` measures the time of each part, ``memory`` its holders.
+    A new engine is resident and has no weights. With ``update_weights_interval`` > 1 the engine keeps its weights while
+    the trainer works, because the trainer no longer has these older weights. ``watch`` measures the time of each part,
+    ``memory`` its holders.
     """
 
     def __init__(

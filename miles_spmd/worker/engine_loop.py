@@ -50,8 +50,8 @@ def run_rollout(
     """Step the engine from a Generate command until it is idle and the controller has sent EndGenerate. Returns how
     often the engine ran out of memory and began again. ``progress`` receives the number of steps, as text.
 
-    The prefix cache is emptied first: what an evaluation left there would decide which tokens of a prompt are prefilled
-    together, and so the rounding of their log-probs.
+    The prefix cache is emptied first: entries of an evaluation would change which tokens of a prompt are prefilled
+    together, and with that the rounding of their log-probs.
     """
     engine.flush()
     steps, retries, ended = 0, 0, False

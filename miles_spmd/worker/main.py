@@ -108,7 +108,7 @@ def serve(config: Config, task: str, place: Place, controller: ControllerProcess
     except Exception as error:
         traceback.print_exc()
         dealer.send(Reply(0, place.rank, HOST, failure(error)))
-        dealer.receive()  # nothing comes: the controller ends the run
+        dealer.receive()  # block until the controller ends the run; it sends no further message
         return
     dealer.send(Hello(rank_info(worker, place), config_digest(config), watch.take(), worker.memory.take()))
     watchdog.enter(Phase.IDLE, 0, None)

@@ -1,4 +1,4 @@
-"""What can go wrong with a rank. Each text names rank, host, phase, step and cause; the first error ends the run."""
+"""The classes of errors of ranks; listener.py writes their texts, which name rank, host, phase, step and cause."""
 
 from __future__ import annotations
 

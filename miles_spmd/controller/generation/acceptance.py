@@ -24,7 +24,7 @@ class Acceptance:
     """The groups of a rollout while they are generated, scored, and accepted or dropped.
 
     A group is judged by the filter as soon as its rewards arrive, so that more prompts can be submitted early. It is
-    accepted or dropped in its turn, after every group that was submitted before it.
+    accepted or dropped only after every group that was submitted before it.
     """
 
     def __init__(self, rewards: RewardPool, count: int, accepts: GroupFilter | None = None) -> None:

@@ -83,7 +83,7 @@ class Generation:
     ) -> None:
         """Submit prompts wave by wave until enough groups are accepted; what is still running then is aborted.
 
-        A wave is submitted only when it is certain to be needed, so which waves are is independent of time.
+        A wave is submitted only when it is certain to be needed, so the submitted waves do not depend on timing.
         """
         with self._cluster.rollout(step, purpose=purpose) as session:
             while not acceptance.enough:

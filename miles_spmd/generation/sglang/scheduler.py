@@ -24,8 +24,8 @@ from miles_spmd.generation.sglang.cpu_memory_saver import CpuMemorySaver
 
 
 class InProcessScheduler(Scheduler):
-    """Reads SGLang's request messages from ``inbox`` (only the one of the engine's first rank counts; SGLang broadcasts
-    it) and appends requests that ended to ``finished``, on every rank."""
+    """Reads SGLang's request messages from ``inbox`` and appends requests that ended to ``finished``, on every rank.
+    Only the inbox of the engine's first rank is read; SGLang broadcasts its content to the others."""
 
     # attributes of SGLang's class that are assigned here, whose types mypy does not see
     request_receiver: Any
