@@ -35,7 +35,7 @@ class Router(TopKRouter):
 
     def gating(self, hidden: Tensor) -> Tensor:
         if self.config.batch_invariant_mode:
-            return multiply(hidden, self.weight, None, False, False, False, None, None).float()
+            return multiply(hidden, self.weight).float()
         dtype = ROUTER_DTYPES.get(self.config.moe_router_dtype, hidden.dtype)
         return F.linear(hidden.to(dtype), self.weight.to(dtype)).float()
 

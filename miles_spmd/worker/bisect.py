@@ -29,11 +29,11 @@ def bisect(command: Bisect, engine: Engine, network: Network) -> Bisection:
             outputs += engine.step()
     response = outputs[0].output_ids
     of_trainer = operator_outputs(network, [*command.request.input_ids, *response])
-    found = first_difference(of_engine, of_trainer, network.num_layers, command.tokens)
+    found = first_difference(of_engine, of_trainer, network.family.num_layers, command.tokens)
     if found is None:
         return Bisection(response)
     what = (
         f"differs for {found.tokens} of {found.compared} tokens, first for number {found.token} of the sequence, by up "
         f"to {found.largest:.3g}"
     )
-    return Bisection(response, found.operator, operators(network.num_layers).index(found.operator), what)
+    return Bisection(response, found.operator, operators(network.family.num_layers).index(found.operator), what)

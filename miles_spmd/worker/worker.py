@@ -111,8 +111,8 @@ class Worker:
     def trainer_rank(self) -> TrainerRank | None:
         if self._roles is None:
             return None
-        actor = self._roles.actor
-        return TrainerRank(actor.data_parallel_rank, actor.data_parallel_size, actor.reports)
+        where = self._roles.actor.where
+        return TrainerRank(where.dp_rank, where.dp_size, where.reports)
 
     @property
     def engine_rank(self) -> EngineRank | None:
