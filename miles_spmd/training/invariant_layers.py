@@ -14,6 +14,7 @@ from torch import Tensor
 
 from miles_spmd.invariant.linear import linear, tree_sum
 from miles_spmd.invariant.swiglu import swiglu
+from miles_spmd.training.log_probs import add_product
 
 
 class SwiGLU(MegatronModule):
@@ -101,15 +102,6 @@ class _TreeReduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         return gather_from_sequence_parallel_region(gradient, group=ctx.group) if ctx.scatter else gradient, None, None
-
-
-def add_product(inputs_TI: Tensor, gradient_TO: Tensor, total_OI: Tensor) -> None:
-    """Compute total += gradient^T inputs; ``total`` is fp32 or has the dtype of the factors. T tokens, I inputs of the
-    linear, O outputs. The product is rounded once, as it is added."""
-    if total_OI.dtype == inputs_TI.dtype:
-        total_OI.addmm_(gradient_TO.T, inputs_TI)
-    else:
-        torch.addmm(total_OI, gradient_TO.T, inputs_TI, out_dtype=total_OI.dtype, out=total_OI)
 
 
 # With ``gradient_accumulation_fusion`` Megatron's linears call Apex's extension, in whose place this module stands.

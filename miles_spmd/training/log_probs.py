@@ -10,7 +10,7 @@ position, N sums of each position. "1" is a dimension of one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,7 +68,6 @@ class _LinearLogProbs(torch.autograd.Function):
         distribution: Distribution,
         differentiate_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        layer = replace(layer, weight=weight)
         rows = scan(layer, hidden, targets[:, None], distribution)
         log_probs_S, entropy_S = rows.log_probs(rows.chosen_SK).squeeze(1), rows.entropy()
         ctx.save_for_backward(hidden, weight, targets, rows.peak_S1, rows.total_S1, rows.threshold_S1, entropy_S)
@@ -94,11 +93,9 @@ class _LinearLogProbs(torch.autograd.Function):
 
         def gradient_of_logits(chunk: slice) -> Tensor:
             logits_RV = layer.logits(hidden[chunk]) if saved_logits_RV is None else saved_logits_RV
-            column_R1, total_R1 = targets[chunk, None] - layer.first_id, total_S1[chunk]
-            grad_R1, entropy_and_grad = grad_log_probs[chunk, None], None
-            if ctx.differentiate_entropy:
-                entropy_and_grad = entropy_S[chunk, None], grad_entropy[chunk, None]
-            args = logits_RV, distribution.temperature, peak_S1[chunk], total_R1, column_R1, grad_R1, entropy_and_grad
+            column_R1, grad_R1 = targets[chunk, None] - layer.first_id, grad_log_probs[chunk, None]
+            entropies = (entropy_S[chunk, None], grad_entropy[chunk, None]) if ctx.differentiate_entropy else None
+            args = logits_RV, distribution.temperature, peak_S1[chunk], total_S1[chunk], column_R1, grad_R1, entropies
             if threshold_S1 is None:
                 return layer.softmax.differentiate(*args)
             return softmax.differentiate(*args, threshold_S1[chunk])
@@ -107,7 +104,7 @@ class _LinearLogProbs(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(gradient_RV.to(weight.dtype), layer.token_weight, out=grad_hidden[chunk])
             if grad_weight is not None:
-                _add_product(grad_weight[: gradient_RV.shape[1]], gradient_RV, hidden[chunk])
+                add_product(hidden[chunk], gradient_RV, grad_weight[: gradient_RV.shape[1]])
 
         for chunk in chunks:
             pass_on(gradient_of_logits(chunk), chunk)
@@ -211,15 +208,16 @@ def scan(
     return rows
 
 
-def _add_product(total_VH: Tensor, gradient_RV: Tensor, hidden_RH: Tensor) -> None:
-    """Compute total += gradient^T hidden. A total in fp32 takes products that were not rounded to 16 bits."""
-    if total_VH.dtype == hidden_RH.dtype:
-        total_VH.addmm_(gradient_RV.to(total_VH.dtype).T, hidden_RH)
-    elif not total_VH.is_cuda:  # whose products have the dtype of their factors
-        total_VH.addmm_(gradient_RV.T, hidden_RH.float())
+def add_product(inputs_TI: Tensor, gradient_TO: Tensor, total_OI: Tensor) -> None:
+    """Compute total += gradient^T inputs. The product is rounded once, as it is added: a total in fp32 takes products
+    that were not rounded to 16 bits. T tokens, I inputs of a linear, O outputs."""
+    if total_OI.dtype == inputs_TI.dtype:
+        total_OI.addmm_(gradient_TO.to(total_OI.dtype).T, inputs_TI)
+    elif not total_OI.is_cuda:  # whose products have the dtype of their factors
+        total_OI.addmm_(gradient_TO.T, inputs_TI.float())
     else:
-        factor_VR = gradient_RV.to(hidden_RH.dtype).T
-        torch.addmm(total_VH, factor_VR, hidden_RH, out_dtype=total_VH.dtype, out=total_VH)
+        factor_OT = gradient_TO.to(inputs_TI.dtype).T
+        torch.addmm(total_OI, factor_OT, inputs_TI, out_dtype=total_OI.dtype, out=total_OI)
 
 
 def _at_least_fp32(tensor: Tensor) -> torch.dtype:

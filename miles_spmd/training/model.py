@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
@@ -52,10 +51,10 @@ class Scoring:
 class ValueHead(torch.nn.Module):
     """One number per position, fp32 [S]. Every tensor-parallel rank holds and computes the whole head."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
-        device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype, device=device))
+        shape = 1, config.hidden_size
+        self.weight = torch.nn.Parameter(torch.zeros(shape, dtype=config.params_dtype, device=device()))
 
     def forward(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden.float(), self.weight.float()).squeeze(-1)
@@ -91,14 +90,12 @@ class PackedModel(GPTModel):
 
     def _set_rotary(self, batch: PackedBatch) -> None:
         """Compute the angles of rotary positions once for all layers and chunks."""
-        sequences = batch.sequences
+        sequences, positions = batch.sequences, batch.sequences.positions
         if sequences.table is None:
-            frequencies = self.rotary_pos_emb.inv_freq.to(batch.sequences.positions.device)
+            frequencies = self.rotary_pos_emb.inv_freq.to(positions.device)
             sequences.table = rotary.table(frequencies, sequences.max_seqlen_q)
         if self.config.transformer_impl == "transformer_engine" and sequences.angles is None:
-            sequences.angles = self.rotary_pos_emb.get_emb(sequences.max_seqlen_q)[:, 0].index_select(
-                0, batch.sequences.positions
-            )
+            sequences.angles = self.rotary_pos_emb.get_emb(sequences.max_seqlen_q)[:, 0].index_select(0, positions)
 
     def _score(self, hidden: Tensor, batch: PackedBatch, scoring: Scoring) -> tuple[Tensor, ...]:
         """Return log-probs of the targets and the entropy, fp32 [S]; with ``top_k`` also ids (int32) and log-probs

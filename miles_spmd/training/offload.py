@@ -94,10 +94,7 @@ class Offload:
         return [storage for identity, storage in storages.items() if identity not in self._weights]
 
     def _slices(self, storages: list[UntypedStorage]) -> Iterable[Tensor]:
-        start = 0
-        for storage in storages:
-            yield self._host[start : start + storage.nbytes()]
-            start += storage.nbytes()
+        return self._host[: _size(storages)].split([storage.nbytes() for storage in storages])
 
 
 def _identity(storage: UntypedStorage) -> int:

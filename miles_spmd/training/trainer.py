@@ -57,7 +57,12 @@ class Trainer(Network):
         self.checkpoint = TrainerCheckpoint(self._chunks, self._optimizer, self._schedule)
         leaves = config.train.reduction_leaves
         self._sum_gradients = TreeSum(self._chunks, leaves) if leaves else plain_sum
-        self._connect_schedule()
+        # the functions that Megatron's pipeline schedules call back, as its own training loop sets them
+        transformer.finalize_model_grads_func = self._sum_gradients
+        if ddp.overlap_grad_reduce:
+            transformer.no_sync_func = _per_chunk([chunk.no_sync for chunk in self._chunks])
+        if ddp.overlap_param_gather and ddp.align_param_gather:
+            transformer.param_sync_func = _per_chunk([chunk.start_param_sync for chunk in self._chunks])
         ledger = config.determinism.ledger
         self.digests = TrainerDigests(self._parameters, self.layout(), self._optimizer) if ledger else None
         self.offload = Offload(self._chunks, self._optimizer, self.weights().values())
@@ -90,11 +95,13 @@ class Trainer(Network):
                     chunk.start_param_sync(force_sync=True)
         sums = [_sum_over_micro_batches([sums for _, sums in leaf]) for leaf in outcomes]
         scores = [scores for leaf in outcomes for scores, _ in leaf]
+        # a rank without a loss, or with a finite one, can only name the gradient
+        finite = all(math.isfinite(leaf.get("loss", 0.0)) for leaf in sums)
         return TrainResult(
             sums=sums,
             grad_norm=norm,
             lr=lr,
-            skipped="" if updated else _why_skipped(sums),
+            skipped="" if updated else f"non-finite {'gradient' if finite else 'loss'}",
             log_probs=self._per_sequence(batches, scores),
             digests=UpdateDigests(to_host(gradient), to_host(digests.weights())) if digests else None,
         )
@@ -107,18 +114,9 @@ class Trainer(Network):
         loss = loss * torch.where(torch.isfinite(loss), 1.0, float("nan"))
         return loss, (outputs[0].detach(), {"loss": loss.detach(), **sums})
 
-    def _connect_schedule(self) -> None:
-        """Set the functions that Megatron's pipeline schedules call back, as its own training loop does."""
-        config, ddp = self._megatron.transformer, self._megatron.ddp
-        config.finalize_model_grads_func = self._sum_gradients
 
-        def per_chunk(functions: list[Any]) -> Any:
-            return functions if len(functions) > 1 else functions[0]
-
-        if ddp.overlap_grad_reduce:
-            config.no_sync_func = per_chunk([chunk.no_sync for chunk in self._chunks])
-        if ddp.overlap_param_gather and ddp.align_param_gather:
-            config.param_sync_func = per_chunk([chunk.start_param_sync for chunk in self._chunks])
+def _per_chunk(functions: list[Any]) -> Any:
+    return functions if len(functions) > 1 else functions[0]
 
 
 def _sum_over_micro_batches(sums: list[dict[str, Tensor]]) -> dict[str, float]:
@@ -128,9 +126,3 @@ def _sum_over_micro_batches(sums: list[dict[str, Tensor]]) -> dict[str, float]:
     names = list(sums[0])
     totals = torch.stack([torch.stack([s[name].double() for name in names]) for s in sums]).sum(0)
     return dict(zip(names, totals.tolist()))
-
-
-def _why_skipped(sums: list[dict[str, float]]) -> str:
-    """Return why this rank skips the step. A rank without a loss, or with a finite one, can only name the gradient."""
-    finite = all(math.isfinite(leaf.get("loss", 0.0)) for leaf in sums)
-    return "non-finite gradient" if finite else "non-finite loss"
