@@ -34,6 +34,16 @@ from miles_spmd.invariant.split_attention import split_attention
 BlockAttention = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], tuple[int, int], float], Tensor]
 
 
+def _varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, starts: tuple[Tensor, Tensor], longest: tuple[int, int], scale: float
+) -> Tensor:
+    """torch's variable-length flash attention (CUDA). Its causal mask aligns the last query with the last key."""
+    from torch.nn.attention.varlen import varlen_attn  # takes grouped queries as they are
+
+    tensors = query.contiguous(), key.contiguous(), value.contiguous()
+    return varlen_attn(*tensors, *starts, *longest, window_size=(-1, 0), scale=scale)  # type: ignore[return-value]
+
+
 @dataclass
 class Blocks:
     """Where the causal blocks of a stream lie: sizes on the host, the index of keys on the device."""
@@ -43,7 +53,9 @@ class Blocks:
     key_index: Tensor | None  # int64 [sum of key_lengths], into the gathered keys; None: the stream itself
     kernel: Attention | None = None  # chosen when the first layer attends, then used by all layers
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, on_gpu: BlockAttention) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, on_gpu: BlockAttention = _varlen_attention
+    ) -> Tensor:
         """Return [T, H, D] from ``query`` [T, H, D] and the blocks' keys and values [sum of key_lengths, G, D].
 
         ``on_gpu``: the attention of 16-bit numbers on a GPU.
@@ -124,13 +136,3 @@ class PackedAttention(MegatronModule):
             pair = gather_from_sequence_parallel_region(torch.stack((key, value), 1), group=self.cp_group)
             key, value = pair.index_select(0, blocks.key_index).unbind(1)
         return blocks.attend(query, key, value, self.scale, self.on_gpu).flatten(1)
-
-
-def _varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, starts: tuple[Tensor, Tensor], longest: tuple[int, int], scale: float
-) -> Tensor:
-    """torch's variable-length flash attention (CUDA). Its causal mask aligns the last query with the last key."""
-    from torch.nn.attention.varlen import varlen_attn  # takes grouped queries as they are
-
-    tensors = query.contiguous(), key.contiguous(), value.contiguous()
-    return varlen_attn(*tensors, *starts, *longest, window_size=(-1, 0), scale=scale)  # type: ignore[return-value]

@@ -168,9 +168,8 @@ def _refuse_unsupported(table: Mapping[str, Any]) -> None:
         )
     missing = {"layernorm", "moe_act", "mla_up_proj"} & set(table.get("recompute_modules") or ())
     if missing and not random.HAVE_TE:
-        raise ValueError(
-            f"recompute_modules: {', '.join(sorted(missing))} cannot be recomputed without Transformer Engine"
-        )
+        names = ", ".join(sorted(missing))
+        raise ValueError(f"recompute_modules: {names} cannot be recomputed without Transformer Engine")
 
 
 def _fields_of(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
