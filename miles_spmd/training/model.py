@@ -53,8 +53,7 @@ class ValueHead(torch.nn.Module):
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
-        shape = 1, config.hidden_size
-        self.weight = torch.nn.Parameter(torch.zeros(shape, dtype=config.params_dtype, device=device()))
+        self.weight = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype, device=device()))
 
     def forward(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden.float(), self.weight.float()).squeeze(-1)
