@@ -25,10 +25,15 @@ def ppo(log_probs: Tensor, tokens: TokenBatch, algorithm: AlgorithmConfig) -> tu
 
 
 def gspo(log_probs: Tensor, tokens: TokenBatch, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    """Return PPO's term with one ratio per sequence, s = exp(mean of log r over its trained tokens): the gradient of a
-    token's loss reaches all of them. Source: GSPO (arXiv 2507.18071) eq. 5 and 7; its clip range is 1000 times
-    narrower."""
-    log_s = tokens.sequence_mean(log_ratio(log_probs, tokens))
+    """Return PPO's term with the ratio sg(s) r / sg(r), where s = exp(mean of log r over the sequence's trained tokens)
+    and sg stops the gradient: every token has the value of s, and the gradient of its own probability alone.
+
+    So a token that is rejected gets no gradient, and advantages may differ from token to token. Where a sequence has
+    one advantage and equal weights, the gradient is that of s itself. Source: GSPO-token (arXiv 2507.18071, section
+    4.3); its clip range is 1000 times narrower than PPO's.
+    """
+    log_r = log_ratio(log_probs, tokens)
+    log_s = tokens.sequence_mean(log_r.detach()) + (log_r - log_r.detach())
     return _clipped(log_s, tokens.required("advantages"), algorithm)
 
 

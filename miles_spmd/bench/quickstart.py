@@ -1,4 +1,4 @@
-"""Time of a GRPO step on this machine, by phase, at two model sizes, and on request that of TRL.
+"""Time of a GRPO step on this machine, by phase, at two model sizes, and on request that of TRL; wall and CPU seconds.
 
 A step has 16 prompts of 12 tokens, 8 samples each, 24 tokens per response and one optimizer step in fp32. No model has
 an end-of-sequence token, so every response is 24 tokens long in both systems.
@@ -6,15 +6,18 @@ an end-of-sequence token, so every response is 24 tokens long in both systems.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 import tomli_w
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +28,7 @@ from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
 
 PROMPTS, SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 16, 8, 12, 24
 WARM_UP_STEPS = 3
+CPU_SECONDS_EVERY = 0.05  # seconds between looks at the processes' CPU time, a small part of a step
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,13 @@ SIZES = (Size("0.2M", 64, 2, 256), Size("5M", 256, 6, 768))
 
 @dataclass(frozen=True)
 class Row:
-    """Median seconds of a step."""
+    """Seconds of a step: medians of wall time, and the mean of the CPU time of all processes and threads."""
 
     system: str
     size: str
     processes: int
     step: float
+    cpu: float
     phases: dict[str, float]
 
 
@@ -66,13 +71,23 @@ def bench_quickstart(ranks: int, steps: int, trl_python: Path | None) -> list[Ro
 def show(rows: list[Row], console: Console) -> None:
     """Print a table for people, then one JSON object per row."""
     phases = list(dict.fromkeys(phase for row in rows for phase in row.phases))
-    table = Table("model", "system", "processes", "step s", *(f"{phase} s" for phase in phases), "ratio")
-    ours = {row.size: row.step for row in rows if row.system == "miles_spmd"}
+    header = (
+        "model",
+        "system",
+        "processes",
+        "step s",
+        "CPU s",
+        *(f"{phase} s" for phase in phases),
+        "ratio",
+        "CPU ratio",
+    )
+    table = Table(*header)
+    ours = {row.size: row for row in rows if row.system == "miles_spmd"}
     for row in rows:
         cells = [f"{row.phases[phase]:.3f}" if phase in row.phases else "" for phase in phases]
-        table.add_row(
-            row.size, row.system, str(row.processes), f"{row.step:.3f}", *cells, f"{row.step / ours[row.size]:.2f}"
-        )
+        ratios = row.step / ours[row.size].step, row.cpu / ours[row.size].cpu
+        times = f"{row.step:.3f}", f"{row.cpu:.3f}", *cells, *(f"{ratio:.2f}" for ratio in ratios)
+        table.add_row(row.size, row.system, str(row.processes), *times)
     console.print(table)
     for row in rows:
         console.print_json(json.dumps(asdict(row)), indent=None)
@@ -82,13 +97,32 @@ def _ours(size: Size, folder: Path, ranks: int, steps: int) -> Row:
     config = folder / "config.toml"
     config.write_text(tomli_w.dumps(_config(folder, steps)))
     launched = [sys.executable, "-m", "miles_spmd", "train", str(config), f"--nproc-per-node={ranks}"]
-    subprocess.run(launched, check=True, stdout=subprocess.DEVNULL)
-    measured = [
-        metrics for step, metrics in read_metrics(folder / "run" / METRICS_FILE).items() if step > WARM_UP_STEPS
-    ]
+    file = folder / "run" / METRICS_FILE
+    spent: dict[int, float] = {}  # CPU seconds when a step was first seen to be finished
+    with subprocess.Popen(launched, stdout=subprocess.DEVNULL) as process:
+        tree = psutil.Process(process.pid)
+        while process.poll() is None:
+            spent.setdefault(max(read_metrics(file), default=0) if file.exists() else 0, _cpu_seconds(tree))
+            time.sleep(CPU_SECONDS_EVERY)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, launched)
+    first, last = min(step for step in spent if step >= WARM_UP_STEPS), max(spent)
+    cpu = (spent[last] - spent[first]) / (last - first)
+    measured = [metrics for step, metrics in read_metrics(file).items() if step > WARM_UP_STEPS]
     times: list[Mapping[str, float]] = [phase_times(metrics) for metrics in measured]
     phases = {phase: statistics.median(t[phase] for t in times) for phase in times[0]}
-    return Row("miles_spmd", size.name, ranks, statistics.median(m["perf/step_time"] for m in measured), phases)
+    return Row("miles_spmd", size.name, ranks, statistics.median(m["perf/step_time"] for m in measured), cpu, phases)
+
+
+def _cpu_seconds(tree: psutil.Process) -> float:
+    """Return the CPU seconds of a process and of all that it has started."""
+    total = 0.0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in (tree, *tree.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                total += times.user + times.system
+    return total
 
 
 def _trl(size: Size, folder: Path, python: Path, steps: int) -> Row:
@@ -100,8 +134,8 @@ def _trl(size: Size, folder: Path, python: Path, steps: int) -> Row:
         stdout=subprocess.PIPE,
         text=True,
     )
-    seconds = json.loads(done.stdout.splitlines()[-1])[WARM_UP_STEPS - 1 :]
-    return Row("TRL", size.name, 1, statistics.median(seconds), {})
+    wall, cpu = zip(*json.loads(done.stdout.splitlines()[-1])[WARM_UP_STEPS - 1 :])
+    return Row("TRL", size.name, 1, statistics.median(wall), statistics.mean(cpu), {})
 
 
 def _config(folder: Path, steps: int) -> dict[str, object]:

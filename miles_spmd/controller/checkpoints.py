@@ -1,21 +1,26 @@
 """Resumable checkpoints: where they lie, when one is due, and when one is complete.
 
-``checkpoints/step_000020/`` holds the ranks' shares in ``trainer/`` and, written last, ``controller.json``: a folder
-without it was being written when the run ended, and is ignored. Data order and seeds are functions of the step, so the
-step is all the state of the controller, beside its position in the ledger.
+``checkpoints/step_000020/`` holds what the ranks wrote, a folder for each model, and ``controller.json``, which marks
+it as complete and has digests of it all. It is written as ``step_000020.incomplete`` and renamed at the end: what a run
+leaves behind that ends meanwhile is ignored, and removed by the next save. Data order and seeds are functions of the
+step, so the step is all the state of the controller, beside its position in the ledger.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import xxhash
 
 from miles_spmd.config import Config
 from miles_spmd.controller.cluster.cluster import Cluster
+from miles_spmd.controller.cluster.errors import WorkerFailedError
 from miles_spmd.controller.journal.events import CheckpointWritten
 from miles_spmd.controller.journal.journal import Journal
 from miles_spmd.protocol.commands import ExportModel, LoadCheckpoint, SaveCheckpoint
@@ -23,6 +28,8 @@ from miles_spmd.protocol.results import CheckpointResult
 
 FOLDER = "checkpoints"
 STATE_FILE = "controller.json"
+INCOMPLETE = ".incomplete"
+FORMAT = 2
 
 
 class ResumeError(RuntimeError):
@@ -33,7 +40,14 @@ class ControllerState(msgspec.Struct, frozen=True):
     step: int  # the optimizer has seen rollouts 0 .. step - 1
     seed: int
     ledger: str = ""  # hash of its last entry; "" without a ledger
-    format: int = 1
+    folders: dict[str, str] = {}  # digest of the index of each model's folder, which has those of all that is in it
+    format: int = 1  # what the first version did not write
+    digest: str = ""  # of all the above
+
+    def encode(self) -> bytes:
+        """Return the content of the file, with the digest."""
+        unsealed = msgspec.json.encode(msgspec.structs.replace(self, digest=""))
+        return msgspec.json.encode(msgspec.structs.replace(self, digest=xxhash.xxh3_128_hexdigest(unsealed)))
 
 
 @dataclass(frozen=True)
@@ -58,7 +72,12 @@ class Checkpoints:
         if folder is None:
             return Start()
         state = read(folder)
-        results = self._cluster.call(LoadCheckpoint(str(folder)), step=state.step)
+        try:
+            results = self._cluster.call(LoadCheckpoint(str(folder), state.folders), step=state.step)
+        except WorkerFailedError as error:
+            if ": DamagedCheckpointError: " not in str(error):
+                raise
+            raise WorkerFailedError(f"{error}; {_remedy(folder)}", error.details) from error
         if not folder.absolute().is_relative_to(run_dir.absolute()):
             return Start(state.step)  # of another run, whose ledger this one does not continue
         return Start(state.step, state.ledger, results)
@@ -67,13 +86,12 @@ class Checkpoints:
         """Write a checkpoint before ``step`` if one is due."""
         if not self._due(step):
             return
-        with journal.timed("save"):
-            folder = step_folder(self._config.run_dir, step)
-            folder.mkdir(parents=True, exist_ok=True)
+        with journal.timed("save"), replaced(step_folder(self._config.run_dir, step)) as folder:
             results = self._cluster.call(SaveCheckpoint(str(folder)), step=step)
             journal.publish(CheckpointWritten(step, results))
+            digests = {name: digest for result in results for name, digest in result.folders.items()}
             # The ledger's entry is on disk before the file that refers to it.
-            complete(folder, ControllerState(step, self._config.run.seed, ledger=journal.ledger_head))
+            complete(folder, ControllerState(step, self._config.run.seed, journal.ledger_head, digests, FORMAT))
 
     def export(self) -> None:
         """Write the trainer's weights as a Hugging Face checkpoint, by default into the run folder."""
@@ -91,16 +109,40 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 def newest(run_dir: Path, up_to: int | None = None) -> Path | None:
     """Return the complete checkpoint of the highest step in a run folder, or of the highest step up to ``up_to``."""
-    complete = [p.parent for p in (run_dir / FOLDER).glob(f"step_*/{STATE_FILE}")]
-    usable = [folder for folder in complete if up_to is None or folder.name <= step_folder(run_dir, up_to).name]
-    return max(usable, key=lambda folder: folder.name, default=None)
+    return _newest_in(run_dir / FOLDER, up_to)
+
+
+def _newest_in(folder: Path, up_to: int | None = None) -> Path | None:
+    numbered = {path.parent.name.removeprefix("step_"): path.parent for path in folder.glob(f"step_*/{STATE_FILE}")}
+    complete = {int(number): path for number, path in numbered.items() if number.isdecimal()}
+    step = max((step for step in complete if up_to is None or step <= up_to), default=None)
+    return None if step is None else complete[step]
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """Provide an empty folder to write into, which takes the place of ``folder`` at the end; after an error it is
+    removed, so that a full disk has room again."""
+    for leftover in folder.parent.glob(f"*{INCOMPLETE}"):
+        shutil.rmtree(leftover)
+    scratch, old = (folder.with_name(folder.name + suffix) for suffix in (INCOMPLETE, f".old{INCOMPLETE}"))
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        if folder.exists():  # incomplete, damaged, or from before the run went on from an earlier checkpoint
+            folder.rename(old)
+        scratch.rename(folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def complete(folder: Path, state: ControllerState) -> None:
     """Mark ``folder`` as complete, atomically, after every rank has written its share."""
     scratch = folder / f"{STATE_FILE}.tmp"
     with scratch.open("wb") as file:
-        file.write(msgspec.json.encode(state))
+        file.write(state.encode())
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(folder / STATE_FILE)
@@ -111,8 +153,28 @@ def read(folder: Path) -> ControllerState:
     path = folder / STATE_FILE
     if not path.is_file():
         kind = "is incomplete: it was being written when its run ended" if folder.is_dir() else "does not exist"
-        raise ResumeError(f"checkpoint {folder} {kind} ({STATE_FILE} is missing); choose another step's folder")
+        raise ResumeError(f"checkpoint {folder} {kind} ({STATE_FILE} is missing); {_remedy(folder)}")
+    content = path.read_bytes()
     try:
-        return msgspec.json.decode(path.read_bytes(), type=ControllerState)
-    except msgspec.DecodeError as error:
-        raise ResumeError(f"{path} is damaged: {error}; choose another step's folder") from error
+        state = msgspec.json.decode(content, type=ControllerState)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ResumeError(f"{path} is damaged: {error}; {_remedy(folder)}") from error
+    if (state.format, state.digest) == (1, ""):
+        raise ResumeError(
+            f"checkpoint {folder} was written by a version without digests (format 1), and this one reads format "
+            f"{FORMAT}; continue it with the version that wrote it, or export it with that version and start from there"
+        )
+    if state.encode() != content:
+        raise ResumeError(f"{path} is damaged: its digest is not that of its content; {_remedy(folder)}")
+    if state.format != FORMAT:
+        raise ResumeError(f"checkpoint {folder} has format {state.format}, and this version reads {FORMAT}")
+    return state
+
+
+def _remedy(folder: Path) -> str:
+    """Say which checkpoint can be taken instead."""
+    number = folder.name.removeprefix("step_")
+    before = _newest_in(folder.parent, int(number) - 1) if number.isdecimal() else None
+    if before is None:
+        return "there is no complete checkpoint before it"
+    return f"take the one before it: checkpoint.load={before} checkpoint.resume=false"

@@ -159,10 +159,11 @@ class SaveCheckpoint(Command[CheckpointResult], frozen=True):
 
 
 class LoadCheckpoint(Command[CheckpointResult], frozen=True):
-    """Read what :class:`SaveCheckpoint` wrote."""
+    """Read what :class:`SaveCheckpoint` wrote; ``digests`` are those of its results."""
 
     receivers, phase = Receivers.TRAINERS, Phase.CHECKPOINT
     path: str
+    digests: dict[str, str] = {}
 
 
 class ExportModel(Command[Ok], frozen=True):

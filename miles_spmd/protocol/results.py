@@ -70,10 +70,12 @@ class WeightsDigest(Result, frozen=True):
 
 
 class CheckpointResult(Result, frozen=True):
-    """Digests of the optimizer state by role and kind, uint64, one for each of ``of_updates``; empty without a
-    ledger."""
+    """Digests of what was saved or loaded."""
 
     optimizers: dict[Role, dict[str, np.ndarray]]
+    """Of the optimizer state, by role and kind: uint64, one for each of ``of_updates``; empty without a ledger."""
+    folders: dict[str, str] = {}
+    """Of the index of every folder that was written, by its name; from the first rank only."""
 
 
 class RefitResult(Result, frozen=True):

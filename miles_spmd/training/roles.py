@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from miles_spmd.algorithms.losses import ValueLoss, make_loss
@@ -96,27 +97,29 @@ class Roles:
             raise ValueError("this run keeps no ledger")
         return WeightsDigest(digests.of_weights, digests.of_updates, to_host(digests.weights()))
 
-    def optimizer_digests(self) -> CheckpointResult:
-        return CheckpointResult({r: t.digests.optimizer_state() for r, t in self._trainers.items() if t.digests})
+    def _optimizer_digests(self) -> dict[Role, dict[str, np.ndarray]]:
+        return {role: t.digests.optimizer_state() for role, t in self._trainers.items() if t.digests}
 
     # ---- checkpoints ----
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path) -> CheckpointResult:
         """Write the trainers, and a reference policy that may differ from its checkpoint, into folders under
-        ``path``."""
-        for role, trainer in self._trainers.items():
-            trainer.checkpoint.save(Path(path, role))
+        ``path``. Raises TrainerCheckpointError."""
+        digests = {str(role): t.checkpoint.save(Path(path, role)) for role, t in self._trainers.items()}
         if self._saves_reference:
             with self.network(Role.REF):
-                self.actor.checkpoint.save_weights(Path(path, "ref"))
+                digests[Role.REF] = self.actor.checkpoint.save_weights(Path(path, Role.REF))
+        return CheckpointResult(self._optimizer_digests(), {name: digest for name, digest in digests.items() if digest})
 
-    def load(self, path: str | Path) -> None:
-        """Continue from what :meth:`save` wrote. Raises TrainerCheckpointError."""
+    def load(self, path: str | Path, digests: Mapping[str, str]) -> CheckpointResult:
+        """Continue from what :meth:`save` wrote; ``digests`` are those that it returned on the first rank. Raises
+        TrainerCheckpointError."""
         if self._saves_reference:
             # by way of the actor's network, whose own weights are loaded next
-            self.actor.checkpoint.load_weights(Path(path, "ref"))
+            self.actor.checkpoint.load_weights(Path(path, Role.REF), digests.get(Role.REF, ""))
             self.snapshot(Role.REF)
         for role, trainer in self._trainers.items():
-            trainer.checkpoint.load(Path(path, role))
+            trainer.checkpoint.load(Path(path, role), digests.get(role, ""))
         if Role.OLD_ACTOR in self._snapshots:
             self.snapshot(Role.OLD_ACTOR)  # the engine is given the newest weights, too
+        return CheckpointResult(self._optimizer_digests(), {})

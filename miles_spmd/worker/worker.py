@@ -180,14 +180,12 @@ class Worker:
     @execute.register
     def _save(self, command: SaveCheckpoint) -> CheckpointResult:
         with self._whole_trainer():
-            self.roles.save(command.path)
-            return self.roles.optimizer_digests()
+            return self.roles.save(command.path)
 
     @execute.register
     def _load(self, command: LoadCheckpoint) -> CheckpointResult:
         with self._whole_trainer():
-            self.roles.load(command.path)
-            return self.roles.optimizer_digests()
+            return self.roles.load(command.path, command.digests)
 
     @execute.register
     def _export(self, command: ExportModel) -> Ok:

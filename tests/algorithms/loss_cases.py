@@ -139,7 +139,9 @@ def policy_loss(a: AlgorithmConfig, case: Case, new: list[Dual], entropy: list[D
     for i, advantage in enumerate(case.advantages.tolist()):
         ratio = (new[i] - case.old[i]).clamp(-20, 20).exp()
         if a.surrogate == "gspo":
-            policy = clipped(mean_log_ratio(case, new, i).clamp(-20, 20).exp(), a, advantage)
+            # the value of the sequence's ratio, with the slope of the token's own
+            own = new[i] - new[i].value + mean_log_ratio(case, new, i).value
+            policy = clipped(own.clamp(-20, 20).exp(), a, advantage)
         elif a.surrogate == "cispo":
             high = a.eps_clip if a.eps_clip_high is None else a.eps_clip_high
             policy = -new[i] * (ratio.clamp(1 - a.eps_clip, 1 + high).value * advantage)

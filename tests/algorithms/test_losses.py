@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -151,8 +152,45 @@ def test_gspo_ratio_is_the_geometric_mean_of_its_sequence() -> None:
     )
     loss, sums = PolicyLoss(AlgorithmConfig(advantage_estimator="gspo"))(new, torch.zeros(3), tokens)
     assert loss.tolist() == pytest.approx([-3.0, -3.0, -1.2])
-    assert gradient(loss, new) == pytest.approx([-3.0, -3.0, 0.0])  # each of two losses, half by each token
+    assert gradient(loss, new) == pytest.approx([-3.0, -3.0, 0.0])
     assert sums["pg_clipfrac"] == 1
+
+
+@pytest.mark.parametrize(
+    ("policy_weights", "advantages", "wanted"),
+    [
+        ([1, 1, 0, 1], [1, 1, 1, 1], [-0.25, -0.25, 0, -0.25]),  # a correction has rejected a token
+        ([1, 1, 1, 1], [4, 0, 0, 0], [-1, 0, 0, 0]),  # credit of single tokens, as of distillation or a critic
+        ([1, 1, 1, 1], [1, -1, 1, -1], [-0.25, 0.25, -0.25, 0.25]),
+    ],
+)
+def test_gspo_keeps_the_credit_of_each_token(
+    policy_weights: list[float], advantages: list[float], wanted: list[float]
+) -> None:
+    new = leaf(-1.0, -2.0, -0.5, -1.5)
+    tokens = TokenBatch(
+        **vars(batch([0.25] * 4, advantages=advantages, old_log_probs=new.tolist(), policy_weights=policy_weights))
+        | {"sequence_sum": segment_sum(torch.tensor([0, 0, 0, 0]))}
+    )
+    loss, _ = PolicyLoss(AlgorithmConfig(loss_type="gspo"))(new, torch.zeros(4), tokens)
+    (gradients,) = torch.autograd.grad((tokens.loss_weights * loss).sum(), new)
+    assert gradients.tolist() == pytest.approx(wanted)
+
+
+@given(cases())
+def test_gspo_of_one_advantage_per_sequence_has_the_gradient_of_the_sequences_ratio(case: Case) -> None:
+    trained = torch.from_numpy(case.weights != 0)
+    by_sequence = torch.from_numpy(case.advantages)[torch.from_numpy(case.sequence)]
+    tokens = replace(
+        case.tokens(), loss_weights=trained.double(), advantages=by_sequence, policy_weights=None, ref_log_probs=None
+    )
+    _, log_probs, _ = case.torch_log_probs()
+    new = log_probs.detach().requires_grad_()
+    wide = AlgorithmConfig(loss_type="gspo", eps_clip=1e9, use_opsm=False)
+    loss, _ = PolicyLoss(wide)(new, torch.zeros(len(new), dtype=torch.float64), tokens)
+    ratio = tokens.sequence_mean(new - tokens.old_log_probs).clamp(-20, 20).exp()
+    ours, theirs = (torch.autograd.grad((x * trained).sum(), new)[0] for x in (loss, -ratio * by_sequence))
+    torch.testing.assert_close(ours * trained, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_dual_clip_bounds_the_loss_of_a_bad_token_that_became_likely() -> None:

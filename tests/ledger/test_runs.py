@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from miles_spmd.controller.checkpoints import complete, read
 from miles_spmd.ledger import step_data
 from miles_spmd.ledger.chain import FILE, FOLDER, LedgerError
 from miles_spmd.ledger.compare import Comparison, compare
@@ -314,22 +315,22 @@ def test_data_are_those_of_the_entries(first: Path, tmp_path: Path) -> None:
 
 
 def test_a_changed_checkpoint_is_not_resumed_from(ranks: Ranks, recipe: Recipe, first: Path) -> None:
-    """One bit in the middle of the largest file."""
+    """A whole checkpoint of a run that went on otherwise, which holds together by itself."""
     folder = crashed(first, first.with_name("tampered"))
-    files = (folder / "checkpoints").rglob("*.distcp")
-    file = max(files, key=lambda path: path.stat().st_size)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+    other = train(ranks, recipe.config("other", "megatron.lr=2e-3", "run.num_rollout=2"))
+    ours, theirs = (run / "checkpoints" / "step_000002" for run in (folder, other))
+    ledger = read(ours).ledger
+    shutil.rmtree(ours)
+    shutil.copytree(theirs, ours)
+    complete(ours, msgspec.structs.replace(read(theirs), ledger=ledger))
     with pytest.raises(LedgerError, match="the checkpoint of step 2 is not what was saved: "):
         train(ranks, recipe.config("tampered", "checkpoint.resume=true"))
 
 
 def test_a_checkpoint_of_another_ledger(ranks: Ranks, recipe: Recipe, first: Path) -> None:
     folder = crashed(first, first.with_name("mixed"))
-    state = folder / "checkpoints" / "step_000002" / "controller.json"
-    content = json.loads(state.read_text())
-    state.write_text(json.dumps(content | {"ledger": "f" * 32}))
+    checkpoint = folder / "checkpoints" / "step_000002"
+    complete(checkpoint, msgspec.structs.replace(read(checkpoint), ledger="f" * 32))
     with pytest.raises(LedgerError, match="is not in the ledger of"):
         train(ranks, recipe.config("mixed", "checkpoint.resume=true"))
 

@@ -119,7 +119,7 @@ def damaged(saved: Path, folder: Path, damage: str) -> Path:
         return folder
     for file in saved.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    target = folder / ("common.pt" if "common" in damage else "__0_0.distcp")
+    target = folder / ("index.json" if "index" in damage else "rank_00000.bin")
     if damage.startswith("no"):
         target.unlink()
     else:
@@ -130,11 +130,11 @@ def damaged(saved: Path, folder: Path, damage: str) -> Path:
 def test_damaged_folders(ranks: Ranks, saved: Path, tmp_path: Path) -> None:
     expected = {
         "missing": "does not exist",
-        "empty": "is not a distributed checkpoint",
-        "no common state": "common.pt is missing",
-        "truncated common state": "common.pt is damaged",
-        "no shard": "__0_0.distcp",
-        "truncated shard": "cannot be loaded",
+        "empty": "index.json is missing",
+        "no index": "index.json is missing",
+        "truncated index": "index.json is damaged",
+        "no file": "rank_00000.bin is missing",
+        "truncated file": "rank_00000.bin is damaged: it has ",
     }
     folders = [damaged(saved, tmp_path / damage, damage) for damage in expected]
     for messages in ranks.run(2, loading_errors, config("qwen3", TP2 | ADAM, **RUN), folders):

@@ -336,10 +336,12 @@ def interrupted(run: Config, folder: str, stop: bool) -> list[dict[str, np.ndarr
     steps(roles)
     roles.snapshot(Role.REF)
     if stop:
-        roles.save(folder)
+        digests = [roles.save(folder).folders]
+        dist.broadcast_object_list(digests)  # as the controller sends them to every rank
+        assert set(digests[0]) == {"actor", "critic", "ref"}
         del roles
         roles = Roles(run)
-        roles.load(folder)
+        roles.load(folder, digests[0])
     steps(roles)
     with roles.network(Role.REF) as ref:
         reference = {name: weight.numpy().copy() for name, weight in ref.weights().items()}

@@ -1,0 +1,105 @@
+"""Checkpoints of whole runs: a damaged one is named, an incomplete one replaced."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from miles_spmd.controller.checkpoints import ResumeError, newest, read, replaced, step_folder
+from miles_spmd.controller.cluster.errors import WorkerError
+from tests.damages import flip, truncate
+from tests.ledger.runs import Recipe, train
+from tests.ranks import Ranks
+
+SFT = ("run.mode=sft", "data.label_key=label", "algorithm.dynamic_sampling_filter=none")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    return Recipe(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def finished(ranks: Ranks, recipe: Recipe) -> Path:
+    """A run with checkpoints before steps 2 and 4."""
+    return train(ranks, recipe.config("finished", *SFT))
+
+
+def test_a_damaged_checkpoint_is_named_with_the_one_before_it(ranks: Ranks, recipe: Recipe, finished: Path) -> None:
+    folder = Path(shutil.copytree(finished, finished.with_name("damaged")))
+    newer, before = step_folder(folder, 4), step_folder(folder, 2)
+    flip(newer / "actor" / "rank_00000.bin", newer, random.Random(1))
+    remedy = f"take the one before it: checkpoint.load={before} checkpoint.resume=false"
+    for asked in (["checkpoint.resume=true"], [f"checkpoint.load={newer}"]):
+        with pytest.raises(WorkerError) as raised:
+            train(ranks, recipe.config("damaged", *SFT, *asked))
+        assert f"{newer}/actor/rank_00000.bin is damaged" in str(raised.value)
+        assert remedy in str(raised.value)
+    (before / "controller.json").unlink()
+    with pytest.raises(WorkerError, match="there is no complete checkpoint before it"):
+        train(ranks, recipe.config("damaged", *SFT, "checkpoint.resume=true"))
+
+
+def test_the_advice_leads_to_the_end(ranks: Ranks, recipe: Recipe, finished: Path) -> None:
+    """The damaged checkpoint is written anew."""
+    folder = Path(shutil.copytree(finished, finished.with_name("advised")))
+    newer, before = step_folder(folder, 4), step_folder(folder, 2)
+    truncate(newer / "actor" / "rank_00000.bin", newer, random.Random(1))
+    train(ranks, recipe.config("advised", *SFT, f"checkpoint.load={before}"))
+    assert same_files(newer, step_folder(finished, 4))
+
+
+@pytest.mark.parametrize("left", ["without its mark", "half of the files", "temporary"])
+def test_what_a_killed_save_leaves_is_replaced(ranks: Ranks, recipe: Recipe, finished: Path, left: str) -> None:
+    name = left.replace(" ", "-")
+    folder = Path(shutil.copytree(finished, finished.with_name(name)))
+    newer = step_folder(folder, 4)
+    (newer / "controller.json").unlink()
+    if left == "half of the files":
+        (newer / "actor" / "index.json").unlink()
+    if left == "temporary":
+        newer.rename(f"{newer}.incomplete")
+    train(ranks, recipe.config(name, *SFT, "checkpoint.resume=true"))
+    assert same_files(newer, step_folder(finished, 4))
+    assert sorted(path.name for path in newer.parent.iterdir()) == ["step_000002", "step_000004"]
+
+
+def same_files(folder: Path, other: Path) -> bool:
+    files, others = ({p.relative_to(f): p for p in f.rglob("*") if p.is_file()} for f in (folder, other))
+    return files.keys() == others.keys() and all(files[p].read_bytes() == others[p].read_bytes() for p in files)
+
+
+def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    folder = step_folder(tmp_path, 2)
+    folder.mkdir(parents=True)
+    (folder / "controller.json").touch()
+
+    def fill_the_disk() -> None:
+        with replaced(folder) as scratch:
+            (scratch / "half").touch()
+            Path("/dev/full").write_text("No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        fill_the_disk()
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()] == [
+        Path("checkpoints/step_000002/controller.json")
+    ]
+
+
+def test_newest(tmp_path: Path) -> None:
+    for name in ("step_000002", "step_000010", "step_1000000", "step_000012.incomplete", "step_000011"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        if name != "step_000011":
+            (tmp_path / "checkpoints" / name / "controller.json").touch()
+    assert newest(tmp_path).name == "step_1000000"  # type: ignore[union-attr]
+    assert newest(tmp_path, up_to=12).name == "step_000010"  # type: ignore[union-attr]
+    assert newest(tmp_path, up_to=1) is None
+
+
+def test_a_checkpoint_of_an_earlier_version(tmp_path: Path) -> None:
+    (tmp_path / "controller.json").write_bytes(b'{"step":2,"seed":0,"ledger":"","format":1}')
+    with pytest.raises(ResumeError, match="was written by a version without digests"):
+        read(tmp_path)
