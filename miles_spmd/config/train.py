@@ -23,7 +23,8 @@ class TrainConfig(Table):
     max_skipped_steps: NonNegativeInt = 3
     """Number of consecutive steps with a non-finite loss or gradient before the run stops."""
     lr_warmup_iters: NonNegativeInt = 0
-    """Number of optimizer steps over which the learning rate rises linearly to `megatron.lr`."""
+    """Number of optimizer steps over which the learning rate rises linearly to `megatron.lr`. The first of n steps has
+    the rate lr / (n + 1), the one after the last has lr."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
     """How the learning rate falls from the end of the warm-up to the end of the run."""
     min_lr: NonNegativeFloat = 0.0

@@ -176,5 +176,5 @@ def _remedy(folder: Path) -> str:
     number = folder.name.removeprefix("step_")
     before = _newest_in(folder.parent, int(number) - 1) if number.isdecimal() else None
     if before is None:
-        return "there is no complete checkpoint before it"
+        return "no complete checkpoint is before it"
     return f"take the one before it: checkpoint.load={before} checkpoint.resume=false"

@@ -52,7 +52,8 @@ def _prepare(adam: torch.optim.Optimizer) -> None:
 
 
 def build_schedule(config: Config, megatron: MegatronConfig, optimizer: ChainedOptimizer) -> OptimizerParamScheduler:
-    """Return the schedule: linear warm-up from 0, then constant, linear or cosine decay to ``min_lr`` at the run's last
+    """Return the schedule: linear warm-up of n updates from lr / (n + 1) to lr n / (n + 1), because an update with a
+    learning rate of 0 would be wasted; then constant, linear or cosine decay from lr to ``min_lr`` at the run's last
     planned update. Raises ValueError for a warm-up that is as long as the run."""
     train = config.train
     updates = planned_updates(config)
@@ -60,7 +61,7 @@ def build_schedule(config: Config, megatron: MegatronConfig, optimizer: ChainedO
         raise ValueError(f"lr_warmup_iters {train.lr_warmup_iters} must be smaller than the run's {updates} updates")
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=megatron.optimizer.lr / (train.lr_warmup_iters + 1),
         max_lr=megatron.optimizer.lr,
         min_lr=train.min_lr,
         lr_warmup_steps=train.lr_warmup_iters,

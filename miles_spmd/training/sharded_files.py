@@ -48,7 +48,7 @@ class Stored(msgspec.Struct):
 
 
 class Index(msgspec.Struct):
-    """What a folder holds. ``notes`` are what else is to be known of the tensors, in JSON's types."""
+    """What a folder holds. ``notes`` are whatever else describes the tensors, in JSON's types."""
 
     notes: dict[str, Any]
     sizes: list[int]  # bytes of the file of each rank

@@ -39,7 +39,7 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before_it(ranks: Ranks, reci
         assert f"{newer}/actor/rank_00000.bin is damaged" in str(raised.value)
         assert remedy in str(raised.value)
     (before / "controller.json").unlink()
-    with pytest.raises(WorkerError, match="there is no complete checkpoint before it"):
+    with pytest.raises(WorkerError, match="no complete checkpoint is before it"):
         train(ranks, recipe.config("damaged", *SFT, "checkpoint.resume=true"))
 
 

@@ -7,7 +7,7 @@ import torch
 
 from miles_spmd.models import load_family
 from miles_spmd.training.megatron_config import MegatronConfig, build_megatron_config
-from miles_spmd.training.optimizer import planned_updates
+from miles_spmd.training.optimizer import build_schedule, planned_updates
 from tests.training.cases import config
 
 
@@ -94,3 +94,17 @@ def test_transformer_engine_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch
 )
 def test_planned_updates(tables: dict, updates: int) -> None:
     assert planned_updates(config("qwen3", **tables)) == updates
+
+
+@pytest.mark.parametrize(("warm_up", "rates"), [(0, [0.6, 0.6, 0.6]), (1, [0.3, 0.6, 0.6]), (2, [0.2, 0.4, 0.6])])
+def test_the_first_update_of_a_warm_up_has_a_learning_rate(warm_up: int, rates: list[float]) -> None:
+    run = config("qwen3", {"lr": 0.6}, run={"mode": "sft", "num_rollout": 5}, train={"lr_warmup_iters": warm_up})
+    megatron = build_megatron_config(run, load_family(run.model.hf_checkpoint))
+    parameters = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
+    parameters.param_groups[0] |= {"wd_mult": 1.0}
+    schedule = build_schedule(run, megatron, parameters)
+    found = []
+    for _ in rates:
+        found.append(parameters.param_groups[0]["lr"])
+        schedule.step(1)
+    assert found == pytest.approx(rates)
