@@ -129,7 +129,10 @@ class TrainerCheckpoint:
                 f"{path} is not empty: a checkpoint is written into a folder of its own"
             ) from error
         except OSError as error:
-            raise TrainerCheckpointError(f"checkpoint {path} cannot be written: {error}") from error
+            raise TrainerCheckpointError(
+                f"checkpoint {path} cannot be written: {error}; earlier ones are not affected: make room and continue "
+                "with checkpoint.resume=true"
+            ) from error
 
     @contextmanager
     def _open(self, path: str | Path, digest: str) -> Iterator[Reader]:

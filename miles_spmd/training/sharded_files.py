@@ -68,7 +68,9 @@ def write(folder: Path, tensors: Iterable[ShardedTensor], notes: dict[str, Any])
     with (folder / _file(rank)).open("xb") as file:
         for tensor in tensors:
             if is_main_replica(tensor.replica_id):
-                data = tensor.data.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+                # a copy, also of a CPU's tensor: a storage that numpy has seen could not be offloaded any more
+                copied = tensor.data.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+                data = copied.view(-1).view(torch.uint8).numpy()
                 stored = own.setdefault(tensor.key, Stored(str(tensor.dtype), [*tensor.global_shape], []))
                 stored.parts.append(Part(rank, file.tell(), *_rectangle(tensor), _digest(data)))
                 file.write(data)

@@ -294,3 +294,17 @@ def drop_a_trainer(run: Config) -> bool:
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
 def test_a_trainer_that_is_dropped_is_gone(ranks: Ranks, name: str) -> None:
     assert ranks.run(2, drop_a_trainer, config(name, EP2 if "moe" in name else {})) == [True, True]
+
+
+def decays(run: Config) -> tuple[float, list[tuple[int, float]]]:
+    """The weight decay, and for each parameter the number of its dimensions and the factor of its decay."""
+    optimizer = build(run)._optimizer
+    groups = [group for inner in optimizer.chained_optimizers for group in inner.param_groups]
+    return optimizer.config.weight_decay, [(p.dim(), group["wd_mult"]) for group in groups for p in group["params"]]
+
+
+def test_matrices_decay_and_norms_do_not(ranks: Ranks) -> None:
+    """As docs/algorithms.md says, also where nobody has set a weight decay."""
+    ((decay, parameters),) = ranks.run(1, decays, config("qwen3"))
+    assert decay == 0.01
+    assert set(parameters) == {(1, 0.0), (2, 1.0)}
