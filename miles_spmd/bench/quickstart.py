@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -28,7 +29,7 @@ from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
 
 PROMPTS, SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 16, 8, 12, 24
 WARM_UP_STEPS = 3
-CPU_SECONDS_EVERY = 0.05  # seconds between looks at the processes' CPU time, a small part of a step
+CPU_SECONDS_EVERY = 0.02  # seconds between looks at the processes' CPU time, a small part of a step
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ SIZES = (Size("0.2M", 64, 2, 256), Size("5M", 256, 6, 768))
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds of a step: medians of wall time, and the mean of the CPU time of all processes and threads."""
+    """Median seconds of a step: wall time, and CPU time of all processes and threads."""
 
     system: str
     size: str
@@ -100,28 +101,29 @@ def _ours(size: Size, folder: Path, ranks: int, steps: int) -> Row:
     file = folder / "run" / METRICS_FILE
     spent: dict[int, float] = {}  # CPU seconds when a step was first seen to be finished
     with subprocess.Popen(launched, stdout=subprocess.DEVNULL) as process:
-        tree = psutil.Process(process.pid)
+        tree: list[psutil.Process] = []
         while process.poll() is None:
-            spent.setdefault(max(read_metrics(file), default=0) if file.exists() else 0, _cpu_seconds(tree))
+            step = max(read_metrics(file), default=0) if file.exists() else 0
+            if step and not tree:  # all processes are there
+                tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            spent.setdefault(step, _cpu_seconds(tree))
             time.sleep(CPU_SECONDS_EVERY)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, launched)
-    first, last = min(step for step in spent if step >= WARM_UP_STEPS), max(spent)
-    cpu = (spent[last] - spent[first]) / (last - first)
+    ends = [seconds for step, seconds in spent.items() if step >= WARM_UP_STEPS]
+    cpu = statistics.median(after - before for before, after in pairwise(ends))
     measured = [metrics for step, metrics in read_metrics(file).items() if step > WARM_UP_STEPS]
     times: list[Mapping[str, float]] = [phase_times(metrics) for metrics in measured]
     phases = {phase: statistics.median(t[phase] for t in times) for phase in times[0]}
     return Row("miles_spmd", size.name, ranks, statistics.median(m["perf/step_time"] for m in measured), cpu, phases)
 
 
-def _cpu_seconds(tree: psutil.Process) -> float:
-    """Return the CPU seconds of a process and of all that it has started."""
+def _cpu_seconds(processes: list[psutil.Process]) -> float:
     total = 0.0
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for process in (tree, *tree.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                times = process.cpu_times()
-                total += times.user + times.system
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
     return total
 
 
@@ -135,7 +137,7 @@ def _trl(size: Size, folder: Path, python: Path, steps: int) -> Row:
         text=True,
     )
     wall, cpu = zip(*json.loads(done.stdout.splitlines()[-1])[WARM_UP_STEPS - 1 :])
-    return Row("TRL", size.name, 1, statistics.median(wall), statistics.mean(cpu), {})
+    return Row("TRL", size.name, 1, statistics.median(wall), statistics.median(cpu), {})
 
 
 def _config(folder: Path, steps: int) -> dict[str, object]:

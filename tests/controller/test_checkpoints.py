@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from miles_spmd.controller.checkpoints import ResumeError, newest, read, replaced, step_folder
 from miles_spmd.controller.cluster.errors import WorkerError
+from miles_spmd.ledger.compare import compare
+from miles_spmd.ledger.record import verify
 from tests.damages import flip, truncate
 from tests.ledger.runs import Recipe, train
 from tests.ranks import Ranks
@@ -103,3 +110,26 @@ def test_a_checkpoint_of_an_earlier_version(tmp_path: Path) -> None:
     (tmp_path / "controller.json").write_bytes(b'{"step":2,"seed":0,"ledger":"","format":1}')
     with pytest.raises(ResumeError, match="was written by a version without digests"):
         read(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_that_is_killed_while_it_saves_comes_to_the_same_end(recipe: Recipe, seed: int) -> None:
+    """All processes at once, at a random moment of a save, four times."""
+    rng, folder = random.Random(seed), recipe.config("killed").run_dir.with_name(f"killed-{seed}")
+    run = [sys.executable, "-m", "miles_spmd", "train", str(recipe.file), f"run.name={folder.name}", *SFT]
+    run += ["run.num_rollout=12", "checkpoint.save_interval=1", "checkpoint.resume=true"]
+    alone = [*run, f"run.name={folder.name}-whole", "--nproc-per-node=1"]
+    assert subprocess.run(alone, capture_output=True, check=False, timeout=200).returncode == 0
+    for step in (2, 4, 6, 8):
+        with subprocess.Popen([*run, "--nproc-per-node=1"], start_new_session=True) as killed:
+            while killed.poll() is None and not step_folder(folder, step).with_suffix(".incomplete").exists():
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.02))
+            os.killpg(killed.pid, signal.SIGKILL)
+    finished = subprocess.run([*run, "--nproc-per-node=1"], capture_output=True, text=True, check=False, timeout=200)
+    assert finished.returncode == 0, finished.stderr
+    found = compare(verify(folder.with_name(f"{folder.name}-whole")), verify(folder))
+    assert found.equal, found.difference
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == [step_folder(folder, step).name for step in range(1, 13)]
