@@ -151,6 +151,8 @@ def complete(folder: Path, state: ControllerState) -> None:
 def read(folder: Path) -> ControllerState:
     """Return the state in ``folder``. Raises ResumeError where it is not a complete checkpoint of this project."""
     path = folder / STATE_FILE
+    if (own := newest(folder)) is not None:
+        raise ResumeError(f"{folder} is the folder of a run; name one of its checkpoints, such as {own}")
     if not path.is_file():
         kind = "is incomplete: it was being written when its run ended" if folder.is_dir() else "does not exist"
         raise ResumeError(f"checkpoint {folder} {kind} ({STATE_FILE} is missing); {_remedy(folder)}")
