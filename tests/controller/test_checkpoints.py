@@ -105,7 +105,7 @@ def test_newest(tmp_path: Path) -> None:
     assert newest(tmp_path, up_to=12).name == "step_000010"  # type: ignore[union-attr]
     assert newest(tmp_path, up_to=1) is None
     with pytest.raises(
-        ResumeError, match="is the folder of a run; name one of its checkpoints, such as .*step_1000000"
+        ResumeError, match=r"is the folder of a run; name one of its checkpoints, such as .*step_1000000"
     ):
         read(tmp_path)
 
