@@ -35,18 +35,26 @@ def attention(
     ``slots``: int32, the row of ``key`` and ``value`` where each key lies, without a gradient; None: the rows in order,
     with a gradient.
     """
-    if slots is None:
-        return _Attention.apply(query, key, value, query_starts, key_starts, scale)
-    return _forward(query.contiguous(), key, value, slots, query_starts, key_starts, scale)[0]
+    return _Attention.apply(query, key, value, query_starts, key_starts, slots, scale)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, query_starts: Tensor, key_starts: Tensor, scale: float
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_starts: Tensor,
+        key_starts: Tensor,
+        slots: Tensor | None,
+        scale: float,
     ) -> Tensor:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        out, lse = _forward(query, key, value, None, query_starts, key_starts, scale)
+        out, lse = torch.empty_like(query), query.new_empty(query.shape[:2])
+        inputs = map(_address, (query, key, value, slots))
+        shape = _shape(query, key, query_starts, key_starts, scale)
+        _library().attention_forward(*inputs, *shape, _address(out), _address(lse))  # type: ignore[union-attr]
         ctx.save_for_backward(query, key, value, out, lse, query_starts, key_starts)
         ctx.scale = scale
         return out
@@ -58,28 +66,11 @@ class _Attention(torch.autograd.Function):
         gradient = gradient.contiguous()
         # the kernel writes the gradient of queries, and adds to those of keys and values
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        inputs = *map(_address, (gradient, query, key, value, out, lse)), None
+        inputs = map(_address, (gradient, query, key, value, out, lse, None))
         shape = _shape(query, key, query_starts, key_starts, ctx.scale)
         gradients = map(_address, (grad_query, grad_key, grad_value))
         _library().attention_backward(*inputs, *shape, *gradients)  # type: ignore[union-attr]
-        return grad_query, grad_key, grad_value, None, None, None
-
-
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slots: Tensor | None,
-    query_starts: Tensor,
-    key_starts: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Return the result and the log of every row's sum of exponentials, [T, H]."""
-    out, lse = torch.empty_like(query), query.new_empty(query.shape[:2])
-    inputs = *map(_address, (query, key, value)), None if slots is None else _address(slots)
-    shape = _shape(query, key, query_starts, key_starts, scale)
-    _library().attention_forward(*inputs, *shape, _address(out), _address(lse))  # type: ignore[union-attr]
-    return out, lse
+        return grad_query, grad_key, grad_value, None, None, None, None
 
 
 def _shape(query: Tensor, key: Tensor, query_starts: Tensor, key_starts: Tensor, scale: float) -> tuple[Any, ...]:
@@ -89,8 +80,8 @@ def _shape(query: Tensor, key: Tensor, query_starts: Tensor, key_starts: Tensor,
     return _address(query_starts), _address(key_starts), *map(c_int64, sizes), c_float(scale)
 
 
-def _address(tensor: Tensor) -> c_void_p:
-    return c_void_p(tensor.data_ptr())
+def _address(tensor: Tensor | None) -> c_void_p | None:
+    return None if tensor is None else c_void_p(tensor.data_ptr())
 
 
 @cache

@@ -28,7 +28,6 @@ from torch import Tensor
 from miles_spmd.invariant.attention import Attention, packed_attention
 from miles_spmd.invariant.flash import flash_attention
 from miles_spmd.invariant.rotary import rotate
-from miles_spmd.invariant.split_attention import split_attention
 
 # From query, key, value, where blocks start in the streams of queries and of keys (int32 [B + 1] each), the most
 # queries and keys of a block, and the scale of scores: as :func:`miles_spmd.invariant.flash.flash_attention`.
@@ -122,8 +121,7 @@ class PackedAttention(MegatronModule):
         self.scale = softmax_scale or config.kv_channels**-0.5  # type: ignore[operator]
         self.engine_attention: BlockAttention | None = None
         if config.batch_invariant_mode:
-            split = config.split_keys
-            self.engine_attention = functools.partial(split_attention, split=split) if split else flash_attention
+            self.engine_attention = functools.partial(flash_attention, split=config.split_keys)
 
     def forward(
         self,
