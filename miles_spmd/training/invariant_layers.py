@@ -18,7 +18,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
 from miles_spmd.invariant.linear import linear, tree_sum
-from miles_spmd.invariant.swiglu import swiglu
+from miles_spmd.invariant.operators import swiglu
 
 
 class OwnActivationSpecProvider(LocalSpecProvider):
@@ -35,8 +35,8 @@ class InvariantSpecProvider(OwnActivationSpecProvider):
 
 
 class SwiGLU(MegatronModule):
-    """:func:`~miles_spmd.invariant.swiglu.swiglu` as Megatron's kind of module: a checkpoint asks even a module without
-    parameters for its state."""
+    """:func:`~miles_spmd.invariant.operators.swiglu` as Megatron's kind of module: a checkpoint asks even a module
+    without parameters for its state."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)

@@ -10,7 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from miles_spmd.invariant import rotary
+from miles_spmd.invariant.operators import rotary_table
 from miles_spmd.models import Family
 from miles_spmd.training.heads import Scoring, ValueHead, score
 from miles_spmd.training.layer_spec import LastLayer, block_spec
@@ -54,7 +54,7 @@ class PackedModel(GPTModel):
         sequences = batch.sequences
         if sequences.table is None:
             frequencies = self.rotary_pos_emb.inv_freq.to(batch.positions.device)
-            sequences.table = rotary.table(frequencies, sequences.max_seqlen_q)
+            sequences.table = rotary_table(frequencies, sequences.max_seqlen_q)
         if self.config.transformer_impl == "transformer_engine" and sequences.angles is None:
             sequences.angles = self.rotary_pos_emb.get_emb(sequences.max_seqlen_q)[:, 0].index_select(
                 0, batch.positions

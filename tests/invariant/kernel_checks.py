@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from miles_spmd.invariant import kernels, rotary
+from miles_spmd.invariant import kernels, operators
 from miles_spmd.invariant.split_attention import Keys, attend, decode
 from miles_spmd.ledger import digest_kernel as digests
 from miles_spmd.ledger.rectangles import parts
@@ -60,7 +60,7 @@ def check_rotation(device: str, dtype: torch.dtype, tokens: int, heads: int, wid
     x = wide[:, 1 : heads + 1]  # a slice, as queries are of one product
     positions = torch.arange(tokens, device=device).mul(7) % 50
     frequencies = 10000.0 ** -torch.arange(0, 1, 2 / width, device=device)
-    table = rotary.table(frequencies, 50)
+    table = operators.rotary_table(frequencies, 50)
     pairs = torch.view_as_complex(torch.stack(x.double().chunk(2, -1), -1))
     for back in (False, True):
         angles = positions[:, None, None].double() * frequencies.double() * (-1 if back else 1)

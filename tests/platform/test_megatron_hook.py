@@ -64,7 +64,8 @@ def test_cached_bytecode_follows_the_source(tmp_path) -> None:
         "megatron_hook._cuda_stand_in = lambda: fake\n"
         f"path = Path({str(tmp_path)!r}) / 'm.py'\n"
         "def load():\n"
-        "    module = types.ModuleType('m'); megatron_hook._Loader('m', str(path)).exec_module(module); return module.x\n"
+        "    module = types.ModuleType('m'); megatron_hook._Loader('m', str(path)).exec_module(module)\n"
+        "    return module.x\n"
         "path.write_text('import torch\\nx = torch.cuda.is_available()')\n"
         "print(load(), load(), len(list((path.parent / '__pycache__').iterdir())))\n"
         'path.write_text(\'x = ["cuda", "torch.cuda.FloatTensor", "barracuda"]\')\n'

@@ -19,7 +19,7 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 from miles_spmd.algorithms.truncation import truncated
 from miles_spmd.generation.sglang import sampling_kernel
-from miles_spmd.invariant.softmax import log_softmax
+from miles_spmd.invariant.operators import log_softmax
 
 _GREEDY = 1  # the top_k by which SGLang marks a greedy request
 

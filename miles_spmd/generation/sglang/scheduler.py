@@ -33,7 +33,6 @@ class InProcessScheduler(scheduler.Scheduler):
     cur_batch_for_debug: Any
     chunked_req: Any
     chunked_prefill_size: Any
-    forward_stream: Any
 
     def __init__(self, server_args: ServerArgs, device_index: int, tp_rank: int) -> None:
         self.inbox: list[Any] = []

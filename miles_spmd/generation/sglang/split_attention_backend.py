@@ -67,8 +67,8 @@ class SplitAttention(AttentionBackend):
         """Write new k and v [tokens, kv_heads, dim] into the cache and attend; q and result [tokens, heads * dim]."""
         if save_kv_cache:
             self._pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
-        cache = self._pool.get_kv_buffer(layer.layer_id)
-        held = Keys(*cache, forward_batch.seq_lens, self._table.view(-1), self._slot_at)
+        keys, values = self._pool.get_kv_buffer(layer.layer_id)
+        held = Keys(keys, values, forward_batch.seq_lens, self._table.view(-1), self._slot_at)
         query, where = q.view(len(q), -1, layer.head_dim), (layer.scaling, self._split)
         if forward_batch.forward_mode.is_decode():
             return decode(query, held, self._longest, *where).flatten(1)
