@@ -74,7 +74,7 @@ class MemoryAccount:
             "engine weights": plan.engine_weights,
         }
         self._allowance = self.config.train.memory_allowance
-        self._exact = device_memory.is_exact()
+        self._exact = torch.cuda.is_available()  # torch counts every allocated byte
 
     # --- before anything is built ------------------------------------------------------------------------------------
 
