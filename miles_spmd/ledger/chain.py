@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -93,10 +93,10 @@ class Record:
     """All entries of the run in ``folder``."""
 
     folder: Path
-    contexts: list[Context] = field(default_factory=list)
-    steps: dict[int, Step] = field(default_factory=dict)
-    saved: dict[int, Saved] = field(default_factory=dict)
-    entries: int = 0
+    contexts: list[Context]
+    steps: dict[int, Step]
+    saved: dict[int, Saved]
+    entries: int
 
     def context(self, step: int) -> Context:
         """Return the conditions of ``step``."""
@@ -116,19 +116,13 @@ class Record:
 
 def read_record(run_dir: Path) -> Record:
     """Read all entries. Raises LedgerError if the chain is broken or empty."""
-    record = Record(run_dir)
-    for link in links(run_dir):
-        record.entries += 1
-        match link.entry:
-            case Context() as context:
-                record.contexts.append(context)
-            case Step(step) as done:
-                record.steps[step] = done
-            case Saved(step) as saved:
-                record.saved[step] = saved
-    if not record.contexts:
+    entries = [link.entry for link in links(run_dir)]
+    contexts = [entry for entry in entries if isinstance(entry, Context)]
+    if not contexts:
         raise LedgerError(f"the ledger of {run_dir} is empty")
-    return record
+    steps = {entry.step: entry for entry in entries if isinstance(entry, Step)}
+    saved = {entry.step: entry for entry in entries if isinstance(entry, Saved)}
+    return Record(run_dir, contexts, steps, saved, len(entries))
 
 
 def verify(run_dir: Path) -> Record:

@@ -177,7 +177,7 @@ class Pair(NamedTuple):
         parts: list[Any] = [side.samples for side in self.step()]
         if self.number is not None:
             parts = [dict(enumerate(side.updates)).get(self.number) for side in self.step()]
-        yield f"{self.where}: {name}: {describe(*parts, index) if all(parts) else without_data}"
+        yield f"{self.where}: {name}: {describe(parts[0], parts[1], index) if all(parts) else without_data}"
 
 
 def _values(where: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:

@@ -114,27 +114,28 @@ def headline(stages: list[Stage]) -> list[Number]:
         return [value for stage in stages for value in stage.values(metric)]
 
     numbers = []
+
+    def add(label: str, value: str, note: str = "") -> None:
+        numbers.append(Number(label, value, note))
+
     for name in dict.fromkeys(name for stage in stages for name in stage.scores()):
         curves = [curve for stage in stages if (curve := stage.scores().get(name))]
         ends = [curves[0][0][1], *(curve[-1][1] for curve in curves)]
-        numbers.append(
-            Number(f"Held-out accuracy, {name}", f"{ends[-1]:.1%}", " → ".join(f"{score:.1%}" for score in ends))
-        )
+        add(f"Held-out accuracy, {name}", f"{ends[-1]:.1%}", " → ".join(f"{score:.1%}" for score in ends))
     if rewards := values("rollout/raw_reward"):
-        numbers.append(Number("Reward of the last step", f"{rewards[-1]:.3g}", f"first step {rewards[0]:.3g}"))
+        add("Reward of the last step", f"{rewards[-1]:.3g}", f"first step {rewards[0]:.3g}")
     steps = " + ".join(str(s.done) if s.finished or s.total is None else f"{s.done} of {s.total}" for s in stages)
     seconds = [sum(stage.values("perf/step_time")) for stage in stages]
     several = len(stages) > 1
-    numbers.append(Number("Steps", steps, " + ".join(s.name for s in stages) if several else ""))
-    numbers.append(Number("Time", clock(sum(seconds)), " + ".join(map(clock, seconds)) if several else ""))
+    add("Steps", steps, " + ".join(s.name for s in stages) if several else "")
+    add("Time", clock(sum(seconds)), " + ".join(map(clock, seconds)) if several else "")
     if differences := values("train/train_rollout_logprob_abs_diff_max"):
-        note = "max abs diff of a token's log-prob, all steps"
-        numbers.append(Number("Engine against trainer", f"{max(differences):.1e}", note))
+        add("Engine against trainer", f"{max(differences):.1e}", "max abs diff of a token's log-prob, all steps")
     if compared := values("parity/tokens"):
-        note = f"of {sum(compared):,.0f} compared bitwise"
-        numbers.append(Number("Tokens with two log-probs", f"{sum(values('parity/mismatches')):,.0f}", note))
-    if mismatches := values("refit/checksum_mismatches"):
-        numbers.append(Number("Refit checksum mismatches", f"{sum(mismatches):.0f}", f"in {len(mismatches)} refits"))
+        mismatches = f"{sum(values('parity/mismatches')):,.0f}"
+        add("Tokens with two log-probs", mismatches, f"of {sum(compared):,.0f} compared bitwise")
+    if mismatched := values("refit/checksum_mismatches"):
+        add("Refit checksum mismatches", f"{sum(mismatched):.0f}", f"in {len(mismatched)} refits")
     return numbers
 
 
@@ -157,13 +158,10 @@ def _stage(stage: Stage) -> dict[str, Any]:
 
 def _first_and_last(transcripts: list[Transcript]) -> list[list[Transcript]]:
     """Return for each prompt its transcripts of the first and the last evaluation: one where these are the same."""
-    first: dict[tuple[str, str], Transcript] = {}
-    last: dict[tuple[str, str], Transcript] = {}
+    by_prompt: dict[tuple[str, str], list[Transcript]] = {}
     for transcript in transcripts:
-        key = transcript.source, transcript.uid
-        first.setdefault(key, transcript)
-        last[key] = transcript
-    return [[first[key], last[key]] if first[key].step != last[key].step else [last[key]] for key in first]
+        by_prompt.setdefault((transcript.source, transcript.uid), []).append(transcript)
+    return [[own[0], own[-1]] if own[0].step != own[-1].step else [own[-1]] for own in by_prompt.values()]
 
 
 # --- what runs left: finished, stopped or still going ----------------------------------------------------------------
