@@ -7,9 +7,8 @@ import math
 
 import zmq
 
-from miles_spmd.protocol.codec import decode, encode
-from miles_spmd.protocol.credentials import Credentials
-from miles_spmd.protocol.messages import Message
+from miles_spmd.protocol.messages import Message, decode, encode
+from miles_spmd.protocol.pipe import Credentials
 
 
 class Dealer:

@@ -10,9 +10,8 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import parse_monitor_message
 
-from miles_spmd.protocol.codec import WireError, decode, encode
-from miles_spmd.protocol.credentials import Credentials, make_keys
-from miles_spmd.protocol.messages import Message
+from miles_spmd.protocol.messages import Message, WireError, decode, encode
+from miles_spmd.protocol.pipe import Credentials, make_keys
 
 Peer = bytes  # a connection's routing id, chosen by our socket, so no client can claim another's
 ANY_INTERFACE = "0.0.0.0"

@@ -23,10 +23,9 @@ from miles_spmd.config.load import config_digest
 from miles_spmd.models.random import write_random_checkpoints
 from miles_spmd.platform.determinism import pin_environment
 from miles_spmd.protocol.commands import Stop
-from miles_spmd.protocol.credentials import Credentials
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.messages import Call, Failure, Hello, RankInfo, Reply
-from miles_spmd.protocol.order import EXIT_SECONDS, Replay
+from miles_spmd.protocol.pipe import Credentials, Replay
 from miles_spmd.protocol.results import Ok, Result
 from miles_spmd.protocol.router import LOOPBACK
 from miles_spmd.types.phase import Phase
@@ -53,14 +52,9 @@ class Place:
 
     @classmethod
     def from_environment(cls) -> Place:
-        world_size = int(os.environ["WORLD_SIZE"])
-        return cls(
-            rank=int(os.environ["RANK"]),
-            world_size=world_size,
-            local_rank=int(os.environ["LOCAL_RANK"]),
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
-            master=os.environ["MASTER_ADDR"],
-        )
+        rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        return cls(rank, world_size, local_rank, local_world_size, os.environ["MASTER_ADDR"])
 
 
 def main(config: Config, task: str = "train", replay: Replay | None = None) -> int:
@@ -91,7 +85,6 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
             print(f"miles-spmd: {problem}", file=terminal, flush=True)
         else:
             controller.stop(problem)
-            controller.wait(2 * EXIT_SECONDS)
         return 1
     return 0 if controller is None else controller.wait()
 

@@ -15,16 +15,16 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TextIO
 
 import zmq
 
-from miles_spmd.protocol.credentials import Credentials
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.messages import Heartbeat
-from miles_spmd.protocol.order import EXIT_SECONDS
+from miles_spmd.protocol.pipe import EXIT_SECONDS, Credentials
 from miles_spmd.types.phase import Phase
 from miles_spmd.worker.controller_process import ControllerProcess
 
@@ -159,7 +159,6 @@ class Watchdog(threading.Thread):
         self._send_heartbeat(Phase.STOP, reason)
         if self._controller is not None:
             self._controller.stop(reason)
-            self._controller.wait(2 * EXIT_SECONDS)
         self._exit(1)
 
     def _controller_ended(self, controller: ControllerProcess) -> NoReturn:
@@ -182,14 +181,12 @@ class Watchdog(threading.Thread):
 
 def where(thread: int) -> str:
     """Return where that thread is: its innermost frame, and the innermost one of this package if that is another."""
-    frame = sys._current_frames().get(thread)
     places: list[str] = []
-    while frame is not None:
+    for frame, line in traceback.walk_stack(sys._current_frames().get(thread)):
         code = frame.f_code
         ours = code.co_filename.startswith(PACKAGE)
         if ours or not places:
-            places.append(f"{code.co_name} ({os.path.basename(code.co_filename)}:{frame.f_lineno})")
+            places.append(f"{code.co_name} ({os.path.basename(code.co_filename)}:{line})")
         if ours:
             break
-        frame = frame.f_back
     return " in ".join(places)
