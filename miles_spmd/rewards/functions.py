@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,7 @@ class RewardFunction:
         """Whether ``score`` is best given whole groups. An async function is, so that its samples wait concurrently."""
         return self.is_async or self.takes_group
 
-    def score(self, samples: list[Sample], timeout: float) -> list[Score]:
+    def score(self, samples: list[Sample], timeout: float = math.inf) -> list[Score]:
         """Return the score of each of the samples (one, or a prompt's). Raises BadReward.
 
         ``timeout`` in seconds limits an async function; others are limited by the pool, which kills their process.
@@ -44,7 +44,7 @@ class RewardFunction:
         with _reported(index):
             return self.call(argument)
 
-    async def _gather(self, calls: list[tuple[Any, int | None]], timeout: float) -> list[Any]:
+    async def _gather(self, calls: Sequence[tuple[Any, int | None]], timeout: float) -> list[Any]:
         async def call(argument: Any, index: int | None) -> Any:
             with _reported(index):
                 try:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from concurrent.futures import CancelledError
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from miles_spmd.rewards.functions import load_reward
 from miles_spmd.types.sample import Sample
 
 IMPORT_TIMEOUT = 120.0  # seconds in which a reward function's module must be imported
+_GRACE = 2.0  # seconds that an async function's own timeout has before its process is killed
 _PR_SET_PDEATHSIG = 1
 
 
@@ -58,20 +60,33 @@ class RewardProcess:
                 ) from error
         return self._scores_groups
 
-    def score(self, samples: list[Sample], timeout: float) -> list[Score]:
-        """Call the reward function once. Raises BadReward, RewardError, TimeoutError when it was killed after
-        ``timeout`` seconds, and EOFError, with the exit code, when it has ended its process."""
+    def score(self, samples: list[Sample]) -> list[Score]:
+        """Call the reward function once. Raises BadReward, and RewardError where it can no longer be imported."""
         with self._lock:
             if self._process.poll() is not None and not self._killed:
                 self._start()
-        self.scores_groups()
-        scores: list[Score] = self._exchange(timeout, samples)
-        return scores
+        # an async function has a timeout of its own, which gives the better message
+        timeout = self._config.reward_timeout + (_GRACE if self.scores_groups() else 0)
+        try:
+            scores: list[Score] = self._exchange(timeout, samples)
+            return scores
+        except TimeoutError:
+            problem = f"took longer than reward.reward_timeout = {self._config.reward_timeout:g} s"
+        except EOFError as error:
+            problem = f"ended its process ({error})"
+        if self._config.rm_type == "math":  # an answer that cannot be verified in time and memory is wrong
+            return [Score(0.0, {"killed": 1.0}) for _ in samples]
+        raise BadReward(problem, samples[0].index if len(samples) == 1 else None)
 
     def _exchange(self, timeout: float, *messages: Any) -> Any:
         """Send, and return or raise the reply. A process that neither reads nor replies in time is killed."""
         late = threading.Event()
-        timer = threading.Timer(timeout, lambda: (late.set(), self._process.kill()))
+
+        def kill() -> None:
+            late.set()
+            self._process.kill()
+
+        timer = threading.Timer(timeout, kill)
         timer.start()
         try:
             for message in messages:
@@ -79,6 +94,8 @@ class RewardProcess:
             reply = self._pipe.recv()
         except (EOFError, OSError):
             status = self._process.wait()
+            if self._killed:
+                raise CancelledError from None
             raise TimeoutError(f"after {timeout:g} s") if late.is_set() else EOFError(f"exit code {status}") from None
         finally:
             timer.cancel()

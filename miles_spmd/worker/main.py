@@ -199,15 +199,8 @@ def build(
 
 
 def rank_info(worker: Worker, place: Place) -> RankInfo:
-    return RankInfo(
-        rank=place.rank,
-        world_size=place.world_size,
-        host=HOST,
-        pid=os.getpid(),
-        trainer=worker.trainer_rank,
-        engine=worker.engine_rank,
-        versions={name: version(name) for name in ("torch", "megatron-core", "sglang")},
-    )
+    versions = {name: version(name) for name in ("torch", "megatron-core", "sglang")}
+    return RankInfo(place.rank, place.world_size, HOST, os.getpid(), worker.trainer_rank, worker.engine_rank, versions)
 
 
 def failure(error: Exception) -> Failure:

@@ -11,13 +11,14 @@ import torch.distributed as dist
 
 from miles_spmd.config import Config
 from miles_spmd.generation.engine import FACTORIES, Engine
+from miles_spmd.invariant.operator_outputs import first_difference, operators
 from miles_spmd.planning.kv_cache import needed_tokens
 from miles_spmd.platform.determinism import deterministic_kernels
 from miles_spmd.protocol import commands, results
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.messages import EngineRank, TrainerRank
+from miles_spmd.training.network import Network
 from miles_spmd.training.roles import Roles
-from miles_spmd.worker.bisect import bisect
 from miles_spmd.worker.device_turns import DeviceTurns
 from miles_spmd.worker.memory_account import MemoryAccount
 from miles_spmd.worker.stopwatch import Stopwatch
@@ -44,6 +45,38 @@ def make_engine(config: Config) -> Engine:
         invariant=config.determinism.parity == "bitwise",
         sum_terms=config.sum_terms,
     )
+
+
+def bisect(command: commands.Bisect, engine: Engine, network: Network) -> results.Bisection:
+    """Run one request in the engine and then in the trainer, and return the first operator whose outputs differ.
+
+    Compare on every rank, each in its own part of the model. The engine has weights and runs without CUDA graphs,
+    which would hide its operators.
+
+    Raises ValueError for an engine whose operators cannot be traced.
+    """
+    from miles_spmd.generation.sglang.engine import SglangEngine
+    from miles_spmd.generation.sglang.operators import traced
+    from miles_spmd.training.operator_outputs import operator_outputs
+
+    if not isinstance(engine, SglangEngine):
+        raise ValueError("rollout.engine: only the operators of 'sglang' can be compared with the trainer's")
+    engine.flush()  # cached prefixes would skip the prefill that has to be traced
+    with traced(engine) as of_engine:
+        engine.submit([command.request])
+        outputs = []
+        while not engine.idle:
+            outputs += engine.step()
+    response = outputs[0].output_ids
+    of_trainer = operator_outputs(network, [*command.request.input_ids, *response])
+    found = first_difference(of_engine, of_trainer, network.num_layers, command.tokens)
+    if found is None:
+        return results.Bisection(response)
+    what = (
+        f"differs for {found.tokens} of {found.compared} tokens, first for number {found.token} of the sequence, by up "
+        f"to {found.largest:.3g}"
+    )
+    return results.Bisection(response, found.operator, operators(network.num_layers).index(found.operator), what)
 
 
 class Worker:
