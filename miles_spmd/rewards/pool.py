@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from queue import SimpleQueue
 
@@ -30,15 +31,16 @@ class RewardPool:
     def __init__(self, config: RewardConfig) -> None:
         """Raises RewardError if the function cannot be imported or called."""
         self._config = config
-        in_place = [load_reward("exact", batched=False)] if config.rm_type == "exact" else list[RewardFunction]()
-        self._processes = [] if in_place else [RewardProcess(config) for _ in range(config.reward_workers)]
+        in_place = config.rm_type == "exact"
+        self._processes = [RewardProcess(config) for _ in range(0 if in_place else config.reward_workers)]
         self._idle: SimpleQueue[RewardProcess | RewardFunction] = SimpleQueue()
-        for scorer in [*in_place, *self._processes]:
+        scorers: Sequence[RewardProcess | RewardFunction] = self._processes or [load_reward("exact", batched=False)]
+        for scorer in scorers:
             self._idle.put(scorer)
         self._threads = ThreadPoolExecutor(self._idle.qsize(), "reward")  # each waits for one process
         self._gatherers = ThreadPoolExecutor(64, "rewards")  # each waits for the calls of one group
         try:
-            self._by_group = bool(in_place) or self._processes[0].scores_groups()
+            self._by_group = in_place or self._processes[0].scores_groups()
         except RewardError:
             self.close()
             raise

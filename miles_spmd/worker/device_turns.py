@@ -74,10 +74,6 @@ class DeviceTurns:
             raise RuntimeError("this rank has no engine: it only trains")
         return self._engine
 
-    @property
-    def generates(self) -> bool:
-        return self._engine is not None
-
     @contextmanager
     def whole_trainer(self) -> Iterator[None]:
         """For the block, all of the trainer is on the device; afterwards the engine has its weights again, if it had.

@@ -99,7 +99,6 @@ def serve(config: Config, task: str, place: Place, controller: ControllerProcess
     try:
         worker = build(config, task, place, side, dealer, watch, watchdog)
     except Exception as error:
-        traceback.print_exc()
         dealer.send(Reply(0, place.rank, HOST, failure(error)))
         dealer.receive()  # block until the controller ends the run; it sends no further message
         return
@@ -113,7 +112,6 @@ def serve(config: Config, task: str, place: Place, controller: ControllerProcess
             with worker.memory.explaining():
                 result = worker.execute(call.command)
         except Exception as error:
-            traceback.print_exc()
             result = failure(error)
         watchdog.enter(Phase.IDLE, call.step, None)
         dealer.send(Reply(call.id, place.rank, HOST, result, watch.take(), worker.memory.take()))
@@ -204,6 +202,7 @@ def rank_info(worker: Worker, place: Place) -> RankInfo:
 
 
 def failure(error: Exception) -> Failure:
+    traceback.print_exc()
     return Failure(type(error).__name__, str(error), traceback.format_exc())
 
 

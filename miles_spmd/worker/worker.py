@@ -102,15 +102,16 @@ class Worker:
                 self._roles = Roles(config)
             memory.trainer = self._roles.memory
             memory.record("trainer built")
-        engine = None
+        self._engine: Engine | None = None
         if side.generates and config.generates(task):
             if config.train.offload_train:
                 self.roles.move_out()  # the engine sizes its KV cache by what is free while it is built
             with watch("engine"):
-                engine = make_engine(config)
-            memory.built(engine.memory)
+                self._engine = make_engine(config)
+            memory.built(self._engine.memory)
             memory.record("engine built")
-        self.turns = DeviceTurns(config, engine, self._roles, watch, memory, side.everyone, config.generates(task))
+        refits = config.generates(task)
+        self.turns = DeviceTurns(config, self._engine, self._roles, watch, memory, side.everyone, refits)
 
     @property
     def trainer_rank(self) -> TrainerRank | None:
@@ -121,9 +122,9 @@ class Worker:
 
     @property
     def engine_rank(self) -> EngineRank | None:
-        if not self.turns.generates:
+        if self._engine is None:
             return None
-        engine, place = divmod(dist.get_rank(), self.turns.engine.size)
+        engine, place = divmod(dist.get_rank(), self._engine.size)
         return EngineRank(engine, leader=place == 0)
 
     @property
@@ -177,15 +178,10 @@ class Worker:
         return self.roles.weights_digest(command.role)
 
     @execute.register
-    def _save(self, command: commands.SaveCheckpoint) -> results.CheckpointResult:
+    def _checkpoint(self, command: commands.SaveCheckpoint | commands.LoadCheckpoint) -> results.CheckpointResult:
+        copy = self.roles.save if isinstance(command, commands.SaveCheckpoint) else self.roles.load
         with self.turns.whole_trainer():
-            self.roles.save(command.path)
-            return self.roles.optimizer_digests()
-
-    @execute.register
-    def _load(self, command: commands.LoadCheckpoint) -> results.CheckpointResult:
-        with self.turns.whole_trainer():
-            self.roles.load(command.path)
+            copy(command.path)
             return self.roles.optimizer_digests()
 
     @execute.register
