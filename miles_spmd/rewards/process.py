@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from concurrent.futures import CancelledError
 from multiprocessing.connection import Connection, Pipe
@@ -80,38 +81,35 @@ class RewardProcess:
 
     def _exchange(self, timeout: float, *messages: Any) -> Any:
         """Send, and return or raise the reply. A process that neither reads nor replies in time is killed."""
-        late = threading.Event()
-
-        def kill() -> None:
-            late.set()
-            self._process.kill()
-
-        timer = threading.Timer(timeout, kill)
+        end = time.monotonic() + timeout
+        timer = threading.Timer(timeout, self._process.kill)
         timer.start()
         try:
             for message in messages:
                 self._pipe.send(message)
             reply = self._pipe.recv()
         except (EOFError, OSError):
-            status = self._process.wait()
+            late, status = time.monotonic() >= end, self._process.wait()
             if self._killed:
                 raise CancelledError from None
-            raise TimeoutError(f"after {timeout:g} s") if late.is_set() else EOFError(f"exit code {status}") from None
+            raise TimeoutError(f"after {timeout:g} s") if late else EOFError(f"exit code {status}") from None
         finally:
             timer.cancel()
-            timer.join()
-            if late.is_set():
-                self._process.wait()  # the next call must not take it for one that is alive
+            if time.monotonic() >= end:  # the timer may be killing it: the next call must not take it for alive
+                self._end()
         if isinstance(reply, Exception):
             raise reply
         return reply
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.wait()
 
     def kill(self) -> None:
         """End the process for good."""
         with self._lock:
             self._killed = True
-        self._process.kill()
-        self._process.wait()
+        self._end()
 
 
 def serve(descriptor: int, parent: int) -> None:

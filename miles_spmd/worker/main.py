@@ -103,7 +103,7 @@ def serve(config: Config, task: str, place: Place, controller: ControllerProcess
         dealer.receive()  # block until the controller ends the run; it sends no further message
         return
     dealer.send(Hello(rank_info(worker, place), config_digest(config), watch.take(), worker.memory.take()))
-    watchdog.enter(Phase.IDLE, 0, None)
+    watchdog.enter(Phase.IDLE, 0)
     while not isinstance((call := next_call(dealer)).command, Stop):
         watchdog.enter(call.command.phase, call.step, call.deadline)
         worker.memory.begin(call.command.phase, call.step)
@@ -113,7 +113,7 @@ def serve(config: Config, task: str, place: Place, controller: ControllerProcess
                 result = worker.execute(call.command)
         except Exception as error:
             result = failure(error)
-        watchdog.enter(Phase.IDLE, call.step, None)
+        watchdog.enter(Phase.IDLE, call.step)
         dealer.send(Reply(call.id, place.rank, HOST, result, watch.take(), worker.memory.take()))
     # The watchdog stops before the last reply: from then on the controller may close its end at any time, which must
     # not count as its death. Its connection stays open until the reply is sent, or this process would count as dead.

@@ -39,7 +39,7 @@ class Doing:
 
     phase: Phase
     step: int
-    deadline: float | None = None  # monotonic
+    deadline: float = math.inf  # monotonic
 
 
 class Watchdog(threading.Thread):
@@ -59,10 +59,9 @@ class Watchdog(threading.Thread):
         self._lost_since: float | None = None  # monotonic: when the connection to the controller closed
         self._stopping = False
         self._main = threading.main_thread().ident or 0
-        self._awake, waker = socket.socketpair()
-        waker.setblocking(False)
-        self._waker = waker
-        signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+        self._awake, self._waker = socket.socketpair()
+        self._waker.setblocking(False)
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)  # a handler has to exist; the wakeup descriptor does the rest
 
@@ -73,10 +72,10 @@ class Watchdog(threading.Thread):
         self._dealer = Dealer(credentials, silence)
         self._waker.send(b"\0")
 
-    def enter(self, phase: Phase, step: int, seconds: float | None) -> None:
-        """The main thread begins something that is due in ``seconds`` (None: without a deadline)."""
+    def enter(self, phase: Phase, step: int, seconds: float = math.inf) -> None:
+        """The main thread begins something that is due in ``seconds``."""
         self._detail = ""
-        self._doing = Doing(phase, step, None if seconds is None else time.monotonic() + seconds)
+        self._doing = Doing(phase, step, time.monotonic() + seconds)
         self._waker.send(b"\0")
 
     def progress(self, detail: str) -> None:
@@ -106,14 +105,11 @@ class Watchdog(threading.Thread):
         dumped: Doing | None = None  # what the stacks were written for: once for each missed deadline
         while not self._stopping:
             now, doing = time.monotonic(), self._doing
-            if doing.deadline is not None and now >= doing.deadline and dumped is not doing:
+            if now >= doing.deadline and dumped is not doing:
                 dumped = doing
                 self._dump_stacks()
             self._send_heartbeat(doing.phase)
-            until = now + HEARTBEAT_EVERY
-            if doing.deadline is not None and dumped is not doing:
-                until = min(until, doing.deadline)
-            self._listen(until)
+            self._listen(min(now + HEARTBEAT_EVERY, math.inf if dumped is doing else doing.deadline))
             if os.getppid() != self._parent:  # an orphan is adopted by another process
                 self._leave("the launcher died")
             if self._lost_since is not None and time.monotonic() > self._lost_since + LOST_GRACE:
@@ -133,9 +129,8 @@ class Watchdog(threading.Thread):
         if self._stopping:
             return
         if self._awake.fileno() in ready:
-            for number in self._awake.recv(64):
-                if number:
-                    self._leave(f"stopped by {signal.Signals(number).name}")
+            for number in filter(None, self._awake.recv(64)):
+                self._leave(f"stopped by {signal.Signals(number).name}")
         if self._controller is not None and self._controller.fileno() in ready:
             self._controller_ended(self._controller)
         if self._dealer is not None and self._dealer.disconnections in ready:
