@@ -10,8 +10,8 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import TypeAdapter
 from pydantic_core import to_jsonable_python
 
+from miles_spmd.config import Config
 from miles_spmd.config.backends import BACKENDS, REFUSED, backend_fields, backend_keys, refusal
-from miles_spmd.config.config import Config
 from miles_spmd.config.table import ENTRY, NONE, Setting, Table, header, walk
 
 BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}

@@ -19,10 +19,9 @@ import tomli_w
 from pydantic import ValidationError, create_model
 from pydantic_core import ErrorDetails
 
+from miles_spmd.config import Config
 from miles_spmd.config.backends import BACKENDS, BackendMissingError, backend_fields, refusal
 from miles_spmd.config.checks import errors as conflicts
-from miles_spmd.config.checks import missing_files
-from miles_spmd.config.config import Config
 from miles_spmd.config.overrides import apply_override, hint, nearest
 from miles_spmd.config.table import ENTRY, NONE, Table, bare, header, is_table, walk
 
@@ -54,19 +53,7 @@ def load_config(
         raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"is not valid TOML: {error}"]) from error
-    return make_config(raw, overrides, source=str(path), world_size=world_size, check_files=check_files)
-
-
-def make_config(
-    raw: dict[str, Any],
-    overrides: Iterable[str] = (),
-    *,
-    source: str = "settings",
-    world_size: int | None = None,
-    check_files: bool = True,
-) -> Config:
-    """As :func:`load_config`, from tables that are in memory; ``raw`` is changed. ``source`` is named in errors."""
-    return make_tables(Config, raw, overrides, source=source, world_size=world_size, check_files=check_files)
+    return make_tables(Config, raw, overrides, source=str(path), world_size=world_size, check_files=check_files)
 
 
 def make_tables(
@@ -78,7 +65,8 @@ def make_tables(
     world_size: int | None = None,
     check_files: bool = False,
 ) -> T:
-    """As :func:`make_config`, for any tables: whatever ``root`` declares can be set, nested tables and lists too."""
+    """As :func:`load_config`, from tables in memory that ``root`` describes, nested tables and lists too; ``raw`` is
+    changed. ``source`` is named in errors."""
     errors: list[str] = []
     for override in overrides:
         try:
@@ -86,9 +74,7 @@ def make_tables(
         except ValueError as error:
             errors.append(f"{override}: {error}")
     tables, wrong = _validate(root, raw, errors)
-    errors += conflicts(tables, world_size=world_size, without=wrong)
-    if check_files:
-        errors += missing_files(tables, without=wrong)
+    errors += conflicts(tables, world_size=world_size, without=wrong, check_files=check_files)
     if errors:
         raise ConfigError(source, errors)
     return tables
