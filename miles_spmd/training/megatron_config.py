@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,11 +70,10 @@ def build_megatron_config(config: Config, family: Family) -> MegatronConfig:
     """Return Megatron's dataclasses for this run: our defaults, overridden by the model's sizes, overridden by the
     user's ``[megatron]`` table.
 
-    A key that is a field of several dataclasses (``use_distributed_optimizer``) goes to each. Raises ValueError listing
-    every key that is a field of none, with the nearest names; and whatever Megatron's own validation raises.
+    A key that is a field of several dataclasses (``use_distributed_optimizer``) goes to each; the settings have
+    been checked for keys that are a field of none. Raises ValueError, and whatever Megatron's own validation raises.
     """
     table = DEFAULTS["megatron"] | _with_virtual_stages(config.megatron, family.num_layers)
-    _refuse_unknown(table)
     _refuse_unsupported(table)
     if config.determinism.deterministic:
         table = {"deterministic_mode": True} | table
@@ -166,20 +164,6 @@ def _with_virtual_stages(table: Mapping[str, Any], num_layers: int) -> dict[str,
             f"{LAYERS_PER_VIRTUAL_STAGE} = {per_stage} does not divide the {num_layers} layers over {stages} stages"
         )
     return table | {"virtual_pipeline_model_parallel_size": num_layers // stages // per_stage}
-
-
-def _refuse_unknown(table: Mapping[str, Any]) -> None:
-    known = {
-        field.name
-        for kind in (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig)
-        for field in dataclasses.fields(kind)
-    } | {LAYERS_PER_VIRTUAL_STAGE}
-    unknown = []
-    for key in sorted(set(table) - known):
-        near = difflib.get_close_matches(key, known, n=3)
-        unknown.append(f"{key} (did you mean {', '.join(near)}?)" if near else key)
-    if unknown:
-        raise ValueError("unknown keys in [megatron]: " + "; ".join(unknown))
 
 
 def _refuse_unsupported(table: Mapping[str, Any]) -> None:
