@@ -23,7 +23,7 @@ from miles_spmd.config import Config
 from miles_spmd.config.backends import BACKENDS, BackendMissingError, backend_fields, refusal
 from miles_spmd.config.checks import errors as conflicts
 from miles_spmd.config.overrides import apply_override, hint, nearest
-from miles_spmd.config.table import ENTRY, NONE, Table, bare, header, is_table, walk
+from miles_spmd.config.table import ENTRY, NONE, Table, bare, child, header, is_table, walk
 
 T = TypeVar("T", bound=Table)
 Location = tuple[str, ...]
@@ -126,9 +126,7 @@ def _validate(root: type[T], raw: dict[str, Any], errors: list[str]) -> tuple[T,
     for detail in details:
         location = tuple(str(part) for part in detail["loc"])
         errors.append(f"{'.'.join(location)}: {_explain(root, location, detail)}")
-        setting = _setting_at(root, location)
-        wrong |= {".".join(setting), *_meant(root, location)}
-        _remove(raw, setting)
+        wrong |= {".".join(_remove(root, raw, location)), *_meant(root, location)}
     return parse(_without_required(root), raw), wrong
 
 
@@ -165,21 +163,17 @@ def _meant(root: type[Table], location: Location) -> list[str]:
     return []
 
 
-def _setting_at(root: type[Table], location: Location) -> Location:
-    """The path of the setting that has an error at ``location``: a table's key, the whole of a list or mapping."""
+def _remove(root: type[Table], raw: Any, location: Location) -> Location:
+    """Remove the setting that has an error at ``location``: a table's key, the whole of a list or mapping. Return its
+    path."""
     table: Any = root
     for depth, name in enumerate(location):
-        if not is_table(table) or name not in table.model_fields:
-            return location[: depth + is_table(table)]
-        table = bare(table.model_fields[name].annotation)
+        table, inside = child(table, name), raw if isinstance(raw, dict) else {}
+        if not is_table(bare(table)) or depth == len(location) - 1:
+            inside.pop(name, None)
+            return location[: depth + 1]
+        raw = inside.get(name)
     return location
-
-
-def _remove(raw: Any, path: Location) -> None:
-    for name in path[:-1]:
-        raw = raw.get(name) if isinstance(raw, dict) else None
-    if isinstance(raw, dict):
-        raw.pop(path[-1], None)
 
 
 @functools.cache
