@@ -1,7 +1,5 @@
 """The doctor: tries what this machine can run, and reports what it cannot and why."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -4,10 +4,8 @@ Three layers: our tables; ``[megatron]``, passed unchanged to Megatron-core's da
 unchanged to SGLang's ``ServerArgs``.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from miles_spmd.config.algorithm import AlgorithmConfig
 from miles_spmd.config.data import DataConfig, EvalConfig, RewardConfig
@@ -70,13 +68,13 @@ class Config(Table):
 
     def generates(self, task: str) -> bool:
         """Whether ``task`` ("train", "eval" or "export") needs an engine."""
-        if task == "export" or self.run.trains_on_pairs:
+        if task == "export" or self.trains_on_pairs:
             return False
         return task == "eval" or self.run.mode == "rl" or self.eval.eval_interval > 0
 
     @property
     def trains_on_pairs(self) -> bool:
-        return self.run.trains_on_pairs
+        return self.run.mode in ("dpo", "rm")
 
     @property
     def has_reference(self) -> bool:
@@ -93,7 +91,7 @@ class Config(Table):
     def has_teacher(self) -> bool:
         return self.run.mode == "rl" and self.algorithm.opd_kl_coef != 0
 
-    def of_critic(self) -> Config:
+    def of_critic(self) -> Self:
         """The configuration that the critic is built from: this one, with the critic's learning rate and schedule."""
         lr = {} if self.train.critic_lr is None else {"lr": self.train.critic_lr}
         train = {"lr_warmup_iters": self.train.critic_lr_warmup_iters, "num_critic_only_steps": 0}

@@ -1,7 +1,5 @@
 """`[algorithm]`: what is computed from rewards and log-probs."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field

@@ -4,8 +4,6 @@ Importing either backend takes seconds and initialises torch; parsing its datacl
 gives the keys of exactly the version that will run.
 """
 
-from __future__ import annotations
-
 import ast
 import builtins
 import functools

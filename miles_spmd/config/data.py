@@ -1,7 +1,5 @@
 """Rows and their scores: `[data]` to train on, `[reward]` that scores responses, `[eval]`."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """The text of ``miles-spmd settings``: every setting with type, default and meaning, as text or as docs/settings.md."""
 
-from __future__ import annotations
-
 import json
 import textwrap
 from collections.abc import Iterable, Iterator

@@ -3,8 +3,6 @@
 The rules of kind ``PARITY`` say why log-probs of engine and trainer cannot be bitwise equal.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 from miles_spmd.config.checks import ERRORS, NOT_BY_DEFAULT, PARITY, Messages, Settings, rule

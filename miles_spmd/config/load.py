@@ -4,8 +4,6 @@ All errors are collected before anything is raised: unknown keys, wrong types an
 is written to disk.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import hashlib

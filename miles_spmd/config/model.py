@@ -1,7 +1,5 @@
 """`[model]`: the checkpoints that a run starts from."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

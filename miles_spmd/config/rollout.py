@@ -1,7 +1,5 @@
 """The engine: how responses are generated and on which GPUs (`[rollout]`), how it receives weights (`[refit]`)."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field

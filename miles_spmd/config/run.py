@@ -1,7 +1,5 @@
 """The run (`[run]`), what it saves (`[checkpoint]`) and shows (`[telemetry]`), how long it waits (`[deadlines]`)."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 from typing import Literal
@@ -22,10 +20,6 @@ class RunConfig(Table):
     """All randomness (data order, sampling, initialisation) is a function of this number and of identities."""
     num_rollout: PositiveInt = 100
     """Number of rollouts (`rl`) or of optimizer steps (other modes) in the run."""
-
-    @property
-    def trains_on_pairs(self) -> bool:
-        return self.mode in ("dpo", "rm")
 
 
 class CheckpointConfig(Table):

@@ -3,8 +3,6 @@
 Megatron itself refuses some combinations clearly, when a rank builds its configuration; they are not repeated here.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from typing import Annotated, Literal
 
