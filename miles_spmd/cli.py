@@ -258,10 +258,9 @@ def _print_plan(config: Config, world_size: int, device_memory: float | None, *,
 
 def _print_comparison(comparison: Comparison, terminal: TextIO | None = None) -> int:
     """Print the result of a comparison and return the exit status that stands for it."""
-    for condition in comparison.conditions:
-        typer.echo(f"differs: {condition}", terminal)
-    for condition in comparison.layout:
-        typer.echo(f"layout: {condition}", terminal)
+    for kind, conditions in (("differs", comparison.conditions), ("layout", comparison.layout)):
+        for condition in conditions:
+            typer.echo(f"{kind}: {condition}", terminal)
     found = f"first difference: {comparison.difference}"
     if comparison.equal:
         found = "no difference, except for the layout" if comparison.layout else "no difference"

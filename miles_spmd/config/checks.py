@@ -81,8 +81,8 @@ def settings(config: Table, *, without: Collection[str] = ()) -> Settings:
     for table in reversed(backends):  # `attention_backend` is a key of both, and here means the engine's
         values |= getattr(config, table)
     for path in without:
-        table, _, key = path.partition(".")
-        if table in backends:
+        first, _, key = path.partition(".")
+        if first in backends:
             values.pop(key, None)
     own = dict(_leaves(config, without))
     names = Counter(path.rpartition(".")[2] for path in own)
