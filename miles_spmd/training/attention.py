@@ -26,8 +26,7 @@ from torch import Tensor
 
 from miles_spmd.invariant.attention import Attention, packed_attention
 from miles_spmd.invariant.flash import flash_attention
-from miles_spmd.invariant.rotary import rotate
-from miles_spmd.invariant.split_attention import split_attention
+from miles_spmd.invariant.operators import rotate
 
 # From query, key, value, where blocks start in the streams of queries and of keys (int32 [B + 1] each), the most
 # queries and keys of a block, and the scale of scores: as :func:`miles_spmd.invariant.flash.flash_attention`.
@@ -84,7 +83,7 @@ class PackedSequences(PackedSeqParams):
     blocks: Blocks = None  # type: ignore[assignment]  # fields before it have defaults
     scored: Tensor = None  # type: ignore[assignment]  # int64 [S], positions of this rank's stream whose logits matter
     positions: Tensor = None  # type: ignore[assignment]  # int64 [T], of each token within its sequence
-    table: Tensor = None  # type: ignore[assignment]  # fp32 [longest, D], see :func:`miles_spmd.invariant.rotary.table`
+    table: Tensor = None  # type: ignore[assignment]  # fp32 [longest, D], see :func:`miles_spmd.invariant.operators.rotary_table`
     angles: Tensor = None  # type: ignore[assignment]  # fp32 [T, 1, D], rotary angles of each token; for Transformer Engine only
 
 
@@ -121,8 +120,7 @@ class PackedAttention(MegatronModule):
         self.cp_group, self.scale = pg_collection.cp, config.kv_channels**-0.5  # type: ignore[operator]
         self.on_gpu: BlockAttention = _varlen_attention
         if config.batch_invariant_mode:  # the attention that an engine with :mod:`miles_spmd.invariant` shares
-            split = config.split_keys
-            self.on_gpu = functools.partial(split_attention, split=split) if split else flash_attention
+            self.on_gpu = functools.partial(flash_attention, split=config.split_keys)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: PackedSequences, **__: Any

@@ -13,13 +13,13 @@ from megatron.core.transformer import MegatronModule
 from torch import Tensor
 
 from miles_spmd.invariant.linear import linear, tree_sum
-from miles_spmd.invariant.swiglu import swiglu
+from miles_spmd.invariant.operators import swiglu
 from miles_spmd.training.log_probs import add_product
 
 
 class SwiGLU(MegatronModule):
-    """:func:`~miles_spmd.invariant.swiglu.swiglu` as Megatron's kind of module: a checkpoint asks even a module without
-    parameters for its state."""
+    """:func:`~miles_spmd.invariant.operators.swiglu` as Megatron's kind of module: a checkpoint asks even a module
+    without parameters for its state."""
 
     def forward(self, x: Tensor) -> Tensor:
         return swiglu(x)

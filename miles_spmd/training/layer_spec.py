@@ -17,7 +17,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
-from miles_spmd.invariant.norm import rms_norm
+from miles_spmd.invariant.operators import rms_norm
 from miles_spmd.training.attention import PackedAttention, PackedSequences
 from miles_spmd.training.experts import MoE
 from miles_spmd.training.invariant_layers import InvariantColumnParallelLinear, InvariantRowParallelLinear, SwiGLU

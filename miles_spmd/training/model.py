@@ -13,7 +13,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from miles_spmd.config import Config
-from miles_spmd.invariant import rotary
+from miles_spmd.invariant.operators import rotary_table
 from miles_spmd.models import Family
 from miles_spmd.training.layer_spec import LastLayer, block_spec
 from miles_spmd.training.log_probs import Distribution, linear_log_probs, log_probs_of, top_candidates
@@ -92,7 +92,7 @@ class PackedModel(GPTModel):
         sequences, positions = batch.sequences, batch.sequences.positions
         if sequences.table is None:
             frequencies = self.rotary_pos_emb.inv_freq.to(positions.device)
-            sequences.table = rotary.table(frequencies, sequences.max_seqlen_q)
+            sequences.table = rotary_table(frequencies, sequences.max_seqlen_q)
         if self.config.transformer_impl == "transformer_engine" and sequences.angles is None:
             sequences.angles = self.rotary_pos_emb.get_emb(sequences.max_seqlen_q)[:, 0].index_select(0, positions)
 
