@@ -68,7 +68,9 @@ REFUSED: dict[str, dict[str, str]] = {
 
 
 # Defaults of ours, in the place of Megatron's own; "local" runs everywhere, and in the same way everywhere.
-DEFAULTS: dict[str, dict[str, Any]] = {"megatron": {"transformer_impl": "local", "fp8_recipe": "blockwise"}}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "megatron": {"transformer_impl": "local", "fp8_recipe": "blockwise", "lr": 1e-6, "weight_decay": 0.01}
+}
 
 
 @dataclass(frozen=True)

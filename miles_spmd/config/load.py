@@ -27,6 +27,11 @@ T = TypeVar("T", bound=Table)
 Location = tuple[str, ...]
 
 
+# keys of `[megatron]` that decide every update, also where nobody sets them
+OPTIMIZER = ("optimizer", "lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad")
+DECAY = "Of the optimizer, not set here (weights of norms and biases do not decay):"
+
+
 class ConfigError(ValueError):
     """All errors of one configuration; each names the setting, what is wrong and what to do."""
 
@@ -79,13 +84,19 @@ def make_tables(
 
 
 def dump_config(config: Table) -> str:
-    """The resolved configuration as TOML; loading it gives an equal Config."""
-    return tomli_w.dumps(_document(config))
+    """The resolved configuration as TOML; loading it gives an equal Config. Comments say what the optimizer does where
+    nobody has set it."""
+    settings = tomli_w.dumps(_document(config))
+    if not isinstance(config, Config):
+        return settings
+    unset = {key: field for key, field in backend_fields("megatron").items() if key not in config.megatron}
+    defaults = [f"# megatron.{key} = {unset[key].default!r}\n" for key in OPTIMIZER if key in unset]
+    return "".join([settings, *([f"\n# {DECAY}\n", *defaults] if defaults else ())])
 
 
 def config_digest(config: Config) -> str:
     """16 hex digits that are equal for equal configurations on every machine."""
-    return hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]
+    return hashlib.sha256(tomli_w.dumps(_document(config)).encode()).hexdigest()[:16]
 
 
 def _document(value: Any) -> Any:

@@ -84,7 +84,7 @@ def build_megatron_config(config: Config, family: Family) -> MegatronConfig:
     dtypes = dict.fromkeys(names, dtype) | {"bf16": dtype is torch.bfloat16}
     transformer = _defaults(table) | family.transformer_config() | table | dtypes
     transformer["activation_func"] = getattr(F, transformer["activation_func"])
-    optimizer = {"lr": 1e-6, "log_num_zeros_in_grad": False} | table | dtypes | {"min_lr": config.train.min_lr}
+    optimizer = {"log_num_zeros_in_grad": False} | table | dtypes | {"min_lr": config.train.min_lr}
     ddp = {
         "grad_reduce_in_fp32": True,
         # in the background of the backward pass, except for sums in a given order

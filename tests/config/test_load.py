@@ -163,6 +163,9 @@ def test_a_dumped_config_loads_back_equal(recipe: Path, tmp_path: Path) -> None:
     assert again == config
     assert config_digest(again) == config_digest(config)
     assert config_digest(load_config(written, ["seed=1"], check_files=False)) != config_digest(config)
+    # what the optimizer does where nobody has set it
+    assert "# megatron.weight_decay = 0.01\n" in written.read_text()
+    assert "megatron.lr =" not in written.read_text()
 
 
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=20).filter(lambda s: s != "none")

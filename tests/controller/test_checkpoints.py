@@ -15,8 +15,8 @@ import pytest
 
 from miles_spmd.controller.checkpoints import ResumeError, newest, read, replaced, step_folder
 from miles_spmd.controller.cluster.errors import WorkerError
+from miles_spmd.ledger.chain import verify
 from miles_spmd.ledger.compare import compare
-from miles_spmd.ledger.record import verify
 from tests.damages import flip, truncate
 from tests.ledger.runs import Recipe, train
 from tests.ranks import Ranks
