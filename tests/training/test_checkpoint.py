@@ -79,6 +79,15 @@ def test_resume(ranks: Ranks, tmp_path: Path, name: str, before: str, after: str
     np.testing.assert_allclose(resumed, uninterrupted[3:], rtol=1e-5)
 
 
+@pytest.mark.parametrize("layout", ["one", "DP2+distributed"])
+def test_resume_in_bf16(ranks: Ranks, tmp_path: Path, layout: str) -> None:
+    """With the fp32 copies of weights that the optimizer has then."""
+    folder, (size, table) = str(tmp_path / "checkpoint"), LAYOUTS[layout]
+    run = config("qwen3_moe", table | ADAM, model={"dtype": "bfloat16"}, **RUN)
+    uninterrupted = ranks.run(size, history, run, folder, 6, False, 3)[0]
+    assert ranks.run(size, history, run, folder, 3, True)[0] == uninterrupted[3:]
+
+
 def test_before_the_first_update(ranks: Ranks, tmp_path: Path) -> None:
     folder = str(tmp_path / "checkpoint")
     run = config("qwen3", ADAM, **RUN)
