@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -20,11 +19,11 @@ import xxhash
 
 from miles_spmd.config import Config
 from miles_spmd.controller.cluster.cluster import Cluster
-from miles_spmd.controller.cluster.errors import WorkerFailedError
-from miles_spmd.controller.journal.events import CheckpointWritten
+from miles_spmd.controller.cluster.listener import WorkerFailedError
+from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.journal import Journal
+from miles_spmd.controller.journal.ledger import Start
 from miles_spmd.protocol.commands import ExportModel, LoadCheckpoint, SaveCheckpoint
-from miles_spmd.protocol.results import CheckpointResult
 
 FOLDER = "checkpoints"
 STATE_FILE = "controller.json"
@@ -48,15 +47,6 @@ class ControllerState(msgspec.Struct, frozen=True):
         """Return the content of the file, with the digest."""
         unsealed = msgspec.json.encode(msgspec.structs.replace(self, digest=""))
         return msgspec.json.encode(msgspec.structs.replace(self, digest=xxhash.xxh3_128_hexdigest(unsealed)))
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins: the first step to do. The rest describes a checkpoint of the run itself."""
-
-    step: int = 0
-    ledger: str = ""  # hash of the entry after which the checkpoint was written
-    results: Sequence[CheckpointResult] = ()  # of every rank that loaded it
 
 
 class Checkpoints:
@@ -84,11 +74,12 @@ class Checkpoints:
 
     def save(self, step: int, journal: Journal) -> None:
         """Write a checkpoint before ``step`` if one is due."""
-        if not self._due(step):
+        interval, last = self._config.checkpoint.save_interval, step == self._config.run.num_rollout
+        if not (interval and step % interval == 0) and not (last and self._config.checkpoint.save_final):
             return
         with journal.timed("save"), replaced(step_folder(self._config.run_dir, step)) as folder:
             results = self._cluster.call(SaveCheckpoint(str(folder)), step=step)
-            journal.publish(CheckpointWritten(step, results))
+            journal.publish(events.CheckpointWritten(step, results))
             digests = {name: digest for result in results for name, digest in result.folders.items()}
             # The ledger's entry is on disk before the file that refers to it.
             complete(folder, ControllerState(step, self._config.run.seed, journal.ledger_head, digests, FORMAT))
@@ -97,10 +88,6 @@ class Checkpoints:
         """Write the trainer's weights as a Hugging Face checkpoint, by default into the run folder."""
         folder = self._config.checkpoint.export_dir or self._config.run_dir / "export"
         self._cluster.call(ExportModel(str(folder)), step=self._config.run.num_rollout)
-
-    def _due(self, step: int) -> bool:
-        interval, last = self._config.checkpoint.save_interval, step == self._config.run.num_rollout
-        return bool(interval and step % interval == 0) or (last and self._config.checkpoint.save_final)
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -113,16 +100,23 @@ def newest(run_dir: Path, up_to: int | None = None) -> Path | None:
 
 
 def _newest_in(folder: Path, up_to: int | None = None) -> Path | None:
-    numbered = {path.parent.name.removeprefix("step_"): path.parent for path in folder.glob(f"step_*/{STATE_FILE}")}
-    complete = {int(number): path for number, path in numbered.items() if number.isdecimal()}
+    complete = {step: path for step, path in _by_step(folder).items() if (path / STATE_FILE).exists()}
     step = max((step for step in complete if up_to is None or step <= up_to), default=None)
     return None if step is None else complete[step]
+
+
+def _by_step(folder: Path) -> dict[int, Path]:
+    numbered = {path.name.removeprefix("step_"): path for path in folder.glob("step_*")}
+    return {int(number): path for number, path in numbered.items() if number.isdecimal()}
 
 
 @contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
     """Provide an empty folder to write into, which takes the place of ``folder`` at the end; after an error it is
-    removed, so that a full disk has room again."""
+    removed, so that a full disk has room again.
+
+    Checkpoints of later steps are removed then: the run has gone on from an earlier one, and its ledger with it.
+    """
     for leftover in folder.parent.glob(f"*{INCOMPLETE}"):
         shutil.rmtree(leftover)
     scratch, old = (folder.with_name(folder.name + suffix) for suffix in (INCOMPLETE, f".old{INCOMPLETE}"))
@@ -135,7 +129,9 @@ def replaced(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    (own,) = (step for step, path in _by_step(folder.parent).items() if path == folder)
+    for path in (old, *(path for step, path in _by_step(folder.parent).items() if step > own)):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def complete(folder: Path, state: ControllerState) -> None:

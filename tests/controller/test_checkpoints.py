@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from miles_spmd.controller.checkpoints import ResumeError, newest, read, replaced, step_folder
-from miles_spmd.controller.cluster.errors import WorkerError
+from miles_spmd.controller.cluster.listener import WorkerError
 from miles_spmd.ledger.chain import verify
 from miles_spmd.ledger.compare import compare
 from tests.damages import flip, truncate
@@ -51,11 +51,13 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before_it(ranks: Ranks, reci
 
 
 def test_the_advice_leads_to_the_end(ranks: Ranks, recipe: Recipe, finished: Path) -> None:
-    """The damaged checkpoint is written anew."""
+    """The damaged checkpoint is written anew, and one of a later step, which the ledger has no more, is removed."""
     folder = Path(shutil.copytree(finished, finished.with_name("advised")))
     newer, before = step_folder(folder, 4), step_folder(folder, 2)
     truncate(newer / "actor" / "rank_00000.bin", newer, random.Random(1))
+    shutil.copytree(newer, step_folder(folder, 6))
     train(ranks, recipe.config("advised", *SFT, f"checkpoint.load={before}"))
+    assert not step_folder(folder, 6).exists()
     assert same_files(newer, step_folder(finished, 4))
 
 
