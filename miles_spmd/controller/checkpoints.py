@@ -77,7 +77,7 @@ class Checkpoints:
         interval, last = self._config.checkpoint.save_interval, step == self._config.run.num_rollout
         if not (interval and step % interval == 0) and not (last and self._config.checkpoint.save_final):
             return
-        with journal.timed("save"), replaced(step_folder(self._config.run_dir, step)) as folder:
+        with journal.timed("save"), replaced(self._config.run_dir, step) as folder:
             results = self._cluster.call(SaveCheckpoint(str(folder)), step=step)
             journal.publish(events.CheckpointWritten(step, results))
             digests = {name: digest for result in results for name, digest in result.folders.items()}
@@ -111,12 +111,13 @@ def _by_step(folder: Path) -> dict[int, Path]:
 
 
 @contextmanager
-def replaced(folder: Path) -> Iterator[Path]:
-    """Provide an empty folder to write into, which takes the place of ``folder`` at the end; after an error it is
+def replaced(run_dir: Path, step: int) -> Iterator[Path]:
+    """Provide an empty folder to write into, which becomes the checkpoint of ``step`` at the end; after an error it is
     removed, so that a full disk has room again.
 
-    Checkpoints of later steps are removed then: the run has gone on from an earlier one, and its ledger with it.
+    At the end checkpoints of later steps are removed: the run has gone on from an earlier one, and its ledger with it.
     """
+    folder = step_folder(run_dir, step)
     for leftover in folder.parent.glob(f"*{INCOMPLETE}"):
         shutil.rmtree(leftover)
     scratch, old = (folder.with_name(folder.name + suffix) for suffix in (INCOMPLETE, f".old{INCOMPLETE}"))
@@ -129,8 +130,7 @@ def replaced(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    (own,) = (step for step, path in _by_step(folder.parent).items() if path == folder)
-    for path in (old, *(path for step, path in _by_step(folder.parent).items() if step > own)):
+    for path in (old, *(path for later, path in _by_step(folder.parent).items() if later > step)):
         shutil.rmtree(path, ignore_errors=True)
 
 

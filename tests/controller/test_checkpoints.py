@@ -87,7 +87,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     (folder / "controller.json").touch()
 
     def fill_the_disk() -> None:
-        with replaced(folder) as scratch:
+        with replaced(tmp_path, 2) as scratch:
             (scratch / "half").touch()
             Path("/dev/full").write_text("No space left on device")
 
