@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from miles_spmd.models.dense import Llama, Qwen2, Qwen3
 from miles_spmd.models.family import VALUE_HEAD, Family
 from miles_spmd.models.layout import PADDING, Piece, TensorLayout
-from miles_spmd.models.llama import Llama
-from miles_spmd.models.qwen2 import Qwen2
-from miles_spmd.models.qwen3 import Qwen3
 from miles_spmd.models.qwen3_moe import Qwen3Moe
 from miles_spmd.models.random import random_config
 
