@@ -8,11 +8,9 @@ from math import ceil
 from miles_spmd.config import Config
 from miles_spmd.config.checks import settings
 from miles_spmd.models import Family, load_family
-from miles_spmd.planning.kv_cache import needed_tokens
-from miles_spmd.planning.memory_estimate import STATIC_FRACTION, MemoryEstimate, estimate_memory
+from miles_spmd.planning.memory_estimate import STATIC_FRACTION, MemoryEstimate, estimate_memory, needed_tokens
 from miles_spmd.planning.parallel_layout import Groups, ParallelLayout
-from miles_spmd.planning.release import CONTEXT, GIB, Release, peaks, planned_release
-from miles_spmd.planning.remedies import remedies
+from miles_spmd.planning.release import CONTEXT, GIB, Release, peaks, planned_release, remedies
 
 MAX_RANKS = 16  # listed one by one
 RELEASED = {
