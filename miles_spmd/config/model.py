@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +9,8 @@ from pydantic import AfterValidator
 
 from miles_spmd.config.rules import ERRORS, FILES, WARNINGS, Messages, Settings, rule
 from miles_spmd.config.table import Table
+from miles_spmd.models import read_config
+from miles_spmd.models.qwen3_moe import count_experts
 from miles_spmd.models.random import NO_WEIGHTS, random_config, resolve
 
 Checkpoint = Annotated[Path, AfterValidator(resolve)]
@@ -41,14 +42,13 @@ OTHERS = ("ref_load", "critic_load", "teacher_load")
 def checkpoint_shape(folder: Path) -> dict[str, Any] | None:
     """Return the contents of a checkpoint's config.json, or None where it cannot be read."""
     try:
-        shape = random_config(folder) or json.loads((folder / "config.json").read_text())
+        return read_config(folder)
     except (OSError, ValueError):
         return None
-    return shape if isinstance(shape, dict) else None
 
 
 def has_experts(s: Settings) -> bool:
-    return bool(s.shape.get("num_experts") or s.shape.get("num_local_experts"))
+    return count_experts(s.shape) > 0
 
 
 @rule(ERRORS)

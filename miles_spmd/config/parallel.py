@@ -6,6 +6,7 @@ Megatron itself refuses some combinations clearly, when a rank builds its config
 from __future__ import annotations
 
 from miles_spmd.config.rules import ERRORS, Messages, Settings, rule
+from miles_spmd.models.qwen3_moe import count_experts
 
 # --- trainer ---------------------------------------------------------------------------------------------------------
 
@@ -71,7 +72,7 @@ def _layers_divide(s: Settings) -> Messages:
 
 @rule(ERRORS)
 def _experts_divide(s: Settings) -> Messages:
-    size, experts = s.expert_model_parallel_size, s.shape.get("num_experts") or s.shape.get("num_local_experts")
+    size, experts = s.expert_model_parallel_size, count_experts(s.shape)
     if size > 1 and not experts:
         yield "megatron.expert_model_parallel_size: the model has no experts"
     elif experts and experts % size:

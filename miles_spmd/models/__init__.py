@@ -45,6 +45,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         reason = "no such folder" if not folder.is_dir() else "the folder has no config.json"
         raise FileNotFoundError(f"{folder} is not a Hugging Face checkpoint: {reason}")
     try:
-        return json.loads(file.read_text())
+        config = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return config

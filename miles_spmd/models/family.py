@@ -82,8 +82,10 @@ class Family:
     qk_norm: ClassVar[bool] = False
     qkv_bias: ClassVar[bool] = False
     rope_types: ClassVar[tuple[str, ...]] = ("default",)
+    # of a dense model
     num_experts = 0
     experts_per_token = 0
+    expert_ffn_size = 0
     required: ClassVar[tuple[str, ...]] = (
         "hidden_size",
         "intermediate_size",
@@ -195,7 +197,9 @@ class Family:
     def num_active_parameters(self) -> int:
         """Return the number of parameters that one token's forward pass uses: all but the experts that it is not routed
         to."""
-        return self.num_parameters()
+        unused = self.num_layers * (self.num_experts - self.experts_per_token)
+        expert = swiglu_tensors("", self.hidden_size, self.expert_ffn_size)
+        return self.num_parameters() - unused * sum(map(prod, expert.values()))
 
     @cached_property
     def _tensors(self) -> dict[str, Shape]:

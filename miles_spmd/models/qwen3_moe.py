@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from math import prod
 from typing import Any
 
 from miles_spmd.models.dense import Qwen3
@@ -22,8 +21,8 @@ class Qwen3Moe(Qwen3):
     def __init__(self, config: dict[str, Any], *, value_head: bool = False) -> None:
         super().__init__(config, value_head=value_head)
         self.num_experts = count_experts(config)
-        self.experts_per_token: int = config["num_experts_per_tok"]
-        self.expert_ffn_size: int = config["moe_intermediate_size"]
+        self.experts_per_token = config["num_experts_per_tok"]
+        self.expert_ffn_size = config["moe_intermediate_size"]
 
     def unsupported(self, config: dict[str, Any]) -> list[str]:
         problems = super().unsupported(config)
@@ -44,10 +43,6 @@ class Qwen3Moe(Qwen3):
             "moe_router_pre_softmax": not self.config.get("norm_topk_prob", False),
             "moe_router_load_balancing_type": "none",
         }
-
-    def num_active_parameters(self) -> int:
-        one_expert = sum(map(prod, swiglu_tensors("", self.hidden_size, self.expert_ffn_size).values()))
-        return self.num_parameters() - self.num_layers * (self.num_experts - self.experts_per_token) * one_expert
 
     def _mlp_tensors(self, prefix: str) -> dict[str, Shape]:
         tensors: dict[str, Shape] = {prefix + "gate.weight": (self.num_experts, self.hidden_size)}

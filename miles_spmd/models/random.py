@@ -116,11 +116,10 @@ def resolve(folder: Path) -> Path:
 
 def random_config(folder: Path) -> dict[str, Any] | None:
     """Return the contents of config.json in a folder of :func:`resolve`, whether it exists or not; None for others."""
-    for name, shape in SHAPES.items():
-        match = re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?", folder.name)
-        if match and folder.parent == _cache():
-            return shape | ({"num_hidden_layers": int(match[1])} if match[1] else {})
-    return None
+    match = re.fullmatch(rf"({'|'.join(map(re.escape, SHAPES))})(?:-(\d+))?", folder.name)
+    if match is None or folder.parent != _cache():
+        return None
+    return SHAPES[match[1]] | ({"num_hidden_layers": int(match[2])} if match[2] else {})
 
 
 def write_random_checkpoints(folders: Iterable[Path]) -> None:

@@ -123,28 +123,23 @@ def _pinned(nbytes: int) -> int:
 
 def local_parameters(family: Family, layout: ParallelLayout, s: dict[str, Any]) -> list[tuple[int, int]]:
     """Return the (dense, expert) parameters of one rank of each pipeline stage."""
-    stages, start = [], 0
-    for stage, count in enumerate(layers_per_stage(family.num_layers, layout.pp, s)):
-        layers, start = range(start, start + count), start + count
-        dense = expert = 0
-        for name, shape in family.checkpoint_tensors().items():
-            if not _is_on(name, layers, stage == 0, stage == layout.pp - 1, family.tied_embeddings):
-                continue
+    counts, last = layers_per_stage(family.num_layers, layout.pp, s), layout.pp - 1
+    stage_of = [stage for stage, count in enumerate(counts) for _ in range(count)]
+    stages = [(0, 0)] * layout.pp
+    for name, shape in family.checkpoint_tensors().items():
+        if match := re.match(r"model\.layers\.(\d+)\.", name):
+            on = set(stage_of[int(match[1]) :][:1])
+        elif name == "model.embed_tokens.weight":
+            on = {0, last} if family.tied_embeddings else {0}
+        else:
+            on = {last}
+        for stage in on:
+            dense, expert = stages[stage]
             if ".experts." in name:
-                expert += prod(shape) // (layout.etp * layout.ep)
+                stages[stage] = dense, expert + prod(shape) // (layout.etp * layout.ep)
             else:
-                dense += _dense_share(name, shape, layout.tp)
-        stages.append((dense, expert))
+                stages[stage] = dense + _dense_share(name, shape, layout.tp), expert
     return stages
-
-
-def _is_on(name: str, layers: range, first: bool, last: bool, tied: bool) -> bool:
-    """Whether a pipeline stage with these layers holds this checkpoint tensor."""
-    if match := re.match(r"model\.layers\.(\d+)\.", name):
-        return int(match[1]) in layers
-    if name == "model.embed_tokens.weight":
-        return first or (last and tied)
-    return last
 
 
 def _fp8_copies(family: Family, layout: ParallelLayout, s: dict[str, Any]) -> int:
@@ -215,7 +210,7 @@ def _layer_elements(family: Family, layout: ParallelLayout, split_input: int, lo
     if not experts:
         mlp = 3 * family.ffn_size // layout.tp
     else:  # and each expert's own copy of its input; our own make the product, and their outputs, again
-        wide = family.expert_ffn_size // layout.etp  # type: ignore[attr-defined]
+        wide = family.expert_ffn_size // layout.etp
         mlp = experts * (2 * wide + family.hidden_size if local else 3 * wide + 2 * family.hidden_size)
     return 4 * split_input + attention // layout.tp + mlp
 

@@ -141,25 +141,18 @@ class _Tensors:
         self._addresses: list[int] = []
         self._on_device: torch.Tensor | None = None
 
-    def locate(self, place: Place) -> tuple[int, int, int]:
-        """Return the number of the tensor and, in elements, the offset of ``place`` in it and the distance of its rows.
-        Raises MappingError."""
+    def locate(self, place: Place) -> tuple[tuple[int, int, int], torch.dtype, bool]:
+        """Return the number of the tensor and, in elements, the offset of ``place`` in it and the distance of its rows;
+        then its dtype, and whether it is aligned. Raises MappingError."""
         key = place.rank, place.tensor
         if key not in self._numbers:
             self._numbers[key] = len(self._tensors)
-            tensor = self._by_rank[place.rank][place.tensor]
-            self._tensors.append(tensor)
-            self._addresses.append(tensor.data_ptr())
+            self._tensors.append(self._by_rank[place.rank][place.tensor])
+            self._addresses.append(self._tensors[-1].data_ptr())
         number = self._numbers[key]
-        strides = self._tensors[number].stride()
-        offset = sum(at * stride for at, stride in zip((*place.lead, *place.start), strides))
-        return number, offset, strides[len(place.lead)]
-
-    def dtype(self, number: int) -> torch.dtype:
-        return self._tensors[number].dtype
-
-    def aligned(self, number: int) -> bool:
-        return self._addresses[number] % ALIGNMENT == 0
+        tensor, aligned = self._tensors[number], self._addresses[number] % ALIGNMENT == 0
+        offset = sum(at * stride for at, stride in zip((*place.lead, *place.start), tensor.stride()))
+        return (number, offset, tensor.stride()[len(place.lead)]), tensor.dtype, aligned
 
     def addresses(self) -> torch.Tensor:
         """Return the current addresses, int64 [tensors], on the device. Raises RuntimeError when one is no longer
@@ -192,9 +185,8 @@ def _moves(
     checksums of the values in the targets' dtype."""
     for number, bucket in buckets:
         for copy, dtype, offset in zip(bucket.copies, bucket.dtypes, bucket.offsets):
-            held = [(s, s.locate(at)) for s, at in ((sources, copy.source), (targets, copy.target)) if s is not None]
-            (first, source), (_, target) = held[0], held[-1]
-            aligned = all(side.aligned(at[0]) for side, at in held)
+            held = [side.locate(at) for side, at in ((sources, copy.source), (targets, copy.target)) if side]
+            (source, held_dtype, _), (target, _, _) = held[0], held[-1]
             rows, columns = (1, *copy.shape)[-2:]
             move = Move(*source, *target, rows, columns, offset // dtype.itemsize, number)
-            yield move, Kind(first.dtype(source[0]), dtype, aligned)
+            yield move, Kind(held_dtype, dtype, all(aligned for *_, aligned in held))
