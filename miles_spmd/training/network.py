@@ -143,21 +143,10 @@ class Network:
 
     def layout(self) -> list[TensorLayout]:
         """Return where every part of every tensor of :meth:`weights` lies in the Hugging Face checkpoint."""
-        where = self._where
+        axes = ("tp_rank", "tp_size", "etp_rank", "etp_size", "ep_rank", "ep_size")
+        place = {axis: getattr(self._where, axis) for axis in axes}
         return [
-            TensorLayout(
-                name,
-                self._family.megatron_layout(
-                    name,
-                    tuple(parameter.shape),
-                    tp_rank=where.tp_rank,
-                    tp_size=where.tp_size,
-                    etp_rank=where.etp_rank,
-                    etp_size=where.etp_size,
-                    ep_rank=where.ep_rank,
-                    ep_size=where.ep_size,
-                ),
-            )
+            TensorLayout(name, self._family.megatron_layout(name, tuple(parameter.shape), **place))
             for name, parameter in self._parameters.items()
         ]
 
