@@ -54,14 +54,14 @@ def tis(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction:
     """Weight each token by clip(rho, ``tis_clip_low``, ``tis_clip``)."""
     ratios = _ratios(batch)
     weights = _clip(ratios.token, algorithm.tis_clip_low, algorithm.tis_clip)
-    return _correction(ratios, weights, kept=ratios.trained, clipped=weights != ratios.token)
+    return ratios.correction(weights, kept=ratios.trained, clipped=weights != ratios.token)
 
 
 def icepop(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction:
     """Weight each token by rho where ``tis_clip_low`` <= rho <= ``tis_clip``, else by 0."""
     ratios = _ratios(batch)
     inside = _inside(ratios.token, algorithm.tis_clip_low, algorithm.tis_clip)
-    return _correction(ratios, ratios.token, kept=ratios.trained & inside, clipped=~inside)
+    return ratios.correction(ratios.token, kept=ratios.trained & inside, clipped=~inside)
 
 
 def mis(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction:
@@ -95,14 +95,12 @@ def mis(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction:
         metrics["rs_vetoed"] = float(vetoed_N.mean()) if len(vetoed_N) else 0.0
         kept = kept & ~vetoed_N[ratios.sample]
     if a.tis_batch_normalize:
-        if a.tis_level == "token":
-            normalizer = _mean(weights[kept])
-        else:
-            first_kept = np.diff(ratios.sample[kept], prepend=-1) > 0  # a sample has one weight
-            normalizer = _mean(weights[kept][first_kept])
-        metrics["tis_normalizer"] = normalizer
-        weights = weights / normalizer
-    return _correction(ratios, weights, kept, clipped, metrics)
+        counted = weights[kept]
+        if a.tis_level != "token":  # a sample has one weight
+            counted = counted[np.diff(ratios.sample[kept], prepend=-1) > 0]
+        metrics["tis_normalizer"] = _mean(counted)
+        weights = weights / metrics["tis_normalizer"]
+    return ratios.correction(weights, kept, clipped, **metrics)
 
 
 CORRECTIONS: PlugPoint[CorrectionFunction] = PlugPoint(
@@ -177,40 +175,29 @@ class _Ratios:
         """Return the mean over trained tokens, 0 if there are none."""
         return _mean(values_M[self.trained], of_none=0.0)
 
-    def split(self, values_M: np.ndarray) -> Arrays:
-        return np.split(values_M, np.cumsum(self.lengths)[:-1]) if self.lengths else []
+    def correction(self, weights: np.ndarray, kept: np.ndarray, clipped: np.ndarray, **metrics: float) -> Correction:
+        """Return the result with its metrics.
+
+        They are means over trained tokens: ``tis`` (rho), ``tis_abs`` (|rho - 1|), ``tis_clipfrac`` (weight bounded or
+        set to 0 by its bounds), ``tis_rejected`` (weight 0 for any reason), ``tis_weight`` (as applied); and the count
+        ``extreme_ratios`` of tokens whose log-ratio was clamped.
+        """
+        applied = np.where(kept, weights, 0.0)
+        own = {
+            "tis": self.mean(self.token),
+            "tis_abs": self.mean(np.abs(self.token - 1)),
+            "tis_clipfrac": self.mean(clipped),
+            "tis_rejected": self.mean(~kept),
+            "tis_weight": self.mean(applied),
+            "extreme_ratios": float((np.abs(self.log_M) > MAX_LOG_RATIO).sum()),
+        }
+        policy_weights = np.split(applied, np.cumsum(self.lengths)[:-1]) if self.lengths else []
+        return Correction(policy_weights, own | metrics)
 
 
 def _ratios(batch: RolloutBatch) -> _Ratios:
     old, engine = (batch.required(name, "use_tis") for name in ("old_log_probs", "rollout_log_probs"))
     return _Ratios(old, engine, batch.masks)
-
-
-def _correction(
-    ratios: _Ratios,
-    weights: np.ndarray,
-    kept: np.ndarray,
-    clipped: np.ndarray,
-    metrics: dict[str, float] | None = None,
-) -> Correction:
-    """Return the result with its metrics.
-
-    They are means over trained tokens: ``tis`` (rho), ``tis_abs`` (|rho - 1|), ``tis_clipfrac`` (weight bounded or set
-    to 0 by its bounds), ``tis_rejected`` (weight 0 for any reason), ``tis_weight`` (as applied); and the count
-    ``extreme_ratios`` of tokens whose log-ratio was clamped."""
-    applied = np.where(kept, weights, 0.0)
-    return Correction(
-        ratios.split(applied),
-        {
-            "tis": ratios.mean(ratios.token),
-            "tis_abs": ratios.mean(np.abs(ratios.token - 1)),
-            "tis_clipfrac": ratios.mean(clipped),
-            "tis_rejected": ratios.mean(~kept),
-            "tis_weight": ratios.mean(applied),
-            "extreme_ratios": float((np.abs(ratios.log_M) > MAX_LOG_RATIO).sum()),
-            **(metrics or {}),
-        },
-    )
 
 
 def _inside(ratio: np.ndarray, lower: float, upper: float) -> np.ndarray:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import takewhile
 
 import msgspec
+import numpy as np
+from tokenizers import Encoding
 
 from miles_spmd.config import DataConfig
-from miles_spmd.data.dataset import Row, RowError, load_items, parse_slice
+from miles_spmd.data.dataset import Row, RowError, load_items
 from miles_spmd.data.prompts import read_input, read_text
-from miles_spmd.data.sft import (
-    Pieces,
-    SftExample,
-    conversation_pieces,
-    end_of_sequence,
-    join_pieces,
-    pieces_fit,
-    response_pieces,
-)
-from miles_spmd.data.tokenizer import Message, Tokenizer
+from miles_spmd.data.sft import SftExample, conversation_text, make_example, response_text
+from miles_spmd.data.tokenizer import Message, Text, Tokenizer
 
 Turns = str | list[Message]  # a response as text, or as messages that continue those of the prompt
 
@@ -55,21 +50,23 @@ def load_preference_pairs(
     beginning, sequences that are too long unless ``data.drop_long_prompts``.
     """
 
-    source = prompt_data or data.prompt_data
-    name = name or parse_slice(source)[0].name
-
-    def pair(number: int, row: Row) -> PreferencePair | None:
+    def draft(uid: str, row: Row) -> tuple[list[Text], Callable[..., PreferencePair]]:
         prompt, *responses = _read_row(row, data)
-        sequences = [_pieces(prompt, response, tokenizer) for response in responses]
-        if sequences[0] == sequences[1]:
-            raise RowError(f"{data.chosen_key!r} and {data.rejected_key!r} are the same", "remove the row")
-        if scores_end:
-            sequences = [_scored_at_end(pieces, end_of_sequence(tokenizer)) for pieces in sequences]
-        fitting = [pieces_fit(pieces, data, max_len) for pieces in sequences]
-        uid = f"{name}:{number}"
-        return PreferencePair(uid, *(join_pieces(uid, pieces) for pieces in sequences)) if all(fitting) else None
 
-    return load_items(source, pair)
+        texts = [_text(prompt, response, tokenizer) for response in responses]
+
+        def finish(*encodings: Encoding) -> PreferencePair:
+            sides = [
+                make_example(uid, text, encoding, tokenizer, data, max_len, scores_end)
+                for text, encoding in zip(texts, encodings)
+            ]
+            if np.array_equal(sides[0].tokens, sides[1].tokens):
+                raise RowError(f"{data.chosen_key!r} and {data.rejected_key!r} are the same", "remove the row")
+            return PreferencePair(uid, *sides)
+
+        return texts, finish
+
+    return load_items(prompt_data or data.prompt_data, name, data, tokenizer, draft)
 
 
 def _read_row(row: Row, data: DataConfig) -> tuple[Turns, Turns, Turns]:
@@ -99,19 +96,12 @@ def _read_response(row: Row, key: str, setting: str) -> Turns:
     return response
 
 
-def _pieces(prompt: Turns, response: Turns, tokenizer: Tokenizer) -> Pieces:
+def _text(prompt: Turns, response: Turns, tokenizer: Tokenizer) -> Text:
     if isinstance(response, str):
-        return response_pieces(prompt, response, tokenizer)
+        return response_text(prompt, response, tokenizer)
     history = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     before, after = history[-1]["role"], response[0]["role"]
     if before == "assistant" or after != "assistant":
         problem = f"the response begins with a message of {after!r}, the prompt ends with one of {before!r}"
         raise RowError(problem, "end the prompt before the assistant's message, and begin the response with it")
-    return conversation_pieces(history + response, len(history), tokenizer)
-
-
-def _scored_at_end(pieces: Pieces, eos: int) -> Pieces:
-    tokens = [token for ids, _ in pieces for token in ids]
-    while tokens[-1] != eos:  # a template may count a line feed after it as the assistant's
-        tokens.pop()
-    return [(tokens, False), ([eos], True)]
+    return conversation_text(history + response, len(history), tokenizer)

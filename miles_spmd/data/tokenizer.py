@@ -9,12 +9,29 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
+from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
 Message = dict[str, Any]  # {"role": ..., "content": ..., ...} as chat templates take it
+Segment = tuple[str, bool]  # a part of a text, and whether it is trained
+
+
+class Text(NamedTuple):
+    """Consecutive segments of a sequence; ``templated``: a chat template has written its special tokens."""
+
+    segments: list[Segment]
+    templated: bool
+
+    @property
+    def whole(self) -> str:
+        return "".join(text for text, _ in self.segments)
+
+    @property
+    def is_trained(self) -> bool:
+        return any(trained for _, trained in self.segments)
 
 
 class TokenizerError(ValueError):
@@ -63,20 +80,25 @@ class Tokenizer:
         return self._fast.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_prompts(self, texts: Sequence[str], templated: Sequence[bool]) -> list[list[int]]:
-        """Return the token ids of texts at the start of a context.
+        """Return the token ids of texts at the start of a context."""
+        found = self.encode_texts([Text([(text, False)], t) for text, t in zip(texts, templated)])
+        return [encoding.ids for encoding in found]
+
+    def encode_texts(self, texts: Sequence[Text]) -> list[Encoding]:
+        """Encode texts at the start of a context, each as a whole; with offsets if a segment is trained.
 
         A chat template writes its special tokens itself (``templated``). Plain text gets those that the tokenizer adds
         (Llama's BOS), unless it already starts with the BOS token.
         """
         bos = self.special_tokens.get("bos_token")
-        ids: list[list[int]] = [[] for _ in texts]
-        complete = [t or bool(bos and text.startswith(bos)) for text, t in zip(texts, templated)]
+        encode = self._fast.encode_batch if any(t.is_trained for t in texts) else self._fast.encode_batch_fast
+        wholes = [text.whole for text in texts]
+        complete = [t.templated or bool(bos and whole.startswith(bos)) for t, whole in zip(texts, wholes)]
+        found: dict[int, Encoding] = {}
         for is_complete in (True, False):
             which = [i for i, c in enumerate(complete) if c == is_complete]
-            encodings = self._fast.encode_batch_fast([texts[i] for i in which], add_special_tokens=not is_complete)
-            for i, encoding in zip(which, encodings):
-                ids[i] = encoding.ids
-        return ids
+            found |= zip(which, encode([wholes[i] for i in which], add_special_tokens=not is_complete))
+        return [found[i] for i in range(len(texts))]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._fast.decode(ids, skip_special_tokens=skip_special_tokens)
