@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tokenizers import Encoding
-
 from miles_spmd.config import DataConfig
 from miles_spmd.data.chat import check_messages
 from miles_spmd.data.dataset import Row, RowError, TooLongError, load_items, lookup
-from miles_spmd.data.tokenizer import Message, Text, Tokenizer, TokenizerError
+from miles_spmd.data.tokenizer import Encoding, Message, Text, Tokenizer, TokenizerError
 from miles_spmd.types.sample import Prompt
 
 

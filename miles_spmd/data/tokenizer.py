@@ -12,18 +12,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
 Message = dict[str, Any]  # {"role": ..., "content": ..., ...} as chat templates take it
 Segment = tuple[str, bool]  # a part of a text, and whether it is trained
 
 
+class Encoding(NamedTuple):
+    ids: list[int]
+    offsets: list[tuple[int, int]]  # the characters of each token
+
+
 class Text(NamedTuple):
-    """Consecutive segments of a sequence; ``templated``: a chat template has written its special tokens."""
+    """Consecutive segments of a sequence; ``templated``: a chat template has written its special tokens; ``exact``:
+    a trained segment begins where an engine begins to generate, so that no token may reach over that place."""
 
     segments: list[Segment]
     templated: bool
+    exact: bool = True
 
     @property
     def whole(self) -> str:
@@ -94,14 +100,48 @@ class Tokenizer:
         encode = self._fast.encode_batch if any(t.is_trained for t in texts) else self._fast.encode_batch_fast
         wholes = [text.whole for text in texts]
         complete = [t.templated or bool(bos and whole.startswith(bos)) for t, whole in zip(texts, wholes)]
-        found: dict[int, Encoding] = {}
+        found: dict[int, Any] = {}
         for is_complete in (True, False):
             which = [i for i, c in enumerate(complete) if c == is_complete]
             found |= zip(which, encode([wholes[i] for i in which], add_special_tokens=not is_complete))
-        return [found[i] for i in range(len(texts))]
+        encodings = [Encoding(found[i].ids, found[i].offsets) for i in range(len(texts))]
+        return [self._split_at_responses(text, encoding) for text, encoding in zip(texts, encodings)]
+
+    def _split_at_responses(self, text: Text, encoding: Encoding) -> Encoding:
+        """Encode again as an engine does, whose prompt ends before a response, if a token reaches over that place."""
+        starts, position = [], 0
+        for piece, trained in text.segments:
+            starts += [position] if trained and text.exact else []
+            position += len(piece)
+        crossed = [p for p in starts if any(start < p < end for start, end in encoding.offsets)]
+        if not crossed:
+            return encoding
+        whole = text.whole
+        head = self.encode_texts([Text([(whole[: crossed[0]], False)], text.templated)])[0]
+        ids, offsets = list(head.ids), [(0, 0)] * len(head.ids)
+        for start, end in zip(crossed, [*crossed[1:], len(whole)]):
+            tail = self._continue(whole[start:end])
+            ids += tail.ids
+            offsets += [(start + a, start + b) for a, b in tail.offsets]
+        return Encoding(ids, offsets)
+
+    def _continue(self, text: str) -> Encoding:
+        """Encode a text that follows another one, and hence has no beginning for a normaliser to change."""
+        for before in "\n.a0":
+            encoding = self._fast.encode(before + text, add_special_tokens=False)
+            after = [(i, (a - 1, b - 1)) for i, (a, b) in zip(encoding.ids, encoding.offsets) if b > 1]
+            if after and after[0][1][0] == 0:
+                return Encoding(*map(list, zip(*after)))
+        encoding = self._fast.encode(text, add_special_tokens=False)
+        return Encoding(encoding.ids, encoding.offsets)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._fast.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    @property
+    def marks_assistant(self) -> bool:
+        """Whether the chat template marks what the assistant writes."""
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template or "") is not None
 
     def render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
         """Return the text of a conversation by the checkpoint's chat template. Raises TokenizerError."""
@@ -119,7 +159,7 @@ class Tokenizer:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        marked = re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template) is not None
+        marked = self.marks_assistant
         variables: dict[str, Any] = {**self.special_tokens, "add_generation_prompt": add_generation_prompt}
         render: Any = render_jinja_template  # annotated to return a string, returns ([text], [spans])
         try:

@@ -23,7 +23,7 @@ from miles_spmd.controller.learning.batch import optimizer_steps, pair_sequences
 from miles_spmd.controller.learning.models import Models
 from miles_spmd.controller.learning.preferences import preference_metrics
 from miles_spmd.controller.learning.scoring import Scores, score
-from miles_spmd.data.preferences import PreferencePair
+from miles_spmd.data.examples import PreferencePair
 from miles_spmd.protocol.commands import Bisect, RefitEngine, SnapshotWeights
 from miles_spmd.protocol.results import Bisection
 from miles_spmd.types.request import Request

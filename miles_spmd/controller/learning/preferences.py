@@ -9,7 +9,7 @@ import numpy as np
 from miles_spmd.config import Config
 from miles_spmd.controller.learning.batch import pair_sequences
 from miles_spmd.controller.learning.models import Models
-from miles_spmd.data.preferences import PreferencePair
+from miles_spmd.data.examples import PreferencePair
 from miles_spmd.types.role import Role
 
 
