@@ -66,7 +66,7 @@ def load_items(source: str, name: str | None, data: DataConfig, tokenizer: Token
 
     ``draft(uid, row)`` returns the texts of an item, and what makes the item of their encodings: the tokenizer encodes
     the texts of many rows at a time, in parallel. Rows that are too long are left out with ``data.drop_long_prompts``.
-    Raises DataError with the RowErrors of all rows, and if there is no item.
+    Raises DataError with the RowErrors of all rows, and if no item is left.
     """
     errors: list[RowError] = []
     items: list[Item] = []
