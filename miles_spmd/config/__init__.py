@@ -10,6 +10,7 @@ from miles_spmd.config.eval import EvalConfig as EvalConfig
 from miles_spmd.config.model import ModelConfig as ModelConfig
 from miles_spmd.config.refit import RefitConfig as RefitConfig
 from miles_spmd.config.reward import RewardConfig as RewardConfig
+from miles_spmd.config.reward import RewardTerm as RewardTerm
 from miles_spmd.config.rollout import RolloutConfig as RolloutConfig
 from miles_spmd.config.run import RunConfig as RunConfig
 from miles_spmd.config.telemetry import TelemetryConfig as TelemetryConfig

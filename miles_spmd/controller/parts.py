@@ -52,7 +52,7 @@ def open_parts(
     """
     with ExitStack() as stack:
         tokenizer = Tokenizer(config.model.hf_checkpoint)
-        rewards = stack.enter_context(RewardPool(config.reward))
+        rewards = stack.enter_context(RewardPool(config.reward, log=config.run_dir / "logs" / "rewards.log"))
         tracker = stack.enter_context(open_trackers(config))
         progress = stack.enter_context(open_progress(config))
         metrics = Metrics(cluster)  # its clock starts here: the first step includes the start

@@ -110,5 +110,7 @@ def _reported(index: int | None) -> Iterator[None]:
         raise BadReward(error.problem, index) from error
     except MemoryError as error:
         raise BadReward("ran out of the memory that reward.reward_memory_gib allows", index) from error
+    except SystemExit as error:
+        raise BadReward(f"called sys.exit({error.code!r:.200})", index, traceback.format_exc()) from error
     except Exception as error:
         raise BadReward(f"raised {type(error).__name__}: {error}", index, traceback.format_exc()) from error
