@@ -46,13 +46,16 @@ class RewardFunction:
 
     async def _gather(self, calls: Sequence[tuple[Any, int | None]], timeout: float) -> list[Any]:
         async def call(argument: Any, index: int | None) -> Any:
-            with _reported(index):
-                try:
-                    return await asyncio.wait_for(self.call(argument), timeout)
-                except TimeoutError as error:
-                    raise BadReward(f"took longer than reward.reward_timeout = {timeout:g} s") from error
+            with _reported(index):  # in the task that runs it: an exit that leaves a task ends the event loop
+                return await self.call(argument)
 
-        return await asyncio.gather(*(call(*one) for one in calls))
+        async def in_time(argument: Any, index: int | None) -> Any:
+            try:
+                return await asyncio.wait_for(call(argument, index), timeout)
+            except TimeoutError as error:
+                raise BadReward(f"took longer than reward.reward_timeout = {timeout:g} s", index) from error
+
+        return await asyncio.gather(*(in_time(*one) for one in calls))
 
 
 def load_reward(rm_type: str, batched: bool) -> RewardFunction:

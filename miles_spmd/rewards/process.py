@@ -34,7 +34,8 @@ from miles_spmd.rewards.functions import load_reward
 from miles_spmd.types.sample import Sample
 
 IMPORT_TIMEOUT = 120.0  # seconds in which a reward function's module must be imported
-_LOOK_EVERY = 1.0  # seconds between looks whether a process is alive whose pipe another process holds open
+_LOOK_EVERY = 1.0  # seconds between looks at whether a silent process is alive
+_BEGUN = "begun"  # what a process sends when it has read a call
 _GRACE = 2.0  # seconds that an async function's own timeout has before its process is killed
 _PR_SET_PDEATHSIG = 1
 _SECRET = re.compile(
@@ -90,8 +91,10 @@ class RewardProcess:
                 raise RewardError(f"reward.rm_type = {names} {problem}; import its module by itself") from error
         return self._grouped[self._functions.index(function)]
 
-    def score(self, function: Function, samples: list[Sample]) -> list[Score]:
-        """Call the reward function once. Raises BadReward, and RewardError where it can no longer be imported."""
+    def score(self, function: Function, samples: list[Sample], *, attempts: int = 3) -> list[Score]:
+        """Call the reward function once. Raises BadReward, and RewardError where it can no longer be imported.
+
+        A process that ends before it has read the call was idle, and the call goes to another one."""
         with self._lock:
             if self._process.poll() is not None and not self._killed:
                 self._start()
@@ -103,6 +106,8 @@ class RewardProcess:
         except TimeoutError:
             problem = f"took longer than reward.reward_timeout = {self._config.reward_timeout:g} s"
         except EOFError as error:
+            if not self._begun and attempts > 1:
+                return self.score(function, samples, attempts=attempts - 1)
             problem = f"ended its process ({error})"
         if function.rm_type == "math":  # an answer that cannot be verified in time and memory is wrong
             return [Score(0.0, {"killed": 1.0}) for _ in samples]
@@ -110,16 +115,15 @@ class RewardProcess:
 
     def _exchange(self, timeout: float, *messages: Any) -> Any:
         """Send, and return or raise the reply. A process that neither reads nor replies in time is killed."""
+        self._begun = False
         end = time.monotonic() + timeout
         timer = threading.Timer(timeout, self._end)
         timer.start()
         try:
             for message in messages:
                 self._pipe.send(message)
-            while not self._pipe.poll(_LOOK_EVERY):
-                if self._process.poll() is not None and not self._pipe.poll():
-                    raise EOFError
-            reply = self._pipe.recv()
+            while (reply := self._receive()) == _BEGUN:
+                self._begun = True
         except (EOFError, OSError):
             late, status = time.monotonic() >= end, self._process.wait()
             if self._killed:
@@ -132,6 +136,12 @@ class RewardProcess:
         if isinstance(reply, Exception):
             raise reply
         return reply
+
+    def _receive(self) -> Any:
+        while not self._pipe.poll(_LOOK_EVERY):
+            if self._process.poll() is not None and not self._pipe.poll():
+                raise EOFError  # and another process holds the pipe open
+        return self._pipe.recv()
 
     def _end(self) -> None:
         """Kill the process, and what the user's function has started in it."""
@@ -190,6 +200,7 @@ def serve(descriptor: int, parent: int) -> None:
         while True:
             try:
                 index, samples = pipe.recv()
+                pipe.send(_BEGUN)
                 pipe.send(rewards[index].score(samples, config.reward_timeout))
             except BadReward as error:
                 pipe.send(error)
