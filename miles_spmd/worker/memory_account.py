@@ -68,7 +68,7 @@ class MemoryAccount:
         self._planned = {name: getattr(plan, name) for name in ("parameters", "gradients", "optimizer", "critic")}
         self._planned |= {ACTIVATIONS: plan.working, "engine weights": plan.engine_weights}
         self._allowance = self.config.train.memory_allowance
-        self._exact = device_memory.is_exact()
+        self._exact = torch.cuda.is_available()  # torch counts every allocated byte
 
     # --- before anything is built ------------------------------------------------------------------------------------
 

@@ -69,14 +69,14 @@ def bisect(command: commands.Bisect, engine: Engine, network: Network) -> result
             outputs += engine.step()
     response = outputs[0].output_ids
     of_trainer = operator_outputs(network, [*command.request.input_ids, *response])
-    found = first_difference(of_engine, of_trainer, network.num_layers, command.tokens)
+    found = first_difference(of_engine, of_trainer, network.family.num_layers, command.tokens)
     if found is None:
         return results.Bisection(response)
     what = (
         f"differs for {found.tokens} of {found.compared} tokens, first for number {found.token} of the sequence, by up "
         f"to {found.largest:.3g}"
     )
-    return results.Bisection(response, found.operator, operators(network.num_layers).index(found.operator), what)
+    return results.Bisection(response, found.operator, operators(network.family.num_layers).index(found.operator), what)
 
 
 class Worker:
@@ -117,8 +117,8 @@ class Worker:
     def trainer_rank(self) -> TrainerRank | None:
         if self._roles is None:
             return None
-        actor = self._roles.actor
-        return TrainerRank(actor.data_parallel_rank, actor.data_parallel_size, actor.reports)
+        where = self._roles.actor.where
+        return TrainerRank(where.dp_rank, where.dp_size, where.reports)
 
     @property
     def engine_rank(self) -> EngineRank | None:
