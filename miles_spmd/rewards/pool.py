@@ -38,7 +38,7 @@ class RewardPool:
 
         Raises RewardError if a function cannot be imported or called.
         """
-        self._config = config
+        self._config, self._closed = config, False
         self._exact = load_reward(_EXACT, batched=False)
         functions = list(dict.fromkeys(map(_function, [*config.terms, *others])))
         functions = [function for function in functions if function.rm_type != _EXACT]
@@ -88,14 +88,16 @@ class RewardPool:
 
     def close(self) -> None:
         """Kill what still runs and wait until no process is left; unfinished futures raise RewardError."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._closed = True  # calls that have not begun fail at once; a cancelled future would never wake who waits
         for process in self._processes:
             process.kill()
         self._threads.shutdown()
         self._gatherers.shutdown()
 
     def _score(self, term: RewardTerm, call: list[Sample]) -> list[Score]:
-        """Make one call, in a thread that waits for it. Raises RewardError."""
+        """Make one call, in a thread that waits for it. Raises RewardError, and CancelledError once the pool closes."""
+        if self._closed:
+            raise CancelledError
         try:
             if term.rm_type == _EXACT:
                 return self._exact.score(call)
