@@ -1,7 +1,5 @@
 """From the value of a setting to a function: a built-in by its name, or a user's as ``module:function``."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import signal
