@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from miles_spmd.config.algorithm import AlgorithmConfig
-from miles_spmd.config.data import DataConfig, EvalConfig, EvalSet, RewardConfig, RewardTerm
+from miles_spmd.config.data import DataConfig, EvalConfig, EvalSet, RewardConfig
+from miles_spmd.config.data import RewardTerm as RewardTerm
 from miles_spmd.config.determinism import DeterminismConfig
 from miles_spmd.config.model import ModelConfig
 from miles_spmd.config.rollout import RefitConfig, RolloutConfig

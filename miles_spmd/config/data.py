@@ -45,7 +45,6 @@ def _data_files(s: Settings) -> Messages:
 
 
 RewardName = Annotated[str, plug_point("math", "exact")]
-BUILT_IN = ("math", "exact")  # rewards that compare a response with the row's label
 
 
 class RewardTerm(Table):
@@ -98,15 +97,8 @@ def _rewards_have_names(s: Settings) -> Messages:
             yield f"reward.further: {count} reward functions are called {name!r}; rename one, or add their weights"
 
 
-@rule(ERRORS)
-def _built_in_rewards_have_labels(s: Settings) -> Messages:
-    for name in (s.rm_type, *(term.rm_type for term in s.further)):
-        if s.mode == "rl" and name in BUILT_IN and not s.label_key:
-            yield f"data.label_key: the reward {name!r} compares responses with labels; set their column"
-
-
 class EvalSet(Table):
-    """A held-out set with settings of its own. Those that are absent are the ones of `[data]`, `[reward]` and `[eval]`."""
+    """A held-out set with settings of its own; what is absent is that of `[data]`, `[reward]` or `[eval]`."""
 
     name: str
     """The name in metrics, progress and report."""
@@ -174,7 +166,7 @@ def _pairs_have_no_settings_of_their_own(s: Settings) -> Messages:
     for number, one in enumerate(s.sets):
         for name in sorted(one.model_fields_set & _OF_RESPONSES if s.mode in ("dpo", "rm") else ()):
             if getattr(one, name):
-                yield f"eval.sets.{number}.{name}: has no effect in mode {s.mode!r}, which evaluates pairs; leave it out"
+                yield f"eval.sets.{number}.{name}: has no effect in mode {s.mode!r}, which compares pairs; leave it out"
 
 
 _OF_RESPONSES = {

@@ -132,8 +132,9 @@ def _explain(root: type[Table], location: Location, detail: ErrorDetails) -> str
     kind, message = detail["type"], detail["msg"]
     if kind == "extra_forbidden":
         *tables, name = location
-        settings = [s for s in walk(root) if s.path[1:] and ENTRY not in s.path and not s.is_table]
-        elsewhere = [s.path[:-1] for s in settings if s.path[-1] == name]
+        elsewhere = [s.path[:-1] for s in walk(root) if s.path[-1] == name and s.path[1:] and not s.is_table]
+        if len(elsewhere) > 1:  # entries of a list may have the names of settings for all
+            elsewhere = [path for path in elsewhere if ENTRY not in path]
         if len(elsewhere) == 1:
             return f"belongs in {header(elsewhere[0])}"
         what = "key" if tables else "table"
