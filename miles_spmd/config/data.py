@@ -132,6 +132,11 @@ class EvalSet(Table):
         """The reward function of this set alone; empty where it is scored by those of `[reward]`."""
         return [] if self.rm_type is None else [RewardTerm(rm_type=self.rm_type, reward_batched=self.reward_batched)]
 
+    def columns(self, data: DataConfig) -> DataConfig:
+        """Return ``data`` with the columns of this set."""
+        names = ("input_key", "label_key", "metadata_key", "apply_chat_template")
+        return data.model_copy(update={name: own for name in names if (own := getattr(self, name)) is not None})
+
 
 class EvalConfig(Table):
     eval_interval: NonNegativeInt = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import numbers
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -90,7 +91,7 @@ def to_score(value: Any, sample: Sample) -> Score:
         score = math.nan
     if not math.isfinite(score):
         raise BadReward(f"returned {value!r:.200} instead of a finite number", sample.index)
-    detail = {str(k): float(v) for k, v in named.items() if k != "score" and isinstance(v, int | float)}
+    detail = {str(k): float(v) for k, v in named.items() if k != "score" and isinstance(v, numbers.Real)}
     return Score(score, detail)
 
 
