@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from miles_spmd.config.algorithm import AlgorithmConfig
-from miles_spmd.config.data import DataConfig, EvalConfig, RewardConfig
+from miles_spmd.config.data import DataConfig, EvalConfig, EvalSet, RewardConfig
+from miles_spmd.config.data import RewardTerm as RewardTerm
 from miles_spmd.config.determinism import DeterminismConfig
 from miles_spmd.config.model import ModelConfig
 from miles_spmd.config.rollout import RefitConfig, RolloutConfig
@@ -70,7 +71,20 @@ class Config(Table):
         """Whether ``task`` ("train", "eval" or "export") needs an engine."""
         if task == "export" or self.trains_on_pairs:
             return False
-        return task == "eval" or self.run.mode == "rl" or self.eval.eval_interval > 0
+        return task == "eval" or self.run.mode == "rl" or any(one.eval_interval for one in self.eval_sets)
+
+    @property
+    def eval_sets(self) -> list[EvalSet]:
+        """All held-out sets, with a value for every setting but ``rm_type``."""
+        sets = [EvalSet(name=name, prompt_data=source) for name, source in self.eval.eval_prompt_data.items()]
+        response_len = self.eval.eval_max_response_len or self.rollout.rollout_max_response_len
+        defaults = (
+            self.data.model_dump() | self.eval.model_dump() | {"eval_max_response_len": response_len, "rm_type": None}
+        )
+        return [
+            one.model_copy(update={name: defaults[name] for name, own in one if own is None})
+            for one in [*sets, *self.eval.sets]
+        ]
 
     @property
     def trains_on_pairs(self) -> bool:

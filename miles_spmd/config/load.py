@@ -144,6 +144,8 @@ def _explain(root: type[Table], location: Location, detail: ErrorDetails) -> str
     if kind == "extra_forbidden":
         *tables, name = location
         elsewhere = [s.path[:-1] for s in walk(root) if s.path[-1] == name and s.path[1:] and not s.is_table]
+        if len(elsewhere) > 1:  # entries of a list may have the names of settings for all
+            elsewhere = [path for path in elsewhere if ENTRY not in path]
         if len(elsewhere) == 1:
             return f"belongs in {header(elsewhere[0])}"
         what = "key" if tables else "table"

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from miles_spmd.config.checks import ERRORS, Messages, Settings, heads_divide, rule
+from miles_spmd.config.data import evaluates
 from miles_spmd.config.table import NonNegativeFloat, NonNegativeInt, PositiveInt, Table, must_be, plug_point
 
 # an earlier version's name of the engine that is in the tests now
@@ -67,8 +68,11 @@ def _responses_fit_the_context(s: Settings) -> Messages:
         return
     prompt = s.rollout_max_prompt_len or 1
     lengths = {"rollout.rollout_max_response_len": s.rollout_max_response_len} if s.mode == "rl" else {}
-    if s.eval_interval and s.eval_max_response_len is not None:
+    if evaluates(s) and s.eval_max_response_len is not None:
         lengths["eval.eval_max_response_len"] = s.eval_max_response_len
+    for number, one in enumerate(s.sets):
+        if one.eval_max_response_len is not None:
+            lengths[f"eval.sets.{number}.eval_max_response_len"] = one.eval_max_response_len
     for name, response in lengths.items():
         if prompt + response > context:
             yield f"{name}: {prompt} prompt + {response} response tokens exceed the model's context of {context}"
@@ -85,7 +89,7 @@ def _ranks_remain_to_train(s: Settings) -> Messages:
 
 @rule(ERRORS)
 def _engines_have_work(s: Settings) -> Messages:
-    if s.rollout_num_gpus and (s.mode in ("dpo", "rm") or (s.mode == "sft" and not s.eval_interval)):
+    if s.rollout_num_gpus and (s.mode in ("dpo", "rm") or (s.mode == "sft" and not evaluates(s))):
         yield f"rollout.rollout_num_gpus: must be 0, because this run of mode {s.mode!r} generates nothing"
 
 
@@ -119,7 +123,9 @@ class RefitConfig(Table):
 
 @rule(ERRORS)
 def _lagging_rollouts(s: Settings) -> Messages:
-    for name, interval in (("checkpoint.save_interval", s.save_interval), ("eval.eval_interval", s.eval_interval)):
+    intervals = {"checkpoint.save_interval": s.save_interval, "eval.eval_interval": s.eval_interval}
+    intervals |= {f"eval.sets.{number}.eval_interval": one.eval_interval or 0 for number, one in enumerate(s.sets)}
+    for name, interval in intervals.items():
         if interval % s.update_weights_interval:
             yield (
                 f"{name}: {interval} is not a multiple of update_weights_interval {s.update_weights_interval}; saving "

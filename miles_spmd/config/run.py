@@ -71,7 +71,7 @@ class DeadlinesConfig(Table):
     rollout_timeout: PositiveFloat = 3600.0
     """Seconds of one rollout or evaluation."""
     train_timeout: PositiveFloat = 1800.0
-    """Seconds of the training phase of one step."""
+    """Seconds of the training phase of one step, and of one call of your own function by the controller."""
     refit_timeout: PositiveFloat = 600.0
     """Seconds of one refit."""
     checkpoint_timeout: PositiveFloat = 1800.0

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import msgspec
 
-from miles_spmd.config import Config
+from miles_spmd.config import Config, RewardTerm
 from miles_spmd.data.examples import PreferencePair, load_preference_pairs, load_sft_examples
 from miles_spmd.data.prompts import load_prompts
 from miles_spmd.data.source import PromptSource
 from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.models import load_family
+from miles_spmd.rewards.labels import check_label
 from miles_spmd.types.sample import Prompt
 from miles_spmd.types.seeds import derive_seed
 
@@ -32,27 +33,38 @@ class Datasets:
 
     def __init__(self, config: Config, tokenizer: Tokenizer, *, training: bool) -> None:
         self._config = config
-        data, mode, sources = config.data, config.run.mode, config.eval.eval_prompt_data.items()
+        data, mode = config.data, config.run.mode
         context = load_family(config.model.hf_checkpoint).max_sequence_length
         pair_len = min(context, config.micro_batch_tokens // 2)  # a pair has to be in one micro-batch
-        load_pairs = partial(load_preference_pairs, data, tokenizer, max_len=pair_len, scores_end=mode == "rm")
+        load_pairs = partial(load_preference_pairs, tokenizer=tokenizer, max_len=pair_len, scores_end=mode == "rm")
         self.eval_sets: dict[str, list[Prompt]] = {}
         self.eval_pairs: dict[str, list[PreferencePair]] = {}
         if config.trains_on_pairs:
-            self.eval_pairs = {name: load_pairs(prompt_data=source, name=name) for name, source in sources}
+            for one in config.eval_sets:
+                self.eval_pairs[one.name] = load_pairs(one.columns(data), prompt_data=one.prompt_data, name=one.name)
         else:
-            load_eval = partial(load_prompts, data, tokenizer, room=context - eval_response_len(config))
-            self.eval_sets = {name: load_eval(prompt_data=source, name=name) for name, source in sources}
+            self.eval_sets = {
+                one.name: load_prompts(
+                    one.columns(data),
+                    tokenizer,
+                    prompt_data=one.prompt_data,
+                    name=one.name,
+                    room=context - (one.eval_max_response_len or 0),
+                    check_label=_checks_labels(one.terms or config.reward.terms),
+                )
+                for one in config.eval_sets
+            }
         if not training:
             return
         items: list[Any]
         match mode:
             case "rl":
-                items = load_prompts(data, tokenizer, room=context - config.rollout.rollout_max_response_len)
+                room, check = context - config.rollout.rollout_max_response_len, _checks_labels(config.reward.terms)
+                items = load_prompts(data, tokenizer, room=room, check_label=check)
             case "sft":
                 items = load_sft_examples(data, tokenizer, max_len=min(context, config.micro_batch_tokens))
             case "dpo" | "rm":
-                items = load_pairs()
+                items = load_pairs(data)
         self._items: PromptSource[Any] = PromptSource(items, config.run.seed, data.rollout_shuffle)
         self._spare: PromptSource[Any] = PromptSource(items, derive_seed("spare", config.run.seed))
 
@@ -81,6 +93,11 @@ class Datasets:
         )
 
 
-def eval_response_len(config: Config) -> int:
-    """Return the largest number of tokens that an evaluation generates for a prompt."""
-    return config.eval.eval_max_response_len or config.rollout.rollout_max_response_len
+def _checks_labels(terms: Sequence[RewardTerm]) -> Callable[[Any], str | None]:
+    """Return a function that says why one of the reward functions cannot read a label."""
+
+    def check(label: Any) -> str | None:
+        problems = ((term.rm_type, check_label(term.rm_type, label)) for term in terms)
+        return next((f"{problem} (reward {name!r})" for name, problem in problems if problem is not None), None)
+
+    return check

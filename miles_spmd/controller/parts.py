@@ -48,7 +48,8 @@ def open_parts(config: Config, cluster: Cluster, task: str, recorded: Path | Non
     """
     with ExitStack() as stack:
         tokenizer = Tokenizer(config.model.hf_checkpoint)
-        rewards = stack.enter_context(RewardPool(config.reward))
+        others = [term for one in config.eval_sets for term in one.terms]
+        rewards = stack.enter_context(RewardPool(config.reward, others, config.run_dir / "logs" / "rewards.log"))
         tracker = stack.enter_context(open_trackers(config))
         progress = stack.enter_context(open_progress(config))
         metrics = Metrics(cluster)  # its clock starts here: the first step includes the start

@@ -26,8 +26,7 @@ def run(config: Config, cluster: Cluster, task: str = "train", order: Replay | N
             case "train", None:
                 sync.train(parts)
             case "eval", None:
-                if sync.evaluation_due(parts, parts.first, begins=True):
-                    sync.evaluate(parts, parts.first)
+                sync.evaluate(parts, parts.first, begins=True)
                 parts.journal.report(parts.first)
             case "replay", Replay():
                 replay.replay(parts, order)

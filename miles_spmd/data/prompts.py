@@ -19,16 +19,17 @@ def load_prompts(
     prompt_data: str | None = None,
     name: str | None = None,
     room: int | None = None,
+    check_label: Callable[[Any], str | None] | None = None,
 ) -> list[Prompt]:
     """Return every prompt of ``prompt_data`` (default: ``data.prompt_data``), tokenized.
 
     A prompt's uid is ``name:row`` (default name: the file's), with rows counted from 1, as lines of JSONL are.
     ``metadata`` has the row's other columns, overridden by the contents of the metadata column, and under ``messages``
     the conversation if the chat template was applied. ``room`` is the number of prompt tokens that fit into the context
-    together with a full response.
+    together with a full response. ``check_label`` returns why a label cannot be used, None for one that can.
 
     Raises DataError with all errors of the file: rows that are not JSON, missing keys, wrong types, empty and too long
-    prompts, no row at all.
+    prompts, labels that the reward cannot read, no row at all.
     """
 
     def draft(uid: str, row: Row) -> tuple[list[Text], Callable[[Encoding], Prompt]]:
@@ -36,6 +37,8 @@ def load_prompts(
         messages = value if isinstance(value, list) else None
         label, text = read_label(row, data.label_key), render_prompt(value, tokenizer)
         metadata = read_metadata(row, data, messages)
+        if check_label is not None and (problem := check_label(label)) is not None:
+            raise RowError(problem, "correct it, or name another column (label_key) or reward (rm_type)")
 
         def finish(encoding: Encoding) -> Prompt:
             if not encoding.ids:

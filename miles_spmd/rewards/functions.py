@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import numbers
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -46,13 +47,16 @@ class RewardFunction:
 
     async def _gather(self, calls: Sequence[tuple[Any, int | None]], timeout: float) -> list[Any]:
         async def call(argument: Any, index: int | None) -> Any:
-            with _reported(index):
-                try:
-                    return await asyncio.wait_for(self.call(argument), timeout)
-                except TimeoutError as error:
-                    raise BadReward(f"took longer than reward.reward_timeout = {timeout:g} s") from error
+            with _reported(index):  # in the task that runs it: an exit that leaves a task ends the event loop
+                return await self.call(argument)
 
-        return await asyncio.gather(*(call(*one) for one in calls))
+        async def in_time(argument: Any, index: int | None) -> Any:
+            try:
+                return await asyncio.wait_for(call(argument, index), timeout)
+            except TimeoutError as error:
+                raise BadReward(f"took longer than reward.reward_timeout = {timeout:g} s", index) from error
+
+        return await asyncio.gather(*(in_time(*one) for one in calls))
 
 
 def load_reward(rm_type: str, batched: bool) -> RewardFunction:
@@ -87,7 +91,7 @@ def to_score(value: Any, sample: Sample) -> Score:
         score = math.nan
     if not math.isfinite(score):
         raise BadReward(f"returned {value!r:.200} instead of a finite number", sample.index)
-    detail = {str(k): float(v) for k, v in named.items() if k != "score" and isinstance(v, int | float)}
+    detail = {str(k): float(v) for k, v in named.items() if k != "score" and isinstance(v, numbers.Real)}
     return Score(score, detail)
 
 
@@ -110,5 +114,7 @@ def _reported(index: int | None) -> Iterator[None]:
         raise BadReward(error.problem, index) from error
     except MemoryError as error:
         raise BadReward("ran out of the memory that reward.reward_memory_gib allows", index) from error
+    except SystemExit as error:
+        raise BadReward(f"called sys.exit({error.code!r:.200})", index, traceback.format_exc()) from error
     except Exception as error:
         raise BadReward(f"raised {type(error).__name__}: {error}", index, traceback.format_exc()) from error

@@ -5,20 +5,25 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from queue import SimpleQueue
 
 import msgspec
 
-from miles_spmd.config import RewardConfig
+from miles_spmd.config import RewardConfig, RewardTerm
 from miles_spmd.plugins.reward import RewardError, Score
 from miles_spmd.rewards.adapters import BadReward
-from miles_spmd.rewards.functions import RewardFunction, load_reward
-from miles_spmd.rewards.process import RewardProcess
+from miles_spmd.rewards.functions import load_reward
+from miles_spmd.rewards.process import Function, RewardProcess
 from miles_spmd.types.sample import Sample
+
+_EXACT = "exact"
+_GATHERERS = 64  # groups that are waited for at the same time
+_LONGEST_PROBLEM, _LONGEST_TRACE = 1000, 5000  # characters of what a user's function wrote into an error
 
 
 class RewardPool:
-    """Scores samples by ``reward.rm_type``.
+    """Scores samples by the functions of ``[reward]``, or by others that were named when it was made.
 
     ``exact`` runs in place: it costs less than sending the sample. Everything else runs in ``reward_workers``
     processes; a call is one sample, or one prompt's group (neighbours in ``submit``'s list) where the function takes
@@ -28,19 +33,24 @@ class RewardPool:
     Make it in the main thread: its processes die with the thread that started them.
     """
 
-    def __init__(self, config: RewardConfig) -> None:
-        """Raises RewardError if the function cannot be imported or called."""
-        self._config = config
-        in_place = config.rm_type == "exact"
-        self._processes = [RewardProcess(config) for _ in range(0 if in_place else config.reward_workers)]
-        self._idle: SimpleQueue[RewardProcess | RewardFunction] = SimpleQueue()
-        scorers: Sequence[RewardProcess | RewardFunction] = self._processes or [load_reward("exact", batched=False)]
-        for scorer in scorers:
-            self._idle.put(scorer)
-        self._threads = ThreadPoolExecutor(self._idle.qsize(), "reward")  # each waits for one process
-        self._gatherers = ThreadPoolExecutor(64, "rewards")  # each waits for the calls of one group
+    def __init__(self, config: RewardConfig, others: Sequence[RewardTerm] = (), log: Path | None = None) -> None:
+        """``others``: further functions that :meth:`submit` may be given. ``log`` receives what functions print.
+
+        Raises RewardError if a function cannot be imported or called.
+        """
+        self._config, self._closed = config, False
+        self._exact = load_reward(_EXACT, batched=False)
+        functions = list(dict.fromkeys(map(_function, [*config.terms, *others])))
+        functions = [function for function in functions if function.rm_type != _EXACT]
+        workers = config.reward_workers if functions else 0
+        self._processes = [RewardProcess(config, functions, log) for _ in range(workers)]
+        self._idle: SimpleQueue[RewardProcess] = SimpleQueue()
+        for process in self._processes:
+            self._idle.put(process)
+        self._threads = ThreadPoolExecutor(config.reward_workers, "reward")  # each waits for one process
+        self._gatherers = ThreadPoolExecutor(_GATHERERS, "rewards")  # each waits for the calls of one group
         try:
-            self._by_group = in_place or self._processes[0].scores_groups()
+            self._by_group = {function: self._processes[0].scores_groups(function) for function in functions}
         except RewardError:
             self.close()
             raise
@@ -51,42 +61,76 @@ class RewardPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def submit(self, samples: list[Sample]) -> Future[list[Score]]:
-        """Start scoring and return at once. The future gives one score per sample, in order, or raises the RewardError
-        of the first call that fails."""
-        if self._by_group:
-            calls = [list(group) for _, group in itertools.groupby(samples, key=lambda s: s.prompt.uid)]
-        else:
-            calls = [[sample] for sample in samples]
-        started = [self._threads.submit(self._score, call) for call in calls]
-        return self._gatherers.submit(self._gather, started)
+    def submit(self, samples: list[Sample], terms: Sequence[RewardTerm] = ()) -> Future[list[Score]]:
+        """Start scoring by ``terms`` (default: those of ``[reward]``) and return at once. The future gives one score
+        per sample, in order, or raises the RewardError of the first call that fails."""
+        terms = terms or self._config.terms
+        started = [
+            [self._threads.submit(self._score, term, call) for call in self._calls(term, samples)] for term in terms
+        ]
+        return self._gatherers.submit(self._gather, terms, started)
 
-    def _gather(self, started: list[Future[list[Score]]]) -> list[Score]:
+    def _calls(self, term: RewardTerm, samples: list[Sample]) -> list[list[Sample]]:
+        if self._by_group.get(_function(term), True):
+            return [list(group) for _, group in itertools.groupby(samples, key=lambda s: s.prompt.uid)]
+        return [[sample] for sample in samples]
+
+    def _gather(self, terms: Sequence[RewardTerm], started: list[list[Future[list[Score]]]]) -> list[Score]:
         try:
-            done, _ = wait(started, return_when=FIRST_EXCEPTION)
-            for call in [*done, *started]:
+            done, _ = wait(itertools.chain.from_iterable(started), return_when=FIRST_EXCEPTION)
+            for call in done:
                 call.result()
+            scores = [[score for call in calls for score in call.result()] for calls in started]
         except CancelledError:
-            raise RewardError(f"reward {self._config.rm_type!r} was stopped because the reward pool closed") from None
-        return [score for call in started for score in call.result()]
+            name = terms[0].rm_type
+            raise RewardError(f"reward {name!r} was stopped because the reward pool closed") from None
+        return [combined(terms, of_sample) for of_sample in zip(*scores)]
 
     def close(self) -> None:
         """Kill what still runs and wait until no process is left; unfinished futures raise RewardError."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._closed = True  # calls that have not begun fail at once; a cancelled future would never wake who waits
         for process in self._processes:
             process.kill()
         self._threads.shutdown()
         self._gatherers.shutdown()
 
-    def _score(self, call: list[Sample]) -> list[Score]:
-        """Make one call, in a thread that waits for it. Raises RewardError."""
-        process = self._idle.get()
+    def _score(self, term: RewardTerm, call: list[Sample]) -> list[Score]:
+        """Make one call, in a thread that waits for it. Raises RewardError, and CancelledError once the pool closes."""
+        if self._closed:
+            raise CancelledError
         try:
-            return process.score([msgspec.structs.replace(s, rollout_log_probs=[]) for s in call])
+            if term.rm_type == _EXACT:
+                return self._exact.score(call)
+            process = self._idle.get()
+            try:
+                light = [msgspec.structs.replace(sample, rollout_log_probs=[]) for sample in call]
+                return process.score(_function(term), light)
+            finally:
+                self._idle.put(process)
         except BadReward as error:
             where = f" on prompt {call[0].prompt.uid}" + ("" if error.index is None else f", sample {error.index},")
             remedy = "; fix the function or the row, or raise the limit in [reward]"
-            trace = f"\n{error.trace}" if error.trace else ""
-            raise RewardError(f"reward {self._config.rm_type!r}{where} {error.problem}{remedy}{trace}") from error
-        finally:
-            self._idle.put(process)
+            problem, trace = printable(error.problem, _LONGEST_PROBLEM), printable(error.trace, _LONGEST_TRACE)
+            text = f"reward {term.rm_type!r}{where} {problem}{remedy}"
+            raise RewardError(f"{text}\n{trace}" if trace else text) from error
+
+
+def _function(term: RewardTerm) -> Function:
+    return Function(term.rm_type, term.reward_batched)
+
+
+def combined(terms: Sequence[RewardTerm], scores: Sequence[Score]) -> Score:
+    """Return the weighted sum of one sample's scores. Where there is more than one function, or a weight, the details
+    have each function's own value under its name, and its details under ``name/detail``."""
+    if len(terms) == 1 and terms[0].reward_weight == 1:
+        return scores[0]
+    detail: dict[str, float] = {}
+    for term, score in zip(terms, scores):
+        detail |= {term.name: score.value} | {f"{term.name}/{key}": value for key, value in score.detail.items()}
+    return Score(sum(term.reward_weight * score.value for term, score in zip(terms, scores)), detail)
+
+
+def printable(text: str, longest: int) -> str:
+    """Return the text as a terminal can show it: without control characters, and not longer than that."""
+    shown = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text[: longest + 1])
+    return shown if len(text) <= longest else f"{shown[: longest // 2]} ... {printable(text[-longest // 2 :], longest)}"

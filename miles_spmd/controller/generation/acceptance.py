@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 
+from miles_spmd.config import RewardTerm
 from miles_spmd.plugins.algorithm import GroupFilter
 from miles_spmd.plugins.reward import Score
 from miles_spmd.rewards.pool import RewardPool
@@ -26,11 +27,18 @@ class Acceptance:
     accepted or dropped only after every group that was submitted before it.
     """
 
-    def __init__(self, rewards: RewardPool, count: int, accepts: GroupFilter | None = None) -> None:
-        """``count``: groups to accept; ``accepts`` must be a function of the group alone (None: accept all)."""
+    def __init__(
+        self,
+        rewards: RewardPool,
+        count: int,
+        accepts: GroupFilter | None = None,
+        terms: Sequence[RewardTerm] = (),
+    ) -> None:
+        """``count``: groups to accept; ``accepts`` must be a function of the group alone (None: accept all);
+        ``terms``: other reward functions than those of ``[reward]``."""
         self.accepted: list[Group] = []
         self.dropped = 0  # before the last accepted group
-        self._rewards, self._count, self._accepts = rewards, count, accepts
+        self._rewards, self._count, self._accepts, self._terms = rewards, count, accepts, terms
         self.groups: list[Group] = []  # in the order of submission
         self._unfinished: list[int] = []  # samples of each group that are still generating
         self._scored: SimpleQueue[tuple[int, Future[list[Score]]]] = SimpleQueue()  # filled by threads of the pool
@@ -62,7 +70,7 @@ class Acceptance:
         """Note that a sample of group ``number`` is complete; the last one starts the group's scoring."""
         self._unfinished[number] -= 1
         if not self._unfinished[number]:
-            scores = self._rewards.submit(self.groups[number])
+            scores = self._rewards.submit(self.groups[number], self._terms)
             scores.add_done_callback(lambda scores: self._scored.put((number, scores)))
 
     def resolve(self, *, wait: bool) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 import msgspec
 
 from miles_spmd.algorithms.rewards import GROUP_FILTERS
-from miles_spmd.config import Config
+from miles_spmd.config import Config, EvalSet
 from miles_spmd.controller.cluster.cluster import Cluster
-from miles_spmd.controller.datasets import Datasets, eval_response_len
+from miles_spmd.controller.datasets import Datasets
 from miles_spmd.controller.generation.acceptance import Acceptance, Group
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.journal import Journal
@@ -44,7 +44,7 @@ class Generation:
     ) -> None:
         self._config, self._cluster, self._tokenizer = config, cluster, tokenizer
         self._rewards, self._data, self._journal = rewards, data, journal
-        name, r, e = config.algorithm.dynamic_sampling_filter, config.rollout, config.eval
+        name, r = config.algorithm.dynamic_sampling_filter, config.rollout
         self._filter = None if name is None else GROUP_FILTERS.resolve(name)
         self._sampling = SamplingParams(
             max_new_tokens=r.rollout_max_response_len,
@@ -53,13 +53,6 @@ class Generation:
             top_k=r.rollout_top_k,
             stop=r.rollout_stop,
             stop_token_ids=r.rollout_stop_token_ids,
-        )
-        self._eval_sampling = msgspec.structs.replace(
-            self._sampling,
-            max_new_tokens=eval_response_len(config),
-            temperature=e.eval_temperature,
-            top_p=e.eval_top_p,
-            top_k=-1,
         )
 
     def rollout(self, step: int) -> list[Group]:
@@ -70,19 +63,29 @@ class Generation:
         self._journal.publish(events.RolloutFinished(step, acceptance.accepted, acceptance.dropped))
         return acceptance.accepted
 
-    def evaluate(self, step: int) -> None:
-        """Score the responses to the prompts of every held-out set, ``step`` steps into the run."""
+    def evaluate(self, step: int, due: Sequence[EvalSet]) -> None:
+        """Score the responses to the prompts of the held-out sets ``due``, ``step`` steps into the run."""
         sets: dict[str, list[Group]] = {}
         with self._journal.timed("eval"):
-            for name, prompts in self._data.eval_sets.items():
-                acceptance = Acceptance(self._rewards, len(prompts))
-                self._generate(acceptance, iter([prompts]), step, name)
-                sets[name] = acceptance.accepted
+            for one in due:
+                prompts = self._data.eval_sets[one.name]
+                acceptance = Acceptance(self._rewards, len(prompts), terms=one.terms)
+                self._generate(acceptance, iter([prompts]), step, one)
+                sets[one.name] = acceptance.accepted
         self._journal.publish(events.EvaluationFinished(step, eval_metrics(sets), sets))
 
-    def request(self, sample: Sample, step: int, *, group: int = 0, evaluates: bool = False) -> Request:
+    def request(self, sample: Sample, step: int, *, group: int = 0, eval_set: EvalSet | None = None) -> Request:
         """Return the request that generates ``sample`` in ``step`` as one of the samples of ``group``."""
-        sampling, seed_step = (self._eval_sampling, EVAL_SEED_STEP) if evaluates else (self._sampling, step)
+        sampling, seed_step = self._sampling, step
+        if eval_set is not None:
+            seed_step = EVAL_SEED_STEP
+            sampling = msgspec.structs.replace(
+                sampling,
+                max_new_tokens=eval_set.eval_max_response_len,
+                temperature=eval_set.eval_temperature,
+                top_p=eval_set.eval_top_p,
+                top_k=-1,
+            )
         seed = sample_seed(self._config.run.seed, seed_step, sample.prompt.uid, sample.index, turn=0)
         return Request(
             rid=f"{group}.{sample.index}",
@@ -92,22 +95,22 @@ class Generation:
         )
 
     def _generate(
-        self, acceptance: Acceptance, waves: Iterator[Sequence[Prompt]], step: int, eval_set: str = ""
+        self, acceptance: Acceptance, waves: Iterator[Sequence[Prompt]], step: int, eval_set: EvalSet | None = None
     ) -> None:
         """Submit prompts wave by wave until enough groups are accepted; what is still running then is aborted.
 
         A wave is submitted only when it is certain to be needed, so the submitted waves do not depend on timing.
-        ``eval_set``: the name of the held-out set that the prompts are of, if any.
+        ``eval_set``: the held-out set that the prompts are of, if any.
         """
-        evaluates, purpose = bool(eval_set), eval_set and f"evaluation of {eval_set}"
-        rollout, evaluation = self._config.rollout, self._config.eval
-        count = evaluation.n_samples_per_eval_prompt if evaluates else rollout.n_samples_per_prompt
+        purpose, count = "", self._config.rollout.n_samples_per_prompt
+        if eval_set is not None:
+            purpose, count = f"evaluation of {eval_set.name}", eval_set.n_samples_per_eval_prompt or 1
         with self._cluster.rollout(step, purpose=purpose) as session:
             while not acceptance.enough:
                 while acceptance.short:
                     wave = [[Sample(prompt, index) for index in range(count)] for prompt in next(waves)]
                     groups = enumerate(wave, acceptance.add(wave))
-                    session.submit([self.request(s, step, group=n, evaluates=evaluates) for n, g in groups for s in g])
+                    session.submit([self.request(s, step, group=n, eval_set=eval_set) for n, g in groups for s in g])
                 if (output := session.next(interrupt=lambda: acceptance.has_news)) is not None:
                     number, index = map(int, output.rid.split("."))
                     self._fill(acceptance.groups[number][index], output)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -91,13 +93,30 @@ def rollout_metrics(groups: events.Groups) -> dict[str, float]:
     samples = [sample for group in groups for sample in group]
     lengths = np.asarray([len(s.response) for s in samples])
     rewards = [np.asarray([s.reward for s in group], np.float64) for group in groups]
-    return {
+    return reward_metrics("rollout/", groups) | {
         "rollout/raw_reward": float(np.mean([r.mean() for r in rewards])),
         "rollout/response_len": float(lengths.mean()),
         "rollout/response_len_max": float(lengths.max()),
         "rollout/truncated_ratio": float(np.mean([s.finish_reason is FinishReason.LENGTH for s in samples])),
         "rollout/zero_std_ratio": float(np.mean([np.ptp(r) == 0 for r in rewards])),
     }
+
+
+def reward_metrics(prefix: str, groups: events.Groups) -> dict[str, float]:
+    """Return mean and standard deviation of each number that reward functions returned beside the reward, over the
+    samples that have it: ``reward/NAME/mean`` and ``reward/NAME/std``."""
+    values: dict[str, list[float]] = {}
+    for sample in chain.from_iterable(groups):
+        for name, value in sample.reward_detail.items():
+            if math.isfinite(value):
+                values.setdefault(name, []).append(value)
+    metrics: dict[str, float] = {}
+    for name, some in sorted(values.items()):
+        metrics |= {
+            f"{prefix}reward/{name}/mean": float(np.mean(some)),
+            f"{prefix}reward/{name}/std": float(np.std(some)),
+        }
+    return metrics
 
 
 def eval_metrics(sets: Mapping[str, events.Groups]) -> dict[str, float]:
@@ -107,6 +126,7 @@ def eval_metrics(sets: Mapping[str, events.Groups]) -> dict[str, float]:
     for name, groups in sets.items():
         rewards = [[sample.reward or 0.0 for sample in group] for group in groups]
         metrics[f"eval/{name}"] = float(np.mean(rewards))
+        metrics |= reward_metrics(f"eval/{name}-", groups)
         metrics[f"eval/{name}-response_len"] = float(np.mean([len(s.response) for group in groups for s in group]))
         n = len(groups[0])
         correct = [sum(reward >= CORRECT for reward in group) for group in rewards]

@@ -72,6 +72,7 @@ def _overrides(run_dir: Path, name: str, checkpoint: Path | None) -> list[str]:
         "telemetry.use_tensorboard=false",
         "telemetry.use_wandb=false",
         "eval.eval_interval=0",
+        "eval.sets=[]",
         "checkpoint.save_interval=0",
         "checkpoint.save_final=false",
         "checkpoint.export_final=false",
