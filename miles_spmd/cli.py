@@ -47,7 +47,7 @@ def evaluate(
     config: Recipe, overrides: Overrides = None, nproc_per_node: Processes = None, dry_run: DryRun = False
 ) -> None:
     """Score the checkpoint on the evaluation sets, without training."""
-    _start("eval", config, [*(overrides or []), "eval_interval=1"], nproc_per_node, dry_run)
+    _start("eval", config, [*(overrides or []), "eval_interval=1", "export_final=false"], nproc_per_node, dry_run)
 
 
 @app.command()
@@ -63,11 +63,22 @@ def export(
 
     The parallel layout may differ from the run's.
     """
-    recipe = checkpoint.absolute().parents[1] / "config.toml"
-    if not recipe.is_file():
-        launcher.fail(f"{checkpoint} is not a checkpoint of a run: {recipe} is missing; name a folder of checkpoints/")
+    from miles_spmd.controller.checkpoints import ResumeError, newest, read
+
+    folder = checkpoint.resolve()
+    try:
+        read(folder)
+    except ResumeError as error:
+        inner = newest(folder)
+        launcher.fail(f"{folder} is the folder of a run; name its checkpoint {inner}" if inner else str(error))
+    recipe = folder.parent.parent / "config.toml"
+    if folder.parent.name != "checkpoints" or not recipe.is_file():
+        launcher.fail(
+            f"{folder} is not in the folder of its run, whose config.toml describes the model; name it where the run "
+            "wrote it, checkpoints/step_... in the run's folder"
+        )
     no_engines = ["sglang.tp_size=1", "rollout.rollout_num_gpus=0", "determinism.parity=off"]
-    fixed = [f"checkpoint.load={checkpoint}", f"checkpoint.export_dir={out}", *no_engines]
+    fixed = [f"checkpoint.load={folder}", f"checkpoint.export_dir={out.resolve()}", *no_engines]
     _start("export", recipe, [*(overrides or []), *fixed], nproc_per_node or _smallest_world(recipe, overrides or []))
 
 

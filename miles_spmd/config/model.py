@@ -10,7 +10,7 @@ from pydantic import AfterValidator
 from miles_spmd.config.rules import ERRORS, FILES, WARNINGS, Messages, Settings, rule
 from miles_spmd.config.table import Table
 from miles_spmd.models import read_config
-from miles_spmd.models.qwen3_moe import count_experts
+from miles_spmd.models.hf_config import count_experts
 from miles_spmd.models.random import NO_WEIGHTS, random_config, resolve
 
 Checkpoint = Annotated[Path, AfterValidator(resolve)]

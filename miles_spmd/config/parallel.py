@@ -6,7 +6,7 @@ Megatron itself refuses some combinations clearly, when a rank builds its config
 from __future__ import annotations
 
 from miles_spmd.config.rules import ERRORS, Messages, Settings, rule
-from miles_spmd.models.qwen3_moe import count_experts
+from miles_spmd.models.hf_config import count_experts
 
 # --- trainer ---------------------------------------------------------------------------------------------------------
 

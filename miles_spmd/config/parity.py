@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from miles_spmd.config.model import has_experts
 from miles_spmd.config.rules import NOT_BY_DEFAULT, PARITY, Messages, Settings, rule
-from miles_spmd.models.attention import CAPABILITY, FLASH, FLASH_HEADS, SPLIT_KEYS, head_dim
+from miles_spmd.models.attention import CAPABILITY, FLASH, FLASH_HEADS, SPLIT_KEYS
+from miles_spmd.models.hf_config import head_dim
 
 RANKS = 1, 2, 4  # numbers of ranks for which sums over the hidden dimension were shown to be equal
 VECTOR = 32  # numbers in a CPU's vectors: SGLang rounds each rank's part of an MLP up to a multiple there

@@ -6,7 +6,7 @@ import importlib.util
 
 from miles_spmd.config.model import has_experts
 from miles_spmd.config.rules import ERRORS, FILES, Messages, Settings, rule
-from miles_spmd.models.attention import head_dim
+from miles_spmd.models.hf_config import head_dim
 
 FP8_BLOCKS = {"blockwise": 128, "tensorwise": 16}  # what has to divide both dimensions of a matrix, by recipe
 

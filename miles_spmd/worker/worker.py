@@ -191,7 +191,8 @@ class Worker:
 
     @execute.register
     def _export(self, command: ExportModel) -> Ok:
-        self.roles.actor.export(command.path, self._config.model.hf_checkpoint)
+        stop = self._config.rollout.rollout_stop_token_ids if self._config.run.mode == "rl" else ()
+        self.roles.actor.export(command.path, self._config.model.hf_checkpoint, stop)
         return Ok()
 
     # --- the device --------------------------------------------------------------------------------------------------
