@@ -63,19 +63,19 @@ def export(
 
     The parallel layout may differ from the run's.
     """
-    from miles_spmd.controller.checkpoints import ResumeError, newest, read
+    from miles_spmd.controller.checkpoints import FOLDER, STATE_FILE, newest
 
     folder = checkpoint.resolve()
-    try:
-        read(folder)
-    except ResumeError as error:
-        inner = newest(folder)
-        launcher.fail(f"{folder} is the folder of a run; name its checkpoint {inner}" if inner else str(error))
     recipe = folder.parent.parent / "config.toml"
-    if folder.parent.name != "checkpoints" or not recipe.is_file():
+    if not (folder / STATE_FILE).is_file():
+        found = f"it has no {STATE_FILE}" if folder.is_dir() else "there is no such folder"
+        inner = newest(folder)
+        remedy = f"name one of its checkpoints, {inner}" if inner else f"name a folder {FOLDER}/step_... of a run"
+        launcher.fail(f"{checkpoint} is not a checkpoint of a run: {found}; {remedy}")
+    if folder.parent.name != FOLDER or not recipe.is_file():
         launcher.fail(
-            f"{folder} is not in the folder of its run, whose config.toml describes the model; name it where the run "
-            "wrote it, checkpoints/step_... in the run's folder"
+            f"{checkpoint} is not in the folder of its run, whose config.toml is needed: name it where the run wrote "
+            f"it, {FOLDER}/step_... in the run's folder"
         )
     no_engines = ["sglang.tp_size=1", "rollout.rollout_num_gpus=0", "determinism.parity=off"]
     fixed = [f"checkpoint.load={folder}", f"checkpoint.export_dir={out.resolve()}", *no_engines]

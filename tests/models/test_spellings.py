@@ -83,7 +83,9 @@ def test_log_probs_are_those_of_transformers(name: str, ranks: Ranks, tmp_path: 
     (found,) = ranks.run(1, scores, folder)
     for sequence, ours in zip(BATCH, found):
         theirs, _ = oracle_scores(model, sequence.tokens)
-        assert abs(ours - theirs.detach().numpy()).max() < 1e-4
+        scored = ours != 0  # tokens that are not trained are not scored
+        assert scored.sum() > 3
+        assert abs(ours - theirs.detach().numpy())[scored].max() < 1e-4
 
 
 @pytest.mark.parametrize(

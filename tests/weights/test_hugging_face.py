@@ -330,11 +330,10 @@ def test_tensors_that_the_model_does_not_have(name: str, extra: str, shards: boo
     tiny.save(folder, name, max_shard_size="20KB" if shards else "1GB")
     file = "extra.safetensors" if shards else "model.safetensors"
     held = {} if shards else load_file(folder / file)
-    save_file(
-        held | {extra: torch.ones(32), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, folder / file
-    )
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"  # of older checkpoints, and without effect
+    save_file(held | {extra: torch.ones(32), buffer: torch.ones(4)}, folder / file)
     if shards:
-        index = index_of(folder) | {"model.layers.0.self_attn.rotary_emb.inv_freq": file}  # but not the extra tensor
+        index = index_of(folder) | {buffer: file}  # but not the extra tensor
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     message = load_error(folder)
     assert f"{file}: the {load_family(folder).model_type} model has no tensor {extra}" in message
