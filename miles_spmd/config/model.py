@@ -1,16 +1,12 @@
 """`[model]`: the checkpoints that a run starts from."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator
 
-from miles_spmd.config.rules import ERRORS, FILES, WARNINGS, Messages, Settings, rule
+from miles_spmd.config.checks import ERRORS, FILES, WARNINGS, Messages, Settings, checkpoint_shape, rule
 from miles_spmd.config.table import Table
-from miles_spmd.models import read_config
-from miles_spmd.models.hf_config import count_experts
 from miles_spmd.models.random import NO_WEIGHTS, random_config, resolve
 
 Checkpoint = Annotated[Path, AfterValidator(resolve)]
@@ -37,18 +33,6 @@ class ModelConfig(Table):
 
 
 OTHERS = ("ref_load", "critic_load", "teacher_load")
-
-
-def checkpoint_shape(folder: Path) -> dict[str, Any] | None:
-    """Return the contents of a checkpoint's config.json, or None where it cannot be read."""
-    try:
-        return read_config(folder)
-    except (OSError, ValueError):
-        return None
-
-
-def has_experts(s: Settings) -> bool:
-    return count_experts(s.shape) > 0
 
 
 @rule(ERRORS)
