@@ -47,7 +47,7 @@ def evaluate(
     config: Recipe, overrides: Overrides = None, nproc_per_node: Processes = None, dry_run: DryRun = False
 ) -> None:
     """Score the checkpoint on the evaluation sets, without training."""
-    _start("eval", config, [*(overrides or []), "eval_interval=1"], nproc_per_node, dry_run)
+    _start("eval", config, [*(overrides or []), "eval_interval=1", "export_final=false"], nproc_per_node, dry_run)
 
 
 @app.command()
@@ -63,11 +63,22 @@ def export(
 
     The parallel layout may differ from the run's.
     """
-    recipe = checkpoint.absolute().parents[1] / "config.toml"
-    if not recipe.is_file():
-        launcher.fail(f"{checkpoint} is not a checkpoint of a run: {recipe} is missing; name a folder of checkpoints/")
+    from miles_spmd.controller.checkpoints import FOLDER, STATE_FILE, newest
+
+    folder = checkpoint.resolve()
+    recipe = folder.parent.parent / "config.toml"
+    if not (folder / STATE_FILE).is_file():
+        found = f"it has no {STATE_FILE}" if folder.is_dir() else "there is no such folder"
+        inner = newest(folder)
+        remedy = f"name one of its checkpoints, {inner}" if inner else f"name a folder {FOLDER}/step_... of a run"
+        launcher.fail(f"{checkpoint} is not a checkpoint of a run: {found}; {remedy}")
+    if folder.parent.name != FOLDER or not recipe.is_file():
+        launcher.fail(
+            f"{checkpoint} is not in the folder of its run, whose config.toml is needed: name it where the run wrote "
+            f"it, {FOLDER}/step_... in the run's folder"
+        )
     no_engines = ["sglang.tp_size=1", "rollout.rollout_num_gpus=0", "determinism.parity=off"]
-    fixed = [f"checkpoint.load={checkpoint}", f"checkpoint.export_dir={out}", *no_engines]
+    fixed = [f"checkpoint.load={folder}", f"checkpoint.export_dir={out.resolve()}", *no_engines]
     _start("export", recipe, [*(overrides or []), *fixed], nproc_per_node or _smallest_world(recipe, overrides or []))
 
 

@@ -71,6 +71,12 @@ def start(
     """
     is_rank, world_size = ranks(nproc)
     config = load(recipe, overrides, world_size, check_files=task != "export")
+    if task == "export":
+        from miles_spmd.config.checks import settings
+        from miles_spmd.config.run import export_errors
+
+        for problem in export_errors(settings(config)):
+            fail(problem, code=2)
     if not is_rank:
         launch(world_size)
     from miles_spmd.config.load import dump_config

@@ -122,6 +122,45 @@ def test_export_needs_a_run(folder: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("named", ["/nonexistent", "/", "run", "run/checkpoints/step_000001", "elsewhere/deep/copy"])
+def test_export_names_what_it_needs(tmp_path: Path, named: str) -> None:
+    (tmp_path / "config.toml").write_text("unrelated")  # two folders above "run/checkpoints"
+    step, copy = tmp_path / "run" / "checkpoints" / "step_000002", tmp_path / "elsewhere" / "deep" / "copy"
+    for complete in (step, copy):
+        complete.mkdir(parents=True)
+        (complete / "controller.json").write_text("{}")
+    (step.parent / "step_000001").mkdir()
+    stderr = miles_spmd("export", tmp_path / named, tmp_path / "out", status=1).stderr
+    assert stderr.count("\n") == 1
+    expected = {
+        "/nonexistent": "is not a checkpoint of a run: there is no such folder",
+        "run": f"name one of its checkpoints, {step}",
+        "elsewhere/deep/copy": "is not in the folder of its run, whose config.toml is needed",
+    }
+    assert expected.get(named, "is not a checkpoint of a run: it has no controller.json") in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_over_other_files_is_refused_before_anything_starts(recipe: Path, folder: Path) -> None:
+    """Whatever the path is called, and whoever asks for the export."""
+    keep = folder / "keep"
+    (keep / "other").mkdir(parents=True)
+    (keep / "notes.txt").write_text("mine")
+    (folder / "link").symlink_to(keep)
+    step = folder / "runs" / "kept" / "checkpoints" / "step_000001"
+    step.mkdir(parents=True)
+    (step / "controller.json").write_text("{}")
+    (step.parents[1] / "config.toml").write_text(recipe.read_text().replace("[model]", "[model]", 1))
+    for out in ("keep", "link", f"../{folder.name}/keep"):
+        stderr = miles_spmd("train", recipe, "export_final=true", f"export_dir={folder / out}", status=2).stderr
+        assert f"{keep} holds files that no export wrote or that were changed since (notes.txt, other)" in stderr
+        stderr = miles_spmd("export", step, folder / out, status=2).stderr
+        assert f"{keep} holds files that no export wrote" in stderr
+    stderr = miles_spmd("export", step, step.parents[1], status=2).stderr
+    assert "overlaps with" in stderr
+    assert (keep / "notes.txt").read_text() == "mine"
+
+
 def test_report_needs_a_run(folder: Path) -> None:
     assert "contains no run" in miles_spmd("report", folder / "model", status=1).stderr
 

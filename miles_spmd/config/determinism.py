@@ -7,8 +7,8 @@ from typing import Literal
 
 from miles_spmd.config.checks import ERRORS, NOT_BY_DEFAULT, PARITY, Messages, Settings, rule
 from miles_spmd.config.table import NonNegativeFloat, PositiveFloat, Table
-from miles_spmd.models.attention import CAPABILITY, FLASH, FLASH_HEADS, SPLIT_KEYS, head_dim
-from miles_spmd.models.qwen3_moe import count_experts
+from miles_spmd.models.attention import CAPABILITY, FLASH, FLASH_HEADS, SPLIT_KEYS
+from miles_spmd.models.hf_config import count_experts, head_dim
 
 BATCH_INVARIANT = ("fa3", "triton", "flashinfer")  # attention of SGLang's deterministic mode
 

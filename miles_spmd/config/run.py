@@ -1,11 +1,14 @@
 """The run (`[run]`), what it saves (`[checkpoint]`) and shows (`[telemetry]`), how long it waits (`[deadlines]`)."""
 
 import importlib.util
+import os
+import re
 from pathlib import Path
 from typing import Literal
 
 from miles_spmd.config.checks import ERRORS, FILES, Messages, Settings, rule
 from miles_spmd.config.table import NonNegativeInt, PositiveFloat, PositiveInt, Table
+from miles_spmd.models.export_folder import foreign_files
 
 
 class RunConfig(Table):
@@ -30,7 +33,8 @@ class CheckpointConfig(Table):
     export_final: bool = True
     """Write a Hugging Face checkpoint at the end of the run."""
     export_dir: Path | None = None
-    """Folder of the Hugging Face checkpoint; the default is `export/` in the run folder."""
+    """Folder of the Hugging Face checkpoint; the default is `export/` in the run folder. An existing folder is replaced
+    only if it is empty or holds nothing but an earlier export."""
     load: Path | None = None
     """A checkpoint folder of this project to resume from; `latest` inside the run folder when the run is restarted."""
     resume: bool = False
@@ -41,6 +45,41 @@ class CheckpointConfig(Table):
 def _resumable(s: Settings) -> Messages:
     if s.load is not None and not s.load.is_dir():
         yield f"checkpoint.load: no folder {s.load}"
+
+
+@rule(FILES)
+def _export_folder(s: Settings) -> Messages:
+    if s.export_final:
+        yield from export_errors(s)
+
+
+def export_errors(s: Settings) -> Messages:
+    """Why the Hugging Face checkpoint cannot be written where it is to be. Paths are compared as the folders that they
+    lead to, whatever they are called."""
+    run_dir = s["run.output_dir"] / s["run.name"]
+    folder = (s.export_dir or run_dir / "export").resolve()
+    models = {f"model.{name}": s[name] for name in ("hf_checkpoint", "ref_load", "critic_load", "teacher_load")}
+    read_only = models | {"checkpoint.load": s.load, "the run's checkpoints": run_dir / "checkpoints"}
+    sets = {f"eval.eval_prompt_data.{name}": path for name, path in s.eval_prompt_data.items()}
+    data = {"data.prompt_data": s.prompt_data} | sets
+    holds = {"the run's folder": run_dir}
+    holds |= {name: Path(re.sub(r"@\[[^\]]*\]$", "", path)) for name, path in data.items()}
+    for name, path in (holds | read_only).items():
+        used = path and path.resolve()
+        if used and (used == folder or folder in used.parents or (name in read_only and used in folder.parents)):
+            yield f"checkpoint.export_dir: {folder} overlaps with {name}, {used}; name a folder of its own"
+            return
+    above = next(parent for parent in folder.parents if parent.exists())
+    if not above.is_dir() or (folder.exists() and not folder.is_dir()):
+        yield f"checkpoint.export_dir: {folder if folder.exists() else above} is a file; name a folder"
+    elif not os.access(above, os.W_OK | os.X_OK):
+        yield f"checkpoint.export_dir: {above} is not writable; name another folder or change its permissions"
+    elif foreign := foreign_files(folder):
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        yield (
+            f"checkpoint.export_dir: {folder} holds files that no export wrote or that were changed since "
+            f"({', '.join(foreign[:3])}{more}); name a new or empty folder, or move them away"
+        )
 
 
 class TelemetryConfig(Table):

@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 
 from miles_spmd.config.checks import ERRORS, FILES, Messages, Settings, heads_divide, rule
 from miles_spmd.config.table import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Table, must_be
-from miles_spmd.models.attention import head_dim
-from miles_spmd.models.qwen3_moe import count_experts
+from miles_spmd.models.hf_config import count_experts, head_dim
 
 
 class TrainConfig(Table):

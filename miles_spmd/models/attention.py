@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 FLASH, SPLIT_KEYS = "fa3", "triton"  # SGLang's names; invariant/split_attention.py replaces the second
 CAPABILITY = "9.0"  # compute capability of the GPUs that have FlashAttention 3
 FLASH_HEADS = range(97, 129)  # head_dims for which FlashAttention 3 has the same key blocks in prefill and decode
-
-
-def head_dim(shape: dict[str, Any]) -> int:
-    """Return head_dim by the contents of a config.json, ``shape``; 0 if they lack it and what it is derived from."""
-    heads = shape.get("num_attention_heads")
-    return shape.get("head_dim") or (shape.get("hidden_size", 0) // heads if heads else 0)
 
 
 def shared_attention(head_dim: int, capability: str) -> str:

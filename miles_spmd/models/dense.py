@@ -10,6 +10,7 @@ class Llama(Family):
 
     model_type = "llama"
     rope_types = ("default", "llama3")
+    assumed_kv_heads = 0
 
 
 class Qwen2(Family):

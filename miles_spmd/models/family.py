@@ -12,7 +12,7 @@ from functools import cached_property
 from math import prod
 from typing import Any, ClassVar, NamedTuple
 
-from miles_spmd.models.attention import head_dim
+from miles_spmd.models.hf_config import differing_spellings, head_dim, malformed_rope, rope_parameters
 from miles_spmd.models.layout import PADDING, Piece, Span, beside, filled_shape, stack, whole, window
 
 Shape = tuple[int, ...]
@@ -82,6 +82,7 @@ class Family:
     qk_norm: ClassVar[bool] = False
     qkv_bias: ClassVar[bool] = False
     rope_types: ClassVar[tuple[str, ...]] = ("default",)
+    assumed_kv_heads: ClassVar[int] = 32  # where the config lacks their number; 0: as many as query heads
     # of a dense model
     num_experts = 0
     experts_per_token = 0
@@ -123,18 +124,26 @@ class Family:
         for key in ("attention_bias", "mlp_bias", "dual_chunk_attention_config"):
             if config.get(key):
                 problems.append(f"{key} is not supported")
-        if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
-            problems.append("sliding-window attention is not supported")
+        kinds = set(config.get("layer_types") or ()) - {"full_attention"}
+        if config.get("use_sliding_window") or kinds:
+            named = f" ({', '.join(sorted(kinds))})" if kinds else ""
+            problems.append(f"sliding-window attention is not supported{named}")
+        if self.assumed_kv_heads and "num_key_value_heads" not in config:
+            problems.append(f"num_key_value_heads is missing, for which transformers takes {self.assumed_kv_heads}")
         if config.get("quantization_config"):
             problems.append("quantized checkpoints are not supported; start from the unquantized one")
         return problems + self._unsupported_rope(config)
 
     def _unsupported_rope(self, config: dict[str, Any]) -> list[str]:
+        if malformed := malformed_rope(config):
+            return malformed
         rope = rope_parameters(config)
         kind = rope["rope_type"]
         if kind not in self.rope_types:
             return [f"rope type {kind!r} is not supported (supported: {', '.join(self.rope_types)})"]
-        problems = []
+        problems = differing_spellings(config)
+        if not isinstance(rope["rope_theta"], (int, float)) or rope["rope_theta"] <= 0:
+            problems.append(f"rope_theta must be a positive number, not {rope['rope_theta']!r}")
         if rope["partial_rotary_factor"] != 1:
             problems.append("partial_rotary_factor is not supported")
         if kind == "llama3":
@@ -190,6 +199,12 @@ class Family:
     def checkpoint_tensors(self) -> dict[str, Shape]:
         """Return the shapes of all tensors of the checkpoint on disk by name; tied embeddings have no ``lm_head``."""
         return self._tensors
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether a tensor that checkpoints may have beside :meth:`checkpoint_tensors` has no effect on the model: a
+        policy's output layer under a value head, or the copy of tied embeddings; buffers of older checkpoints."""
+        without_head = self.tied_embeddings or self.value_head
+        return (name == "lm_head.weight" and without_head) or name.endswith(".rotary_emb.inv_freq")
 
     def num_parameters(self) -> int:
         return sum(map(prod, self._tensors.values()))
@@ -368,15 +383,6 @@ def padded_width(ffn_size: int, local: int, split: Shard, tp: Shard) -> int:
     a multiple of 32 per rank of the engine, also where experts are whole."""
     rounded = -(-ffn_size // (32 * tp.size)) * 32 * tp.size
     return rounded if local * split.size == rounded else ffn_size
-
-
-def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the rotary parameters with the current names, from ``rope_parameters`` or the older ``rope_scaling``."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope.setdefault("rope_type", rope.get("type", "default"))
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", 1))
-    return rope
 
 
 def swiglu_tensors(prefix: str, hidden_size: int, ffn_size: int) -> dict[str, Shape]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from miles_spmd.models.dense import Qwen3
 from miles_spmd.models.family import Pieces, Shape, Shards, padded_width, share, swiglu_tensors
+from miles_spmd.models.hf_config import count_experts
 from miles_spmd.models.layout import stack
 
 # Stacks of SGLang and of our own layer for Megatron, which has gate and up apart; parameters of Transformer Engine's
@@ -73,8 +74,3 @@ class Qwen3Moe(Qwen3):
         width = padded_width(self.expert_ffn_size, shape[-1], etp, tp)
         down = [(lead, expert + "down_proj.weight") for lead, expert in held]
         return tuple(piece for lead, name in down for piece in self._column_shard(name, etp, width, lead))
-
-
-def count_experts(config: dict[str, Any]) -> int:
-    """transformers >= 5 writes num_local_experts where earlier versions wrote num_experts."""
-    return config.get("num_local_experts") or config.get("num_experts") or 0

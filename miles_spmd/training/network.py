@@ -126,9 +126,9 @@ class Network:
         layout, where = self.family.megatron_layout, self.where.of_weights
         return [TensorLayout(name, layout(name, tuple(p.shape), **where)) for name, p in self._parameters.items()]
 
-    def export(self, path: str | Path, source: str | Path) -> None:
+    def export(self, path: str | Path, source: str | Path, stop_token_ids: Sequence[int] = ()) -> None:
         """Write the weights as a Hugging Face checkpoint, with ``source``'s configuration and tokenizer."""
-        hugging_face.export(path, self.weights(), self.layout(), source, self.family)
+        hugging_face.export(path, self.weights(), self.layout(), source, self.family, stop_token_ids=stop_token_ids)
 
     def copy_to_host(self, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Copy the present weights to host memory, pinned where there is a GPU: new memory, or ``into`` what an earlier

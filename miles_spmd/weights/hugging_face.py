@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
 from math import prod
@@ -18,17 +18,22 @@ import torch.distributed as dist
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
 from miles_spmd.models import PADDING, VALUE_HEAD, Family, Piece, TensorLayout, read_config
+from miles_spmd.models.export_folder import MANIFEST, foreign_files, is_listed, write_manifest
+from miles_spmd.models.hf_config import end_tokens
 from miles_spmd.models.layout import check_filled, region, whole
 from miles_spmd.models.random import NO_WEIGHTS
 from miles_spmd.weights.random_weights import random_slices
 from miles_spmd.weights.refit import Refit
 from miles_spmd.weights.transport import raise_together
 
+GENERATION, SPECIAL_TOKENS = "generation_config.json", "special_tokens_map.json"
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 COPIED = {".json", ".jinja", ".model", ".tiktoken", ".txt"}  # of tokenizer, chat template, generation config
 MAX_PROBLEMS = 20
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class HuggingFaceCheckpointError(ValueError):
@@ -46,8 +51,9 @@ def load(path: str | Path, weights: Mapping[str, torch.Tensor], layouts: list[Te
     ``family`` is the model that ``weights`` belong to. A rank reads its own slices only, without collectives. A value
     head is set to zeros if the checkpoint, one of a policy, has none. A folder of ``random:`` has no safetensors: its
     weights are random, and equal for every layout.
-    Raises HuggingFaceCheckpointError naming every missing or truncated file, missing tensor and wrong shape at once,
-    before any weight has changed; ValueError when a layout does not fill its tensor.
+    Raises HuggingFaceCheckpointError naming every missing or truncated file, missing tensor, wrong shape and tensor
+    that the model does not have at once, before any weight has changed; ValueError when a layout does not fill its
+    tensor.
     """
     places: dict[str, list[tuple[torch.Tensor, Piece]]] = defaultdict(list)
     for layout in layouts:
@@ -62,7 +68,7 @@ def load(path: str | Path, weights: Mapping[str, torch.Tensor], layouts: list[Te
             device = next(iter(weights.values())).device
             slices = random_slices(shapes, family.config.get("initializer_range", 0.02), device)
         else:
-            slices = _slices(Path(path), shapes, opened)
+            slices = _slices(Path(path), shapes, family, opened)
         for name, targets in places.items():
             if name not in slices:
                 padding += targets
@@ -77,7 +83,7 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-def _slices(folder: Path, shapes: Mapping[str, tuple[int, ...]], opened: ExitStack) -> dict[str, Any]:
+def _slices(folder: Path, shapes: Mapping[str, tuple[int, ...]], family: Family, opened: ExitStack) -> dict[str, Any]:
     """Return lazy slices of the tensors with these names; only a value head may be missing. ``opened`` closes the files
     that they are in. Raises HuggingFaceCheckpointError with all problems that were found."""
     problems: list[str] = []
@@ -117,6 +123,21 @@ def _slices(folder: Path, shapes: Mapping[str, tuple[int, ...]], opened: ExitSta
                 problems.append(f"{file_of[name]}: {name} has shape {actual}, the model needs {list(shape)}")
         elif file is not None:
             problems.append(f"{file_of[name]}: tensor {name} is missing, though the index lists it here")
+    held = {name: file for file in dict.fromkeys(file_of.values()) for name in open_file(file)[1]}
+    known = family.checkpoint_tensors()
+    # Left out, they would change the model, and an export would lose them.
+    problems += [
+        f"{file_of.get(name) or held[name]}: the {family.model_type} model has no tensor {name}"
+        for name in dict.fromkeys([*file_of, *held])
+        if name not in known and not family.is_ignored(name)
+    ]
+    if family.tied_embeddings and HEAD in held and EMBEDDING in held:
+        head, embedding = (open_file(held[name])[0].get_tensor(name) for name in (HEAD, EMBEDDING))
+        if not torch.equal(head, embedding):  # transformers does not tie them then
+            problems.append(
+                f"{HEAD} differs from {EMBEDDING}, although tie_word_embeddings is true in config.json; set it to "
+                f"false, or remove {HEAD}"
+            )
     if problems:
         raise HuggingFaceCheckpointError(folder, problems)
     return found
@@ -130,6 +151,7 @@ def export(
     family: Family,
     *,
     dtype: torch.dtype | None = None,
+    stop_token_ids: Sequence[int] = (),
     shard_bytes: int = 5 << 30,
     bucket_bytes: int = 256 << 20,
     group: dist.ProcessGroup | None = None,
@@ -139,10 +161,11 @@ def export(
     All ranks call it. ``family`` is the model; its configuration and tokenizer files are copied from
     ``source_config_dir``. A model with a value head becomes one of transformers' sequence classifiers with one label.
     ``dtype`` is that of the files, by default that of the weights. Rank 0 needs host memory for one shard of
-    ``shard_bytes``. The folder appears complete or not at all; an existing one is replaced. Raises ValueError on every
-    rank when rank 0 cannot write.
+    ``shard_bytes``. ``stop_token_ids`` end a response beside the model's own end-of-sequence tokens. The folder appears
+    complete or not at all; an existing one is replaced if it is empty or an export. Raises ValueError on every rank
+    when rank 0 cannot write.
     """
-    folder, source = Path(path), Path(source_config_dir)
+    folder, source = Path(path).resolve(), Path(source_config_dir)
     partial = folder.with_name(f".{folder.name}.partial")
     shapes = family.checkpoint_tensors()
     dtype = dtype or next(iter(weights.values())).dtype
@@ -152,7 +175,7 @@ def export(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_bytes,
     )
-    _on_writer(group, _begin, partial, source, family, dtype, shards)
+    _on_writer(group, partial, _begin, folder, partial, source, family, dtype, shards, stop_token_ids)
     for file, names in shards.filename_to_tensors.items():
         # A refit whose only receiver is rank 0, with a layout of whole checkpoint tensors.
         written = names if dist.get_rank(group) == 0 else []
@@ -161,45 +184,98 @@ def export(
         in_shard = set(names)
         sources = [layout for layout in layouts if not in_shard.isdisjoint(piece.name for piece in layout.pieces)]
         Refit(weights, sources, tensors, targets, bucket_bytes=bucket_bytes, group=group).run()
-        _on_writer(group, save_file, tensors, partial / file, {"format": "pt"})
-    _on_writer(group, _publish, partial, folder)
+        _on_writer(group, partial, _save, tensors, partial / file)
+    _on_writer(group, partial, _publish, partial, folder)
 
 
-def _on_writer(group: dist.ProcessGroup | None, function: Callable[..., None], *args: Any) -> None:
-    """Call ``function`` on rank 0; when it fails there, raise ValueError on all ranks."""
+def _on_writer(group: dist.ProcessGroup | None, partial: Path, function: Callable[..., None], *args: Any) -> None:
+    """Call ``function`` on rank 0; when it fails there, remove ``partial`` and raise ValueError on all ranks."""
     problem = ""
     if dist.get_rank(group) == 0:
         try:
             function(*args)
         except (OSError, SafetensorError) as error:
             problem = f"export failed: {error}"
+            if is_listed(partial):
+                shutil.rmtree(partial, ignore_errors=True)
     raise_together(problem, group)
 
 
-def _begin(partial: Path, source: Path, family: Family, dtype: torch.dtype, shards: StateDictSplit) -> None:
-    """Write everything except the weights into the folder ``partial``."""
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+def _begin(
+    folder: Path,
+    partial: Path,
+    source: Path,
+    family: Family,
+    dtype: torch.dtype,
+    shards: StateDictSplit,
+    stop_token_ids: Sequence[int],
+) -> None:
+    """Write everything except the weights into the folder ``partial``. Raises OSError."""
+    if foreign := foreign_files(folder):
+        raise FileExistsError(f"{folder} holds files that no export wrote or that were changed since: {foreign[0]}")
+    if is_listed(partial):  # of an export that was killed
+        shutil.rmtree(partial)
     partial.mkdir(parents=True)
+    write_manifest(partial)  # so that this folder is known as ours from its first moment
     for file in source.iterdir():
-        if file.suffix in COPIED and not file.name.endswith(".index.json"):
+        if file.suffix in COPIED and not file.name.endswith(".index.json") and file.name != MANIFEST:
             shutil.copyfile(file, partial / file.name)
     config = read_config(source)
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
+    config |= {"dtype": name} | ({"torch_dtype": name} if "torch_dtype" in config else {})
     if family.value_head:
         classifier = [
             name.replace("ForCausalLM", "ForSequenceClassification") for name in config.get("architectures", ())
         ]
         config |= {"architectures": classifier, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    generation = _read_json(source / GENERATION)
+    if ends := [*dict.fromkeys([*end_of_sequence(source, config, generation), *stop_token_ids])]:
+        # both, because engines read both: what is exported stops where training stopped
+        config["eos_token_id"] = generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    _write_json(partial / "config.json", config)
+    if generation:
+        _write_json(partial / GENERATION, generation)
     if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        _write_json(partial / INDEX_FILE, {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
+
+
+def end_of_sequence(folder: Path, config: dict[str, Any], generation: dict[str, Any]) -> list[int]:
+    """Return the tokens that end a response of the model in ``folder``: those of config.json, of generation_config.json
+    and of the tokenizer, whichever of them the engine or the data take."""
+    ends = end_tokens(config) + end_tokens(generation)
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokens = [_read_json(folder / name).get("eos_token") for name in ("tokenizer_config.json", SPECIAL_TOKENS)]
+        token = next((token for token in tokens if token), None)
+        text = token.get("content") if isinstance(token, dict) else token
+        found = [tokenizer.token_to_id(text) if text else None, tokenizer.token_to_id("<|eom_id|>")]  # SGLang adds it
+        ends += [id for id in found if id is not None]
+    return ends
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_bytes()) if file.is_file() else {}
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """safetensors writes a file that its owner alone can read; it gets the mode that umask gives to the others."""
+    save_file(tensors, file, {"format": "pt"})
+    file.chmod((file.parent / "config.json").stat().st_mode & 0o777)
 
 
 def _publish(partial: Path, folder: Path) -> None:
-    """Move ``partial`` to ``folder`` and delete what was there."""
+    """Move ``partial`` to ``folder``, in the place of an earlier export. Raises OSError, FileExistsError when somebody
+    has put files there since."""
+    write_manifest(partial)
+    if foreign := foreign_files(folder):
+        raise FileExistsError(f"{folder} holds files that no export wrote or that were changed since: {foreign[0]}")
     replaced = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
+    if is_listed(replaced):
+        shutil.rmtree(replaced)
     if folder.exists():
         folder.rename(replaced)
     partial.rename(folder)

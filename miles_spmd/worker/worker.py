@@ -189,7 +189,8 @@ class Worker:
 
     @execute.register
     def _export(self, command: commands.ExportModel) -> results.Ok:
-        self.roles.actor.export(command.path, self._config.model.hf_checkpoint)
+        stop = self._config.rollout.rollout_stop_token_ids if self._config.run.mode == "rl" else ()
+        self.roles.actor.export(command.path, self._config.model.hf_checkpoint, stop)
         return results.Ok()
 
     # --- the device --------------------------------------------------------------------------------------------------

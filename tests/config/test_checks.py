@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from miles_spmd.config import checks
-from miles_spmd.config.load import load_config
+from miles_spmd.config.load import ConfigError, load_config
 from miles_spmd.models.attention import shared_attention
 from tests.config.test_load import errors, recipe  # noqa: F401  (a fixture)
 from tests.ranks import Ranks
@@ -358,3 +358,52 @@ def test_megatron_agrees(recipe: Path, ranks: Ranks) -> None:  # noqa: F811
 def test_fields_read_from_source_are_those_of_the_classes(ranks: Ranks) -> None:
     (real,) = ranks.run(1, _real_fields)
     assert {table: set(checks.backend_fields(table)) for table in real} == real
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("", "overlaps with"),
+        ("checkpoint", "overlaps with model.hf_checkpoint"),
+        ("checkpoint/inside", "overlaps with model.hf_checkpoint"),
+        ("link", "overlaps with model.hf_checkpoint"),
+        ("checkpoint/../checkpoint", "overlaps with model.hf_checkpoint"),
+        ("data", "overlaps with data.prompt_data"),
+        ("evaluation", "overlaps with eval.eval_prompt_data.sums"),
+        ("runs", "overlaps with the run's folder"),
+        ("runs/run", "overlaps with the run's folder"),
+        ("runs/run/checkpoints/step_000001", "overlaps with the run's checkpoints"),
+        ("earlier/step_000002/trainer", "overlaps with checkpoint.load"),
+        ("data/prompts.jsonl", "overlaps with data.prompt_data"),
+        ("file", "is a file; name a folder"),
+        ("file/inside", "is a file; name a folder"),
+        ("dangling", None),
+        ("data/export", None),
+        ("runs/run/export", None),
+        ("runs/run/other", None),
+        ("new/folder", None),
+    ],
+)
+def test_an_export_has_a_folder_of_its_own(recipe: Path, place: str, message: str | None) -> None:  # noqa: F811
+    folder = recipe.parent
+    for name in ("data", "evaluation", "earlier/step_000002"):
+        (folder / name).mkdir(parents=True)
+    for name in ("data/prompts.jsonl", "evaluation/sums.jsonl", "file"):
+        (folder / name).touch()
+    (folder / "link").symlink_to("checkpoint")
+    (folder / "dangling").symlink_to("not yet there")
+    overrides = [
+        f"prompt_data={folder}/data/prompts.jsonl",
+        f"eval_prompt_data.sums={folder}/evaluation/sums.jsonl",
+        f"output_dir={folder}/runs",
+        f"checkpoint.load={folder}/earlier/step_000002",
+        f"export_dir={folder}/{place}",
+    ]
+    found: list[str] = []
+    try:
+        load_config(recipe, overrides)
+    except ConfigError as error:
+        found = error.errors
+    assert len(found) == (message is not None), found
+    assert message is None or (found[0].startswith("checkpoint.export_dir: ") and message in found[0])
+    load_config(recipe, [*overrides, "export_final=false"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -83,8 +84,8 @@ def test_round_trip_is_bitwise(
 
 def test_export_in_another_dtype_over_an_older_export(ranks: Ranks, tmp_path: Path) -> None:
     source, target = tiny.checkpoint("qwen3"), tmp_path / "export"
-    target.mkdir()
-    (target / "model-00001-of-00009.safetensors").write_text("of the older export")
+    ranks.run(1, load_and_export, source, target, Trainer(), torch.float32, {"shard_bytes": 50_000})
+    assert len(list(target.glob("*.safetensors"))) > 1
     ranks.run(1, load_and_export, source, target, Trainer(), torch.float32, {"dtype": torch.bfloat16})
     assert sorted(file.name for file in target.glob("*.safetensors*")) == ["model.safetensors"]
     assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
@@ -104,6 +105,101 @@ def test_a_failing_write_stops_every_rank_and_leaves_the_older_export(ranks: Ran
     (tmp_path / "file").write_text("")
     for message in ranks.run(2, export_error, tiny.checkpoint("qwen2"), tmp_path / "file" / "export"):
         assert str(tmp_path / "file") in message
+
+
+@pytest.mark.parametrize("kind", ["notes", "folder", "edited", "link", "strangers"])
+def test_what_an_export_did_not_write_is_kept(ranks: Ranks, tmp_path: Path, kind: str) -> None:
+    source, target = tiny.checkpoint("qwen3"), tmp_path / "export"
+    if kind != "strangers":
+        ranks.run(1, load_and_export, source, target, Trainer(), torch.float32, {})
+    target.mkdir(exist_ok=True)
+    match kind:
+        case "folder":
+            (target / "other").mkdir()
+        case "edited":
+            (target / "generation_config.json").write_text("{}")
+        case "link":
+            (target / "elsewhere").symlink_to(source)
+        case _:
+            (target / "notes.txt").write_text("mine")
+    before = {file.name: file.stat().st_mtime_ns for file in target.iterdir()}
+    for message in ranks.run(2, export_error, source, target):
+        assert "holds files that no export wrote or that were changed since" in message
+    assert {file.name: file.stat().st_mtime_ns for file in target.iterdir()} == before
+    assert {file.name for file in tmp_path.iterdir()} == {"export"}
+
+
+def test_an_export_through_a_link_replaces_where_it_leads(ranks: Ranks, tmp_path: Path) -> None:
+    source = tiny.checkpoint("qwen3")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for _ in range(2):
+        ranks.run(1, load_and_export, source, tmp_path / "link", Trainer(), torch.float32, {})
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "model.safetensors").is_file()
+    assert {file.name for file in tmp_path.iterdir()} == {"link", "real"}
+
+
+def test_an_export_that_was_killed_is_written_anew(ranks: Ranks, tmp_path: Path) -> None:
+    source, target = tiny.checkpoint("qwen3"), tmp_path / "export"
+    ranks.run(1, load_and_export, source, target, Trainer(), torch.float32, {})
+    target.rename(tmp_path / ".export.partial")
+    (tmp_path / ".export.partial" / "model.safetensors").write_bytes(b"half")
+    ranks.run(1, load_and_export, source, target, Trainer(), torch.float32, {})
+    assert_same(target, source)
+
+
+def test_everybody_may_read_what_umask_lets_them(ranks: Ranks, tmp_path: Path) -> None:
+    options = {"shard_bytes": 50_000}
+    ranks.run(1, export_under_umask, tiny.checkpoint("qwen3"), tmp_path / "export", options)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "export").iterdir()} == {0o640}
+    assert (tmp_path / "export").stat().st_mode & 0o777 == 0o750
+
+
+def export_under_umask(source: Path, target: Path, options: dict) -> None:
+    before = os.umask(0o027)
+    try:
+        load_and_export(source, target, Trainer(), torch.float32, options)
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "tokenizer", "stop", "expected"),
+    [
+        (1, 2, "<three>", [], [1, 2, 3]),
+        (None, [2, 1], None, [], [2, 1]),
+        (1, None, "<one>", [], 1),
+        ([1, 2], [2, 1], "<two>", [7], [1, 2, 7]),
+        (None, None, {"content": "<three>"}, [], 3),
+        (None, None, None, [], None),
+    ],
+)
+def test_an_export_stops_where_training_stopped(
+    config: object, generation: object, tokenizer: object, stop: list, expected: object, ranks: Ranks, tmp_path: Path
+) -> None:
+    from tokenizers import Tokenizer, models
+
+    source, target = tmp_path / "source", tmp_path / "export"
+    shutil.copytree(tiny.checkpoint("qwen2"), source)
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(settings | {"eos_token_id": config, "torch_dtype": "float32"}))
+    (source / "generation_config.json").unlink()
+    if generation is not None:
+        (source / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    vocabulary = {"<zero>": 0, "<one>": 1, "<two>": 2, "<three>": 3}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="<zero>")).save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text(json.dumps({"eos_token": tokenizer}))
+    options = {"dtype": torch.bfloat16, "stop_token_ids": stop}
+    ranks.run(1, load_and_export, source, target, Trainer(), torch.float32, options)
+    exported = json.loads((target / "config.json").read_text())
+    assert exported["dtype"] == exported["torch_dtype"] == "bfloat16"
+    assert exported["eos_token_id"] == expected
+    if expected is None:
+        assert not (target / "generation_config.json").exists()
+    else:
+        assert json.loads((target / "generation_config.json").read_text())["eos_token_id"] == expected
+    assert transformers.AutoConfig.from_pretrained(target).eos_token_id == expected
 
 
 # ---- what a damaged folder gets ----
@@ -203,11 +299,42 @@ def test_a_checkpoint_of_another_size_is_refused(tmp_path: Path) -> None:
 
 
 def test_tied_checkpoints_may_hold_the_head_too(tmp_path: Path) -> None:
+    """transformers ties them only if the tensors are equal."""
     folder = tmp_path / "model"
     shutil.copytree(tiny.checkpoint("qwen3-tied"), folder)
     tensors = read(folder)
-    save_file(tensors | {HEAD: torch.zeros(97, 32)}, folder / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {HEAD: embedding.clone()}, folder / "model.safetensors")
     family, weights = load_family(folder), {"output_layer.weight": torch.empty(97, 32)}
     pieces = family.megatron_layout("output_layer.weight", (97, 32), tp_rank=0, tp_size=1)
     load(folder, weights, [TensorLayout("output_layer.weight", pieces)], family)
-    assert torch.equal(weights["output_layer.weight"], tensors["model.embed_tokens.weight"])
+    assert torch.equal(weights["output_layer.weight"], embedding)
+    save_file(tensors | {HEAD: embedding + 1}, folder / "model.safetensors")
+    assert "lm_head.weight differs from model.embed_tokens.weight" in load_error(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("llama", "model.layers.1.self_attn.q_proj.bias"),
+        ("llama", "model.layers.4.input_layernorm.weight"),
+        ("qwen2", "model.layers.0.self_attn.o_proj.bias"),
+        ("qwen3", "model.layers.0.mlp.gate.weight"),
+        ("qwen3_moe", "model.layers.0.mlp.shared_expert.gate_proj.weight"),
+        ("qwen3-tied", "score.weight"),
+    ],
+)
+@pytest.mark.parametrize("shards", [False, True])
+def test_tensors_that_the_model_does_not_have(name: str, extra: str, shards: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    tiny.save(folder, name, max_shard_size="20KB" if shards else "1GB")
+    file = "extra.safetensors" if shards else "model.safetensors"
+    held = {} if shards else load_file(folder / file)
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"  # of older checkpoints, and without effect
+    save_file(held | {extra: torch.ones(32), buffer: torch.ones(4)}, folder / file)
+    if shards:
+        index = index_of(folder) | {buffer: file}  # but not the extra tensor
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    message = load_error(folder)
+    assert f"{file}: the {load_family(folder).model_type} model has no tensor {extra}" in message
+    assert len(message.splitlines()) == 2

@@ -1,0 +1,84 @@
+"""The one reader of what a Hugging Face config.json can spell in several ways.
+
+Where transformers accepts two spellings its precedence holds, because the engine's model is configured by transformers.
+Where both are there and differ, a reader that prefers the other one would build another model: that is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# The first spelling wins in transformers.
+SPELLINGS = (("num_local_experts", "num_experts"), ("dtype", "torch_dtype"))
+ROPE_SPELLINGS = "rope_scaling", "rope_parameters"
+DEFAULT_THETA = 10000.0
+DEFAULT_END = {"llama": 2}  # eos_token_id of a config that does not name it, by model_type
+
+
+def head_dim(config: dict[str, Any]) -> int:
+    """Return head_dim by the contents of a config.json; 0 if they lack it and what it is derived from."""
+    heads = config.get("num_attention_heads")
+    return config.get("head_dim") or (config.get("hidden_size", 0) // heads if heads else 0)
+
+
+def end_tokens(config: dict[str, Any]) -> list[int]:
+    """Return the end-of-sequence tokens that a config.json or a generation_config.json names."""
+    ends = config.get("eos_token_id", DEFAULT_END.get(config.get("model_type", "")))
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+def count_experts(config: dict[str, Any]) -> int:
+    """Return the number of experts; 0 for a dense model."""
+    return config.get("num_local_experts") or config.get("num_experts") or 0
+
+
+def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the rotary parameters with the current names and transformers' defaults."""
+    return _rope(config, next((spelling for spelling in ROPE_SPELLINGS if config.get(spelling)), ""))
+
+
+def _rope(config: dict[str, Any], spelling: str) -> dict[str, Any]:
+    rope = dict(config.get(spelling) or {})
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    rope.setdefault("rope_theta", config.get("rope_theta", DEFAULT_THETA))
+    rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", 1))
+    if rope["rope_type"] == "llama3":
+        rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+    return rope
+
+
+def malformed_rope(config: dict[str, Any]) -> list[str]:
+    """Return messages about rotary parameters that are no table of plain values."""
+    problems = []
+    for spelling in ROPE_SPELLINGS:
+        rope = config.get(spelling) or {}
+        if not isinstance(rope, dict):
+            problems.append(f"{spelling} must be a table, not {rope!r}")
+        elif nested := [name for name, value in rope.items() if isinstance(value, dict)]:
+            problems.append(f"{spelling} by type of layer is not supported ({', '.join(nested)})")
+    return problems
+
+
+def differing_spellings(config: dict[str, Any]) -> list[str]:
+    """Return a message for each fact that a config, whose rotary parameters are well formed, spells twice and
+    differently."""
+    places = [spelling for spelling in ROPE_SPELLINGS if config.get(spelling)]
+    pairs = [(config, name, config, other) for name, other in SPELLINGS]
+    for place in places:
+        inner = {f"{place}.{name}": value for name, value in config[place].items()}
+        pairs.append((inner, f"{place}.rope_type", inner, f"{place}.type"))
+        pairs += [(inner, f"{place}.{name}", config, name) for name in ("rope_theta", "partial_rotary_factor")]
+    differing = [
+        f"{name} is {a[name]!r} and {other} is {b[other]!r}; remove the wrong one"
+        for a, name, b, other in pairs
+        if a.get(name) is not None and b.get(other) is not None and a[name] != b[other]
+    ]
+    if len(places) == 2:
+        first, second = (_rope(config, place) for place in places)
+        names = [name for name in sorted(first.keys() | second.keys()) if first.get(name) != second.get(name)]
+        differing += [
+            f"{places[0]} and {places[1]} differ in {name} ({first.get(name)!r} and {second.get(name)!r}); remove the "
+            "wrong one"
+            for name in names
+        ]
+    return differing
