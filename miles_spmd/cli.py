@@ -108,8 +108,7 @@ def verify_ledger(run_dir: RunFolder) -> None:
 
     Names the first broken entry.
     """
-    from miles_spmd.ledger.chain import LedgerError
-    from miles_spmd.ledger.record import verify
+    from miles_spmd.ledger.chain import LedgerError, verify
 
     try:
         record = verify(run_dir)
@@ -124,9 +123,8 @@ def diff(a: RunFolder, b: Annotated[Path, typer.Argument(help="Folder of another
 
     Exit status 0: there is none, 1: there is one, 2: error.
     """
-    from miles_spmd.ledger.chain import LedgerError
+    from miles_spmd.ledger.chain import LedgerError, read_record
     from miles_spmd.ledger.compare import compare
-    from miles_spmd.ledger.record import read_record
 
     try:
         raise typer.Exit(_print_comparison(compare(read_record(a), read_record(b))))
@@ -152,9 +150,8 @@ def replay(
     Requires the data and models of the run. Writes into a folder beside the run's. Exit status as of `diff`.
     """
     from miles_spmd.controller.loops.replay import plan
-    from miles_spmd.ledger.chain import LedgerError
+    from miles_spmd.ledger.chain import LedgerError, read_record
     from miles_spmd.ledger.compare import compare
-    from miles_spmd.ledger.record import read_record
 
     try:
         order, overrides = plan(run_dir, step, phase)

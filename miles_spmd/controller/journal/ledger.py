@@ -17,7 +17,7 @@ import miles_spmd
 from miles_spmd.config import Config
 from miles_spmd.controller.journal import events
 from miles_spmd.ledger.chain import Chain, LedgerError, Link, links
-from miles_spmd.ledger.entries import Context, Digests, Samples, Saved, Step, Update, tensor_digests, unpack
+from miles_spmd.ledger.entries import Context, Digests, Samples, Saved, Step, Update, digests, unpack
 from miles_spmd.ledger.rectangles import Rectangle, sum_digests
 from miles_spmd.ledger.step_data import DataStore, SampleData, StepData, UpdateData
 from miles_spmd.protocol.results import CheckpointResult, WeightsDigest
@@ -165,7 +165,7 @@ def _find(run_dir: Path, head: str) -> tuple[Link, Context]:
 
 def _sum(rectangles: Sequence[Sequence[Rectangle]], sums: Sequence[np.ndarray]) -> Digests:
     """Return the digests of whole tensors from those of every rank's ``rectangles``."""
-    return tensor_digests(sum_digests(zip(rectangles, sums, strict=True))[0])
+    return digests(sum_digests(zip(rectangles, sums, strict=True))[0].values())
 
 
 def _conditions(context: Context) -> tuple[Any, ...]:
