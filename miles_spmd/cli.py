@@ -63,11 +63,15 @@ def export(
 
     The parallel layout may differ from the run's.
     """
-    recipe = checkpoint.absolute().parents[1] / "config.toml"
+    run_dir = checkpoint.absolute().parents[1]
+    recipe = run_dir / "config.toml"
     if not recipe.is_file():
         launcher.fail(f"{checkpoint} is not a checkpoint of a run: {recipe} is missing; name a folder of checkpoints/")
+    from miles_spmd.controller.run_folder import in_folder, override
+
     no_engines = ["sglang.tp_size=1", "rollout.rollout_num_gpus=0", "determinism.parity=off"]
-    fixed = [f"checkpoint.load={checkpoint}", f"checkpoint.export_dir={out}", *no_engines]
+    paths = [override("checkpoint.load", checkpoint), override("checkpoint.export_dir", out)]
+    fixed = [*in_folder(run_dir), *paths, *no_engines]
     _start("export", recipe, [*(overrides or []), *fixed], nproc_per_node or _smallest_world(recipe, overrides or []))
 
 
@@ -229,7 +233,9 @@ def _start(task: str, recipe: Path, overrides: list[str], nproc: int | None, dry
     """Run ``task`` in ranks and write its report, or only print its plan."""
     if dry_run:
         _, world_size = launcher.ranks(nproc)
-        _print_plan(launcher.load(recipe, overrides, world_size, check_files=True), world_size, None, here=True)
+        config = launcher.load(recipe, overrides, world_size, check_files=True)
+        config, _ = launcher.begin(config, task, rank=None)
+        _print_plan(config, world_size, None, here=True)
         return
     config, status = launcher.start(task, recipe, overrides, nproc)
     if status == 0 and os.environ["RANK"] == "0" and task != "export":

@@ -6,8 +6,9 @@ import logging
 import os
 import sys
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -80,20 +81,33 @@ def start(
     """
     is_rank, world_size = ranks(nproc)
     config = load(recipe, overrides, world_size, check_files=task != "export")
+    config, lock = begin(config, task, rank=int(os.environ["RANK"]) if is_rank else None)
     if not is_rank:
         launch(world_size)
-    from miles_spmd.config.load import dump_config
-    from miles_spmd.telemetry.environment import gpus, write_environment
+    from miles_spmd.controller.run_folder import describe
+    from miles_spmd.telemetry.environment import gpus
     from miles_spmd.worker.main import main as worker
 
-    if task == "eval":  # beside the training run of the same recipe, not in its folder
-        config = config.model_copy(update={"run": config.run.model_copy(update={"name": f"{config.run.name}-eval"})})
     config = resolve(config, {gpu.capability for gpu in gpus()})
-    if os.environ["RANK"] == "0" and task != "export":
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        (config.run_dir / "config.toml").write_text(dump_config(config))
-        write_environment(config.run_dir)
-    return config, worker(config, task, replay)
+    with lock:
+        if os.environ["RANK"] == "0" and task != "export":
+            describe(config)
+        return config, worker(config, task, replay)
+
+
+def begin(config: Config, task: str, *, rank: int | None) -> tuple[Config, AbstractContextManager[Any]]:
+    """Return the configuration with the folder that ``task`` works in, and that folder's lock, which the first rank
+    takes. Print why and exit where the task may not begin; ``rank`` None: in a process that only looks."""
+    from miles_spmd.controller import run_folder
+
+    try:
+        config = run_folder.of_task(config, task)
+        if rank is None:
+            run_folder.check(config, task)
+        lock = run_folder.claim(config, task) if rank == 0 else None
+    except run_folder.RunFolderError as error:
+        fail(str(error), code=2)
+    return config, lock or nullcontext()
 
 
 def load(recipe: Path, overrides: list[str], world_size: int | None, *, check_files: bool) -> Config:

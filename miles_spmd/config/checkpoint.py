@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from miles_spmd.config.rules import FILES, Messages, Settings, rule
+from miles_spmd.config.rules import ERRORS, FILES, Messages, Settings, rule
 from miles_spmd.config.table import NonNegativeInt, Table
 
 
@@ -20,7 +20,13 @@ class CheckpointConfig(Table):
     load: Path | None = None
     """A checkpoint folder of this project to resume from; `latest` inside the run folder when the run is restarted."""
     resume: bool = False
-    """Continue from the run folder's newest checkpoint if there is one."""
+    """Continue from the run folder's newest checkpoint if there is one. `miles-spmd eval` scores that checkpoint."""
+
+
+@rule(ERRORS)
+def _continue_or_delete(s: Settings) -> Messages:
+    if s.resume and s.overwrite:
+        yield "checkpoint.resume continues what run.overwrite would delete: set one of them"
 
 
 @rule(FILES)

@@ -18,6 +18,9 @@ class RunConfig(Table):
     """The run writes everything into `output_dir/name`: resolved configuration, metrics.jsonl, checkpoints, report."""
     seed: int = 1234
     """All randomness (data order, sampling, initialisation) is a function of this number and of identities."""
+    overwrite: bool = False
+    """Delete what an earlier run has left in the run folder: results, checkpoints, export. Without it, and without
+    `checkpoint.resume`, a run does not start in a folder that has results."""
     num_rollout: PositiveInt = 100
     """Number of rollouts (`rl`) or of optimizer steps (other modes) in the run."""
 

@@ -20,6 +20,7 @@ from miles_spmd.controller.journal.ledger import Start
 from miles_spmd.protocol.commands import ExportModel, LoadCheckpoint, SaveCheckpoint
 
 FOLDER = "checkpoints"
+EXPORT = "export"  # in the run folder, where the configuration names no other
 STATE_FILE = "controller.json"
 
 
@@ -67,7 +68,7 @@ class Checkpoints:
 
     def export(self) -> None:
         """Write the trainer's weights as a Hugging Face checkpoint, by default into the run folder."""
-        folder = self._config.checkpoint.export_dir or self._config.run_dir / "export"
+        folder = self._config.checkpoint.export_dir or self._config.run_dir / EXPORT
         self._cluster.call(ExportModel(str(folder)), step=self._config.run.num_rollout)
 
 

@@ -15,6 +15,7 @@ import msgspec
 from miles_spmd.config import Config
 
 METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
 T = TypeVar("T")
 
 
@@ -116,7 +117,7 @@ def open_trackers(config: Config) -> Iterator[Trackers]:
     """Open all trackers that ``config`` asks for. Raises RuntimeError where a package is missing."""
     makers: list[Callable[[], Tracker]] = [lambda: JsonlTracker(config.run_dir / METRICS_FILE)]
     if config.telemetry.use_tensorboard:
-        makers.append(lambda: TensorBoardTracker(config.run_dir / "tensorboard"))
+        makers.append(lambda: TensorBoardTracker(config.run_dir / TENSORBOARD_FOLDER))
     if config.telemetry.use_wandb:
         makers.append(lambda: WandbTracker(config))
     with ExitStack() as stack:

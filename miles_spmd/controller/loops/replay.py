@@ -10,6 +10,7 @@ from miles_spmd.controller.checkpoints import newest, read
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.loops.sync import advance
 from miles_spmd.controller.parts import RunParts
+from miles_spmd.controller.run_folder import in_folder, override
 from miles_spmd.ledger import step_data
 from miles_spmd.ledger.chain import LedgerError, links
 from miles_spmd.ledger.entries import Step
@@ -67,8 +68,7 @@ def plan_bisection(run_dir: Path, step: int) -> tuple[Replay, list[str]]:
 
 def _overrides(run_dir: Path, name: str, checkpoint: Path | None) -> list[str]:
     overrides = [
-        f"run.output_dir={run_dir.absolute().parent}",
-        f"run.name={run_dir.absolute().name}-{name}",
+        *in_folder(run_dir, f"-{name}"),
         "telemetry.use_tensorboard=false",
         "telemetry.use_wandb=false",
         "eval.eval_interval=0",
@@ -79,5 +79,5 @@ def _overrides(run_dir: Path, name: str, checkpoint: Path | None) -> list[str]:
         "determinism.ledger=true",
     ]
     if checkpoint is not None:
-        overrides.append(f"checkpoint.load={checkpoint.absolute()}")
+        overrides.append(override("checkpoint.load", checkpoint.absolute()))
     return overrides
