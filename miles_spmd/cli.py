@@ -230,21 +230,14 @@ def main() -> None:
 
 
 def _start(task: str, recipe: Path, overrides: list[str], nproc: int | None, dry_run: bool = False) -> None:
-    """Run ``task`` in ranks and write its report, or only print its plan."""
+    """Run ``task`` in ranks, or only print its plan."""
     if dry_run:
         _, world_size = launcher.ranks(nproc)
         config = launcher.load(recipe, overrides, world_size, check_files=True)
         config, _ = launcher.begin(config, task, rank=None)
         _print_plan(config, world_size, None, here=True)
         return
-    config, status = launcher.start(task, recipe, overrides, nproc)
-    if status == 0 and os.environ["RANK"] == "0" and task != "export":
-        from miles_spmd.telemetry.report import write_report
-
-        try:
-            write_report(config.run_dir)
-        except Exception as error:  # the run itself is complete
-            launcher.warn(f"no report: {error}; `miles-spmd report {config.run_dir}` tries again")
+    _, status = launcher.start(task, recipe, overrides, nproc)
     raise SystemExit(status)
 
 

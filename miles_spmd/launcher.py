@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import tempfile
 from collections.abc import Collection
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -60,15 +62,30 @@ def launch(world_size: int) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    from miles_spmd.protocol import last_words
+
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with tempfile.NamedTemporaryFile(delete=False) as unsaid:
+        os.environ[last_words.VARIABLE] = unsaid.name
     try:
         torchrun(["--standalone", f"--nproc-per-node={world_size}", "-m", "miles_spmd", *sys.argv[1:]])
     except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
         code = max(failure.exitcode for failure in error.failures.values())
+        how = (
+            f"was killed by {failure.signal_name()}"
+            if failure.exitcode < 0
+            else f"ended with status {failure.exitcode}"
+        )
+        last_words.say_for_others(f"rank {rank} (pid {failure.pid}) {how}, and no process of the run said why")
         raise SystemExit(code if code > 0 else 1) from None
-    except SignalException as signal:
-        raise SystemExit(128 + signal.sigval) from None
+    except SignalException as error:
+        last_words.say_for_others(f"start: stopped by {signal.Signals(error.sigval).name}")
+        raise SystemExit(128 + error.sigval) from None
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(unsaid.name)
     raise SystemExit(0)
 
 
@@ -142,6 +159,8 @@ def warn(message: str) -> None:
 
 def fail(message: str, code: int = 1) -> NoReturn:
     """Print an error, on the first rank only, and exit with ``code``."""
+    from miles_spmd.protocol.last_words import say
+
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(f"miles-spmd: error: {message}", err=True)
+        say(f"error: {message}")
     sys.exit(code)

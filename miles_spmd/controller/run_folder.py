@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import tempfile
@@ -25,7 +26,7 @@ from miles_spmd.controller.checkpoints import EXPORT, newest
 from miles_spmd.controller.checkpoints import FOLDER as CHECKPOINTS
 from miles_spmd.ledger.chain import FOLDER as LEDGER
 from miles_spmd.telemetry.environment import ENVIRONMENT_FILE, write_environment
-from miles_spmd.telemetry.report import REPORT_FILE
+from miles_spmd.telemetry.report import REPORT_FILE, write_report
 from miles_spmd.telemetry.trackers import METRICS_FILE, TENSORBOARD_FOLDER, read_metrics
 from miles_spmd.telemetry.transcripts import TRANSCRIPTS_FILE
 
@@ -131,6 +132,29 @@ def results(folder: Path) -> str:
     if any((folder / EXPORT).glob("*")):
         found.append("an export")
     return " and ".join(filter(None, [", ".join(found[:-1]), *found[-1:]]))
+
+
+def outcome(config: Config, task: str, world_size: int, *, finished: bool) -> list[str]:
+    """Write the report of a run that has ended, and return the lines that say what it leaves and how it goes on."""
+    folder, lines = config.run_dir, []
+    if task in HAS_RESULTS and results(folder):
+        try:
+            lines.append(f"report:     {write_report(folder)}")
+        except Exception as error:  # whatever it is, the run has ended as it did
+            lines.append(f"no report:  {error}; `miles-spmd report {folder}` tries again")
+    if finished and (task == "export" or (task == "train" and config.checkpoint.export_final)):
+        lines.append(f"export:     {config.checkpoint.export_dir or folder / EXPORT}")
+    if task != "train" or not lines:
+        return lines
+    resume = f"miles-spmd train {shlex.quote(str(folder / CONFIG_FILE))} checkpoint.resume=true"
+    if world_size > 1:
+        resume += f" --nproc-per-node {world_size}"
+    if checkpoint := newest(folder):
+        lines.append(f"checkpoint: {checkpoint}")
+        lines.append(f"{'train on' if finished else 'continue'}:   {resume}{' num_rollout=N' if finished else ''}")
+    elif not finished:
+        lines.append("checkpoint: none, so the run cannot be continued; set checkpoint.save_interval")
+    return lines
 
 
 def _continues(config: Config, task: str) -> bool:

@@ -98,6 +98,10 @@ class Cluster:
         """Phase and step of the last command, for messages."""
         return self._listener.call.place
 
+    def interrupt(self, error: BaseException) -> None:
+        """Raise ``error``, for the handler of a signal, now or as soon as no event from a rank is lost by it."""
+        self._listener.interrupt(error)
+
     def explain(self, reason: str) -> str:
         """The reason why the run ends after the controller was told to stop for ``reason``: an error of a rank, if
         there is one, explains more."""
