@@ -151,9 +151,9 @@ def outcome(config: Config, task: str, world_size: int, *, finished: bool) -> li
         resume += f" --nproc-per-node {world_size}"
     if checkpoint := newest(folder):
         lines.append(f"checkpoint: {checkpoint}")
-        lines.append(f"{'train on' if finished else 'continue'}:   {resume}{' num_rollout=N' if finished else ''}")
+        lines.append(f"continue:   {resume}{' num_rollout=N' if finished else ''}")
     elif not finished:
-        lines.append("checkpoint: none, so the run cannot be continued; set checkpoint.save_interval")
+        lines.append("checkpoint: none, so the run cannot be continued; checkpoint.save_interval asks for some")
     return lines
 
 

@@ -86,7 +86,7 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
     watchdog.start()
     try:
         serve(config, task, place, controller, watchdog, log)
-    except Exception as error:
+    except BaseException as error:
         traceback.print_exc()
         watchdog.stop()
         problem = f"rank {place.rank} ({HOST}) ended: {type(error).__name__}: {error}"
@@ -114,7 +114,7 @@ def serve(
     try:
         worker = build(config, task, place, side, dealer, watch, watchdog)
         log.check()
-    except Exception as error:
+    except BaseException as error:
         dealer.send(Reply(0, place.rank, HOST, failure(error)))
         dealer.receive()  # block until the controller ends the run; it sends no further message
         return
@@ -128,7 +128,7 @@ def serve(
             with worker.memory.explaining():
                 result = worker.execute(call.command)
             log.check()
-        except Exception as error:
+        except BaseException as error:  # not all libraries derive their errors from Exception
             result = failure(error)
         watchdog.enter(Phase.IDLE, call.step)
         dealer.send(Reply(call.id, place.rank, HOST, result, watch.take(), worker.memory.take()))
@@ -218,7 +218,7 @@ def rank_info(worker: Worker, place: Place) -> RankInfo:
     return RankInfo(place.rank, place.world_size, HOST, os.getpid(), worker.trainer_rank, worker.engine_rank, versions)
 
 
-def failure(error: Exception) -> Failure:
+def failure(error: BaseException) -> Failure:
     traceback.print_exc()
     return Failure(type(error).__name__, str(error), traceback.format_exc())
 
