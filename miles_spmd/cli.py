@@ -110,14 +110,14 @@ def report(
 def verify_ledger(run_dir: RunFolder) -> None:
     """Recompute the hash chain and the digests of the recorded data.
 
-    Names the first broken entry.
+    Names the first broken entry. Exit status 0: all holds, 1: something does not, 2: there is no ledger.
     """
-    from miles_spmd.ledger.chain import LedgerError, verify
+    from miles_spmd.ledger.chain import FILE, FOLDER, LedgerError, verify
 
     try:
         record = verify(run_dir)
     except LedgerError as error:
-        launcher.fail(str(error))
+        launcher.fail(str(error), code=1 if (run_dir / FOLDER / FILE).exists() else 2)
     typer.echo(f"{run_dir}: {record.entries} entries hold together, {len(record.steps)} of them steps")
 
 
@@ -183,7 +183,10 @@ def bisect(
     """
     from miles_spmd.controller.loops.replay import plan_bisection
 
-    order, overrides = plan_bisection(run_dir, step)
+    try:
+        order, overrides = plan_bisection(run_dir, step)
+    except RuntimeError as error:  # LedgerError, ResumeError
+        launcher.fail(str(error), code=2)
     _, status = launcher.start("bisect", run_dir / "config.toml", overrides, nproc_per_node, order)
     raise SystemExit(status)
 

@@ -65,7 +65,7 @@ def launch(world_size: int) -> NoReturn:
     from miles_spmd.protocol import last_words
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable()
     with tempfile.NamedTemporaryFile(delete=False) as unsaid:
         os.environ[last_words.VARIABLE] = unsaid.name
     try:
@@ -108,7 +108,10 @@ def start(
     config = resolve(config, {gpu.capability for gpu in gpus()})
     with lock:
         if os.environ["RANK"] == "0" and task != "export":
-            describe(config)
+            try:
+                describe(config)
+            except OSError as error:
+                fail(f"{error.filename} cannot be written: {error.strerror}")
         return config, worker(config, task, replay)
 
 

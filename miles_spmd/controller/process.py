@@ -128,5 +128,6 @@ def _explain(error: Exception, place: str, log: Path) -> str:
     except OSError:  # where no other file can be written either
         where = ""
     text = f"{error}" if isinstance(error, WorkerError) else f"{place}: {type(error).__name__}: {error}"
-    remedy = "; free some space, or raise the limit, and continue with checkpoint.resume=true" if is_full(text) else ""
-    return f"{text}{remedy}{where}"
+    if is_full(text):
+        text += f"; free some space for {log.parents[1]}, or raise the limit, and continue with checkpoint.resume=true"
+    return text + where

@@ -29,6 +29,7 @@ from miles_spmd.telemetry.environment import ENVIRONMENT_FILE, write_environment
 from miles_spmd.telemetry.report import REPORT_FILE, write_report
 from miles_spmd.telemetry.trackers import METRICS_FILE, TENSORBOARD_FOLDER, read_metrics
 from miles_spmd.telemetry.transcripts import TRANSCRIPTS_FILE
+from miles_spmd.types.files import write_whole
 
 CONFIG_FILE, LOCK_FILE = "config.toml", "lock"
 # All that a run writes, except for its logs, to which every attempt appends.
@@ -115,9 +116,9 @@ def claim(config: Config, task: str) -> TextIO | None:
 
 
 def describe(config: Config) -> None:
-    """Write the resolved configuration, from which the run can be repeated, and its environment."""
+    """Write the resolved configuration, from which the run can be repeated, and its environment. Raises OSError."""
     once = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": False})})
-    (config.run_dir / CONFIG_FILE).write_text(dump_config(once))
+    write_whole(config.run_dir / CONFIG_FILE, dump_config(once).encode())
     write_environment(config.run_dir)
 
 

@@ -1,4 +1,4 @@
-"""Files to which lines are appended, and disks that are full."""
+"""Files that are whole whatever happens, and disks that are full."""
 
 from __future__ import annotations
 
@@ -34,6 +34,18 @@ class AppendedFile:
 
     def close(self) -> None:
         self.file.close()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is complete or, after an error, what it was before. Raises OSError, which names it."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with scratch.open("wb") as file:
+            file.write(content)
+        scratch.replace(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def is_full(message: str) -> bool:

@@ -121,7 +121,7 @@ class PendingCall:
     seconds: float
     end: float  # monotonic
     replies: dict[int, Hello | Reply] = field(default_factory=dict)
-    purpose: str = ""  # of a rollout that is not for training
+    purpose: str = ""  # of what is not for training
 
     @property
     def done(self) -> bool:
