@@ -110,7 +110,7 @@ def report(
 def verify_ledger(run_dir: RunFolder) -> None:
     """Recompute the hash chain and the digests of the recorded data.
 
-    Names the first broken entry. Exit status 0: all holds, 1: something does not, 2: there is no ledger.
+    Names the first broken entry. Exit status 0: all holds, 1: something does not, 2: the ledger is missing.
     """
     from miles_spmd.ledger.chain import FILE, FOLDER, LedgerError, verify
 

@@ -3,7 +3,7 @@
 The processes of a run see its end from different sides. Who knows most speaks first, the others follow after a grace;
 so the first message is printed, and the others are not. What the processes share is the name of a file, which the
 launcher of a verb makes and which the first of them removes: nothing has to be written for that, not even to a full
-disk. Where another launcher has started the ranks there is no such file, and everybody speaks.
+disk. Where another launcher has started the ranks such a file is missing, and everybody speaks.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ class AppendedFile:
     """A file that consists of whole lines: each call writes all of its bytes, or none and raises OSError.
 
     It is unbuffered, so that a killed process leaves what it has written. A plain ``write`` of such a file may end in
-    the middle of a line where the disk is full, and only says so in its result.
+    the middle of a line where the disk is full, which only its result tells.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,6 +49,6 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def is_full(message: str) -> bool:
-    """Return whether an error with this message says that there is no room for a file: a full disk, a quota, or the
+    """Return whether an error with this message is about room for a file: a full disk, a quota, or the
     limit of a file's size (``ulimit -f``)."""
     return any(text in message for text in FULL.values())
