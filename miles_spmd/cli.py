@@ -63,7 +63,7 @@ def export(
 
     The parallel layout may differ from the run's.
     """
-    run_dir = checkpoint.absolute().parents[1]
+    run_dir = checkpoint.absolute().parent.parent
     recipe = run_dir / "config.toml"
     if not recipe.is_file():
         launcher.fail(f"{checkpoint} is not a checkpoint of a run: {recipe} is missing; name a folder of checkpoints/")
@@ -102,7 +102,7 @@ def report(
 
     try:
         typer.echo(write_report(run_dir))
-    except FileNotFoundError as error:
+    except OSError as error:
         launcher.fail(str(error))
 
 
