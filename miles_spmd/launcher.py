@@ -124,8 +124,10 @@ def begin(config: Config, task: str, *, rank: int | None) -> tuple[Config, Abstr
         config = run_folder.of_task(config, task)
         if rank is None:
             run_folder.check(config, task)
+        elif rank:
+            run_folder.check_results(config, task)
         lock = run_folder.claim(config, task) if rank == 0 else None
-    except run_folder.RunFolderError as error:
+    except (run_folder.RunFolderError, OSError) as error:
         fail(str(error), code=2)
     return config, lock or nullcontext()
 

@@ -91,7 +91,14 @@ def check(config: Config, task: str) -> None:
         )
     if config.run.overwrite:
         _check_inputs(config)
-    elif (found := results(folder)) and not _continues(config, task):
+    check_results(config, task)
+
+
+def check_results(config: Config, task: str) -> None:
+    """Raise RunFolderError where ``task`` would mix its results with those of an earlier run. Until all ranks have met,
+    the first rank writes nothing that counts as one, so that every rank comes to the same decision."""
+    folder, keeps = config.run_dir, task in HAS_RESULTS and not config.run.overwrite
+    if keeps and not _continues(config, task) and (found := results(folder)):
         proceed = "set checkpoint.resume=true to continue it, " if task == "train" else ""
         raise RunFolderError(
             f"run.name: {folder} has {found} of an earlier run; {proceed}choose another run.name to keep it, or set "

@@ -14,7 +14,16 @@ import pytest
 from miles_spmd.config import Config
 from miles_spmd.config.load import ConfigError, make_config
 from miles_spmd.controller.checkpoints import ControllerState, complete, step_folder
-from miles_spmd.controller.run_folder import RunFolderError, check, claim, describe, in_folder, of_task, outcome
+from miles_spmd.controller.run_folder import (
+    RunFolderError,
+    check,
+    check_results,
+    claim,
+    describe,
+    in_folder,
+    of_task,
+    outcome,
+)
 from miles_spmd.telemetry.trackers import JsonlTracker
 
 
@@ -50,7 +59,7 @@ def test_results_are_continued_kept_or_deleted_as_the_message_says(tmp_path: Pat
     config = make(tmp_path)
     leave_results(config)
     before = contents(tmp_path)
-    for attempt in (check, claim):
+    for attempt in (check, check_results, claim):
         with pytest.raises(RunFolderError) as error:
             attempt(config, "train")
         assert "runs/x has the metrics of 3 steps and checkpoints up to step_000002 of an earlier run" in str(
