@@ -7,8 +7,8 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Collection
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -28,29 +28,19 @@ Processes = Annotated[
 
 
 def ranks(nproc: int | None) -> tuple[bool, int]:
-    """Return whether this process is a rank, and the number of ranks that there are or that are to be launched.
+    """Return whether this process is a rank, and the number of ranks that there are or that are to be launched:
+    ``nproc``, or one per GPU of this machine, and 1 without any.
 
     A rank has its environment prepared for its device afterwards.
     """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        _prepare_device()
-        return True, int(os.environ["WORLD_SIZE"])
-    return False, nproc or default_processes()
-
-
-def _prepare_device() -> None:
     from miles_spmd.platform.cuda import prepare
     from miles_spmd.telemetry.environment import gpus
 
-    if gpus():
-        prepare()
-
-
-def default_processes() -> int:
-    """Return the number of GPUs of this machine, 1 without any."""
-    from miles_spmd.telemetry.environment import gpus
-
-    return max(1, len(gpus()))
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        if gpus():
+            prepare()
+        return True, int(os.environ["WORLD_SIZE"])
+    return False, nproc or max(1, len(gpus()))
 
 
 def launch(world_size: int) -> NoReturn:
@@ -73,11 +63,8 @@ def launch(world_size: int) -> NoReturn:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = max(failure.exitcode for failure in error.failures.values())
-        how = (
-            f"was killed by {failure.signal_name()}"
-            if failure.exitcode < 0
-            else f"ended with status {failure.exitcode}"
-        )
+        status = failure.exitcode
+        how = f"was killed by {failure.signal_name()}" if status < 0 else f"ended with status {status}"
         last_words.say_for_others(f"rank {rank} (pid {failure.pid}) {how}, and no process of the run said why")
         raise SystemExit(code if code > 0 else 1) from None
     except SignalException as error:
@@ -108,10 +95,8 @@ def start(
     config = resolve(config, {gpu.capability for gpu in gpus()})
     with lock:
         if os.environ["RANK"] == "0" and task != "export":
-            try:
+            with failing(OSError):
                 describe(config)
-            except OSError as error:
-                fail(f"{error.filename} cannot be written: {error.strerror}")
         return config, worker(config, task, replay)
 
 
@@ -120,15 +105,13 @@ def begin(config: Config, task: str, *, rank: int | None) -> tuple[Config, Abstr
     takes. Print why and exit where the task may not begin; ``rank`` None: in a process that only looks."""
     from miles_spmd.controller import run_folder
 
-    try:
+    with failing(run_folder.RunFolderError, OSError, code=2):
         config = run_folder.of_task(config, task)
         if rank is None:
             run_folder.check(config, task)
         elif rank:
             run_folder.check_results(config, task)
         lock = run_folder.claim(config, task) if rank == 0 else None
-    except (run_folder.RunFolderError, OSError) as error:
-        fail(str(error), code=2)
     return config, lock or nullcontext()
 
 
@@ -136,10 +119,8 @@ def load(recipe: Path, overrides: list[str], world_size: int | None, *, check_fi
     """Return the configuration of ``recipe``; print its errors and exit where it has some."""
     from miles_spmd.config.load import ConfigError, load_config
 
-    try:
+    with failing(ConfigError, code=2):
         return load_config(recipe, overrides, world_size=world_size, check_files=check_files)
-    except ConfigError as error:
-        fail(str(error), code=2)
 
 
 def resolve(config: Config, capabilities: Collection[str] | None) -> Config:
@@ -169,3 +150,12 @@ def fail(message: str, code: int = 1) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":
         say(f"error: {message}")
     sys.exit(code)
+
+
+@contextmanager
+def failing(*kinds: type[Exception], code: int = 1) -> Iterator[None]:
+    """Errors of these kinds that are raised inside are printed, and end the process with ``code``."""
+    try:
+        yield
+    except kinds as error:
+        fail(str(error), code)
