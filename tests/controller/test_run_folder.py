@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from miles_spmd.config import Config
-from miles_spmd.config.load import ConfigError, make_config
+from miles_spmd.config.load import ConfigError, make_tables
 from miles_spmd.controller.checkpoints import ControllerState, complete, step_folder
 from miles_spmd.controller.run_folder import (
     RunFolderError,
@@ -34,7 +34,7 @@ def make(folder: Path, *overrides: str, **tables: Any) -> Config:
         "data": {"prompt_data": str(folder / "data.jsonl")},
         "checkpoint": {"export_final": False},
     }
-    return make_config(raw | tables, overrides, check_files=False)
+    return make_tables(Config, raw | tables, overrides, check_files=False)
 
 
 def leave_results(config: Config, steps: int = 3, saved: int | None = 2) -> None:
