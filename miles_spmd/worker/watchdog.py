@@ -7,6 +7,7 @@ hour. The C-level wakeup descriptor receives a byte for each signal at once, and
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import math
 import os
@@ -154,7 +155,7 @@ class Watchdog(threading.Thread):
             self._dealer.try_send(Heartbeat(self._rank, phase, self._doing.step, detail))
 
     def _dump_stacks(self) -> None:
-        with self._stacks.open("a") as file:
+        with contextlib.suppress(OSError), self._stacks.open("a") as file:  # this thread has to live on a full disk
             file.write(f"--- {time.strftime('%F %T')} {self._doing.phase}, step {self._doing.step}: deadline missed\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
