@@ -109,11 +109,13 @@ def check_results(config: Config, task: str) -> None:
 def claim(config: Config, task: str) -> TextIO | None:
     """Check, make the folder, and delete what is not to be continued. Returns a lock, which ends with this process at
     the latest; None for an export, which may take place while the run goes on. Raises RunFolderError."""
+    check_results(config, task)
+    folder = config.run_dir
+    with contextlib.suppress(OSError):  # which the check explains
+        folder.mkdir(parents=True, exist_ok=True)  # to stay: other ranks make their logs in it meanwhile
     check(config, task)
     if task == "export":
         return None
-    folder = config.run_dir
-    folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder, keep=True)
     for name in () if _continues(config, task) else WRITTEN:
         path = folder / name
@@ -218,10 +220,11 @@ def _try_to_write(folder: Path) -> None:
     made: list[Path] = []
     try:
         for path in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
-            path.mkdir()
+            path.mkdir(exist_ok=True)  # another process may make it, too
             made.append(path)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0")
     finally:
-        for path in reversed(made):
-            path.rmdir()
+        with contextlib.suppress(OSError):  # another process has put something into it
+            for path in reversed(made):
+                path.rmdir()
