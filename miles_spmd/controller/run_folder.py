@@ -84,7 +84,8 @@ def check(config: Config, task: str) -> None:
     if task not in HAS_RESULTS:
         return
     _lock(folder, keep=False)
-    if (folder / CONFIG_FILE).exists() and not (folder / ENVIRONMENT_FILE).exists():
+    own = [folder / name for name in (ENVIRONMENT_FILE, LOCK_FILE)]  # the lock is a run's first file
+    if (folder / CONFIG_FILE).exists() and not any(path.exists() for path in own):
         raise RunFolderError(
             f"run.name: {folder} is not the folder of a run, but has a {CONFIG_FILE}, which the run would overwrite; "
             "choose another run.name"

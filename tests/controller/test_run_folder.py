@@ -93,6 +93,7 @@ def test_any_result_counts(tmp_path: Path, kind: str) -> None:
 def test_what_a_failed_start_left_is_in_nobodys_way(tmp_path: Path) -> None:
     config = make(tmp_path)
     leave_results(config, steps=-1, saved=None)
+    (config.run_dir / "environment.json").unlink()  # not yet written
     (config.run_dir / "metrics.jsonl").write_bytes(b'{"step": 1, "tra')  # cut by the end
     (config.run_dir / "logs").mkdir()
     (config.run_dir / "logs" / "rank-0.log").write_text("why it failed\n")
