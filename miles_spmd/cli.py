@@ -64,6 +64,7 @@ def export(
     The parallel layout may differ from the run's.
     """
     from miles_spmd.controller.checkpoints import FOLDER, STATE_FILE, newest
+    from miles_spmd.controller.run_folder import in_folder, override
 
     folder = checkpoint.resolve()
     recipe = folder.parent.parent / "config.toml"
@@ -78,7 +79,8 @@ def export(
             f"it, {FOLDER}/step_... in the run's folder"
         )
     no_engines = ["sglang.tp_size=1", "rollout.rollout_num_gpus=0", "determinism.parity=off"]
-    fixed = [f"checkpoint.load={folder}", f"checkpoint.export_dir={out.resolve()}", *no_engines]
+    paths = [override("checkpoint.load", folder), override("checkpoint.export_dir", out)]
+    fixed = [*in_folder(recipe.parent), *paths, *no_engines]
     _start("export", recipe, [*(overrides or []), *fixed], nproc_per_node or _smallest_world(recipe, overrides or []))
 
 
@@ -107,7 +109,7 @@ def report(
     """Write report.html into the folder of a run, finished or not."""
     from miles_spmd.telemetry.report import write_report
 
-    with launcher.failing(FileNotFoundError):
+    with launcher.failing(OSError):
         typer.echo(write_report(run_dir))
 
 
@@ -115,11 +117,11 @@ def report(
 def verify_ledger(run_dir: RunFolder) -> None:
     """Recompute the hash chain and the digests of the recorded data.
 
-    Names the first broken entry.
+    Names the first broken entry. Exit status 0: all holds, 1: something does not, 2: the ledger is missing.
     """
-    from miles_spmd.ledger.chain import LedgerError, verify
+    from miles_spmd.ledger.chain import FILE, FOLDER, LedgerError, verify
 
-    with launcher.failing(LedgerError):
+    with launcher.failing(LedgerError, code=1 if (run_dir / FOLDER / FILE).exists() else 2):
         record = verify(run_dir)
     typer.echo(f"{run_dir}: {record.entries} entries hold together, {len(record.steps)} of them steps")
 
@@ -182,7 +184,8 @@ def bisect(
     """
     from miles_spmd.controller.loops.replay import plan_bisection
 
-    order, overrides = plan_bisection(run_dir, step)
+    with launcher.failing(RuntimeError, code=2):  # LedgerError, ResumeError
+        order, overrides = plan_bisection(run_dir, step)
     _, status = launcher.start("bisect", run_dir / "config.toml", overrides, nproc_per_node, order)
     raise SystemExit(status)
 
@@ -229,19 +232,14 @@ def main() -> None:
 
 
 def _start(task: str, recipe: Path, overrides: list[str], nproc: int | None, dry_run: bool = False) -> None:
-    """Run ``task`` in ranks and write its report, or only print its plan."""
+    """Run ``task`` in ranks, or only print its plan."""
     if dry_run:
         _, world_size = launcher.ranks(nproc)
-        _print_plan(launcher.load(recipe, overrides, world_size, check_files=True), world_size, None, here=True)
+        config = launcher.load(recipe, overrides, world_size, check_files=True)
+        config, _ = launcher.begin(config, task, rank=None)
+        _print_plan(config, world_size, None, here=True)
         return
-    config, status = launcher.start(task, recipe, overrides, nproc)
-    if status == 0 and os.environ["RANK"] == "0" and task != "export":
-        from miles_spmd.telemetry.report import write_report
-
-        try:
-            write_report(config.run_dir)
-        except Exception as error:  # the run itself is complete
-            launcher.warn(f"no report: {error}; `miles-spmd report {config.run_dir}` tries again")
+    _, status = launcher.start(task, recipe, overrides, nproc)
     raise SystemExit(status)
 
 

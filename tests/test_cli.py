@@ -99,12 +99,19 @@ def test_train_export_evaluate_report(recipe: Path, folder: Path) -> None:
     assert (run / "report.html").is_file()
     assert json.loads((run / "environment.json").read_text())["packages"]["megatron-core"] == "0.16.1"
 
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    refused = miles_spmd("train", recipe, "--nproc-per-node", 2, status=2).stderr
+    assert "has the metrics of 2 steps, checkpoints up to step_000002 and an export of an earlier run" in refused
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    run = run.rename(run.with_name("renamed"))  # a verb that is given a folder works in that one
     export = [run / "checkpoints" / "step_000002", folder / "exported"]
     done = forked.run("-m", "miles_spmd", "export", *export, folder=folder)
     assert done.returncode == 0, done.stderr
     exported = (folder / "exported" / "model.safetensors").read_bytes()
     assert exported == (run / "export" / "model.safetensors").read_bytes()
     assert exported != (folder / "model" / "model.safetensors").read_bytes()
+    assert not (folder / "runs" / "tiny").exists()
 
     evaluate = [recipe, f"hf_checkpoint={folder / 'exported'}"]
     done = forked.run("-m", "miles_spmd", "eval", *evaluate, folder=folder)

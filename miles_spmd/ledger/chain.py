@@ -16,6 +16,7 @@ import msgspec
 
 from miles_spmd.ledger import step_data
 from miles_spmd.ledger.entries import FOLDER, Context, Digests, Entry, Saved, Step
+from miles_spmd.types.files import AppendedFile
 
 FILE = "chain.jsonl"
 START = "0" * 32  # the hash before the first entry
@@ -67,19 +68,17 @@ class Chain:
 
     def __init__(self, run_dir: Path, last: Link | None) -> None:
         """Open the file and truncate it after the entry ``last``; None: to nothing."""
-        path = run_dir / FOLDER / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.head = last.hash if last else START
-        self._file = path.open("ab", buffering=0)
-        self._file.truncate(last.end if last else 0)
+        self._file = AppendedFile(run_dir / FOLDER / FILE)
+        self._file.file.truncate(last.end if last else 0)
 
     def append(self, entry: Entry) -> None:
         self.head, line = _line(self.head, msgspec.json.encode(entry))
-        self._file.write(line)
+        self._file.append(line)
 
     def sync(self) -> None:
         """Flush to disk; to be called before anything that refers to the ledger is written."""
-        os.fsync(self._file.fileno())
+        os.fsync(self._file.file.fileno())
 
     def close(self) -> None:
         self._file.close()

@@ -171,7 +171,9 @@ class DataStore:
             self._last = self._thread.submit(self._write, path_of(self._run_dir, step), data)
 
     def close(self) -> None:
+        """Wait for the last write. Raises its exception, if it failed."""
         self._thread.shutdown()
+        self._last.result()
 
     def _write(self, path: Path, data: StepData) -> None:
         content = zlib.compress(msgspec.msgpack.encode(data, enc_hook=_encode), LEVEL)

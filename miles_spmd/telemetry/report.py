@@ -20,6 +20,7 @@ from miles_spmd.telemetry.metrics import PHASES, describe, is_score
 from miles_spmd.telemetry.progress import clock
 from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
 from miles_spmd.telemetry.transcripts import Transcript, read_transcripts
+from miles_spmd.types.files import write_whole
 
 REPORT_FILE = "report.html"
 PAGE = Path(__file__).with_name("report_page.html")
@@ -74,7 +75,7 @@ def write_report(run_dir: Path) -> Path:
     Raises FileNotFoundError where ``run_dir`` contains no run.
     """
     path = run_dir / REPORT_FILE
-    path.write_text(make_page(report_data(run_dir)), encoding="utf-8")
+    write_whole(path, make_page(report_data(run_dir)).encode())
     return path
 
 

@@ -13,8 +13,10 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from miles_spmd.config import Config
+from miles_spmd.types.files import AppendedFile
 
 METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
 T = TypeVar("T")
 
 
@@ -32,14 +34,13 @@ class JsonlTracker:
     :func:`read_metrics` lets the later line of a step win."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab", buffering=0)
+        self._file = AppendedFile(path)
         if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            self._file.write(b"\n")  # the last run was killed within a line, which would swallow our first one
+            self._file.append(b"\n")  # the last run was killed within a line, which would swallow our first one
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         row = {"step": step, "time": time.time()} | {name: float(value) for name, value in metrics.items()}
-        self._file.write(msgspec.json.encode(row) + b"\n")
+        self._file.append(msgspec.json.encode(row) + b"\n")
 
     def close(self) -> None:
         self._file.close()
@@ -64,15 +65,23 @@ def read_lines(path: Path, kind: type[T]) -> Iterator[T]:
 
 
 class TensorBoardTracker:
-    def __init__(self, folder: Path) -> None:
-        from tensorboardX import SummaryWriter
+    """Writes an event file by itself, because a full disk has to be noticed: a SummaryWriter writes in a thread, whose
+    end nobody would hear of."""
 
-        self._writer = SummaryWriter(str(folder), write_to_disk=True)
+    def __init__(self, folder: Path) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer, self._event, self._scalar = EventsWriter(str(folder / "events")), Event, scalar
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             if math.isfinite(value):
-                self._writer.add_scalar(name, value, step)
+                event = self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value))
+                self._writer.write_event(event)
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
@@ -116,7 +125,7 @@ def open_trackers(config: Config) -> Iterator[Trackers]:
     """Open all trackers that ``config`` asks for. Raises RuntimeError where a package is missing."""
     makers: list[Callable[[], Tracker]] = [lambda: JsonlTracker(config.run_dir / METRICS_FILE)]
     if config.telemetry.use_tensorboard:
-        makers.append(lambda: TensorBoardTracker(config.run_dir / "tensorboard"))
+        makers.append(lambda: TensorBoardTracker(config.run_dir / TENSORBOARD_FOLDER))
     if config.telemetry.use_wandb:
         makers.append(lambda: WandbTracker(config))
     with ExitStack() as stack:

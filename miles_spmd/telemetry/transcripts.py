@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
 
 from miles_spmd.config import Config
 from miles_spmd.telemetry.trackers import read_lines
+from miles_spmd.types.files import AppendedFile
 from miles_spmd.types.sample import Sample
 
 TRANSCRIPTS_FILE = "transcripts.jsonl"
@@ -46,8 +48,8 @@ def write_transcripts(config: Config, step: int, sets: Mapping[str, Sequence[Seq
         for name, groups in sets.items()
         for sample, *_ in groups[: config.telemetry.num_transcripts]
     ]
-    with (config.run_dir / TRANSCRIPTS_FILE).open("ab") as file:
-        file.write(b"".join(msgspec.json.encode(transcript) + b"\n" for transcript in transcripts))
+    with closing(AppendedFile(config.run_dir / TRANSCRIPTS_FILE)) as file:
+        file.append(b"".join(msgspec.json.encode(transcript) + b"\n" for transcript in transcripts))
 
 
 def read_transcripts(run_dir: Path) -> list[Transcript]:

@@ -190,7 +190,10 @@ class Worker:
     @execute.register
     def _export(self, command: commands.ExportModel) -> results.Ok:
         stop = self._config.rollout.rollout_stop_token_ids if self._config.run.mode == "rl" else ()
-        self.roles.actor.export(command.path, self._config.model.hf_checkpoint, stop)
+        try:
+            self.roles.actor.export(command.path, self._config.model.hf_checkpoint, stop)
+        except ValueError as error:  # on all ranks at once: they can still save what could not be exported
+            return results.Ok({"problem": str(error)})
         return results.Ok()
 
     # --- the device --------------------------------------------------------------------------------------------------
