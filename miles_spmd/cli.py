@@ -123,11 +123,11 @@ def diff(a: RunFolder, b: Annotated[Path, typer.Argument(help="Folder of another
 
     Exit status 0: there is none, 1: there is one, 2: error.
     """
-    from miles_spmd.ledger.chain import LedgerError, read_record
+    from miles_spmd.ledger.chain import LedgerError, verify
     from miles_spmd.ledger.compare import compare
 
     try:
-        raise typer.Exit(_print_comparison(compare(read_record(a), read_record(b))))
+        raise typer.Exit(_print_comparison(compare(verify(a), verify(b))))
     except LedgerError as error:
         launcher.fail(str(error), code=2)
 
