@@ -92,7 +92,7 @@ def start(
     if os.environ["RANK"] == "0" and task != "export":
         config.run_dir.mkdir(parents=True, exist_ok=True)
         (config.run_dir / "config.toml").write_text(dump_config(config))
-        write_environment(config.run_dir)
+        write_environment(config.run_dir, task)
     return config, worker(config, task, replay)
 
 

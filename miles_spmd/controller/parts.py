@@ -54,7 +54,7 @@ def open_parts(
         tokenizer = Tokenizer(config.model.hf_checkpoint)
         rewards = stack.enter_context(RewardPool(config.reward))
         tracker = stack.enter_context(open_trackers(config))
-        progress = stack.enter_context(open_progress(config))
+        progress = stack.enter_context(open_progress(config, training=training))
         metrics = Metrics(cluster)  # its clock starts here: the first step includes the start
         observers: list[Observer] = [TrackerObserver(tracker), ProgressObserver(progress), TranscriptObserver(config)]
         # Data before ranks: an error in a file is reported at once, not after minutes of loading weights.

@@ -11,10 +11,11 @@ from miles_spmd.controller.journal.events import (
     MetricsReported,
     PhaseFinished,
     PhaseStarted,
+    RolloutFinished,
 )
 from miles_spmd.telemetry.progress import Progress
 from miles_spmd.telemetry.trackers import Trackers
-from miles_spmd.telemetry.transcripts import write_transcripts
+from miles_spmd.telemetry.transcripts import write_rollout, write_transcripts
 
 
 class Observer(Protocol):
@@ -50,11 +51,15 @@ class ProgressObserver:
 
 
 class TranscriptObserver:
-    """Writes some responses of each evaluation to transcripts.jsonl."""
+    """Writes some responses of each evaluation to transcripts.jsonl, and the best and worst one of each training step,
+    with its rewards, to rollouts.jsonl."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
 
     def observe(self, event: Event) -> None:
-        if isinstance(event, EvaluationFinished) and event.samples:
-            write_transcripts(self._config, event.step, event.samples)
+        match event:
+            case EvaluationFinished() if event.samples:
+                write_transcripts(self._config, event.step, event.samples)
+            case RolloutFinished():
+                write_rollout(self._config, event.step + 1, event.groups)
