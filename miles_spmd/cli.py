@@ -12,6 +12,7 @@ import typer
 
 from miles_spmd import launcher
 from miles_spmd.launcher import Overrides, Processes
+from miles_spmd.types.printable import MAX_LINE, printable
 
 if TYPE_CHECKING:
     from miles_spmd.config import Config
@@ -96,10 +97,8 @@ def report(
     """Write report.html into the folder of a run, finished or not."""
     from miles_spmd.telemetry.report import write_report
 
-    try:
-        typer.echo(write_report(run_dir))
-    except FileNotFoundError as error:
-        launcher.fail(str(error))
+    with launcher.failing(OSError):
+        typer.echo(write_report(run_dir, launcher.warn))
 
 
 @ledger.command("verify")
@@ -110,10 +109,8 @@ def verify_ledger(run_dir: RunFolder) -> None:
     """
     from miles_spmd.ledger.chain import LedgerError, verify
 
-    try:
+    with launcher.failing(LedgerError):
         record = verify(run_dir)
-    except LedgerError as error:
-        launcher.fail(str(error))
     typer.echo(f"{run_dir}: {record.entries} entries hold together, {len(record.steps)} of them steps")
 
 
@@ -126,10 +123,8 @@ def diff(a: RunFolder, b: Annotated[Path, typer.Argument(help="Folder of another
     from miles_spmd.ledger.chain import LedgerError, verify
     from miles_spmd.ledger.compare import compare
 
-    try:
+    with launcher.failing(LedgerError, code=2):
         raise typer.Exit(_print_comparison(compare(verify(a), verify(b))))
-    except LedgerError as error:
-        launcher.fail(str(error), code=2)
 
 
 @app.command()
@@ -150,14 +145,12 @@ def replay(
     Requires the data and models of the run. Writes into a folder beside the run's. Exit status as of `diff`.
     """
     from miles_spmd.controller.loops.replay import plan
-    from miles_spmd.ledger.chain import LedgerError, read_record
+    from miles_spmd.ledger.chain import read_record
     from miles_spmd.ledger.compare import compare
 
-    try:
+    with launcher.failing(RuntimeError, code=2):  # of which LedgerError is one
         order, overrides = plan(run_dir, step, phase)
         original = read_record(run_dir)
-    except (LedgerError, RuntimeError) as error:
-        launcher.fail(str(error), code=2)
     ranks = nproc_per_node or original.context(order.first).environment["ranks"]
     with os.fdopen(os.dup(1), "w") as terminal:  # a rank's own output goes to its log
         config, status = launcher.start("replay", run_dir / "config.toml", overrides, ranks, order)
@@ -231,14 +224,17 @@ def _start(task: str, recipe: Path, overrides: list[str], nproc: int | None, dry
         _, world_size = launcher.ranks(nproc)
         _print_plan(launcher.load(recipe, overrides, world_size, check_files=True), world_size, None, here=True)
         return
-    config, status = launcher.start(task, recipe, overrides, nproc)
-    if status == 0 and os.environ["RANK"] == "0" and task != "export":
-        from miles_spmd.telemetry.report import write_report
+    with os.fdopen(os.dup(1), "w") as terminal:  # a rank's own output goes to its log
+        config, status = launcher.start(task, recipe, overrides, nproc)
+        if status == 0 and os.environ["RANK"] == "0" and task != "export":
+            from miles_spmd.telemetry.report import write_report
 
-        try:
-            write_report(config.run_dir)
-        except Exception as error:  # the run itself is complete
-            launcher.warn(f"no report: {error}; `miles-spmd report {config.run_dir}` tries again")
+            try:
+                path = write_report(config.run_dir, launcher.warn)
+                if task == "eval":
+                    typer.echo(f"{config.run.name}: results in {path}", terminal)
+            except Exception as error:  # the run itself is complete
+                launcher.warn(f"no report: {error}; `miles-spmd report {config.run_dir}` tries again")
     raise SystemExit(status)
 
 
@@ -258,20 +254,17 @@ def _print_plan(config: Config, world_size: int, device_memory: float | None, *,
     devices = gpus()
     config = launcher.resolve(config, {gpu.capability for gpu in devices} if devices or here else None)
     device_memory = device_memory or min((gpu.memory_gib for gpu in devices), default=None)
-    try:
+    with launcher.failing(FileNotFoundError, ValueError):
         typer.echo(describe_plan(config, world_size, device_memory))
-    except (FileNotFoundError, ValueError) as error:
-        launcher.fail(str(error))
 
 
 def _print_comparison(comparison: Comparison, terminal: TextIO | None = None) -> int:
     """Print the result of a comparison and return the exit status that stands for it."""
-    for condition in comparison.conditions:
-        typer.echo(f"differs: {condition}", terminal)
-    for condition in comparison.layout:
-        typer.echo(f"layout: {condition}", terminal)
+    for kind, conditions in (("differs", comparison.conditions), ("layout", comparison.layout)):
+        for condition in conditions:
+            typer.echo(printable(f"{kind}: {condition}", MAX_LINE), terminal)
     found = f"first difference: {comparison.difference}"
     if comparison.equal:
         found = "no difference, except for the layout" if comparison.layout else "no difference"
-    typer.echo(f"steps {comparison.steps[0]} to {comparison.steps[-1]}: {found}", terminal)
+    typer.echo(printable(f"steps {comparison.steps[0]} to {comparison.steps[-1]}: {found}", MAX_LINE), terminal)
     return 0 if comparison.equal else 1

@@ -26,6 +26,7 @@ from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.cluster.errors import WorkerError
 from miles_spmd.protocol.pipe import EXIT_SECONDS, Order
 from miles_spmd.protocol.router import Router
+from miles_spmd.types.printable import MAX_LINE, printable
 
 
 class Stopped(BaseException):
@@ -92,7 +93,7 @@ def main(descriptor: int) -> int:
                 problem = _explain(error, cluster.place, log)
         except Stopped as stopped:
             problem = cluster.explain(str(stopped))
-    print(f"miles-spmd: {problem}", file=sys.stderr, flush=True)
+    print(f"miles-spmd: {printable(problem, MAX_LINE)}", file=sys.stderr, flush=True)
     if launcher.gone:
         os.killpg(0, signal.SIGKILL)  # no other process is left to end what this one started
     return 1

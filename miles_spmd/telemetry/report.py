@@ -183,16 +183,15 @@ def _stage(stage: Stage) -> dict[str, Any]:
         clock(seconds) + (f", {clock(startup)} of it to start" if startup else ""),
         "" if stage.finished else "not finished",
     ]
-    shown = range(len(stage.rollouts))
-    if len(shown) > MAX_ROLLOUTS:
-        shown = sorted({round(i * (len(shown) - 1) / (MAX_ROLLOUTS - 1)) for i in range(MAX_ROLLOUTS)})
+    last = max(len(stage.rollouts) - 1, 0)
+    spread = sorted({round(i * last / (MAX_ROLLOUTS - 1)) for i in range(MAX_ROLLOUTS)}) if stage.rollouts else []
     return {
         "name": stage.name,
         "evaluation": stage.evaluates,
         "summary": " · ".join(part for part in parts if part),
         "series": stage.series,
         "transcripts": _first_and_last(stage.transcripts),
-        "rollouts": [stage.rollouts[i] for i in shown],
+        "rollouts": [stage.rollouts[i] for i in spread],
         "config": stage.config,
     }
 
@@ -233,8 +232,7 @@ class Stage:
 
     @property
     def finished(self) -> bool:
-        done = bool(self.scores()) if self.evaluates else self.total is not None and self.done >= self.total
-        return done
+        return bool(self.scores()) if self.evaluates else self.total is not None and self.done >= self.total
 
     def values(self, metric: str) -> list[float]:
         """Return the values of ``metric`` over the steps, an empty list where the run has not written it."""

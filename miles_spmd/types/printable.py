@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import unicodedata
 
+MAX_LINE = 10_000  # characters of a message on the terminal
+
 # Control characters and terminal escapes, formats such as those that reverse the direction of what follows, halves of
 # surrogate pairs, and separators of lines that only some readers take for one.
 _UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}

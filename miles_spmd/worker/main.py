@@ -29,6 +29,7 @@ from miles_spmd.protocol.pipe import Credentials, Replay
 from miles_spmd.protocol.results import Ok, Result
 from miles_spmd.protocol.router import LOOPBACK
 from miles_spmd.types.phase import Phase
+from miles_spmd.types.printable import MAX_LINE, printable
 from miles_spmd.worker.controller_process import ControllerProcess
 from miles_spmd.worker.stopwatch import Stopwatch
 from miles_spmd.worker.watchdog import Watchdog
@@ -82,7 +83,7 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
         watchdog.stop()
         problem = f"rank {place.rank} ({HOST}) ended: {type(error).__name__}: {error}"
         if controller is None:
-            print(f"miles-spmd: {problem}", file=terminal, flush=True)
+            print(f"miles-spmd: {printable(problem, MAX_LINE)}", file=terminal, flush=True)
         else:
             controller.stop(problem)
         return 1
