@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -19,7 +20,6 @@ class Lines(Generic[T]):
     def __init__(self, path: Path, kind: type[T]) -> None:
         content = path.read_bytes() if path.exists() else b""
         self.values: list[T] = []
-        self.whole = content.rfind(b"\n") + 1  # bytes, without an incomplete line at the end
         *lines, rest = content.split(b"\n")
         damaged = []
         for number, line in enumerate([*lines, rest] if rest else lines, 1):
@@ -35,11 +35,16 @@ class Lines(Generic[T]):
 
 
 class LineWriter:
-    """Appends to the file ``path``. Every line reaches the file at once; raises OSError where the disk is full."""
+    """Appends to the file ``path``, in place of an incomplete line at its end. Every line reaches the file at once;
+    raises OSError where the disk is full."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
+        self._file = path.open("ab+")
+        if self._file.tell():
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read() != b"\n":
+                self._file.truncate(path.read_bytes().rfind(b"\n") + 1)
 
     def write(self, value: Any) -> None:
         self._file.write(msgspec.json.encode(value) + b"\n")

@@ -50,7 +50,7 @@ class Progress:
         """End the display."""
 
     def _scores(self, metrics: Mapping[str, float]) -> list[str]:
-        """Return the mean accuracy over the evaluation sets as text, or each set's score where one is no accuracy;
+        """Return the mean accuracy over the evaluation sets as text, or each set's score where one was outside 0..1;
         nothing in a step without an evaluation."""
         scores = {name.removeprefix("eval/"): value for name, value in metrics.items() if is_score(name)}
         self._accuracies = self._accuracies and is_fraction(scores.values())

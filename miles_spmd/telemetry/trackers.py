@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import sys
@@ -33,10 +34,9 @@ class JsonlTracker:
         """Open the file, and cut off an incomplete line at its end. Print a warning that names lines that cannot be
         read and steps that are missing: a run that was killed, or whose disk was full, leaves them."""
         found = Lines(path, dict[str, float | None])
-        self._lines = LineWriter(path)
         for problem in filter(None, (found.problem, missing_steps(path, by_step(found.values)))):
             print(f"miles-spmd: warning: {problem}; the run goes on and appends", file=sys.stderr, flush=True)
-        os.truncate(path, found.whole)
+        self._lines = LineWriter(path)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._lines.write({"step": step, "time": time.time()} | {n: float(value) for n, value in metrics.items()})
@@ -53,9 +53,9 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
 
 def missing_steps(path: Path, steps: Collection[int]) -> str:
     """Return which steps between the first and the last are missing, in words; "" where none is."""
-    missing = sorted(set(range(min(steps, default=0), max(steps, default=0))) - set(steps))
-    named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-    return f"{path}: has no metrics of {len(missing)} steps: {named}" if missing else ""
+    gaps = [(a + 1, b - 1) for a, b in itertools.pairwise(sorted(steps)) if b - a > 1]
+    named = ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in gaps[:8]) + (", ..." if len(gaps) > 8 else "")
+    return f"{path}: has no metrics of {sum(b - a + 1 for a, b in gaps)} steps: {named}" if gaps else ""
 
 
 def by_step(rows: Iterable[dict[str, float | None]]) -> dict[int, dict[str, float]]:
@@ -63,7 +63,7 @@ def by_step(rows: Iterable[dict[str, float | None]]) -> dict[int, dict[str, floa
     steps: dict[int, dict[str, float]] = {}
     for row in rows:
         values = {name: value for name, value in row.items() if value is not None}
-        if "step" in values:
+        if 0 <= values.get("step", -1) < 2**53:
             steps.setdefault(int(values.pop("step")), {}).update(values)
     return dict(sorted(steps.items()))
 

@@ -242,7 +242,10 @@ def test_missing_steps_are_named(tmp_path: Path) -> None:
     file.write_bytes(b"".join(lines[:2] + lines[4:]))
     problems: list[str] = []
     write_report(tmp_path, problems.append)
-    assert problems == [f"{file}: has no metrics of 2 steps: 2, 3"]
+    assert problems == [f"{file}: has no metrics of 2 steps: 2 to 3"]
+    file.write_bytes(b"".join(lines) + b'{"step": 9000000000}\n')  # a digit more makes a gap, not a long wait
+    write_report(tmp_path, problems.append)
+    assert problems[1] == f"{file}: has no metrics of 8999999994 steps: 6 to 8999999999"
 
 
 def test_no_control_character_reaches_the_page(tmp_path: Path) -> None:

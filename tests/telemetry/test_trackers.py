@@ -19,6 +19,7 @@ from miles_spmd.algorithms.corrections import mis
 from miles_spmd.algorithms.mismatch import mismatch_metrics
 from miles_spmd.config import AlgorithmConfig
 from miles_spmd.telemetry import metrics
+from miles_spmd.telemetry.json_lines import LineWriter
 from miles_spmd.telemetry.metrics import METRICS, PHASES, describe, is_score, phase_times
 from miles_spmd.telemetry.trackers import JsonlTracker, open_trackers, read_metrics
 from miles_spmd.types.phase import Phase
@@ -80,7 +81,7 @@ def test_a_resumed_run_names_lines_that_were_cut(tmp_path: Path, capsys: pytest.
     JsonlTracker(path).close()
     cut, missing = capsys.readouterr().err.splitlines()
     assert f"warning: {path}: 2 of 6 lines cannot be read: line 4, 6; the last one is incomplete" in cut
-    assert f"warning: {path}: has no metrics of 2 steps: 3, 4; the run goes on and appends" in missing
+    assert f"warning: {path}: has no metrics of 2 steps: 3 to 4; the run goes on and appends" in missing
     assert path.read_bytes().endswith(lines[5])
 
 
@@ -99,6 +100,17 @@ def test_a_full_disk_ends_the_run(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "OSError: [Errno 27]" in done.stderr
     assert list(read_metrics(path)) == list(range(path.read_bytes().count(b"\n")))
+
+
+@pytest.mark.parametrize("rest", [b"{", b'{"step": 1}', b""])
+def test_an_incomplete_line_gives_way_to_the_next(tmp_path: Path, rest: bytes) -> None:
+    path = tmp_path / "lines.jsonl"
+    for start in (b"", b'{"step":0}\n'):
+        path.write_bytes(start + rest)
+        lines = LineWriter(path)
+        lines.write({"step": 7})
+        lines.close()
+        assert path.read_bytes() == start + b'{"step":7}\n'
 
 
 def tensorboard_scalars(file: Path) -> dict[tuple[str, int], float]:
