@@ -224,17 +224,18 @@ def _start(task: str, recipe: Path, overrides: list[str], nproc: int | None, dry
         _, world_size = launcher.ranks(nproc)
         _print_plan(launcher.load(recipe, overrides, world_size, check_files=True), world_size, None, here=True)
         return
-    with os.fdopen(os.dup(1), "w") as terminal:  # a rank's own output goes to its log
+    # a rank's own output goes to its log
+    with os.fdopen(os.dup(1), "w") as terminal, os.fdopen(os.dup(2), "w") as errors:
         config, status = launcher.start(task, recipe, overrides, nproc)
         if status == 0 and os.environ["RANK"] == "0" and task != "export":
             from miles_spmd.telemetry.report import write_report
 
             try:
-                path = write_report(config.run_dir, launcher.warn)
+                path = write_report(config.run_dir, lambda problem: launcher.warn(problem, errors))
                 if task == "eval":
                     typer.echo(f"{config.run.name}: results in {path}", terminal)
             except Exception as error:  # the run itself is complete
-                launcher.warn(f"no report: {error}; `miles-spmd report {config.run_dir}` tries again")
+                launcher.warn(f"no report: {error}; `miles-spmd report {config.run_dir}` tries again", errors)
     raise SystemExit(status)
 
 

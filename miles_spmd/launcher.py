@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn, TextIO
 
 import typer
 
@@ -111,10 +111,10 @@ def resolve(config: Config, capabilities: Collection[str] | None) -> Config:
     return config
 
 
-def warn(message: str) -> None:
-    """Print a warning, on the first rank only."""
+def warn(message: str, terminal: TextIO | None = None) -> None:
+    """Print a warning, on the first rank only, to stderr or to ``terminal``."""
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(f"miles-spmd: warning: {printable(message, MAX_LINE)}", err=True)
+        typer.echo(f"miles-spmd: warning: {printable(message, MAX_LINE)}", terminal, err=True)
 
 
 def fail(message: str, code: int = 1) -> NoReturn:

@@ -85,8 +85,11 @@ def write_report(run_dir: Path, warn: Callable[[str], None] = lambda problem: No
     for problem in data["problems"]:
         warn(problem)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(make_page(data), encoding="utf-8")
-    temporary.replace(path)  # a full disk leaves the former report
+    try:
+        temporary.write_text(make_page(data), encoding="utf-8")
+        temporary.replace(path)
+    finally:  # a full disk leaves the former report
+        temporary.unlink(missing_ok=True)
     return path
 
 
