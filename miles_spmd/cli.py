@@ -64,11 +64,15 @@ def export(
 
     The parallel layout may differ from the run's.
     """
-    recipe = checkpoint.absolute().parents[1] / "config.toml"
+    run_dir = checkpoint.absolute().parent.parent
+    recipe = run_dir / "config.toml"
     if not recipe.is_file():
         launcher.fail(f"{checkpoint} is not a checkpoint of a run: {recipe} is missing; name a folder of checkpoints/")
+    from miles_spmd.controller.run_folder import in_folder, override
+
     no_engines = ["sglang.tp_size=1", "rollout.rollout_num_gpus=0", "determinism.parity=off"]
-    fixed = [f"checkpoint.load={checkpoint}", f"checkpoint.export_dir={out}", *no_engines]
+    paths = [override("checkpoint.load", checkpoint), override("checkpoint.export_dir", out)]
+    fixed = [*in_folder(run_dir), *paths, *no_engines]
     _start("export", recipe, [*(overrides or []), *fixed], nproc_per_node or _smallest_world(recipe, overrides or []))
 
 
@@ -105,11 +109,11 @@ def report(
 def verify_ledger(run_dir: RunFolder) -> None:
     """Recompute the hash chain and the digests of the recorded data.
 
-    Names the first broken entry.
+    Names the first broken entry. Exit status 0: all holds, 1: something does not, 2: the ledger is missing.
     """
-    from miles_spmd.ledger.chain import LedgerError, verify
+    from miles_spmd.ledger.chain import FILE, FOLDER, LedgerError, verify
 
-    with launcher.failing(LedgerError):
+    with launcher.failing(LedgerError, code=1 if (run_dir / FOLDER / FILE).exists() else 2):
         record = verify(run_dir)
     typer.echo(f"{run_dir}: {record.entries} entries hold together, {len(record.steps)} of them steps")
 
@@ -172,7 +176,8 @@ def bisect(
     """
     from miles_spmd.controller.loops.replay import plan_bisection
 
-    order, overrides = plan_bisection(run_dir, step)
+    with launcher.failing(RuntimeError, code=2):  # LedgerError, ResumeError
+        order, overrides = plan_bisection(run_dir, step)
     _, status = launcher.start("bisect", run_dir / "config.toml", overrides, nproc_per_node, order)
     raise SystemExit(status)
 
@@ -219,23 +224,14 @@ def main() -> None:
 
 
 def _start(task: str, recipe: Path, overrides: list[str], nproc: int | None, dry_run: bool = False) -> None:
-    """Run ``task`` in ranks and write its report, or only print its plan."""
+    """Run ``task`` in ranks, or only print its plan."""
     if dry_run:
         _, world_size = launcher.ranks(nproc)
-        _print_plan(launcher.load(recipe, overrides, world_size, check_files=True), world_size, None, here=True)
+        config = launcher.load(recipe, overrides, world_size, check_files=True)
+        config, _ = launcher.begin(config, task, rank=None)
+        _print_plan(config, world_size, None, here=True)
         return
-    # a rank's own output goes to its log
-    with os.fdopen(os.dup(1), "w") as terminal, os.fdopen(os.dup(2), "w") as errors:
-        config, status = launcher.start(task, recipe, overrides, nproc)
-        if status == 0 and os.environ["RANK"] == "0" and task != "export":
-            from miles_spmd.telemetry.report import write_report
-
-            try:
-                path = write_report(config.run_dir, lambda problem: launcher.warn(problem, errors))
-                if task == "eval":
-                    typer.echo(f"{config.run.name}: results in {path}", terminal)
-            except Exception as error:  # the run itself is complete
-                launcher.warn(f"no report: {error}; `miles-spmd report {config.run_dir}` tries again", errors)
+    _, status = launcher.start(task, recipe, overrides, nproc)
     raise SystemExit(status)
 
 

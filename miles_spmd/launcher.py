@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
+import signal
 import sys
+import tempfile
 from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -52,15 +54,27 @@ def launch(world_size: int) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    from miles_spmd.protocol import last_words
+
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable()
+    with tempfile.NamedTemporaryFile(delete=False) as unsaid:
+        os.environ[last_words.VARIABLE] = unsaid.name
     try:
         torchrun(["--standalone", f"--nproc-per-node={world_size}", "-m", "miles_spmd", *sys.argv[1:]])
     except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
         code = max(failure.exitcode for failure in error.failures.values())
+        status = failure.exitcode
+        how = f"was killed by {failure.signal_name()}" if status < 0 else f"ended with status {status}"
+        last_words.say_for_others(f"rank {rank} (pid {failure.pid}) {how}, and no process of the run said why")
         raise SystemExit(code if code > 0 else 1) from None
-    except SignalException as signal:
-        raise SystemExit(128 + signal.sigval) from None
+    except SignalException as error:
+        last_words.say_for_others(f"start: stopped by {signal.Signals(error.sigval).name}")
+        raise SystemExit(128 + error.sigval) from None
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(unsaid.name)
     raise SystemExit(0)
 
 
@@ -73,20 +87,34 @@ def start(
     """
     is_rank, world_size = ranks(nproc)
     config = load(recipe, overrides, world_size, check_files=task != "export")
+    config, lock = begin(config, task, rank=int(os.environ["RANK"]) if is_rank else None)
     if not is_rank:
         launch(world_size)
-    from miles_spmd.config.load import dump_config
-    from miles_spmd.telemetry.environment import gpus, write_environment
+    from miles_spmd.controller.run_folder import describe
+    from miles_spmd.telemetry.environment import gpus
     from miles_spmd.worker.main import main as worker
 
-    if task == "eval":  # beside the training run of the same recipe, not in its folder
-        config = config.model_copy(update={"run": config.run.model_copy(update={"name": f"{config.run.name}-eval"})})
     config = resolve(config, {gpu.capability for gpu in gpus()})
-    if os.environ["RANK"] == "0" and task != "export":
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        (config.run_dir / "config.toml").write_text(dump_config(config))
-        write_environment(config.run_dir, task)
-    return config, worker(config, task, replay)
+    with lock:
+        if os.environ["RANK"] == "0" and task != "export":
+            with failing(OSError):
+                describe(config, task)
+        return config, worker(config, task, replay)
+
+
+def begin(config: Config, task: str, *, rank: int | None) -> tuple[Config, AbstractContextManager[Any]]:
+    """Return the configuration with the folder that ``task`` works in, and that folder's lock, which the first rank
+    takes. Print why and exit where the task may not begin; ``rank`` None: in a process that only looks."""
+    from miles_spmd.controller import run_folder
+
+    with failing(run_folder.RunFolderError, OSError, code=2):
+        config = run_folder.of_task(config, task)
+        if rank is None:
+            run_folder.check(config, task)
+        elif rank:
+            run_folder.check_results(config, task)
+        lock = run_folder.claim(config, task) if rank == 0 else None
+    return config, lock or nullcontext()
 
 
 def load(recipe: Path, overrides: list[str], world_size: int | None, *, check_files: bool) -> Config:
@@ -111,20 +139,22 @@ def resolve(config: Config, capabilities: Collection[str] | None) -> Config:
     return config
 
 
-def warn(message: str, terminal: TextIO | None = None) -> None:
-    """Print a warning, on the first rank only, to stderr or to ``terminal``."""
+def warn(message: str) -> None:
+    """Print a warning, on the first rank only."""
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(f"miles-spmd: warning: {printable(message, MAX_LINE)}", terminal, err=True)
+        typer.echo(f"miles-spmd: warning: {printable(message, MAX_LINE)}", err=True)
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
     """Print an error, on the first rank only, and exit with ``code``."""
+    from miles_spmd.protocol.last_words import say
+
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(f"miles-spmd: error: {printable(message, MAX_LINE)}", err=True)
+        say(f"error: {message}")
     sys.exit(code)
 
 
-@contextlib.contextmanager
+@contextmanager
 def failing(*kinds: type[Exception], code: int = 1) -> Iterator[None]:
     """Errors of these kinds that are raised inside are printed, and end the process with ``code``."""
     try:

@@ -99,12 +99,19 @@ def test_train_export_evaluate_report(recipe: Path, folder: Path) -> None:
     assert (run / "report.html").is_file()
     assert json.loads((run / "environment.json").read_text())["packages"]["megatron-core"] == "0.16.1"
 
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    refused = miles_spmd("train", recipe, "--nproc-per-node", 2, status=2).stderr
+    assert "has the metrics of 2 steps, checkpoints up to step_000002 and an export of an earlier run" in refused
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    run = run.rename(run.with_name("renamed"))  # a verb that is given a folder works in that one
     export = [run / "checkpoints" / "step_000002", folder / "exported"]
     done = forked.run("-m", "miles_spmd", "export", *export, folder=folder)
     assert done.returncode == 0, done.stderr
     exported = (folder / "exported" / "model.safetensors").read_bytes()
     assert exported == (run / "export" / "model.safetensors").read_bytes()
     assert exported != (folder / "model" / "model.safetensors").read_bytes()
+    assert not (folder / "runs" / "tiny").exists()
 
     evaluate = [recipe, f"hf_checkpoint={folder / 'exported'}"]
     done = forked.run("-m", "miles_spmd", "eval", *evaluate, folder=folder)
@@ -112,7 +119,7 @@ def test_train_export_evaluate_report(recipe: Path, folder: Path) -> None:
     (row,) = map(json.loads, (folder / "runs" / "tiny-eval" / "metrics.jsonl").read_text().splitlines())
     evaluated = folder / "runs" / "tiny-eval"
     assert f"tiny-eval: evaluation after 0 steps  accuracy {row['eval/sums']:.3g}" in done.stdout
-    assert done.stdout.splitlines()[-1] == f"tiny-eval: results in {evaluated / 'report.html'}"
+    assert f"report:     {evaluated / 'report.html'}" in done.stdout
     assert '"evaluation":true' in (evaluated / "report.html").read_text()
     with (evaluated / "metrics.jsonl").open("ab") as file:
         file.write(b"{")

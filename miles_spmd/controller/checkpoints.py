@@ -14,17 +14,23 @@ import msgspec
 
 from miles_spmd.config import Config
 from miles_spmd.controller.cluster.cluster import Cluster
+from miles_spmd.controller.cluster.listener import WorkerError
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.journal import Journal
 from miles_spmd.controller.journal.ledger import Start
 from miles_spmd.protocol.commands import ExportModel, LoadCheckpoint, SaveCheckpoint
 
 FOLDER = "checkpoints"
+EXPORT = "export"  # in the run folder, where the configuration names no other
 STATE_FILE = "controller.json"
 
 
 class ResumeError(RuntimeError):
     """A checkpoint that cannot be resumed from: what is wrong with it and what to do."""
+
+
+class ExportError(RuntimeError):
+    """The model could not be written as a Hugging Face checkpoint."""
 
 
 class ControllerState(msgspec.Struct, frozen=True):
@@ -52,10 +58,11 @@ class Checkpoints:
             return Start(state.step)  # of another run, whose ledger this one does not continue
         return Start(state.step, state.ledger, results)
 
-    def save(self, step: int, journal: Journal) -> None:
-        """Write a checkpoint before ``step`` if one is due."""
+    def save(self, step: int, journal: Journal, *, anyway: bool = False) -> None:
+        """Write a checkpoint before ``step`` if one is due, or ``anyway``."""
         interval, last = self._config.checkpoint.save_interval, step == self._config.run.num_rollout
-        if not (interval and step % interval == 0) and not (last and self._config.checkpoint.save_final):
+        due = (interval and step % interval == 0) or (last and self._config.checkpoint.save_final)
+        if not due and not anyway:
             return
         with journal.timed("save"):
             folder = step_folder(self._config.run_dir, step)
@@ -66,9 +73,26 @@ class Checkpoints:
             complete(folder, ControllerState(step, self._config.run.seed, ledger=journal.ledger_head))
 
     def export(self) -> None:
-        """Write the trainer's weights as a Hugging Face checkpoint, by default into the run folder."""
-        folder = self._config.checkpoint.export_dir or self._config.run_dir / "export"
-        self._cluster.call(ExportModel(str(folder)), step=self._config.run.num_rollout)
+        """Write the trainer's weights as a Hugging Face checkpoint, by default into the run folder. Raises ExportError
+        where the files cannot be written."""
+        folder = self._config.checkpoint.export_dir or self._config.run_dir / EXPORT
+        results = self._cluster.call(ExportModel(str(folder)), step=self._config.run.num_rollout)
+        if problem := results[0].detail.get("problem"):
+            raise ExportError(f"{folder}: {problem}")
+
+    def export_at_end(self, journal: Journal) -> None:
+        """Export, and leave a checkpoint where that fails. Raises ExportError."""
+        last = self._config.run.num_rollout
+        folder = step_folder(self._config.run_dir, last)
+        try:
+            self.export()
+        except ExportError as error:
+            if newest(self._config.run_dir, up_to=last) != folder:
+                try:
+                    self.save(last, journal, anyway=True)
+                except (WorkerError, OSError) as second:
+                    raise ExportError(f"{error}; no checkpoint could be written either: {second}") from None
+            raise ExportError(f"{error}; nothing is lost: `miles-spmd export {folder} OUT` exports the model") from None
 
 
 def step_folder(run_dir: Path, step: int) -> Path:

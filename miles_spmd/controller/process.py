@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
@@ -24,9 +24,13 @@ from miles_spmd.config import Config
 from miles_spmd.config.load import config_digest
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.cluster.listener import WorkerError
+from miles_spmd.controller.run_folder import outcome
+from miles_spmd.protocol.last_words import say
 from miles_spmd.protocol.pipe import EXIT_SECONDS, Order
 from miles_spmd.protocol.router import Router
-from miles_spmd.types.printable import MAX_LINE, printable
+from miles_spmd.types.files import is_full
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(BaseException):
@@ -42,11 +46,14 @@ class _Launcher:
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
         self._reason = ""
+        self._interrupt: Callable[[BaseException], None] | None = None
         os.set_inheritable(pipe.fileno(), False)
         os.register_at_fork(after_in_child=pipe.close)  # a copy in a forked reward process would keep the pipe open
 
-    def listen(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
+    def listen(self, interrupt: Callable[[BaseException], None]) -> None:
+        """From now on, a reason to stop is raised in the main thread, through ``interrupt``."""
+        self._interrupt = interrupt
+        for number in SIGNALS:
             signal.signal(number, self._stop)
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -61,9 +68,15 @@ class _Launcher:
         os.killpg(0, signal.SIGKILL)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        for other in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(other, signal.SIG_IGN)  # a second signal must not interrupt the exit
-        raise Stopped(self._reason or f"stopped by {signal.Signals(number).name}")
+        self.ignore()  # a second signal must not interrupt the exit
+        assert self._interrupt is not None
+        self._interrupt(Stopped(self._reason or f"stopped by {signal.Signals(number).name}"))
+
+    @staticmethod
+    def ignore() -> None:
+        """From now on, signals do not interrupt the main thread."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     @property
     def gone(self) -> bool:
@@ -78,34 +91,43 @@ def main(descriptor: int) -> int:
     config = Config.model_validate_json(order.config)
     launcher = _Launcher(pipe)
     log = config.run_dir / "logs" / "controller.log"
+    problem = ""
     with Router(order.host) as router:
         pipe.send_bytes(msgspec.json.encode(router.credentials))
         cluster = Cluster(router, order.world_size, config.deadlines, config_digest(config), log.parent)
         try:
             try:
-                launcher.listen()
+                launcher.listen(cluster.interrupt)
                 from miles_spmd.controller.tasks import run  # imports much, while the workers do the same
 
                 run(config, cluster, order.task, order.replay)
                 cluster.stop()
-                return 0
             except Exception as error:
                 problem = _explain(error, cluster.place, log)
         except Stopped as stopped:
             problem = cluster.explain(str(stopped))
-    print(f"miles-spmd: {printable(problem, MAX_LINE)}", file=sys.stderr, flush=True)
+        launcher.ignore()
+    if problem:
+        say(problem)
+    for line in outcome(config, order.task, order.world_size, finished=not problem):
+        print(line, flush=True)
     if launcher.gone:
         os.killpg(0, signal.SIGKILL)  # no other process is left to end what this one started
-    return 1
+    return 1 if problem else 0
 
 
 def _explain(error: Exception, place: str, log: Path) -> str:
     """Return one message for the terminal; write the traceback to ``log``."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
-        traceback.print_exception(error, file=file)
-        if isinstance(error, WorkerError):
-            file.write(error.details)
-    if isinstance(error, WorkerError):
-        return f"{error}" + (f" (traceback in {log})" if error.details else "")
-    return f"{place}: {type(error).__name__}: {error} (traceback in {log})"
+    details = error.details if isinstance(error, WorkerError) else "".join(traceback.format_exception(error))
+    where = f" (traceback in {log})" if details else ""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            traceback.print_exception(error, file=file)
+            file.write(error.details if isinstance(error, WorkerError) else "")
+    except OSError:  # where no other file can be written either
+        where = ""
+    text = f"{error}" if isinstance(error, WorkerError) else f"{place}: {type(error).__name__}: {error}"
+    if is_full(text):
+        text += f"; free some space for {log.parents[1]}, or raise the limit, and continue with checkpoint.resume=true"
+    return text + where

@@ -22,6 +22,7 @@ import msgspec
 
 from miles_spmd.ledger import step_data
 from miles_spmd.ledger.entries import FOLDER, Context, Digests, Entry, LedgerError, Saved, Step
+from miles_spmd.types.files import AppendedFile
 
 FILE, SEAL_FILE = "chain.jsonl", "seal.json"
 START = "0" * 32  # the hash before the first entry
@@ -104,8 +105,8 @@ class Chain:
         self._lock = threading.Lock()  # the data's thread seals, too
         self._seal = Seal(last.number, last.hash, []) if last else Seal(0, START, [])
         self._write_seal()  # before the entries go that the former seal counts
-        self._file = (self._folder / FILE).open("ab")
-        self._file.truncate(last.end if last else 0)
+        self._file = AppendedFile(self._folder / FILE)
+        self._file.file.truncate(last.end if last else 0)
 
     @property
     def head(self) -> str:
@@ -113,8 +114,7 @@ class Chain:
 
     def append(self, entry: Entry) -> None:
         content = msgspec.json.encode(entry)
-        self._file.write(_line(content, self.head))
-        self._file.flush()
+        self._file.append(_line(content, self.head))
         self._write_seal(entries=self._seal.entries + 1, head=_hash(content, self.head))
 
     def seal_data(self, steps: Iterable[int]) -> None:
@@ -127,7 +127,7 @@ class Chain:
 
     def sync(self) -> None:
         """Flush to disk; to be called before anything that refers to the ledger is written."""
-        os.fsync(self._file.fileno())
+        os.fsync(self._file.file.fileno())
 
     def close(self) -> None:
         self._file.close()

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import msgspec
 
+from miles_spmd.types.files import write_whole
+
 ENVIRONMENT_FILE = "environment.json"
 # The versions that are tested together; on a GPU also those of CUDA_PINS.
 PINS = {"megatron-core": "0.16.1", "sglang": "0.5.16", "transformers": "5.12.1", "torchft": "0.2.0"}
@@ -82,7 +84,7 @@ def gpus() -> list[Gpu]:
 
 
 def write_environment(run_dir: Path, task: str) -> None:
-    (run_dir / ENVIRONMENT_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(environment(task))))
+    write_whole(run_dir / ENVIRONMENT_FILE, msgspec.json.format(msgspec.json.encode(environment(task))))
 
 
 def read_environment(run_dir: Path) -> Environment | None:

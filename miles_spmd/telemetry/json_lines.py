@@ -8,6 +8,8 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from miles_spmd.types.files import AppendedFile
+
 T = TypeVar("T")
 
 
@@ -35,20 +37,19 @@ class Lines(Generic[T]):
 
 
 class LineWriter:
-    """Appends to the file ``path``, in place of an incomplete line at its end. Every line reaches the file at once;
-    raises OSError where the disk is full."""
+    """Appends to the file ``path``, in place of an incomplete line at its end. Every line reaches the file at once, and
+    as a whole or not at all; raises OSError where the disk is full."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab+")
-        if self._file.tell():
-            self._file.seek(-1, os.SEEK_END)
-            if self._file.read() != b"\n":
-                self._file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        self._file = AppendedFile(path)
+        with path.open("rb") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    self._file.file.truncate(path.read_bytes().rfind(b"\n") + 1)
 
     def write(self, value: Any) -> None:
-        self._file.write(msgspec.json.encode(value) + b"\n")
-        self._file.flush()
+        self._file.append(msgspec.json.encode(value) + b"\n")
 
     def close(self) -> None:
         self._file.close()

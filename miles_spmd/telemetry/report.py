@@ -21,6 +21,7 @@ from miles_spmd.telemetry.metrics import PHASES, describe, is_fraction, is_score
 from miles_spmd.telemetry.progress import clock
 from miles_spmd.telemetry.trackers import METRICS_FILE, by_step, missing_steps
 from miles_spmd.telemetry.transcripts import ROLLOUTS_FILE, TRANSCRIPTS_FILE, Rollout, Transcript
+from miles_spmd.types.files import write_whole
 from miles_spmd.types.printable import printable
 
 REPORT_FILE, CONFIG_FILE = "report.html", "config.toml"
@@ -84,12 +85,7 @@ def write_report(run_dir: Path, warn: Callable[[str], None] = lambda problem: No
     path, data = run_dir / REPORT_FILE, report_data(run_dir)
     for problem in data["problems"]:
         warn(problem)
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text(make_page(data), encoding="utf-8")
-        temporary.replace(path)
-    finally:  # a full disk leaves the former report
-        temporary.unlink(missing_ok=True)
+    write_whole(path, make_page(data).encode())
     return path
 
 

@@ -16,6 +16,7 @@ from miles_spmd.config import Config
 from miles_spmd.telemetry.json_lines import Lines, LineWriter
 
 METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
 
 
 class Tracker(Protocol):
@@ -69,15 +70,23 @@ def by_step(rows: Iterable[dict[str, float | None]]) -> dict[int, dict[str, floa
 
 
 class TensorBoardTracker:
-    def __init__(self, folder: Path) -> None:
-        from tensorboardX import SummaryWriter
+    """Writes an event file by itself, because a full disk has to be noticed: a SummaryWriter writes in a thread, whose
+    end nobody would hear of."""
 
-        self._writer = SummaryWriter(str(folder), write_to_disk=True)
+    def __init__(self, folder: Path) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer, self._event, self._scalar = EventsWriter(str(folder / "events")), Event, scalar
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             if math.isfinite(value):
-                self._writer.add_scalar(name, value, step)
+                event = self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value))
+                self._writer.write_event(event)
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
@@ -121,7 +130,7 @@ def open_trackers(config: Config) -> Iterator[Trackers]:
     """Open all trackers that ``config`` asks for. Raises RuntimeError where a package is missing."""
     makers: list[Callable[[], Tracker]] = [lambda: JsonlTracker(config.run_dir / METRICS_FILE)]
     if config.telemetry.use_tensorboard:
-        makers.append(lambda: TensorBoardTracker(config.run_dir / "tensorboard"))
+        makers.append(lambda: TensorBoardTracker(config.run_dir / TENSORBOARD_FOLDER))
     if config.telemetry.use_wandb:
         makers.append(lambda: WandbTracker(config))
     with ExitStack() as stack:

@@ -47,11 +47,16 @@ class ControllerProcess:
         """The pipe's descriptor. From ``listening`` on, it becomes readable only when the controller is gone."""
         return self._pipe.fileno()
 
-    def stop(self, reason: str) -> None:
-        """Request the controller to stop, and wait for its end; ``reason`` is for its last message."""
-        with contextlib.suppress(BrokenPipeError):
+    def stop(self, reason: str) -> str:
+        """Request the controller to stop, and wait for its end. ``reason`` is for its last message. Returns "" where it
+        printed one, else why it did not."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._pipe.send_bytes(reason.encode())
-        self.wait(2 * EXIT_SECONDS)
+        return self.killed(self.wait(2 * EXIT_SECONDS))
+
+    def killed(self, status: int) -> str:
+        """Return in words by what the controller was killed, "" where it ended by itself and has spoken."""
+        return f"the controller (pid {self.pid}) was killed by {signal.Signals(-status).name}" if status < 0 else ""
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the end, kill the controller after ``timeout`` seconds, and return its exit status (negative: the

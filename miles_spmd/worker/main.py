@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import msgspec
 
@@ -24,12 +24,12 @@ from miles_spmd.models.random import write_random_checkpoints
 from miles_spmd.platform.determinism import pin_environment
 from miles_spmd.protocol.commands import Stop
 from miles_spmd.protocol.dealer import Dealer
+from miles_spmd.protocol.last_words import say
 from miles_spmd.protocol.messages import Call, Failure, Hello, RankInfo, Reply
 from miles_spmd.protocol.pipe import Credentials, Replay
 from miles_spmd.protocol.results import Ok, Result
 from miles_spmd.protocol.router import LOOPBACK
 from miles_spmd.types.phase import Phase
-from miles_spmd.types.printable import MAX_LINE, printable
 from miles_spmd.worker.controller_process import ControllerProcess
 from miles_spmd.worker.stopwatch import Stopwatch
 from miles_spmd.worker.watchdog import Watchdog
@@ -65,32 +65,46 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
     try:
         write_random_checkpoints(config.model.checkpoints)  # before controller, trainer and engine read them
     except OSError as error:
-        print(f"miles-spmd: {error.filename} cannot be written: {error.strerror}; set XDG_CACHE_HOME", file=sys.stderr)
+        say(f"{error.filename} cannot be written: {error.strerror}; set XDG_CACHE_HOME")
         return 1
     controller = None
     if place.rank == 0:  # first, so that the two processes import in parallel
         host = LOOPBACK if place.local_world_size == place.world_size else place.master
         controller = ControllerProcess(config, task, host, place.world_size, replay)
     logs = config.run_dir / "logs"
-    terminal = redirect_output(logs / f"rank-{place.rank}.log")
-    watchdog = Watchdog(place.rank, terminal, logs / f"rank-{place.rank}.stacks", controller)
+    try:
+        terminal, log = redirect_output(logs / f"rank-{place.rank}.log")
+    except OSError as error:
+        problem = f"rank {place.rank} ({HOST}), start: the log cannot be written: {error}"
+        if controller is None or controller.stop(problem):
+            say(problem)
+        return 1
+    first_node = place.rank < place.local_world_size
+    stacks = logs / f"rank-{place.rank}.stacks"
+    watchdog = Watchdog(place.rank, terminal, stacks, controller, beside_controller=first_node)
     watchdog.enter(Phase.START, 0, config.deadlines.start_timeout)
     watchdog.start()
     try:
-        serve(config, task, place, controller, watchdog)
-    except Exception as error:
+        serve(config, task, place, controller, watchdog, log)
+    except BaseException as error:
         traceback.print_exc()
         watchdog.stop()
         problem = f"rank {place.rank} ({HOST}) ended: {type(error).__name__}: {error}"
         if controller is None:
-            print(f"miles-spmd: {printable(problem, MAX_LINE)}", file=terminal, flush=True)
-        else:
-            controller.stop(problem)
+            say(problem, terminal)
+        elif killed := controller.stop(problem):
+            say(f"rank {place.rank} ({HOST}), start: {killed}", terminal)
         return 1
-    return 0 if controller is None else controller.wait()
+    if controller is None:
+        return 0
+    if killed := controller.killed(status := controller.wait()):
+        say(f"rank {place.rank} ({HOST}), after the last step: {killed}", terminal)
+    return status if status >= 0 else 1
 
 
-def serve(config: Config, task: str, place: Place, controller: ControllerProcess | None, watchdog: Watchdog) -> None:
+def serve(
+    config: Config, task: str, place: Place, controller: ControllerProcess | None, watchdog: Watchdog, log: Log
+) -> None:
     """Join the run, build the worker, and execute commands until Stop."""
     watch = Stopwatch()
     with watch("join"):
@@ -99,7 +113,8 @@ def serve(config: Config, task: str, place: Place, controller: ControllerProcess
     dealer = Dealer(credentials, config.deadlines.heartbeat_timeout)
     try:
         worker = build(config, task, place, side, dealer, watch, watchdog)
-    except Exception as error:
+        log.check()
+    except BaseException as error:
         dealer.send(Reply(0, place.rank, HOST, failure(error)))
         dealer.receive()  # block until the controller ends the run; it sends no further message
         return
@@ -112,7 +127,8 @@ def serve(config: Config, task: str, place: Place, controller: ControllerProcess
         try:
             with worker.memory.explaining():
                 result = worker.execute(call.command)
-        except Exception as error:
+            log.check()
+        except BaseException as error:  # not all libraries derive their errors from Exception
             result = failure(error)
         watchdog.enter(Phase.IDLE, call.step)
         dealer.send(Reply(call.id, place.rank, HOST, result, watch.take(), worker.memory.take()))
@@ -202,22 +218,44 @@ def rank_info(worker: Worker, place: Place) -> RankInfo:
     return RankInfo(place.rank, place.world_size, HOST, os.getpid(), worker.trainer_rank, worker.engine_rank, versions)
 
 
-def failure(error: Exception) -> Failure:
+def failure(error: BaseException) -> Failure:
     traceback.print_exc()
     return Failure(type(error).__name__, str(error), traceback.format_exc())
 
 
-def redirect_output(log: Path) -> TextIO:
-    """Send everything that this process prints, native libraries included, to ``log``. Returns the former stderr."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+class Log(io.FileIO):
+    """The file that a rank prints into. Where it cannot be written, whatever prints goes on, and :meth:`check` raises
+    the error at the end of the command: else it would be raised by any line of any library, even while another error is
+    being reported."""
+
+    path: Path
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            self.error = OSError(error.errno, error.strerror, str(self.path))
+            return len(data)
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+def redirect_output(path: Path) -> tuple[TextIO, Log]:
+    """Send everything that this process prints, native libraries included, to ``path``. Returns the former stderr, and
+    the log. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = Log(path, "a")
+    log.path = path
+    sys.stdout.flush()
+    sys.stderr.flush()
     terminal = os.fdopen(os.dup(2), "w")
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
-        stream.flush()
-        os.dup2(descriptor, number)
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(line_buffering=True)
-    os.close(descriptor)
+    for number in (1, 2):
+        os.dup2(log.fileno(), number)
+    sys.stdout = sys.stderr = io.TextIOWrapper(io.BufferedWriter(log), errors="backslashreplace", line_buffering=True)
     faulthandler.enable()  # a crash in native code writes its stack to the log
     print(f"--- {time.strftime('%F %T')} {HOST} pid {os.getpid()}")
-    return terminal
+    log.check()
+    return terminal, log

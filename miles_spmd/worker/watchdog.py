@@ -7,6 +7,7 @@ hour. The C-level wakeup descriptor receives a byte for each signal at once, and
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import math
 import os
@@ -23,6 +24,7 @@ from typing import NoReturn, TextIO
 import zmq
 
 from miles_spmd.protocol.dealer import Dealer
+from miles_spmd.protocol.last_words import say
 from miles_spmd.protocol.messages import Heartbeat
 from miles_spmd.protocol.pipe import EXIT_SECONDS, Credentials
 from miles_spmd.types.phase import Phase
@@ -47,14 +49,25 @@ class Watchdog(threading.Thread):
     """``terminal`` receives warnings and the last line of a worker that ends on its own; ``stacks`` the stack of every
     thread when a deadline is missed. ``controller`` is given on rank 0, whose child it is.
 
+    ``beside_controller``: on a rank of the first node, whose other processes know better why the controller is gone.
+
     Construct it in the main thread: it takes over SIGTERM and SIGINT.
     """
 
-    def __init__(self, rank: int, terminal: TextIO, stacks: Path, controller: ControllerProcess | None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        terminal: TextIO,
+        stacks: Path,
+        controller: ControllerProcess | None,
+        *,
+        beside_controller: bool = False,
+    ) -> None:
         super().__init__(name="watchdog", daemon=True)
         self._detail = ""
         self._doing = Doing(Phase.START, 0)
         self._rank, self._terminal, self._stacks, self._controller = rank, terminal, stacks, controller
+        self._silent_loss = beside_controller
         self._parent = os.getppid()
         self._dealer: Dealer | None = None
         self._lost_since: float | None = None  # monotonic: when the connection to the controller closed
@@ -118,7 +131,7 @@ class Watchdog(threading.Thread):
             if os.getppid() != self._parent:  # an orphan is adopted by another process
                 self._leave("the launcher died")
             if self._lost_since is not None and time.monotonic() > self._lost_since + LOST_GRACE:
-                self._exit(1, "lost the controller")
+                self._exit(1, "" if self._silent_loss else "lost the controller")
 
     def _listen(self, until: float) -> None:
         """Wait until then, or until something happens."""
@@ -147,7 +160,7 @@ class Watchdog(threading.Thread):
             self._dealer.try_send(Heartbeat(self._rank, phase, self._doing.step, detail))
 
     def _dump_stacks(self) -> None:
-        with self._stacks.open("a") as file:
+        with contextlib.suppress(OSError), self._stacks.open("a") as file:  # this thread has to live on a full disk
             file.write(f"--- {time.strftime('%F %T')} {self._doing.phase}, step {self._doing.step}: deadline missed\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
@@ -157,15 +170,11 @@ class Watchdog(threading.Thread):
     def _leave(self, reason: str) -> NoReturn:
         """End after a signal or the launcher's death. The controller prints the reason, once for all ranks."""
         self._send_heartbeat(Phase.STOP, reason)
-        if self._controller is not None:
-            self._controller.stop(reason)
-        self._exit(1)
+        self._exit(1, "" if self._controller is None else self._controller.stop(reason))
 
     def _controller_ended(self, controller: ControllerProcess) -> NoReturn:
         status = controller.wait(EXIT_SECONDS)
-        if status >= 0:
-            self._exit(status or 1)  # it has printed the reason
-        self._exit(1, f"the controller (pid {controller.pid}) was killed by {signal.Signals(-status).name}")
+        self._exit(max(status, 1), controller.killed(status))
 
     def _exit(self, status: int, line: str = "") -> NoReturn:
         if self._dealer is not None:
@@ -173,10 +182,7 @@ class Watchdog(threading.Thread):
         if line:
             doing = self._doing
             place = doing.phase if doing.phase is Phase.START else f"{doing.phase}, step {doing.step}"
-            print(
-                f"miles-spmd: rank {self._rank} ({socket.gethostname()}), {place}: {printable(line, MAX_LINE)}",
-                file=self._terminal,
-            )
+            say(f"rank {self._rank} ({socket.gethostname()}), {place}: {line}", self._terminal)
         self._terminal.flush()
         sys.stdout.flush()
         os._exit(status)

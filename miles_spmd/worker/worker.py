@@ -186,7 +186,10 @@ class Worker:
 
     @execute.register
     def _export(self, command: commands.ExportModel) -> results.Ok:
-        self.roles.actor.export(command.path, self._config.model.hf_checkpoint)
+        try:
+            self.roles.actor.export(command.path, self._config.model.hf_checkpoint)
+        except ValueError as error:  # on all ranks at once: they can still save what could not be exported
+            return results.Ok({"problem": str(error)})
         return results.Ok()
 
     # --- the device --------------------------------------------------------------------------------------------------

@@ -120,6 +120,26 @@ def test_a_rank_that_never_connects_is_named(cluster: Make) -> None:
     assert lines[2] == "  rank 2: start, never connected"
 
 
+def test_a_signal_that_comes_with_an_event_does_not_lose_it(cluster: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its handler runs in the main thread whichever thread took the signal, also between two frames of a message."""
+    c = cluster()
+    received = c.router.receive
+
+    def interrupted(timeout: float) -> Any:
+        event = received(timeout)
+        if event is not None:
+            c.workers.interrupt(KeyboardInterrupt())
+        return event
+
+    c.add(0)
+    monkeypatch.setattr(c.router, "receive", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        c.workers.wait_ready()
+    with pytest.raises(KeyboardInterrupt):  # between events it is raised at once
+        c.workers.interrupt(KeyboardInterrupt())
+    assert c.workers.explain("stopped by SIGINT") == "start: stopped by SIGINT; rank 1 had not connected"
+
+
 # --- calls -----------------------------------------------------------------------------------------------------------
 
 

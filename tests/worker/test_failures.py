@@ -33,9 +33,11 @@ class Launched:
     forked from one with all imports, or ``preloaded`` is false and it starts as a user starts it. They are found by
     their working directory, which each inherits."""
 
-    def __init__(self, folder: Path, config: Path, *deed: str, preloaded: bool = True) -> None:
+    def __init__(
+        self, folder: Path, config: Path, *deed: str, preloaded: bool = True, ranks: int = 2, file_kib: int = 0
+    ) -> None:
         self.folder, self.run_dir = folder, folder / "runs" / "tiny"
-        command = ["-m", "miles_spmd", "train", str(config), "--nproc-per-node", "2"]
+        command = ["-m", "miles_spmd", "train", str(config), "--nproc-per-node", str(ranks)]
         if deed:
             torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
             command = [*torchrun, str(Path(__file__).with_name("held.py")), str(config), *deed]
@@ -45,8 +47,9 @@ class Launched:
             self.launcher = forked.start(command, folder, environment, folder / "stdout", folder / "stderr")
             return
         with (folder / "stderr").open("wb") as stderr, (folder / "stdout").open("wb") as stdout:
+            limit = f"ulimit -f {file_kib}; " if file_kib else ""
             self.launcher = subprocess.Popen(
-                [sys.executable, *command],
+                ["bash", "-c", f'{limit}exec "$0" "$@"', sys.executable, *command],
                 env=environment,
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
@@ -76,6 +79,26 @@ class Launched:
         self._wait_for(lambda: held.exists() or self.launcher.poll() is not None, START_SECONDS)
         assert held.exists(), self.report()
         return int(held.read_text())
+
+    def wait_for_steps(self, steps: int) -> None:
+        metrics = self.run_dir / "metrics.jsonl"
+        self._wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > steps, START_SECONDS)
+
+    def wait_for_process(self, rank: int | None) -> int:
+        """The process of this rank as soon as there is one; None: the controller."""
+
+        def look() -> list[int]:
+            found = []
+            for pid in self.processes():
+                with contextlib.suppress(OSError):  # it has ended meanwhile
+                    command, environment = (Path(f"/proc/{pid}/{n}").read_bytes() for n in ("cmdline", "environ"))
+                    of_rank = b"miles_spmd\0train" in command and f"\0RANK={rank}\0".encode() in environment
+                    if of_rank or (rank is None and b"miles_spmd.controller" in command):
+                        found.append(pid)
+            return found
+
+        self._wait_for(lambda: bool(look()), START_SECONDS)
+        return look()[0]
 
     def wait_for_ranks(self) -> list[int]:
         """The processes of all ranks as soon as they take care of signals."""
@@ -135,11 +158,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launch(tmp_path: Path, checkpoint: Path) -> Iterator[Callable[..., Launched]]:
     launched: list[Launched] = []
 
-    def start(*deed: object, preloaded: bool = True, **changes: dict[str, Any]) -> Launched:
+    def start(
+        *deed: object, preloaded: bool = True, ranks: int = 2, file_kib: int = 0, **changes: dict[str, Any]
+    ) -> Launched:
         changes["rollout"] = {"engine": REFERENCE_ENGINE} | changes.get("rollout", {})
         changes["determinism"] = {"parity": "off"}  # not for that engine, and a run would say so
         config = write_config(tmp_path, checkpoint, **changes)
-        launched.append(Launched(tmp_path, config, *map(str, deed), preloaded=preloaded))
+        more: dict[str, Any] = {"preloaded": preloaded, "ranks": ranks, "file_kib": file_kib}
+        launched.append(Launched(tmp_path, config, *map(str, deed), **more))
         return launched[-1]
 
     yield start
@@ -244,6 +270,50 @@ def test_a_killed_launcher_leaves_nothing_behind(launch: Launch) -> None:
     assert run.finish() == "train, step 0: the launcher died"
 
 
+@pytest.mark.parametrize(
+    ("rank", "ranks", "says"),
+    [
+        (None, 1, "start: the controller (pid {pid}) was killed by SIGKILL"),
+        (0, 1, "rank 0 (pid {pid}) was killed by SIGKILL, and no process of the run said why"),
+        pytest.param(1, 2, "rank 1 (pid {pid}) was killed by SIGKILL, ", marks=pytest.mark.slow),
+    ],
+)
+def test_a_process_killed_while_it_imports_is_named(launch: Launch, rank: int | None, ranks: int, says: str) -> None:
+    run = launch(preloaded=False, ranks=ranks)
+    pid = run.wait_for_process(rank)
+    os.kill(pid, signal.SIGKILL)
+    assert says.format(pid=pid) in run.finish(START_SECONDS)
+
+
+# --- the disk is full ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file_kib", [8, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_full_disk_is_one_message(launch: Launch, file_kib: int) -> None:
+    """Here a limit of every file's size. A message names the file, what is written is whole, nothing is a traceback."""
+    many = {"num_rollout": 1000}
+    run = launch(preloaded=False, ranks=1, file_kib=file_kib, run=many, telemetry={"use_tensorboard": True})
+    message = run.finish(START_SECONDS)
+    assert "OSError: [Errno 27] File too large: " in message
+    assert message.split(" (traceback in ")[0].endswith("raise the limit, and continue with checkpoint.resume=true")
+    assert "Traceback" not in run.stderr()
+    chain = (run.run_dir / "ledger" / "chain.jsonl").read_bytes()
+    assert chain.endswith(b"}\n") or not chain
+
+
+def test_an_export_that_fails_leaves_a_checkpoint(launch: Launch, tmp_path: Path) -> None:
+    """Something stands in its way that was not there at the start."""
+    export = tmp_path / "export"
+    run = launch(run={"num_rollout": 30}, checkpoint={"export_final": True, "export_dir": str(export)})
+    run.wait_for_steps(1)
+    (tmp_path / ".export.partial").write_text("a file in the place of a folder")
+    message = run.finish()
+    assert message.startswith(f"checkpoint, step 30: ExportError: {export}: export failed: ")
+    saved = run.run_dir / "checkpoints" / "step_000030"
+    assert f"`miles-spmd export {saved} OUT`" in message
+    assert (saved / "controller.json").is_file()
+
+
 # --- somebody stops it -----------------------------------------------------------------------------------------------
 
 
@@ -261,6 +331,19 @@ def test_ctrl_c_ends_the_run(launch: Launch) -> None:
     assert run.finish() == "rollout, step 0: stopped by SIGINT"
     assert "Traceback" not in run.stderr()
     assert run.launcher.returncode == 128 + signal.SIGINT
+
+
+def test_ctrl_c_leaves_a_report_and_says_how_to_go_on(launch: Launch) -> None:
+    run = launch(run={"num_rollout": 10000}, checkpoint={"export_final": False, "save_interval": 1})
+    run.wait_for_steps(3)
+    os.killpg(run.launcher.pid, signal.SIGINT)
+    assert "stopped by SIGINT" in run.finish()
+    said = (run.folder / "stdout").read_text()
+    assert f"report:     {run.run_dir}/report.html\n" in said
+    assert (run.run_dir / "report.html").is_file()
+    assert f"checkpoint: {run.run_dir}/checkpoints/step_0" in said
+    assert f"miles-spmd train {run.run_dir}/config.toml checkpoint.resume=true --nproc-per-node 2\n" in said
+    assert len(run.stderr().splitlines()) == 1  # no library speaks
 
 
 # --- something raises or hangs ---------------------------------------------------------------------------------------

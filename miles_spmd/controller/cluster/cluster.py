@@ -38,6 +38,7 @@ class Cluster:
         self._table = RankTable(world_size)
         self._listener = Listener(router, self._table, deadlines.heartbeat_timeout, config_digest, log_dir)
         self._ids = itertools.count()
+        self._purpose = ""
         self._ready = False
         self._expect(None, range(world_size), Phase.START, 0)
 
@@ -82,6 +83,15 @@ class Cluster:
         session.end()
         self._finish()
 
+    @contextmanager
+    def doing(self, purpose: str) -> Iterator[None]:
+        """Errors of the commands in the block name their ``purpose``."""
+        self._purpose = purpose
+        try:
+            yield
+        finally:
+            self._purpose = ""
+
     def take_memory(self) -> dict[str, float]:
         """Return the metrics ``memory/...`` of the commands since the last call, each the maximum over ranks."""
         taken, self._memory = self._memory, {}
@@ -97,6 +107,10 @@ class Cluster:
     def place(self) -> str:
         """Phase and step of the last command, for messages."""
         return self._listener.call.place
+
+    def interrupt(self, error: BaseException) -> None:
+        """Raise ``error``, for the handler of a signal, now or as soon as no event from a rank is lost by it."""
+        self._listener.interrupt(error)
 
     def explain(self, reason: str) -> str:
         """The reason why the run ends after the controller was told to stop for ``reason``: an error of a rank, if
@@ -123,7 +137,9 @@ class Cluster:
     def _expect(self, kind: type[Command] | None, ranks: Sequence[int], phase: Phase, step: int) -> None:
         seconds = getattr(self._deadlines, phase.deadline)
         end = time.monotonic() + seconds
-        self._listener.call = PendingCall(next(self._ids), kind, ranks, phase, step, seconds, end)
+        self._listener.call = PendingCall(
+            next(self._ids), kind, ranks, phase, step, seconds, end, purpose=self._purpose
+        )
 
     def send(self, command: Command, ranks: Sequence[int]) -> None:
         """Send a command as part of the call under way. Raises a WorkerError when a rank is gone."""

@@ -6,7 +6,6 @@ explains the others is raised.
 
 from __future__ import annotations
 
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,7 +18,6 @@ from miles_spmd.protocol.router import Peer, Router
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.request import Output
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CHECK_EVERY = 0.25  # seconds between looks at the clock
 MAX_LINES = 32  # of a report on ranks
 STACKS_GRACE = 1.0  # seconds past a deadline in which the ranks write their stacks and a last heartbeat
@@ -123,7 +121,7 @@ class PendingCall:
     seconds: float
     end: float  # monotonic
     replies: dict[int, Hello | Reply] = field(default_factory=dict)
-    purpose: str = ""  # of a rollout that is not for training
+    purpose: str = ""  # of what is not for training
 
     @property
     def done(self) -> bool:
@@ -151,6 +149,8 @@ class Listener:
         self.call = PendingCall(0, None, [], Phase.START, 0, 0.0, 0.0)
         self.completed: deque[Output] = deque()
         self._errors: list[WorkerError] = []
+        self._receiving = False
+        self._interruption: BaseException | None = None
         self._next_check = 0.0  # monotonic
 
     def wait(self, done: Callable[[], bool]) -> None:
@@ -179,6 +179,14 @@ class Listener:
         stops = [e for e in self._errors if isinstance(e, WorkerStoppedError)]
         return next(iter([*deaths, *stops, *self._errors]), None)
 
+    def interrupt(self, error: BaseException) -> None:
+        """Raise ``error``, for the handler of a signal; where an event is being received, as soon as it is handled. An
+        event that was read in part must not be lost, and to block signals in the main thread does not prevent that:
+        another thread takes them, and Python then calls the handler in the main thread all the same."""
+        if not self._receiving:
+            raise error
+        self._interruption = error
+
     def stopped(self, reason: str) -> WorkerStoppedError:
         """The error of a run that is stopped from outside."""
         absent = ", ".join(str(rank) for rank, state in enumerate(self._table.states) if not state.heard)
@@ -186,16 +194,18 @@ class Listener:
         return WorkerStoppedError(f"{self.call.place}: {reason}{suffix}")
 
     def _receive(self, timeout: float) -> bool:
-        """Handle one event; returns whether there was one. Signals are held back meanwhile: their handlers raise, and
-        an event that was read from the socket must not be lost to that."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        """Handle one event; returns whether there was one."""
+        self._receiving = True
         try:
             event = self._router.receive(timeout)
             if event is not None:
                 self._handle(*event)
-            return event is not None
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            self._receiving = False
+        if self._interruption is not None:
+            error, self._interruption = self._interruption, None
+            raise error
+        return event is not None
 
     def _check_time(self) -> None:
         now = time.monotonic()

@@ -28,7 +28,7 @@ from miles_spmd.types.role import Role
 WITHOUT_EFFECT: dict[str, Any] = {
     "telemetry": True,
     "deadlines": True,
-    "run": {"name", "output_dir"},
+    "run": {"name", "output_dir", "overwrite"},
     "reward": {"reward_timeout", "reward_memory_gib", "reward_workers"},
     "refit": {"refit_checksums", "refit_bucket_mib"},
     "checkpoint": {"save_interval", "save_final", "export_final", "export_dir", "load", "resume"},

@@ -147,7 +147,8 @@ class Policy:
         metrics: dict[str, float] = {}
         with self._journal.timed("eval"):
             for name, pairs in sets.items():
-                metrics |= self._models.preference_metrics(step, name, pairs)
+                with self._cluster.doing(f"evaluation of {name}"):
+                    metrics |= self._models.preference_metrics(step, name, pairs)
         self._journal.publish(events.EvaluationFinished(step, metrics, {}))
 
     def bisect(self, step: int, samples: Sequence[Sample], request: Callable[[Sample, int], Request]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -10,10 +11,12 @@ from miles_spmd.controller.checkpoints import newest, read
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.loops.sync import advance
 from miles_spmd.controller.parts import RunParts
+from miles_spmd.controller.run_folder import in_folder, override
 from miles_spmd.ledger import step_data
 from miles_spmd.ledger.chain import LedgerError, links
 from miles_spmd.ledger.entries import Step
 from miles_spmd.protocol.pipe import Replay
+from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
 
 
 def replay(run: RunParts, order: Replay) -> None:
@@ -56,7 +59,11 @@ def plan(run_dir: Path, step: int, phase: Literal["rollout", "train"] | None) ->
 
 
 def plan_bisection(run_dir: Path, step: int) -> tuple[Replay, list[str]]:
-    """Return the same for the steps before ``step`` and its rollout; the run need not have finished that step."""
+    """Return the same for the steps before ``step`` and its rollout; the run need not have finished that step. Raises
+    LedgerError where it did not begin it."""
+    steps = _begun(run_dir)
+    if step >= steps:
+        raise LedgerError(f"{run_dir} has no step {step}: it has begun the steps 0 to {steps - 1}")
     checkpoint = newest(run_dir, up_to=step)
     first = 0 if checkpoint is None else read(checkpoint).step
     # Operators are observed by hooks of their modules, which neither CUDA graphs nor sharded activations call.
@@ -65,10 +72,20 @@ def plan_bisection(run_dir: Path, step: int) -> tuple[Replay, list[str]]:
     return Replay(str(run_dir), first, step, "rollout"), overrides
 
 
+def _begun(run_dir: Path) -> int:
+    """Return how many steps the run in ``run_dir`` has begun, by its metrics."""
+    try:
+        reported = read_metrics(run_dir / METRICS_FILE)
+        length = tomllib.loads((run_dir / "config.toml").read_text())["run"]["num_rollout"]
+    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+        raise LedgerError(f"{run_dir} is not the folder of a run: {error}") from None
+    # metrics are reported before the first step and after each; the step after the last report may have failed
+    return min(max(reported, default=0) + 1, length)
+
+
 def _overrides(run_dir: Path, name: str, checkpoint: Path | None) -> list[str]:
     overrides = [
-        f"run.output_dir={run_dir.absolute().parent}",
-        f"run.name={run_dir.absolute().name}-{name}",
+        *in_folder(run_dir, f"-{name}"),
         "telemetry.use_tensorboard=false",
         "telemetry.use_wandb=false",
         "eval.eval_interval=0",
@@ -79,5 +96,5 @@ def _overrides(run_dir: Path, name: str, checkpoint: Path | None) -> list[str]:
         "determinism.ledger=true",
     ]
     if checkpoint is not None:
-        overrides.append(f"checkpoint.load={checkpoint.absolute()}")
+        overrides.append(override("checkpoint.load", checkpoint.absolute()))
     return overrides

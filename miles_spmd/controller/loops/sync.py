@@ -24,7 +24,7 @@ def train(run: RunParts) -> None:
         run.checkpoints.save(step + 1, run.journal)
         run.journal.report(step + 1)
     if checkpoint.export_final:
-        run.checkpoints.export()
+        run.checkpoints.export_at_end(run.journal)
 
 
 def advance(run: RunParts, step: int) -> None:

@@ -1,0 +1,228 @@
+"""The folder of a run before anything is written into it: whether a run may begin there, and the lock that holds it.
+
+A folder with results of an earlier run is not touched unless the configuration says what is to become of them:
+``checkpoint.resume`` continues them, ``run.overwrite`` deletes them. What a run left that failed before its first
+result is in nobody's way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from miles_spmd.config import Config
+from miles_spmd.config.load import dump_config
+from miles_spmd.controller.checkpoints import EXPORT, newest
+from miles_spmd.controller.checkpoints import FOLDER as CHECKPOINTS
+from miles_spmd.ledger.chain import FOLDER as LEDGER
+from miles_spmd.telemetry.environment import ENVIRONMENT_FILE, write_environment
+from miles_spmd.telemetry.report import REPORT_FILE, write_report
+from miles_spmd.telemetry.trackers import METRICS_FILE, TENSORBOARD_FOLDER, read_metrics
+from miles_spmd.telemetry.transcripts import ROLLOUTS_FILE, TRANSCRIPTS_FILE
+from miles_spmd.types.files import write_whole
+
+CONFIG_FILE, LOCK_FILE = "config.toml", "lock"
+# All that a run writes, except for its logs, to which every attempt appends.
+WRITTEN = (METRICS_FILE, TRANSCRIPTS_FILE, ROLLOUTS_FILE, REPORT_FILE, LEDGER, CHECKPOINTS, TENSORBOARD_FOLDER, EXPORT)
+HAS_RESULTS = ("train", "eval")  # the others: an export, and repetitions in folders that are named after a run's
+
+
+class RunFolderError(RuntimeError):
+    """A run cannot begin in its folder: why, and what to do."""
+
+
+def of_task(config: Config, task: str) -> Config:
+    """Return ``config`` with the folder and the checkpoint that ``task`` works with. An evaluation stands beside the
+    training run of the same recipe, and scores that run's newest checkpoint where it is to resume."""
+    if task != "eval":
+        return config
+    tables: dict[str, Any] = {"run": config.run.model_copy(update={"name": f"{config.run.name}-eval"})}
+    if config.checkpoint.resume:
+        load = newest(config.run_dir)
+        if load is None:
+            raise RunFolderError(
+                f"checkpoint.resume: {config.run_dir} has no checkpoint to evaluate; name one with checkpoint.load, or "
+                "leave checkpoint.resume out to evaluate model.hf_checkpoint"
+            )
+        tables |= {"checkpoint": config.checkpoint.model_copy(update={"load": load, "resume": False})}
+    return config.model_copy(update=tables)
+
+
+def in_folder(run_dir: Path, suffix: str = "") -> list[str]:
+    """Return the overrides by which the configuration in ``run_dir`` means that folder, wherever it was copied or moved
+    to, or the one beside it with ``suffix`` in its name."""
+    folder = run_dir.absolute()
+    return [override("run.output_dir", folder.parent), override("run.name", folder.name + suffix)]
+
+
+def override(setting: str, path: Path | str) -> str:
+    """Return an override that is read as text, also where a path looks like a number or a list."""
+    return f"{setting}={json.dumps(str(path), ensure_ascii=False)}"
+
+
+def check(config: Config, task: str) -> None:
+    """Raise RunFolderError where ``task`` may not begin, or could not write what it has to. Touches nothing."""
+    folder = config.run_dir
+    places = {"run.output_dir and run.name": folder}
+    if task == "export" or (task == "train" and config.checkpoint.export_final):
+        places["checkpoint.export_dir"] = config.checkpoint.export_dir or folder / EXPORT
+    for setting, place in places.items():
+        try:
+            _try_to_write(place)
+        except OSError as error:
+            raise RunFolderError(f"{setting}: cannot write into {place}: {error.strerror}") from None
+    if task not in HAS_RESULTS:
+        return
+    _lock(folder, keep=False)
+    if (folder / CONFIG_FILE).exists() and not (folder / ENVIRONMENT_FILE).exists():
+        raise RunFolderError(
+            f"run.name: {folder} is not the folder of a run, but has a {CONFIG_FILE}, which the run would overwrite; "
+            "choose another run.name"
+        )
+    if config.run.overwrite:
+        _check_inputs(config)
+    check_results(config, task)
+
+
+def check_results(config: Config, task: str) -> None:
+    """Raise RunFolderError where ``task`` would mix its results with those of an earlier run. Until all ranks have met,
+    the first rank writes nothing that counts as one, so that every rank comes to the same decision."""
+    folder, keeps = config.run_dir, task in HAS_RESULTS and not config.run.overwrite
+    if keeps and not _continues(config, task) and (found := results(folder)):
+        proceed = "set checkpoint.resume=true to continue it, " if task == "train" else ""
+        raise RunFolderError(
+            f"run.name: {folder} has {found} of an earlier run; {proceed}choose another run.name to keep it, or set "
+            "run.overwrite=true to delete it"
+        )
+
+
+def claim(config: Config, task: str) -> TextIO | None:
+    """Check, make the folder, and delete what is not to be continued. Returns a lock, which ends with this process at
+    the latest; None for an export, which may take place while the run goes on. Raises RunFolderError."""
+    check(config, task)
+    if task == "export":
+        return None
+    folder = config.run_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder, keep=True)
+    for name in () if _continues(config, task) else WRITTEN:
+        path = folder / name
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return lock
+
+
+def describe(config: Config, task: str) -> None:
+    """Write the resolved configuration, from which the run can be repeated, and its environment. Raises OSError."""
+    once = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": False})})
+    write_whole(config.run_dir / CONFIG_FILE, dump_config(once).encode())
+    write_environment(config.run_dir, task)
+
+
+def results(folder: Path) -> str:
+    """Return in words what a run has left in ``folder`` that is worth keeping, "" if nothing."""
+    found = []
+    metrics = folder / METRICS_FILE
+    if steps := read_metrics(metrics) if metrics.is_file() else {}:
+        found.append(f"the metrics of {max(steps)} steps" if max(steps) else "metrics")
+    if saved := sorted(path.name for path in (folder / CHECKPOINTS).glob("step_*")):
+        found.append(f"checkpoints up to {saved[-1]}")
+    if any((folder / EXPORT).glob("*")):
+        found.append("an export")
+    return " and ".join(filter(None, [", ".join(found[:-1]), *found[-1:]]))
+
+
+def outcome(config: Config, task: str, world_size: int, *, finished: bool) -> list[str]:
+    """Write the report of a run that has ended, and return the lines that say what it leaves and how it goes on."""
+    folder, lines = config.run_dir, []
+    if task in HAS_RESULTS and results(folder):
+        try:
+            report = write_report(folder, lambda problem: lines.append(f"damaged:    {problem}"))
+            lines.append(f"report:     {report}")
+        except Exception as error:  # whatever it is, the run has ended as it did
+            lines.append(f"no report:  {error}; `miles-spmd report {folder}` tries again")
+    if finished and (task == "export" or (task == "train" and config.checkpoint.export_final)):
+        lines.append(f"export:     {config.checkpoint.export_dir or folder / EXPORT}")
+    if task != "train" or not lines:
+        return lines
+    resume = f"miles-spmd train {shlex.quote(str(folder / CONFIG_FILE))} checkpoint.resume=true"
+    if world_size > 1:
+        resume += f" --nproc-per-node {world_size}"
+    if checkpoint := newest(folder):
+        lines.append(f"checkpoint: {checkpoint}")
+        lines.append(f"continue:   {resume}{' num_rollout=N' if finished else ''}")
+    elif not finished:
+        lines.append("checkpoint: none, so the run cannot be continued; checkpoint.save_interval asks for some")
+    return lines
+
+
+def _continues(config: Config, task: str) -> bool:
+    """Return whether the results in the folder are those that the run goes on from."""
+    load, folder = config.checkpoint.load, config.run_dir
+    own = load is not None and load.absolute().is_relative_to(folder.absolute())
+    return task == "train" and (config.checkpoint.resume or own) and not config.run.overwrite
+
+
+def _check_inputs(config: Config) -> None:
+    """Raise RunFolderError where the run reads something that ``run.overwrite`` would delete."""
+    sources = [config.data.prompt_data, *config.eval.eval_prompt_data.values()]
+    read = [*config.model.checkpoints, *(Path(re.sub(r"@\[[^\]]*\]$", "", source)) for source in sources)]
+    if config.checkpoint.load is not None:
+        read.append(config.checkpoint.load)
+    deleted = [(config.run_dir / name).resolve() for name in WRITTEN]
+    for path in read:
+        if any(path.resolve().is_relative_to(folder) for folder in deleted):
+            raise RunFolderError(
+                f"run.overwrite: would delete {path}, which this run reads; choose another run.name, or move it"
+            )
+
+
+def _lock(folder: Path, *, keep: bool) -> TextIO | None:
+    """Take the folder's lock, and return it unless it is not to be kept. Raises RunFolderError where another process
+    has it."""
+    path = folder / LOCK_FILE
+    if not keep and not path.exists():
+        return None
+    lock = path.open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        with lock:
+            raise RunFolderError(
+                f"run.name: another run is writing into {folder} ({lock.read().strip()}); wait for its end, or choose "
+                "another run.name"
+            ) from None
+    except OSError:
+        pass  # a file system without locks
+    if not keep:
+        lock.close()
+        return None
+    lock.truncate(0)
+    lock.write(f"pid {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}\n")
+    lock.flush()
+    return lock
+
+
+def _try_to_write(folder: Path) -> None:
+    """Write a file into ``folder``, and leave everything as it was. Raises OSError."""
+    made: list[Path] = []
+    try:
+        for path in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
+            path.mkdir()
+            made.append(path)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0")
+    finally:
+        for path in reversed(made):
+            path.rmdir()

@@ -1,0 +1,54 @@
+"""Files that are whole whatever happens, and disks that are full."""
+
+from __future__ import annotations
+
+import errno
+import os
+from io import FileIO
+from pathlib import Path
+
+FULL = {number: os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
+
+
+class AppendedFile:
+    """A file that consists of whole lines: each call writes all of its bytes, or none and raises OSError.
+
+    It is unbuffered, so that a killed process leaves what it has written. A plain ``write`` of such a file may end in
+    the middle of a line where the disk is full, which only its result tells.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.file = FileIO(path, "a")
+
+    def append(self, data: bytes) -> None:
+        before = os.fstat(self.file.fileno()).st_size
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self.file.write(rest) or 0 :]
+        except OSError as error:
+            self.file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is complete or, after an error, what it was before. Raises OSError, which names it."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with scratch.open("wb") as file:
+            file.write(content)
+        scratch.replace(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def is_full(message: str) -> bool:
+    """Return whether an error with this message is about room for a file: a full disk, a quota, or the
+    limit of a file's size (``ulimit -f``)."""
+    return any(text in message for text in FULL.values())

@@ -1,0 +1,85 @@
+"""Files on a disk that is full: whole lines or none, and an error that names the file."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from miles_spmd.ledger.chain import Chain
+from miles_spmd.ledger.entries import Saved
+from miles_spmd.telemetry.trackers import JsonlTracker, TensorBoardTracker
+from miles_spmd.types.files import AppendedFile, is_full, write_whole
+from miles_spmd.worker.main import Log
+
+LIMIT = 1000
+
+
+@contextmanager
+def small_files() -> Iterator[None]:
+    """As after ``ulimit -f``: a write past the limit is cut short, and the next one fails. So it is on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def repeat(write: Callable[[int], None]) -> None:
+    for step in range(LIMIT):
+        write(step)
+
+
+def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    file = AppendedFile(path)
+    file.append(b"first\n")
+    with small_files(), pytest.raises(OSError, match="lines") as error:
+        file.append(b"x" * LIMIT + b"\n")
+    assert is_full(str(error.value))
+    assert path.read_bytes() == b"first\n"
+    file.append(b"second\n")
+    file.close()
+    assert path.read_bytes() == b"first\nsecond\n"
+
+
+def test_metrics_and_ledger_end_with_a_whole_line(tmp_path: Path) -> None:
+    tracker, chain = JsonlTracker(tmp_path / "metrics.jsonl"), Chain(tmp_path, None)
+    with small_files():
+        with pytest.raises(OSError, match=r"metrics\.jsonl"):
+            repeat(lambda step: tracker.log(step, {"train/loss": 0.5}))
+        with pytest.raises(OSError, match=r"chain\.jsonl"):
+            repeat(lambda step: chain.append(Saved(step, {}, {})))
+    for file in (tmp_path / "metrics.jsonl", tmp_path / "ledger" / "chain.jsonl"):
+        content = file.read_bytes()
+        assert LIMIT / 2 < len(content) <= LIMIT
+        assert content.endswith(b"}\n")
+
+
+def test_tensorboard_fails_where_it_writes(tmp_path: Path) -> None:
+    tracker = TensorBoardTracker(tmp_path)
+    with small_files(), pytest.raises(OSError, match="File too large"):
+        repeat(lambda step: tracker.log(step, {"train/loss": 0.5}))
+
+
+def test_a_file_keeps_its_content_where_it_cannot_be_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write_whole(path, b"old")
+    with small_files(), pytest.raises(OSError, match=r"report\.html"):
+        write_whole(path, b"x" * 2 * LIMIT)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("report.html", b"old")]
+
+
+def test_a_log_that_is_full_is_reported_later(tmp_path: Path) -> None:
+    """Not by whatever line prints, which may be one that reports another error."""
+    log = Log(tmp_path / "rank-0.log", "a")
+    log.path = tmp_path / "rank-0.log"
+    with small_files():
+        for _ in range(LIMIT):
+            log.write(b"ten bytes\n")
+    with pytest.raises(OSError, match=r"rank-0\.log"):
+        log.check()
