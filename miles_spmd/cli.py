@@ -12,6 +12,7 @@ import typer
 
 from miles_spmd import launcher
 from miles_spmd.launcher import Overrides, Processes
+from miles_spmd.types.printable import MAX_LINE, printable
 
 if TYPE_CHECKING:
     from miles_spmd.config import Config
@@ -110,7 +111,7 @@ def report(
     from miles_spmd.telemetry.report import write_report
 
     with launcher.failing(OSError):
-        typer.echo(write_report(run_dir))
+        typer.echo(write_report(run_dir, launcher.warn))
 
 
 @ledger.command("verify")
@@ -132,11 +133,11 @@ def diff(a: RunFolder, b: Annotated[Path, typer.Argument(help="Folder of another
 
     Exit status 0: there is none, 1: there is one, 2: error.
     """
-    from miles_spmd.ledger.chain import LedgerError, read_record
+    from miles_spmd.ledger.chain import LedgerError, verify
     from miles_spmd.ledger.compare import compare
 
     with launcher.failing(LedgerError, code=2):
-        raise typer.Exit(_print_comparison(compare(read_record(a), read_record(b))))
+        raise typer.Exit(_print_comparison(compare(verify(a), verify(b))))
 
 
 @app.command()
@@ -267,9 +268,9 @@ def _print_comparison(comparison: Comparison, terminal: TextIO | None = None) ->
     """Print the result of a comparison and return the exit status that stands for it."""
     for kind, conditions in (("differs", comparison.conditions), ("layout", comparison.layout)):
         for condition in conditions:
-            typer.echo(f"{kind}: {condition}", terminal)
+            typer.echo(printable(f"{kind}: {condition}", MAX_LINE), terminal)
     found = f"first difference: {comparison.difference}"
     if comparison.equal:
         found = "no difference, except for the layout" if comparison.layout else "no difference"
-    typer.echo(f"steps {comparison.steps[0]} to {comparison.steps[-1]}: {found}", terminal)
+    typer.echo(printable(f"steps {comparison.steps[0]} to {comparison.steps[-1]}: {found}", MAX_LINE), terminal)
     return 0 if comparison.equal else 1

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from miles_spmd.types.printable import MAX_LINE, printable
+
 if TYPE_CHECKING:
     from miles_spmd.config import Config
     from miles_spmd.protocol.pipe import Replay
@@ -102,7 +104,7 @@ def start(
     with lock:
         if os.environ["RANK"] == "0" and task != "export":
             with failing(OSError):
-                describe(config)
+                describe(config, task)
         return config, worker(config, task, replay)
 
 
@@ -146,7 +148,7 @@ def resolve(config: Config, capabilities: Collection[str] | None) -> Config:
 def warn(message: str) -> None:
     """Print a warning, on the first rank only."""
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(f"miles-spmd: warning: {message}", err=True)
+        typer.echo(f"miles-spmd: warning: {printable(message, MAX_LINE)}", err=True)
 
 
 def fail(message: str, code: int = 1) -> NoReturn:

@@ -117,7 +117,13 @@ def test_train_export_evaluate_report(recipe: Path, folder: Path) -> None:
     done = forked.run("-m", "miles_spmd", "eval", *evaluate, folder=folder)
     assert done.returncode == 0, done.stderr
     (row,) = map(json.loads, (folder / "runs" / "tiny-eval" / "metrics.jsonl").read_text().splitlines())
-    assert f"accuracy {row['eval/sums']:.3g}" in done.stdout
+    evaluated = folder / "runs" / "tiny-eval"
+    assert f"tiny-eval: evaluation after 0 steps  accuracy {row['eval/sums']:.3g}" in done.stdout
+    assert f"report:     {evaluated / 'report.html'}" in done.stdout
+    assert '"evaluation":true' in (evaluated / "report.html").read_text()
+    with (evaluated / "metrics.jsonl").open("ab") as file:
+        file.write(b"{")
+    assert "metrics.jsonl: 1 of 2 lines cannot be read: line 2" in miles_spmd("report", evaluated).stderr
 
     assert miles_spmd("report", folder / "runs").stdout.strip() == str(folder / "runs" / "report.html")
 

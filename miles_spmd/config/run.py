@@ -102,7 +102,7 @@ class TelemetryConfig(Table):
     wandb_project: str = "miles-spmd"
     """Project of Weights & Biases that the run belongs to."""
     num_transcripts: NonNegativeInt = 8
-    """Number of samples kept of each evaluation for the report."""
+    """Number of samples kept of each evaluation set for the report. With 0 no training responses are kept either."""
 
 
 @rule(ERRORS)

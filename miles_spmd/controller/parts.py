@@ -51,7 +51,7 @@ def open_parts(config: Config, cluster: Cluster, task: str, recorded: Path | Non
         others = [term for one in config.eval_sets for term in one.terms]
         rewards = stack.enter_context(RewardPool(config.reward, others, config.run_dir / "logs" / "rewards.log"))
         tracker = stack.enter_context(open_trackers(config))
-        progress = stack.enter_context(open_progress(config))
+        progress = stack.enter_context(open_progress(config, training=task != "eval"))
         metrics = Metrics(cluster)  # its clock starts here: the first step includes the start
         journal = Journal(metrics, [Writers(config, tracker, progress)])
         # Data before ranks: an error in a file is reported at once, not after minutes of loading weights.

@@ -28,12 +28,12 @@ from miles_spmd.ledger.chain import FOLDER as LEDGER
 from miles_spmd.telemetry.environment import ENVIRONMENT_FILE, write_environment
 from miles_spmd.telemetry.report import REPORT_FILE, write_report
 from miles_spmd.telemetry.trackers import METRICS_FILE, TENSORBOARD_FOLDER, read_metrics
-from miles_spmd.telemetry.transcripts import TRANSCRIPTS_FILE
+from miles_spmd.telemetry.transcripts import ROLLOUTS_FILE, TRANSCRIPTS_FILE
 from miles_spmd.types.files import write_whole
 
 CONFIG_FILE, LOCK_FILE = "config.toml", "lock"
 # All that a run writes, except for its logs, to which every attempt appends.
-WRITTEN = (METRICS_FILE, TRANSCRIPTS_FILE, REPORT_FILE, LEDGER, CHECKPOINTS, TENSORBOARD_FOLDER, EXPORT)
+WRITTEN = (METRICS_FILE, TRANSCRIPTS_FILE, ROLLOUTS_FILE, REPORT_FILE, LEDGER, CHECKPOINTS, TENSORBOARD_FOLDER, EXPORT)
 HAS_RESULTS = ("train", "eval")  # the others: an export, and repetitions in folders that are named after a run's
 
 
@@ -125,11 +125,11 @@ def claim(config: Config, task: str) -> TextIO | None:
     return lock
 
 
-def describe(config: Config) -> None:
+def describe(config: Config, task: str) -> None:
     """Write the resolved configuration, from which the run can be repeated, and its environment. Raises OSError."""
     once = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": False})})
     write_whole(config.run_dir / CONFIG_FILE, dump_config(once).encode())
-    write_environment(config.run_dir)
+    write_environment(config.run_dir, task)
 
 
 def results(folder: Path) -> str:
@@ -150,7 +150,8 @@ def outcome(config: Config, task: str, world_size: int, *, finished: bool) -> li
     folder, lines = config.run_dir, []
     if task in HAS_RESULTS and results(folder):
         try:
-            lines.append(f"report:     {write_report(folder)}")
+            report = write_report(folder, lambda problem: lines.append(f"damaged:    {problem}"))
+            lines.append(f"report:     {report}")
         except Exception as error:  # whatever it is, the run has ended as it did
             lines.append(f"no report:  {error}; `miles-spmd report {folder}` tries again")
     if finished and (task == "export" or (task == "train" and config.checkpoint.export_final)):

@@ -120,10 +120,10 @@ def _updates(
         yield from pair.items(_field, "tokens, loss weights or log-probs differ", "inputs", plural="sequences")
         yield from pair.items(_field, "advantages differ", "advantages")
         yield from pair.items(_log_probs, "log-probs of the forward pass differ", "log_probs")
-        yield from _values(here, one.sums, other.sums)
+        yield from _texts(f"{here}: ", one.sums, other.sums)
         yield from _tensors(f"{here}: gradient", names, one.gradient, other.gradient)
-        yield from _values(
-            here, *({n: getattr(side, n) for n in ("grad_norm", "lr", "skipped")} for side in (one, other))
+        yield from _texts(
+            f"{here}: ", *({n: getattr(side, n) for n in ("grad_norm", "lr", "skipped")} for side in (one, other))
         )
         yield from _tensors(f"{here}: weights after the update", names, one.weights, other.weights)
         trained[one.role] += len(unpack(one.inputs))
@@ -180,10 +180,9 @@ class Pair(NamedTuple):
         yield f"{self.where}: {name}: {describe(parts[0], parts[1], index) if all(parts) else without_data}"
 
 
-def _values(where: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
-    for name in sorted(a.keys() | b.keys()):
-        if a.get(name) != b.get(name):
-            yield f"{where}: {name} {a.get(name)} | {b.get(name)}"
+def _texts(prefix: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    names = sorted(a.keys() | b.keys())
+    return [f"{prefix}{name} {a.get(name)} | {b.get(name)}" for name in names if a.get(name) != b.get(name)]
 
 
 def _request(a: SampleData, b: SampleData, index: int) -> str:
@@ -201,9 +200,16 @@ def _response(a: SampleData, b: SampleData, index: int) -> str:
 
 
 def _reward(a: SampleData, b: SampleData, index: int) -> str:
-    values = f"reward {a.rewards[index]} | {b.rewards[index]}"
-    details = a.reward_details[index], b.reward_details[index]
-    return values if details[0] == details[1] else f"{values}, details {details[0]} | {details[1]}"
+    """Describe the reward if it differs, and the details that differ: numbers that the reward function returned beside
+    it, by their names."""
+    # as text, like their digests: NaN is equal to NaN, and 0 is not equal to -0
+    one, other = ({name: str(v) for name, v in side.reward_details[index].items()} for side in (a, b))
+    found = _texts("detail ", one, other)
+    if str(a.rewards[index]) != str(b.rewards[index]):
+        found = [f"{a.rewards[index]} | {b.rewards[index]}", *found]
+    if not found:  # equal as a table, but not as what the function returned
+        found = [f"details in another order: {', '.join(one)} | {', '.join(other)}"]
+    return f"reward {', '.join(found)}"
 
 
 def _log_probs(a: UpdateData, b: UpdateData, index: int) -> str:

@@ -17,6 +17,10 @@ Digests = bytes
 Number = float | None  # None: not finite
 
 
+class LedgerError(RuntimeError):
+    """A ledger that is missing, is inconsistent, or belongs to another run."""
+
+
 class Context(msgspec.Struct, tag="context", frozen=True):
     """The conditions of the steps from ``step`` on: the first entry, and again if a run is resumed under others."""
 

@@ -1,9 +1,14 @@
-"""The data that a step's digests were computed from: one compressed file per step, for the newest steps."""
+"""The data that a step's digests were computed from: one compressed file per step, for the newest steps.
+
+A file ends with a digest of all that is before it. So a changed bit is found in bytes, too, that decompress to the same
+data.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import ArrayLike
 
-from miles_spmd.ledger.entries import FOLDER, Digests, Samples, digest, digests
+from miles_spmd.ledger.entries import FOLDER, Digests, LedgerError, Samples, digest, digests
 from miles_spmd.types.sample import FinishReason, Prompt, Sample
 from miles_spmd.types.seeds import sample_seed
 from miles_spmd.types.train_sequence import TrainSequence
@@ -20,6 +25,7 @@ from miles_spmd.types.train_sequence import TrainSequence
 ADVANTAGES = "advantages"
 FIELDS = [name for name in TrainSequence.__struct_fields__ if name != "candidates"]  # only requested, not trained on
 LEVEL = 1  # of compression; higher ones are slower and gain little on log-probs
+DIGEST_BYTES = 16  # at the end of a file
 
 
 class Ragged(msgspec.Struct):
@@ -142,46 +148,73 @@ def path_of(run_dir: Path, step: int) -> Path:
 
 
 def read(run_dir: Path, step: int) -> StepData | None:
-    """Read the data of a step; None if the file does not exist or is incomplete."""
+    """Read the data of a step; None if the file does not exist. Raises LedgerError where it was changed."""
+    path = path_of(run_dir, step)
     try:
-        return _decoder.decode(zlib.decompress(path_of(run_dir, step).read_bytes()))
-    except (OSError, zlib.error, msgspec.DecodeError):
+        file = path.read_bytes()
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        raise LedgerError(f"{path}: {error.strerror}") from None
+    content, digest = file[:-DIGEST_BYTES], file[-DIGEST_BYTES:]
+    if _digest(content) != digest:
+        raise LedgerError(f"{path}: was changed or cut off: its digest does not follow from it")
+    try:
+        return _decoder.decode(zlib.decompress(content))
+    except msgspec.DecodeError as error:
+        raise LedgerError(f"{path}: was written by another version: {error}") from None
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
 class DataStore:
     """Writes step data in a thread, and deletes the oldest files beyond ``room`` bytes."""
 
-    def __init__(self, run_dir: Path, first_step: int, room: int) -> None:
-        """Delete the files of ``first_step`` and later ones: a resumed run repeats these steps."""
-        self._run_dir, self._room = run_dir, room
-        first = path_of(run_dir, first_step)
-        first.parent.mkdir(parents=True, exist_ok=True)
-        for path in first.parent.glob("step_*"):
-            if path.name >= first.name:
-                path.unlink()
-        self._sizes = {path: path.stat().st_size for path in sorted(first.parent.glob("step_*"))}
+    def __init__(self, run_dir: Path, first_step: int, room: int, seal: Callable[[Iterable[int]], None]) -> None:
+        """Delete the files of ``first_step`` and later ones: a resumed run repeats these steps.
+
+        ``seal`` is told which steps' data are on disk: before files are deleted, and after one was written."""
+        self._run_dir, self._room, self._seal = run_dir, room, seal
+        folder = path_of(run_dir, first_step).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in folder.glob("*.tmp"):
+            unfinished.unlink()
+        found = {int(path.name.split(".")[0].removeprefix("step_")): path for path in sorted(folder.glob("step_*.z"))}
+        self._sizes = {step: path.stat().st_size for step, path in found.items() if step < first_step}
+        seal(self._sizes)
+        for step in found.keys() - self._sizes.keys():
+            found[step].unlink()
         self._thread = ThreadPoolExecutor(1)
         self._last: Future[None] = self._thread.submit(lambda: None)
 
     def write(self, step: int, data: StepData) -> None:
         """Start writing. Raises the exception of the previous write, if it failed."""
         if self._room:
-            self._last.result()
-            self._last = self._thread.submit(self._write, path_of(self._run_dir, step), data)
+            self.wait()
+            self._last = self._thread.submit(self._write, step, data)
 
-    def close(self) -> None:
-        """Wait for the last write. Raises its exception, if it failed."""
-        self._thread.shutdown()
+    def wait(self) -> None:
+        """Return when everything is written. Raises the exception of the last write, if it failed."""
         self._last.result()
 
-    def _write(self, path: Path, data: StepData) -> None:
+    def close(self) -> None:
+        """Do as :meth:`wait`, and end the thread."""
+        self._thread.shutdown()
+        self.wait()
+
+    def _write(self, step: int, data: StepData) -> None:
         content = zlib.compress(msgspec.msgpack.encode(data, enc_hook=_encode), LEVEL)
+        path = path_of(self._run_dir, step)
         temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(content)
+        temporary.write_bytes(content + _digest(content))
         temporary.replace(path)
-        self._sizes[path] = len(content)
+        self._sizes[step] = len(content) + DIGEST_BYTES
+        oldest = []
         while sum(self._sizes.values()) > self._room:
-            oldest = next(iter(self._sizes))
-            oldest.unlink()
-            del self._sizes[oldest]
+            oldest.append(next(iter(self._sizes)))
+            del self._sizes[oldest[-1]]
+        self._seal(self._sizes)
+        for old in oldest:
+            path_of(self._run_dir, old).unlink()

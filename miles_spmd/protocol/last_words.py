@@ -13,6 +13,8 @@ import sys
 import time
 from typing import TextIO
 
+from miles_spmd.types.printable import MAX_LINE, printable
+
 VARIABLE = "MILES_SPMD_UNSAID"
 GRACE = 3.0  # seconds in which a process of the run may still say why it ends
 
@@ -24,7 +26,7 @@ def say(text: str, stream: TextIO | None = None) -> None:
             os.unlink(path)
     except FileNotFoundError:
         return
-    print(f"miles-spmd: {text}", file=stream or sys.stderr, flush=True)
+    print(f"miles-spmd: {printable(text, MAX_LINE)}", file=stream or sys.stderr, flush=True)
 
 
 def say_for_others(text: str) -> None:

@@ -35,10 +35,11 @@ class Environment(msgspec.Struct, frozen=True):
     gpus: list[Gpu]
     packages: dict[str, str]  # installed ones of PACKAGES
     cpu: str = ""
+    task: str = ""  # the verb that the run does
 
 
-def environment() -> Environment:
-    """Return the environment of this process."""
+def environment(task: str = "") -> Environment:
+    """Return the environment of this process, which does ``task``."""
     return Environment(
         python=platform.python_version(),
         system=platform.platform(),
@@ -47,6 +48,7 @@ def environment() -> Environment:
         gpus=gpus(),
         packages={name: version for name in PACKAGES if (version := installed(name)) is not None},
         cpu=_cpu(),
+        task=task,
     )
 
 
@@ -81,8 +83,8 @@ def gpus() -> list[Gpu]:
     return [Gpu(name, round(float(memory) / 1024, 1), driver, cap) for name, memory, driver, cap in rows]
 
 
-def write_environment(run_dir: Path) -> None:
-    write_whole(run_dir / ENVIRONMENT_FILE, msgspec.json.format(msgspec.json.encode(environment())))
+def write_environment(run_dir: Path, task: str) -> None:
+    write_whole(run_dir / ENVIRONMENT_FILE, msgspec.json.format(msgspec.json.encode(environment(task))))
 
 
 def read_environment(run_dir: Path) -> Environment | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -15,6 +15,7 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "rollout/raw_reward": Metric("", "Mean reward of the samples, before normalisation and shaping"),
+    "rollout/reward_std": Metric("", "Standard deviation of the rewards of a prompt's samples, mean over prompts"),
     "rollout/response_len": Metric("tokens", "Mean length of the responses"),
     "rollout/response_len_max": Metric("tokens", "Length of the longest response"),
     "rollout/truncated_ratio": Metric("fraction", "Samples that ended at the length limit"),
@@ -120,12 +121,18 @@ def describe(name: str) -> Metric:
         return Metric("", f"Mean score of the chosen minus that of the rejected response on {dataset}")
     if detail.startswith("pass@") and dataset:
         return Metric("fraction", f"Prompts of {dataset} solved by one of {detail.removeprefix('pass@')} responses")
-    return Metric("fraction", f"Mean score (pass@1) on {name.removeprefix('eval/')}")
+    return Metric("", f"Mean score (pass@1) on {name.removeprefix('eval/')}")
 
 
 def is_score(name: str) -> bool:
     """Return whether ``name`` is the plain score of an evaluation set."""
     return name.startswith("eval/") and describe(name).meaning.startswith("Mean score (pass@1)")
+
+
+def is_fraction(scores: Iterable[float]) -> bool:
+    """Return whether all these scores can be shares of correct responses. Others, such as a mean length, are shown as
+    they are."""
+    return all(0 <= score <= 1 for score in scores)
 
 
 def phase_times(metrics: Mapping[str, float]) -> dict[str, float]:

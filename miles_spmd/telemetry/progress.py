@@ -10,12 +10,14 @@ from typing import TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
 from miles_spmd.config import Config
-from miles_spmd.telemetry.metrics import is_score, phase_times
+from miles_spmd.telemetry.metrics import is_fraction, is_score, phase_times
+from miles_spmd.types.printable import printable
 
 # The numbers of a step that are shown, in this order: name on screen -> metric.
 SHOWN = {
@@ -32,9 +34,10 @@ SECONDS_BETWEEN_LINES = 2.0
 class Progress:
     """The display of kind ``none``, which shows nothing, and the interface of the others."""
 
-    def __init__(self, config: Config, file: TextIO) -> None:
-        """Begin the display of a run of ``config`` in ``file``."""
-        self._name, self._total, self._file = config.run.name, config.run.num_rollout, file
+    def __init__(self, config: Config, file: TextIO, steps: int) -> None:
+        """Begin the display of a run of ``config`` in ``file``, with ``steps`` steps; 0: it evaluates only."""
+        self._name, self._total, self._file = printable(config.run.name, 200), steps, file
+        self._accuracies = True  # that every score so far can be one
         self._first: tuple[int, float] | None = None  # steps done at the first update, and when it was
 
     def phase(self, name: str) -> None:
@@ -45,6 +48,16 @@ class Progress:
 
     def close(self) -> None:
         """End the display."""
+
+    def _scores(self, metrics: Mapping[str, float]) -> list[str]:
+        """Return the mean accuracy over the evaluation sets as text, or each set's score where one was outside 0..1;
+        nothing in a step without an evaluation."""
+        scores = {name.removeprefix("eval/"): value for name, value in metrics.items() if is_score(name)}
+        self._accuracies = self._accuracies and is_fraction(scores.values())
+        if scores and self._accuracies:
+            return [f"accuracy {sum(scores.values()) / len(scores):.3g}"]
+        of = {name: f" of {printable(name, 80)}" if len(scores) > 1 else "" for name in scores}
+        return [f"score{of[name]} {value:.3g}" for name, value in scores.items()]
 
     def _eta(self, done: int) -> str:
         """Return the time left after ``done`` steps as text, from the mean time of the steps so far."""
@@ -62,20 +75,27 @@ class PlainProgress(Progress):
     _last_line = -SECONDS_BETWEEN_LINES
 
     def update(self, done: int, metrics: Mapping[str, float]) -> None:
-        now, eta = time.monotonic(), self._eta(done)
-        if now - self._last_line < SECONDS_BETWEEN_LINES and done < self._total and accuracy(metrics) is None:
+        now, eta, scores = time.monotonic(), self._eta(done), self._scores(metrics)
+        if now - self._last_line < SECONDS_BETWEEN_LINES and done < self._total and not scores:
             return
         self._last_line = now
-        parts = [f"{self._name}: step {done}/{self._total}", *shown(metrics), seconds(metrics), f"eta {eta}"]
+        place = f"step {done}/{self._total}" if self._total else f"evaluation after {done} steps"
+        parts = [
+            f"{self._name}: {place}",
+            *scores,
+            *shown(metrics),
+            seconds(metrics),
+            f"eta {eta}" if self._total else "",
+        ]
         print("  ".join(part for part in parts if part), file=self._file, flush=True)
 
 
 class RichProgress(Progress):
     """Shows a bar with the present phase, and the newest numbers under it."""
 
-    def __init__(self, config: Config, file: TextIO) -> None:
-        super().__init__(config, file)
-        self._accuracy: list[str] = []
+    def __init__(self, config: Config, file: TextIO, steps: int) -> None:
+        super().__init__(config, file, steps)
+        self._newest: list[str] = []  # scores
         self._bar = Bar(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
@@ -85,7 +105,7 @@ class RichProgress(Progress):
             TextColumn("[cyan]{task.fields[phase]:<9}"),
             expand=True,
         )
-        self._task = self._bar.add_task(self._name, total=self._total, eta="-:--", phase="start")
+        self._task = self._bar.add_task(escape(self._name), total=self._total or None, eta="-:--", phase="start")
         self._live = Live(self._bar, console=Console(file=file), refresh_per_second=4)
         self._live.start()
 
@@ -94,10 +114,8 @@ class RichProgress(Progress):
 
     def update(self, done: int, metrics: Mapping[str, float]) -> None:
         self._bar.update(self._task, completed=done, eta=self._eta(done))
-        numbers = shown(metrics)
-        if accuracy(metrics) is not None:
-            self._accuracy = [numbers.pop(0)]
-        numbers = self._accuracy + numbers
+        self._newest = self._scores(metrics) or self._newest
+        numbers = [*self._newest, *shown(metrics)]
         self._live.update(Group(self._bar, Text("  ".join(numbers), "green"), Text(seconds(metrics), "dim")))
 
     def close(self) -> None:
@@ -109,30 +127,24 @@ KINDS: dict[str, type[Progress]] = {"rich": RichProgress, "plain": PlainProgress
 
 
 @contextmanager
-def open_progress(config: Config, file: TextIO | None = None) -> Iterator[Progress]:
-    """Open the display of ``telemetry.progress``; ``auto`` is ``rich`` on a terminal and ``plain`` elsewhere."""
+def open_progress(config: Config, file: TextIO | None = None, *, training: bool = True) -> Iterator[Progress]:
+    """Open the display of ``telemetry.progress``; ``auto`` is ``rich`` on a terminal and ``plain`` elsewhere.
+
+    Without ``training`` the run evaluates only, and has no steps.
+    """
     file, kind = file or sys.stdout, config.telemetry.progress
     if kind == "auto":
         kind = "rich" if file.isatty() else "plain"
-    with closing(KINDS[kind](config, file)) as progress:
+    with closing(KINDS[kind](config, file, config.run.num_rollout if training else 0)) as progress:
         yield progress
 
 
 # --- texts ----------------------------------------------------------------------------------------------------------
 
 
-def accuracy(metrics: Mapping[str, float]) -> float | None:
-    """Return the mean pass@1 over the evaluation sets, None in a step without an evaluation."""
-    scores = [value for name, value in metrics.items() if is_score(name)]
-    return sum(scores) / len(scores) if scores else None
-
-
 def shown(metrics: Mapping[str, float]) -> list[str]:
-    """Return the numbers of a step as texts such as ``loss 0.01``, ``accuracy`` first where there was an evaluation."""
-    held_out = accuracy(metrics)
-    numbers = {} if held_out is None else {"accuracy": held_out}
-    numbers |= {word: metrics[name] for word, name in SHOWN.items() if name in metrics}
-    return [f"{word} {value:.3g}" for word, value in numbers.items()]
+    """Return the numbers of a step as texts such as ``loss 0.01``."""
+    return [f"{word} {metrics[name]:.3g}" for word, name in SHOWN.items() if name in metrics]
 
 
 def seconds(metrics: Mapping[str, float]) -> str:

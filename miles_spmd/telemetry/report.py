@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import time
 import tomllib
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from miles_spmd.telemetry.environment import Environment, read_environment
-from miles_spmd.telemetry.metrics import PHASES, describe, is_score
+from miles_spmd.telemetry.environment import ENVIRONMENT_FILE, Environment
+from miles_spmd.telemetry.json_lines import Lines
+from miles_spmd.telemetry.metrics import PHASES, describe, is_fraction, is_score
 from miles_spmd.telemetry.progress import clock
-from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
-from miles_spmd.telemetry.transcripts import Transcript, read_transcripts
+from miles_spmd.telemetry.trackers import METRICS_FILE, by_step, missing_steps
+from miles_spmd.telemetry.transcripts import ROLLOUTS_FILE, TRANSCRIPTS_FILE, Rollout, Transcript
 from miles_spmd.types.files import write_whole
+from miles_spmd.types.printable import printable
 
-REPORT_FILE = "report.html"
+REPORT_FILE, CONFIG_FILE = "report.html", "config.toml"
 PAGE = Path(__file__).with_name("report_page.html")
 DATA_PLACE = "__RUN_DATA__"
+MAX_TEXT = 100_000  # characters of one text on the page
+MAX_ROLLOUTS = 8  # steps whose best and worst responses are shown
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Curves:
 
 CURVES = (
     Curves("Reward", {"reward": "rollout/raw_reward"}),
+    Curves("Spread of rewards", {"standard deviation": "rollout/reward_std"}),
     Curves("Loss", {"loss": "train/loss"}),
     Curves("KL to the reference", {"kl": "train/kl_loss"}),
     Curves("KL to the teacher", {"kl": "rollout/opd_reverse_kl"}),
@@ -47,7 +52,9 @@ CURVES = (
     Curves("Policy change within a step", {"ppo kl": "train/ppo_kl"}),
     Curves("Response length", {"mean": "rollout/response_len", "longest": "rollout/response_len_max"}),
     Curves("Entropy", {"entropy": "train/entropy_loss"}),
-    Curves("Gradient norm", {"norm": "train/grad_norm"}),
+    Curves("Gradient norm", {"norm": "train/grad_norm", "critic": "train/critic_grad_norm"}),
+    Curves("Learning rate", {"learning rate": "train/lr", "critic": "train/critic_lr"}),
+    Curves("Clipped tokens", {"clipped": "train/pg_clipfrac"}),
     Curves("Groups without a gradient", {"zero std": "rollout/zero_std_ratio"}),
     Curves("Truncated responses", {"truncated": "rollout/truncated_ratio"}),
     Curves(
@@ -57,6 +64,7 @@ CURVES = (
     ),
     Curves("KL between engine and trainer", {"kl": "train/train_rollout_kl"}),
     Curves("Throughput", {"tokens": "perf/tokens_per_gpu_per_second"}),
+    Curves("Peak memory", {name: f"memory/{name}" for name in ("rollout", "log_probs", "train", "refit")}),
 )
 
 
@@ -69,13 +77,15 @@ class Number:
     note: str = ""
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write ``report.html`` into ``run_dir`` and return its path.
+def write_report(run_dir: Path, warn: Callable[[str], None] = lambda problem: None) -> Path:
+    """Write ``report.html`` into ``run_dir`` and return its path. ``warn`` gets what is wrong with the run's files.
 
     Raises FileNotFoundError where ``run_dir`` contains no run.
     """
-    path = run_dir / REPORT_FILE
-    write_whole(path, make_page(report_data(run_dir)).encode())
+    path, data = run_dir / REPORT_FILE, report_data(run_dir)
+    for problem in data["problems"]:
+        warn(problem)
+    write_whole(path, make_page(data).encode())
     return path
 
 
@@ -97,15 +107,34 @@ def report_data(run_dir: Path) -> dict[str, Any]:
         "title": run_dir.resolve().name,
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "finished": all(stage.finished for stage in stages),
+        "evaluation": all(stage.evaluates for stage in stages),
+        "problems": [problem for stage in stages for problem in stage.problems],
         "numbers": headline(stages),
         "stages": [_stage(stage) for stage in stages],
         "scores": [name for name in metrics if is_score(name)],
+        "fractions": [name for name in metrics if is_score(name) and _is_accuracy(stages, name)],
         "curves": CURVES,
         "phases": PHASES,
         "metrics": {name: describe(name) for name in metrics},
         "environment": next((stage.environment for stage in reversed(stages) if stage.environment), None),
     }
-    return msgspec.to_builtins(data)
+    return _printable(msgspec.to_builtins(data))
+
+
+def _printable(value: Any) -> Any:
+    """Return a document without texts that a page should not show as they are: models and rewards wrote some."""
+    match value:
+        case str():
+            return printable(value, MAX_TEXT)
+        case dict():
+            return {printable(name, MAX_TEXT): _printable(entry) for name, entry in value.items()}
+        case list() | tuple():
+            return [_printable(entry) for entry in value]
+    return value
+
+
+def _is_accuracy(stages: list[Stage], metric: str) -> bool:
+    return is_fraction(value for stage in stages for value in stage.values(metric))
 
 
 def headline(stages: list[Stage]) -> list[Number]:
@@ -122,13 +151,17 @@ def headline(stages: list[Stage]) -> list[Number]:
     for name in dict.fromkeys(name for stage in stages for name in stage.scores()):
         curves = [curve for stage in stages if (curve := stage.scores().get(name))]
         ends = [curves[0][0][1], *(curve[-1][1] for curve in curves)]
-        add(f"Held-out accuracy, {name}", f"{ends[-1]:.1%}", " → ".join(f"{score:.1%}" for score in ends))
+        what, form = ("accuracy", ".1%") if _is_accuracy(stages, f"eval/{name}") else ("score", ".3g")
+        note = " → ".join(f"{score:{form}}" for score in ends) if curves[-1][0] != curves[0][-1] else ""
+        add(f"Held-out {what}, {name}", f"{ends[-1]:{form}}", note)
     if rewards := values("rollout/raw_reward"):
         add("Reward of the last step", f"{rewards[-1]:.3g}", f"first step {rewards[0]:.3g}")
-    steps = " + ".join(str(s.done) if s.finished or s.total is None else f"{s.done} of {s.total}" for s in stages)
+    trained = [stage for stage in stages if not stage.evaluates]
+    steps = " + ".join(str(s.done) if s.finished or s.total is None else f"{s.done} of {s.total}" for s in trained)
     seconds = [sum(stage.values("perf/step_time")) for stage in stages]
     several = len(stages) > 1
-    add("Steps", steps, " + ".join(s.name for s in stages) if several else "")
+    if trained:
+        add("Steps", steps, " + ".join(s.name for s in trained) if several else "")
     add("Time", clock(sum(seconds)), " + ".join(map(clock, seconds)) if several else "")
     if differences := values("train/train_rollout_logprob_abs_diff_max"):
         add("Engine against trainer", f"{max(differences):.1e}", "max abs diff of a token's log-prob, all steps")
@@ -142,17 +175,22 @@ def headline(stages: list[Stage]) -> list[Number]:
 
 def _stage(stage: Stage) -> dict[str, Any]:
     seconds, startup = (sum(stage.values(f"perf/{name}_time")) for name in ("step", "start"))
+    steps = f"{stage.done} steps" if stage.total is None else f"{stage.done} of {stage.total} steps"
     parts = [
         stage.mode and f"mode {stage.mode}",
-        f"{stage.done} steps" if stage.total is None else f"{stage.done} of {stage.total} steps",
+        f"evaluation after {stage.done} steps" if stage.evaluates else steps,
         clock(seconds) + (f", {clock(startup)} of it to start" if startup else ""),
         "" if stage.finished else "not finished",
     ]
+    last = max(len(stage.rollouts) - 1, 0)
+    spread = sorted({round(i * last / (MAX_ROLLOUTS - 1)) for i in range(MAX_ROLLOUTS)}) if stage.rollouts else []
     return {
         "name": stage.name,
+        "evaluation": stage.evaluates,
         "summary": " · ".join(part for part in parts if part),
         "series": stage.series,
         "transcripts": _first_and_last(stage.transcripts),
+        "rollouts": [stage.rollouts[i] for i in spread],
         "config": stage.config,
     }
 
@@ -181,12 +219,19 @@ class Stage:
     started: float  # Unix seconds
     series: dict[str, Series]  # of each metric, steps ascending
     transcripts: list[Transcript]
+    rollouts: list[Rollout]  # one per step, steps ascending
     config: str  # the text of config.toml, "" without one
     environment: Environment | None
+    problems: list[str]  # files that cannot be read, or of which a part is missing
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether this is a run of the verb eval."""
+        return self.environment is not None and self.environment.task == "eval"
 
     @property
     def finished(self) -> bool:
-        return self.total is not None and self.done >= self.total
+        return bool(self.scores()) if self.evaluates else self.total is not None and self.done >= self.total
 
     def values(self, metric: str) -> list[float]:
         """Return the values of ``metric`` over the steps, an empty list where the run has not written it."""
@@ -209,17 +254,30 @@ def read_stages(run_dir: Path) -> list[Stage]:
 
 
 def _read_stage(folder: Path) -> Stage:
-    steps = read_metrics(folder / METRICS_FILE)
+    rows = Lines(folder / METRICS_FILE, dict[str, float | None])
+    transcripts, rollouts = Lines(folder / TRANSCRIPTS_FILE, Transcript), Lines(folder / ROLLOUTS_FILE, Rollout)
+    steps = by_step(rows.values)
+    problems = [rows.problem, missing_steps(folder / METRICS_FILE, steps), transcripts.problem, rollouts.problem]
     series: dict[str, Series] = {}
     for step, values in steps.items():
         for name, value in values.items():
             series.setdefault(name, []).append((step, value))
     times = [time for _, time in series.pop("time", [])]
-    path = folder / "config.toml"
-    config = path.read_text() if path.is_file() else ""
-    run = {}
-    with suppress(tomllib.TOMLDecodeError):  # a killed run has left half of it
+    config, environment = "", None
+    run: dict[str, Any] = {}
+    try:
+        config = (folder / CONFIG_FILE).read_text(errors="backslashreplace")
         run = tomllib.loads(config).get("run", {})
+    except FileNotFoundError:
+        pass
+    except (OSError, tomllib.TOMLDecodeError) as error:  # a killed run has left half of it
+        problems.append(f"{folder / CONFIG_FILE}: cannot be read: {error}")
+    try:
+        environment = msgspec.json.decode((folder / ENVIRONMENT_FILE).read_bytes(), type=Environment)
+    except FileNotFoundError:
+        pass
+    except (OSError, msgspec.DecodeError) as error:
+        problems.append(f"{folder / ENVIRONMENT_FILE}: cannot be read: {error}")
     return Stage(
         name=folder.resolve().name,
         mode=run.get("mode", ""),
@@ -227,7 +285,9 @@ def _read_stage(folder: Path) -> Stage:
         total=run.get("num_rollout"),
         started=min(times, default=0.0),
         series=series,
-        transcripts=read_transcripts(folder),
+        transcripts=transcripts.values,
+        rollouts=[rollout for _, rollout in sorted({r.step: r for r in rollouts.values}.items())],
         config=config,
-        environment=read_environment(folder),
+        environment=environment,
+        problems=list(filter(None, problems)),
     )

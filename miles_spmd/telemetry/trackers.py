@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Protocol, TypeVar
-
-import msgspec
+from typing import Protocol
 
 from miles_spmd.config import Config
-from miles_spmd.types.files import AppendedFile
+from miles_spmd.telemetry.json_lines import Lines, LineWriter
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-T = TypeVar("T")
 
 
 class Tracker(Protocol):
@@ -30,38 +29,44 @@ class Tracker(Protocol):
 
 class JsonlTracker:
     """Writes one JSON object per call: ``step``, ``time`` (Unix seconds), then the metrics, null for those that are not
-    finite. Every line is written unbuffered, so that a killed run leaves a readable file. A resumed run appends;
-    :func:`read_metrics` lets the later line of a step win."""
+    finite. A resumed run appends; :func:`read_metrics` lets the later line of a step win."""
 
     def __init__(self, path: Path) -> None:
-        self._file = AppendedFile(path)
-        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            self._file.append(b"\n")  # the last run was killed within a line, which would swallow our first one
+        """Open the file, and cut off an incomplete line at its end. Print a warning that names lines that cannot be
+        read and steps that are missing: a run that was killed, or whose disk was full, leaves them."""
+        found = Lines(path, dict[str, float | None])
+        for problem in filter(None, (found.problem, missing_steps(path, by_step(found.values)))):
+            print(f"miles-spmd: warning: {problem}; the run goes on and appends", file=sys.stderr, flush=True)
+        self._lines = LineWriter(path)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        row = {"step": step, "time": time.time()} | {name: float(value) for name, value in metrics.items()}
-        self._file.append(msgspec.json.encode(row) + b"\n")
+        self._lines.write({"step": step, "time": time.time()} | {n: float(value) for n, value in metrics.items()})
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
     """Return the metrics by step, steps ascending. Objects of one step are merged and later values win. Incomplete
     lines, which a killed run leaves, are skipped, and so are nulls."""
+    return by_step(Lines(path, dict[str, float | None]).values)
+
+
+def missing_steps(path: Path, steps: Collection[int]) -> str:
+    """Return which steps between the first and the last are missing, in words; "" where none is."""
+    gaps = [(a + 1, b - 1) for a, b in itertools.pairwise(sorted(steps)) if b - a > 1]
+    named = ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in gaps[:8]) + (", ..." if len(gaps) > 8 else "")
+    return f"{path}: has no metrics of {sum(b - a + 1 for a, b in gaps)} steps: {named}" if gaps else ""
+
+
+def by_step(rows: Iterable[dict[str, float | None]]) -> dict[int, dict[str, float]]:
+    """Return rows of the file by their steps."""
     steps: dict[int, dict[str, float]] = {}
-    for row in read_lines(path, dict[str, float | None]):
+    for row in rows:
         values = {name: value for name, value in row.items() if value is not None}
-        if "step" in values:
+        if 0 <= values.get("step", -1) < 2**53:
             steps.setdefault(int(values.pop("step")), {}).update(values)
     return dict(sorted(steps.items()))
-
-
-def read_lines(path: Path, kind: type[T]) -> Iterator[T]:
-    """Yield the lines of a JSONL file as values of ``kind``, without incomplete ones, which a killed run leaves."""
-    for line in path.read_bytes().splitlines():
-        with suppress(msgspec.DecodeError):
-            yield msgspec.json.decode(line, type=kind)
 
 
 class TensorBoardTracker:

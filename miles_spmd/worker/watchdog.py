@@ -28,6 +28,7 @@ from miles_spmd.protocol.last_words import say
 from miles_spmd.protocol.messages import Heartbeat
 from miles_spmd.protocol.pipe import EXIT_SECONDS, Credentials
 from miles_spmd.types.phase import Phase
+from miles_spmd.types.printable import MAX_LINE, printable
 from miles_spmd.worker.controller_process import ControllerProcess
 
 HEARTBEAT_EVERY = 1.0  # seconds
@@ -99,7 +100,11 @@ class Watchdog(threading.Thread):
         """Print a warning into the log and, on rank 0, to the terminal: most warnings are the same on all ranks."""
         print(f"warning: {text}", flush=True)
         if self._rank == 0:
-            print(f"miles-spmd: warning: rank 0 ({socket.gethostname()}): {text}", file=self._terminal, flush=True)
+            print(
+                f"miles-spmd: warning: rank 0 ({socket.gethostname()}): {printable(text, MAX_LINE)}",
+                file=self._terminal,
+                flush=True,
+            )
 
     def stop(self) -> None:
         """End the thread: from now on the end of the controller, or of this process, is expected."""

@@ -40,7 +40,7 @@ def make(folder: Path, *overrides: str, **tables: Any) -> Config:
 def leave_results(config: Config, steps: int = 3, saved: int | None = 2) -> None:
     """What a run has in its folder after some steps."""
     with claim(config, "train"):  # type: ignore[union-attr]
-        describe(config)
+        describe(config, "train")
     tracker = JsonlTracker(config.run_dir / "metrics.jsonl")
     for step in range(steps + 1):
         tracker.log(step, {"train/loss": 1.0})
@@ -181,7 +181,7 @@ def test_a_recipe_of_a_user_is_not_overwritten(tmp_path: Path) -> None:
 def test_an_overwriting_run_does_not_pass_that_on(tmp_path: Path) -> None:
     config = make(tmp_path, "run.overwrite=true")
     with claim(config, "train"):  # type: ignore[union-attr]
-        describe(config)
+        describe(config, "train")
     assert "overwrite = false" in (config.run_dir / "config.toml").read_text()
 
 

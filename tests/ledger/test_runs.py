@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from miles_spmd.controller.checkpoints import complete, read
 from miles_spmd.ledger import step_data
-from miles_spmd.ledger.chain import FILE, FOLDER, LedgerError, read_record, verify
+from miles_spmd.ledger.chain import FILE, FOLDER, Chain, LedgerError, links, read_record, verify
 from miles_spmd.ledger.compare import Comparison, compare
 from tests import forked
 from tests.ledger.runs import STEPS, Recipe, replayed, train
@@ -122,9 +122,13 @@ def crashed(first: Path, folder: Path) -> Path:
     """``first`` as if it had been killed in step 3, while it wrote."""
     shutil.copytree(first, folder)
     shutil.rmtree(folder / "checkpoints" / "step_000004")
+    *kept, step_3, _ = links(folder)
     chain = folder / FOLDER / FILE
-    chain.write_bytes(b"".join(chain.read_bytes().splitlines(keepends=True)[:-1])[:-7])
-    step_data.path_of(folder, 3).write_bytes(b"half of it")
+    unfinished = chain.read_bytes()[kept[-1].end : step_3.end - 7]
+    Chain(folder, kept[-1]).close()
+    with chain.open("ab") as file:
+        file.write(unfinished)
+    step_data.path_of(folder, 3).with_suffix(".tmp").write_bytes(b"half of it")
     return folder
 
 
@@ -258,7 +262,7 @@ def test_swapped_responses(ranks: Ranks, first: Path, tmp_path: Path, other: int
         swapped = getattr(kept.samples, name).split()
         swapped[0], swapped[other] = swapped[other], swapped[0]
         setattr(kept.samples, name, step_data.Ragged.of(swapped))
-    store = step_data.DataStore(copy, STEPS, 2**30)
+    store = step_data.DataStore(copy, STEPS, 2**30, lambda steps: None)
     store.write(1, kept)
     store.close()
     folder, wanted = replayed(ranks, copy, 1, "train")
@@ -272,9 +276,9 @@ def test_without_data_samples_have_numbers(ranks: Ranks, recipe: Recipe, first: 
     overrides = ["determinism.ledger_data_gib=0", "rollout.rollout_temperature=1.1", "run.num_rollout=2"]
     folder = train(ranks, recipe.config("no_data", *overrides))
     assert not list((folder / FOLDER / "data").iterdir())
-    shutil.copytree(first, first.with_name("copy"), dirs_exist_ok=True)
-    shutil.rmtree(first.with_name("copy") / FOLDER / "data")
-    difference = against(first.with_name("copy"), folder).difference
+    copy = Path(shutil.copytree(first, first.with_name("copy"), dirs_exist_ok=True))
+    shutil.rmtree(copy / FOLDER / "data")
+    difference = compare(read_record(copy), verify(folder)).difference
     assert difference == "step 0, rollout: sample 0: response or its log-probs differ"
 
 
@@ -310,6 +314,10 @@ def test_data_are_those_of_the_entries(first: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(first, tmp_path / "copy"))
     step_data.path_of(folder, 1).write_bytes(step_data.path_of(folder, 2).read_bytes())
     with pytest.raises(LedgerError, match=r"step_000001.msgpack.z: the samples are not those of the ledger"):
+        verify(folder)
+    step_data.path_of(folder, 1).unlink()
+    missing = r"step_000001.msgpack.z: is missing; seal.json lists the data of steps 0 to 3"
+    with pytest.raises(LedgerError, match=missing):
         verify(folder)
 
 
@@ -362,6 +370,9 @@ def test_verbs(tmp_path: Path) -> None:
     assert "entry 0, after the beginning: its hash" in miles_spmd("ledger", "verify", again, status=1)
     assert "entry 0, after the beginning: its hash" in miles_spmd("diff", run, again, status=2)
     assert "has no ledger" in miles_spmd("diff", run, tmp_path, status=2)
+    shutil.copytree(run, tmp_path / "copy")
+    step_data.path_of(tmp_path / "copy", 1).unlink()
+    assert "step_000001.msgpack.z: is missing" in miles_spmd("diff", run, tmp_path / "copy", status=2)
 
 
 def miles_spmd(*arguments: object, status: int = 0) -> str:

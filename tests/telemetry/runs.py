@@ -9,7 +9,7 @@ from miles_spmd.config import Config
 from miles_spmd.config.load import dump_config
 from miles_spmd.telemetry.environment import write_environment
 from miles_spmd.telemetry.trackers import open_trackers
-from miles_spmd.telemetry.transcripts import write_transcripts
+from miles_spmd.telemetry.transcripts import write_rollout, write_transcripts
 from miles_spmd.types.sample import FinishReason, Prompt, Sample
 
 
@@ -26,6 +26,7 @@ def make_config(output_dir: Path, **tables: dict[str, Any]) -> Config:
 def step_metrics(step: int) -> dict[str, float]:
     return {
         "rollout/raw_reward": 0.3 + step / 40,
+        "rollout/reward_std": 0.2,
         "rollout/response_len": 12.0 - step / 4,
         "rollout/response_len_max": 24.0,
         "train/loss": 0.01,
@@ -48,12 +49,13 @@ def make_run(config: Config, steps: int) -> None:
     """A run of ``steps`` steps with an evaluation at both ends."""
     config.run_dir.mkdir(parents=True)
     (config.run_dir / "config.toml").write_text(dump_config(config))
-    write_environment(config.run_dir)
+    write_environment(config.run_dir, "train")
     with open_trackers(config) as tracker:
         tracker.log(0, {"eval/sums": 0.25, "eval/sums-pass@4": 0.5, "perf/start_time": 7.5, "perf/step_time": 8.0})
         write_transcripts(config, 0, {"sums": [[sample("3", reward=0.0)]]})
         for step in range(1, steps + 1):
             tracker.log(step, step_metrics(step))
+            write_rollout(config, step, [[sample("low", reward=0.0), sample("high", reward=step / 10)]])
         tracker.log(steps, {"eval/sums": 0.75, "eval/sums-pass@4": 0.8})
         write_transcripts(config, steps, {"sums": [[sample("4", reward=1.0)]]})
 

@@ -71,3 +71,24 @@ def test_none_is_silent(tmp_path: Path) -> None:
 
 def test_clock() -> None:
     assert [clock(s) for s in (0.2, 59.6, 65, 3725.2)] == ["0:00", "1:00", "1:05", "1:02:05"]
+
+
+def test_scores_that_are_no_accuracies(tmp_path: Path) -> None:
+    """Once a score was outside 0..1, no later one is taken for an accuracy."""
+    file = io.StringIO()
+    with open_progress(make_config(tmp_path), file) as shown:
+        shown.update(0, {"eval/length": 3.08})
+        shown.update(1, {"eval/length": 0.5})
+        shown.update(2, {"eval/length": -2.0, "eval/length-pass@4": 0.5, "eval/\x1b[2Jsums": 0.25})
+    assert [line.split("  ")[1:3] for line in file.getvalue().splitlines()] == [
+        ["score 3.08", "eta -:--"],
+        ["score 0.5", "eta 0:00"],
+        ["score of length -2", r"score of \x1b[2Jsums 0.25"],
+    ]
+
+
+def test_an_evaluation_has_no_steps(tmp_path: Path) -> None:
+    file = io.StringIO()
+    with open_progress(make_config(tmp_path), file, training=False) as shown:
+        shown.update(4, {"eval/sums": 0.75, "perf/step_time": 2.0})
+    assert file.getvalue() == "grpo: evaluation after 4 steps  accuracy 0.75  2.00 s\n"

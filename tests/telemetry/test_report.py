@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -12,9 +13,13 @@ from typing import Any
 
 import pytest
 
+from miles_spmd.config.load import dump_config
+from miles_spmd.telemetry.environment import write_environment
 from miles_spmd.telemetry.metrics import describe
 from miles_spmd.telemetry.report import CURVES, headline, make_page, read_stages, report_data, write_report
-from tests.telemetry.runs import make_config, make_run
+from miles_spmd.telemetry.trackers import open_trackers
+from miles_spmd.telemetry.transcripts import write_rollout, write_transcripts
+from tests.telemetry.runs import make_config, make_run, sample
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no browser here")
@@ -164,6 +169,97 @@ def test_a_browser_shows_series_of_every_shape(two_stages: Path, tmp_path: Path)
     assert "b" not in page.tags
     path.write_text(make_page(None))
     assert "svg" not in in_browser(path, tmp_path / "profile").tags
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_wider_than_the_window(two_stages: Path, tmp_path: Path, width: int) -> None:
+    page = html.escape(write_report(two_stages).read_text())
+    root = "document.querySelector('iframe').contentDocument.documentElement"
+    measure = f"document.title = {root}.scrollWidth - {root}.clientWidth"
+    frame = f'<iframe style="border: 0; width: {width}px; height: 900px" onload="{measure}" srcdoc="{page}"></iframe>'
+    path = tmp_path / "frame.html"
+    path.write_text(f"<!doctype html><title></title>{frame}")
+    assert in_browser(path, tmp_path / "profile").text.strip() == "0"
+
+
+@needs_browser
+def test_scores_have_their_own_scale(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    make_run(config, 20)
+    with open_trackers(config) as tracker:
+        for step in (0, 10, 20):
+            tracker.log(step, {"eval/length": 3.08 + step, "train/pg_clipfrac": 0.0})
+    numbers = {number.label: number.value for number in headline(read_stages(tmp_path))}
+    assert numbers["Held-out score, length"] == "23.1"
+    assert numbers["Held-out accuracy, sums"] == "75.0%"
+    page = in_browser(write_report(tmp_path), tmp_path / "profile")
+    assert "Held-out score, length: length 3.08 at step 0, 23.1 at step 20, between 3.08 and 23.1" in page.names
+    assert "Held-out accuracy: sums 0.25 at step 0, 0.75 at step 20, between 0.25 and 0.75" in page.names
+    assert any(name.startswith("Held-out pass@k: sums-pass@4 0.5 at step 0") for name in page.names)
+    assert any(name.startswith("Rewards of the samples: step 1 ") for name in page.names)
+    assert "0 in all steps: Clipped tokens" in page.text
+    assert "Step 20: best reward 2, worst 0" in page.text
+
+
+def test_an_evaluation_of_its_own(tmp_path: Path) -> None:
+    config = make_config(tmp_path, run={"name": "grpo-eval", "output_dir": tmp_path, "num_rollout": 6})
+    config.run_dir.mkdir()
+    (config.run_dir / "config.toml").write_text(dump_config(config))
+    write_environment(config.run_dir, "eval")
+    with open_trackers(config) as tracker:
+        tracker.log(4, {"eval/sums": 0.75, "perf/step_time": 8.0})
+    data = Page(write_report(config.run_dir).read_text()).document
+    assert (data["finished"], data["evaluation"]) == (True, True)
+    assert data["stages"][0]["summary"] == "mode rl · evaluation after 4 steps · 0:08"
+    assert [(number["label"], number["value"]) for number in data["numbers"]] == [
+        ("Held-out accuracy, sums", "75.0%"),
+        ("Time", "0:08"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "transcripts.jsonl", "rollouts.jsonl"])
+def test_damaged_files_are_named(tmp_path: Path, name: str) -> None:
+    """A line in the middle is cut, one is no UTF-8, and the last one is incomplete."""
+    config = make_config(tmp_path)
+    make_run(config, 5)
+    file = config.run_dir / name
+    good = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(good[0][:-9] + b"\n" + b"".join(good[1:]) + b'{"step": \xff}\n' + good[-1][:9])
+    problems: list[str] = []
+    write_report(tmp_path, problems.append)
+    count = len(good) + 2
+    expected = f"{file}: 3 of {count} lines cannot be read: line 1, {count - 1}, {count}; the last one is incomplete: "
+    assert [problem[: len(expected)] for problem in problems] == [expected]
+    assert json.loads(Page((tmp_path / "report.html").read_text()).scripts[0])["problems"] == problems
+
+
+def test_missing_steps_are_named(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    make_run(config, 5)
+    file = config.run_dir / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:2] + lines[4:]))
+    problems: list[str] = []
+    write_report(tmp_path, problems.append)
+    assert problems == [f"{file}: has no metrics of 2 steps: 2 to 3"]
+    file.write_bytes(b"".join(lines) + b'{"step": 9000000000}\n')  # a digit more makes a gap, not a long wait
+    write_report(tmp_path, problems.append)
+    assert problems[1] == f"{file}: has no metrics of 8999999994 steps: 6 to 8999999999"
+
+
+def test_no_control_character_reaches_the_page(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    make_run(config, 2)
+    with open_trackers(config) as tracker:
+        tracker.log(3, {"rollout/\x1b[31mred": 1.0})
+    write_transcripts(config, 3, {"\x9bset": [[sample("\x1b]0;title\x07\u202e" + "long " * 10**6, reward=1.0)]]})
+    write_rollout(config, 3, [[sample("\x00" + "long " * 10**6, reward=1.0)]])
+    text = write_report(tmp_path).read_text()
+    assert len(text) < 600_000
+    page = json.dumps(Page(text).document, ensure_ascii=False)
+    assert not re.findall("[\x00-\x1f\x7f-\x9f\u202a-\u202e]|u00[019]|u202", page.replace("\\\\u202e", ""))
+    assert "\\\\x1b]0;title\\\\x07" in page
 
 
 def test_a_run_that_was_killed(tmp_path: Path) -> None:

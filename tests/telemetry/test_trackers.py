@@ -18,6 +18,7 @@ from miles_spmd.algorithms.advantages import compute_advantages
 from miles_spmd.algorithms.corrections import mis, mismatch_metrics
 from miles_spmd.config import AlgorithmConfig
 from miles_spmd.telemetry import metrics
+from miles_spmd.telemetry.json_lines import LineWriter
 from miles_spmd.telemetry.metrics import METRICS, PHASES, describe, is_score, phase_times
 from miles_spmd.telemetry.trackers import JsonlTracker, open_trackers, read_metrics
 from miles_spmd.types.phase import Phase
@@ -64,6 +65,51 @@ def test_a_killed_run_leaves_every_step_and_a_resumed_one_goes_on(tmp_path: Path
     steps = read_metrics(path)
     assert list(steps) == [0, 1, 2, 3, 4, 5]
     assert (steps[3]["train/loss"], steps[4]["train/loss"], steps[4]["eval/sums"]) == (0.25, 9.0, 0.5)
+
+
+def test_a_resumed_run_names_lines_that_were_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(path)
+    for step in range(6):
+        tracker.log(step, {"train/loss": 0.5})
+    tracker.close()
+    JsonlTracker(path).close()
+    assert capsys.readouterr().err == ""
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:3], lines[3][:20], *lines[4:], b'{"step": 6, "trai']))
+    JsonlTracker(path).close()
+    cut, missing = capsys.readouterr().err.splitlines()
+    assert f"warning: {path}: 2 of 6 lines cannot be read: line 4, 6; the last one is incomplete" in cut
+    assert f"warning: {path}: has no metrics of 2 steps: 3 to 4; the run goes on and appends" in missing
+    assert path.read_bytes().endswith(lines[5])
+
+
+def test_a_full_disk_ends_the_run(tmp_path: Path) -> None:
+    """At most one line is cut: no later one is appended to its rest."""
+    program = (
+        "import resource, sys; from pathlib import Path\n"
+        "from miles_spmd.telemetry.trackers import JsonlTracker\n"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "tracker = JsonlTracker(Path(sys.argv[1]))\n"
+        "for step in range(100): tracker.log(step, {'train/loss': 0.5})\n"
+    )
+    path = tmp_path / "metrics.jsonl"
+    done = subprocess.run([sys.executable, "-c", program, str(path)], check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "OSError: [Errno 27]" in done.stderr
+    assert list(read_metrics(path)) == list(range(path.read_bytes().count(b"\n")))
+
+
+@pytest.mark.parametrize("rest", [b"{", b'{"step": 1}', b""])
+def test_an_incomplete_line_gives_way_to_the_next(tmp_path: Path, rest: bytes) -> None:
+    path = tmp_path / "lines.jsonl"
+    for start in (b"", b'{"step":0}\n'):
+        path.write_bytes(start + rest)
+        lines = LineWriter(path)
+        lines.write({"step": 7})
+        lines.close()
+        assert path.read_bytes() == start + b'{"step":7}\n'
 
 
 def tensorboard_scalars(file: Path) -> dict[tuple[str, int], float]:

@@ -13,7 +13,7 @@ from miles_spmd.controller.journal.ledger import LedgerRecorder
 from miles_spmd.controller.journal.metrics import Metrics
 from miles_spmd.telemetry.progress import Progress
 from miles_spmd.telemetry.trackers import Trackers
-from miles_spmd.telemetry.transcripts import write_transcripts
+from miles_spmd.telemetry.transcripts import write_rollout, write_transcripts
 
 
 class Observer(Protocol):
@@ -22,8 +22,8 @@ class Observer(Protocol):
 
 
 class Writers:
-    """Observes a run for people: metrics go to the trackers, phase and metrics to the progress display, and some
-    responses of each evaluation to transcripts.jsonl."""
+    """Observes a run for people: metrics go to the trackers, phase and metrics to the progress display, and
+    responses to files: some of each evaluation, and the best and the worst one of each training step."""
 
     def __init__(self, config: Config, trackers: Trackers, progress: Progress) -> None:
         self._config, self._trackers, self._progress = config, trackers, progress
@@ -39,6 +39,8 @@ class Writers:
                 self._progress.update(step, metrics)
             case events.EvaluationFinished(step, _, samples) if samples:
                 write_transcripts(self._config, step, samples)
+            case events.RolloutFinished(step, groups):
+                write_rollout(self._config, step + 1, groups)
 
 
 class Journal:

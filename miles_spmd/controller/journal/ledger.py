@@ -78,14 +78,16 @@ class LedgerRecorder:
         # a resumed run under the same conditions has the very entries of one that never stopped
         if known is None or _conditions(known) != _conditions(context):
             self._chain.append(context)
-        self._data = DataStore(config.run_dir, start.step, int(config.determinism.ledger_data_gib * 2**30))
+        room = int(config.determinism.ledger_data_gib * 2**30)
+        self._data = DataStore(config.run_dir, start.step, room, self._chain.seal_data)
         self._samples: Samples | None = None  # of the step that is under way, like the next two
         self._updates: list[Update] = []
         self._step_data = StepData(None, [])
 
     @property
     def head(self) -> str:
-        """The hash of the last entry, which is on disk when this returns."""
+        """The hash of the last entry, which is on disk when this returns, and so are the data of all steps."""
+        self._data.wait()
         self._chain.sync()
         return self._chain.head
 
@@ -122,8 +124,10 @@ class LedgerRecorder:
         self._step_data.updates.append(data)
 
     def close(self) -> None:
-        self._data.close()
-        self._chain.close()
+        try:
+            self._data.close()
+        finally:
+            self._chain.close()
 
     # --- inside ------------------------------------------------------------------------------------------------------
 

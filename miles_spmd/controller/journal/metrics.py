@@ -95,6 +95,7 @@ def rollout_metrics(groups: events.Groups) -> dict[str, float]:
     rewards = [np.asarray([s.reward for s in group], np.float64) for group in groups]
     return reward_metrics("rollout/", groups) | {
         "rollout/raw_reward": float(np.mean([r.mean() for r in rewards])),
+        "rollout/reward_std": float(np.mean([r.std() for r in rewards])),
         "rollout/response_len": float(lengths.mean()),
         "rollout/response_len_max": float(lengths.max()),
         "rollout/truncated_ratio": float(np.mean([s.finish_reason is FinishReason.LENGTH for s in samples])),
