@@ -109,16 +109,22 @@ def resolve(config: Config, capabilities: Collection[str] | None) -> Config:
     return config
 
 
+def _printable(message: str) -> str:
+    """``message`` without characters that a terminal would obey or cannot show, such as those of a path."""
+    escaped = message.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in escaped)
+
+
 def warn(message: str) -> None:
     """Print a warning, on the first rank only."""
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(f"miles-spmd: warning: {message}", err=True)
+        typer.echo(f"miles-spmd: warning: {_printable(message)}", err=True)
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
     """Print an error, on the first rank only, and exit with ``code``."""
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(f"miles-spmd: error: {message}", err=True)
+        typer.echo(f"miles-spmd: error: {_printable(message)}", err=True)
     sys.exit(code)
 
 

@@ -18,13 +18,16 @@ from pydantic import ValidationError, create_model
 from pydantic_core import ErrorDetails
 
 from miles_spmd.config import Config
-from miles_spmd.config.backends import BACKENDS, BackendMissingError, backend_fields, refusal
+from miles_spmd.config.backends import BACKENDS, BackendMissingError, backend_fields, refusal, value_error
 from miles_spmd.config.checks import errors as conflicts
+from miles_spmd.config.other_names import ours, ours_within
 from miles_spmd.config.overrides import apply_override, hint, nearest
 from miles_spmd.config.table import ENTRY, NONE, Table, bare, child, header, is_table, walk
 
 T = TypeVar("T", bound=Table)
 Location = tuple[str, ...]
+# pydantic's words for JSON -> TOML's
+TOML_WORDS = {"an object": "a table", "a valid dictionary": "a table", "a valid array": "a list"}
 
 
 class ConfigError(ValueError):
@@ -46,11 +49,9 @@ def load_config(
     Transformer Engine. Raises ConfigError.
     """
     try:
-        raw = tomllib.loads(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), [f"is not valid TOML: {error}"]) from error
+        raw = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(path), [_unreadable(error)]) from error
     return make_tables(Config, raw, overrides, source=str(path), world_size=world_size, check_files=check_files)
 
 
@@ -76,6 +77,16 @@ def make_tables(
     if errors:
         raise ConfigError(source, errors)
     return tables
+
+
+def _unreadable(error: OSError | ValueError) -> str:
+    match error:
+        case OSError():
+            return f"cannot be read: {error.strerror}"
+        case UnicodeDecodeError():
+            line = error.object[: error.start].count(b"\n") + 1
+            return f"is not text in UTF-8: byte 0x{error.object[error.start]:02x} in line {line}; save it as UTF-8"
+    return f"is not valid TOML: {error}"
 
 
 def dump_config(config: Table) -> str:
@@ -135,7 +146,9 @@ def _explain(root: type[Table], location: Location, detail: ErrorDetails) -> str
         elsewhere = [s.path[:-1] for s in walk(root) if s.path[-1] == name and s.path[1:] and not s.is_table]
         if len(elsewhere) == 1:
             return f"belongs in {header(elsewhere[0])}"
-        what = "key" if tables else "table"
+        what = "key" if tables or not isinstance(detail["input"], dict) else "table"
+        if other := ours_within(".".join(location), detail["input"]):
+            return f"unknown {what}; here {', '.join(other)}"
         return f"unknown {what}{hint([path.split('.')[-1] for path in _meant(root, location)])}"
     if kind == "missing":
         inner = next((bare(s.field.annotation) for s in walk(root) if s.path == location), None)
@@ -144,7 +157,8 @@ def _explain(root: type[Table], location: Location, detail: ErrorDetails) -> str
         return "is missing and has no default"
     if kind == "value_error":
         return message.removeprefix("Value error, ")
-    return f"must be {message.removeprefix('Input should be ')}, got {detail['input']!r}"
+    expected = message.removeprefix("Input should be ")
+    return f"must be {TOML_WORDS.get(expected, expected)}, got {detail['input']!r:.200}"
 
 
 def _meant(root: type[Table], location: Location) -> list[str]:
@@ -157,7 +171,7 @@ def _meant(root: type[Table], location: Location) -> list[str]:
     anywhere = {other[-1]: dotted for other, dotted in known.items() if len(path) > 1 and len(other) > 1}
     for candidates in (beside, anywhere):
         if close := nearest(path[-1], candidates):
-            return [candidates[close[0]]]
+            return [candidates[name] for name in close]
     return []
 
 
@@ -204,11 +218,11 @@ def _check_backends(root: type[Table], raw: dict[str, Any], errors: list[str]) -
         for key, value in values.items():
             problem = refusal(table, key)
             if problem is None and key not in fields:
-                close = nearest(key, fields)
-                problem = f"unknown key{hint(close)}"
+                close = [] if (other := ours(key)) else nearest(key, fields)
+                problem = f"unknown key; here it is {other}" if other else f"unknown key{hint(close)}"
                 wrong |= {f"{table}.{name}" for name in close}
             elif problem is None:
-                problem = fields[key].error(value)
+                problem = value_error(table, key, value)
             if problem is not None:
                 errors.append(f"{table}.{key}: {problem}")
                 wrong.add(f"{table}.{key}")

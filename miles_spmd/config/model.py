@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator
 
 from miles_spmd.config.checks import ERRORS, FILES, WARNINGS, Messages, Settings, checkpoint_shape, rule
-from miles_spmd.config.table import Table
+from miles_spmd.config.table import NotEmpty, Table
 from miles_spmd.models.random import NO_WEIGHTS, random_config, resolve
 
-Checkpoint = Annotated[Path, AfterValidator(resolve)]
+Checkpoint = Annotated[Path, NotEmpty, AfterValidator(resolve)]
 
 
 class ModelConfig(Table):

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from pydantic.fields import FieldInfo
 
 NONE = "none"  # TOML has no null: this string stands for it where a setting may be absent
+MAX_NAME = 200  # bytes of a run's name: folders beside the run's add a suffix to it, and 255 is the limit
 ENTRY = "N"  # stands for an entry's number in the path of a setting of a list of tables
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -49,6 +50,25 @@ def must_be(what: str, holds: Callable[[Any], bool]) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def _is_folder_name(name: str) -> bool:
+    plain = name.isprintable() and not set(name) & set("/\\") and name.strip() == name
+    return plain and name not in ("", ".", "..") and len(name.encode()) <= MAX_NAME
+
+
+FolderName = Annotated[
+    str, must_be(f"the name of a folder: printable, without slashes, at most {MAX_NAME} bytes", _is_folder_name)
+]
+
+
+def _not_empty(value: Any) -> Any:
+    if str(value) in ("", "."):
+        raise ValueError("must not be empty")
+    return value
+
+
+NotEmpty = AfterValidator(_not_empty)
 
 
 class Setting(NamedTuple):
