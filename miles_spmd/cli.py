@@ -106,8 +106,7 @@ def verify_ledger(run_dir: RunFolder) -> None:
 
     Names the first broken entry.
     """
-    from miles_spmd.ledger.chain import LedgerError
-    from miles_spmd.ledger.record import verify
+    from miles_spmd.ledger.chain import LedgerError, verify
 
     with launcher.failing(LedgerError):
         record = verify(run_dir)
@@ -120,9 +119,8 @@ def diff(a: RunFolder, b: Annotated[Path, typer.Argument(help="Folder of another
 
     Exit status 0: there is none, 1: there is one, 2: error.
     """
-    from miles_spmd.ledger.chain import LedgerError
+    from miles_spmd.ledger.chain import LedgerError, read_record
     from miles_spmd.ledger.compare import compare
-    from miles_spmd.ledger.record import read_record
 
     with launcher.failing(LedgerError, code=2):
         raise typer.Exit(_print_comparison(compare(read_record(a), read_record(b))))
@@ -146,8 +144,8 @@ def replay(
     Requires the data and models of the run. Writes into a folder beside the run's. Exit status as of `diff`.
     """
     from miles_spmd.controller.loops.replay import plan
+    from miles_spmd.ledger.chain import read_record
     from miles_spmd.ledger.compare import compare
-    from miles_spmd.ledger.record import read_record
 
     with launcher.failing(RuntimeError, code=2):  # of which LedgerError is one
         order, overrides = plan(run_dir, step, phase)

@@ -8,12 +8,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from miles_spmd.telemetry.environment import Environment, environment, installed
+from miles_spmd.telemetry.environment import CUDA_PINS, PINS, Environment, environment, installed
 
-# The versions that are tested together.
-PINS = {"megatron-core": "0.16.1", "sglang": "0.5.16", "transformers": "5.12.1", "torchft": "0.2.0"}
+# The versions that are tested with the other pins.
 TORCH_PINS = {"cpu": "2.13.0", "cuda": "2.11.0"}
-CUDA_PINS = {"sglang-kernel": "0.4.5", "sgl-deep-gemm": "0.1.4.post1", "torch_memory_saver": "0.0.10"}
 
 ADAPTED = """
 from miles_spmd.platform import cpu

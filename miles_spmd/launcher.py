@@ -14,7 +14,7 @@ import typer
 
 if TYPE_CHECKING:
     from miles_spmd.config import Config
-    from miles_spmd.protocol.order import Replay
+    from miles_spmd.protocol.pipe import Replay
 
 Overrides = Annotated[
     list[str] | None,

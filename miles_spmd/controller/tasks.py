@@ -9,7 +9,7 @@ from miles_spmd.controller.checkpoints import Checkpoints
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.loops import replay, sync
 from miles_spmd.controller.parts import open_parts
-from miles_spmd.protocol.order import Replay
+from miles_spmd.protocol.pipe import Replay
 
 
 def run(config: Config, cluster: Cluster, task: str = "train", order: Replay | None = None) -> None:

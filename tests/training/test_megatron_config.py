@@ -55,8 +55,6 @@ def test_layers_per_virtual_stage() -> None:
     assert built(table).transformer.virtual_pipeline_model_parallel_size == 2
     with pytest.raises(ValueError, match="= 3 does not divide the 4 layers over 2 stages"):
         built(table | {"num_layers_per_virtual_pipeline_stage": 3})
-    with pytest.raises(ValueError, match="not both"):
-        built(table | {"virtual_pipeline_model_parallel_size": 2})
 
 
 def test_what_cannot_work_is_refused() -> None:
@@ -74,10 +72,6 @@ def test_transformer_engine_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch
     assert built({}).transformer.transformer_impl == "local"
     assert built({}).token_multiple == 1
     engine = {"transformer_impl": "transformer_engine"}
-    monkeypatch.setattr("megatron.core.tensor_parallel.random.HAVE_TE", False)
-    with pytest.raises(ValueError, match="is not installed"):
-        built(engine)
-    monkeypatch.setattr("megatron.core.tensor_parallel.random.HAVE_TE", True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match="needs a GPU"):
         built(engine)

@@ -19,9 +19,9 @@ from miles_spmd.controller.cluster.errors import WorkerFailedError
 from miles_spmd.controller.cluster.rollout_session import RolloutSession
 from miles_spmd.generation.engine import Engine
 from miles_spmd.protocol.commands import Generate
-from miles_spmd.protocol.credentials import Credentials
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.messages import Call, Failure, Hello, Reply
+from miles_spmd.protocol.pipe import Credentials
 from miles_spmd.protocol.results import Ok
 from miles_spmd.protocol.router import Router
 from miles_spmd.types.request import Output, Request, SamplingParams

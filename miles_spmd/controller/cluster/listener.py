@@ -23,9 +23,8 @@ from miles_spmd.controller.cluster.errors import (
     WorkerStoppedError,
 )
 from miles_spmd.controller.cluster.ranks import RankTable
-from miles_spmd.protocol.codec import WireError
 from miles_spmd.protocol.commands import Command
-from miles_spmd.protocol.messages import Completions, Failure, Heartbeat, Hello, Message, Reply
+from miles_spmd.protocol.messages import Completions, Failure, Heartbeat, Hello, Message, Reply, WireError
 from miles_spmd.protocol.router import Peer, Router
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.request import Output

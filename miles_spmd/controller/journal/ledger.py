@@ -21,7 +21,7 @@ from miles_spmd.controller.journal.events import (
     UpdateFinished,
 )
 from miles_spmd.ledger.chain import Chain, LedgerError, Link, links
-from miles_spmd.ledger.entries import Context, Digests, Samples, Saved, Step, Update, tensor_digests, unpack
+from miles_spmd.ledger.entries import Context, Digests, Samples, Saved, Step, Update, digests, unpack
 from miles_spmd.ledger.rectangles import Rectangle, sum_digests
 from miles_spmd.ledger.step_data import DataStore, SampleData, StepData, UpdateData
 from miles_spmd.protocol.results import CheckpointResult, WeightsDigest
@@ -63,7 +63,7 @@ class LedgerRecorder:
         self._of_weights = {role: [w.of_weights for w in ranks] for role, ranks in weights.items()}
         self._of_updates = {role: [w.of_updates for w in ranks] for role, ranks in weights.items()}
         totals = {role: self._total(self._of_weights[role], [w.weights for w in ws]) for role, ws in weights.items()}
-        self._weights: dict[str, Digests] = {role: tensor_digests(total) for role, total in totals.items()}
+        self._weights: dict[str, Digests] = {role: digests(total.values()) for role, total in totals.items()}
         context = Context(
             step=first,
             config=_settings(config),
@@ -107,14 +107,14 @@ class LedgerRecorder:
 
     def _add_update(self, event: UpdateFinished) -> None:
         role, own = event.role, [result.digests for result in event.results if result.digests is not None]
-        self._weights[role] = tensor_digests(self._total(self._of_weights[role], [d.weights for d in own]))
+        self._weights[role] = digests(self._total(self._of_weights[role], [d.weights for d in own]).values())
         data = UpdateData.of(event.batch, event.log_probs)
         reported = event.results[0]
         update = Update(
             role=role,
             **data.digests(),
             sums={n: _finite(value) for n, value in sorted(event.metrics.items()) if not n.endswith(OF_UPDATE)},
-            gradient=tensor_digests(self._total(self._of_updates[role], [d.gradient for d in own])),
+            gradient=digests(self._total(self._of_updates[role], [d.gradient for d in own]).values()),
             grad_norm=_finite(reported.grad_norm),
             lr=reported.lr,
             skipped=reported.skipped,
@@ -134,7 +134,7 @@ class LedgerRecorder:
         for role, kinds in results[0].optimizers.items() if results else ():
             per_kind = {kind: [r.optimizers[role][kind] for r in results] for kind in kinds}
             totals = {kind: self._total(self._of_updates[role], sums) for kind, sums in per_kind.items()}
-            optimizers[role] = {kind: tensor_digests(total) for kind, total in totals.items()}
+            optimizers[role] = {kind: digests(total.values()) for kind, total in totals.items()}
         return Saved(step, dict(self._weights), optimizers)
 
     @staticmethod

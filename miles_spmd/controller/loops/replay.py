@@ -15,7 +15,7 @@ from miles_spmd.controller.parts import RunParts
 from miles_spmd.ledger import step_data
 from miles_spmd.ledger.chain import LedgerError, links
 from miles_spmd.ledger.entries import Step
-from miles_spmd.protocol.order import Replay
+from miles_spmd.protocol.pipe import Replay
 
 
 def replay(run: RunParts, order: Replay) -> None:
