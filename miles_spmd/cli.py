@@ -85,7 +85,10 @@ def plan(
     Reads only config.json of the checkpoint.
     """
     _print_plan(
-        launcher.load(config, overrides or [], world_size, check_files=False), world_size, device_memory, here=False
+        launcher.load(config, overrides or [], world_size, check_files=True, elsewhere=True),
+        world_size,
+        device_memory,
+        here=False,
     )
 
 
@@ -221,7 +224,8 @@ def _start(task: str, recipe: Path, overrides: list[str], nproc: int | None, dry
     """Run ``task`` in ranks and write its report, or only print its plan."""
     if dry_run:
         _, world_size = launcher.ranks(nproc)
-        _print_plan(launcher.load(recipe, overrides, world_size, check_files=True), world_size, None, here=True)
+        config = launcher.load(recipe, overrides, world_size, check_files=True, task=task)
+        _print_plan(config, world_size, None, here=True)
         return
     config, status = launcher.start(task, recipe, overrides, nproc)
     if status == 0 and os.environ["RANK"] == "0" and task != "export":
@@ -250,7 +254,7 @@ def _print_plan(config: Config, world_size: int, device_memory: float | None, *,
     devices = gpus()
     config = launcher.resolve(config, {gpu.capability for gpu in devices} if devices or here else None)
     device_memory = device_memory or min((gpu.memory_gib for gpu in devices), default=None)
-    with launcher.failing(FileNotFoundError, ValueError):
+    with launcher.failing(FileNotFoundError, ValueError, code=2):
         typer.echo(describe_plan(config, world_size, device_memory))
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from miles_spmd.config import Config
     from miles_spmd.protocol.pipe import Replay
 
+EXAMINED = "MILES_SPMD_EXAMINED"  # set for ranks whose launcher has examined what the configuration names
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="key=value: rollout.rollout_batch_size=8, rollout_batch_size=8, megatron.lr=1e-5, ..."),
@@ -51,6 +53,7 @@ def launch(world_size: int) -> NoReturn:
     from torch.distributed.run import main as torchrun
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ[EXAMINED] = "1"
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         torchrun(["--standalone", f"--nproc-per-node={world_size}", "-m", "miles_spmd", *sys.argv[1:]])
@@ -70,7 +73,7 @@ def start(
     Any other process launches ranks that do so, and exits with their status. ``task`` and ``replay`` are the worker's.
     """
     is_rank, world_size = ranks(nproc)
-    config = load(recipe, overrides, world_size, check_files=task != "export")
+    config = load(recipe, overrides, world_size, check_files=task != "export", task=task)
     if not is_rank:
         launch(world_size)
     from miles_spmd.config.load import dump_config
@@ -87,12 +90,31 @@ def start(
     return config, worker(config, task, replay)
 
 
-def load(recipe: Path, overrides: list[str], world_size: int | None, *, check_files: bool) -> Config:
-    """Return the configuration of ``recipe``; print its errors and exit where it has some."""
+def load(
+    recipe: Path,
+    overrides: list[str],
+    world_size: int | None,
+    *,
+    check_files: bool,
+    task: str = "train",
+    elsewhere: bool = False,
+) -> Config:
+    """Return the configuration of ``recipe``; print its errors and exit where it has some.
+
+    With ``check_files`` what it names is examined for ``task``, too, by the first process alone; ``elsewhere``: for a
+    run on another machine.
+    """
     from miles_spmd.config.load import ConfigError, load_config
 
+    inputs = None
+    if check_files and EXAMINED not in os.environ and os.environ.get("RANK", "0") == "0":
+        from miles_spmd.controller.inputs import errors
+
+        inputs = partial(errors, task=task)
     with failing(ConfigError, code=2):
-        return load_config(recipe, overrides, world_size=world_size, check_files=check_files)
+        return load_config(
+            recipe, overrides, world_size=world_size, check_files=check_files, elsewhere=elsewhere, inputs=inputs
+        )
 
 
 def resolve(config: Config, capabilities: Collection[str] | None) -> Config:

@@ -83,8 +83,7 @@ def test_dry_run_says_what_plan_says(recipe: Path, folder: Path) -> None:
     assert "miles-spmd: warning: determinism.parity is off: rollout.engine: parity needs 'sglang'" in plan.stderr
     assert not (recipe.parent / "runs").exists()
     assert (
-        "nowhere is not a Hugging Face checkpoint"
-        in miles_spmd("plan", recipe, "hf_checkpoint=nowhere", status=1).stderr
+        "model.hf_checkpoint: no folder nowhere" in miles_spmd("plan", recipe, "hf_checkpoint=nowhere", status=2).stderr
     )
 
 

@@ -33,7 +33,7 @@ CONTROLLER_FLOORS = (
     ("cluster", "datasets"),
     ("journal",),
     ("checkpoints", "generation", "learning"),
-    ("parts",),
+    ("inputs", "parts"),
     ("loops",),
     ("tasks",),
     ("process",),

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from miles_spmd.config.table import ENTRY, NONE, Table, bare, child, header, is_
 
 T = TypeVar("T", bound=Table)
 Location = tuple[str, ...]
+Inputs = Callable[[Config, Collection[str]], list[str]]
 # pydantic's words for JSON -> TOML's
 TOML_WORDS = {"an object": "a table", "a valid dictionary": "a table", "a valid array": "a list"}
 
@@ -40,19 +41,35 @@ class ConfigError(ValueError):
 
 
 def load_config(
-    path: Path | str, overrides: Iterable[str] = (), *, world_size: int | None = None, check_files: bool = True
+    path: Path | str,
+    overrides: Iterable[str] = (),
+    *,
+    world_size: int | None = None,
+    check_files: bool = True,
+    elsewhere: bool = False,
+    inputs: Inputs | None = None,
 ) -> Config:
     """Read ``path``, apply ``key=value`` overrides in order, check everything.
 
     A value is TOML, or else a bare string; :mod:`miles_spmd.config.overrides` describes the keys. ``world_size`` adds
     the checks that need it; ``check_files=False`` leaves out those that look for the checkpoint, the data and
-    Transformer Engine. Raises ConfigError.
+    Transformer Engine, and ``elsewhere=True`` the last of these. ``inputs`` finds errors of what the settings name, and
+    is given the paths of settings that have errors of their own. Raises ConfigError.
     """
     try:
         raw = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ConfigError(str(path), [_unreadable(error)]) from error
-    return make_tables(Config, raw, overrides, source=str(path), world_size=world_size, check_files=check_files)
+    return make_tables(
+        Config,
+        raw,
+        overrides,
+        source=str(path),
+        world_size=world_size,
+        check_files=check_files,
+        elsewhere=elsewhere,
+        inputs=inputs,
+    )
 
 
 def make_tables(
@@ -63,6 +80,8 @@ def make_tables(
     source: str = "settings",
     world_size: int | None = None,
     check_files: bool = False,
+    elsewhere: bool = False,
+    inputs: Callable[[T, Collection[str]], list[str]] | None = None,
 ) -> T:
     """As :func:`load_config`, from tables in memory that ``root`` describes, nested tables and lists too; ``raw`` is
     changed. ``source`` is named in errors."""
@@ -72,8 +91,11 @@ def make_tables(
             apply_override(root, raw, override)
         except ValueError as error:
             errors.append(f"{override}: {error}")
-    tables, wrong = _validate(root, raw, errors)
-    errors += conflicts(tables, world_size=world_size, without=wrong, check_files=check_files)
+    tables, wrong = _validate(root, raw, errors, check_files)
+    here = check_files and not elsewhere
+    errors += conflicts(tables, world_size=world_size, without=wrong, check_files=check_files, check_machine=here)
+    if inputs is not None:
+        errors += inputs(tables, wrong)
     if errors:
         raise ConfigError(source, errors)
     return tables
@@ -118,18 +140,18 @@ def _document(value: Any) -> Any:
 # --- types -----------------------------------------------------------------------------------------------------------
 
 
-def parse(root: type[T], raw: Mapping[str, Any]) -> T:
-    """Check keys and types alone. Raises pydantic's ValidationError."""
+def parse(root: type[T], raw: Mapping[str, Any], *, download: bool = False) -> T:
+    """Check keys and types alone. Raises pydantic's ValidationError. ``download``: models of the Hub, where needed."""
     # The strict rules of JSON: 8 is a float, "8" is not a number, true is not 1, and text is a path.
-    return root.model_validate_json(json.dumps(raw, default=str), strict=True)
+    return root.model_validate_json(json.dumps(raw, default=str), strict=True, context={"download": download})
 
 
-def _validate(root: type[T], raw: dict[str, Any], errors: list[str]) -> tuple[T, set[str]]:
+def _validate(root: type[T], raw: dict[str, Any], errors: list[str], download: bool) -> tuple[T, set[str]]:
     """Add errors of keys and types. Returns tables in which settings with errors have their defaults, and the dotted
     paths of those settings, so that nothing is concluded from them."""
     wrong = _check_backends(root, raw, errors)
     try:
-        return parse(root, raw), wrong
+        return parse(root, raw, download=download), wrong
     except ValidationError as error:
         details = error.errors()
     for detail in details:

@@ -29,7 +29,7 @@ def import_function(setting: str, name: str, known: Iterable[str]) -> Callable[.
         target: Any = importlib.import_module(module)
         for part in path.split("."):
             target = getattr(target, part)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without `if __name__ == "__main__"` exits
         raise PlugPointError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(target):
         raise PlugPointError(f"{where} is of type {type(target).__name__}; it must be a function")
