@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import math
 import os
 from pathlib import Path
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from miles_spmd.ledger.compare import Comparison
 
 app = typer.Typer(
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Reinforcement-learning post-training of language models on Megatron-core and in-process SGLang.",
@@ -29,6 +30,27 @@ app.add_typer(ledger, name="ledger")
 Recipe = Annotated[Path, typer.Argument(help="TOML file, see configs/.", show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan of the run, as `plan` does, and stop.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"miles-spmd {importlib.metadata.version('miles-spmd')}")
+        raise typer.Exit
+
+
+def _is_positive(value: float | None) -> float | None:
+    if value is not None and not (0 < value < math.inf):
+        raise typer.BadParameter(f"{value} is not a finite number above 0")
+    return value
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -63,7 +85,7 @@ def export(
 
     The parallel layout may differ from the run's.
     """
-    recipe = checkpoint.absolute().parents[1] / "config.toml"
+    recipe = checkpoint.absolute().parent.parent / "config.toml"
     if not recipe.is_file():
         launcher.fail(f"{checkpoint} is not a checkpoint of a run: {recipe} is missing; name a folder of checkpoints/")
     no_engines = ["sglang.tp_size=1", "rollout.rollout_num_gpus=0", "determinism.parity=off"]
@@ -77,7 +99,10 @@ def plan(
     overrides: Overrides = None,
     world_size: Annotated[int, typer.Option(min=1, help="Number of ranks.")] = 1,
     device_memory: Annotated[
-        float | None, typer.Option(help="Memory of a GPU in GiB; default: that of this machine's.", show_default=False)
+        float | None,
+        typer.Option(
+            help="Memory of a GPU in GiB; default: that of this machine's.", show_default=False, callback=_is_positive
+        ),
     ] = None,
 ) -> None:
     """Print ranks, groups, batch schedule and a memory estimate.
@@ -187,6 +212,8 @@ def settings(
     """Print every setting with its type, default and meaning."""
     from miles_spmd.config.describe import describe_settings, settings_page
 
+    if markdown and word:
+        launcher.fail("--markdown prints the whole page: leave out the word, or the option", code=2)
     text = settings_page() if markdown else describe_settings(word)
     if not text:
         launcher.fail(f"no setting contains {word!r}")

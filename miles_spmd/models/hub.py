@@ -10,7 +10,7 @@ FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 
 
 def is_hub_id(folder: Path) -> bool:
-    """Return whether ``folder`` may be a model of the Hub: it has the form of one, and is not meant as a folder here."""
+    """Return whether ``folder`` may be a model of the Hub: it has the form of one, and is no folder here."""
     return ID.fullmatch(str(folder)) is not None and not folder.exists() and not folder.parent.is_dir()
 
 
@@ -33,10 +33,8 @@ def resolve_hub_id(folder: Path, *, download: bool) -> Path:
     try:
         return Path(snapshot_download(str(folder), allow_patterns=FILES))
     except Exception as error:  # of the network, of the Hub, of its client
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(
-            f"no folder {folder}, and it cannot be downloaded: {reason[0]:.300}; {advice(folder)}"
-        ) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"no folder {folder}, and it cannot be downloaded: {reason:.300}; {advice(folder)}") from error
 
 
 def advice(folder: Path) -> str:
