@@ -18,9 +18,23 @@ if TYPE_CHECKING:
     from miles_spmd.protocol.pipe import Replay
 
 EXAMINED = "MILES_SPMD_EXAMINED"  # set for ranks whose launcher has examined what the configuration names
+
+
+def _complete_override(incomplete: str) -> list[str]:
+    """The settings that begin with what was typed, for the shell."""
+    from miles_spmd.config import Config
+    from miles_spmd.config.table import walk
+
+    names = [name for s in walk(Config) if not s.is_table for name in (s.dotted, s.path[-1])]
+    return [f"{name}=" for name in names if name.startswith(incomplete)]
+
+
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="key=value: rollout.rollout_batch_size=8, rollout_batch_size=8, megatron.lr=1e-5, ..."),
+    typer.Argument(
+        help="key=value: rollout.rollout_batch_size=8, rollout_batch_size=8, megatron.lr=1e-5, ...",
+        autocompletion=_complete_override,
+    ),
 ]
 Processes = Annotated[
     int | None, typer.Option("--nproc-per-node", min=1, help="Ranks to start here; default: one per GPU, or 1.")

@@ -96,6 +96,9 @@ def test_train_export_evaluate_report(recipe: Path, folder: Path) -> None:
         ["save_final=true", "export_final=true", "parity=off"],  # "auto", where nothing is generated
     )
     assert (run / "report.html").is_file()
+    text = (run / "config.toml").read_text()
+    for line in ("# [megatron]", "# adam_beta1 = 0.9", "# weight_decay = 0.01", "# num_layers = "):
+        assert line in text
     assert json.loads((run / "environment.json").read_text())["packages"]["megatron-core"] == "0.16.1"
 
     export = [run / "checkpoints" / "step_000002", folder / "exported"]
@@ -114,7 +117,33 @@ def test_train_export_evaluate_report(recipe: Path, folder: Path) -> None:
     assert miles_spmd("report", folder / "runs").stdout.strip() == str(folder / "runs" / "report.html")
 
 
+def test_short_help_version_and_completion() -> None:
+    assert "train" in miles_spmd("-h").stdout
+    assert "--dry-run" in miles_spmd("train", "-h").stdout
+    assert re.fullmatch(r"miles-spmd \d+\.\d+\.\d+\n", miles_spmd("--version").stdout)
+    assert "_MILES_SPMD_COMPLETE" in miles_spmd("--show-completion", "bash").stdout
+    words = {"COMP_WORDS": "miles-spmd train x.toml rollout_te", "COMP_CWORD": "3"}
+    assert miles_spmd(_MILES_SPMD_COMPLETE="complete_bash", **words).stdout.strip() == "rollout_temperature="
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["settings", "--markdown", "lr"], "--markdown prints the whole page"),
+        (["plan", "x.toml", "--device-memory", "nan"], "nan is not a finite number above 0"),
+        (["plan", "x.toml", "--device-memory", "-5"], "-5.0 is not a finite number above 0"),
+        (["plan", "absent\x1b[31m.toml"], r"absent\x1b[31m.toml: 1 error"),
+        (["plan", "/dev/null", os.fsdecode(b"name=\xff")], "is not text in UTF-8"),
+    ],
+)
+def test_arguments_that_cannot_be_meant(arguments: list[str], message: str) -> None:
+    done = miles_spmd(*arguments, status=2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_export_needs_a_run(folder: Path) -> None:
+    assert "/nonexistent is not a checkpoint of a run" in miles_spmd("export", "/nonexistent", "out", status=1).stderr
     assert (
         "model is not a checkpoint of a run: "
         in miles_spmd("export", folder / "model", folder / "out", status=1).stderr

@@ -180,6 +180,8 @@ def _fit(config: Config, layout: ParallelLayout, m: MemoryEstimate, device_gib: 
 
 
 def _gib(size: int) -> str:
+    if 0 < size < GIB / 1000:  # a tiny model
+        return f"{size / 2**20:>6,.3f} MiB"
     return f"{size / GIB:>10,.3f}"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from miles_spmd.config import Config
+from miles_spmd.config import Config, checks
 from miles_spmd.config.backends import BACKENDS, LIMITS, backend_fields
 from miles_spmd.config.load import load_config
 from miles_spmd.config.other_names import OTHER_NAMES
@@ -102,3 +102,30 @@ def test_a_file_that_is_no_text(recipe: Path) -> None:  # noqa: F811
     assert errors(recipe) == [f"is not text in UTF-8: byte 0xff in line {line}; save it as UTF-8"]
     recipe.write_bytes(b"\xef\xbb\xbf" + text)
     load_config(recipe)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ("tis_clip=3", ["algorithm.tis_clip"]),
+        ("use_tis=true tis_clip=3", []),
+        ("use_tis=true rs_level=sequence", ["algorithm.rs_level"]),
+        ("use_tis=true tis_function=mis tis_clip=3", ["algorithm.tis_clip"]),
+        ("lambd=0.9 gamma=0.9", ["algorithm.lambd", "algorithm.gamma"]),
+        ("advantage_estimator=ppo lambd=0.9 gamma=0.9 critic_lr=1e-5", []),
+        ("critic_lr=1e-5", ["train.critic_lr"]),
+        ("dpo_beta=0.5", ["algorithm.dpo_beta"]),
+        ("mode=dpo dpo_beta=0.5 eps_clip=0.3", ["algorithm.eps_clip"]),
+        ("mode=sft n_samples_per_prompt=2", ["rollout.n_samples_per_prompt"]),
+        ("mode=sft reward_timeout=2", ["reward.reward_timeout"]),
+        ("mode=sft reward_timeout=2 eval_interval=1 eval_prompt_data.a=x", []),
+        ("eval_top_p=0.5", ["eval.eval_top_p"]),
+        ("kl_loss_type=k1", ["algorithm.kl_loss_type"]),
+        ("kl_coef=0.1 kl_loss_type=k1", []),
+        ("export_final=false export_dir=x", ["checkpoint.export_dir"]),
+        ("wandb_project=x", ["telemetry.wandb_project"]),
+    ],
+)
+def test_settings_without_effect_are_named(recipe: Path, overrides: str, named: list[str]) -> None:  # noqa: F811
+    found = checks.warnings(load_config(recipe, overrides.split(), check_files=False))
+    assert sorted(message.split(":")[0] for message in found) == sorted(named)
