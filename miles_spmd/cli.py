@@ -53,7 +53,10 @@ def options(
     pass
 
 
-@app.command()
+OPTIONS_OF_OTHERS = {"ignore_unknown_options": True}  # refused as overrides, with our names
+
+
+@app.command(context_settings=OPTIONS_OF_OTHERS)
 def train(
     config: Recipe, overrides: Overrides = None, nproc_per_node: Processes = None, dry_run: DryRun = False
 ) -> None:
@@ -64,7 +67,7 @@ def train(
     _start("train", config, overrides or [], nproc_per_node, dry_run)
 
 
-@app.command("eval")
+@app.command("eval", context_settings=OPTIONS_OF_OTHERS)
 def evaluate(
     config: Recipe, overrides: Overrides = None, nproc_per_node: Processes = None, dry_run: DryRun = False
 ) -> None:
@@ -93,7 +96,7 @@ def export(
     _start("export", recipe, [*(overrides or []), *fixed], nproc_per_node or _smallest_world(recipe, overrides or []))
 
 
-@app.command()
+@app.command(context_settings=OPTIONS_OF_OTHERS)
 def plan(
     config: Recipe,
     overrides: Overrides = None,

@@ -133,6 +133,11 @@ def test_short_help_version_and_completion() -> None:
         (["plan", "x.toml", "--device-memory", "nan"], "nan is not a finite number above 0"),
         (["plan", "x.toml", "--device-memory", "-5"], "-5.0 is not a finite number above 0"),
         (["plan", "absent\x1b[31m.toml"], r"absent\x1b[31m.toml: 1 error"),
+        (
+            ["train", "/dev/null", "--learning-rate=1e-5"],
+            "--learning-rate=1e-5: no such option; settings are KEY=VALUE",
+        ),
+        (["plan", "/dev/null", "--num_generations", "8"], "here it is rollout.n_samples_per_prompt"),
         (["plan", "/dev/null", os.fsdecode(b"name=\xff")], "is not text in UTF-8"),
     ],
 )

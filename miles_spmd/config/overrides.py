@@ -19,6 +19,9 @@ from miles_spmd.config.table import ENTRY, Table, bare, child, is_table, walk
 def apply_override(root: type[Table], raw: dict[str, Any], override: str) -> None:
     """Change ``raw``, the contents of a file for the tables of ``root``. Raises ValueError."""
     key, equals, text = override.partition("=")
+    if key.startswith("-"):
+        found = ours(key.lstrip("-").replace("-", "_"))
+        raise ValueError("no such option; settings are KEY=VALUE" + (f", and here it is {found}" if found else ""))
     if not equals:
         raise ValueError("an override is key=value")
     if not override.isascii() and any("\ud800" <= character <= "\udfff" for character in override):

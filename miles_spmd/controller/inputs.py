@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from miles_spmd.config import Config
-from miles_spmd.config.checks import settings
+from miles_spmd.config.checks import Settings, settings
 from miles_spmd.controller.checkpoints import ResumeError, newest, read
 from miles_spmd.controller.datasets import Datasets
 from miles_spmd.data.dataset import DataError, parse_slice
@@ -39,10 +39,10 @@ def errors(config: Config, without: Collection[str] = (), *, task: str = "train"
     """Return what is wrong with the files and functions that ``config`` names, except for settings and tables whose
     dotted paths are in ``without``."""
     known = settings(config, without=without)
-    messages = [*_models(config, known), *_checkpoint(config, known), *_plug_ins(known)]
+    messages = [*_models(known), *_checkpoint(config, known), *_plug_ins(known)]
     tokenizer = None
     folder = known.get("hf_checkpoint")
-    if folder is not None and _is_supported(folder) and not any(path.startswith("data") for path in without):
+    if folder is not None and not any(_concerns_data(path) for path in without) and _is_supported(folder):
         try:
             tokenizer = Tokenizer(folder) if (folder / "config.json").is_file() else None
         except TokenizerError as error:
@@ -50,16 +50,26 @@ def errors(config: Config, without: Collection[str] = (), *, task: str = "train"
     return messages if tokenizer is None else messages + list(_data(config, tokenizer, task))
 
 
-def _models(config: Config, known: Collection[str]) -> Iterator[str]:
+def _models(known: Settings) -> Iterator[str]:
     for name in ("hf_checkpoint", "ref_load", "critic_load", "teacher_load"):
-        folder = getattr(config.model, name)
-        if name in known and folder is not None:
+        folder = known.get(name)
+        if folder is not None:
             try:
                 load_family(folder)
             except FileNotFoundError:
                 continue  # reported with the settings
             except ValueError as error:
                 yield f"model.{name}: {error}"
+
+
+def _concerns_data(path: str) -> bool:
+    """Whether rows could be read differently if the setting at ``path`` had no error."""
+    return path.partition(".")[0] in ("data", "model", "eval", "reward") or path in (
+        "run.mode",
+        "rollout.rollout_max_response_len",
+        "train.max_tokens_per_gpu",
+        "megatron.context_parallel_size",
+    )
 
 
 def _is_supported(folder: Path) -> bool:
@@ -70,7 +80,7 @@ def _is_supported(folder: Path) -> bool:
     return True
 
 
-def _checkpoint(config: Config, known: Collection[str]) -> Iterator[str]:
+def _checkpoint(config: Config, known: Settings) -> Iterator[str]:
     folder = config.checkpoint.load
     resumes = config.checkpoint.resume and {"name", "output_dir"} <= set(known) and newest(config.run_dir)
     if "checkpoint.load" in known and folder is not None and folder.is_dir() and not resumes:
@@ -80,7 +90,7 @@ def _checkpoint(config: Config, known: Collection[str]) -> Iterator[str]:
             yield f"checkpoint.load: {error}"
 
 
-def _plug_ins(known: dict[str, object]) -> Iterator[str]:
+def _plug_ins(known: Settings) -> Iterator[str]:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as in the ranks, which `python -m` starts
     for setting in PLUG_POINTS:
