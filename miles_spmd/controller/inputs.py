@@ -110,20 +110,20 @@ def _data(config: Config, tokenizer: Tokenizer, task: str) -> Iterator[str]:
     if task != "eval":
         data = config.data.model_copy(update={"prompt_data": _head(config.data.prompt_data)})
         training = config.model_copy(update={"data": data, "eval": none})
-        yield from _file("data.prompt_data", training, tokenizer, training=True)
+        yield from _file("data.prompt_data", config.data.prompt_data, training, tokenizer, training=True)
     for name, source in config.eval.eval_prompt_data.items():
         one = config.eval.model_copy(update={"eval_prompt_data": {name: _head(source)}})
         alone = config.model_copy(update={"eval": one})
-        yield from _file(f"eval.eval_prompt_data.{name}", alone, tokenizer, training=False)
+        yield from _file(f"eval.eval_prompt_data.{name}", source, alone, tokenizer, training=False)
 
 
-def _file(setting: str, config: Config, tokenizer: Tokenizer, *, training: bool) -> Iterator[str]:
+def _file(setting: str, source: str, config: Config, tokenizer: Tokenizer, *, training: bool) -> Iterator[str]:
     try:
         datasets = Datasets(config, tokenizer, training=training)
     except DataError as error:
         if any("no such file" in str(problem) for problem in error.errors):
             return  # reported with the settings
-        for line in str(error).splitlines():
+        for line in str(error).replace(_head(source), source).splitlines():
             if not (config.data.drop_long_prompts and "no rows" in line):  # there may be shorter ones further on
                 yield f"{setting}: {line}"
         return
