@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import math
@@ -110,14 +111,21 @@ def plan(
 ) -> None:
     """Print ranks, groups, batch schedule and a memory estimate.
 
-    Reads only config.json of the checkpoint.
+    Also examines what the configuration names. The plan itself needs no more than the checkpoint's config.json.
     """
-    _print_plan(
-        launcher.load(config, overrides or [], world_size, check_files=True, elsewhere=True),
-        world_size,
-        device_memory,
-        here=False,
-    )
+    from miles_spmd.models import load_family
+
+    try:
+        found = launcher.load(config, overrides or [], world_size, check_files=True, elsewhere=True)
+    except SystemExit:
+        from miles_spmd.config.load import ConfigError, load_config
+
+        with contextlib.suppress(ConfigError, OSError, ValueError):  # a plan needs no more than config.json
+            found = load_config(config, overrides or [], world_size=world_size, check_files=False)
+            load_family(found.model.hf_checkpoint)
+            _print_plan(found, world_size, device_memory, here=False)
+        raise
+    _print_plan(found, world_size, device_memory, here=False)
 
 
 @app.command()

@@ -87,6 +87,13 @@ def test_dry_run_says_what_plan_says(recipe: Path, folder: Path) -> None:
     )
 
 
+def test_a_plan_needs_no_data(recipe: Path) -> None:
+    """But says that there is none."""
+    plan = miles_spmd("plan", recipe, "prompt_data=nowhere.jsonl", "seed=2", status=2)
+    assert "data.prompt_data: no file nowhere.jsonl" in plan.stderr
+    assert "Batch schedule" in plan.stdout
+
+
 def test_train_export_evaluate_report(recipe: Path, folder: Path) -> None:
     """The way of a model through the verbs: two steps, its checkpoint exported, the export scored."""
     run = folder / "runs" / "tiny"

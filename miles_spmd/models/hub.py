@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
 def is_hub_id(folder: Path) -> bool:
