@@ -96,7 +96,7 @@ def start(
 
     if task == "eval":  # beside the training run of the same recipe, not in its folder
         config = config.model_copy(update={"run": config.run.model_copy(update={"name": f"{config.run.name}-eval"})})
-    config = resolve(config, {gpu.capability for gpu in gpus()})
+    config = resolve(config, {gpu.capability for gpu in gpus()}, quiet=task not in ("train", "eval"))
     if os.environ["RANK"] == "0" and task != "export":
         config.run_dir.mkdir(parents=True, exist_ok=True)
         (config.run_dir / "config.toml").write_text(dump_config(config))
@@ -131,13 +131,13 @@ def load(
         )
 
 
-def resolve(config: Config, capabilities: Collection[str] | None) -> Config:
+def resolve(config: Config, capabilities: Collection[str] | None, *, quiet: bool = False) -> Config:
     """Return ``config`` with "auto" settings resolved for GPUs of these compute capabilities (None: unknown), and print
-    the warnings about its settings."""
+    the warnings about its settings; ``quiet``: none of the settings, which a user has set for another task."""
     from miles_spmd.config.checks import decide_parity, warnings
 
     config, reasons = decide_parity(config, capabilities)
-    for warning in warnings(config):
+    for warning in [] if quiet else warnings(config):
         warn(warning)
     if config.run.mode == "rl":  # other modes have no rollout that parity could concern
         for reason in reasons:

@@ -1,5 +1,6 @@
 """What tables of settings are made of: their base class, types of values, and a walk over all settings of a table."""
 
+import re
 from collections.abc import Callable, Iterator
 from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, TypeGuard, Union, get_args, get_origin
@@ -54,7 +55,8 @@ def must_be(what: str, holds: Callable[[Any], bool]) -> AfterValidator:
 
 def _is_folder_name(name: str) -> bool:
     plain = name.isprintable() and not set(name) & set("/\\") and name.strip() == name
-    return plain and name not in ("", ".", "..") and len(name.encode()) <= MAX_NAME
+    own = re.sub(r"-(eval|replay-\d+|bisect-\d+)$", "", name)  # of the folder beside which such a run writes
+    return plain and name not in ("", ".", "..") and len(own.encode()) <= MAX_NAME
 
 
 FolderName = Annotated[

@@ -70,6 +70,11 @@ def test_one_message_says_what_to_write(recipe: Path, override: str, message: st
     assert message in found
 
 
+def test_names_of_runs_and_of_the_folders_beside_them(recipe: Path) -> None:  # noqa: F811
+    for name in ("grpo", "a b", "Größe_7.1", 200 * "a", 200 * "a" + "-replay-12", 200 * "a" + "-eval"):
+        assert load_config(recipe, [f"name={name}"]).run.name == name
+
+
 def test_a_table_of_another_system_is_translated(recipe: Path) -> None:  # noqa: F811
     recipe.write_text(recipe.read_text() + "[trainer]\ntotal_epochs = 3\n[trainer.deep]\nsave_freq = 2\nown = 1\n")
     (found,) = errors(recipe)
