@@ -1,4 +1,4 @@
-"""What TRL, veRL, slime, Miles and transformers call our settings: an unknown key of theirs is answered with ours."""
+"""What TRL, veRL, slime, Miles and transformers call our settings: an error about a key of theirs names ours."""
 
 from typing import Any
 

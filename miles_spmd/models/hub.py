@@ -10,7 +10,7 @@ FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
 def is_hub_id(folder: Path) -> bool:
-    """Return whether ``folder`` may be a model of the Hub: it has the form of one, and is no folder here."""
+    """Return whether ``folder`` may be a model of the Hub: it has the form of one, and no such folder exists."""
     return ID.fullmatch(str(folder)) is not None and not folder.exists() and not folder.parent.is_dir()
 
 
