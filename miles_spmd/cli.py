@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.metadata
 import math
 import os
 from pathlib import Path
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from miles_spmd.ledger.compare import Comparison
 
 app = typer.Typer(
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Reinforcement-learning post-training of language models on Megatron-core and in-process SGLang.",
@@ -32,7 +34,31 @@ RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan of the run, as `plan` does, and stop.")]
 
 
-@app.command()
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"miles-spmd {importlib.metadata.version('miles-spmd')}")
+        raise typer.Exit
+
+
+def _is_positive(value: float | None) -> float | None:
+    if value is not None and not (0 < value < math.inf):
+        raise typer.BadParameter(f"{value} is not a finite number above 0")
+    return value
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+OPTIONS_OF_OTHERS = {"ignore_unknown_options": True}  # refused as overrides, with our names
+
+
+@app.command(context_settings=OPTIONS_OF_OTHERS)
 def train(
     config: Recipe, overrides: Overrides = None, nproc_per_node: Processes = None, dry_run: DryRun = False
 ) -> None:
@@ -43,7 +69,7 @@ def train(
     _start("train", config, overrides or [], nproc_per_node, dry_run)
 
 
-@app.command("eval")
+@app.command("eval", context_settings=OPTIONS_OF_OTHERS)
 def evaluate(
     config: Recipe, overrides: Overrides = None, nproc_per_node: Processes = None, dry_run: DryRun = False
 ) -> None:
@@ -85,22 +111,35 @@ def export(
     _start("export", recipe, [*(overrides or []), *fixed], nproc_per_node or _smallest_world(recipe, overrides or []))
 
 
-@app.command()
+@app.command(context_settings=OPTIONS_OF_OTHERS)
 def plan(
     config: Recipe,
     overrides: Overrides = None,
     world_size: Annotated[int, typer.Option(min=1, help="Number of ranks.")] = 1,
     device_memory: Annotated[
-        float | None, typer.Option(help="Memory of a GPU in GiB; default: that of this machine's.", show_default=False)
+        float | None,
+        typer.Option(
+            help="Memory of a GPU in GiB; default: that of this machine's.", show_default=False, callback=_is_positive
+        ),
     ] = None,
 ) -> None:
     """Print ranks, groups, batch schedule and a memory estimate.
 
-    Reads only config.json of the checkpoint.
+    Also examines what the configuration names. The plan itself needs no more than the checkpoint's config.json.
     """
-    _print_plan(
-        launcher.load(config, overrides or [], world_size, check_files=False), world_size, device_memory, here=False
-    )
+    from miles_spmd.models import load_family
+
+    try:
+        found = launcher.load(config, overrides or [], world_size, check_files=True, elsewhere=True)
+    except SystemExit:
+        from miles_spmd.config.load import ConfigError, load_config
+
+        with contextlib.suppress(ConfigError, OSError, ValueError):  # a plan needs no more than config.json
+            found = load_config(config, overrides or [], world_size=world_size, check_files=False)
+            load_family(found.model.hf_checkpoint)
+            _print_plan(found, world_size, device_memory, here=False)
+        raise
+    _print_plan(found, world_size, device_memory, here=False)
 
 
 @app.command()
@@ -199,6 +238,8 @@ def settings(
     """Print every setting with its type, default and meaning."""
     from miles_spmd.config.describe import describe_settings, settings_page
 
+    if markdown and word:
+        launcher.fail("--markdown prints the whole page: leave out the word, or the option", code=2)
     text = settings_page() if markdown else describe_settings(word)
     if not text:
         launcher.fail(f"no setting contains {word!r}")
@@ -236,7 +277,7 @@ def _start(task: str, recipe: Path, overrides: list[str], nproc: int | None, dry
     """Run ``task`` in ranks, or only print its plan."""
     if dry_run:
         _, world_size = launcher.ranks(nproc)
-        config = launcher.load(recipe, overrides, world_size, check_files=True)
+        config = launcher.load(recipe, overrides, world_size, check_files=True, task=task)
         config, _ = launcher.begin(config, task, rank=None)
         _print_plan(config, world_size, None, here=True)
         return
@@ -260,7 +301,7 @@ def _print_plan(config: Config, world_size: int, device_memory: float | None, *,
     devices = gpus()
     config = launcher.resolve(config, {gpu.capability for gpu in devices} if devices or here else None)
     device_memory = device_memory or min((gpu.memory_gib for gpu in devices), default=None)
-    with launcher.failing(FileNotFoundError, ValueError):
+    with launcher.failing(FileNotFoundError, ValueError, code=2):
         typer.echo(describe_plan(config, world_size, device_memory))
 
 

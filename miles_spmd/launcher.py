@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -20,9 +21,24 @@ if TYPE_CHECKING:
     from miles_spmd.config import Config
     from miles_spmd.protocol.pipe import Replay
 
+EXAMINED = "MILES_SPMD_EXAMINED"  # set for ranks whose launcher has examined what the configuration names
+
+
+def _complete_override(incomplete: str) -> list[str]:
+    """The settings that begin with what was typed, for the shell."""
+    from miles_spmd.config import Config
+    from miles_spmd.config.table import walk
+
+    names = [name for s in walk(Config) if not s.is_table for name in (s.dotted, s.path[-1])]
+    return [f"{name}=" for name in names if name.startswith(incomplete)]
+
+
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="key=value: rollout.rollout_batch_size=8, rollout_batch_size=8, megatron.lr=1e-5, ..."),
+    typer.Argument(
+        help="key=value: rollout.rollout_batch_size=8, rollout_batch_size=8, megatron.lr=1e-5, ...",
+        autocompletion=_complete_override,
+    ),
 ]
 Processes = Annotated[
     int | None, typer.Option("--nproc-per-node", min=1, help="Ranks to start here; default: one per GPU, or 1.")
@@ -57,6 +73,7 @@ def launch(world_size: int) -> NoReturn:
     from miles_spmd.protocol import last_words
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ[EXAMINED] = "1"
     logging.disable()
     with tempfile.NamedTemporaryFile(delete=False) as unsaid:
         os.environ[last_words.VARIABLE] = unsaid.name
@@ -86,7 +103,7 @@ def start(
     Any other process launches ranks that do so, and exits with their status. ``task`` and ``replay`` are the worker's.
     """
     is_rank, world_size = ranks(nproc)
-    config = load(recipe, overrides, world_size, check_files=task != "export")
+    config = load(recipe, overrides, world_size, check_files=task != "export", task=task)
     if task == "export":
         from miles_spmd.config.checks import settings
         from miles_spmd.config.run import export_errors
@@ -100,7 +117,7 @@ def start(
     from miles_spmd.telemetry.environment import gpus
     from miles_spmd.worker.main import main as worker
 
-    config = resolve(config, {gpu.capability for gpu in gpus()})
+    config = resolve(config, {gpu.capability for gpu in gpus()}, quiet=task not in ("train", "eval"))
     with lock:
         if os.environ["RANK"] == "0" and task != "export":
             with failing(OSError):
@@ -123,26 +140,51 @@ def begin(config: Config, task: str, *, rank: int | None) -> tuple[Config, Abstr
     return config, lock or nullcontext()
 
 
-def load(recipe: Path, overrides: list[str], world_size: int | None, *, check_files: bool) -> Config:
-    """Return the configuration of ``recipe``; print its errors and exit where it has some."""
+def load(
+    recipe: Path,
+    overrides: list[str],
+    world_size: int | None,
+    *,
+    check_files: bool,
+    task: str = "train",
+    elsewhere: bool = False,
+) -> Config:
+    """Return the configuration of ``recipe``; print its errors and exit where it has some.
+
+    With ``check_files`` what it names is examined for ``task``, too, by the first process alone; ``elsewhere``: for a
+    run on another machine.
+    """
     from miles_spmd.config.load import ConfigError, load_config
 
+    inputs = None
+    if check_files and EXAMINED not in os.environ and os.environ.get("RANK", "0") == "0":
+        from miles_spmd.controller.inputs import errors
+
+        inputs = partial(errors, task=task)
     with failing(ConfigError, code=2):
-        return load_config(recipe, overrides, world_size=world_size, check_files=check_files)
+        return load_config(
+            recipe, overrides, world_size=world_size, check_files=check_files, elsewhere=elsewhere, inputs=inputs
+        )
 
 
-def resolve(config: Config, capabilities: Collection[str] | None) -> Config:
+def resolve(config: Config, capabilities: Collection[str] | None, *, quiet: bool = False) -> Config:
     """Return ``config`` with "auto" settings resolved for GPUs of these compute capabilities (None: unknown), and print
-    the warnings about its settings."""
+    the warnings about its settings; ``quiet``: none of the settings, which a user has set for another task."""
     from miles_spmd.config.checks import decide_parity, warnings
 
     config, reasons = decide_parity(config, capabilities)
-    for warning in warnings(config):
+    for warning in [] if quiet else warnings(config):
         warn(warning)
     if config.run.mode == "rl":  # other modes have no rollout that parity could concern
         for reason in reasons:
             warn(f"determinism.parity is off: {reason}")
     return config
+
+
+def _printable(message: str) -> str:
+    """``message`` without characters that a terminal would obey or cannot show, such as those of a path."""
+    escaped = message.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in escaped)
 
 
 def warn(message: str) -> None:

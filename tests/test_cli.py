@@ -83,9 +83,15 @@ def test_dry_run_says_what_plan_says(recipe: Path, folder: Path) -> None:
     assert "miles-spmd: warning: determinism.parity is off: rollout.engine: parity needs 'sglang'" in plan.stderr
     assert not (recipe.parent / "runs").exists()
     assert (
-        "nowhere is not a Hugging Face checkpoint"
-        in miles_spmd("plan", recipe, "hf_checkpoint=nowhere", status=1).stderr
+        "model.hf_checkpoint: no folder nowhere" in miles_spmd("plan", recipe, "hf_checkpoint=nowhere", status=2).stderr
     )
+
+
+def test_a_plan_needs_no_data(recipe: Path) -> None:
+    """But says that there is none."""
+    plan = miles_spmd("plan", recipe, "prompt_data=nowhere.jsonl", "seed=2", status=2)
+    assert "data.prompt_data: no file nowhere.jsonl" in plan.stderr
+    assert "Batch schedule" in plan.stdout
 
 
 def test_train_export_evaluate_report(recipe: Path, folder: Path) -> None:
@@ -97,6 +103,9 @@ def test_train_export_evaluate_report(recipe: Path, folder: Path) -> None:
         ["save_final=true", "export_final=true", "parity=off"],  # "auto", where nothing is generated
     )
     assert (run / "report.html").is_file()
+    text = (run / "config.toml").read_text()
+    for line in ("# [megatron]", "# adam_beta1 = 0.9", "# weight_decay = 0.01", "# num_layers = "):
+        assert line in text
     assert json.loads((run / "environment.json").read_text())["packages"]["megatron-core"] == "0.16.1"
 
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -128,7 +137,38 @@ def test_train_export_evaluate_report(recipe: Path, folder: Path) -> None:
     assert miles_spmd("report", folder / "runs").stdout.strip() == str(folder / "runs" / "report.html")
 
 
+def test_short_help_version_and_completion() -> None:
+    assert "train" in miles_spmd("-h").stdout
+    assert "--dry-run" in miles_spmd("train", "-h").stdout
+    assert re.fullmatch(r"miles-spmd \d+\.\d+\.\d+\n", miles_spmd("--version").stdout)
+    assert "_MILES_SPMD_COMPLETE" in miles_spmd("--show-completion", "bash").stdout
+    words = {"COMP_WORDS": "miles-spmd train x.toml rollout_te", "COMP_CWORD": "3"}
+    assert miles_spmd(_MILES_SPMD_COMPLETE="complete_bash", **words).stdout.strip() == "rollout_temperature="
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["settings", "--markdown", "lr"], "--markdown prints the whole page"),
+        (["plan", "x.toml", "--device-memory", "nan"], "nan is not a finite number above 0"),
+        (["plan", "x.toml", "--device-memory", "-5"], "-5.0 is not a finite number above 0"),
+        (["plan", "absent\x1b[31m.toml"], r"absent\x1b[31m.toml: 1 error"),
+        (
+            ["train", "/dev/null", "--learning-rate=1e-5"],
+            "--learning-rate=1e-5: no such option; settings are KEY=VALUE",
+        ),
+        (["plan", "/dev/null", "--num_generations", "8"], "here it is rollout.n_samples_per_prompt"),
+        (["plan", "/dev/null", os.fsdecode(b"name=\xff")], "is not text in UTF-8"),
+    ],
+)
+def test_arguments_that_cannot_be_meant(arguments: list[str], message: str) -> None:
+    done = miles_spmd(*arguments, status=2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_export_needs_a_run(folder: Path) -> None:
+    assert "/nonexistent is not a checkpoint of a run" in miles_spmd("export", "/nonexistent", "out", status=1).stderr
     assert (
         "model is not a checkpoint of a run: "
         in miles_spmd("export", folder / "model", folder / "out", status=1).stderr

@@ -33,7 +33,7 @@ CONTROLLER_FLOORS = (
     ("cluster", "datasets"),
     ("journal",),
     ("checkpoints", "generation", "learning"),
-    ("parts", "run_folder"),
+    ("inputs", "parts", "run_folder"),
     ("loops",),
     ("tasks",),
     ("process",),

@@ -7,6 +7,7 @@ unchanged to SGLang's ``ServerArgs``.
 from pathlib import Path
 from typing import Any, Self
 
+from miles_spmd.config import effects  # noqa: F401  (registers rules)
 from miles_spmd.config.algorithm import AlgorithmConfig
 from miles_spmd.config.data import DataConfig, EvalConfig, EvalSet, RewardConfig
 from miles_spmd.config.data import RewardTerm as RewardTerm

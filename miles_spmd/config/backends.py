@@ -8,9 +8,10 @@ import ast
 import builtins
 import functools
 import importlib.util
+import math
 import typing
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -73,6 +74,32 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+# Values that the backends accept and cannot run with: table -> what a value must be -> whether it is, and the keys.
+LIMITS: dict[str, dict[str, tuple[Callable[[float], bool], str]]] = {
+    "megatron": {
+        "at least 0": (
+            lambda value: value >= 0,
+            "lr weight_decay clip_grad adam_eps recompute_num_layers moe_aux_loss_coeff moe_z_loss_coeff",
+        ),
+        "at least 0 and below 1": (lambda value: 0 <= value < 1, "adam_beta1 adam_beta2 sgd_momentum"),
+        "at least 1": (
+            lambda value: value >= 1,
+            "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size "
+            "expert_tensor_parallel_size virtual_pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage",
+        ),
+    },
+    "sglang": {
+        "above 0 and below 1": (lambda value: 0 < value < 1, "mem_fraction_static"),
+        "at least 1": (
+            lambda value: value >= 1,
+            "tp_size ep_size page_size max_running_requests max_total_tokens max_prefill_tokens",
+        ),
+        "-1 (off) or at least 1": (lambda value: value == -1 or value >= 1, "chunked_prefill_size"),
+        "above 0": (lambda value: value > 0, "schedule_conservativeness watchdog_timeout"),
+    },
+}
+
+
 @dataclass(frozen=True)
 class BackendField:
     """A field of a dataclass: the TOML types that fit (None: any), literal choices, default, meaning."""
@@ -86,6 +113,8 @@ class BackendField:
         """Return what is wrong with ``value``, or None."""
         if self.choices is not None and value not in self.choices:
             return f"must be one of {', '.join(repr(c) for c in self.choices if c is not None)}, got {value!r}"
+        if type(value) is float and not math.isfinite(value):
+            return f"must be a finite number, got {value}"
         if self.types is None or type(value) in self.types or (type(value) is int and float in self.types):
             return None
         expected = " or ".join(sorted(t.__name__ for t in self.types))
@@ -129,6 +158,16 @@ def backend_keys(table: str) -> Iterable[str]:
         return backend_fields(table)
     except BackendMissingError:
         return ()
+
+
+def value_error(table: str, key: str, value: Any) -> str | None:
+    """Return what is wrong with a value of a known key, or None."""
+    if (problem := backend_fields(table)[key].error(value)) is not None:
+        return problem
+    for what, (holds, keys) in LIMITS[table].items():
+        if key in keys.split() and isinstance(value, int | float) and not holds(value):
+            return f"must be {what}, got {value!r}"
+    return None
 
 
 def refusal(table: str, key: str) -> str | None:

@@ -47,7 +47,8 @@ ERRORS: list[Rule] = []  # why a configuration cannot run
 PARITY: list[Rule] = []  # why log-probs of engine and trainer cannot be bitwise equal
 NOT_BY_DEFAULT: list[Rule] = []  # why "auto" leaves parity off although it is possible
 WARNINGS: list[Rule] = []  # what is allowed but probably not intended
-FILES: list[Rule] = []  # which files and packages are missing
+FILES: list[Rule] = []  # which files are missing
+MACHINE: list[Rule] = []  # which packages are missing on this machine
 
 
 def rule(kind: list[Rule]) -> Callable[[Rule], Rule]:
@@ -120,16 +121,22 @@ def _violations(rules: list[Rule], settings: Settings) -> list[str]:
 
 
 def errors(
-    config: Table, *, world_size: int | None = None, without: Collection[str] = (), check_files: bool = False
+    config: Table,
+    *,
+    world_size: int | None = None,
+    without: Collection[str] = (),
+    check_files: bool = False,
+    check_machine: bool = False,
 ) -> list[str]:
-    """Why this configuration cannot run; with ``check_files`` also which checkpoint folders, data files and packages
-    are missing. ``without`` names the settings that are known to have errors."""
+    """Why this configuration cannot run; with ``check_files`` also which checkpoint folders and data files are missing,
+    with ``check_machine`` which packages. ``without`` names the settings that are known to have errors."""
     values = settings(config, without=without)
     if world_size is not None:
         values["world_size"], generating = world_size, values.get("rollout_num_gpus")
         if generating is not None and generating < world_size:  # else there are not both kinds of ranks
             values |= {"trainer_ranks": world_size - generating, "engine_ranks": generating or world_size}
-    kinds = [ERRORS, PARITY if values.get("parity") == "bitwise" else [], FILES if check_files else []]
+    kinds = [ERRORS, PARITY if values.get("parity") == "bitwise" else []]
+    kinds += [FILES if check_files else [], MACHINE if check_machine else []]
     return [message for kind in kinds for message in _violations(kind, values)]
 
 

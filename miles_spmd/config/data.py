@@ -8,11 +8,19 @@ from typing import Annotated
 from pydantic import Field
 
 from miles_spmd.config.checks import ERRORS, FILES, Messages, Settings, rule
-from miles_spmd.config.table import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Table, plug_point
+from miles_spmd.config.table import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    NotEmpty,
+    PositiveFloat,
+    PositiveInt,
+    Table,
+    plug_point,
+)
 
 
 class DataConfig(Table):
-    prompt_data: str
+    prompt_data: Annotated[str, NotEmpty]
     """JSONL or parquet file to train on; `path@[0:1000]` takes a slice of its rows."""
     input_key: str = "prompt"
     """Column of the prompt: a string or a list of chat messages."""

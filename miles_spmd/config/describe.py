@@ -19,8 +19,11 @@ INTRODUCTION = """\
 
 A configuration is a TOML file with the tables below. An override on the command line is `key=value`. The key is a
 dotted path (`rollout.rollout_batch_size=8`), or the name of a setting alone where only one table has it
-(`rollout_batch_size=8`). Entries of lists are numbered from 0, and the number after the last one appends an entry
-(`rollout_stop.0=END`). The value is TOML, or else a bare string; `none` stands for an absent value.
+(`rollout_batch_size=8`). Keys of `[megatron]` and `[sglang]` need their table's name (`megatron.lr=1e-5`). Entries of
+lists are numbered from 0, and the number after the last one appends an entry (`rollout_stop.0=END`). The value is TOML,
+or else a bare string; for a setting whose type says "or none", `none` stands for an absent value.
+
+Where a setting of TRL, transformers, veRL, slime or Miles is written, the error names the setting that does the same.
 
 `miles-spmd settings WORD` prints the settings that contain a word, keys of `[megatron]` and `[sglang]` included.
 `miles-spmd settings --markdown > docs/settings.md` writes this page.

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,13 +18,17 @@ from pydantic import ValidationError, create_model
 from pydantic_core import ErrorDetails
 
 from miles_spmd.config import Config
-from miles_spmd.config.backends import BACKENDS, BackendMissingError, backend_fields, refusal
+from miles_spmd.config.backends import BACKENDS, BackendMissingError, backend_fields, refusal, value_error
 from miles_spmd.config.checks import errors as conflicts
+from miles_spmd.config.other_names import ours, ours_within
 from miles_spmd.config.overrides import apply_override, hint, nearest
 from miles_spmd.config.table import ENTRY, NONE, Table, bare, child, header, is_table, walk
 
 T = TypeVar("T", bound=Table)
 Location = tuple[str, ...]
+Inputs = Callable[[Config, Collection[str]], list[str]]
+# pydantic's words for JSON -> TOML's
+TOML_WORDS = {"an object": "a table", "a valid dictionary": "a table", "a valid array": "a list"}
 
 
 # keys of `[megatron]` that decide every update, also where nobody sets them
@@ -42,21 +46,35 @@ class ConfigError(ValueError):
 
 
 def load_config(
-    path: Path | str, overrides: Iterable[str] = (), *, world_size: int | None = None, check_files: bool = True
+    path: Path | str,
+    overrides: Iterable[str] = (),
+    *,
+    world_size: int | None = None,
+    check_files: bool = True,
+    elsewhere: bool = False,
+    inputs: Inputs | None = None,
 ) -> Config:
     """Read ``path``, apply ``key=value`` overrides in order, check everything.
 
     A value is TOML, or else a bare string; :mod:`miles_spmd.config.overrides` describes the keys. ``world_size`` adds
     the checks that need it; ``check_files=False`` leaves out those that look for the checkpoint, the data and
-    Transformer Engine. Raises ConfigError.
+    Transformer Engine, and ``elsewhere=True`` the last of these. ``inputs`` finds errors of what the settings name, and
+    is given the paths of settings that have errors of their own. Raises ConfigError.
     """
     try:
-        raw = tomllib.loads(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), [f"is not valid TOML: {error}"]) from error
-    return make_tables(Config, raw, overrides, source=str(path), world_size=world_size, check_files=check_files)
+        raw = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(path), [_unreadable(error)]) from error
+    return make_tables(
+        Config,
+        raw,
+        overrides,
+        source=str(path),
+        world_size=world_size,
+        check_files=check_files,
+        elsewhere=elsewhere,
+        inputs=inputs,
+    )
 
 
 def make_tables(
@@ -67,6 +85,8 @@ def make_tables(
     source: str = "settings",
     world_size: int | None = None,
     check_files: bool = False,
+    elsewhere: bool = False,
+    inputs: Callable[[T, Collection[str]], list[str]] | None = None,
 ) -> T:
     """As :func:`load_config`, from tables in memory that ``root`` describes, nested tables and lists too; ``raw`` is
     changed. ``source`` is named in errors."""
@@ -76,11 +96,24 @@ def make_tables(
             apply_override(root, raw, override)
         except ValueError as error:
             errors.append(f"{override}: {error}")
-    tables, wrong = _validate(root, raw, errors)
-    errors += conflicts(tables, world_size=world_size, without=wrong, check_files=check_files)
+    tables, wrong = _validate(root, raw, errors, check_files)
+    here = check_files and not elsewhere
+    errors += conflicts(tables, world_size=world_size, without=wrong, check_files=check_files, check_machine=here)
+    if inputs is not None:
+        errors += inputs(tables, wrong)
     if errors:
         raise ConfigError(source, errors)
     return tables
+
+
+def _unreadable(error: OSError | ValueError) -> str:
+    match error:
+        case OSError():
+            return f"cannot be read: {error.strerror}"
+        case UnicodeDecodeError():
+            line = error.object[: error.start].count(b"\n") + 1
+            return f"is not text in UTF-8: byte 0x{error.object[error.start]:02x} in line {line}; save it as UTF-8"
+    return f"is not valid TOML: {error}"
 
 
 def dump_config(config: Table) -> str:
@@ -118,18 +151,18 @@ def _document(value: Any) -> Any:
 # --- types -----------------------------------------------------------------------------------------------------------
 
 
-def parse(root: type[T], raw: Mapping[str, Any]) -> T:
-    """Check keys and types alone. Raises pydantic's ValidationError."""
+def parse(root: type[T], raw: Mapping[str, Any], *, download: bool = False) -> T:
+    """Check keys and types alone. Raises pydantic's ValidationError. ``download``: models of the Hub, where needed."""
     # The strict rules of JSON: 8 is a float, "8" is not a number, true is not 1, and text is a path.
-    return root.model_validate_json(json.dumps(raw, default=str), strict=True)
+    return root.model_validate_json(json.dumps(raw, default=str), strict=True, context={"download": download})
 
 
-def _validate(root: type[T], raw: dict[str, Any], errors: list[str]) -> tuple[T, set[str]]:
+def _validate(root: type[T], raw: dict[str, Any], errors: list[str], download: bool) -> tuple[T, set[str]]:
     """Add errors of keys and types. Returns tables in which settings with errors have their defaults, and the dotted
     paths of those settings, so that nothing is concluded from them."""
     wrong = _check_backends(root, raw, errors)
     try:
-        return parse(root, raw), wrong
+        return parse(root, raw, download=download), wrong
     except ValidationError as error:
         details = error.errors()
     for detail in details:
@@ -148,7 +181,9 @@ def _explain(root: type[Table], location: Location, detail: ErrorDetails) -> str
             elsewhere = [path for path in elsewhere if ENTRY not in path]
         if len(elsewhere) == 1:
             return f"belongs in {header(elsewhere[0])}"
-        what = "key" if tables else "table"
+        what = "key" if tables or not isinstance(detail["input"], dict) else "table"
+        if other := ours_within(".".join(location), detail["input"]):
+            return f"unknown {what}; here {', '.join(other)}"
         return f"unknown {what}{hint([path.split('.')[-1] for path in _meant(root, location)])}"
     if kind == "missing":
         inner = next((bare(s.field.annotation) for s in walk(root) if s.path == location), None)
@@ -157,7 +192,8 @@ def _explain(root: type[Table], location: Location, detail: ErrorDetails) -> str
         return "is missing and has no default"
     if kind == "value_error":
         return message.removeprefix("Value error, ")
-    return f"must be {message.removeprefix('Input should be ')}, got {detail['input']!r}"
+    expected = message.removeprefix("Input should be ")
+    return f"must be {TOML_WORDS.get(expected, expected)}, got {detail['input']!r:.200}"
 
 
 def _meant(root: type[Table], location: Location) -> list[str]:
@@ -170,7 +206,7 @@ def _meant(root: type[Table], location: Location) -> list[str]:
     anywhere = {other[-1]: dotted for other, dotted in known.items() if len(path) > 1 and len(other) > 1}
     for candidates in (beside, anywhere):
         if close := nearest(path[-1], candidates):
-            return [candidates[close[0]]]
+            return [candidates[name] for name in close]
     return []
 
 
@@ -217,11 +253,11 @@ def _check_backends(root: type[Table], raw: dict[str, Any], errors: list[str]) -
         for key, value in values.items():
             problem = refusal(table, key)
             if problem is None and key not in fields:
-                close = nearest(key, fields)
-                problem = f"unknown key{hint(close)}"
+                close = [] if (other := ours(key)) else nearest(key, fields)
+                problem = f"unknown key; here it is {other}" if other else f"unknown key{hint(close)}"
                 wrong |= {f"{table}.{name}" for name in close}
             elif problem is None:
-                problem = fields[key].error(value)
+                problem = value_error(table, key, value)
             if problem is not None:
                 errors.append(f"{table}.{key}: {problem}")
                 wrong.add(f"{table}.{key}")

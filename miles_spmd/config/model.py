@@ -3,19 +3,27 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, ValidationInfo
 
 from miles_spmd.config.checks import ERRORS, FILES, WARNINGS, Messages, Settings, checkpoint_shape, rule
-from miles_spmd.config.table import Table
+from miles_spmd.config.table import NotEmpty, Table
+from miles_spmd.models.hub import advice, is_hub_id, resolve_hub_id
 from miles_spmd.models.random import NO_WEIGHTS, random_config, resolve
 
-Checkpoint = Annotated[Path, AfterValidator(resolve)]
+
+def _folder(folder: Path, info: ValidationInfo) -> Path:
+    return resolve_hub_id(resolve(folder), download=bool(info.context and info.context["download"]))
+
+
+Checkpoint = Annotated[Path, NotEmpty, AfterValidator(_folder)]
 
 
 class ModelConfig(Table):
     hf_checkpoint: Checkpoint
     """Folder with config.json, tokenizer and safetensors that the run starts from. `random:qwen3-0.6b` (`-1.7b`, `-4b`,
-    `-8b`, `-30b-a3b`, `random:qwen2.5-1.5b`, `random:llama-3.2-1b`) is a model of that shape with random weights."""
+    `-8b`, `-30b-a3b`, `random:qwen2.5-1.5b`, `random:llama-3.2-1b`) is a model of that shape with random weights. A
+    model of the Hugging Face Hub (`Qwen/Qwen3-0.6B`) is taken from its cache, and downloaded into it unless
+    HF_HUB_OFFLINE is set."""
     ref_load: Checkpoint | None = None
     """Checkpoint folder of the reference policy for KL terms and `dpo`; the default is `hf_checkpoint`."""
     critic_load: Checkpoint | None = None
@@ -82,7 +90,7 @@ def _folder_errors(name: str, folder: Path) -> Messages:
     if random_config(folder) is not None:
         return  # written when the run starts
     if not folder.is_dir():
-        yield f"model.{name}: no folder {folder}"
+        yield f"model.{name}: no folder {folder}" + (f"; {advice(folder)}" if is_hub_id(folder) else "")
         return
     if checkpoint_shape(folder) is None:
         yield f"model.{name}: {folder} has no readable config.json"

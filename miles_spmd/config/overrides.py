@@ -12,15 +12,23 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from miles_spmd.config.backends import BACKENDS, backend_keys
+from miles_spmd.config.other_names import ours
 from miles_spmd.config.table import ENTRY, Table, bare, child, is_table, walk
 
 
 def apply_override(root: type[Table], raw: dict[str, Any], override: str) -> None:
     """Change ``raw``, the contents of a file for the tables of ``root``. Raises ValueError."""
     key, equals, text = override.partition("=")
+    if key.startswith("-"):
+        found = ours(key.lstrip("-").replace("-", "_"))
+        raise ValueError("no such option; settings are KEY=VALUE" + (f", and here it is {found}" if found else ""))
     if not equals:
         raise ValueError("an override is key=value")
+    if not override.isascii() and any("\ud800" <= character <= "\udfff" for character in override):
+        raise ValueError("is not text in UTF-8")
     path = locate(root, key.strip())
+    if not all(path):
+        raise ValueError("the key has an empty part: write the names between its dots")
     node: Any = raw
     annotation: Any = root
     for depth, part in enumerate(path):
@@ -48,7 +56,7 @@ def locate(root: type[Table], key: str) -> tuple[str, ...]:
     if parts[0] not in root.model_fields:
         if len(named) > 1:
             raise ValueError(f"is ambiguous: write {' or '.join('.'.join((*path, *parts[1:])) for path in named)}")
-        if not named and len(parts) == 1:
+        if not named and (len(parts) == 1 or not nearest(parts[0], root.model_fields)):
             raise ValueError(_unknown(root, key))
         if named:
             found = (*named[0], *parts[1:])
@@ -58,10 +66,13 @@ def locate(root: type[Table], key: str) -> tuple[str, ...]:
 
 
 def _unknown(root: type[Table], key: str) -> str:
+    name = key.rpartition(".")[2]
     for table in BACKENDS:
-        if table in root.model_fields and key in backend_keys(table):
-            return f"this is a key of [{table}]: write {table}.{key}"
-    return f"unknown setting{hint(nearest(key, [s.path[-1] for s in walk(root) if not s.is_table]))}"
+        if table in root.model_fields and name in backend_keys(table) and (name == key or ours(key) is None):
+            return f"this is a key of [{table}]: write {table}.{name}"
+    if other := ours(key):
+        return f"unknown setting; here it is {other}"
+    return f"unknown setting{hint(nearest(name, [s.path[-1] for s in walk(root) if not s.is_table]))}"
 
 
 def _step(node: Any, part: str, where: str) -> str | int:
@@ -88,8 +99,17 @@ def _value(annotation: Any, text: str) -> Any:
 
 
 def nearest(name: str, candidates: Iterable[str]) -> list[str]:
-    return difflib.get_close_matches(name, list(candidates), n=1)
+    """At most four of ``candidates`` that ``name`` may stand for: one with a typing error, else those whose words begin
+    as its words do (`rollout_temp`, `interval`), else the most similar one."""
+    known = sorted(candidates, key=len)
+    words = name.split("_")
+    begun = [other for other in known if all(any(w.startswith(word) for w in other.split("_")) for word in words)]
+    return (
+        difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+        or (begun[:4] if max(map(len, words)) > 2 and all(words) else [])
+        or difflib.get_close_matches(name, known, n=1)
+    )
 
 
 def hint(close: list[str]) -> str:
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {' or '.join(close)}?" if close else ""

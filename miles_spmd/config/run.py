@@ -4,22 +4,26 @@ import importlib.util
 import os
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from miles_spmd.config.checks import ERRORS, FILES, Messages, Settings, rule
-from miles_spmd.config.table import NonNegativeInt, PositiveFloat, PositiveInt, Table
+from miles_spmd.config.table import FolderName, NonNegativeInt, PositiveFloat, PositiveInt, Table, must_be
 from miles_spmd.models.export_folder import foreign_files
+
+FolderPath = Annotated[Path, must_be("a folder without control characters", lambda path: str(path).isprintable())]
 
 
 class RunConfig(Table):
     mode: Literal["rl", "sft", "dpo", "rm"] = "rl"
     """`rl` generates responses and trains on their rewards; `sft` trains on the responses in the data; `dpo` trains the
     policy, and `rm` a reward model, on pairs of a preferred and a rejected response."""
-    name: str = "run"
-    """Name of the run and of its folder."""
-    output_dir: Path = Path("runs")
+    name: FolderName = "run"
+    """Name of the run and of its folder, which is in `output_dir`."""
+    output_dir: Annotated[
+        Path, must_be("a folder without control characters", lambda path: str(path).isprintable())
+    ] = Path("runs")
     """The run writes everything into `output_dir/name`: resolved configuration, metrics.jsonl, checkpoints, report."""
-    seed: int = 1234
+    seed: NonNegativeInt = 1234
     """All randomness (data order, sampling, initialisation) is a function of this number and of identities."""
     overwrite: bool = False
     """Delete what an earlier run has left in the run folder: results, checkpoints, export. Without it, and without

@@ -1,5 +1,6 @@
 """What tables of settings are made of: their base class, types of values, and a walk over all settings of a table."""
 
+import re
 from collections.abc import Callable, Iterator
 from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, TypeGuard, Union, get_args, get_origin
@@ -8,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from pydantic.fields import FieldInfo
 
 NONE = "none"  # TOML has no null: this string stands for it where a setting may be absent
+MAX_NAME = 200  # bytes of a run's name: folders beside the run's add a suffix to it, and 255 is the limit
 ENTRY = "N"  # stands for an entry's number in the path of a setting of a list of tables
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -49,6 +51,26 @@ def must_be(what: str, holds: Callable[[Any], bool]) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def _is_folder_name(name: str) -> bool:
+    plain = name.isprintable() and not set(name) & set("/\\") and name.strip() == name
+    own = re.sub(r"-(eval|replay-\d+|bisect-\d+)$", "", name)  # of the folder beside which such a run writes
+    return plain and name not in ("", ".", "..") and len(own.encode()) <= MAX_NAME
+
+
+FolderName = Annotated[
+    str, must_be(f"the name of a folder: printable, without slashes, at most {MAX_NAME} bytes", _is_folder_name)
+]
+
+
+def _not_empty(value: Any) -> Any:
+    if str(value) in ("", "."):
+        raise ValueError("must not be empty")
+    return value
+
+
+NotEmpty = AfterValidator(_not_empty)
 
 
 class Setting(NamedTuple):

@@ -6,7 +6,7 @@ Megatron itself refuses some combinations clearly, when a rank builds its config
 import importlib.util
 from typing import Annotated, Literal
 
-from miles_spmd.config.checks import ERRORS, FILES, Messages, Settings, heads_divide, rule
+from miles_spmd.config.checks import ERRORS, MACHINE, Messages, Settings, heads_divide, rule
 from miles_spmd.config.table import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Table, must_be
 from miles_spmd.models.hf_config import count_experts, head_dim
 
@@ -245,7 +245,7 @@ def _transformer_engine(s: Settings) -> Messages:
         yield "megatron.fp4: is not supported; take fp8"
 
 
-@rule(FILES)
+@rule(MACHINE)
 def _transformer_engine_is_installed(s: Settings) -> Messages:
     if s.transformer_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
         yield (

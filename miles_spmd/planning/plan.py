@@ -152,7 +152,8 @@ def _memory(config: Config, layout: ParallelLayout, m: MemoryEstimate, device_gi
     }
     for name, size in rows.items():
         if size:
-            yield f"  {name:<34}{size / GIB:>10,.3f}"
+            small = 0 < size < GIB / 1000  # of a tiny model
+            yield f"  {name:<34}" + (f"{size / 2**20:>6,.3f} MiB" if small else f"{size / GIB:>10,.3f}")
         if name == "optimizer":
             yield f"    ({where})"
     if device_gib is not None:

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from miles_spmd.types.sample import Sample
+from miles_spmd.types.sample import Prompt, Sample
 
 Function = Callable[..., Any]
 
@@ -43,6 +43,20 @@ def adapt(function: Function, batched: bool) -> tuple[Function, bool]:
             f"f(prompts, completions, **columns), or f(data_source, solution_str, ground_truth, extra_info)"
         )
     return lambda samples: function(**{parameters[0]: samples}), batched
+
+
+def missing_columns(function: Function, prompt: Prompt) -> str | None:
+    """Return what ``function`` requires and a dataset with rows such as ``prompt`` does not have, None if nothing."""
+    named, _ = _parameters(function)
+    sample = Sample(prompt, 0)
+    try:
+        if "completions" in named:
+            _accepted(function, _trl([sample]))
+        elif {"solution_str", "ground_truth"} <= named.keys():
+            _accepted(function, _verl(sample))
+    except BadReward as error:
+        return error.problem
+    return None
 
 
 def _trl(samples: list[Sample]) -> dict[str, Any]:

@@ -51,6 +51,11 @@ class Network:
         self._parameters = global_names(self._chunks)
         hugging_face.load(source, self.weights(), self.layout(), family)
 
+    @property
+    def backend_values(self) -> list[Any]:
+        """Megatron's dataclasses: of the network, the optimizer and the gradients."""
+        return [self._megatron.transformer, self._megatron.optimizer, self._megatron.ddp]
+
     # ---- running the model ----
 
     @torch.no_grad()

@@ -118,6 +118,8 @@ def serve(
         dealer.send(Reply(0, place.rank, HOST, failure(error)))
         dealer.receive()  # block until the controller ends the run; it sends no further message
         return
+    if task in ("train", "eval"):
+        worker.describe()
     dealer.send(Hello(rank_info(worker, place), config_digest(config), watch.take(), worker.memory.take()))
     watchdog.enter(Phase.IDLE, 0)
     while not isinstance((call := next_call(dealer)).command, Stop):

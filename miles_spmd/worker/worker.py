@@ -20,6 +20,7 @@ from miles_spmd.protocol.messages import EngineRank, TrainerRank
 from miles_spmd.training.network import Network
 from miles_spmd.training.roles import Roles
 from miles_spmd.worker.device_turns import DeviceTurns
+from miles_spmd.worker.effective import append_values
 from miles_spmd.worker.memory_account import MemoryAccount
 from miles_spmd.worker.stopwatch import Stopwatch
 from miles_spmd.worker.world import Side
@@ -126,6 +127,16 @@ class Worker:
             return None
         engine, place = divmod(dist.get_rank(), self._engine.size)
         return EngineRank(engine, leader=place == 0)
+
+    def describe(self) -> None:
+        """Append the values of the backends to the run's config.toml, from the first rank that has each."""
+        file = self._config.run_dir / "config.toml"
+        if self._rank == 0 and self._roles is not None:
+            append_values(file, "megatron", "Megatron-core", self._roles.actor.backend_values)
+        generating = self._config.rollout.rollout_num_gpus
+        args = getattr(self._engine, "server_args", None)  # another engine has none
+        if args is not None and self._rank == (dist.get_world_size() - generating if generating else 0):
+            append_values(file, "sglang", "SGLang", [args])
 
     @property
     def roles(self) -> Roles:

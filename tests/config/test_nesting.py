@@ -113,7 +113,7 @@ def test_all_errors_come_at_once() -> None:
         "environments.0.name: must be a valid string, got 1",
         "environments.1.name: is missing and has no default",
         "environments.1.wieght: unknown key; did you mean weight?",
-        "eval.sets: must be a valid array, got {}",
+        "eval.sets: must be a list, got {}",
         "lora.rank: is missing and has no default",
         "limts: unknown table; did you mean limits?",
     ]

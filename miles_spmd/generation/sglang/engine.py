@@ -94,6 +94,7 @@ class SglangEngine:
         table = server_args or {}
         logging.getLogger("sglang").setLevel(table.get("log_level", "error").upper())
         args = build_server_args(str(model_path), dtype, self.context_length, table, cache_tokens, invariant)
+        self.server_args = args
         self.size = args.tp_size
         self._tp_rank = dist.get_rank() % args.tp_size
         self.leader = self._tp_rank == 0

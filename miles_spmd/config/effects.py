@@ -1,0 +1,104 @@
+"""Which settings have an effect on a run only where others have certain values; any other run names them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from miles_spmd.config.checks import WARNINGS, Messages, Settings, rule
+from miles_spmd.config.table import walk
+
+PREFERENCES = "preference_loss dpo_beta simpo_gamma"  # of [algorithm], read in mode "dpo"
+# of [rollout], read by evaluations of a run of mode "sft"
+EVALUATION = "rollout_max_response_len rollout_stop rollout_stop_token_ids rollout_num_gpus engine offload_rollout"
+MIS = (
+    "tis_level tis_mode tis_upper_bound tis_lower_bound tis_batch_normalize use_rs rs_level rs_upper_bound "
+    "rs_lower_bound rs_veto_threshold"
+)
+# What has to hold -> whether it holds, and the settings that have no effect otherwise.
+NEEDED: dict[str, tuple[Callable[[Settings], bool], str]] = {
+    "algorithm.advantage_estimator = 'ppo'": (
+        lambda s: s.advantage_estimator == "ppo" or ":" in s.advantage_estimator,
+        "lambd value_clip train.critic_lr train.critic_lr_warmup_iters train.num_critic_only_steps",
+    ),
+    "algorithm.advantage_estimator = 'ppo' or 'reinforce_plus_plus'": (
+        lambda s: s.advantage_estimator in ("ppo", "reinforce_plus_plus") or ":" in s.advantage_estimator,
+        "gamma",
+    ),
+    "algorithm.opd_kl_coef above 0": (
+        lambda s: s.opd_kl_coef > 0,
+        "opd_log_prob_top_k opd_top_k_strategy opd_reward_weight_mode",
+    ),
+    "algorithm.overlong_buffer_len above 0": (lambda s: s.overlong_buffer_len > 0, "overlong_penalty_factor"),
+    "algorithm.use_opsm = true": (lambda s: s.use_opsm, "opsm_delta"),
+    "algorithm.kl_loss_coef above 0": (lambda s: s.kl_loss_coef > 0, "use_unbiased_kl"),
+    "algorithm.kl_coef or algorithm.kl_loss_coef above 0": (
+        lambda s: s.kl_coef > 0 or s.kl_loss_coef > 0,
+        "kl_loss_type ref_update_interval",
+    ),
+    "algorithm.use_tis = true": (lambda s: s.use_tis, f"tis_function tis_clip tis_clip_low {MIS}"),
+    "algorithm.tis_function = 'mis'": (
+        lambda s: not s.use_tis or s.tis_function == "mis" or ":" in s.tis_function,
+        MIS,
+    ),
+    "algorithm.tis_function = 'tis' or 'icepop'": (
+        lambda s: not s.use_tis or s.tis_function != "mis",
+        "tis_clip tis_clip_low",
+    ),
+    "a function of your own in reward.rm_type": (lambda s: ":" in s.rm_type, "reward.reward_batched"),
+}
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    from miles_spmd.config import Config
+
+    return {s.dotted: s.field.default for s in walk(Config) if not s.field.is_required()}
+
+
+def _is_set(s: Settings, path: str) -> bool:
+    """Whether a setting differs from its default; a resolved configuration lists those that do not, too."""
+    return path in s and s[path] != _defaults()[path]
+
+
+@rule(WARNINGS)
+def _settings_of_the_algorithm(s: Settings) -> Messages:
+    if s.mode != "rl":
+        return
+    for what, (holds, names) in NEEDED.items():
+        for name in names.split():
+            path = name if "." in name else f"algorithm.{name}"
+            if not holds(s) and _is_set(s, path):
+                yield f"{path}: has no effect without {what}"
+    for path in ("algorithm.preference_loss", "algorithm.dpo_beta", "algorithm.simpo_gamma"):
+        if _is_set(s, path):
+            yield f"{path}: has no effect in mode 'rl', only in mode 'dpo'"
+
+
+@rule(WARNINGS)
+def _settings_of_the_mode(s: Settings) -> Messages:
+    if s.mode == "rl":
+        return
+    evaluates = s.mode == "sft" and s.eval_interval > 0
+    read = {"algorithm": PREFERENCES if s.mode == "dpo" else "", "rollout": "rollout_batch_size", "reward": ""}
+    if evaluates:
+        read["rollout"] += f" {EVALUATION}"
+    for path in _defaults():
+        table, _, name = path.partition(".")
+        unread = table in read and name not in read[table].split()
+        if unread and not (evaluates and table == "reward") and _is_set(s, path):
+            yield f"{path}: has no effect in mode {s.mode!r}, only in mode 'rl'"
+
+
+@rule(WARNINGS)
+def _settings_of_evaluations(s: Settings) -> Messages:
+    for path in _defaults():
+        if path.startswith("eval.") and not s.eval_interval and _is_set(s, path):
+            yield f"{path}: has no effect while eval.eval_interval is 0; `miles-spmd eval` reads it"
+
+
+@rule(WARNINGS)
+def _settings_of_outputs(s: Settings) -> Messages:
+    if s.export_dir is not None and not s.export_final:
+        yield "checkpoint.export_dir: has no effect while checkpoint.export_final is false"
+    if not s.use_wandb and _is_set(s, "telemetry.wandb_project"):
+        yield "telemetry.wandb_project: has no effect without telemetry.use_wandb"

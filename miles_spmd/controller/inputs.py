@@ -1,0 +1,159 @@
+"""What a run reads, examined before anything starts: models, data, plug-ins and the checkpoint to begin from.
+
+Errors of settings are found in ``config``; these are errors of what settings name. All are collected, so that a user
+reads them in one list with those of the settings.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from miles_spmd.config import Config
+from miles_spmd.config.checks import Settings, settings
+from miles_spmd.controller.checkpoints import ResumeError, newest, read
+from miles_spmd.controller.datasets import Datasets
+from miles_spmd.data.dataset import DataError, parse_slice
+from miles_spmd.data.tokenizer import Tokenizer, TokenizerError
+from miles_spmd.models import load_family
+from miles_spmd.plugins.plug_point import PlugPointError, import_function
+from miles_spmd.rewards.adapters import missing_columns
+from miles_spmd.rewards.functions import load_reward
+from miles_spmd.types.sample import Prompt
+
+EXAMINED_ROWS = 1000  # of each file; the run itself examines all when it starts
+PLUG_POINTS = (
+    "reward.rm_type",
+    "rollout.engine",
+    "algorithm.reward_post_process",
+    "algorithm.dynamic_sampling_filter",
+    "algorithm.advantage_estimator",
+    "algorithm.loss_type",
+    "algorithm.loss_aggregation",
+    "algorithm.tis_function",
+)
+
+
+def errors(config: Config, without: Collection[str] = (), *, task: str = "train") -> list[str]:
+    """Return what is wrong with the files and functions that ``config`` names, except for settings and tables whose
+    dotted paths are in ``without``."""
+    known = settings(config, without=without)
+    messages = [*_models(known), *_checkpoint(config, known), *_plug_ins(known)]
+    tokenizer = None
+    folder = known.get("hf_checkpoint")
+    if folder is not None and not any(_concerns_data(path) for path in without) and _is_supported(folder):
+        try:
+            tokenizer = Tokenizer(folder) if (folder / "config.json").is_file() else None
+        except TokenizerError as error:
+            messages.append(f"model.hf_checkpoint: {error}")
+    return messages if tokenizer is None else messages + list(_data(config, tokenizer, task))
+
+
+def _models(known: Settings) -> Iterator[str]:
+    for name in ("hf_checkpoint", "ref_load", "critic_load", "teacher_load"):
+        folder = known.get(name)
+        if folder is not None:
+            try:
+                load_family(folder)
+            except FileNotFoundError:
+                continue  # reported with the settings
+            except ValueError as error:
+                yield f"model.{name}: {error}"
+
+
+def _concerns_data(path: str) -> bool:
+    """Whether rows could be read differently if the setting at ``path`` had no error."""
+    return path.partition(".")[0] in ("data", "model", "eval", "reward") or path in (
+        "run.mode",
+        "rollout.rollout_max_response_len",
+        "train.max_tokens_per_gpu",
+        "megatron.context_parallel_size",
+    )
+
+
+def _is_supported(folder: Path) -> bool:
+    try:
+        load_family(folder)
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def _checkpoint(config: Config, known: Settings) -> Iterator[str]:
+    folder = config.checkpoint.load
+    resumes = config.checkpoint.resume and {"name", "output_dir"} <= set(known) and newest(config.run_dir)
+    if "checkpoint.load" in known and folder is not None and folder.is_dir() and not resumes:
+        try:
+            read(folder)
+        except ResumeError as error:
+            yield f"checkpoint.load: {error}"
+
+
+def _plug_ins(known: Settings) -> Iterator[str]:
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as in the ranks, which `python -m` starts
+    for setting in PLUG_POINTS:
+        name = known.get(setting)
+        if isinstance(name, str) and ":" in name:
+            try:
+                import_function(setting, name, ())
+                if setting == "reward.rm_type":
+                    load_reward(name, bool(known.get("reward.reward_batched")))
+            except PlugPointError as error:
+                yield str(error)
+
+
+def _data(config: Config, tokenizer: Tokenizer, task: str) -> Iterator[str]:
+    """Read the first rows of each file as the run will."""
+    none = config.eval.model_copy(update={"eval_prompt_data": {}})
+    if task != "eval":
+        data = config.data.model_copy(update={"prompt_data": _head(config.data.prompt_data)})
+        training = config.model_copy(update={"data": data, "eval": none})
+        yield from _file("data.prompt_data", config.data.prompt_data, training, tokenizer, training=True)
+    for name, source in config.eval.eval_prompt_data.items():
+        one = config.eval.model_copy(update={"eval_prompt_data": {name: _head(source)}})
+        alone = config.model_copy(update={"eval": one})
+        yield from _file(f"eval.eval_prompt_data.{name}", source, alone, tokenizer, training=False)
+
+
+def _file(setting: str, source: str, config: Config, tokenizer: Tokenizer, *, training: bool) -> Iterator[str]:
+    try:
+        datasets = Datasets(config, tokenizer, training=training)
+    except DataError as error:
+        if any("no such file" in str(problem) for problem in error.errors):
+            return  # reported with the settings
+        for line in str(error).replace(_head(source), source).splitlines():
+            if not (config.data.drop_long_prompts and "no rows" in line):  # there may be shorter ones further on
+                yield f"{setting}: {line}"
+        return
+    except TokenizerError as error:
+        yield f"model.hf_checkpoint: {error}"
+        return
+    prompts = next(datasets.waves(0)) if training and config.run.mode == "rl" else []
+    prompts += [prompt for prompts in datasets.eval_sets.values() for prompt in prompts[:1]]
+    yield from _columns(setting, config, prompts[:1])
+
+
+def _columns(setting: str, config: Config, prompts: list[Prompt]) -> Iterator[str]:
+    name = config.reward.rm_type
+    if prompts and ":" in name:
+        try:
+            problem = missing_columns(import_function("reward.rm_type", name, ()), prompts[0])
+        except PlugPointError:
+            return  # reported already
+        if problem:
+            yield f"{setting}: reward.rm_type = {name!r} {problem}"
+
+
+def _head(source: str) -> str:
+    """Return ``source`` with a slice of at most EXAMINED_ROWS rows."""
+    try:
+        path, rows = parse_slice(source)
+    except DataError:
+        return source
+    start = rows.start or 0
+    if start < 0 or (rows.stop is not None and rows.stop < 0):
+        return source
+    stop = start + EXAMINED_ROWS
+    return f"{path}@[{start}:{stop if rows.stop is None else min(stop, rows.stop)}]"

@@ -1,0 +1,39 @@
+"""Every value that Megatron-core and SGLang run with, defaults included, as comments at the end of config.toml.
+
+They are comments because a run that is repeated from config.toml sets only what its user has set: what else there is
+follows from it, from the model and from the machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+
+def append_values(file: Path, table: str, backend: str, objects: Iterable[Any]) -> None:
+    """Append the fields of dataclass instances as ``[table]``, where ``file`` exists. Raises OSError."""
+    if not file.is_file():
+        return
+    values: dict[str, Any] = {}
+    for one in objects:
+        fields = {field.name: getattr(one, field.name, None) for field in dataclasses.fields(one)}
+        values |= {name: _plain(value) for name, value in fields.items() if value is not None}
+    text = tomli_w.dumps({table: dict(sorted(values.items()))})
+    lines = [f"Every value of {backend} in this run, for information:", *text.splitlines()]
+    with file.open("a") as out:  # in one write: trainer and engine may be two processes
+        out.write("\n" + "".join(f"# {line}\n" for line in lines))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple) and all(isinstance(entry, bool | int | float | str) for entry in value):
+        return list(value)
+    return getattr(value, "__name__", str(value))
