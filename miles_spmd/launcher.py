@@ -53,21 +53,32 @@ def default_processes() -> int:
 def launch(world_size: int) -> NoReturn:
     """Run torchrun in this process, with ranks that run the present command, and exit with their status.
 
-    A rank that fails has printed why, so torchrun's own account of it is silenced.
+    A rank that fails has printed why, so torchrun's own account of it is silenced. With ``--standalone``, torchrun
+    would open a store for everyone on the network and unpickle what it finds there; here its store is a file in a
+    private folder, in which the ranks meet, too.
     """
+    import tempfile
+
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    from miles_spmd.worker.meeting import FOLDER, PREFIX
+
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    try:
-        torchrun(["--standalone", f"--nproc-per-node={world_size}", "-m", "miles_spmd", *sys.argv[1:]])
-    except ChildFailedError as error:
-        code = max(failure.exitcode for failure in error.failures.values())
-        raise SystemExit(code if code > 0 else 1) from None
-    except SignalException as signal:
-        raise SystemExit(128 + signal.sigval) from None
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
+        os.environ[FOLDER] = folder
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # torchrun would offer another store to the ranks
+        store = ["--rdzv-backend=c10d", f"--rdzv-endpoint={folder}/launcher", "--rdzv-conf=store_type=file"]
+        command = ["-m", "miles_spmd", *sys.argv[1:]]
+        try:
+            torchrun([*store, "--local-addr=localhost", f"--nproc-per-node={world_size}", *command])
+        except ChildFailedError as error:
+            code = max(failure.exitcode for failure in error.failures.values())
+            raise SystemExit(code if code > 0 else 1) from None
+        except SignalException as signal:
+            raise SystemExit(128 + signal.sigval) from None
     raise SystemExit(0)
 
 

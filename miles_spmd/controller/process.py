@@ -77,7 +77,7 @@ def main(descriptor: int) -> int:
     config = Config.model_validate_json(order.config)
     launcher = _Launcher(pipe)
     log = config.run_dir / "logs" / "controller.log"
-    with Router(order.host) as router:
+    with Router(order.host, order.world_size) as router:
         pipe.send_bytes(msgspec.json.encode(router.credentials))
         cluster = Cluster(router, order.world_size, config.deadlines, config_digest(config), log.parent)
         try:

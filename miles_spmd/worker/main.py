@@ -10,13 +10,10 @@ import socket
 import sys
 import time
 import traceback
-from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
-
-import msgspec
 
 from miles_spmd.config import Config
 from miles_spmd.config.load import config_digest
@@ -28,9 +25,9 @@ from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.messages import Call, Failure, Hello, RankInfo, Reply
 from miles_spmd.protocol.order import EXIT_SECONDS, Replay
 from miles_spmd.protocol.results import Ok, Result
-from miles_spmd.protocol.router import LOOPBACK
 from miles_spmd.types.phase import Phase
 from miles_spmd.worker.controller_process import ControllerProcess
+from miles_spmd.worker.meeting import Place, meet
 from miles_spmd.worker.stopwatch import Stopwatch
 from miles_spmd.worker.watchdog import Watchdog
 
@@ -39,28 +36,6 @@ if TYPE_CHECKING:
     from miles_spmd.worker.world import Side
 
 HOST = socket.gethostname()
-
-
-@dataclass(frozen=True)
-class Place:
-    """The place that the launcher (torchrun, or srun through its script) assigns to this process."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    master: str  # address of the first node, for all nodes
-
-    @classmethod
-    def from_environment(cls) -> Place:
-        world_size = int(os.environ["WORLD_SIZE"])
-        return cls(
-            rank=int(os.environ["RANK"]),
-            world_size=world_size,
-            local_rank=int(os.environ["LOCAL_RANK"]),
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
-            master=os.environ["MASTER_ADDR"],
-        )
 
 
 def main(config: Config, task: str = "train", replay: Replay | None = None) -> int:
@@ -74,8 +49,7 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
         return 1
     controller = None
     if place.rank == 0:  # first, so that the two processes import in parallel
-        host = LOOPBACK if place.local_world_size == place.world_size else place.master
-        controller = ControllerProcess(config, task, host, place.world_size, replay)
+        controller = ControllerProcess(config, task, place.host, place.world_size, replay)
     logs = config.run_dir / "logs"
     terminal = redirect_output(logs / f"rank-{place.rank}.log")
     watchdog = Watchdog(place.rank, terminal, logs / f"rank-{place.rank}.stacks", controller)
@@ -144,13 +118,11 @@ def next_call(dealer: Dealer) -> Call:
 
 
 def join(config: Config, place: Place, controller: ControllerProcess | None) -> tuple[Credentials, Side]:
-    """Meet the other ranks through the launcher's store: set up torch.distributed, and exchange the credentials of the
-    controller."""
+    """Meet the other ranks: set up torch.distributed, and get the credentials for the controller."""
     if config.determinism.deterministic:
         pin_environment()
     import torch
     import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous
 
     from miles_spmd.platform import cuda
     from miles_spmd.worker.world import take_side
@@ -158,12 +130,7 @@ def join(config: Config, place: Place, controller: ControllerProcess | None) -> 
     threads = max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
     exact = config.determinism.deterministic or config.determinism.parity == "bitwise"
     torch.set_num_threads(1 if exact else threads)  # how a sum is split over threads decides its rounding
-    start_timeout = timedelta(seconds=config.deadlines.start_timeout)
-    store, _, _ = next(rendezvous("env://", timeout=start_timeout))
-    control = dist.PrefixStore("control", store)
-    if controller is not None:
-        control.set("credentials", msgspec.json.encode(controller.credentials()).decode())
-    credentials = msgspec.json.decode(control.get("credentials"), type=Credentials)
+    store, credentials = meet(place, config.run_dir, controller, config.deadlines.start_timeout)
     # a collective may last as long as the phase around it
     longest = timedelta(seconds=max(config.deadlines.model_dump().values()))
     if torch.cuda.is_available():

@@ -21,16 +21,10 @@ class RankState:
 
 
 class RankTable:
-    """The states of all ranks, and which rank each connection belongs to."""
+    """The states of all ranks."""
 
     def __init__(self, world_size: int) -> None:
         self.states = [RankState() for _ in range(world_size)]
-        self.rank_of: dict[Peer, int] = {}
-
-    def claims(self, peer: Peer, rank: int) -> bool:
-        """Return whether messages of this connection may come from ``rank``. A rank has two connections, its own and
-        its watchdog's; a connection belongs to the rank that its first message names."""
-        return 0 <= rank < len(self.states) and self.rank_of.setdefault(peer, rank) == rank
 
     @property
     def infos(self) -> list[RankInfo]:
