@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 import psutil
@@ -82,14 +82,13 @@ def meet(
 
     limit, end = timedelta(seconds=timeout), time.monotonic() + timeout
     _bind_sockets(place)
-    store: Store
+    launchers = None  # kept to the end of this function: rank 0 may be the one that offers it
     if place.one_node and FOLDER in os.environ:
         folder = Path(os.environ[FOLDER])
     else:
-        store = _launchers_store(place, limit)
-        folder = _agree(place, run_dir, store, end)
-    if place.one_node:
-        store = FileStore(str(folder / "store"), place.world_size)
+        launchers = _launchers_store(place, limit)
+        folder = _agree(place, run_dir, launchers, end)
+    store = FileStore(str(folder / "store"), place.world_size) if place.one_node else cast("Store", launchers)
     store.set_timeout(limit)
     keys = folder / "keys.json"
     if controller is not None:
