@@ -57,12 +57,14 @@ def launch(world_size: int) -> NoReturn:
     would open a store for everyone on the network and unpickle what it finds there; here its store is a file in a
     private folder, in which the ranks meet, too.
     """
+    import shutil
     import tempfile
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    from miles_spmd.telemetry.environment import gpus
     from miles_spmd.worker.meeting import FOLDER, PREFIX
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -70,10 +72,12 @@ def launch(world_size: int) -> NoReturn:
     with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
         os.environ[FOLDER] = folder
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # torchrun would offer another store to the ranks
-        store = ["--rdzv-backend=c10d", f"--rdzv-endpoint={folder}/launcher", "--rdzv-conf=store_type=file"]
+        options = ["--rdzv-backend=c10d", f"--rdzv-endpoint={folder}/launcher", "--rdzv-conf=store_type=file"]
+        if gpus() and Path("/sys/devices/system/node/node1").exists() and shutil.which("numactl"):
+            options.append("--numa-binding=node")  # the memory that a rank allocates is then near its GPU, too
         command = ["-m", "miles_spmd", *sys.argv[1:]]
         try:
-            torchrun([*store, "--local-addr=localhost", f"--nproc-per-node={world_size}", *command])
+            torchrun([*options, "--local-addr=localhost", f"--nproc-per-node={world_size}", *command])
         except ChildFailedError as error:
             code = max(failure.exitcode for failure in error.failures.values())
             raise SystemExit(code if code > 0 else 1) from None

@@ -81,11 +81,10 @@ def meet(
     from torch.distributed import FileStore, PrefixStore
 
     limit, end = timedelta(seconds=timeout), time.monotonic() + timeout
-    _bind_sockets(place)
+    bind_sockets(place)
     launchers = None  # kept to the end of this function: rank 0 may be the one that offers it
-    if place.one_node and FOLDER in os.environ:
-        folder = Path(os.environ[FOLDER])
-    else:
+    folder = _given_folder(place)
+    if folder is None:
         launchers = _launchers_store(place, limit)
         folder = _agree(place, run_dir, launchers, end)
     store = FileStore(str(folder / "store"), place.world_size) if place.one_node else cast("Store", launchers)
@@ -105,7 +104,7 @@ def meet(
     return store, credentials
 
 
-def _bind_sockets(place: Place) -> None:
+def bind_sockets(place: Place) -> None:
     """Let gloo and NCCL listen on the one interface that this run needs. Of several nodes' a user may know better."""
     if place.one_node:
         os.environ.update(dict.fromkeys(INTERFACES, "lo"))
@@ -115,6 +114,20 @@ def _bind_sockets(place: Place) -> None:
         if own in [address.address for address in addresses]:
             for name in INTERFACES:
                 os.environ.setdefault(name, interface)
+
+
+def store_without_keys(place: Place, limit: timedelta) -> Store:
+    """Return the store for torch.distributed of ranks that have no controller, as in benchmarks."""
+    from torch.distributed import FileStore
+
+    folder = _given_folder(place)
+    return FileStore(str(folder / "store"), place.world_size) if folder else _launchers_store(place, limit)
+
+
+def _given_folder(place: Place) -> Path | None:
+    """Return the folder that the launcher has made. It is forgotten: a run that this process starts has another."""
+    folder = os.environ.pop(FOLDER, None)
+    return Path(folder) if folder and place.one_node else None
 
 
 def _launchers_store(place: Place, limit: timedelta) -> Store:

@@ -43,7 +43,7 @@ def serve(settings: str, credentials: bytes) -> None:
 
     config = Config.model_validate_json(settings)
     rank, size = dist.get_rank(), dist.get_world_size()
-    dealer = Dealer(msgspec.json.decode(credentials, type=list[Credentials])[dist.get_rank()])
+    dealer = Dealer(msgspec.json.decode(credentials, type=list[Credentials])[rank])
     place = Place(rank, size, rank, size, "127.0.0.1")
     worker = build(config, "train", place, Side(), dealer, Stopwatch(), cast(Watchdog, Unwatched()))
     dealer.send(Hello(rank_info(worker, place), config_digest(config)))

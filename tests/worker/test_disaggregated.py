@@ -48,7 +48,7 @@ def serve(credentials: bytes, config: Config) -> None:
 
     place = Place(dist.get_rank(), dist.get_world_size(), 0, dist.get_world_size(), "")
     side = take_side(config.rollout.rollout_num_gpus, timedelta(minutes=2))
-    dealer, watch = Dealer(msgspec.json.decode(credentials, type=list[Credentials])[dist.get_rank()]), Stopwatch()
+    dealer, watch = Dealer(msgspec.json.decode(credentials, type=list[Credentials])[place.rank]), Stopwatch()
     memory = MemoryAccount(config, place.world_size, side.trains, side.generates)
     worker = Worker(config, "train", side, place.rank, dealer, watch, memory, lambda _: None)
     dealer.send(Hello(rank_info(worker, place), config_digest(config), watch.take()))

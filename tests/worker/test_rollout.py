@@ -60,7 +60,7 @@ def serve(credentials: bytes, kind: str, folder: Path, engine_size: int) -> None
     """A rank that does nothing but rollouts, until the controller is gone."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     engine: Engine = make_engine(kind, folder, engine_size)
-    dealer = Dealer(msgspec.json.decode(credentials, type=list[Credentials])[dist.get_rank()])
+    dealer = Dealer(msgspec.json.decode(credentials, type=list[Credentials])[rank])
     lockstep = Lockstep(engine_size)
     dealer.send(Hello(info_of(rank, world_size, engine_size), DIGEST))
     while not dealer.disconnections.poll(0):
