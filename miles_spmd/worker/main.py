@@ -125,11 +125,13 @@ def join(config: Config, place: Place, controller: ControllerProcess | None) -> 
     import torch.distributed as dist
 
     from miles_spmd.platform import cuda
+    from miles_spmd.platform.plain_objects import accept_plain_objects_only
     from miles_spmd.worker.world import take_side
 
     threads = max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
     exact = config.determinism.deterministic or config.determinism.parity == "bitwise"
     torch.set_num_threads(1 if exact else threads)  # how a sum is split over threads decides its rounding
+    accept_plain_objects_only()
     store, credentials = meet(place, config.run_dir, controller, config.deadlines.start_timeout)
     # a collective may last as long as the phase around it
     longest = timedelta(seconds=max(config.deadlines.model_dump().values()))
