@@ -99,6 +99,7 @@ def start(
         launch(world_size)
     from miles_spmd.config.load import dump_config
     from miles_spmd.telemetry.environment import gpus, write_environment
+    from miles_spmd.types.secrets import scrub
     from miles_spmd.worker.main import main as worker
 
     if task == "eval":  # beside the training run of the same recipe, not in its folder
@@ -106,7 +107,7 @@ def start(
     config = resolve(config, {gpu.capability for gpu in gpus()})
     if os.environ["RANK"] == "0" and task != "export":
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        (config.run_dir / "config.toml").write_text(dump_config(config))
+        (config.run_dir / "config.toml").write_text(scrub(dump_config(config)))
         write_environment(config.run_dir)
     return config, worker(config, task, replay)
 

@@ -26,6 +26,7 @@ from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.cluster.errors import WorkerError
 from miles_spmd.protocol.order import EXIT_SECONDS, Order
 from miles_spmd.protocol.router import Router
+from miles_spmd.types.secrets import scrub, scrubbed
 
 
 class Stopped(BaseException):
@@ -73,6 +74,7 @@ def main(descriptor: int) -> int:
     """Run the controller at the end of the pipe ``descriptor``. Returns the exit status: 0, or 1 after one message on
     stderr."""
     pipe = Connection(descriptor)
+    sys.stdout, sys.stderr = scrubbed(sys.stdout), scrubbed(sys.stderr)
     order = msgspec.json.decode(pipe.recv_bytes(), type=Order)
     config = Config.model_validate_json(order.config)
     launcher = _Launcher(pipe)
@@ -102,9 +104,9 @@ def _explain(error: Exception, place: str, log: Path) -> str:
     """Return one message for the terminal; write the traceback to ``log``."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
-        traceback.print_exception(error, file=file)
+        file.writelines(map(scrub, traceback.format_exception(error)))
         if isinstance(error, WorkerError):
-            file.write(error.details)
+            file.write(scrub(error.details))
     if isinstance(error, WorkerError):
         return f"{error}" + (f" (traceback in {log})" if error.details else "")
     return f"{place}: {type(error).__name__}: {error} (traceback in {log})"

@@ -9,6 +9,7 @@ import msgspec
 
 from miles_spmd.config import Config
 from miles_spmd.types.sample import Sample
+from miles_spmd.types.secrets import scrub
 
 TRANSCRIPTS_FILE = "transcripts.jsonl"
 
@@ -36,7 +37,9 @@ def write_transcripts(config: Config, step: int, sets: Mapping[str, Sequence[Seq
         for group in groups[: config.telemetry.num_transcripts]
     ]
     with (config.run_dir / TRANSCRIPTS_FILE).open("ab") as file:
-        file.write(b"".join(msgspec.json.encode(transcript) + b"\n" for transcript in transcripts))
+        file.write(
+            b"".join(msgspec.json.encode(scrub(msgspec.to_builtins(transcript))) + b"\n" for transcript in transcripts)
+        )
 
 
 def read_transcripts(run_dir: Path) -> list[Transcript]:

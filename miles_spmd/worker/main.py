@@ -26,6 +26,7 @@ from miles_spmd.protocol.messages import Call, Failure, Hello, RankInfo, Reply
 from miles_spmd.protocol.order import EXIT_SECONDS, Replay
 from miles_spmd.protocol.results import Ok, Result
 from miles_spmd.types.phase import Phase
+from miles_spmd.types.secrets import scrubbed
 from miles_spmd.worker.controller_process import ControllerProcess
 from miles_spmd.worker.meeting import Place, meet
 from miles_spmd.worker.stopwatch import Stopwatch
@@ -193,7 +194,7 @@ def failure(error: Exception) -> Failure:
 def redirect_output(log: Path) -> TextIO:
     """Send everything that this process prints, native libraries included, to ``log``. Returns the former stderr."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    terminal = os.fdopen(os.dup(2), "w")
+    terminal = scrubbed(os.fdopen(os.dup(2), "w"))
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
         stream.flush()
@@ -201,6 +202,7 @@ def redirect_output(log: Path) -> TextIO:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)
     os.close(descriptor)
+    sys.stdout, sys.stderr = scrubbed(sys.stdout), scrubbed(sys.stderr)
     faulthandler.enable()  # a crash in native code writes its stack to the log
     print(f"--- {time.strftime('%F %T')} {HOST} pid {os.getpid()}")
     return terminal

@@ -27,6 +27,7 @@ from miles_spmd.ledger.step_data import DataStore, SampleData, StepData, UpdateD
 from miles_spmd.protocol.results import CheckpointResult, WeightsDigest
 from miles_spmd.telemetry.environment import read_environment
 from miles_spmd.types.role import Role
+from miles_spmd.types.secrets import scrub
 
 # Settings that decide where files are written and when to stop waiting, not what is computed.
 WITHOUT_EFFECT: dict[str, set[str]] = {
@@ -176,7 +177,7 @@ def _conditions(context: Context) -> tuple[Any, ...]:
 
 def _settings(config: Config) -> dict[str, Any]:
     """Return the settings that can change a result."""
-    tables = config.model_dump(mode="json", exclude=dict.fromkeys(TABLES_WITHOUT_EFFECT, True))
+    tables = scrub(config.model_dump(mode="json", exclude=dict.fromkeys(TABLES_WITHOUT_EFFECT, True)))
     return {
         name: {leaf: value for leaf, value in table.items() if leaf not in WITHOUT_EFFECT.get(name, ())}
         for name, table in tables.items()
