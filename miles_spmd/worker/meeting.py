@@ -163,8 +163,8 @@ def _agree(place: Place, run_dir: Path, launchers: Store, end: float) -> Path:
         private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077 and status.st_uid == owner
     if not private:
         raise RuntimeError(
-            f"the launcher's store names {str(folder)[:200]!r} as the folder with this run's keys, which is no private "
-            "folder of this user: another process has written to the store (docs/security.md)"
+            f"the launcher's store names {str(folder)[:200]!r} as the folder with this run's keys, and that folder is "
+            "not this user's alone: another process has written to the store (docs/security.md)"
         )
     return folder
 

@@ -233,7 +233,7 @@ def test_a_folder_that_is_not_private_is_refused(
     make(tmp_path / name)
     store = dist.HashStore()
     store.set("meeting", name)
-    with pytest.raises(RuntimeError, match="no private folder of this user: another process has written") as caught:
+    with pytest.raises(RuntimeError, match="is not this user's alone: another process has written") as caught:
         _agree(Place(1, 2, 0, 2 // nodes, ""), tmp_path, store, time.monotonic())
     assert "\x1b" not in str(caught.value)
 
