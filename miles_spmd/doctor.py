@@ -20,7 +20,8 @@ CUDA_PINS = {"sglang-kernel": "0.4.5", "sgl-deep-gemm": "0.1.4.post1", "torch_me
 # Each program runs in a process of its own, so that a crash is a finding, too; its last line of output is the detail.
 CPU_PROBES = {
     "collectives (gloo)": """
-import torch, torch.distributed as dist
+import os, torch, torch.distributed as dist
+os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 dist.all_reduce(torch.ones(4))
 print("torch", torch.__version__)""",

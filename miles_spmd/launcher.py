@@ -69,7 +69,13 @@ def launch(world_size: int) -> NoReturn:
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix=PREFIX)
+    except OSError as error:
+        fail(
+            f"ranks meet in a folder for temporary files, and none can be written ({error}); set TMPDIR to one that can"
+        )
+    with temporary as folder:
         os.environ[FOLDER] = folder
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # torchrun would offer another store to the ranks
         options = ["--rdzv-backend=c10d", f"--rdzv-endpoint={folder}/launcher", "--rdzv-conf=store_type=file"]

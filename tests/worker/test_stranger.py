@@ -106,8 +106,16 @@ def attack(report: Callable[[str], None], addresses: list[Address], processes: l
 
 def garbage(address: Address, payload: bytes) -> None:
     sequence = [number.to_bytes(8, "little") for number in range(4)]  # by which gloo tells connections apart
-    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00CURVE"
-    for data in (b"", payload, os.urandom(10_000), greeting + payload, *(number + payload for number in sequence)):
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00CURVE".ljust(54, b"\0")  # of ZMQ's protocol
+    large = greeting + b"\x06" + (2**62).to_bytes(8, "big")
+    for data in (
+        b"",
+        payload,
+        os.urandom(10_000),
+        greeting + payload,
+        large + payload,
+        *(number + payload for number in sequence),
+    ):
         with contextlib.suppress(OSError), socket.create_connection(address, timeout=1) as connection:
             connection.sendall(data)
 
@@ -247,23 +255,26 @@ def test_nodes_without_a_shared_run_folder_are_told_so(tmp_path: Path) -> None:
         _agree(Place(1, 2, 0, 1, ""), tmp_path, store, time.monotonic() + 0.1)
 
 
-def test_two_nodes_meet_in_the_run_folder(tmp_path: Path, checkpoint: Path) -> None:
-    """Two launchers on one machine, each with one rank, as srun starts them."""
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_ranks_without_torchrun_meet(tmp_path: Path, checkpoint: Path, nodes: int) -> None:
+    """As srun starts them, on one node or, in the run folder, on two; both of them are this machine."""
     config, port, seen = write_config(tmp_path, checkpoint, **settings()), free_port(), set[int]()
-    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
-    variables = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "LOCAL_RANK": "0"} | variables
+    variables = os.environ | {"MASTER_ADDR": "127.0.0.1" if nodes == 2 else socket.gethostname()}
+    variables |= {"MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": str(2 // nodes), "LOCAL_RANK": "0"}
+    variables |= {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = ["-m", "miles_spmd", "train", str(config)]
-    nodes = [
+    started = [
         forked.start(command, tmp_path, variables | {"RANK": rank}, tmp_path / f"out{rank}", tmp_path / f"err{rank}")
         for rank in "01"
     ]
     run_dir, end = tmp_path / "runs" / "tiny", time.monotonic() + START_SECONDS
-    while any(node.poll() is None for node in nodes) and time.monotonic() < end:
-        for file in [*run_dir.glob(f"{PREFIX}*"), *run_dir.glob(f"{PREFIX}*/keys.json")]:
-            with contextlib.suppress(FileNotFoundError):
-                seen.add(stat.S_IMODE(file.stat().st_mode))
+    while any(rank.poll() is None for rank in started) and time.monotonic() < end:
+        with contextlib.suppress(FileNotFoundError):
+            seen |= {stat.S_IMODE(path.stat().st_mode) for path in run_dir.glob(f"{PREFIX}*")}
+            seen |= {stat.S_IMODE(path.stat().st_mode) for path in run_dir.glob(f"{PREFIX}*/keys.json")}
         time.sleep(0.005)
-    assert [node.wait(1) for node in nodes] == [0, 0], (tmp_path / "err0").read_text() + (tmp_path / "err1").read_text()
+    said = "".join((tmp_path / f"err{rank}").read_text() for rank in "01")
+    assert [rank.wait(1) for rank in started] == [0, 0], said
     assert seen <= {0o700, 0o600}
     assert not [*run_dir.glob(f"{PREFIX}*")], "nothing of it is left"
 
