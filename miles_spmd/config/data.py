@@ -1,12 +1,13 @@
-"""`[data]`: prompts, responses and preferences to train on."""
-
-from __future__ import annotations
+"""Rows and their scores: `[data]` to train on, `[reward]` that scores responses, `[eval]`."""
 
 import re
 from pathlib import Path
+from typing import Annotated
 
-from miles_spmd.config.rules import FILES, Messages, Settings, rule
-from miles_spmd.config.table import PositiveInt, Table
+from pydantic import Field
+
+from miles_spmd.config.checks import ERRORS, FILES, Messages, Settings, rule
+from miles_spmd.config.table import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Table, plug_point
 
 
 class DataConfig(Table):
@@ -39,3 +40,38 @@ def _data_files(s: Settings) -> Messages:
         file = re.sub(r"@\[[^\]]*\]$", "", path)
         if not Path(file).is_file():
             yield f"{name}: no file {file}"
+
+
+class RewardConfig(Table):
+    rm_type: Annotated[str, plug_point("math", "exact")] = "math"
+    """Plug point: the reward function, `math` (math-verify), `exact` (equal to the label) or `module:function`."""
+    reward_timeout: PositiveFloat = 30.0
+    """Seconds that one call may take; a slower one is killed and is an error."""
+    reward_memory_gib: PositiveFloat = 4.0
+    """GiB by which the address space of a reward process may grow."""
+    reward_workers: PositiveInt = 2
+    """Number of reward processes."""
+    reward_batched: bool = False
+    """Call a custom function once per group of responses to a prompt instead of once per response."""
+
+
+class EvalConfig(Table):
+    eval_interval: NonNegativeInt = 0
+    """Evaluate every n rollouts, before the first and after the last; 0: never."""
+    eval_prompt_data: dict[str, str] = {}
+    """Evaluation sets: name -> file, as `prompt_data`. In `dpo` and `rm` they are pairs, and what is measured is how
+    often the preferred response is the one that the model prefers."""
+    n_samples_per_eval_prompt: PositiveInt = 1
+    """Number of responses to each evaluation prompt, which is the k of pass@k."""
+    eval_temperature: NonNegativeFloat = 0.0
+    """Sampling temperature of evaluations; 0 always takes the top-1 token."""
+    eval_top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """`rollout_top_p` of evaluations."""
+    eval_max_response_len: PositiveInt | None = None
+    """Longest response of evaluations in tokens; the default is `rollout_max_response_len`."""
+
+
+@rule(ERRORS)
+def _evaluation_has_data(s: Settings) -> Messages:
+    if s.eval_interval and not s.eval_prompt_data:
+        yield f"eval.eval_prompt_data: is empty, but eval_interval is {s.eval_interval}"

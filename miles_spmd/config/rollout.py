@@ -1,12 +1,10 @@
-"""`[rollout]`: how many responses are generated, how they are sampled, and on which GPUs."""
-
-from __future__ import annotations
+"""The engine: how responses are generated and on which GPUs (`[rollout]`), how it receives weights (`[refit]`)."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from miles_spmd.config.rules import ERRORS, Messages, Settings, rule
+from miles_spmd.config.checks import ERRORS, Messages, Settings, heads_divide, rule
 from miles_spmd.config.table import NonNegativeFloat, NonNegativeInt, PositiveInt, Table, must_be, plug_point
 
 # an earlier version's name of the engine that is in the tests now
@@ -76,7 +74,7 @@ def _responses_fit_the_context(s: Settings) -> Messages:
             yield f"{name}: {prompt} prompt + {response} response tokens exceed the model's context of {context}"
 
 
-# --- ranks that only generate ----------------------------------------------------------------------------------------
+# --- ranks that generate ----- ----------------------------------------------------------------------------------------
 
 
 @rule(ERRORS)
@@ -97,3 +95,33 @@ def _nothing_to_release(s: Settings) -> Messages:
         yield "train.offload_train: must be false with rollout_num_gpus; no engine needs the trainers' memory"
     if s.rollout_num_gpus and s.offload_rollout not in ("auto", "nothing"):
         yield "rollout.offload_rollout: must be 'nothing' or 'auto' with rollout_num_gpus; no trainer needs the memory"
+
+
+@rule(ERRORS)
+def _engines_fill_their_ranks(s: Settings) -> Messages:
+    if s.engine_ranks % s.tp_size:
+        yield f"sglang.tp_size: engines of {s.tp_size} ranks do not divide the {s.engine_ranks} that generate"
+
+
+@rule(ERRORS)
+def _engine_heads(s: Settings) -> Messages:
+    yield from heads_divide("sglang.tp_size", s.tp_size, s)
+
+
+class RefitConfig(Table):
+    update_weights_interval: PositiveInt = 1
+    """Give the engine new weights every n rollouts."""
+    refit_checksums: bool = True
+    """Compare checksums of every bucket after each refit; a mismatch stops the run."""
+    refit_bucket_mib: PositiveInt = 256
+    """MiB of the buckets in which weights are copied, sent and compared."""
+
+
+@rule(ERRORS)
+def _lagging_rollouts(s: Settings) -> Messages:
+    for name, interval in (("checkpoint.save_interval", s.save_interval), ("eval.eval_interval", s.eval_interval)):
+        if interval % s.update_weights_interval:
+            yield (
+                f"{name}: {interval} is not a multiple of update_weights_interval {s.update_weights_interval}; saving "
+                "and evaluating refit the engine, which would shorten the interval; set it to a multiple"
+            )

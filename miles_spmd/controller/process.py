@@ -23,8 +23,8 @@ import msgspec
 from miles_spmd.config import Config
 from miles_spmd.config.load import config_digest
 from miles_spmd.controller.cluster.cluster import Cluster
-from miles_spmd.controller.cluster.errors import WorkerError
-from miles_spmd.protocol.order import EXIT_SECONDS, Order
+from miles_spmd.controller.cluster.listener import WorkerError
+from miles_spmd.protocol.pipe import EXIT_SECONDS, Order
 from miles_spmd.protocol.router import Router
 from miles_spmd.types.secrets import scrub, scrubbed
 

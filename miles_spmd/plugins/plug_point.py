@@ -1,7 +1,5 @@
 """From the value of a setting to a function: a built-in by its name, or a user's as ``module:function``."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

@@ -37,7 +37,7 @@ def math(text: str, label: Any) -> float:
     if answer is not None and len(answer) > _LONGEST:
         return 0.0
     try:
-        found = _parse(text[-_TAIL:] if answer is None else f"\\boxed{{{answer}}}")
+        found = parse(text[-_TAIL:] if answer is None else f"\\boxed{{{answer}}}", raise_on_error=True)
         return float(bool(found) and verify(_parse_gold(gold), found, raise_on_error=True))
     except (Exception, TimeoutException):  # sympy raises anything; TimeoutException is a BaseException
         return 0.0
@@ -69,8 +69,4 @@ def _gold_text(label: str | int | float) -> str:
 
 @lru_cache(maxsize=1024)  # the samples of a group share their label
 def _parse_gold(gold: str) -> list[Any]:
-    return _parse(f"\\boxed{{{gold}}}") or _parse(gold)
-
-
-def _parse(text: str) -> list[Any]:
-    return parse(text, raise_on_error=True)
+    return parse(f"\\boxed{{{gold}}}", raise_on_error=True) or parse(gold, raise_on_error=True)

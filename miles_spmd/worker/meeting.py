@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, cast
 import msgspec
 import psutil
 
-from miles_spmd.protocol.credentials import Credentials
+from miles_spmd.protocol.pipe import Credentials
 from miles_spmd.protocol.router import ANY_INTERFACE, LOOPBACK, address_towards
 from miles_spmd.worker.controller_process import ControllerProcess
 

@@ -27,7 +27,7 @@ def group(*texts: str, uid: str = "gsm8k:1", label: Any = "19", **metadata: Any)
 
 
 def children() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+    return [p for p in psutil.Process().children(recursive=True) if "rewards.process" in " ".join(p.cmdline())]
 
 
 @pytest.fixture(autouse=True)

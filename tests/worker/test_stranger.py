@@ -26,11 +26,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import zmq
+from miles_spmd.protocol.codec import encode
 
 from miles_spmd.platform.plain_objects import PlainUnpickler, accept_plain_objects_only
-from miles_spmd.protocol.codec import encode
-from miles_spmd.protocol.credentials import make_keys
 from miles_spmd.protocol.messages import Heartbeat
+from miles_spmd.protocol.pipe import make_keys
 from miles_spmd.protocol.router import address_towards
 from miles_spmd.types.phase import Phase
 from miles_spmd.worker.meeting import FOLDER, PREFIX, Place, _agree, _given_folder

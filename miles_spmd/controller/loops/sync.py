@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 
-from miles_spmd.controller.journal.events import StepFinished
+from miles_spmd.controller.journal import events
 from miles_spmd.controller.learning.batch import example_sequences, to_sequences
 from miles_spmd.controller.parts import RunParts
 
@@ -18,7 +18,7 @@ def train(run: RunParts) -> None:
     run.journal.report(run.first)
     for step in range(run.first, steps):
         advance(run, step)
-        run.journal.publish(StepFinished(step))
+        run.journal.publish(events.StepFinished(step))
         if evaluation_due(run, step + 1):
             evaluate(run, step + 1)
         run.checkpoints.save(step + 1, run.journal)
@@ -33,9 +33,9 @@ def advance(run: RunParts, step: int) -> None:
         case "rl":
             reinforce(run, step)
         case "sft":
-            run.policy.train(step, example_sequences(run.data.examples(step)))
+            run.policy.train(step, example_sequences(run.data.batch(step)))
         case "dpo" | "rm":
-            run.policy.train(step, run.policy.pair_batch(step, run.data.pairs(step)))
+            run.policy.train(step, run.policy.pair_batch(step, run.data.batch(step)))
 
 
 def reinforce(run: RunParts, step: int) -> None:
