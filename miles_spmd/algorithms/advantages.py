@@ -1,19 +1,179 @@
 """From rewards to the advantage of every token: estimator, then distillation, then whitening.
 
 All three run on the controller, on plain arrays, because each of them may need the samples of the whole step.
+
+There are two kinds of estimators. Those of groups compare the rollouts of a prompt with each other: all tokens of a
+rollout have the same advantage. The others, PPO's generalised advantages and REINFORCE++'s returns, have a reward and
+an advantage per token: masked tokens are not transitions there, they have no reward, and neither discount nor trace
+decays across them. A truncated response ends like a finished one, with value 0 (no bootstrap).
+
+Shape suffixes: R rollouts of the batch, G of one group (groups may differ in size), N samples, K transitions (trained
+tokens) of a sample, T tokens of one sample.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from miles_spmd.algorithms import gae
 from miles_spmd.algorithms.distillation import reverse_kl
-from miles_spmd.algorithms.group_relative import dr_grpo, grpo, reinforce_plus_plus_baseline, rloo
+from miles_spmd.algorithms.kl import kl_penalties
 from miles_spmd.config import AlgorithmConfig
 from miles_spmd.plugins.algorithm import AdvantageEstimator
 from miles_spmd.plugins.plug_point import PlugPoint
 from miles_spmd.types.rollout_batch import Arrays, Estimate, RolloutBatch, flat, masked
+
+STD_EPSILON = 1e-6
+
+Comparison = Callable[[np.ndarray], np.ndarray]  # rewards [G] -> advantages [G]; called for groups of at least two
+
+
+# --- estimators that compare the rollouts of a prompt ----------------------------------------------------------------
+
+
+def centred(rewards_G: np.ndarray) -> np.ndarray:
+    """Return r_i - mean(r)."""
+    return rewards_G - rewards_G.mean()
+
+
+def standardised(rewards_G: np.ndarray) -> np.ndarray:
+    """Return (r_i - mean(r)) / (std(r) + 1e-6), with the unbiased standard deviation."""
+    return centred(rewards_G) / (rewards_G.std(ddof=1) + STD_EPSILON)
+
+
+def leave_one_out(rewards_G: np.ndarray) -> np.ndarray:
+    """Return r_i - mean of the other rewards."""
+    return rewards_G - (rewards_G.sum() - rewards_G) / (len(rewards_G) - 1)
+
+
+def within_groups(rewards_R: np.ndarray, group_ids_R: np.ndarray, compare: Comparison) -> tuple[np.ndarray, int]:
+    """Apply ``compare`` to each group. Return float64 [R] and the number of groups without variance.
+
+    Those, which include single rollouts, get exact zeros: a rounding error of their mean, divided by a standard
+    deviation of about 0, would become a large advantage."""
+    advantages_R = np.zeros(len(rewards_R))
+    order = np.argsort(group_ids_R, kind="stable")
+    without_variance = 0
+    for members in np.split(order, np.flatnonzero(np.diff(group_ids_R[order])) + 1) if len(order) else ():
+        rewards_G = rewards_R[members]
+        if np.ptp(rewards_G) == 0:
+            without_variance += 1
+        else:
+            advantages_R[members] = compare(rewards_G)
+    return advantages_R, without_variance
+
+
+def grpo(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estimate:
+    """Estimate by GRPO (DeepSeekMath, arXiv 2402.03300, section 4.1.2): rewards standardised within their group, only
+    centred without ``grpo_std_normalization``. GSPO (arXiv 2507.18071) and CISPO (arXiv 2506.13585) do the same.
+
+    With ``kl_coef`` the KL of a rollout, summed over its tokens, is subtracted from its reward first.
+    """
+    return _compared(batch, algorithm, standardised if algorithm.grpo_std_normalization else centred)
+
+
+def dr_grpo(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estimate:
+    """Estimate by Dr.GRPO (arXiv 2503.20783): centred, never divided. Its loss is aggregated by ``constant``."""
+    return _compared(batch, algorithm, centred)
+
+
+def rloo(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estimate:
+    """Estimate by RLOO (arXiv 2402.14740): reward - mean reward of the group's others; ``kl_coef`` as in GRPO."""
+    return _compared(batch, algorithm, leave_one_out)
+
+
+def reinforce_plus_plus_baseline(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estimate:
+    """Estimate by REINFORCE++-baseline (arXiv 2501.03262): centred reward - ``kl_coef`` x KL; then whitened."""
+    return _compared(batch, algorithm, centred, penalised="tokens")
+
+
+def _compared(
+    batch: RolloutBatch, algorithm: AlgorithmConfig, compare: Comparison, penalised: str = "rewards"
+) -> Estimate:
+    """Return for every token its rollout's advantage. The KL is subtracted from the rewards, summed over the tokens of
+    a rollout, or from the advantages of the ``penalised`` tokens."""
+    rollouts, penalties = batch.rollouts, kl_penalties(batch, algorithm)
+    rewards_R = rollouts.rewards
+    if penalised == "rewards":
+        penalties_N = np.asarray([penalty.sum() for penalty in penalties])
+        rewards_R = rewards_R - np.bincount(rollouts.of_sample, penalties_N, minlength=len(rewards_R))
+    advantages_R, without_variance = within_groups(rewards_R, rollouts.group_ids, compare)
+    advantages_N = advantages_R[rollouts.of_sample]
+    advantages = [masked(np.full(m.shape, a), m) for a, m in zip(advantages_N, batch.masks)]
+    if penalised == "tokens":
+        advantages = [a - penalty for a, penalty in zip(advantages, penalties)]
+    return Estimate(advantages, metrics={"zero_std_groups": float(without_variance)})
+
+
+# --- estimators with a reward per token ------------------------------------------------------------------------------
+
+
+def gae(rewards: Arrays, values: Arrays, masks: Arrays, gamma: float, lambd: float) -> tuple[Arrays, Arrays]:
+    """Compute advantages A and returns A + V, float64 [T] per sample, 0 where masked (arXiv 1506.02438, eq. 16).
+
+    delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lambda A_{t+1}, where t runs over a sample's trained
+    tokens from the last one backwards. The order of operations does not depend on the rest of the batch.
+    """
+    # [N, K]: the K transitions of each sample, aligned at their ends, so that one loop over K serves all samples
+    chosen = [np.flatnonzero(mask > 0) for mask in masks]
+    longest = max((len(places) for places in chosen), default=0)
+    reward_NK, value_NK, next_value_NK = np.zeros((3, len(masks), longest))
+    for i, places in enumerate(chosen):
+        reward_NK[i, longest - len(places) :] = rewards[i][places]
+        value_NK[i, longest - len(places) :] = values[i][places]
+    next_value_NK[:, :-1] = value_NK[:, 1:]
+    delta_NK = reward_NK + gamma * next_value_NK - value_NK
+    advantage_KN = np.ascontiguousarray(delta_NK.T)  # contiguous rows for the loop
+    for k in reversed(range(longest - 1)):
+        advantage_KN[k] += gamma * lambd * advantage_KN[k + 1]
+    advantage_NK = np.ascontiguousarray(advantage_KN.T)
+    advantages, returns = ([np.zeros(mask.shape) for mask in masks] for _ in range(2))
+    for i, places in enumerate(chosen):
+        advantages[i][places] = advantage_NK[i, longest - len(places) :]
+        returns[i][places] = advantages[i][places] + values[i][places]
+    return advantages, returns
+
+
+def ppo(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estimate:
+    """Estimate by PPO with a critic (arXiv 1707.06347): GAE with ``gamma`` and ``lambd`` over the token rewards."""
+    values = batch.required("values", "advantage_estimator ppo")
+    advantages, returns = gae(token_rewards(batch, algorithm), values, batch.masks, algorithm.gamma, algorithm.lambd)
+    trained = flat(batch.masks) > 0
+    return Estimate(advantages, returns, {"value_explained_variance": _explained(flat(returns), flat(values), trained)})
+
+
+def reinforce_plus_plus(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estimate:
+    """Estimate by REINFORCE++ (arXiv 2501.03262): the discounted sum of the token rewards that follow; then whitened.
+
+    That is GAE without a critic and with lambda = 1. Others let ``gamma`` decay over masked tokens too, which makes a
+    turn's advantage depend on the length of its tools' output.
+    """
+    no_values = [np.zeros(mask.shape) for mask in batch.masks]
+    advantages, returns = gae(token_rewards(batch, algorithm), no_values, batch.masks, algorithm.gamma, 1.0)
+    return Estimate(advantages, returns)
+
+
+def token_rewards(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Arrays:
+    """Return -``kl_coef`` x KL for every trained token, plus the sample's reward for the last one, float64 [T].
+
+    Each sibling has the reward of its rollout."""
+    rewards = [-penalty for penalty in kl_penalties(batch, algorithm)]
+    for of_token, reward, mask in zip(rewards, batch.rewards, batch.masks):
+        trained = np.flatnonzero(mask > 0)
+        if len(trained):
+            of_token[trained[-1]] += reward
+    return rewards
+
+
+def _explained(returns: np.ndarray, values: np.ndarray, trained: np.ndarray) -> float:
+    """Return 1 - Var(G - V) / Var(G) over trained tokens; 0 if all returns are equal."""
+    variance = returns[trained].var() if trained.any() else 0.0
+    return float(1 - (returns - values)[trained].var() / variance) if variance else 0.0
+
+
+# --- from an estimate to advantages ----------------------------------------------------------------------------------
+
 
 ESTIMATORS: PlugPoint[AdvantageEstimator] = PlugPoint(
     "algorithm.advantage_estimator",
@@ -23,9 +183,9 @@ ESTIMATORS: PlugPoint[AdvantageEstimator] = PlugPoint(
         "cispo": grpo,
         "dr_grpo": dr_grpo,
         "rloo": rloo,
-        "reinforce_plus_plus": gae.reinforce_plus_plus,
+        "reinforce_plus_plus": reinforce_plus_plus,
         "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
-        "ppo": gae.ppo,
+        "ppo": ppo,
     },
 )
 

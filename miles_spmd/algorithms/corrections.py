@@ -1,4 +1,5 @@
-"""Corrections of the train/inference mismatch: engine and trainer compute different probabilities for a token.
+"""The train/inference mismatch, its metrics and corrections: engine and trainer compute different probabilities for a
+token.
 
 With rho = exp(old log-prob of the trainer - log-prob of the engine), the policy term of each token is multiplied by a
 bounded form of rho, or rejected (weight 0).
@@ -51,16 +52,16 @@ def correct(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction | Non
 
 def tis(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction:
     """Weight each token by clip(rho, ``tis_clip_low``, ``tis_clip``)."""
-    ratios = _Ratios(batch)
+    ratios = _ratios(batch)
     weights = _clip(ratios.token, algorithm.tis_clip_low, algorithm.tis_clip)
-    return _correction(ratios, weights, kept=ratios.trained, clipped=weights != ratios.token)
+    return ratios.correction(weights, kept=ratios.trained, clipped=weights != ratios.token)
 
 
 def icepop(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction:
     """Weight each token by rho where ``tis_clip_low`` <= rho <= ``tis_clip``, else by 0."""
-    ratios = _Ratios(batch)
+    ratios = _ratios(batch)
     inside = _inside(ratios.token, algorithm.tis_clip_low, algorithm.tis_clip)
-    return _correction(ratios, ratios.token, kept=ratios.trained & inside, clipped=~inside)
+    return ratios.correction(ratios.token, kept=ratios.trained & inside, clipped=~inside)
 
 
 def mis(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction:
@@ -72,7 +73,7 @@ def mis(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction:
     a = algorithm
     upper = a.tis_upper_bound
     lower = 1 / upper if a.tis_lower_bound is None else a.tis_lower_bound
-    ratios = _Ratios(batch)
+    ratios = _ratios(batch)
     ratio = ratios.at(a.tis_level)
     weights, kept = ratio, ratios.trained
     if a.tis_mode == "truncate":
@@ -94,14 +95,12 @@ def mis(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction:
         metrics["rs_vetoed"] = float(vetoed_N.mean()) if len(vetoed_N) else 0.0
         kept = kept & ~vetoed_N[ratios.sample]
     if a.tis_batch_normalize:
-        if a.tis_level == "token":
-            normalizer = _mean(weights[kept])
-        else:
-            first_kept = np.diff(ratios.sample[kept], prepend=-1) > 0  # a sample has one weight
-            normalizer = _mean(weights[kept][first_kept])
-        metrics["tis_normalizer"] = normalizer
-        weights = weights / normalizer
-    return _correction(ratios, weights, kept, clipped, metrics)
+        counted = weights[kept]
+        if a.tis_level != "token":  # a sample has one weight
+            counted = counted[np.diff(ratios.sample[kept], prepend=-1) > 0]
+        metrics["tis_normalizer"] = _mean(counted)
+        weights = weights / metrics["tis_normalizer"]
+    return ratios.correction(weights, kept, clipped, **metrics)
 
 
 CORRECTIONS: PlugPoint[CorrectionFunction] = PlugPoint(
@@ -109,16 +108,53 @@ CORRECTIONS: PlugPoint[CorrectionFunction] = PlugPoint(
 )
 
 
+def mismatch_metrics(train_log_probs: Arrays, rollout_log_probs: Arrays, masks: Arrays) -> dict[str, float]:
+    """Return metrics over the trained tokens of a whole step; {} if there are none. Log-probs are [T] per sample.
+
+    ``train_log_probs`` must come from the trainer's forward pass with the weights that generated; otherwise the metrics
+    measure staleness. Raises ValueError for log-probs that are not finite. With d = train - rollout and rho = exp(d),
+    where d is clamped to +-20 in every exponential:
+
+    - ``train_rollout_logprob_abs_diff``, ``..._p999``, ``..._max``: of |d|
+    - ``train_rollout_kl``: k3 of KL(rollout || train), mean of rho - 1 - d
+    - ``train_rollout_chi2_token``: mean of rho^2 - 1; ``train_rollout_chi2_seq``: mean over samples of exp(2 sum d) - 1
+    - ``train_rollout_ess``: mean over samples of (sum rho)^2 / (n sum rho^2), 1 where nothing differs
+    - ``train_rollout_ppl_ratio``: mean over samples of exp(-mean d), the trainer's perplexity over the engine's
+    - ``extreme_ratios``: count of tokens whose d was clamped
+    """
+    ratios = _Ratios(train_log_probs, rollout_log_probs, masks)
+    if not ratios.trained.any():
+        return {}
+    d_M = ratios.log_M[ratios.trained]
+    if not np.isfinite(d_M).all():
+        wrong = np.unique(ratios.sample[~np.isfinite(ratios.log_M)])[:8].tolist()
+        raise ValueError(f"log-probs of samples {wrong} are not finite")
+    absolute = np.abs(d_M)
+    columns_M = np.ones(len(ratios.log_M)), ratios.log_M, ratios.token, ratios.token**2
+    sums_N = np.stack([ratios.per_sample(values_M) for values_M in columns_M])
+    n, log_N, rho_N, square_N = sums_N[:, sums_N[0] > 0]  # of samples with trained tokens
+    return {
+        "train_rollout_logprob_abs_diff": float(absolute.mean()),
+        "train_rollout_logprob_abs_diff_p999": float(np.quantile(absolute, 0.999)),
+        "train_rollout_logprob_abs_diff_max": float(absolute.max()),
+        "train_rollout_kl": float((np.expm1(_clamped(d_M)) - d_M).mean()),
+        "train_rollout_chi2_token": float(np.expm1(2 * _clamped(d_M)).mean()),
+        "train_rollout_chi2_seq": float(np.expm1(2 * _clamped(log_N)).mean()),
+        "train_rollout_ess": float((rho_N**2 / (n * square_N)).mean()),
+        "train_rollout_ppl_ratio": float(np.exp(_clamped(-log_N / n)).mean()),
+        "extreme_ratios": float((absolute > MAX_LOG_RATIO).sum()),
+    }
+
+
 class _Ratios:
     """rho of M tokens, all samples concatenated; log-ratios are clamped to +-20 before exp."""
 
-    def __init__(self, batch: RolloutBatch) -> None:
-        old = batch.required("old_log_probs", "use_tis")
-        engine = batch.required("rollout_log_probs", "use_tis")
-        self.log_M = flat([masked(o, m) - masked(e, m) for o, e, m in zip(old, engine, batch.masks)])
-        self.trained = flat(batch.masks) > 0
-        self.lengths = [len(mask) for mask in batch.masks]
-        self.sample = np.repeat(np.arange(len(self.lengths)), self.lengths)
+    def __init__(self, train_log_probs: Arrays, rollout_log_probs: Arrays, masks: Arrays) -> None:
+        triples = zip(train_log_probs, rollout_log_probs, masks, strict=True)
+        self.log_M = flat([masked(t, m) - masked(r, m) for t, r, m in triples])
+        self.trained = flat(masks) > 0
+        self.lengths = [len(mask) for mask in masks]
+        self.sample = np.repeat(np.arange(len(masks)), self.lengths)
         self.token = self.at("token")
 
     def per_sample(self, values_M: np.ndarray) -> np.ndarray:
@@ -133,41 +169,35 @@ class _Ratios:
             if level == "geometric":
                 sums_N = sums_N / np.maximum(self.per_sample(np.ones(len(self.log_M))), 1)
             log_ratio = sums_N[self.sample]
-        return np.exp(log_ratio.clip(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+        return np.exp(_clamped(log_ratio))
 
     def mean(self, values_M: np.ndarray) -> float:
         """Return the mean over trained tokens, 0 if there are none."""
         return _mean(values_M[self.trained], of_none=0.0)
 
-    def split(self, values_M: np.ndarray) -> Arrays:
-        return np.split(values_M, np.cumsum(self.lengths)[:-1]) if self.lengths else []
+    def correction(self, weights: np.ndarray, kept: np.ndarray, clipped: np.ndarray, **metrics: float) -> Correction:
+        """Return the result with its metrics.
+
+        They are means over trained tokens: ``tis`` (rho), ``tis_abs`` (|rho - 1|), ``tis_clipfrac`` (weight bounded or
+        set to 0 by its bounds), ``tis_rejected`` (weight 0 for any reason), ``tis_weight`` (as applied); and the count
+        ``extreme_ratios`` of tokens whose log-ratio was clamped.
+        """
+        applied = np.where(kept, weights, 0.0)
+        own = {
+            "tis": self.mean(self.token),
+            "tis_abs": self.mean(np.abs(self.token - 1)),
+            "tis_clipfrac": self.mean(clipped),
+            "tis_rejected": self.mean(~kept),
+            "tis_weight": self.mean(applied),
+            "extreme_ratios": float((np.abs(self.log_M) > MAX_LOG_RATIO).sum()),
+        }
+        policy_weights = np.split(applied, np.cumsum(self.lengths)[:-1]) if self.lengths else []
+        return Correction(policy_weights, own | metrics)
 
 
-def _correction(
-    ratios: _Ratios,
-    weights: np.ndarray,
-    kept: np.ndarray,
-    clipped: np.ndarray,
-    metrics: dict[str, float] | None = None,
-) -> Correction:
-    """Return the result with its metrics.
-
-    They are means over trained tokens: ``tis`` (rho), ``tis_abs`` (|rho - 1|), ``tis_clipfrac`` (weight bounded or set
-    to 0 by its bounds), ``tis_rejected`` (weight 0 for any reason), ``tis_weight`` (as applied); and the count
-    ``extreme_ratios`` of tokens whose log-ratio was clamped."""
-    applied = np.where(kept, weights, 0.0)
-    return Correction(
-        ratios.split(applied),
-        {
-            "tis": ratios.mean(ratios.token),
-            "tis_abs": ratios.mean(np.abs(ratios.token - 1)),
-            "tis_clipfrac": ratios.mean(clipped),
-            "tis_rejected": ratios.mean(~kept),
-            "tis_weight": ratios.mean(applied),
-            "extreme_ratios": float((np.abs(ratios.log_M) > MAX_LOG_RATIO).sum()),
-            **(metrics or {}),
-        },
-    )
+def _ratios(batch: RolloutBatch) -> _Ratios:
+    old, engine = (batch.required(name, "use_tis") for name in ("old_log_probs", "rollout_log_probs"))
+    return _Ratios(old, engine, batch.masks)
 
 
 def _inside(ratio: np.ndarray, lower: float, upper: float) -> np.ndarray:
@@ -178,6 +208,10 @@ def _clip(ratio: np.ndarray, lower: float, upper: float) -> np.ndarray:
     if lower >= upper:
         raise ValueError(f"the lower bound {lower} of importance ratios is not below the upper bound {upper}")
     return ratio.clip(lower, upper)
+
+
+def _clamped(log_ratio: np.ndarray) -> np.ndarray:
+    return log_ratio.clip(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def _mean(values: np.ndarray, of_none: float = 1.0) -> float:

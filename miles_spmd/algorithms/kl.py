@@ -30,18 +30,12 @@ def kl_estimate(log_probs: Array, base_log_probs: Array, kind: str, ratio: Array
     value and gradient unbiased for tokens that another policy sampled (DeepSeek-V3.2, arXiv 2512.02556).
     Raises ValueError for an unknown kind.
     """
-    r = log_probs - base_log_probs  # type: ignore[operator]
-    if kind == "k1":
-        estimate = r
-    elif kind == "k2":
-        estimate = 0.5 * r * r
-    elif kind == "k3":
-        estimate = _expm1(-r) + r
-    elif kind == "low_var_kl":
-        r = r.clip(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        estimate = _expm1(-r) + r
-    else:
+    if kind not in KINDS:
         raise ValueError(f"unknown KL estimator {kind!r}; known: {', '.join(KINDS)}")
+    r = log_probs - base_log_probs  # type: ignore[operator]
+    if kind == "low_var_kl":
+        r = r.clip(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    estimate = r if kind == "k1" else 0.5 * r * r if kind == "k2" else _expm1(-r) + r
     if ratio is not None:
         estimate = ratio * estimate
     return estimate.clip(-MAX_LOW_VAR_KL, MAX_LOW_VAR_KL) if kind == "low_var_kl" else estimate

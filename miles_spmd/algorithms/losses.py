@@ -1,39 +1,100 @@
 """Per-token losses, as pure functions of tensors: they reduce nothing over ranks; weights come from the controller.
 
+The loss of a policy takes ``log_probs`` and ``entropy`` of softmax(logits / temperature), fp32 [T], where the entropy
+has a gradient only if the configuration has an ``entropy_coef``; the loss of a model whose head returns one number per
+token, a critic or a reward model, takes the head's ``values`` [T]. Both return the loss of each token, fp32 [T], and
+sums over the trained tokens for the metrics, scalars.
+
+The surrogates are the policy term of the loss. There r = pi_theta / pi_old of a token, and A is its advantage. log r is
+clamped to +-20, so that fp32 stays finite. NaN is propagated: the trainer counts it and skips the step.
+
+The losses of pairs compare a preferred response c and a rejected response r to the same prompt. Both sequences of a
+pair are in one micro-batch. Every token gets its pair's loss, and the loss weights of a pair's tokens sum to
+1 / (pairs of the step): aggregation ``rollout_mean`` with the pair as the rollout.
+
 Shape suffix: T tokens of a packed micro-batch on this rank (only those that the trainer scores).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from miles_spmd.algorithms.kl import MAX_LOG_RATIO, kl_estimate
-from miles_spmd.algorithms.preference import PreferenceLoss, RewardModelLoss
-from miles_spmd.algorithms.surrogates import SURROGATES, log_ratio, off_policy_sequences
 from miles_spmd.config import AlgorithmConfig
-from miles_spmd.types.token_batch import TokenBatch
+from miles_spmd.plugins.algorithm import Surrogate
+from miles_spmd.plugins.plug_point import PlugPoint
+from miles_spmd.types.token_batch import SegmentSum, TokenBatch
+
+Sums = dict[str, Tensor]
+Loss = Callable[..., tuple[Tensor, Sums]]  # (log_probs, entropy, tokens) or (values, tokens)
 
 
-class LossFunction(Protocol):
-    """The loss of a policy."""
-
-    def __call__(self, log_probs: Tensor, entropy: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of each token, fp32 [T], and sums over the trained tokens for the metrics, scalars.
-
-        ``log_probs`` and ``entropy`` are fp32 [T], of softmax(logits / temperature); the entropy has a gradient only if
-        the configuration has an ``entropy_coef``.
-        """
+# --- policies --------------------------------------------------------------------------------------------------------
 
 
-class HeadLoss(Protocol):
-    """The loss of a model whose head returns one number per token: a critic or a reward model."""
+def ppo(log_probs: Tensor, tokens: TokenBatch, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
+    """Return max(-r A, -clip(r, 1 - eps_clip, 1 + eps_clip_high) A), bounded by -eps_clip_c A where A < 0.
 
-    def __call__(self, values: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of each token, fp32 [T], from the head's ``values`` [T]; and sums as LossFunction does."""
+    Sources: PPO (arXiv 1707.06347) eq. 7, DAPO's asymmetric clip (arXiv 2503.14476), dual clip (arXiv 1912.09729).
+    """
+    return _clipped(log_ratio(log_probs, tokens), tokens.required("advantages"), algorithm)
+
+
+def gspo(log_probs: Tensor, tokens: TokenBatch, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
+    """Return PPO's term with one ratio per sequence, s = exp(mean of log r over its trained tokens): the gradient of a
+    token's loss reaches all of them. Source: GSPO (arXiv 2507.18071) eq. 5 and 7; its clip range is 1000 times
+    narrower."""
+    log_s = tokens.sequence_mean(log_ratio(log_probs, tokens))
+    return _clipped(log_s, tokens.required("advantages"), algorithm)
+
+
+def cispo(log_probs: Tensor, tokens: TokenBatch, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
+    """Return -sg(clip(r, 1 - eps_clip, 1 + eps_clip_high)) A log pi_theta: a bounded gradient where PPO's is 0.
+
+    Source: MiniMax-M1 (arXiv 2506.13585) eq. 4 and 5, which sets no lower bound (eps_clip = 1) and tunes the upper one.
+    """
+    ratio = log_ratio(log_probs, tokens).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    weight = ratio.clamp(*clip_range(algorithm))
+    return -weight * tokens.required("advantages") * log_probs, weight != ratio
+
+
+SURROGATES: PlugPoint[Surrogate] = PlugPoint("algorithm.loss_type", {"ppo": ppo, "gspo": gspo, "cispo": cispo})
+
+
+def off_policy_sequences(log_probs: Tensor, tokens: TokenBatch, delta: float) -> Tensor:
+    """Return which tokens OPSM masks, bool [T]: A < 0, and the sequence's mean of log(pi_old / pi_theta) > ``delta``.
+
+    Source: DeepSeek-V3.2 (arXiv 2512.02556), off-policy sequence masking. There pi_old is the engine's
+    probability, as with ``use_rollout_logprobs`` here.
+    """
+    drift = tokens.sequence_mean(-log_ratio(log_probs, tokens).detach())
+    return (tokens.required("advantages") < 0) & (drift > delta)
+
+
+def log_ratio(log_probs: Tensor, tokens: TokenBatch) -> Tensor:
+    """Return log(pi_theta / pi_old), [T]."""
+    return log_probs - (log_probs.detach() if tokens.old_log_probs is None else tokens.old_log_probs)
+
+
+def clip_range(algorithm: AlgorithmConfig) -> tuple[float, float]:
+    """Return (1 - eps_clip, 1 + eps_clip_high)."""
+    high = algorithm.eps_clip if algorithm.eps_clip_high is None else algorithm.eps_clip_high
+    return 1 - algorithm.eps_clip, 1 + high
+
+
+def _clipped(log_r: Tensor, advantages: Tensor, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
+    ratio = log_r.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    unclipped = -ratio * advantages
+    clipped = -ratio.clamp(*clip_range(algorithm)) * advantages
+    loss = torch.maximum(unclipped, clipped)
+    if algorithm.eps_clip_c is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -algorithm.eps_clip_c * advantages), loss)
+    return loss, clipped > unclipped
 
 
 class PolicyLoss:
@@ -46,7 +107,7 @@ class PolicyLoss:
         self.algorithm = algorithm
         self.surrogate = SURROGATES.resolve(algorithm.surrogate)
 
-    def __call__(self, log_probs: Tensor, entropy: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, log_probs: Tensor, entropy: Tensor, tokens: TokenBatch) -> tuple[Tensor, Sums]:
         a = self.algorithm
         trained = tokens.trained
         sums = {"tokens": trained.sum()}
@@ -64,26 +125,24 @@ class PolicyLoss:
         loss = policy - a.entropy_coef * entropy
         log_r = log_ratio(log_probs, tokens)
         sums |= {
-            "pg_loss": _sum(trained, tokens.loss_weights * policy),
+            "pg_loss": _sum(tokens, tokens.loss_weights * policy),
             "pg_clipfrac": (clipped & trained).sum(),
-            "ppo_kl": _sum(trained, -log_r),
-            "entropy": _sum(trained, entropy),
+            "ppo_kl": _sum(tokens, -log_r),
+            "entropy": _sum(tokens, entropy),
         }
         if tokens.ref_log_probs is not None:
             ratio = log_r.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() if a.use_unbiased_kl else None
             kl = kl_estimate(log_probs, tokens.ref_log_probs, a.kl_loss_type, ratio)
             loss = loss + a.kl_loss_coef * kl
-            sums["kl"] = _sum(trained, kl)
-        return loss, {name: value.detach() for name, value in sums.items()}
+            sums["kl"] = _sum(tokens, kl)
+        return loss, sums
 
 
-@dataclass(frozen=True)
 class SupervisedLoss:
     """Computes the negative log-likelihood of each token."""
 
-    def __call__(self, log_probs: Tensor, entropy: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        trained = tokens.trained
-        return -log_probs, {"tokens": trained.sum(), "entropy": _sum(trained, entropy).detach()}
+    def __call__(self, log_probs: Tensor, entropy: Tensor, tokens: TokenBatch) -> tuple[Tensor, Sums]:
+        return -log_probs, {"tokens": tokens.trained.sum(), "entropy": _sum(tokens, entropy)}
 
 
 @dataclass(frozen=True)
@@ -95,21 +154,81 @@ class ValueLoss:
 
     algorithm: AlgorithmConfig
 
-    def __call__(self, values: Tensor, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, values: Tensor, tokens: TokenBatch) -> tuple[Tensor, Sums]:
         returns, old, clip = tokens.required("returns"), tokens.required("old_values"), self.algorithm.value_clip
         unclipped = (values - returns) ** 2
         clipped = (old + (values - old).clamp(-clip, clip) - returns) ** 2
         loss = torch.maximum(unclipped, clipped)
-        trained = tokens.trained
-        sums = {
-            "tokens": trained.sum(),
-            "value_loss": _sum(trained, tokens.loss_weights * loss),
-            "value_clipfrac": ((clipped > unclipped) & trained).sum(),
+        return loss, {
+            "tokens": tokens.trained.sum(),
+            "value_loss": _sum(tokens, tokens.loss_weights * loss),
+            "value_clipfrac": ((clipped > unclipped) & tokens.trained).sum(),
         }
-        return loss, {name: value.detach() for name, value in sums.items()}
 
 
-def make_loss(mode: str, algorithm: AlgorithmConfig) -> LossFunction | HeadLoss:
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """Computes the loss named by ``preference_loss``; beta = ``dpo_beta``, sums are over the trained tokens of c and r:
+
+    - ``dpo``: -log sigmoid(beta h), h = sum_c log(pi / pi_ref) - sum_r log(pi / pi_ref) (arXiv 2305.18290, eq. 7)
+    - ``ipo``: (h - 1 / (2 beta))^2 (arXiv 2310.12036, eq. 17), with sums as there; TRL takes means
+    - ``simpo``: -log sigmoid(beta h - ``simpo_gamma``), h = mean_c log pi - mean_r log pi (arXiv 2405.14734, eq. 6)
+    """
+
+    algorithm: AlgorithmConfig
+
+    def __call__(self, log_probs: Tensor, entropy: Tensor, tokens: TokenBatch) -> tuple[Tensor, Sums]:
+        a = self.algorithm
+        if a.preference_loss == "simpo":
+            sequence_sum: SegmentSum = tokens.required("sequence_sum")
+            score = log_probs / sequence_sum(tokens.trained.to(log_probs.dtype)).clamp(min=1)
+        else:
+            score = log_probs - tokens.required("ref_log_probs")
+        h, chosen, rejected = _margin(score, tokens)
+        if a.preference_loss == "ipo":
+            loss = (h - 1 / (2 * a.dpo_beta)) ** 2
+        else:
+            loss = -logsigmoid(a.dpo_beta * h - (a.simpo_gamma if a.preference_loss == "simpo" else 0.0))
+        sums = _sums(loss, a.dpo_beta * h, a.dpo_beta * chosen, a.dpo_beta * rejected, tokens)
+        return loss, {**sums, "entropy": _sum(tokens, entropy)}
+
+
+class RewardModelLoss:
+    """Computes the Bradley-Terry loss, -log sigmoid(score_c - score_r), where the score of a sequence is the head's
+    output on its last token, the only one that is trained. Source: InstructGPT (arXiv 2203.02155) eq. 1."""
+
+    def __call__(self, values: Tensor, tokens: TokenBatch) -> tuple[Tensor, Sums]:
+        h, chosen, rejected = _margin(values, tokens)
+        loss = -logsigmoid(h)
+        return loss, _sums(loss, h, chosen, rejected, tokens)
+
+
+def _margin(score: Tensor, tokens: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return score(c) - score(r), score(c) and score(r) of each token's pair, [T] each."""
+    pair_sum: SegmentSum = tokens.required("pair_sum")
+    preferred = tokens.required("pair_signs") > 0
+    chosen = pair_sum(torch.where(tokens.trained & preferred, score, 0.0))
+    rejected = pair_sum(torch.where(tokens.trained & ~preferred, score, 0.0))
+    return chosen - rejected, chosen, rejected
+
+
+def _sums(loss: Tensor, margin: Tensor, chosen: Tensor, rejected: Tensor, tokens: TokenBatch) -> Sums:
+    """Return sums weighted by the loss weights: their sum over all ranks is the mean over the step's pairs."""
+    per_pair = {
+        "preference_loss": loss,
+        "reward_accuracy": (margin > 0).to(loss.dtype),
+        "reward_margin": margin,
+        "reward_chosen": chosen,
+        "reward_rejected": rejected,
+    }
+    weighted = {name: _sum(tokens, tokens.loss_weights * values) for name, values in per_pair.items()}
+    return {"tokens": tokens.trained.sum(), **weighted}
+
+
+def make_loss(mode: str, algorithm: AlgorithmConfig) -> Loss:
     """Return the loss of a run's ``mode``: "rl", "sft", "dpo" or "rm". Raises ValueError for another."""
     match mode:
         case "rl":
@@ -123,5 +242,6 @@ def make_loss(mode: str, algorithm: AlgorithmConfig) -> LossFunction | HeadLoss:
     raise ValueError(f"no loss for mode {mode!r}; known: rl, sft, dpo, rm")
 
 
-def _sum(trained: Tensor, values: Tensor) -> Tensor:
-    return torch.where(trained, values, 0.0).sum()
+def _sum(tokens: TokenBatch, values: Tensor) -> Tensor:
+    """Return the sum of ``values`` [T] over the trained tokens, without a gradient."""
+    return torch.where(tokens.trained, values, 0.0).sum().detach()

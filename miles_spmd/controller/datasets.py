@@ -9,9 +9,8 @@ from typing import Any
 import msgspec
 
 from miles_spmd.config import Config
-from miles_spmd.data.preferences import PreferencePair, load_preference_pairs
+from miles_spmd.data.examples import PreferencePair, load_preference_pairs, load_sft_examples
 from miles_spmd.data.prompts import load_prompts
-from miles_spmd.data.sft import load_sft_examples
 from miles_spmd.data.source import PromptSource
 from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.models import load_family

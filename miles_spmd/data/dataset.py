@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
+from miles_spmd.config import DataConfig
+from miles_spmd.data.tokenizer import Text, Tokenizer
+
 Row = dict[str, Any]
 Item = TypeVar("Item")
+Draft = Callable[[str, Row], tuple[list[Text], Callable[..., Item]]]
 
+_log = logging.getLogger(__name__)
+_CHUNK = 1024  # rows that are encoded at a time
 _SLICE = re.compile(r"^(?P<path>.+)@\[(?P<start>-?\d*):(?P<stop>-?\d*)\]$")
 _SHOWN_ERRORS = 20
 
@@ -22,6 +31,10 @@ class RowError(ValueError):
     def __init__(self, problem: str, remedy: str, row: int | None = None) -> None:
         super().__init__(f"{problem}; {remedy}")
         self.problem, self.remedy, self.row = problem, remedy, row
+
+
+class TooLongError(RowError):
+    """A row that ``data.drop_long_prompts`` leaves out."""
 
 
 class DataError(ValueError):
@@ -48,35 +61,49 @@ def parse_slice(prompt_data: str) -> tuple[Path, slice]:
     return Path(match["path"]), slice(*bounds)
 
 
-def load_items(source: str, make: Callable[[int, Row], Item | None]) -> list[Item]:
-    """Return ``make(number, row)`` for every row of ``source``, in order and without the Nones.
+def load_items(source: str, name: str | None, data: DataConfig, tokenizer: Tokenizer, draft: Draft[Item]) -> list[Item]:
+    """Return the items of all rows of ``source``, in order. Their uids are ``name:row`` (default name: the file's).
 
-    Raises DataError with the RowErrors of all rows, and if the result is empty.
+    ``draft(uid, row)`` returns the texts of an item, and what makes the item of their encodings: the tokenizer encodes
+    the texts of many rows at a time, in parallel. Rows that are too long are left out with ``data.drop_long_prompts``.
+    Raises DataError with the RowErrors of all rows, and if no item is left.
     """
     errors: list[RowError] = []
-    items = [item for item in make_items(source, make, errors) if item is not None]
-    raise_errors(source, errors, len(items))
-    return items
+    items: list[Item] = []
+    rows = read_rows(source, errors)
+    name = name or parse_slice(source)[0].name
+    dropped = count = 0
 
-
-def make_items(source: str, make: Callable[[int, Row], Item], errors: list[RowError]) -> list[Item]:
-    """Return ``make(number, row)`` for every row of ``source``; RowErrors are appended to ``errors`` instead."""
-    items = []
-    for number, row in read_rows(source, errors):
+    @contextmanager
+    def collecting_errors(number: int) -> Iterator[None]:
+        nonlocal dropped
         try:
-            items.append(make(number, row))
+            yield
         except RowError as error:
             error.row = number
-            errors.append(error)
-    return items
+            if isinstance(error, TooLongError) and data.drop_long_prompts:
+                dropped += 1
+            else:
+                errors.append(error)
 
-
-def raise_errors(source: str, errors: list[RowError], usable: int) -> None:
-    """Raise DataError if there are any errors, or no ``usable`` items."""
-    if not usable and not errors:
+    while chunk := list(islice(rows, _CHUNK)):
+        count += len(chunk)
+        drafts = []
+        for number, row in chunk:
+            with collecting_errors(number):
+                drafts.append((number, *draft(f"{name}:{number}", row)))
+        encodings = iter(tokenizer.encode_texts([text for _, texts, _ in drafts for text in texts]))
+        for number, texts, finish in drafts:
+            own = islice(encodings, len(texts))
+            with collecting_errors(number):
+                items.append(finish(*own))
+    if dropped:
+        _log.warning("%s: dropped %d of %d prompts as too long", source, dropped, count)
+    if not items and not errors:
         errors = [RowError("no rows", "check the file, its slice and data.drop_long_prompts")]
     if errors:
         raise DataError(source, sorted(errors, key=lambda error: error.row or 0))
+    return items
 
 
 def read_rows(prompt_data: str, errors: list[RowError]) -> Iterator[tuple[int, Row]]:

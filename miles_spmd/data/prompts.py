@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from typing import Any
 
 from miles_spmd.config import DataConfig
 from miles_spmd.data.chat import check_messages
-from miles_spmd.data.dataset import Row, RowError, lookup, make_items, parse_slice, raise_errors
-from miles_spmd.data.tokenizer import Message, Tokenizer, TokenizerError
+from miles_spmd.data.dataset import Row, RowError, TooLongError, load_items, lookup
+from miles_spmd.data.tokenizer import Encoding, Message, Text, Tokenizer, TokenizerError
 from miles_spmd.types.sample import Prompt
-
-_log = logging.getLogger(__name__)
 
 
 def load_prompts(
@@ -21,7 +19,6 @@ def load_prompts(
     prompt_data: str | None = None,
     name: str | None = None,
     room: int | None = None,
-    require_label: bool = True,
 ) -> list[Prompt]:
     """Return every prompt of ``prompt_data`` (default: ``data.prompt_data``), tokenized.
 
@@ -33,34 +30,22 @@ def load_prompts(
     Raises DataError with all errors of the file: rows that are not JSON, missing keys, wrong types, empty and too long
     prompts, no row at all.
     """
-    source = prompt_data or data.prompt_data
-    path, _ = parse_slice(source)
-    errors: list[RowError] = []
 
-    def draft(number: int, row: Row) -> tuple[int, str, bool, Any, dict[str, Any]]:
+    def draft(uid: str, row: Row) -> tuple[list[Text], Callable[[Encoding], Prompt]]:
         value = read_input(row, data)
         messages = value if isinstance(value, list) else None
-        label = read_label(row, data.label_key, require_label)
-        return number, render_prompt(value, tokenizer), messages is not None, label, read_metadata(row, data, messages)
+        label, text = read_label(row, data.label_key), render_prompt(value, tokenizer)
+        metadata = read_metadata(row, data, messages)
 
-    drafts = make_items(source, draft, errors)
-    # All texts in one call: the tokenizer encodes a batch in parallel.
-    token_lists = tokenizer.encode_prompts([d[1] for d in drafts], [d[2] for d in drafts])
-    prompts = []
-    dropped = 0
-    for (number, text, _, label, metadata), tokens in zip(drafts, token_lists):
-        error = length_error(len(tokens), data.rollout_max_prompt_len, room)
-        if error is None:
-            prompts.append(Prompt(f"{name or path.name}:{number}", text, tokens, label, metadata))
-        elif data.drop_long_prompts:
-            dropped += 1
-        else:
-            error.row = number
-            errors.append(error)
-    if dropped:
-        _log.warning("%s: dropped %d of %d prompts as too long", source, dropped, len(drafts))
-    raise_errors(source, errors, len(prompts))
-    return prompts
+        def finish(encoding: Encoding) -> Prompt:
+            if not encoding.ids:
+                raise RowError("the prompt has no tokens", "fill it in or remove the row")
+            check_length(len(encoding.ids), data.rollout_max_prompt_len, room)
+            return Prompt(uid, text, encoding.ids, label, metadata)
+
+        return [Text([(text, False)], messages is not None)], finish
+
+    return load_items(prompt_data or data.prompt_data, name, data, tokenizer, draft)
 
 
 def render_prompt(value: str | list[Message], tokenizer: Tokenizer) -> str:
@@ -99,14 +84,12 @@ def read_text(row: Row, key: str, setting: str) -> str | list[Message]:
         raise RowError(f"{key!r} ({kind}): {error}", "write a string or [{'role': ..., 'content': ...}, ...]") from None
 
 
-def read_label(row: Row, key: str | None, required: bool) -> Any:
+def read_label(row: Row, key: str | None) -> Any:
     if not key:
         return None
     try:
         return lookup(row, key)
     except KeyError:
-        if not required:
-            return None
         remedy = "add it, set data.label_key, or set it to '' if the reward does not use a label"
         raise RowError(f"missing key {key!r} (data.label_key)", remedy) from None
 
@@ -121,14 +104,11 @@ def read_metadata(row: Row, data: DataConfig, messages: list[Message] | None) ->
     return metadata
 
 
-def length_error(length: int, max_len: int | None, room: int | None) -> RowError | None:
-    """Return the error of a prompt of ``length`` tokens, None if its length is within the limits."""
-    if not length:
-        return RowError("the prompt has no tokens", "fill it in or remove the row")
+def check_length(length: int, max_len: int | None, room: int | None = None) -> None:
+    """Raise RowError if a prompt of ``length`` tokens is not within the limits."""
+    remedy = "shorten it, raise the limit, or set data.drop_long_prompts = true"
     if max_len is not None and length > max_len:
-        problem = f"the prompt has {length} tokens, more than data.rollout_max_prompt_len = {max_len}"
-    elif room is not None and length > room:
+        raise TooLongError(f"the prompt has {length} tokens, more than data.rollout_max_prompt_len = {max_len}", remedy)
+    if room is not None and length > room:
         problem = f"the prompt has {length} tokens, of which {room} fit into the context together with a full response"
-    else:
-        return None
-    return RowError(problem, "shorten it, raise the limit, or set data.drop_long_prompts = true")
+        raise TooLongError(problem, remedy)

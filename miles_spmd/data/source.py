@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from functools import lru_cache
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import numpy as np
 
 from miles_spmd.types.seeds import derive_seed
 
-
-class Identified(Protocol):
-    @property
-    def uid(self) -> str: ...
-
-
-Item = TypeVar("Item", bound=Identified)
+Item = TypeVar("Item")  # a msgspec.Struct with a uid
 
 
 class PromptSource(Generic[Item]):
@@ -29,13 +25,8 @@ class PromptSource(Generic[Item]):
     def __init__(self, items: Sequence[Item], seed: int, shuffle: bool = True) -> None:
         if not items:
             raise ValueError("a source requires at least one item")
-        self._items = items
-        self._seed = seed
-        self._shuffle = shuffle
-        self._cached: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-
-    def __len__(self) -> int:
-        return len(self._items)
+        self._items, self._seed, self._shuffle = items, seed, shuffle
+        self._order = lru_cache(maxsize=1)(self._order_of)  # a step after another needs the same epoch
 
     def of_step(self, step: int, count: int) -> list[Item]:
         """Return the ``count`` items of ``step``, which begin at position ``step * count``."""
@@ -47,25 +38,18 @@ class PromptSource(Generic[Item]):
         If an item occurs again among them (after an epoch's end, or with fewer items than ``count``), its uid gets
         ``#2``, ``#3``, ...: uids must be unique within a step, because seeds are derived from them.
         """
-        size = len(self._items)
         found = []
-        seen: dict[int, int] = {}
+        seen: Counter[int] = Counter()
         for place in range(position, position + count):
-            row = int(self._order(place // size)[place % size])
-            seen[row] = seen.get(row, 0) + 1
-            item = self._items[row]
-            found.append(item if seen[row] == 1 else _renamed(item, f"{item.uid}#{seen[row]}"))
+            epoch, index = divmod(place, len(self._items))
+            row = self._order(epoch)[index]
+            seen[row] += 1
+            item: Any = self._items[row]
+            found.append(item if seen[row] == 1 else msgspec.structs.replace(item, uid=f"{item.uid}#{seen[row]}"))
         return found
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if not self._shuffle:
-            epoch = 0
-        if self._cached[0] != epoch:
-            size = len(self._items)
-            seed = derive_seed("epoch", self._seed, epoch)
-            self._cached = epoch, np.random.default_rng(seed).permutation(size) if self._shuffle else np.arange(size)
-        return self._cached[1]
-
-
-def _renamed(item: Any, uid: str) -> Any:
-    return msgspec.structs.replace(item, uid=uid)
+    def _order_of(self, epoch: int) -> np.ndarray:
+        order = np.arange(len(self._items))
+        if self._shuffle:
+            np.random.default_rng(derive_seed("epoch", self._seed, epoch)).shuffle(order)
+        return order

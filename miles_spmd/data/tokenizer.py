@@ -9,12 +9,35 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from tokenizers import Tokenizer as FastTokenizer
 
 Message = dict[str, Any]  # {"role": ..., "content": ..., ...} as chat templates take it
+Segment = tuple[str, bool]  # a part of a text, and whether it is trained
+
+
+class Encoding(NamedTuple):
+    ids: list[int]
+    offsets: list[tuple[int, int]]  # the characters of each token
+
+
+class Text(NamedTuple):
+    """Consecutive segments of a sequence; ``templated``: a chat template has written its special tokens; ``exact``:
+    a trained segment begins where an engine begins to generate, so that no token may reach over that place."""
+
+    segments: list[Segment]
+    templated: bool
+    exact: bool = True
+
+    @property
+    def whole(self) -> str:
+        return "".join(text for text, _ in self.segments)
+
+    @property
+    def is_trained(self) -> bool:
+        return any(trained for _, trained in self.segments)
 
 
 class TokenizerError(ValueError):
@@ -63,23 +86,62 @@ class Tokenizer:
         return self._fast.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_prompts(self, texts: Sequence[str], templated: Sequence[bool]) -> list[list[int]]:
-        """Return the token ids of texts at the start of a context.
+        """Return the token ids of texts at the start of a context."""
+        found = self.encode_texts([Text([(text, False)], t) for text, t in zip(texts, templated)])
+        return [encoding.ids for encoding in found]
+
+    def encode_texts(self, texts: Sequence[Text]) -> list[Encoding]:
+        """Encode texts at the start of a context, each as a whole; with offsets if a segment is trained.
 
         A chat template writes its special tokens itself (``templated``). Plain text gets those that the tokenizer adds
         (Llama's BOS), unless it already starts with the BOS token.
         """
         bos = self.special_tokens.get("bos_token")
-        ids: list[list[int]] = [[] for _ in texts]
-        complete = [t or bool(bos and text.startswith(bos)) for text, t in zip(texts, templated)]
+        encode = self._fast.encode_batch if any(t.is_trained for t in texts) else self._fast.encode_batch_fast
+        wholes = [text.whole for text in texts]
+        complete = [t.templated or bool(bos and whole.startswith(bos)) for t, whole in zip(texts, wholes)]
+        found: dict[int, Any] = {}
         for is_complete in (True, False):
             which = [i for i, c in enumerate(complete) if c == is_complete]
-            encodings = self._fast.encode_batch_fast([texts[i] for i in which], add_special_tokens=not is_complete)
-            for i, encoding in zip(which, encodings):
-                ids[i] = encoding.ids
-        return ids
+            found |= zip(which, encode([wholes[i] for i in which], add_special_tokens=not is_complete))
+        encodings = [Encoding(found[i].ids, found[i].offsets) for i in range(len(texts))]
+        return [self._split_at_responses(text, encoding) for text, encoding in zip(texts, encodings)]
+
+    def _split_at_responses(self, text: Text, encoding: Encoding) -> Encoding:
+        """Encode again as an engine does, whose prompt ends before a response, if a token reaches over that place."""
+        starts, position = [], 0
+        for piece, trained in text.segments:
+            starts += [position] if trained and text.exact else []
+            position += len(piece)
+        crossed = [p for p in starts if any(start < p < end for start, end in encoding.offsets)]
+        if not crossed:
+            return encoding
+        whole = text.whole
+        head = self.encode_texts([Text([(whole[: crossed[0]], False)], text.templated)])[0]
+        ids, offsets = list(head.ids), [(0, 0)] * len(head.ids)
+        for start, end in zip(crossed, [*crossed[1:], len(whole)]):
+            tail = self._continue(whole[start:end])
+            ids += tail.ids
+            offsets += [(start + a, start + b) for a, b in tail.offsets]
+        return Encoding(ids, offsets)
+
+    def _continue(self, text: str) -> Encoding:
+        """Encode a text that follows another one, and hence has no beginning for a normaliser to change."""
+        for before in "\n.a0":
+            encoding = self._fast.encode(before + text, add_special_tokens=False)
+            after = [(i, (a - 1, b - 1)) for i, (a, b) in zip(encoding.ids, encoding.offsets) if b > 1]
+            if after and after[0][1][0] == 0:
+                return Encoding(*map(list, zip(*after)))
+        encoding = self._fast.encode(text, add_special_tokens=False)
+        return Encoding(encoding.ids, encoding.offsets)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._fast.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    @property
+    def marks_assistant(self) -> bool:
+        """Whether the chat template marks what the assistant writes."""
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template or "") is not None
 
     def render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
         """Return the text of a conversation by the checkpoint's chat template. Raises TokenizerError."""
@@ -97,7 +159,7 @@ class Tokenizer:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        marked = re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template) is not None
+        marked = self.marks_assistant
         variables: dict[str, Any] = {**self.special_tokens, "add_generation_prompt": add_generation_prompt}
         render: Any = render_jinja_template  # annotated to return a string, returns ([text], [spans])
         try:

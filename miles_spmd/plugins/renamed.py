@@ -14,8 +14,11 @@ from miles_spmd.types.rollout_batch import RolloutBatch
 
 # Old module -> the modules that have its names now.
 MODULES = {
+    "miles_spmd.algorithms.gae": ("miles_spmd.algorithms.advantages",),
+    "miles_spmd.algorithms.group_relative": ("miles_spmd.algorithms.advantages",),
     "miles_spmd.algorithms.protocols": ("miles_spmd.plugins.algorithm", "miles_spmd.plugins.plug_point"),
     "miles_spmd.algorithms.rollout_batch": ("miles_spmd.types.rollout_batch",),
+    "miles_spmd.algorithms.surrogates": ("miles_spmd.algorithms.losses",),
     "miles_spmd.algorithms.token_batch": ("miles_spmd.types.token_batch",),
     "miles_spmd.config.schema": ("miles_spmd.config",),
     "miles_spmd.data.sample": ("miles_spmd.types.sample", "miles_spmd.types.train_sequence"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from miles_spmd.algorithms.losses import HeadLoss, LossFunction
+from miles_spmd.algorithms.losses import Loss
 from miles_spmd.config import Config
 from miles_spmd.models import Family
 from miles_spmd.protocol.results import TrainResult, UpdateDigests
@@ -40,13 +40,13 @@ class Trainer(Network):
         self,
         config: Config,
         family: Family,
-        loss_function: LossFunction | HeadLoss,
+        loss_function: Loss,
         *,
         source: str | Path | None = None,
         beside: Network | None = None,
     ) -> None:
         super().__init__(config, family, source or config.model.hf_checkpoint, beside=beside)
-        self._loss_function: Callable[..., Any] = loss_function
+        self._loss_function = loss_function
         transformer, ddp = self._megatron.transformer, self._megatron.ddp
         self._chunks[:] = [
             DistributedDataParallel(transformer, ddp, chunk, disable_bucketing=number > 0)

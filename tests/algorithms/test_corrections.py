@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles_spmd.algorithms.corrections import CORRECTIONS, correct
-from miles_spmd.algorithms.mismatch import mismatch_metrics
+from miles_spmd.algorithms.corrections import CORRECTIONS, correct, mismatch_metrics
 from miles_spmd.config import AlgorithmConfig
 from miles_spmd.types.rollout_batch import Correction, RolloutBatch
 from tests.algorithms.rollout_cases import rollouts

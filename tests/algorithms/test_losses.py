@@ -10,8 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles_spmd.algorithms.losses import PolicyLoss, SupervisedLoss, ValueLoss, make_loss
-from miles_spmd.algorithms.preference import PreferenceLoss, RewardModelLoss
+from miles_spmd.algorithms.losses import (
+    PolicyLoss,
+    PreferenceLoss,
+    RewardModelLoss,
+    SupervisedLoss,
+    ValueLoss,
+    make_loss,
+)
 from miles_spmd.config import AlgorithmConfig
 from miles_spmd.types.token_batch import TokenBatch
 from tests.algorithms import loss_cases as oracle

@@ -14,9 +14,8 @@ from miles_spmd.algorithms.aggregation import AGGREGATIONS
 from miles_spmd.algorithms.corrections import CORRECTIONS
 from miles_spmd.algorithms.distillation import STRATEGIES, WEIGHT_MODES
 from miles_spmd.algorithms.kl import KINDS
-from miles_spmd.algorithms.losses import PolicyLoss
+from miles_spmd.algorithms.losses import SURROGATES, PolicyLoss
 from miles_spmd.algorithms.rewards import GROUP_FILTERS, REWARD_POST_PROCESSES
-from miles_spmd.algorithms.surrogates import SURROGATES
 from miles_spmd.config import AlgorithmConfig
 from miles_spmd.plugins.plug_point import PlugPoint, PlugPointError
 from miles_spmd.types.token_batch import TokenBatch

@@ -11,8 +11,7 @@ from transformers import AutoTokenizer
 
 from miles_spmd.config import DataConfig
 from miles_spmd.data.dataset import DataError
-from miles_spmd.data.preferences import PreferencePair, load_preference_pairs
-from miles_spmd.data.sft import SftExample, load_sft_examples
+from miles_spmd.data.examples import PreferencePair, SftExample, load_preference_pairs, load_sft_examples
 from miles_spmd.data.source import PromptSource
 from miles_spmd.data.tokenizer import Tokenizer
 from tests.data.conftest import CHATML, write_tokenizer

@@ -151,4 +151,3 @@ def test_chat_prompts_without_a_template(tmp_path: Path) -> None:
 def test_a_label_can_be_waived(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "hi"}])
     assert load_prompts(DataConfig(prompt_data=path, label_key=""), tokenizer)[0].label is None
-    assert load_prompts(DataConfig(prompt_data=path), tokenizer, require_label=False)[0].label is None

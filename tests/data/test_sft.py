@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from miles_spmd.config import DataConfig
 from miles_spmd.data.dataset import DataError
-from miles_spmd.data.sft import SftExample, load_sft_examples
+from miles_spmd.data.examples import SftExample, load_sft_examples
 from miles_spmd.data.tokenizer import Tokenizer, TokenizerError
 from tests.data.conftest import CHATML, write_tokenizer
 

@@ -86,7 +86,7 @@ def test_a_template_that_refuses_says_why(tmp_path: Path) -> None:
 def test_the_data_room_needs_no_torch(chat_folder: Path) -> None:
     code = (
         "import sys\n"
-        "from miles_spmd.data import chat, preferences, prompts, sft, source\n"
+        "from miles_spmd.data import chat, examples, prompts, source\n"
         "from miles_spmd.data.tokenizer import Tokenizer\n"
         f"t = Tokenizer({str(chat_folder)!r})\n"
         "print(t.render([{'role': 'user', 'content': 'hi'}]))\n"

@@ -15,9 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from miles_spmd.config.load import load_config
-from miles_spmd.data.preferences import load_preference_pairs
+from miles_spmd.data.examples import load_preference_pairs, load_sft_examples
 from miles_spmd.data.prompts import load_prompts
-from miles_spmd.data.sft import load_sft_examples
 from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.quickstart.assets import HELDOUT_ROWS, SFT_ROWS, TRAIN_ROWS, build_assets
 from miles_spmd.quickstart.task import data_files

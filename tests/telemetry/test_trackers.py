@@ -15,8 +15,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from miles_spmd.algorithms.advantages import compute_advantages
-from miles_spmd.algorithms.corrections import mis
-from miles_spmd.algorithms.mismatch import mismatch_metrics
+from miles_spmd.algorithms.corrections import mis, mismatch_metrics
 from miles_spmd.config import AlgorithmConfig
 from miles_spmd.telemetry import metrics
 from miles_spmd.telemetry.metrics import METRICS, PHASES, describe, is_score, phase_times

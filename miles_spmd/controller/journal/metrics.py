@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from miles_spmd.algorithms import mismatch
+from miles_spmd.algorithms import corrections
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.journal import events
 from miles_spmd.protocol.messages import TrainerRank
@@ -138,14 +138,14 @@ def train_metrics(
 
 
 def mismatch_metrics(sequences: Sequence[TrainSequence], train_log_probs: Sequence[np.ndarray]) -> dict[str, float]:
-    """Compare engine and trainer on every trained token; see :func:`mismatch.mismatch_metrics`.
+    """Compare engine and trainer on every trained token; see :func:`corrections.mismatch_metrics`.
 
     ``train_log_probs``, float32 [T] per sequence, come from the trainer's own forward pass with the weights that
     generated the samples. Returns nothing where no token is trained.
     """
     rollout = [s.rollout_log_probs for s in sequences if s.rollout_log_probs is not None]
     masks = [(s.loss_weights != 0).astype(np.float32) for s in sequences]
-    found = mismatch.mismatch_metrics(list(train_log_probs), rollout, masks)
+    found = corrections.mismatch_metrics(list(train_log_probs), rollout, masks)
     return {f"train/{name}": value for name, value in found.items()}
 
 

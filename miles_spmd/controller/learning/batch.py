@@ -14,8 +14,7 @@ from miles_spmd.algorithms.aggregation import loss_weights
 from miles_spmd.algorithms.corrections import correct
 from miles_spmd.algorithms.rewards import shape_rewards
 from miles_spmd.config import Config
-from miles_spmd.data.preferences import PreferencePair
-from miles_spmd.data.sft import SftExample
+from miles_spmd.data.examples import PreferencePair, SftExample
 from miles_spmd.types.rollout_batch import Arrays, RolloutBatch
 from miles_spmd.types.sample import Sample
 from miles_spmd.types.train_sequence import TrainSequence

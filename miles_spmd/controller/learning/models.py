@@ -14,7 +14,7 @@ from miles_spmd.config import Config
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.learning.batch import Scores, pair_sequences
 from miles_spmd.controller.learning.micro_batches import Packing, commands, expand, in_sequence_order, pack, pack_leaves
-from miles_spmd.data.preferences import PreferencePair
+from miles_spmd.data.examples import PreferencePair
 from miles_spmd.protocol.commands import Command, ComputeLogProbs, ComputeValues, TrainStep
 from miles_spmd.protocol.results import Result, TrainResult
 from miles_spmd.types.role import Role

@@ -14,7 +14,7 @@ from miles_spmd.controller.journal.metrics import train_metrics
 from miles_spmd.controller.journal.parity import Parity, describe_bisection, first_difference
 from miles_spmd.controller.learning.batch import Scores, optimizer_steps, pair_sequences, set_loss_weights, to_sequences
 from miles_spmd.controller.learning.models import Models
-from miles_spmd.data.preferences import PreferencePair
+from miles_spmd.data.examples import PreferencePair
 from miles_spmd.protocol.commands import Bisect, RefitEngine, SnapshotWeights
 from miles_spmd.types.request import Request
 from miles_spmd.types.role import Role
