@@ -26,10 +26,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import zmq
-from miles_spmd.protocol.codec import encode
 
 from miles_spmd.platform.plain_objects import PlainUnpickler, accept_plain_objects_only
-from miles_spmd.protocol.messages import Heartbeat
+from miles_spmd.protocol.messages import Heartbeat, encode
 from miles_spmd.protocol.pipe import make_keys
 from miles_spmd.protocol.router import address_towards
 from miles_spmd.types.phase import Phase
