@@ -34,11 +34,10 @@ fi
 # The ranks of a node share its cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-if [[ $nodes -gt 1 ]]; then
-    rendezvous=(--nnodes="$nodes" --node-rank="$NODE_RANK" --master-addr="$MASTER_ADDR" --master-port="${MASTER_PORT:-29500}")
-else
-    rendezvous=(--standalone)
+if [[ $nodes -eq 1 ]]; then # the command starts its ranks itself: torchrun's own store would be open to the network
+    exec "$python" -m miles_spmd train "$@" --nproc-per-node="$gpus"
 fi
+rendezvous=(--nnodes="$nodes" --node-rank="$NODE_RANK" --master-addr="$MASTER_ADDR" --master-port="${MASTER_PORT:-29500}")
 # Bind each rank to the NUMA node of its GPU, and with that the host memory that it allocates.
 if [[ -d /sys/devices/system/node/node1 ]] && command -v numactl >/dev/null; then
     rendezvous+=(--numa-binding=node)

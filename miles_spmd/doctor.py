@@ -21,7 +21,8 @@ print("on the CPU" if adapted else "on CUDA")"""
 # Each program runs in a process of its own, so that a crash is a finding, too; its last line of output is the detail.
 CPU_PROBES = {
     "collectives (gloo)": """
-import torch, torch.distributed as dist
+import os, torch, torch.distributed as dist
+os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 dist.all_reduce(torch.ones(4))
 print("torch", torch.__version__)""",

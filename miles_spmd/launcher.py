@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -64,34 +64,51 @@ def ranks(nproc: int | None) -> tuple[bool, int]:
 def launch(world_size: int) -> NoReturn:
     """Run torchrun in this process, with ranks that run the present command, and exit with their status.
 
-    A rank that fails has printed why, so torchrun's own account of it is silenced.
+    A rank that fails has printed why, so torchrun's own account of it is silenced. With ``--standalone``, torchrun
+    would open a store for everyone on the network and unpickle what it finds there; here its store is a file in a
+    private folder, in which the ranks meet, too.
     """
+    import shutil
+
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     from miles_spmd.protocol import last_words
+    from miles_spmd.telemetry.environment import gpus
+    from miles_spmd.worker.meeting import FOLDER, PREFIX
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ[EXAMINED] = "1"
     logging.disable()
-    with tempfile.NamedTemporaryFile(delete=False) as unsaid:
-        os.environ[last_words.VARIABLE] = unsaid.name
     try:
-        torchrun(["--standalone", f"--nproc-per-node={world_size}", "-m", "miles_spmd", *sys.argv[1:]])
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        code = max(failure.exitcode for failure in error.failures.values())
-        status = failure.exitcode
-        how = f"was killed by {failure.signal_name()}" if status < 0 else f"ended with status {status}"
-        last_words.say_for_others(f"rank {rank} (pid {failure.pid}) {how}, and no process of the run said why")
-        raise SystemExit(code if code > 0 else 1) from None
-    except SignalException as error:
-        last_words.say_for_others(f"start: stopped by {signal.Signals(error.sigval).name}")
-        raise SystemExit(128 + error.sigval) from None
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(unsaid.name)
+        temporary = tempfile.TemporaryDirectory(prefix=PREFIX)
+    except OSError as error:
+        fail(
+            f"ranks meet in a folder for temporary files, and none can be written ({error}); set TMPDIR to one that can"
+        )
+    with temporary as folder:
+        os.environ[FOLDER] = folder
+        unsaid = Path(folder, "unsaid")
+        unsaid.touch()
+        os.environ[last_words.VARIABLE] = str(unsaid)
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # torchrun would offer another store to the ranks
+        options = ["--rdzv-backend=c10d", f"--rdzv-endpoint={folder}/launcher", "--rdzv-conf=store_type=file"]
+        if gpus() and Path("/sys/devices/system/node/node1").exists() and shutil.which("numactl"):
+            options.append("--numa-binding=node")  # the memory that a rank allocates is then near its GPU, too
+        command = ["-m", "miles_spmd", *sys.argv[1:]]
+        try:
+            torchrun([*options, "--local-addr=localhost", f"--nproc-per-node={world_size}", *command])
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            code = max(failure.exitcode for failure in error.failures.values())
+            status = failure.exitcode
+            how = f"was killed by {failure.signal_name()}" if status < 0 else f"ended with status {status}"
+            last_words.say_for_others(f"rank {rank} (pid {failure.pid}) {how}, and no process of the run said why")
+            raise SystemExit(code if code > 0 else 1) from None
+        except SignalException as error:
+            last_words.say_for_others(f"start: stopped by {signal.Signals(error.sigval).name}")
+            raise SystemExit(128 + error.sigval) from None
     raise SystemExit(0)
 
 

@@ -7,11 +7,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
+
+from miles_spmd.worker.meeting import Place, bind_sockets, store_without_keys
 
 T = TypeVar("T")
 
@@ -21,7 +24,14 @@ def join() -> None:
     torch.set_num_threads(1)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    place = Place.from_environment()
+    bind_sockets(place)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        store=store_without_keys(place, timedelta(minutes=5)),
+        rank=place.rank,
+        world_size=place.world_size,
+    )
     if torch.cuda.is_available():
         dist.all_reduce(torch.zeros(1, device="cuda"))
 

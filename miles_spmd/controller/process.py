@@ -30,6 +30,7 @@ from miles_spmd.protocol.last_words import say
 from miles_spmd.protocol.pipe import EXIT_SECONDS, Order
 from miles_spmd.protocol.router import Router
 from miles_spmd.types.files import is_full
+from miles_spmd.types.secrets import scrub, scrubbed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -88,13 +89,14 @@ def main(descriptor: int) -> int:
     """Run the controller at the end of the pipe ``descriptor``. Returns the exit status: 0, or 1 after one message on
     stderr."""
     pipe = Connection(descriptor)
+    sys.stdout, sys.stderr = scrubbed(sys.stdout), scrubbed(sys.stderr)
     order = msgspec.json.decode(pipe.recv_bytes(), type=Order)
     config = Config.model_validate_json(order.config)
     launcher = _Launcher(pipe)
     PlugPoint.time_limit = config.deadlines.train_timeout
     log = config.run_dir / "logs" / "controller.log"
     problem = ""
-    with Router(order.host) as router:
+    with Router(order.host, order.world_size) as router:
         pipe.send_bytes(msgspec.json.encode(router.credentials))
         cluster = Cluster(router, order.world_size, config.deadlines, config_digest(config), log.parent)
         try:
@@ -125,8 +127,8 @@ def _explain(error: Exception, place: str, log: Path) -> str:
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as file:
-            traceback.print_exception(error, file=file)
-            file.write(error.details if isinstance(error, WorkerError) else "")
+            file.writelines(map(scrub, traceback.format_exception(error)))
+            file.write(scrub(error.details) if isinstance(error, WorkerError) else "")
     except OSError:  # where no other file can be written either
         where = ""
     text = f"{error}" if isinstance(error, WorkerError) else f"{place}: {type(error).__name__}: {error}"

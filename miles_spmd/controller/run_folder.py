@@ -30,6 +30,7 @@ from miles_spmd.telemetry.report import REPORT_FILE, write_report
 from miles_spmd.telemetry.trackers import METRICS_FILE, TENSORBOARD_FOLDER, read_metrics
 from miles_spmd.telemetry.transcripts import ROLLOUTS_FILE, TRANSCRIPTS_FILE
 from miles_spmd.types.files import write_whole
+from miles_spmd.types.secrets import scrub
 
 CONFIG_FILE, LOCK_FILE = "config.toml", "lock"
 # All that a run writes, except for its logs, to which every attempt appends.
@@ -128,7 +129,7 @@ def claim(config: Config, task: str) -> TextIO | None:
 def describe(config: Config, task: str) -> None:
     """Write the resolved configuration, from which the run can be repeated, and its environment. Raises OSError."""
     once = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": False})})
-    write_whole(config.run_dir / CONFIG_FILE, dump_config(once).encode())
+    write_whole(config.run_dir / CONFIG_FILE, scrub(dump_config(once)).encode())
     write_environment(config.run_dir, task)
 
 

@@ -1,5 +1,5 @@
 """What goes through the pipe between rank 0 and the controller that it starts: the order of the run, and back the
-credentials that admit workers to it."""
+credentials that admit ranks to it."""
 
 from __future__ import annotations
 
@@ -36,15 +36,14 @@ class Order(msgspec.Struct, frozen=True):
 
 
 class Credentials(msgspec.Struct, frozen=True):
-    """Handed to the workers through the run's TCPStore; whoever holds them is a member of the run. Keys are Z85 text.
-
-    All clients share one key pair: the keys separate members of a run from everyone else, not rank from rank.
+    """Of one rank: every rank has a key pair of its own, and whoever holds it speaks for this rank and no other. Keys
+    are Z85 text. They reach the ranks in a file that only the run's user can read (``worker/meeting.py``).
     """
 
     endpoint: str  # "tcp://host:port"
     server_public: str
     client_public: str
-    client_secret: str = ""  # empty in what a run publishes
+    client_secret: str
 
     def __repr__(self) -> str:
         return f"Credentials({self.endpoint})"  # never a secret in a log

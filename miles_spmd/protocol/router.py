@@ -1,8 +1,9 @@
-"""The controller's end of the control plane: one ROUTER socket that admits only holders of the run's client key."""
+"""The controller's end of the control plane: one ROUTER socket that admits only holders of a rank's key."""
 
 from __future__ import annotations
 
 import math
+import socket
 import time
 
 import zmq
@@ -18,18 +19,34 @@ LOOPBACK = "127.0.0.1"
 IO_THREADS = 4  # one thread is too slow to encrypt a large batch for many ranks
 
 
+def address_towards(host: str) -> str | None:
+    """Return this machine's address on the interface by which it reaches ``host``, which may be this machine; None
+    where it is unknown. A loopback address is one of every machine: it counts only where ``host`` is written as one,
+    because a hosts file may give a machine's own name to it."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing
+            address = probe.getsockname()[0]
+    except OSError:
+        return None
+    loopback = host == "localhost" or host.startswith("127.")
+    return address if loopback or not address.startswith("127.") else None
+
+
 class PeerGoneError(ConnectionError):
     """The connection to which a message was addressed is closed."""
 
 
 class Router:
     """Binds a free port. ``host`` is the name or address under which clients reach this machine; with the default, only
-    processes of this machine can connect."""
+    processes of this machine can connect. ``credentials``, by rank, admit each of ``ranks`` ranks; ``rank_of`` gives
+    the rank whose key a connection has shown."""
 
-    def __init__(self, host: str = LOOPBACK) -> None:
+    def __init__(self, host: str = LOOPBACK, ranks: int = 1) -> None:
         server_public, server_secret = make_keys()
-        client_public, client_secret = make_keys()
-        self._client_key = client_public.encode()
+        keys = [make_keys() for _ in range(ranks)]
+        self._rank_of_key = {public: rank for rank, (public, _) in enumerate(keys)}
+        self.rank_of: dict[Peer, int] = {}
         self._context = zmq.Context(IO_THREADS)
         self._authenticator = ThreadAuthenticator(self._context)
         self._authenticator.start()
@@ -44,8 +61,9 @@ class Router:
         self._monitor = self._context.socket(zmq.PAIR)
         self._monitor.rcvhwm = 0  # a full queue would block libzmq's thread, so a flood of strangers must fit
         self._monitor.connect("inproc://connections")
-        port = self._socket.bind_to_random_port(f"tcp://{LOOPBACK if host == LOOPBACK else ANY_INTERFACE}")
-        self.credentials = Credentials(f"tcp://{host}:{port}", server_public, client_public, client_secret)
+        port = self._socket.bind_to_random_port(f"tcp://{address_towards(host) or ANY_INTERFACE}")
+        endpoint = f"tcp://{host}:{port}"
+        self.credentials = [Credentials(endpoint, server_public, *pair) for pair in keys]
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
@@ -55,7 +73,7 @@ class Router:
     def callback(self, domain: str, key: bytes) -> bool:
         """Return whether a client may connect. The authenticator calls this on its own thread for every client that has
         the server's public key."""
-        return key == self._client_key
+        return key.decode() in self._rank_of_key
 
     def send(self, message: Message, peers: list[Peer]) -> None:
         """Send the message, encoded once, to each of ``peers``. Raises PeerGoneError."""
@@ -96,6 +114,9 @@ class Router:
         peer, *frames = self._socket.recv_multipart(copy=False)
         # disconnect events carry a file descriptor and no routing id, so the pair is remembered here
         self._peer_of_descriptor[int(peer.get(zmq.SRCFD))] = peer.bytes
+        self.rank_of[peer.bytes] = self._rank_of_key[
+            str(peer.get("User-Id"))
+        ]  # pyzmq's authenticator sets it to the key
         try:
             if len(frames) != 1:
                 raise WireError(f"a message of {len(frames)} frames instead of one")

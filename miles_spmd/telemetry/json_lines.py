@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from miles_spmd.types.files import AppendedFile
+from miles_spmd.types.secrets import scrub
 
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ class Lines(Generic[T]):
 
 class LineWriter:
     """Appends to the file ``path``, in place of an incomplete line at its end. Every line reaches the file at once, and
-    as a whole or not at all; raises OSError where the disk is full."""
+    as a whole or not at all, and without secrets; raises OSError where the disk is full."""
 
     def __init__(self, path: Path) -> None:
         self._file = AppendedFile(path)
@@ -49,7 +50,7 @@ class LineWriter:
                     self._file.file.truncate(path.read_bytes().rfind(b"\n") + 1)
 
     def write(self, value: Any) -> None:
-        self._file.append(msgspec.json.encode(value) + b"\n")
+        self._file.append(msgspec.json.encode(scrub(msgspec.to_builtins(value))) + b"\n")
 
     def close(self) -> None:
         self._file.close()

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from miles_spmd.config import Config
 from miles_spmd.telemetry.json_lines import Lines, LineWriter
+from miles_spmd.types.secrets import scrub
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -106,7 +107,7 @@ class WandbTracker:
             project=config.telemetry.wandb_project,
             name=config.run.name,
             dir=str(config.run_dir),
-            config=config.model_dump(mode="json"),
+            config=scrub(config.model_dump(mode="json")),
             mode=None if "WANDB_MODE" in os.environ or "WANDB_API_KEY" in os.environ else "offline",
         )
 

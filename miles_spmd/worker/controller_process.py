@@ -37,9 +37,9 @@ class ControllerProcess:
         self.pid = self._process.pid
         self.listening = False
 
-    def credentials(self) -> Credentials:
-        """Wait until the controller listens and return its credentials. Raises EOFError when it died first."""
-        credentials = msgspec.json.decode(self._pipe.recv_bytes(), type=Credentials)
+    def credentials(self) -> list[Credentials]:
+        """Wait until the controller listens and return the ranks' credentials. Raises EOFError when it died first."""
+        credentials = msgspec.json.decode(self._pipe.recv_bytes(), type=list[Credentials])
         self.listening = True
         return credentials
 

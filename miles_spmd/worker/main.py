@@ -10,13 +10,10 @@ import socket
 import sys
 import time
 import traceback
-from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
-
-import msgspec
 
 from miles_spmd.config import Config
 from miles_spmd.config.load import config_digest
@@ -28,9 +25,10 @@ from miles_spmd.protocol.last_words import say
 from miles_spmd.protocol.messages import Call, Failure, Hello, RankInfo, Reply
 from miles_spmd.protocol.pipe import Credentials, Replay
 from miles_spmd.protocol.results import Ok, Result
-from miles_spmd.protocol.router import LOOPBACK
 from miles_spmd.types.phase import Phase
+from miles_spmd.types.secrets import scrubbed
 from miles_spmd.worker.controller_process import ControllerProcess
+from miles_spmd.worker.meeting import Place, meet
 from miles_spmd.worker.stopwatch import Stopwatch
 from miles_spmd.worker.watchdog import Watchdog
 
@@ -39,23 +37,6 @@ if TYPE_CHECKING:
     from miles_spmd.worker.world import Side
 
 HOST = socket.gethostname()
-
-
-@dataclass(frozen=True)
-class Place:
-    """The place that the launcher (torchrun, or srun through its script) assigns to this process."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    master: str  # address of the first node, for all nodes
-
-    @classmethod
-    def from_environment(cls) -> Place:
-        rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        return cls(rank, world_size, local_rank, local_world_size, os.environ["MASTER_ADDR"])
 
 
 def main(config: Config, task: str = "train", replay: Replay | None = None) -> int:
@@ -69,8 +50,7 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
         return 1
     controller = None
     if place.rank == 0:  # first, so that the two processes import in parallel
-        host = LOOPBACK if place.local_world_size == place.world_size else place.master
-        controller = ControllerProcess(config, task, host, place.world_size, replay)
+        controller = ControllerProcess(config, task, place.host, place.world_size, replay)
     logs = config.run_dir / "logs"
     try:
         terminal, log = redirect_output(logs / f"rank-{place.rank}.log")
@@ -154,26 +134,21 @@ def next_call(dealer: Dealer) -> Call:
 
 
 def join(config: Config, place: Place, controller: ControllerProcess | None) -> tuple[Credentials, Side]:
-    """Meet the other ranks through the launcher's store: set up torch.distributed, and exchange the credentials of the
-    controller."""
+    """Meet the other ranks: set up torch.distributed, and get the credentials for the controller."""
     if config.determinism.deterministic:
         pin_environment()
     import torch
     import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous
 
     from miles_spmd.platform import cuda
+    from miles_spmd.platform.plain_objects import accept_plain_objects_only
     from miles_spmd.worker.world import take_side
 
     threads = max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
     exact = config.determinism.deterministic or config.determinism.parity == "bitwise"
     torch.set_num_threads(1 if exact else threads)  # how a sum is split over threads decides its rounding
-    start_timeout = timedelta(seconds=config.deadlines.start_timeout)
-    store, _, _ = next(rendezvous("env://", timeout=start_timeout))
-    control = dist.PrefixStore("control", store)
-    if controller is not None:
-        control.set("credentials", msgspec.json.encode(controller.credentials()).decode())
-    credentials = msgspec.json.decode(control.get("credentials"), type=Credentials)
+    accept_plain_objects_only()
+    store, credentials = meet(place, config.run_dir, controller, config.deadlines.start_timeout)
     # a collective may last as long as the phase around it
     longest = timedelta(seconds=max(config.deadlines.model_dump().values()))
     if torch.cuda.is_available():
@@ -253,10 +228,11 @@ def redirect_output(path: Path) -> tuple[TextIO, Log]:
     log.path = path
     sys.stdout.flush()
     sys.stderr.flush()
-    terminal = os.fdopen(os.dup(2), "w")
+    terminal = scrubbed(os.fdopen(os.dup(2), "w"))
     for number in (1, 2):
         os.dup2(log.fileno(), number)
-    sys.stdout = sys.stderr = io.TextIOWrapper(io.BufferedWriter(log), errors="backslashreplace", line_buffering=True)
+    lines = io.TextIOWrapper(io.BufferedWriter(log), errors="backslashreplace", line_buffering=True)
+    sys.stdout = sys.stderr = scrubbed(lines)
     faulthandler.enable()  # a crash in native code writes its stack to the log
     print(f"--- {time.strftime('%F %T')} {HOST} pid {os.getpid()}")
     log.check()

@@ -38,12 +38,14 @@ class Harness:
 
     def __init__(self, world_size: int, **deadlines: float) -> None:
         self.world_size = world_size
-        self.router = Router()
+        self.router = Router(ranks=world_size)
         self.workers = Cluster(self.router, world_size, DeadlinesConfig(**deadlines), DIGEST, Path("runs/x/logs"))
         self.ranks: list[FakeRank] = []
 
     def add(self, rank: int, *args: Any, **settings: Any) -> FakeRank:
-        self.ranks.append(FakeRank(self.router.credentials, rank, self.world_size, *args, **settings))
+        self.ranks.append(
+            FakeRank(self.router.credentials[min(rank, self.world_size - 1)], rank, self.world_size, *args, **settings)
+        )
         return self.ranks[-1]
 
     def add_all(self, *args: Any, **settings: Any) -> Cluster:
@@ -106,6 +108,25 @@ def test_a_rank_outside_the_world_is_refused(cluster: Make) -> None:
     c.add(2)
     with pytest.raises(ProtocolError, match="calls itself rank 2"):
         c.workers.wait_ready()
+
+
+@pytest.mark.parametrize("stage", ["hello", "reply"])
+def test_a_rank_speaks_for_itself_alone(cluster: Make, stage: str) -> None:
+    """Whoever has the key of rank 1 cannot be rank 0, neither at the start nor later."""
+
+    def respond(fake: FakeRank, call: Call) -> None:
+        fake.send(Reply(call.id, 0, HOST, empty(call.command)))
+
+    c = cluster(2)
+    c.add(0, lambda rank, call: None)
+    if stage == "hello":
+        c.ranks.append(FakeRank(c.router.credentials[1], 0, 2))
+        with pytest.raises(ProtocolError, match=r"^rank 1 calls itself rank 0$"):
+            c.workers.wait_ready()
+    else:
+        c.add(1, respond)
+        with pytest.raises(ProtocolError, match=r"^rank 1 \(node-a, pid 1001\) calls itself rank 0$"):
+            c.workers.call(RefitEngine(0), step=0)
 
 
 def test_a_rank_that_never_connects_is_named(cluster: Make) -> None:

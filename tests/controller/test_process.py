@@ -54,7 +54,7 @@ def test_an_error_before_any_worker_is_there(start: Start, tmp_path: Path, capfd
 
 def test_told_to_stop_it_says_why_and_who_is_missing(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
     controller = start()
-    dealer = Dealer(controller.credentials())
+    dealer = Dealer(controller.credentials()[1])
     dealer.send(Heartbeat(rank=1, phase=Phase.START, step=0))
     time.sleep(0.5)  # for the heartbeat
     controller.stop("stopped by SIGTERM")

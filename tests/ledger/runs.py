@@ -42,7 +42,7 @@ def serve(settings: str, credentials: bytes) -> None:
 
     config = Config.model_validate_json(settings)
     rank, size = dist.get_rank(), dist.get_world_size()
-    dealer = Dealer(msgspec.json.decode(credentials, type=Credentials))
+    dealer = Dealer(msgspec.json.decode(credentials, type=list[Credentials])[rank])
     place = Place(rank, size, rank, size, "127.0.0.1")
     worker = build(config, "train", place, Side(), dealer, Stopwatch(), cast(Watchdog, Unwatched()))
     dealer.send(Hello(rank_info(worker, place), config_digest(config)))
@@ -64,7 +64,7 @@ def train(ranks: Ranks, config: Config, size: int = 1, wanted: Replay | None = N
     """The run's folder."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "config.toml").write_text(dump_config(config))
-    router = Router()
+    router = Router(ranks=size)
     credentials = msgspec.json.encode(router.credentials)
     thread = threading.Thread(target=ranks.run, args=(size, serve, config.model_dump_json(), credentials))
     thread.start()

@@ -28,7 +28,7 @@ CALL = Call(1, 2, 60.0, RefitEngine(3))
 
 @pytest.fixture
 def router() -> Iterator[Router]:
-    with Router() as router:
+    with Router(ranks=2) as router:
         yield router
 
 
@@ -43,11 +43,11 @@ def works_for(router: Router, dealer: Dealer) -> bool:
 
 
 def port_of(router: Router) -> int:
-    return int(router.credentials.endpoint.rpartition(":")[2])
+    return int(router.credentials[1].endpoint.rpartition(":")[2])
 
 
 def test_a_member_of_the_run_gets_in(router: Router) -> None:
-    dealer = Dealer(router.credentials)
+    dealer = Dealer(router.credentials[1])
     assert works_for(router, dealer)
     dealer.close()
 
@@ -59,11 +59,11 @@ def stranger(request: pytest.FixtureRequest, router: Router) -> Iterator[str]:
     client = context.socket(zmq.DEALER)
     client.linger = 0
     raw: socket.socket | None = None
-    server, keys = router.credentials.server_public, make_keys()
+    server, keys = router.credentials[1].server_public, make_keys()
     if request.param == "a key of its own":
         client.curve_serverkey, client.curve_publickey, client.curve_secretkey = (k.encode() for k in (server, *keys))
     elif request.param == "the wrong server":
-        mine = (make_keys()[0], router.credentials.client_public, router.credentials.client_secret)
+        mine = (make_keys()[0], router.credentials[1].client_public, router.credentials[1].client_secret)
         client.curve_serverkey, client.curve_publickey, client.curve_secretkey = (k.encode() for k in mine)
     elif request.param == "plain text":
         client.plain_username, client.plain_password = b"rank", b"1"
@@ -71,7 +71,7 @@ def stranger(request: pytest.FixtureRequest, router: Router) -> Iterator[str]:
         raw = socket.create_connection(("127.0.0.1", port_of(router)))
         raw.sendall(b"GET / HTTP/1.1\r\n\r\n" if request.param == "http" else struct.pack("!64I", *range(64)))
     if raw is None:
-        client.connect(router.credentials.endpoint)
+        client.connect(router.credentials[1].endpoint)
         client.send(encode(HEARTBEAT))
     yield request.param
     if raw is not None:
@@ -82,7 +82,7 @@ def stranger(request: pytest.FixtureRequest, router: Router) -> Iterator[str]:
 
 def test_a_stranger_gets_nothing_and_disturbs_nothing(router: Router, stranger: str) -> None:
     assert router.receive(0.3) is None
-    dealer = Dealer(router.credentials)
+    dealer = Dealer(router.credentials[1])
     assert works_for(router, dealer)
     dealer.close()
 
@@ -92,16 +92,16 @@ def test_a_flood_of_strangers_disturbs_nothing(router: Router) -> None:
     for _ in range(2300):
         with socket.create_connection(("127.0.0.1", port_of(router))) as stranger:
             stranger.sendall(b"\xff")
-    dealer = Dealer(router.credentials)
+    dealer = Dealer(router.credentials[1])
     assert works_for(router, dealer)
     dealer.close()
 
 
 def test_two_runs_on_one_host() -> None:
-    with Router() as one, Router() as other:
+    with Router(ranks=2) as one, Router(ranks=2) as other:
         assert port_of(one) != port_of(other)
-        lost = msgspec.structs.replace(one.credentials, endpoint=other.credentials.endpoint)
-        dealers = [Dealer(credentials) for credentials in (lost, one.credentials, other.credentials)]
+        lost = msgspec.structs.replace(one.credentials[1], endpoint=other.credentials[1].endpoint)
+        dealers = [Dealer(credentials) for credentials in (lost, one.credentials[1], other.credentials[1])]
         dealers[0].send(HEARTBEAT)
         assert works_for(one, dealers[1])
         assert works_for(other, dealers[2])
@@ -111,7 +111,7 @@ def test_two_runs_on_one_host() -> None:
 
 
 def test_malformed_bytes_from_a_member_are_a_typed_error(router: Router) -> None:
-    dealer = Dealer(router.credentials)
+    dealer = Dealer(router.credentials[1])
     dealer._socket.send(b"\x81\xa4type\xa8Shutdown")
     event = router.receive(5)
     assert event is not None
@@ -135,7 +135,7 @@ def test_a_killed_process_is_noticed_at_once(router: Router) -> None:
         "dealer.send(Heartbeat(rank=1, phase=Phase.TRAIN, step=3))\n"
         "time.sleep(60)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, msgspec.json.encode(router.credentials).decode()])
+    process = subprocess.Popen([sys.executable, "-c", code, msgspec.json.encode(router.credentials[1]).decode()])
     event = router.receive(30)
     assert event is not None
     peer = event[0]
@@ -149,8 +149,8 @@ def test_a_killed_process_is_noticed_at_once(router: Router) -> None:
 
 
 def test_a_dealer_learns_that_the_controller_is_gone() -> None:
-    with Router() as router:
-        dealer = Dealer(router.credentials)
+    with Router(ranks=2) as router:
+        dealer = Dealer(router.credentials[1])
         assert works_for(router, dealer)
         assert not dealer.disconnections.poll(0)
     assert dealer.disconnections.poll(5000)
@@ -159,7 +159,7 @@ def test_a_dealer_learns_that_the_controller_is_gone() -> None:
 
 def test_arrays_of_a_large_batch_arrive(router: Router) -> None:
     sequence = TrainSequence(np.arange(2**20, dtype=np.int32), np.ones(2**20, np.float32))
-    dealer = Dealer(router.credentials)
+    dealer = Dealer(router.credentials[1])
     assert works_for(router, dealer)
     dealer.send(HEARTBEAT)
     event = router.receive(5)
@@ -174,5 +174,5 @@ def test_arrays_of_a_large_batch_arrive(router: Router) -> None:
 
 
 def test_secrets_do_not_show(router: Router) -> None:
-    assert router.credentials.client_secret not in repr(router.credentials)
-    assert isinstance(router.credentials, Credentials)
+    assert router.credentials[1].client_secret not in repr(router.credentials[1])
+    assert isinstance(router.credentials[1], Credentials)

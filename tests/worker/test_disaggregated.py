@@ -48,7 +48,7 @@ def serve(credentials: bytes, config: Config) -> None:
 
     place = Place(dist.get_rank(), dist.get_world_size(), 0, dist.get_world_size(), "")
     side = take_side(config.rollout.rollout_num_gpus, timedelta(minutes=2))
-    dealer, watch = Dealer(msgspec.json.decode(credentials, type=Credentials)), Stopwatch()
+    dealer, watch = Dealer(msgspec.json.decode(credentials, type=list[Credentials])[place.rank]), Stopwatch()
     memory = MemoryAccount(config, place.world_size, side.trains, side.generates)
     worker = Worker(config, "train", side, place.rank, dealer, watch, memory, lambda _: None)
     dealer.send(Hello(rank_info(worker, place), config_digest(config), watch.take()))
@@ -71,7 +71,7 @@ def train(ranks: Ranks, world_size: int, recipe: Path, folder: Path, *overrides:
     settings = [f"run.output_dir={folder.parent}", f"run.name={folder.name}", "progress=none", "export_final=true"]
     settings += ["save_interval=2", "start_timeout=60", *overrides]
     config = load_config(recipe, settings, world_size=world_size)
-    router, errors = Router(), list[BaseException]()
+    router, errors = Router(ranks=world_size), list[BaseException]()
     arguments = world_size, serve, msgspec.json.encode(router.credentials), config
     thread = threading.Thread(target=_keep, args=(errors, lambda: ranks.run(*arguments)))
     thread.start()

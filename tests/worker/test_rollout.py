@@ -59,7 +59,7 @@ def serve(credentials: bytes, kind: str, folder: Path, engine_size: int) -> None
     """A rank that does nothing but rollouts, until the controller is gone."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     engine: Engine = make_engine(kind, folder, engine_size)
-    dealer = Dealer(msgspec.json.decode(credentials, type=Credentials))
+    dealer = Dealer(msgspec.json.decode(credentials, type=list[Credentials])[rank])
     lockstep = Lockstep(engine_size)
     dealer.send(Hello(info_of(rank, world_size, engine_size), DIGEST))
     while not dealer.disconnections.poll(0):
@@ -81,7 +81,7 @@ def serve(credentials: bytes, kind: str, folder: Path, engine_size: int) -> None
 @contextmanager
 def serving(ranks: Ranks, *args: Any) -> Iterator[Cluster]:
     """Two ranks behind a Cluster."""
-    router = Router()
+    router = Router(ranks=2)
     thread = threading.Thread(target=ranks.run, args=(2, serve, msgspec.json.encode(router.credentials), *args))
     thread.start()
     try:

@@ -39,9 +39,9 @@ train_step()
 
 class Watched:
     def __init__(self, stacks: Path, deadline: float) -> None:
-        self.router = Router()
+        self.router = Router(ranks=2)
         self.stacks = stacks
-        credentials = msgspec.json.encode(self.router.credentials).decode()
+        credentials = msgspec.json.encode(self.router.credentials[1]).decode()
         self.process = subprocess.Popen(
             [sys.executable, "-c", WORKER, credentials, str(stacks), str(deadline)], stderr=subprocess.PIPE, text=True
         )

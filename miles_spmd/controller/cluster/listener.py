@@ -75,16 +75,10 @@ class RankState:
 
 
 class RankTable:
-    """The states of all ranks, and which rank each connection belongs to."""
+    """The states of all ranks."""
 
     def __init__(self, world_size: int) -> None:
         self.states = [RankState() for _ in range(world_size)]
-        self.rank_of: dict[Peer, int] = {}
-
-    def claims(self, peer: Peer, rank: int) -> bool:
-        """Return whether messages of this connection may come from ``rank``. A rank has two connections, its own and
-        its watchdog's; a connection belongs to the rank that its first message names."""
-        return 0 <= rank < len(self.states) and self.rank_of.setdefault(peer, rank) == rank
 
     @property
     def infos(self) -> list[RankInfo]:
@@ -223,19 +217,19 @@ class Listener:
     def _handle(self, peer: Peer, message: Message | WireError | None) -> None:
         match message:
             case Hello() | Heartbeat() | Reply() | Completions():
+                # A rank has two connections, its own and its watchdog's. It may speak for itself alone.
                 rank = message.info.rank if isinstance(message, Hello) else message.rank
-                if self._table.claims(peer, rank):
+                own = self._router.rank_of[peer]
+                if own == rank:
                     self._table.states[rank].heard = time.monotonic()
                     self._handle_message(rank, peer, message)
                 else:
-                    self._errors.append(ProtocolError(f"a member of the run calls itself rank {rank}"))
+                    self._errors.append(ProtocolError(f"{self._table.name(own)} calls itself rank {rank}"))
             case None:
                 self._handle_loss(peer)
             case _:
-                rank_of = self._table.rank_of
-                sender = self._table.name(rank_of[peer]) if peer in rank_of else "a member of the run"
                 what = message if isinstance(message, WireError) else f"sent a {type(message).__name__}"
-                self._errors.append(ProtocolError(f"{sender}: {what}"))
+                self._errors.append(ProtocolError(f"{self._table.name(self._router.rank_of[peer])}: {what}"))
 
     def _handle_message(self, rank: int, peer: Peer, message: Hello | Heartbeat | Reply | Completions) -> None:
         state = self._table.states[rank]
@@ -279,9 +273,7 @@ class Listener:
     def _handle_loss(self, peer: Peer) -> None:
         """A closed connection is a death, except for a rank that leaves after a Stop command. Different threads of
         libzmq read its two connections, so the end of its watchdog's may be seen before its last reply."""
-        rank = self._table.rank_of.get(peer)
-        if rank is None:
-            return
+        rank = self._router.rank_of[peer]
         leaves = rank in self.call.replies or peer != self._table.states[rank].peer
         if self.call.phase is not Phase.STOP or not leaves:
             self._errors.append(WorkerLostError(f"{self._table.name(rank)} died: {self._doing(rank)}", rank=rank))

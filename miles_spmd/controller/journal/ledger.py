@@ -23,6 +23,7 @@ from miles_spmd.ledger.step_data import DataStore, SampleData, StepData, UpdateD
 from miles_spmd.protocol.results import CheckpointResult, WeightsDigest
 from miles_spmd.telemetry.environment import read_environment
 from miles_spmd.types.role import Role
+from miles_spmd.types.secrets import scrub
 
 # Settings that decide where files are written and when to stop waiting, not what is computed.
 WITHOUT_EFFECT: dict[str, Any] = {
@@ -65,7 +66,7 @@ class LedgerRecorder:
         }
         context = Context(
             step=start.step,
-            config=config.model_dump(mode="json", exclude=WITHOUT_EFFECT),
+            config=scrub(config.model_dump(mode="json", exclude=WITHOUT_EFFECT)),
             code=_code_digest(),
             environment=_environment(config.run_dir, ranks),
             tensors={role: sorted({part.name for part in chain(*ranks)}) for role, ranks in self._of_weights.items()},

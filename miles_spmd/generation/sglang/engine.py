@@ -8,13 +8,11 @@ import math
 import os
 import pkgutil
 import random
-from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -25,20 +23,15 @@ from sglang.srt.constants import (
     GPU_MEMORY_TYPE_KV_CACHE,
     GPU_MEMORY_TYPE_WEIGHTS,
 )
-from sglang.srt.managers.io_struct import (
-    AbortReq,
-    ReleaseMemoryOccupationReqInput,
-    ResumeMemoryOccupationReqInput,
-    TokenizedGenerateReqInput,
-)
+from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput, ResumeMemoryOccupationReqInput
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
 from sglang.srt.model_executor import input_buffers
-from sglang.srt.sampling.sampling_params import SamplingParams as SglangSamplingParams
 from sglang.srt.server_args import set_global_server_args_for_scheduler
 
 from miles_spmd.generation.engine import EngineMemory
 from miles_spmd.generation.sglang import cpu_attention, gpu_kernels, process_groups, sampler, split_attention_backend
 from miles_spmd.generation.sglang.invariant_layers import invariant_layers
+from miles_spmd.generation.sglang.requests import END
 from miles_spmd.generation.sglang.scheduler import InProcessScheduler
 from miles_spmd.generation.sglang.server_args import build_server_args
 from miles_spmd.models import FAMILIES, TensorLayout, load_family
@@ -48,14 +41,6 @@ from miles_spmd.types.request import Output, Request, check_request
 from miles_spmd.types.sample import FinishReason
 
 sglang_shim.check_version()
-
-# SGLang aborts every request whose rid starts with the given one. No rid with this suffix is a prefix of another.
-_END = "\0"
-
-# Fields of a request that SGLang requires and that have no use here.
-_NO_OTHER_INPUT: dict[str, Any] = dict.fromkeys(
-    ["input_text", "input_embeds", "mm_inputs", "token_type_ids", "token_ids_logprob"]
-)
 
 
 class SglangEngine:
@@ -128,32 +113,15 @@ class SglangEngine:
 
     def submit(self, requests: list[Request]) -> None:
         if self.leader:
-            messages = [self._message(request) for request in requests]
+            for request in requests:
+                self._check(request)
             rids = [request.rid for request in requests]
             for rid in rids:
                 if rid in self._live or rids.count(rid) > 1:
                     raise ValueError(f"request {rid}: another request with this rid is in the engine")
             self._live |= {request.rid: request for request in requests}
-            self._scheduler.inbox += messages
+            self._scheduler.inbox += requests
         self._touched = True
-
-    def _message(self, request: Request) -> TokenizedGenerateReqInput:
-        """Return the message that SGLang's tokenizer process would send. Raises ValueError as ``submit`` does."""
-        self._check(request)
-        sampling = msgspec.structs.asdict(request.sampling)
-        stop_token_ids, seed = set(sampling.pop("stop_token_ids")), sampling.pop("seed")
-        params = SglangSamplingParams(**sampling, stop_token_ids=stop_token_ids, sampling_seed=seed)
-        params.normalize(self._scheduler.tokenizer)
-        return TokenizedGenerateReqInput(
-            rid=request.rid + _END,
-            input_ids=array("q", request.input_ids),
-            sampling_params=params,
-            return_logprob=True,
-            logprob_start_len=0 if request.return_prompt_log_probs else -1,
-            top_logprobs_num=int(request.return_top1),
-            stream=False,
-            **_NO_OTHER_INPUT,
-        )
 
     def _check(self, request: Request) -> None:
         check_request(request, self.context_length)
@@ -171,7 +139,7 @@ class SglangEngine:
         if self.leader:
             stopped = [rid for rid in (self._live if rids is None else rids) if rid in self._live]
             self._aborted.update(stopped)
-            self._scheduler.inbox += map(_abort_message, stopped)
+            self._scheduler.inbox += stopped
         self._touched = True
 
     def step(self) -> list[Output]:
@@ -192,17 +160,17 @@ class SglangEngine:
         if self.size > 1 or (limit := self._scheduler.halve()) is None:
             return None
         self._scheduler.forget()
-        finished = {req.rid.removesuffix(_END) for req in self._scheduler.finished}
+        finished = {req.rid.removesuffix(END) for req in self._scheduler.finished}
         unfinished = [request for rid, request in self._live.items() if rid not in finished]
         for request in unfinished:
-            self._spans.pop(request.rid + _END, None)
+            self._spans.pop(request.rid + END, None)
         # The inbox may hold messages that were not broadcast yet; ``_live`` and ``_aborted`` contain these, too.
-        self._scheduler.inbox[:] = [*map(self._message, unfinished), *map(_abort_message, sorted(self._aborted))]
+        self._scheduler.inbox[:] = [*unfinished, *sorted(self._aborted)]
         self._touched = True
         return limit
 
     def _output(self, req: Req) -> Output:
-        rid = req.rid.removesuffix(_END)
+        rid = req.rid.removesuffix(END)
         ids = list(req.output_ids_through_stop)
         log_probs = req.logprob.output_token_logprobs_val[: len(ids)]
         prompt, top1 = req.logprob.input_token_logprobs_val, req.logprob.output_top_logprobs_idx
@@ -324,17 +292,13 @@ class SglangEngine:
             raise RuntimeError(f"{what}() requires an idle engine: step until idle is true, or abort first")
 
 
-def _abort_message(rid: str) -> AbortReq:
-    return AbortReq(rid=rid + _END)
-
-
 def _finish_reason(req: Req) -> FinishReason:
     reason = req.finished_reason
     if isinstance(reason, FINISH_LENGTH):
         return FinishReason.LENGTH
     if isinstance(reason, FINISH_ABORT):
         if reason.message != FINISH_ABORT().message:
-            raise RuntimeError(f"SGLang aborted request {req.rid.removesuffix(_END)}: {reason.message}")
+            raise RuntimeError(f"SGLang aborted request {req.rid.removesuffix(END)}: {reason.message}")
         return FinishReason.ABORT
     return FinishReason.STOP
 

@@ -7,6 +7,7 @@ ranks, and SGLang builds its groups inside the block of ranks of each engine.
 from __future__ import annotations
 
 import inspect
+import os
 from typing import Any
 
 import torch.distributed as dist
@@ -24,6 +25,8 @@ def join(engine_size: int) -> None:
     Raises RuntimeError when torch.distributed is not initialised, ValueError when ``engine_size`` does not divide the
     world's size.
     """
+    # Queues in shared memory for pickled objects; nothing here is sent through them.
+    os.environ["SGLANG_USE_MESSAGE_QUEUE_BROADCASTER"] = "false"
     if not dist.is_initialized():
         raise RuntimeError("initialise torch.distributed before building an engine")
     world_size = dist.get_world_size()

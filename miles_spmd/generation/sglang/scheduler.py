@@ -21,11 +21,12 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 
 from miles_spmd.generation.sglang.cpu_memory_saver import CpuMemorySaver
+from miles_spmd.generation.sglang.requests import Item, broadcast, message
 
 
 class InProcessScheduler(scheduler.Scheduler):
-    """Reads SGLang's request messages from ``inbox`` and appends requests that ended to ``finished``, on every rank.
-    Only the inbox of the engine's first rank is read; SGLang broadcasts its content to the others."""
+    """Reads requests from ``inbox`` and appends those that ended to ``finished``, on every rank. Only the inbox of the
+    engine's first rank counts; its content is broadcast to the others."""
 
     # attributes of SGLang's class that are assigned here, whose types mypy does not see
     running_batch: Any
@@ -35,7 +36,7 @@ class InProcessScheduler(scheduler.Scheduler):
     chunked_prefill_size: Any
 
     def __init__(self, server_args: ServerArgs, device_index: int, tp_rank: int) -> None:
-        self.inbox: list[Any] = []
+        self.inbox: list[Item] = []
         self.finished: list[Req] = []
         self._limit: int | None = None  # of running requests, after a batch ran out of memory
         no_ports = PortArgs(**dict.fromkeys((field.name for field in dataclasses.fields(PortArgs)), ""))
@@ -68,7 +69,8 @@ class InProcessScheduler(scheduler.Scheduler):
 
     def _next_batch(self) -> Any:
         """Take requests from the inbox and return the next batch to run, or None."""
-        self.process_input_requests(self.request_receiver.recv_requests())
+        received = self.request_receiver.recv_requests()
+        self.process_input_requests([message(item, self.tokenizer) for item in received])
         plan = self.get_next_batch_to_run(running_batch=self.running_batch, last_batch=self.last_batch)
         self.running_batch = plan.running_batch
         self.cur_batch_for_debug = plan.batch_to_run
@@ -183,14 +185,12 @@ class InProcessScheduler(scheduler.Scheduler):
 
 
 class _InboxReceiver(SchedulerRequestReceiver):
-    """Receives from a list where SGLang polls a socket; broadcasting to the other ranks stays SGLang's."""
+    """Receives from a list where SGLang polls a socket."""
 
-    def _pull_raw_reqs(self) -> list[Any] | None:
-        if self.ps.tp_rank != 0:
-            return None
+    def recv_requests(self) -> list[Item]:
         received = self.recv_from_tokenizer.copy()
         self.recv_from_tokenizer.clear()
-        return received
+        return broadcast(received, self.tp_group)
 
 
 class _FinishedCollector(SchedulerOutputStreamer):

@@ -1,0 +1,186 @@
+"""Where the ranks of a run meet: the store in which torch.distributed finds the other ranks, and the keys by which the
+controller admits them. docs/security.md says what is protected against whom.
+
+A store of torch is a server without any authentication, and so are the sockets of gloo. On one node there is therefore
+no such server: the store is a file in a folder that nobody else can enter, and sockets are bound to the loopback
+interface. On several nodes the launcher's store has to be used. Nothing in it grants anything: the keys lie in such a
+folder inside the run folder, which the nodes share, and the store has its name alone. Sockets are bound to the
+interface by which the nodes reach each other.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import shutil
+import socket
+import stat
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import msgspec
+import psutil
+
+from miles_spmd.protocol.pipe import Credentials
+from miles_spmd.protocol.router import ANY_INTERFACE, LOOPBACK, address_towards
+from miles_spmd.worker.controller_process import ControllerProcess
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+FOLDER = "MILES_SPMD_MEETING"  # environment: the private folder of a run on one node, made and removed by its launcher
+PREFIX = "miles-spmd-"
+INTERFACES = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+POLL = 0.02  # seconds between looks for a file
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place that the launcher (torchrun, or srun through its script) assigns to this process."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    master: str  # address of the first node, for all nodes
+
+    @classmethod
+    def from_environment(cls) -> Place:
+        world_size = int(os.environ["WORLD_SIZE"])
+        return cls(
+            rank=int(os.environ["RANK"]),
+            world_size=world_size,
+            local_rank=int(os.environ["LOCAL_RANK"]),
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+            master=os.environ["MASTER_ADDR"],
+        )
+
+    @property
+    def host(self) -> str:
+        """The name or address under which all ranks reach the first node."""
+        return LOOPBACK if self.one_node else self.master
+
+    @property
+    def one_node(self) -> bool:
+        return self.local_world_size == self.world_size
+
+
+def meet(
+    place: Place, run_dir: Path, controller: ControllerProcess | None, timeout: float
+) -> tuple[Store, Credentials]:
+    """Return the store for torch.distributed, and this rank's credentials. ``controller`` is given on rank 0.
+
+    Raises RuntimeError when the launcher's store names a folder that is not private, TimeoutError when rank 0's keys
+    are not seen within ``timeout`` seconds, and EOFError when the controller died.
+    """
+    from torch.distributed import FileStore, PrefixStore
+
+    limit, end = timedelta(seconds=timeout), time.monotonic() + timeout
+    bind_sockets(place)
+    launchers = None  # kept to the end of this function: rank 0 may be the one that offers it
+    folder = _given_folder(place)
+    if folder is None:
+        launchers = _launchers_store(place, limit)
+        folder = _agree(place, run_dir, launchers, end)
+    store = FileStore(str(folder / "store"), place.world_size) if place.one_node else cast("Store", launchers)
+    store.set_timeout(limit)
+    keys = folder / "keys.json"
+    if controller is not None:
+        _write(keys, msgspec.json.encode(controller.credentials()))
+    _await(keys, place, end)
+    credentials = msgspec.json.decode(keys.read_bytes(), type=list[Credentials])[place.rank]
+    members = PrefixStore("members", store)
+    members.set(str(place.rank), "has its keys")
+    if controller is not None:
+        members.wait([str(rank) for rank in range(place.world_size)])
+        keys.unlink()
+        if not place.one_node:
+            folder.rmdir()
+    return store, credentials
+
+
+def bind_sockets(place: Place) -> None:
+    """Let gloo and NCCL listen on the one interface that this run needs. Of several nodes' a user may know better."""
+    if place.one_node:
+        os.environ.update(dict.fromkeys(INTERFACES, "lo"))
+        return
+    own = address_towards(place.master)
+    for interface, addresses in psutil.net_if_addrs().items():
+        if own in [address.address for address in addresses]:
+            for name in INTERFACES:
+                os.environ.setdefault(name, interface)
+
+
+def store_without_keys(place: Place, limit: timedelta) -> Store:
+    """Return the store for torch.distributed of ranks that have no controller, as in benchmarks."""
+    from torch.distributed import FileStore
+
+    folder = _given_folder(place)
+    return FileStore(str(folder / "store"), place.world_size) if folder else _launchers_store(place, limit)
+
+
+def _given_folder(place: Place) -> Path | None:
+    """Return the folder that the launcher has made. It is forgotten: a run that this process starts has another."""
+    folder = os.environ.pop(FOLDER, None)
+    return Path(folder) if folder and place.one_node else None
+
+
+def _launchers_store(place: Place, limit: timedelta) -> Store:
+    """Connect to the store that torchrun offers to its ranks. Under other launchers rank 0 offers one, on the interface
+    that the ranks need."""
+    from torch.distributed import TCPStore
+    from torch.distributed.rendezvous import rendezvous
+
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return next(rendezvous("env://", timeout=limit))[0]
+    port, descriptor = int(os.environ["MASTER_PORT"]), None
+    if place.rank == 0:
+        descriptor = socket.create_server((address_towards(place.host) or ANY_INTERFACE, port)).detach()
+    return TCPStore(place.host, port, place.world_size, place.rank == 0, limit, master_listen_fd=descriptor)
+
+
+def _agree(place: Place, run_dir: Path, launchers: Store, end: float) -> Path:
+    """Return the private folder that rank 0 makes. Whoever can write to the launcher's store could name another one:
+    only a folder of this user's that nobody else can enter is accepted."""
+    parent = Path(tempfile.gettempdir()) if place.one_node else run_dir
+    if place.rank == 0:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        launchers.set("meeting", folder.name)
+        return folder
+    name = launchers.get("meeting").decode(errors="replace")
+    folder = parent / name
+    private = re.fullmatch(PREFIX + r"\w+", name) is not None
+    if private:
+        _await(folder, place, end)
+        status = folder.lstat()
+        owner = os.geteuid() if place.one_node else run_dir.stat().st_uid  # a file server may map the user's number
+        private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077 and status.st_uid == owner
+    if not private:
+        raise RuntimeError(
+            f"the launcher's store names {str(folder)[:200]!r} as the folder with this run's keys, and that folder is "
+            "not this user's alone: another process has written to the store (docs/security.md)"
+        )
+    return folder
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file that only this user can read; it appears under its name when it is whole."""
+    scratch = path.with_suffix(".tmp")
+    with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(data)
+    scratch.rename(path)
+
+
+def _await(path: Path, place: Place, end: float) -> None:
+    """Wait until ``path`` exists. A shared file system may show it late."""
+    while not path.exists():
+        if time.monotonic() > end:
+            shared = "" if place.one_node else ": run.output_dir has to be a folder that all nodes share"
+            raise TimeoutError(f"rank {place.rank} does not see {path}, which rank 0 has to write{shared}")
+        time.sleep(POLL)
