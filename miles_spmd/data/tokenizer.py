@@ -6,15 +6,16 @@ not, and neither does transformers' function that renders chat templates. Both a
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import codecs
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 from tokenizers import Tokenizer as FastTokenizer
 
-Message = dict[str, Any]  # {"role": ..., "content": ..., ...} as chat templates take it
+from miles_spmd.data.template import ChatTemplate, Conversation, Message, TokenizerError
+
 Segment = tuple[str, bool]  # a part of a text, and whether it is trained
 
 
@@ -40,10 +41,6 @@ class Text(NamedTuple):
         return any(trained for _, trained in self.segments)
 
 
-class TokenizerError(ValueError):
-    """A checkpoint folder whose tokenizer cannot be used, or a conversation that its chat template rejects."""
-
-
 class Tokenizer:
     """Reads ``tokenizer.json``, ``tokenizer_config.json`` and the chat template of a Hugging Face checkpoint folder."""
 
@@ -64,7 +61,7 @@ class Tokenizer:
         self._fast.no_padding()
         settings = _read_json(self.folder / "tokenizer_config.json")
         self.special_tokens = _special_tokens(settings, _read_json(self.folder / "special_tokens_map.json"))
-        self.chat_template = _chat_template(self.folder, settings)
+        self.chat_template = ChatTemplate(self.folder, settings, self.special_tokens)
         for name, token in self.special_tokens.items():
             if self._fast.token_to_id(token) is None:
                 raise TokenizerError(
@@ -138,45 +135,23 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._fast.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    @property
-    def marks_assistant(self) -> bool:
-        """Whether the chat template marks what the assistant writes."""
-        return re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template or "") is not None
-
-    def render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
-        """Return the text of a conversation by the checkpoint's chat template. Raises TokenizerError."""
-        return self.render_with_spans(messages, add_generation_prompt)[0]
-
-    def render_with_spans(
-        self, messages: list[Message], add_generation_prompt: bool = False
-    ) -> tuple[str, list[tuple[int, int]] | None]:
-        """Do as ``render`` and also return the character ranges marked by ``{% generation %}``; None without marks."""
-        if self.chat_template is None:
-            raise TokenizerError(
-                f"{self.folder} has no chat template: add chat_template.jinja, or give plain strings as prompts "
-                f"and leave data.apply_chat_template off"
-            )
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        marked = self.marks_assistant
-        variables: dict[str, Any] = {**self.special_tokens, "add_generation_prompt": add_generation_prompt}
-        render: Any = render_jinja_template  # annotated to return a string, returns ([text], [spans])
-        try:
-            texts, spans = render(
-                [messages], chat_template=self.chat_template, return_assistant_tokens_mask=marked, **variables
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise TokenizerError(f"the chat template rejects this conversation: {error}") from error
-        return texts[0], [tuple(span) for span in spans[0]] if marked else None
+    def render(
+        self,
+        messages: list[Message],
+        add_generation_prompt: bool = True,
+        tools: list[Any] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return the text of a conversation by the checkpoint's chat template. Raises TemplateError."""
+        return self.chat_template.render(Conversation(messages, tools, arguments or {}), add_generation_prompt)[0]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return msgspec.json.decode(path.read_bytes().removeprefix(codecs.BOM_UTF8), type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise TokenizerError(f"{path}: {error}") from error
 
 
@@ -190,13 +165,3 @@ def _special_tokens(*sources: dict[str, Any]) -> dict[str, str]:
             if isinstance(token, str):
                 found.setdefault(name, token)
     return found
-
-
-def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several named templates
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
