@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from miles_spmd.data.template import ChatTemplate, Conversation, Message, Span, TemplateError
@@ -49,11 +48,7 @@ def has_content(message: Message) -> bool:
 
 
 def assistant_segments(
-    tokenizer: Tokenizer,
-    messages: list[Message],
-    since: int = 0,
-    tools: list[Any] | None = None,
-    arguments: Mapping[str, Any] | None = None,
+    tokenizer: Tokenizer, conversation: Conversation | list[Message], since: int = 0
 ) -> list[Segment]:
     """Render a conversation and split it into consecutive texts; True marks what the assistant wrote in its messages
     from number ``since`` on, which is trained.
@@ -62,7 +57,9 @@ def assistant_segments(
     adds to the rendering of the messages before it. An assistant's text ends with the end-of-sequence token if the
     template writes one, so that the trained text is what an engine would generate. Raises TemplateError.
     """
-    template, conversation = tokenizer.chat_template, Conversation(messages, tools, arguments or {})
+    template = tokenizer.chat_template
+    if not isinstance(conversation, Conversation):
+        conversation = Conversation(conversation)
     text, spans = template.render(conversation, add_generation_prompt=False)
     if spans is None:
         spans = _spans_by_prefix(template, conversation, since, text, tokenizer.special_tokens.get("eos_token"))
