@@ -40,7 +40,7 @@ class TooLongError(RowError):
 
 
 class FileError(RowError):
-    """An error that every row of a kind has, such as a missing chat template: reported once, with the first such row."""
+    """An error that every row of a kind has, such as a missing chat template: reported once, for the first of them."""
 
 
 class DataError(ValueError):
@@ -187,7 +187,7 @@ def _read_parquet(path: Path, rows: slice) -> Iterator[tuple[int, Row]]:
         raise DataError(path, [RowError(f"unreadable parquet ({error})", "write it again")]) from error
     start, stop, _ = rows.indices(table.num_rows)
     for number, row in enumerate(table.slice(start, max(0, stop - start)).to_pylist(), start + 1):
-        yield number, {column: _without_absent(value) for column, value in row.items()}
+        yield number, {key: _without_absent(value) if isinstance(value, list) else value for key, value in row.items()}
 
 
 def _without_absent(value: Any) -> Any:

@@ -106,11 +106,11 @@ def to_conversation(row: Row, messages: list[Message], data: DataConfig) -> Conv
         raise RowError(f"{data.tool_key!r} is not a list of objects", "write JSON schemas or set data.tool_key")
     own = _read_json_column(row, _ARGUMENTS)
     try:
-        arguments = {**data.chat_template_kwargs, **check_arguments({} if own is None else own)}
+        own = {} if own is None else check_arguments(own)
     except TypeError as error:
         raise RowError(f"{_ARGUMENTS!r}: {error}", "write an object of the template's variables") from None
-    clock = fixed_clock(data.chat_template_date)
-    return Conversation(messages, tools or None, {**arguments, "strftime_now": clock})
+    arguments = data.chat_template_kwargs | {key: value for key, value in own.items() if value is not None}
+    return Conversation(messages, tools or None, {**arguments, "strftime_now": fixed_clock(data.chat_template_date)})
 
 
 def _read_json_column(row: Row, key: str) -> Any:
