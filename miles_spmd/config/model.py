@@ -41,8 +41,8 @@ OTHERS = ("ref_load", "critic_load", "teacher_load")
 def checkpoint_shape(folder: Path) -> dict[str, Any] | None:
     """Return the contents of a checkpoint's config.json, or None where it cannot be read."""
     try:
-        shape = random_config(folder) or json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
+        shape = random_config(folder) or json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
         return None
     return shape if isinstance(shape, dict) else None
 
