@@ -59,13 +59,13 @@ def test_home_is_written_as_in_a_shell(
     assert len(uids("~/a.jsonl@[:2]", tokenizer)) == 2
     assert load_config(recipe, ["data.prompt_data=~/a.jsonl"]).data.prompt_data == "~/a.jsonl"
     with pytest.raises(ConfigError, match=r"data\.prompt_data: no file ~/b\.jsonl"):
-        load_config(recipe, ["data.prompt_data=~/b.jsonl"])
+        load_config(recipe, ["data.prompt_data=~/b.jsonl", "eval.eval_prompt_data={a='~/a.jsonl@[:1]'}"])
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "run.toml"
-    table = '[run]\nname = "a"\n[model]\nhf_checkpoint = "%s"\n[data]\nprompt_data = "x.jsonl"\n[rollout]\n'
+    table = '[run]\nname = "a"\n[model]\nhf_checkpoint = "%s"\n[data]\nprompt_data = "x.jsonl"\n[rollout]\nrollout_max_response_len = 8\n'
     path.write_bytes(codecs.BOM_UTF8 + (table % _model(tmp_path / "model")).encode())
     return path
 
@@ -78,6 +78,7 @@ def _model(folder: Path) -> Path:
         "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": True,
         "hidden_act": "silu",
     }  # fmt: skip
+    (folder / "model.safetensors").touch()
     (folder / "config.json").write_bytes(codecs.BOM_UTF8 + json.dumps(shape).encode())
     return folder
 
@@ -99,7 +100,7 @@ def test_byte_order_marks_of_a_checkpoint(tmp_path: Path) -> None:
         (b'{"prompt": "a", "label": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
         (b'{"prompt": "na\xdf", "label": "x"}', "not UTF-8"),
         (b'{"prompt": "\xed\xa0\xbd", "label": "x"}', "not UTF-8"),
-        (b'{"prompt": "a", "label": "x"', "invalid JSON"),
+        (b'{"prompt": "a", "label": "x"', "truncated"),
     ],
     ids=["surrogate", "nan", "deep", "latin-1", "surrogate bytes", "cut"],
 )
