@@ -65,8 +65,14 @@ def test_home_is_written_as_in_a_shell(
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "run.toml"
-    table = '[run]\nname = "a"\n[model]\nhf_checkpoint = "%s"\n[data]\nprompt_data = "x.jsonl"\n[rollout]\nrollout_max_response_len = 8\n'
-    path.write_bytes(codecs.BOM_UTF8 + (table % _model(tmp_path / "model")).encode())
+    tables = {
+        "run": 'name = "a"',
+        "model": f'hf_checkpoint = "{_model(tmp_path / "model")}"',
+        "data": 'prompt_data = "x.jsonl"',
+        "rollout": "rollout_max_response_len = 8",
+    }
+    text = "".join(f"[{name}]\n{line}\n" for name, line in tables.items())
+    path.write_bytes(codecs.BOM_UTF8 + text.encode())
     return path
 
 
