@@ -181,7 +181,7 @@ def _load(
 
     def example(uid: str, text: Text, encoding: Encoding) -> SftExample:
         (tokens, offsets), position = encoding, 0
-        starts, ends = np.asarray(offsets).reshape(-1, 2).T  # characters of the text
+        starts, ends = offsets.T
         mask = np.zeros(len(tokens), np.float32)
         for piece, trained in text.segments:
             inside = np.flatnonzero((starts < position + len(piece)) & (ends > position))
