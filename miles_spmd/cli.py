@@ -96,10 +96,8 @@ def report(
     """Write report.html into the folder of a run, finished or not."""
     from miles_spmd.telemetry.report import write_report
 
-    try:
+    with launcher.failing(FileNotFoundError):
         typer.echo(write_report(run_dir))
-    except FileNotFoundError as error:
-        launcher.fail(str(error))
 
 
 @ledger.command("verify")
@@ -108,13 +106,10 @@ def verify_ledger(run_dir: RunFolder) -> None:
 
     Names the first broken entry.
     """
-    from miles_spmd.ledger.chain import LedgerError
-    from miles_spmd.ledger.record import verify
+    from miles_spmd.ledger.chain import LedgerError, verify
 
-    try:
+    with launcher.failing(LedgerError):
         record = verify(run_dir)
-    except LedgerError as error:
-        launcher.fail(str(error))
     typer.echo(f"{run_dir}: {record.entries} entries hold together, {len(record.steps)} of them steps")
 
 
@@ -124,14 +119,11 @@ def diff(a: RunFolder, b: Annotated[Path, typer.Argument(help="Folder of another
 
     Exit status 0: there is none, 1: there is one, 2: error.
     """
-    from miles_spmd.ledger.chain import LedgerError
+    from miles_spmd.ledger.chain import LedgerError, read_record
     from miles_spmd.ledger.compare import compare
-    from miles_spmd.ledger.record import read_record
 
-    try:
+    with launcher.failing(LedgerError, code=2):
         raise typer.Exit(_print_comparison(compare(read_record(a), read_record(b))))
-    except LedgerError as error:
-        launcher.fail(str(error), code=2)
 
 
 @app.command()
@@ -152,15 +144,12 @@ def replay(
     Requires the data and models of the run. Writes into a folder beside the run's. Exit status as of `diff`.
     """
     from miles_spmd.controller.loops.replay import plan
-    from miles_spmd.ledger.chain import LedgerError
+    from miles_spmd.ledger.chain import read_record
     from miles_spmd.ledger.compare import compare
-    from miles_spmd.ledger.record import read_record
 
-    try:
+    with launcher.failing(RuntimeError, code=2):  # of which LedgerError is one
         order, overrides = plan(run_dir, step, phase)
         original = read_record(run_dir)
-    except (LedgerError, RuntimeError) as error:
-        launcher.fail(str(error), code=2)
     ranks = nproc_per_node or original.context(order.first).environment["ranks"]
     with os.fdopen(os.dup(1), "w") as terminal:  # a rank's own output goes to its log
         config, status = launcher.start("replay", run_dir / "config.toml", overrides, ranks, order)
@@ -261,18 +250,15 @@ def _print_plan(config: Config, world_size: int, device_memory: float | None, *,
     devices = gpus()
     config = launcher.resolve(config, {gpu.capability for gpu in devices} if devices or here else None)
     device_memory = device_memory or min((gpu.memory_gib for gpu in devices), default=None)
-    try:
+    with launcher.failing(FileNotFoundError, ValueError):
         typer.echo(describe_plan(config, world_size, device_memory))
-    except (FileNotFoundError, ValueError) as error:
-        launcher.fail(str(error))
 
 
 def _print_comparison(comparison: Comparison, terminal: TextIO | None = None) -> int:
     """Print the result of a comparison and return the exit status that stands for it."""
-    for condition in comparison.conditions:
-        typer.echo(f"differs: {condition}", terminal)
-    for condition in comparison.layout:
-        typer.echo(f"layout: {condition}", terminal)
+    for kind, conditions in (("differs", comparison.conditions), ("layout", comparison.layout)):
+        for condition in conditions:
+            typer.echo(f"{kind}: {condition}", terminal)
     found = f"first difference: {comparison.difference}"
     if comparison.equal:
         found = "no difference, except for the layout" if comparison.layout else "no difference"

@@ -1,7 +1,5 @@
 """The doctor: tries what this machine can run, and reports what it cannot and why."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -10,13 +8,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from miles_spmd.telemetry.environment import Environment, environment, installed
+from miles_spmd.telemetry.environment import CUDA_PINS, PINS, Environment, environment, installed
 
-# The versions that are tested together.
-PINS = {"megatron-core": "0.16.1", "sglang": "0.5.16", "transformers": "5.12.1", "torchft": "0.2.0"}
+# The versions that are tested with the other pins.
 TORCH_PINS = {"cpu": "2.13.0", "cuda": "2.11.0"}
-CUDA_PINS = {"sglang-kernel": "0.4.5", "sgl-deep-gemm": "0.1.4.post1", "torch_memory_saver": "0.0.10"}
 
+ADAPTED = """
+from miles_spmd.platform import cpu
+adapted = cpu.install()
+{}
+print("on the CPU" if adapted else "on CUDA")"""
 # Each program runs in a process of its own, so that a crash is a finding, too; its last line of output is the detail.
 CPU_PROBES = {
     "collectives (gloo)": """
@@ -28,16 +29,8 @@ print("torch", torch.__version__)""",
 import zmq
 assert zmq.has("curve"), "pyzmq was built without CURVE: install the pyzmq wheel"
 print("libzmq", zmq.zmq_version())""",
-    "trainer (Megatron-core)": """
-from miles_spmd.platform import cpu
-adapted = cpu.install()
-from megatron.core.models.gpt import GPTModel
-print("on the CPU" if adapted else "on CUDA")""",
-    "engine (SGLang)": """
-from miles_spmd.platform import cpu
-adapted = cpu.install()
-from sglang.srt.managers.scheduler import Scheduler
-print("on the CPU" if adapted else "on CUDA")""",
+    "trainer (Megatron-core)": ADAPTED.format("from megatron.core.models.gpt import GPTModel"),
+    "engine (SGLang)": ADAPTED.format("from sglang.srt.managers.scheduler import Scheduler"),
     "attention kernel": """
 import torch
 from miles_spmd.invariant import compiled
@@ -67,25 +60,31 @@ class Finding:
 def examine() -> tuple[dict[str, list[Finding]], bool]:
     """Return the findings by section, and whether at least one path, CPU or GPU, works."""
     here = environment()
-    cpu = list(_python()) + _probe(CPU_PROBES)
-    sections = {"Machine": list(_machine(here)), "Packages": list(_packages(cuda=bool(here.gpus))), "CPU path": cpu}
-    cuda = list(_cuda_path(here))
-    sections["GPU path"] = cuda
-    return sections, all(f.good is not False for f in cpu) or all(f.good is not False for f in cuda)
+    sections = {
+        "Machine": list(_machine(here)),
+        "Packages": list(_packages(cuda=bool(here.gpus))),
+        "CPU path": [_python(), *_probe(CPU_PROBES)],
+        "GPU path": list(_cuda_path(here)),
+    }
+    return sections, _works(sections["CPU path"]) or _works(sections["GPU path"])
+
+
+def _works(path: list[Finding]) -> bool:
+    return all(finding.good is not False for finding in path)
 
 
 def render(sections: dict[str, list[Finding]], works: bool) -> str:
     """Return the findings of :func:`examine` as text."""
     blocks = ["\n".join([name, *map(str, findings)]) for name, findings in sections.items()]
-    gpu = all(finding.good is not False for finding in sections["GPU path"])
+    gpu = _works(sections["GPU path"])
     end = "This machine can train on its GPUs." if gpu else "This machine can run everything on its CPU."
     return "\n\n".join([*blocks, end if works else "This machine cannot run miles_spmd yet: see the lines marked NO."])
 
 
-def _python() -> Iterator[Finding]:
+def _python() -> Finding:
     version = sys.version_info
     good = (3, 11) <= version[:2] <= (3, 12)
-    yield Finding("Python", good, f"{version.major}.{version.minor}" + ("" if good else "; 3.11 or 3.12 is required"))
+    return Finding("Python", good, f"{version.major}.{version.minor}" + ("" if good else "; 3.11 or 3.12 is required"))
 
 
 def _machine(here: Environment) -> Iterator[Finding]:
@@ -100,11 +99,8 @@ def _machine(here: Environment) -> Iterator[Finding]:
 
 def _packages(*, cuda: bool) -> Iterator[Finding]:
     """Compare the installed versions with those that are tested together."""
-    for package, pinned in {"torch": TORCH_PINS["cuda" if cuda else "cpu"], **PINS}.items():
-        yield _version(package, pinned)
-    if cuda:
-        for package, pinned in CUDA_PINS.items():
-            yield _version(package, pinned)
+    pins = {"torch": TORCH_PINS["cuda" if cuda else "cpu"], **PINS, **(CUDA_PINS if cuda else {})}
+    yield from map(_version, pins, pins.values())
     for package, use in (("transformer_engine", "a faster GPU trainer"), ("wandb", "Weights & Biases")):
         found = installed(package)
         yield Finding(package, None, f"{found}, for {use}" if found else f"not installed; required only for {use}")
@@ -123,9 +119,7 @@ def _cuda_path(here: Environment) -> Iterator[Finding]:
         yield Finding("GPU", False, "none: nvidia-smi is missing or lists no GPU")
         return
     yield from _probe(CUDA_PROBES)
-    for package, pinned in CUDA_PINS.items():
-        finding = _version(package, pinned)
-        yield Finding(package, finding.good is not False, finding.detail)
+    yield from map(_version, CUDA_PINS, CUDA_PINS.values())
     for tool, use in (("nvcc", "FlashInfer compiles its kernels with it"), ("ninja", "FlashInfer builds with it")):
         path = shutil.which(tool)
         yield Finding(tool, path is not None, path or f"not in PATH; {use} at first use")

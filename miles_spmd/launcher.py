@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -13,7 +14,7 @@ import typer
 
 if TYPE_CHECKING:
     from miles_spmd.config import Config
-    from miles_spmd.protocol.order import Replay
+    from miles_spmd.protocol.pipe import Replay
 
 Overrides = Annotated[
     list[str] | None,
@@ -25,29 +26,19 @@ Processes = Annotated[
 
 
 def ranks(nproc: int | None) -> tuple[bool, int]:
-    """Return whether this process is a rank, and the number of ranks that there are or that are to be launched.
+    """Return whether this process is a rank, and the number of ranks that there are or that are to be launched:
+    ``nproc``, or one per GPU of this machine, and 1 without any.
 
     A rank has its environment prepared for its device afterwards.
     """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        _prepare_device()
-        return True, int(os.environ["WORLD_SIZE"])
-    return False, nproc or default_processes()
-
-
-def _prepare_device() -> None:
     from miles_spmd.platform.cuda import prepare
     from miles_spmd.telemetry.environment import gpus
 
-    if gpus():
-        prepare()
-
-
-def default_processes() -> int:
-    """Return the number of GPUs of this machine, 1 without any."""
-    from miles_spmd.telemetry.environment import gpus
-
-    return max(1, len(gpus()))
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        if gpus():
+            prepare()
+        return True, int(os.environ["WORLD_SIZE"])
+    return False, nproc or max(1, len(gpus()))
 
 
 def launch(world_size: int) -> NoReturn:
@@ -100,10 +91,8 @@ def load(recipe: Path, overrides: list[str], world_size: int | None, *, check_fi
     """Return the configuration of ``recipe``; print its errors and exit where it has some."""
     from miles_spmd.config.load import ConfigError, load_config
 
-    try:
+    with failing(ConfigError, code=2):
         return load_config(recipe, overrides, world_size=world_size, check_files=check_files)
-    except ConfigError as error:
-        fail(str(error), code=2)
 
 
 def resolve(config: Config, capabilities: Collection[str] | None) -> Config:
@@ -131,3 +120,12 @@ def fail(message: str, code: int = 1) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":
         typer.echo(f"miles-spmd: error: {message}", err=True)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def failing(*kinds: type[Exception], code: int = 1) -> Iterator[None]:
+    """Errors of these kinds that are raised inside are printed, and end the process with ``code``."""
+    try:
+        yield
+    except kinds as error:
+        fail(str(error), code)

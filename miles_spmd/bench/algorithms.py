@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 from miles_spmd.bench.result import Row, make_result
 from miles_spmd.bench.run import publish
+from miles_spmd.config.checks import checkpoint_shape
 from miles_spmd.config.load import load_config
-from miles_spmd.config.model import checkpoint_shape
 from miles_spmd.telemetry.metrics import is_score
 from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
 

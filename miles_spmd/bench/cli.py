@@ -171,7 +171,7 @@ def bench_step(
     from miles_spmd.bench.run import publish
     from miles_spmd.bench.step import bench_step
 
-    ranks = nproc_per_node or launcher.default_processes()
+    _, ranks = launcher.ranks(nproc_per_node)
     response_tokens = old_response_tokens or response_tokens
     lengths = {"prompt_tokens": prompt_tokens, "response_tokens": response_tokens}
     sizes = {"prompts": prompts, "samples": samples, **lengths}
@@ -188,10 +188,8 @@ def _measure(
     from miles_spmd.bench.run import bench_config, run_bench
     from miles_spmd.config.load import ConfigError
 
-    try:
+    with launcher.failing(ConfigError, code=2):
         config = bench_config(model, overrides or [], world_size)
-    except ConfigError as error:
-        launcher.fail(str(error), code=2)
     if config.rollout.rollout_num_gpus and name != "refit":
         launcher.fail(
             f"rollout.rollout_num_gpus: must be 0, because `bench {name}` does not run trainer and engine together",

@@ -13,7 +13,7 @@ from rich.console import Console
 from miles_spmd.bench.result import Result, make_result, show
 from miles_spmd.config import Config
 from miles_spmd.config.checks import decide_parity
-from miles_spmd.config.load import make_config
+from miles_spmd.config.load import make_tables
 from miles_spmd.models.random import write_random_checkpoints
 from miles_spmd.telemetry.environment import gpus
 
@@ -29,7 +29,7 @@ def bench_config(model: str, overrides: list[str], world_size: int) -> Config:
         "rollout": {"rollout_batch_size": 12, "n_samples_per_prompt": 2, "rollout_max_response_len": 1},
         "megatron": {"lr": 1e-6, "clip_grad": 1.0},
     }
-    return make_config(raw, overrides, source="bench", world_size=world_size, check_files=False)
+    return make_tables(Config, raw, overrides, source="bench", world_size=world_size, check_files=False)
 
 
 def run_bench(name: str, model: str, config: Config, options: dict[str, Any], out: Path | None) -> None:

@@ -39,7 +39,7 @@ def measure(config: Config, packings: Sequence[tuple[int, int]], micro_batches: 
         stage("moving out and in")
         moves = [(timed(trainer.offload.move_out), timed(trainer.offload.move_in)) for _ in range(WARM_UP + repeats)]
         step, score = slowest(steps[WARM_UP:]), slowest(scores[WARM_UP:])
-        total = micro_batches * sequences * tokens * trainer.data_parallel_size
+        total = micro_batches * sequences * tokens * trainer.where.dp_size
         flops = total / tokens * sequence_flops(family, tokens) / step / dist.get_world_size() / 1e12
         rows.append(
             {

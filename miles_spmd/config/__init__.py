@@ -1,16 +1,112 @@
-"""Settings: what they are (one file per table), how they are read, overridden, checked, written and listed."""
+"""Settings: what they are, how they are read, overridden, checked, written and listed. Imports no torch.
 
-from miles_spmd.config.algorithm import AlgorithmConfig as AlgorithmConfig
-from miles_spmd.config.checkpoint import CheckpointConfig as CheckpointConfig
-from miles_spmd.config.config import Config as Config
-from miles_spmd.config.data import DataConfig as DataConfig
-from miles_spmd.config.deadlines import DeadlinesConfig as DeadlinesConfig
-from miles_spmd.config.determinism import DeterminismConfig as DeterminismConfig
-from miles_spmd.config.eval import EvalConfig as EvalConfig
-from miles_spmd.config.model import ModelConfig as ModelConfig
-from miles_spmd.config.refit import RefitConfig as RefitConfig
-from miles_spmd.config.reward import RewardConfig as RewardConfig
-from miles_spmd.config.rollout import RolloutConfig as RolloutConfig
-from miles_spmd.config.run import RunConfig as RunConfig
-from miles_spmd.config.telemetry import TelemetryConfig as TelemetryConfig
-from miles_spmd.config.train import TrainConfig as TrainConfig
+Three layers: our tables; ``[megatron]``, passed unchanged to Megatron-core's dataclasses; ``[sglang]``, passed
+unchanged to SGLang's ``ServerArgs``.
+"""
+
+from pathlib import Path
+from typing import Any, Self
+
+from miles_spmd.config.algorithm import AlgorithmConfig
+from miles_spmd.config.data import DataConfig, EvalConfig, EvalSet, RewardConfig
+from miles_spmd.config.data import RewardTerm as RewardTerm
+from miles_spmd.config.determinism import DeterminismConfig
+from miles_spmd.config.model import ModelConfig
+from miles_spmd.config.rollout import RefitConfig, RolloutConfig
+from miles_spmd.config.run import CheckpointConfig, DeadlinesConfig, RunConfig, TelemetryConfig
+from miles_spmd.config.table import Table
+from miles_spmd.config.train import TrainConfig
+
+
+class Config(Table):
+    run: RunConfig = RunConfig()
+    """What kind of run this is, how long it is, and where it writes."""
+    model: ModelConfig
+    """The checkpoints that a run starts from."""
+    data: DataConfig
+    """Prompts, responses and preferences to train on."""
+    rollout: RolloutConfig = RolloutConfig()
+    """How many responses are generated, how they are sampled, and on which GPUs."""
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    """What is computed from rewards and log-probs. A plug point takes a built-in's name or `module:function`; the
+    functions' signatures are in `miles_spmd/plugins/algorithm.py`. The defaults are plain GRPO."""
+    reward: RewardConfig = RewardConfig()
+    """Which function scores responses, and the limits of the processes that it runs in."""
+    train: TrainConfig = TrainConfig()
+    """Optimizer steps, their batches, learning rates and the order in which gradients are summed."""
+    eval: EvalConfig = EvalConfig()
+    """When and on what a model is evaluated."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """What a run saves, exports and resumes from."""
+    refit: RefitConfig = RefitConfig()
+    """How the engine receives new weights."""
+    determinism: DeterminismConfig = DeterminismConfig()
+    """Whether runs of one configuration are bitwise equal, and what a run keeps to show it."""
+    telemetry: TelemetryConfig = TelemetryConfig()
+    """What a run shows of itself."""
+    deadlines: DeadlinesConfig = DeadlinesConfig()
+    """Seconds after which the wait for something ends the run with a report of where each rank stands."""
+    megatron: dict[str, Any] = {}
+    """Fields of Megatron-core's TransformerConfig, OptimizerConfig and DistributedDataParallelConfig, by their own
+    names (`tensor_model_parallel_size`, `lr`, ...)."""
+    sglang: dict[str, Any] = {}
+    """Fields of SGLang's ServerArgs, by their own names (`tp_size`, `mem_fraction_static`, ...)."""
+
+    @property
+    def run_dir(self) -> Path:
+        return self.run.output_dir / self.run.name
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens that one micro-batch may hold over the ranks that share its sequences."""
+        return self.train.max_tokens_per_gpu * int(self.megatron.get("context_parallel_size", 1))
+
+    @property
+    def sum_terms(self) -> int:
+        """Number of partial sums of every product whose columns are split over ranks, for parity: the larger of the
+        trainer's and the engine's tensor-parallel sizes."""
+        return max(int(self.megatron.get("tensor_model_parallel_size", 1)), int(self.sglang.get("tp_size", 1)))
+
+    def generates(self, task: str) -> bool:
+        """Whether ``task`` ("train", "eval" or "export") needs an engine."""
+        if task == "export" or self.trains_on_pairs:
+            return False
+        return task == "eval" or self.run.mode == "rl" or any(one.eval_interval for one in self.eval_sets)
+
+    @property
+    def eval_sets(self) -> list[EvalSet]:
+        """All held-out sets, with a value for every setting but ``rm_type``."""
+        sets = [EvalSet(name=name, prompt_data=source) for name, source in self.eval.eval_prompt_data.items()]
+        response_len = self.eval.eval_max_response_len or self.rollout.rollout_max_response_len
+        defaults = (
+            self.data.model_dump() | self.eval.model_dump() | {"eval_max_response_len": response_len, "rm_type": None}
+        )
+        return [
+            one.model_copy(update={name: defaults[name] for name, own in one if own is None})
+            for one in [*sets, *self.eval.sets]
+        ]
+
+    @property
+    def trains_on_pairs(self) -> bool:
+        return self.run.mode in ("dpo", "rm")
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a reference policy is kept."""
+        if self.run.mode == "dpo":
+            return self.algorithm.preference_loss != "simpo"
+        return self.run.mode == "rl" and bool(self.algorithm.kl_coef or self.algorithm.kl_loss_coef)
+
+    @property
+    def has_critic(self) -> bool:
+        return self.run.mode == "rl" and self.algorithm.advantage_estimator == "ppo"
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.run.mode == "rl" and self.algorithm.opd_kl_coef != 0
+
+    def of_critic(self) -> Self:
+        """The configuration that the critic is built from: this one, with the critic's learning rate and schedule."""
+        lr = {} if self.train.critic_lr is None else {"lr": self.train.critic_lr}
+        train = {"lr_warmup_iters": self.train.critic_lr_warmup_iters, "num_critic_only_steps": 0}
+        return self.model_copy(update={"megatron": self.megatron | lr, "train": self.train.model_copy(update=train)})

@@ -1,12 +1,10 @@
 """`[algorithm]`: what is computed from rewards and log-probs."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from miles_spmd.config.rules import ERRORS, Messages, Settings, rule
+from miles_spmd.config.checks import ERRORS, Messages, Settings, rule
 from miles_spmd.config.table import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, Table, plug_point
 
 ESTIMATORS = ("grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo")

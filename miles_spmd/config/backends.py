@@ -4,15 +4,17 @@ Importing either backend takes seconds and initialises torch; parsing its datacl
 gives the keys of exactly the version that will run.
 """
 
-from __future__ import annotations
-
 import ast
+import builtins
 import functools
 import importlib.util
+import typing
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 BACKENDS = ("megatron", "sglang")
 MEGATRON_CLASSES = (
@@ -22,6 +24,7 @@ MEGATRON_CLASSES = (
     ("distributed/distributed_data_parallel_config.py", "DistributedDataParallelConfig"),
 )
 SGLANG_CLASSES = (("srt/server_args.py", "ServerArgs"),)
+TOML_TYPES = {bool, int, float, str, list, dict}
 
 # Keys whose values are derived from other settings or from the checkpoint, so that a second one could only conflict:
 # reason -> keys.
@@ -64,13 +67,8 @@ REFUSED: dict[str, dict[str, str]] = {
 }
 
 
-# Defaults of ours, in the place of the backend's own.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "megatron": {
-        "transformer_impl": "local",  # runs everywhere, and in the same way everywhere
-        "fp8_recipe": "blockwise",
-    },
-}
+# Defaults of ours, in the place of Megatron's own; "local" runs everywhere, and in the same way everywhere.
+DEFAULTS: dict[str, dict[str, Any]] = {"megatron": {"transformer_impl": "local", "fp8_recipe": "blockwise"}}
 
 
 @dataclass(frozen=True)
@@ -173,47 +171,21 @@ def _default(value: ast.expr | None) -> Any:
         return None
 
 
-_PLAIN: dict[str, type] = {
-    "bool": bool,
-    "int": int,
-    "float": float,
-    "str": str,
-    "list": list,
-    "List": list,
-    "Tuple": list,
-    "dict": dict,
-    "Dict": dict,
-}
-
-
 def _annotation(node: ast.expr) -> tuple[frozenset[type] | None, tuple[Any, ...] | None]:
     """TOML types and literal choices of an annotation; None where it names a type that TOML does not have."""
-    if isinstance(node, ast.Constant) and node.value is None:
-        return frozenset(), None
-    if isinstance(node, ast.Subscript):
-        outer = ast.unparse(node.value).split(".")[-1]
-        inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-        if outer in ("A", "Annotated"):
-            return _annotation(inner[0])
-        if outer == "Literal":
-            choices = tuple(ast.literal_eval(e) for e in inner)
-            return frozenset(type(c) for c in choices if c is not None), choices
-        if outer in ("Optional", "Union"):
-            return _union(inner)
-        node = node.value
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return _union([node.left, node.right])
-    plain = _PLAIN.get(ast.unparse(node).split(".")[-1])
-    return (None if plain is None else frozenset([plain])), None
-
-
-def _union(parts: list[ast.expr]) -> tuple[frozenset[type] | None, tuple[Any, ...] | None]:
-    types: frozenset[type] = frozenset()
-    choices: tuple[Any, ...] | None = None
-    for part in parts:
-        more, some = _annotation(part)
-        if more is None:
-            return None, None
-        types |= more
-        choices = some if some is not None and len(parts) <= 2 else choices
-    return types, choices
+    if isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("A", "Annotated"):
+        node = node.slice.elts[0]  # type: ignore[attr-defined]
+    try:
+        annotation = eval(ast.unparse(node), {}, defaultdict(lambda: object, vars(builtins) | vars(typing)))
+    except AttributeError:  # torch.dtype; a name of the backend's own stands for object
+        return None, None
+    types: set[type] = set()
+    choices = None
+    for option in get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]:
+        if get_origin(option) is Literal:
+            choices = get_args(option)
+            types |= set(map(type, choices))
+        else:
+            types.add(get_origin(option) or option)
+    types = {list if kind is tuple else kind for kind in types} - {NoneType}
+    return (frozenset(types) if types <= TOML_TYPES else None), choices

@@ -1,18 +1,72 @@
-"""Applies the rules that stand beside the tables to a configuration."""
+"""What settings must not say together. The rules are small functions that stand below the table that they concern.
+
+A rule reads the settings it needs from :class:`Settings` and yields messages that begin with the setting to change.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from miles_spmd.config import parallel, parity, transformer_engine  # noqa: F401  (register their rules)
 from miles_spmd.config.backends import BackendMissingError, backend_fields
-from miles_spmd.config.config import Config
-from miles_spmd.config.model import checkpoint_shape
-from miles_spmd.config.rules import ERRORS, FILES, NOT_BY_DEFAULT, PARITY, WARNINGS, Settings, violations
 from miles_spmd.config.table import Table
+from miles_spmd.models import read_config
+
+if TYPE_CHECKING:
+    from miles_spmd.config import Config
+
+
+class UnknownSettingError(LookupError):
+    """A rule has read a setting that is not known, or whose value has an error: the rule is left out."""
+
+
+class Settings(dict[str, Any]):
+    """Values by dotted path, and by the name alone where no other table has a setting of that name.
+
+    Beside our tables they hold keys of `[megatron]` and `[sglang]` and, as far as it is known: ``shape`` (the
+    checkpoint's config.json), ``world_size``, ``trainer_ranks``, ``engine_ranks``, and ``capabilities`` (compute
+    capabilities of the GPUs, "9.0"; none on a CPU).
+    """
+
+    def __missing__(self, name: str) -> Any:
+        if name == "shape" and (shape := checkpoint_shape(self.hf_checkpoint)) is not None:
+            self["shape"] = shape
+            return shape
+        raise UnknownSettingError(name)
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+Messages = Iterator[str]
+Rule = Callable[[Settings], Messages]
+ERRORS: list[Rule] = []  # why a configuration cannot run
+PARITY: list[Rule] = []  # why log-probs of engine and trainer cannot be bitwise equal
+NOT_BY_DEFAULT: list[Rule] = []  # why "auto" leaves parity off although it is possible
+WARNINGS: list[Rule] = []  # what is allowed but probably not intended
+FILES: list[Rule] = []  # which files and packages are missing
+
+
+def rule(kind: list[Rule]) -> Callable[[Rule], Rule]:
+    """Register the function as a rule of this kind."""
+
+    def register(function: Rule) -> Rule:
+        kind.append(function)
+        return function
+
+    return register
+
+
+def checkpoint_shape(folder: Path) -> dict[str, Any] | None:
+    """Return the contents of a checkpoint's config.json, or None where it cannot be read."""
+    try:
+        shape = read_config(folder)
+    except (OSError, ValueError):
+        return None
+    return shape if isinstance(shape, dict) else None
 
 
 def settings(config: Table, *, without: Collection[str] = ()) -> Settings:
@@ -26,72 +80,73 @@ def settings(config: Table, *, without: Collection[str] = ()) -> Settings:
             values |= {name: field.default for name, field in backend_fields(table).items()}
     for table in reversed(backends):  # `attention_backend` is a key of both, and here means the engine's
         values |= getattr(config, table)
-    for table in backends:
-        for path in without:
-            values.pop(path.removeprefix(f"{table}."), None)
-    own = [(path, value) for path, value in _leaves(config) if not without or not _is_inside(path, without)]
-    names = Counter(path[-1] for path, _ in own)
-    values |= {".".join(path): value for path, value in own}
-    return Settings(values | {path[-1]: value for path, value in own if names[path[-1]] == 1})
+    for path in without:
+        first, _, key = path.partition(".")
+        if first in backends:
+            values.pop(key, None)
+    own = dict(_leaves(config, without))
+    names = Counter(path.rpartition(".")[2] for path in own)
+    values |= own
+    values |= {name: value for path, value in own.items() if names[name := path.rpartition(".")[2]] == 1}
+    return values
 
 
-def _leaves(table: Table, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves(table: Table, without: Collection[str], where: str = "") -> Iterator[tuple[str, Any]]:
     for name in type(table).model_fields:
-        value = getattr(table, name)
+        path, value = where + name, getattr(table, name)
+        if path in without:
+            continue
         if isinstance(value, Table):
-            yield from _leaves(value, (*path, name))
+            yield from _leaves(value, without, f"{path}.")
         else:
-            yield (*path, name), value
+            yield path, value
 
 
-def _is_inside(path: tuple[str, ...], without: Collection[str]) -> bool:
-    return any(".".join(path[:depth]) in without for depth in range(1, len(path) + 1))
+def heads_divide(name: str, size: int, s: Settings) -> Messages:
+    heads, groups = s.shape.get("num_attention_heads"), s.shape.get("num_key_value_heads")
+    if heads is not None and heads % size:
+        yield f"{name}: {size} does not divide the model's {heads} attention heads"
+    if groups is not None and groups % size and size % groups:
+        yield f"{name}: {size} is not a multiple or divisor of the model's {groups} key-value heads"
 
 
-def _known(config: Table, without: Collection[str] = ()) -> Settings:
-    """The settings, and the ``shape`` of the checkpoint if it can be read."""
+def _violations(rules: list[Rule], settings: Settings) -> list[str]:
+    """The messages of all rules whose settings are known."""
+    messages: list[str] = []
+    for function in rules:
+        with contextlib.suppress(UnknownSettingError):
+            messages += list(function(settings))
+    return messages
+
+
+def errors(
+    config: Table, *, world_size: int | None = None, without: Collection[str] = (), check_files: bool = False
+) -> list[str]:
+    """Why this configuration cannot run; with ``check_files`` also which checkpoint folders, data files and packages
+    are missing. ``without`` names the settings that are known to have errors."""
     values = settings(config, without=without)
-    folder = values.get("hf_checkpoint")
-    shape = checkpoint_shape(folder) if folder is not None else None
-    return values if shape is None else Settings(values | {"shape": shape})
-
-
-def errors(config: Table, *, world_size: int | None = None, without: Collection[str] = ()) -> list[str]:
-    """Why this configuration cannot run. ``without`` names the settings that are known to have errors."""
-    values = _known(config, without)
     if world_size is not None:
-        values |= _sides(world_size, values.get("rollout_num_gpus"))
-    return violations([*ERRORS, *(PARITY if values.get("parity") == "bitwise" else [])], values)
-
-
-def missing_files(config: Table, *, without: Collection[str] = ()) -> list[str]:
-    """Which checkpoint folders, data files and packages are missing."""
-    return violations(FILES, _known(config, without))
+        values["world_size"], generating = world_size, values.get("rollout_num_gpus")
+        if generating is not None and generating < world_size:  # else there are not both kinds of ranks
+            values |= {"trainer_ranks": world_size - generating, "engine_ranks": generating or world_size}
+    kinds = [ERRORS, PARITY if values.get("parity") == "bitwise" else [], FILES if check_files else []]
+    return [message for kind in kinds for message in _violations(kind, values)]
 
 
 def warnings(config: Table) -> list[str]:
     """What is allowed but probably not intended."""
-    return violations(WARNINGS, _known(config))
+    return _violations(WARNINGS, settings(config))
 
 
 def decide_parity(config: Config, capabilities: Collection[str] | None) -> tuple[Config, list[str]]:
     """``config`` with "bitwise" or "off" in the place of "auto", and the reasons why it is off. Parity that was not
     asked for ends no run: a mismatch is a warning then. ``capabilities``: of the GPUs to be used; None: not known."""
-    if config.determinism.parity != "auto":
+    own = config.determinism
+    if own.parity != "auto":
         return config, []
-    values = _known(config)
+    values = settings(config)
     if capabilities is not None:
         values["capabilities"] = frozenset(capabilities)
-    reasons = violations([*PARITY, *NOT_BY_DEFAULT], values)
-    decided = (
-        {"parity": "off"} if reasons else {"parity": "bitwise", "parity_gate": config.determinism.parity_gate or "warn"}
-    )
-    return config.model_copy(update={"determinism": config.determinism.model_copy(update=decided)}), reasons
-
-
-def _sides(world_size: int, rollout_num_gpus: int | None) -> dict[str, int]:
-    """The number of ranks, and of those that train and that generate where this is known and there are both."""
-    sizes = {"world_size": world_size}
-    if rollout_num_gpus is not None and rollout_num_gpus < world_size:
-        sizes |= {"trainer_ranks": world_size - rollout_num_gpus, "engine_ranks": rollout_num_gpus or world_size}
-    return sizes
+    reasons = _violations([*PARITY, *NOT_BY_DEFAULT], values)
+    decided = {"parity": "off"} if reasons else {"parity": "bitwise", "parity_gate": own.parity_gate or "warn"}
+    return config.model_copy(update={"determinism": own.model_copy(update=decided)}), reasons

@@ -1,14 +1,23 @@
-"""`[data]`: prompts, responses and preferences to train on."""
-
-from __future__ import annotations
+"""Rows and their scores: `[data]` to train on, `[reward]` that scores responses, `[eval]`."""
 
 import re
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from miles_spmd.config.rules import FILES, Messages, Settings, rule
-from miles_spmd.config.table import PositiveInt, Table, must_be
+from pydantic import Field
+
+from miles_spmd.config.checks import ERRORS, FILES, Messages, Settings, rule
+from miles_spmd.config.table import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Table,
+    must_be,
+    plug_point,
+)
 
 # What a chat template is given by other ways than `chat_template_kwargs`.
 TEMPLATE_VARIABLES = frozenset(
@@ -23,6 +32,14 @@ TEMPLATE_VARIABLES = frozenset(
         "strftime_now",
     }
 )
+
+
+TemplateArguments = Annotated[
+    dict[str, Any],
+    must_be(
+        f"without {', '.join(sorted(TEMPLATE_VARIABLES))}", lambda given: not TEMPLATE_VARIABLES.intersection(given)
+    ),
+]
 
 
 def _is_date(text: str) -> bool:
@@ -53,12 +70,7 @@ class DataConfig(Table):
     tool_key: str | None = "tools"
     """Column of the tools that the chat template is given: a list of JSON schemas, also as JSON text; rows may leave it
     out, `none`: no column."""
-    chat_template_kwargs: Annotated[
-        dict[str, Any],
-        must_be(
-            f"without {', '.join(sorted(TEMPLATE_VARIABLES))}", lambda given: not TEMPLATE_VARIABLES.intersection(given)
-        ),
-    ] = {}
+    chat_template_kwargs: TemplateArguments = {}
     """Further variables of the chat template, such as `{ enable_thinking = false }`. A row's own, in a column
     `chat_template_kwargs`, come before these."""
     chat_template_date: Annotated[str, must_be("a date such as 2026-01-31", _is_date)] = "2026-01-01"
@@ -74,7 +86,155 @@ class DataConfig(Table):
 @rule(FILES)
 def _data_files(s: Settings) -> Messages:
     evaluation = {f"eval.eval_prompt_data.{name}": path for name, path in s.eval_prompt_data.items()}
+    evaluation |= {f"eval.sets.{number}.prompt_data": one.prompt_data for number, one in enumerate(s.sets)}
     for name, path in ({"data.prompt_data": s.prompt_data} | evaluation).items():
         file = re.sub(r"@\[[^\]]*\]$", "", path)
         if not Path(file).expanduser().is_file():
             yield f"{name}: no file {file}"
+
+
+RewardName = Annotated[str, plug_point("math", "exact")]
+
+
+class RewardTerm(Table):
+    """One of the functions whose weighted sum is a sample's reward."""
+
+    rm_type: RewardName
+    """Plug point: a reward function, as `reward.rm_type`."""
+    reward_weight: float = 1.0
+    """Factor of this function in the sum."""
+    reward_batched: bool = False
+    """Call a custom function once per group of responses to a prompt instead of once per response."""
+
+    @property
+    def name(self) -> str:
+        """The name in metrics and details."""
+        return self.rm_type.rpartition(":")[2]
+
+
+class RewardConfig(Table):
+    rm_type: RewardName = "math"
+    """Plug point: the reward function, `math` (math-verify), `exact` (equal to the label) or `module:function`."""
+    reward_weight: float = 1.0
+    """Factor of this function where there are further ones."""
+    reward_batched: bool = False
+    """Call a custom function once per group of responses to a prompt instead of once per response."""
+    further: list[RewardTerm] = []
+    """Further reward functions: a sample's reward is the weighted sum of all. Each has metrics of its own."""
+    reward_timeout: PositiveFloat = 30.0
+    """Seconds that one call may take; a slower one is killed and is an error."""
+    reward_memory_gib: PositiveFloat = 4.0
+    """GiB by which the address space of a reward process may grow."""
+    reward_workers: PositiveInt = 2
+    """Number of reward processes."""
+    reward_environment: list[str] = []
+    """Environment variables with secrets that reward functions may see, such as the key of a judge's API; others whose
+    names contain TOKEN, KEY, SECRET, PASSWORD or the like are withheld from them."""
+
+    @property
+    def terms(self) -> list[RewardTerm]:
+        """All reward functions of training."""
+        first = RewardTerm(rm_type=self.rm_type, reward_weight=self.reward_weight, reward_batched=self.reward_batched)
+        return [first, *self.further]
+
+
+@rule(ERRORS)
+def _rewards_have_names(s: Settings) -> Messages:
+    names = Counter(name.rpartition(":")[2] for name in (s.rm_type, *(term.rm_type for term in s.further)))
+    for name, count in names.items():
+        if count > 1:
+            yield f"reward.further: {count} reward functions are called {name!r}; rename one, or add their weights"
+
+
+class EvalSet(Table):
+    """A held-out set with settings of its own; what is absent is that of `[data]`, `[reward]` or `[eval]`."""
+
+    name: str
+    """The name in metrics, progress and report."""
+    prompt_data: str
+    """JSONL or parquet file, as `data.prompt_data`."""
+    eval_interval: NonNegativeInt | None = None
+    """Evaluate this set every n rollouts, before the first and after the last; 0: never."""
+    input_key: str | None = None
+    """Column of the prompt."""
+    label_key: str | None = None
+    """Column of the label; an empty string: no column."""
+    metadata_key: str | None = None
+    """Column of a mapping for reward functions; an empty string: no column."""
+    apply_chat_template: bool | None = None
+    """Wrap a plain string as one user message."""
+    system_prompt: str | None = None
+    """System message put before every conversation that does not begin with one; an empty string: no message."""
+    tool_key: str | None = None
+    """Column of the tools; an empty string: no column."""
+    chat_template_kwargs: TemplateArguments | None = None
+    """Further variables of the chat template, in place of those of `[data]`."""
+    rm_type: RewardName | None = None
+    """Plug point: the only reward function of this set, instead of those of `[reward]`."""
+    reward_batched: bool = False
+    """Call that function once per group of responses to a prompt instead of once per response."""
+    n_samples_per_eval_prompt: PositiveInt | None = None
+    """Number of responses to each prompt, which is the k of pass@k."""
+    eval_temperature: NonNegativeFloat | None = None
+    """Sampling temperature; 0 always takes the top-1 token."""
+    eval_top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """`rollout_top_p` of this set."""
+    eval_max_response_len: PositiveInt | None = None
+    """Longest response in tokens."""
+
+    @property
+    def terms(self) -> list[RewardTerm]:
+        """The reward function of this set alone; empty where it is scored by those of `[reward]`."""
+        return [] if self.rm_type is None else [RewardTerm(rm_type=self.rm_type, reward_batched=self.reward_batched)]
+
+    def columns(self, data: DataConfig) -> DataConfig:
+        """Return ``data`` with the columns of this set."""
+        names = DataConfig.model_fields.keys() & EvalSet.model_fields.keys() - {"prompt_data"}
+        return data.model_copy(update={name: own for name in names if (own := getattr(self, name)) is not None})
+
+
+class EvalConfig(Table):
+    eval_interval: NonNegativeInt = 0
+    """Evaluate every n rollouts, before the first and after the last; 0: never."""
+    eval_prompt_data: dict[str, str] = {}
+    """Evaluation sets: name -> file, as `prompt_data`. In `dpo` and `rm` they are pairs, and what is measured is how
+    often the preferred response is the one that the model prefers."""
+    sets: list[EvalSet] = []
+    """Evaluation sets with settings of their own: columns, reward, sampling, interval."""
+    n_samples_per_eval_prompt: PositiveInt = 1
+    """Number of responses to each evaluation prompt, which is the k of pass@k."""
+    eval_temperature: NonNegativeFloat = 0.0
+    """Sampling temperature of evaluations; 0 always takes the top-1 token."""
+    eval_top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """`rollout_top_p` of evaluations."""
+    eval_max_response_len: PositiveInt | None = None
+    """Longest response of evaluations in tokens; the default is `rollout_max_response_len`."""
+
+
+@rule(ERRORS)
+def _evaluation_has_data(s: Settings) -> Messages:
+    if s.eval_interval and not s.eval_prompt_data and not s.sets:
+        yield f"eval.eval_prompt_data: is empty, but eval_interval is {s.eval_interval}"
+    names = Counter([*s.eval_prompt_data, *(one.name for one in s.sets)])
+    for name, count in names.items():
+        if count > 1:
+            yield f"eval.sets: {count} evaluation sets are called {name!r}; rename one"
+
+
+@rule(ERRORS)
+def _pairs_have_no_settings_of_their_own(s: Settings) -> Messages:
+    for number, one in enumerate(s.sets):
+        for name in sorted(one.model_fields_set & _OF_RESPONSES if s.mode in ("dpo", "rm") else ()):
+            if getattr(one, name):
+                yield f"eval.sets.{number}.{name}: has no effect in mode {s.mode!r}, which compares pairs; leave it out"
+
+
+_OF_RESPONSES = {
+    *("label_key", "rm_type", "reward_batched", "n_samples_per_eval_prompt"),
+    *("eval_temperature", "eval_top_p", "eval_max_response_len"),
+}
+
+
+def evaluates(s: Settings) -> bool:
+    """Whether a run evaluates any set."""
+    return bool(s.eval_interval) or any(one.eval_interval for one in s.sets)

@@ -1,7 +1,5 @@
 """The text of ``miles-spmd settings``: every setting with type, default and meaning, as text or as docs/settings.md."""
 
-from __future__ import annotations
-
 import json
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -10,8 +8,8 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import TypeAdapter
 from pydantic_core import to_jsonable_python
 
+from miles_spmd.config import Config
 from miles_spmd.config.backends import BACKENDS, REFUSED, backend_fields, backend_keys, refusal
-from miles_spmd.config.config import Config
 from miles_spmd.config.table import ENTRY, NONE, Setting, Table, header, walk
 
 BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}

@@ -4,8 +4,6 @@ All errors are collected before anything is raised: unknown keys, wrong types an
 is written to disk.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import hashlib
@@ -19,12 +17,11 @@ import tomli_w
 from pydantic import ValidationError, create_model
 from pydantic_core import ErrorDetails
 
+from miles_spmd.config import Config
 from miles_spmd.config.backends import BACKENDS, BackendMissingError, backend_fields, refusal
 from miles_spmd.config.checks import errors as conflicts
-from miles_spmd.config.checks import missing_files
-from miles_spmd.config.config import Config
 from miles_spmd.config.overrides import apply_override, hint, nearest
-from miles_spmd.config.table import ENTRY, NONE, Table, bare, header, is_table, walk
+from miles_spmd.config.table import ENTRY, NONE, Table, bare, child, header, is_table, walk
 
 T = TypeVar("T", bound=Table)
 Location = tuple[str, ...]
@@ -54,19 +51,7 @@ def load_config(
         raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"is not valid TOML: {error}"]) from error
-    return make_config(raw, overrides, source=str(path), world_size=world_size, check_files=check_files)
-
-
-def make_config(
-    raw: dict[str, Any],
-    overrides: Iterable[str] = (),
-    *,
-    source: str = "settings",
-    world_size: int | None = None,
-    check_files: bool = True,
-) -> Config:
-    """As :func:`load_config`, from tables that are in memory; ``raw`` is changed. ``source`` is named in errors."""
-    return make_tables(Config, raw, overrides, source=source, world_size=world_size, check_files=check_files)
+    return make_tables(Config, raw, overrides, source=str(path), world_size=world_size, check_files=check_files)
 
 
 def make_tables(
@@ -78,7 +63,8 @@ def make_tables(
     world_size: int | None = None,
     check_files: bool = False,
 ) -> T:
-    """As :func:`make_config`, for any tables: whatever ``root`` declares can be set, nested tables and lists too."""
+    """As :func:`load_config`, from tables in memory that ``root`` describes, nested tables and lists too; ``raw`` is
+    changed. ``source`` is named in errors."""
     errors: list[str] = []
     for override in overrides:
         try:
@@ -86,9 +72,7 @@ def make_tables(
         except ValueError as error:
             errors.append(f"{override}: {error}")
     tables, wrong = _validate(root, raw, errors)
-    errors += conflicts(tables, world_size=world_size, without=wrong)
-    if check_files:
-        errors += missing_files(tables, without=wrong)
+    errors += conflicts(tables, world_size=world_size, without=wrong, check_files=check_files)
     if errors:
         raise ConfigError(source, errors)
     return tables
@@ -140,9 +124,7 @@ def _validate(root: type[T], raw: dict[str, Any], errors: list[str]) -> tuple[T,
     for detail in details:
         location = tuple(str(part) for part in detail["loc"])
         errors.append(f"{'.'.join(location)}: {_explain(root, location, detail)}")
-        setting = _setting_at(root, location)
-        wrong |= {".".join(setting), *_meant(root, location)}
-        _remove(raw, setting)
+        wrong |= {".".join(_remove(root, raw, location)), *_meant(root, location)}
     return parse(_without_required(root), raw), wrong
 
 
@@ -151,6 +133,8 @@ def _explain(root: type[Table], location: Location, detail: ErrorDetails) -> str
     if kind == "extra_forbidden":
         *tables, name = location
         elsewhere = [s.path[:-1] for s in walk(root) if s.path[-1] == name and s.path[1:] and not s.is_table]
+        if len(elsewhere) > 1:  # entries of a list may have the names of settings for all
+            elsewhere = [path for path in elsewhere if ENTRY not in path]
         if len(elsewhere) == 1:
             return f"belongs in {header(elsewhere[0])}"
         what = "key" if tables else "table"
@@ -179,21 +163,17 @@ def _meant(root: type[Table], location: Location) -> list[str]:
     return []
 
 
-def _setting_at(root: type[Table], location: Location) -> Location:
-    """The path of the setting that has an error at ``location``: a table's key, the whole of a list or mapping."""
+def _remove(root: type[Table], raw: Any, location: Location) -> Location:
+    """Remove the setting that has an error at ``location``: a table's key, the whole of a list or mapping. Return its
+    path."""
     table: Any = root
     for depth, name in enumerate(location):
-        if not is_table(table) or name not in table.model_fields:
-            return location[: depth + is_table(table)]
-        table = bare(table.model_fields[name].annotation)
+        table, inside = child(table, name), raw if isinstance(raw, dict) else {}
+        if not is_table(bare(table)) or depth == len(location) - 1:
+            inside.pop(name, None)
+            return location[: depth + 1]
+        raw = inside.get(name)
     return location
-
-
-def _remove(raw: Any, path: Location) -> None:
-    for name in path[:-1]:
-        raw = raw.get(name) if isinstance(raw, dict) else None
-    if isinstance(raw, dict):
-        raw.pop(path[-1], None)
 
 
 @functools.cache

@@ -1,14 +1,11 @@
 """`[model]`: the checkpoints that a run starts from."""
 
-from __future__ import annotations
-
-import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator
 
-from miles_spmd.config.rules import ERRORS, FILES, WARNINGS, Messages, Settings, rule
+from miles_spmd.config.checks import ERRORS, FILES, WARNINGS, Messages, Settings, checkpoint_shape, rule
 from miles_spmd.config.table import Table
 from miles_spmd.models.random import NO_WEIGHTS, random_config, resolve
 
@@ -36,19 +33,6 @@ class ModelConfig(Table):
 
 
 OTHERS = ("ref_load", "critic_load", "teacher_load")
-
-
-def checkpoint_shape(folder: Path) -> dict[str, Any] | None:
-    """Return the contents of a checkpoint's config.json, or None where it cannot be read."""
-    try:
-        shape = random_config(folder) or json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return shape if isinstance(shape, dict) else None
-
-
-def has_experts(s: Settings) -> bool:
-    return bool(s.shape.get("num_experts") or s.shape.get("num_local_experts"))
 
 
 @rule(ERRORS)

@@ -5,8 +5,6 @@ that name. Entries of lists are numbered from 0, and the number after the last o
 ``environments.0.name=x``. An override inside a list or mapping that the file does not set starts with an empty one.
 """
 
-from __future__ import annotations
-
 import difflib
 import tomllib
 from collections.abc import Iterable

@@ -1,12 +1,11 @@
-"""`[rollout]`: how many responses are generated, how they are sampled, and on which GPUs."""
-
-from __future__ import annotations
+"""The engine: how responses are generated and on which GPUs (`[rollout]`), how it receives weights (`[refit]`)."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from miles_spmd.config.rules import ERRORS, Messages, Settings, rule
+from miles_spmd.config.checks import ERRORS, Messages, Settings, heads_divide, rule
+from miles_spmd.config.data import evaluates
 from miles_spmd.config.table import NonNegativeFloat, NonNegativeInt, PositiveInt, Table, must_be, plug_point
 
 # an earlier version's name of the engine that is in the tests now
@@ -69,14 +68,17 @@ def _responses_fit_the_context(s: Settings) -> Messages:
         return
     prompt = s.rollout_max_prompt_len or 1
     lengths = {"rollout.rollout_max_response_len": s.rollout_max_response_len} if s.mode == "rl" else {}
-    if s.eval_interval and s.eval_max_response_len is not None:
+    if evaluates(s) and s.eval_max_response_len is not None:
         lengths["eval.eval_max_response_len"] = s.eval_max_response_len
+    for number, one in enumerate(s.sets):
+        if one.eval_max_response_len is not None:
+            lengths[f"eval.sets.{number}.eval_max_response_len"] = one.eval_max_response_len
     for name, response in lengths.items():
         if prompt + response > context:
             yield f"{name}: {prompt} prompt + {response} response tokens exceed the model's context of {context}"
 
 
-# --- ranks that only generate ----------------------------------------------------------------------------------------
+# --- ranks that generate ----- ----------------------------------------------------------------------------------------
 
 
 @rule(ERRORS)
@@ -87,7 +89,7 @@ def _ranks_remain_to_train(s: Settings) -> Messages:
 
 @rule(ERRORS)
 def _engines_have_work(s: Settings) -> Messages:
-    if s.rollout_num_gpus and (s.mode in ("dpo", "rm") or (s.mode == "sft" and not s.eval_interval)):
+    if s.rollout_num_gpus and (s.mode in ("dpo", "rm") or (s.mode == "sft" and not evaluates(s))):
         yield f"rollout.rollout_num_gpus: must be 0, because this run of mode {s.mode!r} generates nothing"
 
 
@@ -97,3 +99,35 @@ def _nothing_to_release(s: Settings) -> Messages:
         yield "train.offload_train: must be false with rollout_num_gpus; no engine needs the trainers' memory"
     if s.rollout_num_gpus and s.offload_rollout not in ("auto", "nothing"):
         yield "rollout.offload_rollout: must be 'nothing' or 'auto' with rollout_num_gpus; no trainer needs the memory"
+
+
+@rule(ERRORS)
+def _engines_fill_their_ranks(s: Settings) -> Messages:
+    if s.engine_ranks % s.tp_size:
+        yield f"sglang.tp_size: engines of {s.tp_size} ranks do not divide the {s.engine_ranks} that generate"
+
+
+@rule(ERRORS)
+def _engine_heads(s: Settings) -> Messages:
+    yield from heads_divide("sglang.tp_size", s.tp_size, s)
+
+
+class RefitConfig(Table):
+    update_weights_interval: PositiveInt = 1
+    """Give the engine new weights every n rollouts."""
+    refit_checksums: bool = True
+    """Compare checksums of every bucket after each refit; a mismatch stops the run."""
+    refit_bucket_mib: PositiveInt = 256
+    """MiB of the buckets in which weights are copied, sent and compared."""
+
+
+@rule(ERRORS)
+def _lagging_rollouts(s: Settings) -> Messages:
+    intervals = {"checkpoint.save_interval": s.save_interval, "eval.eval_interval": s.eval_interval}
+    intervals |= {f"eval.sets.{number}.eval_interval": one.eval_interval or 0 for number, one in enumerate(s.sets)}
+    for name, interval in intervals.items():
+        if interval % s.update_weights_interval:
+            yield (
+                f"{name}: {interval} is not a multiple of update_weights_interval {s.update_weights_interval}; saving "
+                "and evaluating refit the engine, which would shorten the interval; set it to a multiple"
+            )

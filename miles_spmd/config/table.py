@@ -1,7 +1,5 @@
 """What tables of settings are made of: their base class, types of values, and a walk over all settings of a table."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, TypeGuard, Union, get_args, get_origin

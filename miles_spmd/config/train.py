@@ -1,11 +1,15 @@
-"""`[train]`: optimizer steps, their batches, learning rates and the order in which gradients are summed."""
+"""`[train]`: optimizer steps, their batches, learning rates, reduction order; and what keys of `[megatron]` need.
 
-from __future__ import annotations
+Megatron itself refuses some combinations clearly, when a rank builds its configuration; they are not repeated here.
+"""
 
+import importlib.util
 from typing import Annotated, Literal
 
-from miles_spmd.config.rules import ERRORS, Messages, Settings, rule
+from miles_spmd.config.checks import ERRORS, FILES, Messages, Settings, heads_divide, rule
 from miles_spmd.config.table import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Table, must_be
+from miles_spmd.models.attention import head_dim
+from miles_spmd.models.qwen3_moe import count_experts
 
 
 class TrainConfig(Table):
@@ -124,3 +128,168 @@ def _leaf_tokens(s: Settings) -> Messages:
         yield "train.leaf_tokens: needs train.reduction_leaves"
     if s.leaf_tokens > (most := s.max_tokens_per_gpu * s.context_parallel_size):
         yield f"train.leaf_tokens: must be at most {most}, which is max_tokens_per_gpu x context_parallel_size"
+
+
+# --- parallel sizes --------------------------------------------------------------------------------------------------
+
+
+@rule(ERRORS)
+def _trainer_fills_its_ranks(s: Settings) -> Messages:
+    tensor, pipeline, context = s.tensor_model_parallel_size, s.pipeline_model_parallel_size, s.context_parallel_size
+    if s.trainer_ranks % (dense := tensor * pipeline * context):
+        yield (
+            f"megatron: tensor {tensor} x pipeline {pipeline} x context {context} = {dense} ranks do not divide the "
+            f"{s.trainer_ranks} that train"
+        )
+    expert_tensor, expert = s.expert_tensor_parallel_size or tensor, s.expert_model_parallel_size
+    if expert > 1 and s.trainer_ranks % (sparse := expert_tensor * pipeline * expert):
+        yield (
+            f"megatron: expert tensor {expert_tensor} x pipeline {pipeline} x expert {expert} = {sparse} ranks do not "
+            f"divide the {s.trainer_ranks} that train"
+        )
+
+
+@rule(ERRORS)
+def _sequence_parallel(s: Settings) -> Messages:
+    if s.sequence_parallel and s.tensor_model_parallel_size == 1:
+        yield "megatron.sequence_parallel: needs tensor_model_parallel_size > 1"
+    if s.expert_model_parallel_size > 1 and s.tensor_model_parallel_size > 1 and not s.sequence_parallel:
+        yield "megatron.sequence_parallel: must be true with both expert and tensor parallelism"
+
+
+@rule(ERRORS)
+def _virtual_stages(s: Settings) -> Messages:
+    virtual, layers = s.virtual_pipeline_model_parallel_size, s.num_layers_per_virtual_pipeline_stage
+    if (virtual or 1) > 1 and s.pipeline_model_parallel_size == 1:
+        yield "megatron.virtual_pipeline_model_parallel_size: needs pipeline_model_parallel_size > 1"
+    if layers is not None and virtual is not None:
+        yield (
+            "megatron.num_layers_per_virtual_pipeline_stage: means the same as virtual_pipeline_model_parallel_size; "
+            "set one of them"
+        )
+
+
+@rule(ERRORS)
+def _tensors_divide(s: Settings) -> Messages:
+    size = s.tensor_model_parallel_size
+    yield from heads_divide("megatron.tensor_model_parallel_size", size, s)
+    width = s.shape.get("intermediate_size")
+    if width is not None and width % size:
+        yield f"megatron.tensor_model_parallel_size: {size} does not divide the model's intermediate_size {width}"
+
+
+@rule(ERRORS)
+def _layers_divide(s: Settings) -> Messages:
+    ends = s.num_layers_in_first_pipeline_stage, s.num_layers_in_last_pipeline_stage
+    if any(uneven is not None for uneven in (*ends, s.pipeline_model_parallel_layout)):
+        return
+    stages, layers = s.pipeline_model_parallel_size, s.shape.get("num_hidden_layers")
+    chunks = s.virtual_pipeline_model_parallel_size or s.num_layers_per_virtual_pipeline_stage or 1
+    if layers is not None and layers % (stages * chunks):
+        virtual = f" x {chunks} (virtual)" if chunks > 1 else ""
+        yield (
+            f"megatron.pipeline_model_parallel_size: {stages} stages{virtual} do not divide the model's {layers} layers"
+        )
+
+
+@rule(ERRORS)
+def _experts_divide(s: Settings) -> Messages:
+    size, experts = s.expert_model_parallel_size, count_experts(s.shape)
+    if size > 1 and not experts:
+        yield "megatron.expert_model_parallel_size: the model has no experts"
+    elif experts and experts % size:
+        yield f"megatron.expert_model_parallel_size: {size} does not divide {experts} experts"
+    tensor = s.expert_tensor_parallel_size or s.tensor_model_parallel_size
+    width = s.shape.get("moe_intermediate_size")
+    if experts and width is not None and width % tensor:
+        yield (
+            f"megatron.expert_tensor_parallel_size: {tensor} does not divide the experts' moe_intermediate_size {width}"
+        )
+
+
+@rule(ERRORS)
+def _recompute(s: Settings) -> Messages:
+    if s.recompute_granularity == "full" and (s.recompute_method is None or s.recompute_num_layers is None):
+        yield "megatron.recompute_granularity: 'full' needs recompute_method and recompute_num_layers"
+    if s.recompute_granularity != "full" and s.recompute_method is not None:
+        yield "megatron.recompute_method: needs recompute_granularity = 'full'"
+
+
+@rule(ERRORS)
+def _overlap(s: Settings) -> Messages:
+    if s.overlap_param_gather and not (s.use_distributed_optimizer and s.overlap_grad_reduce):
+        yield "megatron.overlap_param_gather: needs use_distributed_optimizer and overlap_grad_reduce"
+
+
+# --- Transformer Engine and FP8 --------------------------------------------------------------------------------------
+
+FP8_BLOCKS = {"blockwise": 128, "tensorwise": 16}  # what has to divide both dimensions of a matrix, by recipe
+
+
+@rule(ERRORS)
+def _transformer_engine(s: Settings) -> Messages:
+    if s.transformer_impl == "inference_optimized":
+        yield "megatron.transformer_impl: 'inference_optimized' cannot train; take 'local' or 'transformer_engine'"
+    if s.transformer_impl != "transformer_engine":
+        return
+    if s.dtype != "bfloat16":
+        yield f"megatron.transformer_impl: 'transformer_engine' needs model.dtype = 'bfloat16', not {s.dtype!r}"
+    if s.reduction_leaves:
+        yield (
+            "train.reduction_leaves: needs megatron.transformer_impl = 'local'; the gradients of Transformer Engine's "
+            "attention are summed in an order that varies"
+        )
+    if s.tp_comm_overlap:
+        yield "megatron.tp_comm_overlap: must be false; the trainer sets up no communication buffers for it"
+    if s.fp4:
+        yield "megatron.fp4: is not supported; take fp8"
+
+
+@rule(FILES)
+def _transformer_engine_is_installed(s: Settings) -> Messages:
+    if s.transformer_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+        yield (
+            "megatron.transformer_impl: the package transformer_engine is not installed; docs/gpu.md describes how to "
+            "install it, and 'local' does not need it"
+        )
+
+
+@rule(ERRORS)
+def _fp8(s: Settings) -> Messages:
+    if not s.fp8:
+        return
+    if s.transformer_impl != "transformer_engine":
+        yield "megatron.fp8: needs megatron.transformer_impl = 'transformer_engine'"
+    if s.fp8_recipe == "delayed":
+        yield (
+            "megatron.fp8_recipe: 'delayed' makes log-probs depend on what was computed before, with other weights; "
+            "take 'blockwise' or 'tensorwise'"
+        )
+    elif s.fp8_recipe not in FP8_BLOCKS:
+        yield f"megatron.fp8_recipe: {s.fp8_recipe!r} is not supported; take 'blockwise' or 'tensorwise'"
+    for name in ("fp8_param", "fp8_param_gather"):
+        if s[name]:
+            yield f"megatron.{name}: must be false; the engine receives the weights in model.dtype"
+    for name in ("fp8_dot_product_attention", "fp8_multi_head_attention"):
+        if s[name]:
+            yield f"megatron.{name}: must be false; attention over packed sequences is computed in bfloat16"
+
+
+@rule(ERRORS)
+def _fp8_blocks_divide(s: Settings) -> Messages:
+    if not s.fp8 or s.fp8_recipe not in FP8_BLOCKS:
+        return
+    if count_experts(s.shape):
+        yield "megatron.fp8: is not supported for models with experts"
+        return
+    tp, block = s.tensor_model_parallel_size, FP8_BLOCKS[s.fp8_recipe]
+    heads, head = s.shape.get("num_attention_heads", 0), head_dim(s.shape)
+    groups = s.shape.get("num_key_value_heads") or heads
+    for what, size in (
+        ("hidden_size", s.shape.get("hidden_size", 0)),
+        (f"query heads' width / {tp}", heads * head // tp),
+        (f"query, key and value heads' width / {tp}", (heads + 2 * groups) * head // tp),
+        (f"intermediate_size / {tp}", s.shape.get("intermediate_size", 0) // tp),
+    ):
+        if size % block:
+            yield f"megatron.fp8: with recipe {s.fp8_recipe!r} {block} must divide the model's {what}, which is {size}"

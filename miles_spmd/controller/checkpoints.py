@@ -8,18 +8,16 @@ step is all the state of the controller, beside its position in the ledger.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from miles_spmd.config import Config
 from miles_spmd.controller.cluster.cluster import Cluster
-from miles_spmd.controller.journal.events import CheckpointWritten
+from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.journal import Journal
+from miles_spmd.controller.journal.ledger import Start
 from miles_spmd.protocol.commands import ExportModel, LoadCheckpoint, SaveCheckpoint
-from miles_spmd.protocol.results import CheckpointResult
 
 FOLDER = "checkpoints"
 STATE_FILE = "controller.json"
@@ -34,15 +32,6 @@ class ControllerState(msgspec.Struct, frozen=True):
     seed: int
     ledger: str = ""  # hash of its last entry; "" without a ledger
     format: int = 1
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins: the first step to do. The rest describes a checkpoint of the run itself."""
-
-    step: int = 0
-    ledger: str = ""  # hash of the entry after which the checkpoint was written
-    results: Sequence[CheckpointResult] = ()  # of every rank that loaded it
 
 
 class Checkpoints:
@@ -65,13 +54,14 @@ class Checkpoints:
 
     def save(self, step: int, journal: Journal) -> None:
         """Write a checkpoint before ``step`` if one is due."""
-        if not self._due(step):
+        interval, last = self._config.checkpoint.save_interval, step == self._config.run.num_rollout
+        if not (interval and step % interval == 0) and not (last and self._config.checkpoint.save_final):
             return
         with journal.timed("save"):
             folder = step_folder(self._config.run_dir, step)
             folder.mkdir(parents=True, exist_ok=True)
             results = self._cluster.call(SaveCheckpoint(str(folder)), step=step)
-            journal.publish(CheckpointWritten(step, results))
+            journal.publish(events.CheckpointWritten(step, results))
             # The ledger's entry is on disk before the file that refers to it.
             complete(folder, ControllerState(step, self._config.run.seed, ledger=journal.ledger_head))
 
@@ -79,10 +69,6 @@ class Checkpoints:
         """Write the trainer's weights as a Hugging Face checkpoint, by default into the run folder."""
         folder = self._config.checkpoint.export_dir or self._config.run_dir / "export"
         self._cluster.call(ExportModel(str(folder)), step=self._config.run.num_rollout)
-
-    def _due(self, step: int) -> bool:
-        interval, last = self._config.checkpoint.save_interval, step == self._config.run.num_rollout
-        return bool(interval and step % interval == 0) or (last and self._config.checkpoint.save_final)
 
 
 def step_folder(run_dir: Path, step: int) -> Path:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import msgspec
 
-from miles_spmd.config import Config
-from miles_spmd.data.examples import PreferencePair, SftExample, load_preference_pairs, load_sft_examples
+from miles_spmd.config import Config, RewardTerm
+from miles_spmd.data.examples import PreferencePair, load_preference_pairs, load_sft_examples
 from miles_spmd.data.prompts import load_prompts
 from miles_spmd.data.source import PromptSource
 from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.models import load_family
+from miles_spmd.rewards.labels import check_label
 from miles_spmd.types.sample import Prompt
 from miles_spmd.types.seeds import derive_seed
 
@@ -29,40 +32,47 @@ class Datasets:
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, *, training: bool) -> None:
-        self._config, self._tokenizer = config, tokenizer
-        self._context = load_family(config.model.hf_checkpoint).max_sequence_length
-        sources = config.eval.eval_prompt_data
+        self._config = config
+        data, mode = config.data, config.run.mode
+        context = load_family(config.model.hf_checkpoint).max_sequence_length
+        pair_len = min(context, config.micro_batch_tokens // 2)  # a pair has to be in one micro-batch
+        load_pairs = partial(load_preference_pairs, data, tokenizer, max_len=pair_len, scores_end=mode == "rm")
         self.eval_sets: dict[str, list[Prompt]] = {}
         self.eval_pairs: dict[str, list[PreferencePair]] = {}
         if config.trains_on_pairs:
-            self.eval_pairs = {name: self._load_pairs(name, source) for name, source in sources.items()}
+            self.eval_pairs = {
+                one.name: load_pairs(prompt_data=one.prompt_data, name=one.name) for one in config.eval_sets
+            }
         else:
-            room = self._context - eval_response_len(config)
             self.eval_sets = {
-                name: load_prompts(config.data, tokenizer, prompt_data=source, name=name, room=room)
-                for name, source in sources.items()
+                one.name: load_prompts(
+                    one.columns(data),
+                    tokenizer,
+                    prompt_data=one.prompt_data,
+                    name=one.name,
+                    room=context - (one.eval_max_response_len or 0),
+                    check_label=_checks_labels(one.terms or config.reward.terms),
+                )
+                for one in config.eval_sets
             }
         if not training:
             return
-        seed, shuffle = config.run.seed, config.data.rollout_shuffle
-        match config.run.mode:
+        items: list[Any]
+        match mode:
             case "rl":
-                room = self._context - config.rollout.rollout_max_response_len
-                prompts = load_prompts(config.data, tokenizer, room=room)
-                self._prompts = PromptSource(prompts, seed, shuffle)
-                self._spare = PromptSource(prompts, derive_seed("spare", seed))
+                room, check = context - config.rollout.rollout_max_response_len, _checks_labels(config.reward.terms)
+                items = load_prompts(data, tokenizer, room=room, check_label=check)
             case "sft":
-                longest = min(self._context, config.micro_batch_tokens)
-                self._examples = PromptSource(load_sft_examples(config.data, tokenizer, max_len=longest), seed, shuffle)
+                items = load_sft_examples(data, tokenizer, max_len=min(context, config.micro_batch_tokens))
             case "dpo" | "rm":
-                self._pairs = PromptSource(self._load_pairs(), seed, shuffle)
+                items = load_pairs()
+        self._items: PromptSource[Any] = PromptSource(items, config.run.seed, data.rollout_shuffle)
+        self._spare: PromptSource[Any] = PromptSource(items, derive_seed("spare", config.run.seed))
 
-    def _load_pairs(self, name: str | None = None, source: str | None = None) -> list[PreferencePair]:
-        longest = min(self._context, self._config.micro_batch_tokens // 2)  # a pair has to be in one micro-batch
-        scores_end = self._config.run.mode == "rm"
-        return load_preference_pairs(
-            self._config.data, self._tokenizer, prompt_data=source, name=name, max_len=longest, scores_end=scores_end
-        )
+    def batch(self, step: int) -> list[Any]:
+        """Return the supervised examples or preference pairs of ``step``."""
+        train, rollout = self._config.train, self._config.rollout
+        return self._items.of_step(step, train.global_batch_size or rollout.rollout_batch_size)
 
     def waves(self, step: int) -> Iterator[list[Prompt]]:
         """Yield the prompts of ``step``, then waves of more prompts for groups that the filter drops. Raises
@@ -72,7 +82,7 @@ class Datasets:
         depend on how many other steps needed.
         """
         size = self._config.rollout.rollout_batch_size
-        yield self._prompts.of_step(step, size)
+        yield self._items.of_step(step, size)
         for wave in range(MAX_SPARE_WAVES):
             spare = self._spare.of_step(step * MAX_SPARE_WAVES + wave, size)
             # seeds are derived from uids: a prompt that was submitted before gets other responses
@@ -83,19 +93,12 @@ class Datasets:
             "does not distinguish its responses: change the data, the reward or the filter"
         )
 
-    def examples(self, step: int) -> list[SftExample]:
-        """Return the supervised examples of ``step``."""
-        return self._examples.of_step(step, self._batch_size)
 
-    def pairs(self, step: int) -> list[PreferencePair]:
-        """Return the preference pairs of ``step``."""
-        return self._pairs.of_step(step, self._batch_size)
+def _checks_labels(terms: Sequence[RewardTerm]) -> Callable[[Any], str | None]:
+    """Return a function that says why one of the reward functions cannot read a label."""
 
-    @property
-    def _batch_size(self) -> int:
-        return self._config.train.global_batch_size or self._config.rollout.rollout_batch_size
+    def check(label: Any) -> str | None:
+        problems = ((term.rm_type, check_label(term.rm_type, label)) for term in terms)
+        return next((f"{problem} (reward {name!r})" for name, problem in problems if problem is not None), None)
 
-
-def eval_response_len(config: Config) -> int:
-    """Return the largest number of tokens that an evaluation generates for a prompt."""
-    return config.eval.eval_max_response_len or config.rollout.rollout_max_response_len
+    return check

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from miles_spmd.config import Config
-from miles_spmd.controller.checkpoints import Checkpoints, Start
+from miles_spmd.controller.checkpoints import Checkpoints
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.datasets import Datasets
-from miles_spmd.controller.generation.generation import Generation
-from miles_spmd.controller.generation.recorded import RecordedSamples
-from miles_spmd.controller.journal.journal import Journal
+from miles_spmd.controller.generation.generation import Generation, RecordedSamples
+from miles_spmd.controller.journal.journal import Journal, Writers
 from miles_spmd.controller.journal.ledger import LedgerRecorder
 from miles_spmd.controller.journal.metrics import Metrics
-from miles_spmd.controller.journal.observers import Observer, ProgressObserver, TrackerObserver, TranscriptObserver
 from miles_spmd.controller.journal.parity import Parity
 from miles_spmd.controller.learning.policy import Policy
 from miles_spmd.data.tokenizer import Tokenizer
@@ -42,40 +40,33 @@ class RunParts:
 
 
 @contextmanager
-def open_parts(
-    config: Config, cluster: Cluster, *, training: bool = True, ledger: bool = False, recorded: Path | None = None
-) -> Iterator[RunParts]:
+def open_parts(config: Config, cluster: Cluster, task: str, recorded: Path | None = None) -> Iterator[RunParts]:
     """Build the parts of a run, wait for the ranks, and load the checkpoint that the configuration names.
 
-    ``training``: read the training data, too. ``ledger``: write the ledger, unless the configuration turns it off.
-    ``recorded``: the folder of a run whose samples are taken, instead of generating them.
+    An "eval" reads no training data, and only "train" and "replay" write a ledger, unless the configuration turns it
+    off. ``recorded``: the folder of a run whose samples are taken, instead of generating them.
     """
     with ExitStack() as stack:
         tokenizer = Tokenizer(config.model.hf_checkpoint)
-        rewards = stack.enter_context(RewardPool(config.reward))
+        others = [term for one in config.eval_sets for term in one.terms]
+        rewards = stack.enter_context(RewardPool(config.reward, others, config.run_dir / "logs" / "rewards.log"))
         tracker = stack.enter_context(open_trackers(config))
         progress = stack.enter_context(open_progress(config))
         metrics = Metrics(cluster)  # its clock starts here: the first step includes the start
-        observers: list[Observer] = [TrackerObserver(tracker), ProgressObserver(progress), TranscriptObserver(config)]
+        journal = Journal(metrics, [Writers(config, tracker, progress)])
         # Data before ranks: an error in a file is reported at once, not after minutes of loading weights.
-        data = Datasets(config, tokenizer, training=training)
-        with Journal(metrics, observers).timed("start"):
+        data = Datasets(config, tokenizer, training=task != "eval")
+        with journal.timed("start"):
             cluster.wait_ready()
         checkpoints = Checkpoints(config, cluster)
         start = checkpoints.load()
-        recorder = None
-        if ledger and config.determinism.ledger:
-            recorder = stack.enter_context(closing(_open_ledger(config, cluster, start)))
-        journal = Journal(metrics, observers, recorder)
+        if task in ("train", "replay") and config.determinism.ledger:
+            roles = [Role.ACTOR, *([Role.CRITIC] if config.has_critic else [])]
+            weights = {role: cluster.call(DigestWeights(role), step=start.step) for role in roles}
+            recorder = LedgerRecorder(config, start, len(cluster.infos), weights)
+            journal.ledger = stack.enter_context(closing(recorder))
         parity = Parity(config.determinism, recorded=recorded is not None)
         policy = Policy(config, cluster, journal, parity)
         generation = Generation(config, cluster, tokenizer, rewards, data, journal)
         samples = generation if recorded is None else RecordedSamples(config, recorded, data, journal)
         yield RunParts(config, start.step, data, policy, generation, samples, journal, checkpoints)
-
-
-def _open_ledger(config: Config, cluster: Cluster, start: Start) -> LedgerRecorder:
-    roles = [Role.ACTOR, *([Role.CRITIC] if config.has_critic else [])]
-    weights = {role: cluster.call(DigestWeights(role), step=start.step) for role in roles}
-    ranks = len(cluster.infos)
-    return LedgerRecorder(config, start.step, ranks, weights, continues=start.ledger, optimizers=start.results)

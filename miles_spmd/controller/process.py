@@ -23,8 +23,9 @@ import msgspec
 from miles_spmd.config import Config
 from miles_spmd.config.load import config_digest
 from miles_spmd.controller.cluster.cluster import Cluster
-from miles_spmd.controller.cluster.errors import WorkerError
-from miles_spmd.protocol.order import EXIT_SECONDS, Order
+from miles_spmd.controller.cluster.listener import WorkerError
+from miles_spmd.plugins.plug_point import PlugPoint
+from miles_spmd.protocol.pipe import EXIT_SECONDS, Order
 from miles_spmd.protocol.router import Router
 
 
@@ -76,6 +77,7 @@ def main(descriptor: int) -> int:
     order = msgspec.json.decode(pipe.recv_bytes(), type=Order)
     config = Config.model_validate_json(order.config)
     launcher = _Launcher(pipe)
+    PlugPoint.time_limit = config.deadlines.train_timeout
     log = config.run_dir / "logs" / "controller.log"
     with Router(order.host) as router:
         pipe.send_bytes(msgspec.json.encode(router.credentials))

@@ -30,25 +30,25 @@ def load_prompts(
     prompt_data: str | None = None,
     name: str | None = None,
     room: int | None = None,
-    check_label: Callable[[Any], str | None] = lambda label: None,
+    check_label: Callable[[Any], str | None] | None = None,
 ) -> list[Prompt]:
     """Return every prompt of ``prompt_data`` (default: ``data.prompt_data``), tokenized.
 
     A prompt's uid is ``name:row`` (default name: the file's), with rows counted from 1, as lines of JSONL are.
     ``metadata`` has the row's other columns, overridden by the contents of the metadata column, and under ``messages``
     the conversation if the chat template was applied. ``room`` is the number of prompt tokens that fit into the context
-    together with a full response. ``check_label`` returns why the reward cannot read a label.
+    together with a full response. ``check_label`` returns why a label cannot be used, None for one that can.
 
     Raises DataError with all errors of the file: rows that are not JSON, missing keys, wrong types, empty and too long
-    prompts, labels that cannot be read, no row at all.
+    prompts, labels that the reward cannot read, no row at all.
     """
 
     def draft(uid: str, row: Row) -> tuple[list[Text], Callable[[Encoding], Prompt]]:
         value = read_input(row, data)
         label, text = read_label(row, data.label_key), render_prompt(value, tokenizer)
-        if problem := check_label(label):
-            raise RowError(f"{data.label_key!r} (data.label_key): {problem}", "correct the label or set reward.rm_type")
         metadata = read_metadata(row, data, value)
+        if check_label is not None and (problem := check_label(label)) is not None:
+            raise RowError(problem, "correct it, or name another column (label_key) or reward (rm_type)")
 
         def finish(encoding: Encoding) -> Prompt:
             if not encoding.ids:
@@ -88,7 +88,7 @@ def read_input(row: Row, data: DataConfig) -> str | Conversation:
     value = read_text(row, data.input_key, "data.input_key")
     if isinstance(value, str):
         if not data.apply_chat_template:
-            if data.system_prompt is not None:
+            if data.system_prompt:
                 problem = f"{data.input_key!r} is a plain string, which has no place for data.system_prompt"
                 raise FileError(problem, "set data.apply_chat_template = true, or leave data.system_prompt out")
             return value
@@ -99,7 +99,7 @@ def read_input(row: Row, data: DataConfig) -> str | Conversation:
 def to_conversation(row: Row, messages: list[Message], data: DataConfig) -> Conversation:
     """Return messages of a row with the run's system prompt, and the row's tools and variables of the template. Raises
     RowError."""
-    if data.system_prompt is not None and messages[0]["role"] not in ("system", "developer"):
+    if data.system_prompt and messages[0]["role"] not in ("system", "developer"):
         messages = [{"role": "system", "content": data.system_prompt}, *messages]
     tools = _read_json_column(row, data.tool_key) if data.tool_key else None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):

@@ -46,8 +46,8 @@ def packed_attention(
     """
     lengths = np.asarray(query_lengths, np.int64), np.asarray(key_lengths, np.int64)
     if compiled.takes(query.dtype, query.device, query.shape[-1]):
-        starts = (torch.from_numpy(np.concatenate([[0], np.cumsum(n)])) for n in lengths)
-        return partial(compiled.attention, query_starts=next(starts), key_starts=next(starts), slots=slots)
+        of_query, of_key = (torch.from_numpy(np.concatenate([[0], np.cumsum(n)])) for n in lengths)
+        return partial(compiled.attention, starts=(of_query, of_key), slots=slots)
     return PaddedAttention(*lengths, query, key, slots)
 
 

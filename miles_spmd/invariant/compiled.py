@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from ctypes import CDLL, c_float, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("cpu_kernels.so")
+Starts = tuple[Tensor, Tensor]  # int64 [B + 1] of queries and of keys, where each sequence begins
 LANES = 8  # float32 numbers of a vector register
 
 
@@ -20,77 +22,54 @@ def takes(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
 
 
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    *,
-    query_starts: Tensor,
-    key_starts: Tensor,
-    slots: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *, starts: Starts, slots: Tensor | None = None
 ) -> Tensor:
     """Return [T, H, D] from ``query`` [T, H, D], ``key`` and ``value`` [K, G, D], all float32.
 
-    ``query_starts`` and ``key_starts``: int64 [B + 1], where each sequence begins. Its last query sees all of its keys.
-    ``slots``: int32, the row of ``key`` and ``value`` where each key lies, without a gradient; None: the rows in order,
-    with a gradient.
+    A sequence's last query sees all of its keys. ``slots``: int32, the row of ``key`` and ``value`` where each key
+    lies, without a gradient; None: the rows in order, with a gradient.
     """
-    if slots is None:
-        return _Attention.apply(query, key, value, query_starts, key_starts, scale)
-    return _forward(query.contiguous(), key, value, slots, query_starts, key_starts, scale)[0]
+    return _Attention.apply(query, key, value, starts, slots, scale)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, query_starts: Tensor, key_starts: Tensor, scale: float
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, starts: Starts, slots: Tensor | None, scale: float
     ) -> Tensor:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        out, lse = _forward(query, key, value, None, query_starts, key_starts, scale)
-        ctx.save_for_backward(query, key, value, out, lse, query_starts, key_starts)
+        out, lse = torch.empty_like(query), query.new_empty(query.shape[:2])
+        inputs = map(_address, (query, key, value, slots))
+        shape = _shape(query, key, starts, scale)
+        _library().attention_forward(*inputs, *shape, _address(out), _address(lse))  # type: ignore[union-attr]
+        ctx.save_for_backward(query, key, value, out, lse, *starts)
         ctx.scale = scale
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, out, lse, query_starts, key_starts = ctx.saved_tensors
+        query, key, value, out, lse, *starts = ctx.saved_tensors
         # A name for the copy keeps it alive until the kernel, which has only addresses, has returned.
         gradient = gradient.contiguous()
         # the kernel writes the gradient of queries, and adds to those of keys and values
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        inputs = *map(_address, (gradient, query, key, value, out, lse)), None
-        shape = _shape(query, key, query_starts, key_starts, ctx.scale)
+        inputs = map(_address, (gradient, query, key, value, out, lse, None))
+        shape = _shape(query, key, starts, ctx.scale)
         gradients = map(_address, (grad_query, grad_key, grad_value))
         _library().attention_backward(*inputs, *shape, *gradients)  # type: ignore[union-attr]
         return grad_query, grad_key, grad_value, None, None, None
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slots: Tensor | None,
-    query_starts: Tensor,
-    key_starts: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Return the result and the log of every row's sum of exponentials, [T, H]."""
-    out, lse = torch.empty_like(query), query.new_empty(query.shape[:2])
-    inputs = *map(_address, (query, key, value)), None if slots is None else _address(slots)
-    shape = _shape(query, key, query_starts, key_starts, scale)
-    _library().attention_forward(*inputs, *shape, _address(out), _address(lse))  # type: ignore[union-attr]
-    return out, lse
-
-
-def _shape(query: Tensor, key: Tensor, query_starts: Tensor, key_starts: Tensor, scale: float) -> tuple[Any, ...]:
+def _shape(query: Tensor, key: Tensor, starts: Iterable[Tensor], scale: float) -> tuple[Any, ...]:
     """Return the arguments that describe sequences, in the order of the C functions. Tensors must stay alive: only
     their addresses are passed."""
-    sizes = len(query_starts) - 1, query.shape[1], key.shape[1], query.shape[2]
-    return _address(query_starts), _address(key_starts), *map(c_int64, sizes), c_float(scale)
+    of_query, of_key = starts
+    sizes = len(of_query) - 1, query.shape[1], key.shape[1], query.shape[2]
+    return _address(of_query), _address(of_key), *map(c_int64, sizes), c_float(scale)
 
 
-def _address(tensor: Tensor) -> c_void_p:
-    return c_void_p(tensor.data_ptr())
+def _address(tensor: Tensor | None) -> c_void_p | None:
+    return None if tensor is None else c_void_p(tensor.data_ptr())
 
 
 @cache

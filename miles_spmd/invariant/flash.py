@@ -1,4 +1,4 @@
-"""Causal attention over packed sequences on a GPU: FlashAttention 3, as SGLang calls it in decode."""
+"""Causal attention over packed sequences on a GPU: FlashAttention 3, as SGLang calls it in decode, or ours."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miles_spmd.invariant.split_attention import Keys, attend
 from miles_spmd.models.attention import shared_attention
 
 
@@ -18,45 +19,42 @@ def shared_backend(chosen: str | None, head_dim: int) -> str | None:
     return shared_attention(head_dim, ".".join(map(str, torch.cuda.get_device_capability())))
 
 
+Starts = tuple[Tensor, Tensor]  # int32 [B + 1] of queries and of keys, where each block begins
+Longest = tuple[int, int]  # most queries and keys of a block
+
+
 def flash_attention(
-    query: Tensor, key: Tensor, value: Tensor, starts: tuple[Tensor, Tensor], longest: tuple[int, int], scale: float
+    query: Tensor, key: Tensor, value: Tensor, starts: Starts, longest: Longest, scale: float, split: int = 0
 ) -> Tensor:
     """Return [T, H, D] from ``query`` [T, H, D], ``key`` and ``value`` [S, G, D], all in 16 bits.
 
-    ``starts``: int32 [B + 1] of queries and of keys, where each block begins; ``longest``: most queries and keys of a
-    block. The last query of a block sees all of its keys. Keys are never split over thread blocks: their partial
-    results would be summed in an order that depends on the batch.
+    The last query of a block sees all of its keys. Keys are never split over thread blocks: their partial results would
+    be summed in an order that depends on the batch. ``split``: attend by :mod:`miles_spmd.invariant.split_attention`
+    instead, in parts of so many (2^n) keys.
     """
-    return FlashAttention.apply(query.contiguous(), key.contiguous(), value.contiguous(), starts, longest, scale)
+    inputs = query.contiguous(), key.contiguous(), value.contiguous()
+    return _FlashAttention.apply(*inputs, starts, longest, scale, split)
 
 
-class FlashAttention(torch.autograd.Function):
+class _FlashAttention(torch.autograd.Function):
     """The backward pass is torch's FlashAttention 2, which needs the same results of a forward pass: the output and the
     log of the sum of exponentials."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        starts: tuple[Tensor, Tensor],
-        longest: tuple[int, int],
-        scale: float,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, starts: Starts, longest: Longest, scale: float, split: int
     ) -> Tensor:
-        from sgl_kernel.flash_attn import flash_attn_varlen_func
+        if split:
+            queries, keys = starts
+            slots = torch.arange(len(key), dtype=torch.int32, device=key.device)
+            held = Keys(key, value, keys.diff(), slots, keys[:-1].long())
+            out, lse = attend(query, held, queries, longest[0], scale, split)
+        else:
+            from sgl_kernel.flash_attn import flash_attn_varlen_func
 
-        out, lse, *_ = flash_attn_varlen_func(
-            query,
-            key,
-            value,
-            *starts,
-            *longest,
-            softmax_scale=scale,
-            causal=True,
-            num_splits=1,  # one thread block reads all keys of a query
-            return_softmax_lse=True,
-        )
+            # one thread block reads all keys of a query
+            options = {"causal": True, "num_splits": 1, "return_softmax_lse": True}
+            out, lse, *_ = flash_attn_varlen_func(query, key, value, *starts, *longest, softmax_scale=scale, **options)
         ctx.save_for_backward(query, key, value, out, lse, *starts)
         ctx.longest, ctx.scale = longest, scale
         return out
@@ -66,19 +64,9 @@ class FlashAttention(torch.autograd.Function):
         query, key, value, out, lse, *starts = ctx.saved_tensors
         # dropout is 0, but torch's function requires the state of the generator that dropout would use
         state = torch.zeros(2, dtype=torch.uint64, device=query.device)
+        unused, dropout, causal = torch.empty(0, device=query.device), 0.0, True
         gradients = torch.ops.aten._flash_attention_backward(
-            gradient.contiguous(),
-            query,
-            key,
-            value,
-            out,
-            lse,
-            *starts,
-            *ctx.longest,
-            0.0,  # dropout
-            True,  # causal
-            state,
-            torch.empty(0, device=query.device),
+            gradient.contiguous(), query, key, value, out, lse, *starts, *ctx.longest, dropout, causal, state, unused,
             scale=ctx.scale,
-        )
-        return *gradients, None, None, None
+        )  # fmt: skip
+        return *gradients, None, None, None, None

@@ -7,7 +7,6 @@ second kernel; in prefill and training one program computes and merges them one 
 which order and in tiles of which shape, is the same, so results are bitwise equal. Keys that a row does not see add
 zeros, which change nothing, so neither its neighbours nor the keys behind it matter.
 
-Keys and values may lie anywhere in ``[N, G, D]``: a request's i-th key is in slot ``slots[slot_at[request] + i]``.
 Scores are multiplied by log2(e), because exponentials are computed as powers of two.
 
 Shape suffixes: T queries of all requests, B requests, H query heads, G key-value heads, D head_dim.
@@ -16,14 +15,12 @@ Shape suffixes: T queries of all requests, B requests, H query heads, G key-valu
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from miles_spmd.invariant.flash import FlashAttention
 
 # Least keys of a part; most parts of the longest sequence, for all of which an engine has memory in decode.
 FEWEST, PARTS = 1024, 8
@@ -37,100 +34,51 @@ def part_length(context: int) -> int:
     return max(FEWEST, triton.next_power_of_2(triton.cdiv(context, PARTS)))
 
 
-def split_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: tuple[Tensor, Tensor],
-    longest: tuple[int, int],
-    scale: float,
-    split: int,
-) -> Tensor:
-    """Return what :func:`~miles_spmd.invariant.flash.flash_attention` does, in parts of ``split`` (2^n) keys."""
-    return _Split.apply(query.contiguous(), key.contiguous(), value.contiguous(), starts, longest, scale, split)
+class Keys(NamedTuple):
+    """Keys and values of B requests. The last query of a request sees all of its keys."""
+
+    keys: Tensor  # [N, G, D]
+    values: Tensor  # [N, G, D]
+    lengths: Tensor  # int [B], number of keys of each request
+    slots: Tensor  # int32, and
+    slot_at: Tensor  # int64 [B]: the i-th key of a request lies in ``slots[slot_at[request] + i]``
 
 
-class _Split(FlashAttention):
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        starts: tuple[Tensor, Tensor],
-        longest: tuple[int, int],
-        scale: float,
-        split: int,
-    ) -> Tensor:
-        queries, keys = starts
-        slots = torch.arange(len(key), dtype=torch.int32, device=key.device)
-        out, lse = attend(query, key, value, queries, longest[0], keys.diff(), slots, keys[:-1].long(), scale, split)
-        ctx.save_for_backward(query, key, value, out, lse, *starts)
-        ctx.longest, ctx.scale = longest, scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return *FlashAttention.backward(ctx, gradient), None
-
-
-def attend(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    starts: Tensor,
-    most: int,
-    lengths: Tensor,
-    slots: Tensor,
-    slot_at: Tensor,
-    scale: float,
-    split: int,
-) -> tuple[Tensor, Tensor]:
+def attend(query: Tensor, held: Keys, starts: Tensor, most: int, scale: float, split: int) -> tuple[Tensor, Tensor]:
     """Return the attention [T, H, D], and the log of each row's sum of exponentials, fp32 [H, T].
 
-    ``query`` [T, H, D], ``keys`` and ``values`` [N, G, D]; ``starts`` int32 [B + 1], where each request's queries
-    begin; ``most``: the most queries of a request; ``lengths`` int [B], the requests' numbers of keys, the last of
-    which the last query sees; ``slots`` int32 and ``slot_at`` int64 [B], where keys lie.
+    ``query`` [T, H, D]; ``starts`` int32 [B + 1], where each request's queries begin; ``most``: the most queries of a
+    request; ``split``: keys of a part, 2^n.
     """
     tokens, heads, width = query.shape
-    group = heads // keys.shape[1]
+    group = heads // held.keys.shape[1]
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=query.device)
     tile = _tile(query, group)
-    _attend[(triton.cdiv(most * group, tile["ROWS"]), len(lengths), keys.shape[1])](
-        query.contiguous(), keys, values, out, lse, starts, lengths, slots, slot_at, _binary(scale), keys.stride(0),
-        heads, tokens, **_sizes(width, split), **tile,
+    _attend[(triton.cdiv(most * group, tile["ROWS"]), len(held.lengths), held.keys.shape[1])](
+        query.contiguous(), *held, out, lse, starts, _binary(scale), held.keys.stride(0), heads, tokens,
+        **_sizes(width, split), **tile,
     )  # fmt: skip
     return out, lse
 
 
-def decode(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    lengths: Tensor,
-    longest: int,
-    slots: Tensor,
-    slot_at: Tensor,
-    scale: float,
-    split: int,
-) -> Tensor:
+def decode(query: Tensor, held: Keys, longest: int, scale: float, split: int) -> Tensor:
     """Return the attention [B, H, D] of one query per request, ``query`` [B, H, D], which sees all of its keys.
 
     ``longest``: the most keys that any request can have: the launch grid must not depend on the batch's own lengths,
-    so that a CUDA graph can replay it. Other arguments as for :func:`attend`.
+    so that a CUDA graph can replay it. ``split``: keys of a part, 2^n.
     """
     requests, heads, width = query.shape
-    splits, groups = triton.cdiv(longest, split), keys.shape[1]
+    splits, groups = triton.cdiv(longest, split), held.keys.shape[1]
     peaks, totals = torch.empty(2, requests, splits, heads, dtype=torch.float32, device=query.device)
     mixes = torch.empty(requests, splits, heads, width, dtype=torch.float32, device=query.device)
     sizes = _sizes(width, split)
     _attend_parts[(splits, requests, groups)](
-        query.contiguous(), keys, values, peaks, totals, mixes, lengths, slots, slot_at, _binary(scale),
-        keys.stride(0), heads, splits, **sizes, **_tile(query, heads // groups),
+        query.contiguous(), *held, peaks, totals, mixes, _binary(scale), held.keys.stride(0), heads, splits,
+        **sizes, **_tile(query, heads // groups),
     )  # fmt: skip
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    _merge_parts[(requests, heads)](peaks, totals, mixes, out, lengths, heads, splits, num_warps=1, **sizes)
+    _merge_parts[(requests, heads)](peaks, totals, mixes, out, held.lengths, heads, splits, num_warps=1, **sizes)
     return out
 
 
@@ -195,7 +143,7 @@ def _merge(peak, total, mixed, part_peak, part_total, part_mixed):  # type: igno
 
 @triton.jit(do_not_specialize=["tokens"])  # multiples of 16 would be compiled separately
 def _attend(  # type: ignore[no-untyped-def]
-    query, keys, values, out, lse, starts, lengths, slots, slot_at, scale, stride, heads, tokens,
+    query, keys, values, lengths, slots, slot_at, out, lse, starts, scale, stride, heads, tokens,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -232,7 +180,7 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _attend_parts(  # type: ignore[no-untyped-def]
-    query, keys, values, peaks, totals, mixes, lengths, slots, slot_at, scale, stride, heads, splits,
+    query, keys, values, lengths, slots, slot_at, peaks, totals, mixes, scale, stride, heads, splits,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip

@@ -5,13 +5,14 @@ Arrays of digests are bytes: little-endian uint64, in the order of samples or of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 import numpy as np
 import xxhash
 
+FOLDER = "ledger"  # in the run's folder
 Digests = bytes
 Number = float | None  # None: not finite
 
@@ -84,11 +85,6 @@ def digest(*values: np.ndarray | str | float | int | None) -> int:
 def digests(values: Iterable[int]) -> Digests:
     """Encode digests."""
     return np.fromiter(values, np.uint64).astype("<u8").tobytes()
-
-
-def tensor_digests(totals: Mapping[str, int]) -> Digests:
-    """Encode the digests of tensors, in the order of their names."""
-    return digests(totals[name] for name in sorted(totals))
 
 
 def unpack(values: Digests) -> np.ndarray:

@@ -42,20 +42,16 @@ def parts(layout: TensorLayout, shape: Sequence[int], start: int = 0, stop: int 
 
     Offsets count from ``start``. Raises ValueError for a checkpoint tensor of more than two dimensions."""
     stop = int(np.prod(shape)) if stop is None else stop
-    found: list[Part] = []
-    for piece in layout.pieces:
-        if piece.name != PADDING:
-            found += _parts_of(piece, shape, start, stop)
-    return found
+    pieces = (piece for piece in layout.pieces if piece.name != PADDING)
+    return [part for piece in pieces for part in _parts_of(piece, shape, start, stop)]
 
 
 def _parts_of(piece: Piece, shape: Sequence[int], start: int, stop: int) -> Iterator[Part]:
     if len(piece.shape) > 2:
         raise ValueError(f"{piece.name} has {len(piece.shape)} dimensions; digests support at most two")
-    vector = len(piece.shape) == 1
-    row, column = (0, *piece.start) if vector else piece.start
-    at_row, at_column = (0, *piece.local) if vector else piece.local
-    rows, columns = (1, *piece.shape) if vector else piece.shape
+    missing = 2 - len(piece.shape)  # dimensions: a vector is one row
+    (row, column), (at_row, at_column) = (0,) * missing + piece.start, (0,) * missing + piece.local
+    rows, columns = (1,) * missing + piece.shape
     width = shape[-1]
     lead = int(np.ravel_multi_index(piece.lead, shape[: len(piece.lead)])) if piece.lead else 0
     first = (lead * (shape[-2] if len(shape) > 1 else 1) + at_row) * width + at_column
@@ -89,7 +85,7 @@ def factors(stream: int, first: int, count: int) -> np.ndarray:
 
 
 def sum_digests(ranks: Iterable[tuple[Sequence[Rectangle], np.ndarray]]) -> tuple[dict[str, int], list[str]]:
-    """Return the digest of each tensor by name, from every rank's rectangles and their sums.
+    """Return the digest of each tensor, sorted by name, from every rank's rectangles and their sums.
 
     A rectangle that several ranks have counts once. Also return the names of tensors of which two ranks have different
     contents for the same rectangle; the first rank's counts."""
@@ -98,9 +94,8 @@ def sum_digests(ranks: Iterable[tuple[Sequence[Rectangle], np.ndarray]]) -> tupl
     totals: dict[str, int] = {}
     for rectangles, sums in ranks:
         for rectangle, value in zip(rectangles, sums.tolist(), strict=True):
-            if rectangle not in seen:
-                seen[rectangle] = value
-                totals[rectangle.name] = (totals.get(rectangle.name, 0) + value) % 2**64
-            elif seen[rectangle] != value:
+            if seen.setdefault(rectangle, value) != value:
                 inconsistent[rectangle.name] = None
+    for rectangle, value in seen.items():
+        totals[rectangle.name] = (totals.get(rectangle.name, 0) + value) % 2**64
     return dict(sorted(totals.items())), list(inconsistent)

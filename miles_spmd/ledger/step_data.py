@@ -10,9 +10,9 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import ArrayLike
 
-from miles_spmd.ledger.chain import FOLDER
-from miles_spmd.ledger.entries import Digests, Samples, digest, digests
+from miles_spmd.ledger.entries import FOLDER, Digests, Samples, digest, digests
 from miles_spmd.types.sample import FinishReason, Prompt, Sample
 from miles_spmd.types.seeds import sample_seed
 from miles_spmd.types.train_sequence import TrainSequence
@@ -29,8 +29,9 @@ class Ragged(msgspec.Struct):
     lengths: np.ndarray  # int32
 
     @classmethod
-    def of(cls, arrays: Sequence[np.ndarray]) -> Ragged:
-        return cls(np.concatenate(arrays), np.asarray([len(array) for array in arrays], np.int32))
+    def of(cls, arrays: Iterable[ArrayLike], dtype: type | None = None) -> Ragged:
+        given = [np.asarray(array, dtype) for array in arrays]
+        return cls(np.concatenate(given), np.asarray([len(array) for array in given], np.int32))
 
     def split(self) -> list[np.ndarray]:
         return np.split(self.flat, np.cumsum(self.lengths)[:-1])
@@ -53,17 +54,14 @@ class SampleData(msgspec.Struct, rename={"responses": "answers"}):  # the name o
 
     @classmethod
     def of(cls, samples: Sequence[Sample], dropped: int) -> SampleData:
-        def ragged(lists: Iterable[Sequence[float]], dtype: type) -> Ragged:
-            return Ragged.of([np.asarray(values, dtype) for values in lists])
-
         return cls(
             dropped=dropped,
             uids=[s.prompt.uid for s in samples],
             indices=[s.index for s in samples],
-            prompts=ragged((s.prompt.tokens for s in samples), np.int32),
-            responses=ragged((s.response for s in samples), np.int32),
-            masks=ragged((s.loss_mask for s in samples), np.int8),
-            log_probs=ragged((s.rollout_log_probs for s in samples), np.float32),
+            prompts=Ragged.of((s.prompt.tokens for s in samples), np.int32),
+            responses=Ragged.of((s.response for s in samples), np.int32),
+            masks=Ragged.of((s.loss_mask for s in samples), np.int8),
+            log_probs=Ragged.of((s.rollout_log_probs for s in samples), np.float32),
             finish_reasons=[str(s.finish_reason) for s in samples],
             weight_versions=[s.weight_versions for s in samples],
             rewards=[None if s.reward is None else float(s.reward) for s in samples],
@@ -157,22 +155,19 @@ class DataStore:
     def __init__(self, run_dir: Path, first_step: int, room: int) -> None:
         """Delete the files of ``first_step`` and later ones: a resumed run repeats these steps."""
         self._run_dir, self._room = run_dir, room
-        folder = path_of(run_dir, 0).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        self._files: dict[Path, int] = {}
-        for path in sorted(folder.glob("step_*")):
-            if path.name < path_of(run_dir, first_step).name:
-                self._files[path] = path.stat().st_size
-            else:
+        first = path_of(run_dir, first_step)
+        first.parent.mkdir(parents=True, exist_ok=True)
+        for path in first.parent.glob("step_*"):
+            if path.name >= first.name:
                 path.unlink()
+        self._sizes = {path: path.stat().st_size for path in sorted(first.parent.glob("step_*"))}
         self._thread = ThreadPoolExecutor(1)
-        self._last: Future[None] | None = None
+        self._last: Future[None] = self._thread.submit(lambda: None)
 
     def write(self, step: int, data: StepData) -> None:
         """Start writing. Raises the exception of the previous write, if it failed."""
         if self._room:
-            if self._last is not None:
-                self._last.result()
+            self._last.result()
             self._last = self._thread.submit(self._write, path_of(self._run_dir, step), data)
 
     def close(self) -> None:
@@ -183,8 +178,8 @@ class DataStore:
         temporary = path.with_suffix(".tmp")
         temporary.write_bytes(content)
         temporary.replace(path)
-        self._files[path] = len(content)
-        while sum(self._files.values()) > self._room:
-            oldest = next(iter(self._files))
+        self._sizes[path] = len(content)
+        while sum(self._sizes.values()) > self._room:
+            oldest = next(iter(self._sizes))
             oldest.unlink()
-            del self._files[oldest]
+            del self._sizes[oldest]

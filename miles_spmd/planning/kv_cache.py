@@ -24,7 +24,7 @@ def needed_tokens(config: Config, engine_ranks: int) -> int | None:
     if s["mem_fraction_static"] is not None or s["max_total_tokens"] is not None:
         return None
     page, engines = s["page_size"] or 1, engine_ranks // s["tp_size"]
-    prompt, r, e = config.data.rollout_max_prompt_len, config.rollout, config.eval
+    prompt, r = config.data.rollout_max_prompt_len, config.rollout
 
     def need(prompts: int, samples: int, response: int, longest: int) -> int:
         requests = min(ceil(prompts / engines) * samples, s["max_running_requests"] or MOST_REQUESTS)
@@ -36,10 +36,10 @@ def needed_tokens(config: Config, engine_ranks: int) -> int | None:
     if config.run.mode == "rl":
         longest = min(context, config.micro_batch_tokens)  # what is trained on fits a micro-batch
         needs.append(need(r.rollout_batch_size, r.n_samples_per_prompt, r.rollout_max_response_len, longest))
-    if e.eval_interval:
-        response = e.eval_max_response_len or r.rollout_max_response_len
-        rows = max(map(_rows, e.eval_prompt_data.values()), default=0)
-        needs.append(need(rows, e.n_samples_per_eval_prompt, response, context))
+    for one in config.eval_sets:
+        if one.eval_interval:
+            rows = _rows(one.prompt_data)
+            needs.append(need(rows, one.n_samples_per_eval_prompt or 1, one.eval_max_response_len or 0, context))
     return max(needs) + SPARE
 
 

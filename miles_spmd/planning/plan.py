@@ -110,10 +110,14 @@ def _schedule(config: Config, layout: ParallelLayout) -> Iterator[str]:
         ending = f"{run.num_rollout:,} optimizer steps, {run.num_rollout * size:,} {what}"
     yield f"                {size / layout.dp:,.4g} for each of {_plural(layout.dp, 'replica')} of the trainer"
     yield f"                {_micro_batches(config, layout, size)}"
-    if config.eval.eval_interval:
-        each = _plural(config.eval.n_samples_per_eval_prompt, "sample")
-        yield f"  evaluation    every {config.eval.eval_interval} and at both ends, {each} a prompt"
-        yield f"                {', '.join(config.eval.eval_prompt_data)}"
+    evaluations: dict[tuple[int | None, int | None], list[str]] = {}
+    for one in config.eval_sets:
+        evaluations.setdefault((one.eval_interval, one.n_samples_per_eval_prompt), []).append(one.name)
+    for (interval, count), names in evaluations.items():
+        if interval:
+            each = "" if config.trains_on_pairs else f", {_plural(count or 1, 'sample')} a prompt"
+            yield f"  evaluation    every {interval} and at both ends{each}"
+            yield f"                {', '.join(names)}"
     if config.checkpoint.save_interval:
         yield f"  checkpoint    every {config.checkpoint.save_interval}"
     yield f"  in total      {ending}"

@@ -35,31 +35,24 @@ def pin_environment() -> None:
 @contextmanager
 def deterministic_kernels() -> Iterator[None]:
     """Inside this context, torch uses kernels with a fixed reduction order, or raises RuntimeError where it has none.
-    For the trainer only: SGLang's kernels have a switch of their own."""
+    For the trainer only: SGLang's kernels have a switch of their own.
+
+    SGLang's deterministic mode, which replaces kernels of torch in the whole process, is suspended: its norm has no
+    backward pass, and gradients would end there, without an error."""
     import torch
 
     memory: Any = torch.utils.deterministic
     fills = memory.fill_uninitialized_memory
     memory.fill_uninitialized_memory = False  # it costs time, and uninitialised memory is not read here
     torch.use_deterministic_algorithms(True)
+    mode: Any = sys.modules.get("sglang.srt.batch_invariant_ops.batch_invariant_ops")
+    suspended = mode is not None and mode.is_batch_invariant_mode_enabled()
+    if suspended:
+        mode.disable_batch_invariant_mode()
     try:
-        with _without_sglang_mode():
-            yield
+        yield
     finally:
         torch.use_deterministic_algorithms(False)
         memory.fill_uninitialized_memory = fills
-
-
-@contextmanager
-def _without_sglang_mode() -> Iterator[None]:
-    """Suspend SGLang's deterministic mode, which replaces kernels of torch in the whole process. Its norm has no
-    backward pass: gradients would end there, without an error."""
-    mode = sys.modules.get("sglang.srt.batch_invariant_ops.batch_invariant_ops")
-    if mode is None or not mode.is_batch_invariant_mode_enabled():
-        yield
-        return
-    mode.disable_batch_invariant_mode()
-    try:
-        yield
-    finally:
-        mode.enable_batch_invariant_mode()
+        if suspended:
+            mode.enable_batch_invariant_mode()

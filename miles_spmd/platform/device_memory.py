@@ -29,11 +29,6 @@ class Reading:
         return self.total - self.free
 
 
-def is_exact() -> bool:
-    """Whether torch counts every allocated byte on this device."""
-    return torch.cuda.is_available()
-
-
 def read() -> Reading:
     """Read the memory of this process's current device."""
     if not torch.cuda.is_available():
@@ -56,9 +51,8 @@ def reset_peak() -> None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` means that memory is exhausted. Torch, a library below it or SGLang raises it; SGLang uses
     several types of errors for that when it starts."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return any(words in str(error) for words in _OUT_OF_MEMORY)
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def first_line(error: BaseException) -> str:

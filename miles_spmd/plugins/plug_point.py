@@ -1,11 +1,13 @@
 """From the value of a setting to a function: a built-in by its name, or a user's as ``module:function``."""
 
-from __future__ import annotations
-
+import functools
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from miles_spmd.plugins.renamed import accept_old_names
 
@@ -14,6 +16,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 class PlugPointError(ValueError):
     """A setting that names neither a built-in nor an importable function. The message gives setting, name and cause."""
+
+
+class PlugInError(RuntimeError):
+    """A user's function that raised, exited, or took too long. The message gives setting, name and cause."""
 
 
 def import_function(setting: str, name: str, known: Iterable[str]) -> Callable[..., Any]:
@@ -31,7 +37,7 @@ def import_function(setting: str, name: str, known: Iterable[str]) -> Callable[.
         target: Any = importlib.import_module(module)
         for part in path.split("."):
             target = getattr(target, part)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without `if __name__ == "__main__"` exits
         raise PlugPointError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(target):
         raise PlugPointError(f"{where} is of type {type(target).__name__}; it must be a function")
@@ -44,7 +50,57 @@ class PlugPoint(Generic[Function]):
 
     setting: str
     builtins: Mapping[str, Function]
+    time_limit: ClassVar[float] = 0.0
+    """Seconds that a call of a user's function in this process's main thread may take; 0: whatever it takes. The
+    controller sets it; a worker's calls are limited by the controller's deadlines."""
 
     def resolve(self, name: str) -> Function:
-        """Return the built-in called ``name``, or else import it. Raises PlugPointError."""
-        return self.builtins.get(name) or import_function(self.setting, name, self.builtins)  # type: ignore[return-value]
+        """Return the built-in called ``name``, or else import it. Raises PlugPointError. Whatever an imported function
+        raises becomes a PlugInError."""
+        if name in self.builtins:
+            return self.builtins[name]
+        function = import_function(self.setting, name, self.builtins)
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **named: Any) -> Any:
+            with _explained(f"{self.setting} = {name!r}"), _limited(self.time_limit):
+                return function(*arguments, **named)
+
+        return call  # type: ignore[return-value]
+
+
+@contextmanager
+def _explained(where: str) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise
+    except SystemExit as error:
+        raise PlugInError(f"{where} called sys.exit({error.code!r})") from error
+    except _Overdue as error:
+        raise PlugInError(f"{where} took longer than deadlines.train_timeout = {error}") from error
+    except Exception as error:
+        raise PlugInError(f"{where} raised {type(error).__name__}: {error}") from error
+
+
+class _Overdue(BaseException):
+    """Raised inside a user's function that has taken too long. Not an Exception, which such a function may catch."""
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Interrupt the block after ``seconds`` (0: never), in the main thread, where alone that is possible."""
+    if not seconds or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def expire(*_: object) -> None:
+        raise _Overdue(f"{seconds:g} s")
+
+    former = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)

@@ -3,15 +3,10 @@
 Nothing of this exists before the first plug-in is imported, so our own code cannot come to depend on an old name.
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
 from functools import cache, partial
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -30,7 +25,7 @@ MODULES = {
     "miles_spmd.data.seeds": ("miles_spmd.types.seeds",),
     "miles_spmd.rewards.protocols": ("miles_spmd.plugins.reward",),
 }
-# Old module and name -> the name that it has now, in the same module or in one of those above.
+# Old module and name -> the name that it has now, in one of those above.
 NAMES = {
     "miles_spmd.algorithms.rollout_batch.Rollouts": "RolloutTable",
     "miles_spmd.config.schema.Algorithm": "AlgorithmConfig",
@@ -42,26 +37,18 @@ def accept_old_names() -> None:
     """From now on, imports of old names succeed and raise a DeprecationWarning in the importing line."""
     if not sys.warnoptions:  # Python hides DeprecationWarning outside of __main__, where no plug-in is
         warnings.filterwarnings("default", ".* is accepted for one more version", DeprecationWarning)
-    sys.meta_path.insert(0, _OldModules())  # an editable install may still list the old files
-    for module in {name.rpartition(".")[0] for name in NAMES} - MODULES.keys():
-        importlib.import_module(module).__dict__["__getattr__"] = partial(_find, module)
+    for name in MODULES:
+        sys.modules[name] = module = ModuleType(name)
+        module.__dict__["__getattr__"] = partial(_find, name)
+        parent, _, last = name.rpartition(".")
+        setattr(importlib.import_module(parent), last, module)
     RolloutBatch.kl_penalties = _kl_penalties  # type: ignore[attr-defined]
-
-
-class _OldModules(MetaPathFinder, Loader):
-    """Finds each old module as an empty one whose names are looked up in the new modules."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        return ModuleSpec(name, self) if name in MODULES else None
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__dict__["__getattr__"] = partial(_find, module.__name__)
 
 
 def _find(old: str, name: str) -> Any:
     """Return what ``old.name`` is called now. Raises AttributeError if nothing has that name."""
     new_name = NAMES.get(f"{old}.{name}", name)
-    for module in MODULES.get(old, (old,)):
+    for module in MODULES[old]:
         names = vars(importlib.import_module(module))
         if new_name in names and not name.startswith("__"):
             _warn(f"{old}.{name}", f"{module}.{new_name}")

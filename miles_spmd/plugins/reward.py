@@ -5,8 +5,6 @@ apart by the names of their parameters. All may be ``async def``. A function run
 limit and a memory limit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, Protocol
 

@@ -15,23 +15,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_args
 
 import msgspec
 
-from miles_spmd.protocol.results import (
-    Bisection,
-    CheckpointResult,
-    LogProbsResult,
-    Ok,
-    RefitResult,
-    Result,
-    TrainResult,
-    ValuesResult,
-    WeightsDigest,
-)
+from miles_spmd.protocol import results
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.request import Request
 from miles_spmd.types.role import Role
 from miles_spmd.types.train_sequence import MicroBatch
 
-R_co = TypeVar("R_co", bound=Result | None, covariant=True)
+R_co = TypeVar("R_co", bound=results.Result | None, covariant=True)
 
 
 class Receivers(Enum):
@@ -50,7 +40,7 @@ class Command(msgspec.Struct, Generic[R_co], tag=True, frozen=True):
     phase: ClassVar[Phase]
 
     @classmethod
-    def result_type(cls) -> type[Result | None]:
+    def result_type(cls) -> type[results.Result | None]:
         """The type argument of the declaration; NoneType for a command without a reply."""
         (argument,) = get_args(cls.__orig_bases__[0])  # type: ignore[attr-defined]
         return argument
@@ -63,7 +53,7 @@ class Command(msgspec.Struct, Generic[R_co], tag=True, frozen=True):
 # --- generation ------------------------------------------------------------------------------------------------------
 
 
-class Generate(Command[Ok], frozen=True):
+class Generate(Command[results.Ok], frozen=True):
     """Open a rollout. The reply comes when :class:`EndGenerate` was received and no request is left; until then
     :class:`Submit` and :class:`AbortRequests` feed the rollout and Completions stream back."""
 
@@ -90,7 +80,7 @@ class EndGenerate(Command[None], frozen=True):
     receivers, phase = Receivers.LEADERS, Phase.ROLLOUT
 
 
-class RefitEngine(Command[RefitResult], frozen=True):
+class RefitEngine(Command[results.RefitResult], frozen=True):
     """Copy the trainer's weights into the engine as ``version``."""
 
     receivers, phase = Receivers.ALL, Phase.REFIT
@@ -100,7 +90,7 @@ class RefitEngine(Command[RefitResult], frozen=True):
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-class ComputeLogProbs(Command[LogProbsResult], frozen=True):
+class ComputeLogProbs(Command[results.LogProbsResult], frozen=True):
     """Run the network of ``role`` forward."""
 
     receivers, phase = Receivers.TRAINERS, Phase.LOG_PROBS
@@ -109,7 +99,7 @@ class ComputeLogProbs(Command[LogProbsResult], frozen=True):
     top_k: int = 0  # how many of the most likely tokens to return at each position
 
 
-class ComputeValues(Command[ValuesResult], frozen=True):
+class ComputeValues(Command[results.ValuesResult], frozen=True):
     """Run the critic or a reward model forward."""
 
     receivers, phase = Receivers.TRAINERS, Phase.LOG_PROBS
@@ -117,7 +107,7 @@ class ComputeValues(Command[ValuesResult], frozen=True):
     role: Role = Role.CRITIC
 
 
-class TrainStep(Command[TrainResult], frozen=True):
+class TrainStep(Command[results.TrainResult], frozen=True):
     """Make one optimizer step on this rank's share of the global batch."""
 
     receivers, phase = Receivers.TRAINERS, Phase.TRAIN
@@ -125,14 +115,14 @@ class TrainStep(Command[TrainResult], frozen=True):
     role: Role = Role.ACTOR
 
 
-class SnapshotWeights(Command[Ok], frozen=True):
+class SnapshotWeights(Command[results.Ok], frozen=True):
     """Copy the actor's present weights to the reference policy or the old actor."""
 
     receivers, phase = Receivers.TRAINERS, Phase.TRAIN
     role: Role
 
 
-class Bisect(Command[Bisection], frozen=True):
+class Bisect(Command[results.Bisection], frozen=True):
     """Run ``request`` in the engine and its tokens in the trainer, and compare the operators' outputs for the first
     ``tokens`` tokens."""
 
@@ -144,35 +134,35 @@ class Bisect(Command[Bisection], frozen=True):
 # --- weights on disk -------------------------------------------------------------------------------------------------
 
 
-class DigestWeights(Command[WeightsDigest], frozen=True):
+class DigestWeights(Command[results.WeightsDigest], frozen=True):
     """Compute the digests of the weights that ``role`` trains."""
 
     receivers, phase = Receivers.TRAINERS, Phase.CHECKPOINT
     role: Role = Role.ACTOR
 
 
-class SaveCheckpoint(Command[CheckpointResult], frozen=True):
+class SaveCheckpoint(Command[results.CheckpointResult], frozen=True):
     """Write weights and optimizer states of everything that is trained into the folder ``path``."""
 
     receivers, phase = Receivers.TRAINERS, Phase.CHECKPOINT
     path: str
 
 
-class LoadCheckpoint(Command[CheckpointResult], frozen=True):
+class LoadCheckpoint(Command[results.CheckpointResult], frozen=True):
     """Read what :class:`SaveCheckpoint` wrote."""
 
     receivers, phase = Receivers.TRAINERS, Phase.CHECKPOINT
     path: str
 
 
-class ExportModel(Command[Ok], frozen=True):
+class ExportModel(Command[results.Ok], frozen=True):
     """Write the actor's weights as a Hugging Face checkpoint into the folder ``path``."""
 
     receivers, phase = Receivers.TRAINERS, Phase.CHECKPOINT
     path: str
 
 
-class Stop(Command[Ok], frozen=True):
+class Stop(Command[results.Ok], frozen=True):
     """Leave the command loop and exit with status 0."""
 
     receivers, phase = Receivers.ALL, Phase.STOP
@@ -185,7 +175,7 @@ RESULTS = tuple(dict.fromkeys(kind.result_type() for kind in COMMANDS if kind.ha
 
 if TYPE_CHECKING:
     AnyCommand = Command[Any]
-    AnyResult = Result
+    AnyResult = results.Result
 else:  # the decoder has to know every type by name
     AnyCommand = reduce(or_, COMMANDS)
     AnyResult = reduce(or_, RESULTS)

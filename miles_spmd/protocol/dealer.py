@@ -7,9 +7,8 @@ import math
 
 import zmq
 
-from miles_spmd.protocol.codec import decode, encode
-from miles_spmd.protocol.credentials import Credentials
-from miles_spmd.protocol.messages import Message
+from miles_spmd.protocol.messages import Message, decode, encode
+from miles_spmd.protocol.pipe import Credentials
 
 
 class Dealer:
@@ -40,12 +39,8 @@ class Dealer:
     def receive(self, timeout: float | None = None) -> Message | None:
         """Return the next message, or None after ``timeout`` seconds without one (None: wait without limit). With
         ``timeout=0`` it costs microseconds. Raises WireError on bytes that do not decode to a message."""
-        if timeout != 0 and not self._socket.poll(None if timeout is None else math.ceil(timeout * 1000)):
-            return None
-        try:
-            return decode(self._socket.recv(zmq.NOBLOCK))
-        except zmq.Again:
-            return None
+        ready = self._socket.poll(None if timeout is None else math.ceil(timeout * 1000))
+        return decode(self._socket.recv()) if ready else None
 
     def close(self) -> None:
         """Close the connection; what was sent has up to a second to leave."""

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from types import TracebackType
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import parse_monitor_message
 
-from miles_spmd.protocol.codec import WireError, decode, encode
-from miles_spmd.protocol.credentials import Credentials, make_keys
-from miles_spmd.protocol.messages import Message
+from miles_spmd.protocol.messages import Message, WireError, decode, encode
+from miles_spmd.protocol.pipe import Credentials, make_keys
 
 Peer = bytes  # a connection's routing id, chosen by our socket, so no client can claim another's
 ANY_INTERFACE = "0.0.0.0"
@@ -115,7 +113,5 @@ class Router:
     def __enter__(self) -> Router:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

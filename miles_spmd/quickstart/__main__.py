@@ -13,8 +13,7 @@ from pathlib import Path
 from miles_spmd.config import Config
 from miles_spmd.config.load import ConfigError, load_config
 from miles_spmd.quickstart.assets import build_assets
-from miles_spmd.telemetry.report import write_report
-from miles_spmd.telemetry.run_data import Stage, read_stages
+from miles_spmd.telemetry.report import Stage, read_stages, write_report
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SFT, GRPO = CONFIGS / "quickstart_sft.toml", CONFIGS / "quickstart_grpo.toml"

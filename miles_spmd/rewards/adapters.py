@@ -8,67 +8,65 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-from miles_spmd.rewards.failure import BadReward
 from miles_spmd.types.sample import Sample
 
 Function = Callable[..., Any]
 
 
-class Adapted(NamedTuple):
-    """``call`` takes one sample, or with ``takes_group`` the list of a prompt's samples."""
+class BadReward(Exception):
+    """A reward function that raised, or returned no reward. ``index`` is that of the sample, where one is known.
 
-    call: Function
-    takes_group: bool
+    All arguments reach ``Exception``, so that it survives the way from a process of the pool to the controller.
+    """
+
+    def __init__(self, problem: str, index: int | None = None, trace: str = "") -> None:
+        super().__init__(problem, index, trace)
+        self.problem = problem
+        self.index = index
+        self.trace = trace
 
 
-def adapt(function: Function, batched: bool) -> Adapted:
-    """Wrap ``function`` by its signature; ``batched`` is ``reward.reward_batched``. Raises BadReward for any other."""
+def adapt(function: Function, batched: bool) -> tuple[Function, bool]:
+    """Wrap ``function`` by its signature; ``batched`` is ``reward.reward_batched``. Returns the wrapper, and whether it
+    takes the list of a prompt's samples instead of one sample. Raises BadReward for any other signature."""
     named, _ = _parameters(function)
     if "completions" in named:
-        return Adapted(_trl(function), takes_group=True)
+        return lambda samples: function(**_accepted(function, _trl(samples))), True
     if {"solution_str", "ground_truth"} <= named.keys():
-        return Adapted(_verl(function), takes_group=False)
+        return lambda sample: function(**_accepted(function, _verl(sample))), False
     parameters = list(inspect.signature(function).parameters)
     if not named or list(named.values()).count(False) > 1:
         raise BadReward(
             f"has the parameters ({', '.join(parameters)}); write f(sample), f(samples) with reward.reward_batched, "
             f"f(prompts, completions, **columns), or f(data_source, solution_str, ground_truth, extra_info)"
         )
-    first = parameters[0]
-    return Adapted(lambda samples: function(**{first: samples}), takes_group=batched)
+    return lambda samples: function(**{parameters[0]: samples}), batched
 
 
-def _trl(function: Function) -> Function:
-    def call(samples: list[Sample]) -> Any:
-        metadata = [s.prompt.metadata for s in samples]
-        columns: dict[str, list[Any]] = {key: [m.get(key) for m in metadata] for m in metadata for key in m}
-        columns["label"] = [s.prompt.label for s in samples]
-        columns["completion_ids"] = [s.response for s in samples]
-        if conversations := columns.pop("messages", None):
-            columns["prompts"] = conversations
-            columns["completions"] = [[{"role": "assistant", "content": s.text}] for s in samples]
-        else:
-            columns["prompts"] = [s.prompt.text for s in samples]
-            columns["completions"] = [s.text for s in samples]
-        return function(**_accepted(function, columns))
-
-    return call
+def _trl(samples: list[Sample]) -> dict[str, Any]:
+    metadata = [s.prompt.metadata for s in samples]
+    columns: dict[str, list[Any]] = {key: [m.get(key) for m in metadata] for m in metadata for key in m}
+    columns["label"] = [s.prompt.label for s in samples]
+    columns["completion_ids"] = [s.response for s in samples]
+    if conversations := columns.pop("messages", None):
+        columns["prompts"] = conversations
+        columns["completions"] = [[{"role": "assistant", "content": s.text}] for s in samples]
+    else:
+        columns["prompts"] = [s.prompt.text for s in samples]
+        columns["completions"] = [s.text for s in samples]
+    return columns
 
 
-def _verl(function: Function) -> Function:
-    def call(sample: Sample) -> Any:
-        metadata = sample.prompt.metadata
-        arguments = {
-            "data_source": metadata.get("data_source", sample.prompt.uid.rpartition(":")[0]),
-            "solution_str": sample.text,
-            "ground_truth": sample.prompt.label,
-            "extra_info": metadata.get("extra_info", metadata),
-        }
-        return function(**_accepted(function, arguments))
-
-    return call
+def _verl(sample: Sample) -> dict[str, Any]:
+    metadata = sample.prompt.metadata
+    return {
+        "data_source": metadata.get("data_source", sample.prompt.uid.rpartition(":")[0]),
+        "solution_str": sample.text,
+        "ground_truth": sample.prompt.label,
+        "extra_info": metadata.get("extra_info", metadata),
+    }
 
 
 def _accepted(function: Function, arguments: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from miles_spmd.rewards.labels import exact_labels
+
 
 def normalise(text: str) -> str:
     """Remove leading and trailing white space, and make every other run of white space one blank. Case, punctuation
@@ -16,7 +18,4 @@ def exact(text: str, label: Any) -> float:
 
     A number is compared as Python writes it. Raises ValueError for a missing label.
     """
-    labels = label if isinstance(label, list | tuple) else [label]
-    if not labels or any(one is None or isinstance(one, dict) for one in labels):
-        raise ValueError(f"the label {label!r} is neither a string, a number nor a list of these")
-    return float(normalise(text) in {normalise(str(one)) for one in labels})
+    return float(normalise(text) in map(normalise, exact_labels(label)))

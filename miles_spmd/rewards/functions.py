@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import numbers
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from miles_spmd.plugins.plug_point import PlugPointError, import_function
 from miles_spmd.plugins.reward import Score
-from miles_spmd.rewards.adapters import adapt
+from miles_spmd.rewards.adapters import BadReward, adapt
 from miles_spmd.rewards.exact import exact
-from miles_spmd.rewards.failure import BadReward
 from miles_spmd.types.sample import Sample
 
 
@@ -32,35 +32,31 @@ class RewardFunction:
         """Whether ``score`` is best given whole groups. An async function is, so that its samples wait concurrently."""
         return self.is_async or self.takes_group
 
-    def score(self, samples: list[Sample], timeout: float) -> list[Score]:
+    def score(self, samples: list[Sample], timeout: float = math.inf) -> list[Score]:
         """Return the score of each of the samples (one, or a prompt's). Raises BadReward.
 
         ``timeout`` in seconds limits an async function; others are limited by the pool, which kills their process.
         """
-        if self.is_async:
-            return asyncio.run(self._score_async(samples, timeout))
-        if self.takes_group:
-            with _reported(None):
-                values = self.call(samples)
-            return _to_scores(values, samples)
-        scores = []
-        for sample in samples:
-            with _reported(sample):
-                value = self.call(sample)
-            scores.append(to_score(value, sample))
-        return scores
+        calls = [(samples, None)] if self.takes_group else [(sample, sample.index) for sample in samples]
+        values = asyncio.run(self._gather(calls, timeout)) if self.is_async else [self._call(*call) for call in calls]
+        return _to_scores(values[0] if self.takes_group else values, samples)
 
-    async def _score_async(self, samples: list[Sample], timeout: float) -> list[Score]:
-        async def call(argument: Any, sample: Sample | None) -> Any:
-            with _reported(sample):
-                try:
-                    return await asyncio.wait_for(self.call(argument), timeout)
-                except TimeoutError as error:
-                    raise BadReward(f"took longer than reward.reward_timeout = {timeout:g} s") from error
+    def _call(self, argument: Any, index: int | None) -> Any:
+        with _reported(index):
+            return self.call(argument)
 
-        if self.takes_group:
-            return _to_scores(await call(samples, None), samples)
-        return _to_scores(await asyncio.gather(*(call(s, s) for s in samples)), samples)
+    async def _gather(self, calls: Sequence[tuple[Any, int | None]], timeout: float) -> list[Any]:
+        async def call(argument: Any, index: int | None) -> Any:
+            with _reported(index):  # in the task that runs it: an exit that leaves a task ends the event loop
+                return await self.call(argument)
+
+        async def in_time(argument: Any, index: int | None) -> Any:
+            try:
+                return await asyncio.wait_for(call(argument, index), timeout)
+            except TimeoutError as error:
+                raise BadReward(f"took longer than reward.reward_timeout = {timeout:g} s", index) from error
+
+        return await asyncio.gather(*(in_time(*one) for one in calls))
 
 
 def load_reward(rm_type: str, batched: bool) -> RewardFunction:
@@ -86,19 +82,16 @@ def load_reward(rm_type: str, batched: bool) -> RewardFunction:
 def to_score(value: Any, sample: Sample) -> Score:
     """Return what a function returned for ``sample`` as a Score. Raises BadReward unless it is a finite number, or a
     dict with one under ``score``."""
-    detail: dict[str, float] = {}
-    number = value
-    if isinstance(value, dict):
-        if "score" not in value:
-            raise BadReward(f"returned an object without 'score' (it has {', '.join(map(str, value))})", sample.index)
-        number = value["score"]
-        detail = {str(k): float(v) for k, v in value.items() if k != "score" and isinstance(v, int | float)}
+    named = value if isinstance(value, dict) else {"score": value}
+    if "score" not in named:
+        raise BadReward(f"returned an object without 'score' (it has {', '.join(map(str, named))})", sample.index)
     try:
-        score = float(number) if not isinstance(number, str | bytes) else math.nan
+        score = math.nan if isinstance(named["score"], str | bytes) else float(named["score"])
     except (TypeError, ValueError):
         score = math.nan
     if not math.isfinite(score):
         raise BadReward(f"returned {value!r:.200} instead of a finite number", sample.index)
+    detail = {str(k): float(v) for k, v in named.items() if k != "score" and isinstance(v, numbers.Real)}
     return Score(score, detail)
 
 
@@ -113,14 +106,15 @@ def _to_scores(values: Any, samples: list[Sample]) -> list[Score]:
 
 
 @contextmanager
-def _reported(sample: Sample | None) -> Iterator[None]:
-    """Raise whatever a reward function raises as a BadReward with the index of ``sample``."""
-    index = None if sample is None else sample.index
+def _reported(index: int | None) -> Iterator[None]:
+    """Raise whatever a reward function raises as a BadReward with the ``index`` of its sample."""
     try:
         yield
     except BadReward as error:  # of an adapter, which does not know the index
         raise BadReward(error.problem, index) from error
     except MemoryError as error:
         raise BadReward("ran out of the memory that reward.reward_memory_gib allows", index) from error
+    except SystemExit as error:
+        raise BadReward(f"called sys.exit({error.code!r:.200})", index, traceback.format_exc()) from error
     except Exception as error:
         raise BadReward(f"raised {type(error).__name__}: {error}", index, traceback.format_exc()) from error

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import os
-import threading
-from concurrent.futures import Future
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from queue import SimpleQueue
 
 import msgspec
-from pebble import ProcessExpired, ProcessPool
 
-from miles_spmd.config import RewardConfig
+from miles_spmd.config import RewardConfig, RewardTerm
 from miles_spmd.plugins.reward import RewardError, Score
-from miles_spmd.rewards import process
-from miles_spmd.rewards.failure import BadReward
+from miles_spmd.rewards.adapters import BadReward
 from miles_spmd.rewards.functions import load_reward
+from miles_spmd.rewards.process import Function, RewardProcess
 from miles_spmd.types.sample import Sample
 
-_IMPORT_TIMEOUT = 120.0  # seconds in which a reward function's module must be imported
-_GRACE = 2.0  # seconds that an async function's own timeout has before its process is killed
-_REMEDY = "; fix the function or the row, or raise the limit in [reward]"
+_EXACT = "exact"
+_GATHERERS = 64  # groups that are waited for at the same time
+_LONGEST_PROBLEM, _LONGEST_TRACE = 1000, 5000  # characters of what a user's function wrote into an error
 
 
 class RewardPool:
-    """Scores samples by ``reward.rm_type``.
+    """Scores samples by the functions of ``[reward]``, or by others that were named when it was made.
 
     ``exact`` runs in place: it costs less than sending the sample. Everything else runs in ``reward_workers``
     processes; a call is one sample, or one prompt's group (neighbours in ``submit``'s list) where the function takes
@@ -36,27 +33,24 @@ class RewardPool:
     Make it in the main thread: its processes die with the thread that started them.
     """
 
-    def __init__(self, config: RewardConfig) -> None:
-        """Raises RewardError if the function cannot be imported or called."""
-        self._config = config
-        self._pool: ProcessPool | None = None
-        self._in_place = load_reward("exact", batched=False) if config.rm_type == "exact" else None
-        self._by_group = True
-        self._unfinished: set[_Gathered] = set()
-        if self._in_place:
-            return
-        self._pool = ProcessPool(
-            max_workers=config.reward_workers,
-            context=multiprocessing.get_context("spawn"),  # type: ignore[arg-type]
-            initializer=process.initialize,
-            initargs=(config, os.getpid()),
-        )
+    def __init__(self, config: RewardConfig, others: Sequence[RewardTerm] = (), log: Path | None = None) -> None:
+        """``others``: further functions that :meth:`submit` may be given. ``log`` receives what functions print.
+
+        Raises RewardError if a function cannot be imported or called.
+        """
+        self._config, self._closed = config, False
+        self._exact = load_reward(_EXACT, batched=False)
+        functions = list(dict.fromkeys(map(_function, [*config.terms, *others])))
+        functions = [function for function in functions if function.rm_type != _EXACT]
+        workers = config.reward_workers if functions else 0
+        self._processes = [RewardProcess(config, functions, log) for _ in range(workers)]
+        self._idle: SimpleQueue[RewardProcess] = SimpleQueue()
+        for process in self._processes:
+            self._idle.put(process)
+        self._threads = ThreadPoolExecutor(config.reward_workers, "reward")  # each waits for one process
+        self._gatherers = ThreadPoolExecutor(_GATHERERS, "rewards")  # each waits for the calls of one group
         try:
-            self._by_group = self._pool.schedule(process.scores_groups).result(timeout=_IMPORT_TIMEOUT)
-        except (TimeoutError, ProcessExpired) as error:
-            self.close()
-            problem = f"was not imported within {_IMPORT_TIMEOUT:g} s, or its import ended the process ({error})"
-            raise RewardError(f"reward.rm_type = {config.rm_type!r} {problem}; import its module by itself") from error
+            self._by_group = {function: self._processes[0].scores_groups(function) for function in functions}
         except RewardError:
             self.close()
             raise
@@ -67,97 +61,76 @@ class RewardPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def submit(self, samples: list[Sample]) -> Future[list[Score]]:
-        """Start scoring and return at once. The future gives one score per sample, in order, or raises RewardError."""
-        if self._by_group:
-            calls = [list(group) for _, group in itertools.groupby(samples, key=lambda s: s.prompt.uid)]
-        else:
-            calls = [[sample] for sample in samples]
-        gathered = _Gathered(len(calls))
-        self._unfinished.add(gathered)
-        gathered.future.add_done_callback(lambda _: self._unfinished.discard(gathered))
-        for number, call in enumerate(calls):
-            self._start(call).add_done_callback(partial(self._finish, gathered, number, call))
-        return gathered.future
+    def submit(self, samples: list[Sample], terms: Sequence[RewardTerm] = ()) -> Future[list[Score]]:
+        """Start scoring by ``terms`` (default: those of ``[reward]``) and return at once. The future gives one score
+        per sample, in order, or raises the RewardError of the first call that fails."""
+        terms = terms or self._config.terms
+        started = [
+            [self._threads.submit(self._score, term, call) for call in self._calls(term, samples)] for term in terms
+        ]
+        return self._gatherers.submit(self._gather, terms, started)
+
+    def _calls(self, term: RewardTerm, samples: list[Sample]) -> list[list[Sample]]:
+        if self._by_group.get(_function(term), True):
+            return [list(group) for _, group in itertools.groupby(samples, key=lambda s: s.prompt.uid)]
+        return [[sample] for sample in samples]
+
+    def _gather(self, terms: Sequence[RewardTerm], started: list[list[Future[list[Score]]]]) -> list[Score]:
+        try:
+            done, _ = wait(itertools.chain.from_iterable(started), return_when=FIRST_EXCEPTION)
+            for call in done:
+                call.result()
+            scores = [[score for call in calls for score in call.result()] for calls in started]
+        except CancelledError:
+            name = terms[0].rm_type
+            raise RewardError(f"reward {name!r} was stopped because the reward pool closed") from None
+        return [combined(terms, of_sample) for of_sample in zip(*scores)]
 
     def close(self) -> None:
         """Kill what still runs and wait until no process is left; unfinished futures raise RewardError."""
-        for gathered in list(self._unfinished):
-            gathered.fail(self._error(BadReward("was stopped because the reward pool closed"), remedy=""))
-        if self._pool is not None:
-            self._pool.stop()
-            self._pool.join()
-            self._pool = None
+        self._closed = True  # calls that have not begun fail at once; a cancelled future would never wake who waits
+        for process in self._processes:
+            process.kill()
+        self._threads.shutdown()
+        self._gatherers.shutdown()
 
-    def _start(self, call: list[Sample]) -> Future[list[Score]]:
-        timeout = self._config.reward_timeout + (_GRACE if self._by_group else 0)
-        if self._pool is not None:
-            light = [msgspec.structs.replace(s, rollout_log_probs=[]) for s in call]
-            started: Any = self._pool.schedule(process.score, args=(light,), timeout=timeout)
-            return started
-        if self._in_place is None:
-            raise RuntimeError("the reward pool is closed")
-        done: Future[list[Score]] = Future()
+    def _score(self, term: RewardTerm, call: list[Sample]) -> list[Score]:
+        """Make one call, in a thread that waits for it. Raises RewardError, and CancelledError once the pool closes."""
+        if self._closed:
+            raise CancelledError
         try:
-            done.set_result(self._in_place.score(call, timeout))
+            if term.rm_type == _EXACT:
+                return self._exact.score(call)
+            process = self._idle.get()
+            try:
+                light = [msgspec.structs.replace(sample, rollout_log_probs=[]) for sample in call]
+                return process.score(_function(term), light)
+            finally:
+                self._idle.put(process)
         except BadReward as error:
-            done.set_exception(error)
-        return done
-
-    def _finish(self, gathered: _Gathered, number: int, call: list[Sample], done: Future[list[Score]]) -> None:
-        try:
-            gathered.add(number, self._result(done, call))
-        except RewardError as error:
-            gathered.fail(error)
-
-    def _result(self, done: Future[list[Score]], call: list[Sample]) -> list[Score]:
-        """Return a finished call's scores. Raises RewardError."""
-        uid, index = call[0].prompt.uid, call[0].index if len(call) == 1 else None
-        try:
-            return done.result()
-        except (TimeoutError, ProcessExpired) as error:
-            if self._config.rm_type == "math":  # an answer that cannot be verified in time and memory is wrong
-                return [Score(0.0, {"killed": 1.0}) for _ in call]
-            if isinstance(error, ProcessExpired):
-                problem = f"ended its process (exit code {error.exitcode})"
-            else:
-                problem = f"took longer than reward.reward_timeout = {self._config.reward_timeout:g} s"
-            raise self._error(BadReward(problem, index), uid) from error
-        except BadReward as error:
-            raise self._error(error, uid) from error
-        except RewardError:
-            raise
-        except Exception as error:
-            raise self._error(BadReward(f"could not be called: {type(error).__name__}: {error}", index), uid) from error
-
-    def _error(self, failure: BadReward, uid: str | None = None, remedy: str = _REMEDY) -> RewardError:
-        where = "" if uid is None else f" on prompt {uid}"
-        if failure.index is not None:
-            where += f", sample {failure.index},"
-        trace = f"\n{failure.trace}" if failure.trace else ""
-        return RewardError(f"reward {self._config.rm_type!r}{where} {failure.problem}{remedy}{trace}")
+            where = f" on prompt {call[0].prompt.uid}" + ("" if error.index is None else f", sample {error.index},")
+            remedy = "; fix the function or the row, or raise the limit in [reward]"
+            problem, trace = printable(error.problem, _LONGEST_PROBLEM), printable(error.trace, _LONGEST_TRACE)
+            text = f"reward {term.rm_type!r}{where} {problem}{remedy}"
+            raise RewardError(f"{text}\n{trace}" if trace else text) from error
 
 
-class _Gathered:
-    """One future for the results of several calls, in order; it fails with the first call that fails."""
+def _function(term: RewardTerm) -> Function:
+    return Function(term.rm_type, term.reward_batched)
 
-    def __init__(self, count: int) -> None:
-        self.future: Future[list[Score]] = Future()
-        self._results: list[list[Score]] = [[] for _ in range(count)]
-        self._missing = count
-        self._lock = threading.Lock()
-        if not count:
-            self.future.set_result([])
 
-    def add(self, number: int, scores: list[Score]) -> None:
-        with self._lock:
-            self._results[number] = scores
-            self._missing -= 1
-            if not self._missing:
-                self.future.set_result([score for scores in self._results for score in scores])
+def combined(terms: Sequence[RewardTerm], scores: Sequence[Score]) -> Score:
+    """Return the weighted sum of one sample's scores. Where there is more than one function, or a weight, the details
+    have each function's own value under its name, and its details under ``name/detail``."""
+    if len(terms) == 1 and terms[0].reward_weight == 1:
+        return scores[0]
+    detail: dict[str, float] = {}
+    for term, score in zip(terms, scores):
+        detail |= {term.name: score.value} | {f"{term.name}/{key}": value for key, value in score.detail.items()}
+    return Score(sum(term.reward_weight * score.value for term, score in zip(terms, scores)), detail)
 
-    def fail(self, error: RewardError) -> None:
-        with self._lock:
-            self._missing = -1
-            if not self.future.done():
-                self.future.set_exception(error)
+
+def printable(text: str, longest: int) -> str:
+    """Return the text as a terminal can show it: without control characters, and not longer than that."""
+    shown = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text[: longest + 1])
+    return shown if len(text) <= longest else f"{shown[: longest // 2]} ... {printable(text[-longest // 2 :], longest)}"

@@ -12,22 +12,10 @@ from pathlib import Path
 import msgspec
 
 ENVIRONMENT_FILE = "environment.json"
-PACKAGES = (
-    "miles-spmd",
-    "torch",
-    "megatron-core",
-    "sglang",
-    "transformers",
-    "torchft",
-    "numpy",
-    "msgspec",
-    "pyzmq",
-    "transformer_engine",
-    "sglang-kernel",
-    "sgl-deep-gemm",
-    "torch_memory_saver",
-    "triton",
-)
+# The versions that are tested together; on a GPU also those of CUDA_PINS.
+PINS = {"megatron-core": "0.16.1", "sglang": "0.5.16", "transformers": "5.12.1", "torchft": "0.2.0"}
+CUDA_PINS = {"sglang-kernel": "0.4.5", "sgl-deep-gemm": "0.1.4.post1", "torch_memory_saver": "0.0.10"}
+PACKAGES = ("miles-spmd", "torch", *PINS, "numpy", "msgspec", "pyzmq", "transformer_engine", *CUDA_PINS, "triton")
 
 
 class Gpu(msgspec.Struct, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -103,6 +104,12 @@ def describe(name: str) -> Metric:
     """Return unit and meaning of the metric ``name``, an empty description for those of plug-ins."""
     if name in METRICS:
         return METRICS[name]
+    if found := re.fullmatch(r"(?:rollout/|eval/(?P<set>.+)-)reward/(?P<detail>.+)/(?P<kind>mean|std)", name):
+        kind = {"mean": "Mean", "std": "Standard deviation"}[found["kind"]]
+        return Metric(
+            "",
+            f"{kind} of {found['detail']}, from the reward functions" + (f" on {found['set']}" if found["set"] else ""),
+        )
     if not name.startswith("eval/"):
         return Metric("", "")
     dataset, _, detail = name.removeprefix("eval/").rpartition("-")

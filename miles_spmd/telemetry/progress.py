@@ -34,6 +34,8 @@ class Progress:
 
     def __init__(self, config: Config, file: TextIO) -> None:
         """Begin the display of a run of ``config`` in ``file``."""
+        self._name, self._total, self._file = config.run.name, config.run.num_rollout, file
+        self._first: tuple[int, float] | None = None  # steps done at the first update, and when it was
 
     def phase(self, name: str) -> None:
         """Show that the run has entered the phase ``name``."""
@@ -44,17 +46,23 @@ class Progress:
     def close(self) -> None:
         """End the display."""
 
+    def _eta(self, done: int) -> str:
+        """Return the time left after ``done`` steps as text, from the mean time of the steps so far."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = done, now  # a resumed run does not start at 0
+            return "-:--"
+        steps = max(done - self._first[0], 1)
+        return clock((now - self._first[1]) / steps * (self._total - done))
+
 
 class PlainProgress(Progress):
     """Prints a line per step, at most one in two seconds; evaluations and the final step always get theirs."""
 
-    def __init__(self, config: Config, file: TextIO) -> None:
-        self._name, self._total, self._file = config.run.name, config.run.num_rollout, file
-        self._eta = Eta(self._total)
-        self._last_line = -SECONDS_BETWEEN_LINES
+    _last_line = -SECONDS_BETWEEN_LINES
 
     def update(self, done: int, metrics: Mapping[str, float]) -> None:
-        now, eta = time.monotonic(), self._eta.after(done)
+        now, eta = time.monotonic(), self._eta(done)
         if now - self._last_line < SECONDS_BETWEEN_LINES and done < self._total and accuracy(metrics) is None:
             return
         self._last_line = now
@@ -66,7 +74,7 @@ class RichProgress(Progress):
     """Shows a bar with the present phase, and the newest numbers under it."""
 
     def __init__(self, config: Config, file: TextIO) -> None:
-        self._eta = Eta(config.run.num_rollout)
+        super().__init__(config, file)
         self._accuracy: list[str] = []
         self._bar = Bar(
             TextColumn("[bold]{task.description}"),
@@ -77,7 +85,7 @@ class RichProgress(Progress):
             TextColumn("[cyan]{task.fields[phase]:<9}"),
             expand=True,
         )
-        self._task = self._bar.add_task(config.run.name, total=config.run.num_rollout, eta="-:--", phase="start")
+        self._task = self._bar.add_task(self._name, total=self._total, eta="-:--", phase="start")
         self._live = Live(self._bar, console=Console(file=file), refresh_per_second=4)
         self._live.start()
 
@@ -85,33 +93,16 @@ class RichProgress(Progress):
         self._bar.update(self._task, phase=name)
 
     def update(self, done: int, metrics: Mapping[str, float]) -> None:
-        self._bar.update(self._task, completed=done, eta=self._eta.after(done))
-        held_out = accuracy(metrics)
-        if held_out is not None:
-            self._accuracy = [f"accuracy {held_out:.3g}"]
-        numbers = self._accuracy + shown(metrics)[held_out is not None :]
+        self._bar.update(self._task, completed=done, eta=self._eta(done))
+        numbers = shown(metrics)
+        if accuracy(metrics) is not None:
+            self._accuracy = [numbers.pop(0)]
+        numbers = self._accuracy + numbers
         self._live.update(Group(self._bar, Text("  ".join(numbers), "green"), Text(seconds(metrics), "dim")))
 
     def close(self) -> None:
         self.phase("")
         self._live.stop()
-
-
-class Eta:
-    """Estimates the time left from the mean time of the steps so far."""
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._first: tuple[int, float] | None = None
-
-    def after(self, done: int) -> str:
-        """Return the time left after ``done`` steps as text."""
-        now = time.monotonic()
-        if self._first is None:
-            self._first = done, now  # a resumed run does not start at 0
-            return "-:--"
-        steps = max(done - self._first[0], 1)
-        return clock((now - self._first[1]) / steps * (self._total - done))
 
 
 KINDS: dict[str, type[Progress]] = {"rich": RichProgress, "plain": PlainProgress, "none": Progress}

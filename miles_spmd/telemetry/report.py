@@ -7,16 +7,19 @@ the document that :func:`report_data` returns, whether that is embedded in the p
 from __future__ import annotations
 
 import time
+import tomllib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from miles_spmd.telemetry.environment import Environment, read_environment
 from miles_spmd.telemetry.metrics import PHASES, describe, is_score
 from miles_spmd.telemetry.progress import clock
-from miles_spmd.telemetry.run_data import Stage, read_stages
-from miles_spmd.telemetry.transcripts import Transcript
+from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
+from miles_spmd.telemetry.transcripts import Transcript, read_transcripts
 
 REPORT_FILE = "report.html"
 PAGE = Path(__file__).with_name("report_page.html")
@@ -111,27 +114,28 @@ def headline(stages: list[Stage]) -> list[Number]:
         return [value for stage in stages for value in stage.values(metric)]
 
     numbers = []
+
+    def add(label: str, value: str, note: str = "") -> None:
+        numbers.append(Number(label, value, note))
+
     for name in dict.fromkeys(name for stage in stages for name in stage.scores()):
         curves = [curve for stage in stages if (curve := stage.scores().get(name))]
         ends = [curves[0][0][1], *(curve[-1][1] for curve in curves)]
-        numbers.append(
-            Number(f"Held-out accuracy, {name}", f"{ends[-1]:.1%}", " → ".join(f"{score:.1%}" for score in ends))
-        )
+        add(f"Held-out accuracy, {name}", f"{ends[-1]:.1%}", " → ".join(f"{score:.1%}" for score in ends))
     if rewards := values("rollout/raw_reward"):
-        numbers.append(Number("Reward of the last step", f"{rewards[-1]:.3g}", f"first step {rewards[0]:.3g}"))
+        add("Reward of the last step", f"{rewards[-1]:.3g}", f"first step {rewards[0]:.3g}")
     steps = " + ".join(str(s.done) if s.finished or s.total is None else f"{s.done} of {s.total}" for s in stages)
     seconds = [sum(stage.values("perf/step_time")) for stage in stages]
     several = len(stages) > 1
-    numbers.append(Number("Steps", steps, " + ".join(s.name for s in stages) if several else ""))
-    numbers.append(Number("Time", clock(sum(seconds)), " + ".join(map(clock, seconds)) if several else ""))
+    add("Steps", steps, " + ".join(s.name for s in stages) if several else "")
+    add("Time", clock(sum(seconds)), " + ".join(map(clock, seconds)) if several else "")
     if differences := values("train/train_rollout_logprob_abs_diff_max"):
-        note = "max abs diff of a token's log-prob, all steps"
-        numbers.append(Number("Engine against trainer", f"{max(differences):.1e}", note))
+        add("Engine against trainer", f"{max(differences):.1e}", "max abs diff of a token's log-prob, all steps")
     if compared := values("parity/tokens"):
-        note = f"of {sum(compared):,.0f} compared bitwise"
-        numbers.append(Number("Tokens with two log-probs", f"{sum(values('parity/mismatches')):,.0f}", note))
-    if mismatches := values("refit/checksum_mismatches"):
-        numbers.append(Number("Refit checksum mismatches", f"{sum(mismatches):.0f}", f"in {len(mismatches)} refits"))
+        mismatches = f"{sum(values('parity/mismatches')):,.0f}"
+        add("Tokens with two log-probs", mismatches, f"of {sum(compared):,.0f} compared bitwise")
+    if mismatched := values("refit/checksum_mismatches"):
+        add("Refit checksum mismatches", f"{sum(mismatched):.0f}", f"in {len(mismatched)} refits")
     return numbers
 
 
@@ -154,10 +158,75 @@ def _stage(stage: Stage) -> dict[str, Any]:
 
 def _first_and_last(transcripts: list[Transcript]) -> list[list[Transcript]]:
     """Return for each prompt its transcripts of the first and the last evaluation: one where these are the same."""
-    first: dict[tuple[str, str], Transcript] = {}
-    last: dict[tuple[str, str], Transcript] = {}
+    by_prompt: dict[tuple[str, str], list[Transcript]] = {}
     for transcript in transcripts:
-        key = transcript.source, transcript.uid
-        first.setdefault(key, transcript)
-        last[key] = transcript
-    return [[first[key], last[key]] if first[key].step != last[key].step else [last[key]] for key in first]
+        by_prompt.setdefault((transcript.source, transcript.uid), []).append(transcript)
+    return [[own[0], own[-1]] if own[0].step != own[-1].step else [own[-1]] for own in by_prompt.values()]
+
+
+# --- what runs left: finished, stopped or still going ----------------------------------------------------------------
+
+Series = list[tuple[int, float]]  # (steps done, value)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run: a supervised or a reinforcement-learning stage of a larger one, or the only one."""
+
+    name: str
+    mode: str  # run.mode, "" without config.toml
+    done: int  # steps
+    total: int | None  # steps that config.toml asks for, None without config.toml
+    started: float  # Unix seconds
+    series: dict[str, Series]  # of each metric, steps ascending
+    transcripts: list[Transcript]
+    config: str  # the text of config.toml, "" without one
+    environment: Environment | None
+
+    @property
+    def finished(self) -> bool:
+        return self.total is not None and self.done >= self.total
+
+    def values(self, metric: str) -> list[float]:
+        """Return the values of ``metric`` over the steps, an empty list where the run has not written it."""
+        return [value for _, value in self.series.get(metric, [])]
+
+    def scores(self) -> dict[str, Series]:
+        """Return the score of each evaluation set over the steps, by the set's name."""
+        return {name.removeprefix("eval/"): series for name, series in self.series.items() if is_score(name)}
+
+
+def read_stages(run_dir: Path) -> list[Stage]:
+    """Return the run in ``run_dir`` itself and those in the folders directly in it, in the order in which they started.
+
+    Raises FileNotFoundError where there is none.
+    """
+    folders = [folder for folder in (run_dir, *sorted(run_dir.glob("*/"))) if (folder / METRICS_FILE).is_file()]
+    if not folders:
+        raise FileNotFoundError(f"{run_dir} contains no run: no {METRICS_FILE} in it or in a folder in it")
+    return sorted(map(_read_stage, folders), key=lambda stage: stage.started)
+
+
+def _read_stage(folder: Path) -> Stage:
+    steps = read_metrics(folder / METRICS_FILE)
+    series: dict[str, Series] = {}
+    for step, values in steps.items():
+        for name, value in values.items():
+            series.setdefault(name, []).append((step, value))
+    times = [time for _, time in series.pop("time", [])]
+    path = folder / "config.toml"
+    config = path.read_text() if path.is_file() else ""
+    run = {}
+    with suppress(tomllib.TOMLDecodeError):  # a killed run has left half of it
+        run = tomllib.loads(config).get("run", {})
+    return Stage(
+        name=folder.resolve().name,
+        mode=run.get("mode", ""),
+        done=max(steps, default=0),
+        total=run.get("num_rollout"),
+        started=min(times, default=0.0),
+        series=series,
+        transcripts=read_transcripts(folder),
+        config=config,
+        environment=read_environment(folder),
+    )

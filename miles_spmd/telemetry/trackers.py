@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 
 from miles_spmd.config import Config
 
 METRICS_FILE = "metrics.jsonl"
+T = TypeVar("T")
 
 
 class Tracker(Protocol):
@@ -48,20 +49,18 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
     """Return the metrics by step, steps ascending. Objects of one step are merged and later values win. Incomplete
     lines, which a killed run leaves, are skipped, and so are nulls."""
     steps: dict[int, dict[str, float]] = {}
-    for row in _rows(path):
-        values = {name: value for name, value in row.items() if isinstance(value, int | float)}
-        steps.setdefault(int(values.pop("step")), {}).update(values)
+    for row in read_lines(path, dict[str, float | None]):
+        values = {name: value for name, value in row.items() if value is not None}
+        if "step" in values:
+            steps.setdefault(int(values.pop("step")), {}).update(values)
     return dict(sorted(steps.items()))
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path, kind: type[T]) -> Iterator[T]:
+    """Yield the lines of a JSONL file as values of ``kind``, without incomplete ones, which a killed run leaves."""
     for line in path.read_bytes().splitlines():
-        try:
-            row = msgspec.json.decode(line)
-        except msgspec.DecodeError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            yield row
+        with suppress(msgspec.DecodeError):
+            yield msgspec.json.decode(line, type=kind)
 
 
 class TensorBoardTracker:
@@ -104,14 +103,11 @@ class WandbTracker:
         self._run.finish()
 
 
-class Trackers:
+class Trackers(list[Tracker]):
     """Several trackers as one."""
 
-    def __init__(self, trackers: Sequence[Tracker]) -> None:
-        self._trackers = trackers
-
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        for tracker in self._trackers:
+        for tracker in self:
             tracker.log(step, metrics)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from miles_spmd.config import Config
+from miles_spmd.telemetry.trackers import read_lines
 from miles_spmd.types.sample import Sample
 
 TRANSCRIPTS_FILE = "transcripts.jsonl"
@@ -31,9 +32,19 @@ def write_transcripts(config: Config, step: int, sets: Mapping[str, Sequence[Seq
     These are the same prompts in every evaluation.
     """
     transcripts = [
-        _transcript(step, name, group[0])
+        Transcript(
+            step=step,
+            source=name,
+            uid=sample.prompt.uid,
+            prompt=sample.prompt.text,
+            response=sample.text,
+            label="" if sample.prompt.label is None else str(sample.prompt.label),
+            reward=sample.reward,
+            finish_reason=str(sample.finish_reason),
+            tokens=len(sample.response),
+        )
         for name, groups in sets.items()
-        for group in groups[: config.telemetry.num_transcripts]
+        for sample, *_ in groups[: config.telemetry.num_transcripts]
     ]
     with (config.run_dir / TRANSCRIPTS_FILE).open("ab") as file:
         file.write(b"".join(msgspec.json.encode(transcript) + b"\n" for transcript in transcripts))
@@ -42,24 +53,4 @@ def write_transcripts(config: Config, step: int, sets: Mapping[str, Sequence[Seq
 def read_transcripts(run_dir: Path) -> list[Transcript]:
     """Return the transcripts in the order written, without incomplete lines; an empty list without a file."""
     path = run_dir / TRANSCRIPTS_FILE
-    transcripts = []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        try:
-            transcripts.append(msgspec.json.decode(line, type=Transcript))
-        except msgspec.DecodeError:
-            continue
-    return transcripts
-
-
-def _transcript(step: int, source: str, sample: Sample) -> Transcript:
-    return Transcript(
-        step=step,
-        source=source,
-        uid=sample.prompt.uid,
-        prompt=sample.prompt.text,
-        response=sample.text,
-        label="" if sample.prompt.label is None else str(sample.prompt.label),
-        reward=sample.reward,
-        finish_reason=str(sample.finish_reason),
-        tokens=len(sample.response),
-    )
+    return list(read_lines(path, Transcript)) if path.is_file() else []

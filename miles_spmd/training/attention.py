@@ -12,7 +12,6 @@ Shape suffixes: T tokens of this rank's stream, H query heads, G key-value heads
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,12 +26,21 @@ from torch import Tensor
 
 from miles_spmd.invariant.attention import Attention, packed_attention
 from miles_spmd.invariant.flash import flash_attention
-from miles_spmd.invariant.rotary import rotate
-from miles_spmd.invariant.split_attention import split_attention
+from miles_spmd.invariant.operators import rotate
 
 # From query, key, value, where blocks start in the streams of queries and of keys (int32 [B + 1] each), the most
 # queries and keys of a block, and the scale of scores: as :func:`miles_spmd.invariant.flash.flash_attention`.
 BlockAttention = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], tuple[int, int], float], Tensor]
+
+
+def _varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, starts: tuple[Tensor, Tensor], longest: tuple[int, int], scale: float
+) -> Tensor:
+    """torch's variable-length flash attention (CUDA). Its causal mask aligns the last query with the last key."""
+    from torch.nn.attention.varlen import varlen_attn  # takes grouped queries as they are
+
+    tensors = query.contiguous(), key.contiguous(), value.contiguous()
+    return varlen_attn(*tensors, *starts, *longest, window_size=(-1, 0), scale=scale)  # type: ignore[return-value]
 
 
 @dataclass
@@ -45,15 +53,15 @@ class Blocks:
     kernel: Attention | None = None  # chosen when the first layer attends, then used by all layers
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, engine_attention: BlockAttention | None = None
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, on_gpu: BlockAttention = _varlen_attention
     ) -> Tensor:
         """Return [T, H, D] from ``query`` [T, H, D] and the blocks' keys and values [sum of key_lengths, G, D].
 
-        ``engine_attention``: the attention that an engine with :mod:`miles_spmd.invariant` shares on a GPU.
+        ``on_gpu``: the attention of 16-bit numbers on a GPU.
         """
         if self.kernel is None:
             if query.is_cuda and query.dtype != torch.float32:  # flash attention takes 16-bit numbers only
-                self.kernel = self._on_gpu(query.device, engine_attention or _varlen_attention)
+                self.kernel = self._on_gpu(query.device, on_gpu)
             else:
                 self.kernel = packed_attention(self.query_lengths, self.key_lengths, query, key)
         return self.kernel(query, key, value, scale)
@@ -75,7 +83,7 @@ class PackedSequences(PackedSeqParams):
     blocks: Blocks = None  # type: ignore[assignment]  # fields before it have defaults
     scored: Tensor = None  # type: ignore[assignment]  # int64 [S], positions of this rank's stream whose logits matter
     positions: Tensor = None  # type: ignore[assignment]  # int64 [T], of each token within its sequence
-    table: Tensor = None  # type: ignore[assignment]  # fp32 [longest, D], see :func:`miles_spmd.invariant.rotary.table`
+    table: Tensor = None  # type: ignore[assignment]  # fp32 [longest, D], see :func:`miles_spmd.invariant.operators.rotary_table`
     angles: Tensor = None  # type: ignore[assignment]  # fp32 [T, 1, D], rotary angles of each token; for Transformer Engine only
 
 
@@ -107,34 +115,15 @@ class PackedAttention(MegatronModule):
     Megatron would apply them with one slice and one table per sequence and layer.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: Any,
-        attention_type: str,
-        cp_comm_type: str | None = None,
-        softmax_scale: float | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-    ) -> None:
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection, **_: Any) -> None:
         super().__init__(config)
-        self.cp_group = pg_collection.cp  # type: ignore[union-attr]
-        self.scale = softmax_scale or config.kv_channels**-0.5  # type: ignore[operator]
-        self.engine_attention: BlockAttention | None = None
-        if config.batch_invariant_mode:
-            split = config.split_keys
-            self.engine_attention = functools.partial(split_attention, split=split) if split else flash_attention
+        self.cp_group, self.scale = pg_collection.cp, config.kv_channels**-0.5  # type: ignore[operator]
+        self.on_gpu: BlockAttention = _varlen_attention
+        if config.batch_invariant_mode:  # the attention that an engine with :mod:`miles_spmd.invariant` shares
+            self.on_gpu = functools.partial(flash_attention, split=config.split_keys)
 
     def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        attn_mask_type: Any = None,
-        attention_bias: Tensor | None = None,
-        *,
-        packed_seq_params: PackedSequences,
+        self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: PackedSequences, **__: Any
     ) -> Tensor:
         """``query`` [T, H, D], ``key`` and ``value`` [T, G, D] -> [T, H * D]."""
         blocks = packed_seq_params.blocks
@@ -144,22 +133,4 @@ class PackedAttention(MegatronModule):
             # gradients of the keys that they all have read.
             pair = gather_from_sequence_parallel_region(torch.stack((key, value), 1), group=self.cp_group)
             key, value = pair.index_select(0, blocks.key_index).unbind(1)
-        return blocks.attend(query, key, value, self.scale, self.engine_attention).flatten(1)
-
-
-def _varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, starts: tuple[Tensor, Tensor], longest: tuple[int, int], scale: float
-) -> Tensor:
-    """torch's variable-length flash attention (CUDA). Its causal mask aligns the last query with the last key."""
-    kernel, options = _varlen_attn()
-    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    return kernel(query, key, value, *starts, *longest, window_size=(-1, 0), scale=scale, **options)
-
-
-@functools.cache
-def _varlen_attn() -> tuple[Callable[..., Any], dict[str, bool]]:
-    """Return the kernel and its option for grouped queries, which torch 2.11 has not: it takes them as they are."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    return varlen_attn, {"enable_gqa": True} if grouped else {}
+        return blocks.attend(query, key, value, self.scale, self.on_gpu).flatten(1)

@@ -59,78 +59,103 @@ class TrainerCheckpointError(ValueError):
     """A folder that a trainer's checkpoint cannot be read from or written to, with the reason."""
 
 
-def save(
-    path: str | Path,
-    chunks: Sequence[DistributedDataParallel],
-    optimizer: ChainedOptimizer,
-    schedule: OptimizerParamScheduler,
-) -> None:
-    """Write weights, optimizer, schedule and random state into ``path``, which must be empty or new; all ranks call it.
+class TrainerCheckpoint:
+    """What a checkpoint has of one trainer. All ranks call each method."""
 
-    Raises TrainerCheckpointError where the folder is not empty.
-    """
-    state = _weights_and_optimizer(chunks, optimizer, is_loading=False)
-    _write(path, chunks, state | {"updates": schedule.num_steps, _RANDOM: _random_state()})
+    def __init__(
+        self, chunks: Sequence[DistributedDataParallel], optimizer: ChainedOptimizer, schedule: OptimizerParamScheduler
+    ) -> None:
+        # with the names that Megatron's optimizers expect in a state dict
+        self._chunks = {"model" if len(chunks) == 1 else f"model{i}": chunk for i, chunk in enumerate(chunks)}
+        self._optimizer, self._schedule = optimizer, schedule
+        config, ddp = chunks[0].config, chunks[0].ddp_config
+        self._settings = {name: getattr(config, name, None) for name in (*_FIXED, *_RANDOM_STATE_LAYOUT)} | {
+            "vocab_size": unwrap(chunks[0]).real_vocab_size,
+            "params_dtype": str(config.params_dtype),
+            "use_distributed_optimizer": ddp.use_distributed_optimizer,
+        }
 
+    def save(self, path: str | Path) -> None:
+        """Write weights, optimizer, schedule and random state into ``path``, which must be empty or new.
 
-def save_weights(path: str | Path, chunks: Sequence[DistributedDataParallel]) -> None:
-    """Write the weights alone, as :func:`save` does."""
-    _write(path, chunks, _weights(chunks))
+        Raises TrainerCheckpointError where the folder is not empty.
+        """
+        state = self._weights_and_optimizer(is_loading=False)
+        self._write(path, state | {"updates": self._schedule.num_steps, _RANDOM: _random_state()})
 
+    def save_weights(self, path: str | Path) -> None:
+        """Write the weights alone, as :meth:`save` does."""
+        self._write(path, self._weights())
 
-def load(
-    path: str | Path,
-    chunks: Sequence[DistributedDataParallel],
-    optimizer: ChainedOptimizer,
-    schedule: OptimizerParamScheduler,
-) -> None:
-    """Continue from what :func:`save` wrote; all ranks call it.
+    def load(self, path: str | Path) -> None:
+        """Continue from what :meth:`save` wrote.
 
-    The learning rate and its schedule are the configuration's, at the checkpoint's number of updates. Random state is
-    restored where tensor and pipeline parallelism are the same. Raises TrainerCheckpointError on every rank where the
-    folder does not hold a checkpoint, is damaged or belongs to another model; the weights are then undefined.
-    """
-    with _one_error(path):
-        settings = _settings(chunks)
-        saved = _checked_settings(path, settings)
-        # random state is one per tensor- and pipeline-parallel rank, and other ranks have no state to restore
-        same_ranks = all(saved[name] == settings[name] for name in _RANDOM_STATE_LAYOUT)
-        state = _weights_and_optimizer(chunks, optimizer, is_loading=True)
-        if same_ranks:
-            state[_RANDOM] = _random_state()
-        loaded = _read(path, chunks, state)
-        _load_optimizer(optimizer, loaded["optimizer"])
-        schedule.step(loaded["updates"] - schedule.num_steps)
-        if same_ranks:
-            _set_random_state(loaded[_RANDOM])
+        The learning rate and its schedule are the configuration's, at the checkpoint's number of updates. Random state
+        is restored where tensor and pipeline parallelism are the same. Raises TrainerCheckpointError on every rank
+        where the folder does not hold a checkpoint, is damaged or belongs to another model; the weights are then
+        undefined.
+        """
+        with _one_error(path):
+            saved = self._checked_settings(path)
+            # random state is one per tensor- and pipeline-parallel rank, and other ranks have no state to restore
+            same_ranks = all(saved[name] == self._settings[name] for name in _RANDOM_STATE_LAYOUT)
+            state = self._weights_and_optimizer(is_loading=True)
+            if same_ranks:
+                state[_RANDOM] = _random_state()
+            loaded = self._read(path, state)
+            _load_optimizer(self._optimizer, loaded["optimizer"])
+            self._schedule.step(loaded["updates"] - self._schedule.num_steps)
+            if same_ranks:
+                _set_random_state(loaded[_RANDOM])
 
+    def load_weights(self, path: str | Path) -> None:
+        """Replace the weights by what :meth:`save_weights` wrote; the optimizer's main parameters stay as they are.
+        Errors as in :meth:`load`."""
+        with _one_error(path):
+            self._checked_settings(path)
+            self._read(path, self._weights())
 
-def load_weights(path: str | Path, chunks: Sequence[DistributedDataParallel]) -> None:
-    """Load what :func:`save_weights` wrote; errors as in :func:`load`."""
-    with _one_error(path):
-        _checked_settings(path, _settings(chunks))
-        _read(path, chunks, _weights(chunks))
+    def _weights(self) -> dict[str, Any]:
+        return {name: chunk.module.sharded_state_dict() for name, chunk in self._chunks.items()}
 
+    def _weights_and_optimizer(self, is_loading: bool) -> dict[str, Any]:
+        state = self._weights()
+        optimizer = self._optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=_OPTIMIZER_FORMAT)
+        return state | {"optimizer": optimizer}
 
-def _write(path: str | Path, chunks: Sequence[DistributedDataParallel], state: dict[str, Any]) -> None:
-    folder = Path(path)
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    if any(folder.iterdir()):
-        raise TrainerCheckpointError(f"{folder} is not empty: a checkpoint is written into a folder of its own")
-    dist.barrier()  # before any rank writes, all have looked
-    state |= {"format": _FORMAT, "settings": _settings(chunks)}
-    dist_checkpointing.save(state, str(folder), _SynchronousSave("torch_dist", 1))
+    def _write(self, path: str | Path, state: dict[str, Any]) -> None:
+        folder = Path(path)
+        if dist.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        if any(folder.iterdir()):
+            raise TrainerCheckpointError(f"{folder} is not empty: a checkpoint is written into a folder of its own")
+        dist.barrier()  # before any rank writes, all have looked
+        state |= {"format": _FORMAT, "settings": self._settings}
+        dist_checkpointing.save(state, str(folder), _SynchronousSave("torch_dist", 1))
 
+    def _read(self, path: str | Path, state: dict[str, Any]) -> dict[str, Any]:
+        """Load what ``state`` describes, put the weights into the model, and return all of it."""
+        loaded, unread, absent = dist_checkpointing.load(state, str(path), strict=StrictHandling.RETURN_ALL)
+        unread = {key for key in unread if not key.startswith(_RANDOM)}
+        if absent:
+            raise ValueError(f"{len(absent)} tensors are missing from it, such as {min(absent)}")
+        if unread:
+            raise ValueError(f"it has {len(unread)} tensors that this model does not have, such as {min(unread)}")
+        for name, chunk in self._chunks.items():
+            chunk.module.load_state_dict(loaded[name])
+        return loaded
 
-def _read(path: str | Path, chunks: Sequence[DistributedDataParallel], state: dict[str, Any]) -> dict[str, Any]:
-    """Load what ``state`` describes, put the weights into the model, and return all of it."""
-    loaded, unread, absent = dist_checkpointing.load(state, str(path), strict=StrictHandling.RETURN_ALL)
-    _check_complete(unread, absent)
-    for name, chunk in _named(chunks):
-        chunk.module.load_state_dict(loaded[name])
-    return loaded
+    def _checked_settings(self, path: str | Path) -> dict[str, Any]:
+        """Return the checkpoint's settings. Raises ValueError where they do not fit this model's."""
+        common, own = _common_state(str(path)), self._settings
+        if common.get("format") != _FORMAT:
+            raise ValueError(f"its format is {common.get('format')}, this version reads {_FORMAT}")
+        saved = common["settings"]
+        different = [f"{name} was {saved[name]}, now {own[name]}" for name in _FIXED if saved[name] != own[name]]
+        if different:
+            raise ValueError("; ".join(different))
+        return saved
 
 
 class _SynchronousSave(TorchDistSaveShardedStrategy):
@@ -172,23 +197,6 @@ def _common_state(folder: str) -> dict[str, Any]:
         raise ValueError(f"{_COMMON_FILE} is damaged: {error}") from error
 
 
-def _named(chunks: Sequence[DistributedDataParallel]) -> list[tuple[str, DistributedDataParallel]]:
-    """Return chunks with the names that Megatron's optimizers expect in a state dict."""
-    return [("model" if len(chunks) == 1 else f"model{i}", chunk) for i, chunk in enumerate(chunks)]
-
-
-def _weights(chunks: Sequence[DistributedDataParallel]) -> dict[str, Any]:
-    return {name: chunk.module.sharded_state_dict() for name, chunk in _named(chunks)}
-
-
-def _weights_and_optimizer(
-    chunks: Sequence[DistributedDataParallel], optimizer: ChainedOptimizer, is_loading: bool
-) -> dict[str, Any]:
-    state = _weights(chunks)
-    state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=_OPTIMIZER_FORMAT)
-    return state
-
-
 def _load_optimizer(optimizer: ChainedOptimizer, state: dict[Any, Any]) -> None:
     """Load moments and main parameters; options (learning rate, betas) stay the configuration's."""
     many = len(optimizer.chained_optimizers) > 1
@@ -220,53 +228,15 @@ def _load_parameter_state(optimizer: DistributedOptimizer, state: dict[int, dict
         own["step"] = step.clone()  # Megatron gave all the same tensor, which every update would increment in place
 
 
-def _settings(chunks: Sequence[DistributedDataParallel]) -> dict[str, Any]:
-    config, ddp = chunks[0].config, chunks[0].ddp_config
-    own = {
-        "vocab_size": unwrap(chunks[0]).real_vocab_size,
-        "params_dtype": str(config.params_dtype),
-        "use_distributed_optimizer": ddp.use_distributed_optimizer,
-    }
-    return {name: own[name] if name in own else getattr(config, name) for name in (*_FIXED, *_RANDOM_STATE_LAYOUT)}
-
-
-def _checked_settings(path: str | Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the checkpoint's settings. Raises ValueError where they do not fit this model's ``settings``."""
-    common = _common_state(str(path))
-    if common.get("format") != _FORMAT:
-        raise ValueError(f"its format is {common.get('format')}, this version reads {_FORMAT}")
-    saved = common["settings"]
-    different = [f"{name} was {saved[name]}, now {settings[name]}" for name in _FIXED if saved[name] != settings[name]]
-    if different:
-        raise ValueError("; ".join(different))
-    return saved
-
-
-def _check_complete(unread: set[str], absent: set[str]) -> None:
-    unread = {key for key in unread if not key.startswith(_RANDOM)}
-    if absent:
-        raise ValueError(f"{len(absent)} tensors are missing from it, such as {min(absent)}")
-    if unread:
-        raise ValueError(f"it has {len(unread)} tensors that this model does not have, such as {min(unread)}")
-
-
 def _random_state() -> ShardedObject:
     """Describe the random state of this tensor- and pipeline-parallel rank; its data-parallel group has the same."""
-    state = {
-        "cpu": torch.get_rng_state(),
-        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
-    }
+    state = {"cpu": torch.get_rng_state(), "tracker": tensor_parallel.get_cuda_rng_tracker().get_states()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
+    stages, parts = parallel_state.get_pipeline_model_parallel_group(), parallel_state.get_tensor_model_parallel_group()
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     return ShardedObject(
-        _RANDOM,
-        state,
-        (
-            parallel_state.get_pipeline_model_parallel_world_size(),
-            parallel_state.get_tensor_model_parallel_world_size(),
-        ),
-        (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()),
-        replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        _RANDOM, state, (stages.size(), parts.size()), (stages.rank(), parts.rank()), replica_id=replica
     )
 
 

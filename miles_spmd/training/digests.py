@@ -4,7 +4,7 @@ they can be compared between layouts."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
-from miles_spmd.ledger.rectangles import Rectangle, parts
+from miles_spmd.ledger.rectangles import parts
 from miles_spmd.ledger.tensor_sums import TensorSums
 from miles_spmd.models import TensorLayout
 from miles_spmd.training.optimizer import inner_optimizers
@@ -36,10 +36,7 @@ class TrainerDigests:
     """
 
     def __init__(
-        self,
-        parameters: Mapping[str, torch.nn.Parameter],
-        layouts: Sequence[TensorLayout],
-        optimizer: ChainedOptimizer,
+        self, parameters: Mapping[str, torch.nn.Parameter], layouts: Sequence[TensorLayout], optimizer: ChainedOptimizer
     ) -> None:
         self._parameters = parameters
         layout = {own.local_name: own for own in layouts}
@@ -52,16 +49,8 @@ class TrainerDigests:
         self._updated = TensorSums(
             {name: parts(layout[name], parameters[name].shape, s.start, s.stop) for name, s in self._shares.items()}
         )
-
-    @property
-    def of_weights(self) -> list[Rectangle]:
-        """Return the parts of tensors that the numbers of :meth:`weights` belong to, in order."""
-        return self._weights.rectangles
-
-    @property
-    def of_updates(self) -> list[Rectangle]:
-        """Return the parts of tensors that the numbers of :meth:`gradient` and :meth:`optimizer_state` belong to."""
-        return self._updated.rectangles
+        # the parts of tensors that the numbers of :meth:`weights`, and of the other methods, belong to, in order
+        self.of_weights, self.of_updates = self._weights.rectangles, self._updated.rectangles
 
     def weights(self) -> Tensor:
         """Return a digest of every part of the weights, int64, on the device."""
@@ -72,9 +61,8 @@ class TrainerDigests:
 
         To be called after the gradient was summed over all ranks and before it is clipped.
         """
-        return self._updated(
-            {name: _gradient(self._parameters[name])[s.start : s.stop] for name, s in self._shares.items()}
-        )
+        buffers = {name: parameter.main_grad.view(-1) for name, parameter in self._parameters.items()}  # type: ignore[attr-defined]
+        return self._updated({name: buffers[name][share.start : share.stop] for name, share in self._shares.items()})
 
     def optimizer_state(self) -> dict[str, np.ndarray]:
         """Return digests of the main parameters and of every kind of state that has their shape, uint64, by kind."""
@@ -90,11 +78,6 @@ class TrainerDigests:
 def to_host(sums: Tensor) -> np.ndarray:
     """Return digests as uint64 on the host. Waits for the device."""
     return sums.cpu().numpy().view(np.uint64)
-
-
-def _gradient(parameter: Any) -> Tensor:
-    """Return the flat view of Megatron's gradient buffer."""
-    return parameter.main_grad.view(-1)
 
 
 def _shares(parameters: Iterable[torch.nn.Parameter], optimizer: ChainedOptimizer) -> dict[torch.nn.Parameter, _Share]:

@@ -35,7 +35,7 @@ class Router(TopKRouter):
 
     def gating(self, hidden: Tensor) -> Tensor:
         if self.config.batch_invariant_mode:
-            return multiply(hidden, self.weight, None, False, False, False, None, None).float()
+            return multiply(hidden, self.weight).float()
         dtype = ROUTER_DTYPES.get(self.config.moe_router_dtype, hidden.dtype)
         return F.linear(hidden.to(dtype), self.weight.to(dtype)).float()
 
@@ -61,8 +61,7 @@ class Experts(MegatronModule):
     def __init__(self, count: int, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
         super().__init__(config=config)
         self._process_groups = pg_collection
-        assert config.moe_ffn_hidden_size is not None
-        width = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
+        width = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()  # type: ignore[operator]
         self.gate_up = self._parameter(count, 2, width, config.hidden_size)
         self.down = self._parameter(count, config.hidden_size, width)
 
@@ -142,8 +141,8 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
     def dispatch_preprocess(self, hidden: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Return a row for every expert of every token, sorted by expert, then by token; and the weight of each."""
         self.hidden_shape, self.probs = hidden.shape, probs
-        self.tokens_per_expert = self.preprocess(routing_map)
-        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self.tokens_per_expert)
+        counts = self.preprocess(routing_map)
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", counts)
         k = self.config.moe_router_topk
         # k experts of every token, token by token; the size is known, so the host need not wait for a count
         chosen = routing_map.nonzero_static(size=len(routing_map) * k)[:, 1]

@@ -1,51 +1,31 @@
-"""Megatron's linears and activation, with the forward passes of :mod:`miles_spmd.invariant`."""
+"""Megatron's linears and activation, with the forward passes of :mod:`miles_spmd.invariant`; and the gradients of
+weights, which are added to their buffer by the matrix product that computes them."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    gather_from_sequence_parallel_region,
-    layers,
-)
-from megatron.core.tensor_parallel.layers import LinearWithGradAccumulationAndAsyncCommunication
-from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, layers
+from megatron.core.transformer import MegatronModule
 from torch import Tensor
 
 from miles_spmd.invariant.linear import linear, tree_sum
-from miles_spmd.invariant.swiglu import swiglu
-
-
-class OwnActivationSpecProvider(LocalSpecProvider):
-    def activation_func(self) -> type:
-        return SwiGLU
-
-
-class InvariantSpecProvider(OwnActivationSpecProvider):
-    def column_parallel_linear(self) -> type:
-        return InvariantColumnParallelLinear
-
-    def row_parallel_linear(self) -> type:
-        return InvariantRowParallelLinear
+from miles_spmd.invariant.operators import swiglu
+from miles_spmd.training.log_probs import add_product
 
 
 class SwiGLU(MegatronModule):
-    """:func:`~miles_spmd.invariant.swiglu.swiglu` as Megatron's kind of module: a checkpoint asks even a module without
-    parameters for its state."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__(config)
+    """:func:`~miles_spmd.invariant.operators.swiglu` as Megatron's kind of module: a checkpoint asks even a module
+    without parameters for its state."""
 
     def forward(self, x: Tensor) -> Tensor:
         return swiglu(x)
 
 
-class _Linear(LinearWithGradAccumulationAndAsyncCommunication):
+class _Linear(layers.LinearWithGradAccumulationAndAsyncCommunication):
     """Megatron's function with our matrix product in the forward pass.
 
     The forward pass saves what Megatron's own would, because the backward pass is Megatron's.
@@ -54,69 +34,52 @@ class _Linear(LinearWithGradAccumulationAndAsyncCommunication):
     @staticmethod
     @layers.custom_fwd
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        gradient_accumulation_fusion: bool,
-        allreduce_dgrad: bool,
-        sequence_parallel: bool,
-        grad_output_buffer: list[Tensor] | None,
-        wgrad_deferral_limit: int | None,
-        tp_group: dist.ProcessGroup | None,
-        partial_sums: int,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, partial_sums: int, options: dict[str, Any]
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.main_grad = getattr(weight, "main_grad", None) if gradient_accumulation_fusion else None
-        ctx.use_bias, ctx.gradient_accumulation_fusion = bias is not None, gradient_accumulation_fusion
-        ctx.allreduce_dgrad, ctx.sequence_parallel, ctx.tp_group = allreduce_dgrad, sequence_parallel, tp_group
-        ctx.grad_output_buffer, ctx.wgrad_deferral_limit = grad_output_buffer, wgrad_deferral_limit
-        x = gather_from_sequence_parallel_region(x, group=tp_group) if sequence_parallel else x
+        for name, value in options.items():
+            setattr(ctx, name, value)
+        ctx.use_bias = bias is not None
+        ctx.main_grad = getattr(weight, "main_grad", None) if ctx.gradient_accumulation_fusion else None
+        x = gather_from_sequence_parallel_region(x, group=ctx.tp_group) if ctx.sequence_parallel else x
         return linear(x, weight, bias, partial_sums)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return *LinearWithGradAccumulationAndAsyncCommunication.backward(ctx, gradient), None
+        return *layers.LinearWithGradAccumulationAndAsyncCommunication.backward(ctx, gradient)[:3], None, None
+
+
+# of Megatron's function, by the names by which Megatron gives them and its backward pass reads them
+_OPTIONS = {
+    **dict.fromkeys(("gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel"), False),
+    **dict.fromkeys(("grad_output_buffer", "wgrad_deferral_limit", "tp_group"), None),
+}
 
 
 def multiply(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gradient_accumulation_fusion: bool,
-    allreduce_dgrad: bool,
-    sequence_parallel: bool,
-    grad_output_buffer: list[Tensor] | None,
-    tp_group: dist.ProcessGroup | None,
-    wgrad_deferral_limit: int | None = None,
-    partial_sums: int = 1,
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, partial_sums: int = 1, **options: Any
 ) -> Tensor:
     """Return ``input`` [..., K] times ``weight`` [N, K] transposed, plus ``bias``, with a gradient.
 
-    Arguments have the names by which Megatron gives them; ``partial_sums`` is :func:`linear`'s.
+    ``partial_sums`` is :func:`linear`'s; the others are those of ``_OPTIONS``.
     """
-    fused, summed, scattered = gradient_accumulation_fusion, allreduce_dgrad, sequence_parallel
-    deferred = grad_output_buffer, wgrad_deferral_limit
-    return _Linear.apply(input, weight, bias, fused, summed, scattered, *deferred, tp_group, partial_sums)
+    return _Linear.apply(input, weight, bias, partial_sums, _OPTIONS | options)
 
 
-class InvariantColumnParallelLinear(ColumnParallelLinear):
-    def _forward_impl(self, *args: Any, **kwargs: Any) -> Tensor:
-        return multiply(*args, **kwargs)
+class InvariantColumnParallelLinear(layers.ColumnParallelLinear):
+    _forward_impl = staticmethod(multiply)
 
 
-class InvariantRowParallelLinear(RowParallelLinear):
+class InvariantRowParallelLinear(layers.RowParallelLinear):
     """Combines the configured number of partial sums in one tree over those of all ranks."""
 
     def _forward_impl(self, *args: Any, **kwargs: Any) -> Tensor:
-        kwargs["partial_sums"] = self.config.partial_sums // self.tp_group.size()
-        return multiply(*args, **kwargs)
+        return multiply(*args, **kwargs, partial_sums=self.config.partial_sums // self.tp_group.size())
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         if self.tp_group.size() <= 2:  # a sum of two numbers has one order, also in Megatron's all-reduce
             return super().forward(x)
-        fused = self.gradient_accumulation_fusion
-        product = self._forward_impl(x, self.weight, None, fused, False, False, None, None)
+        product = self._forward_impl(x, self.weight, gradient_accumulation_fusion=self.gradient_accumulation_fusion)
         return _TreeReduce.apply(product, self.tp_group, self.sequence_parallel), None
 
 
@@ -139,3 +102,9 @@ class _TreeReduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         return gather_from_sequence_parallel_region(gradient, group=ctx.group) if ctx.scatter else gradient, None, None
+
+
+# With ``gradient_accumulation_fusion`` Megatron's linears call Apex's extension, in whose place this module stands.
+wgrad_gemm_accum_fp32 = wgrad_gemm_accum_fp16 = add_product  # Apex's names
+layers.fused_weight_gradient_mlp_cuda = sys.modules[__name__]
+layers._grad_accum_fusion_available = True

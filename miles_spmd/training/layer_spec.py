@@ -8,18 +8,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
-from miles_spmd.invariant.norm import rms_norm
+from miles_spmd.invariant.operators import rms_norm
 from miles_spmd.training.attention import PackedAttention, PackedSequences
 from miles_spmd.training.experts import MoE
-from miles_spmd.training.invariant_layers import InvariantSpecProvider, OwnActivationSpecProvider
+from miles_spmd.training.invariant_layers import InvariantColumnParallelLinear, InvariantRowParallelLinear, SwiGLU
 
 
 class RMSNorm(torch.nn.Module):
@@ -72,7 +73,8 @@ def block_spec(config: TransformerConfig, vp_stage: int | None, last: bool) -> T
 
 
 def _local_submodules(config: TransformerConfig) -> TransformerLayerSubmodules:
-    local = InvariantSpecProvider() if config.batch_invariant_mode else OwnActivationSpecProvider()
+    column: type = InvariantColumnParallelLinear if config.batch_invariant_mode else ColumnParallelLinear
+    row: type = InvariantRowParallelLinear if config.batch_invariant_mode else RowParallelLinear
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     return TransformerLayerSubmodules(
         input_layernorm=RMSNorm,
@@ -80,15 +82,15 @@ def _local_submodules(config: TransformerConfig) -> TransformerLayerSubmodules:
             module=SelfAttention,
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
-                linear_qkv=local.column_parallel_linear(),
+                linear_qkv=column,
                 core_attention=PackedAttention,
-                linear_proj=local.row_parallel_linear(),
+                linear_proj=row,
                 q_layernorm=qk_norm,
                 k_layernorm=qk_norm,
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=RMSNorm,
-        mlp=MoE if config.num_moe_experts else get_mlp_module_spec_for_backend(local, use_te_activation_func=True),
+        mlp=MoE if config.num_moe_experts else ModuleSpec(MLP, submodules=MLPSubmodules(column, SwiGLU, row)),
         mlp_bda=get_bias_dropout_add,
     )

@@ -10,7 +10,7 @@ position, N sums of each position. "1" is a dimension of one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +20,6 @@ from torch import Tensor
 from miles_spmd.algorithms.truncation import threshold
 from miles_spmd.training import softmax
 from miles_spmd.training.output_layer import OutputLayer
-
-CUT_OFF = -1e4  # in place of a logit that is cut: exp is 0, as of -inf, but 0 times it is not NaN
 
 
 @dataclass(frozen=True)
@@ -38,12 +36,7 @@ class Distribution:
 
 
 def linear_log_probs(
-    hidden: Tensor,
-    layer: OutputLayer,
-    targets: Tensor,
-    distribution: Distribution,
-    *,
-    differentiate_entropy: bool = False,
+    hidden: Tensor, layer: OutputLayer, targets: Tensor, distribution: Distribution, differentiate_entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return log p(target) and the entropy -sum p log p of ``distribution`` over ``layer``'s logits, fp32 [S], in nats.
 
@@ -75,7 +68,6 @@ class _LinearLogProbs(torch.autograd.Function):
         distribution: Distribution,
         differentiate_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        layer = replace(layer, weight=weight)
         rows = scan(layer, hidden, targets[:, None], distribution)
         log_probs_S, entropy_S = rows.log_probs(rows.chosen_SK).squeeze(1), rows.entropy()
         ctx.save_for_backward(hidden, weight, targets, rows.peak_S1, rows.total_S1, rows.threshold_S1, entropy_S)
@@ -101,25 +93,18 @@ class _LinearLogProbs(torch.autograd.Function):
 
         def gradient_of_logits(chunk: slice) -> Tensor:
             logits_RV = layer.logits(hidden[chunk]) if saved_logits_RV is None else saved_logits_RV
-            column_R1, total_R1 = layer.columns(targets[chunk, None]), total_S1[chunk]
-            grad_R1, entropy_and_grad = grad_log_probs[chunk, None], None
-            if ctx.differentiate_entropy:
-                entropy_and_grad = entropy_S[chunk, None], grad_entropy[chunk, None]
+            column_R1, grad_R1 = targets[chunk, None] - layer.first_id, grad_log_probs[chunk, None]
+            entropies = (entropy_S[chunk, None], grad_entropy[chunk, None]) if ctx.differentiate_entropy else None
+            args = logits_RV, distribution.temperature, peak_S1[chunk], total_S1[chunk], column_R1, grad_R1, entropies
             if threshold_S1 is None:
-                return layer.softmax.differentiate(
-                    logits_RV, distribution.temperature, peak_S1[chunk], total_R1, column_R1, grad_R1, entropy_and_grad
-                )
-            z_RV = softmax.scaled(logits_RV, distribution.temperature).sub_(peak_S1[chunk])
-            _cut(z_RV, threshold_S1[chunk], column_R1)
-            return softmax.differentiate_relative(
-                z_RV, distribution.temperature, total_R1, column_R1, grad_R1, entropy_and_grad
-            )
+                return layer.softmax.differentiate(*args)
+            return softmax.differentiate(*args, threshold_S1[chunk])
 
         def pass_on(gradient_RV: Tensor, chunk: slice) -> None:
             if grad_hidden is not None:
                 torch.mm(gradient_RV.to(weight.dtype), layer.token_weight, out=grad_hidden[chunk])
             if grad_weight is not None:
-                _add_product(grad_weight[: gradient_RV.shape[1]], gradient_RV, hidden[chunk])
+                add_product(hidden[chunk], gradient_RV, grad_weight[: gradient_RV.shape[1]])
 
         for chunk in chunks:
             pass_on(gradient_of_logits(chunk), chunk)
@@ -193,7 +178,7 @@ def scan(
         logits_RV = layer.logits(hidden[chunk])
         if inspect is not None:
             inspect(chunk, logits_RV)
-        column_RK = layer.columns(ids_SK[chunk])
+        column_RK = ids_SK[chunk] - layer.first_id
         # before the sums, which may overwrite the logits
         rows.sums_NS[2:, chunk] = softmax.take(logits_RV, column_RK).T
         if rows.threshold_S1 is None:
@@ -210,7 +195,7 @@ def scan(
         z_RV = v_RV.sub_(peak_R1)
         rows.peak_S1[chunk] = peak_R1
         rows.threshold_S1[chunk] = threshold(layer.gather(z_RV), distribution.top_k, distribution.top_p)
-        _cut(z_RV, rows.threshold_S1[chunk], column_RK)
+        softmax.cut(z_RV, rows.threshold_S1[chunk], column_RK)
         rows.sums_NS[0, chunk], rows.sums_NS[1, chunk] = softmax.sums(z_RV)
 
     for chunk in layer.chunks(len(hidden), distribution.is_cut, sorts=inspect is not None):
@@ -223,24 +208,82 @@ def scan(
     return rows
 
 
-def _cut(z_RV: Tensor, threshold_R1: Tensor, column_R1: Tensor) -> None:
-    """Replace what is below the threshold by CUT_OFF, in place, except for targets that are this rank's."""
-    target_R1, here_R1 = softmax.take(z_RV, column_R1), softmax.is_here(z_RV, column_R1)
-    z_RV.masked_fill_(z_RV < threshold_R1, CUT_OFF)
-    index_R1 = column_R1.clamp(0, z_RV.shape[1] - 1)
-    z_RV.scatter_(1, index_R1, torch.where(here_R1, target_R1, z_RV.gather(1, index_R1)))
-
-
-def _add_product(total_VH: Tensor, gradient_RV: Tensor, hidden_RH: Tensor) -> None:
-    """Compute total += gradient^T hidden. A total in fp32 takes products that were not rounded to 16 bits."""
-    if total_VH.dtype == hidden_RH.dtype:
-        total_VH.addmm_(gradient_RV.to(total_VH.dtype).T, hidden_RH)
-    elif not total_VH.is_cuda:  # whose products have the dtype of their factors
-        total_VH.addmm_(gradient_RV.T, hidden_RH.float())
+def add_product(inputs_TI: Tensor, gradient_TO: Tensor, total_OI: Tensor) -> None:
+    """Compute total += gradient^T inputs. The product is rounded once, as it is added: a total in fp32 takes products
+    that were not rounded to 16 bits. T tokens, I inputs of a linear, O outputs."""
+    if total_OI.dtype == inputs_TI.dtype:
+        total_OI.addmm_(gradient_TO.to(total_OI.dtype).T, inputs_TI)
+    elif not total_OI.is_cuda:  # whose products have the dtype of their factors
+        total_OI.addmm_(gradient_TO.T, inputs_TI.float())
     else:
-        factor_VR = gradient_RV.to(hidden_RH.dtype).T
-        torch.addmm(total_VH, factor_VR, hidden_RH, out_dtype=total_VH.dtype, out=total_VH)
+        factor_OT = gradient_TO.to(inputs_TI.dtype).T
+        torch.addmm(total_OI, factor_OT, inputs_TI, out_dtype=total_OI.dtype, out=total_OI)
 
 
 def _at_least_fp32(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+# --- several tokens of every position ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def top_candidates(hidden: Tensor, layer: OutputLayer, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the top-``k`` tokens of every row: global ids (int32 [S, k]) and log-probs (fp32 [S, k]), descending.
+
+    Of equally likely tokens the one with the lower id comes first. ``hidden`` [S, H]; no gradient. Raises ValueError
+    for a ``k`` that is larger than the vocabulary or not positive.
+    """
+    if not 0 < k <= layer.vocab_size:
+        raise ValueError(f"{k} candidates of a vocabulary of {layer.vocab_size} tokens")
+    width = min(k, len(layer.weight))  # the same on all ranks, some of which may have fewer tokens
+    keys_SK = torch.full((len(hidden), width), torch.iinfo(torch.int64).min, device=hidden.device)
+
+    def keep_best(chunk: slice, logits_RV: Tensor) -> None:
+        best = _keys(logits_RV, layer.first_id).topk(min(width, logits_RV.shape[1])).values
+        keys_SK[chunk, : best.shape[1]] = best
+
+    no_ids = hidden.new_empty((len(hidden), 0), dtype=torch.int64)
+    rows = scan(layer, hidden, no_ids, Distribution(temperature), keep_best)
+    if layer.group is not None:
+        of_ranks = [torch.empty_like(keys_SK) for _ in range(layer.group.size())]
+        dist.all_gather(of_ranks, keys_SK, layer.group)
+        keys_SK = torch.cat(of_ranks, 1).topk(k).values
+    ids_SK, logits_SK = _from_keys(keys_SK)
+    return ids_SK, rows.log_probs(logits_SK)
+
+
+@torch.no_grad()
+def log_probs_of(hidden: Tensor, layer: OutputLayer, ids: Tensor, temperature: float) -> Tensor:
+    """Return the log-probs of several tokens of every row, fp32 [S, K].
+
+    ``ids``: global ids, int32 or int64 [S, K]; ``hidden`` [S, H]; no gradient.
+    """
+    rows = scan(layer, hidden, ids.long(), Distribution(temperature))
+    return rows.log_probs(rows.chosen_SK)
+
+
+# A key packs a logit and its token id into one int64, so that one topk orders by logit and, among equal logits, by id
+# in descending order of keys: the upper half is the logit as an integer of the same order, the lower half 2^32 - 1 -
+# id.
+_LOW_BITS = 0xFFFFFFFF
+
+
+def _keys(logits_RV: Tensor, first_id: int) -> Tensor:
+    bits_RV = (logits_RV.float() + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0: they are equal
+    ids_V = torch.arange(first_id, first_id + logits_RV.shape[1], device=logits_RV.device)
+    return _ordered(bits_RV).long().bitwise_left_shift_(32).add_(_LOW_BITS - ids_V)
+
+
+def _from_keys(keys_SK: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ids (int32) and logits (fp32)."""
+    ids_SK = _LOW_BITS - (keys_SK & _LOW_BITS)
+    return ids_SK.int(), _ordered((keys_SK >> 32).int()).view(torch.float32)
+
+
+def _ordered(bits: Tensor) -> Tensor:
+    """Map the bits of fp32 numbers, int32, to integers of the same order, or back.
+
+    Bits of positive numbers are in order already; those of negative ones are in reverse, except for the sign.
+    """
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +20,6 @@ from miles_spmd.invariant.flash import shared_backend
 from miles_spmd.invariant.split_attention import part_length
 from miles_spmd.models import Family
 from miles_spmd.models.attention import SPLIT_KEYS
-from miles_spmd.training import weight_gradient  # noqa: F401  # for gradient_accumulation_fusion
 
 # The local layers' dispatcher takes every token to all of its experts, by all-to-all, and supports none of these.
 UNSUPPORTED_BY_LOCAL_EXPERTS = (
@@ -71,17 +69,19 @@ def build_megatron_config(config: Config, family: Family) -> MegatronConfig:
     """Return Megatron's dataclasses for this run: our defaults, overridden by the model's sizes, overridden by the
     user's ``[megatron]`` table.
 
-    A key that is a field of several dataclasses (``use_distributed_optimizer``) goes to each. Raises ValueError listing
-    every key that is a field of none, with the nearest names; and whatever Megatron's own validation raises.
+    A key that is a field of several dataclasses (``use_distributed_optimizer``) goes to each; the configuration was
+    checked to have no other keys. Raises ValueError for what the trainer does not support, and whatever Megatron's own
+    validation raises.
     """
     table = DEFAULTS["megatron"] | _with_virtual_stages(config.megatron, family.num_layers)
-    _refuse_unknown(table)
     _refuse_unsupported(table)
     if config.determinism.deterministic:
         table = {"deterministic_mode": True} | table
     if config.determinism.parity == "bitwise":
         table = _INVARIANT | _as_the_engine(config, family) | table
-    dtypes = _dtypes(config)
+    dtype = getattr(torch, config.model.dtype)
+    names = ("params_dtype", "pipeline_dtype", "autocast_dtype")
+    dtypes = dict.fromkeys(names, dtype) | {"bf16": dtype is torch.bfloat16}
     transformer = _defaults(table) | family.transformer_config() | table | dtypes
     transformer["activation_func"] = getattr(F, transformer["activation_func"])
     optimizer = {"lr": 1e-6, "log_num_zeros_in_grad": False} | table | dtypes | {"min_lr": config.train.min_lr}
@@ -111,14 +111,13 @@ def _as_the_engine(config: Config, family: Family) -> dict[str, int]:
 def _defaults(table: Mapping[str, Any]) -> dict[str, Any]:
     """Return values for TransformerConfig fields that the user left out and whose own default does not fit."""
     on_cpu, local = not torch.cuda.is_available(), table["transformer_impl"] == "local"
+    virtual = table.get("virtual_pipeline_model_parallel_size")
     return {
         # the loss of a step is a plain sum: Megatron must not divide by micro-batches, data- or context-parallel size
         "calculate_per_token_loss": True,
         "use_cpu_initialization": on_cpu,
         # every weight comes from a checkpoint
-        "init_method": _leave_as_allocated,
-        "output_layer_init_method": _leave_as_allocated,
-        "embedding_init_method": _leave_as_allocated,
+        **dict.fromkeys(("init_method", "output_layer_init_method", "embedding_init_method"), lambda weight: weight),
         "gradient_accumulation_fusion": not on_cpu,
         # these need Apex or Transformer Engine
         "masked_softmax_fusion": False,
@@ -130,27 +129,10 @@ def _defaults(table: Mapping[str, Any]) -> dict[str, Any]:
         "moe_grouped_gemm": not local,
         "moe_token_dispatcher_type": "alltoall",
         "moe_aux_loss_coeff": 0.0,
-    } | (_gloo_pipeline() if on_cpu and table.get("virtual_pipeline_model_parallel_size") else {})
-
-
-def _gloo_pipeline() -> dict[str, Any]:
-    """Batched point-to-point calls carry no tags: with two messages in flight between the same two ranks, which
-    interleaved stages have, gloo may deliver the wrong one."""
-    return {"batch_p2p_comm": False, "overlap_p2p_comm": True}
-
-
-def _dtypes(config: Config) -> dict[str, Any]:
-    dtype = getattr(torch, config.model.dtype)
-    return {
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "autocast_dtype": dtype,
-        "bf16": dtype is torch.bfloat16,
+        # Batched point-to-point calls carry no tags: with two messages in flight between the same two ranks, which
+        # interleaved stages have, gloo may deliver the wrong one.
+        **({"batch_p2p_comm": False, "overlap_p2p_comm": True} if on_cpu and virtual else {}),
     }
-
-
-def _leave_as_allocated(weight: torch.Tensor) -> torch.Tensor:
-    return weight
 
 
 def _with_virtual_stages(table: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
@@ -158,28 +140,12 @@ def _with_virtual_stages(table: Mapping[str, Any], num_layers: int) -> dict[str,
     per_stage = table.pop(LAYERS_PER_VIRTUAL_STAGE, None)
     if per_stage is None:
         return table
-    if "virtual_pipeline_model_parallel_size" in table:
-        raise ValueError(f"set either {LAYERS_PER_VIRTUAL_STAGE} or virtual_pipeline_model_parallel_size, not both")
     stages = table.get("pipeline_model_parallel_size", 1)
     if per_stage <= 0 or num_layers % (stages * per_stage):
         raise ValueError(
             f"{LAYERS_PER_VIRTUAL_STAGE} = {per_stage} does not divide the {num_layers} layers over {stages} stages"
         )
     return table | {"virtual_pipeline_model_parallel_size": num_layers // stages // per_stage}
-
-
-def _refuse_unknown(table: Mapping[str, Any]) -> None:
-    known = {
-        field.name
-        for kind in (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig)
-        for field in dataclasses.fields(kind)
-    } | {LAYERS_PER_VIRTUAL_STAGE}
-    unknown = []
-    for key in sorted(set(table) - known):
-        near = difflib.get_close_matches(key, known, n=3)
-        unknown.append(f"{key} (did you mean {', '.join(near)}?)" if near else key)
-    if unknown:
-        raise ValueError("unknown keys in [megatron]: " + "; ".join(unknown))
 
 
 def _refuse_unsupported(table: Mapping[str, Any]) -> None:
@@ -194,13 +160,8 @@ def _refuse_unsupported(table: Mapping[str, Any]) -> None:
             refused.append("moe_token_dispatcher_type")
         if refused:
             raise ValueError(f"not supported with transformer_impl 'local', leave them out: {', '.join(refused)}")
-    if table["transformer_impl"] == "transformer_engine":
-        if not random.HAVE_TE:
-            raise ValueError(
-                "transformer_impl: Transformer Engine is not installed (docs/gpu.md); 'local' runs without it"
-            )
-        if not torch.cuda.is_available():
-            raise ValueError("transformer_impl: Transformer Engine needs a GPU, and there is none; set 'local'")
+    if table["transformer_impl"] == "transformer_engine" and not torch.cuda.is_available():
+        raise ValueError("transformer_impl: Transformer Engine needs a GPU, and there is none; set 'local'")
     if table.get("use_precision_aware_optimizer"):
         raise ValueError(
             "use_precision_aware_optimizer must be false: torch's Adam makes the updates, and its state is fp32"

@@ -2,22 +2,61 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from miles_spmd.invariant import rotary
+from miles_spmd.config import Config
+from miles_spmd.invariant.operators import rotary_table
 from miles_spmd.models import Family
-from miles_spmd.training.heads import Scoring, ValueHead, score
 from miles_spmd.training.layer_spec import LastLayer, block_spec
+from miles_spmd.training.log_probs import Distribution, linear_log_probs, log_probs_of, top_candidates
 from miles_spmd.training.megatron_config import NetworkConfig
 from miles_spmd.training.output_layer import OutputLayer
 from miles_spmd.training.packing import PackedBatch
 from miles_spmd.training.parallel import Coordinates, device
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Which numbers a policy's head computes. A value head computes its one number whatever this is."""
+
+    distribution: Distribution
+    differentiate_entropy: bool = False
+    invariant: bool = False  # log-probs bitwise equal to the engine's
+    top_k: int = 0  # number of candidates: top tokens of each position, with their log-probs
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """Return what training asks for: log-probs under the distribution that responses are sampled from.
+
+        Greedy sampling trains the plain distribution, whose log-probs engines report then.
+        """
+        invariant = config.determinism.parity == "bitwise"
+        if config.run.mode != "rl":
+            return cls(Distribution(), invariant=invariant)
+        r = config.rollout
+        distribution = Distribution(r.rollout_temperature or 1.0)
+        if r.rollout_temperature > 0 and r.rollout_top_k != 1:
+            distribution = replace(distribution, top_p=r.rollout_top_p, top_k=r.rollout_top_k)
+        return cls(distribution, config.algorithm.entropy_coef != 0, invariant)
+
+
+class ValueHead(torch.nn.Module):
+    """One number per position, fp32 [S]. Every tensor-parallel rank holds and computes the whole head."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype, device=device()))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden.float(), self.weight.float()).squeeze(-1)
 
 
 class PackedModel(GPTModel):
@@ -34,9 +73,8 @@ class PackedModel(GPTModel):
             self.output_layer = ValueHead(self.config)
 
     def forward(self, batch: PackedBatch, scoring: Scoring) -> Tensor | tuple[Tensor, ...]:
-        """Return hidden states [T, 1, hidden] between pipeline stages; on the last stage what :func:`score` returns, or
-        the values, fp32 [S], as a tuple of one."""
-        hidden = self.embedding(batch.tokens, batch.positions) if self.pre_process else None
+        """Return hidden states [T, 1, hidden] between pipeline stages; on the last stage what :meth:`_score` does."""
+        hidden = self.embedding(batch.tokens, batch.sequences.positions) if self.pre_process else None
         self._set_rotary(batch)
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=batch.sequences)
         if not self.post_process:
@@ -51,17 +89,21 @@ class PackedModel(GPTModel):
 
     def _set_rotary(self, batch: PackedBatch) -> None:
         """Compute the angles of rotary positions once for all layers and chunks."""
-        sequences = batch.sequences
+        sequences, positions = batch.sequences, batch.sequences.positions
         if sequences.table is None:
-            frequencies = self.rotary_pos_emb.inv_freq.to(batch.positions.device)
-            sequences.table = rotary.table(frequencies, sequences.max_seqlen_q)
+            frequencies = self.rotary_pos_emb.inv_freq.to(positions.device)
+            sequences.table = rotary_table(frequencies, sequences.max_seqlen_q)
         if self.config.transformer_impl == "transformer_engine" and sequences.angles is None:
-            sequences.angles = self.rotary_pos_emb.get_emb(sequences.max_seqlen_q)[:, 0].index_select(
-                0, batch.positions
-            )
+            sequences.angles = self.rotary_pos_emb.get_emb(sequences.max_seqlen_q)[:, 0].index_select(0, positions)
 
     def _score(self, hidden: Tensor, batch: PackedBatch, scoring: Scoring) -> tuple[Tensor, ...]:
-        """Run the head on scored positions only."""
+        """Return log-probs of the targets and the entropy, fp32 [S]; with ``top_k`` also ids (int32) and log-probs
+        (fp32) of the top tokens, [S, top_k]; with the batch's ``candidates`` also their log-probs, fp32 [S, K]. Of a
+        value head return the values, fp32 [S].
+
+        The head runs on scored positions only. Candidates are compared over the whole vocabulary, also where sampling
+        was cut by top-k or top-p.
+        """
         if self.config.sequence_parallel:
             # Either head gives every rank the whole gradient, so the backward pass takes a rank's part without a sum.
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
@@ -78,7 +120,19 @@ class PackedModel(GPTModel):
             vocab_size=self.real_vocab_size,
             group=parallel_state.get_tensor_model_parallel_group(),
         )
-        return score(hidden, batch.targets, batch.candidates, scoring, layer)
+        outputs: tuple[Tensor, ...] = linear_log_probs(
+            hidden,
+            replace(layer, invariant=scoring.invariant),
+            batch.targets,
+            scoring.distribution,
+            differentiate_entropy=scoring.differentiate_entropy,
+        )
+        temperature = scoring.distribution.temperature
+        if scoring.top_k:
+            outputs += top_candidates(hidden, layer, scoring.top_k, temperature)
+        if batch.candidates is not None:
+            outputs += (log_probs_of(hidden, layer, batch.candidates, temperature),)
+        return outputs
 
 
 def build_chunks(config: NetworkConfig, family: Family, where: Coordinates) -> list[torch.nn.Module]:

@@ -6,6 +6,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ from miles_spmd.config import Config
 from miles_spmd.models import Family, TensorLayout
 from miles_spmd.protocol.results import LogProbsResult, ValuesResult
 from miles_spmd.training import parallel
-from miles_spmd.training.heads import Scoring
 from miles_spmd.training.megatron_config import build_megatron_config
-from miles_spmd.training.model import build_chunks, global_names, release
+from miles_spmd.training.model import Scoring, build_chunks, global_names, release
 from miles_spmd.training.packing import PackedBatch, pack, scatter, split, stream_length
 from miles_spmd.types.train_sequence import MicroBatch
 from miles_spmd.weights import hugging_face
@@ -40,35 +40,16 @@ class Network:
 
     def __init__(self, config: Config, family: Family, source: str | Path, *, beside: Network | None = None) -> None:
         self._megatron = build_megatron_config(config, family)
-        self._family = family
-        self._where: parallel.Coordinates = (
-            beside._where if beside else parallel.initialize(self._megatron.transformer, config.run.seed)
+        self.family = family
+        self.where: parallel.Coordinates = (
+            beside.where if beside else parallel.initialize(self._megatron.transformer, config.run.seed)
         )
         self._device = parallel.device()
         self._scoring = Scoring.of(config)
-        self._chunks: list[Any] = build_chunks(self._megatron.transformer, family, self._where)
+        self._chunks: list[Any] = build_chunks(self._megatron.transformer, family, self.where)
         weakref.finalize(self, release, self._chunks)  # see there why the garbage collector is not enough
         self._parameters = global_names(self._chunks)
         hugging_face.load(source, self.weights(), self.layout(), family)
-
-    @property
-    def data_parallel_rank(self) -> int:
-        return self._where.dp_rank
-
-    @property
-    def data_parallel_size(self) -> int:
-        return self._where.dp_size
-
-    @property
-    def num_layers(self) -> int:
-        """Return the number of layers of the whole model."""
-        return self._family.num_layers
-
-    @property
-    def reports(self) -> bool:
-        """Return whether this rank returns results: last pipeline stage, first tensor-parallel, any context-parallel
-        rank."""
-        return self._where.reports
 
     # ---- running the model ----
 
@@ -78,14 +59,12 @@ class Network:
         0. Where sequences have ``candidates`` [T, K], return their log-probs, too; with ``top_k`` also ids and
         log-probs of the top tokens at each position, [T, top_k]."""
         batches = self._pack(micro_batches)
-        outputs = self._score(batches, self._scoring.with_candidates(top_k))
-        if not self.reports:
-            return LogProbsResult()
+        outputs = self._score(batches, replace(self._scoring, top_k=top_k))
         names = ("log_probs", *(("candidates", "candidate_log_probs") if top_k else ()))
         if batches[0].candidates is not None:
             names += ("given_log_probs",)
         own = [(log_probs, *rest) for log_probs, _, *rest in outputs]
-        return LogProbsResult(**{n: self._per_sequence(batches, list(v)) for n, v in zip(names, zip(*own))})
+        return LogProbsResult(**{n: self._per_sequence(batches, v) for n, v in zip(names, zip(*own))})
 
     @torch.no_grad()
     def values(self, micro_batches: Sequence[MicroBatch]) -> ValuesResult:
@@ -93,7 +72,7 @@ class Network:
         are 0."""
         batches = self._pack(micro_batches)
         outputs = self._score(batches, self._scoring)
-        return ValuesResult(self._per_sequence(batches, [values for (values,) in outputs]) if self.reports else None)
+        return ValuesResult(self._per_sequence(batches, [values for (values,) in outputs]))
 
     def _score(self, batches: list[PackedBatch], scoring: Scoring) -> list[Outputs]:
         return self._run(batches, scoring, lambda batch, outputs: (outputs[0].sum(), outputs), forward_only=True)
@@ -104,33 +83,34 @@ class Network:
                 "a step needs at least one micro-batch on every rank; send a sequence without loss weights"
             )
         sequence_parallel, multiple = self._megatron.transformer.sequence_parallel, self._megatron.token_multiple
-        lengths = [stream_length(m, self._where, sequence_parallel, multiple) for m in micro_batches]
-        if self._where.pp_size > 1:
+        lengths = [stream_length(m, self.where, sequence_parallel, multiple) for m in micro_batches]
+        if self.where.pp_size > 1:
             # Equal shapes: sending each neighbour the next shape costs a message, and is ambiguous with virtual stages.
             lengths = [max(lengths)] * len(lengths)
-        return [pack(m, self._where, self._device, length) for m, length in zip(micro_batches, lengths)]
+        return [pack(m, self.where, self._device, length) for m, length in zip(micro_batches, lengths)]
 
     def _run(self, batches: list[PackedBatch], scoring: Scoring, loss_of: LossOf, forward_only: bool) -> list[Any]:
         """Return what ``loss_of`` returns of each micro-batch, on the last pipeline stage; [] on the others."""
-        iterators = [iter(batches) for _ in self._chunks]
-        many = len(self._chunks) > 1
         return get_forward_backward_func()(
             forward_step_func=functools.partial(_forward_step, scoring, loss_of),
-            data_iterator=iterators if many else iterators[0],
-            model=self._chunks if many else self._chunks[0],
+            data_iterator=[iter(batches) for _ in self._chunks],
+            model=self._chunks,
             num_microbatches=len(batches),
-            seq_length=batches[0].tokens.shape[1] * self._where.cp_size,
+            seq_length=batches[0].tokens.shape[1] * self.where.cp_size,
             micro_batch_size=1,
             forward_only=forward_only,
         )
 
-    def _per_sequence(self, batches: list[PackedBatch], values: list[Tensor]) -> list[np.ndarray]:
-        """Return results of all micro-batches, one array per sequence in order, from all context-parallel ranks."""
+    def _per_sequence(self, batches: list[PackedBatch], values: Sequence[Tensor]) -> list[np.ndarray] | None:
+        """Return results of all micro-batches, one array per sequence in order, from all context-parallel ranks; None
+        on ranks that return no results."""
+        if not self.where.reports:
+            return None
         flat = scatter(batches, values)
-        if self._where.cp_group is not None:
+        if self.where.cp_group is not None:
             # every token is scored on one rank and 0 on the others, so the sum is exact
             of_ranks = torch.from_numpy(flat).to(self._device)
-            dist.all_reduce(of_ranks, group=self._where.cp_group)
+            dist.all_reduce(of_ranks, group=self.where.cp_group)
             flat = of_ranks.cpu().numpy()
         return split(batches, flat)
 
@@ -143,27 +123,12 @@ class Network:
 
     def layout(self) -> list[TensorLayout]:
         """Return where every part of every tensor of :meth:`weights` lies in the Hugging Face checkpoint."""
-        where = self._where
-        return [
-            TensorLayout(
-                name,
-                self._family.megatron_layout(
-                    name,
-                    tuple(parameter.shape),
-                    tp_rank=where.tp_rank,
-                    tp_size=where.tp_size,
-                    etp_rank=where.etp_rank,
-                    etp_size=where.etp_size,
-                    ep_rank=where.ep_rank,
-                    ep_size=where.ep_size,
-                ),
-            )
-            for name, parameter in self._parameters.items()
-        ]
+        layout, where = self.family.megatron_layout, self.where.of_weights
+        return [TensorLayout(name, layout(name, tuple(p.shape), **where)) for name, p in self._parameters.items()]
 
     def export(self, path: str | Path, source: str | Path) -> None:
         """Write the weights as a Hugging Face checkpoint, with ``source``'s configuration and tokenizer."""
-        hugging_face.export(path, self.weights(), self.layout(), source, self._family)
+        hugging_face.export(path, self.weights(), self.layout(), source, self.family)
 
     def copy_to_host(self, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Copy the present weights to host memory, pinned where there is a GPU: new memory, or ``into`` what an earlier
@@ -177,7 +142,7 @@ class Network:
         """Read the weights of a Hugging Face checkpoint of this model as :meth:`copy_to_host` returns them. Raises
         HuggingFaceCheckpointError."""
         weights = self._on_host()
-        hugging_face.load(path, weights, self.layout(), self._family)
+        hugging_face.load(path, weights, self.layout(), self.family)
         return weights
 
     def _on_host(self) -> dict[str, Tensor]:

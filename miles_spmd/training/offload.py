@@ -8,7 +8,6 @@ views stay, too: only the storage below them is freed and allocated again.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import NamedTuple
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -16,14 +15,6 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor, UntypedStorage
 
 from miles_spmd.training.optimizer import inner_optimizers
-
-
-class TrainerMemory(NamedTuple):
-    """Bytes on the device."""
-
-    parameters: int
-    gradients: int
-    optimizer: int
 
 
 class Offload:
@@ -45,10 +36,10 @@ class Offload:
         """Return the bytes of device memory that :meth:`move_in` would allocate."""
         return sum(nbytes for _, nbytes in self._released)
 
-    def memory(self) -> TrainerMemory:
-        """Return what the trainer holds on the device now, without activations."""
-        state, gradients = (self._storages(tensors) for tensors in (self._state(), self._gradients()))
-        return TrainerMemory(sum(self._weights.values()), _size(gradients), _size(state))
+    def memory(self) -> dict[str, int]:
+        """Return the bytes that the trainer holds on the device now, by purpose, without activations."""
+        gradients, state = _size(self._storages(self._gradients())), _size(self._storages(self._state()))
+        return {"parameters": sum(self._weights.values()), "gradients": gradients, "optimizer": state}
 
     def move_out(self) -> int:
         """Offload all but the weights until :meth:`move_in`; only the weights may be used meanwhile.
@@ -59,7 +50,8 @@ class Offload:
             return 0
         self._optimizer.zero_grad()  # drops references to gradients in the optimizer's dtype
         state, gradients = self._storages(self._state()), self._storages(self._gradients())
-        self._reserve(_size(state))
+        if self._host.numel() < _size(state):
+            self._host = torch.empty(_size(state), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         for storage, host in zip(state, self._slices(state)):
             host.copy_(_bytes(storage), non_blocking=True)
         if state and state[0].is_cuda:
@@ -101,15 +93,8 @@ class Offload:
         storages = {_identity(tensor.untyped_storage()): tensor.untyped_storage() for tensor in tensors}
         return [storage for identity, storage in storages.items() if identity not in self._weights]
 
-    def _reserve(self, nbytes: int) -> None:
-        if self._host.numel() < nbytes:
-            self._host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-
     def _slices(self, storages: list[UntypedStorage]) -> Iterable[Tensor]:
-        start = 0
-        for storage in storages:
-            yield self._host[start : start + storage.nbytes()]
-            start += storage.nbytes()
+        return self._host[: _size(storages)].split([storage.nbytes() for storage in storages])
 
 
 def _identity(storage: UntypedStorage) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 
 import numpy as np
 import torch
@@ -39,8 +38,7 @@ def operator_outputs(network: Network, tokens: list[int]) -> OperatorOutputs:
     return {name: rows for of_chunk in found for name, rows in of_chunk.items()}
 
 
-@contextmanager
-def _recorded(model: PackedModel, tokens: int) -> Iterator[OperatorOutputs]:
+def _recorded(model: PackedModel, tokens: int) -> AbstractContextManager[OperatorOutputs]:
     modules: dict[str, torch.nn.Module] = {FIRST: model.embedding} if model.pre_process else {}
     for layer in model.decoder.layers:
         own = dict(layer.named_modules())
@@ -65,5 +63,4 @@ def _recorded(model: PackedModel, tokens: int) -> Iterator[OperatorOutputs]:
         """Return the weights of the chosen experts, the largest first."""
         return rows.topk(model.config.moe_router_topk).values
 
-    with hooked(modules, places, {"query, key and value": queries_keys_values, "router": weights}) as found:
-        yield found
+    return hooked(modules, places, {"query, key and value": queries_keys_values, "router": weights})

@@ -27,8 +27,7 @@ def build_optimizer(megatron: MegatronConfig, chunks: list[DistributedDataParall
     optimizer = get_megatron_optimizer(megatron.optimizer, chunks)
     for inner in inner_optimizers(optimizer):
         if isinstance(inner.optimizer, torch.optim.AdamW | torch.optim.Adam):
-            _use_fused_kernel(inner.optimizer)
-            _allocate_state(inner.optimizer)
+            _prepare(inner.optimizer)
     return optimizer
 
 
@@ -37,16 +36,13 @@ def inner_optimizers(optimizer: ChainedOptimizer) -> list[MegatronOptimizer]:
     return [inner for inner in optimizer.chained_optimizers if not inner.is_stub_optimizer]
 
 
-def _use_fused_kernel(adam: torch.optim.Optimizer) -> None:
-    """Megatron configures torch's Adam in its slowest form, a loop of small operations for every parameter."""
+def _prepare(adam: torch.optim.Optimizer) -> None:
+    """Use the fused kernel, for Megatron configures torch's Adam in its slowest form, a loop of small operations for
+    every parameter; and set moments of zero and step 0, as the first update would. A checkpoint can then be loaded
+    into, or saved from, an optimizer that has made no update: Megatron's distributed optimizer requires a step in every
+    state."""
     for group in adam.param_groups:
         group["fused"], group["foreach"] = True, False
-
-
-def _allocate_state(adam: torch.optim.Optimizer) -> None:
-    """Set moments of zero and step 0, as the first update would. A checkpoint can then be loaded into, or saved from,
-    an optimizer that has made no update: Megatron's distributed optimizer requires a step in every state."""
-    for group in adam.param_groups:
         for parameter in group["params"]:
             adam.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -62,7 +58,6 @@ def build_schedule(config: Config, megatron: MegatronConfig, optimizer: ChainedO
     updates = planned_updates(config)
     if train.lr_warmup_iters >= updates:
         raise ValueError(f"lr_warmup_iters {train.lr_warmup_iters} must be smaller than the run's {updates} updates")
-    weight_decay = megatron.optimizer.weight_decay
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -71,8 +66,8 @@ def build_schedule(config: Config, megatron: MegatronConfig, optimizer: ChainedO
         lr_warmup_steps=train.lr_warmup_iters,
         lr_decay_steps=updates,
         lr_decay_style=train.lr_decay_style,
-        start_wd=weight_decay,
-        end_wd=weight_decay,
+        start_wd=megatron.optimizer.weight_decay,
+        end_wd=megatron.optimizer.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
     )

@@ -81,11 +81,6 @@ class OutputLayer:
             logits_RV = self.gather(logits_RV)[:, : self.vocab_size].contiguous()
         return self.softmax.measure(logits_RV, temperature)
 
-    def columns(self, ids: Tensor) -> Tensor:
-        """Return the columns of the tokens ``ids`` in this rank's logits; below 0 or from V on for other ranks'
-        tokens."""
-        return ids - self.first_id
-
     def chunks(self, rows: int, cut: bool, sorts: bool = False) -> list[slice]:
         """Return the chunks of ``rows`` rows. ``cut``: the distribution is cut by top-k or top-p, for which the whole
         vocabulary is gathered and sorted; ``sorts``: this rank's logits are sorted.

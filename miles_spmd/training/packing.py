@@ -13,14 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from miles_spmd.training.attention import PackedSequences, make_blocks
 from miles_spmd.training.parallel import Coordinates
-from miles_spmd.training.segment_sum import PackedSegmentSum
 from miles_spmd.types.token_batch import TokenBatch
 from miles_spmd.types.train_sequence import MicroBatch, TrainSequence
 
@@ -41,13 +42,46 @@ class PackedBatch:
     """
 
     tokens: Tensor  # int64 [1, T]
-    positions: Tensor  # int64 [T], of each token within its sequence
     sequences: PackedSequences
     targets: Tensor  # int64 [S], the token that each scored position predicts
     candidates: Tensor | None  # int64 [S, K], other tokens whose log-probs are computed
     batch: TokenBatch  # [S]
     sources: np.ndarray  # int64 [S], the flat index of each scored token; -1: a stand-in's
     lengths: list[int]  # of the sequences
+
+
+class PackedSegmentSum:
+    """The :class:`~miles_spmd.types.token_batch.SegmentSum` of a packed micro-batch.
+
+    ``segment`` int64 [S] is the number of each scored token's segment within the micro-batch, which has ``count`` of
+    them; ``group`` joins the context-parallel ranks that share the segments.
+    """
+
+    def __init__(self, segment: Tensor, count: int, group: dist.ProcessGroup | None) -> None:
+        self.segment, self.count, self.group = segment, count, group
+
+    def __call__(self, values: Tensor) -> Tensor:
+        return _SegmentSum.apply(values, self)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return for each token the sum of its segment's ``values``, [S], without a gradient."""
+        totals = values.new_zeros(self.count).index_add_(0, self.segment, values)
+        if self.group is not None:
+            dist.all_reduce(totals, group=self.group)
+        return totals[self.segment]
+
+
+class _SegmentSum(torch.autograd.Function):
+    """Multiplication by a symmetric matrix: the backward pass is the same operation."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, sums: PackedSegmentSum) -> Tensor:
+        ctx.sums = sums
+        return sums.total(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.sums.total(gradient), None
 
 
 def stream_length(micro_batch: MicroBatch, where: Coordinates, sequence_parallel: bool, multiple: int = 1) -> int:
@@ -98,13 +132,16 @@ def pack(micro_batch: MicroBatch, where: Coordinates, device: torch.device, leng
         flat = _flat(micro_batch, name)
         return None if flat is None else tensor(np.where(sources < 0, 0, flat[sources]).astype(np.float32))
 
+    def sums(sequences: int) -> PackedSegmentSum:
+        """Of segments of so many sequences."""
+        return PackedSegmentSum(tensor(sequence_of[sources] // sequences), len(lengths), where.cp_group)
+
     candidates = _flat(micro_batch, "candidates")
     sequence_of = np.repeat(np.arange(len(lengths)), lengths)
     longest = int(whole.max())
     starts = tensor(np.concatenate([[0], np.cumsum(whole)]).astype(np.int32))
     return PackedBatch(
         tokens=tensor(tokens[own])[None],
-        positions=tensor(within[own]),
         sequences=PackedSequences(
             qkv_format="thd",
             cu_seqlens_q=starts,
@@ -119,11 +156,9 @@ def pack(micro_batch: MicroBatch, where: Coordinates, device: torch.device, leng
         candidates=None if candidates is None else tensor(candidates[sources].astype(np.int64)),
         batch=TokenBatch(
             loss_weights=per_token("loss_weights"),  # type: ignore[arg-type]
-            sequence_sum=PackedSegmentSum(tensor(sequence_of[sources]), len(lengths), where.cp_group),
+            sequence_sum=sums(1),
             # a pair's two sequences follow each other, so sequences 2 i and 2 i + 1 are pair i
-            pair_sum=(
-                PackedSegmentSum(tensor(sequence_of[sources] // 2), len(lengths), where.cp_group) if in_pairs else None
-            ),
+            pair_sum=sums(2) if in_pairs else None,
             **{name: per_token(name) for name in _OPTIONAL_FIELDS},  # type: ignore[arg-type]
         ),
         sources=sources,

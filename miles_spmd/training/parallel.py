@@ -9,6 +9,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer import TransformerConfig
 
+# the settings of Megatron that make process groups
+_SIZES = (
+    *(f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "virtual_pipeline", "expert")),
+    "context_parallel_size",
+    "expert_tensor_parallel_size",
+)
+
 
 @dataclass(frozen=True)
 class Coordinates:
@@ -33,6 +40,11 @@ class Coordinates:
         """Return whether this rank returns results: one rank for each part of the batch, on the stage with the loss."""
         return self.pp_rank == self.pp_size - 1 and self.tp_rank == 0
 
+    @property
+    def of_weights(self) -> dict[str, int]:
+        """Return the coordinates that decide which part of a layer's weights this rank has, by name."""
+        return {name: getattr(self, name) for kind in ("tp", "etp", "ep") for name in (f"{kind}_rank", f"{kind}_size")}
+
 
 def initialize(config: TransformerConfig, seed: int) -> Coordinates:
     """Create the process groups, seed the RNG trackers and return this rank's coordinates. torch.distributed must be
@@ -42,30 +54,20 @@ def initialize(config: TransformerConfig, seed: int) -> Coordinates:
     call, as in tests, replaces the groups of the first.
     """
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
-        context_parallel_size=config.context_parallel_size,
-        expert_model_parallel_size=config.expert_model_parallel_size,
-        expert_tensor_parallel_size=config.expert_tensor_parallel_size,
-    )
+    parallel_state.initialize_model_parallel(**{name: getattr(config, name) for name in _SIZES})
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    return Coordinates(
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
-        cp_rank=parallel_state.get_context_parallel_rank(),
-        cp_size=parallel_state.get_context_parallel_world_size(),
-        cp_group=parallel_state.get_context_parallel_group() if config.context_parallel_size > 1 else None,
-        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=parallel_state.get_data_parallel_world_size(),
-        ep_rank=parallel_state.get_expert_model_parallel_rank(),
-        ep_size=parallel_state.get_expert_model_parallel_world_size(),
-        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
-        etp_size=parallel_state.get_expert_tensor_parallel_world_size(),
-    )
+    context = parallel_state.get_context_parallel_group()
+    groups = {
+        "tp": parallel_state.get_tensor_model_parallel_group(),
+        "cp": context,
+        "pp": parallel_state.get_pipeline_model_parallel_group(),
+        "dp": parallel_state.get_data_parallel_group(),
+        "ep": parallel_state.get_expert_model_parallel_group(),
+        "etp": parallel_state.get_expert_tensor_parallel_group(),
+    }
+    ranks = {f"{kind}_rank": group.rank() for kind, group in groups.items()}
+    sizes = {f"{kind}_size": group.size() for kind, group in groups.items()}
+    return Coordinates(**ranks, **sizes, cp_group=context if context.size() > 1 else None)
 
 
 def device() -> torch.device:

@@ -49,17 +49,17 @@ class TreeSum:
         # factors of two. A completed subtree is the sum of its left half, the last entry of ``_subtrees``, and of its
         # right half, which the buffers hold.
         for _ in range((self._leaf & -self._leaf).bit_length() - 1):
-            self._add(self._subtrees.pop())
+            torch._foreach_add_(self._gradient, self._subtrees.pop())
         if self._leaf < self.own_leaves:
             self._subtrees.append([part.clone() for part in self._gradient])
-            self._clear()
+            torch._foreach_zero_(self._gradient)
             return
         self._leaf = 0
         self._sum_over_ranks()
         # All but the first rank have zeros now, so Megatron's own sum over the ranks only copies the result to them.
         plain_sum(chunks, **groups)
         # One rank alone may keep a -0, where a sum with other ranks' zeros is 0: adding 0 makes both the same.
-        self._add([torch.zeros((), device=part.device) for part in self._gradient])
+        torch._foreach_add_(self._gradient, 0.0)
 
     def _sum_over_ranks(self) -> None:
         """Continue the tree over the ranks, by point-to-point messages: an all-reduce sums in an order of its own.
@@ -71,18 +71,10 @@ class TreeSum:
             if rank % (2 * stride):
                 for part in self._gradient:
                     dist.send(part, group=self._group, group_dst=rank - stride)
-                self._clear()
+                torch._foreach_zero_(self._gradient)
                 return
             received = [torch.empty_like(part) for part in self._gradient]
             for part in received:
                 dist.recv(part, group=self._group, group_src=rank + stride)
-            self._add(received)
+            torch._foreach_add_(self._gradient, received)
             stride *= 2
-
-    def _add(self, other: list[Tensor]) -> None:
-        for part, more in zip(self._gradient, other, strict=True):
-            part.add_(more)
-
-    def _clear(self) -> None:
-        for part in self._gradient:
-            part.zero_()

@@ -30,57 +30,46 @@ class Roles:
         source = config.model.hf_checkpoint
         family = load_family(source, value_head=config.run.mode == "rm")
         self.actor = Trainer(config, family, make_loss(config.run.mode, config.algorithm))
-        self.critic = self._build_critic(config) if config.has_critic else None
+        self._trainers = {Role.ACTOR: self.actor}
+        if config.has_critic:
+            loss, critic = ValueLoss(config.algorithm), config.model.critic_load or source
+            values = load_family(critic, value_head=True)
+            self._trainers[Role.CRITIC] = Trainer(config.of_critic(), values, loss, source=critic, beside=self.actor)
         self._snapshots: dict[Role, dict[str, Tensor]] = {}
-        self._teacher = self._build_teacher(config) if config.has_teacher else None
+        self._teacher: Network | None = None
+        if config.has_teacher and (teacher := config.model.teacher_load):
+            self._teacher = Network(config, load_family(teacher), teacher, beside=self.actor)
+            self._snapshots[Role.TEACHER] = self._teacher.move_to_host()
         if config.has_reference:
             self._snapshots[Role.REF] = self.actor.read_to_host(config.model.ref_load or source)
         if config.algorithm.keep_old_actor:
             self.snapshot(Role.OLD_ACTOR)
         self._saves_reference = config.has_reference and config.algorithm.ref_update_interval > 0
 
-    def _build_critic(self, config: Config) -> Trainer:
-        source = config.model.critic_load or config.model.hf_checkpoint
-        loss = ValueLoss(config.algorithm)
-        family = load_family(source, value_head=True)
-        return Trainer(config.of_critic(), family, loss, source=source, beside=self.actor)
-
-    def _build_teacher(self, config: Config) -> Network:
-        source = config.model.teacher_load
-        if source is None:
-            raise ValueError("model.teacher_load is not set; set it to the teacher's checkpoint")
-        teacher = Network(config, load_family(source), source, beside=self.actor)
-        self._snapshots[Role.TEACHER] = teacher.move_to_host()
-        return teacher
-
     def trainer(self, role: Role) -> Trainer:
         """Return the trainer of ``role``. Raises ValueError for a role that is not trained in this run."""
-        trainer = {Role.ACTOR: self.actor, Role.CRITIC: self.critic}.get(role)
-        if trainer is None:
+        if role not in self._trainers:
             raise ValueError(f"this run trains no {role}")
-        return trainer
+        return self._trainers[role]
 
     def move_out(self) -> int:
         """Offload all but the weights of the trainers to host memory; return the bytes that were released on the
         device."""
-        return sum(trainer.offload.move_out() for trainer in self._trainers())
+        return sum(trainer.offload.move_out() for trainer in self._trainers.values())
 
     def move_in(self) -> int:
         """Undo :meth:`move_out`; return the bytes that were allocated on the device."""
-        return sum(trainer.offload.move_in() for trainer in self._trainers())
+        return sum(trainer.offload.move_in() for trainer in self._trainers.values())
 
     @property
     def offloaded_bytes(self) -> int:
         """Return the bytes of device memory that :meth:`move_in` would allocate."""
-        return sum(trainer.offload.offloaded_bytes for trainer in self._trainers())
+        return sum(trainer.offload.offloaded_bytes for trainer in self._trainers.values())
 
     def memory(self) -> dict[str, int]:
         """Return the bytes that the trainers hold on the device now, by purpose, without activations."""
-        critic = {"critic": sum(self.critic.offload.memory())} if self.critic else {}
-        return self.actor.offload.memory()._asdict() | critic
-
-    def _trainers(self) -> list[Trainer]:
-        return [trainer for trainer in (self.actor, self.critic) if trainer is not None]
+        others = {role: sum(t.offload.memory().values()) for role, t in self._trainers.items() if t is not self.actor}
+        return self.actor.offload.memory() | others
 
     @contextmanager
     def network(self, role: Role) -> Iterator[Network]:
@@ -108,29 +97,26 @@ class Roles:
         return WeightsDigest(digests.of_weights, digests.of_updates, to_host(digests.weights()))
 
     def optimizer_digests(self) -> CheckpointResult:
-        trainers = {Role.ACTOR: self.actor, Role.CRITIC: self.critic}
-        return CheckpointResult({role: t.digests.optimizer_state() for role, t in trainers.items() if t and t.digests})
+        return CheckpointResult({r: t.digests.optimizer_state() for r, t in self._trainers.items() if t.digests})
 
     # ---- checkpoints ----
 
     def save(self, path: str | Path) -> None:
         """Write the trainers, and a reference policy that may differ from its checkpoint, into folders under
         ``path``."""
-        self.actor.save(Path(path, "actor"))
-        if self.critic is not None:
-            self.critic.save(Path(path, "critic"))
+        for role, trainer in self._trainers.items():
+            trainer.checkpoint.save(Path(path, role))
         if self._saves_reference:
             with self.network(Role.REF):
-                self.actor.save_weights(Path(path, "ref"))
+                self.actor.checkpoint.save_weights(Path(path, "ref"))
 
     def load(self, path: str | Path) -> None:
         """Continue from what :meth:`save` wrote. Raises TrainerCheckpointError."""
         if self._saves_reference:
             # by way of the actor's network, whose own weights are loaded next
-            self.actor.load_weights(Path(path, "ref"))
+            self.actor.checkpoint.load_weights(Path(path, "ref"))
             self.snapshot(Role.REF)
-        self.actor.load(Path(path, "actor"))
-        if self.critic is not None:
-            self.critic.load(Path(path, "critic"))
+        for role, trainer in self._trainers.items():
+            trainer.checkpoint.load(Path(path, role))
         if Role.OLD_ACTOR in self._snapshots:
             self.snapshot(Role.OLD_ACTOR)  # the engine is given the newest weights, too

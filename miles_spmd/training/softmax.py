@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+CUT_OFF = -1e4  # in place of a logit that is cut: exp is 0, as of -inf, but 0 times it is not NaN
+
 
 def measure(logits_RV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return every row's peak of v [R, 1], and its sums of exp(z) and of z exp(z), [R] each.
@@ -28,29 +30,20 @@ def differentiate(
     column_R1: Tensor,
     grad_R1: Tensor,
     entropy_and_grad: tuple[Tensor, Tensor] | None = None,
+    threshold_R1: Tensor | None = None,
 ) -> Tensor:
     """Return the gradient of the logits, which are overwritten.
 
+    d log p_y / d v = onehot(y) - p;  d H / d v = -p (log p + H).
+
     ``total``: sum of exp(z) over the whole vocabulary. ``column``: the target's, below 0 or from V on where it is
     another rank's. ``grad``: gradient of the target's log-prob. ``entropy_and_grad``: the row's entropy and its
-    gradient, [R, 1] each; None: the entropy has no gradient.
+    gradient, [R, 1] each; None: the entropy has no gradient. ``threshold``: of z, for :func:`cut`; None: no token is
+    cut.
     """
     z_RV = scaled(logits_RV, temperature).sub_(peak_R1)
-    return differentiate_relative(z_RV, temperature, total_R1, column_R1, grad_R1, entropy_and_grad)
-
-
-def differentiate_relative(
-    z_RV: Tensor,
-    temperature: float,
-    total_R1: Tensor,
-    column_R1: Tensor,
-    grad_R1: Tensor,
-    entropy_and_grad: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    """Return what :func:`differentiate` does, from z, in place.
-
-    d log p_y / d v = onehot(y) - p;  d H / d v = -p (log p + H).
-    """
+    if threshold_R1 is not None:
+        cut(z_RV, threshold_R1, column_R1)
     grad_R1 = grad_R1 / temperature
     if entropy_and_grad is None:
         gradient_RV = z_RV.exp_().mul_(-grad_R1 / total_R1)
@@ -87,3 +80,11 @@ def take(values_RV: Tensor, column_RK: Tensor) -> Tensor:
 def is_here(values_RV: Tensor, column_RK: Tensor) -> Tensor:
     """Return whether the columns are this rank's, bool [R, K]."""
     return (column_RK >= 0) & (column_RK < values_RV.shape[1])
+
+
+def cut(z_RV: Tensor, threshold_R1: Tensor, column_R1: Tensor) -> None:
+    """Replace what is below the threshold by CUT_OFF, in place, except for targets that are this rank's."""
+    target_R1, here_R1 = take(z_RV, column_R1), is_here(z_RV, column_R1)
+    z_RV.masked_fill_(z_RV < threshold_R1, CUT_OFF)
+    index_R1 = column_R1.clamp(0, z_RV.shape[1] - 1)
+    z_RV.scatter_(1, index_R1, torch.where(here_R1, target_R1, z_RV.gather(1, index_R1)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -15,7 +15,7 @@ from miles_spmd.algorithms.losses import Loss
 from miles_spmd.config import Config
 from miles_spmd.models import Family
 from miles_spmd.protocol.results import TrainResult, UpdateDigests
-from miles_spmd.training import checkpoint
+from miles_spmd.training.checkpoint import TrainerCheckpoint
 from miles_spmd.training.digests import TrainerDigests, to_host
 from miles_spmd.training.network import Network, Outputs
 from miles_spmd.training.offload import Offload
@@ -24,12 +24,8 @@ from miles_spmd.training.packing import PackedBatch
 from miles_spmd.training.reduction import TreeSum, plain_sum
 from miles_spmd.types.train_sequence import MicroBatch
 
-
-class Outcome(NamedTuple):
-    """What the last pipeline stage returns of one micro-batch."""
-
-    scores: Tensor  # fp32 [S], log-probs or values
-    sums: dict[str, Tensor]
+# What the last pipeline stage returns of one micro-batch: log-probs or values, fp32 [S], and the loss's sums.
+Outcome = tuple[Tensor, dict[str, Tensor]]
 
 
 class Trainer(Network):
@@ -58,9 +54,15 @@ class Trainer(Network):
         ]
         self._optimizer = build_optimizer(self._megatron, self._chunks)
         self._schedule = build_schedule(config, self._megatron, self._optimizer)
+        self.checkpoint = TrainerCheckpoint(self._chunks, self._optimizer, self._schedule)
         leaves = config.train.reduction_leaves
         self._sum_gradients = TreeSum(self._chunks, leaves) if leaves else plain_sum
-        self._connect_schedule()
+        # the functions that Megatron's pipeline schedules call back, as its own training loop sets them
+        transformer.finalize_model_grads_func = self._sum_gradients
+        if ddp.overlap_grad_reduce:
+            transformer.no_sync_func = _per_chunk([chunk.no_sync for chunk in self._chunks])
+        if ddp.overlap_param_gather and ddp.align_param_gather:
+            transformer.param_sync_func = _per_chunk([chunk.start_param_sync for chunk in self._chunks])
         ledger = config.determinism.ledger
         self.digests = TrainerDigests(self._parameters, self.layout(), self._optimizer) if ledger else None
         self.offload = Offload(self._chunks, self._optimizer, self.weights().values())
@@ -82,24 +84,26 @@ class Trainer(Network):
             for start in range(0, len(batches), size)
         ]
         lr = self._optimizer.param_groups[0]["lr"]
-        gradient = self.digests.gradient() if self.digests else None
+        digests, gradient = self.digests, self.digests.gradient() if self.digests else torch.empty(0)
         norm, updated = update(self._optimizer)
         self._optimizer.zero_grad()  # frees fp32 copies of bf16 gradients, which would stay until the next step
         if updated:
             self._schedule.step(1)
-            self._finish_gathering_parameters()
-        digests = None
-        if self.digests and gradient is not None:
-            digests = UpdateDigests(to_host(gradient), to_host(self.digests.weights()))
-        sums = [_sum_over_micro_batches([o.sums for o in leaf]) for leaf in outcomes]
-        scores = [o.scores for leaf in outcomes for o in leaf]
+            if self._megatron.ddp.overlap_param_gather:
+                # they would arrive in the next forward pass, and the engine reads them before that
+                for chunk in self._chunks:
+                    chunk.start_param_sync(force_sync=True)
+        sums = [_sum_over_micro_batches([sums for _, sums in leaf]) for leaf in outcomes]
+        scores = [scores for leaf in outcomes for scores, _ in leaf]
+        # a rank without a loss, or with a finite one, can only name the gradient
+        finite = all(math.isfinite(leaf.get("loss", 0.0)) for leaf in sums)
         return TrainResult(
             sums=sums,
             grad_norm=norm,
             lr=lr,
-            skipped="" if updated else _why_skipped(sums),
-            log_probs=self._per_sequence(batches, scores) if self.reports else None,
-            digests=digests,
+            skipped="" if updated else f"non-finite {'gradient' if finite else 'loss'}",
+            log_probs=self._per_sequence(batches, scores),
+            digests=UpdateDigests(to_host(gradient), to_host(digests.weights())) if digests else None,
         )
 
     def _loss(self, batch: PackedBatch, outputs: Outputs) -> tuple[Tensor, Outcome]:
@@ -108,45 +112,11 @@ class Trainer(Network):
         # The gradient of a loss that is not finite may be finite. The factor makes it NaN, so that all ranks see it in
         # the norm and skip the step together; reading the loss here would wait for the device.
         loss = loss * torch.where(torch.isfinite(loss), 1.0, float("nan"))
-        return loss, Outcome(outputs[0].detach(), {"loss": loss.detach(), **sums})
+        return loss, (outputs[0].detach(), {"loss": loss.detach(), **sums})
 
-    def _finish_gathering_parameters(self) -> None:
-        """Gather weights now: with overlap_param_gather they would arrive in the next forward pass, and the engine
-        reads them before that."""
-        if self._megatron.ddp.overlap_param_gather:
-            for chunk in self._chunks:
-                chunk.start_param_sync(force_sync=True)
 
-    def _connect_schedule(self) -> None:
-        """Set the functions that Megatron's pipeline schedules call back, as its own training loop does."""
-        config, ddp = self._megatron.transformer, self._megatron.ddp
-        config.finalize_model_grads_func = self._sum_gradients
-
-        def per_chunk(functions: list[Any]) -> Any:
-            return functions if len(functions) > 1 else functions[0]
-
-        if ddp.overlap_grad_reduce:
-            config.no_sync_func = per_chunk([chunk.no_sync for chunk in self._chunks])
-        if ddp.overlap_param_gather and ddp.align_param_gather:
-            config.param_sync_func = per_chunk([chunk.start_param_sync for chunk in self._chunks])
-
-    # ---- checkpoints ----
-
-    def save(self, path: str | Path) -> None:
-        """Write weights, optimizer, schedule and random state into the folder ``path``; all ranks call this."""
-        checkpoint.save(path, self._chunks, self._optimizer, self._schedule)
-
-    def load(self, path: str | Path) -> None:
-        """Continue from what :meth:`save` wrote, under the same or another layout; errors as in :mod:`checkpoint`."""
-        checkpoint.load(path, self._chunks, self._optimizer, self._schedule)
-
-    def save_weights(self, path: str | Path) -> None:
-        """Write the weights alone into the folder ``path``; all ranks call this."""
-        checkpoint.save_weights(path, self._chunks)
-
-    def load_weights(self, path: str | Path) -> None:
-        """Replace the weights by what :meth:`save_weights` wrote; the optimizer's main parameters stay as they are."""
-        checkpoint.load_weights(path, self._chunks)
+def _per_chunk(functions: list[Any]) -> Any:
+    return functions if len(functions) > 1 else functions[0]
 
 
 def _sum_over_micro_batches(sums: list[dict[str, Tensor]]) -> dict[str, float]:
@@ -156,9 +126,3 @@ def _sum_over_micro_batches(sums: list[dict[str, Tensor]]) -> dict[str, float]:
     names = list(sums[0])
     totals = torch.stack([torch.stack([s[name].double() for name in names]) for s in sums]).sum(0)
     return dict(zip(names, totals.tolist()))
-
-
-def _why_skipped(sums: list[dict[str, float]]) -> str:
-    """Return why this rank skips the step. A rank without a loss, or with a finite one, can only name the gradient."""
-    finite = all(math.isfinite(leaf.get("loss", 0.0)) for leaf in sums)
-    return "non-finite gradient" if finite else "non-finite loss"

@@ -22,31 +22,21 @@ class RotaryDotProductAttention(TEDotProductAttention):
     """
 
     def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: Any,
-        attention_bias: Tensor | None = None,
-        *,
-        packed_seq_params: PackedSequences,
+        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, packed_seq_params: PackedSequences, **kwargs: Any
     ) -> Tensor:
         """``query`` [T, H, D], ``key`` and ``value`` [T, G, D] -> [T, H * D]."""
         query, key = (
             fused_apply_rotary_pos_emb(x.unsqueeze(1), packed_seq_params.angles.unsqueeze(1)).squeeze(1)
             for x in (query, key)
         )
-        return super().forward(query, key, value, attention_mask, attn_mask_type, packed_seq_params=packed_seq_params)
+        return super().forward(query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs)
 
 
 def layer_submodules(config: TransformerConfig) -> TransformerLayerSubmodules:
     """Return the modules of a layer. Under context parallelism attention is :class:`PackedAttention`, which gathers
     keys and values once; Transformer Engine's would pass them around in a ring."""
     spec = get_gpt_layer_with_transformer_engine_spec(
-        num_experts=config.num_moe_experts,
-        moe_grouped_gemm=config.moe_grouped_gemm,
-        qk_layernorm=config.qk_layernorm,
+        num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
     )
     attention = PackedAttention if config.context_parallel_size > 1 else RotaryDotProductAttention
     spec.submodules.self_attention.submodules.core_attention = attention

@@ -1,7 +1,5 @@
 """The phases of a run: commands, heartbeats, deadlines and errors name them."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 from typing import Self
 

@@ -1,7 +1,5 @@
 """Requests to an engine and its outputs: plain data that the control plane carries."""
 
-from __future__ import annotations
-
 import math
 
 import msgspec

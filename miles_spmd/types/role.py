@@ -1,7 +1,5 @@
 """The models of a run, named by their role in the algorithm."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 
 

@@ -5,8 +5,6 @@ t belongs to token t). A *rollout* is one or more samples (siblings, for example
 reward; a *group* is all rollouts of one prompt.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import cached_property
 

@@ -1,7 +1,5 @@
 """The unit of work: a response to a prompt, from request to reward."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Seeds, as pure functions of identity: they depend on no time, arrival order or layout."""
 
-from __future__ import annotations
-
 import hashlib
 
 import msgspec

@@ -1,7 +1,5 @@
 """The trainer's input: a sequence of tokens, and the arrays that its loss needs, aligned with the tokens."""
 
-from __future__ import annotations
-
 import msgspec
 import numpy as np
 

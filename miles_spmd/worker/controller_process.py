@@ -16,8 +16,7 @@ from multiprocessing.connection import Pipe
 import msgspec
 
 from miles_spmd.config import Config
-from miles_spmd.protocol.credentials import Credentials
-from miles_spmd.protocol.order import Order, Replay
+from miles_spmd.protocol.pipe import EXIT_SECONDS, Credentials, Order, Replay
 
 CLEAN_UP = 1.0  # seconds for processes that the controller has left behind to end by themselves
 
@@ -49,9 +48,10 @@ class ControllerProcess:
         return self._pipe.fileno()
 
     def stop(self, reason: str) -> None:
-        """Request the controller to stop; ``reason`` is for its last message."""
+        """Request the controller to stop, and wait for its end; ``reason`` is for its last message."""
         with contextlib.suppress(BrokenPipeError):
             self._pipe.send_bytes(reason.encode())
+        self.wait(2 * EXIT_SECONDS)
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the end, kill the controller after ``timeout`` seconds, and return its exit status (negative: the

@@ -31,7 +31,8 @@ from miles_spmd.worker.stopwatch import Stopwatch
 
 
 class DeviceTurns:
-    """An engine, a trainer (``roles``), or both, and the refit between them. ``everyone``: the group of all ranks.
+    """An engine, a trainer (``roles``), or both, and the refit between them where the run generates (``refits``).
+    ``everyone``: the group of all ranks.
 
     A new engine is resident and has no weights. With ``update_weights_interval`` > 1 the engine keeps its weights while
     the trainer works, because the trainer no longer has these older weights. ``watch`` measures the time of each part,
@@ -46,14 +47,16 @@ class DeviceTurns:
         watch: Stopwatch,
         memory: MemoryAccount,
         everyone: dist.ProcessGroup | None = None,
+        refits: bool = True,
     ) -> None:
         self._engine, self._roles, self._watch, self._memory = engine, roles, watch, memory
         self._shared = roles if engine is not None else None  # the trainer that the engine takes turns with
         self._offloads = config.train.offload_train
-        self._version = -1
-        self._resident, self._has_weights = True, False  # of the engine
-        self._released = Release.NOTHING
+        self._version: int | None = None  # of the engine's weights; None: it has none
+        self._released: Release | None = None  # by the engine, while the trainer has the device; None: it is resident
         self._lockstep = None if engine is None else Lockstep(engine.size)
+        if not refits:
+            return
         with watch("refit_plan"):
             self._refit = Refit(
                 roles.actor.weights() if roles else {},
@@ -71,10 +74,6 @@ class DeviceTurns:
             raise RuntimeError("this rank has no engine: it only trains")
         return self._engine
 
-    @property
-    def generates(self) -> bool:
-        return self._engine is not None
-
     @contextmanager
     def whole_trainer(self) -> Iterator[None]:
         """For the block, all of the trainer is on the device; afterwards the engine has its weights again, if it had.
@@ -85,23 +84,23 @@ class DeviceTurns:
         if self._shared is None or not self._offloads:
             yield
             return
-        had_weights = self._has_weights
+        version = self._version
         self.release()
         yield
-        if had_weights and not self._has_weights:
-            self.refit(self._version)
+        if version is not None and self._version is None:
+            self.refit(version)
 
     def release(self) -> None:
         """Leave the device to the trainer. Collective over the engine's ranks; does nothing on ranks with only one."""
         if self._shared is None:
             return
-        if self._resident:
+        if self._released is None:
             with self._watch("release"):
                 self._released = self._memory.release(self._shared.offloaded_bytes)
                 if self._released is not Release.NOTHING:
                     self.engine.release(keep_weights=self._released is Release.KV_CACHE)
-            self._resident = False
-            self._has_weights &= self._released is not Release.ALL
+            if self._released is Release.ALL:
+                self._version = None
             self._memory.record(f"engine released {self._released}")
         if self._shared.offloaded_bytes:
             with self._watch("onload"):
@@ -123,12 +122,12 @@ class DeviceTurns:
         if self._engine is not None:
             self._engine.commit(version)
         self._memory.record("refit")
-        self._has_weights, self._version = True, version
+        self._version = version
         return RefitResult(version, counts.bytes_local, counts.bytes_received, counts.checksum_mismatches)
 
     def rollout(self, rank: int, dealer: Dealer, progress: Callable[[str], None]) -> None:
         """Run the engine until the controller closes the rollout. Raises RuntimeError when it has no weights."""
-        if not self._has_weights or self._lockstep is None:
+        if self._version is None or self._lockstep is None:
             raise RuntimeError("the engine has no weights: a rollout needs a refit after the last training phase")
         self._resume()
         retries = run_rollout(rank, self.engine, dealer, self._lockstep, self._watch, progress)
@@ -142,10 +141,11 @@ class DeviceTurns:
             self._memory.record("trainer moved out")
 
     def _resume(self) -> None:
-        if not self._resident:
-            self._move_trainer_out()
-            if self._released is not Release.NOTHING:
-                with self._watch("resume"):
-                    self.engine.resume()
-                self._memory.record("engine resumed")
-            self._resident, self._released = True, Release.NOTHING
+        if self._released is None:
+            return
+        self._move_trainer_out()
+        if self._released is not Release.NOTHING:
+            with self._watch("resume"):
+                self.engine.resume()
+            self._memory.record("engine resumed")
+        self._released = None

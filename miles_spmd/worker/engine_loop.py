@@ -23,9 +23,7 @@ class Lockstep:
     ranks with an engine."""
 
     def __init__(self, engine_size: int) -> None:
-        first = dist.get_rank() // engine_size * engine_size
-        self.leader = dist.get_rank() == first
-        self._first = first
+        self.leader = dist.get_rank() % engine_size == 0
         self._group: dist.ProcessGroup | None = None
         if engine_size > 1:
             self._group, _ = dist.new_subgroups(engine_size, backend="gloo")
@@ -35,7 +33,7 @@ class Lockstep:
         if self._group is None:
             return go_on
         decision = torch.tensor(go_on)
-        dist.broadcast(decision, self._first, self._group)
+        dist.broadcast(decision, group=self._group, group_src=0)
         return bool(decision)
 
 

@@ -23,10 +23,9 @@ from miles_spmd.config.load import config_digest
 from miles_spmd.models.random import write_random_checkpoints
 from miles_spmd.platform.determinism import pin_environment
 from miles_spmd.protocol.commands import Stop
-from miles_spmd.protocol.credentials import Credentials
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.messages import Call, Failure, Hello, RankInfo, Reply
-from miles_spmd.protocol.order import EXIT_SECONDS, Replay
+from miles_spmd.protocol.pipe import Credentials, Replay
 from miles_spmd.protocol.results import Ok, Result
 from miles_spmd.protocol.router import LOOPBACK
 from miles_spmd.types.phase import Phase
@@ -53,14 +52,9 @@ class Place:
 
     @classmethod
     def from_environment(cls) -> Place:
-        world_size = int(os.environ["WORLD_SIZE"])
-        return cls(
-            rank=int(os.environ["RANK"]),
-            world_size=world_size,
-            local_rank=int(os.environ["LOCAL_RANK"]),
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
-            master=os.environ["MASTER_ADDR"],
-        )
+        rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        return cls(rank, world_size, local_rank, local_world_size, os.environ["MASTER_ADDR"])
 
 
 def main(config: Config, task: str = "train", replay: Replay | None = None) -> int:
@@ -91,7 +85,6 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
             print(f"miles-spmd: {problem}", file=terminal, flush=True)
         else:
             controller.stop(problem)
-            controller.wait(2 * EXIT_SECONDS)
         return 1
     return 0 if controller is None else controller.wait()
 
@@ -106,12 +99,11 @@ def serve(config: Config, task: str, place: Place, controller: ControllerProcess
     try:
         worker = build(config, task, place, side, dealer, watch, watchdog)
     except Exception as error:
-        traceback.print_exc()
         dealer.send(Reply(0, place.rank, HOST, failure(error)))
         dealer.receive()  # block until the controller ends the run; it sends no further message
         return
     dealer.send(Hello(rank_info(worker, place), config_digest(config), watch.take(), worker.memory.take()))
-    watchdog.enter(Phase.IDLE, 0, None)
+    watchdog.enter(Phase.IDLE, 0)
     while not isinstance((call := next_call(dealer)).command, Stop):
         watchdog.enter(call.command.phase, call.step, call.deadline)
         worker.memory.begin(call.command.phase, call.step)
@@ -120,9 +112,8 @@ def serve(config: Config, task: str, place: Place, controller: ControllerProcess
             with worker.memory.explaining():
                 result = worker.execute(call.command)
         except Exception as error:
-            traceback.print_exc()
             result = failure(error)
-        watchdog.enter(Phase.IDLE, call.step, None)
+        watchdog.enter(Phase.IDLE, call.step)
         dealer.send(Reply(call.id, place.rank, HOST, result, watch.take(), worker.memory.take()))
     # The watchdog stops before the last reply: from then on the controller may close its end at any time, which must
     # not count as its death. Its connection stays open until the reply is sent, or this process would count as dead.
@@ -206,18 +197,12 @@ def build(
 
 
 def rank_info(worker: Worker, place: Place) -> RankInfo:
-    return RankInfo(
-        rank=place.rank,
-        world_size=place.world_size,
-        host=HOST,
-        pid=os.getpid(),
-        trainer=worker.trainer_rank,
-        engine=worker.engine_rank,
-        versions={name: version(name) for name in ("torch", "megatron-core", "sglang")},
-    )
+    versions = {name: version(name) for name in ("torch", "megatron-core", "sglang")}
+    return RankInfo(place.rank, place.world_size, HOST, os.getpid(), worker.trainer_rank, worker.engine_rank, versions)
 
 
 def failure(error: Exception) -> Failure:
+    traceback.print_exc()
     return Failure(type(error).__name__, str(error), traceback.format_exc())
 
 

@@ -65,16 +65,10 @@ class MemoryAccount:
         family = load_family(self.config.model.hf_checkpoint)
         layout = ParallelLayout.of(self.config, self.world_size)
         self.plan = plan = estimate_memory(self.config, family, layout)
-        self._planned = {
-            "parameters": plan.parameters,
-            "gradients": plan.gradients,
-            "optimizer": plan.optimizer,
-            "critic": plan.critic,
-            ACTIVATIONS: plan.working,
-            "engine weights": plan.engine_weights,
-        }
+        self._planned = {name: getattr(plan, name) for name in ("parameters", "gradients", "optimizer", "critic")}
+        self._planned |= {ACTIVATIONS: plan.working, "engine weights": plan.engine_weights}
         self._allowance = self.config.train.memory_allowance
-        self._exact = device_memory.is_exact()
+        self._exact = torch.cuda.is_available()  # torch counts every allocated byte
 
     # --- before anything is built ------------------------------------------------------------------------------------
 
@@ -91,10 +85,17 @@ class MemoryAccount:
         beside = 0 if self._exact else on_host  # without a GPU the host is the device
         # the least that activations may need, where the estimate is too high by the whole allowance
         working = int(plan.working / (1 + self._allowance)) if training else 0
-        if self.trains:
-            self._require("training", plan.trainer + beside, working, device)
-        if self.generates:
-            self._require("generating", plan.generating + beside, plan.kv_bytes_per_token, device)
+        duties = [("training", plan.trainer + beside, working)] if self.trains else []
+        duties += [("generating", plan.generating + beside, plan.kv_bytes_per_token)] if self.generates else []
+        for when, states, least in duties:
+            if states + least > device.free:
+                text = (
+                    f"{when} takes at least {(states + least) / GIB:.2f} GiB on this rank, and {device.free / GIB:.2f} "
+                    f"of the {device.total / GIB:.1f} GiB of its device are free; {states / GIB:.2f} GiB are for "
+                    f"weights, gradients and optimizer states; planned: {listed(self._planned)}. "
+                    f"{remedies(self.config, when)}"
+                )
+                self._refuse_or_warn(text, certain=states > device.total)
         if self._exact and on_host > host.free:
             text = (
                 f"{on_host / GIB:.2f} GiB of models and optimizer states are to be kept in host memory for this rank, "
@@ -102,15 +103,6 @@ class MemoryAccount:
                 "train.offload_train, keep_old_actor or a KL term, or raise megatron.tensor_model_parallel_size"
             )
             self._refuse_or_warn(text, certain=on_host > host.total)
-
-    def _require(self, when: str, states: int, working: int, device: Reading) -> None:
-        if states + working > device.free:
-            text = (
-                f"{when} takes at least {(states + working) / GIB:.2f} GiB on this rank, and {device.free / GIB:.2f} "
-                f"of the {device.total / GIB:.1f} GiB of its device are free; {states / GIB:.2f} GiB are for weights, "
-                f"gradients and optimizer states; planned: {listed(self._planned)}. {remedies(self.config, when)}"
-            )
-            self._refuse_or_warn(text, certain=states > device.total)
 
     def _refuse_or_warn(self, text: str, *, certain: bool) -> None:
         if certain:
@@ -132,12 +124,8 @@ class MemoryAccount:
         """Return the bytes in use on the device, by holder; "others" are the CUDA context, NCCL and other processes."""
         now = now or device_memory.read()
         engine = self.engine()
-        named = {
-            **self.trainer(),
-            "engine weights": engine.weights,
-            "KV cache": engine.kv_cache,
-            "CUDA graphs": engine.graphs,
-        }
+        named = dict(self.trainer())
+        named |= {"engine weights": engine.weights, "KV cache": engine.kv_cache, "CUDA graphs": engine.graphs}
         # torch counts what torch_memory_saver has unmapped as allocated all the same
         away = sum(self._whole_engine) - sum(engine) if self._exact else 0
         tensors = now.allocated - away - sum(named.values())
@@ -167,10 +155,8 @@ class MemoryAccount:
             self.note("activations", grown / GIB)
         print(text)
         self._restart(now)
-        self._compare(held | ({ACTIVATIONS: grown} if worked and self._exact else {}))
-
-    def _compare(self, held: Holders) -> None:
-        """Take the peak of each planned holder over; warn once for each that exceeds its plan."""
+        if worked and self._exact:
+            held[ACTIVATIONS] = grown
         for name, planned in self._planned.items():
             size = self.measured[name] = max(held.get(name, 0), self.measured.get(name, 0))
             if size > with_margin(planned, self._allowance) and name not in self._warned:

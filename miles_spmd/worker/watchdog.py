@@ -15,16 +15,16 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TextIO
 
 import zmq
 
-from miles_spmd.protocol.credentials import Credentials
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.messages import Heartbeat
-from miles_spmd.protocol.order import EXIT_SECONDS
+from miles_spmd.protocol.pipe import EXIT_SECONDS, Credentials
 from miles_spmd.types.phase import Phase
 from miles_spmd.worker.controller_process import ControllerProcess
 
@@ -39,7 +39,7 @@ class Doing:
 
     phase: Phase
     step: int
-    deadline: float | None = None  # monotonic
+    deadline: float = math.inf  # monotonic
 
 
 class Watchdog(threading.Thread):
@@ -59,10 +59,9 @@ class Watchdog(threading.Thread):
         self._lost_since: float | None = None  # monotonic: when the connection to the controller closed
         self._stopping = False
         self._main = threading.main_thread().ident or 0
-        self._awake, waker = socket.socketpair()
-        waker.setblocking(False)
-        self._waker = waker
-        signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+        self._awake, self._waker = socket.socketpair()
+        self._waker.setblocking(False)
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)  # a handler has to exist; the wakeup descriptor does the rest
 
@@ -73,10 +72,10 @@ class Watchdog(threading.Thread):
         self._dealer = Dealer(credentials, silence)
         self._waker.send(b"\0")
 
-    def enter(self, phase: Phase, step: int, seconds: float | None) -> None:
-        """The main thread begins something that is due in ``seconds`` (None: without a deadline)."""
+    def enter(self, phase: Phase, step: int, seconds: float = math.inf) -> None:
+        """The main thread begins something that is due in ``seconds``."""
         self._detail = ""
-        self._doing = Doing(phase, step, None if seconds is None else time.monotonic() + seconds)
+        self._doing = Doing(phase, step, time.monotonic() + seconds)
         self._waker.send(b"\0")
 
     def progress(self, detail: str) -> None:
@@ -106,14 +105,11 @@ class Watchdog(threading.Thread):
         dumped: Doing | None = None  # what the stacks were written for: once for each missed deadline
         while not self._stopping:
             now, doing = time.monotonic(), self._doing
-            if doing.deadline is not None and now >= doing.deadline and dumped is not doing:
+            if now >= doing.deadline and dumped is not doing:
                 dumped = doing
                 self._dump_stacks()
             self._send_heartbeat(doing.phase)
-            until = now + HEARTBEAT_EVERY
-            if doing.deadline is not None and dumped is not doing:
-                until = min(until, doing.deadline)
-            self._listen(until)
+            self._listen(min(now + HEARTBEAT_EVERY, math.inf if dumped is doing else doing.deadline))
             if os.getppid() != self._parent:  # an orphan is adopted by another process
                 self._leave("the launcher died")
             if self._lost_since is not None and time.monotonic() > self._lost_since + LOST_GRACE:
@@ -133,9 +129,8 @@ class Watchdog(threading.Thread):
         if self._stopping:
             return
         if self._awake.fileno() in ready:
-            for number in self._awake.recv(64):
-                if number:
-                    self._leave(f"stopped by {signal.Signals(number).name}")
+            for number in filter(None, self._awake.recv(64)):
+                self._leave(f"stopped by {signal.Signals(number).name}")
         if self._controller is not None and self._controller.fileno() in ready:
             self._controller_ended(self._controller)
         if self._dealer is not None and self._dealer.disconnections in ready:
@@ -159,7 +154,6 @@ class Watchdog(threading.Thread):
         self._send_heartbeat(Phase.STOP, reason)
         if self._controller is not None:
             self._controller.stop(reason)
-            self._controller.wait(2 * EXIT_SECONDS)
         self._exit(1)
 
     def _controller_ended(self, controller: ControllerProcess) -> NoReturn:
@@ -182,14 +176,12 @@ class Watchdog(threading.Thread):
 
 def where(thread: int) -> str:
     """Return where that thread is: its innermost frame, and the innermost one of this package if that is another."""
-    frame = sys._current_frames().get(thread)
     places: list[str] = []
-    while frame is not None:
+    for frame, line in traceback.walk_stack(sys._current_frames().get(thread)):
         code = frame.f_code
         ours = code.co_filename.startswith(PACKAGE)
         if ours or not places:
-            places.append(f"{code.co_name} ({os.path.basename(code.co_filename)}:{frame.f_lineno})")
+            places.append(f"{code.co_name} ({os.path.basename(code.co_filename)}:{line})")
         if ours:
             break
-        frame = frame.f_back
     return " in ".join(places)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import singledispatchmethod
 
 import torch
@@ -11,37 +11,14 @@ import torch.distributed as dist
 
 from miles_spmd.config import Config
 from miles_spmd.generation.engine import FACTORIES, Engine
+from miles_spmd.invariant.operator_outputs import first_difference, operators
 from miles_spmd.planning.kv_cache import needed_tokens
 from miles_spmd.platform.determinism import deterministic_kernels
-from miles_spmd.protocol.commands import (
-    Bisect,
-    Command,
-    ComputeLogProbs,
-    ComputeValues,
-    DigestWeights,
-    ExportModel,
-    Generate,
-    LoadCheckpoint,
-    RefitEngine,
-    SaveCheckpoint,
-    SnapshotWeights,
-    TrainStep,
-)
+from miles_spmd.protocol import commands, results
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.messages import EngineRank, TrainerRank
-from miles_spmd.protocol.results import (
-    Bisection,
-    CheckpointResult,
-    LogProbsResult,
-    Ok,
-    RefitResult,
-    Result,
-    TrainResult,
-    ValuesResult,
-    WeightsDigest,
-)
+from miles_spmd.training.network import Network
 from miles_spmd.training.roles import Roles
-from miles_spmd.worker.bisect import bisect
 from miles_spmd.worker.device_turns import DeviceTurns
 from miles_spmd.worker.memory_account import MemoryAccount
 from miles_spmd.worker.stopwatch import Stopwatch
@@ -70,6 +47,38 @@ def make_engine(config: Config) -> Engine:
     )
 
 
+def bisect(command: commands.Bisect, engine: Engine, network: Network) -> results.Bisection:
+    """Run one request in the engine and then in the trainer, and return the first operator whose outputs differ.
+
+    Compare on every rank, each in its own part of the model. The engine has weights and runs without CUDA graphs,
+    which would hide its operators.
+
+    Raises ValueError for an engine whose operators cannot be traced.
+    """
+    from miles_spmd.generation.sglang.engine import SglangEngine
+    from miles_spmd.generation.sglang.operators import traced
+    from miles_spmd.training.operator_outputs import operator_outputs
+
+    if not isinstance(engine, SglangEngine):
+        raise ValueError("rollout.engine: only the operators of 'sglang' can be compared with the trainer's")
+    engine.flush()  # cached prefixes would skip the prefill that has to be traced
+    with traced(engine) as of_engine:
+        engine.submit([command.request])
+        outputs = []
+        while not engine.idle:
+            outputs += engine.step()
+    response = outputs[0].output_ids
+    of_trainer = operator_outputs(network, [*command.request.input_ids, *response])
+    found = first_difference(of_engine, of_trainer, network.family.num_layers, command.tokens)
+    if found is None:
+        return results.Bisection(response)
+    what = (
+        f"differs for {found.tokens} of {found.compared} tokens, first for number {found.token} of the sequence, by up "
+        f"to {found.largest:.3g}"
+    )
+    return results.Bisection(response, found.operator, operators(network.family.num_layers).index(found.operator), what)
+
+
 class Worker:
     """Builds what ``task`` needs on this rank's ``side``; torch.distributed is initialised. ``watch`` measures the time
     of each part of the start and of each command, ``memory`` the use of the device."""
@@ -93,32 +102,29 @@ class Worker:
                 self._roles = Roles(config)
             memory.trainer = self._roles.memory
             memory.record("trainer built")
-        self._turns = self._build_turns(side) if config.generates(task) else None
-
-    def _build_turns(self, side: Side) -> DeviceTurns:
-        """Build this rank's part in rollouts and refits, with an engine on ranks that generate."""
-        config, engine = self._config, None
-        if side.generates:
+        self._engine: Engine | None = None
+        if side.generates and config.generates(task):
             if config.train.offload_train:
                 self.roles.move_out()  # the engine sizes its KV cache by what is free while it is built
-            with self._watch("engine"):
-                engine = make_engine(config)
-            self.memory.built(engine.memory)
-            self.memory.record("engine built")
-        return DeviceTurns(config, engine, self._roles, self._watch, self.memory, side.everyone)
+            with watch("engine"):
+                self._engine = make_engine(config)
+            memory.built(self._engine.memory)
+            memory.record("engine built")
+        refits = config.generates(task)
+        self.turns = DeviceTurns(config, self._engine, self._roles, watch, memory, side.everyone, refits)
 
     @property
     def trainer_rank(self) -> TrainerRank | None:
         if self._roles is None:
             return None
-        actor = self._roles.actor
-        return TrainerRank(actor.data_parallel_rank, actor.data_parallel_size, actor.reports)
+        where = self._roles.actor.where
+        return TrainerRank(where.dp_rank, where.dp_size, where.reports)
 
     @property
     def engine_rank(self) -> EngineRank | None:
-        if self._turns is None or not self._turns.generates:
+        if self._engine is None:
             return None
-        engine, place = divmod(dist.get_rank(), self._turns.engine.size)
+        engine, place = divmod(dist.get_rank(), self._engine.size)
         return EngineRank(engine, leader=place == 0)
 
     @property
@@ -127,72 +133,61 @@ class Worker:
             raise RuntimeError("this rank has no trainer: it only generates")
         return self._roles
 
-    @property
-    def turns(self) -> DeviceTurns:
-        if self._turns is None:
-            raise RuntimeError("this run has no engine: it neither generates nor evaluates")
-        return self._turns
-
     # --- commands ----------------------------------------------------------------------------------------------------
 
     @singledispatchmethod
-    def execute(self, command: Command) -> Result:
+    def execute(self, command: commands.Command) -> results.Result:
         """Execute one command by the handler of its type; raises whatever that raises."""
         raise TypeError(f"{type(command).__name__} is not for a worker outside a rollout")
 
     @execute.register
-    def _generate(self, command: Generate) -> Ok:
+    def _generate(self, command: commands.Generate) -> results.Ok:
         self.turns.rollout(self._rank, self._dealer, self._progress)
-        return Ok()
+        return results.Ok()
 
     @execute.register
-    def _refit(self, command: RefitEngine) -> RefitResult:
+    def _refit(self, command: commands.RefitEngine) -> results.RefitResult:
         return self.turns.refit(command.version)
 
     @execute.register
-    def _log_probs(self, command: ComputeLogProbs) -> LogProbsResult:
+    def _log_probs(self, command: commands.ComputeLogProbs) -> results.LogProbsResult:
         with self._training(), self.roles.network(command.role) as network, self.memory.work("log-probs"):
             return network.log_probs(command.micro_batches, command.top_k)
 
     @execute.register
-    def _values(self, command: ComputeValues) -> ValuesResult:
+    def _values(self, command: commands.ComputeValues) -> results.ValuesResult:
         with self._training(), self.roles.network(command.role) as network, self.memory.work("values"):
             return network.values(command.micro_batches)
 
     @execute.register
-    def _train(self, command: TrainStep) -> TrainResult:
+    def _train(self, command: commands.TrainStep) -> results.TrainResult:
         with self._training(), self.memory.work("optimizer step"):
             return self.roles.trainer(command.role).train_step(command.micro_batches)
 
     @execute.register
-    def _snapshot(self, command: SnapshotWeights) -> Ok:
+    def _snapshot(self, command: commands.SnapshotWeights) -> results.Ok:
         self.roles.snapshot(command.role)
-        return Ok()
+        return results.Ok()
 
     @execute.register
-    def _bisect(self, command: Bisect) -> Bisection:
+    def _bisect(self, command: commands.Bisect) -> results.Bisection:
         return bisect(command, self.turns.engine, self.roles.actor)
 
     @execute.register
-    def _digest(self, command: DigestWeights) -> WeightsDigest:
+    def _digest(self, command: commands.DigestWeights) -> results.WeightsDigest:
         return self.roles.weights_digest(command.role)
 
     @execute.register
-    def _save(self, command: SaveCheckpoint) -> CheckpointResult:
-        with self._whole_trainer():
-            self.roles.save(command.path)
+    def _checkpoint(self, command: commands.SaveCheckpoint | commands.LoadCheckpoint) -> results.CheckpointResult:
+        copy = self.roles.save if isinstance(command, commands.SaveCheckpoint) else self.roles.load
+        with self.turns.whole_trainer():
+            copy(command.path)
             return self.roles.optimizer_digests()
 
     @execute.register
-    def _load(self, command: LoadCheckpoint) -> CheckpointResult:
-        with self._whole_trainer():
-            self.roles.load(command.path)
-            return self.roles.optimizer_digests()
-
-    @execute.register
-    def _export(self, command: ExportModel) -> Ok:
+    def _export(self, command: commands.ExportModel) -> results.Ok:
         self.roles.actor.export(command.path, self._config.model.hf_checkpoint)
-        return Ok()
+        return results.Ok()
 
     # --- the device --------------------------------------------------------------------------------------------------
 
@@ -200,9 +195,5 @@ class Worker:
     def _training(self) -> Iterator[None]:
         """The trainer's turn on the device, with kernels in a fixed order where the run is deterministic."""
         with deterministic_kernels() if self._config.determinism.deterministic else nullcontext():
-            if self._turns is not None:
-                self._turns.release()
+            self.turns.release()
             yield
-
-    def _whole_trainer(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._turns is None else self._turns.whole_trainer()

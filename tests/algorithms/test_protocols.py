@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import sys
+import time
 from typing import get_args
 
 import pytest
@@ -17,7 +21,7 @@ from miles_spmd.algorithms.kl import KINDS
 from miles_spmd.algorithms.losses import SURROGATES, PolicyLoss
 from miles_spmd.algorithms.rewards import GROUP_FILTERS, REWARD_POST_PROCESSES
 from miles_spmd.config import AlgorithmConfig
-from miles_spmd.plugins.plug_point import PlugPoint, PlugPointError
+from miles_spmd.plugins.plug_point import PlugInError, PlugPoint, PlugPointError
 from miles_spmd.types.token_batch import TokenBatch
 
 PLUG_POINTS = [ESTIMATORS, AGGREGATIONS, CORRECTIONS, SURROGATES, GROUP_FILTERS, REWARD_POST_PROCESSES]
@@ -36,6 +40,36 @@ def test_names_and_paths() -> None:
     point = PlugPoint("algorithm.loss_type", {"double": lambda x: 2 * x})
     assert point.resolve("double")(2) == 4
     assert point.resolve(f"{__name__}:Holder.triple")(2) == 6
+
+
+def exits() -> None:
+    sys.exit(2)
+
+
+def raises() -> None:
+    raise KeyError("no such thing")
+
+
+def hangs() -> None:
+    while True:
+        with contextlib.suppress(Exception):
+            time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("exits", r"called sys\.exit\(2\)"),
+        ("raises", "raised KeyError: 'no such thing'"),
+        ("hangs", r"took longer than deadlines\.train_timeout = 0\.2 s"),
+    ],
+)
+def test_a_users_function_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, name: str, problem: str) -> None:
+    monkeypatch.setattr(PlugPoint, "time_limit", 0.2)
+    function = PlugPoint("algorithm.loss_type", {}).resolve(f"{__name__}:{name}")
+    with pytest.raises(PlugInError, match=f"algorithm.loss_type = '{__name__}:{name}' {problem}"):
+        function()
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 @pytest.mark.parametrize(

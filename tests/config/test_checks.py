@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from miles_spmd.config import checks, rules
+from miles_spmd.config import checks
 from miles_spmd.config.load import load_config
 from miles_spmd.models.attention import shared_attention
 from tests.config.test_load import errors, recipe  # noqa: F401  (a fixture)
@@ -253,7 +253,7 @@ def test_every_rule_reads_settings_that_exist(recipe: Path) -> None:  # noqa: F8
     """A misspelt name would silently switch a rule off."""
     of_machine = {"shape", "world_size", "trainer_ranks", "engine_ranks", "capabilities"}
     known = {*checks.settings(load_config(recipe)), *of_machine}
-    everything = [*rules.ERRORS, *rules.PARITY, *rules.NOT_BY_DEFAULT, *rules.WARNINGS, *rules.FILES]
+    everything = [*checks.ERRORS, *checks.PARITY, *checks.NOT_BY_DEFAULT, *checks.WARNINGS, *checks.FILES]
     assert len(everything) > 15
     read = [set(_names_read(ast.parse(inspect.getsource(rule)), rule.__globals__)) for rule in everything]
     assert all(read)

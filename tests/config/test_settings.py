@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from miles_spmd.cli import app
-from miles_spmd.config.config import Config
+from miles_spmd.config import Config
 from miles_spmd.config.describe import describe_settings, settings_page
 from miles_spmd.config.table import walk
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from miles_spmd.protocol.commands import Command, Stop
-from miles_spmd.protocol.credentials import Credentials
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.messages import (
     Call,
@@ -22,6 +21,7 @@ from miles_spmd.protocol.messages import (
     Reply,
     TrainerRank,
 )
+from miles_spmd.protocol.pipe import Credentials
 from miles_spmd.protocol.results import (
     Bisection,
     CheckpointResult,

@@ -13,7 +13,7 @@ import pytest
 
 from miles_spmd.config import DeadlinesConfig
 from miles_spmd.controller.cluster.cluster import Cluster
-from miles_spmd.controller.cluster.errors import (
+from miles_spmd.controller.cluster.listener import (
     DeadlineError,
     ProtocolError,
     WorkerFailedError,
@@ -355,7 +355,7 @@ def test_requests_go_round_the_engines_in_order_of_submission(cluster: Make) -> 
         with workers.rollout(step=0) as session:
             session.submit([request(i) for i in range(3)])
             session.submit([request(3), request(4)])
-            outputs = list(session.completions())
+            outputs = list(iter(session.next, None))
         assert sorted(o.rid for o in outputs) == ["0", "1", "2", "3", "4"]
     assert submitted(c.ranks[0]) == ["0", "2", "4"] * 2
     assert submitted(c.ranks[2]) == ["1", "3"] * 2
@@ -369,7 +369,7 @@ def test_one_engine_gets_all_requests_of_a_prompt(cluster: Make) -> None:
     with workers.rollout(step=0) as session:
         prompts = [msgspec.structs.replace(request(i), input_ids=[i // 2]) for i in range(6)]
         session.submit(prompts)
-        list(session.completions())
+        list(iter(session.next, None))
     assert submitted(c.ranks[0]) == ["0", "1", "4", "5"]
     assert submitted(c.ranks[1]) == ["2", "3"]
 
@@ -379,7 +379,7 @@ def test_later_turns_are_submitted_while_others_run(cluster: Make) -> None:
     seen = []
     with workers.rollout(step=0) as session:
         session.submit([request(0), request(1)])
-        for finished in session.completions():
+        for finished in iter(session.next, None):
             seen.append(finished.rid)
             if int(finished.rid) < 6:
                 session.submit([request(int(finished.rid) + 2)])
@@ -390,7 +390,7 @@ def test_aborted_requests_come_back(cluster: Make) -> None:
     workers = cluster(2).add_all(FakeEngine(slow=("1", "2")))
     with workers.rollout(step=0) as session:
         session.submit([request(i) for i in range(4)])
-        outputs = session.completions()
+        outputs = iter(session.next, None)
         assert {next(outputs).rid, next(outputs).rid} == {"0", "3"}
         session.abort(["2", "never submitted"])
         assert next(outputs) == output("2", FinishReason.ABORT)
@@ -406,7 +406,7 @@ def test_leaving_a_rollout_early_aborts_the_rest(cluster: Make) -> None:
     assert c.ranks[0].received[-2:] == [AbortRequests(["0"]), EndGenerate()]
     with workers.rollout(step=1) as session:  # what was left over does not come up again
         session.submit([request(1)])
-        assert [o.rid for o in session.completions()] == ["1"]
+        assert [o.rid for o in iter(session.next, None)] == ["1"]
 
 
 def test_a_running_request_cannot_be_submitted_again(cluster: Make) -> None:
@@ -427,7 +427,7 @@ def test_a_failure_ends_a_rollout(cluster: Make) -> None:
     def rollout() -> None:
         with workers.rollout(step=5) as session:
             session.submit([request(0), request(1)])
-            list(session.completions())
+            list(iter(session.next, None))
 
     with pytest.raises(WorkerFailedError, match=r"rank 1 \(node-a\), rollout, step 5: ValueError: request 1"):
         rollout()

@@ -9,16 +9,16 @@ import pytest
 from miles_spmd.controller.journal.events import (
     BatchStarted,
     Event,
+    Measured,
     MetricsReported,
-    ParityChecked,
     PhaseFinished,
     PhaseStarted,
     StepFinished,
     UpdateFinished,
 )
-from miles_spmd.controller.journal.journal import Journal
+from miles_spmd.controller.journal.journal import Journal, Writers
 from miles_spmd.controller.journal.metrics import Metrics
-from miles_spmd.controller.journal.observers import ProgressObserver
+from miles_spmd.telemetry.trackers import Trackers
 from miles_spmd.types.role import Role
 
 
@@ -55,7 +55,7 @@ def test_a_report_has_what_happened_since_the_last_one() -> None:
     run.publish(update(loss=1.0, lr=0.5))
     run.publish(update(loss=2.0))
     for difference in (0.25, 0.125):
-        run.publish(ParityChecked(1, {"parity/max_abs_diff": difference}))
+        run.publish(Measured(1, {"parity/max_abs_diff": difference}))
     run.report(1)
     run.report(2)
     first, second = [event for event in collector.events if isinstance(event, MetricsReported)]
@@ -87,7 +87,7 @@ def test_a_phase_ends_and_is_counted_when_its_block_raises() -> None:
             raise KeyError("x")
 
     collector = Collector()
-    run = journal(collector, ProgressObserver(Display()))  # type: ignore[arg-type]
+    run = journal(collector, Writers(None, Trackers([]), Display()))  # type: ignore[arg-type]
     for _ in range(2):
         with pytest.raises(KeyError):
             fails()
@@ -102,8 +102,8 @@ def test_a_phase_ends_and_is_counted_when_its_block_raises() -> None:
 def test_the_ledger_sees_every_event_and_its_time_is_counted() -> None:
     collector, ledger = Collector(), Collector()
     run = journal(collector, ledger=ledger)
-    run.publish(ParityChecked(1, {}))
-    assert collector.events == [ParityChecked(1, {})]
+    run.publish(Measured(1, {}))
+    assert collector.events == [Measured(1, {})]
     run.publish(StepFinished(1))
     _, finished, started, ended = collector.events
     assert (finished, started) == (StepFinished(1), PhaseStarted("ledger"))

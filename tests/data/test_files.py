@@ -138,6 +138,6 @@ def test_labels_are_checked_where_they_are_read(tmp_path: Path, tokenizer: Token
     def check(label: Any) -> str | None:
         return f"the label {label!r} is no number" if label == "x" else None
 
-    with pytest.raises(DataError, match=r"a\.jsonl:1: 'label' \(data\.label_key\): the label 'x' is no") as caught:
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the label 'x' is no number; correct it") as caught:
         load_prompts(DataConfig(prompt_data=str(tmp_path / "a.jsonl")), tokenizer, check_label=check)
     assert [error.row for error in caught.value.errors] == [1, 2, 3]

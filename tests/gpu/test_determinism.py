@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from miles_spmd.ledger.chain import read_record, verify
 from miles_spmd.ledger.compare import compare
-from miles_spmd.ledger.record import read_record, verify
 from miles_spmd.quickstart import checkpoint
 from miles_spmd.quickstart.__main__ import GRPO
 from miles_spmd.quickstart.assets import build_assets

@@ -71,7 +71,8 @@ def refit_times(
     import torch
     import torch.distributed as dist
 
-    from miles_spmd.config.load import make_config
+    from miles_spmd.config import Config
+    from miles_spmd.config.load import make_tables
     from miles_spmd.generation.sglang.engine import SglangEngine
     from miles_spmd.models import load_family
     from miles_spmd.models.random import write_random_checkpoints
@@ -81,7 +82,7 @@ def refit_times(
     from miles_spmd.worker.world import take_side
 
     raw = {"model": {"hf_checkpoint": model}, "data": {"prompt_data": "none"}, "megatron": megatron}
-    config = make_config(raw, [], source="test", check_files=False)
+    config = make_tables(Config, raw, [], source="test", check_files=False)
     folder = config.model.hf_checkpoint
     write_random_checkpoints([folder])
     side = take_side(rollout_num_gpus, timedelta(minutes=4))

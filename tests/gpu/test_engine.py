@@ -44,8 +44,17 @@ def test_engine(ranks: Ranks, folders: list[Path]) -> None:
     assert not failures, failures
 
 
+def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, categories: int) -> torch.Tensor:
+    """Return standard Gumbel noise, float64 [rows, categories], from a 32-bit hash of seed, position and category: what
+    ``sample`` adds to log-probs on a GPU, where a kernel computes it without storing it."""
+    from sglang.kernels.ops.sampling.murmur_hash import murmur_hash32
+
+    hashes = murmur_hash32(seeds.to(torch.uint64), positions, torch.arange(categories, device=seeds.device))
+    return hashes.to(torch.float64).add_(0.5).mul_(2.0**-32).log_().neg_().log_().neg_()
+
+
 def noise() -> None:
-    from miles_spmd.generation.sglang.sampler import gumbel_noise, sample
+    from miles_spmd.generation.sglang.sampler import sample
 
     n = 200_000
     probs = torch.tensor([0.5, 0.0, 0.25, 0.125, 0.1, 0.0249, 0.0001], device="cuda")

@@ -13,7 +13,6 @@ import torch
 from miles_spmd.bench.run import bench_config
 from miles_spmd.config.load import load_config
 from miles_spmd.invariant.flash import flash_attention
-from miles_spmd.invariant.split_attention import split_attention
 from miles_spmd.models.random import write_random_checkpoints
 from miles_spmd.telemetry.metrics import phase_times
 from tests.gpu.machine import measured, needs
@@ -96,7 +95,7 @@ def test_gradients_of_both_attentions() -> None:
     lengths = torch.tensor([0, 1500, 1, 700], device="cuda").cumsum(0).int()
     tensors = [torch.randn(2201, heads, 128, device="cuda").bfloat16().requires_grad_() for heads in (16, 8, 8)]
     where = (lengths, lengths), (1500, 1500), 128**-0.5
-    outs = flash_attention(*tensors, *where), split_attention(*tensors, *where, 1024)
+    outs = flash_attention(*tensors, *where), flash_attention(*tensors, *where, 1024)
     gradient = torch.randn_like(outs[0])
     theirs, ours = ([out, *torch.autograd.grad(out, tensors, gradient)] for out in outs)
     for their, our in zip(theirs, ours, strict=True):

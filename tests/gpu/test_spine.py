@@ -145,7 +145,7 @@ def work(clock: Clock, folder: Path, trainer: Any, engine: Any) -> None:
     pool = engine._scheduler.tp_worker.model_runner.token_to_kv_pool
     held = [*engine.weights().values(), *(buffer for layer in range(28) for buffer in pool.get_kv_buffer(layer))]
     assert clock.numbers["given back by the engine, GiB"] * 2**30 > sum(tensor.nbytes for tensor in held)
-    part, parts = trainer.data_parallel_rank, trainer.data_parallel_size
+    part, parts = trainer.where.dp_rank, trainer.where.dp_size
     batch = batch_of(texts, of_engine, part, parts)
     texts, of_engine = texts[part::parts], of_engine[part::parts]
     clock("log-probs, first time", lambda: trainer.log_probs(batch))

@@ -88,7 +88,7 @@ def score(run: Config) -> Scored:
     log_probs, before = trainer.log_probs(own).log_probs, held(trainer)
     assert not trainer.train_step(own).skipped
     gradient = {name: p.main_grad.cpu().numpy() for name, p in trainer._parameters.items()}
-    where = trainer.data_parallel_rank, trainer.data_parallel_size
+    where = trainer.where.dp_rank, trainer.where.dp_size
     return Scored(log_probs, *where, before, Held(gradient, trainer.layout()))
 
 

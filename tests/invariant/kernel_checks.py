@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from miles_spmd.invariant import kernels, rotary
-from miles_spmd.invariant.split_attention import attend, decode
+from miles_spmd.invariant import kernels, operators
+from miles_spmd.invariant.split_attention import Keys, attend, decode
 from miles_spmd.ledger import digest_kernel as digests
 from miles_spmd.ledger.rectangles import parts
 from miles_spmd.ledger.tensor_sums import TensorSums
@@ -60,7 +60,7 @@ def check_rotation(device: str, dtype: torch.dtype, tokens: int, heads: int, wid
     x = wide[:, 1 : heads + 1]  # a slice, as queries are of one product
     positions = torch.arange(tokens, device=device).mul(7) % 50
     frequencies = 10000.0 ** -torch.arange(0, 1, 2 / width, device=device)
-    table = rotary.table(frequencies, 50)
+    table = operators.rotary_table(frequencies, 50)
     pairs = torch.view_as_complex(torch.stack(x.double().chunk(2, -1), -1))
     for back in (False, True):
         angles = positions[:, None, None].double() * frequencies.double() * (-1 if back else 1)
@@ -103,7 +103,7 @@ def check_attention(device: str, dtype: torch.dtype, heads: tuple[int, int], wid
     starts = torch.tensor([0, *lengths], device=device).cumsum(0).int()
     counts, begin = torch.tensor(lengths, dtype=torch.int32, device=device), starts[:-1].long()
     in_order = torch.arange(tokens, dtype=torch.int32, device=device)
-    out, lse = attend(query, key, value, starts, max(lengths), counts, in_order, begin, scale, split)
+    out, lse = attend(query, Keys(key, value, counts, in_order, begin), starts, max(lengths), scale, split)
     for first, length in zip(begin.tolist(), lengths):
         part = slice(first, first + length)
         keys, values = (x[part].double().repeat_interleave(h // g, 1) for x in (key, value))
@@ -118,14 +118,15 @@ def check_attention(device: str, dtype: torch.dtype, heads: tuple[int, int], wid
     table = torch.zeros(len(lengths), max(lengths) + 3, dtype=torch.int32, device=device)
     for row, first, length in zip(table, begin.tolist(), lengths):
         row[:length] = slots[first : first + length]
-    pages = table.view(-1), torch.arange(len(lengths), device=device) * table.stride(0)
+    row_starts = torch.arange(len(lengths), device=device) * table.stride(0)
+    pages = Keys(*cache, counts, table.view(-1), row_starts)
     last = (starts[1:] - 1).long()
-    decoded = decode(query[last], *cache, counts, 3 * split, *pages, scale, split)
+    decoded = decode(query[last], pages, 3 * split, scale, split)
     assert torch.equal(decoded, out[last]), "decoded"
     tails = [min(5, length) for length in lengths]  # as in chunked prefill
     rows = torch.cat([torch.arange(end - tail + 1, end + 1) for end, tail in zip(last.tolist(), tails)]).to(device)
     chunks = torch.tensor([0, *tails], device=device).cumsum(0).int()
-    assert torch.equal(attend(query[rows], *cache, chunks, 5, counts, *pages, scale, split)[0], out[rows]), "in chunks"
+    assert torch.equal(attend(query[rows], pages, chunks, 5, scale, split)[0], out[rows]), "in chunks"
 
 
 def main() -> None:

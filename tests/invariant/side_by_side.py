@@ -102,7 +102,7 @@ def train_and_compare(config: Config, steps: int, prompt: int, response: int, mi
             began = time.perf_counter()
             outputs = run(engine, issued)
             found.rollout_s = time.perf_counter() - began
-            own = rng.permutation(len(issued))[trainer.data_parallel_rank :: trainer.data_parallel_size].tolist()
+            own = rng.permutation(len(issued))[trainer.where.dp_rank :: trainer.where.dp_size].tolist()
             shares = [own[i::micro_batches] for i in range(micro_batches)]
             batch: list[MicroBatch] = [
                 [sequence(issued[i], outputs[issued[i].rid], (-1.0) ** (i + step)) for i in part] for part in shares

@@ -15,10 +15,9 @@ from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.loops import replay
 from miles_spmd.controller.tasks import run
 from miles_spmd.protocol.commands import Stop
-from miles_spmd.protocol.credentials import Credentials
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.messages import Call, Hello, Reply
-from miles_spmd.protocol.order import Replay
+from miles_spmd.protocol.pipe import Credentials, Replay
 from miles_spmd.protocol.results import Ok
 from miles_spmd.protocol.router import Router
 from miles_spmd.worker.main import HOST, Place, build, failure, rank_info

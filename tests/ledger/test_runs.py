@@ -15,9 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from miles_spmd.ledger import step_data
-from miles_spmd.ledger.chain import FILE, FOLDER, LedgerError
+from miles_spmd.ledger.chain import FILE, FOLDER, LedgerError, read_record, verify
 from miles_spmd.ledger.compare import Comparison, compare
-from miles_spmd.ledger.record import read_record, verify
 from tests import forked
 from tests.ledger.runs import STEPS, Recipe, replayed, train
 from tests.ranks import Ranks

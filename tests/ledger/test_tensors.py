@@ -88,7 +88,7 @@ def digests_of(run: Config, batch: list[Any]) -> Any:
     digests = trainer.digests
     assert digests is not None
     before = digests.weights().numpy().view(np.uint64)
-    own = [[s] for s in np.array_split(np.arange(len(batch)), trainer.data_parallel_size)[trainer.data_parallel_rank]]
+    own = [[s] for s in np.array_split(np.arange(len(batch)), trainer.where.dp_size)[trainer.where.dp_rank]]
     result = trainer.train_step([[batch[int(i)] for i in m] for m in own])
     assert result.digests is not None
     after = (digests.of_weights, result.digests.weights)

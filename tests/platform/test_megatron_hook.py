@@ -59,11 +59,13 @@ def test_cached_bytecode_follows_the_source(tmp_path) -> None:
     out = python(
         "import sys, os; sys.dont_write_bytecode = False\n"
         "from pathlib import Path\n"
-        "from miles_spmd.platform.cpu.megatron_hook import _Loader, _STAND_IN\n"
+        "from miles_spmd.platform.cpu import megatron_hook\n"
         "import types; fake = types.ModuleType('fake'); fake.is_available = lambda: 'stand-in'\n"
+        "megatron_hook._cuda_stand_in = lambda: fake\n"
         f"path = Path({str(tmp_path)!r}) / 'm.py'\n"
         "def load():\n"
-        "    module = types.ModuleType('m'); _Loader('m', str(path), fake).exec_module(module); return module.x\n"
+        "    module = types.ModuleType('m'); megatron_hook._Loader('m', str(path)).exec_module(module)\n"
+        "    return module.x\n"
         "path.write_text('import torch\\nx = torch.cuda.is_available()')\n"
         "print(load(), load(), len(list((path.parent / '__pycache__').iterdir())))\n"
         'path.write_text(\'x = ["cuda", "torch.cuda.FloatTensor", "barracuda"]\')\n'

@@ -7,10 +7,9 @@ import typing
 import pytest
 
 from miles_spmd.config import DeadlinesConfig
-from miles_spmd.controller.cluster.ranks import RankTable
-from miles_spmd.protocol.codec import decode, encode
+from miles_spmd.controller.cluster.listener import RankTable
 from miles_spmd.protocol.commands import COMMANDS, AbortRequests, Command, EndGenerate, Receivers, Stop, Submit
-from miles_spmd.protocol.messages import Reply
+from miles_spmd.protocol.messages import Reply, decode, encode
 from miles_spmd.protocol.results import Result
 from tests.controller.ranks import EMPTY, info_of
 

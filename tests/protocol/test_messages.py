@@ -16,9 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from miles_spmd.protocol import messages
-from miles_spmd.protocol.codec import WireError, decode, encode
 from miles_spmd.protocol.commands import COMMANDS, RESULTS, RefitEngine
-from miles_spmd.protocol.messages import Call, Failure, Heartbeat, Reply
+from miles_spmd.protocol.messages import Call, Failure, Heartbeat, Reply, WireError, decode, encode
 from miles_spmd.protocol.results import Ok, TrainResult
 from miles_spmd.types.phase import Phase
 

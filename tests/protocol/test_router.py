@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import zmq
 
-from miles_spmd.protocol.codec import WireError, encode
 from miles_spmd.protocol.commands import RefitEngine, TrainStep
-from miles_spmd.protocol.credentials import Credentials, make_keys
 from miles_spmd.protocol.dealer import Dealer
-from miles_spmd.protocol.messages import Call, Heartbeat
+from miles_spmd.protocol.messages import Call, Heartbeat, WireError, encode
+from miles_spmd.protocol.pipe import Credentials, make_keys
 from miles_spmd.protocol.router import PeerGoneError, Router
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.train_sequence import TrainSequence
@@ -129,7 +128,7 @@ def test_a_killed_process_is_noticed_at_once(router: Router) -> None:
     code = (
         "import sys, time, msgspec\n"
         "from miles_spmd.protocol.dealer import Dealer\n"
-        "from miles_spmd.protocol.credentials import Credentials\n"
+        "from miles_spmd.protocol.pipe import Credentials\n"
         "from miles_spmd.protocol.messages import Heartbeat\n"
         "from miles_spmd.types.phase import Phase\n"
         "dealer = Dealer(msgspec.json.decode(sys.argv[1], type=Credentials))\n"

@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
-from miles_spmd.rewards.math import last_boxed, math
+from miles_spmd.rewards.labels import last_boxed
+from miles_spmd.rewards.math import math
+from tests.rewards.equivalence import CASES, Label, Response
 
 RIGHT: list[tuple[str, Any]] = [
     (r"so it is \boxed{19}", 19),
@@ -61,6 +63,14 @@ def test_right(text: str, label: Any) -> None:
 @pytest.mark.parametrize(("text", "label"), WRONG, ids=lambda v: repr(v)[:30])
 def test_wrong(text: str, label: Any) -> None:
     assert math(text, label) == 0.0
+
+
+@pytest.mark.parametrize(("label", "kind"), [(one, kind) for kind, labels in CASES.items() for one in labels])
+def test_notation(label: Label, kind: str) -> None:
+    for expected, answers in ((1.0, label.right), (0.0, label.wrong)):
+        for answer in answers:
+            text = answer if isinstance(answer, Response) else f"so it is \\boxed{{{answer}}}"
+            assert math(text, label.value) == expected, (kind, label.value, answer)
 
 
 @pytest.mark.parametrize("label", [None, True, ["19"], {"a": 1}])

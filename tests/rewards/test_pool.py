@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from miles_spmd.config import RewardConfig
+from miles_spmd.config import RewardConfig, RewardTerm
 from miles_spmd.plugins.reward import RewardError, Score
 from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.types.sample import Prompt, Sample
@@ -26,8 +27,15 @@ def group(*texts: str, uid: str = "gsm8k:1", label: Any = "19", **metadata: Any)
     return [Sample(prompt, i, [5] * len(t), [-0.5] * len(t), [1] * len(t), t) for i, t in enumerate(texts)]
 
 
+def is_reward_process(process: psutil.Process) -> bool:
+    try:
+        return "rewards.process" in " ".join(process.cmdline())
+    except psutil.Error:  # it has ended
+        return False
+
+
 def children() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+    return [process for process in psutil.Process().children(recursive=True) if is_reward_process(process)]
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +112,11 @@ FAILURES = {
     "trl_missing_column": "requires solution, but the data has only",
     "eats_memory": "sample 0, ran out of the memory that reward.reward_memory_gib allows",
     "exits": "sample 0, ended its process (exit code 7)",
-    "stopped_by_signal": "sample 0, ended its process (exit code -11)",
+    "stopped_by_signal": "sample 0, ended its process (exit code -11, killed by SIGSEGV)",
+    "exits_politely": "sample 0, called sys.exit(3)",
+    "exits_politely_async": "sample 0, called sys.exit(3)",
+    "exits_without_error": "sample 0, ended its process (exit code 0)",
+    "kills_itself": "sample 0, ended its process (exit code -9, killed by SIGKILL)",
 }
 
 
@@ -116,7 +128,111 @@ def test_every_failure_names_function_prompt_and_sample(name: str) -> None:
     assert message.startswith(f"reward '{HERE}{name}' on prompt gsm8k:1")
     assert FAILURES[name] in message
     assert "fix the function" in message
-    assert ("Traceback" in message) == (name == "raises")
+    assert ("Traceback" in message) == (name in ("raises", "exits_politely", "exits_politely_async"))
+
+
+def test_a_group_reward_that_exits() -> None:
+    with pytest.raises(RewardError, match=r"on prompt gsm8k:1 called sys.exit\(None\)"):
+        values(HERE + "exits_politely_as_group", group("a", "b"), reward_batched=True)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_after_an_exit_the_pool_lives_on(workers: int) -> None:
+    with RewardPool(RewardConfig(rm_type=HERE + "exits", reward_workers=workers)) as pool:
+        for _ in range(2 * workers):
+            with pytest.raises(RewardError, match="exit code 7"):
+                pool.submit(group("a")).result(timeout=60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
+@pytest.mark.parametrize(("name", "pause"), [("process_id", 0.2), ("process_id_async", 0), ("process_ids", 0)])
+def test_a_process_that_is_killed_while_idle_is_replaced(name: str, pause: float, number: signal.Signals) -> None:
+    settings = {"reward_batched": name == "process_ids", "reward_workers": 1}
+    with RewardPool(RewardConfig(rm_type=HERE + name, **settings)) as pool:
+        seen = set()
+        for _ in range(3):
+            (score,) = pool.submit(group("a")).result(timeout=60)
+            seen.add(score.value)
+            os.kill(int(score.value), number)
+            time.sleep(pause)
+        assert len(seen) == 3
+
+
+def test_a_process_that_is_stopped_is_killed_in_time() -> None:
+    """A stopped process reads nothing: a large group does not fit into the pipe, and sending it has a deadline too."""
+    with RewardPool(RewardConfig(rm_type=HERE + "process_id", reward_workers=1, reward_timeout=1)) as pool:
+        (score,) = pool.submit(group("a")).result(timeout=60)
+        os.kill(int(score.value), signal.SIGSTOP)
+        with pytest.raises(RewardError, match="sample 0, took longer than reward"):
+            pool.submit(group("x" * 10_000_000)).result(timeout=60)
+        assert pool.submit(group("a")).result(timeout=60)[0].value != score.value
+
+
+def test_what_a_function_has_started_does_not_hide_its_end() -> None:
+    with RewardPool(RewardConfig(rm_type=HERE + "leaves_a_fork", reward_workers=1)) as pool:
+        start = time.monotonic()
+        with pytest.raises(RewardError, match="exit code 4"):
+            pool.submit(group("a")).result(timeout=60)
+        assert time.monotonic() - start < 4
+
+
+def test_a_program_that_a_function_waits_for_ends_with_it() -> None:
+    with pytest.raises(RewardError, match="took longer"):
+        values(HERE + "starts_a_program", group("a"), reward_timeout=1)
+    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "6173"]]
+
+
+def test_what_a_function_writes_does_not_reach_the_terminal_raw(tmp_path: Path) -> None:
+    log = tmp_path / "rewards.log"
+    config = RewardConfig(rm_type=HERE + "escapes", reward_workers=1)
+    with RewardPool(config, log=log) as pool, pytest.raises(RewardError) as caught:
+        pool.submit(group("a")).result(timeout=60)
+    message = str(caught.value)
+    assert "sample 0, raised ValueError: \\x1b[31mred" in message
+    assert "\033" not in message
+    assert len(message) < 10_000
+    assert log.read_text() == "\033[31m printed\n"
+
+
+def test_secrets_are_withheld(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = [
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "AWS_SECRET_ACCESS_KEY",
+        "DB_PASSWORD",
+        "GITHUB_PAT",
+        "HTTPS_PROXY",
+        "JUDGE_KEY",
+    ]
+    public = ["TOKENIZERS_PARALLELISM", "KEYBOARD", "MONKEY", "MY_SETTING"]
+    for name in (*secret, *public):
+        monkeypatch.setenv(name, "http://me:secret@proxy" if name == "HTTPS_PROXY" else "1")
+    samples = group("a", names=[*secret, *public, "PATH"])
+    (score,) = scores(HERE + "environment", samples, reward_environment=["JUDGE_KEY"])
+    assert {name for name, seen in score.detail.items() if seen} == {*public, "PATH", "JUDGE_KEY"}
+
+
+def test_weighted_rewards() -> None:
+    further = [RewardTerm(rm_type="exact", reward_weight=2), RewardTerm(rm_type=HERE + "detailed", reward_weight=-0.5)]
+    config = RewardConfig(rm_type=HERE + "ranked", reward_batched=True, further=further, reward_workers=2)
+    with RewardPool(config, [RewardTerm(rm_type=HERE + "length")]) as pool:
+        first, second = pool.submit(group("19", "192")).result(timeout=60)
+        assert first.value == 0 + 2 * 1 - 0.5 * 0
+        assert second.value == 1 + 2 * 0 - 0.5 * 1
+        details = {"detailed/words": 2.0, "detailed/right": 1.0}
+        assert first.detail == {"ranked": 0.0, "exact": 1.0, "detailed": 0.0, **details}
+        assert second.detail == {"ranked": 1.0, "exact": 0.0, "detailed": 1.0, **details}
+        (alone,) = pool.submit(group("192"), [RewardTerm(rm_type=HERE + "length")]).result(timeout=60)
+        assert alone == Score(3.0)
+
+
+def test_a_failure_among_weighted_rewards_names_its_function() -> None:
+    config = RewardConfig(rm_type="exact", further=[RewardTerm(rm_type=HERE + "exits_politely")], reward_workers=1)
+    with (
+        RewardPool(config) as pool,
+        pytest.raises(RewardError, match=r"'.*:exits_politely' on prompt gsm8k:1, sample 0"),
+    ):
+        pool.submit(group("19")).result(timeout=60)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("too_few", "returned 1 rewards for 2"), ("one_number", "a list of 2")])
@@ -138,6 +254,8 @@ def test_a_missing_label_names_the_prompt(name: str) -> None:
         (HERE + "no_such_function", "cannot be imported: AttributeError"),
         (HERE + "not_a_function", "is of type int; it must be a function"),
         (HERE + "too_many", r"has the parameters \(sample, other\)"),
+        ("tests.rewards.exits_at_import:f", r"cannot be imported: SystemExit: 2"),
+        ("tests.rewards.dies_at_import:f", r"its import ended the process \(exit code 5\)"),
     ],
 )
 def test_a_function_that_cannot_be_used_fails_at_once(name: str, expected: str) -> None:
@@ -148,13 +266,14 @@ def test_a_function_that_cannot_be_used_fails_at_once(name: str, expected: str) 
 def test_submit_does_not_wait_and_close_kills_what_runs() -> None:
     pool = RewardPool(RewardConfig(rm_type=HERE + "hangs", reward_workers=2))
     start = time.monotonic()
-    future = pool.submit(group("a", "b", "c"))
-    assert not future.done()
+    futures = [pool.submit(group("a", "b", "c", uid=f"gsm8k:{i}")) for i in range(100)]
+    assert not futures[0].done()
     time.sleep(0.5)
     pool.close()
     assert time.monotonic() - start < 5
-    with pytest.raises(RewardError, match="pool closed"):
-        future.result(timeout=5)
+    for future in futures:
+        with pytest.raises(RewardError, match="pool closed"):
+            future.result(timeout=5)
 
 
 def test_other_calls_outlive_a_hanging_one() -> None:

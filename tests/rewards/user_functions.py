@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import subprocess
 import sys
 import time
 from typing import Any
@@ -139,6 +140,47 @@ def stopped_by_signal(sample: Sample) -> float:
     return 0.0
 
 
+def exits_politely(sample: Sample) -> float:
+    sys.exit(3)
+
+
+async def exits_politely_async(sample: Sample) -> float:
+    sys.exit(3)
+
+
+def exits_politely_as_group(samples: list[Sample]) -> list[float]:
+    sys.exit()
+
+
+def exits_without_error(sample: Sample) -> float:
+    os._exit(0)
+
+
+def kills_itself(sample: Sample) -> float:
+    os.kill(os.getpid(), 9)
+    return 0.0
+
+
+def leaves_a_fork(sample: Sample) -> float:
+    if not os.fork():
+        time.sleep(5)
+    os._exit(4)
+
+
+def starts_a_program(sample: Sample) -> float:
+    subprocess.run(["sleep", "6173"], check=True)
+    return 0.0
+
+
+def escapes(sample: Sample) -> float:
+    print("\033[31m printed")
+    raise ValueError("\033[31m" + "red" * 10_000)
+
+
+def environment(sample: Sample) -> dict[str, float]:
+    return {"score": 0.0} | {name: float(name in os.environ) for name in sample.prompt.metadata["names"]}
+
+
 def too_many(sample: Sample, other: int) -> float:
     return 0.0
 
@@ -149,6 +191,14 @@ def loaded_torch(sample: Sample) -> float:
 
 def process_id(sample: Sample) -> float:
     return float(os.getpid())
+
+
+async def process_id_async(sample: Sample) -> float:
+    return float(os.getpid())
+
+
+def process_ids(samples: list[Sample]) -> list[float]:
+    return [float(os.getpid())] * len(samples)
 
 
 not_a_function = 3

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from miles_spmd.telemetry.metrics import describe
-from miles_spmd.telemetry.report import CURVES, headline, make_page, report_data, write_report
-from miles_spmd.telemetry.run_data import read_stages
+from miles_spmd.telemetry.report import CURVES, headline, make_page, read_stages, report_data, write_report
 from tests.telemetry.runs import make_config, make_run
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

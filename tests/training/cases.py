@@ -57,7 +57,7 @@ def sequences(lengths: Iterable[int], seed: int = 0) -> list[TrainSequence]:
 
 def share(batch: Sequence[TrainSequence], trainer: Trainer, micro_batches: int = 2) -> list[MicroBatch]:
     """Return this data-parallel rank's sequences of ``batch``, distributed over micro-batches."""
-    own = list(batch)[trainer.data_parallel_rank :: trainer.data_parallel_size]
+    own = list(batch)[trainer.where.dp_rank :: trainer.where.dp_size]
     return [own[i::micro_batches] for i in range(micro_batches)]
 
 
@@ -106,11 +106,11 @@ def one_step(run: Config, batch: list[TrainSequence], micro_batches: int) -> Ste
     before = held(trainer)
     result = trainer.train_step(own)
     assert not result.skipped
-    assert (log_probs is None) == (result.log_probs is None) == (not trainer.reports)
+    assert (log_probs is None) == (result.log_probs is None) == (not trainer.where.reports)
     for a, b in zip(log_probs or [], result.log_probs or []):
         np.testing.assert_array_equal(a, b)  # the training forward is the same forward
-    sums = result.sums[0] if trainer.reports else {}
-    where = (trainer.data_parallel_rank, trainer.data_parallel_size)
+    sums = result.sums[0] if trainer.where.reports else {}
+    where = (trainer.where.dp_rank, trainer.where.dp_size)
     return Step(log_probs, *where, sums, result.grad_norm, before, held(trainer))
 
 
@@ -122,7 +122,7 @@ def losses(run: Config, batch: list[TrainSequence], steps: int, micro_batches: i
 
 
 def global_loss(trainer: Trainer, sums: dict[str, float]) -> float:
-    total = torch.tensor(sums["loss"] if trainer.reports else 0.0, dtype=torch.float64)
+    total = torch.tensor(sums["loss"] if trainer.where.reports else 0.0, dtype=torch.float64)
     dist.all_reduce(total)
     return total.item()
 

@@ -57,11 +57,11 @@ def history(
     """(loss over all ranks, learning rate) of each step."""
     trainer = build(run)
     if load:
-        trainer.load(folder)
+        trainer.checkpoint.load(folder)
     micro_batches, results = share(BATCH, trainer), []
     for step in range(steps + 1):
         if step == save_after:
-            trainer.save(folder)
+            trainer.checkpoint.save(folder)
         if step < steps:
             results.append(trainer.train_step(micro_batches))
     return [(global_loss(trainer, r.sums[0]), r.lr) for r in results]
@@ -99,7 +99,7 @@ def loading_errors(run: Config, folders: list[Path], save: bool = False) -> list
     trainer, messages = build(run), []
     for folder in folders:
         with pytest.raises(TrainerCheckpointError) as error:
-            trainer.save(folder) if save else trainer.load(folder)
+            trainer.checkpoint.save(folder) if save else trainer.checkpoint.load(folder)
         messages.append(str(error.value))
     return messages
 

@@ -52,12 +52,12 @@ CUTS = [Cut(300, 1, 0), Cut(64, 1, 1), Cut(90, 4, 2)]
 
 
 def trainer_rank(trainer: Trainer) -> TrainerRank:
-    return TrainerRank(trainer.data_parallel_rank, trainer.data_parallel_size, trainer.reports)
+    return TrainerRank(trainer.where.dp_rank, trainer.where.dp_size, trainer.where.reports)
 
 
 def own_body(trainer: Trainer, batch: list[TrainSequence], cut: Cut | None, leaves: int) -> TrainStep:
     """Return the body of the command that the controller would send to this rank."""
-    size = trainer.data_parallel_size
+    size = trainer.where.dp_size
     if cut is None:
         packing = pack_leaves([len(s.tokens) for s in batch], data_parallel_size=size, leaves=leaves)
     else:

@@ -15,8 +15,7 @@ from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from miles_spmd.training import output_layer
-from miles_spmd.training.candidates import log_probs_of, top_candidates
-from miles_spmd.training.log_probs import Distribution, linear_log_probs
+from miles_spmd.training.log_probs import Distribution, linear_log_probs, log_probs_of, top_candidates
 from miles_spmd.training.output_layer import OutputLayer
 from tests.ranks import Ranks
 
@@ -245,8 +244,8 @@ def candidates(max_logits: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     layer = OutputLayer(part, VOCAB, rank * len(part), dist.group.WORLD if size > 1 else None)
     found = []
     for k in (1, 4, VOCAB):
-        ids, log_probs = top_candidates(hidden, layer, k, WARM)
-        found.append((ids, log_probs, log_probs_of(hidden, layer, ids.flip(1), WARM)))
+        ids, log_probs = top_candidates(hidden, layer, k, WARM.temperature)
+        found.append((ids, log_probs, log_probs_of(hidden, layer, ids.flip(1), WARM.temperature)))
     output_layer.MAX_LOGITS = 2**27
     return found
 
@@ -267,14 +266,9 @@ def test_candidates(ranks: Ranks, world_size: int, max_logits: int) -> None:
 
 
 def test_candidates_that_make_no_sense() -> None:
-    hidden, weight, targets, *_ = case()
-    layer = OutputLayer(weight, VOCAB)
+    hidden, weight, *_ = case()
     with pytest.raises(ValueError, match="12 candidates of a vocabulary of 11 tokens"):
-        top_candidates(hidden, layer, VOCAB + 1, PLAIN)
-    with pytest.raises(ValueError, match="whole vocabulary"):
-        top_candidates(hidden, layer, 2, CUT)
-    with pytest.raises(ValueError, match="whole vocabulary"):
-        log_probs_of(hidden, layer, targets[:, None], CUT)
+        top_candidates(hidden, OutputLayer(weight, VOCAB), VOCAB + 1, 1.0)
 
 
 def test_a_rank_without_tokens_is_refused() -> None:

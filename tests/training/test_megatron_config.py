@@ -55,17 +55,6 @@ def test_layers_per_virtual_stage() -> None:
     assert built(table).transformer.virtual_pipeline_model_parallel_size == 2
     with pytest.raises(ValueError, match="= 3 does not divide the 4 layers over 2 stages"):
         built(table | {"num_layers_per_virtual_pipeline_stage": 3})
-    with pytest.raises(ValueError, match="not both"):
-        built(table | {"virtual_pipeline_model_parallel_size": 2})
-
-
-def test_unknown_keys_are_all_named() -> None:
-    with pytest.raises(ValueError, match="unknown keys") as error:
-        built({"tensor_model_paralel_size": 2, "adam_beta3": 0.9, "zzz": 1, "lr": 1e-4})
-    message = str(error.value)
-    assert "tensor_model_paralel_size (did you mean tensor_model_parallel_size" in message
-    assert "adam_beta3 (did you mean adam_beta" in message
-    assert message.endswith("zzz")
 
 
 def test_what_cannot_work_is_refused() -> None:
@@ -83,10 +72,6 @@ def test_transformer_engine_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch
     assert built({}).transformer.transformer_impl == "local"
     assert built({}).token_multiple == 1
     engine = {"transformer_impl": "transformer_engine"}
-    monkeypatch.setattr("megatron.core.tensor_parallel.random.HAVE_TE", False)
-    with pytest.raises(ValueError, match="is not installed"):
-        built(engine)
-    monkeypatch.setattr("megatron.core.tensor_parallel.random.HAVE_TE", True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match="needs a GPU"):
         built(engine)

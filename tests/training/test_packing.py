@@ -59,7 +59,7 @@ def test_every_trained_token_is_scored_once(
                 continue
             seen[source] += 1
             position = part.sequences.scored[s]
-            assert part.positions[position] == within[source] - 1
+            assert part.sequences.positions[position] == within[source] - 1
             assert part.tokens[0, position] == flat["tokens"][source - 1]
             assert part.targets[s] == flat["tokens"][source]
             assert part.batch.loss_weights[s] == flat["loss_weights"][source]

@@ -92,7 +92,7 @@ PAIRS = in_pairs(BATCH)
 def dealt(batch: Sequence[TrainSequence], network: Network) -> list[MicroBatch]:
     """This replica's share in two micro-batches, two sequences that follow each other in one."""
     couples = [list(batch[i : i + 2]) for i in range(0, len(batch), 2)]
-    own = couples[network.data_parallel_rank :: network.data_parallel_size]
+    own = couples[network.where.dp_rank :: network.where.dp_size]
     return [list(chain(*own[i::2])) for i in range(2)]
 
 
@@ -109,7 +109,7 @@ def one_update(run: Config, batch: list[TrainSequence], role: Role) -> tuple[Any
     if role is Role.CRITIC:
         assert all(np.array_equal(value, actor.weights[name]) for name, value in held(roles.actor).weights.items())
     keyed = [(s.tokens.tobytes(), v) for s, v in zip(chain(*micro_batches), scores or [])]
-    return keyed, result.grad_norm, before, held(trainer), result.sums[0] if trainer.reports else {}
+    return keyed, result.grad_norm, before, held(trainer), result.sums[0] if trainer.where.reports else {}
 
 
 # --- the oracle ------------------------------------------------------------------------------------------------------

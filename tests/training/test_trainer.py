@@ -96,7 +96,7 @@ def idle_rank(run: Config, batch: list[TrainSequence]) -> tuple[dict[str, float]
         without_weight(batch[0]),
         msgspec.structs.replace(batch[0], **{f: getattr(batch[0], f)[:1] for f in FIELDS}),
     ]
-    result = trainer.train_step([batch if trainer.data_parallel_rank == 0 else idle])
+    result = trainer.train_step([batch if trainer.where.dp_rank == 0 else idle])
     return result.sums[0], held(trainer)
 
 
@@ -136,7 +136,7 @@ def bad_step_between(run: Config, bad: list[TrainSequence], insert: bool) -> tup
         weights.append(held(trainer))
     results += [trainer.train_step(good), trainer.train_step(good)]
     summary = [(r.skipped, r.grad_norm, r.lr, r.sums) for r in results]
-    return summary, [*weights, held(trainer)], [trainer.reports]
+    return summary, [*weights, held(trainer)], [trainer.where.reports]
 
 
 ADAM = {"lr": 1e-2, "clip_grad": 1.0}
@@ -194,7 +194,7 @@ def marked(tokens: TokenBatch) -> Tensor:
 def mark_on_one_rank(run: Config, loss: type[SupervisedLoss]) -> tuple[str, float, bool]:
     trainer = Trainer(run, load_family(run.model.hf_checkpoint), loss())
     before = held(trainer).weights
-    result = trainer.train_step([poisoned("mark") if trainer.data_parallel_rank == 0 else BATCH])
+    result = trainer.train_step([poisoned("mark") if trainer.where.dp_rank == 0 else BATCH])
     same = all(np.array_equal(value, before[name]) for name, value in held(trainer).weights.items())
     return result.skipped, result.sums[0]["loss"], same
 

@@ -42,8 +42,7 @@ def named(run: Config, weights: tuple[str, ...]) -> dict[str, Bisection]:
     from miles_spmd.models import load_family
     from miles_spmd.training.trainer import Trainer
     from miles_spmd.weights.refit import Refit
-    from miles_spmd.worker.bisect import bisect
-    from miles_spmd.worker.worker import make_engine
+    from miles_spmd.worker.worker import bisect, make_engine
 
     trainer = Trainer(run, load_family(run.model.hf_checkpoint), make_loss("rl", run.algorithm))
     engine = make_engine(run)

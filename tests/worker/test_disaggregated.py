@@ -18,12 +18,12 @@ from miles_spmd.config import Config
 from miles_spmd.config.load import config_digest, load_config
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.tasks import run
+from miles_spmd.ledger.chain import Record, read_record
 from miles_spmd.ledger.compare import compare
-from miles_spmd.ledger.record import Record, read_record
 from miles_spmd.protocol.commands import Stop
-from miles_spmd.protocol.credentials import Credentials
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.messages import Call, Hello, Reply
+from miles_spmd.protocol.pipe import Credentials
 from miles_spmd.protocol.results import Ok
 from miles_spmd.protocol.router import Router
 from miles_spmd.worker.stopwatch import Stopwatch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from miles_spmd.config.checks import decide_parity
-from miles_spmd.ledger.record import verify
+from miles_spmd.ledger.chain import verify
 from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
 from tests.ledger.runs import STEPS, Recipe, replayed, train
 from tests.ranks import Ranks

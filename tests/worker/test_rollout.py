@@ -14,14 +14,13 @@ import torch
 import torch.distributed as dist
 
 from miles_spmd.config import DeadlinesConfig
-from miles_spmd.controller.cluster.cluster import Cluster
-from miles_spmd.controller.cluster.errors import WorkerFailedError
-from miles_spmd.controller.cluster.rollout_session import RolloutSession
+from miles_spmd.controller.cluster.cluster import Cluster, RolloutSession
+from miles_spmd.controller.cluster.listener import WorkerFailedError
 from miles_spmd.generation.engine import Engine
 from miles_spmd.protocol.commands import Generate
-from miles_spmd.protocol.credentials import Credentials
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.messages import Call, Failure, Hello, Reply
+from miles_spmd.protocol.pipe import Credentials
 from miles_spmd.protocol.results import Ok
 from miles_spmd.protocol.router import Router
 from miles_spmd.types.request import Output, Request, SamplingParams
@@ -115,7 +114,7 @@ def test_two_engines_give_what_one_gives_alone(ranks: Ranks, checkpoint: Path) -
     def in_turns(session: RolloutSession) -> dict[str, list[int]]:
         found = {}
         session.submit(wanted[:3])
-        for output in session.completions():
+        for output in iter(session.next, None):
             if output.rid == "r0":
                 session.submit(wanted[3:])
             found[output.rid] = output.output_ids
@@ -135,19 +134,19 @@ def test_an_engine_of_two_ranks_stays_in_step(ranks: Ranks, checkpoint: Path) ->
     with serving(ranks, "sglang", checkpoint, 2) as workers:
         with workers.rollout(0) as session:
             session.submit(wanted)
-            found = {o.rid: o.output_ids for o in session.completions()}
+            found = {o.rid: o.output_ids for o in iter(session.next, None)}
         assert found.keys() == {"r0", "r1", "r2", "r3"}
         assert all(len(ids) == 12 for ids in found.values())
         with workers.rollout(1) as session:  # the same again, after the engine has slept between submissions
             for request in wanted:
                 session.submit([request])
-                assert [o.output_ids for o in session.completions()] == [found[request.rid]]
+                assert [o.output_ids for o in iter(session.next, None)] == [found[request.rid]]
 
 
 def test_aborted_requests_keep_what_they_have(ranks: Ranks, checkpoint: Path) -> None:
     with serving(ranks, "torch", checkpoint, 1) as workers, workers.rollout(0) as session:
         session.submit([*requests(2, new_tokens=120), *requests(4)[2:]])
-        outputs = session.completions()
+        outputs = iter(session.next, None)
         assert {next(outputs).rid, next(outputs).rid} == {"r2", "r3"}
         session.abort(["r0"])
         aborted = next(outputs)
@@ -161,7 +160,7 @@ def test_a_request_that_does_not_fit_ends_the_rollout(ranks: Ranks, checkpoint: 
     def rollout(workers: Cluster) -> None:
         with workers.rollout(0) as session:
             session.submit(requests(2, new_tokens=500))
-            list(session.completions())
+            list(iter(session.next, None))
 
     error = r"rank \d .* rollout, step 0: ValueError: request r\d"
     with serving(ranks, "torch", checkpoint, 1) as workers, pytest.raises(WorkerFailedError, match=error):

@@ -21,7 +21,7 @@ WORKER = """
 import sys, time
 from pathlib import Path
 import msgspec
-from miles_spmd.protocol.credentials import Credentials
+from miles_spmd.protocol.pipe import Credentials
 from miles_spmd.types.phase import Phase
 from miles_spmd.worker.watchdog import Watchdog
 

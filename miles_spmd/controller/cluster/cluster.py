@@ -1,5 +1,5 @@
 """The controller's view of all ranks: a command to the ranks that it concerns and a typed result from each, or one
-error that names rank, host, phase and cause."""
+error that names rank, host, phase and cause; and the engines while a rollout is open."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from miles_spmd.config import DeadlinesConfig
-from miles_spmd.controller.cluster.errors import WorkerError
-from miles_spmd.controller.cluster.listener import Listener, PendingCall
-from miles_spmd.controller.cluster.ranks import RankTable
-from miles_spmd.controller.cluster.rollout_session import RolloutSession
-from miles_spmd.protocol.commands import Command, Generate, Receivers, Stop
+from miles_spmd.controller.cluster.listener import Listener, PendingCall, RankTable, WorkerError
+from miles_spmd.protocol.commands import AbortRequests, Command, EndGenerate, Generate, Receivers, Stop, Submit
 from miles_spmd.protocol.messages import Call, RankInfo, Reply, TrainerRank
 from miles_spmd.protocol.results import Result
 from miles_spmd.protocol.router import PeerGoneError, Router
 from miles_spmd.types.phase import Phase
-from miles_spmd.types.request import Output
+from miles_spmd.types.request import Output, Request
 
 R = TypeVar("R", bound=Result)
 
@@ -63,29 +60,21 @@ class Cluster:
         """The ranks that train, by rank."""
         return [info.trainer for info in self.infos if info.trainer is not None]
 
-    def call(
-        self,
-        command: Command[R] | Sequence[Command[R]],
-        *,
-        step: int,
-        timeout: float | None = None,
-    ) -> list[R]:
-        """Send ``command`` (a sequence: one per rank) to its receivers and return their results by rank.
-
-        ``timeout`` in seconds defaults to the deadline of the command's phase. Raises a WorkerError.
-        """
-        self._begin(command, step, timeout)
+    def call(self, command: Command[R] | Sequence[Command[R]], *, step: int) -> list[R]:
+        """Send ``command`` (a sequence: one per rank) to its receivers and return their results by rank, within the
+        deadline of the command's phase. Raises a WorkerError."""
+        self._begin(command, step)
         return cast(list[R], self._finish())
 
     @contextmanager
-    def rollout(self, step: int, timeout: float | None = None, *, purpose: str = "") -> Iterator[RolloutSession]:
+    def rollout(self, step: int, *, purpose: str = "") -> Iterator[RolloutSession]:
         """Open a rollout on all engines; leaving the block closes it and aborts what is still running. Errors name its
         ``purpose``, where it has one other than training.
 
         After an error in the block the rollout stays open: to close it is a wait of its own, for engines that may be
         the cause of the error, and would delay the message that ends the run.
         """
-        self._begin(Generate(), step, timeout)
+        self._begin(Generate(), step)
         self._listener.call.purpose = purpose
         self._listener.completed.clear()
         session = RolloutSession(self, self._table.receivers(Receivers.LEADERS))
@@ -116,14 +105,14 @@ class Cluster:
 
     # --- one command -------------------------------------------------------------------------------------------------
 
-    def _begin(self, command: Command | Sequence[Command], step: int, timeout: float | None = None) -> None:
+    def _begin(self, command: Command | Sequence[Command], step: int) -> None:
         first = command[0] if isinstance(command, Sequence) else command
         self.wait_ready()
         ranks = self._table.receivers(first.receivers)
         commands = command if isinstance(command, Sequence) else [command] * len(ranks)
         if len(commands) != len(ranks):
             raise ValueError(f"{len(commands)} commands for {len(ranks)} ranks")
-        self._expect(type(first), ranks, first.phase, step, timeout)
+        self._expect(type(first), ranks, first.phase, step)
         # Ranks that receive the same object (those of one data-parallel rank) receive the same bytes, encoded once.
         same: dict[int, tuple[Command, list[int]]] = {}
         for rank, own in zip(ranks, commands):
@@ -131,10 +120,8 @@ class Cluster:
         for own, receivers in same.values():
             self.send(own, receivers)
 
-    def _expect(
-        self, kind: type[Command] | None, ranks: Sequence[int], phase: Phase, step: int, timeout: float | None = None
-    ) -> None:
-        seconds = getattr(self._deadlines, phase.deadline) if timeout is None else timeout
+    def _expect(self, kind: type[Command] | None, ranks: Sequence[int], phase: Phase, step: int) -> None:
+        seconds = getattr(self._deadlines, phase.deadline)
         end = time.monotonic() + seconds
         self._listener.call = PendingCall(next(self._ids), kind, ranks, phase, step, seconds, end)
 
@@ -165,3 +152,52 @@ class Cluster:
         completed = self._listener.completed
         self._listener.wait(lambda: bool(completed) or interrupt())
         return completed.popleft() if completed else None
+
+
+class RolloutSession:
+    """Routes requests to the engines, whose first ranks are ``leaders``.
+
+    Requests of one prompt, submitted one after another, go to one engine, which prefills the prompt once for all of
+    them; the next prompt goes to the next engine. The engine of a request depends on nothing but the order of
+    submission, so that a run can be repeated.
+    """
+
+    def __init__(self, cluster: Cluster, leaders: Sequence[int]) -> None:
+        self._cluster = cluster
+        self._leaders = leaders
+        self._turns = itertools.cycle(leaders)
+        self._prompt: list[int] | None = None  # of the last request
+        self._turn = leaders[0]
+        self._rank_of: dict[str, int] = {}  # unfinished requests
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Send the requests. Raises ValueError for a rid that is already running."""
+        batches: dict[int, list[Request]] = {}
+        for request in requests:
+            if request.rid in self._rank_of:
+                raise ValueError(f"request {request.rid!r} is already running")
+            if request.input_ids != self._prompt:
+                self._prompt, self._turn = request.input_ids, next(self._turns)
+            self._rank_of[request.rid] = self._turn
+            batches.setdefault(self._turn, []).append(request)
+        for rank, batch in batches.items():
+            self._cluster.send(Submit(batch), [rank])
+
+    def abort(self, rids: Sequence[str] | None = None) -> None:
+        """Stop these requests (None: all). They still come out of :meth:`next`, with the tokens so far."""
+        running = [rid for rid in (self._rank_of if rids is None else rids) if rid in self._rank_of]
+        for rank in sorted({self._rank_of[rid] for rid in running}):
+            self._cluster.send(AbortRequests([rid for rid in running if self._rank_of[rid] == rank]), [rank])
+
+    def next(self, interrupt: Callable[[], bool] = lambda: False) -> Output | None:
+        """Return the next finished output; None when nothing is running, or once ``interrupt`` returns True. Raises a
+        WorkerError."""
+        output = self._cluster.next_output(interrupt) if self._rank_of else None
+        if output is not None:
+            del self._rank_of[output.rid]
+        return output
+
+    def end(self) -> None:
+        """Abort what is still running and close the rollout on the engines."""
+        self.abort()
+        self._cluster.send(EndGenerate(), self._leaders)

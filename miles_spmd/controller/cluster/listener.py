@@ -13,19 +13,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from miles_spmd.controller.cluster.errors import (
-    DeadlineError,
-    ProtocolError,
-    WorkerError,
-    WorkerFailedError,
-    WorkerLostError,
-    WorkerSilentError,
-    WorkerStoppedError,
+from miles_spmd.protocol.commands import Command, Receivers
+from miles_spmd.protocol.messages import (
+    Completions,
+    Failure,
+    Heartbeat,
+    Hello,
+    Message,
+    RankInfo,
+    Reply,
+    WireError,
 )
-from miles_spmd.controller.cluster.ranks import RankTable
-from miles_spmd.protocol.codec import WireError
-from miles_spmd.protocol.commands import Command
-from miles_spmd.protocol.messages import Completions, Failure, Heartbeat, Hello, Message, Reply
 from miles_spmd.protocol.router import Peer, Router
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.request import Output
@@ -35,6 +33,91 @@ CHECK_EVERY = 0.25  # seconds between looks at the clock
 MAX_LINES = 32  # of a report on ranks
 STACKS_GRACE = 1.0  # seconds past a deadline in which the ranks write their stacks and a last heartbeat
 CAUSE_GRACE = 0.5  # seconds after a first error in which the event that caused it may still arrive
+
+
+# --- errors: their texts name rank, host, phase, step and cause -------------------------------------------------------
+
+
+class WorkerError(RuntimeError):
+    """A rank did not execute a command. ``details`` is a remote traceback for the log, or ""."""
+
+    def __init__(self, text: str, details: str = "", rank: int | None = None) -> None:
+        super().__init__(text)
+        self.details, self.rank = details, rank
+
+
+class WorkerLostError(WorkerError):
+    """The process of ``rank`` died, or the network to it broke."""
+
+
+class WorkerStoppedError(WorkerError):
+    """A rank has received a signal to stop and has announced its end."""
+
+
+class WorkerFailedError(WorkerError):
+    """A command raised an exception on a rank."""
+
+
+class WorkerSilentError(WorkerError):
+    """A rank is connected and has sent no heartbeat for ``heartbeat_timeout``: its process is suspended, or stuck while
+    it holds the GIL."""
+
+
+class DeadlineError(WorkerError):
+    """Some ranks did not reply within the deadline of the command."""
+
+
+class ProtocolError(WorkerError):
+    """A member of the run sent something that the protocol does not allow."""
+
+
+# --- the ranks, and the command under way -----------------------------------------------------------------------------
+
+
+@dataclass
+class RankState:
+    """What the controller has received from one rank."""
+
+    info: RankInfo | None = None
+    peer: Peer | None = None  # the connection that takes commands
+    heartbeat: Heartbeat | None = None  # the last one
+    heard: float = 0.0  # monotonic time of the last message; 0: none yet
+    stopping: bool = False  # it has announced that a signal ends it
+
+
+class RankTable:
+    """The states of all ranks, and which rank each connection belongs to."""
+
+    def __init__(self, world_size: int) -> None:
+        self.states = [RankState() for _ in range(world_size)]
+        self.rank_of: dict[Peer, int] = {}
+
+    def claims(self, peer: Peer, rank: int) -> bool:
+        """Return whether messages of this connection may come from ``rank``. A rank has two connections, its own and
+        its watchdog's; a connection belongs to the rank that its first message names."""
+        return 0 <= rank < len(self.states) and self.rank_of.setdefault(peer, rank) == rank
+
+    @property
+    def infos(self) -> list[RankInfo]:
+        """By rank, of those that are built."""
+        return [state.info for state in self.states if state.info is not None]
+
+    def receivers(self, kind: Receivers) -> list[int]:
+        """The ranks that receive a command of this kind, in order."""
+        match kind:
+            case Receivers.TRAINERS:
+                return [info.rank for info in self.infos if info.trainer is not None]
+            case Receivers.ENGINES:
+                return [info.rank for info in self.infos if info.engine is not None]
+            case Receivers.LEADERS:
+                return [info.rank for info in self.infos if info.engine is not None and info.engine.leader]
+            case Receivers.ALL:
+                return [info.rank for info in self.infos]
+
+    def name(self, rank: int) -> str:
+        """For messages: with host and process id as soon as they are known."""
+        info = self.states[rank].info
+        return f"rank {rank} ({info.host}, pid {info.pid})" if info else f"rank {rank}"
 
 
 @dataclass
@@ -100,8 +183,8 @@ class Listener:
         end = time.monotonic() + CAUSE_GRACE
         while self._receive(end - time.monotonic()):
             pass
-        states = self._table.states
-        deaths = [e for e in self._errors if isinstance(e, WorkerLostError) and not states[e.rank].stopping]
+        stopping = {rank for rank, state in enumerate(self._table.states) if state.stopping}
+        deaths = [e for e in self._errors if isinstance(e, WorkerLostError) and e.rank not in stopping]
         stops = [e for e in self._errors if isinstance(e, WorkerStoppedError)]
         return next(iter([*deaths, *stops, *self._errors]), None)
 
@@ -200,7 +283,7 @@ class Listener:
             return
         leaves = rank in self.call.replies or peer != self._table.states[rank].peer
         if self.call.phase is not Phase.STOP or not leaves:
-            self._errors.append(WorkerLostError(f"{self._table.name(rank)} died: {self._doing(rank)}", rank))
+            self._errors.append(WorkerLostError(f"{self._table.name(rank)} died: {self._doing(rank)}", rank=rank))
 
     # --- descriptions ------------------------------------------------------------------------------------------------
 

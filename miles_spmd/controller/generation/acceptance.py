@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from functools import partial
 from queue import SimpleQueue
 
+from miles_spmd.config import RewardTerm
 from miles_spmd.plugins.algorithm import GroupFilter
 from miles_spmd.plugins.reward import Score
 from miles_spmd.rewards.pool import RewardPool
@@ -27,17 +27,23 @@ class Acceptance:
     accepted or dropped only after every group that was submitted before it.
     """
 
-    def __init__(self, rewards: RewardPool, count: int, accepts: GroupFilter | None = None) -> None:
-        """``count``: groups to accept; ``accepts`` must be a function of the group alone (None: accept all)."""
+    def __init__(
+        self,
+        rewards: RewardPool,
+        count: int,
+        accepts: GroupFilter | None = None,
+        terms: Sequence[RewardTerm] = (),
+    ) -> None:
+        """``count``: groups to accept; ``accepts`` must be a function of the group alone (None: accept all);
+        ``terms``: other reward functions than those of ``[reward]``."""
         self.accepted: list[Group] = []
         self.dropped = 0  # before the last accepted group
-        self._rewards, self._count, self._accepts = rewards, count, accepts
-        self._groups: list[Group] = []
+        self._rewards, self._count, self._accepts, self._terms = rewards, count, accepts, terms
+        self.groups: list[Group] = []  # in the order of submission
         self._unfinished: list[int] = []  # samples of each group that are still generating
         self._scored: SimpleQueue[tuple[int, Future[list[Score]]]] = SimpleQueue()  # filled by threads of the pool
         self._verdicts: dict[int, bool | Exception] = {}  # of judged groups; an error is raised in the group's turn
         self._rejected = 0  # judged groups that will be dropped
-        self._turn = 0  # the first group that is neither accepted nor dropped
 
     @property
     def enough(self) -> bool:
@@ -46,7 +52,7 @@ class Acceptance:
     @property
     def short(self) -> bool:
         """Whether the groups submitted so far cannot be enough, even if the filter accepts all that are not judged."""
-        return len(self._groups) - self._rejected < self._count
+        return len(self.groups) - self._rejected < self._count
 
     @property
     def has_news(self) -> bool:
@@ -55,48 +61,39 @@ class Acceptance:
 
     def add(self, wave: Sequence[Group]) -> int:
         """Add groups that are submitted now; returns the number of the first of them."""
-        first = len(self._groups)
-        self._groups += wave
+        first = len(self.groups)
+        self.groups += wave
         self._unfinished += [len(group) for group in wave]
         return first
-
-    def group(self, number: int) -> Group:
-        return self._groups[number]
 
     def finish_sample(self, number: int) -> None:
         """Note that a sample of group ``number`` is complete; the last one starts the group's scoring."""
         self._unfinished[number] -= 1
         if not self._unfinished[number]:
-            scores = self._rewards.submit(self._groups[number])
-            scores.add_done_callback(partial(self._note, number))
+            scores = self._rewards.submit(self.groups[number], self._terms)
+            scores.add_done_callback(lambda scores: self._scored.put((number, scores)))
 
-    def _note(self, number: int, scores: Future[list[Score]]) -> None:
-        self._scored.put((number, scores))
-
-    def wait(self) -> None:
-        """Wait for the next reward."""
-        self._judge(*self._scored.get())
-
-    def resolve(self) -> None:
-        """Judge the groups whose rewards have arrived, and accept or drop those whose turn it is.
+    def resolve(self, *, wait: bool) -> None:
+        """Judge the groups whose rewards have arrived (``wait``: at least one), and accept or drop those whose turn it
+        is.
 
         Raises the error of a reward or filter in the turn of its group: groups behind the last that is accepted must
         not end the run, because whether they are scored at all depends on time.
         """
-        while self.has_news:
+        while wait or self.has_news:
             self._judge(*self._scored.get())
-        while not self.enough and self._turn in self._verdicts:
-            verdict = self._verdicts[self._turn]
+            wait = False
+        while not self.enough and (turn := len(self.accepted) + self.dropped) in self._verdicts:
+            verdict = self._verdicts[turn]
             if isinstance(verdict, Exception):
                 raise verdict
             if verdict:
-                self.accepted.append(self._groups[self._turn])
+                self.accepted.append(self.groups[turn])
             else:
                 self.dropped += 1
-            self._turn += 1
 
     def _judge(self, number: int, scores: Future[list[Score]]) -> None:
-        group = self._groups[number]
+        group = self.groups[number]
         try:
             for sample, score in zip(group, scores.result(), strict=True):
                 sample.reward, sample.reward_detail = score.value, score.detail

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from miles_spmd.protocol.results import CheckpointResult, RefitResult, TrainResult
 from miles_spmd.types.role import Role
@@ -14,25 +15,22 @@ from miles_spmd.types.train_sequence import TrainSequence
 Groups = Sequence[Sequence[Sample]]  # the samples of each prompt, in the order of submission
 
 
-class Event:
+class Event(msgspec.Struct, frozen=True):
     """Something that happened in a run."""
 
 
-@dataclass(frozen=True)
-class PhaseStarted(Event):
+class PhaseStarted(Event, frozen=True):
     phase: str  # one of telemetry.metrics.PHASES
 
 
-@dataclass(frozen=True)
-class PhaseFinished(Event):
+class PhaseFinished(Event, frozen=True):
     """A phase ended, also when it raised an exception. The seconds of one phase are summed over a step."""
 
     phase: str
     seconds: float
 
 
-@dataclass(frozen=True)
-class RolloutFinished(Event):
+class RolloutFinished(Event, frozen=True):
     """All samples of a step are generated and scored."""
 
     step: int
@@ -40,32 +38,22 @@ class RolloutFinished(Event):
     dropped: int  # groups that the filter rejected
 
 
-@dataclass(frozen=True)
-class ParityChecked(Event):
-    """The outputs of engine and trainer were compared."""
+class Measured(Event, frozen=True):
+    """Engine and trainer were compared, or a rollout was cut into optimizer steps, with metrics of its advantages and
+    corrections."""
 
     step: int
     metrics: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class AdvantagesComputed(Event):
-    """A rollout was cut into optimizer steps, with the metrics of its advantages and corrections."""
-
-    step: int
-    metrics: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class BatchStarted(Event):
+class BatchStarted(Event, frozen=True):
     """Training on the batch of one optimizer step begins, of the critic and the actor where there are both."""
 
     step: int
     tokens: int
 
 
-@dataclass(frozen=True)
-class UpdateFinished(Event):
+class UpdateFinished(Event, frozen=True):
     """One optimizer step of one model. Metrics with the same name are averaged over the updates of a step."""
 
     step: int
@@ -76,16 +64,14 @@ class UpdateFinished(Event):
     metrics: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class EngineRefitted(Event):
+class EngineRefitted(Event, frozen=True):
     """The engine has the trainer's weights."""
 
     version: int
     results: Sequence[RefitResult]
 
 
-@dataclass(frozen=True)
-class EvaluationFinished(Event):
+class EvaluationFinished(Event, frozen=True):
     """The held-out sets were scored after ``step`` steps."""
 
     step: int
@@ -93,23 +79,20 @@ class EvaluationFinished(Event):
     samples: Mapping[str, Groups]  # by set; empty where pairs are compared and nothing is generated
 
 
-@dataclass(frozen=True)
-class CheckpointWritten(Event):
+class CheckpointWritten(Event, frozen=True):
     """Every rank has written its share of the checkpoint before ``step``."""
 
     step: int
     results: Sequence[CheckpointResult]
 
 
-@dataclass(frozen=True)
-class StepFinished(Event):
+class StepFinished(Event, frozen=True):
     """The samples and updates of ``step`` are complete."""
 
     step: int
 
 
-@dataclass(frozen=True)
-class MetricsReported(Event):
+class MetricsReported(Event, frozen=True):
     """Everything measured since the last report, after ``step`` steps."""
 
     step: int

@@ -4,54 +4,73 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Protocol
 
-from miles_spmd.controller.journal.events import (
-    Event,
-    MetricsReported,
-    PhaseFinished,
-    PhaseStarted,
-    RolloutFinished,
-    StepFinished,
-    UpdateFinished,
-)
+from miles_spmd.config import Config
+from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.ledger import LedgerRecorder
 from miles_spmd.controller.journal.metrics import Metrics
-from miles_spmd.controller.journal.observers import Observer
+from miles_spmd.telemetry.progress import Progress
+from miles_spmd.telemetry.trackers import Trackers
+from miles_spmd.telemetry.transcripts import write_transcripts
+
+
+class Observer(Protocol):
+    def observe(self, event: events.Event) -> None:
+        """Take note of ``event``, or ignore it."""
+
+
+class Writers:
+    """Observes a run for people: metrics go to the trackers, phase and metrics to the progress display, and some
+    responses of each evaluation to transcripts.jsonl."""
+
+    def __init__(self, config: Config, trackers: Trackers, progress: Progress) -> None:
+        self._config, self._trackers, self._progress = config, trackers, progress
+
+    def observe(self, event: events.Event) -> None:
+        match event:
+            case events.PhaseStarted(phase):
+                self._progress.phase(phase)
+            case events.PhaseFinished():
+                self._progress.phase("")
+            case events.MetricsReported(step, metrics):
+                self._trackers.log(step, metrics)
+                self._progress.update(step, metrics)
+            case events.EvaluationFinished(step, _, samples) if samples:
+                write_transcripts(self._config, step, samples)
 
 
 class Journal:
     """Passes events on: first to the metrics, then to the observers in order, and last to the ledger, if any."""
 
     def __init__(self, metrics: Metrics, observers: Sequence[Observer], ledger: LedgerRecorder | None = None) -> None:
-        self._metrics, self._observers, self._ledger = metrics, [metrics, *observers], ledger
+        self._metrics, self._observers, self.ledger = metrics, [metrics, *observers], ledger
 
-    def publish(self, event: Event) -> None:
+    def publish(self, event: events.Event) -> None:
         for observer in self._observers:
             observer.observe(event)
-        if self._ledger is None:
-            return
-        if isinstance(event, RolloutFinished | UpdateFinished | StepFinished):
-            with self.timed("ledger"):  # digests of a whole batch take time, which has to show in the metrics
-                self._ledger.observe(event)
-        else:
-            self._ledger.observe(event)
+        if self.ledger is not None:
+            # digests of a whole batch take time, which has to show in the metrics
+            long = isinstance(event, events.RolloutFinished | events.UpdateFinished | events.StepFinished)
+            with self.timed("ledger") if long else nullcontext():
+                self.ledger.observe(event)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Show and time ``phase`` while the block runs, also when it raises."""
-        self.publish(PhaseStarted(phase))
+        self.publish(events.PhaseStarted(phase))
         started = time.monotonic()
         try:
             yield
         finally:
-            self.publish(PhaseFinished(phase, time.monotonic() - started))
+            self.publish(events.PhaseFinished(phase, time.monotonic() - started))
 
     def report(self, step: int) -> None:
         """Publish what was measured since the last report, ``step`` steps into the run."""
-        self.publish(MetricsReported(step, self._metrics.take()))
+        self.publish(events.MetricsReported(step, self._metrics.take()))
 
     @property
     def ledger_head(self) -> str:
         """The hash of the ledger's last entry, which is on disk when this returns; "" without a ledger."""
-        return "" if self._ledger is None else self._ledger.head
+        return "" if self.ledger is None else self.ledger.head

@@ -6,6 +6,8 @@ import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,9 @@ import numpy as np
 
 import miles_spmd
 from miles_spmd.config import Config
-from miles_spmd.controller.journal.events import (
-    CheckpointWritten,
-    Event,
-    RolloutFinished,
-    StepFinished,
-    UpdateFinished,
-)
+from miles_spmd.controller.journal import events
 from miles_spmd.ledger.chain import Chain, LedgerError, Link, links
-from miles_spmd.ledger.entries import Context, Digests, Samples, Saved, Step, Update, tensor_digests, unpack
+from miles_spmd.ledger.entries import Context, Digests, Samples, Saved, Step, Update, digests, unpack
 from miles_spmd.ledger.rectangles import Rectangle, sum_digests
 from miles_spmd.ledger.step_data import DataStore, SampleData, StepData, UpdateData
 from miles_spmd.protocol.results import CheckpointResult, WeightsDigest
@@ -29,7 +25,9 @@ from miles_spmd.telemetry.environment import read_environment
 from miles_spmd.types.role import Role
 
 # Settings that decide where files are written and when to stop waiting, not what is computed.
-WITHOUT_EFFECT: dict[str, set[str]] = {
+WITHOUT_EFFECT: dict[str, Any] = {
+    "telemetry": True,
+    "deadlines": True,
     "run": {"name", "output_dir"},
     "reward": {"reward_timeout", "reward_memory_gib", "reward_workers"},
     "refit": {"refit_checksums", "refit_bucket_mib"},
@@ -37,49 +35,50 @@ WITHOUT_EFFECT: dict[str, set[str]] = {
     "determinism": {"ledger", "ledger_data_gib"},
 }
 OF_UPDATE = ("grad_norm", "lr", "skipped_steps")  # metrics that have fields of their own
-TABLES_WITHOUT_EFFECT = ("telemetry", "deadlines")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: the first step to do. The rest describes a checkpoint of the run itself."""
+
+    step: int = 0
+    ledger: str = ""  # hash of the entry after which the checkpoint was written
+    results: Sequence[CheckpointResult] = ()  # of every rank that loaded it
 
 
 class LedgerRecorder:
-    """Writes the ledger of the run that ``config`` describes, from step ``first`` on. Close it at the end.
+    """Writes the ledger of the run that ``config`` describes, from ``start`` on. Close it at the end.
 
-    ``weights`` are those before that step, of every trainer rank, by role. ``continues`` is the hash by which a
-    checkpoint of this same run names the entry after which it was written, and ``optimizers`` are what was loaded from
-    it; without, the new ledger replaces one that exists. Raises LedgerError where a ledger to be continued is broken,
-    or its weights and optimizer states are not those that were loaded.
+    ``weights`` are those before the first step, of every trainer rank, by role. The ledger of a checkpoint of this same
+    run is continued; without one, the new ledger replaces one that exists. Raises LedgerError where a ledger to be
+    continued is broken, or its weights and optimizer states are not those that were loaded.
     """
 
     def __init__(
-        self,
-        config: Config,
-        first: int,
-        ranks: int,
-        weights: Mapping[Role, Sequence[WeightsDigest]],
-        *,
-        continues: str = "",
-        optimizers: Sequence[CheckpointResult] = (),
+        self, config: Config, start: Start, ranks: int, weights: Mapping[Role, Sequence[WeightsDigest]]
     ) -> None:
         self._config = config
         self._of_weights = {role: [w.of_weights for w in ranks] for role, ranks in weights.items()}
         self._of_updates = {role: [w.of_updates for w in ranks] for role, ranks in weights.items()}
-        totals = {role: self._total(self._of_weights[role], [w.weights for w in ws]) for role, ws in weights.items()}
-        self._weights: dict[str, Digests] = {role: tensor_digests(total) for role, total in totals.items()}
+        self._weights: dict[str, Digests] = {
+            role: _sum(self._of_weights[role], [w.weights for w in ranks]) for role, ranks in weights.items()
+        }
         context = Context(
-            step=first,
-            config=_settings(config),
+            step=start.step,
+            config=config.model_dump(mode="json", exclude=WITHOUT_EFFECT),
             code=_code_digest(),
             environment=_environment(config.run_dir, ranks),
-            tensors={role: sorted(total) for role, total in totals.items()},
+            tensors={role: sorted({part.name for part in chain(*ranks)}) for role, ranks in self._of_weights.items()},
             weights=self._weights,
         )
-        last, known = _find(config.run_dir, continues) if continues else (None, None)
+        last, known = _find(config.run_dir, start.ledger) if start.ledger else (None, None)
         if last is not None and isinstance(last.entry, Saved):
-            self._check(last.entry, self._saved(first, optimizers), context)
+            self._check(last.entry, self._saved(start.step, start.results), context)
         self._chain = Chain(config.run_dir, last)
         # a resumed run under the same conditions has the very entries of one that never stopped
         if known is None or _conditions(known) != _conditions(context):
             self._chain.append(context)
-        self._data = DataStore(config.run_dir, first, int(config.determinism.ledger_data_gib * 2**30))
+        self._data = DataStore(config.run_dir, start.step, int(config.determinism.ledger_data_gib * 2**30))
         self._samples: Samples | None = None  # of the step that is under way, like the next two
         self._updates: list[Update] = []
         self._step_data = StepData(None, [])
@@ -90,31 +89,30 @@ class LedgerRecorder:
         self._chain.sync()
         return self._chain.head
 
-    def observe(self, event: Event) -> None:
+    def observe(self, event: events.Event) -> None:
         match event:
-            case RolloutFinished():
-                samples = [sample for group in event.groups for sample in group]
-                self._step_data.samples = SampleData.of(samples, event.dropped)
+            case events.RolloutFinished():
+                self._step_data.samples = SampleData.of(list(chain(*event.groups)), event.dropped)
                 self._samples = self._step_data.samples.digests(self._config.run.seed, event.step)
-            case UpdateFinished():
+            case events.UpdateFinished():
                 self._add_update(event)
-            case StepFinished(step):
+            case events.StepFinished(step):
                 self._chain.append(Step(step, self._samples, self._updates))
                 self._data.write(step, self._step_data)
                 self._samples, self._updates, self._step_data = None, [], StepData(None, [])
-            case CheckpointWritten():
+            case events.CheckpointWritten():
                 self._chain.append(self._saved(event.step, event.results))
 
-    def _add_update(self, event: UpdateFinished) -> None:
+    def _add_update(self, event: events.UpdateFinished) -> None:
         role, own = event.role, [result.digests for result in event.results if result.digests is not None]
-        self._weights[role] = tensor_digests(self._total(self._of_weights[role], [d.weights for d in own]))
+        self._weights[role] = _sum(self._of_weights[role], [d.weights for d in own])
         data = UpdateData.of(event.batch, event.log_probs)
         reported = event.results[0]
         update = Update(
             role=role,
             **data.digests(),
             sums={n: _finite(value) for n, value in sorted(event.metrics.items()) if not n.endswith(OF_UPDATE)},
-            gradient=tensor_digests(self._total(self._of_updates[role], [d.gradient for d in own])),
+            gradient=_sum(self._of_updates[role], [d.gradient for d in own]),
             grad_norm=_finite(reported.grad_norm),
             lr=reported.lr,
             skipped=reported.skipped,
@@ -133,13 +131,8 @@ class LedgerRecorder:
         optimizers: dict[str, dict[str, Digests]] = {}
         for role, kinds in results[0].optimizers.items() if results else ():
             per_kind = {kind: [r.optimizers[role][kind] for r in results] for kind in kinds}
-            totals = {kind: self._total(self._of_updates[role], sums) for kind, sums in per_kind.items()}
-            optimizers[role] = {kind: tensor_digests(total) for kind, total in totals.items()}
+            optimizers[role] = {kind: _sum(self._of_updates[role], sums) for kind, sums in per_kind.items()}
         return Saved(step, dict(self._weights), optimizers)
-
-    @staticmethod
-    def _total(rectangles: Sequence[Sequence[Rectangle]], sums: Sequence[np.ndarray]) -> dict[str, int]:
-        return sum_digests(zip(rectangles, sums, strict=True))[0]
 
     @staticmethod
     def _check(saved: Saved, loaded: Saved, context: Context) -> None:
@@ -170,17 +163,13 @@ def _find(run_dir: Path, head: str) -> tuple[Link, Context]:
     )
 
 
+def _sum(rectangles: Sequence[Sequence[Rectangle]], sums: Sequence[np.ndarray]) -> Digests:
+    """Return the digests of whole tensors from those of every rank's ``rectangles``."""
+    return digests(sum_digests(zip(rectangles, sums, strict=True))[0].values())
+
+
 def _conditions(context: Context) -> tuple[Any, ...]:
     return context.config, context.code, context.environment, context.tensors
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    """Return the settings that can change a result."""
-    tables = config.model_dump(mode="json", exclude=dict.fromkeys(TABLES_WITHOUT_EFFECT, True))
-    return {
-        name: {leaf: value for leaf, value in table.items() if leaf not in WITHOUT_EFFECT.get(name, ())}
-        for name, table in tables.items()
-    }
 
 
 @functools.cache

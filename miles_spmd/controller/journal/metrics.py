@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 
 from miles_spmd.algorithms import corrections
 from miles_spmd.controller.cluster.cluster import Cluster
-from miles_spmd.controller.journal.events import (
-    AdvantagesComputed,
-    BatchStarted,
-    EngineRefitted,
-    EvaluationFinished,
-    Event,
-    Groups,
-    ParityChecked,
-    PhaseFinished,
-    RolloutFinished,
-    UpdateFinished,
-)
+from miles_spmd.controller.journal import events
 from miles_spmd.protocol.messages import TrainerRank
 from miles_spmd.protocol.results import TrainResult
 from miles_spmd.types.sample import FinishReason
@@ -50,6 +41,7 @@ OF_CRITIC = {  # the same metrics of the critic's updates
     "train/lr": "train/critic_lr",
     "train/skipped_steps": "train/critic_skipped_steps",
 }
+CORRECT = 1.0  # a sample of an evaluation counts as solved from this reward on
 
 
 class Metrics:
@@ -61,21 +53,21 @@ class Metrics:
         self._values: dict[str, float] = {}
         self._updates: list[Mapping[str, float]] = []
 
-    def observe(self, event: Event) -> None:
+    def observe(self, event: events.Event) -> None:
         match event:
-            case PhaseFinished(phase, seconds):
+            case events.PhaseFinished(phase, seconds):
                 self._increase(f"perf/{phase}_time", seconds)
-            case BatchStarted():
+            case events.BatchStarted():
                 self._increase("train/tokens", float(event.tokens))
-            case UpdateFinished():
+            case events.UpdateFinished():
                 self._updates.append(event.metrics)
-            case RolloutFinished():
+            case events.RolloutFinished():
                 self._values |= rollout_metrics(event.groups)
                 self._values["rollout/dropped_groups"] = float(event.dropped)
-            case EngineRefitted():
+            case events.EngineRefitted():
                 self._values["refit/bytes"] = float(sum(r.bytes_local + r.bytes_received for r in event.results))
                 self._values["refit/checksum_mismatches"] = float(sum(r.checksum_mismatches for r in event.results))
-            case ParityChecked() | AdvantagesComputed() | EvaluationFinished():
+            case events.Measured() | events.EvaluationFinished():
                 self._values |= event.metrics
 
     def take(self) -> dict[str, float]:
@@ -96,18 +88,48 @@ class Metrics:
         self._values[name] = self._values.get(name, 0.0) + value
 
 
-def rollout_metrics(groups: Groups) -> dict[str, float]:
+def rollout_metrics(groups: events.Groups) -> dict[str, float]:
     """Return the metrics of a rollout's rewards, which are means over prompts, and of its responses."""
     samples = [sample for group in groups for sample in group]
     lengths = np.asarray([len(s.response) for s in samples])
     rewards = [np.asarray([s.reward for s in group], np.float64) for group in groups]
-    return {
+    return reward_metrics("rollout/reward", groups) | {
         "rollout/raw_reward": float(np.mean([r.mean() for r in rewards])),
         "rollout/response_len": float(lengths.mean()),
         "rollout/response_len_max": float(lengths.max()),
         "rollout/truncated_ratio": float(np.mean([s.finish_reason is FinishReason.LENGTH for s in samples])),
         "rollout/zero_std_ratio": float(np.mean([np.ptp(r) == 0 for r in rewards])),
     }
+
+
+def reward_metrics(prefix: str, groups: events.Groups) -> dict[str, float]:
+    """Return mean and standard deviation of each number that reward functions returned beside the reward, over the
+    samples that have it: ``prefix/NAME/mean`` and ``prefix/NAME/std``."""
+    values: dict[str, list[float]] = {}
+    for sample in chain.from_iterable(groups):
+        for name, value in sample.reward_detail.items():
+            if math.isfinite(value):
+                values.setdefault(name, []).append(value)
+    metrics: dict[str, float] = {}
+    for name, some in sorted(values.items()):
+        metrics |= {f"{prefix}/{name}/mean": float(np.mean(some)), f"{prefix}/{name}/std": float(np.std(some))}
+    return metrics
+
+
+def eval_metrics(sets: Mapping[str, events.Groups]) -> dict[str, float]:
+    """Return the metrics of each set: ``eval/<name>`` is the mean reward (pass@1 for a 0/1 reward), ``-response_len``
+    the mean number of generated tokens, and with n > 1 samples ``-pass@k`` for k = 2, 4, ... n."""
+    metrics: dict[str, float] = {}
+    for name, groups in sets.items():
+        rewards = [[sample.reward or 0.0 for sample in group] for group in groups]
+        metrics[f"eval/{name}"] = float(np.mean(rewards))
+        metrics |= reward_metrics(f"eval/{name}-reward", groups)
+        metrics[f"eval/{name}-response_len"] = float(np.mean([len(s.response) for group in groups for s in group]))
+        n = len(groups[0])
+        correct = [sum(reward >= CORRECT for reward in group) for group in rewards]
+        for k in {2**i for i in range(1, n.bit_length())} | ({n} if n > 1 else set()):
+            metrics[f"eval/{name}-pass@{k}"] = pass_at_k(correct, n, k)
+    return metrics
 
 
 def train_metrics(
@@ -150,10 +172,6 @@ def pass_at_k(correct: Sequence[int], n: int, k: int) -> float:
 
     Source: Chen et al., "Evaluating Large Language Models Trained on Code" (arXiv 2107.03374), eq. 1.
     """
-    misses = [
-        float(np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
-        if n - c >= k
-        else 0.0  # the product form avoids big binomials
-        for c in correct
-    ]
+    # where n - c < k one of the factors is 0; the product form avoids big binomials
+    misses = [np.prod(1.0 - k / np.arange(n - c + 1, n + 1)) for c in correct]
     return 1.0 - float(np.mean(misses))

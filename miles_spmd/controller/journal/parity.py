@@ -42,16 +42,12 @@ class Parity:
         self._budget = settings.mismatch_budget
         self._sample_of: dict[int, Sample] = {}
         self._warned = False
-        self._checked = -1
+        self.checked = -1  # the last step whose log-probs were compared
 
     def begin_step(self, samples: Sequence[Sample], sequences: Sequence[TrainSequence]) -> None:
         """Remember the samples that this step's sequences were made of: errors name them, and they have the engine's
         top-1 tokens. Later calls may check any of these sequences."""
         self._sample_of = {id(sequence): sample for sequence, sample in zip(sequences, samples, strict=True)}
-
-    def has_checked(self, step: int) -> bool:
-        """Return whether log-probs of ``step`` were compared."""
-        return self._checked == step
 
     def check(self, step: int, sequences: Sequence[TrainSequence], log_probs: Arrays) -> dict[str, float]:
         """Compare the engine's log-probs with ``log_probs``, float32 [T] per sequence, which come from the trainer's
@@ -63,7 +59,7 @@ class Parity:
         metrics = mismatch_metrics(sequences, log_probs)
         if not metrics:
             return {}
-        self._checked = step
+        self.checked = step
         gaps = [_gap(sequence, own) for sequence, own in zip(sequences, log_probs, strict=True)]
         differing = sum(int(np.count_nonzero(gap)) for gap in gaps)
         compared = _count_trained(sequences)  # before the gate masks some of them

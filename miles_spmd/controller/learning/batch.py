@@ -14,11 +14,12 @@ from miles_spmd.algorithms.aggregation import loss_weights
 from miles_spmd.algorithms.corrections import correct
 from miles_spmd.algorithms.rewards import shape_rewards
 from miles_spmd.config import Config
-from miles_spmd.controller.learning.scoring import Scores
 from miles_spmd.data.examples import PreferencePair, SftExample
 from miles_spmd.types.rollout_batch import Arrays, RolloutBatch
 from miles_spmd.types.sample import Sample
 from miles_spmd.types.train_sequence import TrainSequence
+
+Scores = dict[str, Arrays]  # of a rollout, computed before the update, by the names of RolloutBatch's fields
 
 
 def to_sequences(samples: Sequence[Sample]) -> list[TrainSequence]:

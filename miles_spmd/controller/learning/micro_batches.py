@@ -99,18 +99,13 @@ def in_sequence_order(
 ) -> list[np.ndarray]:
     """Return the arrays of all ``count`` sequences, from whichever rank of each replica returned them. Raises
     RuntimeError where none did."""
-    ordered: list[np.ndarray | None] = [None] * count
+    found: dict[int, np.ndarray] = {}
     for rank, arrays in zip(trainers, results, strict=True):
-        if arrays is None:
-            continue
-        positions = [i for micro_batch in packing[rank.data_parallel_rank] for i in micro_batch]
-        for index, values in zip(positions, arrays, strict=True):
-            if index != FILLER:
-                ordered[index] = values
-    missing = [i for i, values in enumerate(ordered) if values is None]
-    if missing:
+        if arrays is not None:
+            found |= zip(chain(*packing[rank.data_parallel_rank]), arrays, strict=True)
+    if missing := sorted(set(range(count)) - found.keys()):
         raise RuntimeError(f"no rank returned anything for sequences {missing[:8]} (of {count})")
-    return ordered  # type: ignore[return-value]
+    return [found[index] for index in range(count)]
 
 
 def _without_weight(sequence: TrainSequence) -> TrainSequence:

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from miles_spmd.config import Config
 from miles_spmd.controller.cluster.cluster import Cluster
-from miles_spmd.controller.journal.events import (
-    AdvantagesComputed,
-    BatchStarted,
-    EngineRefitted,
-    EvaluationFinished,
-    ParityChecked,
-    UpdateFinished,
-)
+from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.journal import Journal
 from miles_spmd.controller.journal.metrics import train_metrics
-from miles_spmd.controller.journal.parity import Parity, first_difference
-from miles_spmd.controller.learning.batch import optimizer_steps, pair_sequences, set_loss_weights
+from miles_spmd.controller.journal.parity import Parity, describe_bisection, first_difference
+from miles_spmd.controller.learning.batch import Scores, optimizer_steps, pair_sequences, set_loss_weights, to_sequences
 from miles_spmd.controller.learning.models import Models
-from miles_spmd.controller.learning.preferences import preference_metrics
-from miles_spmd.controller.learning.scoring import Scores, score
 from miles_spmd.data.examples import PreferencePair
 from miles_spmd.protocol.commands import Bisect, RefitEngine, SnapshotWeights
-from miles_spmd.protocol.results import Bisection
 from miles_spmd.types.request import Request
 from miles_spmd.types.role import Role
 from miles_spmd.types.rollout_batch import Arrays
@@ -56,7 +46,7 @@ class Policy:
         possible, which may mask tokens of ``sequences``. Raises ParityError."""
         self._parity.begin_step(samples, sequences)
         with self._journal.timed("log_probs"):
-            scores = score(step, sequences, self._models, self._config)
+            scores = self._models.scores(step, sequences)
         algorithm = self._config.algorithm
         # Engine and trainer can only be compared on the same weights: those in the engine are the newest ones, or the
         # trainer has a copy of them. Otherwise the difference would measure how stale the samples are.
@@ -66,7 +56,7 @@ class Policy:
             role = Role.OLD_ACTOR if algorithm.keep_old_actor else Role.ACTOR
             with self._journal.timed("log_probs"):
                 top1, _ = self._models.top_k_tokens(step, sequences, role, 1)
-            self._journal.publish(ParityChecked(step, self._parity.check_top1(step, sequences, top1)))
+            self._journal.publish(events.Measured(step, self._parity.check_top1(step, sequences, top1)))
         if "old_log_probs" in scores and not algorithm.use_rollout_logprobs:
             self._check_parity(step, sequences, scores["old_log_probs"])
         return scores
@@ -76,7 +66,7 @@ class Policy:
     ) -> list[list[TrainSequence]]:
         """Return the batch of each optimizer step of a rollout, with advantages and global loss weights."""
         batches, metrics = optimizer_steps(samples, sequences, scores, self._config)
-        self._journal.publish(AdvantagesComputed(step, metrics))
+        self._journal.publish(events.Measured(step, metrics))
         return batches
 
     def pair_batch(self, step: int, pairs: Sequence[PreferencePair]) -> list[TrainSequence]:
@@ -96,7 +86,7 @@ class Policy:
     def train(self, step: int, batch: Sequence[TrainSequence]) -> None:
         """Make one optimizer step on ``batch``: of the critic, where there is one, and after its warm-up of the actor.
         Raises ParityError, and TrainingDivergedError after too many skipped steps in a row."""
-        self._journal.publish(BatchStarted(step, sum(len(s.tokens) for s in batch)))
+        self._journal.publish(events.BatchStarted(step, sum(len(s.tokens) for s in batch)))
         if self._config.has_critic:
             self._update(step, batch, Role.CRITIC)
             if step < self._config.train.num_critic_only_steps:
@@ -104,7 +94,7 @@ class Policy:
         log_probs = self._update(step, batch, Role.ACTOR)
         # Where nothing was scored before, the first update's own forward pass still has the weights that generated.
         generated = batch[0].rollout_log_probs is not None and self._engine_version == step
-        if generated and not self._parity.has_checked(step):
+        if generated and self._parity.checked != step:
             self._check_parity(step, batch, log_probs)
 
     def _update(self, step: int, batch: Sequence[TrainSequence], role: Role) -> Arrays:
@@ -112,20 +102,18 @@ class Policy:
         with self._journal.timed("train"):
             results, log_probs = self._models.train(step, batch, role)
         metrics = train_metrics(results, trainers, critic=role is Role.CRITIC)
-        self._journal.publish(UpdateFinished(step, role, batch, results, log_probs, metrics))
-        self._count_skipped(step, next(r.skipped for r, rank in zip(results, trainers, strict=True) if rank.reports))
-        return log_probs
-
-    def _count_skipped(self, step: int, skipped: str) -> None:
+        self._journal.publish(events.UpdateFinished(step, role, batch, results, log_probs, metrics))
+        skipped = next(r.skipped for r, rank in zip(results, trainers, strict=True) if rank.reports)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if self._skipped_in_a_row > self._config.train.max_skipped_steps:
             raise TrainingDivergedError(
                 f"step {step}: {self._skipped_in_a_row} optimizer steps in a row were skipped, last for a {skipped}; "
                 "lower megatron.lr or megatron.clip_grad, and look in metrics.jsonl for the step where it began"
             )
+        return log_probs
 
     def _check_parity(self, step: int, sequences: Sequence[TrainSequence], log_probs: Arrays) -> None:
-        self._journal.publish(ParityChecked(step, self._parity.check(step, sequences, log_probs)))
+        self._journal.publish(events.Measured(step, self._parity.check(step, sequences, log_probs)))
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
@@ -148,7 +136,7 @@ class Policy:
         with self._journal.timed("refit"):
             results = self._cluster.call(RefitEngine(version), step=version)
         self._engine_version = version
-        self._journal.publish(EngineRefitted(version, results))
+        self._journal.publish(events.EngineRefitted(version, results))
         if self._config.algorithm.keep_old_actor:
             self._cluster.call(SnapshotWeights(Role.OLD_ACTOR), step=version)
 
@@ -159,19 +147,18 @@ class Policy:
         metrics: dict[str, float] = {}
         with self._journal.timed("eval"):
             for name, pairs in sets.items():
-                metrics |= preference_metrics(step, name, pairs, self._models, self._config)
-        self._journal.publish(EvaluationFinished(step, metrics, {}))
+                metrics |= self._models.preference_metrics(step, name, pairs)
+        self._journal.publish(events.EvaluationFinished(step, metrics, {}))
 
-    def first_difference(
-        self, step: int, samples: Sequence[Sample], sequences: Sequence[TrainSequence]
-    ) -> tuple[Sample, int] | None:
-        """Return the first sample with a token whose log-prob differs between engine and trainer, and the position of
-        that token in its sequence; None where there is none."""
-        return first_difference(samples, sequences, self._models.log_probs(step, sequences, Role.ACTOR))
-
-    def bisect(self, step: int, request: Request, tokens: int) -> list[Bisection]:
-        """Have every rank look for the first operator whose output for the first ``tokens`` tokens differs between
-        engine and trainer; the engine generates the response to ``request`` again."""
+    def bisect(self, step: int, samples: Sequence[Sample], request: Callable[[Sample, int], Request]) -> str:
+        """Return in words which operator is the first whose output differs between engine and trainer, for the first
+        token of ``samples`` whose log-probs differ. The engine generates that response again, by its ``request``."""
+        sequences = to_sequences(samples)
+        found = first_difference(samples, sequences, self._models.log_probs(step, sequences, Role.ACTOR))
+        if found is None:
+            return f"step {step}: log-probs of engine and trainer are bitwise equal for every token"
+        sample, token = found
         # computing log-probs may have released the engine's memory, and with it its weights
         self._cluster.call(RefitEngine(step), step=step)
-        return self._cluster.call(Bisect(request, tokens), step=step)
+        bisections = self._cluster.call(Bisect(request(sample, step), token), step=step)
+        return describe_bisection(step, sample, token, bisections)

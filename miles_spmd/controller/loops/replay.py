@@ -7,28 +7,24 @@ from pathlib import Path
 from typing import Literal
 
 from miles_spmd.controller.checkpoints import newest, read
-from miles_spmd.controller.journal.events import StepFinished
-from miles_spmd.controller.journal.parity import describe_bisection
-from miles_spmd.controller.learning.batch import to_sequences
+from miles_spmd.controller.journal import events
 from miles_spmd.controller.loops.sync import advance
 from miles_spmd.controller.parts import RunParts
 from miles_spmd.ledger import step_data
 from miles_spmd.ledger.chain import LedgerError, links
 from miles_spmd.ledger.entries import Step
-from miles_spmd.protocol.order import Replay
+from miles_spmd.protocol.pipe import Replay
 
 
 def replay(run: RunParts, order: Replay) -> None:
     """Do the steps again, up to the one that was ordered, into a ledger of their own."""
     run.policy.refit(run.first)
-    for step in range(run.first, order.step):
-        advance(run, step)
-        run.journal.publish(StepFinished(step))
-    if order.phase == "rollout":
-        run.samples.rollout(order.step)
-    else:
-        advance(run, order.step)
-    run.journal.publish(StepFinished(order.step))
+    for step in range(run.first, order.step + 1):
+        if step == order.step and order.phase == "rollout":
+            run.samples.rollout(step)
+        else:
+            advance(run, step)
+        run.journal.publish(events.StepFinished(step))
 
 
 def bisect(run: RunParts, order: Replay) -> None:
@@ -38,13 +34,7 @@ def bisect(run: RunParts, order: Replay) -> None:
     for step in range(run.first, order.step):
         advance(run, step)
     samples = list(chain.from_iterable(run.samples.rollout(order.step)))
-    found = run.policy.first_difference(order.step, samples, to_sequences(samples))
-    if found is None:
-        print(f"step {order.step}: log-probs of engine and trainer are bitwise equal for every token", flush=True)
-        return
-    sample, token = found
-    bisections = run.policy.bisect(order.step, run.generation.request(sample, order.step), token)
-    print(describe_bisection(order.step, sample, token, bisections), flush=True)
+    print(run.policy.bisect(order.step, samples, run.generation.request), flush=True)
 
 
 def plan(run_dir: Path, step: int, phase: Literal["rollout", "train"] | None) -> tuple[Replay, list[str]]:
@@ -82,6 +72,7 @@ def _overrides(run_dir: Path, name: str, checkpoint: Path | None) -> list[str]:
         "telemetry.use_tensorboard=false",
         "telemetry.use_wandb=false",
         "eval.eval_interval=0",
+        "eval.sets=[]",
         "checkpoint.save_interval=0",
         "checkpoint.save_final=false",
         "checkpoint.export_final=false",

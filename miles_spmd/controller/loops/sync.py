@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 
-from miles_spmd.controller.journal.events import StepFinished
+from miles_spmd.controller.journal import events
 from miles_spmd.controller.learning.batch import example_sequences, to_sequences
 from miles_spmd.controller.parts import RunParts
 
@@ -13,14 +13,12 @@ def train(run: RunParts) -> None:
     """Do the steps from ``run.first`` to the end. The weights before step i are version i, in the engine too."""
     steps, checkpoint = run.config.run.num_rollout, run.config.checkpoint
     run.policy.refit(run.first)
-    if evaluation_due(run, run.first, begins=True):
-        evaluate(run, run.first)
+    evaluate(run, run.first, begins=True)
     run.journal.report(run.first)
     for step in range(run.first, steps):
         advance(run, step)
-        run.journal.publish(StepFinished(step))
-        if evaluation_due(run, step + 1):
-            evaluate(run, step + 1)
+        run.journal.publish(events.StepFinished(step))
+        evaluate(run, step + 1)
         run.checkpoints.save(step + 1, run.journal)
         run.journal.report(step + 1)
     if checkpoint.export_final:
@@ -33,9 +31,9 @@ def advance(run: RunParts, step: int) -> None:
         case "rl":
             reinforce(run, step)
         case "sft":
-            run.policy.train(step, example_sequences(run.data.examples(step)))
+            run.policy.train(step, example_sequences(run.data.batch(step)))
         case "dpo" | "rm":
-            run.policy.train(step, run.policy.pair_batch(step, run.data.pairs(step)))
+            run.policy.train(step, run.policy.pair_batch(step, run.data.batch(step)))
 
 
 def reinforce(run: RunParts, step: int) -> None:
@@ -50,17 +48,15 @@ def reinforce(run: RunParts, step: int) -> None:
     run.policy.refit(step + 1)  # trainer -> engine
 
 
-def evaluation_due(run: RunParts, step: int, *, begins: bool = False) -> bool:
-    """Return whether to evaluate after ``step`` steps: at both ends of the run and every ``eval_interval`` steps."""
-    interval, ends = run.config.eval.eval_interval, begins or step == run.config.run.num_rollout
-    sets = run.data.eval_sets or run.data.eval_pairs
-    return bool(sets and interval) and (ends or step % interval == 0)
-
-
-def evaluate(run: RunParts, step: int) -> None:
-    """Score the held-out sets with the newest weights."""
+def evaluate(run: RunParts, step: int, *, begins: bool = False) -> None:
+    """Score those of the held-out sets with the newest weights that are due after ``step`` steps: all of them at both
+    ends of the run, and each one at its interval."""
+    ends = begins or step == run.config.run.num_rollout
+    due = [one for one in run.config.eval_sets if one.eval_interval and (ends or step % one.eval_interval == 0)]
+    if not due:
+        return
     if run.config.trains_on_pairs:
-        run.policy.evaluate(step, run.data.eval_pairs)
+        run.policy.evaluate(step, {one.name: run.data.eval_pairs[one.name] for one in due})
     else:
         run.policy.refit_now(step)
-        run.generation.evaluate(step)
+        run.generation.evaluate(step, due)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
@@ -32,7 +32,6 @@ class BatchedCpuAttention(TorchNativeAttnBackend):
         self._dim = config.head_dim
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        super().init_forward_metadata(forward_batch)
         k_lens = forward_batch.seq_lens_cpu.tolist()
         decoding = forward_batch.forward_mode.is_decode_or_idle()
         q_lens = [1] * len(k_lens) if decoding else list(forward_batch.extend_seq_lens_cpu)
@@ -43,7 +42,7 @@ class BatchedCpuAttention(TorchNativeAttnBackend):
         query, key = (torch.empty(0, heads, self._dim, dtype=dtype) for heads in self._heads)
         self.attention = packed_attention(q_lens, k_lens, query, key, slots)
 
-    def forward_extend(
+    def forward(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -51,48 +50,13 @@ class BatchedCpuAttention(TorchNativeAttnBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
+        **_: Any,
     ) -> torch.Tensor:
-        if not _is_plain(layer):
-            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
-        return self._attend(q, k, v, layer, forward_batch, save_kv_cache)
+        """Write new k and v [tokens, kv_heads, dim] into the cache and attend; q and result [tokens, heads * dim].
 
-    def forward_decode(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool = True,
-    ) -> torch.Tensor:
-        if not _is_plain(layer):
-            return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
-        return self._attend(q, k, v, layer, forward_batch, save_kv_cache)
-
-    def _attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor | None,
-        v: torch.Tensor | None,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool,
-    ) -> torch.Tensor:
-        """Write new k and v [tokens, kv_heads, dim] into the cache and attend; q and result [tokens, heads * dim]."""
+        ``layer`` is causal self-attention over the whole context: the families refuse everything else."""
         pool = self.token_to_kv_pool
-        if save_kv_cache and k is not None:
-            pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc), k, v)
+        if save_kv_cache:
+            pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         keys, values = pool.get_kv_buffer(layer.layer_id)
         return self.attention(q.view(len(q), -1, layer.head_dim), keys, values, layer.scaling).view(len(q), -1)
-
-
-def _is_plain(layer: RadixAttention) -> bool:
-    """Whether ``layer`` is causal self-attention over the whole context without extras; SGLang's own backend computes
-    all other layers."""
-    return (
-        layer.attn_type == AttentionType.DECODER
-        and not layer.is_cross_attention
-        and layer.sliding_window_size == -1
-        and layer.logit_cap == 0
-        and layer.qk_head_dim == layer.v_head_dim
-    )

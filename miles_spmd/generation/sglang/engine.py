@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -36,13 +37,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams as SglangSampling
 from sglang.srt.server_args import set_global_server_args_for_scheduler
 
 from miles_spmd.generation.engine import EngineMemory
-from miles_spmd.generation.sglang import (
-    cpu_attention,
-    gpu_kernels,
-    process_groups,
-    sampler,
-    split_attention_backend,
-)
+from miles_spmd.generation.sglang import cpu_attention, gpu_kernels, process_groups, sampler, split_attention_backend
 from miles_spmd.generation.sglang.invariant_layers import invariant_layers
 from miles_spmd.generation.sglang.scheduler import InProcessScheduler
 from miles_spmd.generation.sglang.server_args import build_server_args
@@ -57,8 +52,10 @@ sglang_shim.check_version()
 # SGLang aborts every request whose rid starts with the given one. No rid with this suffix is a prefix of another.
 _END = "\0"
 
-# SGLang's tags of the parts of its memory, in the order of the fields of EngineMemory
-_TAGS = (GPU_MEMORY_TYPE_WEIGHTS, GPU_MEMORY_TYPE_KV_CACHE, GPU_MEMORY_TYPE_CUDA_GRAPH)
+# Fields of a request that SGLang requires and that have no use here.
+_NO_OTHER_INPUT: dict[str, Any] = dict.fromkeys(
+    ["input_text", "input_embeds", "mm_inputs", "token_type_ids", "token_ids_logprob"]
+)
 
 
 class SglangEngine:
@@ -97,8 +94,9 @@ class SglangEngine:
         table = server_args or {}
         logging.getLogger("sglang").setLevel(table.get("log_level", "error").upper())
         args = build_server_args(str(model_path), dtype, self.context_length, table, cache_tokens, invariant)
-        self.tp_size = args.tp_size
-        self.tp_rank = dist.get_rank() % args.tp_size
+        self.size = args.tp_size
+        self._tp_rank = dist.get_rank() % args.tp_size
+        self.leader = self._tp_rank == 0
         sampler.register()
         if args.device == "cpu":
             cpu_attention.register()
@@ -115,8 +113,8 @@ class SglangEngine:
             set_global_server_args_for_scheduler(args)
             process_groups.join(args.tp_size)
             device_index = torch.cuda.current_device() if args.device == "cuda" else 0
-            self._scheduler = InProcessScheduler(args, device_index, self.tp_rank)
-        self._weight_version = -1
+            self._scheduler = InProcessScheduler(args, device_index, self._tp_rank)
+        self.weight_version = -1
         self._paused = False
         self._touched = False  # submit or abort was called since the last step
         self._released: list[str] = []  # tags of the memory that is released
@@ -124,18 +122,6 @@ class SglangEngine:
         self._aborted: set[str] = set()  # leader only: rids of live requests that an abort was sent for
         # rid -> (version, tokens that the request had when this version ended), for earlier weight versions
         self._spans: dict[str, list[tuple[int, int]]] = defaultdict(list)
-
-    @property
-    def size(self) -> int:
-        return self.tp_size
-
-    @property
-    def weight_version(self) -> int:
-        return self._weight_version
-
-    @property
-    def leader(self) -> bool:
-        return self.tp_rank == 0
 
     # --- requests --------------------------------------------------------------------------------------------------
 
@@ -153,31 +139,19 @@ class SglangEngine:
     def _message(self, request: Request) -> TokenizedGenerateReqInput:
         """Return the message that SGLang's tokenizer process would send. Raises ValueError as ``submit`` does."""
         self._check(request)
-        sampling = request.sampling
-        params = SglangSamplingParams(
-            max_new_tokens=sampling.max_new_tokens,
-            stop=sampling.stop,
-            stop_token_ids=set(sampling.stop_token_ids),
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            ignore_eos=sampling.ignore_eos,
-            sampling_seed=sampling.seed,
-        )
+        sampling = msgspec.structs.asdict(request.sampling)
+        stop_token_ids, seed = set(sampling.pop("stop_token_ids")), sampling.pop("seed")
+        params = SglangSamplingParams(**sampling, stop_token_ids=stop_token_ids, sampling_seed=seed)
         params.normalize(self._scheduler.tokenizer)
         return TokenizedGenerateReqInput(
             rid=request.rid + _END,
-            input_text=None,
             input_ids=array("q", request.input_ids),
-            input_embeds=None,
-            mm_inputs=None,
-            token_type_ids=None,
             sampling_params=params,
             return_logprob=True,
             logprob_start_len=0 if request.return_prompt_log_probs else -1,
             top_logprobs_num=int(request.return_top1),
-            token_ids_logprob=None,
             stream=False,
+            **_NO_OTHER_INPUT,
         )
 
     def _check(self, request: Request) -> None:
@@ -194,12 +168,10 @@ class SglangEngine:
 
     def abort(self, rids: list[str] | None = None) -> None:
         if self.leader:
-            self._aborted |= {*self._live} if rids is None else {rid for rid in rids if rid in self._live}
-            self._scheduler.inbox += [AbortReq(abort_all=True)] if rids is None else self._abort_messages(rids)
+            stopped = [rid for rid in (self._live if rids is None else rids) if rid in self._live]
+            self._aborted.update(stopped)
+            self._scheduler.inbox += map(_abort_message, stopped)
         self._touched = True
-
-    def _abort_messages(self, rids: Iterable[str]) -> list[AbortReq]:
-        return [AbortReq(rid=rid + _END) for rid in rids if rid in self._live]
 
     def step(self) -> list[Output]:
         self._require_memory()
@@ -216,7 +188,7 @@ class SglangEngine:
 
     def retry_smaller(self) -> int | None:
         # Other ranks of the engine may be waiting in a collective of the step that failed here.
-        if self.tp_size > 1 or (limit := self._scheduler.halve()) is None:
+        if self.size > 1 or (limit := self._scheduler.halve()) is None:
             return None
         self._scheduler.forget()
         finished = {req.rid.removesuffix(_END) for req in self._scheduler.finished}
@@ -224,7 +196,7 @@ class SglangEngine:
         for request in unfinished:
             self._spans.pop(request.rid + _END, None)
         # The inbox may hold messages that were not broadcast yet; ``_live`` and ``_aborted`` contain these, too.
-        self._scheduler.inbox[:] = [*map(self._message, unfinished), *self._abort_messages(sorted(self._aborted))]
+        self._scheduler.inbox[:] = [*map(self._message, unfinished), *map(_abort_message, sorted(self._aborted))]
         self._touched = True
         return limit
 
@@ -235,7 +207,7 @@ class SglangEngine:
         prompt, top1 = req.logprob.input_token_logprobs_val, req.logprob.output_top_logprobs_idx
         if not all(map(math.isfinite, log_probs)):
             raise FloatingPointError(
-                f"request {rid}: the model of weight version {self._weight_version} computes log-probs that are not "
+                f"request {rid}: the model of weight version {self.weight_version} computes log-probs that are not "
                 "finite; check the checkpoint, or the last optimizer step"
             )
         return Output(
@@ -250,7 +222,7 @@ class SglangEngine:
 
     def _weight_versions(self, rid: str, tokens: int) -> list[tuple[int, int]]:
         """Return (version, number of tokens) in order for a request that ends with ``tokens`` tokens."""
-        ends = [*self._spans.pop(rid, []), (self._weight_version, tokens)]
+        ends = [*self._spans.pop(rid, []), (self.weight_version, tokens)]
         starts = [0, *(end for _, end in ends)]
         return [(version, end - start) for (version, end), start in zip(ends, starts) if end > start]
 
@@ -272,7 +244,7 @@ class SglangEngine:
 
     def layout(self) -> list[TensorLayout]:
         return [
-            TensorLayout(name, self._family.sglang_layout(name, tuple(tensor.shape), self.tp_rank, self.tp_size))
+            TensorLayout(name, self._family.sglang_layout(name, tuple(tensor.shape), self._tp_rank, self.size))
             for name, tensor in self._model.named_parameters()
         ]
 
@@ -284,8 +256,8 @@ class SglangEngine:
         # A request that has finished and is not returned yet got its tokens from the old weights, too.
         for req in [*self._scheduler.retract_all(), *self._scheduler.finished]:
             if req.output_ids:
-                self._spans[req.rid].append((self._weight_version, len(req.output_ids)))
-        self._weight_version = version
+                self._spans[req.rid].append((self.weight_version, len(req.output_ids)))
+        self.weight_version = version
 
     def flush(self) -> None:
         self._require_idle("flush")
@@ -294,8 +266,7 @@ class SglangEngine:
     def release(self, keep_weights: bool = False) -> None:
         self._require_memory()
         self._require_idle("release")
-        kept = [GPU_MEMORY_TYPE_WEIGHTS] if keep_weights else []
-        self._released = [tag for tag in GPU_MEMORY_ALL_TYPES if tag not in kept]
+        self._released = [tag for tag in GPU_MEMORY_ALL_TYPES if not (keep_weights and tag == GPU_MEMORY_TYPE_WEIGHTS)]
         self._scheduler.weight_updater.release_memory_occupation(ReleaseMemoryOccupationReqInput(tags=self._released))
 
     def resume_weights(self) -> None:
@@ -314,11 +285,11 @@ class SglangEngine:
         self._released = [tag for tag in self._released if tag not in tags]
 
     def memory(self) -> EngineMemory:
-        sizes = self._sizes()
-        return EngineMemory(*(sizes[tag] if tag not in self._released else 0 for tag in _TAGS))
+        return EngineMemory(*(0 if tag in self._released else size for tag, size in self._sizes().items()))
 
     def _sizes(self) -> dict[str, int]:
-        """Return bytes by tag, whether released or not; on a CPU the size of a freed storage is 0."""
+        """Return bytes by SGLang's tag, in the order of EngineMemory's fields, whether released or not; on a CPU the
+        size of a freed storage is 0."""
         return {
             GPU_MEMORY_TYPE_WEIGHTS: _storage_bytes(self._model.parameters()),
             GPU_MEMORY_TYPE_KV_CACHE: _storage_bytes(self._scheduler.kv_cache()),
@@ -352,6 +323,10 @@ class SglangEngine:
             raise RuntimeError(f"{what}() requires an idle engine: step until idle is true, or abort first")
 
 
+def _abort_message(rid: str) -> AbortReq:
+    return AbortReq(rid=rid + _END)
+
+
 def _finish_reason(req: Req) -> FinishReason:
     reason = req.finished_reason
     if isinstance(reason, FINISH_LENGTH):
@@ -378,13 +353,11 @@ def _import_no_other_models() -> None:
 @contextlib.contextmanager
 def _keep_random_state() -> Iterator[None]:
     """Restore the state of all random generators at the end: SGLang seeds them when it is constructed."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    python, of_numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        yield
+        with torch.random.fork_rng(devices, device_type="cuda"):
+            yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda)
+        random.setstate(python)
+        np.random.set_state(of_numpy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
 from sglang.srt.layers.utils import MultiPlatformOp
@@ -24,12 +24,8 @@ def float32_kernels() -> Iterator[None]:
     models and exact tests."""
     os.environ["TRITON_F32_DEFAULT"] = "ieee"
     dispatch = MultiPlatformOp.dispatch_forward
-    MultiPlatformOp.dispatch_forward = _native
+    MultiPlatformOp.dispatch_forward = lambda layer: layer.forward_native
     try:
         yield
     finally:
         MultiPlatformOp.dispatch_forward = dispatch
-
-
-def _native(layer: MultiPlatformOp) -> Callable[..., object]:
-    return layer.forward_native

@@ -28,9 +28,7 @@ from torch import Tensor
 
 from miles_spmd.invariant import experts
 from miles_spmd.invariant.linear import linear, tree_sum
-from miles_spmd.invariant.norm import add_rms_norm, rms_norm
-from miles_spmd.invariant.rotary import rotate
-from miles_spmd.invariant.swiglu import swiglu
+from miles_spmd.invariant.operators import add_rms_norm, rms_norm, rotate, swiglu
 
 _dispatch = MultiPlatformOp.dispatch_forward
 _all_reduce = GroupCoordinator.all_reduce
@@ -49,21 +47,14 @@ def invariant_layers(enabled: bool, sum_terms: int) -> Iterator[None]:
     UnquantizedLinearMethod.apply = partialmethod(_linear, sum_terms) if enabled else _apply
     GroupCoordinator.all_reduce = _tree_all_reduce if enabled else _all_reduce
     LogitsProcessor._compute_lm_head = _lm_head if enabled else _compute_lm_head
-    ModelRunner.maybe_enable_batch_invariant_mode = _leave_torch_alone if enabled else _enable_mode
-    qwen3_moe.enable_fused_set_kv_buffer = _not_fused if enabled else _enable_fused_set_kv_buffer
+    ModelRunner.maybe_enable_batch_invariant_mode = (lambda runner: None) if enabled else _enable_mode
+    # Keys and values are written into the cache by attention, not by the rotary layer.
+    qwen3_moe.enable_fused_set_kv_buffer = (lambda batch: False) if enabled else _enable_fused_set_kv_buffer
     MultiPlatformOp.dispatch_forward = _invariant if enabled else _dispatch
     try:
         yield
     finally:
         MultiPlatformOp.dispatch_forward = _dispatch
-
-
-def _leave_torch_alone(runner: ModelRunner) -> None: ...
-
-
-def _not_fused(batch: Any) -> bool:
-    """Keys and values are written into the cache by attention, not by the rotary layer."""
-    return False
 
 
 def _invariant(layer: MultiPlatformOp) -> Callable[..., Any]:

@@ -35,7 +35,7 @@ def traced(engine: SglangEngine) -> Iterator[OperatorOutputs]:
     their replay calls no modules."""
     model: Any = engine._model.model
     modules = {FIRST: model.embed_tokens, LAST: model.norm}
-    parts = PARTS | (SUMMED_LATER if engine.tp_size == 1 else {})
+    parts = PARTS | (SUMMED_LATER if engine.size == 1 else {})
     for number, layer in enumerate(model.layers):
         own = dict(layer.named_modules())
         modules |= {f"layer {number}, {part}": own[name] for name, part in parts.items() if name in own}

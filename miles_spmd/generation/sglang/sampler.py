@@ -9,8 +9,8 @@ from __future__ import annotations
 import types
 from typing import Any
 
+import numpy as np
 import torch
-from sglang.kernels.ops.sampling.murmur_hash import murmur_hash32
 from sglang.srt.layers import logprob_processor
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.sampler import Sampler, register_sampler_backend
@@ -19,7 +19,7 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 from miles_spmd.algorithms.truncation import truncated
 from miles_spmd.generation.sglang import sampling_kernel
-from miles_spmd.invariant.softmax import log_softmax
+from miles_spmd.invariant.operators import log_softmax
 
 _GREEDY = 1  # the top_k by which SGLang marks a greedy request
 
@@ -41,17 +41,13 @@ def _torch_with_our_log_softmax() -> types.ModuleType:
     """Return ``torch`` with another ``torch.nn.functional.log_softmax``, for one module of SGLang: changing torch
     itself would change it for the trainer, too."""
 
-    class Overlay(types.ModuleType):
-        def __init__(self, module: types.ModuleType, **own: Any) -> None:
-            super().__init__(module.__name__)
-            self.module = module
-            self.__dict__.update(own)
+    def with_own(module: types.ModuleType, **own: Any) -> types.ModuleType:
+        copied = types.ModuleType(module.__name__)
+        vars(copied).update(vars(module) | own)
+        return copied
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.module, name)
-
-    functional = Overlay(torch.nn.functional, log_softmax=lambda values, dim: log_softmax(values))
-    return Overlay(torch, nn=Overlay(torch.nn, functional=functional))
+    functional = with_own(torch.nn.functional, log_softmax=lambda values, dim: log_softmax(values))
+    return with_own(torch, nn=with_own(torch.nn, functional=functional))
 
 
 class SeededSampler(Sampler):
@@ -109,36 +105,16 @@ def sample(log_probs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
     return index.clamp_(max=log_probs.shape[-1] - 1)  # a row of NaN: any valid id, with log-prob NaN
 
 
-def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, categories: int) -> torch.Tensor:
-    """Return standard Gumbel noise, float64 [rows, categories], from a 32-bit hash of seed, position and category
-    (CUDA). It is what :func:`sample` adds to log-probs on a GPU, where a kernel computes it without storing it.
-
-    SGLang's own noise is infinite for the largest hash, and that category is sampled whatever its log-prob: with a
-    vocabulary of 150,000, one token in 28,000 would be sampled uniformly.
-    """
-    hashes = murmur_hash32(seeds.to(torch.uint64), positions, torch.arange(categories, device=seeds.device))
-    return hashes.to(torch.float64).add_(0.5).mul_(2.0**-32).log_().neg_().log_().neg_()
-
-
 def uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Return one number in [0, 1) per row, float64: 53 bits of a hash of seed and position (SplitMix64's finaliser,
     applied twice)."""
-    bits = _mix(_mix(seeds) ^ (positions.to(torch.int64) + 1) * _signed(0x9E3779B97F4A7C15))
-    return _shift(bits, 11).to(torch.float64) * 2.0**-53
+    place = positions.numpy().astype(np.uint64) + np.uint64(1)
+    bits = _mix(_mix(seeds.numpy().view(np.uint64)) ^ place * np.uint64(0x9E3779B97F4A7C15))
+    return torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53)
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's finaliser (Steele, Lea, Flood 2014) on int64, whose products wrap as those of uint64 do."""
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical right shift of int64; torch's own shift copies the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(word: int) -> int:
-    """The int64 with the bits of a 64-bit ``word`` whose top bit is set."""
-    return word - (1 << 64)
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014) on uint64, whose products wrap."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

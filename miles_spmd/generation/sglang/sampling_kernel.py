@@ -15,8 +15,11 @@ PART, BLOCK = 8192, 1024  # tokens of the vocabulary that one block of threads c
 
 
 def sample(log_probs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Return ``(gumbel_noise(seeds, positions, categories) + log_probs).argmax(-1)``, int64 [rows], bitwise equal for
-    rows without NaN; for a row with NaN, any category.
+    """Return the category of the largest sum of log-prob and standard Gumbel noise, int64 [rows]; for a row with NaN,
+    any category. The noise, float64, is a function of a 32-bit hash of seed, position and category.
+
+    SGLang's own noise is infinite for the largest hash, and that category is sampled whatever its log-prob: with a
+    vocabulary of 150,000, one token in 28,000 would be sampled uniformly.
 
     ``log_probs`` fp32 [rows, categories] with contiguous rows; ``seeds`` int64 [rows]; ``positions`` [rows].
     """

@@ -11,9 +11,9 @@ from collections import deque
 from typing import Any
 
 import torch
+from sglang.srt.managers import scheduler
 from sglang.srt.managers.io_struct import AbortReq, PauseGenerationReqInput
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
-from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.ipc_channels import SchedulerIpcChannels
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
@@ -23,19 +23,16 @@ from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 from miles_spmd.generation.sglang.cpu_memory_saver import CpuMemorySaver
 
 
-class InProcessScheduler(Scheduler):
+class InProcessScheduler(scheduler.Scheduler):
     """Reads SGLang's request messages from ``inbox`` and appends requests that ended to ``finished``, on every rank.
     Only the inbox of the engine's first rank is read; SGLang broadcasts its content to the others."""
 
     # attributes of SGLang's class that are assigned here, whose types mypy does not see
-    request_receiver: Any
-    output_streamer: Any
     running_batch: Any
     last_batch: Any
     cur_batch_for_debug: Any
     chunked_req: Any
     chunked_prefill_size: Any
-    forward_stream: Any
 
     def __init__(self, server_args: ServerArgs, device_index: int, tp_rank: int) -> None:
         self.inbox: list[Any] = []
@@ -114,11 +111,13 @@ class InProcessScheduler(Scheduler):
         # SGLang's own way to this state; it also processes the result of a batch that still runs.
         self.pause_generation(PauseGenerationReqInput(mode="retract"))
         self._engine_paused = False
-        # SGLang keeps the prefix cache here; its keys belong to the old weights.
+        self._forget_cache()  # SGLang keeps the prefix cache here; its keys belong to the old weights
+        return self.waiting_queue
+
+    def _forget_cache(self) -> None:
         self.tree_cache.reset()
         self.req_to_token_pool.clear()
         self.token_to_kv_pool_allocator.clear()
-        return self.waiting_queue
 
     def get_num_allocatable_reqs(self, running_bs: int) -> int:
         allocatable = super().get_num_allocatable_reqs(running_bs)
@@ -147,9 +146,7 @@ class InProcessScheduler(Scheduler):
         self.waiting_queue.clear()
         self.running_batch = ScheduleBatch(reqs=[], batch_is_full=False)
         self.last_batch = self.cur_batch_for_debug = self.chunked_req = None
-        self.tree_cache.reset()
-        self.req_to_token_pool.clear()
-        self.token_to_kv_pool_allocator.clear()
+        self._forget_cache()
         self.new_token_ratio_tracker.reset()
         if self.device != "cpu":
             torch.cuda.empty_cache()
@@ -166,7 +163,7 @@ class InProcessScheduler(Scheduler):
             recv_from_tokenizer=self.inbox,
             recv_from_rpc=None,
             send_to_tokenizer=_AbortCollector(self.finished),
-            send_to_detokenizer=None,
+            send_to_detokenizer=self.finished,
             send_metrics_from_scheduler=None,
         )
         self.load_snapshot_writer = None
@@ -180,14 +177,6 @@ class InProcessScheduler(Scheduler):
             self.memory_saver_adapter = TorchMemorySaverAdapter.create(enable=True)
         self.recv_skipper = None
         self.input_blocker = None
-
-    def init_request_receiver(self) -> None:
-        super().init_request_receiver()
-        self.request_receiver = _rebuilt(_InboxReceiver, self.request_receiver)
-
-    def init_output_streamer(self) -> None:
-        super().init_output_streamer()
-        self.output_streamer = _rebuilt(_FinishedCollector, self.output_streamer, send_to_detokenizer=self.finished)
 
     def init_req_max_new_tokens(self, req: Req) -> None:
         """Do nothing: SGLang would shorten responses that do not fit, and the engine refuses such requests."""
@@ -228,6 +217,6 @@ class _AbortCollector:
             self._finished.append(recv_obj)
 
 
-def _rebuilt(kind: type, part: Any, **changes: Any) -> Any:
-    """Return a copy of the dataclass object ``part`` as an object of its subclass ``kind``, with ``changes``."""
-    return kind(**{field.name: getattr(part, field.name) for field in dataclasses.fields(part)} | changes)
+# SGLang's constructor builds these in the places of its own.
+scheduler.SchedulerRequestReceiver = _InboxReceiver
+scheduler.SchedulerOutputStreamer = _FinishedCollector

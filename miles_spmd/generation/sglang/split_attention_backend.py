@@ -13,7 +13,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from torch import Tensor
 
-from miles_spmd.invariant.split_attention import attend, decode, part_length
+from miles_spmd.invariant.split_attention import Keys, attend, decode, part_length
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -54,31 +54,22 @@ class SplitAttention(AttentionBackend):
         """Compute once for all layers; part of the CUDA graph, so that a replay computes it again."""
         self._slot_at = forward_batch.req_pool_indices.long() * self._table.stride(0)
 
-    def forward_extend(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch, **options: Any
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **_: Any,
     ) -> Tensor:
-        keys, values = self._store(k, v, layer, forward_batch, **options)
-        query, lengths, where = _heads(q, layer), forward_batch.seq_lens, self._where(layer)
-        return attend(query, keys, values, self._starts, self._most, lengths, *where)[0].flatten(1)
-
-    def forward_decode(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch, **options: Any
-    ) -> Tensor:
-        keys, values = self._store(k, v, layer, forward_batch, **options)
-        query, lengths, where = _heads(q, layer), forward_batch.seq_lens, self._where(layer)
-        return decode(query, keys, values, lengths, self._longest, *where).flatten(1)
-
-    def _store(
-        self, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch, save_kv_cache: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """Write new k and v [tokens, kv_heads, dim] into the cache; return the cache's, [slots, kv_heads, dim]."""
-        if save_kv_cache and k is not None:
+        """Write new k and v [tokens, kv_heads, dim] into the cache and attend; q and result [tokens, heads * dim]."""
+        if save_kv_cache:
             self._pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
-        return self._pool.get_kv_buffer(layer.layer_id)
-
-    def _where(self, layer: RadixAttention) -> tuple[Tensor, Tensor, float, int]:
-        return self._table.view(-1), self._slot_at, layer.scaling, self._split
-
-
-def _heads(q: Tensor, layer: RadixAttention) -> Tensor:
-    return q.view(len(q), -1, layer.head_dim)
+        keys, values = self._pool.get_kv_buffer(layer.layer_id)
+        held = Keys(keys, values, forward_batch.seq_lens, self._table.view(-1), self._slot_at)
+        query, where = q.view(len(q), -1, layer.head_dim), (layer.scaling, self._split)
+        if forward_batch.forward_mode.is_decode():
+            return decode(query, held, self._longest, *where).flatten(1)
+        return attend(query, held, self._starts, self._most, *where)[0].flatten(1)

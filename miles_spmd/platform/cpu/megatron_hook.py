@@ -20,14 +20,12 @@ import hashlib
 import importlib.abc
 import importlib.machinery
 import importlib.metadata
-import importlib.util
 import logging
-import marshal
-import os
 import sys
 import types
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,54 +58,40 @@ def install() -> None:
         )
     # each of Megatron's modules warns that kernels for GPUs are missing
     warnings.filterwarnings("ignore", r"(Transformer Engine and )?Apex (is|are) not installed", UserWarning)
-    sys.meta_path.insert(0, _Finder(_cuda_stand_in()))
+    # of forked generators, whose state is the CPU's here
+    logging.getLogger(f"{_PACKAGE}.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
+    sys.meta_path.insert(0, _Finder())
 
 
 # --- the stand-in for torch.cuda -------------------------------------------------------------------------------------
 
 
-class _Event:
-    """An event that has always happened already."""
+class _Idle:
+    """A stream or an event where operations run in program order: nothing to record, and nothing to wait for."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
-    def record(self, *_: Any) -> None: ...
+    record = wait = wait_stream = wait_event = synchronize = __init__
 
-    def wait(self, *_: Any) -> None: ...
+    def record_event(self, event: _Idle | None = None) -> _Idle:
+        return event or self
 
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, _: _Event) -> float:
+    def elapsed_time(self, _: _Idle) -> float:
         return 0.0
-
-
-class _Stream:
-    """The only stream: operations run in program order."""
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def wait_stream(self, *_: Any) -> None: ...
-
-    def wait_event(self, *_: Any) -> None: ...
-
-    def record_event(self, event: _Event | None = None) -> _Event:
-        return event or _Event()
-
-    def synchronize(self) -> None: ...
 
     def query(self) -> bool:
         return True
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Stream)
+        return isinstance(other, _Idle)
 
     def __hash__(self) -> int:
         return 0
 
 
+@cache
 def _cuda_stand_in() -> types.ModuleType:
     """Return ``torch.cuda`` as Megatron uses it, on the CPU; every other attribute is the real module's."""
     import torch
@@ -118,30 +102,21 @@ def _cuda_stand_in() -> types.ModuleType:
 
     def nothing(*_: Any, **__: Any) -> None: ...
 
-    def no_context(*_: Any, **__: Any) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
     def zero_bytes(*_: Any, **__: Any) -> int:
         return 0
-
-    def get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    def set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
-        torch.set_rng_state(state)
 
     stand_in: Any = CudaOnCpu("torch.cuda (on CPU)")
     stand_in.current_device = lambda: torch.device("cpu")
     stand_in.device_count = lambda: 1
     stand_in.set_device = stand_in.synchronize = stand_in.empty_cache = nothing
     stand_in.memory_allocated = stand_in.max_memory_allocated = stand_in.memory_reserved = zero_bytes
-    stand_in.Stream, stand_in.Event = _Stream, _Event
-    stand_in.current_stream = stand_in.default_stream = lambda *_, **__: _Stream()
-    stand_in.stream = no_context
-    stand_in.get_rng_state, stand_in.set_rng_state = get_rng_state, set_rng_state
-    stand_in.random = types.SimpleNamespace(get_rng_state=get_rng_state, set_rng_state=set_rng_state)
+    stand_in.Stream = stand_in.Event = stand_in.current_stream = stand_in.default_stream = _Idle
+    stand_in.stream = lambda *_, **__: contextlib.nullcontext()
+    stand_in.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    stand_in.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    stand_in.random = stand_in
     stand_in.manual_seed = lambda seed: nothing(torch.manual_seed(seed))
-    stand_in.nvtx = types.SimpleNamespace(range_push=nothing, range_pop=nothing, range=no_context)
+    stand_in.nvtx = types.SimpleNamespace(range_push=nothing, range_pop=nothing, range=stand_in.stream)
     for name in ("FloatTensor", "HalfTensor", "BFloat16Tensor"):
         setattr(stand_in, name, getattr(torch, name))
     return stand_in
@@ -179,36 +154,28 @@ _CACHE_TAG = "cpu" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    def __init__(self, name: str, path: str, cuda: types.ModuleType) -> None:
-        super().__init__(name, path)
-        self._cuda = cuda
+    def source_to_code(self, data: Any, path: Any, **_: Any) -> types.CodeType:  # type: ignore[override]
+        tree = ast.fix_missing_locations(_CudaToCpu().visit(ast.parse(data, path)))
+        return compile(tree, path, "exec", dont_inherit=True)
 
-    def get_code(self, fullname: str) -> types.CodeType:
-        path = self.get_filename(fullname)
-        stat = os.stat(path)
-        stamp = (stat.st_mtime_ns, stat.st_size)
-        cache = importlib.util.cache_from_source(path, optimization=_CACHE_TAG)
-        with contextlib.suppress(OSError, EOFError, ValueError, TypeError):
-            cached_stamp, code = marshal.loads(Path(cache).read_bytes())
-            if cached_stamp == stamp:
-                return code
-        tree = ast.fix_missing_locations(_CudaToCpu().visit(ast.parse(self.get_data(path), path)))
-        code = compile(tree, path, "exec", dont_inherit=True)
-        if not sys.dont_write_bytecode:
-            self.set_data(cache, marshal.dumps((stamp, code)))  # atomic, and silent where the folder is read-only
-        return code
+    def get_data(self, path: str) -> bytes:
+        return super().get_data(_cached(path))
+
+    def set_data(self, path: str, data: Any, **mode: Any) -> None:
+        super().set_data(_cached(path), data, **mode)
 
     def exec_module(self, module: types.ModuleType) -> None:
-        setattr(module, _STAND_IN, self._cuda)
+        setattr(module, _STAND_IN, _cuda_stand_in())
         super().exec_module(module)
-        if patch := _PATCHES.get(module.__name__.removeprefix(_PACKAGE + ".")):
-            patch(module)
+        vars(module).update(_PATCHES.get(module.__name__.removeprefix(_PACKAGE + "."), {}))
+
+
+def _cached(path: str) -> str:
+    """Return where the rewritten bytecode is cached in place of Python's own; the path itself of other files."""
+    return path if path.endswith(".py") else f"{path.removesuffix('.pyc')}.{_CACHE_TAG}.pyc"
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    def __init__(self, cuda: types.ModuleType) -> None:
-        self._cuda = cuda
-
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
@@ -216,39 +183,23 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
-            spec.loader = _Loader(spec.loader.name, spec.loader.path, self._cuda)
+            spec.loader = _Loader(spec.loader.name, spec.loader.path)
         return spec
 
 
-# --- patches after loading -------------------------------------------------------------------------------------------
+def _split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and hasattr(tensor, "numpy") else tensor
 
 
-def _disable_fuser(jit: Any) -> None:
-    """Disable ``jit_fuser``, which is torch.compile: compiling C++ takes longer than the fused lines save here."""
-    jit.disable_jit_fuser()
-
-
-def _use_cpu_generator(random: Any) -> None:
-    """Read and write the state of torch's CPU generator: Megatron's way uses torch._C and a lazy CUDA call. Also drop
-    the warning of forked generators that the CPU's state has changed."""
-    import torch
-
-    random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
-    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
-
-
-def _move_split_sizes(moe_utils: Any) -> None:
-    """Convert split sizes to numpy, as ``all_to_all_single`` requires: Megatron's function ignores CPU tensors."""
-
-    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        return tensor.numpy() if as_numpy and hasattr(tensor, "numpy") else tensor
-
-    moe_utils.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
-
-
-_PATCHES: dict[str, Callable[[Any], None]] = {
-    "jit": _disable_fuser,
-    "tensor_parallel.random": _use_cpu_generator,
-    "transformer.moe.moe_utils": _move_split_sizes,
+# What replaces names of a module after it was loaded.
+_PATCHES: dict[str, dict[str, Callable[..., Any]]] = {
+    # torch.compile: compiling C++ takes longer than the fused lines save here
+    "jit": {"jit_fuser": lambda function: function},
+    # Megatron's way to the generator's state uses torch._C and a lazy CUDA call.
+    "tensor_parallel.random": {
+        "_get_cuda_rng_state": lambda device="cpu", **_: _cuda_stand_in().get_rng_state(),
+        "_set_cuda_rng_state": lambda new_state, device=-1, **_: _cuda_stand_in().set_rng_state(new_state),
+    },
+    # ``all_to_all_single`` requires numpy; Megatron's function ignores CPU tensors.
+    "transformer.moe.moe_utils": {"maybe_move_tensor_to_cpu": _split_sizes},
 }

@@ -95,14 +95,6 @@ def adapt() -> None:
     def leave_threads_alone(runner: ModelRunner) -> None:
         runner.local_omp_cpuid = None  # SGLang would bind this process to cores that it selects
 
-    def leave_torch_alone(runner: ModelRunner) -> None:
-        """SGLang's deterministic mode would replace matrix products by Triton kernels."""
-
     ModelRunner.init_threads_binding = leave_threads_alone
-    ModelRunner.maybe_enable_batch_invariant_mode = leave_torch_alone
-    for backends in (
-        server_args.DETERMINISTIC_ATTENTION_BACKEND_CHOICES,
-        server_args.RADIX_SUPPORTED_DETERMINISTIC_ATTENTION_BACKEND,
-    ):
-        if "torch_native" not in backends:
-            backends.append("torch_native")
+    server_args.add_deterministic_attention_backend_choices(["torch_native"])
+    server_args.add_radix_supported_deterministic_attention_backend_choices(["torch_native"])

@@ -1,10 +1,12 @@
-"""The order that rank 0 gives to the controller that it starts: the first message of a run, sent through a pipe."""
+"""What goes through the pipe between rank 0 and the controller that it starts: the order of the run, and back the
+credentials that admit workers to it."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import msgspec
+import zmq
 
 EXIT_SECONDS = 5.0  # which a controller that has to stop may take to close its files
 
@@ -31,3 +33,24 @@ class Order(msgspec.Struct, frozen=True):
     host: str  # name or address under which all workers reach the controller's machine
     world_size: int
     replay: Replay | None = None  # of the tasks "replay" and "bisect"
+
+
+class Credentials(msgspec.Struct, frozen=True):
+    """Handed to the workers through the run's TCPStore; whoever holds them is a member of the run. Keys are Z85 text.
+
+    All clients share one key pair: the keys separate members of a run from everyone else, not rank from rank.
+    """
+
+    endpoint: str  # "tcp://host:port"
+    server_public: str
+    client_public: str
+    client_secret: str = ""  # empty in what a run publishes
+
+    def __repr__(self) -> str:
+        return f"Credentials({self.endpoint})"  # never a secret in a log
+
+
+def make_keys() -> tuple[str, str]:
+    """Return a new CURVE key pair (public, secret)."""
+    public, secret = zmq.curve_keypair()
+    return public.decode(), secret.decode()

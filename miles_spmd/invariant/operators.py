@@ -1,0 +1,151 @@
+"""The operators of a layer other than products and attention, with their backward passes: on a GPU by the kernels of
+:mod:`miles_spmd.invariant.kernels`, in fp32 with one rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from miles_spmd.invariant import kernels
+
+# --- root-mean-square norm of rows -----------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return y = x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32, rounded once
+    (https://arxiv.org/abs/1910.07467)."""
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the norm of x + residual, and the sum, which is rounded to the dtype of ``x`` first; without a
+    gradient."""
+    if x.is_cuda:
+        y, _, total = kernels.rms_norm(x, weight, eps, residual)
+        return y, total  # type: ignore[return-value]
+    total = x + residual
+    return _norm(total, weight, eps)[0], total
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The norm with its backward pass written out: torch has no CPU kernel for it, and autograd's costs twice as much.
+
+    With r = rsqrt(mean(x^2) + eps) and n = x r: y = n w, dx = r (g w - n mean(g w n)), dw = sum g n.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, r = _norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, r)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        x, weight, r = ctx.saved_tensors
+        if x.is_cuda:
+            return *kernels.rms_norm_backward(gradient, x.contiguous(), weight, r), None
+        g, n = gradient.float(), x.float() * r
+        grad_weight = (g * n).flatten(0, -2).sum(0)
+        grad_x = g * weight
+        shift = torch.linalg.vecdot(grad_x, n).unsqueeze(-1) / x.shape[-1]
+        grad_x.sub_(n.mul_(shift)).mul_(r)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return y and r, fp32: [..., 1] on a CPU, one number per row on a GPU."""
+    if x.is_cuda:
+        y, r, _ = kernels.rms_norm(x, weight, eps, None)
+        return y, r
+    x32 = x.float()
+    r = (torch.linalg.vecdot(x32, x32).unsqueeze(-1) / x.shape[-1] + eps).rsqrt_()
+    return (x32 * r).mul_(weight).to(x.dtype), r
+
+
+# --- rotary positions ------------------------------------------------------------------------------------------------
+
+
+def rotary_table(frequencies: Tensor, length: int) -> Tensor:
+    """Return cosines, then sines, of the angles of places 0 .. ``length - 1``: fp32 [length, D]. ``frequencies``: fp32
+    [D / 2], in radians per place."""
+    places = torch.arange(length, dtype=torch.float32, device=frequencies.device)
+    angles = torch.outer(places, frequencies)
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def rotate(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
+    """Return ``x`` [T, H, D] in which pairs of numbers, D / 2 apart, are rotated by the angles of ``positions``, int64
+    [T] (https://arxiv.org/abs/2104.09864). ``table``: see :func:`rotary_table`."""
+    return _Rotate.apply(x, table, positions)
+
+
+class _Rotate(torch.autograd.Function):
+    """The backward pass is the rotation by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
+        ctx.save_for_backward(table, positions)
+        return _rotated(x, table, positions, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        table, positions = ctx.saved_tensors
+        return _rotated(gradient, table, positions, back=True), None, None
+
+
+def _rotated(x: Tensor, table: Tensor, positions: Tensor, back: bool) -> Tensor:
+    if x.is_cuda:
+        return kernels.rotate(x, table, positions, back)
+    cos, sin = table.index_select(0, positions)[:, None].to(x.dtype).chunk(2, -1)
+    first, second = x.chunk(2, -1)
+    other = sin.neg() if back else sin
+    return torch.cat([first * cos - second * other, second * cos + first * other], -1)
+
+
+# --- SwiGLU ----------------------------------------------------------------------------------------------------------
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """Return silu(gate) * up [..., F] of ``x`` [..., 2 F], gate first (https://arxiv.org/abs/2002.05202)."""
+    return _SwiGLU.apply(x)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        if x.is_cuda:
+            return kernels.swiglu(x)
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        if x.is_cuda:
+            return kernels.swiglu_backward(gradient, x.contiguous())
+        gate, up = x.chunk(2, -1)
+        sigmoid = gate.sigmoid()
+        of_up = gate * sigmoid
+        of_gate = (1 - sigmoid).mul_(gate).add_(1).mul_(sigmoid).mul_(up).mul_(gradient)
+        return torch.cat([of_gate, of_up.mul_(gradient)], -1)
+
+
+# --- log-probs over a vocabulary -------------------------------------------------------------------------------------
+
+
+def log_softmax(values: Tensor) -> Tensor:
+    """Return (value - peak) - log(sum of exp(value - peak)) of every row of ``values``, fp32 [R, V].
+
+    The trainer needs those of single tokens and no copy of the logits. Its sums have the same reduction order, so its
+    results are bitwise equal: ``training.softmax`` on a CPU, ``training.softmax_kernel`` on a GPU.
+    """
+    if values.is_cuda:
+        from sglang.srt.batch_invariant_ops import batch_invariant_ops
+
+        return batch_invariant_ops.log_softmax(values, -1)
+    z = values - values.amax(-1, keepdim=True)
+    return z.sub_(z.exp().sum(-1, keepdim=True).log_())

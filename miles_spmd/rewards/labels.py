@@ -1,0 +1,66 @@
+r"""What the built-in rewards accept as a label. Imports nothing that takes time: data is checked while it is read."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Any
+
+_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|[{}]|\\[{}\\]")
+
+
+def check_label(rm_type: str, label: Any) -> str | None:
+    """Return why the built-in reward ``rm_type`` cannot read ``label``; None if it can, or is not built in."""
+    read = _READERS.get(rm_type)
+    try:
+        if read is not None:
+            read(label)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def exact_labels(label: Any) -> list[str]:
+    """Return the strings of which an answer has to equal one. Raises ValueError for a missing label."""
+    labels = label if isinstance(label, list | tuple) else [label]
+    if not labels or any(one is None or isinstance(one, dict | list | tuple) for one in labels):
+        raise ValueError(f"the label {label!r:.80} is neither a string, a number nor a list of these")
+    return [str(one) for one in labels]
+
+
+def math_label(label: Any) -> str:
+    r"""Return the number or formula of a label: all of it, the content of its last ``\boxed{...}``, or the text after
+    ``####``, as in GSM8K's solutions. Raises ValueError if there is none."""
+    if isinstance(label, bool) or not isinstance(label, str | int | float | Decimal):
+        raise ValueError(f"the label {label!r:.80} is neither a string nor a number")
+    if isinstance(label, float | Decimal):
+        if not math.isfinite(label):
+            raise ValueError(f"the label {label} is not a finite number")
+        return f"{Decimal(str(label)):f}"  # 1e+16 would be read as 1 times e plus 16
+    text = str(label).rpartition("####")[2].strip()
+    text = (last_boxed(text) or text).strip()
+    if not text:
+        raise ValueError(f"the label {label!r:.80} contains no answer")
+    return text
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Return the content of the complete ``\boxed{...}`` (or ``\fbox``) that starts last; None: none."""
+    best: tuple[int, int] | None = None
+    unclosed: list[int | None] = []  # where the content of an open box begins, None for any other brace
+    for match in _BRACE.finditer(text):
+        token = match.group()
+        if token == "}":
+            start = unclosed.pop() if unclosed else None
+            if start is not None and (best is None or start > best[0]):
+                best = start, match.start()
+        elif token == "{":
+            unclosed.append(None)
+        elif len(token) > 2:  # not an escaped brace or backslash
+            unclosed.append(match.end())
+    return None if best is None else text[slice(*best)]
+
+
+_READERS: dict[str, Callable[[Any], object]] = {"math": math_label, "exact": exact_labels}

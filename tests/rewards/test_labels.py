@@ -1,0 +1,32 @@
+"""Labels that the built-in rewards cannot read."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from miles_spmd.rewards.labels import check_label
+
+READABLE: dict[str, list[Any]] = {
+    "math": ["3", 3, 3.5, Decimal("3.50"), "1e-05", "x**2", r"\boxed{3}", "so 1 + 2 = 3\n#### 3", "blue", "{"],
+    "exact": ["3", "", 3, 3.5, ["3", 4], ("a", "b"), True],
+    "module:function": [None, {}, []],
+}
+UNREADABLE: dict[str, list[Any]] = {
+    "math": [None, True, ["3"], {"answer": 3}, "", "  ", "####", "so 3 ####  ", float("nan"), float("inf"), b"3"],
+    "exact": [None, [], [None], {"answer": 3}, [["3"]]],
+}
+
+
+@pytest.mark.parametrize(("rm_type", "label"), [(name, label) for name, some in READABLE.items() for label in some])
+def test_readable(rm_type: str, label: Any) -> None:
+    assert check_label(rm_type, label) is None
+
+
+@pytest.mark.parametrize(("rm_type", "label"), [(name, label) for name, some in UNREADABLE.items() for label in some])
+def test_unreadable(rm_type: str, label: Any) -> None:
+    problem = check_label(rm_type, label)
+    assert problem is not None
+    assert problem.startswith("the label")
