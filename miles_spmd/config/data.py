@@ -1,9 +1,9 @@
 """Rows and their scores: `[data]` to train on, `[reward]` that scores responses, `[eval]`."""
 
+import os
 import re
 from collections import Counter
 from datetime import datetime
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -89,7 +89,7 @@ def _data_files(s: Settings) -> Messages:
     evaluation |= {f"eval.sets.{number}.prompt_data": one.prompt_data for number, one in enumerate(s.sets)}
     for name, path in ({"data.prompt_data": s.prompt_data} | evaluation).items():
         file = re.sub(r"@\[[^\]]*\]$", "", path)
-        if not Path(file).expanduser().is_file():
+        if not os.path.isfile(os.path.expanduser(file)):
             yield f"{name}: no file {file}"
 
 

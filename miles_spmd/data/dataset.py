@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,9 +63,9 @@ def parse_slice(prompt_data: str) -> tuple[Path, slice]:
         if "@[" in prompt_data:
             remedy = "write path@[start:stop] with integers, either of which may be left out"
             raise DataError(prompt_data, [RowError("malformed slice", remedy)])
-        return Path(prompt_data).expanduser(), slice(None)
+        return Path(os.path.expanduser(prompt_data)), slice(None)
     bounds = [int(b) if b else None for b in (match["start"], match["stop"])]
-    return Path(match["path"]).expanduser(), slice(*bounds)
+    return Path(os.path.expanduser(match["path"])), slice(*bounds)
 
 
 def load_items(source: str, name: str | None, data: DataConfig, tokenizer: Tokenizer, draft: Draft[Item]) -> list[Item]:

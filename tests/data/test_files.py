@@ -57,7 +57,9 @@ def test_home_is_written_as_in_a_shell(
     (tmp_path / "a.jsonl").write_bytes(JSONL)
     assert len(uids("~/a.jsonl", tokenizer)) == 3
     assert len(uids("~/a.jsonl@[:2]", tokenizer)) == 2
-    assert load_config(recipe, ["data.prompt_data=~/a.jsonl"]).data.prompt_data == "~/a.jsonl"
+    config = load_config(recipe, ["data.prompt_data=~/a.jsonl", "model.hf_checkpoint=~/model", "output_dir=~nobody/x"])
+    assert (config.data.prompt_data, config.model.hf_checkpoint) == ("~/a.jsonl", tmp_path / "model")
+    assert config.run.output_dir.name == "x"  # whose home is not known stays as it is
     with pytest.raises(ConfigError, match=r"data\.prompt_data: no file ~/b\.jsonl"):
         load_config(recipe, ["data.prompt_data=~/b.jsonl", "eval.eval_prompt_data={a='~/a.jsonl@[:1]'}"])
 
