@@ -43,13 +43,12 @@ class Datasets:
         data, mode = config.data, config.run.mode
         context = load_family(config.model.hf_checkpoint).max_sequence_length
         pair_len = min(context, config.micro_batch_tokens // 2)  # a pair has to be in one micro-batch
-        load_pairs = partial(load_preference_pairs, data, tokenizer, max_len=pair_len, scores_end=mode == "rm")
+        load_pairs = partial(load_preference_pairs, tokenizer=tokenizer, max_len=pair_len, scores_end=mode == "rm")
         self.eval_sets: dict[str, list[Prompt]] = {}
         self.eval_pairs: dict[str, list[PreferencePair]] = {}
         if config.trains_on_pairs:
-            self.eval_pairs = {
-                one.name: load_pairs(prompt_data=one.prompt_data, name=one.name) for one in config.eval_sets
-            }
+            for one in config.eval_sets:
+                self.eval_pairs[one.name] = load_pairs(one.columns(data), prompt_data=one.prompt_data, name=one.name)
         else:
             self.eval_sets = {
                 one.name: load_prompts(
@@ -72,7 +71,7 @@ class Datasets:
             case "sft":
                 items = load_sft_examples(data, tokenizer, max_len=min(context, config.micro_batch_tokens))
             case "dpo" | "rm":
-                items = load_pairs()
+                items = load_pairs(data)
         self._items: PromptSource[Any] = PromptSource(items, config.run.seed, data.rollout_shuffle)
         self._spare: PromptSource[Any] = PromptSource(items, derive_seed("spare", config.run.seed))
 

@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from miles_spmd.models.dense import Llama, Qwen2, Qwen3
 from miles_spmd.models.family import VALUE_HEAD, Family
 from miles_spmd.models.layout import PADDING, Piece, TensorLayout
-from miles_spmd.models.llama import Llama
-from miles_spmd.models.qwen2 import Qwen2
-from miles_spmd.models.qwen3 import Qwen3
 from miles_spmd.models.qwen3_moe import Qwen3Moe
 from miles_spmd.models.random import random_config
 
@@ -47,6 +45,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         reason = "no such folder" if not folder.is_dir() else "the folder has no config.json"
         raise FileNotFoundError(f"{folder} is not a Hugging Face checkpoint: {reason}")
     try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
+        config = json.loads(file.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return config

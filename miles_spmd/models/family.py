@@ -18,8 +18,27 @@ from miles_spmd.models.layout import PADDING, Piece, Span, beside, filled_shape,
 Shape = tuple[int, ...]
 Pieces = tuple[Piece, ...]
 
-MEGATRON_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-SGLANG_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+MEGATRON_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+SGLANG_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+# Megatron's names, of the local and the Transformer Engine layer spec, and SGLang's for the same; without the layer.
+MEGATRON_NAMES = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "output_layer.weight": "lm_head.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "self_attention.linear_qkv.weight": "self_attn.qkv_proj.weight",
+    "self_attention.linear_qkv.bias": "self_attn.qkv_proj.bias",
+    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
+    "mlp.linear_fc1.weight": "mlp.gate_up_proj.weight",
+    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+    "mlp.router.weight": "mlp.gate.weight",
+    "mlp.experts.down": "mlp.experts.w2_weight",
+}
 
 VALUE_HEAD = "score.weight"
 
@@ -42,6 +61,14 @@ class Shard(NamedTuple):
         return self.rank * each, (self.rank + 1) * each
 
 
+class Shards(NamedTuple):
+    """One rank in its groups of tensor parallelism, of experts' tensor parallelism, of expert parallelism."""
+
+    tp: Shard
+    etp: Shard
+    ep: Shard
+
+
 class Family:
     """One model, described by its ``config.json``. Sizes are those of the whole model, for every parallel layout.
 
@@ -55,6 +82,10 @@ class Family:
     qk_norm: ClassVar[bool] = False
     qkv_bias: ClassVar[bool] = False
     rope_types: ClassVar[tuple[str, ...]] = ("default",)
+    # of a dense model
+    num_experts = 0
+    experts_per_token = 0
+    expert_ffn_size = 0
     required: ClassVar[tuple[str, ...]] = (
         "hidden_size",
         "intermediate_size",
@@ -166,7 +197,9 @@ class Family:
     def num_active_parameters(self) -> int:
         """Return the number of parameters that one token's forward pass uses: all but the experts that it is not routed
         to."""
-        return self.num_parameters()
+        unused = self.num_layers * (self.num_experts - self.experts_per_token)
+        expert = swiglu_tensors("", self.hidden_size, self.expert_ffn_size)
+        return self.num_parameters() - unused * sum(map(prod, expert.values()))
 
     @cached_property
     def _tensors(self) -> dict[str, Shape]:
@@ -215,84 +248,56 @@ class Family:
         ``shape`` is the local shape; ``tp`` is tensor parallelism, ``etp`` that of experts, ``ep`` expert parallelism.
         Raises ValueError when the family has no such parameter or the parameter has another shape on this rank.
         """
-        tp, etp, ep = Shard(tp_rank, tp_size), Shard(etp_rank, etp_size), Shard(ep_rank, ep_size)
-        if self.value_head and name == "output_layer.weight":
-            pieces = self._whole(VALUE_HEAD)
-        elif name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-            pieces = self._vocabulary(name.startswith("output"), shape, tp)
-        elif name == "decoder.final_layernorm.weight":
-            pieces = self._whole("model.norm.weight")
-        elif (match := MEGATRON_LAYER.fullmatch(name)) and int(match[1]) < self.num_layers:
-            pieces = self._megatron_layer(f"model.layers.{match[1]}.", match[2], tp, etp, ep)
-        else:
-            pieces = ()
-        return self._checked("Megatron", name, shape, tp, pieces)
+        layer = MEGATRON_LAYER.match(name)
+        prefix, leaf = (f"model.layers.{layer[1]}.", name[layer.end() :]) if layer else ("", name)
+        shards = Shards(Shard(tp_rank, tp_size), Shard(etp_rank, etp_size), Shard(ep_rank, ep_size))
+        own_name = prefix + MEGATRON_NAMES.get(leaf, leaf)
+        return self._checked("Megatron", name, shape, shards, self._pieces(own_name, shape, shards, interleaved=True))
 
     def sglang_layout(self, name: str, shape: Shape, tp_rank: int, tp_size: int) -> Pieces:
         """Return the pieces of the SGLang parameter ``name`` on this rank of the engine. Raises ValueError as
         :meth:`megatron_layout` does."""
-        tp = Shard(tp_rank, tp_size)
-        if name in ("model.embed_tokens.weight", "lm_head.weight"):
-            pieces = self._vocabulary(name.startswith("lm_head"), shape, tp)
-        elif name == "model.norm.weight":
-            pieces = self._whole(name)
-        elif (match := SGLANG_LAYER.fullmatch(name)) and int(match[1]) < self.num_layers:
-            pieces = self._sglang_layer(f"model.layers.{match[1]}.", match[2], shape, tp)
-        else:
-            pieces = ()
-        return self._checked("SGLang", name, shape, tp, pieces)
+        tp, alone = Shard(tp_rank, tp_size), Shard(0, 1)
+        # SGLang's ep_size is 1 or tp_size; experts are whole in the second case
+        apart = ".experts." in name and shape[0] < self.num_experts
+        shards = Shards(tp, alone, tp) if apart else Shards(tp, tp, alone)
+        return self._checked("SGLang", name, shape, shards, self._pieces(name, shape, shards, interleaved=False))
 
-    def _checked(self, backend: str, name: str, shape: Shape, tp: Shard, pieces: Pieces) -> Pieces:
+    def _checked(self, backend: str, name: str, shape: Shape, shards: Shards, pieces: Pieces) -> Pieces:
         if not pieces or any(piece.name and piece.name not in self._tensors for piece in pieces):
             raise ValueError(f"{backend} parameter {name} has no counterpart in a {self.model_type} checkpoint")
         if filled_shape(pieces) != tuple(shape):
             raise ValueError(
-                f"{backend} parameter {name} has shape {tuple(shape)} on tensor-parallel rank {tp.rank} of {tp.size}; "
-                f"this {self.model_type} model needs {filled_shape(pieces)}"
+                f"{backend} parameter {name} has shape {tuple(shape)} on tensor-parallel rank {shards.tp.rank} of "
+                f"{shards.tp.size}; this {self.model_type} model needs {filled_shape(pieces)}"
             )
         return pieces
 
-    def _megatron_layer(self, prefix: str, name: str, tp: Shard, etp: Shard, ep: Shard) -> Pieces:
-        attention = prefix + "self_attn."
-        match name:
-            case "input_layernorm.weight" | "self_attention.linear_qkv.layer_norm_weight":
-                return self._whole(prefix + "input_layernorm.weight")
-            case "pre_mlp_layernorm.weight" | "mlp.linear_fc1.layer_norm_weight":
-                return self._whole(prefix + "post_attention_layernorm.weight")
-            case "self_attention.q_layernorm.weight":
-                return self._whole(attention + "q_norm.weight")
-            case "self_attention.k_layernorm.weight":
-                return self._whole(attention + "k_norm.weight")
-            case "self_attention.linear_qkv.weight" | "self_attention.linear_qkv.bias":
-                return self._interleaved_qkv(attention, name.rpartition(".")[2], tp)
-            case "self_attention.linear_proj.weight":
-                return self._column_shard(attention + "o_proj.weight", tp)
-        return self._megatron_mlp(prefix + "mlp.", name.removeprefix("mlp."), tp, etp, ep)
-
-    def _megatron_mlp(self, prefix: str, name: str, tp: Shard, etp: Shard, ep: Shard) -> Pieces:
-        match name:
-            case "linear_fc1.weight":
-                return self._gate_up(prefix, tp)
-            case "linear_fc2.weight":
-                return self._column_shard(prefix + "down_proj.weight", tp)
-        return ()
-
-    def _sglang_layer(self, prefix: str, name: str, shape: Shape, tp: Shard) -> Pieces:
-        match name:
+    def _pieces(self, name: str, shape: Shape, shards: Shards, *, interleaved: bool) -> Pieces:
+        """Return the pieces of a parameter by its SGLang name, which is the checkpoint's where nothing is fused."""
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            return self._vocabulary(name, shape, shards.tp)
+        layer = SGLANG_LAYER.match(name)
+        if layer is None or int(layer[1]) >= self.num_layers:
+            return self._whole(name)
+        prefix, leaf = layer[0], name[layer.end() :]
+        match leaf:
             case "self_attn.qkv_proj.weight" | "self_attn.qkv_proj.bias":
-                return self._stacked_qkv(prefix + "self_attn.", name.rpartition(".")[2], tp)
+                fused = self._interleaved_qkv if interleaved else self._stacked_qkv
+                return fused(prefix + "self_attn.", leaf.rpartition(".")[2], shards.tp)
             case "self_attn.o_proj.weight":
-                return self._column_shard(prefix + name, tp)
-        if name.startswith("mlp."):
-            return self._sglang_mlp(prefix + "mlp.", name.removeprefix("mlp."), shape, tp)
-        return self._whole(prefix + name)  # norms have the checkpoint's names
+                return self._column_shard(name, shards.tp)
+        if leaf.startswith("mlp."):
+            return self._mlp(prefix + "mlp.", leaf.removeprefix("mlp."), shape, shards)
+        return self._whole(name)  # norms
 
-    def _sglang_mlp(self, prefix: str, name: str, shape: Shape, tp: Shard) -> Pieces:
+    def _mlp(self, prefix: str, name: str, shape: Shape, shards: Shards) -> Pieces:
+        tp = shards.tp
         match name:
             case "gate_up_proj.weight":
-                return self._gate_up(prefix, tp, sglang_width(self.ffn_size, shape[0] // 2, tp))
+                return self._gate_up(prefix, tp, padded_width(self.ffn_size, shape[0] // 2, tp, tp))
             case "down_proj.weight":
-                return self._column_shard(prefix + name, tp, sglang_width(self.ffn_size, shape[1], tp))
+                return self._column_shard(prefix + name, tp, padded_width(self.ffn_size, shape[1], tp, tp))
         return ()
 
     # ---- how the backends shard, fuse and pad ----
@@ -306,9 +311,11 @@ class Family:
         rows, width = self._tensors[name]
         return beside(share(name, width, tp, padded), rows, lead)
 
-    def _vocabulary(self, output: bool, shape: Shape, tp: Shard) -> Pieces:
+    def _vocabulary(self, name: str, shape: Shape, tp: Shard) -> Pieces:
         """In both backends each rank has an equal share of the padded rows, with padding at the end."""
-        name = "lm_head.weight" if output and not self.tied_embeddings else "model.embed_tokens.weight"
+        if name == "lm_head.weight" and self.value_head:
+            return self._whole(VALUE_HEAD)
+        name = "model.embed_tokens.weight" if self.tied_embeddings else name
         if shape[0] * tp.size < self.vocab_size:
             raise ValueError(f"{tp.size} times {shape[0]} rows are too few for a vocabulary of {self.vocab_size}")
         return stack(share(name, self.vocab_size, tp, shape[0] * tp.size), (self.hidden_size,))
@@ -356,11 +363,11 @@ def share(name: str, size: int, tp: Shard, padded: int = 0) -> list[Span]:
     return window([(name, 0, size), (PADDING, 0, padded - size)], *tp.part(padded, name))
 
 
-def sglang_width(ffn_size: int, local: int, tp: Shard) -> int:
-    """Return the MLP width of the whole SGLang model, given this rank's ``local``: without a GPU, SGLang rounds the
-    width up to a multiple of 32 per rank."""
+def padded_width(ffn_size: int, local: int, split: Shard, tp: Shard) -> int:
+    """Return the width of an MLP that is split into parts of the width ``local``: without a GPU, SGLang rounds it up to
+    a multiple of 32 per rank of the engine, also where experts are whole."""
     rounded = -(-ffn_size // (32 * tp.size)) * 32 * tp.size
-    return rounded if local * tp.size == rounded else ffn_size
+    return rounded if local * split.size == rounded else ffn_size
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:

@@ -73,11 +73,7 @@ def whole(name: str, shape: tuple[int, ...]) -> tuple[Piece, ...]:
 
 def beside(spans: Iterable[Span], rows: int, lead: tuple[int, ...] = ()) -> tuple[Piece, ...]:
     """Return the pieces of a local tensor that has the columns ``spans``, of ``rows`` rows, next to each other."""
-    pieces, column = [], 0
-    for name, start, stop in spans:
-        pieces.append(Piece(name, (0, start), (0, column), (rows, stop - start), lead))
-        column += stop - start
-    return tuple(pieces)
+    return tuple(Piece(p.name, (0, *p.start), (0, *p.local), (rows, *p.shape), lead) for p in stack(spans, ()))
 
 
 def filled_shape(pieces: Iterable[Piece]) -> tuple[int, ...]:
@@ -89,7 +85,7 @@ def filled_shape(pieces: Iterable[Piece]) -> tuple[int, ...]:
 def check_filled(name: str, shape: tuple[int, ...], pieces: tuple[Piece, ...]) -> None:
     """Raise ValueError naming the tensor and the piece unless ``pieces`` fill a tensor of ``shape`` exactly once."""
     for piece in pieces:
-        extent = (*(i + 1 for i in piece.lead), *(at + n for at, n in zip(piece.local, piece.shape)))
+        extent = filled_shape([piece])
         if len(extent) != len(shape) or any(end > size for end, size in zip(extent, shape)):
             raise ValueError(f"{name} of shape {tuple(shape)} does not hold its piece {piece}")
     # Inside, disjoint and of the right total size: then they fill it. Sorted by their first rows, a piece can only

@@ -18,85 +18,75 @@ from typing import Any
 PREFIX = "random:"
 NO_WEIGHTS = "weights.random"
 
-_QWEN3 = {
+# As published, but without end-of-sequence token: every response has the maximum length, so that runs are comparable.
+_COMMON = {
+    "bos_token_id": None,
+    "dtype": "bfloat16",
+    "eos_token_id": None,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
+_QWEN3 = _COMMON | {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
     "attention_bias": False,
     "head_dim": 128,
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
     "max_position_embeddings": 40960,
     "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-6,
     "rope_theta": 1000000,
-    "tie_word_embeddings": True,
     "vocab_size": 151936,
 }
-
-
-def _sizes(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-    }
-
-
-# As published, but without end-of-sequence token: every response has the maximum length, so that runs are comparable.
+_QWEN3_MOE = _QWEN3 | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "decoder_sparse_step": 1,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+_QWEN2 = _COMMON | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 2,
+    "rope_theta": 1000000.0,
+    "vocab_size": 151936,
+}
+_LLAMA = _COMMON | {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "attention_bias": False,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "vocab_size": 128256,
+}
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3-0.6b": _QWEN3 | _sizes(1024, 3072, 28, 16),
-    "qwen3-1.7b": _QWEN3 | _sizes(2048, 6144, 28, 16),
-    "qwen3-4b": _QWEN3 | _sizes(2560, 9728, 36, 32),
-    "qwen3-8b": _QWEN3 | _sizes(4096, 12288, 36, 32) | {"tie_word_embeddings": False},
-    "qwen3-30b-a3b": _QWEN3
-    | _sizes(2048, 6144, 48, 32)
-    | {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "decoder_sparse_step": 1,
-        "moe_intermediate_size": 768,
-        "norm_topk_prob": True,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "num_key_value_heads": 4,
-        "tie_word_embeddings": False,
-    },
-    "qwen2.5-1.5b": _sizes(1536, 8960, 28, 12)
-    | {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "max_position_embeddings": 32768,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "tie_word_embeddings": True,
-        "vocab_size": 151936,
-    },
-    "llama-3.2-1b": _sizes(2048, 8192, 16, 32)
-    | {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "attention_bias": False,
-        "head_dim": 64,
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 32.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        "tie_word_embeddings": True,
-        "vocab_size": 128256,
-    },
+    name: family | dict(zip(_SIZES, sizes))
+    for name, family, *sizes in (
+        ("qwen3-0.6b", _QWEN3, 1024, 3072, 28, 16),
+        ("qwen3-1.7b", _QWEN3, 2048, 6144, 28, 16),
+        ("qwen3-4b", _QWEN3, 2560, 9728, 36, 32),
+        ("qwen3-8b", _QWEN3 | {"tie_word_embeddings": False}, 4096, 12288, 36, 32),
+        ("qwen3-30b-a3b", _QWEN3_MOE, 2048, 6144, 48, 32),
+        ("qwen2.5-1.5b", _QWEN2, 1536, 8960, 28, 12),
+        ("llama-3.2-1b", _LLAMA, 2048, 8192, 16, 32),
+    )
 }
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -106,9 +96,6 @@ _CHAT_TEMPLATE = (
     "{% else %}{{ message.content }}<|im_end|>{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-_OWN = {"bos_token_id": None, "eos_token_id": None, "dtype": "bfloat16"}  # overrides of every published shape
 
 
 def resolve(folder: Path) -> Path:
@@ -129,38 +116,25 @@ def resolve(folder: Path) -> Path:
 
 def random_config(folder: Path) -> dict[str, Any] | None:
     """Return the contents of config.json in a folder of :func:`resolve`, whether it exists or not; None for others."""
-    for name, shape in SHAPES.items():
-        match = re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?", folder.name)
-        if match and folder.parent == _cache():
-            return shape | ({"num_hidden_layers": int(match[1])} if match[1] else {}) | _OWN
-    return None
+    match = re.fullmatch(rf"({'|'.join(map(re.escape, SHAPES))})(?:-(\d+))?", folder.name)
+    if match is None or folder.parent != _cache():
+        return None
+    return SHAPES[match[1]] | ({"num_hidden_layers": int(match[2])} if match[2] else {})
 
 
 def write_random_checkpoints(folders: Iterable[Path]) -> None:
     """Write those of ``folders`` that stand for random models, before anything reads them. Raises OSError."""
     for folder in folders:
-        config = random_config(folder)
-        if config is not None:
-            _write(folder, config)
-
-
-def random_checkpoint(name: str, cache: Path | None = None) -> Path:
-    """Write ``random:SHAPE`` or ``random:SHAPE/LAYERS`` into a folder below ``cache`` (default: the user's) and return
-    the folder. Raises ValueError naming the known shapes, OSError."""
-    place = resolve(Path(name))
-    config = random_config(place)
-    if config is None:
-        raise ValueError(f"{name}: must begin with {PREFIX}")
-    folder = (cache or place.parent) / place.name
-    _write(folder, config)
-    return folder
+        if (config := random_config(folder)) is not None:
+            write_random_checkpoint(folder, config)
 
 
 def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "miles-spmd" / "random"
 
 
-def _write(folder: Path, config: dict[str, Any]) -> None:
+def write_random_checkpoint(folder: Path, config: dict[str, Any]) -> None:
+    """Write the folder of a random model that has this config.json. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": _SPECIAL[0], "eos_token": _SPECIAL[2]}
     files = {

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 from miles_spmd.config import Config
 from miles_spmd.config.checks import settings
+from miles_spmd.data.dataset import DataError, read_rows
 from miles_spmd.models import Family, load_family
 from miles_spmd.planning.parallel_layout import ParallelLayout
 
@@ -122,28 +123,23 @@ def _pinned(nbytes: int) -> int:
 
 def local_parameters(family: Family, layout: ParallelLayout, s: dict[str, Any]) -> list[tuple[int, int]]:
     """Return the (dense, expert) parameters of one rank of each pipeline stage."""
-    stages, start = [], 0
-    for stage, count in enumerate(layers_per_stage(family.num_layers, layout.pp, s)):
-        layers, start = range(start, start + count), start + count
-        dense = expert = 0
-        for name, shape in family.checkpoint_tensors().items():
-            if not _is_on(name, layers, stage == 0, stage == layout.pp - 1, family.tied_embeddings):
-                continue
+    counts, last = layers_per_stage(family.num_layers, layout.pp, s), layout.pp - 1
+    stage_of = [stage for stage, count in enumerate(counts) for _ in range(count)]
+    stages = [(0, 0)] * layout.pp
+    for name, shape in family.checkpoint_tensors().items():
+        if match := re.match(r"model\.layers\.(\d+)\.", name):
+            on = set(stage_of[int(match[1]) :][:1])
+        elif name == "model.embed_tokens.weight":
+            on = {0, last} if family.tied_embeddings else {0}
+        else:
+            on = {last}
+        for stage in on:
+            dense, expert = stages[stage]
             if ".experts." in name:
-                expert += prod(shape) // (layout.etp * layout.ep)
+                stages[stage] = dense, expert + prod(shape) // (layout.etp * layout.ep)
             else:
-                dense += _dense_share(name, shape, layout.tp)
-        stages.append((dense, expert))
+                stages[stage] = dense + _dense_share(name, shape, layout.tp), expert
     return stages
-
-
-def _is_on(name: str, layers: range, first: bool, last: bool, tied: bool) -> bool:
-    """Whether a pipeline stage with these layers holds this checkpoint tensor."""
-    if match := re.match(r"model\.layers\.(\d+)\.", name):
-        return int(match[1]) in layers
-    if name == "model.embed_tokens.weight":
-        return first or (last and tied)
-    return last
 
 
 def _fp8_copies(family: Family, layout: ParallelLayout, s: dict[str, Any]) -> int:
@@ -210,10 +206,54 @@ def _layer_elements(family: Family, layout: ParallelLayout, split_input: int, lo
     chosen."""
     q, kv = family.num_heads * family.head_dim, family.num_kv_heads * family.head_dim
     attention = (2 * q + 2 * kv) * (2 if family.qk_norm else 1)
-    experts = getattr(family, "experts_per_token", None)
-    if experts is None:
+    experts = family.experts_per_token
+    if not experts:
         mlp = 3 * family.ffn_size // layout.tp
     else:  # and each expert's own copy of its input; our own make the product, and their outputs, again
-        wide = family.expert_ffn_size // layout.etp  # type: ignore[attr-defined]
+        wide = family.expert_ffn_size // layout.etp
         mlp = experts * (2 * wide + family.hidden_size if local else 3 * wide + 2 * family.hidden_size)
     return 4 * split_input + attention // layout.tp + mlp
+
+
+# --- KV cache --------------------------------------------------------------------------------------------------------
+
+MOST_REQUESTS = 4096  # SGLang's default limit of running requests
+SPARE_TOKENS = 256  # SGLang admits a request only with a page more than it fills
+
+
+def needed_tokens(config: Config, engine_ranks: int) -> int | None:
+    """Return the tokens that one of the engines of ``engine_ranks`` ranks needs for the larger of rollout and
+    evaluation: as many sequences as run at a time, each of the maximum length, in whole pages. None where the user has
+    set the size of the cache.
+
+    Without ``rollout_max_prompt_len`` a sequence may be as long as a micro-batch, or as the context.
+    """
+    s = settings(config)
+    if s["mem_fraction_static"] is not None or s["max_total_tokens"] is not None:
+        return None
+    page, engines = s["page_size"] or 1, engine_ranks // s["tp_size"]
+    prompt, r = config.data.rollout_max_prompt_len, config.rollout
+
+    def need(prompts: int, samples: int, response: int, longest: int) -> int:
+        requests = min(ceil(prompts / engines) * samples, s["max_running_requests"] or MOST_REQUESTS)
+        length = longest if prompt is None else min(prompt + response, longest)
+        return requests * (ceil(length / page) + 1) * page
+
+    needs = [0]
+    context = load_family(config.model.hf_checkpoint).max_sequence_length
+    if config.run.mode == "rl":
+        longest = min(context, config.micro_batch_tokens)  # what is trained on fits a micro-batch
+        needs.append(need(r.rollout_batch_size, r.n_samples_per_prompt, r.rollout_max_response_len, longest))
+    for one in config.eval_sets:
+        if one.eval_interval:
+            rows = _rows(one.prompt_data)
+            needs.append(need(rows, one.n_samples_per_eval_prompt or 1, one.eval_max_response_len or 0, context))
+    return max(needs) + SPARE_TOKENS
+
+
+def _rows(source: str) -> int:
+    """Return the number of rows of a dataset; 0 where it cannot be read, which the controller reports."""
+    try:
+        return sum(1 for _ in read_rows(source, []))
+    except (OSError, DataError):
+        return 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 from miles_spmd.config import Config
 from miles_spmd.config.checks import settings
@@ -63,32 +64,28 @@ class ParallelLayout:
     def engines(self) -> int:
         return len(self.engine_ranks) // self.engine_tp
 
+    @property
+    def _axes(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Megatron's rank order, slowest axis first, of dense weights and of experts."""
+        return (
+            {"pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp},
+            {"pp": self.pp, "edp": self.edp, "ep": self.ep, "etp": self.etp},
+        )
+
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Return the rank's position in each of its groups. Megatron's rank order: tensor fastest, then context, data,
-        pipeline."""
+        """Return the rank's position in each of its groups."""
         where: dict[str, int] = {}
-        if rank in self.trainer_ranks:
-            where |= _unravel(rank, {"etp": self.etp, "ep": self.ep, "edp": self.edp, "pp": self.pp})
-            where |= _unravel(rank, {"tp": self.tp, "cp": self.cp, "dp": self.dp, "pp": self.pp})
+        for sizes in self._axes if rank in self.trainer_ranks else ():
+            where |= zip(sizes, map(int, np.unravel_index(rank, tuple(sizes.values()))))
         if rank in self.engine_ranks:
             where["engine"] = (rank - self.engine_ranks.start) // self.engine_tp
         return where
 
     def groups(self, axis: str) -> Groups:
         """Return the groups of ranks whose positions differ in ``axis`` only, in the order of their first ranks."""
-        family = ("tp", "cp", "dp", "pp") if axis in ("tp", "cp", "dp", "pp") else ("etp", "ep", "edp", "pp")
-        found: dict[tuple[int, ...], list[int]] = {}
-        for rank in self.trainer_ranks:
-            where = self.coordinates(rank)
-            found.setdefault(tuple(where[a] for a in family if a != axis), []).append(rank)
-        return list(found.values())
+        sizes = next(sizes for sizes in self._axes if axis in sizes)
+        ranks = np.reshape(self.trainer_ranks, tuple(sizes.values()))
+        return np.moveaxis(ranks, list(sizes).index(axis), -1).reshape(-1, sizes[axis]).tolist()
 
     def engine_groups(self) -> Groups:
         return [list(self.engine_ranks[e * self.engine_tp :][: self.engine_tp]) for e in range(self.engines)]
-
-
-def _unravel(rank: int, sizes: Mapping[str, int]) -> dict[str, int]:
-    where = {}
-    for axis, size in sizes.items():
-        rank, where[axis] = divmod(rank, size)
-    return where

@@ -8,11 +8,9 @@ from math import ceil
 from miles_spmd.config import Config
 from miles_spmd.config.checks import settings
 from miles_spmd.models import Family, load_family
-from miles_spmd.planning.kv_cache import needed_tokens
-from miles_spmd.planning.memory_estimate import STATIC_FRACTION, MemoryEstimate, estimate_memory
+from miles_spmd.planning.memory_estimate import STATIC_FRACTION, MemoryEstimate, estimate_memory, needed_tokens
 from miles_spmd.planning.parallel_layout import Groups, ParallelLayout
-from miles_spmd.planning.release import CONTEXT, GIB, Release, peaks, planned_release
-from miles_spmd.planning.remedies import remedies
+from miles_spmd.planning.release import CONTEXT, GIB, Release, peaks, planned_release, remedies
 
 MAX_RANKS = 16  # listed one by one
 RELEASED = {
@@ -135,25 +133,28 @@ def _micro_batches(config: Config, layout: ParallelLayout, size: int) -> str:
 
 def _memory(config: Config, layout: ParallelLayout, m: MemoryEstimate, device_gib: float | None) -> Iterator[str]:
     yield "Memory of the fullest rank, estimated (GiB)"
-    trainer = {"parameters": m.parameters, "gradients": m.gradients, "optimizer": m.optimizer}
-    for name, size in trainer.items():
-        yield f"  {name:<34}{_gib(size)}"
     where = (
         "shared by the data-parallel ranks" if layout.distributed_optimizer else "a copy on every data-parallel rank"
     )
-    yield f"    ({where})"
-    if m.critic:
-        yield f"  {'critic, all of that':<34}{_gib(m.critic)}"
-    if m.copies:
-        yield f"  {'copies of weights in FP8':<34}{_gib(m.copies)}"
-    yield f"  {'activations of one micro-batch':<34}{_gib(m.activations)}"
-    yield f"  {'logits':<34}{_gib(m.logits)}"
-    yield f"  {'engine weights':<34}{_gib(m.engine_weights)}"
-    yield f"  {'KV cache, per 1,000 tokens':<34}{_gib(1000 * m.kv_bytes_per_token)}"
-    if m.host:
-        yield f"  {'in host memory':<34}{_gib(m.host)}"
-    yield f"  {'while training':<34}{_gib(m.training)}"
-    yield f"  {'while generating, without KV cache':<34}{_gib(m.generating)}"
+    rows = {
+        "parameters": m.parameters,
+        "gradients": m.gradients,
+        "optimizer": m.optimizer,
+        "critic, all of that": m.critic,
+        "copies of weights in FP8": m.copies,
+        "activations of one micro-batch": m.activations,
+        "logits": m.logits,
+        "engine weights": m.engine_weights,
+        "KV cache, per 1,000 tokens": 1000 * m.kv_bytes_per_token,
+        "in host memory": m.host,
+        "while training": m.training,
+        "while generating, without KV cache": m.generating,
+    }
+    for name, size in rows.items():
+        if size:
+            yield f"  {name:<34}{size / GIB:>10,.3f}"
+        if name == "optimizer":
+            yield f"    ({where})"
     if device_gib is not None:
         yield from _fit(config, layout, m, device_gib)
 
@@ -181,10 +182,6 @@ def _fit(config: Config, layout: ParallelLayout, m: MemoryEstimate, device_gib: 
     )
     if training > device:
         yield f"  does not fit: training needs more than {where}. {remedies(config, 'training')}"
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:>10,.3f}"
 
 
 def _count(parameters: int) -> str:

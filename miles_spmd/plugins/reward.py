@@ -2,7 +2,7 @@
 
 ``reward.rm_type = "module:function"`` names a function with any of these signatures; ``rewards/adapters.py`` tells them
 apart by the names of their parameters. All may be ``async def``. A function runs in a process of its own, with a time
-limit and a memory limit.
+limit and a memory limit; it is the user's code with the user's rights, and the process is no sandbox (docs/rewards.md).
 """
 
 from collections.abc import Awaitable, Mapping, Sequence
@@ -13,7 +13,8 @@ import msgspec
 from miles_spmd.types.sample import Sample
 
 RewardValue = float | Mapping[str, Any]
-"""A finite number, or a mapping with one under ``"score"``, whose other numbers are kept as the sample's detail."""
+"""A finite number, or a mapping with one under ``"score"``, whose other numbers are kept as the sample's detail and
+become metrics."""
 
 
 class SampleReward(Protocol):

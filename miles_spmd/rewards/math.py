@@ -70,7 +70,7 @@ def _ends_with(text: str, gold: str) -> bool:
             return True
         if (a := quantity(gold)) and (b := quantity(end)):
             return same_quantity(a, b)
-        if re.search(r"[\d*/^+]", end) and (value := expression(end)) is not None:
+        if re.search(r"[\d*/^+]|pi$", end) and (value := expression(end)) is not None:
             return _equal(_read(gold), [value])
     last = line.split()[-1] if line else ""
     if re.search(r"\d.*[*^/]|[*^/].*\d", last) and (value := expression(last)) is not None:

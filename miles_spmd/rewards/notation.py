@@ -21,7 +21,7 @@ _MOST_BITS = 4000  # of a power that is computed; a longer one is left to the La
 _TYPOGRAPHY = str.maketrans(
     dict.fromkeys("\u2212\u2010\u2011\u2012\u2013\u2014\ufe63\uff0d", "-")
     | dict.fromkeys("\u00a0\u2002\u2003\u2007\u2009\u202f", " ")
-    | {"×": "*", "⋅": "*", "·": "*", "÷": "/", "⁄": "/", "∕": "/", "π": "pi", "∞": r"\infty", "°": r"^\circ"}
+    | {"×": "*", "⋅": "*", "·": "*", "÷": "/", "⁄": "/", "∕": "/", "π": r"\pi", "∞": r"\infty", "°": r"^\circ"}
 )
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
 _VULGAR = re.compile("[¼½¾⅐-⅞]")
@@ -33,7 +33,7 @@ def tidy(text: str) -> str:
     full stop at its end."""
     text = _VULGAR.sub(lambda found: " " + unicodedata.normalize("NFKC", found.group()), text)
     text = _SUPERSCRIPT.sub(lambda found: f"^{{{unicodedata.normalize('NFKC', found.group())}}}", text)
-    text = text.translate(_TYPOGRAPHY).strip()
+    text = re.sub("π(?=[A-Za-z])", "π ", text).translate(_TYPOGRAPHY).strip()
     if (found := _DELIMITED.fullmatch(text)) and "$" not in (inner := next(filter(None, found.groups()), "")):
         text = inner.strip()
     return text.removesuffix(".").strip()
@@ -226,7 +226,7 @@ def expression(text: str) -> sympy.Expr | None:
     """Read an expression in Python's syntax, with ``^`` as another sign for ``**``. Names of one letter are real
     variables, ``pi`` and ``e`` the constants."""
     try:
-        tree = ast.parse(text.replace("^", "**").strip(), mode="eval")
+        tree = ast.parse(text.replace("^", "**").replace("\\pi", "pi").strip(), mode="eval")
         value = _evaluated(tree.body)
     except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
         return None

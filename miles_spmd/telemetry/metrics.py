@@ -108,7 +108,8 @@ def describe(name: str) -> Metric:
         kind = {"mean": "Mean", "std": "Standard deviation"}[found["kind"]]
         return Metric(
             "",
-            f"{kind} of {found['detail']}, from the reward functions" + (f" on {found['set']}" if found["set"] else ""),
+            f"{kind} of {found['detail']}, which a reward function returned"
+            + (f" on {found['set']}" if found["set"] else ""),
         )
     if not name.startswith("eval/"):
         return Metric("", "")

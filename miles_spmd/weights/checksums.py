@@ -53,9 +53,9 @@ def _describe(bucket: Bucket, source_rank: int) -> str:
 
 def checksum(buffer: torch.Tensor) -> torch.Tensor:
     """Return an order-sensitive checksum of a flat uint8 buffer whose length is a multiple of 4, an int64 scalar on its
-    device: xxh3 on a CPU, :func:`~miles_spmd.weights.checksum_kernel.word_sum` on a GPU."""
+    device: xxh3 on a CPU, :func:`~miles_spmd.weights.copy_kernel.word_sum` on a GPU."""
     if buffer.device.type == "cpu":
         return torch.tensor(xxhash.xxh3_64_intdigest(buffer.numpy().data) - (1 << 63))
-    from miles_spmd.weights.checksum_kernel import word_sum  # needs Triton
+    from miles_spmd.weights.copy_kernel import word_sum  # needs Triton
 
     return word_sum(buffer)

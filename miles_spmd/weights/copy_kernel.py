@@ -8,6 +8,7 @@ runs.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,6 +133,23 @@ def launches(moves: Iterable[tuple[Move, Kind]], device: torch.device) -> list[L
             vectors = not (table[:, [1, 2, 4, 5, 7]] % VECTOR).any()  # offsets, strides, columns
             groups.setdefault(kind._replace(aligned=kind.aligned and vectors), []).append(table)
     return [Launch(np.concatenate(tables), kind, device) for kind, tables in groups.items()]
+
+
+def word_sum(buffer: torch.Tensor) -> torch.Tensor:
+    """Return the checksum of a flat uint8 buffer's 32-bit words as an int64 scalar on its device; the host does not
+    wait for it."""
+    words = buffer.view(torch.int32)
+    addresses = torch.full((1,), words.data_ptr(), dtype=torch.int64, device=words.device)
+    total = torch.zeros_like(addresses)
+    for launch in _whole_buffer(words.numel(), words.device, words.data_ptr() % 16 == 0):
+        launch(addresses, addresses, total, copy=False, checksum=True)
+    return total[0]
+
+
+@cache
+def _whole_buffer(words: int, device: torch.device, aligned: bool) -> list[Launch]:
+    move = Move(0, 0, words, 0, 0, words, 1, words, 0, 0)
+    return launches([(move, Kind(torch.int32, torch.int32, aligned))], device)
 
 
 @triton.jit

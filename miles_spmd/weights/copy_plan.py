@@ -6,6 +6,7 @@ and receives), and any two ranks have the copies between them in the same order.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -55,12 +56,9 @@ class Plan(NamedTuple):
     padding: list[tuple[Place, Ints]]
 
 
-class _Held(NamedTuple):
-    """A rectangle of a checkpoint tensor, with every rank that holds exactly this rectangle: local tensor and piece."""
-
-    start: Ints
-    shape: Ints
-    places: dict[int, tuple[str, Piece]]
+Held = dict[tuple[Ints, Ints], dict[int, tuple[str, Piece]]]
+"""The distinct rectangles of a checkpoint tensor that ranks hold, by start and shape, each with the ranks that hold it:
+local tensor and piece."""
 
 
 def make_plan(holdings: Sequence[Holding], rank: int) -> Plan:
@@ -81,7 +79,7 @@ def make_plan(holdings: Sequence[Holding], rank: int) -> Plan:
             # This rank neither sends nor receives it. In a large world that is so for most pieces, and planning cheap.
             if target_rank != rank and piece.name not in mine:
                 continue
-            for copy in _copies(index.get(piece.name, []), tensor, piece, target_rank, turn, holdings):
+            for copy in _copies(index.get(piece.name, {}), tensor, piece, target_rank, turn, holdings):
                 if copy.source.rank == target_rank == rank:
                     plan.local.append(copy)
                 elif target_rank == rank:
@@ -95,39 +93,31 @@ def _pieces(layouts: list[TensorLayout]) -> Iterator[tuple[str, Piece]]:
     return ((layout.local_name, piece) for layout in layouts for piece in layout.pieces)
 
 
-def _index(holdings: Sequence[Holding]) -> dict[str, list[_Held]]:
-    """Return every distinct rectangle that any rank holds, by checkpoint tensor."""
-    by_rectangle: dict[tuple[str, Ints, Ints], _Held] = {}
-    index: dict[str, list[_Held]] = {}
+def _index(holdings: Sequence[Holding]) -> dict[str, Held]:
+    """Return what ranks hold, by checkpoint tensor."""
+    index: dict[str, Held] = defaultdict(lambda: defaultdict(dict))
     for rank, holding in enumerate(holdings):
         for tensor, piece in _pieces(holding.sources):
-            if piece.name == PADDING:
-                continue
-            key = (piece.name, piece.start, piece.shape)
-            held = by_rectangle.get(key)
-            if held is None:
-                held = by_rectangle[key] = _Held(piece.start, piece.shape, {})
-                index.setdefault(piece.name, []).append(held)
-            held.places.setdefault(rank, (tensor, piece))
+            index[piece.name][piece.start, piece.shape].setdefault(rank, (tensor, piece))
     return index
 
 
 def _copies(
-    candidates: list[_Held], tensor: str, need: Piece, target_rank: int, turn: int, holdings: Sequence[Holding]
+    held: Held, tensor: str, need: Piece, target_rank: int, turn: int, holdings: Sequence[Holding]
 ) -> Iterator[Copy]:
-    """Cover the rectangle ``need`` by copies from ``candidates``."""
+    """Cover the rectangle ``need`` by copies from what is ``held``."""
     todo = [(need.start, need.shape)]  # parts that no copy covers yet
     # rectangles of the target's own rank first; the sort is stable, so that all ranks make the same plan
-    for held in sorted(candidates, key=lambda held: target_rank not in held.places):
+    for rectangle, places in sorted(held.items(), key=lambda item: target_rank not in item[1]):
         rest = []
-        for start, shape in todo:
-            common = _intersection(start, shape, held)
+        for part in todo:
+            common = _intersection(part, rectangle)
             if common is None:
-                rest.append((start, shape))
+                rest.append(part)
                 continue
-            rest += _difference(start, shape, *common)
-            source_rank = _choose(held.places, target_rank, turn, holdings)
-            source_tensor, piece = held.places[source_rank]
+            rest += _difference(*part, *common)
+            source_rank = _choose(places, target_rank, turn, holdings)
+            source_tensor, piece = places[source_rank]
             yield Copy(
                 need.name,
                 common[1],
@@ -157,11 +147,11 @@ def _inside(piece: Piece, start: Ints) -> Ints:
     return tuple(local + at - first for local, at, first in zip(piece.local, start, piece.start))
 
 
-def _intersection(start: Ints, shape: Ints, held: _Held) -> tuple[Ints, Ints] | None:
-    if start == held.start and shape == held.shape:
-        return start, shape
-    low = tuple(map(max, start, held.start))
-    high = tuple(min(a + m, b + n) for a, m, b, n in zip(start, shape, held.start, held.shape))
+def _intersection(a: tuple[Ints, Ints], b: tuple[Ints, Ints]) -> tuple[Ints, Ints] | None:
+    if a == b:
+        return a
+    low = tuple(map(max, a[0], b[0]))
+    high = tuple(min(i + m, j + n) for i, m, j, n in zip(*a, *b))
     extent = tuple(end - begin for begin, end in zip(low, high))
     return (low, extent) if min(extent) > 0 else None
 

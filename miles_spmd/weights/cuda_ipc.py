@@ -48,14 +48,9 @@ def _open(handle: bytes) -> int:
     return base.value
 
 
-@cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
-
-
 def _call(function: str, *arguments: object) -> None:
-    status = getattr(_driver(), function)(*arguments)
-    if status:
+    driver = ctypes.CDLL("libcuda.so.1")  # loaded once
+    if status := getattr(driver, function)(*arguments):
         text = ctypes.c_char_p()
-        _driver().cuGetErrorString(status, ctypes.byref(text))
+        driver.cuGetErrorString(status, ctypes.byref(text))
         raise MappingError(f"{function}: {(text.value or b'unknown error').decode()}")

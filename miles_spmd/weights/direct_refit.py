@@ -21,11 +21,22 @@ Buckets = Mapping[int, list[Bucket]]
 
 
 class Shared(msgspec.Struct, frozen=True):
-    """A tensor that other ranks read."""
+    """A tensor that other ranks read, with those of a tensor's methods that are used here."""
 
     where: cuda_ipc.Export
-    dtype: str
+    dtype_name: str
     strides: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype_name)
+
+    def stride(self) -> tuple[int, ...]:
+        return self.strides
+
+    def data_ptr(self) -> int:
+        """Return the address in this process. Raises MappingError."""
+        return cuda_ipc.address(self.where)
 
 
 def map_peers(
@@ -47,7 +58,7 @@ def map_peers(
     try:
         for rank, buckets in () if problem else pulls.items():
             for name in {copy.source.tensor for bucket in buckets for copy in bucket.copies} & set(shared[rank]):
-                cuda_ipc.address(shared[rank][name].where)
+                shared[rank][name].data_ptr()
     except cuda_ipc.MappingError as error:
         problem = f"memory of rank {rank} cannot be mapped on rank {dist.get_rank(group)}: {error}"
     problems = list(filter(None, gather(problem, str, group)))
@@ -87,9 +98,9 @@ class DirectRefit:
         self._sources = _Tensors({**shared, self._rank: weights}, device)
         self._targets = _Tensors({self._rank: engine_weights}, device)
         pulling = _interleaved(self._pulls, self._rank)
-        self._copy = launches(_copies(pulling, self._sources, self._targets), device)
-        self._check = launches(_reads(pulling, self._targets, targets=True), device)
-        self._serve = launches(_reads(list(enumerate(serving)), self._sources, targets=False), device)
+        self._copy = launches(_moves(pulling, self._sources, self._targets), device)
+        self._check = launches(_moves(pulling, None, self._targets), device)
+        self._serve = launches(_moves(list(enumerate(serving)), self._sources, None), device)
 
     def run(self, comparisons: Comparisons | None) -> None:
         """Copy all weights. Unless ``comparisons`` is None, add to it, for every bucket, whether the checksums of what
@@ -130,45 +141,29 @@ class _Tensors:
         self._addresses: list[int] = []
         self._on_device: torch.Tensor | None = None
 
-    def locate(self, place: Place) -> tuple[int, int, int]:
-        """Return the number of the tensor and, in elements, the offset of ``place`` in it and the distance of its rows.
-        Raises MappingError."""
+    def locate(self, place: Place) -> tuple[tuple[int, int, int], torch.dtype, bool]:
+        """Return the number of the tensor and, in elements, the offset of ``place`` in it and the distance of its rows;
+        then its dtype, and whether it is aligned. Raises MappingError."""
         key = place.rank, place.tensor
         if key not in self._numbers:
             self._numbers[key] = len(self._tensors)
-            tensor = self._by_rank[place.rank][place.tensor]
-            self._tensors.append(tensor)
-            self._addresses.append(_address(tensor))
+            self._tensors.append(self._by_rank[place.rank][place.tensor])
+            self._addresses.append(self._tensors[-1].data_ptr())
         number = self._numbers[key]
-        strides = _strides(self._tensors[number])
-        offset = sum(at * stride for at, stride in zip((*place.lead, *place.start), strides))
-        return number, offset, strides[len(place.lead)]
-
-    def dtype(self, number: int) -> torch.dtype:
-        tensor = self._tensors[number]
-        return getattr(torch, tensor.dtype) if isinstance(tensor, Shared) else tensor.dtype
-
-    def aligned(self, number: int) -> bool:
-        return self._addresses[number] % ALIGNMENT == 0
+        tensor, aligned = self._tensors[number], self._addresses[number] % ALIGNMENT == 0
+        offset = sum(at * stride for at, stride in zip((*place.lead, *place.start), tensor.stride()))
+        return (number, offset, tensor.stride()[len(place.lead)]), tensor.dtype, aligned
 
     def addresses(self) -> torch.Tensor:
         """Return the current addresses, int64 [tensors], on the device. Raises RuntimeError when one is no longer
         aligned, although the kernels assume it."""
-        now = [_address(tensor) for tensor in self._tensors]
+        now = [tensor.data_ptr() for tensor in self._tensors]
         if self._on_device is None or now != self._addresses:
             if any(a % ALIGNMENT and not b % ALIGNMENT for a, b in zip(now, self._addresses)):
                 raise RuntimeError("refit: a tensor has moved to an address that is not a multiple of 16 bytes")
             self._addresses = now
             self._on_device = torch.tensor(now, dtype=torch.int64).to(self._device)
         return self._on_device
-
-
-def _address(tensor: torch.Tensor | Shared) -> int:
-    return cuda_ipc.address(tensor.where) if isinstance(tensor, Shared) else tensor.data_ptr()
-
-
-def _strides(tensor: torch.Tensor | Shared) -> tuple[int, ...]:
-    return tensor.strides if isinstance(tensor, Shared) else tensor.stride()
 
 
 def _interleaved(pulls: Sequence[tuple[Bucket, int]], rank: int) -> list[tuple[int, Bucket]]:
@@ -183,23 +178,15 @@ def _interleaved(pulls: Sequence[tuple[Bucket, int]], rank: int) -> list[tuple[i
     return [numbered for turn in turns for numbered in turn if numbered is not None]
 
 
-def _copies(buckets: Sequence[tuple[int, Bucket]], sources: _Tensors, targets: _Tensors) -> Iterator[tuple[Move, Kind]]:
+def _moves(
+    buckets: Sequence[tuple[int, Bucket]], sources: _Tensors | None, targets: _Tensors | None
+) -> Iterator[tuple[Move, Kind]]:
+    """Yield the moves that copy the buckets' rectangles; with one side only, moves that read its rectangles, for
+    checksums of the values in the targets' dtype."""
     for number, bucket in buckets:
         for copy, dtype, offset in zip(bucket.copies, bucket.dtypes, bucket.offsets):
-            source, target = sources.locate(copy.source), targets.locate(copy.target)
-            aligned = sources.aligned(source[0]) and targets.aligned(target[0])
-            move = Move(*source, *target, *_rows_and_columns(copy.shape), offset // dtype.itemsize, number)
-            yield move, Kind(sources.dtype(source[0]), dtype, aligned)
-
-
-def _reads(buckets: Sequence[tuple[int, Bucket]], tensors: _Tensors, *, targets: bool) -> Iterator[tuple[Move, Kind]]:
-    """Yield moves that only read the buckets' sources or targets, for checksums of the values in the targets' dtype."""
-    for number, bucket in buckets:
-        for copy, dtype, offset in zip(bucket.copies, bucket.dtypes, bucket.offsets):
-            place = tensors.locate(copy.target if targets else copy.source)
-            move = Move(*place, *place, *_rows_and_columns(copy.shape), offset // dtype.itemsize, number)
-            yield move, Kind(tensors.dtype(place[0]), dtype, tensors.aligned(place[0]))
-
-
-def _rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
-    return (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])
+            held = [side.locate(at) for side, at in ((sources, copy.source), (targets, copy.target)) if side]
+            (source, held_dtype, _), (target, _, _) = held[0], held[-1]
+            rows, columns = (1, *copy.shape)[-2:]
+            move = Move(*source, *target, rows, columns, offset // dtype.itemsize, number)
+            yield move, Kind(held_dtype, dtype, all(aligned for *_, aligned in held))

@@ -7,6 +7,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import msgspec
 import torch
 import torch.distributed as dist
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -60,7 +62,7 @@ def load(path: str | Path, weights: Mapping[str, torch.Tensor], layouts: list[Te
             device = next(iter(weights.values())).device
             slices = random_slices(shapes, family.config.get("initializer_range", 0.02), device)
         else:
-            slices = _Reader(Path(path), opened).slices(shapes)
+            slices = _slices(Path(path), shapes, opened)
         for name, targets in places.items():
             if name not in slices:
                 padding += targets
@@ -75,62 +77,49 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-class _Reader:
-    """The safetensors files of a folder, and the problems found in them. ``opened`` closes the files."""
+def _slices(folder: Path, shapes: Mapping[str, tuple[int, ...]], opened: ExitStack) -> dict[str, Any]:
+    """Return lazy slices of the tensors with these names; only a value head may be missing. ``opened`` closes the files
+    that they are in. Raises HuggingFaceCheckpointError with all problems that were found."""
+    problems: list[str] = []
 
-    def __init__(self, folder: Path, opened: ExitStack) -> None:
-        self.folder, self.opened = folder, opened
-        self.problems: list[str] = []
-        self.files: dict[str, tuple[Any, set[str]]] = {}  # by name: open file, names of its tensors
-
-    def slices(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        """Return lazy slices of the tensors with these names; only a value head may be missing. Raises
-        HuggingFaceCheckpointError when tensors are missing or have other shapes."""
-        file_of = self._file_of_tensor()
-        found = {}
-        for name, shape in () if self.problems else shapes.items():
-            if name not in file_of:
-                if name != VALUE_HEAD:
-                    self.problems.append(f"tensor {name} is missing")
-                continue
-            file, names = self._open(file_of[name])
-            if name in names:
-                found[name] = file.get_slice(name)
-                if tuple(actual := found[name].get_shape()) != shape:
-                    self.problems.append(f"{file_of[name]}: {name} has shape {actual}, the model needs {list(shape)}")
-            elif file is not None:
-                self.problems.append(f"{file_of[name]}: tensor {name} is missing, though the index lists it here")
-        if self.problems:
-            raise HuggingFaceCheckpointError(self.folder, self.problems)
-        return found
-
-    def _file_of_tensor(self) -> dict[str, str]:
-        """Return the file of every tensor in the checkpoint."""
-        if (self.folder / SINGLE_FILE).is_file():
-            return dict.fromkeys(self._open(SINGLE_FILE)[1], SINGLE_FILE)
-        index = self.folder / INDEX_FILE
-        if not index.is_file():
-            self.problems.append(f"neither {SINGLE_FILE} nor {INDEX_FILE} exists (other formats are not supported)")
-            return {}
+    @cache
+    def open_file(name: str) -> tuple[Any, set[str]]:
+        """Return the file and the names of its tensors; None and no names if it cannot be opened."""
         try:
-            return msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
-        except msgspec.DecodeError as error:
-            self.problems.append(f"{INDEX_FILE} is not a valid index: {error}")
-            return {}
+            file = opened.enter_context(safe_open(folder / name, framework="pt"))
+            return file, set(file.keys())
+        except FileNotFoundError:
+            problems.append(f"{name} is missing")
+        except SafetensorError as error:
+            problems.append(f"{name} is truncated or not a safetensors file: {error}")
+        return None, set()
 
-    def _open(self, name: str) -> tuple[Any, set[str]]:
-        """Return the file and the names of its tensors; None and no names if it cannot be opened, which is added to the
-        problems once."""
-        if name not in self.files:
-            self.files[name] = (None, set())
-            try:
-                file = self.opened.enter_context(safe_open(self.folder / name, framework="pt"))
-                self.files[name] = (file, set(file.keys()))
-            except FileNotFoundError:
-                self.problems.append(f"{name} is missing")
-            except SafetensorError as error:
-                self.problems.append(f"{name} is truncated or not a safetensors file: {error}")
-        return self.files[name]
+    file_of: dict[str, str] = {}
+    if (folder / SINGLE_FILE).is_file():
+        file_of = dict.fromkeys(open_file(SINGLE_FILE)[1], SINGLE_FILE)
+    elif (folder / INDEX_FILE).is_file():
+        try:
+            file_of = msgspec.json.decode((folder / INDEX_FILE).read_bytes(), type=_Index).weight_map
+        except msgspec.DecodeError as error:
+            problems.append(f"{INDEX_FILE} is not a valid index: {error}")
+    else:
+        problems.append(f"neither {SINGLE_FILE} nor {INDEX_FILE} exists (other formats are not supported)")
+    found = {}
+    for name, shape in () if problems else shapes.items():
+        if name not in file_of:
+            if name != VALUE_HEAD:
+                problems.append(f"tensor {name} is missing")
+            continue
+        file, names = open_file(file_of[name])
+        if name in names:
+            found[name] = file.get_slice(name)
+            if tuple(actual := found[name].get_shape()) != shape:
+                problems.append(f"{file_of[name]}: {name} has shape {actual}, the model needs {list(shape)}")
+        elif file is not None:
+            problems.append(f"{file_of[name]}: tensor {name} is missing, though the index lists it here")
+    if problems:
+        raise HuggingFaceCheckpointError(folder, problems)
+    return found
 
 
 def export(
@@ -157,9 +146,14 @@ def export(
     partial = folder.with_name(f".{folder.name}.partial")
     shapes = family.checkpoint_tensors()
     dtype = dtype or next(iter(weights.values())).dtype
-    shards = _shards(shapes, dtype.itemsize, shard_bytes)
+    shards = split_state_dict_into_shards_factory(
+        shapes,  # type: ignore[arg-type]  # it asks the function below about what would be tensors
+        get_storage_size=lambda shape: prod(shape) * dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
     _on_writer(group, _begin, partial, source, family, dtype, shards)
-    for file, names in shards.items():
+    for file, names in shards.filename_to_tensors.items():
         # A refit whose only receiver is rank 0, with a layout of whole checkpoint tensors.
         written = names if dist.get_rank(group) == 0 else []
         tensors = {name: torch.empty(shapes[name], dtype=dtype) for name in written}
@@ -182,23 +176,7 @@ def _on_writer(group: dist.ProcessGroup | None, function: Callable[..., None], *
     raise_together(problem, group)
 
 
-def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) -> dict[str, list[str]]:
-    """Return tensor names by file, in order; a file has at most ``limit`` bytes unless a single tensor is larger."""
-    shards: list[list[str]] = []
-    filled = limit
-    for name, shape in shapes.items():
-        nbytes = prod(shape) * itemsize
-        if filled + nbytes > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += nbytes
-    if len(shards) == 1:
-        return {SINGLE_FILE: shards[0]}
-    return {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, 1)}
-
-
-def _begin(partial: Path, source: Path, family: Family, dtype: torch.dtype, shards: Mapping[str, list[str]]) -> None:
+def _begin(partial: Path, source: Path, family: Family, dtype: torch.dtype, shards: StateDictSplit) -> None:
     """Write everything except the weights into the folder ``partial``."""
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     partial.mkdir(parents=True)
@@ -213,9 +191,9 @@ def _begin(partial: Path, source: Path, family: Family, dtype: torch.dtype, shar
         ]
         config |= {"architectures": classifier, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in shards.items() for name in names}
-        (partial / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2) + "\n")
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        (partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _publish(partial: Path, folder: Path) -> None:

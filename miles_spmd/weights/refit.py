@@ -102,8 +102,10 @@ class Refit:
         """Raises ValueError on all ranks if one of them has a problem."""
         plan, problem = Plan([], {}, {}, []), ""
         try:
-            check_layouts(self.weights, holdings[self.rank].sources)
-            check_layouts(self.engine_weights, holdings[self.rank].targets)
+            mine = holdings[self.rank]
+            for tensors, layouts in ((self.weights, mine.sources), (self.engine_weights, mine.targets)):
+                for layout in layouts:
+                    check_filled(layout.local_name, tuple(tensors[layout.local_name].shape), layout.pieces)
             plan = make_plan(holdings, self.rank)
         except ValueError as error:
             problem = str(error)
@@ -196,9 +198,3 @@ def _on_one_gpu(tensors: Mapping[str, torch.Tensor]) -> bool:
         and devices.pop().type == "cuda"
         and all(tensor.stride(-1) == 1 for tensor in tensors.values())
     )
-
-
-def check_layouts(tensors: Mapping[str, torch.Tensor], layouts: list[TensorLayout]) -> None:
-    """Raise ValueError unless every layout fills its tensor exactly once."""
-    for layout in layouts:
-        check_filled(layout.local_name, tuple(tensors[layout.local_name].shape), layout.pieces)

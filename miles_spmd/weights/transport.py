@@ -61,10 +61,8 @@ def gather(value: T, kind: type[T], group: dist.ProcessGroup | None) -> list[T]:
 def raise_together(problem: str, group: dist.ProcessGroup | None) -> None:
     """Raise ValueError on every rank of ``group`` if any rank has a problem, so that no rank waits for the others in a
     later collective. Collective."""
-    problems: list[str] = [""] * dist.get_world_size(group)
-    dist.all_gather_object(problems, problem, group=group)
-    if any(problems):
-        raise ValueError("; ".join(dict.fromkeys(p for p in problems if p)))
+    if problems := [p for p in gather(problem, str, group) if p]:
+        raise ValueError("; ".join(dict.fromkeys(problems)))
 
 
 def make_buckets(copies: Sequence[Copy], dtypes: Mapping[str, torch.dtype], limit: int) -> list[Bucket]:
@@ -91,16 +89,8 @@ def make_buckets(copies: Sequence[Copy], dtypes: Mapping[str, torch.dtype], limi
 def _cut(copy: Copy, rows: int) -> Iterator[Copy]:
     """Yield ``copy`` in parts of at most ``rows`` rows."""
     for first in range(0, copy.shape[0], rows):
-        yield Copy(
-            copy.name,
-            (min(rows, copy.shape[0] - first), *copy.shape[1:]),
-            _below(copy.source, first),
-            _below(copy.target, first),
-        )
-
-
-def _below(place: Place, rows: int) -> Place:
-    return place._replace(start=(place.start[0] + rows, *place.start[1:]))
+        ends = (end._replace(start=(end.start[0] + first, *end.start[1:])) for end in (copy.source, copy.target))
+        yield Copy(copy.name, (min(rows, copy.shape[0] - first), *copy.shape[1:]), *ends)
 
 
 def exchange(

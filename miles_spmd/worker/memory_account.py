@@ -21,8 +21,7 @@ from miles_spmd.generation.engine import EngineMemory
 from miles_spmd.models import load_family
 from miles_spmd.planning.memory_estimate import estimate_memory
 from miles_spmd.planning.parallel_layout import ParallelLayout
-from miles_spmd.planning.release import GIB, ORDER, SPARE, Release, choose_release, with_margin
-from miles_spmd.planning.remedies import remedies
+from miles_spmd.planning.release import GIB, ORDER, SPARE, Release, choose_release, remedies, with_margin
 from miles_spmd.platform import device_memory
 from miles_spmd.platform.device_memory import Reading
 from miles_spmd.types.phase import Phase

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from miles_spmd.config import Config
 from miles_spmd.generation.engine import FACTORIES, Engine
 from miles_spmd.invariant.operator_outputs import first_difference, operators
-from miles_spmd.planning.kv_cache import needed_tokens
+from miles_spmd.planning.memory_estimate import needed_tokens
 from miles_spmd.platform.determinism import deterministic_kernels
 from miles_spmd.protocol import commands, results
 from miles_spmd.protocol.dealer import Dealer

@@ -21,8 +21,9 @@ from miles_spmd.bench.flops import sequence_flops
 from miles_spmd.bench.result import make_result, show
 from miles_spmd.bench.run import bench_config
 from miles_spmd.models import load_family
-from miles_spmd.models.random import SHAPES, random_checkpoint
+from miles_spmd.models.random import SHAPES
 from tests.models import tiny
+from tests.models.random_checkpoint import random_checkpoint
 from tests.ranks import Ranks
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miles_spmd.config import Config
+from miles_spmd.config import Config, RewardTerm
 from miles_spmd.controller.generation.acceptance import Group
 from miles_spmd.controller.generation.generation import Generation
 from miles_spmd.controller.journal.events import EvaluationFinished, Event, PhaseFinished, RolloutFinished
@@ -62,7 +62,7 @@ class Rewards:
         self.value, self.waits = value, waits
         self.waiting: list[tuple[Group, Future[list[Score]]]] = []
 
-    def submit(self, samples: Group) -> Future[list[Score]]:
+    def submit(self, samples: Group, terms: Sequence[RewardTerm] = ()) -> Future[list[Score]]:
         future: Future[list[Score]] = Future()
         self.waiting.append((samples, future))
         if not self.waits(samples):
@@ -120,7 +120,7 @@ CONFIG = {
         data={"prompt_data": "none"},
         rollout={"rollout_batch_size": batch_size, "n_samples_per_prompt": SAMPLES},
         algorithm={"dynamic_sampling_filter": "tests.controller.test_generation:accepts"},
-        eval={"n_samples_per_eval_prompt": SAMPLES},
+        eval={"n_samples_per_eval_prompt": SAMPLES, "eval_prompt_data": {"held": "none"}},
     )
     for batch_size in range(1, 5)
 }
@@ -239,7 +239,8 @@ def test_an_error_of_a_reward_counts_in_its_turn() -> None:
 
 def test_an_evaluation_has_the_seeds_of_step_0_and_is_named() -> None:
     engines, events = Engines(lambda running: running[-1]), Events()
-    generation(engines, Rewards(lambda g: float(g[0].prompt.uid == "held:1")), Data(2), events, 2).evaluate(40)
+    parts = generation(engines, Rewards(lambda g: float(g[0].prompt.uid == "held:1")), Data(2), events, 2)
+    parts.evaluate(40, CONFIG[2].eval_sets)
     assert engines.rollouts == [(40, "evaluation of held")]
     seeds = [request.sampling.seed for request in engines.submitted]
     uids = [f"held:{i}" for i in range(2) for _ in range(SAMPLES)]

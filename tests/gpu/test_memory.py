@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from miles_spmd.config import Config
-from miles_spmd.models.random import random_checkpoint
 from miles_spmd.types.request import Output
 from miles_spmd.types.train_sequence import MicroBatch, TrainSequence
 from tests.generation.conformance import prompt, request
 from tests.generation.conformance import run as answer
 from tests.gpu.machine import ENGINE, measured, needs
+from tests.models.random_checkpoint import random_checkpoint
 from tests.ranks import Ranks
 
 GIB, MIB = 2**30, 2**20

@@ -12,12 +12,13 @@ import torch
 from miles_spmd.config.load import ConfigError, dump_config, load_config
 from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.models import load_family
-from miles_spmd.models.random import NO_WEIGHTS, SHAPES, random_checkpoint, random_config, write_random_checkpoints
+from miles_spmd.models.random import NO_WEIGHTS, SHAPES, random_config, write_random_checkpoints
 from miles_spmd.weights import random_weights
 from miles_spmd.weights.hugging_face import load
 from miles_spmd.weights.random_weights import random_slices
 from tests.models import tiny
 from tests.models.parallel import Trainer, trainer_rank
+from tests.models.random_checkpoint import random_checkpoint
 from tests.ranks import Ranks
 
 

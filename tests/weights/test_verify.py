@@ -40,9 +40,9 @@ def test_order_counts(places: set[int], value: int, bit: int) -> None:
 ON_A_GPU = """
 import torch
 
-from miles_spmd.weights import checksum_kernel as module
+from miles_spmd.weights import copy_kernel as module
 
-module.BLOCK, module.BLOCKS = 64, 4
+module.COLUMNS, module.ROWS = 64, 4
 generator = torch.Generator().manual_seed(0)
 for count in (0, 1, 63, 64, 256, 257, 1000):
     words = torch.randint(-(2**31), 2**31, (count,), dtype=torch.int32, generator=generator)

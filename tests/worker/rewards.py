@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -33,3 +34,20 @@ def raises(sample: Sample) -> float:
 def by_length(sample: Sample) -> float:
     """Differs within a group, whatever was said."""
     return float(sum(sample.response) % 7) + 0.1 * sample.index
+
+
+def exits(sample: Sample) -> float:
+    sys.exit(1)
+
+
+def filter_that_exits(group: list[Sample]) -> bool:
+    sys.exit(0)
+
+
+def filter_that_hangs(group: list[Sample]) -> bool:
+    time.sleep(600)
+    return True
+
+
+def length_and_parity(sample: Sample) -> dict[str, float]:
+    return {"score": float(len(sample.response)), "odd": sum(sample.response) % 2}

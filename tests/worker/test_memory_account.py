@@ -13,8 +13,7 @@ import torch
 from miles_spmd.config import Config
 from miles_spmd.models import load_family
 from miles_spmd.models.random import SHAPES
-from miles_spmd.planning.kv_cache import needed_tokens
-from miles_spmd.planning.memory_estimate import estimate_memory
+from miles_spmd.planning.memory_estimate import estimate_memory, needed_tokens
 from miles_spmd.planning.parallel_layout import ParallelLayout
 from miles_spmd.planning.release import GIB, Release, choose_release, peaks, planned_release, with_margin
 from tests.models import tiny

@@ -14,16 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from miles_spmd.protocol.commands import Command, Receivers
-from miles_spmd.protocol.messages import (
-    Completions,
-    Failure,
-    Heartbeat,
-    Hello,
-    Message,
-    RankInfo,
-    Reply,
-    WireError,
-)
+from miles_spmd.protocol.messages import Completions, Failure, Heartbeat, Hello, Message, RankInfo, Reply, WireError
 from miles_spmd.protocol.router import Peer, Router
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.request import Output

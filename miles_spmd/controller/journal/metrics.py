@@ -93,7 +93,7 @@ def rollout_metrics(groups: events.Groups) -> dict[str, float]:
     samples = [sample for group in groups for sample in group]
     lengths = np.asarray([len(s.response) for s in samples])
     rewards = [np.asarray([s.reward for s in group], np.float64) for group in groups]
-    return reward_metrics("rollout/reward", groups) | {
+    return reward_metrics("rollout/", groups) | {
         "rollout/raw_reward": float(np.mean([r.mean() for r in rewards])),
         "rollout/response_len": float(lengths.mean()),
         "rollout/response_len_max": float(lengths.max()),
@@ -104,7 +104,7 @@ def rollout_metrics(groups: events.Groups) -> dict[str, float]:
 
 def reward_metrics(prefix: str, groups: events.Groups) -> dict[str, float]:
     """Return mean and standard deviation of each number that reward functions returned beside the reward, over the
-    samples that have it: ``prefix/NAME/mean`` and ``prefix/NAME/std``."""
+    samples that have it: ``reward/NAME/mean`` and ``reward/NAME/std``."""
     values: dict[str, list[float]] = {}
     for sample in chain.from_iterable(groups):
         for name, value in sample.reward_detail.items():
@@ -112,7 +112,10 @@ def reward_metrics(prefix: str, groups: events.Groups) -> dict[str, float]:
                 values.setdefault(name, []).append(value)
     metrics: dict[str, float] = {}
     for name, some in sorted(values.items()):
-        metrics |= {f"{prefix}/{name}/mean": float(np.mean(some)), f"{prefix}/{name}/std": float(np.std(some))}
+        metrics |= {
+            f"{prefix}reward/{name}/mean": float(np.mean(some)),
+            f"{prefix}reward/{name}/std": float(np.std(some)),
+        }
     return metrics
 
 
@@ -123,7 +126,7 @@ def eval_metrics(sets: Mapping[str, events.Groups]) -> dict[str, float]:
     for name, groups in sets.items():
         rewards = [[sample.reward or 0.0 for sample in group] for group in groups]
         metrics[f"eval/{name}"] = float(np.mean(rewards))
-        metrics |= reward_metrics(f"eval/{name}-reward", groups)
+        metrics |= reward_metrics(f"eval/{name}-", groups)
         metrics[f"eval/{name}-response_len"] = float(np.mean([len(s.response) for group in groups for s in group]))
         n = len(groups[0])
         correct = [sum(reward >= CORRECT for reward in group) for group in rewards]
