@@ -2,7 +2,8 @@
 
 ``reward.rm_type = "module:function"`` names a function with any of these signatures; ``rewards/adapters.py`` tells them
 apart by the names of their parameters. All may be ``async def``. A function runs in a process of its own, with a time
-limit and a memory limit; it is the user's code with the user's rights, and the process is no sandbox (docs/rewards.md).
+limit and a memory limit; it is the user's code with the user's rights, and its process is not a sandbox
+(docs/rewards.md).
 """
 
 from collections.abc import Awaitable, Mapping, Sequence

@@ -23,7 +23,7 @@ def check_label(rm_type: str, label: Any) -> str | None:
 
 
 def exact_labels(label: Any) -> list[str]:
-    """Return the strings of which an answer has to equal one. Raises ValueError for a missing label."""
+    """Return the strings of which a response has to equal one. Raises ValueError for a missing label."""
     labels = label if isinstance(label, list | tuple) else [label]
     if not labels or any(one is None or isinstance(one, dict | list | tuple) for one in labels):
         raise ValueError(f"the label {label!r:.80} is neither a string, a number nor a list of these")
@@ -42,7 +42,7 @@ def math_label(label: Any) -> str:
     text = str(label).rpartition("####")[2].strip()
     text = (last_boxed(text) or text).strip()
     if not text:
-        raise ValueError(f"the label {label!r:.80} contains no answer")
+        raise ValueError(f"the label {label!r:.80} has neither a number nor a formula")
     return text
 
 

@@ -1,4 +1,4 @@
-r"""What short answers say without LaTeX: numbers in every usual spelling, units, and text such as Python writes it.
+r"""What is said without LaTeX: numbers in every usual spelling, units, and text such as Python writes it.
 
 Each function returns None for text that it does not understand completely; such text is LaTeX, or words.
 """
@@ -134,7 +134,7 @@ def unwrapped(text: str) -> str:
 
 
 class Quantity(NamedTuple):
-    """A number and its unit in one spelling: "" for none, "?..." for a word that is no unit of measurement."""
+    """A number and its unit in one spelling: "" for none, "?..." for another word than a unit of measurement."""
 
     value: Fraction
     unit: str
@@ -174,7 +174,7 @@ def _unit(text: str) -> str:
 
 
 def same_quantity(gold: Quantity, found: Quantity) -> bool:
-    """Whether two quantities are equal. A unit that is left out, or a word that is no unit of measurement, makes no
+    """Whether two quantities are equal. A unit that is left out, or another word than a unit of measurement, makes no
     difference. 50 % is 0.5, and also 50, but 0.5 % is not 0.5: a share above 1 is a number of per cents."""
     (a, unit), (b, other) = gold, found
     if unit == other:

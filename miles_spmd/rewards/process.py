@@ -1,8 +1,8 @@
 """One process of the reward pool, from both sides of the pipe to it. Imports no torch unless the user's reward function
 does.
 
-A reward function is the user's code and runs with the user's rights: its process is no sandbox. It keeps accidents away
-from the run (time, memory, a crash, an exit), and secrets of the environment away from code that does not need them.
+A reward function is the user's code and runs with the user's rights: its process is not a sandbox. It keeps accidents
+away from the run (time, memory, a crash, an exit), and secrets of the environment from code that does not need them.
 """
 
 from __future__ import annotations
