@@ -1,9 +1,10 @@
 """Rows and their scores: `[data]` to train on, `[reward]` that scores responses, `[eval]`."""
 
+import os
 import re
 from collections import Counter
-from pathlib import Path
-from typing import Annotated
+from datetime import datetime
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -15,13 +16,44 @@ from miles_spmd.config.table import (
     PositiveFloat,
     PositiveInt,
     Table,
+    must_be,
     plug_point,
 )
+
+# What a chat template is given by other ways than `chat_template_kwargs`.
+TEMPLATE_VARIABLES = frozenset(
+    {
+        "messages",
+        "conversations",
+        "tools",
+        "add_generation_prompt",
+        "continue_final_message",
+        "chat_template",
+        "return_assistant_tokens_mask",
+        "strftime_now",
+    }
+)
+
+
+TemplateArguments = Annotated[
+    dict[str, Any],
+    must_be(
+        f"without {', '.join(sorted(TEMPLATE_VARIABLES))}", lambda given: not TEMPLATE_VARIABLES.intersection(given)
+    ),
+]
+
+
+def _is_date(text: str) -> bool:
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
 
 
 class DataConfig(Table):
     prompt_data: Annotated[str, NotEmpty]
-    """JSONL or parquet file to train on; `path@[0:1000]` takes a slice of its rows."""
+    """JSONL, JSON or parquet file to train on; `path@[0:1000]` takes a slice of its rows."""
     input_key: str = "prompt"
     """Column of the prompt: a string or a list of chat messages."""
     label_key: str | None = "label"
@@ -33,7 +65,17 @@ class DataConfig(Table):
     metadata_key: str | None = "metadata"
     """Column of a mapping that is handed to custom reward functions; rows may leave it out, `none`: no column."""
     apply_chat_template: bool = False
-    """Wrap a plain string as one user message. Message lists always go through the template."""
+    """Wrap a plain string as one user message. Message lists always go through the chat template."""
+    system_prompt: str | None = None
+    """System message put before every conversation that does not begin with one; `none`: no message."""
+    tool_key: str | None = "tools"
+    """Column of the tools that the chat template is given: a list of JSON schemas, also as JSON text; rows may leave it
+    out, `none`: no column."""
+    chat_template_kwargs: TemplateArguments = {}
+    """Further variables of the chat template, such as `{ enable_thinking = false }`. A row's own, in a column
+    `chat_template_kwargs`, come before these."""
+    chat_template_date: Annotated[str, must_be("a date such as 2026-01-31", _is_date)] = "2026-01-01"
+    """What a chat template reads as today, so that prompts do not depend on when a run is started or resumed."""
     rollout_shuffle: bool = True
     """Shuffle the rows anew in every epoch, as a function of `run.seed`; else they come in the file's order."""
     rollout_max_prompt_len: PositiveInt | None = None
@@ -48,7 +90,7 @@ def _data_files(s: Settings) -> Messages:
     evaluation |= {f"eval.sets.{number}.prompt_data": one.prompt_data for number, one in enumerate(s.sets)}
     for name, path in ({"data.prompt_data": s.prompt_data} | evaluation).items():
         file = re.sub(r"@\[[^\]]*\]$", "", path)
-        if not Path(file).is_file():
+        if not os.path.isfile(os.path.expanduser(file)):
             yield f"{name}: no file {file}"
 
 
@@ -122,6 +164,12 @@ class EvalSet(Table):
     """Column of a mapping for reward functions; an empty string: no column."""
     apply_chat_template: bool | None = None
     """Wrap a plain string as one user message."""
+    system_prompt: str | None = None
+    """System message put before every conversation that does not begin with one; an empty string: no message."""
+    tool_key: str | None = None
+    """Column of the tools; an empty string: no column."""
+    chat_template_kwargs: TemplateArguments | None = None
+    """Further variables of the chat template, in place of those of `[data]`."""
     rm_type: RewardName | None = None
     """Plug point: the only reward function of this set, instead of those of `[reward]`."""
     reward_batched: bool = False
@@ -142,7 +190,7 @@ class EvalSet(Table):
 
     def columns(self, data: DataConfig) -> DataConfig:
         """Return ``data`` with the columns of this set."""
-        names = ("input_key", "label_key", "metadata_key", "apply_chat_template")
+        names = DataConfig.model_fields.keys() & EvalSet.model_fields.keys() - {"prompt_data"}
         return data.model_copy(update={name: own for name in names if (own := getattr(self, name)) is not None})
 
 

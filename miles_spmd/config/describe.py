@@ -103,8 +103,8 @@ def _type(schema: dict[str, Any]) -> str:
     if schema.get("type") == "array":
         return f"list of {_type(schema['items'])}"
     if "additionalProperties" in schema and "properties" not in schema:
-        keys = schema.get("propertyNames", {})
-        return f"mapping from {_type({'type': 'string'} | keys)} to {_type(schema['additionalProperties'])}"
+        keys, values = schema.get("propertyNames", {}), schema["additionalProperties"]
+        return f"mapping from {_type({'type': 'string'} | keys)} to {'any value' if values is True else _type(values)}"
     if "$ref" in schema:
         return "tables"
     name = "path" if schema.get("format") == "path" else NAMES[schema["type"]]

@@ -1,7 +1,9 @@
 """What tables of settings are made of: their base class, types of values, and a walk over all settings of a table."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, TypeGuard, Union, get_args, get_origin
 
@@ -29,6 +31,12 @@ class Table(BaseModel):
     def _absent(cls, value: Any, info: ValidationInfo) -> Any:
         optional = NoneType in get_args(cls.model_fields[str(info.field_name)].annotation)
         return None if optional and value == NONE else value
+
+    @field_validator("*")
+    @classmethod
+    def _home(cls, value: Any) -> Any:
+        """Read ``~`` as a shell does, which does not see it behind a setting's name."""
+        return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 
 
 def plug_point(*builtins: str) -> AfterValidator:

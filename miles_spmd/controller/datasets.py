@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from miles_spmd.rewards.labels import check_label
 from miles_spmd.types.sample import Prompt
 from miles_spmd.types.seeds import derive_seed
 
+_log = logging.getLogger(__name__)
 MAX_SPARE_WAVES = 8  # batches of prompts generated in place of groups that a filter drops, before the run ends
 
 
@@ -33,6 +35,11 @@ class Datasets:
 
     def __init__(self, config: Config, tokenizer: Tokenizer, *, training: bool) -> None:
         self._config = config
+        if tokenizer.chat_template.reads_clock:
+            _log.warning(
+                "the chat template reads the clock: it reads %s, data.chat_template_date",
+                config.data.chat_template_date,
+            )
         data, mode = config.data, config.run.mode
         context = load_family(config.model.hf_checkpoint).max_sequence_length
         pair_len = min(context, config.micro_batch_tokens // 2)  # a pair has to be in one micro-batch

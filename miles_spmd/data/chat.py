@@ -4,42 +4,70 @@ from __future__ import annotations
 
 from typing import Any
 
-from miles_spmd.data.tokenizer import Message, Tokenizer, TokenizerError
+from miles_spmd.data.template import ChatTemplate, Conversation, Message, Span, TemplateError
+from miles_spmd.data.tokenizer import Segment, Tokenizer
+
+_SAID_ELSEWHERE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
 def check_messages(value: Any) -> list[Message]:
-    """Return a conversation without the null fields that parquet adds to every message. Raises TypeError."""
+    """Return a conversation as it is: a template may tell a field that is null from one that is missing.
+
+    Contents are strings or lists of text parts; the assistant's may be null or missing beside tool calls or reasoning.
+    Raises TypeError.
+    """
     if not isinstance(value, list) or not value:
         raise TypeError("expected a non-empty list of messages")
-    messages = []
     for i, message in enumerate(value):
         if not isinstance(message, dict):
             raise TypeError(f"message {i} is {type(message).__name__} instead of an object")
-        message = {key: field for key, field in message.items() if field is not None}
-        if not isinstance(message.get("role"), str):
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str):
             raise TypeError(f"message {i} has no string 'role'")
-        if not isinstance(message.get("content", None if "tool_calls" not in message else ""), str):
-            raise TypeError(f"message {i} ({message['role']}) has no string 'content'")
-        messages.append(message)
-    return messages
+        if isinstance(content, list):
+            for part in content:
+                _check_part(part, f"message {i} ({role})")
+        elif not isinstance(content, str) and (content is not None or not any(map(message.get, _SAID_ELSEWHERE))):
+            raise TypeError(f"message {i} ({role}) has no string 'content'")
+    return value
 
 
-def assistant_segments(tokenizer: Tokenizer, messages: list[Message], since: int = 0) -> list[tuple[str, bool]]:
+def _check_part(part: Any, where: str) -> None:
+    if not isinstance(part, str | dict):
+        raise TypeError(f"{where} has a content part of type {type(part).__name__} instead of an object")
+    if isinstance(part, dict) and not (part.get("type", "text") == "text" and isinstance(part.get("text"), str)):
+        raise TypeError(f"{where} has a content part of type {part.get('type')!r}; only text is supported")
+
+
+def has_content(message: Message) -> bool:
+    """Whether a message contains more than white space, tool calls and reasoning included."""
+    content = message.get("content") or ""
+    parts = content if isinstance(content, list) else [content]
+    texts = [part if isinstance(part, str) else part["text"] for part in parts]
+    return bool("".join(texts).strip()) or any(map(message.get, _SAID_ELSEWHERE))
+
+
+def assistant_segments(
+    tokenizer: Tokenizer, conversation: Conversation | list[Message], since: int = 0
+) -> list[Segment]:
     """Render a conversation and split it into consecutive texts; True marks what the assistant wrote in its messages
     from number ``since`` on, which is trained.
 
     The ranges come from the template's ``{% generation %}`` marks, or else from the text that each assistant message
     adds to the rendering of the messages before it. An assistant's text ends with the end-of-sequence token if the
-    template writes one, so that the trained text is what an engine would generate. Raises TokenizerError.
+    template writes one, so that the trained text is what an engine would generate. Raises TemplateError.
     """
-    text, spans = tokenizer.render_with_spans(messages)
+    template = tokenizer.chat_template
+    if not isinstance(conversation, Conversation):
+        conversation = Conversation(conversation)
+    text, spans = template.render(conversation, add_generation_prompt=False)
     if spans is None:
-        spans = _spans_by_prefix(tokenizer, messages, since, text)
+        spans = _spans_by_prefix(template, conversation, since, text, tokenizer.special_tokens.get("eos_token"))
     elif since:
-        _, earlier = tokenizer.render_with_spans(messages[:since])
+        _, earlier = template.render(conversation.first(since), add_generation_prompt=False)
         spans = spans[len(earlier or ()) :]
-    if not spans:
-        raise TokenizerError("the chat template renders no assistant text")
+    if not any(start < end for start, end in spans):
+        raise TemplateError("the chat template renders no assistant text")
     segments = []
     end = 0
     for span_start, span_end in spans:
@@ -49,16 +77,17 @@ def assistant_segments(tokenizer: Tokenizer, messages: list[Message], since: int
     return [(piece, trained) for piece, trained in segments if piece]
 
 
-def _spans_by_prefix(tokenizer: Tokenizer, messages: list[Message], since: int, text: str) -> list[tuple[int, int]]:
-    eos = tokenizer.special_tokens.get("eos_token")
+def _spans_by_prefix(
+    template: ChatTemplate, conversation: Conversation, since: int, text: str, eos: str | None
+) -> list[Span]:
     spans = []
-    for i, message in enumerate(messages):
+    for i, message in enumerate(conversation.messages):
         if i < since or message["role"] != "assistant":
             continue
-        before = tokenizer.render(messages[:i], add_generation_prompt=True)
-        through = tokenizer.render(messages[: i + 1], add_generation_prompt=False)
+        before, _ = template.render(conversation.first(i), add_generation_prompt=True)
+        through, _ = template.render(conversation.first(i + 1), add_generation_prompt=False)
         if not (text.startswith(through) and through.startswith(before)):
-            raise TokenizerError(
+            raise TemplateError(
                 f"the chat template writes assistant message {i} differently at generation time or once later messages "
                 f"follow: mark the assistant's text in the template with {{% generation %}} ... {{% endgeneration %}}, "
                 f"or keep one assistant message per row"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +40,10 @@ class TooLongError(RowError):
     """A row that ``data.drop_long_prompts`` leaves out."""
 
 
+class FileError(RowError):
+    """An error that every row of a kind has, such as a missing chat template: reported once, for the first of them."""
+
+
 class DataError(ValueError):
     """A data file that cannot be used. ``errors`` has all of its errors, the message the first of them."""
 
@@ -56,9 +63,9 @@ def parse_slice(prompt_data: str) -> tuple[Path, slice]:
         if "@[" in prompt_data:
             remedy = "write path@[start:stop] with integers, either of which may be left out"
             raise DataError(prompt_data, [RowError("malformed slice", remedy)])
-        return Path(prompt_data), slice(None)
+        return Path(os.path.expanduser(prompt_data)), slice(None)
     bounds = [int(b) if b else None for b in (match["start"], match["stop"])]
-    return Path(match["path"]), slice(*bounds)
+    return Path(os.path.expanduser(match["path"])), slice(*bounds)
 
 
 def load_items(source: str, name: str | None, data: DataConfig, tokenizer: Tokenizer, draft: Draft[Item]) -> list[Item]:
@@ -83,7 +90,7 @@ def load_items(source: str, name: str | None, data: DataConfig, tokenizer: Token
             error.row = number
             if isinstance(error, TooLongError) and data.drop_long_prompts:
                 dropped += 1
-            else:
+            elif not isinstance(error, FileError) or str(error) not in map(str, errors):
                 errors.append(error)
 
     while chunk := list(islice(rows, _CHUNK)):
@@ -115,20 +122,53 @@ def read_rows(prompt_data: str, errors: list[RowError]) -> Iterator[tuple[int, R
     path, rows = parse_slice(prompt_data)
     if not path.is_file():
         raise DataError(path, [RowError("no such file", "check data.prompt_data or eval.eval_prompt_data")])
-    if path.suffix == ".parquet":
-        yield from _read_parquet(path, rows)
-    elif path.suffix in (".jsonl", ".json", ".ndjson"):
-        yield from _read_jsonl(path, rows, errors)
-    else:
-        raise DataError(path, [RowError(f"unknown kind {path.suffix!r}", "use a .jsonl or .parquet file")])
+    kind = path.suffix.lower()
+    try:
+        if kind == ".parquet":
+            yield from _read_parquet(path, rows)
+        elif kind in (".jsonl", ".json", ".ndjson"):
+            yield from _read_json(path, rows, errors)
+        else:
+            raise DataError(path, [RowError(f"unknown kind {path.suffix!r}", "use a .jsonl or .parquet file")])
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror or error}"
+        raise DataError(path, [RowError(problem, "check the file and its permissions")]) from error
 
 
-def _read_jsonl(path: Path, rows: slice, errors: list[RowError]) -> Iterator[tuple[int, Row]]:
-    lines = [(n, line) for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
-    for number, line in lines[rows]:
+def decode_json(text: bytes) -> Any:
+    """Return the value of a JSON text in UTF-8. Raises ValueError, which says what is wrong with it."""
+    try:
+        return msgspec.json.decode(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8: {error}") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except msgspec.DecodeError as error:
         try:
-            row = msgspec.json.decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            json.loads(text)
+        except (ValueError, RecursionError):
+            raise ValueError(str(error)) from error
+        # Python's own reader is more tolerant: of NaN, and of an escape such as \\ud83d without its other half.
+        raise ValueError(f"{error}; a lone surrogate such as \\ud83d, or NaN, is not JSON") from error
+
+
+def _read_json(path: Path, rows: slice, errors: list[RowError]) -> Iterator[tuple[int, Row]]:
+    """Read one object per line, or one list of objects."""
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(path, [RowError("the file is UTF-16", "write it again in UTF-8")])
+    if path.suffix.lower() == ".json" and content.lstrip().startswith(b"["):
+        try:
+            numbered = list(enumerate(decode_json(content), 1))
+        except ValueError as error:
+            problem, remedy = f"invalid JSON ({error})", "write a list of objects, in UTF-8"
+            raise DataError(path, [RowError(problem, remedy)]) from error
+    else:
+        numbered = [(n, line) for n, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+    for number, row in numbered[rows]:
+        try:
+            row = decode_json(row) if isinstance(row, bytes) else row
+        except ValueError as error:
             errors.append(RowError(f"invalid JSON ({error})", "write one JSON object per line, in UTF-8", number))
             continue
         if isinstance(row, dict):
@@ -144,10 +184,19 @@ def _read_parquet(path: Path, rows: slice) -> Iterator[tuple[int, Row]]:
 
     try:
         table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(path, [RowError(f"unreadable parquet ({error})", "write it again")]) from error
     start, stop, _ = rows.indices(table.num_rows)
-    yield from enumerate(table.slice(start, max(0, stop - start)).to_pylist(), start + 1)
+    for number, row in enumerate(table.slice(start, max(0, stop - start)).to_pylist(), start + 1):
+        yield number, {key: _without_absent(value) if isinstance(value, list) else value for key, value in row.items()}
+
+
+def _without_absent(value: Any) -> Any:
+    """Return a column's value without the fields that are null only because parquet gives every object of a column
+    the fields of all. A content that is null is one: an assistant's message beside its tool calls."""
+    if isinstance(value, dict):
+        return {k: _without_absent(v) for k, v in value.items() if v is not None or k == "content"}
+    return [_without_absent(entry) for entry in value] if isinstance(value, list) else value
 
 
 def lookup(row: Row, key: str) -> Any:

@@ -10,10 +10,19 @@ import msgspec
 import numpy as np
 
 from miles_spmd.config import DataConfig
-from miles_spmd.data.chat import assistant_segments
+from miles_spmd.data.chat import assistant_segments, has_content
 from miles_spmd.data.dataset import Row, RowError, TooLongError, load_items
-from miles_spmd.data.prompts import check_length, read_input, read_label, read_text, render_prompt
-from miles_spmd.data.tokenizer import Encoding, Message, Text, Tokenizer, TokenizerError
+from miles_spmd.data.prompts import (
+    check_length,
+    read_input,
+    read_label,
+    read_text,
+    render_prompt,
+    template_errors,
+    to_conversation,
+)
+from miles_spmd.data.template import Conversation, Message, TokenizerError
+from miles_spmd.data.tokenizer import Encoding, Text, Tokenizer
 
 Item = TypeVar("Item")
 Turns = str | list[Message]  # a response as text, or as messages that continue those of the prompt
@@ -47,7 +56,7 @@ def load_sft_examples(data: DataConfig, tokenizer: Tokenizer, *, max_len: int | 
 
     def texts(row: Row) -> list[Text]:
         value = read_input(row, data)
-        if isinstance(value, list) and value[-1]["role"] == "assistant":
+        if isinstance(value, Conversation) and value.messages[-1]["role"] == "assistant":
             return [_conversation_text(value, 0, tokenizer)]
         response = read_label(row, data.label_key)
         if not isinstance(response, str) or not response.strip():
@@ -90,12 +99,12 @@ def load_preference_pairs(
 
     def texts(row: Row) -> list[Text]:
         prompt, *responses = _read_row(row, data)
-        return [_text(prompt, response, tokenizer) for response in responses]
+        return [_text(row, prompt, response, data, tokenizer) for response in responses]
 
     return _load(prompt_data or data.prompt_data, name, data, tokenizer, texts, pair, max_len, scores_end)
 
 
-def _read_row(row: Row, data: DataConfig) -> tuple[Turns, Turns, Turns]:
+def _read_row(row: Row, data: DataConfig) -> tuple[str | Conversation, Turns, Turns]:
     """Return prompt, preferred response and rejected response."""
     chosen = _read_response(row, data.chosen_key, "data.chosen_key")
     rejected = _read_response(row, data.rejected_key, "data.rejected_key")
@@ -107,44 +116,44 @@ def _read_row(row: Row, data: DataConfig) -> tuple[Turns, Turns, Turns]:
     if not shared:
         problem = f"{data.chosen_key!r} and {data.rejected_key!r} are conversations without a common beginning"
         raise RowError(problem, "begin both with the prompt, or both with the assistant's response to the input column")
-    return chosen[:shared], chosen[shared:], rejected[shared:]
+    return to_conversation(row, chosen[:shared], data), chosen[shared:], rejected[shared:]
 
 
 def _read_response(row: Row, key: str, setting: str) -> Turns:
     response = read_text(row, key, setting)
     if not isinstance(response, str):
         for message in response:
-            content = message.get("content", "").strip() or message.get("tool_calls")
-            if message["role"] == "assistant" and not content:
+            if message["role"] == "assistant" and not has_content(message):
                 raise RowError(f"{key!r} has an empty assistant message", "fill it in or remove the row")
         if response[-1]["role"] != "assistant":
             raise RowError(f"{key!r} does not end with the assistant's message", "remove what follows it")
     return response
 
 
-def _text(prompt: Turns, response: Turns, tokenizer: Tokenizer) -> Text:
+def _text(row: Row, prompt: str | Conversation, response: Turns, data: DataConfig, tokenizer: Tokenizer) -> Text:
     if isinstance(response, str):
         return _response_text(prompt, response, tokenizer)
-    history = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    before, after = history[-1]["role"], response[0]["role"]
+    if isinstance(prompt, str):
+        prompt = to_conversation(row, [{"role": "user", "content": prompt}], data)
+    before, after = prompt.messages[-1]["role"], response[0]["role"]
     if before == "assistant" or after != "assistant":
         problem = f"the response begins with a message of {after!r}, the prompt ends with one of {before!r}"
         raise RowError(problem, "end the prompt before the assistant's message, and begin the response with it")
-    return _conversation_text(history + response, len(history), tokenizer)
+    whole = prompt._replace(messages=prompt.messages + response)
+    return _conversation_text(whole, len(prompt.messages), tokenizer)
 
 
-def _response_text(prompt: str | list[Message], response: str, tokenizer: Tokenizer) -> Text:
+def _response_text(prompt: str | Conversation, response: str, tokenizer: Tokenizer) -> Text:
     """Return a prompt and a response to it. Raises RowError."""
-    return Text([(render_prompt(prompt, tokenizer), False), (response, True)], isinstance(prompt, list))
+    return Text([(render_prompt(prompt, tokenizer), False), (response, True)], isinstance(prompt, Conversation))
 
 
-def _conversation_text(messages: list[Message], since: int, tokenizer: Tokenizer) -> Text:
+def _conversation_text(conversation: Conversation, since: int, tokenizer: Tokenizer) -> Text:
     """Render a conversation up to its last assistant turn; turns from message ``since`` on are trained. Raises
     RowError."""
-    try:
-        segments, exact = assistant_segments(tokenizer, messages, since), not tokenizer.marks_assistant
-    except TokenizerError as error:
-        raise RowError(str(error), "fix the messages or the template") from error
+    with template_errors():
+        segments = assistant_segments(tokenizer, conversation, since)
+        exact = not tokenizer.chat_template.marks_assistant(conversation)
     while not segments[-1][1]:
         segments.pop()
     return Text(segments, True, exact)
@@ -172,7 +181,7 @@ def _load(
 
     def example(uid: str, text: Text, encoding: Encoding) -> SftExample:
         (tokens, offsets), position = encoding, 0
-        starts, ends = np.asarray(offsets).reshape(-1, 2).T  # characters of the text
+        starts, ends = offsets.T
         mask = np.zeros(len(tokens), np.float32)
         for piece, trained in text.segments:
             inside = np.flatnonzero((starts < position + len(piece)) & (ends > position))

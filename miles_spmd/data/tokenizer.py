@@ -6,21 +6,23 @@ not, and neither does transformers' function that renders chat templates. Both a
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import codecs
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
 
-Message = dict[str, Any]  # {"role": ..., "content": ..., ...} as chat templates take it
+from miles_spmd.data.template import ChatTemplate, Conversation, Message, TokenizerError
+
 Segment = tuple[str, bool]  # a part of a text, and whether it is trained
 
 
 class Encoding(NamedTuple):
     ids: list[int]
-    offsets: list[tuple[int, int]]  # the characters of each token
+    offsets: np.ndarray  # int [T, 2], first and last + 1 of each token's characters; none where no text is trained
 
 
 class Text(NamedTuple):
@@ -38,10 +40,6 @@ class Text(NamedTuple):
     @property
     def is_trained(self) -> bool:
         return any(trained for _, trained in self.segments)
-
-
-class TokenizerError(ValueError):
-    """A checkpoint folder whose tokenizer cannot be used, or a conversation that its chat template rejects."""
 
 
 class Tokenizer:
@@ -64,7 +62,7 @@ class Tokenizer:
         self._fast.no_padding()
         settings = _read_json(self.folder / "tokenizer_config.json")
         self.special_tokens = _special_tokens(settings, _read_json(self.folder / "special_tokens_map.json"))
-        self.chat_template = _chat_template(self.folder, settings)
+        self.chat_template = ChatTemplate(self.folder, settings, self.special_tokens)
         for name, token in self.special_tokens.items():
             if self._fast.token_to_id(token) is None:
                 raise TokenizerError(
@@ -97,15 +95,17 @@ class Tokenizer:
         (Llama's BOS), unless it already starts with the BOS token.
         """
         bos = self.special_tokens.get("bos_token")
-        encode = self._fast.encode_batch if any(t.is_trained for t in texts) else self._fast.encode_batch_fast
+        trained = any(text.is_trained for text in texts)
+        encode = self._fast.encode_batch if trained else self._fast.encode_batch_fast
         wholes = [text.whole for text in texts]
         complete = [t.templated or bool(bos and whole.startswith(bos)) for t, whole in zip(texts, wholes)]
         found: dict[int, Any] = {}
         for is_complete in (True, False):
             which = [i for i, c in enumerate(complete) if c == is_complete]
             found |= zip(which, encode([wholes[i] for i in which], add_special_tokens=not is_complete))
-        encodings = [Encoding(found[i].ids, found[i].offsets) for i in range(len(texts))]
-        return [self._split_at_responses(text, encoding) for text, encoding in zip(texts, encodings)]
+        if not trained:
+            return [Encoding(found[i].ids, np.zeros((0, 2), np.int64)) for i in range(len(texts))]
+        return [self._split_at_responses(text, _encoding(found[i])) for i, text in enumerate(texts)]
 
     def _split_at_responses(self, text: Text, encoding: Encoding) -> Encoding:
         """Encode again as an engine does, whose prompt ends before a response, if a token reaches over that place."""
@@ -113,70 +113,51 @@ class Tokenizer:
         for piece, trained in text.segments:
             starts += [position] if trained and text.exact else []
             position += len(piece)
-        crossed = [p for p in starts if any(start < p < end for start, end in encoding.offsets)]
+        first, last = encoding.offsets.T
+        crossed = [p for p in starts if ((first < p) & (p < last)).any()]
         if not crossed:
             return encoding
         whole = text.whole
-        head = self.encode_texts([Text([(whole[: crossed[0]], False)], text.templated)])[0]
-        ids, offsets = list(head.ids), [(0, 0)] * len(head.ids)
+        # With offsets, since earlier responses may be trained in it.
+        parts = self.encode_texts([Text([(whole[: crossed[0]], True)], text.templated, exact=False)])
         for start, end in zip(crossed, [*crossed[1:], len(whole)]):
             tail = self._continue(whole[start:end])
-            ids += tail.ids
-            offsets += [(start + a, start + b) for a, b in tail.offsets]
-        return Encoding(ids, offsets)
+            parts.append(Encoding(tail.ids, tail.offsets + start))
+        return Encoding([i for part in parts for i in part.ids], np.concatenate([part.offsets for part in parts]))
 
     def _continue(self, text: str) -> Encoding:
         """Encode a text that follows another one, and hence has no beginning for a normaliser to change."""
         for before in "\n.a0":
-            encoding = self._fast.encode(before + text, add_special_tokens=False)
-            after = [(i, (a - 1, b - 1)) for i, (a, b) in zip(encoding.ids, encoding.offsets) if b > 1]
-            if after and after[0][1][0] == 0:
-                return Encoding(*map(list, zip(*after)))
-        encoding = self._fast.encode(text, add_special_tokens=False)
-        return Encoding(encoding.ids, encoding.offsets)
+            ids, offsets = _encoding(self._fast.encode(before + text, add_special_tokens=False))
+            behind = int((offsets[:, 1] <= 1).sum())  # tokens of what stands before
+            if behind < len(ids) and offsets[behind, 0] >= 1:
+                return Encoding(ids[behind:], offsets[behind:] - 1)
+        return _encoding(self._fast.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._fast.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    @property
-    def marks_assistant(self) -> bool:
-        """Whether the chat template marks what the assistant writes."""
-        return re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template or "") is not None
+    def render(
+        self,
+        messages: list[Message],
+        add_generation_prompt: bool = True,
+        tools: list[Any] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return the text of a conversation by the checkpoint's chat template. Raises TemplateError."""
+        return self.chat_template.render(Conversation(messages, tools, arguments or {}), add_generation_prompt)[0]
 
-    def render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
-        """Return the text of a conversation by the checkpoint's chat template. Raises TokenizerError."""
-        return self.render_with_spans(messages, add_generation_prompt)[0]
 
-    def render_with_spans(
-        self, messages: list[Message], add_generation_prompt: bool = False
-    ) -> tuple[str, list[tuple[int, int]] | None]:
-        """Do as ``render`` and also return the character ranges marked by ``{% generation %}``; None without marks."""
-        if self.chat_template is None:
-            raise TokenizerError(
-                f"{self.folder} has no chat template: add chat_template.jinja, or give plain strings as prompts "
-                f"and leave data.apply_chat_template off"
-            )
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        marked = self.marks_assistant
-        variables: dict[str, Any] = {**self.special_tokens, "add_generation_prompt": add_generation_prompt}
-        render: Any = render_jinja_template  # annotated to return a string, returns ([text], [spans])
-        try:
-            texts, spans = render(
-                [messages], chat_template=self.chat_template, return_assistant_tokens_mask=marked, **variables
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise TokenizerError(f"the chat template rejects this conversation: {error}") from error
-        return texts[0], [tuple(span) for span in spans[0]] if marked else None
+def _encoding(found: Any) -> Encoding:
+    return Encoding(found.ids, np.asarray(found.offsets, np.int64).reshape(-1, 2))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return msgspec.json.decode(path.read_bytes().removeprefix(codecs.BOM_UTF8), type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise TokenizerError(f"{path}: {error}") from error
 
 
@@ -190,13 +171,3 @@ def _special_tokens(*sources: dict[str, Any]) -> dict[str, str]:
             if isinstance(token, str):
                 found.setdefault(name, token)
     return found
-
-
-def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several named templates
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template

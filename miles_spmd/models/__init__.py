@@ -45,8 +45,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         reason = "no such folder" if not folder.is_dir() else "the folder has no config.json"
         raise FileNotFoundError(f"{folder} is not a Hugging Face checkpoint: {reason}")
     try:
-        config = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        config = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{file} is not a JSON object")

@@ -41,13 +41,14 @@ def test_rows_become_prompts(tmp_path: Path, tokenizer: Tokenizer) -> None:
 
 
 def test_parquet_equals_jsonl(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    rows = [
-        {"prompt": [{"role": "user", "content": f"What is {i}+1?", "name": None}], "extra": {"answer": str(i + 1)}}
-        for i in range(5)
+    """Also where parquet gives every message the fields of all."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": [{"role": "user", "content": f"What is {i}+1?"}], "extra": {"answer": str(i + 1)}} for i in range(5)
     ]
+    lines = write_jsonl(tmp_path / "a.jsonl", rows)
+    rows[0]["prompt"][0]["name"] = None
     table = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_pylist(rows), table, row_group_size=2)
-    lines = write_jsonl(tmp_path / "a.jsonl", rows)
     for cut in ("", "@[1:3]", "@[-2:]"):
         both = [
             load_prompts(DataConfig(prompt_data=f"{p}{cut}", label_key="extra.answer"), tokenizer, name="x")
