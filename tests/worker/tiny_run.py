@@ -38,7 +38,7 @@ def write_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def write_config(folder: Path, checkpoint: Path, **changes: dict[str, Any]) -> Path:
+def write_config(folder: Path, checkpoint: Path, /, **changes: dict[str, Any]) -> Path:
     """``changes`` are whole settings by table: ``deadlines={"train_timeout": 5.0}``."""
     rows = [{"prompt": f"What is {i} plus {i}?", "label": str(2 * i)} for i in range(16)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
