@@ -7,10 +7,10 @@ reads them in one list with those of the settings.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from miles_spmd.config import Config
+from miles_spmd.config import Config, RewardTerm
 from miles_spmd.config.checks import Settings, settings
 from miles_spmd.controller.checkpoints import ResumeError, newest, read
 from miles_spmd.controller.datasets import Datasets
@@ -24,7 +24,6 @@ from miles_spmd.types.sample import Prompt
 
 EXAMINED_ROWS = 1000  # of each file; the run itself examines all when it starts
 PLUG_POINTS = (
-    "reward.rm_type",
     "rollout.engine",
     "algorithm.reward_post_process",
     "algorithm.dynamic_sampling_filter",
@@ -93,28 +92,39 @@ def _checkpoint(config: Config, known: Settings) -> Iterator[str]:
 def _plug_ins(known: Settings) -> Iterator[str]:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as in the ranks, which `python -m` starts
+    rewards = {"reward.rm_type": (known.get("reward.rm_type"), known.get("reward.reward_batched"))}
+    for table in ("reward.further", "eval.sets"):
+        terms = enumerate(known.get(table) or [])
+        rewards |= {f"{table}.{number}.rm_type": (term.rm_type, term.reward_batched) for number, term in terms}
+    for setting, (name, batched) in rewards.items():
+        if name is not None and ":" in name:
+            try:
+                load_reward(name, bool(batched))
+            except PlugPointError as error:
+                yield str(error).replace("reward.rm_type", setting, 1)
     for setting in PLUG_POINTS:
         name = known.get(setting)
         if isinstance(name, str) and ":" in name:
             try:
                 import_function(setting, name, ())
-                if setting == "reward.rm_type":
-                    load_reward(name, bool(known.get("reward.reward_batched")))
             except PlugPointError as error:
                 yield str(error)
 
 
 def _data(config: Config, tokenizer: Tokenizer, task: str) -> Iterator[str]:
     """Read the first rows of each file as the run will."""
-    none = config.eval.model_copy(update={"eval_prompt_data": {}})
+    none = config.eval.model_copy(update={"eval_prompt_data": {}, "sets": []})
     if task != "eval":
         data = config.data.model_copy(update={"prompt_data": _head(config.data.prompt_data)})
         training = config.model_copy(update={"data": data, "eval": none})
         yield from _file("data.prompt_data", config.data.prompt_data, training, tokenizer, training=True)
     for name, source in config.eval.eval_prompt_data.items():
-        one = config.eval.model_copy(update={"eval_prompt_data": {name: _head(source)}})
-        alone = config.model_copy(update={"eval": one})
+        alone = config.model_copy(update={"eval": none.model_copy(update={"eval_prompt_data": {name: _head(source)}})})
         yield from _file(f"eval.eval_prompt_data.{name}", source, alone, tokenizer, training=False)
+    for number, one in enumerate(config.eval.sets):
+        head = one.model_copy(update={"prompt_data": _head(one.prompt_data)})
+        alone = config.model_copy(update={"eval": none.model_copy(update={"sets": [head]})})
+        yield from _file(f"eval.sets.{number}.prompt_data", one.prompt_data, alone, tokenizer, training=False)
 
 
 def _file(setting: str, source: str, config: Config, tokenizer: Tokenizer, *, training: bool) -> Iterator[str]:
@@ -130,20 +140,20 @@ def _file(setting: str, source: str, config: Config, tokenizer: Tokenizer, *, tr
     except TokenizerError as error:
         yield f"model.hf_checkpoint: {error}"
         return
-    prompts = next(datasets.waves(0)) if training and config.run.mode == "rl" else []
-    prompts += [prompt for prompts in datasets.eval_sets.values() for prompt in prompts[:1]]
-    yield from _columns(setting, config, prompts[:1])
+    if training and config.run.mode == "rl":
+        yield from _columns(setting, config.reward.terms, next(datasets.waves(0)))
+    for one in config.eval_sets if not training else ():
+        yield from _columns(setting, one.terms or config.reward.terms, datasets.eval_sets.get(one.name, []))
 
 
-def _columns(setting: str, config: Config, prompts: list[Prompt]) -> Iterator[str]:
-    name = config.reward.rm_type
-    if prompts and ":" in name:
+def _columns(setting: str, terms: Sequence[RewardTerm], prompts: Sequence[Prompt]) -> Iterator[str]:
+    for name in (term.rm_type for term in terms if prompts and ":" in term.rm_type):
         try:
             problem = missing_columns(import_function("reward.rm_type", name, ()), prompts[0])
         except PlugPointError:
-            return  # reported already
+            continue  # reported already
         if problem:
-            yield f"{setting}: reward.rm_type = {name!r} {problem}"
+            yield f"{setting}: rm_type = {name!r} {problem}"
 
 
 def _head(source: str) -> str:

@@ -44,6 +44,7 @@ def check(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chec
     (tmp_path / "user_rewards.py").write_text(PLUG_INS)
     (tmp_path / "exits.py").write_text("import sys\nsys.exit(3)\n")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)  # where the recipe's data.jsonl lies
 
     def found(*overrides: str, task: str = "train") -> list[str]:
         try:
@@ -97,6 +98,13 @@ def test_everything_comes_in_one_list(check: Check, tmp_path: Path) -> None:
         ("rm_type=user_rewards:NUMBER", "must be a function"),
         ("rm_type=user_rewards:many", "has the parameters (a, b, c)"),
         ("rm_type=user_rewards:column", "requires answer, but the data has only"),
+        (
+            "reward.further=[{rm_type='user_rewards:absent'}]",
+            "reward.further.0.rm_type = ",
+        ),
+        ("reward.further=[{rm_type='user_rewards:column'}]", "requires answer, but the data has only"),
+        ("eval.sets=[{name='a', prompt_data='data.jsonl', rm_type='user_rewards:many'}]", "eval.sets.0.rm_type = "),
+        ("eval.sets=[{name='a', prompt_data='data.jsonl', label_key='solution'}]", "eval.sets.0.prompt_data: "),
         ("reward_post_process=user_rewards:absent", "algorithm.reward_post_process = 'user_rewards:absent' cannot"),
         ("engine=user_rewards:absent", "rollout.engine = 'user_rewards:absent' cannot be imported"),
         ("label_key=solution", "missing key 'solution' (data.label_key)"),
@@ -124,7 +132,7 @@ def test_an_evaluation_reads_no_training_data(check: Check) -> None:
 
 def test_plug_points_are_those_of_the_settings() -> None:
     documented = {s.dotted for s in walk(Config) if (s.field.description or "").startswith("Plug point")}
-    assert documented - {s for s in documented if ".N." in s} == set(inputs.PLUG_POINTS)
+    assert documented - {s for s in documented if ".N." in s} == {*inputs.PLUG_POINTS, "reward.rm_type"}
 
 
 def test_a_model_of_the_hub(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from miles_spmd.ledger.chain import verify
 from miles_spmd.ledger.compare import compare
-from miles_spmd.ledger.record import verify
 from tests.worker.test_failures import Launched
 from tests.worker.tiny_run import write_checkpoint, write_config
 
-STEPS, SAVE_INTERVAL = int(os.environ.get("CHAIN_STEPS","100")), 5
+STEPS, SAVE_INTERVAL = int(os.environ.get("CHAIN_STEPS", "100")), 5
 PHASES = ["rollout", "log_probs", "train", "refit"]  # each writes a line with its name into the log of every rank
 SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 START_SECONDS, END_SECONDS = 120, 60
@@ -52,7 +52,7 @@ class Chain:
                 while run.launcher.poll() is None and len(self.faults) < faults:
                     self._hurt(run)
                 status = run.launcher.wait(START_SECONDS + END_SECONDS)
-                self._wait(lambda: not run.processes(), END_SECONDS, run)
+                self._wait_for_quiet(run)
             finally:
                 run.clean_up()
             assert status == 0 or self.faults, run.report()
@@ -77,8 +77,7 @@ class Chain:
             self.faults.append(f"{kind}, after {before}: {number.name} to {victim} of {processes}, {_name(victim)}")
             os.kill(victim, number)
         # an idle reward process is replaced and the run goes on; everything else ends it
-        with contextlib.suppress(AssertionError):
-            self._wait(lambda: run.launcher.poll() is not None or self._progress() != before, END_SECONDS, run)
+        self._over(lambda: self._progress() != before, END_SECONDS, run)
 
     def _moment(self, kind: str, run: Launched) -> bool:
         """Wait for it; false where the run ended first."""
@@ -112,9 +111,10 @@ class Chain:
             time.sleep(0.002)
         return run.launcher.poll() is None
 
-    def _wait(self, condition: Callable[[], bool], seconds: float, run: Launched) -> None:
-        end = time.monotonic() + seconds
-        while not condition():
+    def _wait_for_quiet(self, run: Launched) -> None:
+        """Wait until no process of the run is left."""
+        end = time.monotonic() + END_SECONDS
+        while run.processes():
             assert time.monotonic() < end, self._report(run)
             time.sleep(0.02)
 
