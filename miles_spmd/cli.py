@@ -96,7 +96,7 @@ def export(
     folder = checkpoint.resolve()
     recipe = folder.parent.parent / "config.toml"
     if not (folder / STATE_FILE).is_file():
-        found = f"it has no {STATE_FILE}" if folder.is_dir() else "there is no such folder"
+        found = f"it has no {STATE_FILE}" if folder.is_dir() else "the folder does not exist"
         inner = newest(folder)
         remedy = f"name one of its checkpoints, {inner}" if inner else f"name a folder {FOLDER}/step_... of a run"
         launcher.fail(f"{checkpoint} is not a checkpoint of a run: {found}; {remedy}")

@@ -186,7 +186,7 @@ def test_export_names_what_it_needs(tmp_path: Path, named: str) -> None:
     stderr = miles_spmd("export", tmp_path / named, tmp_path / "out", status=1).stderr
     assert stderr.count("\n") == 1
     expected = {
-        "/nonexistent": "is not a checkpoint of a run: there is no such folder",
+        "/nonexistent": "is not a checkpoint of a run: the folder does not exist",
         "run": f"name one of its checkpoints, {step}",
         "elsewhere/deep/copy": "is not in the folder of its run, whose config.toml is needed",
     }

@@ -12,7 +12,7 @@ _WRITER = "miles-spmd export"
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """Return the names in ``folder`` that no export wrote, or that were changed since; none if there is no folder.
+    """Return the names in ``folder`` that no export wrote, or that were changed since; none if the folder is missing.
 
     Raises OSError, NotADirectoryError for something else than a folder.
     """

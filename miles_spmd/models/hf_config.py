@@ -48,7 +48,7 @@ def _rope(config: dict[str, Any], spelling: str) -> dict[str, Any]:
 
 
 def malformed_rope(config: dict[str, Any]) -> list[str]:
-    """Return messages about rotary parameters that are no table of plain values."""
+    """Return messages about rotary parameters other than a table of plain values."""
     problems = []
     for spelling in ROPE_SPELLINGS:
         rope = config.get(spelling) or {}
