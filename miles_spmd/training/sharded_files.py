@@ -75,10 +75,11 @@ def write(folder: Path, tensors: Iterable[ShardedTensor], notes: dict[str, Any])
                 stored.parts.append(Part(rank, file.tell(), *_rectangle(tensor), _digest(data)))
                 file.write(data)
         size = _finish(file)
-    of_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.gather_object((size, own), of_ranks if rank == 0 else None)
+    sent: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object(msgspec.msgpack.encode((size, own)), sent if rank == 0 else None)  # ranks exchange plain objects
     if rank != 0:
         return ""
+    of_ranks = [msgspec.msgpack.decode(each, type=tuple[int, dict[str, Stored]]) for each in sent]
     index = Index(notes, [size for size, _ in of_ranks], {})
     for _, of_rank in of_ranks:
         for key, stored in of_rank.items():
