@@ -43,6 +43,8 @@ class RewardPool:
         functions = list(dict.fromkeys(map(_function, [*config.terms, *others])))
         functions = [function for function in functions if function.rm_type != _EXACT]
         workers = config.reward_workers if functions else 0
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
         self._processes = [RewardProcess(config, functions, log) for _ in range(workers)]
         self._idle: SimpleQueue[RewardProcess] = SimpleQueue()
         for process in self._processes:
