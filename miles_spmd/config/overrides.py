@@ -101,7 +101,7 @@ def _value(annotation: Any, text: str) -> Any:
 def nearest(name: str, candidates: Iterable[str]) -> list[str]:
     """At most four of ``candidates`` that ``name`` may stand for: one with a typing error, else those whose words begin
     as its words do (`rollout_temp`, `interval`), else the most similar one."""
-    known = sorted(candidates, key=len)
+    known = sorted(dict.fromkeys(candidates), key=len)
     words = name.split("_")
     begun = [other for other in known if all(any(w.startswith(word) for w in other.split("_")) for word in words)]
     return (

@@ -185,7 +185,7 @@ def test_an_overwriting_run_does_not_pass_that_on(tmp_path: Path) -> None:
     assert "overwrite = false" in (config.run_dir / "config.toml").read_text()
 
 
-@pytest.mark.parametrize("name", ["moved", "7", "true", "[a]", 'a"b\\c', "naïve 😀"])
+@pytest.mark.parametrize("name", ["moved", "7", "true", "[a]", 'a"b c', "naïve 😀"])
 def test_a_folder_of_any_name_is_meant_by_its_overrides(tmp_path: Path, name: str) -> None:
     config = make(tmp_path, *in_folder(tmp_path / name, "-replay-1"))
     assert config.run_dir == tmp_path / f"{name}-replay-1"
