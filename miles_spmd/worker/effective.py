@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from contextlib import closing
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+
+from miles_spmd.types.files import AppendedFile
 
 
 def append_values(file: Path, table: str, backend: str, objects: Iterable[Any]) -> None:
@@ -25,8 +28,8 @@ def append_values(file: Path, table: str, backend: str, objects: Iterable[Any]) 
         values |= {name: _plain(value) for name, value in fields.items() if value is not None}
     text = tomli_w.dumps({table: dict(sorted(values.items()))})
     lines = [f"Every value of {backend} in this run, for information:", *text.splitlines()]
-    with file.open("a") as out:  # in one write: trainer and engine may be two processes
-        out.write("\n" + "".join(f"# {line}\n" for line in lines))
+    with closing(AppendedFile(file)) as out:  # in one write: trainer and engine may be two processes
+        out.append(("\n" + "".join(f"# {line}\n" for line in lines)).encode())
 
 
 def _plain(value: Any) -> Any:

@@ -93,13 +93,13 @@ def serve(
     dealer = Dealer(credentials, config.deadlines.heartbeat_timeout)
     try:
         worker = build(config, task, place, side, dealer, watch, watchdog)
+        if task in ("train", "eval"):
+            worker.describe()
         log.check()
     except BaseException as error:
         dealer.send(Reply(0, place.rank, HOST, failure(error)))
         dealer.receive()  # block until the controller ends the run; it sends no further message
         return
-    if task in ("train", "eval"):
-        worker.describe()
     dealer.send(Hello(rank_info(worker, place), config_digest(config), watch.take(), worker.memory.take()))
     watchdog.enter(Phase.IDLE, 0)
     while not isinstance((call := next_call(dealer)).command, Stop):
