@@ -88,7 +88,9 @@ def test_a_real_model_is_trained(smollm: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [0, 1, 2]
     rows = rows[1:]  # before step 0 nothing was generated or trained
     assert all(row["parity/mismatches"] == 0 for row in rows)
-    assert all(np.isfinite(row["train/grad_norm"]) and row["train/grad_norm"] > 0 for row in rows)
+    norms = [row["train/grad_norm"] for row in rows]
+    assert np.isfinite(norms).all()
+    assert max(norms) > 0  # it is 0 where all responses to each prompt have the same reward
     exported = tmp_path / "runs" / "trained" / "export"
     assert all(changed_tensors(smollm, exported).values())
     import transformers
@@ -101,5 +103,5 @@ def test_a_real_model_is_trained(smollm: Path, tmp_path: Path) -> None:
 def test_a_learning_rate_of_0_changes_nothing(smollm: Path, tmp_path: Path) -> None:
     rows = train(tmp_path, smollm, "same", "megatron.lr=0")
     assert all(row["parity/mismatches"] == 0 for row in rows[1:])
-    assert all(row["train/grad_norm"] > 0 for row in rows[1:])
+    assert max(row["train/grad_norm"] for row in rows[1:]) > 0
     assert not any(changed_tensors(smollm, tmp_path / "runs" / "same" / "export").values())
