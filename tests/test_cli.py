@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from miles_spmd import doctor
+from miles_spmd.__main__ import main
 from miles_spmd.config.load import load_config
 from tests import forked
 from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
@@ -234,3 +236,17 @@ def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.search(r"NO  trainer +ImportError: this one is broken", text), text
     assert re.search(r"ok  engine +on the CPU", text), text
     assert "cannot run miles_spmd yet" in text
+
+
+def test_ctrl_c_while_a_verb_is_imported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Interrupts:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "miles_spmd.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "miles_spmd.cli", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupts(), *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "miles-spmd: start: stopped by SIGINT\n"
