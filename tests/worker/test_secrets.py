@@ -72,7 +72,10 @@ def test_a_run_does_not_record_them(tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "model"),
         rollout={"engine": REFERENCE_ENGINE},
         determinism={"parity": "off"},
-        reward={"rm_type": "tests.worker.test_secrets:leak"},
+        reward={
+            "rm_type": "tests.worker.test_secrets:leak",
+            "reward_environment": ["OPENAI_API_KEY", "HF_TOKEN"],
+        },
         telemetry={"wandb_project": SECRETS["OPENAI_API_KEY"]},
     )
     done = forked.run(
