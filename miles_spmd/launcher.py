@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -68,8 +69,6 @@ def launch(world_size: int) -> NoReturn:
     would open a store for everyone on the network and unpickle what it finds there; here its store is a file in a
     private folder, in which the ranks meet, too.
     """
-    import shutil
-
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
@@ -196,12 +195,6 @@ def resolve(config: Config, capabilities: Collection[str] | None, *, quiet: bool
         for reason in reasons:
             warn(f"determinism.parity is off: {reason}")
     return config
-
-
-def _printable(message: str) -> str:
-    """``message`` without characters that a terminal would obey or cannot show, such as those of a path."""
-    escaped = message.encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in escaped)
 
 
 def warn(message: str) -> None:
