@@ -8,7 +8,6 @@ step, so the step is all the state of the controller, beside its position in the
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.journal import Journal
 from miles_spmd.controller.journal.ledger import Start
 from miles_spmd.protocol.commands import ExportModel, LoadCheckpoint, SaveCheckpoint
+from miles_spmd.types.files import write_whole
 
 FOLDER = "checkpoints"
 EXPORT = "export"  # in the run folder, where the configuration names no other
@@ -159,12 +159,7 @@ def replaced(run_dir: Path, step: int) -> Iterator[Path]:
 
 def complete(folder: Path, state: ControllerState) -> None:
     """Mark ``folder`` as complete, atomically, after every rank has written its share."""
-    scratch = folder / f"{STATE_FILE}.tmp"
-    with scratch.open("wb") as file:
-        file.write(state.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(folder / STATE_FILE)
+    write_whole(folder / STATE_FILE, state.encode(), sync=True)
 
 
 def read(folder: Path) -> ControllerState:

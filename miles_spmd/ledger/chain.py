@@ -22,7 +22,7 @@ import msgspec
 
 from miles_spmd.ledger import step_data
 from miles_spmd.ledger.entries import FOLDER, Context, Digests, Entry, LedgerError, Saved, Step
-from miles_spmd.types.files import AppendedFile
+from miles_spmd.types.files import AppendedFile, write_whole
 
 FILE, SEAL_FILE = "chain.jsonl", "seal.json"
 START = "0" * 32  # the hash before the first entry
@@ -136,9 +136,7 @@ class Chain:
         path = self._folder / SEAL_FILE
         with self._lock:
             self._seal = msgspec.structs.replace(self._seal, **changes)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_bytes(_line(msgspec.json.encode(self._seal)))
-            temporary.replace(path)
+            write_whole(path, _line(msgspec.json.encode(self._seal)))
 
 
 def _hash(content: bytes, before: str) -> str:

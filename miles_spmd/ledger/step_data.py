@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from miles_spmd.ledger.entries import FOLDER, Digests, LedgerError, Samples, digest, digests
+from miles_spmd.types.files import write_whole
 from miles_spmd.types.sample import FinishReason, Prompt, Sample
 from miles_spmd.types.seeds import sample_seed
 from miles_spmd.types.train_sequence import TrainSequence
@@ -206,10 +207,7 @@ class DataStore:
 
     def _write(self, step: int, data: StepData) -> None:
         content = zlib.compress(msgspec.msgpack.encode(data, enc_hook=_encode), LEVEL)
-        path = path_of(self._run_dir, step)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(content + _digest(content))
-        temporary.replace(path)
+        write_whole(path_of(self._run_dir, step), content + _digest(content))
         self._sizes[step] = len(content) + DIGEST_BYTES
         oldest = []
         while sum(self._sizes.values()) > self._room:

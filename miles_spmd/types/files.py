@@ -36,12 +36,15 @@ class AppendedFile:
         self.file.close()
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is complete or, after an error, what it was before. Raises OSError, which names it."""
+def write_whole(path: Path, content: bytes, *, sync: bool = False) -> None:
+    """Write a file that is complete or, after an error, what it was before. ``sync``: return when it is on disk. Raises
+    OSError, which names it."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with scratch.open("wb") as file:
-            file.write(content)
+        scratch.write_bytes(content)
+        if sync:
+            with scratch.open("rb") as file:
+                os.fsync(file.fileno())
         scratch.replace(path)
     except OSError as error:
         scratch.unlink(missing_ok=True)
