@@ -16,6 +16,7 @@ from miles_spmd.plugins.plug_point import PlugPointError, import_function
 from miles_spmd.plugins.reward import Score
 from miles_spmd.rewards.adapters import BadReward, adapt
 from miles_spmd.rewards.exact import exact
+from miles_spmd.types.printable import MAX_LINE
 from miles_spmd.types.sample import Sample
 
 
@@ -84,22 +85,41 @@ def to_score(value: Any, sample: Sample) -> Score:
     dict with one under ``score``."""
     named = value if isinstance(value, dict) else {"score": value}
     if "score" not in named:
-        raise BadReward(f"returned an object without 'score' (it has {', '.join(map(str, named))})", sample.index)
-    try:
-        score = math.nan if isinstance(named["score"], str | bytes) else float(named["score"])
-    except (TypeError, ValueError):
-        score = math.nan
+        keys = ", ".join(_shown(key, str) for key in named)
+        raise BadReward(f"returned an object without 'score' (it has {keys})", sample.index)
+    score = _number(named["score"])
     if not math.isfinite(score):
-        raise BadReward(f"returned {value!r:.200} instead of a finite number", sample.index)
-    detail = {str(k): float(v) for k, v in named.items() if k != "score" and isinstance(v, numbers.Real)}
+        raise BadReward(f"returned {_shown(value)} instead of a finite number", sample.index)
+    detail = {_shown(k, str): _number(v) for k, v in named.items() if k != "score" and isinstance(v, numbers.Real)}
+    for name, number in detail.items():
+        if not (math.isfinite(number) and name.isprintable()):
+            raise BadReward(
+                f"returned {name!r}: {number}; a detail is a finite number with a printable name", sample.index
+            )
     return Score(score, detail)
+
+
+def _number(value: Any) -> float:
+    """Return the value as a float, NaN where it is none: objects of a reward function may raise anything."""
+    try:
+        return math.nan if isinstance(value, str | bytes) else float(value)
+    except Exception:
+        return math.nan
+
+
+def _shown(value: Any, form: Callable[[Any], str] = repr, longest: int = 200) -> str:
+    """Return the value as a message shows it, whatever its own ``__repr__`` does."""
+    try:
+        return form(value)[:longest]
+    except Exception:
+        return f"an object of the class {type(value).__name__}"
 
 
 def _to_scores(values: Any, samples: list[Sample]) -> list[Score]:
     try:
         values = list(values)
     except TypeError:
-        raise BadReward(f"returned {values!r:.200} instead of a list of {len(samples)} rewards") from None
+        raise BadReward(f"returned {_shown(values)} instead of a list of {len(samples)} rewards") from None
     if len(values) != len(samples):
         raise BadReward(f"returned {len(values)} rewards for {len(samples)} samples")
     return [to_score(v, s) for v, s in zip(values, samples)]
@@ -115,6 +135,8 @@ def _reported(index: int | None) -> Iterator[None]:
     except MemoryError as error:
         raise BadReward("ran out of the memory that reward.reward_memory_gib allows", index) from error
     except SystemExit as error:
-        raise BadReward(f"called sys.exit({error.code!r:.200})", index, traceback.format_exc()) from error
+        raise BadReward(f"called sys.exit({_shown(error.code)})", index, traceback.format_exc()) from error
     except Exception as error:
-        raise BadReward(f"raised {type(error).__name__}: {error}", index, traceback.format_exc()) from error
+        raise BadReward(
+            f"raised {type(error).__name__}: {_shown(error, str, MAX_LINE)}", index, traceback.format_exc()
+        ) from error

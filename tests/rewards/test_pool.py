@@ -100,6 +100,11 @@ def test_what_math_cannot_verify_is_wrong_and_the_pool_lives_on() -> None:
 
 FAILURES = {
     "raises": "sample 1, raised KeyError: 'no such thing'",
+    "raises_unspeakably": "sample 0, raised Unspeakable: an object of the class Unspeakable",
+    "unspeakable": "sample 0, returned an object of the class Unspeakable instead of a finite number",
+    "enormous": "sample 0, returned 1000",
+    "detail_is_enormous": "sample 0, returned 'right': nan; a detail is a finite number with a printable name",
+    "detail_has_no_name": "sample 0, returned '\\x1b[31m': 1.0; a detail is a finite number with a printable name",
     "hangs": "sample 1, took longer than reward.reward_timeout = 1 s",
     "hangs_async": "sample 1, took longer than reward.reward_timeout = 1 s",
     "blocks_async": "took longer than reward.reward_timeout = 1 s",
@@ -128,7 +133,9 @@ def test_every_failure_names_function_prompt_and_sample(name: str) -> None:
     assert message.startswith(f"reward '{HERE}{name}' on prompt gsm8k:1")
     assert FAILURES[name] in message
     assert "fix the function" in message
-    assert ("Traceback" in message) == (name in ("raises", "exits_politely", "exits_politely_async"))
+    assert ("Traceback" in message) == (
+        name in ("raises", "raises_unspeakably", "exits_politely", "exits_politely_async")
+    )
 
 
 def test_a_group_reward_that_exits() -> None:

@@ -74,6 +74,36 @@ def raises(sample: Sample) -> float:
     return 0.0
 
 
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+    __repr__ = __str__
+
+    def __float__(self) -> float:
+        raise self
+
+
+def raises_unspeakably(sample: Sample) -> float:
+    raise Unspeakable
+
+
+def unspeakable(sample: Sample) -> Any:
+    return Unspeakable()
+
+
+def enormous(sample: Sample) -> int:
+    return 10**400
+
+
+def detail_is_enormous(sample: Sample) -> dict[str, float]:
+    return {"score": 1.0, "right": 10**400}
+
+
+def detail_has_no_name(sample: Sample) -> dict[str, float]:
+    return {"score": 1.0, "\x1b[31m": 1.0}
+
+
 def hangs(sample: Sample) -> float:
     while sample.index == 1:
         time.sleep(60)
