@@ -14,6 +14,7 @@ import typer
 
 from miles_spmd import launcher
 from miles_spmd.launcher import Overrides, Processes
+from miles_spmd.types.files import unusable
 from miles_spmd.types.printable import MAX_LINE, printable
 
 if TYPE_CHECKING:
@@ -29,8 +30,15 @@ app = typer.Typer(
 ledger = typer.Typer(no_args_is_help=True, help="Check the ledger, in which a run records every step.")
 app.add_typer(ledger, name="ledger")
 
-Recipe = Annotated[Path, typer.Argument(help="TOML file, see configs/.", show_default=False)]
-RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)]
+
+def _is_usable(path: Path) -> Path:
+    if problem := unusable(path):
+        raise typer.BadParameter(f"{str(path)!r} {problem}")
+    return path
+
+
+Recipe = Annotated[Path, typer.Argument(help="TOML file, see configs/.", show_default=False, callback=_is_usable)]
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False, callback=_is_usable)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan of the run, as `plan` does, and stop.")]
 
 
@@ -80,9 +88,15 @@ def evaluate(
 @app.command()
 def export(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Checkpoint folder of a run, checkpoints/step_000100.", show_default=False)
+        Path,
+        typer.Argument(
+            help="Checkpoint folder of a run, checkpoints/step_000100.", show_default=False, callback=_is_usable
+        ),
     ],
-    out: Annotated[Path, typer.Argument(help="Folder for the Hugging Face checkpoint.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Argument(help="Folder for the Hugging Face checkpoint.", show_default=False, callback=_is_usable),
+    ],
     overrides: Overrides = None,
     nproc_per_node: Processes = None,
 ) -> None:
@@ -115,7 +129,7 @@ def export(
 def plan(
     config: Recipe,
     overrides: Overrides = None,
-    world_size: Annotated[int, typer.Option(min=1, help="Number of ranks.")] = 1,
+    world_size: Annotated[int, typer.Option(min=1, max=2**20, help="Number of ranks.")] = 1,
     device_memory: Annotated[
         float | None,
         typer.Option(
@@ -144,7 +158,10 @@ def plan(
 
 @app.command()
 def report(
-    run_dir: Annotated[Path, typer.Argument(help="Folder of a run, or of several stages of one.", show_default=False)],
+    run_dir: Annotated[
+        Path,
+        typer.Argument(help="Folder of a run, or of several stages of one.", show_default=False, callback=_is_usable),
+    ],
 ) -> None:
     """Write report.html into the folder of a run, finished or not."""
     from miles_spmd.telemetry.report import write_report
@@ -167,7 +184,10 @@ def verify_ledger(run_dir: RunFolder) -> None:
 
 
 @app.command()
-def diff(a: RunFolder, b: Annotated[Path, typer.Argument(help="Folder of another run.", show_default=False)]) -> None:
+def diff(
+    a: RunFolder,
+    b: Annotated[Path, typer.Argument(help="Folder of another run.", show_default=False, callback=_is_usable)],
+) -> None:
     """Name the first difference between the ledgers of two runs.
 
     Exit status 0: there is none, 1: there is one, 2: error.

@@ -1,7 +1,6 @@
 """Rows and their scores: `[data]` to train on, `[reward]` that scores responses, `[eval]`."""
 
 import os
-import re
 from collections import Counter
 from datetime import datetime
 from typing import Annotated, Any
@@ -10,14 +9,16 @@ from pydantic import Field
 
 from miles_spmd.config.checks import ERRORS, FILES, Messages, Settings, rule
 from miles_spmd.config.table import (
+    DataFile,
     NonNegativeFloat,
     NonNegativeInt,
-    NotEmpty,
     PositiveFloat,
     PositiveInt,
+    Seconds,
     Table,
     must_be,
     plug_point,
+    without_slice,
 )
 
 # What a chat template is given by other ways than `chat_template_kwargs`.
@@ -52,7 +53,7 @@ def _is_date(text: str) -> bool:
 
 
 class DataConfig(Table):
-    prompt_data: Annotated[str, NotEmpty]
+    prompt_data: DataFile
     """JSONL, JSON or parquet file to train on; `path@[0:1000]` takes a slice of its rows."""
     input_key: str = "prompt"
     """Column of the prompt: a string or a list of chat messages."""
@@ -89,7 +90,7 @@ def _data_files(s: Settings) -> Messages:
     evaluation = {f"eval.eval_prompt_data.{name}": path for name, path in s.eval_prompt_data.items()}
     evaluation |= {f"eval.sets.{number}.prompt_data": one.prompt_data for number, one in enumerate(s.sets)}
     for name, path in ({"data.prompt_data": s.prompt_data} | evaluation).items():
-        file = re.sub(r"@\[[^\]]*\]$", "", path)
+        file = without_slice(path)
         if not os.path.isfile(os.path.expanduser(file)):
             yield f"{name}: no file {file}"
 
@@ -122,7 +123,7 @@ class RewardConfig(Table):
     """Call a custom function once per group of responses to a prompt instead of once per response."""
     further: list[RewardTerm] = []
     """Further reward functions: a sample's reward is the weighted sum of all. Each has metrics of its own."""
-    reward_timeout: PositiveFloat = 30.0
+    reward_timeout: Seconds = 30.0
     """Seconds that one call may take; a slower one is killed and is an error."""
     reward_memory_gib: PositiveFloat = 4.0
     """GiB by which the address space of a reward process may grow."""
@@ -152,7 +153,7 @@ class EvalSet(Table):
 
     name: str
     """The name in metrics, progress and report."""
-    prompt_data: str
+    prompt_data: DataFile
     """JSONL or parquet file, as `data.prompt_data`."""
     eval_interval: NonNegativeInt | None = None
     """Evaluate this set every n rollouts, before the first and after the last; 0: never."""
@@ -197,7 +198,7 @@ class EvalSet(Table):
 class EvalConfig(Table):
     eval_interval: NonNegativeInt = 0
     """Evaluate every n rollouts, before the first and after the last; 0: never."""
-    eval_prompt_data: dict[str, str] = {}
+    eval_prompt_data: dict[str, DataFile] = {}
     """Evaluation sets: name -> file, as `prompt_data`. In `dpo` and `rm` they are pairs, and what is measured is how
     often the preferred response is the one that the model prefers."""
     sets: list[EvalSet] = []
@@ -218,6 +219,8 @@ def _evaluation_has_data(s: Settings) -> Messages:
         yield f"eval.eval_prompt_data: is empty, but eval_interval is {s.eval_interval}"
     names = Counter([*s.eval_prompt_data, *(one.name for one in s.sets)])
     for name, count in names.items():
+        if not (name and name.isprintable()):
+            yield f"eval.sets: the name of an evaluation set must be printable text, got {name!r}; rename it"
         if count > 1:
             yield f"eval.sets: {count} evaluation sets are called {name!r}; rename one"
 

@@ -22,7 +22,8 @@ from miles_spmd.config.backends import BACKENDS, BackendMissingError, backend_fi
 from miles_spmd.config.checks import errors as conflicts
 from miles_spmd.config.other_names import ours, ours_within
 from miles_spmd.config.overrides import apply_override, hint, nearest
-from miles_spmd.config.table import ENTRY, NONE, Table, bare, child, header, is_table, walk
+from miles_spmd.config.table import ENTRY, MAX_NAME, NONE, Table, bare, child, header, is_table, walk
+from miles_spmd.types.printable import printable
 
 T = TypeVar("T", bound=Table)
 Location = tuple[str, ...]
@@ -167,7 +168,7 @@ def _validate(root: type[T], raw: dict[str, Any], errors: list[str], download: b
         details = error.errors()
     for detail in details:
         location = tuple(str(part) for part in detail["loc"])
-        errors.append(f"{'.'.join(location)}: {_explain(root, location, detail)}")
+        errors.append(f"{printable('.'.join(location), MAX_NAME)}: {_explain(root, location, detail)}")
         wrong |= {".".join(_remove(root, raw, location)), *_meant(root, location)}
     return parse(_without_required(root), raw), wrong
 

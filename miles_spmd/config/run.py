@@ -2,15 +2,14 @@
 
 import importlib.util
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from miles_spmd.config.checks import ERRORS, FILES, Messages, Settings, rule
-from miles_spmd.config.table import FolderName, NonNegativeInt, PositiveFloat, PositiveInt, Table, must_be
-from miles_spmd.models.export_folder import foreign_files
+from pydantic import Field
 
-FolderPath = Annotated[Path, must_be("a folder without control characters", lambda path: str(path).isprintable())]
+from miles_spmd.config.checks import ERRORS, FILES, Messages, Settings, rule
+from miles_spmd.config.table import FolderName, NonNegativeInt, PositiveInt, Seconds, Table, without_slice
+from miles_spmd.models.export_folder import foreign_files
 
 
 class RunConfig(Table):
@@ -19,11 +18,9 @@ class RunConfig(Table):
     policy, and `rm` a reward model, on pairs of a preferred and a rejected response."""
     name: FolderName = "run"
     """Name of the run and of its folder, which is in `output_dir`."""
-    output_dir: Annotated[
-        Path, must_be("a folder without control characters", lambda path: str(path).isprintable())
-    ] = Path("runs")
+    output_dir: Path = Path("runs")
     """The run writes everything into `output_dir/name`: resolved configuration, metrics.jsonl, checkpoints, report."""
-    seed: NonNegativeInt = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
     """All randomness (data order, sampling, initialisation) is a function of this number and of identities."""
     overwrite: bool = False
     """Delete what an earlier run has left in the run folder: results, checkpoints, export. Without it, and without
@@ -76,7 +73,7 @@ def export_errors(s: Settings) -> Messages:
     sets = {f"eval.eval_prompt_data.{name}": path for name, path in s.eval_prompt_data.items()}
     data = {"data.prompt_data": s.prompt_data} | sets
     holds = {"the run's folder": run_dir}
-    holds |= {name: Path(re.sub(r"@\[[^\]]*\]$", "", path)) for name, path in data.items()}
+    holds |= {name: Path(without_slice(path)) for name, path in data.items()}
     for name, path in (holds | read_only).items():
         used = path and path.resolve()
         if used and (used == folder or folder in used.parents or (name in read_only and used in folder.parents)):
@@ -118,15 +115,15 @@ def _wandb_is_installed(s: Settings) -> Messages:
 class DeadlinesConfig(Table):
     """Seconds after which the wait for something ends the run with a report of where each rank stands."""
 
-    start_timeout: PositiveFloat = 900.0
+    start_timeout: Seconds = 900.0
     """Seconds until all ranks have joined the run and built trainer and engine."""
-    rollout_timeout: PositiveFloat = 3600.0
+    rollout_timeout: Seconds = 3600.0
     """Seconds of one rollout or evaluation."""
-    train_timeout: PositiveFloat = 1800.0
+    train_timeout: Seconds = 1800.0
     """Seconds of the training phase of one step, and of one call of your own function by the controller."""
-    refit_timeout: PositiveFloat = 600.0
+    refit_timeout: Seconds = 600.0
     """Seconds of one refit."""
-    checkpoint_timeout: PositiveFloat = 1800.0
+    checkpoint_timeout: Seconds = 1800.0
     """Seconds in which a checkpoint is written, loaded or exported."""
-    heartbeat_timeout: PositiveFloat = 60.0
+    heartbeat_timeout: Seconds = 60.0
     """Seconds without a heartbeat of a rank after which it counts as lost."""

@@ -10,6 +10,8 @@ from typing import Annotated, Any, NamedTuple, TypeGuard, Union, get_args, get_o
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
+from miles_spmd.types.files import unusable
+
 NONE = "none"  # TOML has no null: this string stands for it where a setting may be absent
 MAX_NAME = 200  # bytes of a run's name: folders beside the run's add a suffix to it, and 255 is the limit
 ENTRY = "N"  # stands for an entry's number in the path of a setting of a list of tables
@@ -17,6 +19,7 @@ ENTRY = "N"  # stands for an entry's number in the path of a setting of a list o
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, le=2_000_000)]  # 23 days: ZMQ counts milliseconds in 32 bits
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -34,9 +37,9 @@ class Table(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _home(cls, value: Any) -> Any:
-        """Read ``~`` as a shell does, which does not see it behind a setting's name."""
-        return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
+    def _usable(cls, value: Any) -> Any:
+        """Read ``~`` of a path as a shell does, which does not see it behind a setting's name."""
+        return usable(Path(os.path.expanduser(value))) if isinstance(value, Path) else value
 
 
 def plug_point(*builtins: str) -> AfterValidator:
@@ -72,6 +75,24 @@ FolderName = Annotated[
 ]
 
 
+def usable(path: Path) -> Path:
+    """Return ``path``. Raises ValueError where nothing can be looked up at it, which whoever opens it need not expect
+    then."""
+    if problem := unusable(path):
+        raise ValueError(f"{problem}, got {str(path)!r}")
+    return path
+
+
+def _is_data_file(source: str) -> str:
+    usable(Path(os.path.expanduser(without_slice(source))))
+    return source
+
+
+def without_slice(source: str) -> str:
+    """Return the path of a data file: ``source`` without `@[0:1000]`."""
+    return re.sub(r"@\[[^\]]*\]$", "", source)
+
+
 def _not_empty(value: Any) -> Any:
     if str(value) in ("", "."):
         raise ValueError("must not be empty")
@@ -79,6 +100,7 @@ def _not_empty(value: Any) -> Any:
 
 
 NotEmpty = AfterValidator(_not_empty)
+DataFile = Annotated[str, NotEmpty, AfterValidator(_is_data_file)]
 
 
 class Setting(NamedTuple):

@@ -80,6 +80,10 @@ class Datasets:
         train, rollout = self._config.train, self._config.rollout
         return self._items.of_step(step, train.global_batch_size or rollout.rollout_batch_size)
 
+    def first(self) -> list[Any]:
+        """Return the first item alone, whatever the size of a batch."""
+        return self._items.at(0, 1)
+
     def waves(self, step: int) -> Iterator[list[Prompt]]:
         """Yield the prompts of ``step``, then waves of more prompts for groups that the filter drops. Raises
         FilterError at the end.

@@ -141,7 +141,7 @@ def _file(setting: str, source: str, config: Config, tokenizer: Tokenizer, *, tr
         yield f"model.hf_checkpoint: {error}"
         return
     if training and config.run.mode == "rl":
-        yield from _columns(setting, config.reward.terms, next(datasets.waves(0)))
+        yield from _columns(setting, config.reward.terms, datasets.first())
     for one in config.eval_sets if not training else ():
         yield from _columns(setting, one.terms or config.reward.terms, datasets.eval_sets.get(one.name, []))
 

@@ -6,8 +6,23 @@ import errno
 import os
 from io import FileIO
 from pathlib import Path
+from unicodedata import category
 
 FULL = {number: os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
+
+
+def unusable(path: str | Path) -> str | None:
+    """Return why nothing can be looked up at ``path``, whether it exists or not: control characters, too long, links in
+    a circle, a folder that this user may not enter. None: nothing is wrong with the path itself."""
+    if any(category(character) == "Cc" for character in str(path)):
+        return "has control characters"
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return f"cannot be used: {error.strerror}"
+    return None
 
 
 class AppendedFile:

@@ -62,12 +62,48 @@ from tests.config.test_load import errors, recipe  # noqa: F401  (a fixture)
         ("name=a\x00b", "run.name: must be the name of a folder"),
         ("name=" + 300 * "a", "run.name: must be the name of a folder: printable, without slashes, at most 200 bytes"),
         ("name=\udcff", "is not text in UTF-8"),
-        ("output_dir=a\x00b", "run.output_dir: must be a folder without control characters"),
+        ("output_dir=a\x00b", "run.output_dir: has control characters, got 'a\\x00b'"),
     ],
 )
 def test_one_message_says_what_to_write(recipe: Path, override: str, message: str) -> None:  # noqa: F811
     (found,) = errors(recipe, override)
     assert message in found
+
+
+PATHS = ("run.output_dir", "model.hf_checkpoint", "model.ref_load", "checkpoint.export_dir", "checkpoint.load")
+SOURCES = ("data.prompt_data", "eval.eval_prompt_data.one")
+
+
+@pytest.mark.parametrize("setting", PATHS + SOURCES)
+def test_paths_at_which_nothing_can_be_looked_up(recipe: Path, setting: str) -> None:  # noqa: F811
+    circle = recipe.parent / "circle"
+    circle.symlink_to(circle)
+    for path, problem in (
+        (str(circle), "cannot be used: Too many levels of symbolic links"),
+        (f"{circle}/below", "cannot be used: Too many levels of symbolic links"),
+        (300 * "a", "cannot be used: File name too long"),
+        ("a\x00b", "has control characters"),
+    ):
+        source = path + "@[0:10]" if setting in SOURCES else path
+        (found,) = errors(recipe, f"{setting}={source}")
+        assert found.startswith(f"{setting}: {problem}, got ")
+
+
+def test_numbers_beyond_what_a_machine_counts(recipe: Path) -> None:  # noqa: F811
+    found = errors(recipe, "seed=9223372036854775808", "reward_timeout=1e7", "start_timeout=1e300")
+    assert [line.partition(", got")[0] for line in found] == [
+        "run.seed: must be less than 9223372036854775808",
+        "reward.reward_timeout: must be less than or equal to 2000000",
+        "deadlines.start_timeout: must be less than or equal to 2000000",
+    ]
+
+
+def test_an_evaluation_set_has_a_printable_name(recipe: Path) -> None:  # noqa: F811
+    data = load_config(recipe).data.prompt_data
+    (found,) = errors(recipe, f'eval.eval_prompt_data={{ "a\\nb" = "{data}" }}')
+    assert found == "eval.sets: the name of an evaluation set must be printable text, got 'a\\nb'; rename it"
+    (found,) = errors(recipe, 'eval.eval_prompt_data={ "a\\nb" = "" }')
+    assert found == "eval.eval_prompt_data.a\nb: must not be empty"
 
 
 def test_names_of_runs_and_of_the_folders_beside_them(recipe: Path) -> None:  # noqa: F811
