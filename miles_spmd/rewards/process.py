@@ -194,7 +194,7 @@ def serve(descriptor: int, parent: int) -> None:
             pipe.send(RewardError(f"{error}\n{traceback.format_exc()}" if error.__cause__ else str(error)))
             return
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        limit = used + int(config.reward_memory_gib * 2**30)
+        limit = min(used + int(config.reward_memory_gib * 2**30), sys.maxsize)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         pipe.send([reward.scores_groups for reward in rewards])
         while True:
