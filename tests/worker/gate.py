@@ -31,12 +31,13 @@ class Gate:
 
     def __init__(self, holder: str) -> None:
         self._file, self._holder = Path(os.environ["GATE_FILE"]), holder
-        self._phase, self._wanted, self._limit, self._calls = "", "", 0, 0
+        self._line, self._phase, self._wanted, self._limit, self._calls = "", "", "", 0, 0
         self._open = False
 
     def wants(self, holder: str, phase: str, step: int) -> int:
         """The number of the call at which ``holder`` has to stop in this phase; 0 if it has not to."""
-        at, wanted, who, call = self._file.read_text().split()
+        self._line = self._file.read_text()
+        at, wanted, who, call = self._line.split()
         self._wanted = wanted
         return int(call) if int(at) == step and (wanted == "all" or (wanted, who) == (phase, holder)) else 0
 
@@ -61,8 +62,10 @@ class Gate:
             self.hold("the end of the phase")
 
     def hold(self, place: str) -> None:
-        """Say so, and stop until the test lets the process go on."""
+        """Report it, and stop until the test lets the process go on; not where the run has been hurt meanwhile."""
         self._open = False
+        if self._line and self._file.read_text() != self._line:
+            return
         scratch = Path(f"{self._file}.{os.getpid()}")
         scratch.write_text(f"{os.getpid()} {place}")
         scratch.rename(f"{self._file}.held")

@@ -39,8 +39,9 @@ HOLDERS = {
     "rollout": ["controller", "rank_0", "rank_1", "reward"],
     "save": ["controller", "controller", "rank_0", "rank_1"],
 }
+RUN_SECONDS = 900
 COUNTED = 10  # the step whose calls of functions are counted
-END_SECONDS = 30  # generous: a run says why it ends within a few
+END_SECONDS = 60  # generous: a run says why it ends within a few
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class Chain:
     def __init__(self, folder: Path, checkpoint: Path, calls: dict[tuple[str, str], int], start_seconds: float) -> None:
         """``calls``: of functions, by holder and phase; ``start_seconds``: of an unhurt start."""
         self.folder, self.run_dir, self.gate = folder, folder / "runs" / "tiny", folder / "gate"
+        self.held = folder / "gate.held"
         self.calls, self.start_seconds = calls, start_seconds
         self.strikes: list[Strike] = []
         self.starts: list[tuple[int, int]] = []  # the number of lines of metrics and the newest checkpoint before each
@@ -146,7 +148,7 @@ class Chain:
             began = time.monotonic()
             self._wait(lambda: bool(self._metrics()), START_SECONDS, run)
             self.start_seconds = time.monotonic() - began
-            assert run.launcher.wait(600) == 0, run.report()
+            assert self._end(run, RUN_SECONDS) == 0, run.report()
         for line in Path(f"{self.gate}.calls").read_text().splitlines():
             holder, phase, calls = line.split()
             self.calls.setdefault((holder, phase), int(calls))
@@ -162,9 +164,7 @@ class Chain:
                 while left and self._strike(run, left):
                     if self.strikes[-1].fault.ends_the_run:
                         break
-                status = run.launcher.wait(END_SECONDS if left else 300)
-                self._wait(lambda: not run.processes(), END_SECONDS, run)
-                if status == 0:
+                if self._end(run, END_SECONDS if left else RUN_SECONDS) == 0:
                     assert not left, self.report(run)
                     return
                 assert len(self.strikes) > before, self.report(run)  # or it would have ended for another reason
@@ -172,31 +172,48 @@ class Chain:
 
     def _strike(self, run: Launched, left: deque[Fault]) -> bool:
         """Wait for the moment of the next fault, and let it strike. False where the run ends before."""
-        fault, held = left[0], Path(f"{self.gate}.held")
-
-        def stopped() -> bool:
-            return held.exists() and _state(int(held.read_text().split()[0])) == "T"
-
+        fault = left[0]
         if fault.phase == "start":
-            self._wait(lambda: stopped() or self._pid(fault.victim, run) is not None, START_SECONDS, run)
-            self._wait(stopped, fault.share * self.start_seconds, run, fails=False)
+            self._wait(lambda: self._pid(fault.victim, run), START_SECONDS, run)
+            self._wait(self._held, fault.share * self.start_seconds, run, fails=False)
         else:
-            self._wait(stopped, START_SECONDS, run)
+            self._wait(self._held, START_SECONDS, run)
         if run.launcher.poll() is not None:
             return False
         pid = self._pid(fault.victim, run)
         assert pid is not None, self.report(run)
-        holder, place = held.read_text().split(" ", 1) if stopped() else ("", f"{fault.share:.0%} of a start")
+        _, place = self._held() or (0, f"{fault.share:.0%} of a start")
         self.strikes.append(Strike(fault, pid, place, self._committed()))
         os.kill(pid, fault.number)
         left.popleft()
         self._aim(left[0] if left and not fault.ends_the_run else None)
-        held.unlink(missing_ok=True)
-        if holder:
-            with contextlib.suppress(ProcessLookupError):  # it was the victim
-                os.kill(int(holder), signal.SIGCONT)
+        self._let_go()
         self.strikes[-1].saved = max(self._committed(), default=0)
         return True
+
+    def _held(self) -> tuple[int, str] | None:
+        """The process that is stopped at the gate, and where."""
+        if self.held.exists():
+            pid, place = self.held.read_text().split(" ", 1)
+            if _state(int(pid)) == "T":
+                return int(pid), place
+        return None
+
+    def _let_go(self) -> None:
+        if (held := self._held()) is not None:
+            self.held.unlink()
+            with contextlib.suppress(ProcessLookupError):  # it was the victim
+                os.kill(held[0], signal.SIGCONT)
+
+    def _end(self, run: Launched, seconds: float) -> int:
+        """Wait until no process of the run is left."""
+
+        def ended() -> bool:
+            self._let_go()  # a process may have reached the gate while the victim of a start was struck
+            return not run.processes()
+
+        self._wait(ended, seconds, run)
+        return run.launcher.wait(END_SECONDS)
 
     def _check_end(self, run: Launched, strike: Strike) -> None:
         """What holds whenever a fault has ended the run."""
@@ -220,7 +237,7 @@ class Chain:
 
     @contextlib.contextmanager
     def _started(self, *, preloaded: bool) -> Iterator[Launched]:
-        Path(f"{self.gate}.held").unlink(missing_ok=True)  # of a holder that was killed before it stopped
+        self.held.unlink(missing_ok=True)  # of a victim
         self.starts.append((len(self._metrics()), max(self._committed(), default=0)))
         run = Launched(self.folder, self.config, preloaded=preloaded, variables=self.variables)
         try:
@@ -228,7 +245,7 @@ class Chain:
         finally:
             run.clean_up()
 
-    def _wait(self, condition: Callable[[], bool], seconds: float, run: Launched, *, fails: bool = True) -> None:
+    def _wait(self, condition: Callable[[], object], seconds: float, run: Launched, *, fails: bool = True) -> None:
         """Wait for the condition, the time, or the end of a run that has not met it."""
         end = time.monotonic() + seconds
         while not condition() and (run.launcher.poll() is None or run.processes()):
