@@ -8,6 +8,7 @@ nothing is imported, so a few tests still start whole interpreters.
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 import runpy
@@ -117,6 +118,9 @@ def _become(arguments: list[str], environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     sys.path[:0] = [os.getcwd(), *filter(None, environment.get("PYTHONPATH", "").split(":"))]
+    sys.modules.pop("sitecustomize", None)  # that of the process that this one was forked from
+    if importlib.util.find_spec("sitecustomize"):
+        importlib.import_module("sitecustomize")
     if arguments[0] == "-m":
         sys.argv = arguments[1:]  # runpy puts the file's name in the place of the module's
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

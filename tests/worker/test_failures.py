@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,14 @@ class Launched:
     their working directory, which each inherits."""
 
     def __init__(
-        self, folder: Path, config: Path, *deed: str, preloaded: bool = True, ranks: int = 2, file_kib: int = 0
+        self,
+        folder: Path,
+        config: Path,
+        *deed: str,
+        preloaded: bool = True,
+        ranks: int = 2,
+        file_kib: int = 0,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.run_dir = folder, folder / "runs" / "tiny"
         command = ["-m", "miles_spmd", "train", str(config), "--nproc-per-node", str(ranks)]
@@ -42,6 +49,7 @@ class Launched:
             torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
             command = [*torchrun, str(Path(__file__).with_name("held.py")), str(config), *deed]
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HELD_FILE": str(folder / "held")}
+        environment |= variables or {}
         self.launcher: forked.Program | subprocess.Popen[bytes]
         if preloaded:
             self.launcher = forked.start(command, folder, environment, folder / "stdout", folder / "stderr")
