@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from miles_spmd.types.files import AppendedFile
+from miles_spmd.types.files import AppendedFile, naming
 from miles_spmd.types.secrets import scrub
 
 T = TypeVar("T")
@@ -47,7 +47,8 @@ class LineWriter:
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 if file.read() != b"\n":
-                    self._file.file.truncate(path.read_bytes().rfind(b"\n") + 1)
+                    with naming(path):
+                        self._file.file.truncate(path.read_bytes().rfind(b"\n") + 1)
 
     def write(self, value: Any) -> None:
         self._file.append(msgspec.json.encode(scrub(msgspec.to_builtins(value))) + b"\n")

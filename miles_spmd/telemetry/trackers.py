@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from miles_spmd.config import Config
 from miles_spmd.telemetry.json_lines import Lines, LineWriter
+from miles_spmd.types.files import AppendedFile
 from miles_spmd.types.secrets import scrub
 
 METRICS_FILE = "metrics.jsonl"
@@ -75,22 +78,30 @@ class TensorBoardTracker:
     end nobody would hear of."""
 
     def __init__(self, folder: Path) -> None:
-        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.record_writer import masked_crc32c
         from tensorboardX.summary import scalar
 
-        folder.mkdir(parents=True, exist_ok=True)
-        self._writer, self._event, self._scalar = EventsWriter(str(folder / "events")), Event, scalar
+        self._event, self._scalar, self._crc = Event, scalar, masked_crc32c
+        self._file = AppendedFile(folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}")
+        self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             if math.isfinite(value):
-                event = self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value))
-                self._writer.write_event(event)
-        self._writer.flush()
+                self._append(self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value)))
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
+
+    def _append(self, event: Any) -> None:
+        """Append a record of TFRecord's format: length, its CRC, the event, its CRC."""
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        self._file.append(b"".join([length, self._checksum(length), data, self._checksum(data)]))
+
+    def _checksum(self, data: bytes) -> bytes:
+        return struct.pack("<I", self._crc(data))
 
 
 class WandbTracker:
