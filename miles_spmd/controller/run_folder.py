@@ -166,7 +166,10 @@ def outcome(config: Config, task: str, world_size: int, *, finished: bool) -> li
         lines.append(f"checkpoint: {checkpoint}")
         lines.append(f"continue:   {resume}{' num_rollout=N' if finished else ''}")
     elif not finished:
-        lines.append("checkpoint: none, so the run cannot be continued; checkpoint.save_interval asks for some")
+        interval = config.checkpoint.save_interval
+        due = f"the first was due after step {interval}, as checkpoint.save_interval says"
+        advice = due if interval else "checkpoint.save_interval asks for some"
+        lines.append(f"checkpoint: none, so the run cannot be continued; {advice}")
     return lines
 
 
