@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from miles_spmd.types.files import AppendedFile, naming
+from miles_spmd.types.files import AppendedFile, naming, write_whole
 from miles_spmd.types.secrets import scrub
 
 T = TypeVar("T")
@@ -35,6 +35,26 @@ class Lines(Generic[T]):
         self.problem = f"{path}: {len(damaged)} of {count} lines cannot be read: line {named}" if damaged else ""
         if rest and damaged and damaged[-1] == count:
             self.problem += "; the last one is incomplete: the run was stopped, or the disk was full, while it wrote"
+
+
+class _Step(msgspec.Struct):
+    step: float
+
+
+def cut(path: Path, step: int) -> None:
+    """Remove the lines of later steps than ``step`` from a file, where there is one. Lines without a step, and those
+    that cannot be read, stay. Raises OSError; the file is then as it was."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if _step(line) <= step]
+    if len(kept) < len(lines):
+        write_whole(path, b"".join(kept), sync=True)
+
+
+def _step(line: bytes) -> float:
+    try:
+        return msgspec.json.decode(line, type=_Step).step
+    except (msgspec.DecodeError, UnicodeError):
+        return 0
 
 
 class LineWriter:
