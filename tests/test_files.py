@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import resource
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from miles_spmd.ledger.chain import Chain
 from miles_spmd.ledger.entries import Saved
 from miles_spmd.telemetry.trackers import JsonlTracker, TensorBoardTracker
-from miles_spmd.types.files import AppendedFile, is_full, write_whole
+from miles_spmd.types.files import REMEDY, AppendedFile, naming, with_remedy, write_whole
 from miles_spmd.worker.main import Log
 
 LIMIT = 1000
@@ -40,7 +42,9 @@ def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     file.append(b"first\n")
     with small_files(), pytest.raises(OSError, match="lines") as error:
         file.append(b"x" * LIMIT + b"\n")
-    assert is_full(str(error.value))
+    assert with_remedy(str(error.value)) == f"{error.value}; {REMEDY}"
+    assert with_remedy(f"{error.value}; {REMEDY}").count(REMEDY) == 1  # a message may pass through several hands
+    assert with_remedy("no such file") == "no such file"
     assert path.read_bytes() == b"first\n"
     file.append(b"second\n")
     file.close()
@@ -62,8 +66,31 @@ def test_metrics_and_ledger_end_with_a_whole_line(tmp_path: Path) -> None:
 
 def test_tensorboard_fails_where_it_writes(tmp_path: Path) -> None:
     tracker = TensorBoardTracker(tmp_path)
-    with small_files(), pytest.raises(OSError, match="File too large"):
+    with small_files(), pytest.raises(OSError, match=r"File too large: '.*/events\.out\.tfevents"):
         repeat(lambda step: tracker.log(step, {"train/loss": 0.5}))
+    tracker.close()
+    (file,) = tmp_path.iterdir()
+    content, steps = file.read_bytes(), []
+    while content:  # every record is whole
+        length = struct.unpack_from("<Q", content)[0]
+        steps.append(Event.FromString(content[12 : 12 + length]).step)
+        assert len(content) >= 16 + length
+        content = content[16 + length :]
+    assert len(steps) > 10
+    assert steps == [0, *range(len(steps) - 1)]
+
+
+def test_an_error_of_an_open_file_gets_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    with (
+        small_files(),
+        pytest.raises(OSError, match=r"File too large: '.*/weights'"),
+        naming(path),
+        path.open("wb") as f,
+    ):
+        f.write(b"x" * 100 * LIMIT)
+    with pytest.raises(FileNotFoundError, match=r"other'$"), naming(tmp_path / "weights"):
+        (tmp_path / "other").read_bytes()
 
 
 def test_a_file_keeps_its_content_where_it_cannot_be_replaced(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from miles_spmd.config.checks import decide_parity
 from miles_spmd.config.load import make_tables
 from miles_spmd.models.random import write_random_checkpoints
 from miles_spmd.telemetry.environment import gpus
+from miles_spmd.types.files import write_whole
 
 ENGINES = ("refit", "sleep", "rollout")  # the measurements that build an engine
 
@@ -56,4 +57,4 @@ def publish(result: Result, out: Path | None) -> None:
     show(result, Console())
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(msgspec.json.format(msgspec.json.encode(result)))
+        write_whole(out, msgspec.json.format(msgspec.json.encode(result)))

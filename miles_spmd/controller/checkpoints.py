@@ -9,6 +9,7 @@ step, so the step is all the state of the controller, beside its position in the
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,6 +78,18 @@ class Checkpoints:
             return Start(state.step)  # of another run, whose ledger this one does not continue
         return Start(state.step, state.ledger, results)
 
+    def rewind(self, step: int) -> None:
+        """Remove the run's checkpoints of later steps than ``step``, from where it goes on: they belong to steps that
+        it is about to repeat, and a resume after a crash must not take one of them."""
+        removed = _remove_after(self._config.run_dir / FOLDER, step)
+        if removed:
+            print(
+                f"miles-spmd: warning: the run goes on from step {step}, so its later checkpoints are removed: "
+                f"{', '.join(path.name for path in removed)}",
+                file=sys.stderr,
+                flush=True,
+            )
+
     def save(self, step: int, journal: Journal, *, anyway: bool = False) -> None:
         """Write a checkpoint before ``step`` if one is due, or ``anyway``."""
         interval, last = self._config.checkpoint.save_interval, step == self._config.run.num_rollout
@@ -133,12 +146,22 @@ def _by_step(folder: Path) -> dict[int, Path]:
     return {int(number): path for number, path in numbered.items() if number.isdecimal()}
 
 
+def _remove_after(folder: Path, step: int) -> list[Path]:
+    """Remove checkpoints of later steps, and return the complete ones. All have lost their marks before the first is
+    gone: a half removed one must not count as complete."""
+    later = [path for number, path in sorted(_by_step(folder).items()) if number > step]
+    complete = [path for path in later if (path / STATE_FILE).exists()]
+    for path in complete:
+        (path / STATE_FILE).unlink()
+    for path in later:
+        shutil.rmtree(path, ignore_errors=True)
+    return complete
+
+
 @contextmanager
 def replaced(run_dir: Path, step: int) -> Iterator[Path]:
     """Provide an empty folder to write into, which becomes the checkpoint of ``step`` at the end; after an error it is
     removed, so that a full disk has room again.
-
-    At the end checkpoints of later steps are removed: the run has gone on from an earlier one, and its ledger with it.
     """
     folder = step_folder(run_dir, step)
     for leftover in folder.parent.glob(f"*{INCOMPLETE}"):
@@ -153,8 +176,7 @@ def replaced(run_dir: Path, step: int) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    for path in (old, *(path for later, path in _by_step(folder.parent).items() if later > step)):
-        shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def complete(folder: Path, state: ControllerState) -> None:

@@ -22,6 +22,7 @@ from miles_spmd.protocol.commands import DigestWeights
 from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.telemetry.progress import open_progress
 from miles_spmd.telemetry.trackers import open_trackers
+from miles_spmd.telemetry.transcripts import cut_transcripts
 from miles_spmd.types.role import Role
 
 
@@ -63,8 +64,16 @@ def open_parts(config: Config, cluster: Cluster, task: str, recorded: Path | Non
         if task in ("train", "replay") and config.determinism.ledger:
             roles = [Role.ACTOR, *([Role.CRITIC] if config.has_critic else [])]
             weights = {role: cluster.call(DigestWeights(role), step=start.step) for role in roles}
-            recorder = LedgerRecorder(config, start, len(cluster.infos), weights)
-            journal.ledger = stack.enter_context(closing(recorder))
+            journal.ledger = LedgerRecorder(config, start, len(cluster.infos), weights)
+        if task == "train":
+            # What was loaded is good, so the run goes on from there, and nothing stays of the steps that it repeats.
+            # The checkpoints go first: a resume after a crash at any line here comes to the same.
+            checkpoints.rewind(start.step)
+            tracker.rewind(start.step)
+            cut_transcripts(config, start.step)
+        if journal.ledger is not None:
+            journal.ledger.begin()
+            stack.enter_context(closing(journal.ledger))
         parity = Parity(config.determinism, recorded=recorded is not None)
         policy = Policy(config, cluster, journal, parity)
         generation = Generation(config, cluster, tokenizer, rewards, data, journal)

@@ -30,7 +30,7 @@ from miles_spmd.plugins.plug_point import PlugPoint
 from miles_spmd.protocol.last_words import say
 from miles_spmd.protocol.pipe import EXIT_SECONDS, Order
 from miles_spmd.protocol.router import Router
-from miles_spmd.types.files import is_full
+from miles_spmd.types.files import with_remedy
 from miles_spmd.types.secrets import scrub, scrubbed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -108,7 +108,7 @@ def main(descriptor: int) -> int:
                 run(config, cluster, order.task, order.replay)
                 cluster.stop()
             except Exception as error:
-                problem = _explain(error, cluster.place, log)
+                problem = _explain(error, cluster.place, log, order.task)
         except Stopped as stopped:
             problem = cluster.explain(str(stopped))
         launcher.ignore()
@@ -121,7 +121,7 @@ def main(descriptor: int) -> int:
     return 1 if problem else 0
 
 
-def _explain(error: Exception, place: str, log: Path) -> str:
+def _explain(error: Exception, place: str, log: Path, task: str) -> str:
     """Return one message for the terminal; write the traceback to ``log``."""
     details = error.details if isinstance(error, WorkerError) else "".join(traceback.format_exception(error))
     where = f" (traceback in {log})" if details else ""
@@ -133,6 +133,6 @@ def _explain(error: Exception, place: str, log: Path) -> str:
     except OSError:  # where no other file can be written either
         where = ""
     text = f"{error}" if isinstance(error, WorkerError) else f"{place}: {type(error).__name__}: {error}"
-    if is_full(text):
-        text += f"; free some space for {log.parents[1]}, or raise the limit, and continue with checkpoint.resume=true"
-    return text + where
+    known = with_remedy(text)
+    resume = ", and continue with checkpoint.resume=true" if known != text and task == "train" else ""
+    return known + resume + where

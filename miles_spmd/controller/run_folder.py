@@ -29,7 +29,7 @@ from miles_spmd.telemetry.environment import ENVIRONMENT_FILE, write_environment
 from miles_spmd.telemetry.report import REPORT_FILE, write_report
 from miles_spmd.telemetry.trackers import METRICS_FILE, TENSORBOARD_FOLDER, read_metrics
 from miles_spmd.telemetry.transcripts import ROLLOUTS_FILE, TRANSCRIPTS_FILE
-from miles_spmd.types.files import write_whole
+from miles_spmd.types.files import naming, write_whole
 from miles_spmd.types.secrets import scrub
 
 CONFIG_FILE, LOCK_FILE = "config.toml", "lock"
@@ -166,7 +166,10 @@ def outcome(config: Config, task: str, world_size: int, *, finished: bool) -> li
         lines.append(f"checkpoint: {checkpoint}")
         lines.append(f"continue:   {resume}{' num_rollout=N' if finished else ''}")
     elif not finished:
-        lines.append("checkpoint: none, so the run cannot be continued; checkpoint.save_interval asks for some")
+        interval = config.checkpoint.save_interval
+        due = f"the first was due after step {interval}, as checkpoint.save_interval says"
+        advice = due if interval else "checkpoint.save_interval asks for some"
+        lines.append(f"checkpoint: none, so the run cannot be continued; {advice}")
     return lines
 
 
@@ -212,9 +215,10 @@ def _lock(folder: Path, *, keep: bool) -> TextIO | None:
     if not keep:
         lock.close()
         return None
-    lock.truncate(0)
-    lock.write(f"pid {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}\n")
-    lock.flush()
+    with naming(path):
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}\n")
+        lock.flush()
     return lock
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -127,7 +126,7 @@ class Chain:
 
     def sync(self) -> None:
         """Flush to disk; to be called before anything that refers to the ledger is written."""
-        os.fsync(self._file.file.fileno())
+        self._file.sync()
 
     def close(self) -> None:
         self._file.close()

@@ -24,14 +24,23 @@ def foreign_files(folder: Path) -> list[str]:
 
 
 def write_manifest(folder: Path) -> None:
-    """List the present files of ``folder``."""
+    """List the present files of ``folder``. Raises OSError, which names the list; the former one is then left."""
     files = {entry.name: _fingerprint(entry) for entry in sorted(folder.iterdir()) if entry.name != MANIFEST}
-    (folder / MANIFEST).write_text(json.dumps({"written_by": _WRITER, "files": files}, indent=2) + "\n")
+    scratch = folder / f".{MANIFEST}"
+    try:
+        scratch.write_text(json.dumps({"written_by": _WRITER, "files": files}, indent=2) + "\n")
+        scratch.replace(folder / MANIFEST)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(folder / MANIFEST)) from None
 
 
-def is_listed(folder: Path) -> bool:
-    """Whether an export began to write ``folder``."""
-    return _listed(folder / MANIFEST) is not None
+def is_begun(folder: Path) -> bool:
+    """Whether ``folder``, which has a name that only exports use, is one that an export began to write. Its first file
+    is the list, so one that was killed before leaves nothing else."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return _listed(folder / MANIFEST) is not None or {entry.name for entry in folder.iterdir()} <= {f".{MANIFEST}"}
 
 
 def _listed(manifest: Path) -> dict[str, str] | None:
@@ -44,9 +53,11 @@ def _listed(manifest: Path) -> dict[str, str] | None:
 
 
 def _fingerprint(file: Path) -> str | None:
-    """Weights by their size, because to read them takes as long as to write them; other files by their contents."""
+    """Weights by their size and the time of their last change, because to read them takes as long as to write them;
+    other files by their contents. Weights that were trained further have the same size."""
     if file.is_symlink() or not file.is_file():
         return None
     if file.suffix == ".safetensors":
-        return f"{file.stat().st_size} bytes"
+        status = file.stat()
+        return f"{status.st_size} bytes, changed last at {status.st_mtime_ns} ns"
     return f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}"

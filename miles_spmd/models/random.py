@@ -147,8 +147,12 @@ def write_random_checkpoint(folder: Path, config: dict[str, Any]) -> None:
     for name, text in files.items():
         # Other ranks may be reading what an earlier one wrote: a file appears whole or not at all.
         partial = folder / f".{name}.{os.getpid()}"
-        partial.write_text(text)
-        partial.rename(folder / name)
+        try:
+            partial.write_text(text)
+            partial.rename(folder / name)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(folder / name)) from None
 
 
 def _byte_tokenizer() -> str:

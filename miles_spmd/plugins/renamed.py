@@ -16,20 +16,25 @@ from miles_spmd.types.rollout_batch import RolloutBatch
 MODULES = {
     "miles_spmd.algorithms.gae": ("miles_spmd.algorithms.advantages",),
     "miles_spmd.algorithms.group_relative": ("miles_spmd.algorithms.advantages",),
+    "miles_spmd.algorithms.mismatch": ("miles_spmd.algorithms.corrections",),
+    "miles_spmd.algorithms.preference": ("miles_spmd.algorithms.losses",),
     "miles_spmd.algorithms.protocols": ("miles_spmd.plugins.algorithm", "miles_spmd.plugins.plug_point"),
     "miles_spmd.algorithms.rollout_batch": ("miles_spmd.types.rollout_batch",),
     "miles_spmd.algorithms.surrogates": ("miles_spmd.algorithms.losses",),
     "miles_spmd.algorithms.token_batch": ("miles_spmd.types.token_batch",),
-    "miles_spmd.config.schema": ("miles_spmd.config",),
+    "miles_spmd.config.schema": ("miles_spmd.config", "miles_spmd.config.table"),
+    "miles_spmd.data.preferences": ("miles_spmd.data.examples",),
     "miles_spmd.data.sample": ("miles_spmd.types.sample", "miles_spmd.types.train_sequence"),
     "miles_spmd.data.seeds": ("miles_spmd.types.seeds",),
+    "miles_spmd.data.sft": ("miles_spmd.data.examples", "miles_spmd.data.dataset"),
     "miles_spmd.rewards.protocols": ("miles_spmd.plugins.reward",),
+    "miles_spmd.rollout": (),
+    "miles_spmd.rollout.engine": ("miles_spmd.generation.engine", "miles_spmd.types.request"),
 }
 # Old module and name -> the name that it has now, in one of those above.
-NAMES = {
-    "miles_spmd.algorithms.rollout_batch.Rollouts": "RolloutTable",
-    "miles_spmd.config.schema.Algorithm": "AlgorithmConfig",
-}
+NAMES = {"miles_spmd.algorithms.rollout_batch.Rollouts": "RolloutTable"}
+_TABLES = "Algorithm Checkpoint Data Deadlines Determinism Eval Model Refit Reward Rollout Run Telemetry Train"
+NAMES |= {f"miles_spmd.config.schema.{name}": f"{name}Config" for name in _TABLES.split()}
 
 
 @cache

@@ -13,6 +13,7 @@ import sys
 import time
 from typing import TextIO
 
+from miles_spmd.types.files import with_remedy
 from miles_spmd.types.printable import MAX_LINE, printable
 
 VARIABLE = "MILES_SPMD_UNSAID"
@@ -26,7 +27,7 @@ def say(text: str, stream: TextIO | None = None) -> None:
             os.unlink(path)
     except FileNotFoundError:
         return
-    print(f"miles-spmd: {printable(text, MAX_LINE)}", file=stream or sys.stderr, flush=True)
+    print(f"miles-spmd: {printable(with_remedy(text), MAX_LINE)}", file=stream or sys.stderr, flush=True)
 
 
 def say_for_others(text: str) -> None:

@@ -14,6 +14,7 @@ from miles_spmd.config import Config
 from miles_spmd.config.load import ConfigError, load_config
 from miles_spmd.quickstart.assets import build_assets
 from miles_spmd.telemetry.report import Stage, read_stages, write_report
+from miles_spmd.types.files import with_remedy, write_whole
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SFT, GRPO = CONFIGS / "quickstart_sft.toml", CONFIGS / "quickstart_grpo.toml"
@@ -33,6 +34,15 @@ def main() -> None:
     except ConfigError as error:
         print(f"quickstart: error: {error}", file=sys.stderr)
         sys.exit(2)
+    try:
+        run(sft, grpo, arguments)
+    except OSError as error:
+        print(f"quickstart: error: {with_remedy(str(error))}", file=sys.stderr)
+        sys.exit(1)
+
+
+def run(sft: Config, grpo: Config, arguments: argparse.Namespace) -> None:
+    """Train, and print what came of it. Raises OSError where something cannot be written."""
     build_assets(sft.model.hf_checkpoint.parent)
     started = time.monotonic()
     train(SFT, sft, arguments.sft)  # its export is where GRPO starts
@@ -43,7 +53,7 @@ def main() -> None:
     stages = {stage.name: stage for stage in read_stages(root)}
     summary = summarize(stages[sft.run.name], stages[grpo.run.name])
     summary |= {"train_seconds": round(train_seconds, 1), "install_seconds": round(arguments.install_seconds, 1)}
-    (root / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_whole(root / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     print(f"quickstart: report {write_report(root)}")
     print(f"quickstart: model {grpo.run_dir / 'export'}")
     differing, compared = summary["parity_mismatches"], summary["parity_tokens"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from miles_spmd.quickstart.checkpoint import write_random_model, write_tokenizer
 from miles_spmd.quickstart.task import data_files
+from miles_spmd.types.files import write_whole
 
 SFT_ROWS, TRAIN_ROWS, HELDOUT_ROWS = 8192, 4096, 400
 
@@ -22,7 +23,7 @@ def build_assets(folder: Path, seed: int = 0) -> None:
     write_tokenizer(model)
     write_random_model(model, seed)
     for name, rows in data_files(SFT_ROWS, TRAIN_ROWS, HELDOUT_ROWS).items():
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(folder / name, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from miles_spmd.models import load_family
 from miles_spmd.quickstart.task import UP_TO_NINETEEN
+from miles_spmd.types.files import write_whole
 
 PAD, END, UNKNOWN = "<|pad|>", "<|end|>", "<|unknown|>"
 SPECIAL = (PAD, END, UNKNOWN, "<|user|>", "<|assistant|>")
@@ -67,7 +68,7 @@ def write_tokenizer(folder: Path) -> None:
     }
     tokenizer.save(str(folder / "tokenizer.json"))
     _write_json(folder / "tokenizer_config.json", settings)
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    write_whole(folder / "chat_template.jinja", CHAT_TEMPLATE.encode())
 
 
 def write_random_model(folder: Path, seed: int) -> None:
@@ -84,4 +85,4 @@ def write_random_model(folder: Path, seed: int) -> None:
 
 
 def _write_json(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -98,18 +98,20 @@ class RewardProcess:
         with self._lock:
             if self._process.poll() is not None and not self._killed:
                 self._start()
+        verifies = function.rm_type == "math"
         # an async function has a timeout of its own, which gives the better message
         timeout = self._config.reward_timeout + (_GRACE if self.scores_groups(function) else 0)
         try:
             scores: list[Score] = self._exchange(timeout, (self._functions.index(function), samples))
-            return scores
+            # its mean is then the share of responses whose verification was killed
+            return [Score(score.value, {"killed": 0.0}) for score in scores] if verifies else scores
         except TimeoutError:
             problem = f"took longer than reward.reward_timeout = {self._config.reward_timeout:g} s"
         except EOFError as error:
             if not self._begun and attempts > 1:
                 return self.score(function, samples, attempts=attempts - 1)
             problem = f"ended its process ({error})"
-        if function.rm_type == "math":  # an answer that cannot be verified in time and memory is wrong
+        if verifies:  # an answer that cannot be verified in time and memory is wrong
             return [Score(0.0, {"killed": 1.0}) for _ in samples]
         raise BadReward(problem, samples[0].index if len(samples) == 1 else None)
 

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from miles_spmd.types.files import AppendedFile
+from miles_spmd.types.files import AppendedFile, naming, write_whole
 from miles_spmd.types.secrets import scrub
 
 T = TypeVar("T")
@@ -37,6 +37,26 @@ class Lines(Generic[T]):
             self.problem += "; the last one is incomplete: the run was stopped, or the disk was full, while it wrote"
 
 
+class _Step(msgspec.Struct):
+    step: float
+
+
+def cut(path: Path, step: int) -> None:
+    """Remove the lines of later steps than ``step`` from a file, where there is one. Lines without a step, and those
+    that cannot be read, stay. Raises OSError; the file is then as it was."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if _step(line) <= step]
+    if len(kept) < len(lines):
+        write_whole(path, b"".join(kept), sync=True)
+
+
+def _step(line: bytes) -> float:
+    try:
+        return msgspec.json.decode(line, type=_Step).step
+    except (msgspec.DecodeError, UnicodeError):
+        return 0
+
+
 class LineWriter:
     """Appends to the file ``path``, in place of an incomplete line at its end. Every line reaches the file at once, and
     as a whole or not at all, and without secrets; raises OSError where the disk is full."""
@@ -47,7 +67,8 @@ class LineWriter:
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 if file.read() != b"\n":
-                    self._file.file.truncate(path.read_bytes().rfind(b"\n") + 1)
+                    with naming(path):
+                        self._file.file.truncate(path.read_bytes().rfind(b"\n") + 1)
 
     def write(self, value: Any) -> None:
         self._file.append(msgspec.json.encode(scrub(msgspec.to_builtins(value))) + b"\n")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from miles_spmd.config import Config
-from miles_spmd.telemetry.json_lines import Lines, LineWriter
+from miles_spmd.telemetry.json_lines import Lines, LineWriter, cut
+from miles_spmd.types.files import AppendedFile
 from miles_spmd.types.secrets import scrub
 
 METRICS_FILE = "metrics.jsonl"
@@ -24,13 +27,16 @@ class Tracker(Protocol):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record ``metrics`` after ``step`` steps (0: before the first). May be called more than once for a step."""
 
+    def rewind(self, step: int) -> None:
+        """Forget what was recorded after later steps than ``step``, from where the run goes on."""
+
     def close(self) -> None:
         """Write what is not written yet."""
 
 
 class JsonlTracker:
     """Writes one JSON object per call: ``step``, ``time`` (Unix seconds), then the metrics, null for those that are not
-    finite. A resumed run appends; :func:`read_metrics` lets the later line of a step win."""
+    finite. A resumed run appends; of a step with several lines :func:`read_metrics` lets the later one win."""
 
     def __init__(self, path: Path) -> None:
         """Open the file, and cut off an incomplete line at its end. Print a warning that names lines that cannot be
@@ -38,10 +44,15 @@ class JsonlTracker:
         found = Lines(path, dict[str, float | None])
         for problem in filter(None, (found.problem, missing_steps(path, by_step(found.values)))):
             print(f"miles-spmd: warning: {problem}; the run goes on and appends", file=sys.stderr, flush=True)
-        self._lines = LineWriter(path)
+        self._path, self._lines = path, LineWriter(path)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._lines.write({"step": step, "time": time.time()} | {n: float(value) for n, value in metrics.items()})
+
+    def rewind(self, step: int) -> None:
+        self._lines.close()
+        cut(self._path, step)
+        self._lines = LineWriter(self._path)
 
     def close(self) -> None:
         self._lines.close()
@@ -75,22 +86,35 @@ class TensorBoardTracker:
     end nobody would hear of."""
 
     def __init__(self, folder: Path) -> None:
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import masked_crc32c
         from tensorboardX.summary import scalar
 
-        folder.mkdir(parents=True, exist_ok=True)
-        self._writer, self._event, self._scalar = EventsWriter(str(folder / "events")), Event, scalar
+        self._event, self._scalar, self._crc = Event, scalar, masked_crc32c
+        self._start = SessionLog(status=SessionLog.START)
+        self._file = AppendedFile(folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}")
+        self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             if math.isfinite(value):
-                event = self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value))
-                self._writer.write_event(event)
-        self._writer.flush()
+                self._append(self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value)))
+
+    def rewind(self, step: int) -> None:
+        """Events stay in the file, and TensorBoard discards those of later steps when it reads this one."""
+        self._append(self._event(wall_time=time.time(), step=step + 1, session_log=self._start))
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
+
+    def _append(self, event: Any) -> None:
+        """Append a record of TFRecord's format: length, its CRC, the event, its CRC."""
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        self._file.append(b"".join([length, self._checksum(length), data, self._checksum(data)]))
+
+    def _checksum(self, data: bytes) -> bytes:
+        return struct.pack("<I", self._crc(data))
 
 
 class WandbTracker:
@@ -114,6 +138,9 @@ class WandbTracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log({**metrics, "step": step})
 
+    def rewind(self, step: int) -> None:
+        """Each attempt is a run of its own there."""
+
     def close(self) -> None:
         self._run.finish()
 
@@ -124,6 +151,10 @@ class Trackers(list[Tracker]):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for tracker in self:
             tracker.log(step, metrics)
+
+    def rewind(self, step: int) -> None:
+        for tracker in self:
+            tracker.rewind(step)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from miles_spmd.config import Config
-from miles_spmd.telemetry.json_lines import LineWriter
+from miles_spmd.telemetry.json_lines import LineWriter, cut
 from miles_spmd.types.printable import printable
 from miles_spmd.types.sample import Sample
 
@@ -68,6 +68,12 @@ def write_rollout(config: Config, step: int, groups: Sequence[Sequence[Sample]])
     worst, best = (_transcript(step, "", sample, MAX_TEXT) for sample in (ordered[0], ordered[-1]))
     with closing(LineWriter(config.run_dir / ROLLOUTS_FILE)) as lines:
         lines.write(Rollout(step, histogram([_reward(sample) for sample in scored]), best, worst))
+
+
+def cut_transcripts(config: Config, step: int) -> None:
+    """Remove what was written after ``step`` steps from both files. Raises OSError."""
+    for name in (TRANSCRIPTS_FILE, ROLLOUTS_FILE):
+        cut(config.run_dir / name, step)
 
 
 def histogram(values: Sequence[float]) -> list[tuple[float, float, int]]:

@@ -22,6 +22,8 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from torch import Tensor
 
+from miles_spmd.types.files import naming, write_whole
+
 INDEX = "index.json"
 
 
@@ -65,7 +67,7 @@ def write(folder: Path, tensors: Iterable[ShardedTensor], notes: dict[str, Any])
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     own: dict[str, Stored] = {}
-    with (folder / _file(rank)).open("xb") as file:
+    with naming(path := folder / _file(rank)), path.open("xb") as file:
         for tensor in tensors:
             if is_main_replica(tensor.replica_id):
                 # a copy, also of a CPU's tensor: a storage that numpy has seen could not be offloaded any more
@@ -85,9 +87,7 @@ def write(folder: Path, tensors: Iterable[ShardedTensor], notes: dict[str, Any])
         for key, stored in of_rank.items():
             index.tensors.setdefault(key, Stored(stored.dtype, stored.shape, [])).parts.extend(stored.parts)
     encoded = msgspec.json.encode(index)
-    with (folder / INDEX).open("xb") as file:
-        file.write(encoded)
-        _finish(file)
+    write_whole(folder / INDEX, encoded, sync=True)
     return _digest(encoded)
 
 

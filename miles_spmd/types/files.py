@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from unicodedata import category
 
 FULL = {number: os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
+REMEDY = "free some space on its disk, or raise the limit"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that is raised inside names a file: ``path``, unless it names one already. What writes into an open
+    file, or syncs or closes it, raises errors without a name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def unusable(path: str | Path) -> str | None:
@@ -47,8 +62,14 @@ class AppendedFile:
             self.file.truncate(before)
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
+    def sync(self) -> None:
+        """Return when all is on the disk."""
+        with naming(self.path):
+            os.fsync(self.file.fileno())
+
     def close(self) -> None:
-        self.file.close()
+        with naming(self.path):
+            self.file.close()
 
 
 def write_whole(path: Path, content: bytes, *, sync: bool = False) -> None:
@@ -66,7 +87,8 @@ def write_whole(path: Path, content: bytes, *, sync: bool = False) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def is_full(message: str) -> bool:
-    """Return whether an error with this message is about room for a file: a full disk, a quota, or the
+def with_remedy(message: str) -> str:
+    """Return the message of an error, and what to do where it is about room for a file: a full disk, a quota, or the
     limit of a file's size (``ulimit -f``)."""
-    return any(text in message for text in FULL.values())
+    full = any(text in message for text in FULL.values()) and REMEDY not in message
+    return f"{message}; {REMEDY}" if full else message

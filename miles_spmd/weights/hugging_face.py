@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from miles_spmd.models import PADDING, VALUE_HEAD, Family, Piece, TensorLayout, read_config
-from miles_spmd.models.export_folder import MANIFEST, foreign_files, is_listed, write_manifest
+from miles_spmd.models.export_folder import MANIFEST, foreign_files, is_begun, write_manifest
 from miles_spmd.models.hf_config import end_tokens
 from miles_spmd.models.layout import check_filled, region, whole
 from miles_spmd.models.random import NO_WEIGHTS
+from miles_spmd.types.files import write_whole
 from miles_spmd.weights.random_weights import random_slices
 from miles_spmd.weights.refit import Refit
 from miles_spmd.weights.transport import raise_together
@@ -175,29 +176,32 @@ def export(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_bytes,
     )
-    _on_writer(group, partial, _begin, folder, partial, source, family, dtype, shards, stop_token_ids)
-    for file, names in shards.filename_to_tensors.items():
-        # A refit whose only receiver is rank 0, with a layout of whole checkpoint tensors.
-        written = names if dist.get_rank(group) == 0 else []
-        tensors = {name: torch.empty(shapes[name], dtype=dtype) for name in written}
-        targets = [TensorLayout(name, whole(name, shapes[name])) for name in written]
-        in_shard = set(names)
-        sources = [layout for layout in layouts if not in_shard.isdisjoint(piece.name for piece in layout.pieces)]
-        Refit(weights, sources, tensors, targets, bucket_bytes=bucket_bytes, group=group).run()
-        _on_writer(group, partial, _save, tensors, partial / file)
-    _on_writer(group, partial, _publish, partial, folder)
+    try:
+        _on_writer(group, _begin, folder, partial, source, family, dtype, shards, stop_token_ids)
+        for file, names in shards.filename_to_tensors.items():
+            # A refit whose only receiver is rank 0, with a layout of whole checkpoint tensors.
+            written = names if dist.get_rank(group) == 0 else []
+            tensors = {name: torch.empty(shapes[name], dtype=dtype) for name in written}
+            targets = [TensorLayout(name, whole(name, shapes[name])) for name in written]
+            in_shard = set(names)
+            sources = [layout for layout in layouts if not in_shard.isdisjoint(piece.name for piece in layout.pieces)]
+            Refit(weights, sources, tensors, targets, bucket_bytes=bucket_bytes, group=group).run()
+            _on_writer(group, _save, tensors, partial / file)
+        _on_writer(group, _publish, partial, folder)
+    except BaseException:
+        if dist.get_rank(group) == 0 and is_begun(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
-def _on_writer(group: dist.ProcessGroup | None, partial: Path, function: Callable[..., None], *args: Any) -> None:
-    """Call ``function`` on rank 0; when it fails there, remove ``partial`` and raise ValueError on all ranks."""
+def _on_writer(group: dist.ProcessGroup | None, function: Callable[..., None], *args: Any) -> None:
+    """Call ``function`` on rank 0; when it fails there, raise ValueError on all ranks."""
     problem = ""
     if dist.get_rank(group) == 0:
         try:
             function(*args)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             problem = f"export failed: {error}"
-            if is_listed(partial):
-                shutil.rmtree(partial, ignore_errors=True)
     raise_together(problem, group)
 
 
@@ -213,7 +217,7 @@ def _begin(
     """Write everything except the weights into the folder ``partial``. Raises OSError."""
     if foreign := foreign_files(folder):
         raise FileExistsError(f"{folder} holds files that no export wrote or that were changed since: {foreign[0]}")
-    if is_listed(partial):  # of an export that was killed
+    if is_begun(partial):  # by an export that was killed
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     write_manifest(partial)  # so that this folder is known as ours from its first moment
@@ -258,12 +262,15 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
+    write_whole(file, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
     """safetensors writes a file that its owner alone can read; it gets the mode that umask gives to the others."""
-    save_file(tensors, file, {"format": "pt"})
+    try:
+        save_file(tensors, file, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file}: {error}") from error
     file.chmod((file.parent / "config.json").stat().st_mode & 0o777)
 
 
@@ -274,7 +281,7 @@ def _publish(partial: Path, folder: Path) -> None:
     if foreign := foreign_files(folder):
         raise FileExistsError(f"{folder} holds files that no export wrote or that were changed since: {foreign[0]}")
     replaced = folder.with_name(f".{folder.name}.replaced")
-    if is_listed(replaced):
+    if is_begun(replaced):
         shutil.rmtree(replaced)
     if folder.exists():
         folder.rename(replaced)

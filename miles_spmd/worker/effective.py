@@ -16,17 +16,19 @@ from typing import Any
 import tomli_w
 
 from miles_spmd.types.files import AppendedFile
+from miles_spmd.types.secrets import scrub
 
 
 def append_values(file: Path, table: str, backend: str, objects: Iterable[Any]) -> None:
-    """Append the fields of dataclass instances as ``[table]``, where ``file`` exists. Raises OSError."""
+    """Append the fields of dataclass instances as ``[table]``, without secrets, where ``file`` exists. Raises
+    OSError."""
     if not file.is_file():
         return
     values: dict[str, Any] = {}
     for one in objects:
         fields = {field.name: getattr(one, field.name, None) for field in dataclasses.fields(one)}
         values |= {name: _plain(value) for name, value in fields.items() if value is not None}
-    text = tomli_w.dumps({table: dict(sorted(values.items()))})
+    text = tomli_w.dumps({table: scrub(dict(sorted(values.items())))})
     lines = [f"Every value of {backend} in this run, for information:", *text.splitlines()]
     with closing(AppendedFile(file)) as out:  # in one write: trainer and engine may be two processes
         out.append(("\n" + "".join(f"# {line}\n" for line in lines)).encode())

@@ -28,6 +28,7 @@ import psutil
 
 from miles_spmd.protocol.pipe import Credentials
 from miles_spmd.protocol.router import ANY_INTERFACE, LOOPBACK, address_towards
+from miles_spmd.types.files import naming
 from miles_spmd.worker.controller_process import ControllerProcess
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def _agree(place: Place, run_dir: Path, launchers: Store, end: float) -> Path:
 def _write(path: Path, data: bytes) -> None:
     """Write a file that only this user can read; it appears under its name when it is whole."""
     scratch = path.with_suffix(".tmp")
-    with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+    with naming(path), open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(data)
     scratch.rename(path)
 

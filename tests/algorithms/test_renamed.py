@@ -18,13 +18,18 @@ from miles_spmd.plugins.renamed import MODULES, NAMES
 from miles_spmd.types.rollout_batch import RolloutBatch
 
 PLUG_IN = """
+from miles_spmd.algorithms.mismatch import mismatch_metrics
+from miles_spmd.algorithms.preference import PreferenceLoss
 from miles_spmd.algorithms.protocols import AdvantageEstimator, PlugPoint
 from miles_spmd.algorithms.rollout_batch import Estimate, RolloutBatch, Rollouts
 from miles_spmd.algorithms.token_batch import TokenBatch
-from miles_spmd.config.schema import Algorithm
+from miles_spmd.config.schema import Algorithm, Fraction, Reward
+from miles_spmd.data.preferences import PreferencePair
 from miles_spmd.data.sample import Sample, TrainSequence
 from miles_spmd.data.seeds import derive_seed
+from miles_spmd.data.sft import SftExample, load_items
 from miles_spmd.rewards.protocols import Score
+from miles_spmd.rollout.engine import Engine, Request
 
 def minus_kl(batch: RolloutBatch, algorithm: Algorithm) -> Estimate:
     return Estimate([-penalty for penalty in batch.kl_penalties(algorithm)])
@@ -49,11 +54,14 @@ def test_old_names_work_and_warn_with_the_new_ones(plug_in: Path) -> None:
     renamed = [w for w in caught if "is now miles_spmd." in str(w.message)]
     assert {w.filename for w in renamed} == {str(plug_in)}
     messages = [str(w.message) for w in renamed]
-    assert len(messages) == 12
+    assert len(messages) == 21
     for message in (
         "miles_spmd.algorithms.protocols.PlugPoint is now miles_spmd.plugins.plug_point.PlugPoint; the old name is",
         "miles_spmd.data.sample.TrainSequence is now miles_spmd.types.train_sequence.TrainSequence; ",
         "miles_spmd.algorithms.rollout_batch.Rollouts is now miles_spmd.types.rollout_batch.RolloutTable; ",
+        "miles_spmd.data.sft.load_items is now miles_spmd.data.dataset.load_items; ",
+        "miles_spmd.rollout.engine.Request is now miles_spmd.types.request.Request; ",
+        "miles_spmd.config.schema.Reward is now miles_spmd.config.RewardConfig; ",
         "miles_spmd.config.schema.Algorithm is now miles_spmd.config.AlgorithmConfig; ",
         "RolloutBatch.kl_penalties(algorithm) is now miles_spmd.algorithms.kl.kl_penalties(batch, algorithm); ",
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ import pytest
 
 from miles_spmd.controller.checkpoints import ResumeError, newest, read, replaced, step_folder
 from miles_spmd.controller.cluster.listener import WorkerError
+from miles_spmd.data.dataset import DataError
 from miles_spmd.ledger.chain import verify
 from miles_spmd.ledger.compare import compare
 from tests.damages import flip, truncate
@@ -59,6 +61,37 @@ def test_the_advice_leads_to_the_end(ranks: Ranks, recipe: Recipe, finished: Pat
     train(ranks, recipe.config("advised", *SFT, f"checkpoint.load={before}"))
     assert not step_folder(folder, 6).exists()
     assert same_files(newer, step_folder(finished, 4))
+
+
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_forgets_what_it_repeats(
+    ranks: Ranks, recipe: Recipe, finished: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It ends before it saves again, as after a crash; what resumes it must not take the checkpoint of before."""
+    folder = Path(shutil.copytree(finished, finished.with_name("repeated")))
+    tracked = [folder / name for name in ("metrics.jsonl", "rollouts.jsonl")]
+    tracked[1].write_bytes(b'{"step":2}\n{"half\n{"step":4}\n')
+    before = step_folder(folder, 2)
+    train(ranks, recipe.config("repeated", *SFT, "run.num_rollout=3", f"checkpoint.load={before}"))
+    assert "so its later checkpoints are removed: step_000004" in capfd.readouterr().err
+    assert newest(folder) == before
+    assert steps_in(tracked[0]) == [0, 1, 2, 2, 3]
+    assert tracked[1].read_bytes() == b'{"step":2}\n{"half\n'
+    train(ranks, recipe.config("repeated", *SFT, "checkpoint.resume=true"))
+    assert "are removed" not in capfd.readouterr().err
+    assert steps_in(tracked[0]) == [0, 1, 2, 2, 2, 3, 4]
+    assert same_files(step_folder(folder, 4), step_folder(finished, 4))
+    assert compare(verify(folder), verify(finished)).equal
+
+
+def test_a_run_whose_data_are_missing_ends_although_no_rank_has_connected(ranks: Ranks, recipe: Recipe) -> None:
+    config = recipe.config("without-data", *SFT)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"prompt_data": "missing.jsonl"})})
+    with pytest.raises(DataError, match="no such file"):
+        train(ranks, config)
+
+
+def steps_in(metrics: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("left", ["without its mark", "half of the files", "temporary"])

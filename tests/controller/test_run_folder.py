@@ -210,7 +210,12 @@ def test_an_interrupted_step_folder_is_no_checkpoint(tmp_path: Path) -> None:
     config = make(tmp_path)
     leave_results(config, saved=None)
     lines = outcome(config, "train", 1, finished=False)
-    assert lines[-1].startswith("checkpoint: none, so the run cannot be continued")
+    none = "checkpoint: none, so the run cannot be continued; "
+    assert lines[-1] == f"{none}checkpoint.save_interval asks for some"
+    config = make(tmp_path, "checkpoint.save_interval=5")
+    assert outcome(config, "train", 1, finished=False)[-1] == (
+        f"{none}the first was due after step 5, as checkpoint.save_interval says"
+    )
 
 
 def test_the_lock_names_its_holder(tmp_path: Path) -> None:

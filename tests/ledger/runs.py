@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import msgspec
@@ -36,8 +38,8 @@ class Unwatched:
     warn = progress
 
 
-def serve(settings: str, credentials: bytes) -> None:
-    """A rank until it is told to stop, or the controller is gone."""
+def serve(settings: str, credentials: bytes, lasts: str) -> None:
+    """A rank while the run lasts, which it does as long as a folder exists: a run may end before this rank connects."""
     from miles_spmd.worker.world import Side
 
     config = Config.model_validate_json(settings)
@@ -46,7 +48,7 @@ def serve(settings: str, credentials: bytes) -> None:
     place = Place(rank, size, rank, size, "127.0.0.1")
     worker = build(config, "train", place, Side(), dealer, Stopwatch(), cast(Watchdog, Unwatched()))
     dealer.send(Hello(rank_info(worker, place), config_digest(config)))
-    while not dealer.disconnections.poll(0):
+    while os.path.exists(lasts):
         call = dealer.receive(0.05)
         if not isinstance(call, Call):
             continue
@@ -66,13 +68,16 @@ def train(ranks: Ranks, config: Config, size: int = 1, wanted: Replay | None = N
     (config.run_dir / "config.toml").write_text(dump_config(config))
     router = Router(ranks=size)
     credentials = msgspec.json.encode(router.credentials)
-    thread = threading.Thread(target=ranks.run, args=(size, serve, config.model_dump_json(), credentials))
+    lasts = TemporaryDirectory()
+    arguments = (size, serve, config.model_dump_json(), credentials, lasts.name)
+    thread = threading.Thread(target=ranks.run, args=arguments)
     thread.start()
     workers = Cluster(router, size, config.deadlines, config_digest(config), config.run_dir / "logs")
     try:
         run(config, workers, "train" if wanted is None else "replay", wanted)
         workers.stop()
     finally:
+        lasts.cleanup()
         router.close()
         thread.join()
     return config.run_dir

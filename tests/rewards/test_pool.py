@@ -94,8 +94,9 @@ def test_built_in_rewards() -> None:
 def test_what_math_cannot_verify_is_wrong_and_the_pool_lives_on() -> None:
     tower = r"\boxed{9^{9^{9^9}}}"
     with RewardPool(RewardConfig(rm_type="math", reward_workers=1, reward_timeout=3, reward_memory_gib=1)) as pool:
-        assert [s.value for s in pool.submit(group(tower, r"\boxed{19}", label=5)).result(timeout=60)] == [0, 0]
-        assert [s.value for s in pool.submit(group(r"\boxed{19}")).result(timeout=60)] == [1]
+        one, other = pool.submit(group(tower, r"\boxed{19}", label=5)).result(timeout=60)
+        assert (one, other) == (Score(0, {"killed": 1}), Score(0, {"killed": 0}))  # the mean is the share of the killed
+        assert pool.submit(group(r"\boxed{19}")).result(timeout=60) == [Score(1, {"killed": 0})]
 
 
 FAILURES = {

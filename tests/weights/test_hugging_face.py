@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def test_a_failing_write_stops_every_rank_and_leaves_the_older_export(ranks: Ran
         assert str(tmp_path / "file") in message
 
 
-@pytest.mark.parametrize("kind", ["notes", "folder", "edited", "link", "strangers"])
+@pytest.mark.parametrize("kind", ["notes", "folder", "edited", "trained", "link", "strangers"])
 def test_what_an_export_did_not_write_is_kept(ranks: Ranks, tmp_path: Path, kind: str) -> None:
     source, target = tiny.checkpoint("qwen3"), tmp_path / "export"
     if kind != "strangers":
@@ -118,6 +119,9 @@ def test_what_an_export_did_not_write_is_kept(ranks: Ranks, tmp_path: Path, kind
             (target / "other").mkdir()
         case "edited":
             (target / "generation_config.json").write_text("{}")
+        case "trained":  # further, by another program: as many bytes
+            weights = target / "model.safetensors"
+            weights.write_bytes(bytes(reversed(weights.read_bytes())))
         case "link":
             (target / "elsewhere").symlink_to(source)
         case _:
@@ -147,6 +151,37 @@ def test_an_export_that_was_killed_is_written_anew(ranks: Ranks, tmp_path: Path)
     (tmp_path / ".export.partial" / "model.safetensors").write_bytes(b"half")
     ranks.run(1, load_and_export, source, target, Trainer(), torch.float32, {})
     assert_same(target, source)
+
+
+def test_an_export_that_was_killed_before_its_first_file_is_written_anew(ranks: Ranks, tmp_path: Path) -> None:
+    source, target = tiny.checkpoint("qwen3"), tmp_path / "export"
+    (tmp_path / ".export.partial").mkdir()
+    (tmp_path / ".export.partial" / ".export_manifest.json").write_text("half")
+    ranks.run(1, load_and_export, source, target, Trainer(), torch.float32, {})
+    assert_same(target, source)
+    assert {file.name for file in tmp_path.iterdir()} == {"export"}
+
+
+@pytest.mark.parametrize(("limit", "file"), [(20, "export_manifest.json"), (20_000, "model.safetensors")])
+def test_an_export_on_a_full_disk_names_the_file_and_leaves_nothing(
+    ranks: Ranks, tmp_path: Path, limit: int, file: str
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny.checkpoint("qwen3"), source)
+    messages = ranks.run(2, export_error_with_small_files, source, tmp_path / "export", limit)
+    for message in messages:
+        assert f"{tmp_path}/.export.partial/{file}" in message
+        assert "File too large" in message
+    assert {entry.name for entry in tmp_path.iterdir()} == {"source"}
+
+
+def export_error_with_small_files(source: Path, target: Path, limit: int) -> str:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        return export_error(source, target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_everybody_may_read_what_umask_lets_them(ranks: Ranks, tmp_path: Path) -> None:

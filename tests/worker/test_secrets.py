@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 
 from miles_spmd.types import secrets
 from miles_spmd.types.sample import Sample
+from miles_spmd.worker.effective import append_values
 from tests import forked
 from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
 
@@ -59,6 +61,24 @@ def test_a_stream_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = secrets.scrubbed(below)
     print("a", "hf_0123456789", "b", file=stream, flush=True)
     assert below.buffer.getvalue() == b"a $HF_TOKEN b\n"  # type: ignore[attr-defined]
+
+
+def test_values_of_the_backends_have_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A user's sglang.api_key, say."""
+
+    @dataclasses.dataclass
+    class Arguments:
+        api_key: str = 'sk-"abc\\defgh"'
+        hosts: tuple[str, ...] = ("http://me:proxy-pass@host",)
+
+    monkeypatch.setenv("OPENAI_API_KEY", Arguments.api_key)
+    monkeypatch.setenv("HTTPS_PROXY", SECRETS["HTTPS_PROXY"])
+    secrets.secrets.cache_clear()
+    (file := tmp_path / "config.toml").write_text("[run]\n")
+    append_values(file, "sglang", "SGLang", [Arguments()])
+    lines = file.read_text().splitlines()
+    assert '# api_key = "$OPENAI_API_KEY"' in lines
+    assert '#     "http://me:$HTTPS_PROXY@host",' in lines
 
 
 def leak(sample: Sample, **_: Any) -> float:

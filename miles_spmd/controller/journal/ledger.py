@@ -48,7 +48,8 @@ class Start:
 
 
 class LedgerRecorder:
-    """Writes the ledger of the run that ``config`` describes, from ``start`` on. Close it at the end.
+    """Writes the ledger of the run that ``config`` describes, from ``start`` on. Nothing is written before
+    :meth:`begin`; close it at the end.
 
     ``weights`` are those before the first step, of every trainer rank, by role. The ledger of a checkpoint of this same
     run is continued; without one, the new ledger replaces one that exists. Raises LedgerError where a ledger to be
@@ -72,18 +73,24 @@ class LedgerRecorder:
             tensors={role: sorted({part.name for part in chain(*ranks)}) for role, ranks in self._of_weights.items()},
             weights=self._weights,
         )
-        last, known = _find(config.run_dir, start.ledger) if start.ledger else (None, None)
-        if last is not None and isinstance(last.entry, Saved):
-            self._check(last.entry, self._saved(start.step, start.results), context)
-        self._chain = Chain(config.run_dir, last)
+        self._last, known = _find(config.run_dir, start.ledger) if start.ledger else (None, None)
+        if self._last is not None and isinstance(self._last.entry, Saved):
+            self._check(self._last.entry, self._saved(start.step, start.results), context)
         # a resumed run under the same conditions has the very entries of one that never stopped
-        if known is None or _conditions(known) != _conditions(context):
-            self._chain.append(context)
-        room = int(config.determinism.ledger_data_gib * 2**30)
-        self._data = DataStore(config.run_dir, start.step, room, self._chain.seal_data)
+        self._context = context if known is None or _conditions(known) != _conditions(context) else None
+        self._first = start.step
         self._samples: Samples | None = None  # of the step that is under way, like the next two
         self._updates: list[Update] = []
         self._step_data = StepData(None, [])
+
+    def begin(self) -> None:
+        """Cut off the entries and the data of the steps that are repeated, and write under which conditions they are.
+        Raises OSError."""
+        self._chain = Chain(self._config.run_dir, self._last)
+        if self._context is not None:
+            self._chain.append(self._context)
+        room = int(self._config.determinism.ledger_data_gib * 2**30)
+        self._data = DataStore(self._config.run_dir, self._first, room, self._chain.seal_data)
 
     @property
     def head(self) -> str:
