@@ -223,15 +223,8 @@ def _lock(folder: Path, *, keep: bool) -> TextIO | None:
 
 
 def _try_to_write(folder: Path) -> None:
-    """Write a file into ``folder``, and leave everything as it was. Raises OSError."""
-    made: list[Path] = []
-    try:
-        for path in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
-            path.mkdir(exist_ok=True)  # another process may make it, too
-            made.append(path)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"\0")
-    finally:
-        with contextlib.suppress(OSError):  # another process has put something into it
-            for path in reversed(made):
-                path.rmdir()
+    """Write a file into ``folder`` or, where it does not exist, into the nearest folder above it that does. Nothing is
+    made that another process of the same run could see. Raises OSError."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    with tempfile.TemporaryFile(dir=nearest) as file:
+        file.write(b"\0")

@@ -79,8 +79,9 @@ class RewardPool:
 
     def _gather(self, terms: Sequence[RewardTerm], started: list[list[Future[list[Score]]]]) -> list[Score]:
         try:
-            done, _ = wait(itertools.chain.from_iterable(started), return_when=FIRST_EXCEPTION)
-            for call in done:
+            calls = list(itertools.chain.from_iterable(started))
+            done, _ = wait(calls, return_when=FIRST_EXCEPTION)
+            for call in filter(done.__contains__, calls):  # of those that have failed, the first sample's
                 call.result()
             scores = [[score for call in calls for score in call.result()] for calls in started]
         except CancelledError:

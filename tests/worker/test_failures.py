@@ -414,7 +414,7 @@ def test_a_reward_that_exits_is_named(launch: Launch, workers: int) -> None:
     run = launch(reward={"rm_type": "tests.worker.rewards:exits", "reward_workers": workers})
     message = run.finish(START_SECONDS)
     assert message.startswith("rollout, step 0: RewardError: reward 'tests.worker.rewards:exits' on prompt data.jsonl:")
-    assert "sample 0, called sys.exit(1)" in message
+    assert re.search(r"sample [01], called sys\.exit\(1\)", message)  # two processes may fail in any order
 
 
 def test_a_filter_that_exits_is_named(launch: Launch) -> None:
