@@ -26,7 +26,7 @@ MODULES = {
     "miles_spmd.data.preferences": ("miles_spmd.data.examples",),
     "miles_spmd.data.sample": ("miles_spmd.types.sample", "miles_spmd.types.train_sequence"),
     "miles_spmd.data.seeds": ("miles_spmd.types.seeds",),
-    "miles_spmd.data.sft": ("miles_spmd.data.examples", "miles_spmd.data.dataset"),
+    "miles_spmd.data.sft": ("miles_spmd.data.dataset", "miles_spmd.data.examples"),
     "miles_spmd.rewards.protocols": ("miles_spmd.plugins.reward",),
     "miles_spmd.rollout": (),
     "miles_spmd.rollout.engine": ("miles_spmd.generation.engine", "miles_spmd.types.request"),

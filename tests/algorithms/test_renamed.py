@@ -102,4 +102,4 @@ def test_only_plug_ins_get_old_names(plug_in: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, timeout=60
     )
     assert done.stdout.split("\n")[:2] == ["not yet", "minus_kl"], done.stderr
-    assert f"{plug_in}:5: DeprecationWarning: miles_spmd.config.schema.Algorithm is now" in done.stderr
+    assert f"{plug_in}:7: DeprecationWarning: miles_spmd.config.schema.Algorithm is now" in done.stderr
