@@ -29,7 +29,7 @@ MODULES = {
     "miles_spmd.data.sft": ("miles_spmd.data.dataset", "miles_spmd.data.examples"),
     "miles_spmd.rewards.protocols": ("miles_spmd.plugins.reward",),
     "miles_spmd.rollout": (),
-    "miles_spmd.rollout.engine": ("miles_spmd.generation.engine", "miles_spmd.types.request"),
+    "miles_spmd.rollout.engine": ("miles_spmd.types.request", "miles_spmd.generation.engine"),
 }
 # Old module and name -> the name that it has now, in one of those above.
 NAMES = {"miles_spmd.algorithms.rollout_batch.Rollouts": "RolloutTable"}

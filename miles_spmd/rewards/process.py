@@ -111,7 +111,7 @@ class RewardProcess:
             if not self._begun and attempts > 1:
                 return self.score(function, samples, attempts=attempts - 1)
             problem = f"ended its process ({error})"
-        if verifies:  # an answer that cannot be verified in time and memory is wrong
+        if verifies:  # what cannot be verified in time and memory is wrong
             return [Score(0.0, {"killed": 1.0}) for _ in samples]
         raise BadReward(problem, samples[0].index if len(samples) == 1 else None)
 
