@@ -91,15 +91,15 @@ class Chain:
             found = self._over(lambda: bool(set(self._checkpoints()) - known), START_SECONDS, run)
             time.sleep(self.random.uniform(0, 0.03))
             return found
-        log = self.run_dir / "logs" / f"rank-{self.random.choice([0, 1])}.log"
-        start = log.stat().st_size if log.exists() else 0
+        log = self.run_dir / "logs" / "latest" / f"rank-{self.random.choice([0, 1])}.log"
+        known, size = log.resolve(), log.stat().st_size if log.exists() else 0
         pattern = re.compile(rf"^memory, {kind} [1-9]".encode(), re.MULTILINE)
 
         def reached() -> bool:
             if not log.exists():
                 return False
             with log.open("rb") as file:
-                file.seek(start)
+                file.seek(size if log.resolve() == known else 0)  # or that of this attempt, which began meanwhile
                 return pattern.search(file.read()) is not None
 
         return self._over(reached, START_SECONDS, run)
