@@ -121,21 +121,28 @@ def main(descriptor: int) -> int:
                 state = _state(error)
         except Stopped as stopped:
             cause = cluster.explain(str(stopped))
-            problem, state = str(cause), _state(cause)
+            problem, state = str(cause), "failed" if launcher.gone else _state(cause)
         launcher.ignore()
     if problem:
         say(problem)
+    _conclude(attempt, state, problem, config)
+    if launcher.gone:
+        os.killpg(0, signal.SIGKILL)  # no other process is left to end what this one started
+    return 1 if problem else 0
+
+
+def _conclude(attempt: attempts.AttemptWriter, state: attempts.State, problem: str, config: Config) -> None:
+    """Write how the attempt ended, and print what it leaves."""
+    record = attempt.record
+    if problem:
         attempt.tell(f"ended: {problem}")
     with _going_on():
         attempt.end(state, problem or state)
-    for line in outcome(config, order.task, order.world_size, finished=not problem):
+    for line in outcome(config, record.task, record.ranks, finished=not problem):
         print(line, flush=True)
         attempt.tell(line)
     with _going_on():
         attempt.close()
-    if launcher.gone:
-        os.killpg(0, signal.SIGKILL)  # no other process is left to end what this one started
-    return 1 if problem else 0
 
 
 @contextmanager

@@ -19,7 +19,7 @@ class Queued(msgspec.Struct, frozen=True):
 
 
 def queued(job: str) -> Queued | None:
-    """Return what the queue says about ``job``; None where there is no such queue, or the job is over."""
+    """Return what the queue says about ``job``; None without such a queue, and for a job that is over."""
     if not job.isdecimal() or shutil.which("squeue") is None:
         return None
     command = ["squeue", "-h", "-j", job, "-o", "%T|%r|%S"]

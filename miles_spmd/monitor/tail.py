@@ -63,7 +63,7 @@ def follow(folder: Path, count: int, *, follows: bool, keeps: bool, warn: Callab
     for problem in attempts.problems:
         warn(problem)
     if not attempts.records:
-        raise StatusError(f"{folder} has no record of an attempt, so there is no progress to show; see {folder / LOGS}")
+        raise StatusError(f"{folder} has no record of an attempt, hence no progress to show; see {folder / LOGS}")
     shown = [_Shown(folder, record) for record in attempts.records]
     past = [line for one in shown for line in one.new()]
     yield past[max(0, len(past) - count) :]
