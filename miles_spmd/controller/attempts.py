@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -37,6 +37,7 @@ SIGN_EVERY = 5.0  # seconds between signs of life, at most
 SILENT_AFTER = 60.0  # seconds without a sign of life after which an attempt on another machine counts as killed
 MAX_REASON = 500  # characters
 
+Seconds = Annotated[float, msgspec.Meta(ge=0, lt=1e11)]
 State = Literal["running", "finished", "stopped", "failed", "killed"]
 
 
@@ -46,18 +47,18 @@ class Attempt(msgspec.Struct, frozen=True):
 
     attempt: int
     task: str  # "train", "eval", "replay" or "bisect"
-    start: float
-    end: float | None = None  # None while it runs
+    start: Seconds
+    end: Seconds | None = None  # None while it runs
     state: State = "running"
     reason: str = ""  # why it ended: "finished", "killed", or the message of the end
     job: str = ""  # Slurm's number of the job
     restart: int = 0  # how often Slurm had requeued the job
     nodes: list[str] = []
     ranks: int = 0
-    ready: float | None = None  # when all ranks were built and the checkpoint was loaded
+    ready: Seconds | None = None  # when all ranks were built and the checkpoint was loaded
     first_step: int | None = None  # done when it was ready
     last_step: int | None = None  # done at its end
-    seconds_lost: float = 0.0  # work that no checkpoint has
+    seconds_lost: Seconds = 0.0  # work that no checkpoint has
 
     @property
     def name(self) -> str:
@@ -70,9 +71,9 @@ class Sign(msgspec.Struct, frozen=True):
     record: Attempt
     pid: int  # of the controller
     host: str
-    time: float
+    time: Seconds
     phase: str = "start"  # one of telemetry.metrics.PHASES, "" between them
-    since: float = 0.0  # when the phase began
+    since: Seconds = 0.0  # when the phase began
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def read_status(folder: Path) -> Status:
     done = [step for row in rows if (step := _step(row)) is not None]
     step = last.last_step if last and last.last_step is not None else max(done, default=None)
     evaluates = last is not None and last.task == "eval"
-    steps = None if evaluates else settings.get("run", {}).get("num_rollout", 100)
+    steps = None if evaluates else _steps(settings)
     pace = None if evaluates else _seconds_per_step(rows, last)
     saved = saved_steps(folder)
     now = time.time()
@@ -126,6 +126,13 @@ def _settings(folder: Path, problems: list[str]) -> dict[str, Any]:
         return {}
 
 
+def _steps(settings: dict[str, Any]) -> int | None:
+    """Return the number of steps that the resolved configuration asks for."""
+    table = settings.get("run")
+    steps = table.get("num_rollout") if isinstance(table, dict) else None
+    return steps if isinstance(steps, int) else None
+
+
 def _recent_rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     """Return the last rows of the metrics."""
     if not path.exists():
@@ -152,7 +159,7 @@ def _number(row: dict[str, Any], name: str) -> float | None:
 
 def _step(row: dict[str, Any]) -> int | None:
     value = _number(row, "step")
-    return None if value is None else int(value)
+    return int(value) if value is not None and 0 <= value < 2**53 else None
 
 
 def _seconds_per_step(rows: list[dict[str, Any]], last: Attempt | None) -> float | None:
