@@ -282,10 +282,10 @@ class AttemptWriter:
             self._log.append(line.encode(errors="backslashreplace"))
 
     def end(self, state: State, reason: str) -> None:
-        """Write how the attempt ended, whatever comes after. Raises OSError."""
+        """Write how the attempt ended, whatever comes after; of ``reason`` the first line. Raises OSError."""
         self._stop.set()
         self._thread.join()
-        reason = printable(scrub(" ".join(reason.split())), MAX_REASON)
+        reason = printable(scrub(reason.partition("\n")[0]), MAX_REASON)
         record = msgspec.structs.replace(self.record, end=time.time(), state=state, reason=reason)
         record = msgspec.structs.replace(record, seconds_lost=seconds_lost(self._run_dir, record))
         self._note(record=record, phase="")

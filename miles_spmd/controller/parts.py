@@ -24,6 +24,7 @@ from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.protocol.commands import DigestWeights
 from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.telemetry.progress import open_progress
+from miles_spmd.telemetry.texts import StepLines
 from miles_spmd.telemetry.trackers import open_trackers
 from miles_spmd.types.role import Role
 
@@ -58,10 +59,9 @@ def open_parts(
         rewards = stack.enter_context(RewardPool(config.reward, others, attempt.folder / "rewards.log"))
         tracker = stack.enter_context(open_trackers(config))
         progress = stack.enter_context(open_progress(config, training=task != "eval"))
+        lines = StepLines(config.run.name, 0 if task == "eval" else config.run.num_rollout)
         metrics = Metrics(cluster)  # its clock starts here: the first step includes the start
-        journal = Journal(
-            metrics, [Writers(config, tracker, progress, attempt, 0 if task == "eval" else config.run.num_rollout)]
-        )
+        journal = Journal(metrics, [Writers(config, tracker, progress, attempt, lines)])
         # Data before ranks: an error in a file is reported at once, not after minutes of loading weights.
         data = Datasets(config, tokenizer, training=task != "eval")
         with journal.timed("start"):

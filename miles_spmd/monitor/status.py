@@ -21,6 +21,7 @@ from miles_spmd.telemetry.texts import SHOWN, clock
 from miles_spmd.types.printable import printable
 
 RECENT_STEPS = 10  # whose mean time is the time of a step
+MAX_REASON = 100  # characters of a reason in the table of attempts
 RECENT_BYTES = 2**20  # of metrics.jsonl that are read
 ALSO_SHOWN = {"mismatches": "parity/mismatches", "learning rate": "train/lr"}
 
@@ -246,7 +247,7 @@ def _table(attempts: list[Attempt]) -> str:
         steps = f"{one.first_step} to {one.last_step}" if one.first_step is not None else "-"
         start = time.strftime("%F %T", time.localtime(one.start))
         end: str = "running" if one.end is None else one.state
-        end += f": {one.reason}" if one.reason not in ("", one.state) else ""
+        end += f": {one.reason[:MAX_REASON]}" if one.reason not in ("", one.state) else ""
         duration = clock((one.end or time.time()) - one.start)
         row = str(one.attempt), start, duration, job, str(one.ranks), steps, clock(one.seconds_lost), end
         rows.append(row)

@@ -33,7 +33,7 @@ def test_an_attempt_from_its_begin_to_its_end(tmp_path: Path, monkeypatch: pytes
         assert time.monotonic() < end
         time.sleep(0.05)
     attempt.tell("first\nsecond \x1b[2J")
-    attempt.end("stopped", "rollout, step 9: stopped by\nSIGTERM")
+    attempt.end("stopped", "rollout, step 9: stopped by SIGTERM\nand more")
     attempt.close()
     (line,) = lines(tmp_path)
     assert (line["first_step"], line["last_step"], line["nodes"]) == (7, 9, ["a", "b"])

@@ -29,10 +29,10 @@ class Writers:
     worst one of each training step."""
 
     def __init__(
-        self, config: Config, trackers: Trackers, progress: Progress, attempt: AttemptWriter, steps: int
+        self, config: Config, trackers: Trackers, progress: Progress, attempt: AttemptWriter, lines: texts.StepLines
     ) -> None:
-        self._config, self._trackers, self._progress, self._attempt = config, trackers, progress, attempt
-        self._lines = texts.StepLines(config.run.name, steps)
+        self._config, self._trackers, self._progress = config, trackers, progress
+        self._attempt, self._lines = attempt, lines
 
     def observe(self, event: events.Event) -> None:
         match event:
