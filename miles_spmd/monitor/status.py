@@ -21,7 +21,7 @@ from miles_spmd.telemetry.texts import SHOWN, clock
 from miles_spmd.types.printable import printable
 
 RECENT_STEPS = 10  # whose mean time is the time of a step
-MAX_REASON = 100  # characters of a reason in the table of attempts
+MAX_REASON = 200  # characters of a reason in the table of attempts
 RECENT_BYTES = 2**20  # of metrics.jsonl that are read
 ALSO_SHOWN = {"mismatches": "parity/mismatches", "learning rate": "train/lr"}
 
