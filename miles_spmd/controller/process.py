@@ -171,5 +171,5 @@ def _explain(error: Exception, place: str, log: Path) -> str:
         where = ""
     text = f"{error}" if isinstance(error, WorkerError) else f"{place}: {type(error).__name__}: {error}"
     if is_full(text):
-        text += f"; free some space for {log.parents[1]}, or raise the limit, and continue with checkpoint.resume=true"
+        text += f"; free some space for {log.parents[2]}, or raise the limit, and continue with checkpoint.resume=true"
     return text + where
