@@ -170,6 +170,42 @@ def report(
         typer.echo(write_report(run_dir, launcher.warn))
 
 
+@app.command()
+def status(
+    run_dir: RunFolder, as_json: Annotated[bool, typer.Option("--json", help="Print it as one JSON object.")] = False
+) -> None:
+    """Show how far a run is, how its attempts ended, and what it lost.
+
+    Reads the folder alone, on any machine that sees it; asks Slurm's queue where there is one.
+    """
+    import msgspec
+
+    from miles_spmd.monitor.status import StatusError, read_status, render
+
+    with launcher.failing(StatusError, OSError, code=2):
+        found = read_status(run_dir)
+    for problem in found.problems:
+        launcher.warn(problem)
+    typer.echo(msgspec.json.format(msgspec.json.encode(found)).decode() if as_json else render(found))
+
+
+@app.command()
+def tail(
+    run_dir: RunFolder,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="Lines of the past to print.")] = 10,
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Print what comes, until the run ends.")] = True,
+    keep: Annotated[bool, typer.Option("--keep", help="Wait for the next attempt when the run has ended.")] = False,
+) -> None:
+    """Print the progress of a run as its terminal shows it, and follow it through all its attempts."""
+    from miles_spmd.monitor.status import StatusError
+    from miles_spmd.monitor.tail import follow as followed
+
+    with contextlib.suppress(KeyboardInterrupt), launcher.failing(StatusError, OSError, code=2):
+        for some in followed(run_dir, lines, follows=follow, keeps=keep, warn=launcher.warn):
+            for line in some:
+                typer.echo(line)
+
+
 @ledger.command("verify")
 def verify_ledger(run_dir: RunFolder) -> None:
     """Recompute the hash chain and the digests of the recorded data.

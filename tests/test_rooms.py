@@ -22,7 +22,7 @@ FLOORS = (
     ("planning", "protocol"),
     ("generation", "training"),
     ("controller", "worker"),
-    ("doctor", "launcher"),
+    ("doctor", "launcher", "monitor"),
     ("cli",),
     ("__main__",),
 )
@@ -30,7 +30,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # The same holds for the sub-rooms and files of the controller.
 CONTROLLER_FLOORS = (
-    ("cluster", "datasets"),
+    ("attempts", "cluster", "datasets"),
     ("journal",),
     ("checkpoints", "generation", "learning"),
     ("inputs", "parts", "run_folder"),
@@ -172,6 +172,8 @@ def test_only_their_keepers_know_the_backends() -> None:
         "miles_spmd.cli",
         "miles_spmd.planning.plan",
         "miles_spmd.telemetry.report",
+        "miles_spmd.monitor.status",
+        "miles_spmd.monitor.tail",
         "miles_spmd.protocol.router",
     ],
 )

@@ -23,8 +23,8 @@ class RunConfig(Table):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
     """All randomness (data order, sampling, initialisation) is a function of this number and of identities."""
     overwrite: bool = False
-    """Delete what an earlier run has left in the run folder: results, checkpoints, export. Without it, and without
-    `checkpoint.resume`, a run does not start in a folder that has results."""
+    """Delete what an earlier run has left in the run folder: results, checkpoints, export, and its attempts with their
+    logs. Without it, and without `checkpoint.resume`, a run does not start in a folder that has results."""
     num_rollout: PositiveInt = 100
     """Number of rollouts (`rl`) or of optimizer steps (other modes) in the run."""
 

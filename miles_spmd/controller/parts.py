@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from miles_spmd.config import Config
+from miles_spmd.controller.attempts import AttemptWriter
 from miles_spmd.controller.checkpoints import Checkpoints
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.datasets import Datasets
 from miles_spmd.controller.generation.generation import Generation, RecordedSamples
+from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.journal import Journal, Writers
 from miles_spmd.controller.journal.ledger import LedgerRecorder
 from miles_spmd.controller.journal.metrics import Metrics
@@ -21,6 +24,7 @@ from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.protocol.commands import DigestWeights
 from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.telemetry.progress import open_progress
+from miles_spmd.telemetry.texts import StepLines
 from miles_spmd.telemetry.trackers import open_trackers
 from miles_spmd.telemetry.transcripts import cut_transcripts
 from miles_spmd.types.role import Role
@@ -41,26 +45,32 @@ class RunParts:
 
 
 @contextmanager
-def open_parts(config: Config, cluster: Cluster, task: str, recorded: Path | None = None) -> Iterator[RunParts]:
+def open_parts(
+    config: Config, cluster: Cluster, attempt: AttemptWriter, recorded: Path | None = None
+) -> Iterator[RunParts]:
     """Build the parts of a run, wait for the ranks, and load the checkpoint that the configuration names.
 
     An "eval" reads no training data, and only "train" and "replay" write a ledger, unless the configuration turns it
     off. ``recorded``: the folder of a run whose samples are taken, instead of generating them.
     """
+    task = attempt.record.task
     with ExitStack() as stack:
         tokenizer = Tokenizer(config.model.hf_checkpoint)
         others = [term for one in config.eval_sets for term in one.terms]
-        rewards = stack.enter_context(RewardPool(config.reward, others, config.run_dir / "logs" / "rewards.log"))
+        rewards = stack.enter_context(RewardPool(config.reward, others, attempt.folder / "rewards.log"))
         tracker = stack.enter_context(open_trackers(config))
         progress = stack.enter_context(open_progress(config, training=task != "eval"))
+        lines = StepLines(config.run.name, 0 if task == "eval" else config.run.num_rollout)
         metrics = Metrics(cluster)  # its clock starts here: the first step includes the start
-        journal = Journal(metrics, [Writers(config, tracker, progress)])
+        journal = Journal(metrics, [Writers(config, tracker, progress, attempt, lines)])
         # Data before ranks: an error in a file is reported at once, not after minutes of loading weights.
         data = Datasets(config, tokenizer, training=task != "eval")
         with journal.timed("start"):
             cluster.wait_ready()
+        journal.publish(events.RanksReady(time.time() - attempt.record.start, cluster.seconds))
         checkpoints = Checkpoints(config, cluster)
         start = checkpoints.load()
+        attempt.ready(start.step, [info.host for info in cluster.infos])
         if task in ("train", "replay") and config.determinism.ledger:
             roles = [Role.ACTOR, *([Role.CRITIC] if config.has_critic else [])]
             weights = {role: cluster.call(DigestWeights(role), step=start.step) for role in roles}

@@ -14,7 +14,8 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
@@ -23,8 +24,9 @@ import msgspec
 
 from miles_spmd.config import Config
 from miles_spmd.config.load import config_digest
+from miles_spmd.controller import attempts
 from miles_spmd.controller.cluster.cluster import Cluster
-from miles_spmd.controller.cluster.listener import WorkerError
+from miles_spmd.controller.cluster.listener import WorkerError, WorkerStoppedError
 from miles_spmd.controller.run_folder import outcome
 from miles_spmd.plugins.plug_point import PlugPoint
 from miles_spmd.protocol.last_words import say
@@ -95,30 +97,65 @@ def main(descriptor: int) -> int:
     config = Config.model_validate_json(order.config)
     launcher = _Launcher(pipe)
     PlugPoint.time_limit = config.deadlines.train_timeout
-    log = config.run_dir / "logs" / "controller.log"
+    try:
+        attempt = attempts.begin(config.run_dir, order.task, order.world_size)
+    except OSError as error:
+        say(f"start: {error}; nothing can be written into {config.run_dir}")
+        return 1
+    log = attempt.folder / "controller.log"
     problem = ""
+    state: attempts.State = "finished"
     with Router(order.host, order.world_size) as router:
-        pipe.send_bytes(msgspec.json.encode(router.credentials))
-        cluster = Cluster(router, order.world_size, config.deadlines, config_digest(config), log.parent)
+        members = [msgspec.structs.replace(one, logs=str(attempt.folder)) for one in router.credentials]
+        pipe.send_bytes(msgspec.json.encode(members))
+        cluster = Cluster(router, order.world_size, config.deadlines, config_digest(config), attempt.folder)
         try:
             try:
                 launcher.listen(cluster.interrupt)
                 from miles_spmd.controller.tasks import run  # imports much, while the workers do the same
 
-                run(config, cluster, order.task, order.replay)
+                run(config, cluster, attempt, order.replay)
                 cluster.stop()
             except Exception as error:
                 problem = _explain(error, cluster.place, log, order.task)
+                state = _state(error)
         except Stopped as stopped:
-            problem = cluster.explain(str(stopped))
+            cause = cluster.explain(str(stopped))
+            problem, state = str(cause), "failed" if launcher.gone else _state(cause)
         launcher.ignore()
     if problem:
         say(problem)
-    for line in outcome(config, order.task, order.world_size, finished=not problem):
-        print(line, flush=True)
+    _conclude(attempt, state, problem, config)
     if launcher.gone:
         os.killpg(0, signal.SIGKILL)  # no other process is left to end what this one started
     return 1 if problem else 0
+
+
+def _conclude(attempt: attempts.AttemptWriter, state: attempts.State, problem: str, config: Config) -> None:
+    """Write how the attempt ended, and print what it leaves."""
+    record = attempt.record
+    if problem:
+        attempt.tell(f"ended: {problem}")
+    with _going_on():
+        attempt.end(state, problem or state)
+    for line in outcome(config, record.task, record.ranks, finished=not problem):
+        print(line, flush=True)
+        attempt.tell(line)
+    with _going_on():
+        attempt.close()
+
+
+@contextmanager
+def _going_on() -> Iterator[None]:
+    """A run ends as it does, also where its record cannot be written; the next attempt completes it."""
+    try:
+        yield
+    except OSError as error:
+        print(f"no record:  {error}", flush=True)
+
+
+def _state(error: Exception) -> attempts.State:
+    return "stopped" if isinstance(error, WorkerStoppedError) else "failed"
 
 
 def _explain(error: Exception, place: str, log: Path, task: str) -> str:

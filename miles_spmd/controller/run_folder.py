@@ -22,6 +22,7 @@ from typing import Any, TextIO
 
 from miles_spmd.config import Config
 from miles_spmd.config.load import dump_config
+from miles_spmd.controller.attempts import leftovers
 from miles_spmd.controller.checkpoints import EXPORT, newest
 from miles_spmd.controller.checkpoints import FOLDER as CHECKPOINTS
 from miles_spmd.ledger.chain import FOLDER as LEDGER
@@ -33,7 +34,7 @@ from miles_spmd.types.files import naming, write_whole
 from miles_spmd.types.secrets import scrub
 
 CONFIG_FILE, LOCK_FILE = "config.toml", "lock"
-# All that a run writes, except for its logs, to which every attempt appends.
+# All that a run writes, except for its attempts and their logs: those of a start that failed are worth keeping.
 WRITTEN = (METRICS_FILE, TRANSCRIPTS_FILE, ROLLOUTS_FILE, REPORT_FILE, LEDGER, CHECKPOINTS, TENSORBOARD_FOLDER, EXPORT)
 HAS_RESULTS = ("train", "eval")  # the others: an export, and repetitions in folders that are named after a run's
 
@@ -119,8 +120,8 @@ def claim(config: Config, task: str) -> TextIO | None:
     if task == "export":
         return None
     lock = _lock(folder, keep=True)
-    for name in () if _continues(config, task) else WRITTEN:
-        path = folder / name
+    gone = [] if _continues(config, task) else [folder / name for name in WRITTEN]
+    for path in [*gone, *(leftovers(folder) if config.run.overwrite else [])]:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return lock

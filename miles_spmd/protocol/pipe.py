@@ -44,6 +44,7 @@ class Credentials(msgspec.Struct, frozen=True):
     server_public: str
     client_public: str
     client_secret: str
+    logs: str = ""  # folder of the attempt's logs, which the controller chooses
 
     def __repr__(self) -> str:
         return f"Credentials({self.endpoint})"  # never a secret in a log

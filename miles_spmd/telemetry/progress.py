@@ -16,18 +16,9 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from miles_spmd.config import Config
-from miles_spmd.telemetry.metrics import is_fraction, is_score, phase_times
-from miles_spmd.types.printable import printable
+from miles_spmd.telemetry.metrics import is_score
+from miles_spmd.telemetry.texts import StepLines, seconds, shown
 
-# The numbers of a step that are shown, in this order: name on screen -> metric.
-SHOWN = {
-    "reward": "rollout/raw_reward",
-    "loss": "train/loss",
-    "length": "rollout/response_len",
-    "entropy": "train/entropy_loss",
-    "kl": "train/kl_loss",
-    "grad": "train/grad_norm",
-}
 SECONDS_BETWEEN_LINES = 2.0
 
 
@@ -36,9 +27,10 @@ class Progress:
 
     def __init__(self, config: Config, file: TextIO, steps: int) -> None:
         """Begin the display of a run of ``config`` in ``file``, with ``steps`` steps; 0: it evaluates only."""
-        self._name, self._total, self._file = printable(config.run.name, 200), steps, file
-        self._accuracies = True  # that every score so far can be one
-        self._first: tuple[int, float] | None = None  # steps done at the first update, and when it was
+        self._texts, self._file = StepLines(config.run.name, steps), file
+
+    def tell(self, text: str) -> None:
+        """Show a line about the run."""
 
     def phase(self, name: str) -> None:
         """Show that the run has entered the phase ``name``."""
@@ -49,25 +41,6 @@ class Progress:
     def close(self) -> None:
         """End the display."""
 
-    def _scores(self, metrics: Mapping[str, float]) -> list[str]:
-        """Return the mean accuracy over the evaluation sets as text, or each set's score where one was outside 0..1;
-        nothing in a step without an evaluation."""
-        scores = {name.removeprefix("eval/"): value for name, value in metrics.items() if is_score(name)}
-        self._accuracies = self._accuracies and is_fraction(scores.values())
-        if scores and self._accuracies:
-            return [f"accuracy {sum(scores.values()) / len(scores):.3g}"]
-        of = {name: f" of {printable(name, 80)}" if len(scores) > 1 else "" for name in scores}
-        return [f"score{of[name]} {value:.3g}" for name, value in scores.items()]
-
-    def _eta(self, done: int) -> str:
-        """Return the time left after ``done`` steps as text, from the mean time of the steps so far."""
-        now = time.monotonic()
-        if self._first is None:
-            self._first = done, now  # a resumed run does not start at 0
-            return "-:--"
-        steps = max(done - self._first[0], 1)
-        return clock((now - self._first[1]) / steps * (self._total - done))
-
 
 class PlainProgress(Progress):
     """Prints a line per step, at most one in two seconds; evaluations and the final step always get theirs."""
@@ -75,19 +48,14 @@ class PlainProgress(Progress):
     _last_line = -SECONDS_BETWEEN_LINES
 
     def update(self, done: int, metrics: Mapping[str, float]) -> None:
-        now, eta, scores = time.monotonic(), self._eta(done), self._scores(metrics)
-        if now - self._last_line < SECONDS_BETWEEN_LINES and done < self._total and not scores:
-            return
-        self._last_line = now
-        place = f"step {done}/{self._total}" if self._total else f"evaluation after {done} steps"
-        parts = [
-            f"{self._name}: {place}",
-            *scores,
-            *shown(metrics),
-            seconds(metrics),
-            f"eta {eta}" if self._total else "",
-        ]
-        print("  ".join(part for part in parts if part), file=self._file, flush=True)
+        now, line = time.monotonic(), self._texts.line(done, metrics)
+        wanted = done >= self._texts.total or any(map(is_score, metrics))
+        if wanted or now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            print(line, file=self._file, flush=True)
+
+    def tell(self, text: str) -> None:
+        print(f"{self._texts.name}: {text}", file=self._file, flush=True)
 
 
 class RichProgress(Progress):
@@ -105,7 +73,7 @@ class RichProgress(Progress):
             TextColumn("[cyan]{task.fields[phase]:<9}"),
             expand=True,
         )
-        self._task = self._bar.add_task(escape(self._name), total=self._total or None, eta="-:--", phase="start")
+        self._task = self._bar.add_task(escape(self._texts.name), total=steps or None, eta="-:--", phase="start")
         self._live = Live(self._bar, console=Console(file=file), refresh_per_second=4)
         self._live.start()
 
@@ -113,10 +81,13 @@ class RichProgress(Progress):
         self._bar.update(self._task, phase=name)
 
     def update(self, done: int, metrics: Mapping[str, float]) -> None:
-        self._bar.update(self._task, completed=done, eta=self._eta(done))
-        self._newest = self._scores(metrics) or self._newest
+        self._bar.update(self._task, completed=done, eta=self._texts.eta(done))
+        self._newest = self._texts.scores(metrics) or self._newest
         numbers = [*self._newest, *shown(metrics)]
         self._live.update(Group(self._bar, Text("  ".join(numbers), "green"), Text(seconds(metrics), "dim")))
+
+    def tell(self, text: str) -> None:
+        self._live.console.print(Text(f"{self._texts.name}: {text}"))
 
     def close(self) -> None:
         self.phase("")
@@ -137,25 +108,3 @@ def open_progress(config: Config, file: TextIO | None = None, *, training: bool 
         kind = "rich" if file.isatty() else "plain"
     with closing(KINDS[kind](config, file, config.run.num_rollout if training else 0)) as progress:
         yield progress
-
-
-# --- texts ----------------------------------------------------------------------------------------------------------
-
-
-def shown(metrics: Mapping[str, float]) -> list[str]:
-    """Return the numbers of a step as texts such as ``loss 0.01``."""
-    return [f"{word} {metrics[name]:.3g}" for word, name in SHOWN.items() if name in metrics]
-
-
-def seconds(metrics: Mapping[str, float]) -> str:
-    """Return the time of a step as ``1.42 s (rollout 0.61, train 0.70)``."""
-    total = metrics.get("perf/step_time")
-    phases = ", ".join(f"{phase} {value:.2f}" for phase, value in phase_times(metrics).items() if value >= 0.005)
-    return "" if total is None else f"{total:.2f} s" + (f" ({phases})" if phases else "")
-
-
-def clock(duration: float) -> str:
-    """Return a duration in seconds as a clock shows it: 3725.2 as ``1:02:05``, 65 as ``1:05``."""
-    minutes, rest = divmod(round(duration), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -18,7 +18,7 @@ import msgspec
 from miles_spmd.telemetry.environment import ENVIRONMENT_FILE, Environment
 from miles_spmd.telemetry.json_lines import Lines
 from miles_spmd.telemetry.metrics import PHASES, describe, is_fraction, is_score
-from miles_spmd.telemetry.progress import clock
+from miles_spmd.telemetry.texts import clock
 from miles_spmd.telemetry.trackers import METRICS_FILE, by_step, missing_steps
 from miles_spmd.telemetry.transcripts import ROLLOUTS_FILE, TRANSCRIPTS_FILE, Rollout, Transcript
 from miles_spmd.types.files import write_whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import io
@@ -51,16 +52,16 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
     controller = None
     if place.rank == 0:  # first, so that the two processes import in parallel
         controller = ControllerProcess(config, task, place.host, place.world_size, replay)
-    logs = config.run_dir / "logs"
+    early = config.run_dir / "logs" / f"rank-{place.rank}.starting.log"  # until the attempt's folder is known
     try:
-        terminal, log = redirect_output(logs / f"rank-{place.rank}.log")
+        terminal, log = redirect_output(early)
     except OSError as error:
         problem = f"rank {place.rank} ({HOST}), start: the log cannot be written: {error}"
         if controller is None or controller.stop(problem):
             say(problem)
         return 1
     first_node = place.rank < place.local_world_size
-    stacks = logs / f"rank-{place.rank}.stacks"
+    stacks = early.with_suffix(".stacks")
     watchdog = Watchdog(place.rank, terminal, stacks, controller, beside_controller=first_node)
     watchdog.enter(Phase.START, 0, config.deadlines.start_timeout)
     watchdog.start()
@@ -89,7 +90,8 @@ def serve(
     watch = Stopwatch()
     with watch("join"):
         credentials, side = join(config, place, controller)
-    watchdog.connect(credentials, config.deadlines.heartbeat_timeout)
+    log.move(Path(credentials.logs) / f"rank-{place.rank}.log")
+    watchdog.connect(credentials, config.deadlines.heartbeat_timeout, log.path.with_suffix(".stacks"))
     dealer = Dealer(credentials, config.deadlines.heartbeat_timeout)
     try:
         worker = build(config, task, place, side, dealer, watch, watchdog)
@@ -214,6 +216,12 @@ class Log(io.FileIO):
         except OSError as error:
             self.error = OSError(error.errno, error.strerror, str(self.path))
             return len(data)
+
+    def move(self, path: Path) -> None:
+        """Go on as ``path``. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError):  # the controller, which ends the run, has collected it
+            self.path.rename(path)
+        self.path = path
 
     def check(self) -> None:
         if self.error is not None:

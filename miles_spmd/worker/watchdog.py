@@ -81,8 +81,10 @@ class Watchdog(threading.Thread):
 
     # --- for the main thread -----------------------------------------------------------------------------------------
 
-    def connect(self, credentials: Credentials, silence: float) -> None:
-        """Send heartbeats from now on. The controller counts as lost after ``silence`` seconds without its machine."""
+    def connect(self, credentials: Credentials, silence: float, stacks: Path | None = None) -> None:
+        """Send heartbeats from now on. The controller counts as lost after ``silence`` seconds without its machine.
+        ``stacks``: where they go from now on."""
+        self._stacks = stacks or self._stacks
         self._dealer = Dealer(credentials, silence)
         self._waker.send(b"\0")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from miles_spmd.controller import attempts
 from miles_spmd.controller.journal.events import (
     BatchStarted,
     Event,
@@ -18,6 +20,7 @@ from miles_spmd.controller.journal.events import (
 )
 from miles_spmd.controller.journal.journal import Journal, Writers
 from miles_spmd.controller.journal.metrics import Metrics
+from miles_spmd.telemetry.texts import StepLines
 from miles_spmd.telemetry.trackers import Trackers
 from miles_spmd.types.role import Role
 
@@ -73,7 +76,7 @@ def test_a_report_has_what_happened_since_the_last_one() -> None:
     assert second.metrics.keys() == {"perf/step_time", "memory/train"}
 
 
-def test_a_phase_ends_and_is_counted_when_its_block_raises() -> None:
+def test_a_phase_ends_and_is_counted_when_its_block_raises(tmp_path: Path) -> None:
     class Display:
         phases: list[str] = []
 
@@ -87,7 +90,9 @@ def test_a_phase_ends_and_is_counted_when_its_block_raises() -> None:
             raise KeyError("x")
 
     collector = Collector()
-    run = journal(collector, Writers(None, Trackers([]), Display()))  # type: ignore[arg-type]
+    attempt = attempts.begin(tmp_path, "train", 1)
+    writers = Writers(None, Trackers([]), Display(), attempt, StepLines("x", 1))  # type: ignore[arg-type]
+    run = journal(collector, writers)
     for _ in range(2):
         with pytest.raises(KeyError):
             fails()

@@ -49,7 +49,7 @@ def test_an_error_before_any_worker_is_there(start: Start, tmp_path: Path, capfd
     error = capfd.readouterr().err
     assert error.startswith(f"miles-spmd: start: TokenizerError: {tmp_path}/tokenizer.json does not exist")
     assert error.count("\n") == 1
-    assert "Traceback" in (tmp_path / "runs" / "tiny" / "logs" / "controller.log").read_text()
+    assert "Traceback" in (tmp_path / "runs" / "tiny" / "logs" / "latest" / "controller.log").read_text()
 
 
 def test_told_to_stop_it_says_why_and_who_is_missing(start: Start, capfd: pytest.CaptureFixture[str]) -> None:

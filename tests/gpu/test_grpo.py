@@ -41,7 +41,7 @@ def run_settings(folder: Path, name: str) -> list[str]:
 
 
 def logs(run: Path) -> str:
-    return "".join(f"{log.name}:\n{log.read_text()[-3000:]}\n" for log in (run / "logs").glob("*.log"))
+    return "".join(f"{log.name}:\n{log.read_text()[-3000:]}\n" for log in (run / "logs" / "latest").glob("*.log"))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_two_nodes(warm: Path) -> None:
         _, error = node.communicate(timeout=240)
         assert node.returncode == 0, error[-4000:] + logs(warm / "nodes")
     metrics = read_metrics(warm / "nodes" / METRICS_FILE)
-    assert " node1 " in (warm / "nodes" / "logs" / "rank-1.log").read_text()
+    assert " node1 " in (warm / "nodes" / "logs" / "latest" / "rank-1.log").read_text()
     assert max(series(metrics, "train/train_rollout_logprob_abs_diff_max")) < LARGEST_FP32
     assert set(series(metrics, "refit/checksum_mismatches")) == {0.0}
     machine.measured(

@@ -41,5 +41,5 @@ def test_it_is_said_before_anything_is_built(
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=os.environ | variables)
     assert done.returncode
     assert message in done.stderr
-    for log in (tmp_path / "runs" / "tiny" / "logs").glob("rank-*.log"):
+    for log in (tmp_path / "runs" / "tiny" / "logs" / "latest").glob("rank-*.log"):
         assert "memory, " not in log.read_text()

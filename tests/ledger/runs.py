@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from miles_spmd.config import Config
 from miles_spmd.config.load import config_digest, dump_config, load_config
+from miles_spmd.controller import attempts
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.loops import replay
 from miles_spmd.controller.tasks import run
@@ -72,10 +73,13 @@ def train(ranks: Ranks, config: Config, size: int = 1, wanted: Replay | None = N
     arguments = (size, serve, config.model_dump_json(), credentials, lasts.name)
     thread = threading.Thread(target=ranks.run, args=arguments)
     thread.start()
-    workers = Cluster(router, size, config.deadlines, config_digest(config), config.run_dir / "logs")
+    attempt = attempts.begin(config.run_dir, "train" if wanted is None else "replay", size)
+    workers = Cluster(router, size, config.deadlines, config_digest(config), attempt.folder)
     try:
-        run(config, workers, "train" if wanted is None else "replay", wanted)
+        run(config, workers, attempt, wanted)
         workers.stop()
+        attempt.end("finished", "finished")
+        attempt.close()
     finally:
         lasts.cleanup()
         router.close()

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from miles_spmd.telemetry import progress
-from miles_spmd.telemetry.progress import clock, open_progress
+from miles_spmd.telemetry.progress import open_progress
+from miles_spmd.telemetry.texts import clock
 from tests.telemetry.runs import make_config, step_metrics
 
 

@@ -165,6 +165,9 @@ def test_every_metric_that_is_written_is_described_and_the_reverse() -> None:
     workers = "".join(path.read_text() for path in controller.with_name("worker").rglob("*.py"))
     memory = {*re.findall(r'\.note\("(\w+)"', workers), *set(Phase) - {Phase.IDLE, Phase.STOP}}
     written |= {f"memory/{name}" for name in memory}
+    building = "".join((controller.with_name("worker") / name).read_text() for name in ("main.py", "worker.py"))
+    parts = {*re.findall(r'\bwatch\("(\w+)"', building), "refit_plan"}  # of the start
+    written |= {f"start/{name}" for name in (*parts, "total")}
     assert set(METRICS) == written | {f"perf/{phase}_time" for phase in phases}
     assert set(PHASES) == phases
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from miles_spmd.config import Config
 from miles_spmd.config.load import config_digest, load_config
+from miles_spmd.controller import attempts
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.tasks import run
 from miles_spmd.ledger.chain import Record, read_record
@@ -75,11 +76,13 @@ def train(ranks: Ranks, world_size: int, recipe: Path, folder: Path, *overrides:
     arguments = world_size, serve, msgspec.json.encode(router.credentials), config
     thread = threading.Thread(target=_keep, args=(errors, lambda: ranks.run(*arguments)))
     thread.start()
-    workers = Cluster(router, world_size, config.deadlines, config_digest(config), config.run_dir / "logs")
+    attempt = attempts.begin(config.run_dir, "train", world_size)
+    workers = Cluster(router, world_size, config.deadlines, config_digest(config), attempt.folder)
     try:
-        run(config, workers)
+        run(config, workers, attempt)
         workers.stop()
     finally:
+        attempt.end("finished", "finished")
         router.close()
         thread.join()
         assert not errors, errors[0]  # it explains what the controller says

@@ -113,14 +113,14 @@ class Launched:
         found: dict[int, int] = {}
 
         def look() -> bool:
-            for log in self.run_dir.glob("logs/rank-*.log"):
+            for log in self.run_dir.glob("logs/**/rank-*.log"):
                 started = re.match(r"--- .* pid (\d+)\n", log.read_text())
                 if started:
                     status = Path(f"/proc/{started[1]}/status").read_text()
                     caught = re.search(r"SigCgt:\s*(\w+)", status)
                     assert caught
                     if int(caught[1], 16) >> (signal.SIGTERM - 1) & 1:
-                        found[int(log.stem.removeprefix("rank-"))] = int(started[1])
+                        found[int(log.name.removeprefix("rank-").split(".")[0])] = int(started[1])
             return len(found) == 2
 
         self._wait_for(look, START_SECONDS)
@@ -142,7 +142,7 @@ class Launched:
         return (self.folder / "stderr").read_text()
 
     def report(self) -> str:
-        logs = sorted(self.run_dir.glob("logs/*"))
+        logs = sorted(self.run_dir.glob("logs/attempt_*/*"))
         return "\n".join([self.stderr(), *(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in logs)])
 
     def _wait_for(self, condition: Callable[[], bool], seconds: float) -> None:
@@ -192,7 +192,7 @@ def test_without_a_failure_all_is_quiet(launch: Launch, engines: int) -> None:
     assert not run.processes()
     metrics = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["step"] == 3
-    assert not (run.run_dir / "logs" / "controller.log").exists()
+    assert not (run.run_dir / "logs" / "latest" / "controller.log").exists()
 
 
 # --- a process dies --------------------------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ def test_an_exception_in_a_worker_is_named(launch: Launch) -> None:
     message = run.finish(START_SECONDS)
     assert message.startswith("rank 1 (")
     assert "train, step 0: RuntimeError: the deed is done (traceback in " in message
-    assert 'raise RuntimeError("the deed is done")' in (run.run_dir / "logs" / "controller.log").read_text()
+    assert 'raise RuntimeError("the deed is done")' in (run.run_dir / "logs" / "latest" / "controller.log").read_text()
 
 
 @pytest.mark.parametrize(("phase", "helps"), [(Phase.TRAIN, "train.max_tokens_per_gpu"), (Phase.ROLLOUT, "sglang.")])
@@ -387,7 +387,7 @@ def test_too_little_memory_is_said_at_the_start(launch: Launch) -> None:
     assert "training takes at least" in warning
     assert "What helps: lower train.max_tokens_per_gpu" in warning
     for rank in (0, 1):
-        assert "warning: training takes at least" in (run.run_dir / "logs" / f"rank-{rank}.log").read_text()
+        assert "warning: training takes at least" in (run.run_dir / "logs" / "latest" / f"rank-{rank}.log").read_text()
     metrics = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["step"] == 3
 
@@ -474,5 +474,5 @@ def test_a_missed_deadline_ends_the_run_with_stacks(launch: Launch) -> None:
     report = run.stderr()
     assert "do_deed (held.py:" in report  # where rank 1 is
     assert "rank 0 (" in report
-    assert "do_deed" in (run.run_dir / "logs" / "rank-1.stacks").read_text()
-    assert "all_reduce" in (run.run_dir / "logs" / "rank-0.stacks").read_text()  # where it waits for rank 1
+    assert "do_deed" in (run.run_dir / "logs" / "latest" / "rank-1.stacks").read_text()
+    assert "all_reduce" in (run.run_dir / "logs" / "latest" / "rank-0.stacks").read_text()  # where it waits for rank 1

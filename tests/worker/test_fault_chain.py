@@ -259,9 +259,11 @@ class Chain:
         if name == "launcher":
             return run.launcher.pid
         if name.startswith("rank_"):
-            log = self.run_dir / "logs" / f"{name.replace('_', '-')}.log"
-            known = re.findall(r"^--- .* pid (\d+)$", log.read_text(), re.MULTILINE) if log.exists() else []
-            return next((pid for pid in run.processes() if known and pid == int(known[-1])), None)
+            name = name.replace("_", "-")
+            logs = [self.run_dir / "logs" / f"{name}.starting.log", self.run_dir / "logs" / "latest" / f"{name}.log"]
+            texts = [log.read_text() for log in logs if log.exists()]
+            known = {int(pid) for text in texts for pid in re.findall(r"^--- .* pid (\d+)$", text, re.MULTILINE)}
+            return next((pid for pid in run.processes() if pid in known), None)
         part = {"controller": b"miles_spmd.controller\0", "reward": b"miles_spmd.rewards.process"}[name]
         for pid in run.processes():
             with contextlib.suppress(OSError):  # it has ended meanwhile

@@ -112,10 +112,10 @@ class Cluster:
         """Raise ``error``, for the handler of a signal, now or as soon as no event from a rank is lost by it."""
         self._listener.interrupt(error)
 
-    def explain(self, reason: str) -> str:
+    def explain(self, reason: str) -> WorkerError:
         """The reason why the run ends after the controller was told to stop for ``reason``: an error of a rank, if
         there is one, explains more."""
-        return str(self._listener.cause() or self._listener.stopped(reason))
+        return self._listener.cause() or self._listener.stopped(reason)
 
     # --- one command -------------------------------------------------------------------------------------------------
 

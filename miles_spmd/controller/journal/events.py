@@ -30,6 +30,13 @@ class PhaseFinished(Event, frozen=True):
     seconds: float
 
 
+class RanksReady(Event, frozen=True):
+    """Every rank is built, ``seconds`` after the attempt began. ``by_rank``: the seconds of the parts of its start."""
+
+    seconds: float
+    by_rank: Sequence[Mapping[str, float]]
+
+
 class RolloutFinished(Event, frozen=True):
     """All samples of a step are generated and scored."""
 

@@ -8,9 +8,11 @@ from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 from miles_spmd.config import Config
+from miles_spmd.controller.attempts import AttemptWriter
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.ledger import LedgerRecorder
 from miles_spmd.controller.journal.metrics import Metrics
+from miles_spmd.telemetry import texts
 from miles_spmd.telemetry.progress import Progress
 from miles_spmd.telemetry.trackers import Trackers
 from miles_spmd.telemetry.transcripts import write_rollout, write_transcripts
@@ -22,21 +24,34 @@ class Observer(Protocol):
 
 
 class Writers:
-    """Observes a run for people: metrics go to the trackers, phase and metrics to the progress display, and
-    responses to files: some of each evaluation, and the best and the worst one of each training step."""
+    """Observes a run for people: metrics go to the trackers, phase and metrics to the progress display and to what
+    those see who are not at the run's terminal, and responses to files: some of each evaluation, and the best and the
+    worst one of each training step."""
 
-    def __init__(self, config: Config, trackers: Trackers, progress: Progress) -> None:
+    def __init__(
+        self, config: Config, trackers: Trackers, progress: Progress, attempt: AttemptWriter, lines: texts.StepLines
+    ) -> None:
         self._config, self._trackers, self._progress = config, trackers, progress
+        self._attempt, self._lines = attempt, lines
 
     def observe(self, event: events.Event) -> None:
         match event:
             case events.PhaseStarted(phase):
                 self._progress.phase(phase)
+                self._attempt.phase(phase)
             case events.PhaseFinished():
                 self._progress.phase("")
+                self._attempt.phase("")
+            case events.RanksReady(seconds, by_rank):
+                self._progress.tell(texts.start(by_rank, seconds))
+                self._attempt.tell(f"{self._lines.name}: {texts.start(by_rank, seconds)}")
             case events.MetricsReported(step, metrics):
                 self._trackers.log(step, metrics)
                 self._progress.update(step, metrics)
+                self._attempt.step(step)
+                self._attempt.tell(self._lines.line(step, metrics))
+            case events.CheckpointWritten(step):
+                self._attempt.tell(f"{self._lines.name}: checkpoint after {step} steps")
             case events.EvaluationFinished(step, _, samples) if samples:
                 write_transcripts(self._config, step, samples)
             case events.RolloutFinished(step, groups):

@@ -14,6 +14,7 @@ from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.journal import events
 from miles_spmd.protocol.messages import TrainerRank
 from miles_spmd.protocol.results import TrainResult
+from miles_spmd.telemetry.texts import slowest
 from miles_spmd.types.sample import FinishReason
 from miles_spmd.types.train_sequence import TrainSequence
 
@@ -57,6 +58,9 @@ class Metrics:
         match event:
             case events.PhaseFinished(phase, seconds):
                 self._increase(f"perf/{phase}_time", seconds)
+            case events.RanksReady(seconds, by_rank):
+                self._values["start/total"] = seconds
+                self._values |= {f"start/{part}": value for part, value in by_rank[slowest(by_rank)].items()}
             case events.BatchStarted():
                 self._increase("train/tokens", float(event.tokens))
             case events.UpdateFinished():
