@@ -53,12 +53,12 @@ def open_parts(config: Config, cluster: Cluster, task: str, recorded: Path | Non
         tracker = stack.enter_context(open_trackers(config))
         progress = stack.enter_context(open_progress(config, training=task != "eval"))
         metrics = Metrics(cluster)  # its clock starts here: the first step includes the start
-        journal = Journal(metrics, [Writers(config, tracker, progress)])
+        checkpoints = Checkpoints(config, cluster)
+        journal = Journal(metrics, [Writers(config, tracker, progress), checkpoints])
         # Data before ranks: an error in a file is reported at once, not after minutes of loading weights.
         data = Datasets(config, tokenizer, training=task != "eval")
         with journal.timed("start"):
             cluster.wait_ready()
-        checkpoints = Checkpoints(config, cluster)
         start = checkpoints.load()
         if task in ("train", "replay") and config.determinism.ledger:
             roles = [Role.ACTOR, *([Role.CRITIC] if config.has_critic else [])]
@@ -69,4 +69,5 @@ def open_parts(config: Config, cluster: Cluster, task: str, recorded: Path | Non
         policy = Policy(config, cluster, journal, parity)
         generation = Generation(config, cluster, tokenizer, rewards, data, journal)
         samples = generation if recorded is None else RecordedSamples(config, recorded, data, journal)
+        stack.enter_context(checkpoints.completed(journal))
         yield RunParts(config, start.step, data, policy, generation, samples, journal, checkpoints)

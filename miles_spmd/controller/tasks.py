@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from miles_spmd.config import Config
-from miles_spmd.controller.checkpoints import Checkpoints
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.loops import replay, sync
 from miles_spmd.controller.parts import open_parts
@@ -13,13 +12,8 @@ from miles_spmd.protocol.pipe import Replay
 
 
 def run(config: Config, cluster: Cluster, task: str = "train", order: Replay | None = None) -> None:
-    """Do ``task`` ("train", "eval", "export", or "replay" or "bisect" as ``order`` says) with connected ranks. Raises
-    the error that ends the run."""
-    if task == "export":
-        checkpoints = Checkpoints(config, cluster)
-        checkpoints.load()
-        checkpoints.export()
-        return
+    """Do ``task`` ("train", "eval", or "replay" or "bisect" as ``order`` says) with connected ranks. Raises the error
+    that ends the run."""
     recorded = Path(order.run) if order is not None and order.phase == "train" else None
     with open_parts(config, cluster, task, recorded) as parts:
         match task, order:
