@@ -128,11 +128,12 @@ def mark(folder: Path, state: ControllerState) -> None:
 
 def point_to(folder: Path) -> None:
     """Let ``latest`` be a link to ``folder``; a file system without symbolic links has none, and nothing needs it."""
-    scratch = folder.with_name(f".{LATEST}.{os.getpid()}")
+    scratch, latest = folder.with_name(f".{LATEST}.{os.getpid()}"), folder.with_name(LATEST)
     with contextlib.suppress(OSError):
-        scratch.unlink(missing_ok=True)
+        if latest.is_dir() and not latest.is_symlink():  # of a run folder that was copied without links
+            shutil.rmtree(latest)
         scratch.symlink_to(folder.name)
-        scratch.replace(folder.with_name(LATEST))
+        scratch.replace(latest)
 
 
 def _sync(folder: Path) -> None:

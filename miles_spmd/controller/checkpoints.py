@@ -28,12 +28,12 @@ from miles_spmd.controller.journal.ledger import Start
 from miles_spmd.ledger.chain import links
 from miles_spmd.ledger.entries import LedgerError
 from miles_spmd.planning.memory_estimate import checkpoint_bytes
+from miles_spmd.planning.release import sized
 from miles_spmd.protocol.commands import ExportModel, FinishSave, LoadCheckpoint, SaveCheckpoint
 from miles_spmd.protocol.last_words import warn
 from miles_spmd.protocol.results import SaveProgress
 
 SAVE_FILE = "save"  # in the run folder: whoever makes it asks for a checkpoint at the end of the step
-GIB = 2**30
 
 
 class SaveError(RuntimeError):
@@ -196,7 +196,7 @@ class Checkpoints:
         needed, free = self._size, shutil.disk_usage(self._config.run_dir).free
         if free > needed:
             return ""
-        return f"it takes {needed / GIB:.2f} GiB, and the file system of {self._config.run_dir} has {free / GIB:.2f}"
+        return f"it takes {sized(needed)}, and the file system of {self._config.run_dir} has {sized(free)}"
 
     @functools.cached_property
     def _size(self) -> int:

@@ -16,7 +16,7 @@ from miles_spmd.planning.memory_estimate import (
     needed_tokens,
 )
 from miles_spmd.planning.parallel_layout import Groups, ParallelLayout
-from miles_spmd.planning.release import CONTEXT, GIB, Release, peaks, planned_release, remedies
+from miles_spmd.planning.release import CONTEXT, GIB, Release, peaks, planned_release, remedies, sized
 
 MAX_RANKS = 16  # listed one by one
 RELEASED = {
@@ -123,7 +123,7 @@ def _schedule(config: Config, layout: ParallelLayout) -> Iterator[str]:
             yield f"  evaluation    every {interval} and at both ends{each}"
             yield f"                {', '.join(names)}"
     if config.checkpoint.save_interval:
-        yield f"  checkpoint    every {config.checkpoint.save_interval}, {_size(checkpoint_bytes(config))} each"
+        yield f"  checkpoint    every {config.checkpoint.save_interval}, {sized(checkpoint_bytes(config))} each"
     yield f"  in total      {ending}"
 
 
@@ -189,10 +189,6 @@ def _fit(config: Config, layout: ParallelLayout, m: MemoryEstimate, device_gib: 
     )
     if training > device:
         yield f"  does not fit: training needs more than {where}. {remedies(config, 'training')}"
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / GIB:,.4g} GiB" if nbytes > GIB / 100 else f"{nbytes / 2**20:,.3g} MiB"
 
 
 def _count(parameters: int) -> str:

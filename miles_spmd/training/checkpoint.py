@@ -99,7 +99,7 @@ class TrainerCheckpoint:
 
     def content(self) -> Content:
         """Return what this rank holds; the tensors are the trainer's own."""
-        held, kinds = [], set()
+        held, kinds = list[Held](), set[str]()
         for name, parameter in self._parameters.items():
             # the last pipeline stage's copy of tied embeddings is updated like the first stage's
             if parameter not in self._shares or getattr(parameter, "shared", False):

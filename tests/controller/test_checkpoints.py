@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -32,6 +33,7 @@ from miles_spmd.controller.checkpoint_folders import (
 )
 from miles_spmd.ledger.chain import verify
 from miles_spmd.ledger.compare import compare
+from miles_spmd.planning.memory_estimate import checkpoint_bytes
 from miles_spmd.telemetry.trackers import read_metrics
 from tests.damages import delete, flip, truncate
 from tests.ledger.runs import Recipe, train
@@ -174,6 +176,32 @@ def test_changes_at_a_resume(ranks: Ranks, recipe: Recipe, finished: Path) -> No
     train(ranks, recipe.config("longer", *SFT, *again))
     if verify(folder).contexts[-1].code == record.contexts[-1].code:  # nobody has changed a file meanwhile
         assert (folder / "ledger" / "chain.jsonl").read_bytes() == chain
+
+
+def test_without_room_a_checkpoint_is_not_begun(
+    ranks: Ranks,
+    recipe: Recipe,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The run goes on, and its ledger is that of a run with a larger disk."""
+    usage = shutil.disk_usage(finished)
+    answers = [usage._replace(free=100)]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: answers.pop() if answers else usage)
+    folder = train(ranks, recipe.config("full", *SFT))
+    said = capfd.readouterr().err
+    assert "warning: the checkpoint of step 2 could not be written: it takes 0." in said
+    assert f"MiB, and the file system of {folder} has 9.54e-05 MiB; there is no other one; the run goes on" in said
+    assert list(complete(folder)) == [4]
+    assert same_ledger(folder, finished)
+
+
+def test_its_size_is_known_before(recipe: Recipe, finished: Path) -> None:
+    folder = step_folder(finished, 4) / "actor"
+    (index,) = [json.loads(path.read_bytes()) for path in folder.glob("*.json")]
+    random_state = sum(t["shape"][0] * t["shape"][1] for name, t in index["tensors"].items() if "random." in name)
+    assert checkpoint_bytes(recipe.config("finished", *SFT)) == index["size"] - random_state
 
 
 @pytest.mark.parametrize(

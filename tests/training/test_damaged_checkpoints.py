@@ -82,11 +82,11 @@ def test_every_damage_is_found(ranks: Ranks, tmp_path: Path) -> None:
 
 def test_nothing_in_a_checkpoint_is_executed(ranks: Ranks, tmp_path: Path) -> None:
     """Pickles in the place of each file, and beside them by the names of torch's format."""
-    mark = tmp_path / "executed"
+    executed = tmp_path / "executed"
 
     class Harmful:
         def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
-            return os.mkdir, (str(mark),)
+            return os.mkdir, (str(executed),)
 
     run = config("qwen3", TP2, run={"mode": "sft", "num_rollout": 5})
     ranks.run(2, saved, run, str(tmp_path / "run"))
@@ -99,4 +99,4 @@ def test_nothing_in_a_checkpoint_is_executed(ranks: Ranks, tmp_path: Path) -> No
         (copy / name).write_bytes(harmful)
         said = ranks.run(2, found, run, [str(copy)])
         assert any(message for (message,) in said) == (folder / name).exists(), name
-        assert not mark.exists()
+        assert not executed.exists()
