@@ -34,7 +34,10 @@ def measure(config: Config, folder: str, repeats: int) -> list[Row]:
 def _row(trainer: Trainer, config: Config, folder: Path, repeats: int, offloaded: bool) -> Row:
     batch, saving = random_batch(trainer.family, 1, 16, 1), BackgroundSave()
     stage(f"saves of {'an offloaded' if offloaded else 'a resident'} trainer")
+    if offloaded:
+        trainer.offload.move_out()
     reserve, _ = timed(lambda: saving.reserve({"actor": trainer.checkpoint.content()}))
+    trainer.offload.move_in()
     blocking, writing, step, beside, load, nbytes = [], [], [], [], [], 0
     for repeat in range(WARM_UP + repeats):
         alone = timed(lambda: trainer.train_step(batch))[0]

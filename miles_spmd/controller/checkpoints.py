@@ -229,6 +229,8 @@ class Checkpoints:
         if candidates:
             raise ResumeError(f"no checkpoint of {run_dir} can be loaded: {'; '.join(problems)}")
         if settings.load is None:
+            if settings.resume and (left := folders.unfinished(run_dir)):
+                warn(f"{left[-1]} was not finished when its run ended, and no other is there: the run begins anew")
             return Start()
         try:
             return self._load(settings.load)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from miles_spmd.config import Config
+from miles_spmd.training import background_save
 from miles_spmd.training.checkpoint import TrainerCheckpointError
 from tests.models import tiny
 from tests.ranks import Ranks
@@ -119,6 +122,36 @@ def test_the_configuration_decides_the_learning_rate(ranks: Ranks, tmp_path: Pat
     other = {"run": {"mode": "sft", "num_rollout": 6}, "train": {"lr_decay_style": "linear"}}
     ((_, fourth), (_, fifth)) = ranks.run(1, history, config("qwen3", {"lr": 0.6}, **other), folder, 2, True)[0]
     assert [fourth, fifth] == pytest.approx([0.3, 0.2])
+
+
+def saved_beside_training(run: Config, folder: Path, offloads: bool) -> bool:
+    """Whether a save has written the state that it began with, although the trainer made an update before anything was
+    written."""
+    trainer, go, write = build(run), threading.Event(), background_save.write
+    micro_batches = share(BATCH, trainer)
+    trainer.train_step(micro_batches)
+    save(trainer, folder / "alone")
+    saving = background_save.BackgroundSave()
+    background_save.write = lambda *args: write(*args) if go.wait() else None  # type: ignore[assignment]
+    try:
+        if offloads:
+            trainer.offload.move_out()
+        saving.start(folder, {"beside": trainer.checkpoint.content()})
+        trainer.offload.move_in()
+        trainer.train_step(micro_batches)
+        assert not saving.progress(wait=False).done
+        go.set()
+        assert not saving.progress(wait=True).problem
+    finally:
+        background_save.write = write
+    one, other = (folder / name / f"rank_{dist.get_rank():05d}.bin" for name in ("alone", "beside"))
+    return one.read_bytes() == other.read_bytes() and one.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("offloads", [False, True])
+def test_what_is_written_beside_training_is_what_was_there(ranks: Ranks, tmp_path: Path, offloads: bool) -> None:
+    run = config("qwen3_moe", LAYOUTS["EP2+distributed"][1] | ADAM, model={"dtype": "bfloat16"}, **RUN)
+    assert ranks.run(2, saved_beside_training, run, tmp_path, offloads) == [True, True]
 
 
 def loading_errors(run: Config, folders: list[Path], saves: bool = False) -> list[str]:
