@@ -165,7 +165,7 @@ class Checkpoints:
 
     def _fail(self, problem: str, ends: bool = False) -> None:
         """Remove what the save has written, so that a full disk has room again, and say why. Raises SaveError where it
-        is the second one, unless the run ``ends``, which says it then."""
+        is the second one, unless the run ``ends``, which then reports it."""
         assert self._saving is not None
         step, scratch = self._saving.state.step, self._saving.scratch
         if scratch.name.endswith(folders.INCOMPLETE):
@@ -173,7 +173,7 @@ class Checkpoints:
         before = folders.newest(self._config.run_dir)
         self._problem = (
             f"the checkpoint of step {step} could not be written: {problem}; "
-            f"{'there is no other one' if before is None else f'the newest is {before}'}"
+            f"{'no other one exists' if before is None else f'the newest is {before}'}"
         )
         self._failures += 1
         self._end(self._saving)

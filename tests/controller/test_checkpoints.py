@@ -192,7 +192,7 @@ def test_without_room_a_checkpoint_is_not_begun(
     folder = train(ranks, recipe.config("full", *SFT))
     said = capfd.readouterr().err
     assert "warning: the checkpoint of step 2 could not be written: it takes 0." in said
-    assert f"MiB, and the file system of {folder} has 9.54e-05 MiB; there is no other one; the run goes on" in said
+    assert f"MiB, and the file system of {folder} has 9.54e-05 MiB; no other one exists; the run goes on" in said
     assert list(complete(folder)) == [4]
     assert same_ledger(folder, finished)
 

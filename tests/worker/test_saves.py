@@ -80,7 +80,7 @@ def test_checkpoints_without_room(tmp_path: Path) -> None:
     folder = run.run_dir / "checkpoints"
     assert warned.startswith("miles-spmd: warning: the checkpoint of step 2 could not be written: [Errno 27] File too")
     file = folder / "step_000002.incomplete" / "actor" / "rank_00000.bin"
-    assert f"'{file}'; there is no other one; the run goes on" in warned
+    assert f"'{file}'; no other one exists; the run goes on" in warned
     assert "SaveError: the checkpoint of step 4 could not be written: [Errno 27] File too large" in ended
     assert ended.split(" (traceback in ")[0].endswith("raise the limit, and continue with checkpoint.resume=true")
     assert list(folder.iterdir()) == []
