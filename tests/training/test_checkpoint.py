@@ -24,13 +24,17 @@ from tests.training.cases import (
     TP2,
     VPP2,
     ZERO,
+    Held,
     build,
     config,
     global_loss,
+    held,
     save,
     sequences,
     share,
+    whole_weights,
 )
+from tests.training.test_invariance import own_body
 
 BATCH = sequences((5, 17, 40, 9, 30, 31, 2, 12))
 ADAM = {"lr": 3e-3, "weight_decay": 0.1}
@@ -106,6 +110,30 @@ def test_resume_in_bf16(ranks: Ranks, tmp_path: Path, layout: str) -> None:
     run = config("qwen3_moe", table | ADAM, model={"dtype": "bfloat16"}, **RUN)
     uninterrupted = ranks.run(size, history, run, folder, 6, False, 3)[0]
     assert ranks.run(size, history, run, folder, 3, True)[0] == uninterrupted[3:]
+
+
+def weights_after(run: Config, folder: str, steps: int, load: bool = False, save_after: int = -1) -> Held:
+    trainer = build(run)
+    if load:
+        trainer.checkpoint.load(folder)
+    micro_batches = own_body(trainer, BATCH, None, run.train.reduction_leaves).micro_batches
+    for step in range(steps):
+        if step == save_after:
+            save(trainer, folder)
+        trainer.train_step(micro_batches)
+    return held(trainer)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_with_reduction_leaves_another_number_of_ranks_resumes_bitwise(
+    ranks: Ranks, tmp_path: Path, before: int, after: int
+) -> None:
+    folder = str(tmp_path / "checkpoint")
+    run = config("qwen3", ZERO | ADAM, run=RUN["run"], train=RUN["train"] | {"reduction_leaves": 2})
+    whole = whole_weights("qwen3", ranks.run(before, weights_after, run, folder, 4, False, 2))
+    resumed = whole_weights("qwen3", ranks.run(after, weights_after, run, folder, 2, True))
+    for name, weight in whole.items():
+        np.testing.assert_array_equal(resumed[name], weight, err_msg=name)
 
 
 def test_before_the_first_update(ranks: Ranks, tmp_path: Path) -> None:
