@@ -22,16 +22,16 @@ NAME = "bench-save"
 WARM_UP = 1
 
 
-def measure(config: Config, folder: str, repeats: int) -> list[Row]:
-    """Measure saves of the trainer as it trains, and as it is offloaded. Collective. Seconds are medians of the slowest
-    rank, bytes are those of all ranks."""
+def measure(config: Config, folder: str, offloaded: bool, repeats: int) -> list[Row]:
+    """Measure saves of a trainer as it trains, or as it is ``offloaded``. Collective. Seconds are medians of the
+    slowest rank, bytes are those of all ranks."""
     family = load_family(config.model.hf_checkpoint)
     stage("building the trainer")
     trainer = Trainer(config, family, make_loss("rl", config.algorithm))
-    return [_row(trainer, config, Path(folder) / NAME, repeats, offloaded) for offloaded in (False, True)]
+    return [_row(trainer, Path(folder) / NAME, repeats, offloaded)]
 
 
-def _row(trainer: Trainer, config: Config, folder: Path, repeats: int, offloaded: bool) -> Row:
+def _row(trainer: Trainer, folder: Path, repeats: int, offloaded: bool) -> Row:
     batch, saving = random_batch(trainer.family, 1, 16, 1), BackgroundSave()
     stage(f"saves of {'an offloaded' if offloaded else 'a resident'} trainer")
     if offloaded:
