@@ -27,7 +27,7 @@ from miles_spmd.training.optimizer import inner_optimizers, shares
 from miles_spmd.weights.sharded_files import Reader, Share
 
 FORMAT = 4
-READERS = 4  # threads that read and verify, at a gigabyte a second and more each
+READERS = 4  # threads that read and verify
 WEIGHTS, RANDOM = "weights", "random"
 # settings that must be those of the checkpoint
 _FIXED = (
