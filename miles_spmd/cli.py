@@ -98,14 +98,16 @@ def export(
         typer.Argument(help="Folder for the Hugging Face checkpoint.", show_default=False, callback=_is_usable),
     ],
     overrides: Overrides = None,
-    nproc_per_node: Processes = None,
 ) -> None:
     """Convert a checkpoint of a run into a Hugging Face checkpoint.
 
-    The parallel layout may differ from the run's.
+    Reads its files alone, on any machine, also while the run goes on.
     """
-    from miles_spmd.controller.checkpoints import FOLDER, STATE_FILE, newest
-    from miles_spmd.controller.run_folder import in_folder, override
+    from miles_spmd.config.checks import settings
+    from miles_spmd.config.run import export_errors
+    from miles_spmd.controller.checkpoint_export import export_checkpoint
+    from miles_spmd.controller.checkpoint_folders import FOLDER, STATE_FILE, ResumeError, newest
+    from miles_spmd.controller.run_folder import RunFolderError, check, in_folder, override
 
     folder = checkpoint.resolve()
     recipe = folder.parent.parent / "config.toml"
@@ -119,10 +121,17 @@ def export(
             f"{checkpoint} is not in the folder of its run, whose config.toml is needed: name it where the run wrote "
             f"it, {FOLDER}/step_... in the run's folder"
         )
-    no_engines = ["sglang.tp_size=1", "rollout.rollout_num_gpus=0", "determinism.parity=off"]
     paths = [override("checkpoint.load", folder), override("checkpoint.export_dir", out)]
-    fixed = [*in_folder(recipe.parent), *paths, *no_engines]
-    _start("export", recipe, [*(overrides or []), *fixed], nproc_per_node or _smallest_world(recipe, overrides or []))
+    config = launcher.load(
+        recipe, [*(overrides or []), *in_folder(recipe.parent), *paths], None, check_files=False, task="export"
+    )
+    for problem in export_errors(settings(config)):
+        launcher.fail(problem, code=2)
+    with launcher.failing(RunFolderError, code=2):
+        check(config, "export")
+    with launcher.failing(ResumeError, ValueError, OSError):
+        export_checkpoint(config, folder, out)
+    typer.echo(f"export:     {out}")
 
 
 @app.command(context_settings=OPTIONS_OF_OTHERS)
@@ -341,14 +350,6 @@ def _start(task: str, recipe: Path, overrides: list[str], nproc: int | None, dry
     raise SystemExit(status)
 
 
-def _smallest_world(recipe: Path, overrides: list[str]) -> int:
-    """Return the smallest number of ranks that hold the whole model."""
-    from miles_spmd.planning.parallel_layout import ParallelLayout
-
-    layout = ParallelLayout.of(launcher.load(recipe, overrides, None, check_files=False), world_size=1)
-    return layout.pp * math.lcm(layout.tp * layout.cp, layout.etp * layout.ep)
-
-
 def _print_plan(config: Config, world_size: int, device_memory: float | None, *, here: bool) -> None:
     """Print the plan of a run on a machine like this one if ``here``, else on GPUs that this machine need not have."""
     from miles_spmd.planning.plan import describe_plan
@@ -363,7 +364,8 @@ def _print_plan(config: Config, world_size: int, device_memory: float | None, *,
 
 def _print_comparison(comparison: Comparison, terminal: TextIO | None = None) -> int:
     """Print the result of a comparison and return the exit status that stands for it."""
-    for kind, conditions in (("differs", comparison.conditions), ("layout", comparison.layout)):
+    kinds = ("differs", comparison.conditions), ("layout", comparison.layout), ("resumed", comparison.changes)
+    for kind, conditions in kinds:
         for condition in conditions:
             typer.echo(printable(f"{kind}: {condition}", MAX_LINE), terminal)
     found = f"first difference: {comparison.difference}"

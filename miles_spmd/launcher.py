@@ -119,13 +119,7 @@ def start(
     Any other process launches ranks that do so, and exits with their status. ``task`` and ``replay`` are the worker's.
     """
     is_rank, world_size = ranks(nproc)
-    config = load(recipe, overrides, world_size, check_files=task != "export", task=task)
-    if task == "export":
-        from miles_spmd.config.checks import settings
-        from miles_spmd.config.run import export_errors
-
-        for problem in export_errors(settings(config)):
-            fail(problem, code=2)
+    config = load(recipe, overrides, world_size, check_files=True, task=task)
     config, lock = begin(config, task, rank=int(os.environ["RANK"]) if is_rank else None)
     if not is_rank:
         launch(world_size)
@@ -135,7 +129,7 @@ def start(
 
     config = resolve(config, {gpu.capability for gpu in gpus()}, quiet=task not in ("train", "eval"))
     with lock:
-        if os.environ["RANK"] == "0" and task != "export":
+        if os.environ["RANK"] == "0":
             with failing(OSError):
                 describe(config, task)
         return config, worker(config, task, replay)

@@ -30,8 +30,8 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # The same holds for the sub-rooms and files of the controller.
 CONTROLLER_FLOORS = (
-    ("attempts", "cluster", "datasets"),
-    ("journal",),
+    ("attempts", "checkpoint_folders", "cluster", "datasets"),
+    ("checkpoint_export", "journal"),
     ("checkpoints", "generation", "learning"),
     ("inputs", "parts", "run_folder"),
     ("loops",),

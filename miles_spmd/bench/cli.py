@@ -148,6 +148,21 @@ def bench_train(
     _measure("train", model, overrides, nproc_per_node, out, **options)
 
 
+@app.command("save")
+def bench_save(
+    overrides: Overrides = None,
+    model: Model = "random:smollm2-135m",
+    folder: Annotated[Path, typer.Option(help="Where the checkpoints are written, and removed again.")] = Path("runs"),
+    offloaded: Annotated[bool, typer.Option("--offloaded", help="Of a trainer that is in host memory.")] = False,
+    repeats: Repeats = 3,
+    nproc_per_node: Processes = None,
+    out: Out = None,
+) -> None:
+    """Time a checkpoint: how long training waits, how long it is written beside the training, and how long it takes to
+    load."""
+    _measure("save", model, overrides, nproc_per_node, out, folder=str(folder), offloaded=offloaded, repeats=repeats)
+
+
 @app.command("step")
 def bench_step(
     overrides: Overrides = None,

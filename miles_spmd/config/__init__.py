@@ -58,6 +58,16 @@ class Config(Table):
         return self.run.output_dir / self.run.name
 
     @property
+    def saves(self) -> bool:
+        """Whether the run writes resumable checkpoints by itself."""
+        return bool(self.checkpoint.save_interval or self.checkpoint.save_final)
+
+    @property
+    def saves_reference(self) -> bool:
+        """Whether checkpoints have a reference policy, which may differ from the one that the run began with."""
+        return self.has_reference and self.algorithm.ref_update_interval > 0
+
+    @property
     def micro_batch_tokens(self) -> int:
         """Tokens that one micro-batch may hold over the ranks that share its sequences."""
         return self.train.max_tokens_per_gpu * int(self.megatron.get("context_parallel_size", 1))
@@ -69,8 +79,8 @@ class Config(Table):
         return max(int(self.megatron.get("tensor_model_parallel_size", 1)), int(self.sglang.get("tp_size", 1)))
 
     def generates(self, task: str) -> bool:
-        """Whether ``task`` ("train", "eval" or "export") needs an engine."""
-        if task == "export" or self.trains_on_pairs:
+        """Whether ``task`` (such as "train" or "eval") needs an engine."""
+        if self.trains_on_pairs:
             return False
         return task == "eval" or self.run.mode == "rl" or any(one.eval_interval for one in self.eval_sets)
 

@@ -100,5 +100,8 @@ def _settings_of_evaluations(s: Settings) -> Messages:
 def _settings_of_outputs(s: Settings) -> Messages:
     if s.export_dir is not None and not s.export_final:
         yield "checkpoint.export_dir: has no effect while checkpoint.export_final is false"
+    for name in ("keep_every", "keep_best"):
+        if s[name] and not s.keep_last:
+            yield f"checkpoint.{name}: has no effect without checkpoint.keep_last: all checkpoints are kept"
     if not s.use_wandb and _is_set(s, "telemetry.wandb_project"):
         yield "telemetry.wandb_project: has no effect without telemetry.use_wandb"

@@ -31,24 +31,44 @@ class RunConfig(Table):
 
 class CheckpointConfig(Table):
     save_interval: NonNegativeInt = 0
-    """Write a resumable checkpoint every n rollouts; 0: only where `save_final` asks for one."""
+    """Write a resumable checkpoint every n rollouts, beside the training; 0: only where `save_final`, or a file `save`
+    in the run folder, asks for one."""
     save_final: bool = False
     """Write a resumable checkpoint at the end of the run."""
+    keep_last: NonNegativeInt = 0
+    """Keep the newest n checkpoints of the run and remove older ones; 0: keep all. With 1, a checkpoint that turns out
+    damaged leaves nothing to resume from: prefer 2 or more."""
+    keep_every: NonNegativeInt = 0
+    """With `keep_last`, also keep checkpoints whose step is a multiple of n."""
+    keep_best: str | None = None
+    """With `keep_last`, also keep the checkpoint with the highest value of this metric of an evaluation, such as
+    `eval/heldout`. Checkpoints of steps without an evaluation do not take part."""
     export_final: bool = True
     """Write a Hugging Face checkpoint at the end of the run."""
     export_dir: Path | None = None
     """Folder of the Hugging Face checkpoint; the default is `export/` in the run folder. An existing folder is replaced
     only if it is empty or holds nothing but an earlier export."""
     load: Path | None = None
-    """A checkpoint folder of this project to resume from; `latest` inside the run folder when the run is restarted."""
+    """A checkpoint folder of this project to resume from. If it cannot be loaded, the run ends."""
     resume: bool = False
-    """Continue from the run folder's newest checkpoint if there is one. `miles-spmd eval` scores that checkpoint."""
+    """Continue from the run folder's newest checkpoint that can be loaded, if it has one; what is wrong with newer ones
+    is a warning. `miles-spmd eval` scores the newest checkpoint."""
 
 
 @rule(ERRORS)
 def _continue_or_delete(s: Settings) -> Messages:
     if s.resume and s.overwrite:
         yield "checkpoint.resume continues what run.overwrite would delete: set one of them"
+
+
+@rule(ERRORS)
+def _best_of_an_evaluation(s: Settings) -> Messages:
+    if s.keep_best is None:
+        return
+    names = [f"eval/{name}" for name in (*s.eval_prompt_data, *(one.name for one in s["eval.sets"]))]
+    if not any(s.keep_best == name or s.keep_best.startswith(f"{name}-") for name in names):
+        known = ", ".join(names) or "none: set eval.eval_prompt_data"
+        yield f"checkpoint.keep_best: {s.keep_best!r} is not a metric of an evaluation set (there are {known})"
 
 
 @rule(FILES)

@@ -192,10 +192,7 @@ def seconds_lost(folder: Path, record: Attempt) -> float:
 
 
 def begin(run_dir: Path, task: str, ranks: int) -> AttemptWriter:
-    """Begin an attempt: give those before it that were killed their ends, and make its folder. Raises OSError.
-
-    An export is none: it may take place while the run goes on, and has the folder ``logs/export``.
-    """
+    """Begin an attempt: give those before it that were killed their ends, and make its folder. Raises OSError."""
     folder = run_dir / LOGS
     record = Attempt(
         attempt=0,
@@ -206,8 +203,6 @@ def begin(run_dir: Path, task: str, ranks: int) -> AttemptWriter:
         nodes=[socket.gethostname()],
         ranks=ranks,
     )
-    if task == "export":
-        return AttemptWriter(run_dir, record, folder / "export")
     earlier = Attempts(run_dir)
     numbers = [one.attempt for one in earlier.records]
     numbers += [int(path.name.removeprefix("attempt_")) for path in _folders(folder)]
@@ -220,7 +215,7 @@ def begin(run_dir: Path, task: str, ranks: int) -> AttemptWriter:
 
 def leftovers(run_dir: Path) -> list[Path]:
     """Return all that the attempts of a run have left in its folder."""
-    return [run_dir / ATTEMPTS_FILE, run_dir / LOGS / LATEST, *_folders(run_dir / LOGS), run_dir / LOGS / "export"]
+    return [run_dir / ATTEMPTS_FILE, run_dir / LOGS / LATEST, *_folders(run_dir / LOGS)]
 
 
 def _folders(logs: Path) -> list[Path]:

@@ -1,58 +1,56 @@
-"""Resumable checkpoints: where they lie, when one is due, and when one is complete.
+"""Resumable checkpoints of a run: when one is due, how it is completed while training goes on, and which is loaded.
 
-``checkpoints/step_000020/`` holds what the ranks wrote, a folder for each model, and ``controller.json``, which marks
-it as complete and has digests of it all. It is written as ``step_000020.incomplete`` and renamed at the end: what a run
-leaves behind that ends meanwhile is ignored, and removed by the next save. Data order and seeds are functions of the
-step, so the step is all the state of the controller, beside its position in the ledger.
+A save has two parts. The ranks copy their state to host memory, while training waits; then each writes its files, while
+training goes on. At every later end of a step the controller asks whether all are done, without waiting, and completes
+the checkpoint. The ledger's entry belongs to the first part, so that its place depends on the step alone.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import math
 import shutil
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import xxhash
 
 from miles_spmd.config import Config
+from miles_spmd.controller import checkpoint_folders as folders
+from miles_spmd.controller.checkpoint_folders import ControllerState, ResumeError
 from miles_spmd.controller.cluster.cluster import Cluster
-from miles_spmd.controller.cluster.listener import WorkerError, WorkerFailedError
+from miles_spmd.controller.cluster.listener import WorkerError
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.journal import Journal
 from miles_spmd.controller.journal.ledger import Start
-from miles_spmd.protocol.commands import ExportModel, LoadCheckpoint, SaveCheckpoint
-from miles_spmd.types.files import write_whole
+from miles_spmd.ledger.chain import links
+from miles_spmd.ledger.entries import LedgerError
+from miles_spmd.planning.memory_estimate import checkpoint_bytes
+from miles_spmd.planning.release import sized
+from miles_spmd.protocol.commands import ExportModel, FinishSave, LoadCheckpoint, SaveCheckpoint
+from miles_spmd.protocol.last_words import warn
+from miles_spmd.protocol.results import SaveProgress
 
-FOLDER = "checkpoints"
-EXPORT = "export"  # in the run folder, where the configuration names no other
-STATE_FILE = "controller.json"
-INCOMPLETE = ".incomplete"
-FORMAT = 2
+SAVE_FILE = "save"  # in the run folder: whoever makes it asks for a checkpoint at the end of the step
 
 
-class ResumeError(RuntimeError):
-    """A checkpoint that cannot be resumed from: what is wrong with it and what to do."""
+class SaveError(RuntimeError):
+    """A checkpoint could not be written: which, why, and what to do."""
 
 
 class ExportError(RuntimeError):
     """The model could not be written as a Hugging Face checkpoint."""
 
 
-class ControllerState(msgspec.Struct, frozen=True):
-    step: int  # the optimizer has seen rollouts 0 .. step - 1
-    seed: int
-    ledger: str = ""  # hash of its last entry; "" without a ledger
-    folders: dict[str, str] = {}  # digest of the index of each model's folder, which has those of all that is in it
-    format: int = 1  # what the first version did not write
-    digest: str = ""  # of all the above
+@dataclass(frozen=True)
+class _Saving:
+    """A save that is under way."""
 
-    def encode(self) -> bytes:
-        """Return the content of the file, with the digest."""
-        unsealed = msgspec.json.encode(msgspec.structs.replace(self, digest=""))
-        return msgspec.json.encode(msgspec.structs.replace(self, digest=xxhash.xxh3_128_hexdigest(unsealed)))
+    scratch: Path
+    state: ControllerState
+    asked: bool  # by the file, which is removed at the end
 
 
 class Checkpoints:
@@ -60,53 +58,225 @@ class Checkpoints:
 
     def __init__(self, config: Config, cluster: Cluster) -> None:
         self._config, self._cluster = config, cluster
+        self._saving: _Saving | None = None
+        self._problem, self._failures = "", 0  # why the last save failed, and how many did in a row
+        self._evaluated: tuple[int, Mapping[str, float]] = -1, {}
 
-    def load(self) -> Start:
-        """Load the checkpoint that ``[checkpoint]`` names, if any. Raises ResumeError."""
-        settings, run_dir = self._config.checkpoint, self._config.run_dir
-        folder = (newest(run_dir) if settings.resume else None) or settings.load
-        if folder is None:
-            return Start()
-        state = read(folder)
-        try:
-            results = self._cluster.call(LoadCheckpoint(str(folder), state.folders), step=state.step)
-        except WorkerFailedError as error:
-            if ": DamagedCheckpointError: " not in str(error):
-                raise
-            raise WorkerFailedError(f"{error}; {_remedy(folder)}", error.details) from error
-        if not folder.absolute().is_relative_to(run_dir.absolute()):
-            return Start(state.step)  # of another run, whose ledger this one does not continue
-        return Start(state.step, state.ledger, results)
+    def observe(self, event: events.Event) -> None:
+        """Remember the newest evaluation, by which ``keep_best`` chooses."""
+        if isinstance(event, events.EvaluationFinished):
+            step, metrics = self._evaluated
+            self._evaluated = event.step, {**(metrics if step == event.step else {}), **event.metrics}
+
+    # --- saving ------------------------------------------------------------------------------------------------------
 
     def rewind(self, step: int) -> None:
-        """Remove the run's checkpoints of later steps than ``step``, from where it goes on: they belong to steps that
-        it is about to repeat, and a resume after a crash must not take one of them."""
-        removed = _remove_after(self._config.run_dir / FOLDER, step)
+        """Remove the run's checkpoints of later steps than ``step``, where the configuration names the one that it goes
+        on from: they belong to steps that it is about to repeat, and a resume after a crash must not take one. Those
+        that a resume could not load stay until the next one is complete: they may be readable again."""
+        if self._config.checkpoint.load is None or not step:
+            return
+        removed = folders.remove_after(self._config.run_dir, step)
         if removed:
-            print(
-                f"miles-spmd: warning: the run goes on from step {step}, so its later checkpoints are removed: "
-                f"{', '.join(path.name for path in removed)}",
-                file=sys.stderr,
-                flush=True,
-            )
+            names = ", ".join(path.name for path in removed)
+            warn(f"the run goes on from step {step}, so its later checkpoints are removed: {names}")
 
     def save(self, step: int, journal: Journal, *, anyway: bool = False) -> None:
-        """Write a checkpoint before ``step`` if one is due, or ``anyway``."""
+        """Begin a checkpoint before ``step`` if one is due, or ``anyway``; complete the one before if it is written.
+
+        A save that fails is a warning. Raises SaveError where the next one fails, too.
+        """
+        self._settle(journal, wait=False)
         interval, last = self._config.checkpoint.save_interval, step == self._config.run.num_rollout
-        due = (interval and step % interval == 0) or (last and self._config.checkpoint.save_final)
-        if not due and not anyway:
+        due = bool((interval and step % interval == 0) or (last and self._config.checkpoint.save_final))
+        asked = self._is_asked(step)
+        if not (due or asked or anyway):
             return
-        with journal.timed("save"), replaced(self._config.run_dir, step) as folder:
-            results = self._cluster.call(SaveCheckpoint(str(folder)), step=step)
-            journal.publish(events.CheckpointWritten(step, results))
-            digests = {name: digest for result in results for name, digest in result.folders.items()}
-            # The ledger's entry is on disk before the file that refers to it.
-            complete(folder, ControllerState(step, self._config.run.seed, journal.ledger_head, digests, FORMAT))
+        with journal.timed("save"):
+            self._settle(journal, wait=True)
+            self._begin(step, journal, due, asked)
+
+    def finish(self, journal: Journal) -> None:
+        """Wait for a save that is under way. Raises SaveError where the last save failed: the run ends without it."""
+        self._settle(journal, wait=True, ends=True)
+        if self._problem:
+            raise SaveError(self._problem)
+
+    @contextlib.contextmanager
+    def completed(self, journal: Journal) -> Iterator[None]:
+        """After an error of the block that is not one of the ranks', complete the save that is under way."""
+        try:
+            yield
+        except WorkerError:
+            raise
+        except Exception:
+            with contextlib.suppress(WorkerError):
+                self._settle(journal, wait=True, ends=True)
+            raise
+
+    def _is_asked(self, step: int) -> bool:
+        """Return whether somebody asks for a checkpoint that can be written now: where rollouts lag behind, only when
+        the engine has the newest weights."""
+        if self._saving is not None and self._saving.asked:
+            return False
+        aligned = step % self._config.refit.update_weights_interval == 0
+        return aligned and (self._config.run_dir / SAVE_FILE).exists()
+
+    def _begin(self, step: int, journal: Journal, due: bool, asked: bool) -> None:
+        scratch, problem = None, self._lack_of_room()
+        if not problem:
+            try:
+                scratch = folders.begin(self._config.run_dir, step)
+            except OSError as error:
+                problem = str(error)
+        # without room for it, too: the ledger's entry depends on the step alone
+        results = self._cluster.call(SaveCheckpoint("" if scratch is None else str(scratch)), step=step)
+        saved = journal.checkpoint_entry(step, results)
+        if due:
+            journal.publish(events.CheckpointTaken(step, saved))
+        evaluated, metrics = self._evaluated
+        state = ControllerState(
+            step,
+            self._config.run.seed,
+            journal.ledger_head,
+            saved=saved,
+            metrics={n: value for n, value in metrics.items() if evaluated == step and math.isfinite(value)},
+            format=folders.FORMAT,
+        )
+        scratch = scratch or folders.step_folder(self._config.run_dir, step)
+        self._saving = _Saving(scratch, state, asked)
+        if problem:
+            self._fail(problem)
+
+    def _settle(self, journal: Journal, *, wait: bool, ends: bool = False) -> None:
+        """Complete the save that is under way, if all ranks are done. ``ends``: the run does not go on afterwards."""
+        if self._saving is None:
+            return
+        progress = self._cluster.call(FinishSave(wait), step=self._saving.state.step)
+        if not all(one.done for one in progress):
+            return
+        problem = next((one.problem for one in progress if one.problem), "")
+        try:
+            if not problem:
+                self._complete(self._saving, progress, journal)
+        except OSError as error:
+            problem = str(error)
+        if problem:
+            self._fail(problem, ends)
+
+    def _complete(self, saving: _Saving, progress: Sequence[SaveProgress], journal: Journal) -> None:
+        digests = {name: [one.digests[name] for one in progress] for name in progress[0].digests}
+        journal.sync()  # the ledger's entry is on disk before the file that refers to it
+        folders.publish(saving.scratch, msgspec.structs.replace(saving.state, folders=digests))
+        folders.prune(self._config.run_dir, self._config.checkpoint)
+        seconds, nbytes = max(one.seconds for one in progress), sum(one.nbytes for one in progress)
+        journal.publish(events.CheckpointCompleted(saving.state.step, seconds, nbytes))
+        self._problem, self._failures = "", 0
+        self._end(saving)
+
+    def _fail(self, problem: str, ends: bool = False) -> None:
+        """Remove what the save has written, so that a full disk has room again, and say why. Raises SaveError where it
+        is the second one, unless the run ``ends``, which then reports it."""
+        assert self._saving is not None
+        step, scratch = self._saving.state.step, self._saving.scratch
+        if scratch.name.endswith(folders.INCOMPLETE):
+            shutil.rmtree(scratch, ignore_errors=True)
+        before = folders.newest(self._config.run_dir)
+        self._problem = (
+            f"the checkpoint of step {step} could not be written: {problem}; "
+            f"{'no other one exists' if before is None else f'the newest is {before}'}"
+        )
+        self._failures += 1
+        self._end(self._saving)
+        if ends:
+            return
+        if self._failures > 1:
+            raise SaveError(self._problem)
+        warn(
+            f"{self._problem}; the run goes on, and ends if the next one fails, too: free some space for "
+            f"{scratch.parent}, or raise the limit"
+        )
+
+    def _end(self, saving: _Saving) -> None:
+        if saving.asked:
+            (self._config.run_dir / SAVE_FILE).unlink(missing_ok=True)
+        self._saving = None
+
+    def _lack_of_room(self) -> str:
+        """Say that the file system has less room than a checkpoint takes; "" where it has enough."""
+        needed, free = self._size, shutil.disk_usage(self._config.run_dir).free
+        if free > needed:
+            return ""
+        return f"it takes {sized(needed)}, and the file system of {self._config.run_dir} has {sized(free)}"
+
+    @functools.cached_property
+    def _size(self) -> int:
+        return checkpoint_bytes(self._config)
+
+    # --- loading -----------------------------------------------------------------------------------------------------
+
+    def load(self) -> Start:
+        """Load the checkpoint that ``[checkpoint]`` names, if any.
+
+        With ``resume`` that is the run's newest one that can be loaded; what is wrong with a newer one is a warning.
+        Raises ResumeError where there are some and none can be loaded, or the one that is named cannot.
+        """
+        settings, run_dir = self._config.checkpoint, self._config.run_dir
+        candidates = list(reversed(folders.complete(run_dir).values())) if settings.resume else []
+        problems = [
+            f"{path} was not finished when its run ended"
+            for path in folders.unfinished(run_dir)
+            if candidates and path.name > candidates[0].name
+        ]
+        for folder in candidates:
+            try:
+                start = self._load(folder)
+            except ResumeError as error:
+                problems.append(str(error))
+                continue
+            for problem in problems:
+                warn(f"{problem}; continuing from {folder}")
+            return start
+        if candidates:
+            raise ResumeError(f"no checkpoint of {run_dir} can be loaded: {'; '.join(problems)}")
+        if settings.load is None:
+            if settings.resume and (left := folders.unfinished(run_dir)):
+                warn(f"{left[-1]} was not finished when its run ended, and no other is there: the run begins anew")
+            return Start()
+        try:
+            return self._load(settings.load)
+        except ResumeError as error:
+            raise ResumeError(f"{error}; {folders.remedy(settings.load)}") from error
+
+    def _load(self, folder: Path) -> Start:
+        """Load one checkpoint on all ranks. Raises ResumeError where it cannot be loaded on one of them."""
+        state, run_dir = folders.read(folder), self._config.run_dir
+        own = folder.absolute().is_relative_to(run_dir.absolute())
+        if own and state.ledger and self._config.determinism.ledger:
+            self._require_entry(folder, state)
+        results = self._cluster.call(LoadCheckpoint(str(folder), state.folders), step=state.step)
+        if problem := next((result.problem for result in results if result.problem), ""):
+            raise ResumeError(problem)
+        if not own:
+            return Start(state.step)  # of another run, whose ledger this one does not continue
+        return Start(state.step, state.ledger, results, state.saved)
+
+    def _require_entry(self, folder: Path, state: ControllerState) -> None:
+        """Raise ResumeError where the run's ledger, which is whole, does not have the entry after which the checkpoint
+        was written."""
+        with contextlib.suppress(LedgerError):  # which is raised when the ledger is continued
+            if all(link.hash != state.ledger for link in links(self._config.run_dir)):
+                raise ResumeError(
+                    f"checkpoint {folder} was written after an entry with hash {state.ledger}, which is not in the "
+                    f"ledger of {self._config.run_dir}: one of them belongs to another run or was changed"
+                )
+
+    # --- exporting ---------------------------------------------------------------------------------------------------
 
     def export(self) -> None:
         """Write the trainer's weights as a Hugging Face checkpoint, by default into the run folder. Raises ExportError
         where the files cannot be written."""
-        folder = self._config.checkpoint.export_dir or self._config.run_dir / EXPORT
+        folder = self._config.checkpoint.export_dir or self._config.run_dir / folders.EXPORT
         results = self._cluster.call(ExportModel(str(folder)), step=self._config.run.num_rollout)
         if problem := results[0].detail.get("problem"):
             raise ExportError(f"{folder}: {problem}")
@@ -114,105 +284,15 @@ class Checkpoints:
     def export_at_end(self, journal: Journal) -> None:
         """Export, and leave a checkpoint where that fails. Raises ExportError."""
         last = self._config.run.num_rollout
-        folder = step_folder(self._config.run_dir, last)
+        self._settle(journal, wait=True, ends=True)
         try:
             self.export()
         except ExportError as error:
-            if newest(self._config.run_dir, up_to=last) != folder:
+            folder = folders.step_folder(self._config.run_dir, last)
+            if folders.newest(self._config.run_dir, up_to=last) != folder:
                 try:
                     self.save(last, journal, anyway=True)
-                except (WorkerError, OSError) as second:
+                    self.finish(journal)
+                except (WorkerError, SaveError) as second:
                     raise ExportError(f"{error}; no checkpoint could be written either: {second}") from None
             raise ExportError(f"{error}; nothing is lost: `miles-spmd export {folder} OUT` exports the model") from None
-
-
-def step_folder(run_dir: Path, step: int) -> Path:
-    return run_dir / FOLDER / f"step_{step:06d}"
-
-
-def newest(run_dir: Path, up_to: int | None = None) -> Path | None:
-    """Return the complete checkpoint of the highest step in a run folder, or of the highest step up to ``up_to``."""
-    return _newest_in(run_dir / FOLDER, up_to)
-
-
-def _newest_in(folder: Path, up_to: int | None = None) -> Path | None:
-    complete = {step: path for step, path in _by_step(folder).items() if (path / STATE_FILE).exists()}
-    step = max((step for step in complete if up_to is None or step <= up_to), default=None)
-    return None if step is None else complete[step]
-
-
-def _by_step(folder: Path) -> dict[int, Path]:
-    numbered = {path.name.removeprefix("step_"): path for path in folder.glob("step_*")}
-    return {int(number): path for number, path in numbered.items() if number.isdecimal()}
-
-
-def _remove_after(folder: Path, step: int) -> list[Path]:
-    """Remove checkpoints of later steps, and return the complete ones. All have lost their marks before the first is
-    gone: a half removed one must not count as complete."""
-    later = [path for number, path in sorted(_by_step(folder).items()) if number > step]
-    complete = [path for path in later if (path / STATE_FILE).exists()]
-    for path in complete:
-        (path / STATE_FILE).unlink()
-    for path in later:
-        shutil.rmtree(path, ignore_errors=True)
-    return complete
-
-
-@contextmanager
-def replaced(run_dir: Path, step: int) -> Iterator[Path]:
-    """Provide an empty folder to write into, which becomes the checkpoint of ``step`` at the end; after an error it is
-    removed, so that a full disk has room again.
-    """
-    folder = step_folder(run_dir, step)
-    for leftover in folder.parent.glob(f"*{INCOMPLETE}"):
-        shutil.rmtree(leftover)
-    scratch, old = (folder.with_name(folder.name + suffix) for suffix in (INCOMPLETE, f".old{INCOMPLETE}"))
-    scratch.mkdir(parents=True)
-    try:
-        yield scratch
-        if folder.exists():  # incomplete, damaged, or from before the run went on from an earlier checkpoint
-            folder.rename(old)
-        scratch.rename(folder)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def complete(folder: Path, state: ControllerState) -> None:
-    """Mark ``folder`` as complete, atomically, after every rank has written its share."""
-    write_whole(folder / STATE_FILE, state.encode(), sync=True)
-
-
-def read(folder: Path) -> ControllerState:
-    """Return the state in ``folder``. Raises ResumeError where it is not a complete checkpoint of this project."""
-    path = folder / STATE_FILE
-    if (own := newest(folder)) is not None:
-        raise ResumeError(f"{folder} is the folder of a run; name one of its checkpoints, such as {own}")
-    if not path.is_file():
-        kind = "is incomplete: it was being written when its run ended" if folder.is_dir() else "does not exist"
-        raise ResumeError(f"checkpoint {folder} {kind} ({STATE_FILE} is missing); {_remedy(folder)}")
-    content = path.read_bytes()
-    try:
-        state = msgspec.json.decode(content, type=ControllerState)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ResumeError(f"{path} is damaged: {error}; {_remedy(folder)}") from error
-    if (state.format, state.digest) == (1, ""):
-        raise ResumeError(
-            f"checkpoint {folder} was written by a version without digests (format 1), and this one reads format "
-            f"{FORMAT}; continue it with the version that wrote it, or export it with that version and start from there"
-        )
-    if state.encode() != content:
-        raise ResumeError(f"{path} is damaged: its digest is not that of its content; {_remedy(folder)}")
-    if state.format != FORMAT:
-        raise ResumeError(f"checkpoint {folder} has format {state.format}, and this version reads {FORMAT}")
-    return state
-
-
-def _remedy(folder: Path) -> str:
-    """Say which checkpoint can be taken instead."""
-    number = folder.name.removeprefix("step_")
-    before = _newest_in(folder.parent, int(number) - 1) if number.isdecimal() else None
-    if before is None:
-        return "no complete checkpoint is before it"
-    return f"take the one before it: checkpoint.load={before} checkpoint.resume=false"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from miles_spmd.config import Config, RewardTerm
 from miles_spmd.config.checks import Settings, settings
-from miles_spmd.controller.checkpoints import ResumeError, newest, read
+from miles_spmd.controller.checkpoint_folders import ResumeError, newest, read
 from miles_spmd.controller.datasets import Datasets
 from miles_spmd.data.dataset import DataError, parse_slice
 from miles_spmd.data.tokenizer import Tokenizer, TokenizerError

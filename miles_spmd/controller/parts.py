@@ -62,13 +62,13 @@ def open_parts(
         progress = stack.enter_context(open_progress(config, training=task != "eval"))
         lines = StepLines(config.run.name, 0 if task == "eval" else config.run.num_rollout)
         metrics = Metrics(cluster)  # its clock starts here: the first step includes the start
-        journal = Journal(metrics, [Writers(config, tracker, progress, attempt, lines)])
+        checkpoints = Checkpoints(config, cluster)
+        journal = Journal(metrics, [Writers(config, tracker, progress, attempt, lines), checkpoints])
         # Data before ranks: an error in a file is reported at once, not after minutes of loading weights.
         data = Datasets(config, tokenizer, training=task != "eval")
         with journal.timed("start"):
             cluster.wait_ready()
         journal.publish(events.RanksReady(time.time() - attempt.record.start, cluster.seconds))
-        checkpoints = Checkpoints(config, cluster)
         start = checkpoints.load()
         attempt.ready(start.step, [info.host for info in cluster.infos])
         if task in ("train", "replay") and config.determinism.ledger:
@@ -88,4 +88,5 @@ def open_parts(
         policy = Policy(config, cluster, journal, parity)
         generation = Generation(config, cluster, tokenizer, rewards, data, journal)
         samples = generation if recorded is None else RecordedSamples(config, recorded, data, journal)
+        stack.enter_context(checkpoints.completed(journal))
         yield RunParts(config, start.step, data, policy, generation, samples, journal, checkpoints)

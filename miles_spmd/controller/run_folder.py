@@ -23,8 +23,8 @@ from typing import Any, TextIO
 from miles_spmd.config import Config
 from miles_spmd.config.load import dump_config
 from miles_spmd.controller.attempts import leftovers
-from miles_spmd.controller.checkpoints import EXPORT, newest
-from miles_spmd.controller.checkpoints import FOLDER as CHECKPOINTS
+from miles_spmd.controller.checkpoint_folders import EXPORT, newest
+from miles_spmd.controller.checkpoint_folders import FOLDER as CHECKPOINTS
 from miles_spmd.ledger.chain import FOLDER as LEDGER
 from miles_spmd.telemetry.environment import ENVIRONMENT_FILE, write_environment
 from miles_spmd.telemetry.report import REPORT_FILE, write_report
@@ -111,14 +111,12 @@ def check_results(config: Config, task: str) -> None:
 
 def claim(config: Config, task: str) -> TextIO | None:
     """Check, make the folder, and delete what is not to be continued. Returns a lock, which ends with this process at
-    the latest; None for an export, which may take place while the run goes on. Raises RunFolderError."""
+    the latest. Raises RunFolderError."""
     check_results(config, task)
     folder = config.run_dir
     with contextlib.suppress(OSError):  # which the check explains
         folder.mkdir(parents=True, exist_ok=True)  # to stay: other ranks make their logs in it meanwhile
     check(config, task)
-    if task == "export":
-        return None
     lock = _lock(folder, keep=True)
     gone = [] if _continues(config, task) else [folder / name for name in WRITTEN]
     for path in [*gone, *(leftovers(folder) if config.run.overwrite else [])]:
@@ -156,7 +154,7 @@ def outcome(config: Config, task: str, world_size: int, *, finished: bool) -> li
             lines.append(f"report:     {report}")
         except Exception as error:  # whatever it is, the run has ended as it did
             lines.append(f"no report:  {error}; `miles-spmd report {folder}` tries again")
-    if finished and (task == "export" or (task == "train" and config.checkpoint.export_final)):
+    if finished and task == "train" and config.checkpoint.export_final:
         lines.append(f"export:     {config.checkpoint.export_dir or folder / EXPORT}")
     if task != "train" or not lines:
         return lines

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from miles_spmd.config import Config
 from miles_spmd.controller.attempts import AttemptWriter
-from miles_spmd.controller.checkpoints import Checkpoints
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.loops import replay, sync
 from miles_spmd.controller.parts import open_parts
@@ -14,13 +13,9 @@ from miles_spmd.protocol.pipe import Replay
 
 
 def run(config: Config, cluster: Cluster, attempt: AttemptWriter, order: Replay | None = None) -> None:
-    """Do the attempt's task ("train", "eval", "export", or "replay" or "bisect" as ``order`` says) with connected
-    ranks. Raises the error that ends the run."""
-    if (task := attempt.record.task) == "export":
-        checkpoints = Checkpoints(config, cluster)
-        checkpoints.load()
-        checkpoints.export()
-        return
+    """Do the attempt's task ("train", "eval", or "replay" or "bisect" as ``order`` says) with connected ranks. Raises
+    the error that ends the run."""
+    task = attempt.record.task
     recorded = Path(order.run) if order is not None and order.phase == "train" else None
     with open_parts(config, cluster, attempt, recorded) as parts:
         match task, order:

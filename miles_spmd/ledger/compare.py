@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from miles_spmd.ledger.chain import LedgerError, Record
-from miles_spmd.ledger.entries import Digests, Samples, Saved, Update, unpack
+from miles_spmd.ledger.entries import Context, Digests, Samples, Saved, Update, unpack
 from miles_spmd.ledger.step_data import Ragged, SampleData, StepData, UpdateData
 
 MAX_NAMES = 4  # tensors that a message lists
@@ -33,6 +33,7 @@ class Comparison:
 
     conditions: list[str]  # settings, code and machines that differ
     layout: list[str]  # settings that differ, but only decide how work is divided
+    changes: list[str]  # what either run changed when it was resumed
     steps: list[int]  # that both runs have
     difference: str  # the first one between what was computed, "" where there is none
 
@@ -51,13 +52,28 @@ def compare(a: Record, b: Record, steps: Sequence[int] | None = None, phase: str
     if not common:
         raise LedgerError(f"{a.folder} and {b.folder} have no step in common")
     contexts = (run.context(common[0]) for run in (a, b))
-    one, other = (_flat({**c.config, "code of miles_spmd": c.code[:12], **c.environment}) for c in contexts)
+    one, other = map(_conditions, contexts)
     conditions, layout = list[str](), list[str]()
     for name in one | other:
         if one.get(name) != other.get(name):
             kind = layout if LAYOUT.fullmatch(name.rpartition(".")[2]) else conditions
             kind.append(f"{name}: {one.get(name)!r} | {other.get(name)!r}")
-    return Comparison(conditions, layout, common, next(_differences(a, b, common, phase), ""))
+    changes = [f"{run.folder}: {change}" for run in (a, b) for change in _changes(run)]
+    return Comparison(conditions, layout, changes, common, next(_differences(a, b, common, phase), ""))
+
+
+def _conditions(context: Context) -> dict[str, Any]:
+    return _flat({**context.config, "code of miles_spmd": context.code[:12], **context.environment})
+
+
+def _changes(run: Record) -> Iterator[str]:
+    """Yield in words what the run was resumed with that differs from what it had before."""
+    for before, after in zip(run.contexts, run.contexts[1:]):
+        one, other = _conditions(before), _conditions(after)
+        changed = [name for name in one | other if one.get(name) != other.get(name)]
+        if changed:
+            values = "; ".join(f"{name}: {one.get(name)!r} -> {other.get(name)!r}" for name in changed)
+            yield f"from step {after.step} on: {values}"
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -75,10 +75,18 @@ _LLAMA = _COMMON | {
     },
     "vocab_size": 128256,
 }
+_SMOLLM2 = _LLAMA | {
+    "max_position_embeddings": 8192,
+    "num_key_value_heads": 3,
+    "rope_theta": 100000.0,
+    "rope_scaling": None,
+    "vocab_size": 49152,
+}
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SHAPES: dict[str, dict[str, Any]] = {
     name: family | dict(zip(_SIZES, sizes))
     for name, family, *sizes in (
+        ("smollm2-135m", _SMOLLM2, 576, 1536, 30, 9),
         ("qwen3-0.6b", _QWEN3, 1024, 3072, 28, 16),
         ("qwen3-1.7b", _QWEN3, 2048, 6144, 28, 16),
         ("qwen3-4b", _QWEN3, 2560, 9728, 36, 32),

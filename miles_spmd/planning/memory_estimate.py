@@ -43,7 +43,8 @@ class MemoryEstimate:
     colocated: bool  # trainer and engine are on the same devices
     engine_stays: bool  # the engine keeps its weights while the trainer works, because rollouts lag behind
     kv_bytes_per_token: int
-    host: int  # in host memory: weights of the reference policy, the old actor, the teacher; optimizers that move out
+    host: int  # in host memory: weights of the reference policy, the old actor, the teacher; optimizers that move out;
+    # copies of what a checkpoint saves
     moves_out: int  # of all that is trained, while the engine generates: optimizers to host memory, gradients nowhere
 
     @property
@@ -83,15 +84,16 @@ def estimate_memory(config: Config, family: Family, layout: ParallelLayout) -> M
     state_bytes = 2 * FP32 + (0 if bytes_each == FP32 else FP32)
     grad_bytes = FP32 if config.megatron.get("grad_reduce_in_fp32", True) else bytes_each  # the trainer's default
 
-    def trained(model: Family) -> tuple[int, int, int]:
+    def trained(model: Family) -> tuple[int, int, int, int]:
         dense, expert = max(local_parameters(model, layout, s), key=sum)
         states = dense // shards + expert // expert_shards
-        return (dense + expert) * bytes_each, (dense + expert) * grad_bytes, states * state_bytes
+        saved = _save_copies(config, dense, expert, layout)
+        return (dense + expert) * bytes_each, (dense + expert) * grad_bytes, states * state_bytes, saved
 
-    parameters, gradients, optimizer = trained(family)
+    parameters, gradients, optimizer, saved = trained(family)
     models = config.model
     critic = load_family(models.critic_load or models.hf_checkpoint, value_head=True) if config.has_critic else None
-    of_critic = trained(critic) if critic else (0, 0, 0)
+    of_critic = trained(critic) if critic else (0, 0, 0, 0)
     teacher = load_family(models.teacher_load) if config.has_teacher and models.teacher_load else None
     copies = int(config.has_reference) + int(config.algorithm.keep_old_actor)
     kv_heads = max(1, family.num_kv_heads // layout.engine_tp)
@@ -103,7 +105,7 @@ def estimate_memory(config: Config, family: Family, layout: ParallelLayout) -> M
         logits=_head_bytes(config.train.max_tokens_per_gpu, family, layout.tp, bytes_each),
         update=0 if grad_bytes == FP32 else optimizer // state_bytes * FP32,
         others=max(parameters if copies else 0, trained(teacher)[0] if teacher else 0),
-        critic=sum(of_critic),
+        critic=sum(of_critic[:3]),
         copies=_fp8_copies(family, layout, s),
         engine_weights=_engine_parameters(family, layout.engine_tp) * bytes_each,
         colocated=not layout.rollout_num_gpus,
@@ -111,9 +113,32 @@ def estimate_memory(config: Config, family: Family, layout: ParallelLayout) -> M
         kv_bytes_per_token=2 * family.num_layers * kv_heads * family.head_dim * bytes_each,
         host=copies * parameters
         + (trained(teacher)[0] if teacher else 0)
-        + (_pinned(optimizer) + _pinned(of_critic[2]) if config.train.offload_train else 0),
-        moves_out=gradients + optimizer + sum(of_critic[1:]) if config.train.offload_train else 0,
+        + (_pinned(optimizer) + _pinned(of_critic[2]) if config.train.offload_train else 0)
+        + saved
+        + of_critic[3],
+        moves_out=gradients + optimizer + sum(of_critic[1:3]) if config.train.offload_train else 0,
     )
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Return the size of a resumable checkpoint, of which the layout does not matter: weights in fp32 and the
+    optimizer's state of everything that is trained, and a reference policy that changes."""
+    m, policy = config.model, load_family(config.model.hf_checkpoint, value_head=config.run.mode == "rm")
+    trained = policy.num_parameters()
+    if config.has_critic:
+        trained += load_family(m.critic_load or m.hf_checkpoint, value_head=True).num_parameters()
+    moments = 2 if settings(config)["optimizer"] == "adam" else 1
+    reference = policy.num_parameters() if config.saves_reference else 0
+    return trained * FP32 * (1 + moments) + reference * DTYPE_BYTES[m.dtype]
+
+
+def _save_copies(config: Config, dense: int, expert: int, layout: ParallelLayout) -> int:
+    """Return the bytes of host memory that a save copies to: data-parallel ranks share what they hold alike. What has
+    moved out of the device is in host memory already."""
+    if not config.saves:
+        return 0
+    kinds = 3 if not config.train.offload_train else int(DTYPE_BYTES[config.model.dtype] == FP32)
+    return (dense // (layout.dp * layout.cp) + expert // layout.edp) * kinds * FP32
 
 
 def _pinned(nbytes: int) -> int:

@@ -8,9 +8,15 @@ from math import ceil
 from miles_spmd.config import Config
 from miles_spmd.config.checks import settings
 from miles_spmd.models import Family, load_family
-from miles_spmd.planning.memory_estimate import STATIC_FRACTION, MemoryEstimate, estimate_memory, needed_tokens
+from miles_spmd.planning.memory_estimate import (
+    STATIC_FRACTION,
+    MemoryEstimate,
+    checkpoint_bytes,
+    estimate_memory,
+    needed_tokens,
+)
 from miles_spmd.planning.parallel_layout import Groups, ParallelLayout
-from miles_spmd.planning.release import CONTEXT, GIB, Release, peaks, planned_release, remedies
+from miles_spmd.planning.release import CONTEXT, GIB, Release, peaks, planned_release, remedies, sized
 
 MAX_RANKS = 16  # listed one by one
 RELEASED = {
@@ -117,7 +123,7 @@ def _schedule(config: Config, layout: ParallelLayout) -> Iterator[str]:
             yield f"  evaluation    every {interval} and at both ends{each}"
             yield f"                {', '.join(names)}"
     if config.checkpoint.save_interval:
-        yield f"  checkpoint    every {config.checkpoint.save_interval}"
+        yield f"  checkpoint    every {config.checkpoint.save_interval}, {sized(checkpoint_bytes(config))} each"
     yield f"  in total      {ending}"
 
 

@@ -26,6 +26,11 @@ class Release(StrEnum):
 ORDER = list(Release)
 
 
+def sized(nbytes: int) -> str:
+    """Return a size as text."""
+    return f"{nbytes / GIB:,.4g} GiB" if nbytes > GIB / 100 else f"{nbytes / 2**20:,.3g} MiB"
+
+
 def with_margin(working: int, allowance: float) -> int:
     """Return the bytes to leave to a trainer that is expected to need ``working``, with ``train.memory_allowance`` on
     top: running out of memory ends the run, because an engine cannot release more in the middle of a step."""

@@ -142,18 +142,27 @@ class DigestWeights(Command[results.WeightsDigest], frozen=True):
 
 
 class SaveCheckpoint(Command[results.CheckpointResult], frozen=True):
-    """Write weights and optimizer states of everything that is trained into the folder ``path``."""
+    """Begin to write weights and optimizer states of everything that is trained into the folder ``path``, "": only
+    return their digests. The reply comes when all of it lies in host memory, and training may go on."""
 
     receivers, phase = Receivers.TRAINERS, Phase.CHECKPOINT
     path: str
+
+
+class FinishSave(Command[results.SaveProgress], frozen=True):
+    """Report whether the checkpoint is written; with ``wait``, reply when it is."""
+
+    receivers, phase = Receivers.TRAINERS, Phase.CHECKPOINT
+    wait: bool
 
 
 class LoadCheckpoint(Command[results.CheckpointResult], frozen=True):
-    """Read what :class:`SaveCheckpoint` wrote; ``digests`` are those of its results."""
+    """Read what :class:`SaveCheckpoint` wrote; ``digests`` are those of :class:`FinishSave`'s results by rank, of each
+    model."""
 
     receivers, phase = Receivers.TRAINERS, Phase.CHECKPOINT
     path: str
-    digests: dict[str, str] = {}
+    digests: dict[str, list[str]] = {}
 
 
 class ExportModel(Command[results.Ok], frozen=True):

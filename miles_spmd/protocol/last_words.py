@@ -1,4 +1,4 @@
-"""The one message with which a run ends.
+"""The one message with which a run ends, and the controller's warnings before it.
 
 The processes of a run see its end from different sides. Who knows most speaks first, the others follow after a grace;
 so the first message is printed, and the others are not. What the processes share is the name of a file, which the
@@ -28,6 +28,11 @@ def say(text: str, stream: TextIO | None = None) -> None:
     except FileNotFoundError:
         return
     print(f"miles-spmd: {printable(with_remedy(text), MAX_LINE)}", file=stream or sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """Print a warning on stderr; the run goes on."""
+    print(f"miles-spmd: warning: {printable(text, MAX_LINE)}", file=sys.stderr, flush=True)
 
 
 def say_for_others(text: str) -> None:

@@ -74,8 +74,18 @@ class CheckpointResult(Result, frozen=True):
 
     optimizers: dict[Role, dict[str, np.ndarray]]
     """Of the optimizer state, by role and kind: uint64, one for each of ``of_updates``; empty without a ledger."""
-    folders: dict[str, str] = {}
-    """Of the index of every folder that was written, by its name; from the first rank only."""
+    problem: str = ""
+    """Why a checkpoint cannot be loaded; the rank's state is undefined then, until another one was loaded."""
+
+
+class SaveProgress(Result, frozen=True):
+    """How far this rank is with the checkpoint that it writes in the background."""
+
+    done: bool
+    problem: str = ""  # why it could not be written
+    digests: dict[str, str] = {}  # of the index that the rank has written of each model, by the model's folder
+    nbytes: int = 0
+    seconds: float = 0.0  # of writing
 
 
 class RefitResult(Result, frozen=True):

@@ -88,7 +88,10 @@ METRICS: dict[str, Metric] = {
     "perf/train_time": Metric("s", "Forward, backward and optimizer"),
     "perf/refit_time": Metric("s", "Copying the trainer's weights into the engine"),
     "perf/eval_time": Metric("s", "Evaluation"),
-    "perf/save_time": Metric("s", "Writing the checkpoint"),
+    "perf/save_time": Metric(
+        "s", "Copying a checkpoint's state to host memory: training waits, also for an earlier save"
+    ),
+    "perf/save_write_time": Metric("s", "Writing the checkpoint that was completed, beside the training"),
     "perf/ledger_time": Metric("s", "The controller's part of the ledger; the ranks' digests are in the other phases"),
     "perf/step_time": Metric("s", "The whole step"),
     "perf/tokens_per_gpu_per_second": Metric("tokens/s", "Prompt and response tokens of the step per rank and second"),
@@ -101,6 +104,8 @@ METRICS: dict[str, Metric] = {
     "memory/checkpoint": Metric("GiB", "Peak memory of a rank while a checkpoint is written or read"),
     "memory/activations": Metric("GiB", "Peak memory of activations and other tensors of an optimizer step, on a GPU"),
     "memory/rollout_retries": Metric("", "Rollouts that ran out of memory and began again with fewer requests"),
+    "memory/save_buffers": Metric("GiB", "Host memory of a rank that is kept for copies of what a checkpoint saves"),
+    "checkpoint/bytes": Metric("bytes", "Size of the checkpoint that was completed"),
     "refit/bytes": Metric("bytes", "Copied from trainer to engine, over all ranks"),
     "refit/checksum_mismatches": Metric("buckets", "Refit buckets whose checksums differed; must be 0"),
 }

@@ -1,39 +1,35 @@
-"""Resumable checkpoints of a trainer: each rank writes what it holds of the tensors that Megatron describes.
+"""Resumable checkpoints of a trainer: what a rank holds of them, in coordinates of the model's checkpoint tensors.
 
-A checkpoint may be read under another layout: tensor, expert, pipeline, context and data parallelism and virtual
-stages may change. What may not change is listed in ``_FIXED``; the error for it names both values.
+A checkpoint may be read under another layout: tensor, expert, pipeline, context and data parallelism, virtual stages,
+the kind of layers and a distributed optimizer may change. What may not change is listed in ``_FIXED``; the error for it
+names both values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.dict_utils import (
-    dict_list_map_outplace,
-    extract_matching_values,
-    merge,
-    nested_values,
-)
-from megatron.core.dist_checkpointing.mapping import apply_factory_merges
-from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core import tensor_parallel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from miles_spmd.training.model import unwrap
-from miles_spmd.training.sharded_files import DamagedError, Reader, write
+from miles_spmd.ledger import rectangles
+from miles_spmd.models import Family, TensorLayout
+from miles_spmd.training.offload import Offload
+from miles_spmd.training.optimizer import inner_optimizers, shares
+from miles_spmd.weights.sharded_files import Reader, Share
 
-_FORMAT = 3
-# settings that must be those of the checkpoint: the model's shape, and what Megatron cannot convert
+FORMAT = 4
+READERS = 4  # threads that read and verify
+WEIGHTS, RANDOM = "weights", "random"
+# settings that must be those of the checkpoint
 _FIXED = (
     "num_layers",
     "hidden_size",
@@ -43,169 +39,190 @@ _FIXED = (
     "kv_channels",
     "num_moe_experts",
     "moe_ffn_hidden_size",
-    "vocab_size",  # embeddings would be cut or padded silently
+    "vocab_size",
     "params_dtype",
-    "transformer_impl",  # norms have other names
-    "use_distributed_optimizer",  # the two kinds of optimizer have different state
+    "optimizer",  # others have other states
 )
-_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+# of the random state, which belongs to a rank of a layout
+_LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
 
 
 class TrainerCheckpointError(ValueError):
-    """A folder that a trainer's checkpoint cannot be read from or written to, with the reason."""
+    """A folder that a trainer's checkpoint cannot be read from, with the reason."""
 
 
-class DamagedCheckpointError(TrainerCheckpointError):
-    """A checkpoint that has a file which is missing or is not what was written."""
+class Held(NamedTuple):
+    """A share of a checkpoint in this rank's memory."""
+
+    share: Share
+    stays: bool  # in host memory that nothing overwrites before the share is written; else it has to be copied
+
+
+class Content(NamedTuple):
+    """What this rank holds of one model. A share that several ranks hold is written by one of them."""
+
+    held: list[Held]
+    notes: dict[str, Any]
 
 
 class TrainerCheckpoint:
-    """What a checkpoint has of one trainer. All ranks call each method."""
+    """What a checkpoint has of one trainer: weights (fp32, also where the model computes with less, as the optimizer
+    has them), the optimizer's state, the number of updates and the random state."""
 
     def __init__(
-        self, chunks: Sequence[DistributedDataParallel], optimizer: ChainedOptimizer, schedule: OptimizerParamScheduler
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        layouts: Sequence[TensorLayout],
+        family: Family,
+        config: Any,  # Megatron's TransformerConfig
+        optimizer: ChainedOptimizer,
+        schedule: OptimizerParamScheduler,
+        offload: Offload,
     ) -> None:
-        # with the names that Megatron's optimizers expect in a state dict
-        self._chunks = {"model" if len(chunks) == 1 else f"model{i}": chunk for i, chunk in enumerate(chunks)}
-        self._optimizer, self._schedule = optimizer, schedule
-        config, ddp = chunks[0].config, chunks[0].ddp_config
+        self._parameters, self._family, self._schedule, self._offload = parameters, family, schedule, offload
+        self._layouts = {own.local_name: own for own in layouts}
+        self._shapes = {name: _matrix(shape) for name, shape in family.checkpoint_tensors().items()}
+        self._optimizer, self._shares = optimizer, shares(parameters.values(), optimizer)
+        kinds = {type(inner.optimizer).__name__ for inner in inner_optimizers(optimizer)}
         self._settings = {name: getattr(config, name, None) for name in _FIXED} | {
-            "vocab_size": unwrap(chunks[0]).real_vocab_size,
+            "vocab_size": family.vocab_size,
             "params_dtype": str(config.params_dtype),
-            "use_distributed_optimizer": ddp.use_distributed_optimizer,
+            "optimizer": ", ".join(sorted(kinds)),
         }
+        self._layout = [dist.get_world_size(), *(getattr(config, name) for name in _LAYOUT)]
 
-    def save(self, path: str | Path) -> str:
-        """Write weights, optimizer, number of updates and random state into ``path``, which must be empty or new.
-        Return the digest that :meth:`load` compares; "" on all ranks but the first.
+    def content(self) -> Content:
+        """Return what this rank holds; the tensors are the trainer's own."""
+        held, kinds = list[Held](), set[str]()
+        for name, parameter in self._parameters.items():
+            # the last pipeline stage's copy of tied embeddings is updated like the first stage's
+            if parameter not in self._shares or getattr(parameter, "shared", False):
+                continue
+            own = self._shares[parameter]
+            kinds |= own.state.keys()
+            for kind, tensor in {WEIGHTS: own.main, **own.state}.items():
+                memory = self._offload.on_host(tensor)
+                parts = self._parts(kind, name, memory, own.start, own.stop)
+                held += [Held(share, stays=memory is not tensor) for share in parts]
+        held += [Held(share, stays=True) for share in self._random().values()]
+        notes = {"updates": self._schedule.num_steps, "kinds": sorted(kinds), "layout": self._layout}
+        return Content(held, self._notes() | notes)
 
-        Raises TrainerCheckpointError where the folder is not empty, or cannot be written.
-        """
-        state = self._weights_and_optimizer(is_loading=False) | {"random": _random_state()}
-        return self._write(path, state, {"updates": self._schedule.num_steps})
+    def content_of(self, weights: Mapping[str, Tensor]) -> Content:
+        """Return what this rank holds of other ``weights`` of this network, in host memory, by their local names."""
+        of_all = (share for name, tensor in weights.items() for share in self._parts(WEIGHTS, name, tensor))
+        return Content([Held(share, stays=True) for share in of_all], self._notes())
 
-    def save_weights(self, path: str | Path) -> str:
-        """Write the weights alone, as :meth:`save` does."""
-        return self._write(path, self._weights(), {})
-
-    def load(self, path: str | Path, digest: str = "") -> None:
-        """Continue from what :meth:`save` wrote; all that is read is compared with ``digest``, if it is given.
+    def load(self, path: str | Path, digests: Sequence[str] = ()) -> None:
+        """Continue from what was saved in ``path``; all that is read is compared with ``digests``, if they are given.
 
         The learning rate and its schedule are the configuration's, at the checkpoint's number of updates. Random state
-        is restored where tensor and pipeline parallelism are the same. Raises TrainerCheckpointError where the folder
-        does not hold a checkpoint, is damaged or belongs to another model; the weights are then undefined.
+        is restored where the layout is the same. Raises TrainerCheckpointError where the folder does not hold a
+        checkpoint, is damaged or belongs to another model; the trainer's state is then undefined until another one was
+        loaded. Ranks do not wait for each other.
         """
-        with self._open(path, digest) as reader:
-            # one for each tensor- and pipeline-parallel rank: under another layout there is none of that shape
-            random = {name: tensor for name, tensor in _random_state().items() if reader.has(tensor)}
-            loaded = self._read(reader, self._weights_and_optimizer(is_loading=True) | {"random": random})
+        with self._open(path, digests) as reader:
+            kinds = reader.notes["kinds"]
+            self._check_tensors(reader, [WEIGHTS, *kinds])
+            targets = list(self._targets(kinds))
+            same_ranks = reader.notes["layout"] == self._layout
+            random = {name: own for name, own in self._random().items() if same_ranks and reader.has(own)}
+            _read(reader, [*targets, *random.values()])
             updates = reader.notes["updates"]
-            _load_optimizer(self._optimizer, loaded["optimizer"], updates)
+            for own in self._shares.values():
+                state = own.optimizer.optimizer.state[own.main]
+                if "exp_avg" in state:  # a tensor for each: an update increments it in place
+                    state["step"] = torch.full((), updates, dtype=torch.float32, device=own.main.device)
             self._schedule.step(updates - self._schedule.num_steps)
-            _set_random_state(loaded.get("random", {}))
+            _set_random_state({name: share.values[0] for name, share in random.items()})
 
-    def load_weights(self, path: str | Path, digest: str = "") -> None:
-        """Replace the weights by what :meth:`save_weights` wrote; the optimizer's main parameters stay as they are.
-        Errors as in :meth:`load`."""
-        with self._open(path, digest) as reader:
-            self._read(reader, self._weights())
+    def load_weights(self, path: str | Path, into: Mapping[str, Tensor], digests: Sequence[str] = ()) -> None:
+        """Read the weights in ``path``, of :meth:`content` or :meth:`content_of`, ``into`` tensors of this network by
+        their local names. Errors as in :meth:`load`."""
+        with self._open(path, digests) as reader:
+            self._check_tensors(reader, [WEIGHTS, *reader.notes.get("kinds", [])])
+            _read(reader, [share for name, tensor in into.items() for share in self._parts(WEIGHTS, name, tensor)])
 
-    def _weights(self) -> dict[str, Any]:
-        return {name: chunk.module.sharded_state_dict() for name, chunk in self._chunks.items()}
+    # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _weights_and_optimizer(self, is_loading: bool) -> dict[str, Any]:
-        state = self._weights()
-        optimizer = self._optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=_OPTIMIZER_FORMAT)
-        return state | {"optimizer": optimizer}
+    def _notes(self) -> dict[str, Any]:
+        return {"format": FORMAT, "settings": self._settings}
 
-    def _write(self, path: str | Path, state: dict[str, Any], notes: dict[str, Any]) -> str:
-        # the rest of ``state``, such as the options of parameter groups, is the configuration's when it is loaded
-        sharded, _ = save_preprocess(state)
-        tensors = (value for value in nested_values(sharded) if isinstance(value, ShardedTensor))
-        try:
-            return write(Path(path), tensors, {"format": _FORMAT, "settings": self._settings} | notes)
-        except FileExistsError as error:
-            raise TrainerCheckpointError(
-                f"{path} is not empty: a checkpoint is written into a folder of its own"
-            ) from error
-        except OSError as error:
-            raise TrainerCheckpointError(
-                f"checkpoint {path} cannot be written: {error}; earlier ones are not affected: make room and continue "
-                "with checkpoint.resume=true"
-            ) from error
+    def _targets(self, kinds: Iterable[str]) -> Iterator[Share]:
+        """Yield everything that is to be loaded. Elements that no checkpoint has (added rows of a vocabulary) are and
+        stay zero."""
+        for name, parameter in self._parameters.items():
+            yield from self._parts(WEIGHTS, name, parameter.data)
+            if (own := self._shares.get(parameter)) is None:
+                continue
+            if parameter.dtype != own.main.dtype:  # else they are the parameter itself
+                yield from self._parts(WEIGHTS, name, own.main, own.start, own.stop)
+            for kind in kinds:
+                state = own.optimizer.optimizer.state[own.main]
+                moments = state.setdefault(kind, torch.zeros_like(own.main))
+                yield from self._parts(kind, name, moments, own.start, own.stop)
+
+    def _parts(self, kind: str, name: str, tensor: Tensor, start: int = 0, stop: int | None = None) -> Iterator[Share]:
+        """Yield the shares that ``tensor`` consists of, the elements [start, stop) of the parameter ``name``."""
+        flat, shape = tensor.detach().view(-1), self._parameters[name].shape
+        for place, offset, stride in rectangles.parts(self._layouts[name], shape, start, stop):
+            size = place.rows, place.columns
+            values = flat.as_strided(size, (stride, 1), flat.storage_offset() + offset)
+            yield Share(f"{kind}.{place.name}", self._shapes[place.name], place.row, place.column, values)
+
+    def _random(self) -> dict[str, Share]:
+        """Return the random state of this rank, by name: each is a row of a matrix [ranks, bytes]."""
+        states = {"cpu": torch.get_rng_state()}
+        states |= {f"tracker.{n}": state for n, state in tensor_parallel.get_cuda_rng_tracker().get_states().items()}
+        if torch.cuda.is_available():
+            states["cuda"] = torch.cuda.get_rng_state()
+        ranks, rank = dist.get_world_size(), dist.get_rank()
+        return {
+            name: Share(f"{RANDOM}.{name}", (ranks, state.numel()), rank, 0, state[None])
+            for name, state in states.items()
+        }
 
     @contextmanager
-    def _open(self, path: str | Path, digest: str) -> Iterator[Reader]:
+    def _open(self, path: str | Path, digests: Sequence[str]) -> Iterator[Reader]:
         """Provide the reader of a checkpoint of this model. Whatever fails meanwhile is raised as one error."""
         if not Path(path).is_dir():
             raise TrainerCheckpointError(f"checkpoint {path} does not exist")
         try:
-            reader, own = Reader(Path(path), digest), self._settings
-            if reader.notes.get("format") != _FORMAT:
-                raise ValueError(f"its format is {reader.notes.get('format')}, this version reads {_FORMAT}")
+            reader, own = Reader(Path(path), digests), self._settings
+            if reader.notes.get("format") != FORMAT:
+                raise ValueError(f"its format is {reader.notes.get('format')}, this version reads {FORMAT}")
             saved = reader.notes["settings"]
             different = [f"{name} was {saved[name]}, now {own[name]}" for name in _FIXED if saved[name] != own[name]]
             if different:
                 raise ValueError("; ".join(different))
             yield reader
-        except DamagedError as error:
-            raise DamagedCheckpointError(f"checkpoint {path} cannot be loaded: {error}") from error
         except Exception as error:
             raise TrainerCheckpointError(f"checkpoint {path} cannot be loaded: {error}") from error
 
-    def _read(self, reader: Reader, state: dict[str, Any]) -> dict[str, Any]:
-        """Load what ``state`` describes, put the weights into the model, and return all of it."""
-        state, local, factories = load_preprocess(state)
-        sharded, rest = extract_matching_values(state, lambda value: isinstance(value, ShardedTensor))
-        wanted: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(wanted, {tensor.key for tensor in nested_values(sharded)})
-        absent = set().union(*wanted) - reader.keys
-        unread = {key for key in reader.keys.difference(*wanted) if not key.startswith("random.")}
-        if absent:
+    def _check_tensors(self, reader: Reader, kinds: Iterable[str]) -> None:
+        expected = {f"{kind}.{name}" for kind in kinds for name in self._shapes}
+        found = {key for key in reader.keys if not key.startswith(f"{RANDOM}.")}
+        if absent := expected - found:
             raise ValueError(f"{len(absent)} tensors are missing from it, such as {min(absent)}")
-        if unread:
+        if unread := found - expected:
             raise ValueError(f"it has {len(unread)} tensors that this model does not have, such as {min(unread)}")
-        loaded = merge(merge(rest, local), dict_list_map_outplace(reader.read, sharded))
-        loaded = apply_factory_merges(loaded, factories)
-        for name, chunk in self._chunks.items():
-            # not strict: Transformer Engine's modules describe state of FP8 recipes that keep none
-            chunk.module.load_state_dict(loaded[name], strict=False)
-        return loaded
 
 
-def _load_optimizer(optimizer: ChainedOptimizer, state: dict[Any, Any], updates: int) -> None:
-    """Complete the state after so many updates. Moments and main parameters were read in place, except for those of a
-    distributed optimizer, which takes its ranges of whole ones. Options such as betas stay the configuration's."""
-    many = len(optimizer.chained_optimizers) > 1
-    for index, inner in enumerate(optimizer.chained_optimizers):
-        if inner.is_stub_optimizer:
-            continue
-        for values in inner.optimizer.state.values():
-            values.pop("step", None)  # Megatron takes everything else that is there from the checkpoint
-        if isinstance(inner, DistributedOptimizer):
-            own = state[index] if many else state
-            inner.load_parameter_state_from_fully_reshardable(own["param_state"])
-        for parameter, values in inner.optimizer.state.items():
-            if "exp_avg" in values:  # a tensor for each: an update increments it in place
-                values["step"] = torch.full((), updates, dtype=torch.float32, device=parameter.device)
+def _read(reader: Reader, targets: Sequence[Share]) -> None:
+    with ThreadPoolExecutor(READERS) as threads:
+        for _ in threads.map(reader.read, targets):
+            pass
 
 
-def _random_state() -> dict[str, ShardedTensor]:
-    """Describe the random state of this tensor- and pipeline-parallel rank, by name; its data-parallel group has the
-    same. Each is a row of a tensor [stages, parts of a layer, bytes]."""
-    states = {"cpu": torch.get_rng_state()}
-    states |= {f"tracker.{n}": state for n, state in tensor_parallel.get_cuda_rng_tracker().get_states().items()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    groups = parallel_state.get_pipeline_model_parallel_group(), parallel_state.get_tensor_model_parallel_group()
-    places = [(axis, group.rank(), group.size()) for axis, group in enumerate(groups)]
-    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    return {
-        name: ShardedTensor.from_rank_offsets(
-            f"random.{name}", state, *places, replica_id=replica, prepend_axis_num=len(places)
-        )
-        for name, state in states.items()
-    }
+def _matrix(shape: Sequence[int]) -> tuple[int, int]:
+    rows, columns = (1, *shape)[-2:]
+    return rows, columns
 
 
 def _set_random_state(states: dict[str, Tensor]) -> None:

@@ -3,29 +3,17 @@ they can be compared between layouts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
 from miles_spmd.ledger.rectangles import parts
 from miles_spmd.ledger.tensor_sums import TensorSums
 from miles_spmd.models import TensorLayout
-from miles_spmd.training.optimizer import inner_optimizers
-
-
-class _Share(NamedTuple):
-    """The elements [start, stop) of a parameter that this rank updates, and the optimizer's own tensor for them."""
-
-    start: int
-    stop: int
-    optimizer: MegatronOptimizer
-    main: Tensor
+from miles_spmd.training.optimizer import shares
 
 
 class TrainerDigests:
@@ -41,11 +29,9 @@ class TrainerDigests:
         self._parameters = parameters
         layout = {own.local_name: own for own in layouts}
         self._weights = TensorSums({name: parts(layout[name], p.shape) for name, p in parameters.items()})
-        shares = _shares(parameters.values(), optimizer)
+        own = shares(parameters.values(), optimizer)
         # the last pipeline stage's copy of tied embeddings is updated like the first stage's
-        self._shares = {
-            name: shares[p] for name, p in parameters.items() if p in shares and not getattr(p, "shared", False)
-        }
+        self._shares = {name: own[p] for name, p in parameters.items() if p in own and not getattr(p, "shared", False)}
         self._updated = TensorSums(
             {name: parts(layout[name], parameters[name].shape, s.start, s.stop) for name, s in self._shares.items()}
         )
@@ -69,35 +55,11 @@ class TrainerDigests:
         kinds: dict[str, dict[str, Tensor]] = {"main_params": {}}
         for name, share in self._shares.items():
             kinds["main_params"][name] = share.main
-            for kind, value in share.optimizer.optimizer.state[share.main].items():
-                if torch.is_tensor(value) and value.dim():
-                    kinds.setdefault(kind, {})[name] = value
+            for kind, value in share.state.items():
+                kinds.setdefault(kind, {})[name] = value
         return {kind: to_host(self._updated(tensors)) for kind, tensors in kinds.items()}
 
 
 def to_host(sums: Tensor) -> np.ndarray:
     """Return digests as uint64 on the host. Waits for the device."""
     return sums.cpu().numpy().view(np.uint64)
-
-
-def _shares(parameters: Iterable[torch.nn.Parameter], optimizer: ChainedOptimizer) -> dict[torch.nn.Parameter, _Share]:
-    """Return this rank's share of every parameter that it updates.
-
-    A distributed optimizer has a range of a parameter and its own tensor for it. Other optimizers have whole
-    parameters: the fp32 copies of 16-bit ones (``main_param``), or the parameters themselves.
-    """
-    shares = {}
-    whole: dict[int, MegatronOptimizer] = {}  # optimizers of whole parameters, by the id of the tensor that they update
-    for inner in inner_optimizers(optimizer):
-        if isinstance(inner, DistributedOptimizer):
-            for parameter, (group, place) in inner.model_param_group_index_map.items():
-                where = inner._get_model_param_range_map(parameter)["param"]
-                main = inner.optimizer.param_groups[group]["params"][place]
-                shares[parameter] = _Share(where.start, where.end, inner, main)
-        else:
-            whole |= {id(main): inner for main in inner.get_parameters()}
-    for parameter in parameters:
-        main = getattr(parameter, "main_param", parameter)
-        if id(main) in whole:
-            shares[parameter] = _Share(0, parameter.numel(), whole[id(main)], main)
-    return shares

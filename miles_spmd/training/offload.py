@@ -30,6 +30,7 @@ class Offload:
         self._released: list[tuple[UntypedStorage, int]] = []
         self._copied = 0
         self._host = torch.empty(0, dtype=torch.uint8)
+        self._on_host: dict[int, Tensor] = {}  # the copy of each storage that is released
 
     @property
     def offloaded_bytes(self) -> int:
@@ -52,8 +53,9 @@ class Offload:
         state, gradients = self._storages(self._state()), self._storages(self._gradients())
         if self._host.numel() < _size(state):
             self._host = torch.empty(_size(state), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        for storage, host in zip(state, self._slices(state)):
-            host.copy_(_bytes(storage), non_blocking=True)
+        self._on_host = {_identity(storage): host for storage, host in zip(state, self._slices(state))}
+        for storage in state:
+            self._on_host[_identity(storage)].copy_(_bytes(storage), non_blocking=True)
         if state and state[0].is_cuda:
             torch.cuda.current_stream().synchronize()  # the copies must be done before their sources are freed
         self._released = [(storage, storage.nbytes()) for storage in (*state, *gradients)]
@@ -62,6 +64,15 @@ class Offload:
         for storage, _ in self._released:
             storage.resize_(0)
         return self.offloaded_bytes
+
+    def on_host(self, tensor: Tensor) -> Tensor:
+        """Return the optimizer's ``tensor`` where its memory is now: the tensor itself, or one with the same content in
+        host memory that stays what it is until the next :meth:`move_out`."""
+        memory = self._on_host.get(_identity(tensor.untyped_storage()))
+        if memory is None:
+            return tensor
+        memory = memory.view(tensor.dtype)
+        return memory.as_strided(tensor.size(), tensor.stride(), memory.storage_offset() + tensor.storage_offset())
 
     def move_in(self) -> int:
         """Undo :meth:`move_out`; gradients are undefined, as they are before every step.
@@ -73,7 +84,7 @@ class Offload:
         state = [storage for storage, _ in self._released[: self._copied]]
         for storage, host in zip(state, self._slices(state)):
             _bytes(storage).copy_(host, non_blocking=True)
-        allocated, self._released = self.offloaded_bytes, []
+        allocated, self._released, self._on_host = self.offloaded_bytes, [], {}
         return allocated
 
     def _state(self) -> Iterable[Tensor]:

@@ -4,14 +4,18 @@ finite."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from miles_spmd.config import Config
 from miles_spmd.training.megatron_config import MegatronConfig
@@ -28,12 +32,52 @@ def build_optimizer(megatron: MegatronConfig, chunks: list[DistributedDataParall
     for inner in inner_optimizers(optimizer):
         if isinstance(inner.optimizer, torch.optim.AdamW | torch.optim.Adam):
             _prepare(inner.optimizer)
+        elif isinstance(inner.optimizer, torch.optim.SGD):
+            _prepare_sgd(inner.optimizer)
     return optimizer
 
 
 def inner_optimizers(optimizer: ChainedOptimizer) -> list[MegatronOptimizer]:
     """Return the optimizers of dense and of expert parameters, if they have parameters on this rank."""
     return [inner for inner in optimizer.chained_optimizers if not inner.is_stub_optimizer]
+
+
+class Share(NamedTuple):
+    """The elements [start, stop) of a parameter that this rank updates, and the optimizer's own tensor for them."""
+
+    start: int
+    stop: int
+    optimizer: MegatronOptimizer
+    main: Tensor
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The optimizer's state that has the shape of ``main``, by kind."""
+        state = self.optimizer.optimizer.state[self.main]
+        return {kind: value for kind, value in state.items() if torch.is_tensor(value) and value.dim()}
+
+
+def shares(parameters: Iterable[torch.nn.Parameter], optimizer: ChainedOptimizer) -> dict[torch.nn.Parameter, Share]:
+    """Return this rank's share of every parameter that it updates.
+
+    A distributed optimizer has a range of a parameter and its own tensor for it. Other optimizers have whole
+    parameters: the fp32 copies of 16-bit ones (``main_param``), or the parameters themselves.
+    """
+    found = {}
+    whole: dict[int, MegatronOptimizer] = {}  # optimizers of whole parameters, by the id of the tensor that they update
+    for inner in inner_optimizers(optimizer):
+        if isinstance(inner, DistributedOptimizer):
+            for parameter, (group, place) in inner.model_param_group_index_map.items():
+                where = inner._get_model_param_range_map(parameter)["param"]
+                main = inner.optimizer.param_groups[group]["params"][place]
+                found[parameter] = Share(where.start, where.end, inner, main)
+        else:
+            whole |= {id(main): inner for main in inner.get_parameters()}
+    for parameter in parameters:
+        main = getattr(parameter, "main_param", parameter)
+        if id(main) in whole:
+            found[parameter] = Share(0, parameter.numel(), whole[id(main)], main)
+    return found
 
 
 def _prepare(adam: torch.optim.Optimizer) -> None:
@@ -49,6 +93,13 @@ def _prepare(adam: torch.optim.Optimizer) -> None:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+
+
+def _prepare_sgd(sgd: torch.optim.SGD) -> None:
+    """Set momenta of zero, with which the first update is that without any: what a checkpoint has never changes."""
+    for group in sgd.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            sgd.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
 
 
 def build_schedule(config: Config, megatron: MegatronConfig, optimizer: ChainedOptimizer) -> OptimizerParamScheduler:

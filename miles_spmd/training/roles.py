@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,9 @@ from torch import Tensor
 from miles_spmd.algorithms.losses import ValueLoss, make_loss
 from miles_spmd.config import Config
 from miles_spmd.models import load_family
-from miles_spmd.protocol.results import CheckpointResult, WeightsDigest
+from miles_spmd.protocol.results import CheckpointResult, SaveProgress, WeightsDigest
+from miles_spmd.training.background_save import BackgroundSave
+from miles_spmd.training.checkpoint import Content, TrainerCheckpointError
 from miles_spmd.training.digests import to_host
 from miles_spmd.training.network import Network
 from miles_spmd.training.trainer import Trainer
@@ -45,7 +47,9 @@ class Roles:
             self._snapshots[Role.REF] = self.actor.read_to_host(config.model.ref_load or source)
         if config.algorithm.keep_old_actor:
             self.snapshot(Role.OLD_ACTOR)
-        self._saves_reference = config.has_reference and config.algorithm.ref_update_interval > 0
+        self._saving = BackgroundSave()
+        self._moved_out: dict[Role, dict[str, np.ndarray]] = {}  # digests of the optimizers when they were moved out
+        self._saves_reference = config.saves_reference
 
     def trainer(self, role: Role) -> Trainer:
         """Return the trainer of ``role``. Raises ValueError for a role that is not trained in this run."""
@@ -56,6 +60,9 @@ class Roles:
     def move_out(self) -> int:
         """Offload all but the weights of the trainers to host memory; return the bytes that were released on the
         device."""
+        if not self.offloaded_bytes:
+            self._saving.wait_for_borrowed()
+            self._moved_out = self._optimizer_digests()
         return sum(trainer.offload.move_out() for trainer in self._trainers.values())
 
     def move_in(self) -> int:
@@ -86,6 +93,8 @@ class Roles:
 
     def snapshot(self, role: Role) -> None:
         """Copy the actor's present weights to host memory as those of ``role``."""
+        if role is Role.REF:
+            self._saving.wait_for_borrowed()
         self._snapshots[role] = self.actor.copy_to_host(self._snapshots.get(role))
 
     # ---- digests ----
@@ -98,28 +107,52 @@ class Roles:
         return WeightsDigest(digests.of_weights, digests.of_updates, to_host(digests.weights()))
 
     def _optimizer_digests(self) -> dict[Role, dict[str, np.ndarray]]:
+        if self.offloaded_bytes:
+            return self._moved_out  # the device computes them, and the state is not there now
         return {role: t.digests.optimizer_state() for role, t in self._trainers.items() if t.digests}
 
     # ---- checkpoints ----
 
-    def save(self, path: str | Path) -> CheckpointResult:
-        """Write the trainers, and a reference policy that may differ from its checkpoint, into folders under
-        ``path``. Raises TrainerCheckpointError."""
-        digests = {str(role): t.checkpoint.save(Path(path, role)) for role, t in self._trainers.items()}
-        if self._saves_reference:
-            with self.network(Role.REF):
-                digests[Role.REF] = self.actor.checkpoint.save_weights(Path(path, Role.REF))
-        return CheckpointResult(self._optimizer_digests(), {name: digest for name, digest in digests.items() if digest})
+    def reserve(self) -> None:
+        """Allocate the host memory of a save. Collective."""
+        self._saving.reserve(self._contents())
 
-    def load(self, path: str | Path, digests: Mapping[str, str]) -> CheckpointResult:
-        """Continue from what :meth:`save` wrote; ``digests`` are those that it returned on the first rank. Raises
-        TrainerCheckpointError."""
-        if self._saves_reference:
-            # by way of the actor's network, whose own weights are loaded next
-            self.actor.checkpoint.load_weights(Path(path, Role.REF), digests.get(Role.REF, ""))
-            self.snapshot(Role.REF)
-        for role, trainer in self._trainers.items():
-            trainer.checkpoint.load(Path(path, role), digests.get(role, ""))
+    def save(self, path: str | Path) -> CheckpointResult:
+        """Begin to write the trainers, and a reference policy that may differ from its checkpoint, into folders under
+        ``path`` ("": into none); return when training may go on."""
+        if path:
+            self._saving.start(Path(path), self._contents())
+        return CheckpointResult(self._optimizer_digests())
+
+    def save_progress(self, *, wait: bool) -> SaveProgress:
+        """Return how far the save is; with ``wait``, when it is done."""
+        return self._saving.progress(wait=wait)
+
+    @property
+    def save_bytes(self) -> int:
+        """Return the host memory that is kept for saves."""
+        return self._saving.host_bytes
+
+    def load(self, path: str | Path, digests: Mapping[str, Sequence[str]]) -> CheckpointResult:
+        """Continue from what was saved; ``digests`` are those of every rank's progress. The trainers are on the device.
+
+        A checkpoint that cannot be loaded is not an error of this rank: the result says why.
+        """
+        try:
+            if self._saves_reference:
+                self.actor.checkpoint.load_weights(
+                    Path(path, Role.REF), self._snapshots[Role.REF], digests.get(Role.REF, ())
+                )
+            for role, trainer in self._trainers.items():
+                trainer.checkpoint.load(Path(path, role), digests.get(role, ()))
+        except TrainerCheckpointError as error:
+            return CheckpointResult({}, str(error))
         if Role.OLD_ACTOR in self._snapshots:
             self.snapshot(Role.OLD_ACTOR)  # the engine is given the newest weights, too
-        return CheckpointResult(self._optimizer_digests(), {})
+        return CheckpointResult(self._optimizer_digests())
+
+    def _contents(self) -> dict[str, Content]:
+        contents = {str(role): trainer.checkpoint.content() for role, trainer in self._trainers.items()}
+        if self._saves_reference:
+            contents[Role.REF] = self.actor.checkpoint.content_of(self._snapshots[Role.REF])
+        return contents

@@ -54,7 +54,6 @@ class Trainer(Network):
         ]
         self._optimizer = build_optimizer(self._megatron, self._chunks)
         self._schedule = build_schedule(config, self._megatron, self._optimizer)
-        self.checkpoint = TrainerCheckpoint(self._chunks, self._optimizer, self._schedule)
         leaves = config.train.reduction_leaves
         self._sum_gradients = TreeSum(self._chunks, leaves) if leaves else plain_sum
         # the functions that Megatron's pipeline schedules call back, as its own training loop sets them
@@ -66,6 +65,9 @@ class Trainer(Network):
         ledger = config.determinism.ledger
         self.digests = TrainerDigests(self._parameters, self.layout(), self._optimizer) if ledger else None
         self.offload = Offload(self._chunks, self._optimizer, self.weights().values())
+        self.checkpoint = TrainerCheckpoint(
+            self._parameters, self.layout(), family, transformer, self._optimizer, self._schedule, self.offload
+        )
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> TrainResult:
         """Make one optimizer step. A non-finite loss or gradient anywhere makes every rank skip it, see ``skipped``.

@@ -159,17 +159,72 @@ def export(
 ) -> None:
     """Write the model that the ranks of ``group`` hold together as a Hugging Face checkpoint folder, on its rank 0.
 
-    All ranks call it. ``family`` is the model; its configuration and tokenizer files are copied from
-    ``source_config_dir``. A model with a value head becomes one of transformers' sequence classifiers with one label.
-    ``dtype`` is that of the files, by default that of the weights. Rank 0 needs host memory for one shard of
-    ``shard_bytes``. ``stop_token_ids`` end a response beside the model's own end-of-sequence tokens. The folder appears
-    complete or not at all; an existing one is replaced if it is empty or an export. Raises ValueError on every rank
-    when rank 0 cannot write.
+    All ranks call it. ``dtype`` is that of the files, by default that of the weights. The rest, and errors, as for
+    :func:`export_tensors`; ValueError is raised on every rank.
     """
+    shapes = family.checkpoint_tensors()
+
+    def gather(tensors: dict[str, torch.Tensor], names: Sequence[str]) -> None:
+        # A refit whose only receiver is rank 0, with a layout of whole checkpoint tensors.
+        targets = [TensorLayout(name, whole(name, shapes[name])) for name in tensors]
+        in_shard = set(names)
+        sources = [layout for layout in layouts if not in_shard.isdisjoint(piece.name for piece in layout.pieces)]
+        Refit(weights, sources, tensors, targets, bucket_bytes=bucket_bytes, group=group).run()
+
+    def on_writer(function: Callable[..., None], *args: Any) -> None:
+        """Call ``function`` on rank 0; where it fails, raise on all ranks."""
+        raise_together(_problem(function, *args) if dist.get_rank(group) == 0 else "", group)
+
+    dtype, writes = dtype or next(iter(weights.values())).dtype, dist.get_rank(group) == 0
+    _export(path, source_config_dir, family, dtype, stop_token_ids, shard_bytes, writes, gather, on_writer)
+
+
+def export_tensors(
+    path: str | Path,
+    read: Callable[[str, torch.Tensor], None],
+    source_config_dir: str | Path,
+    family: Family,
+    *,
+    dtype: torch.dtype,
+    stop_token_ids: Sequence[int] = (),
+    shard_bytes: int = 5 << 30,
+) -> None:
+    """Write a model as a Hugging Face checkpoint folder, in this process alone. ``read`` fills a tensor by its name.
+
+    ``family`` is the model; its configuration and tokenizer files are copied from ``source_config_dir``. A model with a
+    value head becomes one of transformers' sequence classifiers with one label. ``dtype`` is that of the files. Needs
+    host memory for one shard of ``shard_bytes``. ``stop_token_ids`` end a response beside the model's own
+    end-of-sequence tokens. The folder appears complete or not at all; an existing one is replaced if it is empty or an
+    export. Raises ValueError where it cannot be written, and what ``read`` raises.
+    """
+
+    def read_all(tensors: dict[str, torch.Tensor], names: Sequence[str]) -> None:
+        for name, tensor in tensors.items():
+            read(name, tensor)
+
+    def on_writer(function: Callable[..., None], *args: Any) -> None:
+        if problem := _problem(function, *args):
+            raise ValueError(problem)
+
+    _export(path, source_config_dir, family, dtype, stop_token_ids, shard_bytes, True, read_all, on_writer)
+
+
+def _export(
+    path: str | Path,
+    source_config_dir: str | Path,
+    family: Family,
+    dtype: torch.dtype,
+    stop_token_ids: Sequence[int],
+    shard_bytes: int,
+    writes: bool,
+    fill: Callable[[dict[str, torch.Tensor], Sequence[str]], None],
+    on_writer: Callable[..., None],
+) -> None:
+    """Write shard by shard what ``fill`` puts into its tensors, where this process ``writes``; ``fill`` gets the names,
+    too. ``on_writer`` calls a function in the process that writes, and raises ValueError where it fails."""
     folder, source = Path(path).resolve(), Path(source_config_dir)
     partial = folder.with_name(f".{folder.name}.partial")
     shapes = family.checkpoint_tensors()
-    dtype = dtype or next(iter(weights.values())).dtype
     shards = split_state_dict_into_shards_factory(
         shapes,  # type: ignore[arg-type]  # it asks the function below about what would be tensors
         get_storage_size=lambda shape: prod(shape) * dtype.itemsize,
@@ -177,32 +232,25 @@ def export(
         max_shard_size=shard_bytes,
     )
     try:
-        _on_writer(group, _begin, folder, partial, source, family, dtype, shards, stop_token_ids)
+        on_writer(_begin, folder, partial, source, family, dtype, shards, stop_token_ids)
         for file, names in shards.filename_to_tensors.items():
-            # A refit whose only receiver is rank 0, with a layout of whole checkpoint tensors.
-            written = names if dist.get_rank(group) == 0 else []
-            tensors = {name: torch.empty(shapes[name], dtype=dtype) for name in written}
-            targets = [TensorLayout(name, whole(name, shapes[name])) for name in written]
-            in_shard = set(names)
-            sources = [layout for layout in layouts if not in_shard.isdisjoint(piece.name for piece in layout.pieces)]
-            Refit(weights, sources, tensors, targets, bucket_bytes=bucket_bytes, group=group).run()
-            _on_writer(group, _save, tensors, partial / file)
-        _on_writer(group, _publish, partial, folder)
+            tensors = {name: torch.empty(shapes[name], dtype=dtype) for name in (names if writes else ())}
+            fill(tensors, names)
+            on_writer(_save, tensors, partial / file)
+        on_writer(_publish, partial, folder)
     except BaseException:
-        if dist.get_rank(group) == 0 and is_begun(partial):
+        if writes and is_begun(partial):
             shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _on_writer(group: dist.ProcessGroup | None, function: Callable[..., None], *args: Any) -> None:
-    """Call ``function`` on rank 0; when it fails there, raise ValueError on all ranks."""
-    problem = ""
-    if dist.get_rank(group) == 0:
-        try:
-            function(*args)
-        except OSError as error:
-            problem = f"export failed: {error}"
-    raise_together(problem, group)
+def _problem(function: Callable[..., None], *args: Any) -> str:
+    """Call ``function``; where it fails, say why."""
+    try:
+        function(*args)
+    except OSError as error:
+        return f"export failed: {error}"
+    return ""
 
 
 def _begin(

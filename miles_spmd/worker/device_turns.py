@@ -13,8 +13,7 @@ On ranks that have one of them (disaggregated) it keeps the device to itself, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch.distributed as dist
 
@@ -73,22 +72,6 @@ class DeviceTurns:
         if self._engine is None:
             raise RuntimeError("this rank has no engine: it only trains")
         return self._engine
-
-    @contextmanager
-    def whole_trainer(self) -> Iterator[None]:
-        """For the block, all of the trainer is on the device; afterwards the engine has its weights again, if it had.
-
-        Moves nothing unless the trainer moves out for rollouts. After an error the engine stays as released: a refit is
-        collective, and the ranks without an error would not take part in it.
-        """
-        if self._shared is None or not self._offloads:
-            yield
-            return
-        version = self._version
-        self.release()
-        yield
-        if version is not None and self._version is None:
-            self.refit(version)
 
     def release(self) -> None:
         """Leave the device to the trainer. Collective over the engine's ranks; does nothing on ranks with only one."""

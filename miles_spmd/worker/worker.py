@@ -13,6 +13,7 @@ from miles_spmd.config import Config
 from miles_spmd.generation.engine import FACTORIES, Engine
 from miles_spmd.invariant.operator_outputs import first_difference, operators
 from miles_spmd.planning.memory_estimate import needed_tokens
+from miles_spmd.planning.release import GIB
 from miles_spmd.platform.determinism import deterministic_kernels
 from miles_spmd.protocol import commands, results
 from miles_spmd.protocol.dealer import Dealer
@@ -111,6 +112,9 @@ class Worker:
                 self._engine = make_engine(config)
             memory.built(self._engine.memory)
             memory.record("engine built")
+        if self._roles is not None and task == "train" and config.saves and torch.cuda.is_available():
+            with watch("save_buffers"):  # to pin memory takes seconds, which the first save would take otherwise
+                self._roles.reserve()
         refits = config.generates(task)
         self.turns = DeviceTurns(config, self._engine, self._roles, watch, memory, side.everyone, refits)
 
@@ -190,13 +194,18 @@ class Worker:
 
     @execute.register
     def _save(self, command: commands.SaveCheckpoint) -> results.CheckpointResult:
-        with self.turns.whole_trainer():
-            return self.roles.save(command.path)
+        result = self.roles.save(command.path)
+        self.memory.note("save_buffers", self.roles.save_bytes / GIB)
+        return result
+
+    @execute.register
+    def _finish_save(self, command: commands.FinishSave) -> results.SaveProgress:
+        return self.roles.save_progress(wait=command.wait)
 
     @execute.register
     def _load(self, command: commands.LoadCheckpoint) -> results.CheckpointResult:
-        with self.turns.whole_trainer():
-            return self.roles.load(command.path, command.digests)
+        self.turns.release()
+        return self.roles.load(command.path, command.digests)
 
     @execute.register
     def _export(self, command: commands.ExportModel) -> results.Ok:

@@ -84,6 +84,25 @@ def test_sleep_and_rollout(ranks: Ranks) -> None:
     assert row["tokens/s"] == pytest.approx(3 * 7 / row["s"])
 
 
+def measure_saves(folder: Path, out: str, offloaded: bool) -> list[dict[str, Any]]:
+    overrides = ["model.dtype=float32", "megatron.use_distributed_optimizer=true"]
+    config = bench_config(str(folder), overrides, dist.get_world_size())
+    return importlib.import_module("miles_spmd.bench.save").measure(config, out, offloaded, repeats=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_save(ranks: Ranks, tmp_path: Path, offloaded: bool) -> None:
+    folder = tiny.checkpoint("qwen3")
+    rows, same = ranks.run(2, measure_saves, folder, str(tmp_path), offloaded)
+    assert rows == same
+    (row,) = rows
+    assert row["offloaded"] == offloaded
+    assert row["GB"] > 3 * 4 * load_family(folder).num_parameters() / 1e9
+    assert min(row[f"{part} s"] for part in ("blocking", "writing", "load", "step")) > 0
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_train_through_the_command_line(tmp_path: Path) -> None:
     out = tmp_path / "result.json"

@@ -32,6 +32,7 @@ OTHER_ENGINE = "tests.reference_engine:TorchEngine"
         ("n_samples_per_prompt=1", "grpo compares the responses to a prompt"),
         ("advantage_estimator=rloo n_samples_per_prompt=1", "rloo compares the responses to a prompt"),
         ("use_tis=true use_rollout_logprobs=true", "nothing is left to correct"),
+        ("keep_last=2 keep_best=eval/other", "checkpoint.keep_best: 'eval/other' is not a metric of an evaluation set"),
         ("tis_clip_low=3", "algorithm.tis_clip_low: 3.0 is above the upper bound 2.0"),
         ("tis_lower_bound=2.5", "algorithm.tis_lower_bound: 2.5 is above"),
         ("overlong_buffer_len=2048", "is more than rollout_max_response_len 1024"),

@@ -164,6 +164,7 @@ def test_a_file_that_is_no_text(recipe: Path) -> None:  # noqa: F811
         ("kl_loss_type=k1", ["algorithm.kl_loss_type"]),
         ("kl_coef=0.1 kl_loss_type=k1", []),
         ("export_final=false export_dir=x", ["checkpoint.export_dir"]),
+        ("keep_every=10", ["checkpoint.keep_every"]),
         ("wandb_project=x", ["telemetry.wandb_project"]),
     ],
 )

@@ -84,17 +84,6 @@ def test_logs_of_a_start_that_failed_are_collected(tmp_path: Path) -> None:
     assert not list((tmp_path / "logs").glob("rank-*"))
 
 
-def test_an_export_is_no_attempt(tmp_path: Path) -> None:
-    running = attempts.begin(tmp_path, "train", 1)
-    export = attempts.begin(tmp_path, "export", 1)
-    export.end("finished", "finished")
-    export.close()
-    assert export.folder == tmp_path / "logs" / "export"
-    assert [line["end"] for line in lines(tmp_path)] == [None]
-    assert os.readlink(tmp_path / "logs" / "latest") == "attempt_0001"
-    running.end("finished", "finished")
-
-
 def test_overwriting_deletes_attempts_and_a_failed_start_does_not(tmp_path: Path) -> None:
     config = make(tmp_path)
     leave_results(config, steps=-1, saved=None)

@@ -10,16 +10,33 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from miles_spmd.controller.checkpoints import ResumeError, newest, read, replaced, step_folder
-from miles_spmd.controller.cluster.listener import WorkerError
+from miles_spmd.config import CheckpointConfig
+from miles_spmd.controller.checkpoint_folders import (
+    FORMAT,
+    ControllerState,
+    ResumeError,
+    begin,
+    complete,
+    kept,
+    mark,
+    newest,
+    prune,
+    publish,
+    read,
+    step_folder,
+)
 from miles_spmd.data.dataset import DataError
 from miles_spmd.ledger.chain import verify
 from miles_spmd.ledger.compare import compare
-from tests.damages import flip, truncate
+from miles_spmd.planning.memory_estimate import checkpoint_bytes
+from miles_spmd.telemetry.trackers import read_metrics
+from tests.damages import delete, flip, truncate
 from tests.ledger.runs import Recipe, train
 from tests.ranks import Ranks
 
@@ -37,24 +54,78 @@ def finished(ranks: Ranks, recipe: Recipe) -> Path:
     return train(ranks, recipe.config("finished", *SFT))
 
 
-def test_a_damaged_checkpoint_is_named_with_the_one_before_it(ranks: Ranks, recipe: Recipe, finished: Path) -> None:
-    folder = Path(shutil.copytree(finished, finished.with_name("damaged")))
+Damage = Callable[[Path, Path, random.Random], None]
+DAMAGES: dict[str, tuple[str, Damage]] = {  # each kind of file of a checkpoint
+    "tensors-flipped": ("actor/rank_00000.bin", flip),
+    "tensors-truncated": ("actor/rank_00000.bin", truncate),
+    "index-flipped": ("actor/rank_00000.json", flip),
+    "index-truncated": ("actor/rank_00000.json", truncate),
+    "index-deleted": ("actor/rank_00000.json", delete),
+    "mark-flipped": ("controller.json", flip),
+    "mark-truncated": ("controller.json", truncate),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_instead_of_a_damaged_checkpoint_the_one_before_it_is_used(
+    ranks: Ranks, recipe: Recipe, finished: Path, capfd: pytest.CaptureFixture[str], damage: str
+) -> None:
+    """The run comes to the same end, and the damaged one is written anew."""
+    name, harm = DAMAGES[damage]
+    folder = Path(shutil.copytree(finished, finished.with_name(damage), symlinks=True))
+    newer, before = step_folder(folder, 4), step_folder(folder, 2)
+    harm(newer / name, newer, random.Random(1))
+    train(ranks, recipe.config(damage, *SFT, "checkpoint.resume=true"))
+    (warning,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("miles-spmd: warning: ")]
+    assert str(newer / name) in warning
+    assert warning.endswith(f"; continuing from {before}")
+    assert same_files(newer, step_folder(finished, 4))
+    assert same_ledger(folder, finished)
+
+
+def test_a_checkpoint_that_is_named_and_damaged_is_an_error(
+    ranks: Ranks, recipe: Recipe, finished: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(finished, finished.with_name("named"), symlinks=True))
     newer, before = step_folder(folder, 4), step_folder(folder, 2)
     flip(newer / "actor" / "rank_00000.bin", newer, random.Random(1))
-    remedy = f"take the one before it: checkpoint.load={before} checkpoint.resume=false"
-    for asked in (["checkpoint.resume=true"], [f"checkpoint.load={newer}"]):
-        with pytest.raises(WorkerError) as raised:
-            train(ranks, recipe.config("damaged", *SFT, *asked))
-        assert f"{newer}/actor/rank_00000.bin is damaged" in str(raised.value)
-        assert remedy in str(raised.value)
-    (before / "controller.json").unlink()
-    with pytest.raises(WorkerError, match="no complete checkpoint is before it"):
-        train(ranks, recipe.config("damaged", *SFT, "checkpoint.resume=true"))
+    with pytest.raises(ResumeError) as raised:
+        train(ranks, recipe.config("named", *SFT, f"checkpoint.load={newer}"))
+    assert f"{newer}/actor/rank_00000.bin is damaged" in str(raised.value)
+    assert f"take the one before it: checkpoint.load={before} checkpoint.resume=false" in str(raised.value)
+    truncate(before / "controller.json", before, random.Random(1))
+    with pytest.raises(ResumeError) as raised:
+        train(ranks, recipe.config("named", *SFT, "checkpoint.resume=true"))
+    for damaged in (newer / "actor" / "rank_00000.bin", before / "controller.json"):
+        assert f"{damaged} is damaged" in str(raised.value)
+
+
+def test_a_checkpoint_of_another_model_is_not_used(
+    ranks: Ranks, recipe: Recipe, finished: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(finished, finished.with_name("foreign"), symlinks=True))
+    other = train(ranks, recipe.config("sgd", *SFT, "megatron.optimizer=sgd"))
+    shutil.rmtree(step_folder(folder, 4))
+    state = read(step_folder(finished, 4))  # as if the ledger, too, were the run's own
+    shutil.copytree(step_folder(other, 4), step_folder(folder, 4))
+    mark(step_folder(folder, 4), msgspec.structs.replace(read(step_folder(folder, 4)), ledger=state.ledger))
+    train(ranks, recipe.config("foreign", *SFT, "checkpoint.resume=true"))
+    said = capfd.readouterr().err
+    assert "optimizer was SGD, now AdamW; continuing from" in said
+    assert same_ledger(folder, finished)
+
+
+def same_ledger(folder: Path, other: Path) -> bool:
+    """Bitwise; without its first entry where somebody has changed a file of the code meanwhile."""
+    one, two = (verify(run) for run in (folder, other))
+    if one.contexts[-1].code == two.contexts[-1].code:
+        return (folder / "ledger" / "chain.jsonl").read_bytes() == (other / "ledger" / "chain.jsonl").read_bytes()
+    return one.steps == two.steps and one.saved == two.saved
 
 
 def test_the_advice_leads_to_the_end(ranks: Ranks, recipe: Recipe, finished: Path) -> None:
     """The damaged checkpoint is written anew, and one of a later step, which the ledger has no more, is removed."""
-    folder = Path(shutil.copytree(finished, finished.with_name("advised")))
+    folder = Path(shutil.copytree(finished, finished.with_name("advised"), symlinks=True))
     newer, before = step_folder(folder, 4), step_folder(folder, 2)
     truncate(newer / "actor" / "rank_00000.bin", newer, random.Random(1))
     shutil.copytree(newer, step_folder(folder, 6))
@@ -101,12 +172,14 @@ def test_what_a_killed_save_leaves_is_replaced(ranks: Ranks, recipe: Recipe, fin
     newer = step_folder(folder, 4)
     (newer / "controller.json").unlink()
     if left == "half of the files":
-        (newer / "actor" / "index.json").unlink()
+        (newer / "actor" / "rank_00000.json").unlink()
     if left == "temporary":
         newer.rename(f"{newer}.incomplete")
     train(ranks, recipe.config(name, *SFT, "checkpoint.resume=true"))
     assert same_files(newer, step_folder(finished, 4))
-    assert sorted(path.name for path in newer.parent.iterdir()) == ["step_000002", "step_000004"]
+    assert sorted(path.name for path in newer.parent.iterdir()) == ["latest", "step_000002", "step_000004"]
+    assert (newer.parent / "latest").resolve() == newer.resolve()
+    assert same_ledger(folder, finished)
 
 
 def same_files(folder: Path, other: Path) -> bool:
@@ -114,21 +187,84 @@ def same_files(folder: Path, other: Path) -> bool:
     return files.keys() == others.keys() and all(files[p].read_bytes() == others[p].read_bytes() for p in files)
 
 
-def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
-    folder = step_folder(tmp_path, 2)
-    folder.mkdir(parents=True)
-    (folder / "controller.json").touch()
+def test_changes_at_a_resume(ranks: Ranks, recipe: Recipe, finished: Path) -> None:
+    """A longer run with another learning rate, asked for a checkpoint that the configuration does not want: the ledger
+    says what changed, and nothing of the checkpoint."""
+    folder = Path(shutil.copytree(finished, finished.with_name("longer"), symlinks=True))
+    (folder / "save").touch()
+    longer = ["run.num_rollout=6", "megatron.lr=2e-3", "checkpoint.save_interval=0", "checkpoint.resume=true"]
+    train(ranks, recipe.config("longer", *SFT, *longer))
+    record, metrics = verify(folder), read_metrics(folder / "metrics.jsonl")
+    assert list(record.steps) == [0, 1, 2, 3, 4, 5]
+    assert metrics[6]["train/lr"] == 2e-3
+    (change,) = compare(record, record).changes[:1]
+    assert change == f"{folder}: from step 4 on: run.num_rollout: 4 -> 6; megatron.lr: 0.001 -> 0.002"
+    assert list(complete(folder)) == [2, 4, 5]  # at the end of the first step
+    assert not (folder / "save").exists()
+    assert list(record.saved) == [2, 4]
+    # from a checkpoint without an entry the ledger is continued as from any other
+    chain = (folder / "ledger" / "chain.jsonl").read_bytes()
+    again = [*longer[:3], f"checkpoint.load={step_folder(folder, 5)}"]
+    train(ranks, recipe.config("longer", *SFT, *again))
+    if verify(folder).contexts[-1].code == record.contexts[-1].code:  # nobody has changed a file meanwhile
+        assert (folder / "ledger" / "chain.jsonl").read_bytes() == chain
 
-    def fill_the_disk() -> None:
-        with replaced(tmp_path, 2) as scratch:
-            (scratch / "half").touch()
-            Path("/dev/full").write_text("No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
-        fill_the_disk()
-    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()] == [
-        Path("checkpoints/step_000002/controller.json")
+def test_without_room_a_checkpoint_is_not_begun(
+    ranks: Ranks,
+    recipe: Recipe,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The run goes on, and its ledger is that of a run with a larger disk."""
+    usage = shutil.disk_usage(finished)
+    answers = [usage._replace(free=100)]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: answers.pop() if answers else usage)
+    folder = train(ranks, recipe.config("full", *SFT))
+    said = capfd.readouterr().err
+    assert "warning: the checkpoint of step 2 could not be written: it takes 0." in said
+    assert f"MiB, and the file system of {folder} has 9.54e-05 MiB; no other one exists; the run goes on" in said
+    assert list(complete(folder)) == [4]
+    assert same_ledger(folder, finished)
+
+
+def test_its_size_is_known_before(recipe: Recipe, finished: Path) -> None:
+    folder = step_folder(finished, 4) / "actor"
+    (index,) = [json.loads(path.read_bytes()) for path in folder.glob("*.json")]
+    random_state = sum(t["shape"][0] * t["shape"][1] for name, t in index["tensors"].items() if "random." in name)
+    assert checkpoint_bytes(recipe.config("finished", *SFT)) == index["size"] - random_state
+
+
+@pytest.mark.parametrize(
+    ("last", "every", "scores", "stay"),
+    [
+        (1, 0, {}, {5}),
+        (2, 0, {1: 0.5, 3: 0.9, 4: 0.2}, {3, 4, 5}),
+        (1, 2, {}, {2, 4, 5}),
+        (1, 0, {1: 0.5, 2: 0.5}, {2, 5}),
+        (9, 0, {}, {1, 2, 3, 4, 5}),
+    ],
+)
+def test_which_checkpoints_stay(last: int, every: int, scores: dict[int, float], stay: set[int]) -> None:
+    assert kept([1, 2, 3, 4, 5], last, every, scores) == stay
+
+
+def test_pruned(tmp_path: Path) -> None:
+    """By what is on disk; another folder, and what is not complete, is left alone."""
+    settings = CheckpointConfig(keep_last=1, keep_best="eval/test")
+    for step, score in enumerate((0.1, 0.7, 0.3, 0.2)):
+        publish(begin(tmp_path, step), ControllerState(step, 0, metrics={"eval/test": score}, format=FORMAT))
+    (tmp_path / "checkpoints" / "mine").mkdir()
+    prune(tmp_path, settings)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "latest",
+        "mine",
+        "step_000001",
+        "step_000003",
     ]
+    prune(tmp_path, CheckpointConfig())  # keeps all
+    assert list(complete(tmp_path)) == [1, 3]
 
 
 def test_newest(tmp_path: Path) -> None:
@@ -147,7 +283,7 @@ def test_newest(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_an_earlier_version(tmp_path: Path) -> None:
     (tmp_path / "controller.json").write_bytes(b'{"step":2,"seed":0,"ledger":"","format":1}')
-    with pytest.raises(ResumeError, match="was written by a version without digests"):
+    with pytest.raises(ResumeError, match="has format 1, and this version reads format 3"):
         read(tmp_path)
 
 
@@ -171,4 +307,4 @@ def test_a_run_that_is_killed_while_it_saves_comes_to_the_same_end(recipe: Recip
     found = compare(verify(folder.with_name(f"{folder.name}-whole")), verify(folder))
     assert found.equal, found.difference
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert names == [step_folder(folder, step).name for step in range(1, 13)]
+    assert names == ["latest", *(step_folder(folder, step).name for step in range(1, 13))]

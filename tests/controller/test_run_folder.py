@@ -13,7 +13,7 @@ import pytest
 
 from miles_spmd.config import Config
 from miles_spmd.config.load import ConfigError, make_tables
-from miles_spmd.controller.checkpoints import ControllerState, complete, step_folder
+from miles_spmd.controller.checkpoint_folders import ControllerState, mark, step_folder
 from miles_spmd.controller.run_folder import (
     RunFolderError,
     check,
@@ -48,7 +48,7 @@ def leave_results(config: Config, steps: int = 3, saved: int | None = 2) -> None
     if saved is not None:
         folder = step_folder(config.run_dir, saved)
         folder.mkdir(parents=True)
-        complete(folder, ControllerState(saved, 1234))
+        mark(folder, ControllerState(saved, 1234))
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:

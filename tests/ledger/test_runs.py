@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from miles_spmd.controller.checkpoints import complete, read
+from miles_spmd.controller.checkpoint_folders import ResumeError, mark, read
 from miles_spmd.ledger import step_data
 from miles_spmd.ledger.chain import FILE, FOLDER, Chain, LedgerError, links, read_record, verify
 from miles_spmd.ledger.compare import Comparison, compare
@@ -148,7 +148,9 @@ def test_other_settings_after_a_restart_are_in_the_ledger(ranks: Ranks, recipe: 
     record = verify(folder)
     assert [c.step for c in record.contexts] == [0, 2]
     assert [c.config["megatron"]["lr"] for c in record.contexts] == [1e-3, 2e-3]
-    assert against(first, folder).difference == "step 2, train: update 0 (actor): lr 0.001 | 0.002"
+    found = against(first, folder)
+    assert found.difference == "step 2, train: update 0 (actor): lr 0.001 | 0.002"
+    assert found.changes == [f"{folder}: from step 2 on: megatron.lr: 0.001 -> 0.002"]
 
 
 # --- not equal -------------------------------------------------------------------------------------------------------
@@ -329,7 +331,7 @@ def test_a_changed_checkpoint_is_not_resumed_from(ranks: Ranks, recipe: Recipe, 
     ledger = read(ours).ledger
     shutil.rmtree(ours)
     shutil.copytree(theirs, ours)
-    complete(ours, msgspec.structs.replace(read(theirs), ledger=ledger))
+    mark(ours, msgspec.structs.replace(read(theirs), ledger=ledger))
     with pytest.raises(LedgerError, match="the checkpoint of step 2 is not what was saved: "):
         train(ranks, recipe.config("tampered", "checkpoint.resume=true"))
 
@@ -337,8 +339,8 @@ def test_a_changed_checkpoint_is_not_resumed_from(ranks: Ranks, recipe: Recipe, 
 def test_a_checkpoint_of_another_ledger(ranks: Ranks, recipe: Recipe, first: Path) -> None:
     folder = crashed(first, first.with_name("mixed"))
     checkpoint = folder / "checkpoints" / "step_000002"
-    complete(checkpoint, msgspec.structs.replace(read(checkpoint), ledger="f" * 32))
-    with pytest.raises(LedgerError, match="is not in the ledger of"):
+    mark(checkpoint, msgspec.structs.replace(read(checkpoint), ledger="f" * 32))
+    with pytest.raises(ResumeError, match=r"no checkpoint of .* can be loaded: .* is not in the ledger of"):
         train(ranks, recipe.config("mixed", "checkpoint.resume=true"))
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from miles_spmd.controller import attempts
 from miles_spmd.controller.attempts import Attempts, saved_steps
-from miles_spmd.controller.checkpoints import newest
+from miles_spmd.controller.checkpoint_folders import newest
 from miles_spmd.ledger.chain import verify
 from miles_spmd.monitor.status import Status, read_status, render
 from miles_spmd.monitor.tail import follow

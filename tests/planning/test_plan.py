@@ -211,6 +211,19 @@ def test_text() -> None:
     assert "does not fit: training needs more than the 2.5 GiB of a device. What helps: lower train.max_tokens" in text
 
 
+@pytest.mark.parametrize(("ranks", "offloads", "nbytes"), [(1, False, 12), (2, False, 6), (1, True, 0)])
+def test_a_save_takes_host_memory(ranks: int, offloads: bool, nbytes: int) -> None:
+    """For fp32 weights and two moments, which data-parallel ranks share; what has moved out is there already."""
+    family = load_family(SHAPES["qwen3-4b"])
+
+    def estimate(**checkpoint: int) -> MemoryEstimate:
+        tables = {"train": {"offload_train": offloads}, "model": {"hf_checkpoint": "absent", "dtype": "bfloat16"}}
+        config = make_config(Path("absent"), {}, checkpoint=checkpoint, **tables)
+        return estimate_memory(config, family, ParallelLayout.of(config, world_size=ranks))
+
+    assert estimate(save_interval=5).host - estimate().host == nbytes * family.num_parameters()
+
+
 def test_a_trainer_that_moves_out_leaves_room() -> None:
     shape = SHAPES["qwen3-4b"]
 

@@ -161,7 +161,7 @@ def test_every_metric_that_is_written_is_described_and_the_reverse() -> None:
     controller = Path(metrics.__file__).parents[1] / "controller"
     source = "".join(path.read_text() for path in controller.rglob("*.py"))
     phases = set(re.findall(r'\.timed\("(\w+)"\)', source))
-    written = set(re.findall(r'"((?:rollout|train|refit|parity|perf)/\w+)"', source)) | algorithm_metrics()
+    written = set(re.findall(r'"((?:rollout|train|refit|parity|perf|checkpoint)/\w+)"', source)) | algorithm_metrics()
     workers = "".join(path.read_text() for path in controller.with_name("worker").rglob("*.py"))
     memory = {*re.findall(r'\.note\("(\w+)"', workers), *set(Phase) - {Phase.IDLE, Phase.STOP}}
     written |= {f"memory/{name}" for name in memory}

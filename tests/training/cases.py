@@ -4,6 +4,7 @@ oracle."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ from torch import Tensor
 from miles_spmd.algorithms.losses import make_loss
 from miles_spmd.config import Config
 from miles_spmd.models import TensorLayout, load_family
+from miles_spmd.training.background_save import BackgroundSave
+from miles_spmd.training.checkpoint import TrainerCheckpointError
 from miles_spmd.training.trainer import Trainer
 from miles_spmd.types.train_sequence import MicroBatch, TrainSequence
 from tests.models import tiny
@@ -39,6 +42,18 @@ def config(name: str, megatron: dict[str, Any] | None = None, **tables: Any) -> 
 
 def build(run: Config) -> Trainer:
     return Trainer(run, load_family(run.model.hf_checkpoint), make_loss(run.run.mode, run.algorithm))
+
+
+def save(trainer: Trainer, folder: str | Path) -> list[str]:
+    """Write the trainer's checkpoint; return the digests of all ranks' indexes."""
+    saving, folder = BackgroundSave(), Path(folder)
+    saving.start(folder.parent, {folder.name: trainer.checkpoint.content()})
+    progress = saving.progress(wait=True)
+    if progress.problem:
+        raise TrainerCheckpointError(progress.problem)
+    digests: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(digests, progress.digests[folder.name])
+    return digests
 
 
 def sequences(lengths: Iterable[int], seed: int = 0) -> list[TrainSequence]:

@@ -336,12 +336,14 @@ def interrupted(run: Config, folder: str, stop: bool) -> list[dict[str, np.ndarr
     steps(roles)
     roles.snapshot(Role.REF)
     if stop:
-        digests = [roles.save(folder).folders]
-        dist.broadcast_object_list(digests)  # as the controller sends them to every rank
-        assert set(digests[0]) == {"actor", "critic", "ref"}
+        roles.save(folder)
+        of_ranks = [roles.save_progress(wait=True).digests] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, of_ranks[0])  # as the controller sends them to every rank
+        digests = {name: [of_rank[name] for of_rank in of_ranks] for name in of_ranks[0]}
+        assert set(digests) == {"actor", "critic", "ref"}
         del roles
         roles = Roles(run)
-        roles.load(folder, digests[0])
+        assert roles.load(folder, digests).problem == ""
     steps(roles)
     with roles.network(Role.REF) as ref:
         reference = {name: weight.numpy().copy() for name, weight in ref.weights().items()}

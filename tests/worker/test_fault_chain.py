@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from miles_spmd.controller.checkpoints import STATE_FILE, read, step_folder
+from miles_spmd.controller.checkpoint_folders import STATE_FILE, read, step_folder
 from miles_spmd.ledger.chain import verify
 from miles_spmd.ledger.compare import compare
 from tests.worker.gate import write_hook
@@ -217,7 +217,7 @@ class Chain:
 
     def _check_end(self, run: Launched, strike: Strike) -> None:
         """What holds whenever a fault has ended the run."""
-        said = [line for line in run.stderr().splitlines() if line.startswith("miles-spmd: ")]
+        said = re.findall(r"^miles-spmd: (?!warning: ).*", run.stderr(), re.MULTILINE)
         strike.result = f"{time.monotonic() - strike.began:.1f} s: {'; '.join(said).replace('miles-spmd: ', '')}"
         strike.saved = max(self._committed(), default=0)
         assert "Traceback" not in run.stderr(), self.report(run)

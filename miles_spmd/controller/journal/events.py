@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from miles_spmd.protocol.results import CheckpointResult, RefitResult, TrainResult
+from miles_spmd.ledger.entries import Saved
+from miles_spmd.protocol.results import RefitResult, TrainResult
 from miles_spmd.types.role import Role
 from miles_spmd.types.rollout_batch import Arrays
 from miles_spmd.types.sample import Sample
@@ -86,11 +87,19 @@ class EvaluationFinished(Event, frozen=True):
     samples: Mapping[str, Groups]  # by set; empty where pairs are compared and nothing is generated
 
 
-class CheckpointWritten(Event, frozen=True):
-    """Every rank has written its share of the checkpoint before ``step``."""
+class CheckpointTaken(Event, frozen=True):
+    """Every rank has its share of the checkpoint before ``step``, which the configuration asks for, in host memory."""
 
     step: int
-    results: Sequence[CheckpointResult]
+    entry: Saved | None  # its digests; None without a ledger
+
+
+class CheckpointCompleted(Event, frozen=True):
+    """The checkpoint before ``step`` is on disk, after ``seconds`` of writing beside the training."""
+
+    step: int
+    seconds: float
+    nbytes: int
 
 
 class StepFinished(Event, frozen=True):

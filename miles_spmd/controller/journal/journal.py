@@ -12,6 +12,8 @@ from miles_spmd.controller.attempts import AttemptWriter
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.ledger import LedgerRecorder
 from miles_spmd.controller.journal.metrics import Metrics
+from miles_spmd.ledger.entries import Saved
+from miles_spmd.protocol.results import CheckpointResult
 from miles_spmd.telemetry import texts
 from miles_spmd.telemetry.progress import Progress
 from miles_spmd.telemetry.trackers import Trackers
@@ -89,5 +91,14 @@ class Journal:
 
     @property
     def ledger_head(self) -> str:
-        """The hash of the ledger's last entry, which is on disk when this returns; "" without a ledger."""
+        """The hash of the ledger's last entry; "" without a ledger."""
         return "" if self.ledger is None else self.ledger.head
+
+    def checkpoint_entry(self, step: int, results: Sequence[CheckpointResult]) -> Saved | None:
+        """Return the digests of a checkpoint before ``step`` as the ledger has them; None without a ledger."""
+        return None if self.ledger is None else self.ledger.saved(step, results)
+
+    def sync(self) -> None:
+        """Return when the ledger's entries so far, and the data of their steps, are on disk."""
+        if self.ledger is not None:
+            self.ledger.sync()

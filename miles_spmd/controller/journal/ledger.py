@@ -32,7 +32,7 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "run": {"name", "output_dir", "overwrite"},
     "reward": {"reward_timeout", "reward_memory_gib", "reward_workers"},
     "refit": {"refit_checksums", "refit_bucket_mib"},
-    "checkpoint": {"save_interval", "save_final", "export_final", "export_dir", "load", "resume"},
+    "checkpoint": True,
     "determinism": {"ledger", "ledger_data_gib"},
 }
 OF_UPDATE = ("grad_norm", "lr", "skipped_steps")  # metrics that have fields of their own
@@ -45,6 +45,7 @@ class Start:
     step: int = 0
     ledger: str = ""  # hash of the entry after which the checkpoint was written
     results: Sequence[CheckpointResult] = ()  # of every rank that loaded it
+    saved: Saved | None = None  # the digests that it was saved with
 
 
 class LedgerRecorder:
@@ -74,8 +75,11 @@ class LedgerRecorder:
             weights=self._weights,
         )
         self._last, known = _find(config.run_dir, start.ledger) if start.ledger else (None, None)
-        if self._last is not None and isinstance(self._last.entry, Saved):
-            self._check(self._last.entry, self._saved(start.step, start.results), context)
+        # the ledger has an entry for a checkpoint that the configuration asked for, and its word counts more
+        recorded = self._last is not None and isinstance(self._last.entry, Saved)
+        saved = self._last.entry if recorded else start.saved
+        if saved is not None:
+            self._check(saved, self.saved(start.step, start.results), context)
         # a resumed run under the same conditions has the very entries of one that never stopped
         self._context = context if known is None or _conditions(known) != _conditions(context) else None
         self._first = start.step
@@ -94,10 +98,13 @@ class LedgerRecorder:
 
     @property
     def head(self) -> str:
-        """The hash of the last entry, which is on disk when this returns, and so are the data of all steps."""
+        """The hash of the last entry."""
+        return self._chain.head
+
+    def sync(self) -> None:
+        """Return when all entries are on disk, and the data of all steps."""
         self._data.wait()
         self._chain.sync()
-        return self._chain.head
 
     def observe(self, event: events.Event) -> None:
         match event:
@@ -110,8 +117,8 @@ class LedgerRecorder:
                 self._chain.append(Step(step, self._samples, self._updates))
                 self._data.write(step, self._step_data)
                 self._samples, self._updates, self._step_data = None, [], StepData(None, [])
-            case events.CheckpointWritten():
-                self._chain.append(self._saved(event.step, event.results))
+            case events.CheckpointTaken(_, Saved() as entry):
+                self._chain.append(entry)
 
     def _add_update(self, event: events.UpdateFinished) -> None:
         role, own = event.role, [result.digests for result in event.results if result.digests is not None]
@@ -131,6 +138,14 @@ class LedgerRecorder:
         self._updates.append(update)
         self._step_data.updates.append(data)
 
+    def saved(self, step: int, results: Sequence[CheckpointResult]) -> Saved:
+        """Return the entry of a checkpoint before ``step``, from the results of every trainer rank."""
+        optimizers: dict[str, dict[str, Digests]] = {}
+        for role, kinds in results[0].optimizers.items() if results else ():
+            per_kind = {kind: [r.optimizers[role][kind] for r in results] for kind in kinds}
+            optimizers[role] = {kind: _sum(self._of_updates[role], sums) for kind, sums in per_kind.items()}
+        return Saved(step, dict(self._weights), optimizers)
+
     def close(self) -> None:
         try:
             self._data.close()
@@ -138,13 +153,6 @@ class LedgerRecorder:
             self._chain.close()
 
     # --- inside ------------------------------------------------------------------------------------------------------
-
-    def _saved(self, step: int, results: Sequence[CheckpointResult]) -> Saved:
-        optimizers: dict[str, dict[str, Digests]] = {}
-        for role, kinds in results[0].optimizers.items() if results else ():
-            per_kind = {kind: [r.optimizers[role][kind] for r in results] for kind in kinds}
-            optimizers[role] = {kind: _sum(self._of_updates[role], sums) for kind, sums in per_kind.items()}
-        return Saved(step, dict(self._weights), optimizers)
 
     @staticmethod
     def _check(saved: Saved, loaded: Saved, context: Context) -> None:

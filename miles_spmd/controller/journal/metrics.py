@@ -71,6 +71,8 @@ class Metrics:
             case events.EngineRefitted():
                 self._values["refit/bytes"] = float(sum(r.bytes_local + r.bytes_received for r in event.results))
                 self._values["refit/checksum_mismatches"] = float(sum(r.checksum_mismatches for r in event.results))
+            case events.CheckpointCompleted(_, seconds, nbytes):
+                self._values |= {"perf/save_write_time": seconds, "checkpoint/bytes": float(nbytes)}
             case events.Measured() | events.EvaluationFinished():
                 self._values |= event.metrics
 

@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from miles_spmd.controller.checkpoints import newest, read
+from miles_spmd.controller.checkpoint_folders import newest, read
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.loops.sync import advance
 from miles_spmd.controller.parts import RunParts
