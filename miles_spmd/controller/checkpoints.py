@@ -8,6 +8,7 @@ step, so the step is all the state of the controller, beside its position in the
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,9 +26,11 @@ from miles_spmd.controller.journal.ledger import Start
 from miles_spmd.protocol.commands import ExportModel, LoadCheckpoint, SaveCheckpoint
 from miles_spmd.types.files import write_whole
 
+_log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 EXPORT = "export"  # in the run folder, where the configuration names no other
 STATE_FILE = "controller.json"
+RESPONSES_FILE = "responses.msgpack.z"  # of the step's rollout, which the run had to leave
 INCOMPLETE = ".incomplete"
 FORMAT = 2
 
@@ -46,7 +49,8 @@ class ControllerState(msgspec.Struct, frozen=True):
     ledger: str = ""  # hash of its last entry; "" without a ledger
     folders: dict[str, str] = {}  # digest of the index of each model's folder, which has those of all that is in it
     format: int = 1  # what the first version did not write
-    digest: str = ""  # of all the above
+    digest: str = ""  # of all the others
+    responses: str | msgspec.UnsetType = msgspec.UNSET  # digest of RESPONSES_FILE, where the step had begun
 
     def encode(self) -> bytes:
         """Return the content of the file, with the digest."""
@@ -59,6 +63,8 @@ class Checkpoints:
 
     def __init__(self, config: Config, cluster: Cluster) -> None:
         self._config, self._cluster = config, cluster
+        self._saved: int | None = None  # step before which the run's own newest checkpoint was written
+        self.responses = b""  # that came with the checkpoint that was loaded
 
     def load(self) -> Start:
         """Load the checkpoint that ``[checkpoint]`` names, if any. Raises ResumeError."""
@@ -73,22 +79,45 @@ class Checkpoints:
             if ": DamagedCheckpointError: " not in str(error):
                 raise
             raise WorkerFailedError(f"{error}; {_remedy(folder)}", error.details) from error
+        self.responses = _responses(folder, state)
         if not folder.absolute().is_relative_to(run_dir.absolute()):
             return Start(state.step)  # of another run, whose ledger this one does not continue
+        self._saved = state.step
         return Start(state.step, state.ledger, results)
 
     def save(self, step: int, journal: Journal, *, anyway: bool = False) -> None:
-        """Write a checkpoint before ``step`` if one is due, or ``anyway``."""
+        """Write a checkpoint before ``step`` if one is due, or ``anyway``. Only one that is due has an entry in the
+        ledger, which therefore does not depend on when a run was interrupted."""
         interval, last = self._config.checkpoint.save_interval, step == self._config.run.num_rollout
         due = (interval and step % interval == 0) or (last and self._config.checkpoint.save_final)
         if not due and not anyway:
             return
         with journal.timed("save"), replaced(self._config.run_dir, step) as folder:
             results = self._cluster.call(SaveCheckpoint(str(folder)), step=step)
-            journal.publish(events.CheckpointWritten(step, results))
+            if due:
+                journal.publish(events.CheckpointWritten(step, results))
             digests = {name: digest for result in results for name, digest in result.folders.items()}
             # The ledger's entry is on disk before the file that refers to it.
             complete(folder, ControllerState(step, self._config.run.seed, journal.ledger_head, digests, FORMAT))
+        self._saved = step
+
+    def save_all(self, step: int, journal: Journal, responses: bytes) -> None:
+        """Write a checkpoint before ``step``, unless there is one, and ``responses`` of that step into it."""
+        if self._saved != step:
+            self.save(step, journal, anyway=True)
+        if responses:
+            folder = step_folder(self._config.run_dir, step)
+            write_whole(folder / RESPONSES_FILE, responses, sync=True)
+            complete(folder, msgspec.structs.replace(read(folder), responses=xxhash.xxh3_128_hexdigest(responses)))
+
+    def lost(self, step: int) -> str:
+        """Return in words what of a run is in no checkpoint that is in ``step`` and cannot save its weights."""
+        checkpoint = newest(self._config.run_dir, up_to=step)
+        if checkpoint is None:
+            return f"the steps 0 to {step} have to be done again"
+        first = read(checkpoint).step
+        what = f"step {step} has" if first == step else f"the steps {first} to {step} have"
+        return f"{what} to be done again, from {checkpoint.name}"
 
     def export(self) -> None:
         """Write the trainer's weights as a Hugging Face checkpoint, by default into the run folder. Raises ExportError
@@ -155,6 +184,23 @@ def replaced(run_dir: Path, step: int) -> Iterator[Path]:
         raise
     for path in (old, *(path for later, path in _by_step(folder.parent).items() if later > step)):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _responses(folder: Path, state: ControllerState) -> bytes:
+    """Return the responses that lie in a checkpoint. Where they are damaged they are generated anew, like those of a
+    step that had not begun."""
+    if state.responses is msgspec.UNSET:
+        return b""
+    path = folder / RESPONSES_FILE
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        _log.warning("%s cannot be read (%s): step %d generates all its responses anew", path, error, state.step)
+        return b""
+    if xxhash.xxh3_128_hexdigest(content) != state.responses:
+        _log.warning("%s is not what was written: step %d generates all its responses anew", path, state.step)
+        return b""
+    return content
 
 
 def complete(folder: Path, state: ControllerState) -> None:

@@ -16,6 +16,7 @@ from miles_spmd.controller.journal.journal import Journal, Writers
 from miles_spmd.controller.journal.ledger import LedgerRecorder
 from miles_spmd.controller.journal.metrics import Metrics
 from miles_spmd.controller.journal.parity import Parity
+from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.controller.learning.policy import Policy
 from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.protocol.commands import DigestWeights
@@ -37,10 +38,13 @@ class RunParts:
     samples: Generation | RecordedSamples  # where the samples of a step come from
     journal: Journal
     checkpoints: Checkpoints
+    stopping: Stopping
 
 
 @contextmanager
-def open_parts(config: Config, cluster: Cluster, task: str, recorded: Path | None = None) -> Iterator[RunParts]:
+def open_parts(
+    config: Config, cluster: Cluster, task: str, stopping: Stopping, recorded: Path | None = None
+) -> Iterator[RunParts]:
     """Build the parts of a run, wait for the ranks, and load the checkpoint that the configuration names.
 
     An "eval" reads no training data, and only "train" and "replay" write a ledger, unless the configuration turns it
@@ -53,7 +57,8 @@ def open_parts(config: Config, cluster: Cluster, task: str, recorded: Path | Non
         tracker = stack.enter_context(open_trackers(config))
         progress = stack.enter_context(open_progress(config, training=task != "eval"))
         metrics = Metrics(cluster)  # its clock starts here: the first step includes the start
-        journal = Journal(metrics, [Writers(config, tracker, progress)])
+        stopping.show, stopping.show_left = progress.note, progress.left
+        journal = Journal(metrics, [Writers(config, tracker, progress), stopping])
         # Data before ranks: an error in a file is reported at once, not after minutes of loading weights.
         data = Datasets(config, tokenizer, training=task != "eval")
         with journal.timed("start"):
@@ -67,6 +72,8 @@ def open_parts(config: Config, cluster: Cluster, task: str, recorded: Path | Non
             journal.ledger = stack.enter_context(closing(recorder))
         parity = Parity(config.determinism, recorded=recorded is not None)
         policy = Policy(config, cluster, journal, parity)
-        generation = Generation(config, cluster, tokenizer, rewards, data, journal)
+        generation = Generation(config, cluster, tokenizer, rewards, data, journal, stopping)
+        generation.resume(start.step, checkpoints.responses)
+        cluster.abandons = stopping.must_leave
         samples = generation if recorded is None else RecordedSamples(config, recorded, data, journal)
-        yield RunParts(config, start.step, data, policy, generation, samples, journal, checkpoints)
+        yield RunParts(config, start.step, data, policy, generation, samples, journal, checkpoints, stopping)

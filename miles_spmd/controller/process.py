@@ -24,16 +24,17 @@ import msgspec
 from miles_spmd.config import Config
 from miles_spmd.config.load import config_digest
 from miles_spmd.controller.cluster.cluster import Cluster
-from miles_spmd.controller.cluster.listener import WorkerError
+from miles_spmd.controller.cluster.listener import WorkerError, WorkerStoppedError
+from miles_spmd.controller.journal.stopping import GRACE, Stopping
 from miles_spmd.controller.run_folder import outcome
 from miles_spmd.plugins.plug_point import PlugPoint
 from miles_spmd.protocol.last_words import say
-from miles_spmd.protocol.pipe import EXIT_SECONDS, Order
+from miles_spmd.protocol.pipe import EXIT_SECONDS, REQUEUE, Order
 from miles_spmd.protocol.router import Router
 from miles_spmd.types.files import is_full
 from miles_spmd.types.secrets import scrub, scrubbed
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGINT, *(signal.Signals[name] for name in GRACE))
 
 
 class Stopped(BaseException):
@@ -44,29 +45,38 @@ class Stopped(BaseException):
 
 
 class _Launcher:
-    """Rank 0, from the controller's side. Turns its message, its death, and signals into :class:`Stopped`."""
+    """Rank 0, from the controller's side. Turns its message, its death, and SIGINT into :class:`Stopped`, and the other
+    signals into requests to stop."""
 
-    def __init__(self, pipe: Connection) -> None:
-        self._pipe = pipe
+    def __init__(self, pipe: Connection, stopping: Stopping) -> None:
+        self._pipe, self._stopping = pipe, stopping
         self._reason = ""
         self._interrupt: Callable[[BaseException], None] | None = None
         os.set_inheritable(pipe.fileno(), False)
         os.register_at_fork(after_in_child=pipe.close)  # a copy in a forked reward process would keep the pipe open
 
     def listen(self, interrupt: Callable[[BaseException], None]) -> None:
-        """From now on, a reason to stop is raised in the main thread, through ``interrupt``."""
+        """From now on, a reason to stop is raised in the main thread, through ``interrupt``, and a request is taken."""
         self._interrupt = interrupt
-        for number in SIGNALS:
-            signal.signal(number, self._stop)
+        signal.signal(signal.SIGINT, self._stop)
+        for name in GRACE:
+            signal.signal(signal.Signals[name], lambda number, frame: self._stopping.ask(signal.Signals(number).name))
+        self._stopping.end = self.end
+        self._stopping.watch()
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
         try:
-            self._reason = self._pipe.recv_bytes().decode()
+            reason = self._pipe.recv_bytes().decode()
         except (EOFError, ConnectionResetError):
-            self._reason = "rank 0 died"
+            reason = "rank 0 died"
+        self.end(reason)
+
+    def end(self, reason: str) -> None:
+        """Raise Stopped in the main thread, from another one, and kill this process where it does not end."""
+        self._reason = self._reason or reason
         # Only a signal interrupts the main thread wherever it is: in poll, in a reward's future, in a file.
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         threading.Event().wait(EXIT_SECONDS)
         os.killpg(0, signal.SIGKILL)
 
@@ -85,32 +95,44 @@ class _Launcher:
     def gone(self) -> bool:
         return self._reason == "rank 0 died"
 
+    @property
+    def requested(self) -> bool:
+        """Whether the reason is a request to stop, whoever received it."""
+        return bool(self._stopping.source) or self._reason in [f"stopped by {name}" for name in GRACE]
+
 
 def main(descriptor: int) -> int:
-    """Run the controller at the end of the pipe ``descriptor``. Returns the exit status: 0, or 1 after one message on
-    stderr."""
+    """Run the controller at the end of the pipe ``descriptor``. Returns the exit status: 0, or after one message on
+    stderr REQUEUE where the run was asked to stop and can be continued, and 1 otherwise."""
     pipe = Connection(descriptor)
     sys.stdout, sys.stderr = scrubbed(sys.stdout), scrubbed(sys.stderr)
     order = msgspec.json.decode(pipe.recv_bytes(), type=Order)
     config = Config.model_validate_json(order.config)
-    launcher = _Launcher(pipe)
+    stopping = Stopping(config.run_dir)
+    stopping.show = lambda text: print(f"{config.run.name}: {text}", flush=True)
+    launcher = _Launcher(pipe, stopping)
     PlugPoint.time_limit = config.deadlines.train_timeout
     log = config.run_dir / "logs" / "controller.log"
-    problem = ""
+    problem, status = "", 0
     with Router(order.host, order.world_size) as router:
         pipe.send_bytes(msgspec.json.encode(router.credentials))
         cluster = Cluster(router, order.world_size, config.deadlines, config_digest(config), log.parent)
+        cluster.pass_requests(stopping.ask)
         try:
             try:
                 launcher.listen(cluster.interrupt)
                 from miles_spmd.controller.tasks import run  # imports much, while the workers do the same
 
-                run(config, cluster, order.task, order.replay)
-                cluster.stop()
+                problem = run(config, cluster, order.task, order.replay, stopping)
+                status = REQUEUE if problem else 0
+                cluster.stop(status)
             except Exception as error:
-                problem = _explain(error, cluster.place, log)
+                problem, status = _explain(error, cluster.place, log), 1
         except Stopped as stopped:
-            problem = cluster.explain(str(stopped))
+            cause = cluster.explain(str(stopped))
+            problem, status = str(cause), 1
+            if launcher.requested and isinstance(cause, WorkerStoppedError):
+                status = REQUEUE
         launcher.ignore()
     if problem:
         say(problem)
@@ -118,7 +140,7 @@ def main(descriptor: int) -> int:
         print(line, flush=True)
     if launcher.gone:
         os.killpg(0, signal.SIGKILL)  # no other process is left to end what this one started
-    return 1 if problem else 0
+    return status
 
 
 def _explain(error: Exception, place: str, log: Path) -> str:

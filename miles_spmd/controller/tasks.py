@@ -7,24 +7,35 @@ from pathlib import Path
 from miles_spmd.config import Config
 from miles_spmd.controller.checkpoints import Checkpoints
 from miles_spmd.controller.cluster.cluster import Cluster
+from miles_spmd.controller.journal.stopping import Stopping, Unfinished
 from miles_spmd.controller.loops import replay, sync
 from miles_spmd.controller.parts import open_parts
 from miles_spmd.protocol.pipe import Replay
 
 
-def run(config: Config, cluster: Cluster, task: str = "train", order: Replay | None = None) -> None:
-    """Do ``task`` ("train", "eval", "export", or "replay" or "bisect" as ``order`` says) with connected ranks. Raises
-    the error that ends the run."""
+def run(
+    config: Config,
+    cluster: Cluster,
+    task: str = "train",
+    order: Replay | None = None,
+    stopping: Stopping | None = None,
+) -> str:
+    """Do ``task`` ("train", "eval", "export", or "replay" or "bisect" as ``order`` says) with connected ranks. Returns
+    "", or where training ended because it was requested to stop, what is saved. Raises the error that ends the run."""
+    stopping = stopping or Stopping(config.run_dir)
     if task == "export":
         checkpoints = Checkpoints(config, cluster)
         checkpoints.load()
         checkpoints.export()
-        return
+        return ""
     recorded = Path(order.run) if order is not None and order.phase == "train" else None
-    with open_parts(config, cluster, task, recorded) as parts:
+    with open_parts(config, cluster, task, stopping, recorded) as parts:
         match task, order:
             case "train", None:
-                sync.train(parts)
+                try:
+                    sync.train(parts)
+                except Unfinished:
+                    return sync.leave(parts)
             case "eval", None:
                 sync.evaluate(parts, parts.first, begins=True)
                 parts.journal.report(parts.first)
@@ -34,3 +45,4 @@ def run(config: Config, cluster: Cluster, task: str = "train", order: Replay | N
                 replay.bisect(parts, order)
             case _:
                 raise ValueError(f"task {task!r} with order {order}")
+    return ""

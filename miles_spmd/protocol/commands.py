@@ -164,9 +164,10 @@ class ExportModel(Command[results.Ok], frozen=True):
 
 
 class Stop(Command[results.Ok], frozen=True):
-    """Leave the command loop and exit with status 0."""
+    """Leave the command loop and exit with ``status``."""
 
     receivers, phase = Receivers.ALL, Phase.STOP
+    status: int = 0
 
 
 # --- what follows from the declarations ------------------------------------------------------------------------------

@@ -71,6 +71,13 @@ class Heartbeat(msgspec.Struct, tag=True, frozen=True):
     detail: str = ""  # progress and code position: "engine step 214", "micro-batch 3/8"
 
 
+class StopNotice(msgspec.Struct, tag=True, frozen=True):
+    """Sent by a worker's side thread that was signalled to stop: the controller decides what comes of it."""
+
+    rank: int
+    signal: str  # its name
+
+
 class Completions(msgspec.Struct, tag=True, frozen=True):
     """Finished requests of an open rollout, sent by an engine's leader as they finish."""
 
@@ -97,7 +104,7 @@ class Reply(msgspec.Struct, tag=True, frozen=True):
     memory: dict[str, float] = {}  # this rank's values of the metrics ``memory/...``
 
 
-Message = Call | Hello | Heartbeat | Completions | Reply
+Message = Call | Hello | Heartbeat | StopNotice | Completions | Reply
 
 # --- as bytes ---------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,7 @@ SHOWN = {
     "grad": "train/grad_norm",
 }
 SECONDS_BETWEEN_LINES = 2.0
+SECONDS_BETWEEN_LEFT = 10.0  # of lines that show what is left to a run that is stopping
 
 
 class Progress:
@@ -45,6 +47,13 @@ class Progress:
 
     def update(self, done: int, metrics: Mapping[str, float]) -> None:
         """Show that ``done`` steps are done (0: before the first), the last one with ``metrics``."""
+
+    def note(self, text: str) -> None:
+        """Print a line that every kind of display has."""
+        print(f"{self._name}: {text}", file=self._file, flush=True)
+
+    def left(self, text: str) -> None:
+        """Show, about once a second, how much time is left to a run that is stopping."""
 
     def close(self) -> None:
         """End the display."""
@@ -73,6 +82,13 @@ class PlainProgress(Progress):
     """Prints a line per step, at most one in two seconds; evaluations and the final step always get theirs."""
 
     _last_line = -SECONDS_BETWEEN_LINES
+    _last_left = -math.inf  # monotonic
+
+    def left(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self._last_left >= SECONDS_BETWEEN_LEFT:
+            self._last_left = now
+            self.note(f"stopping: {text}")
 
     def update(self, done: int, metrics: Mapping[str, float]) -> None:
         now, eta, scores = time.monotonic(), self._eta(done), self._scores(metrics)
@@ -111,6 +127,12 @@ class RichProgress(Progress):
 
     def phase(self, name: str) -> None:
         self._bar.update(self._task, phase=name)
+
+    def note(self, text: str) -> None:
+        self._live.console.print(Text(f"{self._name}: {text}"))
+
+    def left(self, text: str) -> None:
+        self._bar.update(self._task, description=f"{escape(self._name)} [yellow]stopping: {text}")
 
     def update(self, done: int, metrics: Mapping[str, float]) -> None:
         self._bar.update(self._task, completed=done, eta=self._eta(done))

@@ -40,6 +40,7 @@ class Cluster:
         self._ids = itertools.count()
         self._purpose = ""
         self._ready = False
+        self.abandons: Callable[[], bool] = lambda: False  # whether what can be repeated has to be left now
         self._expect(None, range(world_size), Phase.START, 0)
 
     # --- for the loop ------------------------------------------------------------------------------------------------
@@ -97,9 +98,13 @@ class Cluster:
         taken, self._memory = self._memory, {}
         return taken
 
-    def stop(self) -> None:
-        """Let every rank leave its command loop."""
-        self.call(Stop(), step=self._listener.call.step)
+    def stop(self, status: int = 0) -> None:
+        """Let every rank leave its command loop and exit with ``status``."""
+        self.call(Stop(status), step=self._listener.call.step)
+
+    def pass_requests(self, ask: Callable[[str], None]) -> None:
+        """Call ``ask`` with the name of every signal to stop that a rank receives."""
+        self._listener.stop_asked = ask
 
     # --- for the end of the run --------------------------------------------------------------------------------------
 
@@ -112,10 +117,10 @@ class Cluster:
         """Raise ``error``, for the handler of a signal, now or as soon as no event from a rank is lost by it."""
         self._listener.interrupt(error)
 
-    def explain(self, reason: str) -> str:
+    def explain(self, reason: str) -> WorkerError:
         """The reason why the run ends after the controller was told to stop for ``reason``: an error of a rank, if
         there is one, explains more."""
-        return str(self._listener.cause() or self._listener.stopped(reason))
+        return self._listener.cause() or self._listener.stopped(reason)
 
     # --- one command -------------------------------------------------------------------------------------------------
 

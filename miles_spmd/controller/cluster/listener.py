@@ -13,7 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from miles_spmd.protocol.commands import Command, Receivers
-from miles_spmd.protocol.messages import Completions, Failure, Heartbeat, Hello, Message, RankInfo, Reply, WireError
+from miles_spmd.protocol.messages import (
+    Completions,
+    Failure,
+    Heartbeat,
+    Hello,
+    Message,
+    RankInfo,
+    Reply,
+    StopNotice,
+    WireError,
+)
 from miles_spmd.protocol.router import Peer, Router
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.request import Output
@@ -142,6 +152,7 @@ class Listener:
         self._heartbeat_timeout, self._config_digest, self._log_dir = heartbeat_timeout, config_digest, log_dir
         self.call = PendingCall(0, None, [], Phase.START, 0, 0.0, 0.0)
         self.completed: deque[Output] = deque()
+        self.stop_asked: Callable[[str], None] = lambda signal: None
         self._errors: list[WorkerError] = []
         self._receiving = False
         self._interruption: BaseException | None = None
@@ -216,7 +227,7 @@ class Listener:
 
     def _handle(self, peer: Peer, message: Message | WireError | None) -> None:
         match message:
-            case Hello() | Heartbeat() | Reply() | Completions():
+            case Hello() | Heartbeat() | StopNotice() | Reply() | Completions():
                 # A rank has two connections, its own and its watchdog's. It may speak for itself alone.
                 rank = message.info.rank if isinstance(message, Hello) else message.rank
                 own = self._router.rank_of[peer]
@@ -231,7 +242,9 @@ class Listener:
                 what = message if isinstance(message, WireError) else f"sent a {type(message).__name__}"
                 self._errors.append(ProtocolError(f"{self._table.name(self._router.rank_of[peer])}: {what}"))
 
-    def _handle_message(self, rank: int, peer: Peer, message: Hello | Heartbeat | Reply | Completions) -> None:
+    def _handle_message(
+        self, rank: int, peer: Peer, message: Hello | Heartbeat | StopNotice | Reply | Completions
+    ) -> None:
         state = self._table.states[rank]
         match message:
             case Hello():
@@ -241,6 +254,8 @@ class Listener:
                 self._errors.append(self.stopped(message.detail))
             case Heartbeat():
                 state.heartbeat = message
+            case StopNotice():
+                self.stop_asked(message.signal)
             case Completions():
                 self.completed.extend(message.outputs)
             case Reply():
