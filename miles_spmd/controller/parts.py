@@ -75,5 +75,6 @@ def open_parts(
         generation = Generation(config, cluster, tokenizer, rewards, data, journal, stopping)
         generation.resume(start.step, checkpoints.responses)
         cluster.abandons = stopping.must_leave
+        cluster.pipelined = config.megatron.get("pipeline_model_parallel_size", 1) > 1
         samples = generation if recorded is None else RecordedSamples(config, recorded, data, journal)
         yield RunParts(config, start.step, data, policy, generation, samples, journal, checkpoints, stopping)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from miles_spmd.config import Config
 from miles_spmd.controller.checkpoints import Checkpoints
-from miles_spmd.controller.cluster.cluster import Cluster
-from miles_spmd.controller.journal.stopping import Stopping, Unfinished
+from miles_spmd.controller.cluster.cluster import Cluster, Unfinished
+from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.controller.loops import replay, sync
 from miles_spmd.controller.parts import open_parts
 from miles_spmd.protocol.pipe import Replay

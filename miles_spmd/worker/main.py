@@ -24,7 +24,8 @@ from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.last_words import say
 from miles_spmd.protocol.messages import Call, Failure, Hello, RankInfo, Reply
 from miles_spmd.protocol.pipe import Credentials, Replay
-from miles_spmd.protocol.results import Ok, Result
+from miles_spmd.protocol.results import Abandoned, Ok, Result
+from miles_spmd.training.passes import AbandonedError
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.secrets import scrubbed
 from miles_spmd.worker.controller_process import ControllerProcess
@@ -110,6 +111,8 @@ def serve(
             with worker.memory.explaining():
                 result = worker.execute(command)
             log.check()
+        except AbandonedError:
+            result = Abandoned()
         except BaseException as error:  # not all libraries derive their errors from Exception
             result = failure(error)
         watchdog.enter(Phase.IDLE, call.step)

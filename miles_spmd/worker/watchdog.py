@@ -25,8 +25,9 @@ import zmq
 
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.last_words import say
-from miles_spmd.protocol.messages import Heartbeat, StopNotice
+from miles_spmd.protocol.messages import Heartbeat, Held, HoldPasses, ReleasePasses, StopNotice
 from miles_spmd.protocol.pipe import EXIT_SECONDS, REQUEUE, Credentials
+from miles_spmd.training.passes import PASSES
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.printable import MAX_LINE, printable
 from miles_spmd.worker.controller_process import ControllerProcess
@@ -142,6 +143,8 @@ class Watchdog(threading.Thread):
         poller.register(self._awake, zmq.POLLIN)
         # Rank 0 learns from its child's pipe, with the exit status, that the controller is gone; other ranks from the
         # connection, which may close a moment before the launcher stops them with the better message.
+        if self._dealer is not None:
+            poller.register(self._dealer.incoming, zmq.POLLIN)
         if self._controller is not None and self._controller.listening:
             poller.register(self._controller.fileno(), zmq.POLLIN)
         elif self._dealer is not None and self._lost_since is None:
@@ -152,10 +155,20 @@ class Watchdog(threading.Thread):
         if self._awake.fileno() in ready:
             for number in filter(None, self._awake.recv(64)):
                 self._signalled(signal.Signals(number))
+        if self._dealer is not None and self._dealer.incoming in ready:
+            self._obey(self._dealer)
         if self._controller is not None and self._controller.fileno() in ready:
             self._controller_ended(self._controller)
         if self._dealer is not None and self._dealer.disconnections in ready:
             self._lost_since = time.monotonic()
+
+    def _obey(self, dealer: Dealer) -> None:
+        """Hold the main thread before its next forward pass, or let it go on."""
+        match dealer.receive(0):
+            case HoldPasses():
+                dealer.try_send(Held(self._rank, *PASSES.hold()))
+            case ReleasePasses(limit):
+                PASSES.release(limit)
 
     def _signalled(self, received: signal.Signals) -> None:
         """Pass a request to stop on to the controller, which goes on with the run as far as is worth it. Leave at once

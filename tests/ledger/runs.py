@@ -12,12 +12,13 @@ import torch.distributed as dist
 from miles_spmd.config import Config
 from miles_spmd.config.load import config_digest, dump_config, load_config
 from miles_spmd.controller.cluster.cluster import Cluster
+from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.controller.loops import replay
 from miles_spmd.controller.tasks import run
 from miles_spmd.protocol.commands import Stop
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.messages import Call, Hello, Reply
-from miles_spmd.protocol.pipe import Credentials, Replay
+from miles_spmd.protocol.pipe import REQUEUE, Credentials, Replay
 from miles_spmd.protocol.results import Ok
 from miles_spmd.protocol.router import Router
 from miles_spmd.worker.main import HOST, Place, build, failure, rank_info
@@ -62,6 +63,14 @@ def serve(settings: str, credentials: bytes) -> None:
 
 def train(ranks: Ranks, config: Config, size: int = 1, wanted: Replay | None = None) -> Path:
     """The run's folder."""
+    assert ended(ranks, config, size, wanted) == ""
+    return config.run_dir
+
+
+def ended(
+    ranks: Ranks, config: Config, size: int = 1, wanted: Replay | None = None, stopping: Stopping | None = None
+) -> str:
+    """What a run says that was requested to stop; "" otherwise."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "config.toml").write_text(dump_config(config))
     router = Router(ranks=size)
@@ -70,12 +79,12 @@ def train(ranks: Ranks, config: Config, size: int = 1, wanted: Replay | None = N
     thread.start()
     workers = Cluster(router, size, config.deadlines, config_digest(config), config.run_dir / "logs")
     try:
-        run(config, workers, "train" if wanted is None else "replay", wanted)
-        workers.stop()
+        said = run(config, workers, "train" if wanted is None else "replay", wanted, stopping)
+        workers.stop(REQUEUE if said else 0)
     finally:
         router.close()
         thread.join()
-    return config.run_dir
+    return said
 
 
 def replayed(ranks: Ranks, folder: Path, step: int, phase: Any = None) -> tuple[Path, Replay]:

@@ -17,6 +17,7 @@ from miles_spmd.protocol.messages import (
     Completions,
     Failure,
     Heartbeat,
+    Held,
     Hello,
     Message,
     RankInfo,
@@ -24,6 +25,7 @@ from miles_spmd.protocol.messages import (
     StopNotice,
     WireError,
 )
+from miles_spmd.protocol.results import Abandoned
 from miles_spmd.protocol.router import Peer, Router
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.request import Output
@@ -81,6 +83,7 @@ class RankState:
     peer: Peer | None = None  # the connection that takes commands
     heartbeat: Heartbeat | None = None  # the last one
     heard: float = 0.0  # monotonic time of the last message; 0: none yet
+    side: Peer | None = None  # the connection of its watchdog
     stopping: bool = False  # it has announced that a signal ends it
 
 
@@ -126,6 +129,13 @@ class PendingCall:
     end: float  # monotonic
     replies: dict[int, Hello | Reply] = field(default_factory=dict)
     purpose: str = ""  # of what is not for training
+    held: dict[int, Held] | None = None  # by rank, where ranks are to leave the command
+
+    @property
+    def result_types(self) -> tuple[type, ...]:
+        """What a rank may reply with."""
+        own = () if self.kind is None else (self.kind.result_type(),)
+        return own if self.held is None else (*own, Abandoned)
 
     @property
     def done(self) -> bool:
@@ -227,7 +237,7 @@ class Listener:
 
     def _handle(self, peer: Peer, message: Message | WireError | None) -> None:
         match message:
-            case Hello() | Heartbeat() | StopNotice() | Reply() | Completions():
+            case Hello() | Heartbeat() | StopNotice() | Held() | Reply() | Completions():
                 # A rank has two connections, its own and its watchdog's. It may speak for itself alone.
                 rank = message.info.rank if isinstance(message, Hello) else message.rank
                 own = self._router.rank_of[peer]
@@ -243,7 +253,7 @@ class Listener:
                 self._errors.append(ProtocolError(f"{self._table.name(self._router.rank_of[peer])}: {what}"))
 
     def _handle_message(
-        self, rank: int, peer: Peer, message: Hello | Heartbeat | StopNotice | Reply | Completions
+        self, rank: int, peer: Peer, message: Hello | Heartbeat | StopNotice | Held | Reply | Completions
     ) -> None:
         state = self._table.states[rank]
         match message:
@@ -253,7 +263,10 @@ class Listener:
                 state.stopping = True
                 self._errors.append(self.stopped(message.detail))
             case Heartbeat():
-                state.heartbeat = message
+                state.heartbeat, state.side = message, peer
+            case Held():
+                if self.call.held is not None:
+                    self.call.held[rank] = message
             case StopNotice():
                 self.stop_asked(message.signal)
             case Completions():
@@ -279,7 +292,7 @@ class Listener:
             self._errors.append(WorkerFailedError(text, failure.traceback))
         elif reply.id != call.id or call.kind is None:
             self._errors.append(ProtocolError(f"{name} sent a stale reply to command {reply.id}"))
-        elif not isinstance(reply.result, call.kind.result_type()):
+        elif not isinstance(reply.result, call.result_types):
             kinds = f"{type(reply.result).__name__} instead of {call.kind.result_type().__name__}"
             self._errors.append(ProtocolError(f"{name} replied to {call.kind.__name__} with {kinds}"))
         else:

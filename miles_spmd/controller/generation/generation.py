@@ -14,7 +14,7 @@ import msgspec
 
 from miles_spmd.algorithms.rewards import GROUP_FILTERS
 from miles_spmd.config import Config, EvalSet
-from miles_spmd.controller.cluster.cluster import Cluster
+from miles_spmd.controller.cluster.cluster import Cluster, Unfinished
 from miles_spmd.controller.datasets import Datasets
 from miles_spmd.controller.generation.acceptance import Acceptance, Group
 from miles_spmd.controller.generation.unfinished import (
@@ -29,7 +29,7 @@ from miles_spmd.controller.generation.unfinished import (
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.journal import Journal
 from miles_spmd.controller.journal.metrics import eval_metrics
-from miles_spmd.controller.journal.stopping import Stopping, Unfinished
+from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.ledger import step_data
 from miles_spmd.ledger.chain import LedgerError

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
+from miles_spmd.controller.cluster.cluster import Unfinished
 from miles_spmd.controller.journal import events
 
 STOP_FILE, SAVE_FILE = "stop", "save"  # in the run's folder
@@ -30,13 +31,6 @@ LOOK_EVERY = 1.0  # seconds between looks for files
 SHOW_EVERY = 10.0  # seconds between lines that show what is left
 REMEMBERED = 3  # steps: the longest of them counts
 NOT_OF_A_STEP = ("start", "eval", "save")  # phases
-
-
-class Unfinished(BaseException):
-    """Raised in the main thread where the step or the evaluation under way is left because the run has to stop.
-
-    Not an Exception: code that handles errors of a reward or a rank must not catch it.
-    """
 
 
 class Pace:
