@@ -2,8 +2,8 @@
 
 Ranks wait for each other in the collectives of a pass. So no rank may leave a command by itself: a side thread holds
 every rank before its next pass and reports how many have begun, and the controller, which hears all of them, says
-before which one they leave. Nothing of a command has an effect before its last pass, so that it is as if it had never begun.
-This does not hold for pipeline stages, which send to each other beside their passes.
+before which one they leave. Nothing of a command has an effect before its last pass, so that it is as if it had never
+begun. This does not hold for pipeline stages, which send to each other beside their passes.
 """
 
 from __future__ import annotations

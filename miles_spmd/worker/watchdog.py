@@ -156,19 +156,11 @@ class Watchdog(threading.Thread):
             for number in filter(None, self._awake.recv(64)):
                 self._signalled(signal.Signals(number))
         if self._dealer is not None and self._dealer.incoming in ready:
-            self._obey(self._dealer)
+            obey(self._rank, self._dealer)
         if self._controller is not None and self._controller.fileno() in ready:
             self._controller_ended(self._controller)
         if self._dealer is not None and self._dealer.disconnections in ready:
             self._lost_since = time.monotonic()
-
-    def _obey(self, dealer: Dealer) -> None:
-        """Hold the main thread before its next forward pass, or let it go on."""
-        match dealer.receive(0):
-            case HoldPasses():
-                dealer.try_send(Held(self._rank, *PASSES.hold()))
-            case ReleasePasses(limit):
-                PASSES.release(limit)
 
     def _signalled(self, received: signal.Signals) -> None:
         """Pass a request to stop on to the controller, which goes on with the run as far as is worth it. Leave at once
@@ -210,6 +202,15 @@ class Watchdog(threading.Thread):
         self._terminal.flush()
         sys.stdout.flush()
         os._exit(status)
+
+
+def obey(rank: int, dealer: Dealer) -> None:
+    """Hold the main thread before its next forward pass, or let it go on, as the controller says."""
+    match dealer.receive(0):
+        case HoldPasses():
+            dealer.try_send(Held(rank, *PASSES.hold()))
+        case ReleasePasses(limit):
+            PASSES.release(limit)
 
 
 def where(thread: int) -> str:

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,8 +16,11 @@ from miles_spmd.controller.checkpoints import RESPONSES_FILE, newest, read
 from miles_spmd.controller.cluster.cluster import Cluster, RolloutSession
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.stopping import Stopping, job_end
+from miles_spmd.controller.learning.policy import Policy
 from miles_spmd.ledger.chain import FILE, FOLDER, verify
 from miles_spmd.protocol.commands import Command, Generate, SaveCheckpoint, TrainStep
+from miles_spmd.protocol.messages import ReleasePasses
+from miles_spmd.protocol.router import Router
 from miles_spmd.telemetry.progress import Progress
 from miles_spmd.telemetry.trackers import read_metrics
 from tests.ledger.runs import ended, train
@@ -31,8 +35,8 @@ STEPS = 4
 
 @pytest.fixture
 def asked(tmp_path: Path) -> Callable[..., Stopping]:
-    """In step 5, and asked to stop with so many seconds left; the step before took 10 s of rollout and 20 s of training,
-    and its checkpoint 4 s."""
+    """In step 5, and asked to stop with so many seconds left; the step before took 10 s of rollout and 20 s of
+    training, and its checkpoint 4 s."""
 
     def make(seconds: float | None = None, *, measured: bool = True, **environment: str) -> Stopping:
         stopping = Stopping(tmp_path, environment)
@@ -129,7 +133,7 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
-    """SGLang, a filter that drops groups, two optimizer steps for each rollout unless told otherwise."""
+    """SGLang, a filter that drops groups, one optimizer step for each rollout unless told otherwise."""
     from miles_spmd.config.load import load_config
 
     folder = tmp_path_factory.mktemp("stopping")
@@ -137,7 +141,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
         folder,
         write_checkpoint(folder / "model"),
         run={"num_rollout": STEPS},
-        rollout={"n_samples_per_prompt": 3, "rollout_max_response_len": 40, "rollout_temperature": 1.5},
+        rollout={
+            "n_samples_per_prompt": 3,
+            "rollout_max_response_len": 60,
+            "rollout_stop_token_ids": list(range(0, 500, 25)),  # so that lengths differ
+        },
         algorithm={"dynamic_sampling_filter": "reward_nonzero_std"},
         reward={"rm_type": "tests.recipe_run:coin", "reward_workers": 1},
         determinism={"deterministic": True},
@@ -218,7 +226,7 @@ def test_a_rollout_is_continued_where_it_was_left(
     found = re.fullmatch(
         rf"stopped by SIGUSR1 in step {step}: (\d+ complete and (\d+) partial responses .*) are saved", said
     )
-    assert found
+    assert found, said
     assert int(found[2]) > 0
     folder = newest(config.run_dir)
     assert folder is not None
@@ -281,6 +289,61 @@ def test_in_a_checkpoint_it_is_completed(
     monkeypatch.undo()
     train(ranks, recipe("saving", "checkpoint.resume=true"))
     assert equal(config.run_dir, undisturbed)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_optimizer_step_is_abandoned_as_a_whole(
+    ranks: Ranks,
+    recipe: Callable[..., Config],
+    interrupt: Interrupt,
+    monkeypatch: pytest.MonkeyPatch,
+    lines: list[str],
+    size: int,
+) -> None:
+    """Its responses are complete and are trained on when the run continues. Micro-batches are small, so that many
+    forward passes are left; on two ranks, one of them is slower."""
+    settings = ["run.num_rollout=2", "train.max_tokens_per_gpu=100", "train.reduction_leaves=2"]
+    whole = train(ranks, recipe(f"whole_{size}", *settings), size)
+    config = recipe(f"abandoned_{size}", *settings)
+    stopping = interrupt(config, TrainStep, 1)
+    send = Router.send
+    sent: list[ReleasePasses] = []
+
+    def noted(self: Router, message: Any, peers: list[bytes]) -> None:
+        if isinstance(message, ReleasePasses):
+            sent.append(message)
+        send(self, message, peers)
+
+    monkeypatch.setattr(Router, "send", noted)
+    said = ended(ranks, config, size, stopping=stopping)
+    assert re.fullmatch(r"stopped by SIGUSR1 in step 1: \d+ complete and 0 partial responses are saved", said), said
+    (released,) = sent
+    assert released.limit is not None
+    assert max(verify(config.run_dir).steps) == 0
+    monkeypatch.undo()
+    train(ranks, recipe(f"abandoned_{size}", *settings, "checkpoint.resume=true"), size)
+    assert equal(config.run_dir, whole)
+
+
+def test_after_some_updates_the_last_checkpoint_counts(
+    ranks: Ranks, recipe: Callable[..., Config], interrupt: Interrupt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time is over when the second of two updates is to begin."""
+    settings = ["run.num_rollout=4", "train.global_batch_size=6"]
+    config = recipe("updates", *settings)
+    stopping = interrupt(config, TrainStep, 3, seconds=600.0)
+    over = Policy.train
+
+    def late(self: Policy, step: int, batch: Any) -> None:
+        over(self, step, batch)
+        if step == 3:
+            stopping._deadline = time.monotonic()
+
+    monkeypatch.setattr(Policy, "train", late)
+    said = ended(ranks, config, stopping=stopping)
+    assert said == (
+        "stopped by SIGUSR1 in step 3, after 1 of its updates: the steps 2 to 3 have to be done again, from step_000002"
+    )
 
 
 def test_responses_are_dropped_where_the_engine_computes_otherwise(

@@ -17,13 +17,15 @@ from miles_spmd.controller.loops import replay
 from miles_spmd.controller.tasks import run
 from miles_spmd.protocol.commands import Stop
 from miles_spmd.protocol.dealer import Dealer
-from miles_spmd.protocol.messages import Call, Hello, Reply
+from miles_spmd.protocol.messages import Call, Heartbeat, Hello, Reply
 from miles_spmd.protocol.pipe import REQUEUE, Credentials, Replay
-from miles_spmd.protocol.results import Ok
+from miles_spmd.protocol.results import Abandoned, Ok
 from miles_spmd.protocol.router import Router
+from miles_spmd.training.passes import AbandonedError
+from miles_spmd.types.phase import Phase
 from miles_spmd.worker.main import HOST, Place, build, failure, rank_info
 from miles_spmd.worker.stopwatch import Stopwatch
-from miles_spmd.worker.watchdog import Watchdog
+from miles_spmd.worker.watchdog import Watchdog, obey
 from tests.ranks import Ranks
 from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
 
@@ -37,13 +39,32 @@ class Unwatched:
     warn = progress
 
 
-def serve(settings: str, credentials: bytes) -> None:
+class Side(threading.Thread):
+    """What a watchdog does for a command that all ranks leave. The real one would take over this process's signals."""
+
+    def __init__(self, rank: int, credentials: Credentials) -> None:
+        super().__init__(daemon=True)
+        self.rank, self.credentials, self.over = rank, credentials, False
+
+    def run(self) -> None:
+        dealer = Dealer(self.credentials)
+        while not self.over:
+            dealer.try_send(Heartbeat(self.rank, Phase.IDLE, 0))
+            if dealer.incoming.poll(200):
+                obey(self.rank, dealer)
+        dealer.close()
+
+
+def serve(settings: str, credentials: bytes, has_side: bool) -> None:
     """A rank until it is told to stop, or the controller is gone."""
     from miles_spmd.worker.world import Side
 
     config = Config.model_validate_json(settings)
     rank, size = dist.get_rank(), dist.get_world_size()
-    dealer = Dealer(msgspec.json.decode(credentials, type=list[Credentials])[rank])
+    own = msgspec.json.decode(credentials, type=list[Credentials])[rank]
+    dealer, side = Dealer(own), Side(rank, own)
+    if has_side:
+        side.start()
     place = Place(rank, size, rank, size, "127.0.0.1")
     worker = build(config, "train", place, Side(), dealer, Stopwatch(), cast(Watchdog, Unwatched()))
     dealer.send(Hello(rank_info(worker, place), config_digest(config)))
@@ -53,9 +74,14 @@ def serve(settings: str, credentials: bytes) -> None:
             continue
         try:
             result: Any = Ok() if isinstance(call.command, Stop) else worker.execute(call.command)
+        except AbandonedError:
+            result = Abandoned()
         except Exception as error:
             result = failure(error)
         dealer.send(Reply(call.id, rank, HOST, result))
+    side.over = True
+    if has_side:
+        side.join()
     if worker.engine_rank is not None:
         worker.turns.engine.close()  # a process has room for one of SGLang's
     dealer.close()
@@ -75,7 +101,9 @@ def ended(
     (config.run_dir / "config.toml").write_text(dump_config(config))
     router = Router(ranks=size)
     credentials = msgspec.json.encode(router.credentials)
-    thread = threading.Thread(target=ranks.run, args=(size, serve, config.model_dump_json(), credentials))
+    thread = threading.Thread(
+        target=ranks.run, args=(size, serve, config.model_dump_json(), credentials, bool(stopping))
+    )
     thread.start()
     workers = Cluster(router, size, config.deadlines, config_digest(config), config.run_dir / "logs")
     try:

@@ -24,6 +24,7 @@ JOB_END = "SLURM_JOB_END_TIME", "MILES_SPMD_JOB_END"  # environment: Unix second
 GRACE = {"SIGTERM": 30.0, "SIGUSR1": 300.0}  # seconds from a signal until whoever sent it kills the run
 LAST = 10.0  # seconds from a second request to the end
 SAME = 2.0  # seconds in which requests count as one: a signal may reach a launcher and each of its ranks
+CLOSING = 2.0  # seconds before the end in which a run ends itself, unless it writes a checkpoint: with a message
 MARGIN = 5.0  # seconds to stop ranks, write a report and exit
 FACTOR = 1.3  # of what was measured, for what is planned
 UNMEASURED_SAVE = 30.0  # seconds
@@ -65,6 +66,11 @@ class Pace:
             spent[phase] = spent.get(phase, 0.0) + time.monotonic() - began
         usual = {name: max(step.get(name, 0.0) for step in self._steps) for name in set().union(*self._steps)}
         return FACTOR * sum(max(0.0, seconds - spent.get(name, 0.0)) for name, seconds in usual.items())
+
+    @property
+    def saves(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._running[0] == "save"
 
     @property
     def save(self) -> float:
@@ -116,8 +122,8 @@ class Stopping:
             self._look()
             if self.source and not self.hurried and time.monotonic() > self._last_shown + LOOK_EVERY:
                 self.show_left(self.text_left)
-            if self.hurried and self.left <= 0 and self.end is not None:
-                self.end(f"stopped by {self.source}, and not done {LAST:g} s after it was asked again")
+            if self.source and self.left <= CLOSING and (self.hurried or not self._pace.saves) and self.end is not None:
+                self.end(f"stopped by {self.source}, and the time is over")
                 return
 
     def _look(self) -> None:
@@ -172,7 +178,7 @@ class Stopping:
             return self._leaves
         rest = self._pace.rest()
         if self.updates:  # neither the weights from before this step nor those after it are there to be saved
-            leaves = self.left <= 0
+            leaves = self.left <= CLOSING
         elif self.source:
             leaves = self.left < math.inf and (rest is None or not self._fits(rest))
         else:
