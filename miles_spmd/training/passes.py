@@ -29,7 +29,7 @@ class ForwardPasses:
     def begin(self, total: int) -> None:
         """The command that begins has so many passes, the same number on all ranks."""
         with self._changed:
-            self._begun, self._total, self._limit = 0, total, math.inf if not self._held else self._limit
+            self._begun, self._total = 0, total  # it may have to be left before its first pass already
 
     def enter(self) -> None:
         """Begin a pass. Raises AbandonedError where the command is to be left before it."""
@@ -42,7 +42,7 @@ class ForwardPasses:
     def end(self) -> None:
         """The command has ended."""
         with self._changed:
-            self._begun, self._total = 0, None
+            self._begun, self._total, self._limit = 0, None, math.inf
 
     # --- for the side thread ---
 

@@ -73,8 +73,8 @@ class LedgerRecorder:
             weights=self._weights,
         )
         last, known = _find(config.run_dir, start.ledger) if start.ledger else (None, None)
-        if last is not None and isinstance(last.entry, Saved):
-            self._check(last.entry, self._saved(start.step, start.results), context)
+        if last is not None and isinstance(last.entry, Saved | Step):
+            self._check(_as_saved(last.entry), self._saved(start.step, start.results), context)
         self._chain = Chain(config.run_dir, last)
         # a resumed run under the same conditions has the very entries of one that never stopped
         if known is None or _conditions(known) != _conditions(context):
@@ -143,8 +143,10 @@ class LedgerRecorder:
     def _check(saved: Saved, loaded: Saved, context: Context) -> None:
         """Raise LedgerError unless the loaded digests equal the saved ones."""
         for role, names in context.tensors.items():
-            before = {"weights": saved.weights[role], **saved.optimizers[role]}
-            now = {"weights": loaded.weights[role], **loaded.optimizers[role]}
+            if role not in saved.weights:
+                continue
+            before = {"weights": saved.weights[role], **saved.optimizers.get(role, {})}
+            now = {"weights": loaded.weights[role], **loaded.optimizers.get(role, {})}
             for kind in before:
                 pairs = zip(names, unpack(before[kind]), unpack(now[kind]), strict=True)
                 if changed := [name for name, a, b in pairs if a != b]:
@@ -166,6 +168,14 @@ def _find(run_dir: Path, head: str) -> tuple[Link, Context]:
         f"the checkpoint was written after an entry with hash {head}, which is not in the ledger of {run_dir}: one of "
         "them belongs to another run or was changed; choose another checkpoint"
     )
+
+
+def _as_saved(entry: Saved | Step) -> Saved:
+    """Return the digests that a checkpoint after this entry has. One that only an interruption has caused has no entry
+    of its own, and comes after a step, which knows the weights of the roles that it trained."""
+    if isinstance(entry, Saved):
+        return entry
+    return Saved(entry.step + 1, {update.role: update.weights for update in entry.updates}, {})
 
 
 def _sum(rectangles: Sequence[Sequence[Rectangle]], sums: Sequence[np.ndarray]) -> Digests:

@@ -29,7 +29,6 @@ MARGIN = 5.0  # seconds to stop ranks, write a report and exit
 FACTOR = 1.3  # of what was measured, for what is planned
 UNMEASURED_SAVE = 30.0  # seconds
 LOOK_EVERY = 1.0  # seconds between looks for files
-SHOW_EVERY = 10.0  # seconds between lines that show what is left
 REMEMBERED = 3  # steps: the longest of them counts
 NOT_OF_A_STEP = ("start", "eval", "save")  # phases
 
@@ -94,7 +93,6 @@ class Stopping:
         self._deadline = math.inf  # monotonic, of the request
         self._asked = 0.0  # monotonic, of the first request
         self._leaves = False  # the step under way will not be finished
-        self._last_shown = 0.0
         self.source = ""  # of the request; "" without one
         self.hurried = False  # asked again
         self.step = -1  # under way; -1: the run has not begun
@@ -120,7 +118,7 @@ class Stopping:
             with contextlib.suppress(Empty):
                 self._take(*self._inbox.get(timeout=LOOK_EVERY))
             self._look()
-            if self.source and not self.hurried and time.monotonic() > self._last_shown + LOOK_EVERY:
+            if self.source and self.left < math.inf:
                 self.show_left(self.text_left)
             if self.source and self.left <= CLOSING and (self.hurried or not self._pace.saves) and self.end is not None:
                 self.end(f"stopped by {self.source}, and the time is over")
@@ -211,7 +209,7 @@ class Stopping:
 
     def _plan(self) -> str:
         if self.step < 0:
-            return "nothing has begun"
+            return "nothing has to be saved"
         rest = self._pace.rest()
         if rest is None and self.left < math.inf:
             return f"leaving step {self.step}, whose end cannot be estimated"
