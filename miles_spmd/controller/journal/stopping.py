@@ -199,7 +199,7 @@ class Stopping:
     def text_left(self) -> str:
         return "no time limit" if self.left == math.inf else f"{max(0.0, self.left):.0f} s left"
 
-    def wants_save(self) -> bool:
+    def save_requested(self) -> bool:
         """Return whether somebody has requested a checkpoint by a file, and remove that file."""
         try:
             self._save_file.unlink()
@@ -219,7 +219,7 @@ class Stopping:
 
 
 def job_end(environment: Mapping[str, str]) -> float:
-    """Return when the job ends, in Unix seconds, as far as ``environment`` says so; infinite otherwise."""
+    """Return when the job ends, in Unix seconds, where ``environment`` has it; infinite otherwise."""
     for name in JOB_END:
         with contextlib.suppress(ValueError):
             if (end := float(environment.get(name) or 0)) > 0:

@@ -25,7 +25,7 @@ def train(run: RunParts) -> None:
         run.generation.forget()
         run.journal.publish(events.StepFinished(step))
         evaluate(run, step + 1)
-        run.checkpoints.save(step + 1, run.journal, anyway=run.stopping.wants_save())
+        run.checkpoints.save(step + 1, run.journal, anyway=run.stopping.save_requested())
         run.journal.report(step + 1)
     if checkpoint.export_final:
         run.checkpoints.export_at_end(run.journal)
