@@ -73,7 +73,8 @@ def open_parts(
         parity = Parity(config.determinism, recorded=recorded is not None)
         policy = Policy(config, cluster, journal, parity)
         generation = Generation(config, cluster, tokenizer, rewards, data, journal, stopping)
-        generation.resume(start.step, checkpoints.responses)
+        if task == "train":  # what is done again is generated again
+            generation.resume(start.step, checkpoints.responses)
         cluster.abandons = stopping.must_leave
         cluster.pipelined = config.megatron.get("pipeline_model_parallel_size", 1) > 1
         samples = generation if recorded is None else RecordedSamples(config, recorded, data, journal)
