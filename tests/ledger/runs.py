@@ -39,7 +39,7 @@ class Unwatched:
     warn = progress
 
 
-class Side(threading.Thread):
+class SideThread(threading.Thread):
     """What a watchdog does for a command that all ranks leave. The real one would take over this process's signals."""
 
     def __init__(self, rank: int, credentials: Credentials) -> None:
@@ -62,7 +62,7 @@ def serve(settings: str, credentials: bytes, has_side: bool) -> None:
     config = Config.model_validate_json(settings)
     rank, size = dist.get_rank(), dist.get_world_size()
     own = msgspec.json.decode(credentials, type=list[Credentials])[rank]
-    dealer, side = Dealer(own), Side(rank, own)
+    dealer, side = Dealer(own), SideThread(rank, own)
     if has_side:
         side.start()
     place = Place(rank, size, rank, size, "127.0.0.1")
