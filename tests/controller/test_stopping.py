@@ -351,6 +351,8 @@ def test_responses_are_dropped_where_the_engine_computes_otherwise(
 ) -> None:
     config = recipe("changed", "run.num_rollout=1")
     said = ended(ranks, config, stopping=interrupt(config, Generate, 0, outputs=4))
+    assert lines[0].startswith("stopping: SIGUSR1, 1 s left: leaving step 0, whose end cannot be estimated")
+    lines.clear()
     monkeypatch.undo()
     monkeypatch.setitem(__import__("miles_spmd.telemetry.progress", fromlist=["KINDS"]).KINDS, "none", Lines)
     submitted = spy_on_requests(monkeypatch)
