@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -12,8 +13,10 @@ from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
+import psutil
 import typer
 
 from miles_spmd.types.printable import MAX_LINE, printable
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from miles_spmd.config import Config
     from miles_spmd.protocol.pipe import Replay
 
+STOP_SIGNALS = signal.SIGTERM, signal.SIGUSR1
 EXAMINED = "MILES_SPMD_EXAMINED"  # set for ranks whose launcher has examined what the configuration names
 
 
@@ -65,7 +69,8 @@ def ranks(nproc: int | None) -> tuple[bool, int]:
 def launch(world_size: int) -> NoReturn:
     """Run torchrun in this process, with ranks that run the present command, and exit with their status.
 
-    A rank that fails has printed why, so torchrun's own account of it is silenced. With ``--standalone``, torchrun
+    A rank that fails has printed why, so torchrun's own account of it is silenced. A signal to stop is passed on to the
+    ranks, and the run ends by itself: torchrun would kill it 30 seconds later. With ``--standalone``, torchrun
     would open a store for everyone on the network and unpickle what it finds there; here its store is a file in a
     private folder, in which the ranks meet, too.
     """
@@ -74,6 +79,7 @@ def launch(world_size: int) -> NoReturn:
     from torch.distributed.run import main as torchrun
 
     from miles_spmd.protocol import last_words
+    from miles_spmd.protocol.pipe import REQUEUE
     from miles_spmd.telemetry.environment import gpus
     from miles_spmd.worker.meeting import FOLDER, PREFIX
 
@@ -93,6 +99,9 @@ def launch(world_size: int) -> NoReturn:
         os.environ[last_words.VARIABLE] = str(unsaid)
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # torchrun would offer another store to the ranks
         options = ["--rdzv-backend=c10d", f"--rdzv-endpoint={folder}/launcher", "--rdzv-conf=store_type=file"]
+        options.append("--signals-to-handle=SIGINT,SIGHUP,SIGQUIT")
+        for number in STOP_SIGNALS:
+            signal.signal(number, _pass_on)
         if gpus() and Path("/sys/devices/system/node/node1").exists() and shutil.which("numactl"):
             options.append("--numa-binding=node")  # the memory that a rank allocates is then near its GPU, too
         command = ["-m", "miles_spmd", *sys.argv[1:]]
@@ -102,13 +111,28 @@ def launch(world_size: int) -> NoReturn:
             rank, failure = error.get_first_failure()
             code = max(failure.exitcode for failure in error.failures.values())
             status = failure.exitcode
+            if -status in STOP_SIGNALS:  # a rank that has begun passes them on to the controller
+                last_words.say_for_others(f"start: stopped by {signal.Signals(-status).name}")
+                raise SystemExit(REQUEUE) from None
             how = f"was killed by {failure.signal_name()}" if status < 0 else f"ended with status {status}"
             last_words.say_for_others(f"rank {rank} (pid {failure.pid}) {how}, and no process of the run said why")
             raise SystemExit(code if code > 0 else 1) from None
         except SignalException as error:
             last_words.say_for_others(f"start: stopped by {signal.Signals(error.sigval).name}")
-            raise SystemExit(128 + error.sigval) from None
+            raise SystemExit(REQUEUE if error.sigval in STOP_SIGNALS else 128 + error.sigval) from None
     raise SystemExit(0)
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """Handle a signal to stop: pass it on to the ranks, or end where there are none yet."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    ranks = psutil.Process().children()
+    for rank in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.send_signal(number)
+    if not ranks:
+        raise SignalException("before any rank", signal.Signals(number))
 
 
 def start(

@@ -15,6 +15,7 @@ from miles_spmd.generation.engine import EngineMemory
 from miles_spmd.models import Piece, TensorLayout, load_family
 from miles_spmd.types.request import Output, Request, check_request
 from miles_spmd.types.sample import FinishReason
+from miles_spmd.types.seeds import derive_seed
 
 _GREEDY_BELOW = 1e-6  # temperature
 
@@ -24,7 +25,6 @@ class Running:
     """A request that has not been returned yet."""
 
     request: Request
-    generator: torch.Generator
     cache: DynamicCache | None = None
     output_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
@@ -68,8 +68,11 @@ class TorchEngine:
             if request.sampling.stop and self._tokenizer is None:
                 raise ValueError(f"request {request.rid}: stop strings need a tokenizer in the checkpoint folder")
         for request in requests:
-            generator = torch.Generator().manual_seed(request.sampling.seed)
-            self._requests[request.rid] = Running(request, generator)
+            running = self._requests[request.rid] = Running(request)
+            if request.begun is not None:
+                running.output_ids += request.begun.output_ids
+                running.log_probs += request.begun.output_log_probs
+                running.top1_ids += request.begun.top1_ids or []
 
     def abort(self, rids: list[str] | None = None) -> None:
         for rid in self._requests if rids is None else rids:
@@ -96,10 +99,13 @@ class TorchEngine:
         if running.cache is None:
             running.cache = DynamicCache()
         cached = running.cache.get_seq_length()
-        logits = self._model(torch.tensor([sequence[cached:]]), past_key_values=running.cache).logits[0].float()
-        if running.request.return_prompt_log_probs and running.prompt_log_probs is None:
-            targets = torch.tensor(sequence[1:])[:, None]
-            running.prompt_log_probs = logits[:-1].log_softmax(-1).gather(-1, targets).squeeze(-1).tolist()
+        # as it was sampled: prompt, then token by token; attention over more queries rounds otherwise
+        pieces = [sequence[cached:]] if cached else [running.request.input_ids, *([t] for t in running.output_ids)]
+        for piece in pieces:
+            logits = self._model(torch.tensor([piece]), past_key_values=running.cache).logits[0].float()
+            if running.request.return_prompt_log_probs and running.prompt_log_probs is None:
+                targets = torch.tensor(piece[1:])[:, None]
+                running.prompt_log_probs = logits[:-1].log_softmax(-1).gather(-1, targets).squeeze(-1).tolist()
         greedy = sampling.temperature < _GREEDY_BELOW
         log_probs = (logits[-1:] / (1 if greedy else sampling.temperature)).log_softmax(-1)
         if log_probs.isnan().any():
@@ -112,7 +118,8 @@ class TorchEngine:
         if not greedy and sampling.top_k != 1:
             if sampling.top_k != -1 or sampling.top_p < 1:
                 log_probs = truncated(log_probs, sampling.top_k, sampling.top_p)
-            token = int(torch.multinomial(log_probs[0].exp(), 1, generator=running.generator))
+            generator = torch.Generator().manual_seed(derive_seed(sampling.seed, len(sequence)))
+            token = int(torch.multinomial(log_probs[0].exp(), 1, generator=generator))
         running.output_ids.append(token)
         running.log_probs.append(float(log_probs[0, token]))
         running.finish_reason = self._finish_reason(running)

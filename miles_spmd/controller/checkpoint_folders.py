@@ -18,11 +18,13 @@ import xxhash
 
 from miles_spmd.config import CheckpointConfig
 from miles_spmd.ledger.entries import Saved
+from miles_spmd.protocol.last_words import warn
 from miles_spmd.types.files import write_whole
 
 FOLDER = "checkpoints"
 EXPORT = "export"  # in the run folder, where the configuration names no other
 STATE_FILE = "controller.json"
+RESPONSES_FILE = "responses.msgpack.z"  # of the step's rollout, which the run had to leave
 LATEST = "latest"
 INCOMPLETE = ".incomplete"
 FORMAT = 3
@@ -42,6 +44,7 @@ class ControllerState(msgspec.Struct, frozen=True):
     folders: dict[str, list[str]] = {}  # of each model's folder the digest of every rank's index, which has the rest
     saved: Saved | None = None  # digests of weights and optimizers, as in the ledger
     metrics: dict[str, float] = {}  # of the evaluation after ``step`` steps, if there was one
+    responses: str = ""  # digest of RESPONSES_FILE, where the step had begun
     format: int = 1  # what the first version did not write
     digest: str = ""  # of all the above
 
@@ -124,6 +127,12 @@ def mark(folder: Path, state: ControllerState) -> None:
     """Mark ``folder`` as complete, atomically. Raises OSError."""
     write_whole(folder / STATE_FILE, state.encode(), sync=True)
     _sync(folder)
+
+
+def add_responses(folder: Path, responses: bytes) -> None:
+    """Put the responses that the step after the complete checkpoint ``folder`` has so far into it. Raises OSError."""
+    write_whole(folder / RESPONSES_FILE, responses, sync=True)
+    mark(folder, msgspec.structs.replace(read(folder), responses=xxhash.xxh3_128_hexdigest(responses)))
 
 
 def point_to(folder: Path) -> None:
@@ -213,6 +222,23 @@ def read(folder: Path) -> ControllerState:
     if state.encode() != content:
         raise ResumeError(f"{path} is damaged: its digest is not that of its content")
     return state
+
+
+def responses(folder: Path, state: ControllerState) -> bytes:
+    """Return the responses that lie in a checkpoint. Where they are damaged they are generated anew, like those of a
+    step that had not begun."""
+    if not state.responses:
+        return b""
+    path, anew = folder / RESPONSES_FILE, f"step {state.step} generates all its responses anew"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        warn(f"{path} cannot be read ({error.strerror}): {anew}")
+        return b""
+    if xxhash.xxh3_128_hexdigest(content) != state.responses:
+        warn(f"{path} is not what was written: {anew}")
+        return b""
+    return content
 
 
 class _Format(msgspec.Struct):

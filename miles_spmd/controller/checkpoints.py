@@ -61,6 +61,8 @@ class Checkpoints:
         self._saving: _Saving | None = None
         self._problem, self._failures = "", 0  # why the last save failed, and how many did in a row
         self._evaluated: tuple[int, Mapping[str, float]] = -1, {}
+        self._saved: int | None = None  # step before which the run's own newest checkpoint was written
+        self.responses = b""  # that came with the checkpoint that was loaded
 
     def observe(self, event: events.Event) -> None:
         """Remember the newest evaluation, by which ``keep_best`` chooses."""
@@ -101,6 +103,27 @@ class Checkpoints:
         self._settle(journal, wait=True, ends=True)
         if self._problem:
             raise SaveError(self._problem)
+
+    def save_all(self, step: int, journal: Journal, responses: bytes) -> None:
+        """Write a checkpoint before ``step``, unless there is one, and ``responses`` of that step into it; return when
+        it is complete. Raises SaveError, and OSError for the responses."""
+        with journal.timed("save"):
+            self._settle(journal, wait=True)
+        if self._saved != step:
+            self.save(step, journal, anyway=True)
+        with journal.timed("save"):
+            self.finish(journal)
+            if responses:
+                folders.add_responses(folders.step_folder(self._config.run_dir, step), responses)
+
+    def lost(self, step: int) -> str:
+        """Return in words what of a run is in no checkpoint that is in ``step`` and cannot save its weights."""
+        checkpoint = folders.newest(self._config.run_dir, up_to=step)
+        if checkpoint is None:
+            return f"the steps 0 to {step} have to be done again"
+        first = folders.read(checkpoint).step
+        what = f"step {step} has" if first == step else f"the steps {first} to {step} have"
+        return f"{what} to be done again, from {checkpoint.name}"
 
     @contextlib.contextmanager
     def completed(self, journal: Journal) -> Iterator[None]:
@@ -171,7 +194,7 @@ class Checkpoints:
         folders.prune(self._config.run_dir, self._config.checkpoint)
         seconds, nbytes = max(one.seconds for one in progress), sum(one.nbytes for one in progress)
         journal.publish(events.CheckpointCompleted(saving.state.step, seconds, nbytes))
-        self._problem, self._failures = "", 0
+        self._problem, self._failures, self._saved = "", 0, saving.state.step
         self._end(saving)
 
     def _fail(self, problem: str, ends: bool = False) -> None:
@@ -257,8 +280,10 @@ class Checkpoints:
         results = self._cluster.call(LoadCheckpoint(str(folder), state.folders), step=state.step)
         if problem := next((result.problem for result in results if result.problem), ""):
             raise ResumeError(problem)
+        self.responses = folders.responses(folder, state)
         if not own:
             return Start(state.step)  # of another run, whose ledger this one does not continue
+        self._saved = state.step
         return Start(state.step, state.ledger, results, state.saved)
 
     def _require_entry(self, folder: Path, state: ControllerState) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from miles_spmd.config import Config
@@ -19,11 +20,12 @@ from miles_spmd.controller.journal.journal import Journal, Writers
 from miles_spmd.controller.journal.ledger import LedgerRecorder
 from miles_spmd.controller.journal.metrics import Metrics
 from miles_spmd.controller.journal.parity import Parity
+from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.controller.learning.policy import Policy
 from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.protocol.commands import DigestWeights
 from miles_spmd.rewards.pool import RewardPool
-from miles_spmd.telemetry.progress import open_progress
+from miles_spmd.telemetry.progress import Progress, open_progress
 from miles_spmd.telemetry.texts import StepLines
 from miles_spmd.telemetry.trackers import open_trackers
 from miles_spmd.telemetry.transcripts import cut_transcripts
@@ -42,11 +44,12 @@ class RunParts:
     samples: Generation | RecordedSamples  # where the samples of a step come from
     journal: Journal
     checkpoints: Checkpoints
+    stopping: Stopping
 
 
 @contextmanager
 def open_parts(
-    config: Config, cluster: Cluster, attempt: AttemptWriter, recorded: Path | None = None
+    config: Config, cluster: Cluster, attempt: AttemptWriter, stopping: Stopping, recorded: Path | None = None
 ) -> Iterator[RunParts]:
     """Build the parts of a run, wait for the ranks, and load the checkpoint that the configuration names.
 
@@ -62,8 +65,9 @@ def open_parts(
         progress = stack.enter_context(open_progress(config, training=task != "eval"))
         lines = StepLines(config.run.name, 0 if task == "eval" else config.run.num_rollout)
         metrics = Metrics(cluster)  # its clock starts here: the first step includes the start
+        stopping.show, stopping.show_left = partial(_note, progress, attempt, lines), progress.left
         checkpoints = Checkpoints(config, cluster)
-        journal = Journal(metrics, [Writers(config, tracker, progress, attempt, lines), checkpoints])
+        journal = Journal(metrics, [Writers(config, tracker, progress, attempt, lines), checkpoints, stopping])
         # Data before ranks: an error in a file is reported at once, not after minutes of loading weights.
         data = Datasets(config, tokenizer, training=task != "eval")
         with journal.timed("start"):
@@ -86,7 +90,17 @@ def open_parts(
             stack.enter_context(closing(journal.ledger))
         parity = Parity(config.determinism, recorded=recorded is not None)
         policy = Policy(config, cluster, journal, parity)
-        generation = Generation(config, cluster, tokenizer, rewards, data, journal)
+        generation = Generation(config, cluster, tokenizer, rewards, data, journal, stopping)
+        if task == "train":  # what is done again is generated again
+            generation.resume(start.step, checkpoints.responses)
+        cluster.abandons = stopping.must_leave
+        cluster.pipelined = config.megatron.get("pipeline_model_parallel_size", 1) > 1
         samples = generation if recorded is None else RecordedSamples(config, recorded, data, journal)
         stack.enter_context(checkpoints.completed(journal))
-        yield RunParts(config, start.step, data, policy, generation, samples, journal, checkpoints)
+        yield RunParts(config, start.step, data, policy, generation, samples, journal, checkpoints, stopping)
+
+
+def _note(progress: Progress, attempt: AttemptWriter, lines: StepLines, text: str) -> None:
+    """Show a line about the run where it is watched, now or later."""
+    progress.note(text)
+    attempt.tell(f"{lines.name}: {text}")

@@ -27,15 +27,16 @@ from miles_spmd.config.load import config_digest
 from miles_spmd.controller import attempts
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.cluster.listener import WorkerError, WorkerStoppedError
+from miles_spmd.controller.journal.stopping import GRACE, Stopping
 from miles_spmd.controller.run_folder import outcome
 from miles_spmd.plugins.plug_point import PlugPoint
 from miles_spmd.protocol.last_words import say
-from miles_spmd.protocol.pipe import EXIT_SECONDS, Order
+from miles_spmd.protocol.pipe import EXIT_SECONDS, REQUEUE, Order
 from miles_spmd.protocol.router import Router
 from miles_spmd.types.files import with_remedy
 from miles_spmd.types.secrets import scrub, scrubbed
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGINT, *(signal.Signals[name] for name in GRACE))
 
 
 class Stopped(BaseException):
@@ -46,29 +47,38 @@ class Stopped(BaseException):
 
 
 class _Launcher:
-    """Rank 0, from the controller's side. Turns its message, its death, and signals into :class:`Stopped`."""
+    """Rank 0, from the controller's side. Turns its message, its death, and SIGINT into :class:`Stopped`, and the other
+    signals into requests to stop."""
 
-    def __init__(self, pipe: Connection) -> None:
-        self._pipe = pipe
+    def __init__(self, pipe: Connection, stopping: Stopping) -> None:
+        self._pipe, self._stopping = pipe, stopping
         self._reason = ""
         self._interrupt: Callable[[BaseException], None] | None = None
         os.set_inheritable(pipe.fileno(), False)
         os.register_at_fork(after_in_child=pipe.close)  # a copy in a forked reward process would keep the pipe open
 
     def listen(self, interrupt: Callable[[BaseException], None]) -> None:
-        """From now on, a reason to stop is raised in the main thread, through ``interrupt``."""
+        """From now on, a reason to stop is raised in the main thread, through ``interrupt``, and a request is taken."""
         self._interrupt = interrupt
-        for number in SIGNALS:
-            signal.signal(number, self._stop)
+        signal.signal(signal.SIGINT, self._stop)
+        for name in GRACE:
+            signal.signal(signal.Signals[name], lambda number, frame: self._stopping.ask(signal.Signals(number).name))
+        self._stopping.end = self.end
+        self._stopping.watch()
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
         try:
-            self._reason = self._pipe.recv_bytes().decode()
+            reason = self._pipe.recv_bytes().decode()
         except (EOFError, ConnectionResetError):
-            self._reason = "rank 0 died"
+            reason = "rank 0 died"
+        self.end(reason)
+
+    def end(self, reason: str) -> None:
+        """Raise Stopped in the main thread, from another one, and kill this process where it does not end."""
+        self._reason = self._reason or reason
         # Only a signal interrupts the main thread wherever it is: in poll, in a reward's future, in a file.
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         threading.Event().wait(EXIT_SECONDS)
         os.killpg(0, signal.SIGKILL)
 
@@ -87,15 +97,22 @@ class _Launcher:
     def gone(self) -> bool:
         return self._reason == "rank 0 died"
 
+    @property
+    def requested(self) -> bool:
+        """Whether the reason is a request to stop, whoever received it."""
+        return bool(self._stopping.source) or self._reason in [f"stopped by {name}" for name in GRACE]
+
 
 def main(descriptor: int) -> int:
-    """Run the controller at the end of the pipe ``descriptor``. Returns the exit status: 0, or 1 after one message on
-    stderr."""
+    """Run the controller at the end of the pipe ``descriptor``. Returns the exit status: 0, or after one message on
+    stderr REQUEUE where the run was asked to stop and can be continued, and 1 otherwise."""
     pipe = Connection(descriptor)
     sys.stdout, sys.stderr = scrubbed(sys.stdout), scrubbed(sys.stderr)
     order = msgspec.json.decode(pipe.recv_bytes(), type=Order)
     config = Config.model_validate_json(order.config)
-    launcher = _Launcher(pipe)
+    stopping = Stopping(config.run_dir)
+    stopping.show = lambda text: print(f"{config.run.name}: {text}", flush=True)
+    launcher = _Launcher(pipe, stopping)
     PlugPoint.time_limit = config.deadlines.train_timeout
     try:
         attempt = attempts.begin(config.run_dir, order.task, order.world_size)
@@ -103,32 +120,36 @@ def main(descriptor: int) -> int:
         say(f"start: {error}; nothing can be written into {config.run_dir}")
         return 1
     log = attempt.folder / "controller.log"
-    problem = ""
+    problem, status = "", 0
     state: attempts.State = "finished"
     with Router(order.host, order.world_size) as router:
         members = [msgspec.structs.replace(one, logs=str(attempt.folder)) for one in router.credentials]
         pipe.send_bytes(msgspec.json.encode(members))
         cluster = Cluster(router, order.world_size, config.deadlines, config_digest(config), attempt.folder)
+        cluster.pass_requests(stopping.ask)
         try:
             try:
                 launcher.listen(cluster.interrupt)
                 from miles_spmd.controller.tasks import run  # imports much, while the workers do the same
 
-                run(config, cluster, attempt, order.replay)
-                cluster.stop()
+                problem = run(config, cluster, attempt, stopping, order.replay)
+                status, state = (REQUEUE, "stopped") if problem else (0, "finished")
+                cluster.stop(status)
             except Exception as error:
                 problem = _explain(error, cluster.place, log, order.task)
-                state = _state(error)
+                status, state = 1, _state(error)
         except Stopped as stopped:
             cause = cluster.explain(str(stopped))
-            problem, state = str(cause), "failed" if launcher.gone else _state(cause)
+            problem, status, state = str(cause), 1, "failed" if launcher.gone else _state(cause)
+            if launcher.requested and isinstance(cause, WorkerStoppedError):
+                status = REQUEUE
         launcher.ignore()
     if problem:
         say(problem)
     _conclude(attempt, state, problem, config)
     if launcher.gone:
         os.killpg(0, signal.SIGKILL)  # no other process is left to end what this one started
-    return 1 if problem else 0
+    return status
 
 
 def _conclude(attempt: attempts.AttemptWriter, state: attempts.State, problem: str, config: Config) -> None:

@@ -6,21 +6,27 @@ from pathlib import Path
 
 from miles_spmd.config import Config
 from miles_spmd.controller.attempts import AttemptWriter
-from miles_spmd.controller.cluster.cluster import Cluster
+from miles_spmd.controller.cluster.cluster import Cluster, Unfinished
+from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.controller.loops import replay, sync
 from miles_spmd.controller.parts import open_parts
 from miles_spmd.protocol.pipe import Replay
 
 
-def run(config: Config, cluster: Cluster, attempt: AttemptWriter, order: Replay | None = None) -> None:
-    """Do the attempt's task ("train", "eval", or "replay" or "bisect" as ``order`` says) with connected ranks. Raises
-    the error that ends the run."""
+def run(
+    config: Config, cluster: Cluster, attempt: AttemptWriter, stopping: Stopping, order: Replay | None = None
+) -> str:
+    """Do the attempt's task ("train", "eval", or "replay" or "bisect" as ``order`` says) with connected ranks. Returns
+    "", or where training ended because it was requested to stop, what is saved. Raises the error that ends the run."""
     task = attempt.record.task
     recorded = Path(order.run) if order is not None and order.phase == "train" else None
-    with open_parts(config, cluster, attempt, recorded) as parts:
+    with open_parts(config, cluster, attempt, stopping, recorded) as parts:
         match task, order:
             case "train", None:
-                sync.train(parts)
+                try:
+                    sync.train(parts)
+                except Unfinished:
+                    return sync.leave(parts)
             case "eval", None:
                 sync.evaluate(parts, parts.first, begins=True)
                 parts.journal.report(parts.first)
@@ -30,3 +36,4 @@ def run(config: Config, cluster: Cluster, attempt: AttemptWriter, order: Replay 
                 replay.bisect(parts, order)
             case _:
                 raise ValueError(f"task {task!r} with order {order}")
+    return ""

@@ -39,7 +39,8 @@ class Engine(Protocol):
         """Whether this rank's ``submit`` and ``abort`` count; the first rank of each engine is its leader."""
 
     def submit(self, requests: list[Request]) -> None:
-        """Queue requests; they start at the next ``step``.
+        """Queue requests; they start at the next ``step``. The output of one that is ``begun`` has the tokens that it
+        began with, too, and is that of the same request from its start.
 
         Raises ValueError naming the rid of a request that cannot be served: prompt plus ``max_new_tokens`` exceeds the
         context, the rid is in use, a parameter is out of range. Nothing of the list is queued then.

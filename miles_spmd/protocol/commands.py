@@ -38,6 +38,7 @@ class Command(msgspec.Struct, Generic[R_co], tag=True, frozen=True):
 
     receivers: ClassVar[Receivers]
     phase: ClassVar[Phase]
+    abandonable: ClassVar[bool] = False  # it has no effect before its last forward pass, and can be left until then
 
     @classmethod
     def result_type(cls) -> type[results.Result | None]:
@@ -94,6 +95,7 @@ class ComputeLogProbs(Command[results.LogProbsResult], frozen=True):
     """Run the network of ``role`` forward."""
 
     receivers, phase = Receivers.TRAINERS, Phase.LOG_PROBS
+    abandonable = True
     micro_batches: list[MicroBatch]
     role: Role = Role.ACTOR
     top_k: int = 0  # how many of the most likely tokens to return at each position
@@ -103,6 +105,7 @@ class ComputeValues(Command[results.ValuesResult], frozen=True):
     """Run the critic or a reward model forward."""
 
     receivers, phase = Receivers.TRAINERS, Phase.LOG_PROBS
+    abandonable = True
     micro_batches: list[MicroBatch]
     role: Role = Role.CRITIC
 
@@ -111,6 +114,7 @@ class TrainStep(Command[results.TrainResult], frozen=True):
     """Make one optimizer step on this rank's share of the global batch."""
 
     receivers, phase = Receivers.TRAINERS, Phase.TRAIN
+    abandonable = True
     micro_batches: list[MicroBatch]
     role: Role = Role.ACTOR
 
@@ -173,15 +177,16 @@ class ExportModel(Command[results.Ok], frozen=True):
 
 
 class Stop(Command[results.Ok], frozen=True):
-    """Leave the command loop and exit with status 0."""
+    """Leave the command loop and exit with ``status``."""
 
     receivers, phase = Receivers.ALL, Phase.STOP
+    status: int = 0
 
 
 # --- what follows from the declarations ------------------------------------------------------------------------------
 
 COMMANDS: tuple[type[Command[Any]], ...] = tuple(Command.__subclasses__())
-RESULTS = tuple(dict.fromkeys(kind.result_type() for kind in COMMANDS if kind.has_reply()))
+RESULTS = tuple(dict.fromkeys([*(kind.result_type() for kind in COMMANDS if kind.has_reply()), results.Abandoned]))
 
 if TYPE_CHECKING:
     AnyCommand = Command[Any]

@@ -42,6 +42,11 @@ class Dealer:
         ready = self._socket.poll(None if timeout is None else math.ceil(timeout * 1000))
         return decode(self._socket.recv()) if ready else None
 
+    @property
+    def incoming(self) -> zmq.Socket[bytes]:
+        """For a poller: readable where :meth:`receive` would not wait."""
+        return self._socket
+
     def close(self) -> None:
         """Close the connection; what was sent has up to a second to leave."""
         self._socket.disable_monitor()

@@ -71,6 +71,31 @@ class Heartbeat(msgspec.Struct, tag=True, frozen=True):
     detail: str = ""  # progress and code position: "engine step 214", "micro-batch 3/8"
 
 
+class StopNotice(msgspec.Struct, tag=True, frozen=True):
+    """Sent by a worker's side thread that was signalled to stop: the controller decides what comes of it."""
+
+    rank: int
+    signal: str  # its name
+
+
+class HoldPasses(msgspec.Struct, tag=True, frozen=True):
+    """Sent to the side thread of every rank that trains: begin no further forward pass, and reply with a Held."""
+
+
+class Held(msgspec.Struct, tag=True, frozen=True):
+    """How many forward passes of its command a rank has begun, and how many there are (None: it has not begun)."""
+
+    rank: int
+    begun: int
+    total: int | None
+
+
+class ReleasePasses(msgspec.Struct, tag=True, frozen=True):
+    """Sent after all ranks have replied: go on, and leave the command before pass number ``limit``, if it is given."""
+
+    limit: int | None = None
+
+
 class Completions(msgspec.Struct, tag=True, frozen=True):
     """Finished requests of an open rollout, sent by an engine's leader as they finish."""
 
@@ -97,7 +122,7 @@ class Reply(msgspec.Struct, tag=True, frozen=True):
     memory: dict[str, float] = {}  # this rank's values of the metrics ``memory/...``
 
 
-Message = Call | Hello | Heartbeat | Completions | Reply
+Message = Call | Hello | Heartbeat | StopNotice | HoldPasses | Held | ReleasePasses | Completions | Reply
 
 # --- as bytes ---------------------------------------------------------------------------------------------------------
 

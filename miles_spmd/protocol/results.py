@@ -21,6 +21,10 @@ class Ok(Result, frozen=True):
     detail: dict[str, Any] = {}
 
 
+class Abandoned(Result, frozen=True):
+    """All ranks have left the command before the same forward pass; it has had no effect."""
+
+
 class UpdateDigests(msgspec.Struct, frozen=True):
     """One digest, uint64, for each rectangle that :class:`WeightsDigest` lists."""
 

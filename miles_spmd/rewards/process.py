@@ -183,6 +183,8 @@ def serve(descriptor: int, parent: int) -> None:
     if os.getppid() != parent:
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # which may reach all processes of a run, to stop it with care
+        signal.signal(number, lambda *_: None)  # and which programs that the function starts do not ignore
     sys.path.insert(0, os.getcwd())  # as `python -m` does; a console script does not
     pipe = Connection(descriptor)
     os.set_inheritable(descriptor, False)  # a program or fork of the user's would keep the pipe open

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from miles_spmd.telemetry.metrics import is_score
 from miles_spmd.telemetry.texts import StepLines, seconds, shown
 
 SECONDS_BETWEEN_LINES = 2.0
+SECONDS_BETWEEN_LEFT = 10.0  # of lines that show what is left to a run that is stopping
 
 
 class Progress:
@@ -38,6 +40,13 @@ class Progress:
     def update(self, done: int, metrics: Mapping[str, float]) -> None:
         """Show that ``done`` steps are done (0: before the first), the last one with ``metrics``."""
 
+    def note(self, text: str) -> None:
+        """Print a line that every kind of display has."""
+        print(f"{self._texts.name}: {text}", file=self._file, flush=True)
+
+    def left(self, text: str) -> None:
+        """Show, about once a second, how much time is left to a run that is stopping."""
+
     def close(self) -> None:
         """End the display."""
 
@@ -46,6 +55,13 @@ class PlainProgress(Progress):
     """Prints a line per step, at most one in two seconds; evaluations and the final step always get theirs."""
 
     _last_line = -SECONDS_BETWEEN_LINES
+    _last_left = -math.inf  # monotonic
+
+    def left(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self._last_left >= SECONDS_BETWEEN_LEFT:
+            self._last_left = now
+            self.note(f"stopping: {text}")
 
     def update(self, done: int, metrics: Mapping[str, float]) -> None:
         now, line = time.monotonic(), self._texts.line(done, metrics)
@@ -55,7 +71,7 @@ class PlainProgress(Progress):
             print(line, file=self._file, flush=True)
 
     def tell(self, text: str) -> None:
-        print(f"{self._texts.name}: {text}", file=self._file, flush=True)
+        self.note(text)
 
 
 class RichProgress(Progress):
@@ -80,6 +96,12 @@ class RichProgress(Progress):
     def phase(self, name: str) -> None:
         self._bar.update(self._task, phase=name)
 
+    def note(self, text: str) -> None:
+        self._live.console.print(Text(f"{self._texts.name}: {text}"))
+
+    def left(self, text: str) -> None:
+        self._bar.update(self._task, description=f"{escape(self._texts.name)} [yellow]stopping: {text}")
+
     def update(self, done: int, metrics: Mapping[str, float]) -> None:
         self._bar.update(self._task, completed=done, eta=self._texts.eta(done))
         self._newest = self._texts.scores(metrics) or self._newest
@@ -87,7 +109,7 @@ class RichProgress(Progress):
         self._live.update(Group(self._bar, Text("  ".join(numbers), "green"), Text(seconds(metrics), "dim")))
 
     def tell(self, text: str) -> None:
-        self._live.console.print(Text(f"{self._texts.name}: {text}"))
+        self.note(text)
 
     def close(self) -> None:
         self.phase("")

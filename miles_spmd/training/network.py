@@ -23,6 +23,7 @@ from miles_spmd.training import parallel
 from miles_spmd.training.megatron_config import build_megatron_config
 from miles_spmd.training.model import Scoring, build_chunks, global_names, release
 from miles_spmd.training.packing import PackedBatch, pack, scatter, split, stream_length
+from miles_spmd.training.passes import PASSES
 from miles_spmd.types.train_sequence import MicroBatch
 from miles_spmd.weights import hugging_face
 
@@ -176,6 +177,7 @@ class Network:
 
 
 def _forward_step(scoring: Scoring, loss_of: LossOf, batches: Iterator[PackedBatch], chunk: torch.nn.Module) -> Any:
+    PASSES.enter()
     batch = next(batches)
 
     def finish(outputs: Outputs) -> tuple[Tensor, Tensor, Any]:

@@ -26,12 +26,21 @@ class SamplingParams(msgspec.Struct, frozen=True):
     seed: int = 0  # 63-bit, a pure function of (run seed, step, prompt, sample, turn)
 
 
+class Begun(msgspec.Struct, frozen=True):
+    """The first tokens of a response that an engine with the same weights has sampled for the same request."""
+
+    output_ids: list[int]
+    output_log_probs: list[float]  # of them
+    top1_ids: list[int] | None = None  # at their places, where the request asks for it
+
+
 class Request(msgspec.Struct, frozen=True):
     rid: str  # unique among the requests of an engine
     input_ids: list[int]
     sampling: SamplingParams
     return_prompt_log_probs: bool = False
     return_top1: bool = False
+    begun: Begun | None = None  # the response continues these tokens
 
 
 class Output(msgspec.Struct):
@@ -58,6 +67,12 @@ def check_request(request: Request, context_length: int) -> None:
     problems = []
     if prompt < 1 or new < 1:
         problems.append(f"needs at least one token of prompt ({prompt}) and of response ({new})")
+    begun = request.begun
+    if begun is not None and not len(begun.output_ids) == len(begun.output_log_probs) < new:
+        tokens, log_probs = len(begun.output_ids), len(begun.output_log_probs)
+        problems.append(f"continues {tokens} tokens with {log_probs} log-probs, and has room for {new}")
+    if begun is not None and request.return_prompt_log_probs:
+        problems.append("continues a response, which has no log-probs of its prompt")
     if prompt + new > context_length:
         problems.append(f"{prompt} prompt + {new} new tokens exceed the context of {context_length}")
     if not 0 <= sampling.temperature < math.inf:

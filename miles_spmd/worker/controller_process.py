@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Pipe
 
 import msgspec
@@ -26,12 +27,13 @@ class ControllerProcess:
 
     def __init__(self, config: Config, task: str, host: str, world_size: int, replay: Replay | None = None) -> None:
         self._pipe, theirs = Pipe()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "miles_spmd.controller", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        with ignored(signal.SIGTERM, signal.SIGUSR1):  # as the controller does until it takes requests to stop itself
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "miles_spmd.controller", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         theirs.close()
         self._pipe.send_bytes(msgspec.json.encode(Order(config.model_dump_json(), task, host, world_size, replay)))
         self.pid = self._process.pid
@@ -78,3 +80,14 @@ class ControllerProcess:
                 os.killpg(self.pid, 0)
                 time.sleep(0.01)
             os.killpg(self.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def ignored(*signals: signal.Signals) -> Iterator[None]:
+    """For the block, ignore these signals; a process that is started in it begins with them ignored."""
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

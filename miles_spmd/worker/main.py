@@ -25,7 +25,8 @@ from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.last_words import say
 from miles_spmd.protocol.messages import Call, Failure, Hello, RankInfo, Reply
 from miles_spmd.protocol.pipe import Credentials, Replay
-from miles_spmd.protocol.results import Ok, Result
+from miles_spmd.protocol.results import Abandoned, Ok, Result
+from miles_spmd.training.passes import AbandonedError
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.secrets import scrubbed
 from miles_spmd.worker.controller_process import ControllerProcess
@@ -66,7 +67,7 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
     watchdog.enter(Phase.START, 0, config.deadlines.start_timeout)
     watchdog.start()
     try:
-        serve(config, task, place, controller, watchdog, log)
+        status = serve(config, task, place, controller, watchdog, log)
     except BaseException as error:
         traceback.print_exc()
         watchdog.stop()
@@ -77,7 +78,7 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
             say(f"rank {place.rank} ({HOST}), start: {killed}", terminal)
         return 1
     if controller is None:
-        return 0
+        return status
     if killed := controller.killed(status := controller.wait()):
         say(f"rank {place.rank} ({HOST}), after the last step: {killed}", terminal)
     return status if status >= 0 else 1
@@ -85,8 +86,8 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
 
 def serve(
     config: Config, task: str, place: Place, controller: ControllerProcess | None, watchdog: Watchdog, log: Log
-) -> None:
-    """Join the run, build the worker, and execute commands until Stop."""
+) -> int:
+    """Join the run, build the worker, and execute commands until Stop. Returns the exit status."""
     watch = Stopwatch()
     with watch("join"):
         credentials, side = join(config, place, controller)
@@ -101,17 +102,19 @@ def serve(
     except BaseException as error:
         dealer.send(Reply(0, place.rank, HOST, failure(error)))
         dealer.receive()  # block until the controller ends the run; it sends no further message
-        return
+        return 1
     dealer.send(Hello(rank_info(worker, place), config_digest(config), watch.take(), worker.memory.take()))
     watchdog.enter(Phase.IDLE, 0)
-    while not isinstance((call := next_call(dealer)).command, Stop):
-        watchdog.enter(call.command.phase, call.step, call.deadline)
-        worker.memory.begin(call.command.phase, call.step)
+    while not isinstance(command := (call := next_call(dealer)).command, Stop):
+        watchdog.enter(command.phase, call.step, call.deadline)
+        worker.memory.begin(command.phase, call.step)
         result: Result | Failure
         try:
             with worker.memory.explaining():
-                result = worker.execute(call.command)
+                result = worker.execute(command)
             log.check()
+        except AbandonedError:
+            result = Abandoned()
         except BaseException as error:  # not all libraries derive their errors from Exception
             result = failure(error)
         watchdog.enter(Phase.IDLE, call.step)
@@ -122,6 +125,7 @@ def serve(
     dealer.send(Reply(call.id, place.rank, HOST, Ok()))
     dealer.close()
     watchdog.disconnect()
+    return command.status
 
 
 def next_call(dealer: Dealer) -> Call:

@@ -25,14 +25,16 @@ import zmq
 
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.last_words import say
-from miles_spmd.protocol.messages import Heartbeat
-from miles_spmd.protocol.pipe import EXIT_SECONDS, Credentials
+from miles_spmd.protocol.messages import Heartbeat, Held, HoldPasses, ReleasePasses, StopNotice
+from miles_spmd.protocol.pipe import EXIT_SECONDS, REQUEUE, Credentials
+from miles_spmd.training.passes import PASSES
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.printable import MAX_LINE, printable
 from miles_spmd.worker.controller_process import ControllerProcess
 
 HEARTBEAT_EVERY = 1.0  # seconds
 LOST_GRACE = 3.0  # seconds from the end of the controller's connection, in which the launcher may stop this rank
+REQUESTS = signal.SIGTERM, signal.SIGUSR1  # to stop, after what is worth it was saved; SIGINT ends a run at once
 PACKAGE = str(Path(__file__).parents[1])
 
 
@@ -51,7 +53,7 @@ class Watchdog(threading.Thread):
 
     ``beside_controller``: on a rank of the first node, whose other processes know better why the controller is gone.
 
-    Construct it in the main thread: it takes over SIGTERM and SIGINT.
+    Construct it in the main thread: it takes over SIGTERM, SIGUSR1 and SIGINT.
     """
 
     def __init__(
@@ -72,11 +74,12 @@ class Watchdog(threading.Thread):
         self._dealer: Dealer | None = None
         self._lost_since: float | None = None  # monotonic: when the connection to the controller closed
         self._stopping = False
+        self._asked = False  # a signal has requested a stop
         self._main = threading.main_thread().ident or 0
         self._awake, self._waker = socket.socketpair()
         self._waker.setblocking(False)
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (*REQUESTS, signal.SIGINT):
             signal.signal(number, lambda *_: None)  # a handler has to exist; the wakeup descriptor does the rest
 
     # --- for the main thread -----------------------------------------------------------------------------------------
@@ -132,7 +135,8 @@ class Watchdog(threading.Thread):
             self._listen(min(now + HEARTBEAT_EVERY, math.inf if dumped is doing else doing.deadline))
             if os.getppid() != self._parent:  # an orphan is adopted by another process
                 self._leave("the launcher died")
-            if self._lost_since is not None and time.monotonic() > self._lost_since + LOST_GRACE:
+            grace = 0.0 if self._asked else LOST_GRACE  # the launcher stops this rank, or a stopping run has ended
+            if self._lost_since is not None and time.monotonic() > self._lost_since + grace:
                 self._exit(1, "" if self._silent_loss else "lost the controller")
 
     def _listen(self, until: float) -> None:
@@ -141,6 +145,8 @@ class Watchdog(threading.Thread):
         poller.register(self._awake, zmq.POLLIN)
         # Rank 0 learns from its child's pipe, with the exit status, that the controller is gone; other ranks from the
         # connection, which may close a moment before the launcher stops them with the better message.
+        if self._dealer is not None:
+            poller.register(self._dealer.incoming, zmq.POLLIN)
         if self._controller is not None and self._controller.listening:
             poller.register(self._controller.fileno(), zmq.POLLIN)
         elif self._dealer is not None and self._lost_since is None:
@@ -150,11 +156,21 @@ class Watchdog(threading.Thread):
             return
         if self._awake.fileno() in ready:
             for number in filter(None, self._awake.recv(64)):
-                self._leave(f"stopped by {signal.Signals(number).name}")
+                self._signalled(signal.Signals(number))
+        if self._dealer is not None and self._dealer.incoming in ready:
+            obey(self._rank, self._dealer)
         if self._controller is not None and self._controller.fileno() in ready:
             self._controller_ended(self._controller)
         if self._dealer is not None and self._dealer.disconnections in ready:
             self._lost_since = time.monotonic()
+
+    def _signalled(self, received: signal.Signals) -> None:
+        """Pass a request to stop on to the controller, which goes on with the run as far as is worth it. Leave at once
+        by another signal, or where there is nothing to pass it to yet."""
+        if received not in REQUESTS or self._dealer is None:
+            self._leave(f"stopped by {received.name}", REQUEUE if received in REQUESTS else 1)
+        self._asked = True
+        self._dealer.try_send(StopNotice(self._rank, received.name))
 
     def _send_heartbeat(self, phase: Phase, detail: str = "") -> None:
         if self._dealer is not None:
@@ -169,10 +185,10 @@ class Watchdog(threading.Thread):
 
     # --- ends --------------------------------------------------------------------------------------------------------
 
-    def _leave(self, reason: str) -> NoReturn:
+    def _leave(self, reason: str, status: int = 1) -> NoReturn:
         """End after a signal or the launcher's death. The controller prints the reason, once for all ranks."""
         self._send_heartbeat(Phase.STOP, reason)
-        self._exit(1, "" if self._controller is None else self._controller.stop(reason))
+        self._exit(status, "" if self._controller is None else self._controller.stop(reason))
 
     def _controller_ended(self, controller: ControllerProcess) -> NoReturn:
         status = controller.wait(EXIT_SECONDS)
@@ -188,6 +204,15 @@ class Watchdog(threading.Thread):
         self._terminal.flush()
         sys.stdout.flush()
         os._exit(status)
+
+
+def obey(rank: int, dealer: Dealer) -> None:
+    """Hold the main thread before its next forward pass, or let it go on, as the controller says."""
+    match dealer.receive(0):
+        case HoldPasses():
+            dealer.try_send(Held(rank, *PASSES.hold()))
+        case ReleasePasses(limit):
+            PASSES.release(limit)
 
 
 def where(thread: int) -> str:

@@ -19,6 +19,7 @@ from miles_spmd.protocol import commands, results
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.messages import EngineRank, TrainerRank
 from miles_spmd.training.network import Network
+from miles_spmd.training.passes import PASSES
 from miles_spmd.training.roles import Roles
 from miles_spmd.worker.device_turns import DeviceTurns
 from miles_spmd.worker.effective import append_values
@@ -166,17 +167,17 @@ class Worker:
 
     @execute.register
     def _log_probs(self, command: commands.ComputeLogProbs) -> results.LogProbsResult:
-        with self._training(), self.roles.network(command.role) as network, self.memory.work("log-probs"):
+        with self._training(command), self.roles.network(command.role) as network, self.memory.work("log-probs"):
             return network.log_probs(command.micro_batches, command.top_k)
 
     @execute.register
     def _values(self, command: commands.ComputeValues) -> results.ValuesResult:
-        with self._training(), self.roles.network(command.role) as network, self.memory.work("values"):
+        with self._training(command), self.roles.network(command.role) as network, self.memory.work("values"):
             return network.values(command.micro_batches)
 
     @execute.register
     def _train(self, command: commands.TrainStep) -> results.TrainResult:
-        with self._training(), self.memory.work("optimizer step"):
+        with self._training(command), self.memory.work("optimizer step"):
             return self.roles.trainer(command.role).train_step(command.micro_batches)
 
     @execute.register
@@ -219,8 +220,14 @@ class Worker:
     # --- the device --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _training(self) -> Iterator[None]:
+    def _training(
+        self, command: commands.ComputeLogProbs | commands.ComputeValues | commands.TrainStep
+    ) -> Iterator[None]:
         """The trainer's turn on the device, with kernels in a fixed order where the run is deterministic."""
         with deterministic_kernels() if self._config.determinism.deterministic else nullcontext():
             self.turns.release()
-            yield
+            PASSES.begin(len(command.micro_batches))
+            try:
+                yield
+            finally:
+                PASSES.end()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -15,6 +16,7 @@ from miles_spmd.config import Config, RewardTerm
 from miles_spmd.controller.generation.acceptance import Group
 from miles_spmd.controller.generation.generation import Generation
 from miles_spmd.controller.journal.events import EvaluationFinished, Event, PhaseFinished, RolloutFinished
+from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.plugins.reward import RewardError, Score
 from miles_spmd.types.request import Output, Request
 from miles_spmd.types.sample import FinishReason, Prompt, Sample
@@ -127,7 +129,8 @@ CONFIG = {
 
 
 def generation(engines: Engines, rewards: Rewards, data: Data, events: Events, batch_size: int) -> Generation:
-    parts: tuple[Any, ...] = engines, Tokenizer(), rewards, data, events
+    stopping = Stopping(Path("none"), {})
+    parts: tuple[Any, ...] = engines, Tokenizer(), rewards, data, events, stopping
     return Generation(CONFIG[batch_size], *parts)
 
 

@@ -9,14 +9,16 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from miles_spmd.generation.engine import Engine
 from miles_spmd.models import load_family
 from miles_spmd.training.log_probs import Distribution, linear_log_probs
 from miles_spmd.training.output_layer import OutputLayer
-from miles_spmd.types.request import Output, Request, SamplingParams
+from miles_spmd.types.request import Begun, Output, Request, SamplingParams
 from miles_spmd.types.sample import FinishReason
 from miles_spmd.weights import hugging_face
 from tests.generation.checkpoints import CONTEXT, EOS, Reference
@@ -173,8 +175,6 @@ def truncation(engine: Engine, folders: list[Path]) -> Any:
 
 
 def stopping(engine: Engine, folders: list[Path]) -> Any:
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(folders[0])
     text = prompt(3, 8)
     free = run(engine, [request("free", text, seed=5, ignore_eos=True, max_new_tokens=60)])["free"].output_ids
@@ -279,6 +279,46 @@ def aborting(engine: Engine, folders: list[Path]) -> Any:
     free = run(engine, [asked["b"]])["b"]
     assert free.output_ids[: len(rest["b"].output_ids)] == rest["b"].output_ids
     return stopped | rest
+
+
+def continuing(engine: Engine, folders: list[Path]) -> Any:
+    """A request that was aborted goes on from its tokens as if it had never stopped: bitwise where operators are
+    batch-invariant, as they are on a CPU. Its batch mates have begun elsewhere, or nowhere."""
+    ways: list[dict[str, Any]] = [{}, {"temperature": 0.8, "top_k": 5}, {"temperature": 0.0}]
+    asked = [
+        request(f"r{i}", prompt(i % 4, 5 + 7 * (i % 4)), seed=i, top1=i % 2 == 0, ignore_eos=True, **ways[i % 3])
+        for i in range(12)
+    ]
+    whole = run(engine, asked)
+    stop = request("stop", prompt(3, 8), seed=5, ignore_eos=True)
+    letters = AutoTokenizer.from_pretrained(folders[0]).decode(run(engine, [stop])["stop"].output_ids)
+    stop = msgspec.structs.replace(stop, sampling=msgspec.structs.replace(stop.sampling, stop=[letters[8:11]]))
+    whole |= run(engine, [stop])
+    asked.append(stop)
+    engine.flush()
+    engine.submit(asked)
+    for _ in range(9):  # a stop string is then begun and not complete
+        engine.step()
+    engine.abort()
+    parts = finish(engine)
+    assert {len(part.output_ids) for part in parts.values()} & {8, 9, 10}
+    again = []
+    for number, one in enumerate(asked):
+        part = parts[one.rid]
+        if number % 4 != 3:
+            begun = Begun(part.output_ids, part.output_log_probs, part.top1_ids)
+            one = msgspec.structs.replace(one, begun=begun)
+        again.append(one)
+    engine.flush()
+    continued = run(engine, again)
+    for rid, output in whole.items():
+        assert continued[rid] == output
+    if engine.leader:
+        with pytest.raises(ValueError, match="full: continues 2 tokens with 2 log-probs, and has room for 2"):
+            engine.submit(
+                [msgspec.structs.replace(request("full", [1], max_new_tokens=2), begun=Begun([1, 2], [0, 0]))]
+            )
+    return continued
 
 
 def seeds(engine: Engine, folders: list[Path]) -> Any:
@@ -391,6 +431,7 @@ CHECKS: list[Callable[[Engine, list[Path]], Any]] = [
     end_of_sequence,
     refusals,
     aborting,
+    continuing,
     seeds,
     refitting,
     memory,

@@ -44,6 +44,25 @@ def test_engine(ranks: Ranks, folders: list[Path]) -> None:
     assert not failures, failures
 
 
+def continued(folders: list[Path]) -> int:
+    from miles_spmd.generation.sglang.engine import SglangEngine
+
+    engine = SglangEngine(folders[0], dtype="bfloat16", server_args=ENGINE, invariant=True)
+    try:
+        conformance.refit(engine, folders[0], 0)
+        outputs = conformance.continuing(engine, folders)
+    finally:
+        engine.close()
+    return sum(len(output.output_ids) for output in outputs.values())
+
+
+@needs(1)
+def test_responses_continue_bitwise(ranks: Ranks, folders: list[Path]) -> None:
+    """With batch-invariant operators, keys and values of tokens are the same when they are computed again."""
+    (tokens,) = ranks.run(1, continued, folders)
+    assert tokens > 200
+
+
 def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, categories: int) -> torch.Tensor:
     """Return standard Gumbel noise, float64 [rows, categories], from a 32-bit hash of seed, position and category: what
     ``sample`` adds to log-probs on a GPU, where a kernel computes it without storing it."""

@@ -15,17 +15,20 @@ from miles_spmd.config import Config
 from miles_spmd.config.load import config_digest, dump_config, load_config
 from miles_spmd.controller import attempts
 from miles_spmd.controller.cluster.cluster import Cluster
+from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.controller.loops import replay
 from miles_spmd.controller.tasks import run
 from miles_spmd.protocol.commands import Stop
 from miles_spmd.protocol.dealer import Dealer
-from miles_spmd.protocol.messages import Call, Hello, Reply
-from miles_spmd.protocol.pipe import Credentials, Replay
-from miles_spmd.protocol.results import Ok
+from miles_spmd.protocol.messages import Call, Heartbeat, Hello, Reply
+from miles_spmd.protocol.pipe import REQUEUE, Credentials, Replay
+from miles_spmd.protocol.results import Abandoned, Ok
 from miles_spmd.protocol.router import Router
+from miles_spmd.training.passes import AbandonedError
+from miles_spmd.types.phase import Phase
 from miles_spmd.worker.main import HOST, Place, build, failure, rank_info
 from miles_spmd.worker.stopwatch import Stopwatch
-from miles_spmd.worker.watchdog import Watchdog
+from miles_spmd.worker.watchdog import Watchdog, obey
 from tests.ranks import Ranks
 from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
 
@@ -39,13 +42,32 @@ class Unwatched:
     warn = progress
 
 
-def serve(settings: str, credentials: bytes, lasts: str) -> None:
+class SideThread(threading.Thread):
+    """What a watchdog does for a command that all ranks leave. The real one would take over this process's signals."""
+
+    def __init__(self, rank: int, credentials: Credentials) -> None:
+        super().__init__(daemon=True)
+        self.rank, self.credentials, self.over = rank, credentials, False
+
+    def run(self) -> None:
+        dealer = Dealer(self.credentials)
+        while not self.over:
+            dealer.try_send(Heartbeat(self.rank, Phase.IDLE, 0))
+            if dealer.incoming.poll(200):
+                obey(self.rank, dealer)
+        dealer.close()
+
+
+def serve(settings: str, credentials: bytes, lasts: str, has_side: bool) -> None:
     """A rank while the run lasts, which it does as long as a folder exists: a run may end before this rank connects."""
     from miles_spmd.worker.world import Side
 
     config = Config.model_validate_json(settings)
     rank, size = dist.get_rank(), dist.get_world_size()
-    dealer = Dealer(msgspec.json.decode(credentials, type=list[Credentials])[rank])
+    own = msgspec.json.decode(credentials, type=list[Credentials])[rank]
+    dealer, side = Dealer(own), SideThread(rank, own)
+    if has_side:
+        side.start()
     place = Place(rank, size, rank, size, "127.0.0.1")
     worker = build(config, "train", place, Side(), dealer, Stopwatch(), cast(Watchdog, Unwatched()))
     dealer.send(Hello(rank_info(worker, place), config_digest(config)))
@@ -55,9 +77,14 @@ def serve(settings: str, credentials: bytes, lasts: str) -> None:
             continue
         try:
             result: Any = Ok() if isinstance(call.command, Stop) else worker.execute(call.command)
+        except AbandonedError:
+            result = Abandoned()
         except Exception as error:
             result = failure(error)
         dealer.send(Reply(call.id, rank, HOST, result))
+    side.over = True
+    if has_side:
+        side.join()
     if worker.engine_rank is not None:
         worker.turns.engine.close()  # a process has room for one of SGLang's
     dealer.close()
@@ -65,26 +92,34 @@ def serve(settings: str, credentials: bytes, lasts: str) -> None:
 
 def train(ranks: Ranks, config: Config, size: int = 1, wanted: Replay | None = None) -> Path:
     """The run's folder."""
+    assert ended(ranks, config, size, wanted) == ""
+    return config.run_dir
+
+
+def ended(
+    ranks: Ranks, config: Config, size: int = 1, wanted: Replay | None = None, stopping: Stopping | None = None
+) -> str:
+    """What a run says that was requested to stop; "" otherwise."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "config.toml").write_text(dump_config(config))
     router = Router(ranks=size)
     credentials = msgspec.json.encode(router.credentials)
     lasts = TemporaryDirectory()
-    arguments = (size, serve, config.model_dump_json(), credentials, lasts.name)
+    arguments = (size, serve, config.model_dump_json(), credentials, lasts.name, bool(stopping))
     thread = threading.Thread(target=ranks.run, args=arguments)
     thread.start()
     attempt = attempts.begin(config.run_dir, "train" if wanted is None else "replay", size)
     workers = Cluster(router, size, config.deadlines, config_digest(config), attempt.folder)
     try:
-        run(config, workers, attempt, wanted)
-        workers.stop()
-        attempt.end("finished", "finished")
+        said = run(config, workers, attempt, stopping or Stopping(config.run_dir), wanted)
+        workers.stop(REQUEUE if said else 0)
+        attempt.end("stopped" if said else "finished", said or "finished")
         attempt.close()
     finally:
         lasts.cleanup()
         router.close()
         thread.join()
-    return config.run_dir
+    return said
 
 
 def replayed(ranks: Ranks, folder: Path, step: int, phase: Any = None) -> tuple[Path, Replay]:

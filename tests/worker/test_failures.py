@@ -328,13 +328,6 @@ def test_an_export_that_fails_leaves_a_checkpoint(launch: Launch, tmp_path: Path
 # --- somebody stops it -----------------------------------------------------------------------------------------------
 
 
-def test_sigterm_to_the_launcher_ends_the_run(launch: Launch) -> None:
-    run = launch(Phase.TRAIN, 1, "hang")  # so the other rank is in a collective
-    run.wait_until_held()
-    run.launcher.terminate()
-    assert run.finish() == "train, step 0: stopped by SIGTERM"
-
-
 def test_ctrl_c_ends_the_run(launch: Launch) -> None:
     run = launch(reward={"rm_type": "tests.worker.rewards:hangs", "reward_workers": 1})
     run.wait_until_held()

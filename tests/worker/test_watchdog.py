@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from miles_spmd.protocol.messages import Heartbeat
+from miles_spmd.protocol.messages import Heartbeat, Held, HoldPasses, ReleasePasses, StopNotice
 from miles_spmd.protocol.router import Router
 from miles_spmd.types.phase import Phase
 
@@ -48,12 +48,18 @@ class Watched:
 
     def heartbeat(self, wanted: Callable[[Heartbeat], bool], seconds: float = 30) -> Heartbeat:
         """The first such one."""
+        found = self.message(lambda message: isinstance(message, Heartbeat) and wanted(message), seconds)
+        assert isinstance(found, Heartbeat)
+        return found
+
+    def message(self, wanted: Callable[[object], bool], seconds: float = 30) -> object:
+        """The first such one."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             event = self.router.receive(end - time.monotonic())
-            if event is not None and isinstance(event[1], Heartbeat) and wanted(event[1]):
+            if event is not None and wanted(event[1]):
                 return event[1]
-        raise AssertionError("no such heartbeat")
+        raise AssertionError("no such message")
 
     def end(self) -> tuple[int, str]:
         """Exit status and what it printed."""
@@ -107,12 +113,33 @@ def test_a_missed_deadline_leaves_all_stacks_once(watched: Callable[..., Watched
     assert w.process.poll() is None  # the controller decides what comes of it
 
 
-def test_a_signal_is_announced(watched: Callable[..., Watched]) -> None:
+def test_an_interruption_is_announced(watched: Callable[..., Watched]) -> None:
     w = watched()
     w.heartbeat(in_train_step)
-    w.process.send_signal(signal.SIGTERM)
-    assert w.heartbeat(lambda heartbeat: heartbeat.phase is Phase.STOP).detail == "stopped by SIGTERM"
+    w.process.send_signal(signal.SIGINT)
+    assert w.heartbeat(lambda heartbeat: heartbeat.phase is Phase.STOP).detail == "stopped by SIGINT"
     assert w.end() == (1, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_request_to_stop_is_passed_on(watched: Callable[..., Watched], number: signal.Signals) -> None:
+    """The process goes on; when the controller has ended, it does not wait for its launcher."""
+    w = watched()
+    w.heartbeat(in_train_step)
+    w.process.send_signal(number)
+    assert w.message(lambda message: isinstance(message, StopNotice)) == StopNotice(1, number.name)
+    w.heartbeat(in_train_step)
+    assert w.process.poll() is None
+
+
+def test_it_holds_forward_passes(watched: Callable[..., Watched]) -> None:
+    w = watched()
+    w.heartbeat(in_train_step)
+    (side,) = w.router.rank_of
+    w.router.send(HoldPasses(), [side])
+    assert w.message(lambda message: isinstance(message, Held)) == Held(1, 0, None)
+    w.router.send(ReleasePasses(3), [side])
+    w.heartbeat(in_train_step)
 
 
 def test_without_a_controller_it_ends(watched: Callable[..., Watched]) -> None:

@@ -13,13 +13,20 @@ from typing import TypeVar, cast
 from miles_spmd.config import DeadlinesConfig
 from miles_spmd.controller.cluster.listener import Listener, PendingCall, RankTable, WorkerError
 from miles_spmd.protocol.commands import AbortRequests, Command, EndGenerate, Generate, Receivers, Stop, Submit
-from miles_spmd.protocol.messages import Call, RankInfo, Reply, TrainerRank
-from miles_spmd.protocol.results import Result
+from miles_spmd.protocol.messages import Call, Held, HoldPasses, RankInfo, ReleasePasses, Reply, TrainerRank
+from miles_spmd.protocol.results import Abandoned, Result
 from miles_spmd.protocol.router import PeerGoneError, Router
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.request import Output, Request
 
 R = TypeVar("R", bound=Result)
+
+
+class Unfinished(BaseException):
+    """Raised in the main thread where the step or the evaluation under way is left because the run has to stop.
+
+    Not an Exception: code that handles errors of a reward or a rank must not catch it.
+    """
 
 
 class Cluster:
@@ -40,6 +47,8 @@ class Cluster:
         self._ids = itertools.count()
         self._purpose = ""
         self._ready = False
+        self.abandons: Callable[[], bool] = lambda: False  # whether a command that can be left has to be left now
+        self.pipelined = False  # ranks that are pipeline stages cannot leave a command that they have begun
         self._expect(None, range(world_size), Phase.START, 0)
 
     # --- for the loop ------------------------------------------------------------------------------------------------
@@ -97,9 +106,13 @@ class Cluster:
         taken, self._memory = self._memory, {}
         return taken
 
-    def stop(self) -> None:
-        """Let every rank leave its command loop."""
-        self.call(Stop(), step=self._listener.call.step)
+    def stop(self, status: int = 0) -> None:
+        """Let every rank leave its command loop and exit with ``status``."""
+        self.call(Stop(status), step=self._listener.call.step)
+
+    def pass_requests(self, ask: Callable[[str], None]) -> None:
+        """Call ``ask`` with the name of every signal to stop that a rank receives."""
+        self._listener.stop_asked = ask
 
     # --- for the end of the run --------------------------------------------------------------------------------------
 
@@ -122,6 +135,8 @@ class Cluster:
     def _begin(self, command: Command | Sequence[Command], step: int) -> None:
         first = command[0] if isinstance(command, Sequence) else command
         self.wait_ready()
+        if first.abandonable and self.abandons():
+            raise Unfinished
         ranks = self._table.receivers(first.receivers)
         commands = command if isinstance(command, Sequence) else [command] * len(ranks)
         if len(commands) != len(ranks):
@@ -153,14 +168,35 @@ class Cluster:
     def _finish(self) -> list[Result]:
         """Wait for all replies and return their results by rank."""
         call = self._listener.call
-        self._listener.wait(lambda: call.done)
+        may_leave = call.kind is not None and call.kind.abandonable and not self.pipelined
+        self._listener.wait(lambda: call.done or (may_leave and self.abandons()))
+        if not call.done:
+            self._abandon(call)
+            self._listener.wait(lambda: call.done)
         self.seconds = [{} for _ in self.seconds]
         for rank, reply in call.replies.items():
             self.seconds[rank] = reply.seconds
             for name, value in reply.memory.items():
                 self._memory[name] = max(self._memory.get(name, 0.0), value)
         replies = [call.replies[rank] for rank in call.ranks]
+        if any(isinstance(reply, Reply) and isinstance(reply.result, Abandoned) for reply in replies):
+            raise Unfinished
         return [cast(Result, reply.result) for reply in replies if isinstance(reply, Reply)]
+
+    def _abandon(self, call: PendingCall) -> None:
+        """Let the ranks leave the command under way before the same forward pass, unless one of them has begun the last
+        one: then it is almost complete. See :mod:`miles_spmd.training.passes`."""
+        held: dict[int, Held] = {}
+        call.held = held
+        sides = [side for rank in call.ranks if (side := self._table.states[rank].side)]
+        if len(sides) < len(call.ranks):
+            return
+        self._router.send(HoldPasses(), sides)
+        self._listener.wait(lambda: all(rank in held or rank in call.replies for rank in call.ranks))
+        limit = max(one.begun for one in held.values()) if len(held) == len(call.ranks) else None
+        if limit is not None and any(one.total is not None and limit >= one.total for one in held.values()):
+            limit = None
+        self._router.send(ReleasePasses(limit), sides)
 
     def next_output(self, interrupt: Callable[[], bool] = lambda: False) -> Output | None:
         """Return the next finished request of the open rollout; None once ``interrupt`` returns True, which is called

@@ -13,7 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from miles_spmd.protocol.commands import Command, Receivers
-from miles_spmd.protocol.messages import Completions, Failure, Heartbeat, Hello, Message, RankInfo, Reply, WireError
+from miles_spmd.protocol.messages import (
+    Completions,
+    Failure,
+    Heartbeat,
+    Held,
+    Hello,
+    Message,
+    RankInfo,
+    Reply,
+    StopNotice,
+    WireError,
+)
+from miles_spmd.protocol.results import Abandoned
 from miles_spmd.protocol.router import Peer, Router
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.request import Output
@@ -71,6 +83,7 @@ class RankState:
     peer: Peer | None = None  # the connection that takes commands
     heartbeat: Heartbeat | None = None  # the last one
     heard: float = 0.0  # monotonic time of the last message; 0: none yet
+    side: Peer | None = None  # the connection of its watchdog
     stopping: bool = False  # it has announced that a signal ends it
 
 
@@ -116,6 +129,13 @@ class PendingCall:
     end: float  # monotonic
     replies: dict[int, Hello | Reply] = field(default_factory=dict)
     purpose: str = ""  # of what is not for training
+    held: dict[int, Held] | None = None  # by rank, where ranks are to leave the command
+
+    @property
+    def result_types(self) -> tuple[type, ...]:
+        """What a rank may reply with."""
+        own = () if self.kind is None else (self.kind.result_type(),)
+        return own if self.held is None else (*own, Abandoned)
 
     @property
     def done(self) -> bool:
@@ -142,6 +162,7 @@ class Listener:
         self._heartbeat_timeout, self._config_digest, self._log_dir = heartbeat_timeout, config_digest, log_dir
         self.call = PendingCall(0, None, [], Phase.START, 0, 0.0, 0.0)
         self.completed: deque[Output] = deque()
+        self.stop_asked: Callable[[str], None] = lambda signal: None
         self._errors: list[WorkerError] = []
         self._receiving = False
         self._interruption: BaseException | None = None
@@ -216,7 +237,7 @@ class Listener:
 
     def _handle(self, peer: Peer, message: Message | WireError | None) -> None:
         match message:
-            case Hello() | Heartbeat() | Reply() | Completions():
+            case Hello() | Heartbeat() | StopNotice() | Held() | Reply() | Completions():
                 # A rank has two connections, its own and its watchdog's. It may speak for itself alone.
                 rank = message.info.rank if isinstance(message, Hello) else message.rank
                 own = self._router.rank_of[peer]
@@ -231,7 +252,9 @@ class Listener:
                 what = message if isinstance(message, WireError) else f"sent a {type(message).__name__}"
                 self._errors.append(ProtocolError(f"{self._table.name(self._router.rank_of[peer])}: {what}"))
 
-    def _handle_message(self, rank: int, peer: Peer, message: Hello | Heartbeat | Reply | Completions) -> None:
+    def _handle_message(
+        self, rank: int, peer: Peer, message: Hello | Heartbeat | StopNotice | Held | Reply | Completions
+    ) -> None:
         state = self._table.states[rank]
         match message:
             case Hello():
@@ -240,7 +263,12 @@ class Listener:
                 state.stopping = True
                 self._errors.append(self.stopped(message.detail))
             case Heartbeat():
-                state.heartbeat = message
+                state.heartbeat, state.side = message, peer
+            case Held():
+                if self.call.held is not None:
+                    self.call.held[rank] = message
+            case StopNotice():
+                self.stop_asked(message.signal)
             case Completions():
                 self.completed.extend(message.outputs)
             case Reply():
@@ -264,7 +292,7 @@ class Listener:
             self._errors.append(WorkerFailedError(text, failure.traceback))
         elif reply.id != call.id or call.kind is None:
             self._errors.append(ProtocolError(f"{name} sent a stale reply to command {reply.id}"))
-        elif not isinstance(reply.result, call.kind.result_type()):
+        elif not isinstance(reply.result, call.result_types):
             kinds = f"{type(reply.result).__name__} instead of {call.kind.result_type().__name__}"
             self._errors.append(ProtocolError(f"{name} replied to {call.kind.__name__} with {kinds}"))
         else:

@@ -7,9 +7,10 @@ first, on how long its reward took, or on the number of engines, so that a step 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 from miles_spmd.config import RewardTerm
 from miles_spmd.plugins.algorithm import GroupFilter
@@ -18,6 +19,7 @@ from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.types.sample import Sample
 
 Group = list[Sample]
+CHECK_EVERY = 0.25  # seconds between looks at whether to wait on
 
 
 class Acceptance:
@@ -67,22 +69,29 @@ class Acceptance:
         return first
 
     def finish_sample(self, number: int) -> None:
-        """Note that a sample of group ``number`` is complete; the last one starts the group's scoring."""
+        """Note that a sample of group ``number`` is complete; the last one starts the group's scoring, unless all have
+        a reward already."""
         self._unfinished[number] -= 1
         if not self._unfinished[number]:
-            scores = self._rewards.submit(self.groups[number], self._terms)
+            group = self.groups[number]
+            if all(sample.reward is not None for sample in group):
+                scores: Future[list[Score]] = Future()
+                scores.set_result([Score(sample.reward or 0.0, sample.reward_detail) for sample in group])
+            else:
+                scores = self._rewards.submit(group, self._terms)
             scores.add_done_callback(lambda scores: self._scored.put((number, scores)))
 
-    def resolve(self, *, wait: bool) -> None:
-        """Judge the groups whose rewards have arrived (``wait``: at least one), and accept or drop those whose turn it
-        is.
+    def resolve(self, *, wait: bool, unless: Callable[[], bool] = lambda: False) -> None:
+        """Judge the groups whose rewards have arrived (``wait``: at least one, or until ``unless`` returns True, which
+        is called several times a second), and accept or drop those whose turn it is.
 
         Raises the error of a reward or filter in the turn of its group: groups behind the last that is accepted must
         not end the run, because whether they are scored at all depends on time.
         """
-        while wait or self.has_news:
-            self._judge(*self._scored.get())
-            wait = False
+        while self.has_news or (wait and not unless()):
+            with contextlib.suppress(Empty):
+                self._judge(*self._scored.get(timeout=CHECK_EVERY))
+                wait = False
         while not self.enough and (turn := len(self.accepted) + self.dropped) in self._verdicts:
             verdict = self._verdicts[turn]
             if isinstance(verdict, Exception):

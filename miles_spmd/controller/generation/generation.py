@@ -7,18 +7,29 @@ those that were submitted cannot fill the batch, while the slowest responses are
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import msgspec
 
 from miles_spmd.algorithms.rewards import GROUP_FILTERS
 from miles_spmd.config import Config, EvalSet
-from miles_spmd.controller.cluster.cluster import Cluster
+from miles_spmd.controller.cluster.cluster import Cluster, Unfinished
 from miles_spmd.controller.datasets import Datasets
 from miles_spmd.controller.generation.acceptance import Acceptance, Group
+from miles_spmd.controller.generation.unfinished import (
+    Response,
+    UnfinishedRollout,
+    changes,
+    described,
+    engine_settings,
+    key,
+    of_sample,
+)
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.journal import Journal
 from miles_spmd.controller.journal.metrics import eval_metrics
+from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.ledger import step_data
 from miles_spmd.ledger.chain import LedgerError
@@ -41,8 +52,9 @@ class Generation:
         rewards: RewardPool,
         data: Datasets,
         journal: Journal,
+        stopping: Stopping,
     ) -> None:
-        self._config, self._cluster, self._tokenizer = config, cluster, tokenizer
+        self._config, self._cluster, self._tokenizer, self._stopping = config, cluster, tokenizer, stopping
         self._rewards, self._data, self._journal = rewards, data, journal
         name, r = config.algorithm.dynamic_sampling_filter, config.rollout
         self._filter = None if name is None else GROUP_FILTERS.resolve(name)
@@ -54,14 +66,52 @@ class Generation:
             stop=r.rollout_stop,
             stop_token_ids=r.rollout_stop_token_ids,
         )
+        self._given: dict[str, Response] = {}  # of the next rollout, from before an interruption
+        self._groups: list[Group] = []  # of the rollout of the step under way
+
+    def resume(self, step: int, data: bytes) -> None:
+        """Continue the responses of the rollout of ``step`` that :meth:`unfinished` returned."""
+        if not data:
+            return
+        try:
+            rollout = UnfinishedRollout.decode(data)
+            differences = changes(rollout.engine, engine_settings(self._config))
+        except ValueError as error:
+            rollout, differences = None, [str(error)]
+        if rollout is not None and rollout.step == step and not differences:
+            self._given = rollout.responses
+            return
+        kept = described(rollout.responses.values()) if rollout else "what was saved"
+        self._stopping.show(f"step {step} begins anew, without {kept}: {'; '.join(differences)}")
+
+    def unfinished(self, step: int) -> tuple[bytes, str]:
+        """Return the responses of the rollout of ``step`` that there are, b"" if none, and their numbers in words."""
+        made = {
+            key(self.request(sample, step)): of_sample(sample)
+            for sample in chain.from_iterable(self._groups)
+            if sample.response and [version for version, _ in sample.weight_versions] == [step]
+        }
+        responses = self._given | made
+        if not responses:
+            return b"", ""
+        return UnfinishedRollout(step, engine_settings(self._config), responses).encode(), described(responses.values())
 
     def rollout(self, step: int) -> list[Group]:
-        """Return the scored samples that ``step`` trains on, groups in the order of submission."""
+        """Return the scored samples that ``step`` trains on, groups in the order of submission. Raises Unfinished where
+        the run has to stop before they are complete."""
         acceptance = Acceptance(self._rewards, self._config.rollout.rollout_batch_size, self._filter)
+        self._groups = acceptance.groups
+        if self._given:
+            self._stopping.show(f"step {step} continues {described(self._given.values())}")
         with self._journal.timed("rollout"):
             self._generate(acceptance, self._data.waves(step), step)
+        self._given = {}
         self._journal.publish(events.RolloutFinished(step, acceptance.accepted, acceptance.dropped))
         return acceptance.accepted
+
+    def forget(self) -> None:
+        """The step is complete: its responses are no longer unfinished."""
+        self._groups = []
 
     def evaluate(self, step: int, due: Sequence[EvalSet]) -> None:
         """Score the responses to the prompts of the held-out sets ``due``, ``step`` steps into the run."""
@@ -100,24 +150,53 @@ class Generation:
         """Submit prompts wave by wave until enough groups are accepted; what is still running then is aborted.
 
         A wave is submitted only when it is certain to be needed, so the submitted waves do not depend on timing.
-        ``eval_set``: the held-out set that the prompts are of, if any.
+        ``eval_set``: the held-out set that the prompts are of, if any. Raises Unfinished after the samples have got
+        what there is, where the run has to stop before.
         """
         purpose, count = "", self._config.rollout.n_samples_per_prompt
         if eval_set is not None:
             purpose, count = f"evaluation of {eval_set.name}", eval_set.n_samples_per_eval_prompt or 1
+
+        def leaves() -> bool:  # an evaluation is repeated when the run is continued
+            return self._stopping.must_leave(drains=True) or (eval_set is not None and bool(self._stopping.source))
+
         with self._cluster.rollout(step, purpose=purpose) as session:
-            while not acceptance.enough:
+            while not acceptance.enough and not leaves():
                 while acceptance.short:
                     wave = [[Sample(prompt, index) for index in range(count)] for prompt in next(waves)]
                     groups = enumerate(wave, acceptance.add(wave))
-                    session.submit([self.request(s, step, group=n, eval_set=eval_set) for n, g in groups for s in g])
-                if (output := session.next(interrupt=lambda: acceptance.has_news)) is not None:
-                    number, index = map(int, output.rid.split("."))
-                    self._fill(acceptance.groups[number][index], output)
-                    acceptance.finish_sample(number)
-                acceptance.resolve(wait=output is None)  # without an output, a reward is there or all that is missing
+                    requests = [self.request(s, step, group=n, eval_set=eval_set) for n, g in groups for s in g]
+                    session.submit(list(self._without_given(requests, acceptance)))
+                if (output := session.next(interrupt=lambda: acceptance.has_news or leaves())) is not None:
+                    acceptance.finish_sample(self._fill(acceptance, output))
+                # without an output, a reward is there or all that is missing
+                acceptance.resolve(wait=output is None, unless=leaves)
+            if not acceptance.enough:
+                session.abort()
+                while (output := session.next()) is not None:
+                    self._fill(acceptance, output)
+        if not acceptance.enough:
+            raise Unfinished
 
-    def _fill(self, sample: Sample, output: Output) -> None:
+    def _without_given(self, requests: Sequence[Request], acceptance: Acceptance) -> Iterator[Request]:
+        """Yield the requests that the engine has to do: all but those with a complete response from before an
+        interruption, and those with a part of one from there on."""
+        for request in requests:
+            given = self._given.get(key(request)) if self._given else None
+            if given is None:
+                yield request
+            elif not given.complete:
+                yield msgspec.structs.replace(request, begun=given.begun)
+            else:
+                number = self._fill(acceptance, msgspec.structs.replace(given.output, rid=request.rid))
+                sample = acceptance.groups[number][int(request.rid.split(".")[1])]
+                sample.reward, sample.reward_detail = given.reward, given.reward_detail
+                acceptance.finish_sample(number)
+
+    def _fill(self, acceptance: Acceptance, output: Output) -> int:
+        """Put an output into the sample that its request was for. Returns the number of its group."""
+        number, index = map(int, output.rid.split("."))
+        sample = acceptance.groups[number][index]
         sample.response = output.output_ids
         sample.rollout_log_probs = output.output_log_probs
         sample.top1_ids = output.top1_ids
@@ -125,6 +204,7 @@ class Generation:
         sample.finish_reason = FinishReason(output.finish_reason)
         sample.weight_versions = output.weight_versions
         sample.text = self._tokenizer.decode(output.output_ids, skip_special_tokens=True)
+        return number
 
 
 class RecordedSamples:

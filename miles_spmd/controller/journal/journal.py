@@ -52,7 +52,7 @@ class Writers:
                 self._progress.update(step, metrics)
                 self._attempt.step(step)
                 self._attempt.tell(self._lines.line(step, metrics))
-            case events.CheckpointWritten(step):
+            case events.CheckpointCompleted(step):
                 self._attempt.tell(f"{self._lines.name}: checkpoint after {step} steps")
             case events.EvaluationFinished(step, _, samples) if samples:
                 write_transcripts(self._config, step, samples)

@@ -74,15 +74,14 @@ class LedgerRecorder:
             tensors={role: sorted({part.name for part in chain(*ranks)}) for role, ranks in self._of_weights.items()},
             weights=self._weights,
         )
-        self._last, known = _find(config.run_dir, start.ledger) if start.ledger else (None, None)
+        last, known = _find(config.run_dir, start.ledger) if start.ledger else (None, None)
         # the ledger has an entry for a checkpoint that the configuration asked for, and its word counts more
-        recorded = self._last is not None and isinstance(self._last.entry, Saved)
-        saved = self._last.entry if recorded else start.saved
+        saved = last.entry if last is not None and isinstance(last.entry, Saved) else start.saved
         if saved is not None:
             self._check(saved, self.saved(start.step, start.results), context)
         # a resumed run under the same conditions has the very entries of one that never stopped
         self._context = context if known is None or _conditions(known) != _conditions(context) else None
-        self._first = start.step
+        self._last, self._first = last, start.step
         self._samples: Samples | None = None  # of the step that is under way, like the next two
         self._updates: list[Update] = []
         self._step_data = StepData(None, [])
@@ -158,8 +157,10 @@ class LedgerRecorder:
     def _check(saved: Saved, loaded: Saved, context: Context) -> None:
         """Raise LedgerError unless the loaded digests equal the saved ones."""
         for role, names in context.tensors.items():
-            before = {"weights": saved.weights[role], **saved.optimizers[role]}
-            now = {"weights": loaded.weights[role], **loaded.optimizers[role]}
+            if role not in saved.weights:
+                continue
+            before = {"weights": saved.weights[role], **saved.optimizers.get(role, {})}
+            now = {"weights": loaded.weights[role], **loaded.optimizers.get(role, {})}
             for kind in before:
                 pairs = zip(names, unpack(before[kind]), unpack(now[kind]), strict=True)
                 if changed := [name for name, a, b in pairs if a != b]:

@@ -10,13 +10,19 @@ from miles_spmd.controller.parts import RunParts
 
 
 def train(run: RunParts) -> None:
-    """Do the steps from ``run.first`` to the end. The weights before step i are version i, in the engine too."""
+    """Do the steps from ``run.first`` to the end. The weights before step i are version i, in the engine too.
+
+    Raises Unfinished, between two steps or inside of one, where the run was requested to stop.
+    """
     steps, checkpoint = run.config.run.num_rollout, run.config.checkpoint
+    run.stopping.begin(run.first)
     run.policy.refit(run.first)
     evaluate(run, run.first, begins=True)
     run.journal.report(run.first)
     for step in range(run.first, steps):
+        run.stopping.check()
         advance(run, step)
+        run.generation.forget()
         run.journal.publish(events.StepFinished(step))
         evaluate(run, step + 1)
         run.checkpoints.save(step + 1, run.journal)
@@ -24,6 +30,21 @@ def train(run: RunParts) -> None:
     if checkpoint.export_final:
         run.checkpoints.export_at_end(run.journal)
     run.checkpoints.finish(run.journal)
+
+
+def leave(run: RunParts) -> str:
+    """Save what a run has that was requested to stop, and return in words what that is."""
+    step, why = run.stopping.step, f"stopped by {run.stopping.source}"
+    if run.stopping.reported < step > run.first:
+        run.journal.report(step)
+    if run.stopping.updates:  # the weights are neither those before the step nor those after it
+        return f"{why} in step {step}, after {run.stopping.updates} of its updates: {run.checkpoints.lost(step)}"
+    responses, numbers = run.generation.unfinished(step)
+    if step > run.first or responses:
+        run.checkpoints.save_all(step, run.journal, responses)
+    if responses:
+        return f"{why} in step {step}: {numbers} are saved"
+    return f"{why} before step {step}: " + ("all is saved" if step > 0 else "there is nothing to save")
 
 
 def advance(run: RunParts, step: int) -> None:

@@ -7,6 +7,7 @@ one iteration of the loop. The parts that SGLang builds around sockets are repla
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from collections import deque
 from typing import Any
 
@@ -21,7 +22,8 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 
 from miles_spmd.generation.sglang.cpu_memory_saver import CpuMemorySaver
-from miles_spmd.generation.sglang.requests import Item, broadcast, message
+from miles_spmd.generation.sglang.requests import END, Item, broadcast, message
+from miles_spmd.types.request import Begun, Request
 
 
 class InProcessScheduler(scheduler.Scheduler):
@@ -39,6 +41,7 @@ class InProcessScheduler(scheduler.Scheduler):
         self.inbox: list[Item] = []
         self.finished: list[Req] = []
         self._limit: int | None = None  # of running requests, after a batch ran out of memory
+        self._begun: dict[str, Begun] = {}  # by SGLang's rid: of requests that are taken from the inbox now
         no_ports = PortArgs(**dict.fromkeys((field.name for field in dataclasses.fields(PortArgs)), ""))
         moe_ep_rank = tp_rank * server_args.ep_size // server_args.tp_size
         super().__init__(server_args, no_ports, device_index, tp_rank, moe_ep_rank, 0, 0, 0, None)
@@ -70,6 +73,7 @@ class InProcessScheduler(scheduler.Scheduler):
     def _next_batch(self) -> Any:
         """Take requests from the inbox and return the next batch to run, or None."""
         received = self.request_receiver.recv_requests()
+        self._begun = {i.rid + END: i.begun for i in received if isinstance(i, Request) and i.begun is not None}
         self.process_input_requests([message(item, self.tokenizer) for item in received])
         plan = self.get_next_batch_to_run(running_batch=self.running_batch, last_batch=self.last_batch)
         self.running_batch = plan.running_batch
@@ -181,7 +185,21 @@ class InProcessScheduler(scheduler.Scheduler):
         self.input_blocker = None
 
     def init_req_max_new_tokens(self, req: Req) -> None:
-        """Do nothing: SGLang would shorten responses that do not fit, and the engine refuses such requests."""
+        """Give a new request the tokens that it has begun with, as if it had been retracted after them. SGLang would
+        shorten responses here that do not fit, and the engine refuses such requests."""
+        begun = self._begun.pop(req.rid, None)
+        if begun is None:
+            return
+        req.output_ids = array("q", begun.output_ids)
+        req.logprob.output_token_logprobs_val = list(begun.output_log_probs)
+        req.logprob.output_token_logprobs_idx = list(begun.output_ids)
+        if begun.top1_ids is not None:
+            req.logprob.output_top_logprobs_idx = [[token] for token in begun.top1_ids]
+            req.logprob.output_top_logprobs_val = [[0.0] for _ in begun.top1_ids]  # nobody reads them
+        # the prompt's are computed, as far as SGLang is concerned
+        req.logprob.input_token_logprobs_val = req.logprob.input_token_logprobs_idx = []
+        req.logprob.input_top_logprobs_val = req.logprob.input_top_logprobs_idx = []
+        req.is_retracted = req.retracted_stain = True
 
 
 class _InboxReceiver(SchedulerRequestReceiver):
