@@ -89,7 +89,7 @@ class Checkpoints:
         """Write a checkpoint before ``step`` if one is due, or ``anyway``. Only one that is due has an entry in the
         ledger, which therefore does not depend on when a run was interrupted."""
         interval, last = self._config.checkpoint.save_interval, step == self._config.run.num_rollout
-        due = (interval and step % interval == 0) or (last and self._config.checkpoint.save_final)
+        due = (interval and step and step % interval == 0) or (last and self._config.checkpoint.save_final)
         if not due and not anyway:
             return
         with journal.timed("save"), replaced(self._config.run_dir, step) as folder:
