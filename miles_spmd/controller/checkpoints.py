@@ -90,7 +90,7 @@ class Checkpoints:
         """
         self._settle(journal, wait=False)
         interval, last = self._config.checkpoint.save_interval, step == self._config.run.num_rollout
-        due = bool((interval and step % interval == 0) or (last and self._config.checkpoint.save_final))
+        due = bool((interval and step and step % interval == 0) or (last and self._config.checkpoint.save_final))
         asked = self._is_asked(step)
         if not (due or asked or anyway):
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from miles_spmd.ledger.chain import FILE, FOLDER, verify
 from miles_spmd.protocol.commands import Command, Generate, SaveCheckpoint, TrainStep
 from miles_spmd.protocol.messages import ReleasePasses
 from miles_spmd.protocol.router import Router
-from miles_spmd.telemetry.progress import Progress
+from miles_spmd.telemetry.progress import KINDS, Progress
 from miles_spmd.telemetry.trackers import read_metrics
 from tests.ledger.runs import ended, train
 from tests.ranks import Ranks
@@ -126,10 +126,12 @@ class Lines(Progress):
 
 
 @pytest.fixture(autouse=True)
-def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr(Lines, "lines", [])
-    monkeypatch.setitem(__import__("miles_spmd.telemetry.progress", fromlist=["KINDS"]).KINDS, "none", Lines)
-    return Lines.lines
+def lines() -> Iterator[list[str]]:
+    """What runs print; another fixture's patches may be undone meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Lines, "lines", [])
+        patch.setitem(KINDS, "none", Lines)
+        yield Lines.lines
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +237,6 @@ def test_a_rollout_is_continued_where_it_was_left(
     assert max(read_metrics(config.run_dir / "metrics.jsonl")) == step
     monkeypatch.undo()
     submitted = spy_on_requests(monkeypatch)
-    monkeypatch.setitem(__import__("miles_spmd.telemetry.progress", fromlist=["KINDS"]).KINDS, "none", Lines)
     train(ranks, recipe(f"rollout_{step}", "checkpoint.resume=true"))
     assert f"step {step} continues {found[1]}" in lines
     continued = [request.begun for request in submitted if request.begun is not None]
@@ -355,7 +356,6 @@ def test_responses_are_dropped_where_the_engine_computes_otherwise(
     assert lines[0].startswith("stopping: SIGUSR1, 1 s left: leaving step 0, whose end cannot be estimated")
     lines.clear()
     monkeypatch.undo()
-    monkeypatch.setitem(__import__("miles_spmd.telemetry.progress", fromlist=["KINDS"]).KINDS, "none", Lines)
     submitted = spy_on_requests(monkeypatch)
     settings = ["run.num_rollout=1", "checkpoint.resume=true"]
     train(ranks, recipe("changed", *settings, "sglang.chunked_prefill_size=64"))
