@@ -303,6 +303,7 @@ def _print_plan(config: Config, world_size: int, device_memory: float | None, *,
     device_memory = device_memory or min((gpu.memory_gib for gpu in devices), default=None)
     with launcher.failing(FileNotFoundError, ValueError, code=2):
         typer.echo(describe_plan(config, world_size, device_memory))
+    typer.echo(f"Run folder: {config.run_dir.absolute()}")
 
 
 def _print_comparison(comparison: Comparison, terminal: TextIO | None = None) -> int:

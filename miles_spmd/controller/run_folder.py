@@ -213,7 +213,8 @@ def _lock(folder: Path, *, keep: bool) -> TextIO | None:
         lock.close()
         return None
     lock.truncate(0)
-    lock.write(f"pid {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}\n")
+    job = f"Slurm job {job}, " if (job := os.environ.get("SLURM_JOB_ID")) else ""
+    lock.write(f"{job}pid {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}\n")
     lock.flush()
     return lock
 
