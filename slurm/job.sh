@@ -82,11 +82,12 @@ if [[ -z ${PYTHON:-} ]]; then
 fi
 export PYTHON
 
-# step NODES TASKS COMMAND: run it in that number of tasks on each of the first nodes. Every task sees all CPUs and GPUs
-# of the job on its node; a rank's end is handled by the other ranks, which Slurm gives a minute for it.
+# step NODES TASKS COMMAND: run it in that number of tasks on each of the first nodes. Every task sees all GPUs of the job
+# on its node; a rank's end is handled by the other ranks, which Slurm gives a minute for it.
+cores=(--cpu-bind=none) # a launcher and its ranks share all that the job has on their node
 step() {
     local where=(--nodes="$1" --ntasks="$(($1 * $2))" --ntasks-per-node="$2" --relative=0)
-    where+=(--distribution=block --cpu-bind=none --kill-on-bad-exit=0 --wait=60)
+    where+=(--distribution=block:block "${cores[@]}" --kill-on-bad-exit=0 --wait=60)
     [[ -z ${SLURM_GPUS_ON_NODE:-} ]] || where+=(--gpu-bind=none)
     srun "${where[@]}" "${options[@]}" "${inside[@]}" "${@:3}"
 }
@@ -128,6 +129,7 @@ trap 'ask_to_stop TERM' TERM # of a preemption, or of scancel
 rm -f "$run/stop" "$run/save" # of an attempt that ended before it obeyed
 if [[ $launch == tasks ]]; then
     unset MASTER_PORT # ranks of srun meet in the run folder
+    cores=(--cpu-bind=cores --cpus-per-task=$((SLURM_CPUS_ON_NODE >= ranks ? SLURM_CPUS_ON_NODE / ranks : 1)))
     step "$nodes" "$ranks" "$PYTHON" -m miles_spmd "$verb" "$config" "${overrides[@]}" &
 else
     step "$nodes" 1 "$root/launch/torchrun.sh" "$verb" "$config" "${overrides[@]}" &

@@ -159,8 +159,8 @@ def _listen(place: Place, port: int) -> tuple[int, int]:
 
 
 def published_store(place: Place, folder: Path, end: float) -> Store:
-    """Connect to the store that rank 0 offers at a free port, which it writes into ``folder``: no launcher has to choose
-    one. Raises TimeoutError."""
+    """Connect to the store that rank 0 offers at a free port, which it writes into ``folder``: no launcher has to
+    choose one. Raises TimeoutError."""
     from torch.distributed import TCPStore
 
     descriptor = None

@@ -27,9 +27,8 @@ def adopt(environment: MutableMapping[str, str] = os.environ) -> None:
             f"task {task} of srun is number {local} on node {node}: ranks of a node need successive numbers; call srun "
             "with --distribution=block"
         )
-    environment |= {"RANK": task, "WORLD_SIZE": str(tasks)}
-    environment |= {"LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(counts[node])}
-    environment.setdefault("MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"]))
+    environment.update(RANK=task, WORLD_SIZE=str(tasks), LOCAL_RANK=str(local), LOCAL_WORLD_SIZE=str(counts[node]))
+    environment.setdefault("MASTER_ADDR", hosts(environment["SLURM_STEP_NODELIST"])[0])
     # unique: a requeued job keeps its number, and counts its steps from 0 again
     parts = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
     environment[MEETING] = "_".join(environment.get(part, "0") for part in parts)
@@ -41,8 +40,18 @@ def tasks_per_node(text: str) -> list[int]:
     return [int(count) for count, times in found for _ in range(int(times or 1))]
 
 
-def first_host(nodes: str) -> str:
-    """Return the first of the names that Slurm writes as ``rack[1-2]n[01-16,20],login``."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
-    assert first is not None  # it matches the empty text, too
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
+def hosts(nodes: str) -> list[str]:
+    """Return the names that Slurm writes as ``rack[1-2]n[01-16,20],login``."""
+    return [name for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodes) for name in _expand(part)]
+
+
+def _expand(part: str) -> list[str]:
+    before, bracket, rest = part.partition("[")
+    if not bracket:
+        return [part]
+    numbers, _, after = rest.partition("]")
+    found = []
+    for one in numbers.split(","):
+        first, _, last = one.partition("-")
+        found += [f"{number:0{len(first)}}" for number in range(int(first), int(last or first) + 1)]
+    return [f"{before}{number}{end}" for number in found for end in _expand(after)]

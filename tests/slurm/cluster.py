@@ -24,7 +24,17 @@ REPOSITORY = Path(__file__).parents[2]
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "unshare")
 CORES = 2  # of each node, whatever the machine has
 SECONDS = 30.0  # generous: other tests may use the machine
-ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
+ENDS = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "PREEMPTED",
+    "OUT_OF_MEMORY",
+    "DEADLINE",
+    "BOOT_FAIL",
+)
 LIMIT = 240.0  # seconds for a job to get somewhere
 CONF = """
 ClusterName=test
@@ -201,7 +211,8 @@ def reachable_python() -> str:
     if not closed:
         return ""
     outer = closed[-1]  # the outermost
+    kept = "kept=$(mktemp -d); mount --bind"
     return (
-        f"mount --make-rprivate /; kept=$(mktemp -d); mount --bind {python} $kept; mount -t tmpfs -o mode=755 none {outer}; "
+        f"mount --make-rprivate /; {kept} {python} $kept; mount -t tmpfs -o mode=755 none {outer}; "
         f"mkdir -p {python}; mount --move $kept {python}; "
     )
