@@ -35,7 +35,7 @@ ENDS = (
     "DEADLINE",
     "BOOT_FAIL",
 )
-LIMIT = 240.0  # seconds for a job to get somewhere
+LIMIT = 600.0  # seconds for a job to get somewhere
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
