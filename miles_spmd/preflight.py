@@ -18,8 +18,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class Report(msgspec.Struct):
 
     node: str
     problems: list[str] = []
+    stuck: str = ""  # why the node has measured nothing, which may be because of another node
     versions: dict[str, str] = {}
     gpus: int = 0
     skew: float | None = None  # seconds by which its clock is ahead of the first node's
@@ -70,16 +72,12 @@ def preflight(shared: Path) -> int:
         print(f"preflight: {names[node]}: {error.filename or folder}: {error.strerror}", file=sys.stderr, flush=True)
         return 1
     report.problems += gpu_errors()  # before the measurement, which uses the GPUs
-    threads = [
-        threading.Thread(target=part, args=(report, *more), daemon=True)
-        for part, more in ((_examine, ()), (_measure, (folder, node, nodes, end)))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread, what in zip(threads, ("doctor", "all-reduce")):
-        thread.join(max(0.0, end - 5 - time.monotonic()))
-        if thread.is_alive():
-            report.problems.append(f"{what}: no result within {_seconds() - 5:g} s")
+    parts_of = {"doctor": partial(_examine, report), "all-reduce": partial(_measure, report, folder, node, nodes, end)}
+    threads = {what: _Part(what, part, report) for what, part in parts_of.items()}
+    for what, thread in threads.items():
+        thread.join(max(0.0, end - 4 - time.monotonic()))
+        if thread.is_alive() and what == "doctor":  # the other has a limit of its own
+            report.problems.append(f"{what}: no result within {_seconds() - 4:g} s")
     write_whole(folder / f"{node}.json", msgspec.json.encode(report))
     if node:
         return 0
@@ -89,6 +87,21 @@ def preflight(shared: Path) -> int:
     bad = judge(reports, expected)
     print(render(reports, bad, time.monotonic() - began), flush=True)
     return 1 if bad else 0
+
+
+class _Part(threading.Thread):
+    """A part of the examination, which begins at once. What it raises is a problem of the node."""
+
+    def __init__(self, what: str, part: Callable[[], None], report: Report) -> None:
+        super().__init__(daemon=True)
+        self._what, self._part, self._report = what, part, report
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._part()
+        except Exception as error:
+            self._report.problems.append(f"{self._what}: {type(error).__name__}: {error}")
 
 
 def _seconds() -> float:
@@ -134,12 +147,12 @@ def _measure(report: Report, folder: Path, node: int, nodes: int, end: float) ->
             output, error = process.communicate(timeout=max(1.0, end - 6 - time.monotonic()))
             if process.returncode:
                 reason = (error.strip().splitlines() or [f"status {process.returncode}"])[-1]
-                report.problems.append(f"all-reduce, rank {rank} of the node: {reason:.300}")
+                report.stuck = report.stuck or f"all-reduce, rank {rank} of the node: {reason:.300}"
             elif rank == 0:
                 for name, value in json.loads(output.splitlines()[-1]).items():
                     setattr(report, name, value)
     except subprocess.TimeoutExpired:
-        report.problems.append("all-reduce: it does not end; is the network between the nodes, or a GPU, stuck?")
+        report.stuck = "the all-reduce does not end"
     finally:
         for process in processes:
             process.kill()
@@ -278,6 +291,7 @@ def judge(reports: list[Report], expected: float = 0.0) -> dict[str, list[str]]:
         for report in reports:
             if report.versions and (own := report.versions.get(name, "none")) != usual:
                 bad[report.node].append(f"{name} {own}, and {usual} on other nodes")
+    _judge_stuck(reports, bad)
     if skews := {report.node: report.skew for report in reports if report.skew is not None}:
         usual_skew = statistics.median_low(skews.values())
         for node, skew in skews.items():
@@ -285,6 +299,19 @@ def judge(reports: list[Report], expected: float = 0.0) -> dict[str, list[str]]:
                 bad[node].append(f"its clock differs by {skew - usual_skew:+.1f} s from other nodes'")
     _judge_speed(reports, bad, expected)
     return {node: problems for node, problems in bad.items() if problems}
+
+
+def _judge_stuck(reports: list[Report], bad: dict[str, list[str]]) -> None:
+    """The few nodes that are stuck where the others are not are bad. Where another node is bad anyway, nodes that are
+    stuck may only wait for it; where most are stuck, it is not known whose problem it is."""
+    stuck = [report for report in reports if report.stuck]
+    if not stuck or any(problems for problems in bad.values()):
+        return
+    if len(reports) == 1 or 2 * len(stuck) < len(reports):
+        for report in stuck:
+            bad[report.node].append(report.stuck)
+    else:
+        bad[""] = [f"{', '.join(report.node for report in stuck)}: {stuck[0].stuck}: is the network stuck?"]
 
 
 def _judge_speed(reports: list[Report], bad: dict[str, list[str]], expected: float) -> None:
@@ -299,7 +326,9 @@ def _judge_speed(reports: list[Report], bad: dict[str, list[str]], expected: flo
                 bad[node].append(f"all-reduce with {what}: {speed:.3g} GB/s, and {usual:.3g} on other nodes")
     whole = min((report.all for report in reports if report.all), default=None)
     if expected and whole is not None and whole < expected:
-        bad[""] = [f"all-reduce over all nodes: {whole:.3g} GB/s, expected {expected:g} (MILES_SPMD_BANDWIDTH)"]
+        bad.setdefault("", []).append(
+            f"all-reduce over all nodes: {whole:.3g} GB/s, expected {expected:g} (MILES_SPMD_BANDWIDTH)"
+        )
 
 
 def render(reports: list[Report], bad: Mapping[str, list[str]], seconds: float) -> str:
