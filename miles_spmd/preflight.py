@@ -283,8 +283,8 @@ def judge(reports: list[Report], expected: float = 0.0) -> dict[str, list[str]]:
     """Return what is wrong, by node; "" stands for what no node alone is the reason of. ``expected``: GB/s of the
     all-reduce over all ranks; 0: only nodes are compared with each other."""
     bad = {report.node: list(report.problems) for report in reports}
-    for node in {node for report in reports for node in report.missing}:
-        bad[reports[node].node].append(f"its ranks do not reach {reports[0].node}")
+    for number in {number for report in reports for number in report.missing}:
+        bad[reports[number].node].append(f"its ranks do not reach {reports[0].node}")
     for name in sorted({name for report in reports for name in report.versions}):
         found = Counter(report.versions.get(name, "none") for report in reports if report.versions)
         usual, _ = found.most_common(1)[0]

@@ -58,7 +58,7 @@ export MILES_SPMD_JOB_END=$ends
 # --- where commands run ----------------------------------------------------------------------------------------------
 
 container=${MILES_SPMD_CONTAINER:-}
-mounts=$root,$SLURM_SUBMIT_DIR${MILES_SPMD_MOUNTS:+,$MILES_SPMD_MOUNTS}
+mounts=$(tr ',' '\n' <<<"$root,$PWD${MILES_SPMD_MOUNTS:+,$MILES_SPMD_MOUNTS}" | sort --unique | paste --serial --delimiters=,)
 inside=() options=()
 case $container in
 '') ;;
@@ -83,11 +83,11 @@ fi
 export PYTHON
 
 # step NODES TASKS COMMAND: run it in that number of tasks on each of the first nodes. Every task sees all GPUs of the job
-# on its node; a rank's end is handled by the other ranks, which Slurm gives a minute for it.
+# on its node; a rank's end is handled by the other ranks, which Slurm gives two minutes for it.
 cores=(--cpu-bind=none) # a launcher and its ranks share all that the job has on their node
 step() {
     local where=(--nodes="$1" --ntasks="$(($1 * $2))" --ntasks-per-node="$2" --relative=0)
-    where+=(--distribution=block:block "${cores[@]}" --kill-on-bad-exit=0 --wait=60)
+    where+=(--distribution=block:block "${cores[@]}" --kill-on-bad-exit=0 --wait=120)
     [[ -z ${SLURM_GPUS_ON_NODE:-} ]] || where+=(--gpu-bind=none)
     srun "${where[@]}" "${options[@]}" "${inside[@]}" "${@:3}"
 }
@@ -102,6 +102,7 @@ status=$?
 echo "$plan"
 [[ $status -eq 0 ]] || exit "$status"
 run=$(sed -n 's/^Run folder: //p' <<<"$plan")
+[[ -n $run ]] || fail "$PYTHON has printed no plan with the run folder"
 export MILES_SPMD_EXAMINED=1 # by the step above
 if [[ ${MILES_SPMD_PREFLIGHT:-on} != off ]]; then
     step "$nodes" 1 "$PYTHON" -m miles_spmd doctor --cluster "$run" || exit
@@ -173,6 +174,7 @@ elif ! has_progressed; then
     note "not requeued: three attempts ended without a new checkpoint; raise --time, or lower checkpoint.save_interval"
 else
     note "the run can be continued: requeueing the job"
-    scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends this shell
+    trap - TERM # by which Slurm ends this shell
+    scontrol requeue "$SLURM_JOB_ID" && sleep 60
 fi
 exit "$status"

@@ -14,9 +14,10 @@ import pytest
 from miles_spmd.ledger.chain import verify
 from miles_spmd.ledger.compare import compare
 from tests import forked
-from tests.slurm.cluster import REPOSITORY, Cluster, Job
+from tests.slurm.cluster import REPOSITORY, Cluster, Job, wait_for
 from tests.slurm.conftest import Submit, write_job
 
+END_SECONDS = 20.0  # in which Slurm ends the processes of a job that has no others
 pytestmark = pytest.mark.timeout(900)  # a job starts ten interpreters
 
 
@@ -56,7 +57,7 @@ def check_equal(run: Path, uninterrupted: Path, job: Job) -> None:
     assert found.equal, found.difference
     assert len(found.steps) == 4
     assert not list((run / "checkpoints").glob("*.incomplete"))
-    assert not processes(job)
+    wait_for(lambda: not processes(job), END_SECONDS)
 
 
 def stop_by_signal(job: Job, folder: Path) -> None:
@@ -92,7 +93,7 @@ def test_a_job_asked_to_stop_is_requeued_and_has_the_ledger_of_an_uninterrupted_
     job = held_job(submit, folder, config, command, nodes=nodes, ranks=ranks, MILES_SPMD_LAUNCH=launch)
     stop_by_signal(job, folder)
     job.wait_for(lambda: job.state == "PENDING")
-    assert not processes(job)
+    wait_for(lambda: not processes(job), END_SECONDS)
     (folder / "hold").unlink()
     assert job.wait() == "COMPLETED", job.log()
     assert job.show()["Restarts"] == "1"
@@ -217,7 +218,7 @@ def test_a_cancelled_job_leaves_no_process_and_no_second_run_joins_it(
     assert processes(job)
     cluster.command("scancel", job.id)
     assert job.wait() == "CANCELLED"
-    assert not processes(job)
+    wait_for(lambda: not processes(job), END_SECONDS)
     assert "requeueing" not in job.log()
 
 
@@ -249,6 +250,22 @@ def test_refusals(submit: Submit, folder: Path, variables: dict[str, str], messa
     assert message in errors[0]
     assert len(errors) <= 2
     assert not (folder / "runs").exists()
+
+
+def test_what_a_container_is_given(submit: Submit, folder: Path) -> None:
+    """There is no apptainer here: a program of that name prints its arguments."""
+    (folder / "apptainer").write_text('#!/bin/sh\necho "apptainer $*"\n')
+    (folder / "apptainer").chmod(0o755)
+    (folder / "config.toml").touch()
+    variables = {"MILES_SPMD_CONTAINER": "apptainer:/i.sif", "MILES_SPMD_MOUNTS": "/data,/tmp", "PYTHON": "python3"}
+    job = submit(folder / "config.toml", "a=b c", PATH=f"{folder}:/usr/bin:/bin", **variables)
+    assert job.wait() == "FAILED"
+    mounts = ",".join(sorted([str(REPOSITORY), str(folder), "/data", "/tmp"]))
+    command = (
+        f"python3 -m miles_spmd train {folder}/config.toml a=b c checkpoint.resume=true --dry-run --nproc-per-node=1"
+    )
+    assert f"apptainer exec --bind {mounts} /i.sif {command}\n" in job.log()
+    assert "python3 has printed no plan with the run folder" in job.log()
 
 
 def test_a_run_without_a_model_or_a_place_to_write(submit: Submit, folder: Path, checkpoint: Path) -> None:
