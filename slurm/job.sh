@@ -51,8 +51,14 @@ MASTER_PORT=$((20000 + (SLURM_JOB_ID * 8 + restart) % 10000))
 while (: <>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done
 export MASTER_ADDR MASTER_PORT
 
-# Unix time at which Slurm ends the job; empty without a limit. Old versions of Slurm set no variable.
-ends=${SLURM_JOB_END_TIME:-$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null)}
+# Unix time at which Slurm ends the job; nothing without a limit. Old versions of Slurm set no variable, and a limit may be
+# changed while the job runs.
+job_end() {
+    local time
+    time=$(squeue -h -j "$SLURM_JOB_ID" -o %e)
+    [[ -n $time ]] && date -d "$time" +%s 2>/dev/null || echo "${SLURM_JOB_END_TIME:-}"
+}
+ends=$(job_end)
 export MILES_SPMD_JOB_END=$ends
 
 # --- where commands run ----------------------------------------------------------------------------------------------
@@ -110,18 +116,18 @@ fi
 
 # --- the run ---------------------------------------------------------------------------------------------------------
 
-asked='' last_call=''
+asked='' deadline=''
 # The run saves and ends with status 75. One that does not has its ranks stopped a minute before Slurm kills the job, so
 # that this shell lives to requeue it.
 ask_to_stop() {
+    ends=$(job_end)
     local left=${ends:+$((ends - $(date +%s)))}
     note "$1: the run is asked to stop${left:+, $left s before the end}"
     [[ -z $asked ]] || return
     asked=$1
     echo "$left" >"$run/stop" || scancel --signal=USR1 "$SLURM_JOB_ID"
     if [[ $1 == USR1 && -n $left ]]; then
-        { sleep $((left > 120 ? left - 60 : left / 2)) && scancel --signal=TERM "$SLURM_JOB_ID"; } &
-        last_call=$!
+        deadline=$((ends - (left > 120 ? 60 : left / 2)))
     fi
 }
 trap 'ask_to_stop USR1' USR1
@@ -136,11 +142,18 @@ else
     step "$nodes" 1 "$root/launch/torchrun.sh" "$verb" "$config" "${overrides[@]}" &
 fi
 running=$!
-# A signal ends `wait`, but not what it waits for.
-while wait "$running"; kill -0 "$running" 2>/dev/null; do :; done
+while kill -0 "$running" 2>/dev/null; do
+    if [[ -z $deadline ]]; then
+        wait "$running" # a signal ends `wait`, and not what it waits for
+    elif [[ $(date +%s) -lt $deadline ]]; then
+        sleep 1
+    else
+        deadline=''
+        scancel --signal=TERM "$SLURM_JOB_ID"
+    fi
+done
 wait "$running"
 status=$?
-[[ -z $last_call ]] || kill "$last_call" 2>/dev/null
 
 # --- the end ---------------------------------------------------------------------------------------------------------
 
