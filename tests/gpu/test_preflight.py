@@ -1,4 +1,4 @@
-"""The preflight on the GPUs of this machine: they are healthy, and an all-reduce of 1 GiB is as fast as it should be."""
+"""The preflight on the GPUs of this machine: they are healthy, and an all-reduce of 1 GiB is fast enough."""
 
 from __future__ import annotations
 
