@@ -173,9 +173,10 @@ def test_jobs_of_two_users_share_a_node(submit: Submit, folder: Path, checkpoint
         own.mkdir()
         model = shutil.copytree(checkpoint, own / "model")
         config = write_job(own, model)
-        shutil.chown(own, user)
+        for path in (own, *own.rglob("*")):  # of the weights others cannot read anything
+            shutil.chown(path, user)
         options = (f"--uid={user}", f"--chdir={own}", f"--output={own}/%j.log", "--oversubscribe", "--nodelist=node0")
-        home = {"HOME": str(own), "XDG_CACHE_HOME": str(own / "cache"), "TMPDIR": ""}
+        home = {"HOME": str(own), "XDG_CACHE_HOME": str(own / "cache"), "TMPDIR": "/tmp"}
         jobs.append(submit(config, ranks=1, options=(*options, "--cpus-per-task=1"), **home))
     for job in jobs:
         job.wait_for(lambda job=job: job.state == "RUNNING")
