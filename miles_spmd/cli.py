@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import math
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
@@ -83,6 +84,25 @@ def evaluate(
 ) -> None:
     """Score the checkpoint on the evaluation sets, without training."""
     _start("eval", config, [*(overrides or []), "eval_interval=1", "export_final=false"], nproc_per_node, dry_run)
+
+
+@app.command(context_settings=OPTIONS_OF_OTHERS)
+def slurm(
+    config: Recipe,
+    overrides: Overrides = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Number of nodes, as slurm.nodes=N.", show_default=False)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script, and stop.")] = False,
+) -> None:
+    """Submit a training job to Slurm.
+
+    The job is described by [slurm]. It is requeued at its time limit and after a preemption, and continues.
+    """
+    from miles_spmd.slurm import run
+
+    more = [] if nodes is None else [f"slurm.nodes={nodes}"]
+    typer.echo(run(config, [*(overrides or []), *more], dry_run=dry_run))
 
 
 @app.command()
@@ -312,11 +332,25 @@ def settings(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    cluster: Annotated[
+        Path | None,
+        typer.Option(
+            help="Examine all nodes of a Slurm job, of which srun runs this once on each; a folder that they share.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
     """Report what this machine can run, what it cannot, and why.
 
-    Exit status 0 where at least the CPU path works.
+    Exit status 0 where at least the CPU path works; with --cluster where no node is bad.
     """
+    if cluster is not None:
+        from miles_spmd.preflight import preflight
+
+        status = preflight(cluster)
+        sys.stdout.flush()
+        os._exit(status)  # threads that still wait for something must not delay the end
     from miles_spmd.doctor import examine, render
 
     sections, works = examine()
@@ -360,6 +394,7 @@ def _print_plan(config: Config, world_size: int, device_memory: float | None, *,
     device_memory = device_memory or min((gpu.memory_gib for gpu in devices), default=None)
     with launcher.failing(FileNotFoundError, ValueError, code=2):
         typer.echo(describe_plan(config, world_size, device_memory))
+    typer.echo(f"Run folder: {config.run_dir.absolute()}")
 
 
 def _print_comparison(comparison: Comparison, terminal: TextIO | None = None) -> int:

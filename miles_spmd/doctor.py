@@ -1,6 +1,5 @@
 """The doctor: tries what this machine can run, and reports what it cannot and why."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -8,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from miles_spmd.telemetry.environment import CUDA_PINS, PINS, Environment, environment, installed
+from miles_spmd.telemetry.environment import CUDA_PINS, PINS, Environment, cores, environment, installed
 
 # The versions that are tested with the other pins.
 TORCH_PINS = {"cpu": "2.13.0", "cuda": "2.11.0"}
@@ -127,7 +126,7 @@ def _cuda_path(here: Environment) -> Iterator[Finding]:
 
 
 def _probe(programs: dict[str, str]) -> list[Finding]:
-    with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
+    with ThreadPoolExecutor(min(4, cores())) as pool:
         return list(pool.map(_try, programs, programs.values()))
 
 

@@ -51,14 +51,18 @@ Processes = Annotated[
 
 
 def ranks(nproc: int | None) -> tuple[bool, int]:
-    """Return whether this process is a rank, and the number of ranks that there are or that are to be launched:
-    ``nproc``, or one per GPU of this machine, and 1 without any.
+    """Return whether this process is a rank, which torchrun has made it, or srun as one of several tasks, and the
+    number of ranks that there are or that are to be launched: ``nproc``, or one per GPU of this machine, and 1 without
+    any.
 
     A rank has its environment prepared for its device afterwards.
     """
     from miles_spmd.platform.cuda import prepare
     from miles_spmd.telemetry.environment import gpus
+    from miles_spmd.worker.slurm_task import SlurmTaskError, adopt
 
+    with failing(SlurmTaskError):
+        adopt()
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if gpus():
             prepare()

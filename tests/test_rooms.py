@@ -23,6 +23,7 @@ FLOORS = (
     ("generation", "training"),
     ("controller", "worker"),
     ("doctor", "launcher", "monitor"),
+    ("preflight", "slurm"),
     ("cli",),
     ("__main__",),
 )

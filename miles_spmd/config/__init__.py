@@ -15,6 +15,7 @@ from miles_spmd.config.determinism import DeterminismConfig
 from miles_spmd.config.model import ModelConfig
 from miles_spmd.config.rollout import RefitConfig, RolloutConfig
 from miles_spmd.config.run import CheckpointConfig, DeadlinesConfig, RunConfig, TelemetryConfig
+from miles_spmd.config.slurm import SlurmConfig
 from miles_spmd.config.table import Table
 from miles_spmd.config.train import TrainConfig
 
@@ -47,6 +48,8 @@ class Config(Table):
     """What a run shows of itself."""
     deadlines: DeadlinesConfig = DeadlinesConfig()
     """Seconds after which the wait for something ends the run with a report of where each rank stands."""
+    slurm: SlurmConfig = SlurmConfig()
+    """The job that `miles-spmd slurm` submits. Other verbs do not read it. docs/slurm.md describes jobs."""
     megatron: dict[str, Any] = {}
     """Fields of Megatron-core's TransformerConfig, OptimizerConfig and DistributedDataParallelConfig, by their own
     names (`tensor_model_parallel_size`, `lr`, ...)."""

@@ -214,9 +214,10 @@ def _lock(folder: Path, *, keep: bool) -> TextIO | None:
     if not keep:
         lock.close()
         return None
+    job = f"Slurm job {job}, " if (job := os.environ.get("SLURM_JOB_ID")) else ""
     with naming(path):
         lock.truncate(0)
-        lock.write(f"pid {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}\n")
+        lock.write(f"{job}pid {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}\n")
         lock.flush()
     return lock
 

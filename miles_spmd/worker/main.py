@@ -26,6 +26,7 @@ from miles_spmd.protocol.last_words import say
 from miles_spmd.protocol.messages import Call, Failure, Hello, RankInfo, Reply
 from miles_spmd.protocol.pipe import Credentials, Replay
 from miles_spmd.protocol.results import Abandoned, Ok, Result
+from miles_spmd.telemetry.environment import cores_per_rank
 from miles_spmd.training.passes import AbandonedError
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.secrets import scrubbed
@@ -150,7 +151,7 @@ def join(config: Config, place: Place, controller: ControllerProcess | None) -> 
     from miles_spmd.platform.plain_objects import accept_plain_objects_only
     from miles_spmd.worker.world import take_side
 
-    threads = max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
+    threads = cores_per_rank(place.local_world_size)
     exact = config.determinism.deterministic or config.determinism.parity == "bitwise"
     torch.set_num_threads(1 if exact else threads)  # how a sum is split over threads decides its rounding
     accept_plain_objects_only()

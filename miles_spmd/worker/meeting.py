@@ -3,9 +3,9 @@ controller admits them. docs/security.md says what is protected against whom.
 
 A store of torch is a server without any authentication, and so are the sockets of gloo. On one node there is therefore
 no such server: the store is a file in a folder that nobody else can enter, and sockets are bound to the loopback
-interface. On several nodes the launcher's store has to be used. Nothing in it grants anything: the keys lie in such a
-folder inside the run folder, which the nodes share, and the store has its name alone. Sockets are bound to the
-interface by which the nodes reach each other.
+interface. On several nodes the launcher's store has to be used, or rank 0's where srun is the launcher. Nothing in it
+grants anything: the keys lie in such a folder inside the run folder, which the nodes share, and the store has its name
+alone. Sockets are bound to the interface by which the nodes reach each other.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import psutil
 from miles_spmd.protocol.pipe import Credentials
 from miles_spmd.protocol.router import ANY_INTERFACE, LOOPBACK, address_towards
 from miles_spmd.types.files import naming
+from miles_spmd.worker import slurm_task
 from miles_spmd.worker.controller_process import ControllerProcess
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 FOLDER = "MILES_SPMD_MEETING"  # environment: the private folder of a run on one node, made and removed by its launcher
 PREFIX = "miles-spmd-"
 INTERFACES = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+PORT = "port"  # file in a meeting's folder: where rank 0's store listens
 POLL = 0.02  # seconds between looks for a file
 
 
@@ -49,6 +51,7 @@ class Place:
     local_rank: int
     local_world_size: int
     master: str  # address of the first node, for all nodes
+    meeting: str = ""  # what the folder is called in which the tasks of srun meet; "": another launcher's ranks
 
     @classmethod
     def from_environment(cls) -> Place:
@@ -59,6 +62,7 @@ class Place:
             local_rank=int(os.environ["LOCAL_RANK"]),
             local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
             master=os.environ["MASTER_ADDR"],
+            meeting=os.environ.get(slurm_task.MEETING, ""),
         )
 
     @property
@@ -85,7 +89,10 @@ def meet(
     bind_sockets(place)
     launchers = None  # kept to the end of this function: rank 0 may be the one that offers it
     folder = _given_folder(place)
-    if folder is None:
+    if folder is None and place.meeting:
+        folder = _known_folder(place, run_dir, end)
+        launchers = None if place.one_node else published_store(place, folder, end)
+    elif folder is None:
         launchers = _launchers_store(place, limit)
         folder = _agree(place, run_dir, launchers, end)
     store = FileStore(str(folder / "store"), place.world_size) if place.one_node else cast("Store", launchers)
@@ -100,6 +107,7 @@ def meet(
     if controller is not None:
         members.wait([str(rank) for rank in range(place.world_size)])
         keys.unlink()
+        (folder / PORT).unlink(missing_ok=True)
         if not place.one_node:
             folder.rmdir()
     return store, credentials
@@ -141,8 +149,32 @@ def _launchers_store(place: Place, limit: timedelta) -> Store:
         return next(rendezvous("env://", timeout=limit))[0]
     port, descriptor = int(os.environ["MASTER_PORT"]), None
     if place.rank == 0:
-        descriptor = socket.create_server((address_towards(place.host) or ANY_INTERFACE, port)).detach()
+        port, descriptor = _listen(place, port)
     return TCPStore(place.host, port, place.world_size, place.rank == 0, limit, master_listen_fd=descriptor)
+
+
+def _listen(place: Place, port: int) -> tuple[int, int]:
+    """Return a listening socket's port and descriptor; port 0: any that is free."""
+    server = socket.create_server((address_towards(place.host) or ANY_INTERFACE, port))
+    return server.getsockname()[1], server.detach()
+
+
+def published_store(place: Place, folder: Path, end: float) -> Store:
+    """Connect to the store that rank 0 offers at a free port, which it writes into ``folder``: no launcher has to
+    choose one. Raises TimeoutError."""
+    from torch.distributed import TCPStore
+
+    descriptor = None
+    if place.rank == 0:
+        port, descriptor = _listen(place, 0)
+        _write(folder / PORT, str(port).encode())
+    else:
+        _await(folder / PORT, place, end)
+        port = int((folder / PORT).read_text())
+    limit = timedelta(seconds=max(1.0, end - time.monotonic()))
+    return TCPStore(
+        place.host, port, place.world_size, place.rank == 0, limit, wait_for_workers=False, master_listen_fd=descriptor
+    )
 
 
 def _agree(place: Place, run_dir: Path, launchers: Store, end: float) -> Path:
@@ -156,18 +188,32 @@ def _agree(place: Place, run_dir: Path, launchers: Store, end: float) -> Path:
         return folder
     name = launchers.get("meeting").decode(errors="replace")
     folder = parent / name
-    private = re.fullmatch(PREFIX + r"\w+", name) is not None
-    if private:
+    if re.fullmatch(PREFIX + r"\w+", name):
         _await(folder, place, end)
-        status = folder.lstat()
-        owner = os.geteuid() if place.one_node else run_dir.stat().st_uid  # a file server may map the user's number
-        private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077 and status.st_uid == owner
-    if not private:
-        raise RuntimeError(
-            f"the launcher's store names {str(folder)[:200]!r} as the folder with this run's keys, and that folder is "
-            "not this user's alone: another process has written to the store (docs/security.md)"
-        )
+        if _is_private(folder, place, run_dir):
+            return folder
+    raise RuntimeError(
+        f"the launcher's store names {str(folder)[:200]!r} as the folder with this run's keys, and that folder is not "
+        "this user's alone: another process has written to the store (docs/security.md)"
+    )
+
+
+def _known_folder(place: Place, run_dir: Path, end: float) -> Path:
+    """Return the private folder of the tasks of srun, whose name all of them know; rank 0 makes it."""
+    folder = (Path(tempfile.gettempdir()) if place.one_node else run_dir) / f"{PREFIX}{place.meeting}"
+    if place.rank == 0:
+        folder.mkdir(0o700)
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _await(folder, place, end)
+    if not _is_private(folder, place, run_dir):
+        raise RuntimeError(f"ranks meet in {folder}, and that folder is not this user's alone: remove it")
     return folder
+
+
+def _is_private(folder: Path, place: Place, run_dir: Path) -> bool:
+    status = folder.lstat()
+    owner = os.geteuid() if place.one_node else run_dir.stat().st_uid  # a file server may map the user's number
+    return stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077 and status.st_uid == owner
 
 
 def _write(path: Path, data: bytes) -> None:

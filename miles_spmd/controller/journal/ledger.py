@@ -29,6 +29,7 @@ from miles_spmd.types.secrets import scrub
 WITHOUT_EFFECT: dict[str, Any] = {
     "telemetry": True,
     "deadlines": True,
+    "slurm": True,
     "run": {"name", "output_dir", "overwrite"},
     "reward": {"reward_timeout", "reward_memory_gib", "reward_workers"},
     "refit": {"refit_checksums", "refit_bucket_mib"},

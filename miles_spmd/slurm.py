@@ -1,0 +1,120 @@
+"""The batch script of a run, rendered from its configuration, and its submission.
+
+The script has the lines of ``slurm/grpo_qwen3.sh`` with other values, and like it leaves the work to ``slurm/job.sh``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path
+
+from miles_spmd import launcher
+from miles_spmd.config import Config
+from miles_spmd.config.load import ConfigError, load_config
+
+ROOT = Path(__file__).parents[1]
+BODY = Path("slurm", "job.sh")
+LOG = "%x-%j.log"
+
+
+class SubmitError(RuntimeError):
+    """Slurm has not taken the job: why, and what to do."""
+
+
+def load(recipe: Path, overrides: list[str], *, dry_run: bool) -> Config:
+    """Return the configuration of a job. Raises ConfigError with all of its errors, and with what is missing here."""
+    ranks = None
+    with contextlib.suppress(ConfigError):  # which is raised again below, with all other errors
+        job = load_config(recipe, overrides, check_files=False).slurm
+        ranks = job.nodes * (job.gpus_per_node or int(os.environ.get("NPROC_PER_NODE", 1)))
+    inputs = partial(_errors, dry_run=dry_run)
+    return load_config(recipe, overrides, world_size=ranks, elsewhere=True, inputs=inputs)
+
+
+def _errors(config: Config, without: Collection[str], *, dry_run: bool) -> list[str]:
+    from miles_spmd.controller.inputs import errors
+
+    here = []
+    if not (ROOT / BODY).is_file():
+        here.append(f"no file {ROOT / BODY}: call miles-spmd of a checkout, which has the body of every job")
+    if not dry_run and shutil.which("sbatch") is None:
+        here.append("no Slurm here: sbatch is not in PATH; call this on a login node, or see the script with --dry-run")
+    return errors(config, without) + here
+
+
+def render(recipe: Path, config: Config, overrides: list[str]) -> str:
+    """Return the batch script."""
+    job = config.slurm
+    given = {"partition": job.partition, "account": job.account}
+    options = [f"--{option}={value}" for option, value in given.items() if value]
+    options += [f"--job-name={_job_name(config)}", f"--nodes={job.nodes}"]
+    options += [f"--gpus-per-node={job.gpus_per_node}"] if job.gpus_per_node else []
+    options += ["--exclusive", "--mem=0", f"--time={job.time}", "--requeue", f"--signal=B:USR1@{job.signal_seconds}"]
+    options += ["--open-mode=append", f"--output={LOG}", *job.options]
+    variables = {"MILES_SPMD_ROOT": str(ROOT), "MILES_SPMD_LAUNCH": job.launch, "MILES_SPMD_CONTAINER": job.container}
+    setup = [
+        f"{line} || {{ echo {shlex.quote(f'slurm.setup: this failed: {line}')} >&2; exit 2; }}" for line in job.setup
+    ]
+    run = shlex.join([str(ROOT / BODY), "train", str(recipe.absolute()), *overrides])
+    return "\n".join(
+        [
+            "#!/usr/bin/env bash",
+            "# Written by miles-spmd slurm; docs/slurm.md explains it.",
+            *(f"#SBATCH {option}" for option in options),
+            "",
+            *(f"export {variable}={shlex.quote(value)}" for variable, value in variables.items() if value),
+            *setup,
+            f"source {run}",
+            "",
+        ]
+    )
+
+
+def _job_name(config: Config) -> str:
+    return re.sub(r"[^\w.-]", "-", config.run.name)
+
+
+def submit(script: str) -> str:
+    """Submit the script and return the job's number. Raises SubmitError."""
+    done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line.removeprefix("sbatch: error: ") for line in done.stderr.splitlines() if "error" in line]
+        raise SubmitError(f"Slurm has refused the job: {'; '.join(lines) or done.stderr.strip()}{_remedy(done.stderr)}")
+    return done.stdout.strip().partition(";")[0]
+
+
+def _remedy(message: str) -> str:
+    if "partition" not in message.lower():
+        return ""
+    shown = subprocess.run(["sinfo", "-h", "-o", "%R"], capture_output=True, text=True, check=False).stdout.split()
+    return f"; set slurm.partition to one of: {', '.join(sorted(set(shown)))}" if shown else ""
+
+
+def run(recipe: Path, overrides: list[str], *, dry_run: bool) -> str:
+    """Submit the job of ``recipe``, or only render its script if ``dry_run``. Returns what to print. Prints errors and
+    exits where there are some."""
+    with launcher.failing(ConfigError, SubmitError, code=2):
+        config = load(recipe, overrides, dry_run=dry_run)
+        script = render(recipe, config, overrides)
+        if dry_run:
+            return script.rstrip("\n")
+        job = submit(script)
+    log = Path.cwd() / f"{_job_name(config)}-{job}.log"
+    folder = config.run_dir.absolute()
+    look = ("squeue", "-j", job), ("tail", "-F", str(log)), ("miles-spmd", "report", str(folder))
+    return "\n".join(
+        [
+            f"job {job}",
+            f"log:        {log}",
+            f"run folder: {folder}",
+            f"look:       {'; '.join(map(shlex.join, look))}",
+            f"stop:       scancel --batch --signal=USR1 {job} saves and requeues; scancel {job} ends it",
+        ]
+    )
