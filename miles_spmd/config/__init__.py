@@ -69,7 +69,7 @@ class Config(Table):
         return max(int(self.megatron.get("tensor_model_parallel_size", 1)), int(self.sglang.get("tp_size", 1)))
 
     def generates(self, task: str) -> bool:
-        """Whether ``task`` ("train", "eval" or "export") needs an engine."""
+        """Whether ``task`` ("train", "eval", "export", "warm", ...) needs an engine."""
         if task == "export" or self.trains_on_pairs:
             return False
         return task == "eval" or self.run.mode == "rl" or any(one.eval_interval for one in self.eval_sets)

@@ -13,8 +13,8 @@ from miles_spmd.protocol.pipe import Replay
 
 
 def run(config: Config, cluster: Cluster, task: str = "train", order: Replay | None = None) -> None:
-    """Do ``task`` ("train", "eval", "export", or "replay" or "bisect" as ``order`` says) with connected ranks. Raises
-    the error that ends the run."""
+    """Do ``task`` ("train", "eval", "export", "warm", or "replay" or "bisect" as ``order`` says) with connected ranks.
+    Raises the error that ends the run."""
     if task == "export":
         checkpoints = Checkpoints(config, cluster)
         checkpoints.load()
@@ -25,6 +25,8 @@ def run(config: Config, cluster: Cluster, task: str = "train", order: Replay | N
         match task, order:
             case "train", None:
                 sync.train(parts)
+            case "warm", None:
+                sync.warm(parts)
             case "eval", None:
                 sync.evaluate(parts, parts.first, begins=True)
                 parts.journal.report(parts.first)

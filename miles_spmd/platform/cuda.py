@@ -73,6 +73,17 @@ def take_gpu(local_rank: int, ranks: int) -> None:
     torch.cuda.set_device(local_rank)
 
 
+def name_gpu() -> str:
+    """Return the number of this rank's GPU on its host, its model and the start of its UUID, as nvidia-smi prints them;
+    "" without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return f"GPU {torch.cuda.current_device()}, {properties.name}, GPU-{str(properties.uuid)[:8]}"
+
+
 def require_memory_saver() -> None:
     """Raise RuntimeError with the remedy when the hook is not loaded in this process or cannot work in it."""
     if any("expandable_segments:True" in os.environ.get(name, "") for name in _ALLOCATOR):

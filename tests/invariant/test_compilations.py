@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,7 +25,7 @@ Keys = dict[str, set[str]]  # by kernel
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Keys]:
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Keys:
     """What launches would compile: nothing is launched."""
     keys: Keys = defaultdict(set)
     backend: Any = make_backend(GPU)
@@ -36,7 +36,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Keys]:
         keys[kernel.__name__].add(compute_cache_key({}, specialization, rest))
 
     monkeypatch.setattr(JITFunction, "run", run)
-    yield keys
+    return keys
 
 
 class OnGpu(torch.Tensor):

@@ -12,15 +12,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from miles_spmd.controller.cluster import hang
 from miles_spmd.protocol.commands import Command, Receivers
-from miles_spmd.protocol.messages import Completions, Failure, Heartbeat, Hello, Message, RankInfo, Reply, WireError
+from miles_spmd.protocol.messages import (
+    Completions,
+    Failure,
+    Heartbeat,
+    Hello,
+    Message,
+    Overdue,
+    RankInfo,
+    Reply,
+    WireError,
+)
 from miles_spmd.protocol.router import Peer, Router
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.request import Output
 
 CHECK_EVERY = 0.25  # seconds between looks at the clock
 MAX_LINES = 32  # of a report on ranks
-STACKS_GRACE = 1.0  # seconds past a deadline in which the ranks write their stacks and a last heartbeat
+STACKS_GRACE = 2.0  # seconds past a deadline in which the ranks write their stacks and say where they stand
 CAUSE_GRACE = 0.5  # seconds after a first error in which the event that caused it may still arrive
 
 
@@ -116,6 +127,7 @@ class PendingCall:
     end: float  # monotonic
     replies: dict[int, Hello | Reply] = field(default_factory=dict)
     purpose: str = ""  # of what is not for training
+    overdue: dict[int, Overdue] = field(default_factory=dict)  # where ranks stood when time was up
 
     @property
     def done(self) -> bool:
@@ -209,14 +221,16 @@ class Listener:
         for rank, state in enumerate(self._table.states):
             if state.heard and now > state.heard + self._heartbeat_timeout:
                 self._errors.append(WorkerSilentError(f"{self._table.name(rank)} is silent: {self._doing(rank)}"))
-        if now > self.call.end + STACKS_GRACE:
-            self._errors.append(DeadlineError(self._overdue()))
+        late = [rank for rank in range(len(self._table.states)) if self.call.awaits(rank)]
+        reported = all(rank in self.call.overdue for rank in late)
+        if now > self.call.end + (0 if reported else STACKS_GRACE):
+            self._errors.append(DeadlineError(self._overdue(late)))
 
     # --- events ------------------------------------------------------------------------------------------------------
 
     def _handle(self, peer: Peer, message: Message | WireError | None) -> None:
         match message:
-            case Hello() | Heartbeat() | Reply() | Completions():
+            case Hello() | Heartbeat() | Overdue() | Reply() | Completions():
                 # A rank has two connections, its own and its watchdog's. It may speak for itself alone.
                 rank = message.info.rank if isinstance(message, Hello) else message.rank
                 own = self._router.rank_of[peer]
@@ -231,7 +245,9 @@ class Listener:
                 what = message if isinstance(message, WireError) else f"sent a {type(message).__name__}"
                 self._errors.append(ProtocolError(f"{self._table.name(self._router.rank_of[peer])}: {what}"))
 
-    def _handle_message(self, rank: int, peer: Peer, message: Hello | Heartbeat | Reply | Completions) -> None:
+    def _handle_message(
+        self, rank: int, peer: Peer, message: Hello | Heartbeat | Overdue | Reply | Completions
+    ) -> None:
         state = self._table.states[rank]
         match message:
             case Hello():
@@ -241,6 +257,8 @@ class Listener:
                 self._errors.append(self.stopped(message.detail))
             case Heartbeat():
                 state.heartbeat = message
+            case Overdue() if self.call.awaits(rank):
+                self.call.overdue[rank] = message
             case Completions():
                 self.completed.extend(message.outputs)
             case Reply():
@@ -289,9 +307,8 @@ class Listener:
         detail = f", {state.heartbeat.detail}" if state.heartbeat and state.heartbeat.detail and busy else ""
         return f"{doing}{detail}, last heard {time.monotonic() - state.heard:.1f} s ago"
 
-    def _overdue(self) -> str:
-        late = [rank for rank in range(len(self._table.states)) if self.call.awaits(rank)]
-        ranks = ", ".join(map(str, late))
-        lines = [f"{self.call.place}: rank {ranks} did not reply within {self.call.seconds:g} s"]
+    def _overdue(self, late: Sequence[int]) -> str:
+        lines = [f"{self.call.place}: rank {', '.join(map(str, late))} did not reply within {self.call.seconds:g} s"]
+        lines += [f"  {line}" for line in hang.describe(self.call.overdue, late, self._doing)]
         lines += [f"  {self._table.name(rank)}: {self._doing(rank)}" for rank in late[:MAX_LINES]]
         return "\n".join([*lines, f"  stacks: {self._log_dir}/rank-*.stacks"])

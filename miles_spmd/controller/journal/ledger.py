@@ -29,7 +29,7 @@ from miles_spmd.types.secrets import scrub
 WITHOUT_EFFECT: dict[str, Any] = {
     "telemetry": True,
     "deadlines": True,
-    "run": {"name", "output_dir", "overwrite"},
+    "run": {"name", "output_dir", "overwrite", "kernel_cache"},
     "reward": {"reward_timeout", "reward_memory_gib", "reward_workers"},
     "refit": {"refit_checksums", "refit_bucket_mib"},
     "checkpoint": {"save_interval", "save_final", "export_final", "export_dir", "load", "resume"},

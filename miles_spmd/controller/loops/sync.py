@@ -25,6 +25,12 @@ def train(run: RunParts) -> None:
         run.checkpoints.export_at_end(run.journal)
 
 
+def warm(run: RunParts) -> None:
+    """Do one step, whose responses are short, so that every kernel is compiled."""
+    run.policy.refit(run.first)
+    advance(run, run.first)
+
+
 def advance(run: RunParts, step: int) -> None:
     """Train on the data of ``step``, which the mode decides."""
     match run.config.run.mode:
