@@ -22,6 +22,8 @@ _ENVIRONMENT = {
     # One hardware queue: the trainer's collectives start in the order in which they were issued, before the matrix
     # product that overlaps with them. Megatron's tensor parallelism relies on it.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    # Collectives that NCCL's flight recorder remembers, for the message about a hang.
+    "TORCH_FR_BUFFER_SIZE": "2000",
     # Several threads pin the host memory for offloading, which takes a fifth of the time.
     "PYTORCH_CUDA_ALLOC_CONF": "pinned_use_cuda_host_register:True,pinned_num_register_threads:8",
 }

@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import platform
@@ -81,7 +82,7 @@ class KernelCache:
     def __init__(self, shared: Path, device: str, side: str = "") -> None:
         self.key = "-".join(filter(None, [key(device), side]))
         self.archive = shared / f"{self.key}.tar"
-        self.folder = Path(tempfile.gettempdir()) / f"miles-spmd-kernels-{os.geteuid()}" / self.key
+        self.folder = Path(os.environ.get("TMPDIR") or "/tmp", f"miles-spmd-kernels-{os.geteuid()}", self.key)
         self.problems: list[str] = []
         self.unpacked = 0  # files that the archive had
         self._filling: threading.Thread | None = None
@@ -148,10 +149,10 @@ class KernelCache:
 
     def _pack(self, file: BinaryIO, names: list[str]) -> None:
         total = 0
-        with tarfile.open(fileobj=file, mode="w") as archive, tempfile.TemporaryDirectory() as own:
-            root = Path(own, ROOT)
-            root.write_text(str(self.folder))
-            archive.add(root, ROOT)
+        with tarfile.open(fileobj=file, mode="w") as archive:
+            root = tarfile.TarInfo(ROOT)
+            root.size = len(text := str(self.folder).encode())
+            archive.addfile(root, io.BytesIO(text))
             for name in names:
                 path = self.folder / name
                 with contextlib.suppress(FileNotFoundError):  # some caches replace their files

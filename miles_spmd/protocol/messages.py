@@ -97,6 +97,7 @@ class GroupRecord(msgspec.Struct, frozen=True):
     purpose: str  # in the words of whoever made the group; may be ""
     ranks: list[int]
     collectives: list[Collective]
+    messages: list[Collective] = []  # unfinished ones from or to one other rank
 
 
 class Overdue(msgspec.Struct, tag=True, frozen=True):

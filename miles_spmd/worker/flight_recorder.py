@@ -15,8 +15,6 @@ from typing import Any
 
 from miles_spmd.protocol.messages import Collective, GroupRecord
 
-SIZE = 2000  # collectives that torch remembers; set before the first group is made
-SIZE_NAMES = "TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"  # the second is the older name of the first
 READ_SECONDS = 0.5  # a device that hangs may keep the record locked
 NEWEST = 4  # collectives of each group that are compared with those of other ranks
 KEPT = 200  # collectives in the file
@@ -50,25 +48,35 @@ def groups(record: dict[str, Any], rank: int) -> list[GroupRecord]:
     by which the members of groups are numbered."""
     now = time.time_ns()
     names = _members(rank)
-    of_group: dict[tuple[str, str], list[Collective]] = {}
+    # by backend, name and purpose: gloo and NCCL count for themselves
+    of_group: dict[tuple[str, str, str], tuple[list[Collective], list[Collective]]] = {}
     for entry in record.get("entries", []):
-        if entry["is_p2p"]:
-            continue
-        done = entry["state"] == "completed" or (entry["retired"] and entry["profiling_name"].startswith("gloo:"))
-        of_group.setdefault((entry["process_group"][0], entry["process_group"][1]), []).append(
+        backend, _, operation = entry["profiling_name"].partition(":")
+        # NCCL also retires what has failed
+        done = entry["state"] == "completed" or (entry["retired"] and backend == "gloo")
+        entered, messages = of_group.setdefault((backend, *entry["process_group"]), ([], []))
+        (messages if entry["is_p2p"] else entered).append(
             Collective(
-                number=entry["collective_seq_id"],
-                operation=entry["profiling_name"].partition(":")[2],
+                number=entry["p2p_seq_id" if entry["is_p2p"] else "collective_seq_id"],
+                operation=operation,
                 tensors=_tensors(entry),
                 seconds=max(0.0, (now - entry["time_created_ns"]) / 1e9),
                 done=done,
             )
         )
     found = []
-    for (name, purpose), entered in of_group.items():
+    for (backend, name, purpose), (entered, messages) in of_group.items():
         shown = [one for i, one in enumerate(entered) if not one.done or i >= len(entered) - NEWEST]
         unknown = purpose in ("", "undefined")
-        found.append(GroupRecord(name, "" if unknown else purpose, names.get(name, []), shown[: 4 * NEWEST]))
+        found.append(
+            GroupRecord(
+                name=f"{backend} {name}",
+                purpose="" if unknown else purpose,
+                ranks=names.get(name, []),
+                collectives=shown[: 4 * NEWEST],
+                messages=[one for one in messages if not one.done][:NEWEST],
+            )
+        )
     return found
 
 

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tarfile
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
 def node(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on this is a node whose own disk is ``folder``."""
     folder.mkdir(exist_ok=True)
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setenv("TMPDIR", str(folder))
     for name in FOLDERS:
         os.environ.pop(name, None)
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
-
-import pytest
 
 from miles_spmd.platform.kernel_cache import FOLDERS
 from tests import forked

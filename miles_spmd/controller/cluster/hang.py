@@ -33,6 +33,12 @@ def describe(reports: Mapping[int, Overdue], late: Sequence[int], doing: Callabl
     lines = [line for wait in found[:MAX_WAITS] for line in _wait(wait, set(late), doing)]
     if len(found) > MAX_WAITS:
         lines.append(f"{len(found) - MAX_WAITS} more collectives wait, for these or for other ranks")
+    lines += [
+        f"{ranks([rank])} in {one.operation} ({one.tensors}) for {one.seconds:.1f} s, of {_title(group)}"
+        for rank, report in reports.items()
+        for group in report.groups
+        for one in group.messages
+    ][:MAX_STACKS]
     absent = [rank for wait in found for rank in wait.missing]
     order = [rank for rank in dict.fromkeys([*absent, *reports]) if rank in reports]
     stacks = {rank: " < ".join(reports[rank].frames[:MAX_FRAMES]) for rank in order[:MAX_STACKS]}
@@ -48,7 +54,10 @@ def waits(reports: Mapping[int, Overdue]) -> list[Wait]:
         for group in report.groups:
             records.setdefault((group.name, tuple(group.ranks)), {})[rank] = group
     waiting = {
-        rank for rank, report in reports.items() for g in report.groups if any(not c.done for c in g.collectives)
+        rank
+        for rank, report in reports.items()
+        for group in report.groups
+        if group.messages or any(not one.done for one in group.collectives)
     }
     found = [wait for by_rank in records.values() if (wait := _first_unfinished(by_rank)) is not None]
     return sorted(found, key=lambda w: (not _disagrees(w), all(rank in waiting for rank in w.missing), w.group.name))
@@ -77,8 +86,7 @@ def _disagrees(wait: Wait) -> bool:
 
 
 def _wait(wait: Wait, late: set[int], doing: Callable[[int], str]) -> list[str]:
-    name = wait.group.purpose or f"group {wait.group.name}"
-    place = f"number {wait.number} of {name} ({ranks(wait.group.ranks)})"
+    place = f"number {wait.number} of {_title(wait.group)}"
     kinds: dict[str, list[int]] = {}
     for rank, one in wait.entered.items():
         kinds.setdefault(f"{one.operation} ({one.tensors})", []).append(rank)
@@ -94,6 +102,11 @@ def _wait(wait: Wait, late: set[int], doing: Callable[[int], str]) -> list[str]:
         lines[0] += f"; not entered by {ranks(wait.missing)}"
     # whoever has replied has left the command without the collective
     return lines + [f"{ranks([rank])} is not late: {doing(rank)}" for rank in wait.missing if rank not in late]
+
+
+def _title(group: GroupRecord) -> str:
+    name = group.purpose or f"group {group.name}"
+    return f"{name} ({ranks(group.ranks)})" if group.ranks else name
 
 
 def ranks(numbers: Sequence[int]) -> str:

@@ -31,7 +31,7 @@ from miles_spmd.types.request import Output
 
 CHECK_EVERY = 0.25  # seconds between looks at the clock
 MAX_LINES = 32  # of a report on ranks
-STACKS_GRACE = 2.0  # seconds past a deadline in which the ranks write their stacks and say where they stand
+STACKS_GRACE = 1.5  # seconds past a deadline in which the ranks write their stacks and say where they stand
 CAUSE_GRACE = 0.5  # seconds after a first error in which the event that caused it may still arrive
 
 
