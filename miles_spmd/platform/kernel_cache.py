@@ -109,9 +109,8 @@ class KernelCache:
 
     @property
     def compiled(self) -> int:
-        """The number of kernels that this node has compiled since :meth:`open`: those of Triton."""
-        new = set(self._files()) - self._known
-        return sum(name.startswith("triton/") and name.endswith(".cubin") for name in new)
+        """The number of kernels, and of libraries of kernels, that this node has compiled since :meth:`open`."""
+        return sum(name.endswith((".cubin", ".so")) for name in set(self._files()) - self._known)
 
     def fill(self, *, wait: bool = False) -> None:
         """Write the archive while the run goes on (``wait``: before this returns), if something was compiled that it

@@ -68,11 +68,13 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
     watchdog = Watchdog(place.rank, terminal, stacks, controller, beside_controller=first_node)
     watchdog.enter(Phase.START, 0, config.deadlines.start_timeout)
     watchdog.start()
-    cache = open_cache(config, place)
+    watch = Stopwatch()
+    with watch("kernel_cache"):
+        cache = open_cache(config, place)
     for problem in cache.problems:
         watchdog.warn(problem)
     try:
-        serve(config, task, place, controller, watchdog, log, cache)
+        serve(config, task, place, controller, watchdog, log, cache, watch)
     except BaseException as error:
         traceback.print_exc()
         watchdog.stop()
@@ -121,9 +123,9 @@ def serve(
     watchdog: Watchdog,
     log: Log,
     cache: KernelCache,
+    watch: Stopwatch,
 ) -> None:
     """Join the run, build the worker, and execute commands until Stop."""
-    watch = Stopwatch()
     with watch("join"):
         credentials, side = join(config, place, controller)
     watchdog.connect(credentials, config.deadlines.heartbeat_timeout)

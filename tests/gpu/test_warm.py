@@ -50,7 +50,7 @@ def test_a_warm_start_compiles_nothing(warm: Path, tmp_path: Path) -> None:
     measured(
         "start and one short step of the quickstart's model",
         {
-            "cold": f"{cold:.1f} s, {compiled} Triton kernels compiled",
+            "cold": f"{cold:.1f} s, {compiled} kernels compiled",
             "again on this node": f"{same:.1f} s, {again} compiled",
             "on another node": f"{other:.1f} s, {on_other} compiled, {unpacked} files unpacked",
         },
