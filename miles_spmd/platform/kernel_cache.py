@@ -84,7 +84,7 @@ class KernelCache:
         self.archive = shared / f"{self.key}.tar"
         self.folder = Path(os.environ.get("TMPDIR") or "/tmp", f"miles-spmd-kernels-{os.geteuid()}", self.key)
         self.problems: list[str] = []
-        self.unpacked = 0  # files that the archive had
+        self.unpacked = 0  # files, by this process
         self._filling: threading.Thread | None = None
         self._known: set[str] = set()  # files that were there at the start
         self._archived: set[str] = set()
@@ -106,6 +106,11 @@ class KernelCache:
         os.environ.update({n: str(self.folder / folder) for n, folder in FOLDERS.items() if folder not in taken})
         if not _has_bytecode() and not sys.pycache_prefix:
             os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(self.folder / BYTECODE)
+
+    @property
+    def found(self) -> int:
+        """The number of files that were there when this process began, whoever of the node unpacked them."""
+        return len(self._known)
 
     @property
     def compiled(self) -> int:

@@ -73,6 +73,8 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
         cache = open_cache(config, place)
     for problem in cache.problems:
         watchdog.warn(problem)
+    if cache.unpacked:
+        print(f"{cache.unpacked} files unpacked from {cache.archive}")
     try:
         serve(config, task, place, controller, watchdog, log, cache, watch)
     except BaseException as error:
@@ -91,8 +93,8 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
     if controller is None:
         return 0
     if task == "warm":
-        seconds, found = time.monotonic() - began, f"{cache.unpacked} files were in {cache.archive}"
-        print(f"warm: {seconds:.1f} s, {cache.compiled} kernels compiled, {found}", file=terminal)
+        counts = f"{cache.compiled} kernels compiled, {cache.found} files found"
+        print(f"warm: {time.monotonic() - began:.1f} s, {counts}, kept in {cache.archive}", file=terminal)
     if killed := controller.killed(status := controller.wait()):
         say(f"rank {place.rank} ({HOST}), after the last step: {killed}", terminal)
     return status if status >= 0 else 1

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.gpu.machine import measured, needs
 
-WARM = re.compile(r"warm: ([\d.]+) s, (\d+) kernels compiled, (\d+) files were in (\S+)")
+WARM = re.compile(r"warm: ([\d.]+) s, (\d+) kernels compiled, (\d+) files found, kept in (\S+)")
 
 
 def start(folder: Path, disk: str, model: Path, data: Path) -> tuple[float, int, int]:
@@ -52,7 +52,7 @@ def test_a_warm_start_compiles_nothing(warm: Path, tmp_path: Path) -> None:
         {
             "cold": f"{cold:.1f} s, {compiled} kernels compiled",
             "again on this node": f"{same:.1f} s, {again} compiled",
-            "on another node": f"{other:.1f} s, {on_other} compiled, {unpacked} files unpacked",
+            "on another node": f"{other:.1f} s, {on_other} compiled, {unpacked} files found",
         },
     )
     assert (again, on_other) == (0, 0)

@@ -44,6 +44,6 @@ def compiles(log_probs: Tensor, tokens: TokenBatch, algorithm: AlgorithmConfig) 
     """Leaves what a compiled kernel leaves, unless it is there."""
     kernel = Path(os.environ["TRITON_CACHE_DIR"], "abc", "kernel.cubin")
     if not kernel.exists():
-        kernel.parent.mkdir(parents=True)
+        kernel.parent.mkdir(parents=True, exist_ok=True)
         kernel.write_bytes(b"code")
     return ppo(log_probs, tokens, algorithm)

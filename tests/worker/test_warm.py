@@ -30,7 +30,9 @@ def test_what_a_warm_up_compiled_is_there_on_the_next_node(tmp_path: Path) -> No
             environment=dict.fromkeys(FOLDERS, "") | {"TMPDIR": str(disk)},
         )
         assert done.returncode == 0, done.stderr
-        found = re.search(r"^warm: [\d.]+ s, (\d+) kernels compiled, (\d+) files were in (.+)$", done.stderr, re.M)
+        found = re.search(
+            r"^warm: [\d.]+ s, (\d+) kernels compiled, (\d+) files found, kept in (.+)$", done.stderr, re.M
+        )
         assert found, done.stderr
         warmed.append((int(found[1]), int(found[2])))
         assert Path(found[3]).parent == tmp_path / "shared"
