@@ -17,7 +17,7 @@ LIBRARY = "libnvidia-ml.so.1"
 CORRECTED, UNCORRECTED, SINCE_DRIVER_LOAD = 0, 1, 0
 XID_EVENT = 8  # nvmlEventTypeXidCriticalError
 TEMPERATURE = 0  # of the GPU itself
-# Reasons for lower clocks that are no business as usual; an idle GPU, or one at its power limit, is as it should be.
+# Reasons for lower clocks that are trouble. An idle GPU, and one at its power limit, have lower ones, too.
 THROTTLING = {0x08: "hardware slowdown", 0x20: "heat", 0x40: "heat (hardware)", 0x80: "power brake"}
 
 
@@ -68,7 +68,7 @@ class GpuMonitor(threading.Thread):
 
 
 class Reader:
-    """The GPUs with these ``uuids``. Memory errors are counted from here on. Raises OSError where there is no NVML."""
+    """The GPUs with these ``uuids``. Memory errors are counted from here on. Raises OSError where NVML is missing."""
 
     def __init__(self, uuids: Sequence[str]) -> None:
         self._nvml: Any = ctypes.CDLL(LIBRARY)

@@ -76,7 +76,7 @@ def key(device: str) -> str:
 
 class KernelCache:
     """The cache of this node. ``shared``: the folder for archives. ``device``: as for :func:`key`. ``side``: of
-    the run, where ranks have different kernels. ``problems`` says why there is no cache, or no copy of it: a run works
+    the run, where ranks have different kernels. ``problems`` says why the cache or its copy is missing: a run works
     without."""
 
     def __init__(self, shared: Path, device: str, side: str = "") -> None:
