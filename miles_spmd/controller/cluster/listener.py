@@ -221,6 +221,8 @@ class Listener:
         for rank, state in enumerate(self._table.states):
             if state.heard and now > state.heard + self._heartbeat_timeout:
                 self._errors.append(WorkerSilentError(f"{self._table.name(rank)} is silent: {self._doing(rank)}"))
+        if now <= self.call.end:
+            return
         late = [rank for rank in range(len(self._table.states)) if self.call.awaits(rank)]
         reported = all(rank in self.call.overdue for rank in late)
         if now > self.call.end + (0 if reported else STACKS_GRACE):
