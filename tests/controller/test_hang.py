@@ -85,6 +85,13 @@ def test_messages_between_two_ranks_are_named_and_count_as_waiting() -> None:
     ]
 
 
+def test_a_rank_whose_record_could_not_be_read_is_not_accused() -> None:
+    found = lines(
+        report(0, group("a", [0, 1, 2, 3], entered(5))), report(1), report(3, group("b", [3])), late=[0, 1, 2, 3]
+    )
+    assert found[0].endswith("(ranks 0-3); not entered by rank 3; nothing is recorded of ranks 1, 2")
+
+
 def test_without_reports_nothing_is_said() -> None:
     assert describe({}, [0, 1], str) == []
 

@@ -24,12 +24,13 @@ class Wait:
     number: int
     entered: dict[int, Collective] = field(default_factory=dict)
     missing: list[int] = field(default_factory=list)
+    unknown: list[int] = field(default_factory=list)  # late ranks whose record could not be read
 
 
 def describe(reports: Mapping[int, Overdue], late: Sequence[int], doing: Callable[[int], str]) -> list[str]:
     """Return lines about ``reports`` by rank. ``late``: the ranks that have not replied; ``doing``: what another one
     does. No lines where no rank has reported."""
-    found = waits(reports)
+    found = waits(reports, late)
     lines = [line for wait in found[:MAX_WAITS] for line in _wait(wait, set(late), doing)]
     if len(found) > MAX_WAITS:
         lines.append(f"{len(found) - MAX_WAITS} more collectives wait, for these or for other ranks")
@@ -47,8 +48,9 @@ def describe(reports: Mapping[int, Overdue], late: Sequence[int], doing: Callabl
     return lines
 
 
-def waits(reports: Mapping[int, Overdue]) -> list[Wait]:
+def waits(reports: Mapping[int, Overdue], late: Sequence[int]) -> list[Wait]:
     """Return the collectives that ranks wait in, those first that wait for a rank which waits for nobody."""
+    unread = {rank for rank in late if rank not in reports or not reports[rank].groups}
     records: dict[Group, dict[int, GroupRecord]] = {}
     for rank, report in reports.items():
         for group in report.groups:
@@ -59,11 +61,11 @@ def waits(reports: Mapping[int, Overdue]) -> list[Wait]:
         for group in report.groups
         if group.messages or any(not one.done for one in group.collectives)
     }
-    found = [wait for by_rank in records.values() if (wait := _first_unfinished(by_rank)) is not None]
+    found = [wait for by_rank in records.values() if (wait := _first_unfinished(by_rank, unread)) is not None]
     return sorted(found, key=lambda w: (not _disagrees(w), all(rank in waiting for rank in w.missing), w.group.name))
 
 
-def _first_unfinished(by_rank: Mapping[int, GroupRecord]) -> Wait | None:
+def _first_unfinished(by_rank: Mapping[int, GroupRecord], unread: set[int]) -> Wait | None:
     """Return the first collective of one group that a rank waits in, or None. A rank that took another one for it, and
     has left that, counts as well: only the operation shows the error."""
     unfinished = [c.number for group in by_rank.values() for c in group.collectives if not c.done]
@@ -77,7 +79,7 @@ def _first_unfinished(by_rank: Mapping[int, GroupRecord]) -> Wait | None:
             if collective.number == wait.number:
                 wait.entered[rank] = collective
         if all(collective.number < wait.number for collective in known):
-            wait.missing.append(rank)
+            (wait.unknown if rank in unread else wait.missing).append(rank)
     return wait
 
 
@@ -100,6 +102,8 @@ def _wait(wait: Wait, late: set[int], doing: Callable[[int], str]) -> list[str]:
         lines = [f"{ranks(waiting)} in {next(iter(kinds))} for {seconds:.1f} s or more, {place}"]
     if wait.missing:
         lines[0] += f"; not entered by {ranks(wait.missing)}"
+    if wait.unknown:
+        lines[0] += f"; nothing is recorded of {ranks(wait.unknown)}"
     # whoever has replied has left the command without the collective
     return lines + [f"{ranks([rank])} is not late: {doing(rank)}" for rank in wait.missing if rank not in late]
 
