@@ -105,6 +105,16 @@ def slurm(
     typer.echo(run(config, [*(overrides or []), *more], dry_run=dry_run))
 
 
+@app.command(context_settings=OPTIONS_OF_OTHERS)
+def warm(config: Recipe, overrides: Overrides = None, nproc_per_node: Processes = None) -> None:
+    """Compile the kernels of a run and keep them, so that its start is quick.
+
+    Builds trainer and engine and does one step with short responses. The kernels stay in the folder that
+    `run.kernel_cache` names, for the same versions and GPUs.
+    """
+    _start("warm", config, [*(overrides or []), "export_final=false"], nproc_per_node)
+
+
 @app.command()
 def export(
     checkpoint: Annotated[

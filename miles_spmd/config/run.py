@@ -22,6 +22,9 @@ class RunConfig(Table):
     """The run writes everything into `output_dir/name`: resolved configuration, metrics.jsonl, checkpoints, report."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
     """All randomness (data order, sampling, initialisation) is a function of this number and of identities."""
+    kernel_cache: Path | None = None
+    """Folder that all nodes share, in which compiled kernels are kept for the next start; the default is in the user's
+    cache directory (`XDG_CACHE_HOME`). Each node works with a copy on its own disk, in `TMPDIR`."""
     overwrite: bool = False
     """Delete what an earlier run has left in the run folder: results, checkpoints, export, and its attempts with their
     logs. Without it, and without `checkpoint.resume`, a run does not start in a folder that has results."""

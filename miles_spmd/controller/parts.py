@@ -31,6 +31,8 @@ from miles_spmd.telemetry.trackers import open_trackers
 from miles_spmd.telemetry.transcripts import cut_transcripts
 from miles_spmd.types.role import Role
 
+WARM_TOKENS = 8  # of a response that only warms kernels
+
 
 @dataclass(frozen=True)
 class RunParts:
@@ -54,9 +56,18 @@ def open_parts(
     """Build the parts of a run, wait for the ranks, and load the checkpoint that the configuration names.
 
     An "eval" reads no training data, and only "train" and "replay" write a ledger, unless the configuration turns it
-    off. ``recorded``: the folder of a run whose samples are taken, instead of generating them.
+    off. ``recorded``: the folder of a run whose samples are taken, instead of generating them. For "warm" responses
+    are short and all groups are trained on.
     """
     task = attempt.record.task
+    if task == "warm":
+        short = {"rollout_max_response_len": min(WARM_TOKENS, config.rollout.rollout_max_response_len)}
+        config = config.model_copy(
+            update={
+                "rollout": config.rollout.model_copy(update=short),
+                "algorithm": config.algorithm.model_copy(update={"dynamic_sampling_filter": None}),
+            }
+        )
     with ExitStack() as stack:
         tokenizer = Tokenizer(config.model.hf_checkpoint)
         others = [term for one in config.eval_sets for term in one.terms]
@@ -64,7 +75,7 @@ def open_parts(
         tracker = stack.enter_context(open_trackers(config))
         progress = stack.enter_context(open_progress(config, training=task != "eval"))
         lines = StepLines(config.run.name, 0 if task == "eval" else config.run.num_rollout)
-        metrics = Metrics(cluster)  # its clock starts here: the first step includes the start
+        metrics = Metrics(cluster, config.run_dir)  # its clock starts here: the first step includes the start
         stopping.show, stopping.show_left = partial(_note, progress, attempt, lines), progress.left
         checkpoints = Checkpoints(config, cluster)
         journal = Journal(metrics, [Writers(config, tracker, progress, attempt, lines), checkpoints, stopping])

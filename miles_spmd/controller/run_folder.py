@@ -28,6 +28,7 @@ from miles_spmd.controller.checkpoint_folders import FOLDER as CHECKPOINTS
 from miles_spmd.ledger.chain import FOLDER as LEDGER
 from miles_spmd.telemetry.environment import ENVIRONMENT_FILE, write_environment
 from miles_spmd.telemetry.report import REPORT_FILE, write_report
+from miles_spmd.telemetry.stragglers import STRAGGLERS_FILE
 from miles_spmd.telemetry.trackers import METRICS_FILE, TENSORBOARD_FOLDER, read_metrics
 from miles_spmd.telemetry.transcripts import ROLLOUTS_FILE, TRANSCRIPTS_FILE
 from miles_spmd.types.files import naming, write_whole
@@ -35,7 +36,10 @@ from miles_spmd.types.secrets import scrub
 
 CONFIG_FILE, LOCK_FILE = "config.toml", "lock"
 # All that a run writes, except for its attempts and their logs: those of a start that failed are worth keeping.
-WRITTEN = (METRICS_FILE, TRANSCRIPTS_FILE, ROLLOUTS_FILE, REPORT_FILE, LEDGER, CHECKPOINTS, TENSORBOARD_FOLDER, EXPORT)
+WRITTEN = (
+    *(METRICS_FILE, TRANSCRIPTS_FILE, ROLLOUTS_FILE, REPORT_FILE, STRAGGLERS_FILE),
+    *(LEDGER, CHECKPOINTS, TENSORBOARD_FOLDER, EXPORT),
+)
 HAS_RESULTS = ("train", "eval")  # the others: an export, and repetitions in folders that are named after a run's
 
 
@@ -45,11 +49,14 @@ class RunFolderError(RuntimeError):
 
 def of_task(config: Config, task: str) -> Config:
     """Return ``config`` with the folder and the checkpoint that ``task`` works with. An evaluation stands beside the
-    training run of the same recipe, and scores that run's newest checkpoint where it is to resume."""
-    if task != "eval":
+    training run of the same recipe, and scores that run's newest checkpoint where it is to resume. So does what warms
+    the caches, which keeps no results."""
+    if task not in ("eval", "warm"):
         return config
-    tables: dict[str, Any] = {"run": config.run.model_copy(update={"name": f"{config.run.name}-eval"})}
-    if config.checkpoint.resume:
+    tables: dict[str, Any] = {"run": config.run.model_copy(update={"name": f"{config.run.name}-{task}"})}
+    if task == "warm":
+        tables |= {"checkpoint": config.checkpoint.model_copy(update={"load": None, "resume": False})}
+    elif config.checkpoint.resume:
         load = newest(config.run_dir)
         if load is None:
             raise RunFolderError(

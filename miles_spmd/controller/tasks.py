@@ -16,8 +16,9 @@ from miles_spmd.protocol.pipe import Replay
 def run(
     config: Config, cluster: Cluster, attempt: AttemptWriter, stopping: Stopping, order: Replay | None = None
 ) -> str:
-    """Do the attempt's task ("train", "eval", or "replay" or "bisect" as ``order`` says) with connected ranks. Returns
-    "", or where training ended because it was requested to stop, what is saved. Raises the error that ends the run."""
+    """Do the attempt's task ("train", "eval", "warm", or "replay" or "bisect" as ``order`` says) with connected ranks.
+    Returns "", or where training ended because it was requested to stop, what is saved. Raises the error that ends the
+    run."""
     task = attempt.record.task
     recorded = Path(order.run) if order is not None and order.phase == "train" else None
     with open_parts(config, cluster, attempt, stopping, recorded) as parts:
@@ -27,6 +28,8 @@ def run(
                     sync.train(parts)
                 except Unfinished:
                     return sync.leave(parts)
+            case "warm", None:
+                sync.warm(parts)
             case "eval", None:
                 sync.evaluate(parts, parts.first, begins=True)
                 parts.journal.report(parts.first)

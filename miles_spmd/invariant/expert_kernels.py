@@ -129,7 +129,7 @@ def _top_k(values, best, where, width, K: tl.constexpr, BLOCK: tl.constexpr):  #
         left = left & (column != first)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # their number depends on the batch
 def _arrange(  # type: ignore[no-untyped-def]
     flat, weights, tokens, sorted_weights, places, ends, rows, count, K: tl.constexpr, BLOCK: tl.constexpr
 ):

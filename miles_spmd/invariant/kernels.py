@@ -2,6 +2,9 @@
 
 The reduction order of a row is always the same, because tile sizes depend on a row's width alone. Everything is
 computed in fp32 and rounded once.
+
+Numbers of rows are not specialised: Triton would compile a kernel three times, for one row, for multiples of 16 and for
+the rest, and results are those of the last anyway.
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ def _tile(width: int, elements: int) -> tuple[int, int]:
     return block, max(1, elements // block)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm(  # type: ignore[no-untyped-def]
     x, residual, weight, y, total, r, rows, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
@@ -80,7 +83,7 @@ def _rms_norm(  # type: ignore[no-untyped-def]
     tl.store(r + row, root, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def _rms_norm_backward(  # type: ignore[no-untyped-def]
     gradient, x, weight, r, dx, parts, rows, tiles,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,

@@ -70,7 +70,8 @@ def decode(query: Tensor, held: Keys, longest: int, scale: float, split: int) ->
     """
     requests, heads, width = query.shape
     splits, groups = triton.cdiv(longest, split), held.keys.shape[1]
-    peaks, totals = torch.empty(2, requests, splits, heads, dtype=torch.float32, device=query.device)
+    # each allocated alone, hence aligned: Triton would compile another kernel for batches in which one is not
+    peaks, totals = (torch.empty(requests, splits, heads, dtype=torch.float32, device=query.device) for _ in range(2))
     mixes = torch.empty(requests, splits, heads, width, dtype=torch.float32, device=query.device)
     sizes = _sizes(width, split)
     _attend_parts[(splits, requests, groups)](

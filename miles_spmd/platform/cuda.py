@@ -22,6 +22,8 @@ _ENVIRONMENT = {
     # One hardware queue: the trainer's collectives start in the order in which they were issued, before the matrix
     # product that overlaps with them. Megatron's tensor parallelism relies on it.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    # Collectives that NCCL's flight recorder remembers, for the message about a hang.
+    "TORCH_FR_BUFFER_SIZE": "2000",
     # Several threads pin the host memory for offloading, which takes a fifth of the time.
     "PYTORCH_CUDA_ALLOC_CONF": "pinned_use_cuda_host_register:True,pinned_num_register_threads:8",
 }
@@ -71,6 +73,17 @@ def take_gpu(local_rank: int, ranks: int) -> None:
             + ": start at most one rank per GPU, and let every rank of a host see all its GPUs"
         )
     torch.cuda.set_device(local_rank)
+
+
+def name_gpu() -> str:
+    """Return the number of this rank's GPU on its host, its model and the start of its UUID, as nvidia-smi prints them;
+    "" without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return f"GPU {torch.cuda.current_device()}, {properties.name}, GPU-{str(properties.uuid)[:8]}"
 
 
 def require_memory_saver() -> None:

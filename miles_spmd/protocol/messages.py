@@ -2,7 +2,8 @@
 
 The controller sends a :class:`Call`, which carries a command; a worker replies with exactly one :class:`Reply`, unless
 the command is part of a rollout and has no reply of its own. :class:`Hello` reports that a worker is built,
-:class:`Heartbeat` that its process is alive; a worker that fails to start reports that as a Reply to call 0.
+:class:`Heartbeat` that its process is alive, :class:`Overdue` where it stands when time is up; a worker that fails to
+start reports that as a Reply to call 0.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import msgspec
 import numpy as np
 
 from miles_spmd.protocol.commands import AnyCommand, AnyResult
+from miles_spmd.types.gpu_health import GpuHealth
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.request import Output
 
@@ -32,6 +34,12 @@ class TrainerRank(msgspec.Struct, frozen=True):
     data_parallel_rank: int
     data_parallel_size: int
     reports: bool  # its results are used (last pipeline stage, first tensor-parallel rank)
+    waits_with: int | None = None  # ranks with one number wait for each other in forward and backward passes
+
+    @property
+    def unit(self) -> int:
+        """The number of the ranks that wait for each other; of one model replica where nothing else is known."""
+        return self.data_parallel_rank if self.waits_with is None else self.waits_with
 
 
 class EngineRank(msgspec.Struct, frozen=True):
@@ -51,6 +59,7 @@ class RankInfo(msgspec.Struct, frozen=True):
     trainer: TrainerRank | None  # None: does not train
     engine: EngineRank | None  # None: does not generate
     versions: dict[str, str] = {}
+    device: str = ""  # of its host, as people know it; "" on a CPU
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
@@ -96,6 +105,34 @@ class ReleasePasses(msgspec.Struct, tag=True, frozen=True):
     limit: int | None = None
 
 
+class Collective(msgspec.Struct, frozen=True):
+    """A collective that a rank has entered."""
+
+    number: int  # in its group; the same on all ranks, which enter the collectives of a group in one order
+    operation: str
+    tensors: str  # types and sizes of what this rank contributes
+    seconds: float  # since it was entered
+    done: bool
+
+
+class GroupRecord(msgspec.Struct, frozen=True):
+    """The newest collectives of one group, oldest first, as one of its ranks has recorded them."""
+
+    name: str
+    purpose: str  # in the words of whoever made the group; may be ""
+    ranks: list[int]
+    collectives: list[Collective]
+    messages: list[Collective] = []  # unfinished ones from or to one other rank
+
+
+class Overdue(msgspec.Struct, tag=True, frozen=True):
+    """Sent by a worker's side thread when a deadline is missed: where the rank stands."""
+
+    rank: int
+    frames: list[str]  # of the main thread, innermost first
+    groups: list[GroupRecord]
+
+
 class Completions(msgspec.Struct, tag=True, frozen=True):
     """Finished requests of an open rollout, sent by an engine's leader as they finish."""
 
@@ -111,6 +148,13 @@ class Failure(msgspec.Struct, tag=True, frozen=True):
     traceback: str = ""
 
 
+class OwnWork(msgspec.Struct, frozen=True):
+    """What a rank did in a command before it waited for others than those that it always waits with."""
+
+    seconds: float
+    amount: float  # tokens of the trainer, steps of an engine
+
+
 class Reply(msgspec.Struct, tag=True, frozen=True):
     """What came of one call on one rank."""
 
@@ -120,9 +164,11 @@ class Reply(msgspec.Struct, tag=True, frozen=True):
     result: AnyResult | Failure
     seconds: dict[str, float] = {}  # by part
     memory: dict[str, float] = {}  # this rank's values of the metrics ``memory/...``
+    own: OwnWork | None = None
+    gpus: list[GpuHealth] = []  # of the host, once a step from its first rank
 
 
-Message = Call | Hello | Heartbeat | StopNotice | HoldPasses | Held | ReleasePasses | Completions | Reply
+Message = Call | Hello | Heartbeat | StopNotice | HoldPasses | Held | ReleasePasses | Overdue | Completions | Reply
 
 # --- as bytes ---------------------------------------------------------------------------------------------------------
 

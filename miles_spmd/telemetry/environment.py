@@ -48,7 +48,7 @@ def environment(task: str = "") -> Environment:
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         gpus=gpus(),
         packages={name: version for name in PACKAGES if (version := installed(name)) is not None},
-        cpu=_cpu(),
+        cpu=processor(),
         task=task,
     )
 
@@ -79,7 +79,7 @@ def cores_per_rank(ranks: int) -> int:
     return max(1, min(here, int(os.environ.get("SLURM_CPUS_ON_NODE") or here) // ranks))
 
 
-def _cpu() -> str:
+def processor() -> str:
     """Return the processor's model name, by which libraries choose their kernels; "" where it is unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -18,6 +18,7 @@ import msgspec
 from miles_spmd.telemetry.environment import ENVIRONMENT_FILE, Environment
 from miles_spmd.telemetry.json_lines import Lines
 from miles_spmd.telemetry.metrics import PHASES, describe, is_fraction, is_score
+from miles_spmd.telemetry.stragglers import STRAGGLERS_FILE, Stragglers, read_stragglers
 from miles_spmd.telemetry.texts import clock
 from miles_spmd.telemetry.trackers import METRICS_FILE, by_step, missing_steps
 from miles_spmd.telemetry.transcripts import ROLLOUTS_FILE, TRANSCRIPTS_FILE, Rollout, Transcript
@@ -64,6 +65,7 @@ CURVES = (
     ),
     Curves("KL between engine and trainer", {"kl": "train/train_rollout_kl"}),
     Curves("Throughput", {"tokens": "perf/tokens_per_gpu_per_second"}),
+    Curves("Slowest rank", {name: f"perf/{name}_slowest" for name in ("rollout", "log_probs", "train")}),
     Curves("Peak memory", {name: f"memory/{name}" for name in ("rollout", "log_probs", "train", "refit")}),
 )
 
@@ -191,6 +193,7 @@ def _stage(stage: Stage) -> dict[str, Any]:
         "series": stage.series,
         "transcripts": _first_and_last(stage.transcripts),
         "rollouts": [stage.rollouts[i] for i in spread],
+        "stragglers": stage.stragglers,
         "config": stage.config,
     }
 
@@ -222,6 +225,7 @@ class Stage:
     rollouts: list[Rollout]  # one per step, steps ascending
     config: str  # the text of config.toml, "" without one
     environment: Environment | None
+    stragglers: Stragglers | None
     problems: list[str]  # files that cannot be read, or of which a part is missing
 
     @property
@@ -278,6 +282,11 @@ def _read_stage(folder: Path) -> Stage:
         pass
     except (OSError, msgspec.DecodeError) as error:
         problems.append(f"{folder / ENVIRONMENT_FILE}: cannot be read: {error}")
+    stragglers = None
+    try:
+        stragglers = read_stragglers(folder)
+    except (OSError, msgspec.DecodeError) as error:
+        problems.append(f"{folder / STRAGGLERS_FILE}: cannot be read: {error}")
     return Stage(
         name=folder.resolve().name,
         mode=run.get("mode", ""),
@@ -289,5 +298,6 @@ def _read_stage(folder: Path) -> Stage:
         rollouts=[rollout for _, rollout in sorted({r.step: r for r in rollouts.values}.items())],
         config=config,
         environment=environment,
+        stragglers=stragglers,
         problems=list(filter(None, problems)),
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from miles_spmd.config import Config
 from miles_spmd.models import Family, TensorLayout
+from miles_spmd.platform.work_clock import WorkClock
 from miles_spmd.protocol.results import LogProbsResult, ValuesResult
 from miles_spmd.training import parallel
 from miles_spmd.training.megatron_config import build_megatron_config
@@ -46,6 +47,7 @@ class Network:
             beside.where if beside else parallel.initialize(self._megatron.transformer, config.run.seed)
         )
         self._device = parallel.device()
+        self.work = WorkClock(self._device)  # of forward and backward passes, until gradients are summed
         self._scoring = Scoring.of(config)
         self._chunks: list[Any] = build_chunks(self._megatron.transformer, family, self.where)
         weakref.finalize(self, release, self._chunks)  # see there why the garbage collector is not enough
@@ -97,7 +99,8 @@ class Network:
 
     def _run(self, batches: list[PackedBatch], scoring: Scoring, loss_of: LossOf, forward_only: bool) -> list[Any]:
         """Return what ``loss_of`` returns of each micro-batch, on the last pipeline stage; [] on the others."""
-        return get_forward_backward_func()(
+        self.work.start()
+        outcomes: list[Any] = get_forward_backward_func()(
             forward_step_func=functools.partial(_forward_step, scoring, loss_of),
             data_iterator=[iter(batches) for _ in self._chunks],
             model=self._chunks,
@@ -106,6 +109,8 @@ class Network:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+        self.work.stop()
+        return outcomes
 
     def _per_sequence(self, batches: list[PackedBatch], values: Sequence[Tensor]) -> list[np.ndarray] | None:
         """Return results of all micro-batches, one array per sequence in order, from all context-parallel ranks; None

@@ -34,6 +34,7 @@ class Coordinates:
     ep_size: int
     etp_rank: int  # tensor parallelism of experts
     etp_size: int
+    waits_with: int  # ranks with one number wait for each other in every layer: of one replica, or of its experts
 
     @property
     def reports(self) -> bool:
@@ -67,7 +68,10 @@ def initialize(config: TransformerConfig, seed: int) -> Coordinates:
     }
     ranks = {f"{kind}_rank": group.rank() for kind, group in groups.items()}
     sizes = {f"{kind}_size": group.size() for kind, group in groups.items()}
-    return Coordinates(**ranks, **sizes, cp_group=context if context.size() > 1 else None)
+    # Experts may be spread over several replicas, which then wait for each other.
+    replicas, copies = sizes["dp_size"], parallel_state.get_expert_data_parallel_world_size()
+    waits_with = ranks["dp_rank"] if replicas <= copies else parallel_state.get_expert_data_parallel_rank()
+    return Coordinates(**ranks, **sizes, cp_group=context if context.size() > 1 else None, waits_with=waits_with)
 
 
 def device() -> torch.device:

@@ -22,7 +22,8 @@ def measure(logits_RV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tens
     """
     rows, columns = logits_RV.shape
     peak_R1 = torch.empty(rows, 1, dtype=torch.float32, device=logits_RV.device)
-    total_R, weighted_R = torch.empty(2, rows, dtype=torch.float32, device=logits_RV.device)
+    # each allocated alone, hence aligned: Triton would compile another kernel where one is not
+    total_R, weighted_R = (torch.empty(rows, dtype=torch.float32, device=logits_RV.device) for _ in range(2))
     if rows:
         _measure[(rows,)](
             logits_RV, logits_RV.stride(0), columns, temperature, peak_R1, total_R, weighted_R,
@@ -101,7 +102,8 @@ def _measure(  # type: ignore[no-untyped-def]
     tl.store(weighteds + row, tl.sum(weighted))
 
 
-@triton.jit
+# Of a row one number each is read, and rows may begin anywhere in these tensors.
+@triton.jit(do_not_specialize_on_alignment=["peaks", "totals", "targets", "grads", "slopes", "shifts"])
 def _differentiate(  # type: ignore[no-untyped-def]
     logits,
     stride,

@@ -57,7 +57,7 @@ class Trainer(Network):
         leaves = config.train.reduction_leaves
         self._sum_gradients = TreeSum(self._chunks, leaves) if leaves else plain_sum
         # the functions that Megatron's pipeline schedules call back, as its own training loop sets them
-        transformer.finalize_model_grads_func = self._sum_gradients
+        transformer.finalize_model_grads_func = self._finish_gradients
         if ddp.overlap_grad_reduce:
             transformer.no_sync_func = _per_chunk([chunk.no_sync for chunk in self._chunks])
         if ddp.overlap_param_gather and ddp.align_param_gather:
@@ -107,6 +107,10 @@ class Trainer(Network):
             log_probs=self._per_sequence(batches, scores),
             digests=UpdateDigests(to_host(gradient), to_host(digests.weights())) if digests else None,
         )
+
+    def _finish_gradients(self, *args: Any, **kwargs: Any) -> None:
+        self.work.stop()  # from here on ranks wait for other replicas
+        self._sum_gradients(*args, **kwargs)
 
     def _loss(self, batch: PackedBatch, outputs: Outputs) -> tuple[Tensor, Outcome]:
         per_token, sums = self._loss_function(*outputs, batch.batch)

@@ -20,13 +20,15 @@ from miles_spmd.config import Config
 from miles_spmd.config.load import config_digest
 from miles_spmd.models.random import write_random_checkpoints
 from miles_spmd.platform.determinism import pin_environment
+from miles_spmd.platform.gpu_health import GpuMonitor
+from miles_spmd.platform.kernel_cache import KernelCache, shared_folder
 from miles_spmd.protocol.commands import Stop
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.last_words import say
 from miles_spmd.protocol.messages import Call, Failure, Hello, RankInfo, Reply
 from miles_spmd.protocol.pipe import Credentials, Replay
 from miles_spmd.protocol.results import Abandoned, Ok, Result
-from miles_spmd.telemetry.environment import cores_per_rank
+from miles_spmd.telemetry.environment import cores_per_rank, gpus, processor
 from miles_spmd.training.passes import AbandonedError
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.secrets import scrubbed
@@ -40,12 +42,13 @@ if TYPE_CHECKING:
     from miles_spmd.worker.world import Side
 
 HOST = socket.gethostname()
+COMPILED = 3  # in this step of a run nothing is left to compile: the first one is followed by a refit for the second
 
 
 def main(config: Config, task: str = "train", replay: Replay | None = None) -> int:
     """Run one rank and return the exit status. ``task`` names what the controller's loop does, ``replay`` the steps
     that the tasks "replay" and "bisect" repeat."""
-    place = Place.from_environment()
+    place, began = Place.from_environment(), time.monotonic()
     try:
         write_random_checkpoints(config.model.checkpoints)  # before controller, trainer and engine read them
     except OSError as error:
@@ -67,8 +70,15 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
     watchdog = Watchdog(place.rank, terminal, stacks, controller, beside_controller=first_node)
     watchdog.enter(Phase.START, 0, config.deadlines.start_timeout)
     watchdog.start()
+    watch = Stopwatch()
+    with watch("kernel_cache"):
+        cache = open_cache(config, place)
+    for problem in cache.problems:
+        watchdog.warn(problem)
+    if cache.unpacked:
+        print(f"{cache.unpacked} files unpacked from {cache.archive}")
     try:
-        status = serve(config, task, place, controller, watchdog, log)
+        status = serve(config, task, place, controller, watchdog, log, cache, watch)
     except BaseException as error:
         traceback.print_exc()
         watchdog.stop()
@@ -78,18 +88,48 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
         elif killed := controller.stop(problem):
             say(f"rank {place.rank} ({HOST}), start: {killed}", terminal)
         return 1
+    if writes(config, place, cache):
+        cache.fill(wait=True)
+        for problem in cache.problems:
+            print(f"warning: {problem}")
     if controller is None:
         return status
+    if task == "warm":
+        counts = f"{cache.compiled} kernels compiled, {cache.found} files found"
+        print(f"warm: {time.monotonic() - began:.1f} s, {counts}, kept in {cache.archive}", file=terminal)
     if killed := controller.killed(status := controller.wait()):
         say(f"rank {place.rank} ({HOST}), after the last step: {killed}", terminal)
     return status if status >= 0 else 1
 
 
+def open_cache(config: Config, place: Place) -> KernelCache:
+    """Return the node's cache of compiled kernels, ready for the libraries that are imported from now on."""
+    device = ", ".join(sorted({f"{gpu.name} {gpu.capability}" for gpu in gpus()})) or processor()
+    generating = config.rollout.rollout_num_gpus
+    side = "" if not generating else "engines" if place.rank >= place.world_size - generating else "trainers"
+    cache = KernelCache(config.run.kernel_cache or shared_folder(), device, side)
+    cache.open()
+    return cache
+
+
+def writes(config: Config, place: Place, cache: KernelCache) -> bool:
+    """Return whether this rank writes the shared copy: the first one of a side, and of a node whose devices are others
+    than the first one's."""
+    first = place.rank in (0, place.world_size - config.rollout.rollout_num_gpus)
+    return first or (place.local_rank == 0 and not cache.archive.exists())
+
+
 def serve(
-    config: Config, task: str, place: Place, controller: ControllerProcess | None, watchdog: Watchdog, log: Log
+    config: Config,
+    task: str,
+    place: Place,
+    controller: ControllerProcess | None,
+    watchdog: Watchdog,
+    log: Log,
+    cache: KernelCache,
+    watch: Stopwatch,
 ) -> int:
     """Join the run, build the worker, and execute commands until Stop. Returns the exit status."""
-    watch = Stopwatch()
     with watch("join"):
         credentials, side = join(config, place, controller)
     log.move(Path(credentials.logs) / f"rank-{place.rank}.log")
@@ -106,9 +146,17 @@ def serve(
         return 1
     dealer.send(Hello(rank_info(worker, place), config_digest(config), watch.take(), worker.memory.take()))
     watchdog.enter(Phase.IDLE, 0)
+    monitor = gpu_monitor(place)
+    step, steps = -1, 0
     while not isinstance(command := (call := next_call(dealer)).command, Stop):
         watchdog.enter(command.phase, call.step, call.deadline)
         worker.memory.begin(command.phase, call.step)
+        if call.step != step:
+            step, steps = call.step, steps + 1
+            if monitor:
+                monitor.ask()
+            if steps == COMPILED and writes(config, place, cache):
+                cache.fill()
         result: Result | Failure
         try:
             with worker.memory.explaining():
@@ -119,7 +167,8 @@ def serve(
         except BaseException as error:  # not all libraries derive their errors from Exception
             result = failure(error)
         watchdog.enter(Phase.IDLE, call.step)
-        dealer.send(Reply(call.id, place.rank, HOST, result, watch.take(), worker.memory.take()))
+        own, health = worker.take_own(), monitor.take() if monitor else []
+        dealer.send(Reply(call.id, place.rank, HOST, result, watch.take(), worker.memory.take(), own, health))
     # The watchdog stops before the last reply: from then on the controller may close its end at any time, which must
     # not count as its death. Its connection stays open until the reply is sent, or this process would count as dead.
     watchdog.stop()
@@ -190,7 +239,7 @@ def build(
         from miles_spmd.worker.memory_account import MemoryAccount
         from miles_spmd.worker.worker import Worker
     memory = MemoryAccount(config, place.world_size, side.trains, generates, watchdog.warn)
-    memory.require_room(training=task == "train")
+    memory.require_room(training=task in ("train", "warm"))
     with memory.explaining():
         worker = Worker(config, task, side, place.rank, dealer, watch, memory, watchdog.progress)
     gc.freeze()  # the backends keep millions of objects until the end: a collection that walks them takes a second
@@ -198,8 +247,23 @@ def build(
 
 
 def rank_info(worker: Worker, place: Place) -> RankInfo:
+    from miles_spmd.platform import cuda
+
     versions = {name: version(name) for name in ("torch", "megatron-core", "sglang")}
-    return RankInfo(place.rank, place.world_size, HOST, os.getpid(), worker.trainer_rank, worker.engine_rank, versions)
+    duties = worker.trainer_rank, worker.engine_rank
+    return RankInfo(place.rank, place.world_size, HOST, os.getpid(), *duties, versions, cuda.name_gpu())
+
+
+def gpu_monitor(place: Place) -> GpuMonitor | None:
+    """Start to watch the GPUs of this host, on its first rank."""
+    import torch
+
+    if place.local_rank or not torch.cuda.is_available():
+        return None
+    uuids = [f"GPU-{torch.cuda.get_device_properties(number).uuid}" for number in range(place.local_world_size)]
+    monitor = GpuMonitor(uuids)
+    monitor.start()
+    return monitor
 
 
 def failure(error: BaseException) -> Failure:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import json
 import math
 import os
 import signal
@@ -19,22 +20,25 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn, TextIO
 
 import zmq
 
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.last_words import say
-from miles_spmd.protocol.messages import Heartbeat, Held, HoldPasses, ReleasePasses, StopNotice
+from miles_spmd.protocol.messages import Heartbeat, Held, HoldPasses, Overdue, ReleasePasses, StopNotice
 from miles_spmd.protocol.pipe import EXIT_SECONDS, REQUEUE, Credentials
 from miles_spmd.training.passes import PASSES
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.printable import MAX_LINE, printable
+from miles_spmd.worker import flight_recorder
 from miles_spmd.worker.controller_process import ControllerProcess
 
 HEARTBEAT_EVERY = 1.0  # seconds
 LOST_GRACE = 3.0  # seconds from the end of the controller's connection, in which the launcher may stop this rank
 REQUESTS = signal.SIGTERM, signal.SIGUSR1  # to stop, after what is worth it was saved; SIGINT ends a run at once
+FRAMES = 12  # of the main thread, for the controller
 PACKAGE = str(Path(__file__).parents[1])
 
 
@@ -131,6 +135,7 @@ class Watchdog(threading.Thread):
             if now >= doing.deadline and dumped is not doing:
                 dumped = doing
                 self._dump_stacks()
+                self._report_overdue()
             self._send_heartbeat(doing.phase)
             self._listen(min(now + HEARTBEAT_EVERY, math.inf if dumped is doing else doing.deadline))
             if os.getppid() != self._parent:  # an orphan is adopted by another process
@@ -183,6 +188,17 @@ class Watchdog(threading.Thread):
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
 
+    def _report_overdue(self) -> None:
+        """Tell the controller where this rank stands, and write the record of its collectives beside its stacks."""
+        if self._dealer is None:
+            return
+        record = flight_recorder.read() if "torch" in sys.modules else {}
+        groups = flight_recorder.groups(record, self._rank)
+        self._dealer.try_send(Overdue(self._rank, frames(self._main)[:FRAMES], groups))
+        record["entries"] = record.get("entries", [])[-flight_recorder.KEPT :]
+        with contextlib.suppress(OSError):
+            self._stacks.with_suffix(".collectives.json").write_text(json.dumps(record))
+
     # --- ends --------------------------------------------------------------------------------------------------------
 
     def _leave(self, reason: str, status: int = 1) -> NoReturn:
@@ -219,10 +235,18 @@ def where(thread: int) -> str:
     """Return where that thread is: its innermost frame, and the innermost one of this package if that is another."""
     places: list[str] = []
     for frame, line in traceback.walk_stack(sys._current_frames().get(thread)):
-        code = frame.f_code
-        ours = code.co_filename.startswith(PACKAGE)
+        ours = frame.f_code.co_filename.startswith(PACKAGE)
         if ours or not places:
-            places.append(f"{code.co_name} ({os.path.basename(code.co_filename)}:{line})")
+            places.append(_place(frame, line))
         if ours:
             break
     return " in ".join(places)
+
+
+def frames(thread: int) -> list[str]:
+    """Return where that thread is, its innermost frame first."""
+    return [_place(frame, line) for frame, line in traceback.walk_stack(sys._current_frames().get(thread))]
+
+
+def _place(frame: FrameType, line: int) -> str:
+    return f"{frame.f_code.co_name} ({os.path.basename(frame.f_code.co_filename)}:{line})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import singledispatchmethod
 
@@ -17,10 +17,11 @@ from miles_spmd.planning.release import GIB
 from miles_spmd.platform.determinism import deterministic_kernels
 from miles_spmd.protocol import commands, results
 from miles_spmd.protocol.dealer import Dealer
-from miles_spmd.protocol.messages import EngineRank, TrainerRank
+from miles_spmd.protocol.messages import EngineRank, OwnWork, TrainerRank
 from miles_spmd.training.network import Network
 from miles_spmd.training.passes import PASSES
 from miles_spmd.training.roles import Roles
+from miles_spmd.types.train_sequence import MicroBatch
 from miles_spmd.worker.device_turns import DeviceTurns
 from miles_spmd.worker.effective import append_values
 from miles_spmd.worker.memory_account import MemoryAccount
@@ -82,6 +83,10 @@ def bisect(command: commands.Bisect, engine: Engine, network: Network) -> result
     return results.Bisection(response, found.operator, operators(network.family.num_layers).index(found.operator), what)
 
 
+def _own(network: Network, micro_batches: Sequence[MicroBatch]) -> OwnWork:
+    return OwnWork(network.work.take(), float(sum(len(s.tokens) for batch in micro_batches for s in batch)))
+
+
 class Worker:
     """Builds what ``task`` needs on this rank's ``side``; torch.distributed is initialised. ``watch`` measures the time
     of each part of the start and of each command, ``memory`` the use of the device."""
@@ -99,6 +104,7 @@ class Worker:
     ) -> None:
         self.memory = memory
         self._config, self._rank, self._dealer, self._watch, self._progress = config, rank, dealer, watch, progress
+        self._own: OwnWork | None = None
         self._roles: Roles | None = None
         if side.trains:
             with watch("trainer"):
@@ -124,7 +130,7 @@ class Worker:
         if self._roles is None:
             return None
         where = self._roles.actor.where
-        return TrainerRank(where.dp_rank, where.dp_size, where.reports)
+        return TrainerRank(where.dp_rank, where.dp_size, where.reports, where.waits_with)
 
     @property
     def engine_rank(self) -> EngineRank | None:
@@ -149,6 +155,11 @@ class Worker:
             raise RuntimeError("this rank has no trainer: it only generates")
         return self._roles
 
+    def take_own(self) -> OwnWork | None:
+        """Return the work of the last command, once."""
+        own, self._own = self._own, None
+        return own
+
     # --- commands ----------------------------------------------------------------------------------------------------
 
     @singledispatchmethod
@@ -159,6 +170,8 @@ class Worker:
     @execute.register
     def _generate(self, command: commands.Generate) -> results.Ok:
         self.turns.rollout(self._rank, self._dealer, self._progress)
+        seconds, steps = self._watch.of("engine")
+        self._own = OwnWork(seconds, float(steps))
         return results.Ok()
 
     @execute.register
@@ -168,17 +181,24 @@ class Worker:
     @execute.register
     def _log_probs(self, command: commands.ComputeLogProbs) -> results.LogProbsResult:
         with self._training(command), self.roles.network(command.role) as network, self.memory.work("log-probs"):
-            return network.log_probs(command.micro_batches, command.top_k)
+            result = network.log_probs(command.micro_batches, command.top_k)
+            self._own = _own(network, command.micro_batches)
+            return result
 
     @execute.register
     def _values(self, command: commands.ComputeValues) -> results.ValuesResult:
         with self._training(command), self.roles.network(command.role) as network, self.memory.work("values"):
-            return network.values(command.micro_batches)
+            values = network.values(command.micro_batches)
+            self._own = _own(network, command.micro_batches)
+            return values
 
     @execute.register
     def _train(self, command: commands.TrainStep) -> results.TrainResult:
+        trainer = self.roles.trainer(command.role)
         with self._training(command), self.memory.work("optimizer step"):
-            return self.roles.trainer(command.role).train_step(command.micro_batches)
+            result = trainer.train_step(command.micro_batches)
+            self._own = _own(trainer, command.micro_batches)
+            return result
 
     @execute.register
     def _snapshot(self, command: commands.SnapshotWeights) -> results.Ok:

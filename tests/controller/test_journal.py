@@ -28,6 +28,12 @@ from miles_spmd.types.role import Role
 class Cluster:
     infos = (0, 1)
 
+    def take_own(self) -> dict[Any, Any]:
+        return {}
+
+    def take_gpus(self) -> list[Any]:
+        return []
+
     def take_memory(self) -> dict[str, float]:
         return {"memory/train": 1.5}
 
@@ -43,7 +49,7 @@ class Collector:
 
 
 def journal(*observers: Any, ledger: Any = None) -> Journal:
-    return Journal(Metrics(Cluster()), observers, ledger)  # type: ignore[arg-type]
+    return Journal(Metrics(Cluster(), Path("unused")), observers, ledger)  # type: ignore[arg-type]
 
 
 def update(**metrics: float) -> UpdateFinished:

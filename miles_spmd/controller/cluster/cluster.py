@@ -13,9 +13,10 @@ from typing import TypeVar, cast
 from miles_spmd.config import DeadlinesConfig
 from miles_spmd.controller.cluster.listener import Listener, PendingCall, RankTable, WorkerError
 from miles_spmd.protocol.commands import AbortRequests, Command, EndGenerate, Generate, Receivers, Stop, Submit
-from miles_spmd.protocol.messages import Call, Held, HoldPasses, RankInfo, ReleasePasses, Reply, TrainerRank
+from miles_spmd.protocol.messages import Call, Held, HoldPasses, OwnWork, RankInfo, ReleasePasses, Reply, TrainerRank
 from miles_spmd.protocol.results import Abandoned, Result
 from miles_spmd.protocol.router import PeerGoneError, Router
+from miles_spmd.types.gpu_health import GpuHealth
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.request import Output, Request
 
@@ -41,6 +42,8 @@ class Cluster:
     ) -> None:
         self.seconds: list[dict[str, float]] = [{} for _ in range(world_size)]
         self._memory: dict[str, float] = {}
+        self._own: dict[tuple[Phase, int], OwnWork] = {}
+        self._gpus: list[tuple[str, GpuHealth]] = []
         self._router, self._deadlines = router, deadlines
         self._table = RankTable(world_size)
         self._listener = Listener(router, self._table, deadlines.heartbeat_timeout, config_digest, log_dir)
@@ -104,6 +107,16 @@ class Cluster:
     def take_memory(self) -> dict[str, float]:
         """Return the metrics ``memory/...`` of the commands since the last call, each the maximum over ranks."""
         taken, self._memory = self._memory, {}
+        return taken
+
+    def take_own(self) -> dict[tuple[Phase, int], OwnWork]:
+        """Return the own work of every rank by phase, summed over the commands since the last call."""
+        taken, self._own = self._own, {}
+        return taken
+
+    def take_gpus(self) -> list[tuple[str, GpuHealth]]:
+        """Return what ranks have read of their GPUs' health since the last call, with the host of each."""
+        taken, self._gpus = self._gpus, []
         return taken
 
     def stop(self, status: int = 0) -> None:
@@ -178,6 +191,12 @@ class Cluster:
             self.seconds[rank] = reply.seconds
             for name, value in reply.memory.items():
                 self._memory[name] = max(self._memory.get(name, 0.0), value)
+            if isinstance(reply, Reply):
+                self._gpus += [(reply.host, gpu) for gpu in reply.gpus]
+            if isinstance(reply, Reply) and (own := reply.own) is not None:
+                before = self._own.get((call.phase, rank), OwnWork(0.0, 0.0))
+                total = OwnWork(before.seconds + own.seconds, before.amount + own.amount)
+                self._own[call.phase, rank] = total
         replies = [call.replies[rank] for rank in call.ranks]
         if any(isinstance(reply, Reply) and isinstance(reply.result, Abandoned) for reply in replies):
             raise Unfinished

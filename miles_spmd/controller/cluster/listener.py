@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from miles_spmd.controller.cluster import hang
 from miles_spmd.protocol.commands import Command, Receivers
 from miles_spmd.protocol.messages import (
     Completions,
@@ -20,6 +21,7 @@ from miles_spmd.protocol.messages import (
     Held,
     Hello,
     Message,
+    Overdue,
     RankInfo,
     Reply,
     StopNotice,
@@ -32,7 +34,7 @@ from miles_spmd.types.request import Output
 
 CHECK_EVERY = 0.25  # seconds between looks at the clock
 MAX_LINES = 32  # of a report on ranks
-STACKS_GRACE = 1.0  # seconds past a deadline in which the ranks write their stacks and a last heartbeat
+STACKS_GRACE = 1.5  # seconds past a deadline in which the ranks write their stacks and say where they stand
 CAUSE_GRACE = 0.5  # seconds after a first error in which the event that caused it may still arrive
 
 
@@ -130,6 +132,7 @@ class PendingCall:
     replies: dict[int, Hello | Reply] = field(default_factory=dict)
     purpose: str = ""  # of what is not for training
     held: dict[int, Held] | None = None  # by rank, where ranks are to leave the command
+    overdue: dict[int, Overdue] = field(default_factory=dict)  # where ranks stood when time was up
 
     @property
     def result_types(self) -> tuple[type, ...]:
@@ -230,14 +233,18 @@ class Listener:
         for rank, state in enumerate(self._table.states):
             if state.heard and now > state.heard + self._heartbeat_timeout:
                 self._errors.append(WorkerSilentError(f"{self._table.name(rank)} is silent: {self._doing(rank)}"))
-        if now > self.call.end + STACKS_GRACE:
-            self._errors.append(DeadlineError(self._overdue()))
+        if now <= self.call.end:
+            return
+        late = [rank for rank in range(len(self._table.states)) if self.call.awaits(rank)]
+        reported = all(rank in self.call.overdue for rank in late)
+        if now > self.call.end + (0 if reported else STACKS_GRACE):
+            self._errors.append(DeadlineError(self._overdue(late)))
 
     # --- events ------------------------------------------------------------------------------------------------------
 
     def _handle(self, peer: Peer, message: Message | WireError | None) -> None:
         match message:
-            case Hello() | Heartbeat() | StopNotice() | Held() | Reply() | Completions():
+            case Hello() | Heartbeat() | StopNotice() | Held() | Overdue() | Reply() | Completions():
                 # A rank has two connections, its own and its watchdog's. It may speak for itself alone.
                 rank = message.info.rank if isinstance(message, Hello) else message.rank
                 own = self._router.rank_of[peer]
@@ -253,7 +260,7 @@ class Listener:
                 self._errors.append(ProtocolError(f"{self._table.name(self._router.rank_of[peer])}: {what}"))
 
     def _handle_message(
-        self, rank: int, peer: Peer, message: Hello | Heartbeat | StopNotice | Held | Reply | Completions
+        self, rank: int, peer: Peer, message: Hello | Heartbeat | StopNotice | Held | Overdue | Reply | Completions
     ) -> None:
         state = self._table.states[rank]
         match message:
@@ -269,6 +276,8 @@ class Listener:
                     self.call.held[rank] = message
             case StopNotice():
                 self.stop_asked(message.signal)
+            case Overdue() if self.call.awaits(rank):
+                self.call.overdue[rank] = message
             case Completions():
                 self.completed.extend(message.outputs)
             case Reply():
@@ -317,9 +326,8 @@ class Listener:
         detail = f", {state.heartbeat.detail}" if state.heartbeat and state.heartbeat.detail and busy else ""
         return f"{doing}{detail}, last heard {time.monotonic() - state.heard:.1f} s ago"
 
-    def _overdue(self) -> str:
-        late = [rank for rank in range(len(self._table.states)) if self.call.awaits(rank)]
-        ranks = ", ".join(map(str, late))
-        lines = [f"{self.call.place}: rank {ranks} did not reply within {self.call.seconds:g} s"]
+    def _overdue(self, late: Sequence[int]) -> str:
+        lines = [f"{self.call.place}: rank {', '.join(map(str, late))} did not reply within {self.call.seconds:g} s"]
+        lines += [f"  {line}" for line in hang.describe(self.call.overdue, late, self._doing)]
         lines += [f"  {self._table.name(rank)}: {self._doing(rank)}" for rank in late[:MAX_LINES]]
         return "\n".join([*lines, f"  stacks: {self._log_dir}/rank-*.stacks"])

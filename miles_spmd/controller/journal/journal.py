@@ -87,7 +87,7 @@ class Journal:
 
     def report(self, step: int) -> None:
         """Publish what was measured since the last report, ``step`` steps into the run."""
-        self.publish(events.MetricsReported(step, self._metrics.take()))
+        self.publish(events.MetricsReported(step, self._metrics.take(step)))
 
     @property
     def ledger_head(self) -> str:

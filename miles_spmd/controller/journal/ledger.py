@@ -30,7 +30,7 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "telemetry": True,
     "deadlines": True,
     "slurm": True,
-    "run": {"name", "output_dir", "overwrite"},
+    "run": {"name", "output_dir", "overwrite", "kernel_cache"},
     "reward": {"reward_timeout", "reward_memory_gib", "reward_workers"},
     "refit": {"refit_checksums", "refit_bucket_mib"},
     "checkpoint": True,

@@ -6,12 +6,15 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 
 from miles_spmd.algorithms import corrections
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.journal import events
+from miles_spmd.controller.journal.gpu_health import GpuHealthWatch
+from miles_spmd.controller.journal.stragglers import StragglerWatch
 from miles_spmd.protocol.messages import TrainerRank
 from miles_spmd.protocol.results import TrainResult
 from miles_spmd.telemetry.texts import slowest
@@ -46,10 +49,11 @@ CORRECT = 1.0  # a sample of an evaluation counts as solved from this reward on
 
 
 class Metrics:
-    """Collects the metrics of a step from its events."""
+    """Collects the metrics of a step from its events. ``run_dir``: for the file about slow ranks."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, run_dir: Path) -> None:
         self._cluster = cluster
+        self._stragglers, self._gpus = StragglerWatch(run_dir), GpuHealthWatch()
         self._started = time.monotonic()
         self._values: dict[str, float] = {}
         self._updates: list[Mapping[str, float]] = []
@@ -76,9 +80,9 @@ class Metrics:
             case events.Measured() | events.EvaluationFinished():
                 self._values |= event.metrics
 
-    def take(self) -> dict[str, float]:
+    def take(self, step: int) -> dict[str, float]:
         """Return the metrics of the events since the last call, those of updates averaged, with the time that has
-        passed, and start over."""
+        passed, and start over; ``step``: steps that are done."""
         metrics, updates = self._values, self._updates
         for name in {name for update in updates for name in update}:
             metrics[name] = float(np.mean([update[name] for update in updates if name in update]))
@@ -88,6 +92,8 @@ class Metrics:
             rate = metrics["train/tokens"] / seconds / len(self._cluster.infos)
             metrics["perf/tokens_per_gpu_per_second"] = rate
         self._started, self._values, self._updates = now, {}, []
+        metrics |= self._stragglers.add(step, self._cluster.take_own(), self._cluster.infos)
+        metrics |= self._gpus.add(self._cluster.take_gpus())
         return metrics | self._cluster.take_memory()
 
     def _increase(self, name: str, value: float) -> None:

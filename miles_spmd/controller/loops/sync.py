@@ -47,6 +47,12 @@ def leave(run: RunParts) -> str:
     return f"{why} before step {step}: " + ("all is saved" if step > 0 else "there is nothing to save")
 
 
+def warm(run: RunParts) -> None:
+    """Do one step, whose responses are short, so that every kernel is compiled."""
+    run.policy.refit(run.first)
+    advance(run, run.first)
+
+
 def advance(run: RunParts, step: int) -> None:
     """Train on the data of ``step``, which the mode decides."""
     match run.config.run.mode:
