@@ -92,7 +92,8 @@ class Checkpoints:
         interval, last = self._config.checkpoint.save_interval, step == self._config.run.num_rollout
         due = bool((interval and step and step % interval == 0) or (last and self._config.checkpoint.save_final))
         asked = self._is_asked(step)
-        if not (due or asked or anyway):
+        begun = self._saving is not None and self._saving.state.step == step  # a step's end may ask twice
+        if begun or not (due or asked or anyway):
             return
         with journal.timed("save"):
             self._settle(journal, wait=True)
