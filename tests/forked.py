@@ -112,7 +112,7 @@ def _run(
 def _become(arguments: list[str], environment: dict[str, str]) -> None:
     """What the interpreter does with ``arguments``, in a session of this process's own."""
     os.setsid()
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # torchrun's handlers
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT):  # the launcher's handlers
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()

@@ -15,7 +15,6 @@ from miles_spmd.generation.engine import EngineMemory
 from miles_spmd.models import Piece, TensorLayout, load_family
 from miles_spmd.types.request import Output, Request, check_request
 from miles_spmd.types.sample import FinishReason
-from miles_spmd.types.seeds import derive_seed
 
 _GREEDY_BELOW = 1e-6  # temperature
 
@@ -25,6 +24,7 @@ class Running:
     """A request that has not been returned yet."""
 
     request: Request
+    generator: torch.Generator
     cache: DynamicCache | None = None
     output_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
@@ -68,9 +68,13 @@ class TorchEngine:
             if request.sampling.stop and self._tokenizer is None:
                 raise ValueError(f"request {request.rid}: stop strings need a tokenizer in the checkpoint folder")
         for request in requests:
-            running = self._requests[request.rid] = Running(request)
+            generator = torch.Generator().manual_seed(request.sampling.seed)
+            running = self._requests[request.rid] = Running(request, generator)
             if request.begun is not None:
                 running.output_ids += request.begun.output_ids
+                if request.sampling.temperature >= _GREEDY_BELOW and request.sampling.top_k != 1:
+                    for _ in request.begun.output_ids:  # the numbers that their sampling has taken
+                        torch.multinomial(torch.ones(self._model.config.vocab_size), 1, generator=generator)
                 running.log_probs += request.begun.output_log_probs
                 running.top1_ids += request.begun.top1_ids or []
 
@@ -118,8 +122,7 @@ class TorchEngine:
         if not greedy and sampling.top_k != 1:
             if sampling.top_k != -1 or sampling.top_p < 1:
                 log_probs = truncated(log_probs, sampling.top_k, sampling.top_p)
-            generator = torch.Generator().manual_seed(derive_seed(sampling.seed, len(sequence)))
-            token = int(torch.multinomial(log_probs[0].exp(), 1, generator=generator))
+            token = int(torch.multinomial(log_probs[0].exp(), 1, generator=running.generator))
         running.output_ids.append(token)
         running.log_probs.append(float(log_probs[0, token]))
         running.finish_reason = self._finish_reason(running)

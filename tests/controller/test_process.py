@@ -15,6 +15,7 @@ import pytest
 from miles_spmd.config.load import load_config
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.messages import Heartbeat
+from miles_spmd.protocol.pipe import REQUEUE
 from miles_spmd.protocol.router import LOOPBACK
 from miles_spmd.types.phase import Phase
 from miles_spmd.worker.controller_process import ControllerProcess
@@ -58,7 +59,7 @@ def test_told_to_stop_it_says_why_and_who_is_missing(start: Start, capfd: pytest
     dealer.send(Heartbeat(rank=1, phase=Phase.START, step=0))
     time.sleep(0.5)  # for the heartbeat
     controller.stop("stopped by SIGTERM")
-    assert controller.wait(60) == 1
+    assert controller.wait(60) == REQUEUE
     assert capfd.readouterr().err == "miles-spmd: start: stopped by SIGTERM; rank 0 had not connected\n"
     dealer.close()
 

@@ -152,7 +152,7 @@ def test_after_an_exit_the_pool_lives_on(workers: int) -> None:
                 pool.submit(group("a")).result(timeout=60)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV])
 @pytest.mark.parametrize(("name", "pause"), [("process_id", 0.2), ("process_id_async", 0), ("process_ids", 0)])
 def test_a_process_that_is_killed_while_idle_is_replaced(name: str, pause: float, number: signal.Signals) -> None:
     settings = {"reward_batched": name == "process_ids", "reward_workers": 1}
@@ -164,6 +164,15 @@ def test_a_process_that_is_killed_while_idle_is_replaced(name: str, pause: float
             os.kill(int(score.value), number)
             time.sleep(pause)
         assert len(seen) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_request_to_stop_the_run_ends_no_process(number: signal.Signals) -> None:
+    """It may reach all processes of a run, which then scores what it has."""
+    with RewardPool(RewardConfig(rm_type=HERE + "process_id", reward_workers=1)) as pool:
+        (score,) = pool.submit(group("a")).result(timeout=60)
+        os.kill(int(score.value), number)
+        assert pool.submit(group("a")).result(timeout=60)[0].value == score.value
 
 
 def test_a_process_that_is_stopped_is_killed_in_time() -> None:
