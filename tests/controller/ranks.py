@@ -29,6 +29,7 @@ from miles_spmd.protocol.results import (
     Ok,
     RefitResult,
     Result,
+    SaveProgress,
     TrainResult,
     ValuesResult,
     WeightsDigest,
@@ -45,6 +46,7 @@ EMPTY = {  # a result of each type
     ValuesResult: ValuesResult(),
     WeightsDigest: WeightsDigest([], [], np.zeros(0, np.uint64)),
     CheckpointResult: CheckpointResult({}),
+    SaveProgress: SaveProgress(done=True),
     RefitResult: RefitResult(0, 0, 0, 0),
     Bisection: Bisection([]),
 }

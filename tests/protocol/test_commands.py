@@ -8,6 +8,7 @@ import pytest
 
 from miles_spmd.config import DeadlinesConfig
 from miles_spmd.controller.cluster.listener import RankTable
+from miles_spmd.platform import cpu
 from miles_spmd.protocol.commands import COMMANDS, AbortRequests, Command, EndGenerate, Receivers, Stop, Submit
 from miles_spmd.protocol.messages import Reply, decode, encode
 from miles_spmd.protocol.results import Result
@@ -17,7 +18,7 @@ FEED = {Submit, AbortRequests, EndGenerate}  # part of a rollout, handled by mil
 
 
 def test_all_commands_are_found() -> None:
-    assert len(COMMANDS) == 15
+    assert len(COMMANDS) == 16
     assert set(COMMANDS) > FEED
 
 
@@ -40,6 +41,7 @@ def test_its_result_survives_the_wire(kind: type[Command]) -> None:
 
 def test_it_has_a_handler() -> None:
     """And the handler returns what the command declares. Stop ends the loop that calls the handlers."""
+    cpu.install()  # whichever test of this process is the first to import Megatron
     from miles_spmd.worker.worker import Worker
 
     handlers = Worker.__dict__["execute"].dispatcher.registry

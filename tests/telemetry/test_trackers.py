@@ -17,6 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 from miles_spmd.algorithms.advantages import compute_advantages
 from miles_spmd.algorithms.corrections import mis, mismatch_metrics
 from miles_spmd.config import AlgorithmConfig
+from miles_spmd.controller.journal.stragglers import AMOUNTS
 from miles_spmd.telemetry import metrics
 from miles_spmd.telemetry.json_lines import LineWriter
 from miles_spmd.telemetry.metrics import METRICS, PHASES, describe, is_score, phase_times
@@ -161,7 +162,9 @@ def test_every_metric_that_is_written_is_described_and_the_reverse() -> None:
     controller = Path(metrics.__file__).parents[1] / "controller"
     source = "".join(path.read_text() for path in controller.rglob("*.py"))
     phases = set(re.findall(r'\.timed\("(\w+)"\)', source))
-    written = set(re.findall(r'"((?:rollout|train|refit|parity|perf|checkpoint)/\w+)"', source)) | algorithm_metrics()
+    tables = "rollout|train|refit|parity|perf|checkpoint|health"
+    written = set(re.findall(rf'"((?:{tables})/\w+)"', source)) | algorithm_metrics()
+    written |= {f"perf/{phase}_slowest" for phase in AMOUNTS}
     workers = "".join(path.read_text() for path in controller.with_name("worker").rglob("*.py"))
     memory = {*re.findall(r'\.note\("(\w+)"', workers), *set(Phase) - {Phase.IDLE, Phase.STOP}}
     written |= {f"memory/{name}" for name in memory}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from miles_spmd.controller.journal.stragglers import print_warning
+from miles_spmd.protocol.last_words import warn
 from miles_spmd.types.gpu_health import GpuHealth
 
 
 class GpuHealthWatch:
     """``warn`` receives the warnings."""
 
-    def __init__(self, warn: Callable[[str], None] = print_warning) -> None:
+    def __init__(self, warn: Callable[[str], None] = warn) -> None:
         self._warn, self._warned = warn, set[tuple[str, str]]()
 
     def add(self, found: Iterable[tuple[str, GpuHealth]]) -> dict[str, float]:

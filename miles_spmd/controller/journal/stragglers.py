@@ -9,7 +9,6 @@ steps.
 
 from __future__ import annotations
 
-import sys
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
+from miles_spmd.protocol.last_words import warn
 from miles_spmd.protocol.messages import OwnWork, RankInfo
 from miles_spmd.telemetry.stragglers import Row, Stragglers, write_stragglers
 from miles_spmd.types.phase import Phase
-from miles_spmd.types.printable import MAX_LINE, printable
 
 SLOW = 1.3  # times its peers' time
 PERSISTS = 3  # consecutive steps, before a warning
@@ -42,15 +41,11 @@ class _History:
     warned: bool = False
 
 
-def print_warning(text: str) -> None:
-    print(f"miles-spmd: warning: {printable(text, MAX_LINE)}", file=sys.stderr, flush=True)
-
-
 class StragglerWatch:
     """Compares the units in every step; ``run_dir``: where the report's file is written; ``warn`` receives one warning
     about each unit that stays slow in a phase."""
 
-    def __init__(self, run_dir: Path, warn: Callable[[str], None] = print_warning) -> None:
+    def __init__(self, run_dir: Path, warn: Callable[[str], None] = warn) -> None:
         self._run_dir, self._warn = run_dir, warn
         self._history: dict[tuple[Phase, tuple[int, ...]], _History] = {}
         self._steps: deque[int] = deque(maxlen=WINDOW)
