@@ -41,21 +41,21 @@ class SlurmConfig(Table):
 
 @rule(ERRORS)
 def _container(s: Settings) -> Messages:
-    kind, _, image = s["slurm.container"].partition(":")
-    if s["slurm.container"] and (kind not in CONTAINERS or not image):
+    kind, _, image = s.container.partition(":")
+    if s.container and (kind not in CONTAINERS or not image):
         yield f"slurm.container: must be apptainer:IMAGE or pyxis:IMAGE, got {s['slurm.container']!r}"
 
 
 @rule(FILES)
 def _image(s: Settings) -> Messages:
-    image = s["slurm.container"].partition(":")[2]
+    image = s.container.partition(":")[2]
     if image.startswith("/") and not Path(image).exists():
         yield f"slurm.container: no file {image}"
 
 
 @rule(ERRORS)
 def _options(s: Settings) -> Messages:
-    for number, option in enumerate(s["slurm.options"]):
+    for number, option in enumerate(s.options):
         name = re.match(r"--([a-z-]+)|-\w", option)
         if name is None:
             yield f"slurm.options.{number}: {option!r} is not an option of sbatch, which begins with -- or -"

@@ -158,10 +158,12 @@ def test_a_run_that_fails_is_not_requeued(submit: Submit, folder: Path, checkpoi
 
 def half_of(checkpoint: Path, folder: Path) -> Path:
     """A model with half of the layers."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     shutil.copytree(checkpoint, folder)
-    AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=1).save_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
+    config.num_hidden_layers, config.layer_types = 1, config.layer_types[:1]
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 

@@ -89,6 +89,7 @@ def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:
     assert done.stderr.count("miles-spmd: error:") == 1
 
 
+@pytest.mark.timeout(900)
 def test_submitted(cluster: Cluster, folder: Path, checkpoint: Path) -> None:
     config = write_job(folder, checkpoint, slurm={"gpus_per_node": 0, "setup": ["sleep 600"]})
     refused = miles_spmd("slurm", config, "slurm.partition=nowhere", **cluster.environment)
