@@ -154,7 +154,7 @@ def test_short_help_version_and_completion() -> None:
         (["settings", "--markdown", "lr"], "--markdown prints the whole page"),
         (["plan", "x.toml", "--device-memory", "nan"], "nan is not a finite number above 0"),
         (["plan", "x.toml", "--device-memory", "-5"], "-5.0 is not a finite number above 0"),
-        (["plan", "absent\x1b[31m.toml"], r"absent\x1b[31m.toml: 1 error"),
+        (["plan", "absent\x1b[31m.toml"], r"'absent\x1b[31m.toml' has control characters"),
         (
             ["train", "/dev/null", "--learning-rate=1e-5"],
             "--learning-rate=1e-5: no such option; settings are KEY=VALUE",

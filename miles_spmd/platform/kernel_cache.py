@@ -154,9 +154,6 @@ class KernelCache:
     def _pack(self, file: BinaryIO, names: list[str]) -> None:
         total = 0
         with tarfile.open(fileobj=file, mode="w") as archive:
-            root = tarfile.TarInfo(ROOT)
-            root.size = len(text := str(self.folder).encode())
-            archive.addfile(root, io.BytesIO(text))
             for name in names:
                 path = self.folder / name
                 with contextlib.suppress(FileNotFoundError):  # some caches replace their files
@@ -164,6 +161,9 @@ class KernelCache:
                     if total > MOST_BYTES:
                         raise OSError(f"{self.folder} has more than {MOST_BYTES >> 30} GiB; delete it")
                     archive.add(path, name, recursive=False)
+            root = tarfile.TarInfo(ROOT)  # the last one, by which an archive is known to be whole
+            root.size = len(text := str(self.folder).encode())
+            archive.addfile(root, io.BytesIO(text))
 
     def _unpack(self) -> None:
         scratch = Path(tempfile.mkdtemp(dir=self.folder.parent, prefix=f"{self.key}."))
@@ -171,6 +171,8 @@ class KernelCache:
             if (archive := self._trusted()) is not None:
                 with archive, tarfile.open(fileobj=archive) as packed:
                     packed.extractall(scratch, filter="data")
+                if not (scratch / ROOT).exists():
+                    raise tarfile.ReadError("its end is missing")
                 self._move(scratch)
         except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
             self.problems.append(f"{self.archive} cannot be unpacked ({error}) and will be written again")

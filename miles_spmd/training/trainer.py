@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from miles_spmd.algorithms.losses import Loss
 from miles_spmd.config import Config
 from miles_spmd.models import Family
+from miles_spmd.platform.work_clock import WorkClock
 from miles_spmd.protocol.results import TrainResult, UpdateDigests
 from miles_spmd.training.checkpoint import TrainerCheckpoint
 from miles_spmd.training.digests import TrainerDigests, to_host
@@ -57,7 +59,8 @@ class Trainer(Network):
         leaves = config.train.reduction_leaves
         self._sum_gradients = TreeSum(self._chunks, leaves) if leaves else plain_sum
         # the functions that Megatron's pipeline schedules call back, as its own training loop sets them
-        transformer.finalize_model_grads_func = self._finish_gradients
+        # Megatron keeps this configuration for good, so what it calls must not lead to the trainer.
+        transformer.finalize_model_grads_func = partial(_finish_gradients, self.work, self._sum_gradients)
         if ddp.overlap_grad_reduce:
             transformer.no_sync_func = _per_chunk([chunk.no_sync for chunk in self._chunks])
         if ddp.overlap_param_gather and ddp.align_param_gather:
@@ -108,10 +111,6 @@ class Trainer(Network):
             digests=UpdateDigests(to_host(gradient), to_host(digests.weights())) if digests else None,
         )
 
-    def _finish_gradients(self, *args: Any, **kwargs: Any) -> None:
-        self.work.stop()  # from here on ranks wait for other replicas
-        self._sum_gradients(*args, **kwargs)
-
     def _loss(self, batch: PackedBatch, outputs: Outputs) -> tuple[Tensor, Outcome]:
         per_token, sums = self._loss_function(*outputs, batch.batch)
         loss = (batch.batch.loss_weights * per_token).sum()
@@ -132,3 +131,8 @@ def _sum_over_micro_batches(sums: list[dict[str, Tensor]]) -> dict[str, float]:
     names = list(sums[0])
     totals = torch.stack([torch.stack([s[name].double() for name in names]) for s in sums]).sum(0)
     return dict(zip(names, totals.tolist()))
+
+
+def _finish_gradients(work: WorkClock, sum_gradients: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    work.stop()  # from here on ranks wait for other replicas
+    sum_gradients(*args, **kwargs)

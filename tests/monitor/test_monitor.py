@@ -70,7 +70,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         story.failed = read_status(story.folder)
         second = launch("hang 5")
         wait_for(lambda: (folder / "held").exists(), second)
-        wait_for(lambda: read_status(story.folder).phase == "rollout", second)
+        wait_for(lambda: (now := read_status(story.folder)).phase == "rollout" and now.step == 5, second)
         story.hung = read_status(story.folder)
         story.followed, ended = [], threading.Event()
 

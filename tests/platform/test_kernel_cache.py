@@ -117,7 +117,7 @@ def test_a_folder_that_others_can_enter_is_not_used(
     assert "TRITON_CACHE_DIR" not in os.environ
 
 
-@pytest.mark.parametrize("damage", ["writable", "cut", "escape"])
+@pytest.mark.parametrize("damage", ["writable", "cut 700", "cut 1024", "cut 1500", "cut 2560", "escape"])
 def test_an_archive_that_cannot_be_trusted_or_read_is_not_unpacked(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,8 +128,8 @@ def test_an_archive_that_cannot_be_trusted_or_read_is_not_unpacked(
     cache.fill(wait=True)
     if damage == "writable":
         cache.archive.chmod(0o620)
-    elif damage == "cut":
-        cache.archive.write_bytes(cache.archive.read_bytes()[:1500])
+    elif damage.startswith("cut"):
+        cache.archive.write_bytes(cache.archive.read_bytes()[: int(damage.split()[1])])
     else:
         with tarfile.open(cache.archive, "w") as archive:
             archive.add(__file__, "../../escaped")

@@ -21,7 +21,7 @@ from tests.invariant.both_ways import both_ways, kernels
 from tests.training.cases import sequences
 
 CPU = torch.device("cpu")
-ALONE = Coordinates(0, 1, 0, 1, None, 0, 1, 0, 1, 0, 1, 0, 1)
+ALONE = Coordinates(0, 1, 0, 1, None, 0, 1, 0, 1, 0, 1, 0, 1, waits_with=0)
 lengths_of_a_batch = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 
 
@@ -38,7 +38,7 @@ def test_every_trained_token_is_scored_once(
 ) -> None:
     """Over the ranks of a context-parallel group: by the position before it, with its own target, weight and values."""
     batch = sequences(lengths)
-    everything = Coordinates(0, tp_size, 0, cp_size, None, 0, 1, 0, 1, 0, 1, 0, 1)
+    everything = Coordinates(0, tp_size, 0, cp_size, None, 0, 1, 0, 1, 0, 1, 0, 1, waits_with=0)
     granule = 2 * cp_size * tp_size
     length = stream_length(batch, everything, sequence_parallel=tp_size > 1, multiple=multiple)
     assert length % (cp_size * tp_size * multiple) == 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ from miles_spmd.config import Config
 from miles_spmd.config.load import config_digest, load_config
 from miles_spmd.controller import attempts
 from miles_spmd.controller.cluster.cluster import Cluster
+from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.controller.tasks import run
 from miles_spmd.ledger.chain import Record, read_record
 from miles_spmd.ledger.compare import compare
@@ -35,7 +37,7 @@ TP2 = "megatron.tensor_model_parallel_size=2"
 ENGINE_TP2 = "sglang.tp_size=2"
 
 
-def serve(credentials: bytes, config: Config) -> None:
+def serve(credentials: bytes, config: Config, lasts: str) -> None:
     """A rank of a run, until it is told to stop; an engine must then hold what the trainers have exported."""
     from datetime import timedelta
 
@@ -53,7 +55,7 @@ def serve(credentials: bytes, config: Config) -> None:
     memory = MemoryAccount(config, place.world_size, side.trains, side.generates)
     worker = Worker(config, "train", side, place.rank, dealer, watch, memory, lambda _: None)
     dealer.send(Hello(rank_info(worker, place), config_digest(config), watch.take()))
-    while not dealer.disconnections.poll(0):
+    while Path(lasts).exists():  # the run, which may end before this rank connects
         call = dealer.receive(0.1)
         if isinstance(call, Call) and call.command.has_reply():
             result = Ok() if isinstance(call.command, Stop) else worker.execute(call.command)
@@ -73,16 +75,19 @@ def train(ranks: Ranks, world_size: int, recipe: Path, folder: Path, *overrides:
     settings += ["save_interval=2", "start_timeout=60", *overrides]
     config = load_config(recipe, settings, world_size=world_size)
     router, errors = Router(ranks=world_size), list[BaseException]()
-    arguments = world_size, serve, msgspec.json.encode(router.credentials), config
+    lasts = TemporaryDirectory()
+    arguments = world_size, serve, msgspec.json.encode(router.credentials), config, lasts.name
     thread = threading.Thread(target=_keep, args=(errors, lambda: ranks.run(*arguments)))
     thread.start()
     attempt = attempts.begin(config.run_dir, "train", world_size)
     workers = Cluster(router, world_size, config.deadlines, config_digest(config), attempt.folder)
     try:
-        run(config, workers, attempt)
+        run(config, workers, attempt, Stopping(config.run_dir))
         workers.stop()
     finally:
         attempt.end("finished", "finished")
+        attempt.close()
+        lasts.cleanup()
         router.close()
         thread.join()
         assert not errors, errors[0]  # it explains what the controller says

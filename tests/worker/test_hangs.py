@@ -35,7 +35,7 @@ def hang(folder: Path, checkpoint: Path, loss: str) -> tuple[list[str], Path]:
     assert f"miles-spmd: {first}\n" in done.stderr, done.stderr
     message = done.stderr[done.stderr.index(first) :].splitlines()
     print("\n".join(message))
-    return message, folder / "runs" / "tiny" / "logs"
+    return message, folder / "runs" / "tiny" / "logs" / "latest"
 
 
 def test_a_rank_that_does_not_come_to_a_collective_is_named_with_its_stack(tmp_path: Path, checkpoint: Path) -> None:

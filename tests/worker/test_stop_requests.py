@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from miles_spmd.controller.checkpoints import newest, read
+from miles_spmd.controller.checkpoint_folders import newest, read
 from miles_spmd.ledger.chain import FILE, FOLDER
 from miles_spmd.protocol.pipe import REQUEUE
 from miles_spmd.types.phase import Phase
