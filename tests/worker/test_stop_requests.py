@@ -24,7 +24,7 @@ from tests import forked
 from tests.worker.test_failures import REPOSITORY, START_SECONDS, Launched
 from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
 
-MANY = 12  # steps of a run that ends by itself
+MANY = 60  # steps: more than fit into the second between two looks for the file
 
 
 @pytest.fixture(scope="module")

@@ -224,6 +224,10 @@ class Cluster:
         self._listener.wait(lambda: bool(completed) or interrupt())
         return completed.popleft() if completed else None
 
+    def listen(self) -> None:
+        """Take what ranks have sent. Raises a WorkerError."""
+        self._listener.take_arrived()
+
 
 class RolloutSession:
     """Routes requests to the engines, whose first ranks are ``leaders``.
@@ -267,6 +271,10 @@ class RolloutSession:
         if output is not None:
             del self._rank_of[output.rid]
         return output
+
+    def listen(self) -> None:
+        """Take what the engines have sent, while something else is waited for. Raises a WorkerError."""
+        self._cluster.listen()
 
     def end(self) -> None:
         """Abort what is still running and close the rollout on the engines."""

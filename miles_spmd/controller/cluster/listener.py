@@ -182,6 +182,13 @@ class Listener:
             if self._errors:
                 raise self.cause() or self._errors[0]
 
+    def take_arrived(self) -> None:
+        """Handle what has arrived; raises a WorkerError."""
+        while self._receive(0):
+            pass
+        if self._errors:
+            raise self.cause() or self._errors[0]
+
     def cause(self) -> WorkerError | None:
         """The error that explains the others, if there is an error.
 

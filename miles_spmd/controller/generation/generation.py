@@ -161,6 +161,11 @@ class Generation:
             return self._stopping.must_leave(drains=True) or (eval_set is not None and bool(self._stopping.source))
 
         with self._cluster.rollout(step, purpose=purpose) as session:
+
+            def leaves_meanwhile() -> bool:  # a request to stop may come by a rank
+                session.listen()
+                return leaves()
+
             while not acceptance.enough and not leaves():
                 while acceptance.short:
                     wave = [[Sample(prompt, index) for index in range(count)] for prompt in next(waves)]
@@ -170,7 +175,7 @@ class Generation:
                 if (output := session.next(interrupt=lambda: acceptance.has_news or leaves())) is not None:
                     acceptance.finish_sample(self._fill(acceptance, output))
                 # without an output, a reward is there or all that is missing
-                acceptance.resolve(wait=output is None, unless=leaves)
+                acceptance.resolve(wait=output is None, unless=leaves_meanwhile)
             if not acceptance.enough:
                 session.abort()
                 while (output := session.next()) is not None:

@@ -217,8 +217,18 @@ class _FinishedCollector(SchedulerOutputStreamer):
     def stream_output(self, reqs: list[Req], return_logprob: bool, skip_req: Req | None = None) -> None:
         for req in reqs:
             if req.finished() and not req.finished_output and req is not skip_req:
+                _look_for_an_end(req)
                 req.finished_output = True
                 self.send_to_detokenizer.append(req)
+
+
+def _look_for_an_end(req: Req) -> None:
+    """Find the end of an aborted request, if its newest token is one: SGLang looks for an abort first, and a response
+    that is complete must not be continued."""
+    if isinstance(abort := req.finished_reason, FINISH_ABORT) and req.output_ids:
+        req.finished_reason = None
+        req.update_finish_state()
+        req.finished_reason = req.finished_reason or abort
 
 
 class _AbortCollector:
