@@ -47,6 +47,9 @@ class Engines:
         self.running += requests
         self.submitted += requests
 
+    def listen(self) -> None:
+        """Engines that send nothing by themselves."""
+
     def next(self, interrupt: Callable[[], bool]) -> Output | None:
         if not self.running or interrupt():
             return None
