@@ -145,13 +145,13 @@ def test_an_engine_of_two_ranks_stays_in_step(ranks: Ranks, checkpoint: Path) ->
 
 def test_aborted_requests_keep_what_they_have(ranks: Ranks, checkpoint: Path) -> None:
     with serving(ranks, "torch", checkpoint, 1) as workers, workers.rollout(0) as session:
-        session.submit([*requests(2, new_tokens=400), *requests(4)[2:]])
+        session.submit([*requests(2, new_tokens=120), *requests(4, new_tokens=2)[2:]])
         outputs = iter(session.next, None)
         assert {next(outputs).rid, next(outputs).rid} == {"r2", "r3"}
         session.abort(["r0"])
         aborted = next(outputs)
         assert (aborted.rid, aborted.finish_reason) == ("r0", FinishReason.ABORT)
-        assert len(aborted.output_ids) < 400
+        assert 2 <= len(aborted.output_ids) < 120
         session.abort()
         assert [o.finish_reason for o in outputs] == [FinishReason.ABORT]
 
