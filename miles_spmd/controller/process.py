@@ -53,6 +53,7 @@ class _Launcher:
     def __init__(self, pipe: Connection, stopping: Stopping) -> None:
         self._pipe, self._stopping = pipe, stopping
         self._reason = ""
+        self.stopped: Stopped | None = None  # what was raised
         self._interrupt: Callable[[BaseException], None] | None = None
         os.set_inheritable(pipe.fileno(), False)
         os.register_at_fork(after_in_child=pipe.close)  # a copy in a forked reward process would keep the pipe open
@@ -85,7 +86,8 @@ class _Launcher:
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.ignore()  # a second signal must not interrupt the exit
         assert self._interrupt is not None
-        self._interrupt(Stopped(self._reason or f"stopped by {signal.Signals(number).name}"))
+        self.stopped = Stopped(self._reason or f"stopped by {signal.Signals(number).name}")
+        self._interrupt(self.stopped)
 
     @staticmethod
     def ignore() -> None:
@@ -136,6 +138,8 @@ def main(descriptor: int) -> int:
                 status, state = (REQUEUE, "stopped") if problem else (0, "finished")
                 cluster.stop(status)
             except Exception as error:
+                if launcher.stopped is not None:  # native code makes an error of its own of what it is interrupted by
+                    raise launcher.stopped from error
                 problem = _explain(error, cluster.place, log, order.task)
                 status, state = 1, _state(error)
         except Stopped as stopped:

@@ -65,6 +65,10 @@ class Fault:
         return self.victim != "reward" or self.holder == "reward"
 
     @property
+    def asks_to_stop(self) -> bool:
+        return self.number is signal.SIGTERM and self.victim != "reward"
+
+    @property
     def place(self) -> tuple[int, int]:
         """Where it is in the run: a refit and a save before a step belong to the one before."""
         order = PHASES.index(self.phase)
@@ -72,8 +76,17 @@ class Fault:
 
 
 def draw(chance: random.Random, count: int) -> list[Fault]:
-    """``count`` faults in the order of the run, no two of them in the same phase of the same step. Every process gets
-    every signal in a save, and as far as it goes in the other phases."""
+    """``count`` faults in the order of the run, no two of them in the same phase of the same step, and none in a step
+    after a request to stop, with which that step is completed and saved."""
+    while True:
+        faults = _draw(chance, count)
+        bound = [fault for fault in faults if fault.phase != "start"]
+        if not any(a.asks_to_stop and a.place[0] == b.place[0] for a, b in pairwise(bound)):
+            return faults
+
+
+def _draw(chance: random.Random, count: int) -> list[Fault]:
+    """Every process gets every signal in a save, and as far as it goes in the other phases."""
 
     def some(phase: str, steps: list[int]) -> list[Fault]:
         kinds = [(victim, number) for victim in VICTIMS for number in SIGNALS]
@@ -332,21 +345,25 @@ def test_killed_and_resumed(tmp_path: Path, checkpoint: Path, unhurt: Chain, see
     assert found.equal, found.difference
     assert found.steps == list(range(STEPS))
     _check_metrics(chain)
-    # every checkpoint is there, and no other folder, with the digests of the unhurt run's weights and optimizer states
-    saved = sorted(path.relative_to(chain.run_dir) for path in chain.run_dir.glob("checkpoints/*"))
-    assert saved == [step_folder(Path(), step) for step in range(SAVE_INTERVAL, STEPS + 1, SAVE_INTERVAL)]
-    for folder in saved:
+    # Every checkpoint is there, with the digests of the unhurt run's weights and optimizer states; no other folder but
+    # those that requests to stop have left.
+    due = {step_folder(Path(), step) for step in range(SAVE_INTERVAL, STEPS + 1, SAVE_INTERVAL)}
+    saved = {path.relative_to(chain.run_dir) for path in chain.run_dir.glob("checkpoints/*")}
+    assert due <= saved
+    assert all((chain.run_dir / folder / STATE_FILE).exists() for folder in saved)
+    assert len(saved - due - {Path("checkpoints", "latest")}) <= sum(fault.asks_to_stop for fault in faults)
+    for folder in due:
         assert read(chain.run_dir / folder).folders == read(unhurt.run_dir / folder).folders
     weights = Path("export", "model.safetensors")
     assert (chain.run_dir / weights).read_bytes() == (unhurt.run_dir / weights).read_bytes()
 
 
 def _check_metrics(chain: Chain) -> None:
-    """Each start went on from the newest checkpoint that there was; no step is missing."""
-    steps = [json.loads(line)["step"] for line in chain._metrics()]
-    assert set(steps) == set(range(STEPS + 1))
-    assert steps[-1] == STEPS
-    resumed = {lines: committed for lines, committed in chain.starts if lines < len(steps)}
-    assert len(resumed) > len(chain.starts) // 2
-    for lines, committed in resumed.items():  # the last of those starts that wrote no line has the newest checkpoint
-        assert steps[lines] == committed
+    """Each start went on from the newest checkpoint that there was; every step is there once."""
+    assert [json.loads(line)["step"] for line in chain._metrics()] == list(range(STEPS + 1))
+    attempts = [json.loads(line) for line in (chain.run_dir / "attempts.jsonl").read_text().splitlines()]
+    committed = {step for _, step in chain.starts}
+    ready = [attempt["first_step"] for attempt in attempts if attempt.get("ready")]
+    assert len(ready) > len(chain.starts) // 2
+    assert ready == sorted(ready)
+    assert set(ready) <= committed
