@@ -83,7 +83,7 @@ def launch(world_size: int) -> NoReturn:
     from torch.distributed.run import main as torchrun
 
     from miles_spmd.protocol import last_words
-    from miles_spmd.protocol.pipe import REQUEUE
+    from miles_spmd.protocol.pipe import LAUNCHER, REQUEUE
     from miles_spmd.telemetry.environment import gpus
     from miles_spmd.worker.meeting import FOLDER, PREFIX
 
@@ -98,6 +98,7 @@ def launch(world_size: int) -> NoReturn:
         )
     with temporary as folder:
         os.environ[FOLDER] = folder
+        os.environ[LAUNCHER] = str(os.getpid())
         unsaid = Path(folder, "unsaid")
         unsaid.touch()
         os.environ[last_words.VARIABLE] = str(unsaid)

@@ -28,7 +28,7 @@ import zmq
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.last_words import say
 from miles_spmd.protocol.messages import Heartbeat, Held, HoldPasses, Overdue, ReleasePasses, StopNotice
-from miles_spmd.protocol.pipe import EXIT_SECONDS, REQUEUE, Credentials
+from miles_spmd.protocol.pipe import EXIT_SECONDS, LAUNCHER, REQUEUE, Credentials
 from miles_spmd.training.passes import PASSES
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.printable import MAX_LINE, printable
@@ -74,7 +74,7 @@ class Watchdog(threading.Thread):
         self._doing = Doing(Phase.START, 0)
         self._rank, self._terminal, self._stacks, self._controller = rank, terminal, stacks, controller
         self._silent_loss = beside_controller
-        self._parent = os.getppid()
+        self._parent = int(os.environ.get(LAUNCHER) or os.getppid())
         self._dealer: Dealer | None = None
         self._lost_since: float | None = None  # monotonic: when the connection to the controller closed
         self._stopping = False
