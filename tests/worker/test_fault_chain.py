@@ -103,7 +103,9 @@ def _draw(chance: random.Random, count: int) -> list[Fault]:
         found += some(phase, chance.sample(steps, EACH))
     found.sort(key=lambda fault: fault.place)
     # A start is struck only where there certainly is one: the first, and those after what ends the run.
-    starts = [0, *(index + 1 for index, fault in enumerate(found[:-1]) if fault.ends_the_run)]
+    # With a request to stop in the last step the run is complete.
+    ended = [f.ends_the_run and not (f.asks_to_stop and f.place[0] == STEPS - 1) for f in found[:-1]]
+    starts = [0, *(index + 1 for index, ends in enumerate(ended) if ends)]
     starts = sorted(chance.sample(starts, count - len(found)), reverse=True)
     for index, fault in zip(starts, some("start", [0] * len(starts))):
         holder = chance.choice(["rank_0", "rank_1"])
