@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from miles_spmd.protocol.messages import Heartbeat, Held, HoldPasses, ReleasePasses, StopNotice
+from miles_spmd.protocol.pipe import LAUNCHER
 from miles_spmd.protocol.router import Router
 from miles_spmd.types.phase import Phase
 
@@ -148,3 +149,14 @@ def test_without_a_controller_it_ends(watched: Callable[..., Watched]) -> None:
     w.router.close()
     assert w.end() == (1, f"miles-spmd: rank 1 ({socket.gethostname()}), train, step 3: lost the controller\n")
     w.router = Router()  # for the fixture to close
+
+
+def test_a_launcher_that_died_before_the_rank_looked_is_missed(
+    watched: Callable[..., Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rank has another parent from the start."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    monkeypatch.setenv(LAUNCHER, str(gone.pid))
+    status, _ = watched().end()
+    assert status == 1
