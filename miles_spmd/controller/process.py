@@ -110,7 +110,10 @@ def main(descriptor: int) -> int:
     stderr REQUEUE where the run was asked to stop and can be continued, and 1 otherwise."""
     pipe = Connection(descriptor)
     sys.stdout, sys.stderr = scrubbed(sys.stdout), scrubbed(sys.stderr)
-    order = msgspec.json.decode(pipe.recv_bytes(), type=Order)
+    try:
+        order = msgspec.json.decode(pipe.recv_bytes(), type=Order)
+    except (EOFError, OSError):  # rank 0 died, of which its launcher speaks
+        return 1
     config = Config.model_validate_json(order.config)
     stopping = Stopping(config.run_dir)
     stopping.show = lambda text: print(f"{config.run.name}: {text}", flush=True)
@@ -126,7 +129,11 @@ def main(descriptor: int) -> int:
     state: attempts.State = "finished"
     with Router(order.host, order.world_size) as router:
         members = [msgspec.structs.replace(one, logs=str(attempt.folder)) for one in router.credentials]
-        pipe.send_bytes(msgspec.json.encode(members))
+        try:
+            pipe.send_bytes(msgspec.json.encode(members))
+        except OSError:  # of which its launcher speaks
+            _conclude(attempt, "failed", "start: rank 0 died", config)
+            return 1
         cluster = Cluster(router, order.world_size, config.deadlines, config_digest(config), attempt.folder)
         cluster.pass_requests(stopping.ask)
         try:
