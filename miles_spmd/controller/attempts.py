@@ -24,7 +24,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from miles_spmd.telemetry.json_lines import Lines
-from miles_spmd.types.files import AppendedFile, write_whole
+from miles_spmd.types.files import AppendedFile, link, write_whole
 from miles_spmd.types.printable import printable
 from miles_spmd.types.secrets import scrub
 
@@ -209,7 +209,7 @@ def begin(run_dir: Path, task: str, ranks: int) -> AttemptWriter:
     record = msgspec.structs.replace(record, attempt=max(numbers, default=0) + 1)
     writer = AttemptWriter(run_dir, record, folder / record.name)
     _write_lines(run_dir, [*earlier.unwritten, record])
-    _point_latest(folder, record.name)
+    link(folder / LATEST, record.name)  # which nothing but people follows
     return writer
 
 
@@ -220,13 +220,6 @@ def leftovers(run_dir: Path) -> list[Path]:
 
 def _folders(logs: Path) -> list[Path]:
     return [path for path in logs.glob("attempt_*") if re.fullmatch(r"attempt_\d+", path.name)]
-
-
-def _point_latest(logs: Path, name: str) -> None:
-    scratch = logs / f".{LATEST}.{os.getpid()}"
-    with contextlib.suppress(OSError):  # a file system without links; nothing but people follows this one
-        scratch.symlink_to(name)
-        scratch.replace(logs / LATEST)
 
 
 def _write_lines(run_dir: Path, records: Collection[Attempt]) -> None:
@@ -290,8 +283,7 @@ class AttemptWriter:
     def close(self) -> None:
         """Complete the line in ``attempts.jsonl`` after everything else was written. Raises OSError."""
         self._log.close()
-        if self.record.attempt:
-            _write_lines(self._run_dir, [self.record])
+        _write_lines(self._run_dir, [self.record])
 
     def _gather_logs(self) -> None:
         """Move the logs of ranks that ended before they knew the attempt's folder into it."""

@@ -19,7 +19,7 @@ import xxhash
 from miles_spmd.config import CheckpointConfig
 from miles_spmd.ledger.entries import Saved
 from miles_spmd.protocol.last_words import warn
-from miles_spmd.types.files import write_whole
+from miles_spmd.types.files import link, write_whole
 
 FOLDER = "checkpoints"
 EXPORT = "export"  # in the run folder, where the configuration names no other
@@ -119,7 +119,7 @@ def publish(scratch: Path, state: ControllerState) -> Path:
     shutil.rmtree(old, ignore_errors=True)
     remove_after(folder.parents[1], state.step)
     _sync(folder.parent)
-    point_to(folder)
+    link(folder.with_name(LATEST), folder.name)
     return folder
 
 
@@ -133,16 +133,6 @@ def add_responses(folder: Path, responses: bytes) -> None:
     """Put the responses that the step after the complete checkpoint ``folder`` has so far into it. Raises OSError."""
     write_whole(folder / RESPONSES_FILE, responses, sync=True)
     mark(folder, msgspec.structs.replace(read(folder), responses=xxhash.xxh3_128_hexdigest(responses)))
-
-
-def point_to(folder: Path) -> None:
-    """Let ``latest`` be a link to ``folder``; a file system without symbolic links has none, and nothing needs it."""
-    scratch, latest = folder.with_name(f".{LATEST}.{os.getpid()}"), folder.with_name(LATEST)
-    with contextlib.suppress(OSError):
-        if latest.is_dir() and not latest.is_symlink():  # of a run folder that was copied without links
-            shutil.rmtree(latest)
-        scratch.symlink_to(folder.name)
-        scratch.replace(latest)
 
 
 def _sync(folder: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from unicodedata import category
@@ -14,7 +15,7 @@ FULL = {number: os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, e
 REMEDY = "free some space on its disk, or raise the limit"
 
 
-@contextmanager
+@contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """An OSError that is raised inside names a file: ``path``, unless it names one already. What writes into an open
     file, or syncs or closes it, raises errors without a name."""
@@ -85,6 +86,17 @@ def write_whole(path: Path, content: bytes, *, sync: bool = False) -> None:
     except OSError as error:
         scratch.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def link(path: Path, target: str) -> None:
+    """Let ``path`` be a symbolic link to ``target``, at once; what was there is replaced. A file system without links
+    has none afterwards, so nothing may need it."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():  # of a folder that was copied without links
+            shutil.rmtree(path)
+        scratch.symlink_to(target)
+        scratch.replace(path)
 
 
 def with_remedy(message: str) -> str:
