@@ -48,7 +48,7 @@ class ExportError(RuntimeError):
 class _Saving:
     """A save that is under way."""
 
-    scratch: Path
+    scratch: Path | None  # None: it failed before it had a folder
     state: ControllerState
     asked: bool  # by the file, which is removed at the end
 
@@ -167,7 +167,6 @@ class Checkpoints:
             metrics={n: value for n, value in metrics.items() if evaluated == step and math.isfinite(value)},
             format=folders.FORMAT,
         )
-        scratch = scratch or folders.step_folder(self._config.run_dir, step)
         self._saving = _Saving(scratch, state, asked)
         if problem:
             self._fail(problem)
@@ -179,19 +178,19 @@ class Checkpoints:
         progress = self._cluster.call(FinishSave(wait), step=self._saving.state.step)
         if not all(one.done for one in progress):
             return
-        problem = next((one.problem for one in progress if one.problem), "")
+        scratch, problem = self._saving.scratch, next((one.problem for one in progress if one.problem), "")
         try:
-            if not problem:
-                self._complete(self._saving, progress, journal)
+            if not problem and scratch is not None:
+                self._complete(self._saving, scratch, progress, journal)
         except OSError as error:
             problem = str(error)
         if problem:
             self._fail(problem, ends)
 
-    def _complete(self, saving: _Saving, progress: Sequence[SaveProgress], journal: Journal) -> None:
+    def _complete(self, saving: _Saving, scratch: Path, progress: Sequence[SaveProgress], journal: Journal) -> None:
         digests = {name: [one.digests[name] for one in progress] for name in progress[0].digests}
         journal.sync()  # the ledger's entry is on disk before the file that refers to it
-        folders.publish(saving.scratch, msgspec.structs.replace(saving.state, folders=digests))
+        folders.publish(scratch, msgspec.structs.replace(saving.state, folders=digests))
         folders.prune(self._config.run_dir, self._config.checkpoint)
         seconds, nbytes = max(one.seconds for one in progress), sum(one.nbytes for one in progress)
         journal.publish(events.CheckpointCompleted(saving.state.step, seconds, nbytes))
@@ -203,7 +202,7 @@ class Checkpoints:
         is the second one, unless the run ``ends``, which then reports it."""
         assert self._saving is not None
         step, scratch = self._saving.state.step, self._saving.scratch
-        if scratch.name.endswith(folders.INCOMPLETE):
+        if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
         before = folders.newest(self._config.run_dir)
         self._problem = (
@@ -218,7 +217,7 @@ class Checkpoints:
             raise SaveError(self._problem)
         warn(
             f"{self._problem}; the run goes on, and ends if the next one fails, too: free some space for "
-            f"{scratch.parent}, or raise the limit"
+            f"{self._config.run_dir / folders.FOLDER}, or raise the limit"
         )
 
     def _end(self, saving: _Saving) -> None:
