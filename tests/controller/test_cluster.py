@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 
-from miles_spmd.config import DeadlinesConfig
-from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.cluster.listener import (
     DeadlineError,
     ProtocolError,
@@ -21,60 +17,14 @@ from miles_spmd.controller.cluster.listener import (
     WorkerSilentError,
     WorkerStoppedError,
 )
-from miles_spmd.protocol.commands import AbortRequests, EndGenerate, Generate, RefitEngine, Stop, Submit, TrainStep
+from miles_spmd.protocol.commands import RefitEngine, Stop, TrainStep
 from miles_spmd.protocol.dealer import Dealer
-from miles_spmd.protocol.messages import Call, Completions, Failure, Heartbeat, Reply
+from miles_spmd.protocol.messages import Call, Failure, Heartbeat, Reply
 from miles_spmd.protocol.results import Ok, RefitResult, Result, TrainResult
-from miles_spmd.protocol.router import Router
 from miles_spmd.types.phase import Phase
-from miles_spmd.types.request import Output, Request, SamplingParams
-from miles_spmd.types.sample import FinishReason
 from miles_spmd.types.train_sequence import TrainSequence
-from tests.controller.ranks import DIGEST, HOST, FakeRank, empty
-
-
-class Harness:
-    """A router, its workers, and fake ranks."""
-
-    def __init__(self, world_size: int, **deadlines: float) -> None:
-        self.world_size = world_size
-        self.router = Router(ranks=world_size)
-        self.workers = Cluster(self.router, world_size, DeadlinesConfig(**deadlines), DIGEST, Path("runs/x/logs"))
-        self.ranks: list[FakeRank] = []
-
-    def add(self, rank: int, *args: Any, **settings: Any) -> FakeRank:
-        self.ranks.append(
-            FakeRank(self.router.credentials[min(rank, self.world_size - 1)], rank, self.world_size, *args, **settings)
-        )
-        return self.ranks[-1]
-
-    def add_all(self, *args: Any, **settings: Any) -> Cluster:
-        for rank in range(self.world_size):
-            self.add(rank, *args, **settings)
-        self.workers.wait_ready()
-        return self.workers
-
-    def close(self) -> None:
-        for rank in self.ranks:
-            rank.leave()
-        self.router.close()
-
-
-@pytest.fixture
-def cluster() -> Iterator[Callable[..., Harness]]:
-    made: list[Harness] = []
-
-    def make(world_size: int = 2, **deadlines: float) -> Harness:
-        made.append(Harness(world_size, **deadlines))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-
-
-Make = Callable[..., Harness]
-
+from tests.controller.harness import Make
+from tests.controller.ranks import HOST, FakeRank, empty
 
 # --- start -----------------------------------------------------------------------------------------------------------
 
@@ -351,124 +301,3 @@ def test_waiting_costs_no_cpu(cluster: Make) -> None:
     with pytest.raises(DeadlineError):
         c.workers.call(TrainStep([]), step=1)
     assert time.thread_time() - began < 0.1
-
-
-# --- rollouts --------------------------------------------------------------------------------------------------------
-
-
-def request(number: int) -> Request:
-    return Request(str(number), [1, 2, number], SamplingParams(max_new_tokens=4))
-
-
-def output(rid: str, reason: FinishReason = FinishReason.STOP) -> Output:
-    return Output(rid, [7], [-0.5], reason, [(0, 1)])
-
-
-class FakeEngine:
-    """Completes requests at once, except those in ``slow``, which have to be aborted."""
-
-    def __init__(self, slow: tuple[str, ...] = ()) -> None:
-        self.slow = slow
-
-    def __call__(self, fake: FakeRank, call: Call) -> Result | Failure | None:
-        match call.command:
-            case Submit(requests):
-                finished = [output(r.rid) for r in requests if r.rid not in self.slow]
-                if finished:
-                    fake.send(Completions(fake.rank, finished))
-            case AbortRequests(rids):
-                fake.send(Completions(fake.rank, [output(rid, FinishReason.ABORT) for rid in rids]))
-            case Generate():
-                return None if fake.leader else Ok()  # a rank that steps does not reply before the end
-            case EndGenerate():
-                return Ok()
-        return None
-
-
-def submitted(fake: FakeRank) -> list[str]:
-    return [r.rid for command in fake.received if isinstance(command, Submit) for r in command.requests]
-
-
-def test_requests_go_round_the_engines_in_order_of_submission(cluster: Make) -> None:
-    c = cluster(4)
-    workers = c.add_all(FakeEngine(), engine_size=2)
-    for _ in range(2):  # each session begins with the first engine again
-        with workers.rollout(step=0) as session:
-            session.submit([request(i) for i in range(3)])
-            session.submit([request(3), request(4)])
-            outputs = list(iter(session.next, None))
-        assert sorted(o.rid for o in outputs) == ["0", "1", "2", "3", "4"]
-    assert submitted(c.ranks[0]) == ["0", "2", "4"] * 2
-    assert submitted(c.ranks[2]) == ["1", "3"] * 2
-    assert all(c.ranks[rank].received == [Generate()] * 2 for rank in (1, 3))
-    assert workers.seconds[3] == {"work": 1.0}
-
-
-def test_one_engine_gets_all_requests_of_a_prompt(cluster: Make) -> None:
-    c = cluster(2)
-    workers = c.add_all(FakeEngine())
-    with workers.rollout(step=0) as session:
-        prompts = [msgspec.structs.replace(request(i), input_ids=[i // 2]) for i in range(6)]
-        session.submit(prompts)
-        list(iter(session.next, None))
-    assert submitted(c.ranks[0]) == ["0", "1", "4", "5"]
-    assert submitted(c.ranks[1]) == ["2", "3"]
-
-
-def test_later_turns_are_submitted_while_others_run(cluster: Make) -> None:
-    workers = cluster(2).add_all(FakeEngine())
-    seen = []
-    with workers.rollout(step=0) as session:
-        session.submit([request(0), request(1)])
-        for finished in iter(session.next, None):
-            seen.append(finished.rid)
-            if int(finished.rid) < 6:
-                session.submit([request(int(finished.rid) + 2)])
-    assert sorted(seen) == [str(i) for i in range(8)]
-
-
-def test_aborted_requests_come_back(cluster: Make) -> None:
-    workers = cluster(2).add_all(FakeEngine(slow=("1", "2")))
-    with workers.rollout(step=0) as session:
-        session.submit([request(i) for i in range(4)])
-        outputs = iter(session.next, None)
-        assert {next(outputs).rid, next(outputs).rid} == {"0", "3"}
-        session.abort(["2", "never submitted"])
-        assert next(outputs) == output("2", FinishReason.ABORT)
-        session.abort()
-        assert [o.rid for o in outputs] == ["1"]
-
-
-def test_leaving_a_rollout_early_aborts_the_rest(cluster: Make) -> None:
-    c = cluster(1)
-    workers = c.add_all(FakeEngine(slow=("0",)))
-    with workers.rollout(step=0) as session:
-        session.submit([request(0)])
-    assert c.ranks[0].received[-2:] == [AbortRequests(["0"]), EndGenerate()]
-    with workers.rollout(step=1) as session:  # what was left over does not come up again
-        session.submit([request(1)])
-        assert [o.rid for o in iter(session.next, None)] == ["1"]
-
-
-def test_a_running_request_cannot_be_submitted_again(cluster: Make) -> None:
-    workers = cluster(1).add_all(FakeEngine(slow=("0",)))
-    with workers.rollout(step=0) as session:
-        session.submit([request(0)])
-        with pytest.raises(ValueError, match="'0' is already running"):
-            session.submit([request(0)])
-
-
-def test_a_failure_ends_a_rollout(cluster: Make) -> None:
-    failure = Failure("ValueError", "request 1: 3 + 4 tokens exceed the context of 6")
-    engine = FakeEngine()
-    workers = cluster(2).add_all(
-        lambda s, c: failure if s.rank == 1 and isinstance(c.command, Submit) else engine(s, c)
-    )
-
-    def rollout() -> None:
-        with workers.rollout(step=5) as session:
-            session.submit([request(0), request(1)])
-            list(iter(session.next, None))
-
-    with pytest.raises(WorkerFailedError, match=r"rank 1 \(node-a\), rollout, step 5: ValueError: request 1"):
-        rollout()

@@ -23,7 +23,7 @@ from miles_spmd.controller.checkpoint_folders import newest
 from miles_spmd.ledger.chain import verify
 from miles_spmd.monitor.status import Status, read_status, render
 from miles_spmd.monitor.tail import follow
-from tests.worker.test_failures import REPOSITORY, START_SECONDS, Launched
+from tests.worker.launched import REPOSITORY, START_SECONDS, Launched
 from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
 
 STEPS = 6

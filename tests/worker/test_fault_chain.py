@@ -27,8 +27,8 @@ from miles_spmd.controller.checkpoint_folders import STATE_FILE, read, step_fold
 from miles_spmd.ledger.chain import verify
 from miles_spmd.ledger.compare import compare
 from tests.worker.gate import write_hook
-from tests.worker.test_failures import REPOSITORY, Launched
-from tests.worker.tiny_run import write_checkpoint, write_config
+from tests.worker.launched import REPOSITORY, Launched
+from tests.worker.tiny_run import write_config
 
 STEPS, SAVE_INTERVAL = 100, 5
 SAVES, EACH = 12, 6  # faults of a chain in saves, and in each other phase of a step; the rest is in starts
@@ -318,11 +318,6 @@ def test_faults_are_in_order_and_differ(count: int) -> None:
         assert places == sorted(set(places))
         for before, fault in pairwise(faults):
             assert fault.phase != "start" or before.ends_the_run
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")

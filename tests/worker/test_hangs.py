@@ -7,17 +7,10 @@ import re
 import socket
 from pathlib import Path
 
-import pytest
-
 from tests import forked
-from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
+from tests.worker.tiny_run import REFERENCE_ENGINE, write_config
 
 HOST = socket.gethostname()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("model"))
 
 
 def hang(folder: Path, checkpoint: Path, loss: str) -> tuple[list[str], Path]:

@@ -29,12 +29,6 @@ from miles_spmd.worker.engine_loop import Lockstep, run_rollout
 from miles_spmd.worker.stopwatch import Stopwatch
 from tests.controller.ranks import DIGEST, HOST, info_of
 from tests.ranks import Ranks
-from tests.worker.tiny_run import write_checkpoint
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 def make_engine(kind: str, folder: Path, engine_size: int) -> Any:

@@ -11,7 +11,7 @@ from miles_spmd.controller.checkpoint_folders import complete, unfinished
 from miles_spmd.ledger.chain import verify
 from miles_spmd.telemetry.trackers import read_metrics
 from tests import forked
-from tests.worker.test_failures import REPOSITORY, START_SECONDS, Launched
+from tests.worker.launched import REPOSITORY, START_SECONDS, Launched
 from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
 
 SETTINGS = {

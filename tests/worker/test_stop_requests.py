@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +20,24 @@ from miles_spmd.ledger.chain import FILE, FOLDER
 from miles_spmd.protocol.pipe import REQUEUE
 from miles_spmd.types.phase import Phase
 from tests import forked
-from tests.worker.test_failures import REPOSITORY, START_SECONDS, Launched
-from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
+from tests.worker.launched import REPOSITORY, START_SECONDS, Launch, Launched
+from tests.worker.tiny_run import write_config
 
 MANY = 60  # steps: more than fit into the second between two looks for the file
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.fixture
-def launch(tmp_path: Path, checkpoint: Path) -> Iterator[Callable[..., Launched]]:
-    launched: list[Launched] = []
+def launch(launch: Launch) -> Launch:
+    """Runs that can be continued, and whose ledgers can be compared."""
 
     def start(*deed: object, **changes: dict[str, Any]) -> Launched:
-        changes["rollout"] = {"engine": REFERENCE_ENGINE} | changes.get("rollout", {})
-        changes["determinism"] = {"parity": "off", "deterministic": True}
+        changes["determinism"] = {"deterministic": True}
         changes["checkpoint"] = {"export_final": False, "resume": True} | changes.get("checkpoint", {})
-        launched.append(Launched(tmp_path, write_config(tmp_path, checkpoint, **changes), *map(str, deed)))
-        return launched[-1]
+        return launch(*deed, **changes)
 
-    yield start
-    for run in launched:
-        run.clean_up()
+    return start
 
 
-Launch = Callable[..., Launched]
 ENDLESS = {"num_rollout": 100000}
 
 

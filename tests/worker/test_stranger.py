@@ -35,8 +35,8 @@ from miles_spmd.types.phase import Phase
 from miles_spmd.worker.meeting import FOLDER, PREFIX, Place, _agree, _given_folder
 from tests import forked
 from tests.ranks import Ranks, free_port
-from tests.worker.test_failures import END_SECONDS, START_SECONDS, Launched
-from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
+from tests.worker.launched import END_SECONDS, START_SECONDS, Launched
+from tests.worker.tiny_run import REFERENCE_ENGINE, write_config
 
 NOBODY = 65534
 Address = tuple[str, int]
@@ -50,11 +50,6 @@ class Code:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
         return os.mkdir, (str(self.marker),)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 def settings(**changes: dict[str, Any]) -> dict[str, dict[str, Any]]:

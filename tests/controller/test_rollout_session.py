@@ -1,0 +1,135 @@
+"""Requests on their way to the engines of an open rollout, and their outputs on the way back."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from miles_spmd.controller.cluster.listener import (
+    WorkerFailedError,
+)
+from miles_spmd.protocol.commands import AbortRequests, EndGenerate, Generate, Submit
+from miles_spmd.protocol.messages import Call, Completions, Failure
+from miles_spmd.protocol.results import Ok, Result
+from miles_spmd.types.request import Output, Request, SamplingParams
+from miles_spmd.types.sample import FinishReason
+from tests.controller.harness import Make
+from tests.controller.ranks import FakeRank
+
+
+def request(number: int) -> Request:
+    return Request(str(number), [1, 2, number], SamplingParams(max_new_tokens=4))
+
+
+def output(rid: str, reason: FinishReason = FinishReason.STOP) -> Output:
+    return Output(rid, [7], [-0.5], reason, [(0, 1)])
+
+
+class FakeEngine:
+    """Completes requests at once, except those in ``slow``, which have to be aborted."""
+
+    def __init__(self, slow: tuple[str, ...] = ()) -> None:
+        self.slow = slow
+
+    def __call__(self, fake: FakeRank, call: Call) -> Result | Failure | None:
+        match call.command:
+            case Submit(requests):
+                finished = [output(r.rid) for r in requests if r.rid not in self.slow]
+                if finished:
+                    fake.send(Completions(fake.rank, finished))
+            case AbortRequests(rids):
+                fake.send(Completions(fake.rank, [output(rid, FinishReason.ABORT) for rid in rids]))
+            case Generate():
+                return None if fake.leader else Ok()  # a rank that steps does not reply before the end
+            case EndGenerate():
+                return Ok()
+        return None
+
+
+def submitted(fake: FakeRank) -> list[str]:
+    return [r.rid for command in fake.received if isinstance(command, Submit) for r in command.requests]
+
+
+def test_requests_go_round_the_engines_in_order_of_submission(cluster: Make) -> None:
+    c = cluster(4)
+    workers = c.add_all(FakeEngine(), engine_size=2)
+    for _ in range(2):  # each session begins with the first engine again
+        with workers.rollout(step=0) as session:
+            session.submit([request(i) for i in range(3)])
+            session.submit([request(3), request(4)])
+            outputs = list(iter(session.next, None))
+        assert sorted(o.rid for o in outputs) == ["0", "1", "2", "3", "4"]
+    assert submitted(c.ranks[0]) == ["0", "2", "4"] * 2
+    assert submitted(c.ranks[2]) == ["1", "3"] * 2
+    assert all(c.ranks[rank].received == [Generate()] * 2 for rank in (1, 3))
+    assert workers.seconds[3] == {"work": 1.0}
+
+
+def test_one_engine_gets_all_requests_of_a_prompt(cluster: Make) -> None:
+    c = cluster(2)
+    workers = c.add_all(FakeEngine())
+    with workers.rollout(step=0) as session:
+        prompts = [msgspec.structs.replace(request(i), input_ids=[i // 2]) for i in range(6)]
+        session.submit(prompts)
+        list(iter(session.next, None))
+    assert submitted(c.ranks[0]) == ["0", "1", "4", "5"]
+    assert submitted(c.ranks[1]) == ["2", "3"]
+
+
+def test_later_turns_are_submitted_while_others_run(cluster: Make) -> None:
+    workers = cluster(2).add_all(FakeEngine())
+    seen = []
+    with workers.rollout(step=0) as session:
+        session.submit([request(0), request(1)])
+        for finished in iter(session.next, None):
+            seen.append(finished.rid)
+            if int(finished.rid) < 6:
+                session.submit([request(int(finished.rid) + 2)])
+    assert sorted(seen) == [str(i) for i in range(8)]
+
+
+def test_aborted_requests_come_back(cluster: Make) -> None:
+    workers = cluster(2).add_all(FakeEngine(slow=("1", "2")))
+    with workers.rollout(step=0) as session:
+        session.submit([request(i) for i in range(4)])
+        outputs = iter(session.next, None)
+        assert {next(outputs).rid, next(outputs).rid} == {"0", "3"}
+        session.abort(["2", "never submitted"])
+        assert next(outputs) == output("2", FinishReason.ABORT)
+        session.abort()
+        assert [o.rid for o in outputs] == ["1"]
+
+
+def test_leaving_a_rollout_early_aborts_the_rest(cluster: Make) -> None:
+    c = cluster(1)
+    workers = c.add_all(FakeEngine(slow=("0",)))
+    with workers.rollout(step=0) as session:
+        session.submit([request(0)])
+    assert c.ranks[0].received[-2:] == [AbortRequests(["0"]), EndGenerate()]
+    with workers.rollout(step=1) as session:  # what was left over does not come up again
+        session.submit([request(1)])
+        assert [o.rid for o in iter(session.next, None)] == ["1"]
+
+
+def test_a_running_request_cannot_be_submitted_again(cluster: Make) -> None:
+    workers = cluster(1).add_all(FakeEngine(slow=("0",)))
+    with workers.rollout(step=0) as session:
+        session.submit([request(0)])
+        with pytest.raises(ValueError, match="'0' is already running"):
+            session.submit([request(0)])
+
+
+def test_a_failure_ends_a_rollout(cluster: Make) -> None:
+    failure = Failure("ValueError", "request 1: 3 + 4 tokens exceed the context of 6")
+    engine = FakeEngine()
+    workers = cluster(2).add_all(
+        lambda s, c: failure if s.rank == 1 and isinstance(c.command, Submit) else engine(s, c)
+    )
+
+    def rollout() -> None:
+        with workers.rollout(step=5) as session:
+            session.submit([request(0), request(1)])
+            list(iter(session.next, None))
+
+    with pytest.raises(WorkerFailedError, match=r"rank 1 \(node-a\), rollout, step 5: ValueError: request 1"):
+        rollout()
