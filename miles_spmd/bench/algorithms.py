@@ -23,7 +23,8 @@ from miles_spmd.bench.run import publish
 from miles_spmd.config.checks import checkpoint_shape
 from miles_spmd.config.load import load_config
 from miles_spmd.telemetry.metrics import is_score
-from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
+from miles_spmd.telemetry.trackers import read_metrics
+from miles_spmd.types.run_files import METRICS_FILE
 
 RECIPES = Path(__file__).parents[2] / "configs" / "algorithms"
 

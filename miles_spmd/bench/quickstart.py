@@ -25,7 +25,8 @@ from rich.table import Table
 
 from miles_spmd.bench.checkpoint import VOCABULARY, write_random_checkpoint
 from miles_spmd.telemetry.metrics import phase_times
-from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
+from miles_spmd.telemetry.trackers import read_metrics
+from miles_spmd.types.run_files import METRICS_FILE
 
 PROMPTS, SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 16, 8, 12, 24
 WARM_UP_STEPS = 3

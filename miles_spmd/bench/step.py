@@ -17,7 +17,8 @@ import tomli_w
 
 from miles_spmd.bench.result import Row
 from miles_spmd.telemetry.metrics import phase_times
-from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
+from miles_spmd.telemetry.trackers import read_metrics
+from miles_spmd.types.run_files import METRICS_FILE
 
 
 def by_chance(sample: Any) -> float:

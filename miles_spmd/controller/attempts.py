@@ -26,6 +26,7 @@ import msgspec
 from miles_spmd.telemetry.json_lines import Lines
 from miles_spmd.types.files import AppendedFile, link, write_whole
 from miles_spmd.types.printable import printable
+from miles_spmd.types.run_files import CHECKPOINT_MARK, METRICS_FILE, complete_checkpoints
 from miles_spmd.types.secrets import scrub
 
 ATTEMPTS_FILE = "attempts.jsonl"
@@ -152,17 +153,6 @@ def now_in(folder: Path) -> float:
         return time.time()
 
 
-def saved_steps(folder: Path) -> dict[int, Path]:
-    """Return the complete checkpoints of the run in ``folder`` by step. :mod:`miles_spmd.controller.checkpoints` knows
-    more about them, and imports more."""
-    found = {}
-    for path in folder.glob("checkpoints/step_*"):
-        number = path.name.removeprefix("step_")
-        if number.isdecimal() and (path / "controller.json").exists():
-            found[int(number)] = path
-    return dict(sorted(found.items()))
-
-
 class _Reported(msgspec.Struct, frozen=True):
     """What matters here of a line of metrics.jsonl."""
 
@@ -178,11 +168,11 @@ def seconds_lost(folder: Path, record: Attempt) -> float:
     since, first, last = record.ready, record.first_step or 0, record.last_step or 0
     own = [
         step
-        for step, path in saved_steps(folder).items()
-        if first < step <= last + 1 and (path / "controller.json").stat().st_mtime > record.ready - SILENT_AFTER
+        for step, path in complete_checkpoints(folder).items()
+        if first < step <= last + 1 and (path / CHECKPOINT_MARK).stat().st_mtime > record.ready - SILENT_AFTER
     ]
     if own:
-        rows = Lines(folder / "metrics.jsonl", _Reported).values
+        rows = Lines(folder / METRICS_FILE, _Reported).values
         times = [row.time for row in rows if row.step == own[-1] and row.time >= record.ready]
         since = times[-1] if times else record.end  # it ended between the checkpoint and the line of its step
     return round(max(0.0, record.end - since), 3)

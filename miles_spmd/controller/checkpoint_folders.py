@@ -20,10 +20,11 @@ from miles_spmd.config import CheckpointConfig
 from miles_spmd.ledger.entries import Saved
 from miles_spmd.protocol.last_words import warn
 from miles_spmd.types.files import link, write_whole
+from miles_spmd.types.run_files import CHECKPOINT_MARK as STATE_FILE
+from miles_spmd.types.run_files import CHECKPOINTS as FOLDER
+from miles_spmd.types.run_files import by_step, complete_checkpoints, complete_in
 
-FOLDER = "checkpoints"
 EXPORT = "export"  # in the run folder, where the configuration names no other
-STATE_FILE = "controller.json"
 RESPONSES_FILE = "responses.msgpack.z"  # of the step's rollout, which the run had to leave
 LATEST = "latest"
 INCOMPLETE = ".incomplete"
@@ -61,11 +62,6 @@ def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / FOLDER / f"step_{step:06d}"
 
 
-def complete(run_dir: Path) -> dict[int, Path]:
-    """Return the complete checkpoints of a run folder by step, in order."""
-    return _complete_in(run_dir / FOLDER)
-
-
 def newest(run_dir: Path, up_to: int | None = None) -> Path | None:
     """Return the complete checkpoint of the highest step in a run folder, or of the highest step up to ``up_to``."""
     return _newest_in(run_dir / FOLDER, up_to)
@@ -78,17 +74,8 @@ def unfinished(run_dir: Path) -> list[Path]:
 
 
 def _newest_in(folder: Path, up_to: int | None = None) -> Path | None:
-    found = [path for step, path in _complete_in(folder).items() if up_to is None or step <= up_to]
+    found = [path for step, path in complete_in(folder).items() if up_to is None or step <= up_to]
     return found[-1] if found else None
-
-
-def _complete_in(folder: Path) -> dict[int, Path]:
-    return {step: path for step, path in _by_step(folder).items() if (path / STATE_FILE).exists()}
-
-
-def _by_step(folder: Path) -> dict[int, Path]:
-    numbered = {path.name.removeprefix("step_"): path for path in folder.glob("step_*")}
-    return dict(sorted((int(number), path) for number, path in numbered.items() if number.isdecimal()))
 
 
 # --- writing one -----------------------------------------------------------------------------------------------------
@@ -148,7 +135,7 @@ def _sync(folder: Path) -> None:
 
 def prune(run_dir: Path, settings: CheckpointConfig) -> None:
     """Remove the complete checkpoints that ``settings`` do not keep."""
-    folders = complete(run_dir)
+    folders = complete_checkpoints(run_dir)
     if not settings.keep_last or len(folders) <= settings.keep_last:
         return
     scores = _scores(folders, settings.keep_best) if settings.keep_best else {}
@@ -163,7 +150,7 @@ def prune(run_dir: Path, settings: CheckpointConfig) -> None:
 def remove_after(run_dir: Path, step: int) -> list[Path]:
     """Remove checkpoints of later steps, and return the complete ones. All have lost their marks before the first is
     gone: one that is half removed must not count as complete."""
-    later = [path for number, path in _by_step(run_dir / FOLDER).items() if number > step]
+    later = [path for number, path in by_step(run_dir / FOLDER).items() if number > step]
     marked = [path for path in later if (path / STATE_FILE).exists()]
     for path in marked:
         (path / STATE_FILE).unlink()

@@ -32,6 +32,7 @@ from miles_spmd.planning.release import sized
 from miles_spmd.protocol.commands import ExportModel, FinishSave, LoadCheckpoint, SaveCheckpoint
 from miles_spmd.protocol.last_words import warn
 from miles_spmd.protocol.results import SaveProgress
+from miles_spmd.types.run_files import complete_checkpoints
 
 SAVE_FILE = "save"  # in the run folder: whoever makes it asks for a checkpoint at the end of the step
 
@@ -245,7 +246,7 @@ class Checkpoints:
         Raises ResumeError where there are some and none can be loaded, or the one that is named cannot.
         """
         settings, run_dir = self._config.checkpoint, self._config.run_dir
-        candidates = list(reversed(folders.complete(run_dir).values())) if settings.resume else []
+        candidates = list(reversed(complete_checkpoints(run_dir).values())) if settings.resume else []
         problems = [
             f"{path} was not finished when its run ended"
             for path in folders.unfinished(run_dir)

@@ -29,9 +29,10 @@ from miles_spmd.ledger.chain import FOLDER as LEDGER
 from miles_spmd.telemetry.environment import ENVIRONMENT_FILE, write_environment
 from miles_spmd.telemetry.report import REPORT_FILE, write_report
 from miles_spmd.telemetry.stragglers import STRAGGLERS_FILE
-from miles_spmd.telemetry.trackers import METRICS_FILE, TENSORBOARD_FOLDER, read_metrics
+from miles_spmd.telemetry.trackers import TENSORBOARD_FOLDER, read_metrics
 from miles_spmd.telemetry.transcripts import ROLLOUTS_FILE, TRANSCRIPTS_FILE
 from miles_spmd.types.files import naming, write_whole
+from miles_spmd.types.run_files import METRICS_FILE
 from miles_spmd.types.secrets import scrub
 
 CONFIG_FILE, LOCK_FILE = "config.toml", "lock"

@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 import msgspec
 
-from miles_spmd.controller.attempts import ATTEMPTS_FILE, Attempt, Attempts, Sign, saved_steps, silence
+from miles_spmd.controller.attempts import ATTEMPTS_FILE, Attempt, Attempts, Sign, silence
 from miles_spmd.monitor.queue import Queued, queued
 from miles_spmd.telemetry.metrics import is_score
 from miles_spmd.telemetry.texts import SHOWN, clock
 from miles_spmd.types.printable import printable
+from miles_spmd.types.run_files import CHECKPOINT_MARK, METRICS_FILE, complete_checkpoints
 
 RECENT_STEPS = 10  # whose mean time is the time of a step
 MAX_REASON = 200  # characters of a reason in the table of attempts
@@ -71,13 +72,13 @@ def read_status(folder: Path) -> Status:
     settings = _settings(folder, problems)
     last, sign = found.records[-1] if found.records else None, found.sign
     state: State = "unknown" if last is None else last.state
-    rows = _recent_rows(folder / "metrics.jsonl", problems)
+    rows = _recent_rows(folder / METRICS_FILE, problems)
     done = [step for row in rows if (step := _step(row)) is not None]
     step = last.last_step if last and last.last_step is not None else max(done, default=None)
     evaluates = last is not None and last.task == "eval"
     steps = None if evaluates else _steps(settings)
     pace = None if evaluates else _seconds_per_step(rows, last)
-    saved = saved_steps(folder)
+    saved = complete_checkpoints(folder)
     now = time.time()
     return Status(
         run=folder.absolute().name,
@@ -107,7 +108,7 @@ def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise StatusError(f"{folder} {what}; name the folder of a run, such as runs/NAME")
-    if not any((folder / name).exists() for name in (ATTEMPTS_FILE, "environment.json", "metrics.jsonl")):
+    if not any((folder / name).exists() for name in (ATTEMPTS_FILE, "environment.json", METRICS_FILE)):
         runs = sorted(path.name for path in folder.iterdir() if (path / ATTEMPTS_FILE).exists())
         remedy = f"name one of the runs in it: {', '.join(runs[:8])}" if runs else "name the folder of a run"
         raise StatusError(f"{folder} is not the folder of a run (it has no {ATTEMPTS_FILE}); {remedy}")
@@ -194,7 +195,7 @@ def _checkpoint(saved: dict[int, Path], now: float) -> Checkpoint | None:
     if not saved:
         return None
     step, path = list(saved.items())[-1]
-    return Checkpoint(step, str(path), max(0.0, now - (path / "controller.json").stat().st_mtime))
+    return Checkpoint(step, str(path), max(0.0, now - (path / CHECKPOINT_MARK).stat().st_mtime))
 
 
 def _resume(folder: Path, last: Attempt | None, saved: bool) -> str:

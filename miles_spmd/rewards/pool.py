@@ -15,6 +15,7 @@ from miles_spmd.plugins.reward import RewardError, Score
 from miles_spmd.rewards.adapters import BadReward
 from miles_spmd.rewards.functions import load_reward
 from miles_spmd.rewards.process import Function, RewardProcess
+from miles_spmd.types.printable import printable
 from miles_spmd.types.sample import Sample
 
 _EXACT = "exact"
@@ -131,9 +132,3 @@ def combined(terms: Sequence[RewardTerm], scores: Sequence[Score]) -> Score:
     for term, score in zip(terms, scores):
         detail |= {term.name: score.value} | {f"{term.name}/{key}": value for key, value in score.detail.items()}
     return Score(sum(term.reward_weight * score.value for term, score in zip(terms, scores)), detail)
-
-
-def printable(text: str, longest: int) -> str:
-    """Return the text as a terminal can show it: without control characters, and not longer than that."""
-    shown = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text[: longest + 1])
-    return shown if len(text) <= longest else f"{shown[: longest // 2]} ... {printable(text[-longest // 2 :], longest)}"

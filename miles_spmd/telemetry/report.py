@@ -20,10 +20,11 @@ from miles_spmd.telemetry.json_lines import Lines
 from miles_spmd.telemetry.metrics import PHASES, describe, is_fraction, is_score
 from miles_spmd.telemetry.stragglers import STRAGGLERS_FILE, Stragglers, read_stragglers
 from miles_spmd.telemetry.texts import clock
-from miles_spmd.telemetry.trackers import METRICS_FILE, by_step, missing_steps
+from miles_spmd.telemetry.trackers import by_step, missing_steps
 from miles_spmd.telemetry.transcripts import ROLLOUTS_FILE, TRANSCRIPTS_FILE, Rollout, Transcript
 from miles_spmd.types.files import write_whole
 from miles_spmd.types.printable import printable
+from miles_spmd.types.run_files import METRICS_FILE
 
 REPORT_FILE, CONFIG_FILE = "report.html", "config.toml"
 PAGE = Path(__file__).with_name("report_page.html")

@@ -17,9 +17,9 @@ from typing import Any, Protocol
 from miles_spmd.config import Config
 from miles_spmd.telemetry.json_lines import Lines, LineWriter, cut
 from miles_spmd.types.files import AppendedFile
+from miles_spmd.types.run_files import METRICS_FILE
 from miles_spmd.types.secrets import scrub
 
-METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
 

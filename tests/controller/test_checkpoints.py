@@ -22,7 +22,6 @@ from miles_spmd.controller.checkpoint_folders import (
     ControllerState,
     ResumeError,
     begin,
-    complete,
     kept,
     mark,
     newest,
@@ -36,6 +35,7 @@ from miles_spmd.ledger.chain import verify
 from miles_spmd.ledger.compare import compare
 from miles_spmd.planning.memory_estimate import checkpoint_bytes
 from miles_spmd.telemetry.trackers import read_metrics
+from miles_spmd.types.run_files import complete_checkpoints
 from tests.damages import delete, flip, truncate
 from tests.ledger.runs import Recipe, train
 from tests.ranks import Ranks
@@ -199,7 +199,7 @@ def test_changes_at_a_resume(ranks: Ranks, recipe: Recipe, finished: Path) -> No
     assert metrics[6]["train/lr"] == 2e-3
     (change,) = compare(record, record).changes[:1]
     assert change == f"{folder}: from step 4 on: run.num_rollout: 4 -> 6; megatron.lr: 0.001 -> 0.002"
-    assert list(complete(folder)) == [2, 4, 5]  # at the end of the first step
+    assert list(complete_checkpoints(folder)) == [2, 4, 5]  # at the end of the first step
     assert not (folder / "save").exists()
     assert list(record.saved) == [2, 4]
     # from a checkpoint without an entry the ledger is continued as from any other
@@ -225,7 +225,7 @@ def test_without_room_a_checkpoint_is_not_begun(
     said = capfd.readouterr().err
     assert "warning: the checkpoint of step 2 could not be written: it takes 0." in said
     assert f"MiB, and the file system of {folder} has 9.54e-05 MiB; no other one exists; the run goes on" in said
-    assert list(complete(folder)) == [4]
+    assert list(complete_checkpoints(folder)) == [4]
     assert same_ledger(folder, finished)
 
 
@@ -264,7 +264,7 @@ def test_pruned(tmp_path: Path) -> None:
         "step_000003",
     ]
     prune(tmp_path, CheckpointConfig())  # keeps all
-    assert list(complete(tmp_path)) == [1, 3]
+    assert list(complete_checkpoints(tmp_path)) == [1, 3]
 
 
 def test_newest(tmp_path: Path) -> None:

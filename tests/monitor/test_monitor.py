@@ -18,11 +18,12 @@ import msgspec
 import pytest
 
 from miles_spmd.controller import attempts
-from miles_spmd.controller.attempts import Attempts, saved_steps
+from miles_spmd.controller.attempts import Attempts
 from miles_spmd.controller.checkpoint_folders import newest
 from miles_spmd.ledger.chain import verify
 from miles_spmd.monitor.status import Status, read_status, render
 from miles_spmd.monitor.tail import follow
+from miles_spmd.types.run_files import complete_checkpoints
 from tests.worker.launched import REPOSITORY, START_SECONDS, Launched
 from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
 
@@ -176,7 +177,7 @@ def test_a_step_takes_what_the_metrics_say(story: Story) -> None:
 
 
 def test_status_and_the_checkpoints_agree(story: Story) -> None:
-    assert list(saved_steps(story.folder).values())[-1] == newest(story.folder)
+    assert list(complete_checkpoints(story.folder).values())[-1] == newest(story.folder)
 
 
 def test_the_verb_is_quick(story: Story) -> None:

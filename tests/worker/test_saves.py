@@ -7,9 +7,10 @@ import shutil
 import signal
 from pathlib import Path
 
-from miles_spmd.controller.checkpoint_folders import complete, unfinished
+from miles_spmd.controller.checkpoint_folders import unfinished
 from miles_spmd.ledger.chain import verify
 from miles_spmd.telemetry.trackers import read_metrics
+from miles_spmd.types.run_files import complete_checkpoints
 from tests import forked
 from tests.worker.launched import REPOSITORY, START_SECONDS, Launched
 from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
@@ -43,7 +44,7 @@ def test_a_rank_is_killed_while_it_writes(tmp_path: Path) -> None:
     try:
         pid = run.wait_until_held()
         run.wait_for_steps(5)  # the fifth step is reported, and the checkpoint before it is not complete
-        assert list(complete(run.run_dir)) == [2]
+        assert list(complete_checkpoints(run.run_dir)) == [2]
         assert [path.name for path in unfinished(run.run_dir)] == ["step_000004.incomplete"]
         os.kill(pid, signal.SIGKILL)
         assert run.finish().startswith("rank 1 (")

@@ -16,7 +16,8 @@ from miles_spmd.ledger import step_data
 from miles_spmd.ledger.chain import LedgerError, links
 from miles_spmd.ledger.entries import Step
 from miles_spmd.protocol.pipe import Replay
-from miles_spmd.telemetry.trackers import METRICS_FILE, read_metrics
+from miles_spmd.telemetry.trackers import read_metrics
+from miles_spmd.types.run_files import METRICS_FILE
 
 
 def replay(run: RunParts, order: Replay) -> None:

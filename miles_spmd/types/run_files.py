@@ -1,0 +1,25 @@
+"""Names of files in a run's folder that more than one room reads, and which checkpoints are complete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+CHECKPOINT_MARK = "controller.json"  # in a checkpoint's folder: the last file, without which it is not complete
+
+
+def complete_checkpoints(run_dir: Path) -> dict[int, Path]:
+    """Return the folders of the complete checkpoints of a run by step, in order."""
+    return complete_in(run_dir / CHECKPOINTS)
+
+
+def complete_in(folder: Path) -> dict[int, Path]:
+    """Return the complete ones of the checkpoints in ``folder`` by step, in order."""
+    return {step: path for step, path in by_step(folder).items() if (path / CHECKPOINT_MARK).exists()}
+
+
+def by_step(folder: Path) -> dict[int, Path]:
+    """Return the folders ``step_000020`` in ``folder``, complete or not, by step, in order."""
+    numbered = {path.name.removeprefix("step_"): path for path in folder.glob("step_*")}
+    return dict(sorted((int(number), path) for number, path in numbered.items() if number.isdecimal()))
