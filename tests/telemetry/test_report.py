@@ -17,6 +17,7 @@ from miles_spmd.config.load import dump_config
 from miles_spmd.telemetry.environment import write_environment
 from miles_spmd.telemetry.metrics import describe
 from miles_spmd.telemetry.report import CURVES, headline, make_page, read_stages, report_data, write_report
+from miles_spmd.telemetry.stragglers import Row, Stragglers, write_stragglers
 from miles_spmd.telemetry.trackers import open_trackers
 from miles_spmd.telemetry.transcripts import write_rollout, write_transcripts
 from tests.telemetry.runs import make_config, make_run, sample
@@ -169,6 +170,23 @@ def test_a_browser_shows_series_of_every_shape(two_stages: Path, tmp_path: Path)
     assert "b" not in page.tags
     path.write_text(make_page(None))
     assert "svg" not in in_browser(path, tmp_path / "profile").tags
+
+
+@needs_browser
+def test_the_time_of_each_rank_is_a_table(two_stages: Path, tmp_path: Path) -> None:
+    rows = [
+        Row("log_probs", [2, 3], ["node-a", "node-b"], ["GPU 0", ""], 0.25, 1.5, 1.62, True),
+        Row("log_probs", [0, 1], ["node-<b>"], [], 0.125, 0.5, 1.0, False),
+    ]
+    write_stragglers(two_stages / "grpo", Stragglers(3, 20, rows))
+    opened = "<script>for (const summary of document.querySelectorAll('summary')) summary.click()</script>"
+    path = tmp_path / "page.html"
+    path.write_text(write_report(two_stages).read_text() + opened)
+    page = in_browser(path, tmp_path / "profile")
+    assert "of steps 3 to 20" in page.text
+    cells = "phaseranksmedian slongest sratiowhere" + "log probs2, 30.251.51.62 (slow)node-a, node-b; GPU 0"
+    assert f"{cells}log probs0, 10.1250.51node-<b>" in page.text
+    assert "b" not in page.tags
 
 
 @needs_browser
