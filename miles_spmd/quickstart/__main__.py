@@ -47,12 +47,12 @@ def run(sft: Config, grpo: Config, arguments: argparse.Namespace) -> None:
     started = time.monotonic()
     train(SFT, sft, arguments.sft)  # its export is where GRPO starts
     train(GRPO, grpo, arguments.grpo)
-    train_seconds = time.monotonic() - started
+    train_seconds = round(time.monotonic() - started, 1)
 
     root = grpo.run_dir.parent
     stages = {stage.name: stage for stage in read_stages(root)}
     summary = summarize(stages[sft.run.name], stages[grpo.run.name])
-    summary |= {"train_seconds": round(train_seconds, 1), "install_seconds": round(arguments.install_seconds, 1)}
+    summary |= {"train_seconds": train_seconds, "install_seconds": round(arguments.install_seconds, 1)}
     write_whole(root / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     print(f"quickstart: report {write_report(root)}")
     print(f"quickstart: model {grpo.run_dir / 'export'}")

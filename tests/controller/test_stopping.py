@@ -110,6 +110,10 @@ def test_signals_of_all_processes_are_one_request(asked: Callable[..., Stopping]
     stopping, now = asked(100.0), time.monotonic()
     stopping._take("SIGUSR1", None, now + 0.1)
     assert not stopping.hurried
+    assert 95 < stopping.left <= 100
+    stopping._take("SIGTERM", None, now + 0.2)  # in 30 s its sender kills the run
+    assert not stopping.hurried
+    assert 25 < stopping.left <= 30.2
     stopping._take("SIGTERM", None, now + 5)
     assert stopping.hurried
     assert 10 < stopping.left <= 15

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from tests.ranks import free_port
@@ -187,10 +188,12 @@ class Job:
         return self.state
 
     def begin_now(self) -> None:
-        """A requeued job waits for two minutes, unless it is told to start."""
+        """A requeued job waits for two minutes, unless it is told to start. Not within a second: a node refuses the
+        credential of a job that it has ended in the same second."""
         shown = self.show()
-        if shown["JobState"] == "PENDING" and shown["Reason"] == "BeginTime":
-            self.cluster.command("scontrol", "update", f"JobId={self.id}", "StartTime=now", check=False)
+        soon = datetime.now() + timedelta(seconds=5)
+        if (shown["JobState"], shown["Reason"]) == ("PENDING", "BeginTime") and shown["StartTime"] > soon.isoformat():
+            self.cluster.command("scontrol", "update", f"JobId={self.id}", "StartTime=now+2", check=False)
 
     def signal(self, number: signal.Signals, *options: str) -> None:
         self.cluster.command("scancel", f"--signal={number.name.removeprefix('SIG')}", *options, self.id)

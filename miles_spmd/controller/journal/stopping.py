@@ -145,7 +145,9 @@ class Stopping:
             self.show(f"stopping: {source}, {self.text_left}: {self._plan()}")
             if self.end is not None and self.step < 0:
                 self.end(f"stopped by {source}")
-        elif now > self._asked + SAME and not self.hurried:
+        elif now <= self._asked + SAME:  # whoever sent another signal may have less patience
+            self._deadline = min(self._deadline, now + seconds)
+        elif not self.hurried:
             self.hurried, self._deadline = True, min(self._deadline, now + LAST)
             self.show(f"stopping: {source} again: saving what can be saved within {LAST:g} s")
 
