@@ -202,7 +202,10 @@ def _known_folder(place: Place, run_dir: Path, end: float) -> Path:
     """Return the private folder of the tasks of srun, whose name all of them know; rank 0 makes it."""
     folder = (Path(tempfile.gettempdir()) if place.one_node else run_dir) / f"{PREFIX}{place.meeting}"
     if place.rank == 0:
-        folder.mkdir(0o700)
+        try:
+            folder.mkdir(0o700)
+        except FileExistsError:
+            raise RuntimeError(f"ranks meet in {folder}, which a run that was killed has left behind: remove it") from None
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     _await(folder, place, end)
     if not _is_private(folder, place, run_dir):

@@ -29,8 +29,9 @@ def adopt(environment: MutableMapping[str, str] = os.environ) -> None:
         )
     environment.update(RANK=task, WORLD_SIZE=str(tasks), LOCAL_RANK=str(local), LOCAL_WORLD_SIZE=str(counts[node]))
     environment.setdefault("MASTER_ADDR", hosts(environment["SLURM_STEP_NODELIST"])[0])
-    # unique: a requeued job keeps its number, and counts its steps from 0 again
-    parts = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
+    # Unique: a requeued job keeps its number and counts its steps from 0 again, and a cluster that was set up anew
+    # counts its jobs from 1 again.
+    parts = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID", "SLURM_STEP_LAUNCHER_PORT")
     environment[MEETING] = "_".join(environment.get(part, "0") for part in parts)
 
 

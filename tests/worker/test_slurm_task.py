@@ -21,6 +21,7 @@ TASK = {
     "SLURM_STEP_NODELIST": "gpu[03-05,11]",
     "SLURM_JOB_ID": "42",
     "SLURM_STEP_ID": "1",
+    "SLURM_STEP_LAUNCHER_PORT": "39123",
 }
 
 
@@ -48,7 +49,7 @@ def test_a_task_becomes_a_rank() -> None:
     environment = dict(TASK)
     adopt(environment)
     rank = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", MEETING)
-    assert [environment[name] for name in rank] == ["5", "7", "1", "2", "gpu03", "42_0_1"]
+    assert [environment[name] for name in rank] == ["5", "7", "1", "2", "gpu03", "42_0_1_39123"]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_tasks_meet_in_a_folder_of_their_own(tmp_path: Path, monkeypatch: pytest
         assert folder == parent / f"{PREFIX}42_0_1"
         assert folder.stat().st_mode & 0o777 == 0o700
         assert _known_folder(other, tmp_path, time.monotonic() + 1) == folder
-        with pytest.raises(FileExistsError):
+        with pytest.raises(RuntimeError, match="which a run that was killed has left behind: remove it"):
             _known_folder(first, tmp_path, time.monotonic() + 1)
         folder.chmod(0o755)
         with pytest.raises(RuntimeError, match="is not this user's alone: remove it"):
