@@ -92,7 +92,8 @@ def _data_files(s: Settings) -> Messages:
     for name, path in ({"data.prompt_data": s.prompt_data} | evaluation).items():
         file = without_slice(path)
         if not os.path.isfile(os.path.expanduser(file)):
-            yield f"{name}: no file {file}"
+            isdir = os.path.isdir(os.path.expanduser(file))
+            yield f"{name}: " + (f"{file} is a folder; name the file in it" if isdir else f"no file {file}")
 
 
 RewardName = Annotated[str, plug_point("math", "exact")]

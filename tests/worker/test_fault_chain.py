@@ -61,8 +61,8 @@ class Fault:
 
     @property
     def ends_the_run(self) -> bool:
-        """An idle reward process is replaced, and the run goes on; one that is at work may end it."""
-        return self.victim != "reward" or self.holder == "reward"
+        """Reward processes leave requests to stop to others, and an idle one that is killed is replaced."""
+        return self.victim != "reward" or (self.holder == "reward" and self.number is signal.SIGKILL)
 
     @property
     def asks_to_stop(self) -> bool:
