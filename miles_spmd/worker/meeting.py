@@ -205,7 +205,8 @@ def _known_folder(place: Place, run_dir: Path, end: float) -> Path:
         try:
             folder.mkdir(0o700)
         except FileExistsError:
-            raise RuntimeError(f"ranks meet in {folder}, which a run that was killed has left behind: remove it") from None
+            killed = f"ranks meet in {folder}, which a run that was killed has left behind: remove it"
+            raise RuntimeError(killed) from None
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     _await(folder, place, end)
     if not _is_private(folder, place, run_dir):

@@ -148,7 +148,8 @@ def test_missing_files_are_named(recipe: Path, tmp_path: Path) -> None:
         f"model.ref_load: {tmp_path} has no readable config.json",
         f"model.ref_load: {tmp_path} has no safetensors files",
     ]
-    assert errors(recipe, f"prompt_data={tmp_path}")[0] == f"data.prompt_data: {tmp_path} is a folder; name the file in it"
+    (found,) = errors(recipe, f"prompt_data={tmp_path}")
+    assert found == f"data.prompt_data: {tmp_path} is a folder; name the file in it"
     load_config(recipe, ["hf_checkpoint=gone", "prompt_data=absent.jsonl"], check_files=False)
 
 
