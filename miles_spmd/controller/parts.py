@@ -81,7 +81,7 @@ def open_parts(
         journal = Journal(metrics, [Writers(config, tracker, progress, attempt, lines), checkpoints, stopping])
         # Data before ranks: an error in a file is reported at once, not after minutes of loading weights.
         data = Datasets(config, tokenizer, training=task != "eval")
-        with journal.timed("start"):
+        with journal.timed("start", 0):
             cluster.wait_ready()
         journal.publish(events.RanksReady(time.time() - attempt.record.start, cluster.seconds))
         start = checkpoints.load()
