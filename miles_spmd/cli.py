@@ -106,6 +106,28 @@ def slurm(
 
 
 @app.command(context_settings=OPTIONS_OF_OTHERS)
+def chaos(
+    config: Recipe,
+    faults: Annotated[
+        str,
+        typer.Option(
+            "--faults", help="KIND[:PROCESS]@PHASE.STEP,...: kill:rank1@train.3,term@rollout.2,diskfull@save.4."
+        ),
+    ],
+    overrides: Overrides = None,
+    nproc_per_node: Processes = None,
+) -> None:
+    """Check that a run survives faults on this machine.
+
+    Starts the run as NAME-chaos, lets each fault strike in its phase, continues the run when it has ended, and prints
+    what each fault did. Kinds: kill, term, stop, slow, lost, diskfull, corrupt. docs/operations.md describes them.
+    """
+    from miles_spmd.chaos import run
+
+    raise SystemExit(run(config, overrides or [], faults, nproc_per_node))
+
+
+@app.command(context_settings=OPTIONS_OF_OTHERS)
 def warm(config: Recipe, overrides: Overrides = None, nproc_per_node: Processes = None) -> None:
     """Compile the kernels of a run and keep them, so that its start is quick.
 

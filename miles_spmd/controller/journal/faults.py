@@ -1,0 +1,195 @@
+"""The observer that injects the faults of `miles-spmd chaos`: the controller sees every phase begin and end, and is on
+the machine of all processes of such a run, so it strikes for all of them.
+
+A signal is sent inside of its phase: at a share of the time that the phase took before, which differs from fault to
+fault, and at the latest at the phase's end. A save lasts until it is complete, beside the training.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from miles_spmd.config import Config
+from miles_spmd.controller.attempts import LOGS, AttemptWriter
+from miles_spmd.controller.checkpoint_folders import step_folder
+from miles_spmd.controller.cluster.cluster import Cluster
+from miles_spmd.controller.journal import events
+from miles_spmd.faults.fault import START, Fault
+from miles_spmd.faults.harm import SIGNALS, FullDisk, Slowness, flip_bit, send
+from miles_spmd.faults.strikes import Plan, Strike
+from miles_spmd.protocol.pipe import LAUNCHER
+from miles_spmd.telemetry.json_lines import Lines
+from miles_spmd.types.run_files import METRICS_FILE
+
+UNKNOWN = 0.1  # seconds of a phase that was not measured yet
+TURN = 0.618034  # multiples of it, modulo 1, are spread evenly: the shares of the phases at which faults strike
+LOOK_EVERY = 0.02  # seconds between looks for a process that has not begun
+
+
+def injected(config: Config, cluster: Cluster, attempt: AttemptWriter) -> list[FaultInjector]:
+    """Return the observer that injects faults into this run; none where `miles-spmd chaos` has not started it."""
+    plan = Plan.of_environment()
+    return [] if plan is None else [FaultInjector(plan, config.run_dir, cluster, attempt.folder)]
+
+
+class FaultInjector:
+    """Observes a run, and strikes it as ``plan`` describes. ``logs``: those of the attempt."""
+
+    def __init__(self, plan: Plan, run_dir: Path, cluster: Cluster, logs: Path) -> None:
+        self._plan, self._run_dir, self._cluster, self._logs = plan, run_dir, cluster, logs
+        self._faults, self._struck = plan.faults(), {strike.fault for strike in plan.strikes()}
+        self._seconds = _measured(run_dir)
+        self._ends: dict[int, Callable[[], object]] = {}  # by the number of a fault whose phase has begun
+        self._full: list[FullDisk] = []  # until the step's end
+        self._lock = threading.Lock()
+
+    def observe(self, event: events.Event) -> None:
+        match event:
+            case events.PhaseStarted(phase, step):
+                self._begin(phase, step)
+            case events.PhaseFinished(phase, seconds):
+                self._seconds[phase] = seconds
+                if phase != "save":
+                    self._end(phase)
+            case events.CheckpointCompleted(step, seconds):
+                self._seconds["save"] = self._seconds.get("save", 0.0) + seconds
+                self._corrupt(step)
+                self._end("save", step)
+            case events.CheckpointFailed(step):
+                self._end("save", step)
+            case events.MetricsReported():
+                while self._full:
+                    self._full.pop().end()
+
+    # --- when --------------------------------------------------------------------------------------------------------
+
+    def _begin(self, phase: str, step: int) -> None:
+        for number, fault in enumerate(self._faults):
+            here = fault.phase == phase and (fault.step == step or phase == START)
+            turn = phase != START or self._struck.issuperset(range(number))
+            if here and turn and number not in self._struck and number not in self._ends:
+                self._ends[number] = self._arm(number, fault)
+                return
+
+    def _end(self, phase: str, step: int | None = None) -> None:
+        for number, end in list(self._ends.items()):
+            fault = self._faults[number]
+            if fault.phase == phase and step in (None, fault.step):
+                del self._ends[number]
+                end()
+
+    def _arm(self, number: int, fault: Fault) -> Callable[[], object]:
+        """Begin what the fault does in its phase, and return what to do at the phase's end."""
+        match fault.kind:
+            case "slow":
+                self._note(number, fault.process, [self._pid(fault.process) or 0], "from its beginning")
+                return Slowness(self._pid(fault.process) or 0).end
+            case "lost":
+                pid = self._pid(fault.process) or 0
+
+                def lost() -> None:
+                    self._note(number, fault.process, [pid], "at its command")
+
+                self._cluster.lose(int(fault.process.removeprefix("rank")), lost)
+                return lambda: self._cluster.lose(None)
+            case "diskfull":
+                return self._fill_disk(number, fault)
+            case "corrupt":
+                return lambda: None
+        threading.Thread(target=self._wait, args=(number, fault, time.monotonic()), daemon=True).start()
+        return lambda: self._signal(number, fault, "at its end")
+
+    def _wait(self, number: int, fault: Fault, began: float) -> None:
+        """Strike when it is time, and there is such a process."""
+        time.sleep((0.5 + TURN * number) % 1 * self._seconds.get(fault.phase, UNKNOWN))
+        while not self._signal(number, fault, f"{time.monotonic() - began:.2f} s after its beginning"):
+            time.sleep(LOOK_EVERY)
+
+    # --- what --------------------------------------------------------------------------------------------------------
+
+    def _note(self, number: int, process: str, pids: Sequence[int], moment: str) -> None:
+        self._struck.add(number)
+        self._plan.strike(Strike(number, process, [*pids], time.time(), moment))
+
+    def _signal(self, number: int, fault: Fault, moment: str) -> bool:
+        """Send the signal, once. Returns False where there is no such process yet."""
+        with self._lock:
+            if number not in self._struck:
+                if (pid := self._pid(fault.process)) is None:
+                    return False
+                self._note(number, fault.process, [pid], moment)
+                send(pid, SIGNALS[fault.kind])
+            return True
+
+    def _fill_disk(self, number: int, fault: Fault) -> Callable[[], None]:
+        """The ranks write a checkpoint, the controller everything else. The disk is full until the save has failed, or
+        until the step's end, at which its metrics are written."""
+        saves = fault.phase == "save"
+        ranks = [f"rank{info.rank}" for info in self._cluster.infos]
+        processes = [fault.process] if fault.process else ranks if saves else ["controller"]
+        pids = [pid for process in processes if (pid := self._pid(process)) is not None]
+        name = "all ranks" if len(processes) > 1 else processes[0]
+        self._note(number, name, pids, "from its beginning")
+        full = FullDisk(pids)
+        if saves:
+            return full.end
+        self._full.append(full)
+        return lambda: None
+
+    def _corrupt(self, step: int) -> None:
+        """Damage the checkpoint of ``step``, which is complete, and end the run."""
+        for number in self._ends:
+            fault = self._faults[number]
+            if fault.kind == "corrupt" and fault.step == step:
+                file = flip_bit(step_folder(self._run_dir, step))
+                self._note(number, "controller", [os.getpid()], f"a bit of {file.relative_to(self._run_dir)} flipped")
+                send(os.getpid(), SIGNALS["kill"])
+
+    # --- whom --------------------------------------------------------------------------------------------------------
+
+    def _pid(self, process: str) -> int | None:
+        """Return the process of that name; None where it has not begun."""
+        match process:
+            case "controller":
+                return os.getpid()
+            case "launcher":
+                return int(os.environ[LAUNCHER])
+            case "rank0":
+                return os.getppid()
+            case "reward":
+                children = [
+                    one for one in psutil.Process().children() if "miles_spmd.rewards" in " ".join(one.cmdline())
+                ]
+                return children[0].pid if children else None
+        rank = int(process.removeprefix("rank"))
+        return self._cluster.pids.get(rank) or self._starting(rank)
+
+    def _starting(self, rank: int) -> int | None:
+        """Return the process of a rank that has not connected, from the first line of its log."""
+        for log in (self._run_dir / LOGS / f"rank-{rank}.starting.log", self._logs / f"rank-{rank}.log"):
+            found = re.findall(r"^--- .* pid (\d+)$", log.read_text() if log.exists() else "", re.MULTILINE)
+            for pid in map(int, found[-1:]):  # a start that was killed may have left its log
+                if psutil.pid_exists(pid) and psutil.Process(pid).ppid() == int(os.environ[LAUNCHER]):
+                    return pid
+        return None
+
+
+def _measured(run_dir: Path) -> dict[str, float]:
+    """Return the seconds that each phase took last, in the steps that the run has reported before."""
+    newest: dict[str, Any] = {}
+    for row in Lines(run_dir / METRICS_FILE, dict[str, Any]).values:
+        newest |= row
+    seconds = {
+        name.removeprefix("perf/").removesuffix("_time"): float(value)
+        for name, value in newest.items()
+        if name.startswith("perf/") and name.endswith("_time")
+    }
+    return seconds | {"save": seconds.get("save", UNKNOWN) + seconds.get("save_write", 0.0)}
