@@ -40,7 +40,7 @@ FOLDER = "faults"  # in the folder of the run: the plan, the strikes, and what e
 LOOK_EVERY = 0.05  # seconds
 GRACE = 90.0  # seconds beyond the run's own deadlines after which a run that does not end has not survived
 LEFT_GRACE = 40.0  # seconds in which the processes of a run end after its launcher
-SAID = 160  # characters of a message in the table
+SAID = 240  # characters of a message in the table
 LONG = 120.0  # seconds of a deadline that is worth a remark
 PHASE_OF = {"save": Phase.CHECKPOINT, "eval": Phase.ROLLOUT}  # the ranks' phase, where it has another name
 
@@ -55,7 +55,6 @@ class Program(Protocol):
     pid: int
 
     def poll(self) -> int | None: ...
-    def terminate(self) -> None: ...
 
 
 Start = Callable[[Sequence[str], Mapping[str, str], Path], Program]  # arguments, environment, file of the output
@@ -276,7 +275,7 @@ class Chaos:
         return Row(
             fault=fault,
             strike=strike,
-            said=_said(reports) or _measured(launch, fault) or ("nothing" if ended else "nothing; the run went on"),
+            said=_said(reports).replace(f"{self._config.run_dir}/", "") or _measured(launch, fault) or ("nothing" if ended else "nothing; the run went on"),
             detection=reports[0][0] - strike.time if reports else launch.ended - strike.time if ended else None,
             exit=launch.ended - strike.time if ended else None,
             restart=_restart(following[0]) if following else None,

@@ -42,7 +42,7 @@ KINDS: dict[str, Kind] = {
     "kill": Kind("the process is killed by SIGKILL", ("rank", "controller", "launcher", "reward")),
     "term": Kind("the process gets SIGTERM, a request to stop", ("launcher", "rank", "controller")),
     "stop": Kind("the process is suspended by SIGSTOP, which is a hang", ("rank", "controller", "reward")),
-    "slow": Kind("the rank gets a fifth of the time of the phase", ("rank",), OF_STEPS, ends=False),
+    "slow": Kind("the rank takes five times as long in the phase", ("rank",), OF_STEPS, ends=False),
     "lost": Kind("one message from the controller to the rank is dropped", ("rank",), OF_STEPS),
     "diskfull": Kind("no file can grow: of the ranks in a save, else of the controller", ("", "rank", "controller"),
                      OF_STEPS, ends=False),

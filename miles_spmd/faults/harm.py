@@ -12,7 +12,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
-SUSPENDED, RUNNING = 0.008, 0.002  # seconds by turns, of a process that is slow: shorter than a step of any engine
+RUNNING = 0.002  # seconds in which a slow process runs at a time: less than a step of any engine
+SLOWER = 5
 
 
 def send(pid: int, number: signal.Signals) -> None:
@@ -22,7 +23,8 @@ def send(pid: int, number: signal.Signals) -> None:
 
 
 class Slowness(threading.Thread):
-    """Lets the process ``pid`` run for a fifth of the time, until :meth:`end`."""
+    """Makes the process ``pid`` SLOWER times as slow, until :meth:`end`: it runs for moments, and is suspended for
+    SLOWER - 1 times as long after each."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(name="slowness", daemon=True)
@@ -30,11 +32,13 @@ class Slowness(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        while not self._over.is_set():
+        while True:
+            began = time.monotonic()
+            if self._over.wait(RUNNING):
+                return
             send(self._pid, signal.SIGSTOP)
-            time.sleep(SUSPENDED)
+            time.sleep((SLOWER - 1) * (time.monotonic() - began))  # a busy machine makes a moment longer
             send(self._pid, signal.SIGCONT)
-            self._over.wait(RUNNING)
 
     def end(self) -> None:
         self._over.set()

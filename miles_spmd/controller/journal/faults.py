@@ -25,6 +25,7 @@ from miles_spmd.controller.journal import events
 from miles_spmd.faults.fault import START, Fault
 from miles_spmd.faults.harm import SIGNALS, FullDisk, Slowness, flip_bit, send
 from miles_spmd.faults.strikes import Plan, Strike
+from miles_spmd.protocol.commands import FinishSave
 from miles_spmd.protocol.pipe import LAUNCHER
 from miles_spmd.telemetry.json_lines import Lines
 from miles_spmd.types.run_files import METRICS_FILE
@@ -49,6 +50,7 @@ class FaultInjector:
         self._seconds = _measured(run_dir)
         self._ends: dict[int, Callable[[], object]] = {}  # by the number of a fault whose phase has begun
         self._full: list[FullDisk] = []  # until the step's end
+        self._full_save: tuple[int, FullDisk] | None = None  # until the ranks have tried to write the save of this step
         self._lock = threading.Lock()
 
     def observe(self, event: events.Event) -> None:
@@ -59,6 +61,8 @@ class FaultInjector:
                 self._seconds[phase] = seconds
                 if phase != "save":
                     self._end(phase)
+                elif self._full_save is not None:
+                    self._await_failure(*self._full_save)
             case events.CheckpointCompleted(step, seconds):
                 self._seconds["save"] = self._seconds.get("save", 0.0) + seconds
                 self._corrupt(step)
@@ -130,8 +134,8 @@ class FaultInjector:
             return True
 
     def _fill_disk(self, number: int, fault: Fault) -> Callable[[], None]:
-        """The ranks write a checkpoint, the controller everything else. The disk is full until the save has failed, or
-        until the step's end, at which its metrics are written."""
+        """The ranks write a checkpoint, and the controller everything else. For ranks in a save the disk is full until
+        they have tried to write, otherwise until the step's end, at which the controller writes its metrics."""
         saves = fault.phase == "save"
         ranks = [f"rank{info.rank}" for info in self._cluster.infos]
         processes = [fault.process] if fault.process else ranks if saves else ["controller"]
@@ -139,10 +143,17 @@ class FaultInjector:
         name = "all ranks" if len(processes) > 1 else processes[0]
         self._note(number, name, pids, "from its beginning")
         full = FullDisk(pids)
-        if saves:
-            return full.end
-        self._full.append(full)
+        if saves and fault.process != "controller":
+            self._full_save = fault.step, full
+        else:
+            self._full.append(full)
         return lambda: None
+
+    def _await_failure(self, step: int, full: FullDisk) -> None:
+        """The disk has room again when all ranks have tried to write their files, which they do beside the training."""
+        self._full_save = None
+        self._cluster.call(FinishSave(wait=True), step=step)
+        full.end()
 
     def _corrupt(self, step: int) -> None:
         """Damage the checkpoint of ``step``, which is complete, and end the run."""
