@@ -272,10 +272,11 @@ class Chaos:
         if fault.kind == "corrupt" and following:
             reports = _naming(following, fault)
         steps, seconds = _loss(launch, strike, following)
+        said = _said(reports) or _measured(launch, fault)
         return Row(
             fault=fault,
             strike=strike,
-            said=_said(reports).replace(f"{self._config.run_dir}/", "") or _measured(launch, fault) or ("nothing" if ended else "nothing; the run went on"),
+            said=said.replace(f"{self._config.run_dir}/", "") or ("nothing" if ended else "nothing; the run went on"),
             detection=reports[0][0] - strike.time if reports else launch.ended - strike.time if ended else None,
             exit=launch.ended - strike.time if ended else None,
             restart=_restart(following[0]) if following else None,

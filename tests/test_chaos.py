@@ -99,8 +99,8 @@ def test_a_run_survives_a_chain_of_faults(tmp_path: Path, checkpoint: Path) -> N
 
 
 CHAINS = {  # every kind, in several phases, to every process that it can strike
-    "kill": "kill:rank0@rollout.1,kill:launcher@log_probs.2,kill:controller@refit.3,kill:rank1@save.4,kill:rank1@eval.5,"
-    "kill@start,kill:launcher@start,kill:reward@rollout.5,kill:controller@train.6",
+    "kill": "kill:rank0@rollout.1,kill:launcher@log_probs.2,kill:controller@refit.3,kill:rank1@save.4,"
+    "kill:rank1@eval.5,kill@start,kill:launcher@start,kill:reward@rollout.5,kill:controller@train.6",
     "term": "term@start,term@rollout.1,term:rank1@train.2,term:controller@save.3,term@eval.5,term:rank0@log_probs.6",
     "stop": "stop:rank1@train.1,stop:controller@rollout.2,stop:rank0@save.3,stop:reward@rollout.4,stop:rank0@eval.5",
     "slow": "slow:rank0@rollout.1,slow:rank1@train.2,slow:rank1@refit.3,slow:rank0@save.4,slow:rank0@eval.5",
