@@ -108,7 +108,7 @@ def slurm(
 @app.command(context_settings=OPTIONS_OF_OTHERS)
 def chaos(
     config: Recipe,
-    faults: Annotated[
+    listed: Annotated[
         str,
         typer.Option(
             "--faults", help="KIND[:PROCESS]@PHASE.STEP,...: kill:rank1@train.3,term@rollout.2,diskfull@save.4."
@@ -117,14 +117,15 @@ def chaos(
     overrides: Overrides = None,
     nproc_per_node: Processes = None,
 ) -> None:
-    """Check that a run survives faults on this machine.
+    """Check that a run survives on this machine what may happen to it.
 
-    Starts the run as NAME-chaos, lets each fault strike in its phase, continues the run when it has ended, and prints
-    what each fault did. Kinds: kill, term, stop, slow, lost, diskfull, corrupt. docs/operations.md describes them.
+    Starts the run as NAME-chaos, lets each of the --faults strike in its phase, continues the run when it has ended,
+    and prints what each did to it. Kinds: kill, term, stop, slow, lost, diskfull, corrupt. See
+    docs/operations.md.
     """
     from miles_spmd.chaos import run
 
-    raise SystemExit(run(config, overrides or [], faults, nproc_per_node))
+    raise SystemExit(run(config, overrides or [], listed, nproc_per_node))
 
 
 @app.command(context_settings=OPTIONS_OF_OTHERS)

@@ -150,8 +150,11 @@ def _process(kind: str, process: str | None, world_size: int) -> tuple[str, str]
     number = re.fullmatch(r"rank(\d+)", process)
     if number and "rank" in allowed:
         inside = int(number[1]) < world_size
-        ranks = f"the run has {world_size} rank{'s' * (world_size > 1)}, rank0 to {last}" if world_size > 1 else "rank0"
-        return f"rank{int(number[1])}", "" if inside else f"there is no {process}: {ranks}; see --nproc-per-node"
+        ranks = f"rank0 to {last}" if world_size > 1 else "rank0 alone"
+        return (
+            f"rank{int(number[1])}",
+            "" if inside else f"the run has {ranks}: raise --nproc-per-node, or name another",
+        )
     if process in allowed and process not in ("", "rank"):
         return process, ""
     names = [name.replace("rank", "rankN") for name in allowed if name]
@@ -173,7 +176,7 @@ def _impossible(fault: Fault, config: Config, moments: Mapping[str, Collection[i
         if fault.phase not in REWARDED:
             yield f"rewards are computed in {' and '.join(REWARDED)}, not in {fault.phase}"
         elif not {term.rm_type for term in config.reward.terms} - {"exact"}:
-            yield "reward.rm_type = 'exact' is computed in the controller: there is no process of its own"
+            yield "reward.rm_type = 'exact' has no process of its own: the controller computes it"
     if fault.phase == START or fault.step in moments[fault.phase]:
         if fault.kind == "corrupt":
             yield from _no_other_checkpoint(fault, config, moments["save"])
@@ -192,7 +195,7 @@ def _impossible(fault: Fault, config: Config, moments: Mapping[str, Collection[i
         yield f"the last {fault.phase} is {fault.phase}.{steps[-1]}, with run.num_rollout = {config.run.num_rollout}"
     else:
         near = min(steps, key=lambda step: (abs(step - fault.step), step))
-        yield f"there is no {fault.phase} at step {fault.step}; the nearest is {fault.phase}.{near}"
+        yield f"step {fault.step} has no {fault.phase}; the nearest is {fault.phase}.{near}"
 
 
 def _no_other_checkpoint(fault: Fault, config: Config, saves: Collection[int]) -> Iterator[str]:

@@ -148,13 +148,12 @@ class Watchdog(threading.Thread):
 
     @property
     def _grace(self) -> float:
-        """The seconds from the end of the controller's connection to that of this rank. Beside the controller, rank 0
-        comes first, which can end it: it may live, and be suspended or wait for a file for ever."""
+        """The seconds from the end of the controller's connection to that of this rank. On rank 0 its pipe is open: it
+        writes its last files, or is suspended, or waits for a file for ever. A launcher that stops rank 0 meanwhile,
+        because others have ended, leaves it 30 seconds."""
         if self._controller is not None:
             return self._stuck_grace
-        if self._asked:  # the launcher stops this rank, or a stopping run has ended
-            return 0.0
-        return LOST_GRACE + (self._stuck_grace if self._silent_loss else 0.0)
+        return 0.0 if self._asked else LOST_GRACE  # the launcher stops this rank, or a stopping run has ended
 
     def _listen(self, until: float) -> None:
         """Wait until then, or until something happens."""

@@ -83,8 +83,8 @@ def test_phases_come_in_their_steps() -> None:
         ("kill@train.x", "kill@train.x: a phase of a step has its number: write @train.STEP, such as @train.1"),
         ("kill@start.1", "kill@start.1: a start has no step: write @start; it is the first one after the faults listed "
          "before it"),
-        ("kill:rank4@train.1", "kill:rank4@train.1: there is no rank4: the run has 4 ranks, rank0 to rank3; see "
-         "--nproc-per-node"),
+        ("kill:rank4@train.1", "kill:rank4@train.1: the run has rank0 to rank3: raise --nproc-per-node, "
+         "or name another"),
         ("kill:driver@train.1", "kill:driver@train.1: unknown process 'driver'; there are rankN, controller, launcher, "
          "reward"),
         ("slow:launcher@train.1", "slow:launcher@train.1: slow cannot strike launcher; it can strike rankN"),
@@ -95,7 +95,7 @@ def test_phases_come_in_their_steps() -> None:
         ("lost@start", "lost@start: lost cannot strike in the phase start; it can in refit, eval, save, rollout, "
          "log_probs, train"),
         ("kill@train.10", "kill@train.10: the last train is train.9, with run.num_rollout = 10"),
-        ("kill@save.7", "kill@save.7: there is no save at step 7; the nearest is save.6"),
+        ("kill@save.7", "kill@save.7: step 7 has no save; the nearest is save.6"),
         ("corrupt@save.3", "corrupt@save.3: no checkpoint is before it, so the run could not continue; the first with "
          "one is save.6"),
         ("kill:reward@train.1", "kill:reward@train.1: rewards are computed in rollout and eval, not in train"),
@@ -121,7 +121,7 @@ def test_a_fault_that_cannot_strike_names_the_setting() -> None:
         "corrupt@save.6: checkpoint.keep_last = 1 leaves no checkpoint before it; keep 2 or more"
     ]
     assert errors("kill:reward@rollout.1", reward={"rm_type": "exact"}) == [
-        "kill:reward@rollout.1: reward.rm_type = 'exact' is computed in the controller: there is no process of its own"
+        "kill:reward@rollout.1: reward.rm_type = 'exact' has no process of its own: the controller computes it"
     ]
 
 

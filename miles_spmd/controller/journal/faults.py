@@ -52,6 +52,7 @@ class FaultInjector:
         self._full: list[FullDisk] = []  # until the step's end
         self._full_save: tuple[int, FullDisk] | None = None  # until the ranks have tried to write the save of this step
         self._lock = threading.Lock()
+        self._ending = False  # the run is about to end by a fault that has struck
 
     def observe(self, event: events.Event) -> None:
         match event:
@@ -76,6 +77,8 @@ class FaultInjector:
     # --- when --------------------------------------------------------------------------------------------------------
 
     def _begin(self, phase: str, step: int) -> None:
+        if self._ending:
+            return
         for number, fault in enumerate(self._faults):
             here = fault.phase == phase and (fault.step == step or phase == START)
             turn = phase != START or self._struck.issuperset(range(number))
@@ -121,10 +124,14 @@ class FaultInjector:
 
     def _note(self, number: int, process: str, pids: Sequence[int], moment: str) -> None:
         self._struck.add(number)
+        fault = self._faults[number]
+        self._ending = self._ending or (
+            fault.ends and fault.kind != "term"
+        )  # a run that is to stop goes on for a while
         self._plan.strike(Strike(number, process, [*pids], time.time(), moment))
 
     def _signal(self, number: int, fault: Fault, moment: str) -> bool:
-        """Send the signal, once. Returns False where there is no such process yet."""
+        """Send the signal, once. Returns False where that process has not begun."""
         with self._lock:
             if number not in self._struck:
                 if (pid := self._pid(fault.process)) is None:
