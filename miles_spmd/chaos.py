@@ -40,7 +40,7 @@ FOLDER = "faults"  # in the folder of the run: the plan, the strikes, and what e
 LOOK_EVERY = 0.05  # seconds
 GRACE = 90.0  # seconds beyond the run's own deadlines after which a run that does not end has not survived
 LEFT_GRACE = 40.0  # seconds in which the processes of a run end after its launcher
-SAID = 240  # characters of a message in the table
+SAID = 300  # characters of a message in the table
 LONG = 120.0  # seconds of a deadline that is worth a remark
 PHASE_OF = {"save": Phase.CHECKPOINT, "eval": Phase.ROLLOUT}  # the ranks' phase, where it has another name
 
@@ -272,7 +272,7 @@ class Chaos:
         if fault.kind == "corrupt" and following:
             reports = _naming(following, fault)
         steps, seconds = _loss(launch, strike, following)
-        said = _said(reports) or _measured(launch, fault)
+        said = _said(reports, fault) or _measured(launch, fault)
         return Row(
             fault=fault,
             strike=strike,
@@ -334,12 +334,14 @@ def _message(launch: Launch) -> str:
     return next((line for line in reversed(lines) if line.startswith("miles-spmd: ")), (lines or ["no output"])[-1])
 
 
-def _said(reports: Sequence[tuple[float, str]]) -> str:
-    """Return the report that explains most: the message of an end, else the last warning, else a request to stop."""
+def _said(reports: Sequence[tuple[float, str]], fault: Fault) -> str:
+    """Return the report that explains most: where the fault ends the run the message of the end, else the first
+    warning, else a request to stop."""
     lines = [line for _, line in reports]
     warnings = [line for line in lines if line.startswith("miles-spmd: warning: ")]
     ends = [line for line in lines if line.startswith("miles-spmd: ") and line not in warnings]
-    return (ends or warnings[:1] or lines or [""])[0].removeprefix("miles-spmd: ")
+    first = ends + warnings if fault.ends else warnings + ends
+    return (first or lines or [""])[0].removeprefix("miles-spmd: ")
 
 
 def _naming(launches: Sequence[Launch], fault: Fault) -> list[tuple[float, str]]:

@@ -1,8 +1,8 @@
 """The observer that injects the faults of `miles-spmd chaos`: the controller sees every phase begin and end, and is on
 the machine of all processes of such a run, so it strikes for all of them.
 
-A signal is sent inside of its phase: at a share of the time that the phase took before, which differs from fault to
-fault, and at the latest at the phase's end. A save lasts until it is complete, beside the training.
+A signal is sent inside of its phase: at a share of the shortest time that the phase took before, which differs from
+fault to fault, and at the latest at the phase's end. A save lasts until it is complete, beside the training.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from miles_spmd.controller.attempts import LOGS, AttemptWriter
 from miles_spmd.controller.checkpoint_folders import step_folder
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.journal import events
-from miles_spmd.faults.fault import START, Fault
+from miles_spmd.faults.fault import PHASES, START, Fault
 from miles_spmd.faults.harm import SIGNALS, FullDisk, Slowness, flip_bit, send
 from miles_spmd.faults.strikes import Plan, Strike
 from miles_spmd.protocol.commands import FinishSave
@@ -47,7 +47,7 @@ class FaultInjector:
     def __init__(self, plan: Plan, run_dir: Path, cluster: Cluster, logs: Path) -> None:
         self._plan, self._run_dir, self._cluster, self._logs = plan, run_dir, cluster, logs
         self._faults, self._struck = plan.faults(), {strike.fault for strike in plan.strikes()}
-        self._seconds = _measured(run_dir)
+        self._seconds = _shortest(run_dir)
         self._ends: dict[int, Callable[[], object]] = {}  # by the number of a fault whose phase has begun
         self._full: list[FullDisk] = []  # until the step's end
         self._full_save: tuple[int, FullDisk] | None = None  # until the ranks have tried to write the save of this step
@@ -59,13 +59,13 @@ class FaultInjector:
             case events.PhaseStarted(phase, step):
                 self._begin(phase, step)
             case events.PhaseFinished(phase, seconds):
-                self._seconds[phase] = seconds
                 if phase != "save":
+                    self._took(phase, seconds)
                     self._end(phase)
                 elif self._full_save is not None:
                     self._await_failure(*self._full_save)
             case events.CheckpointCompleted(step, seconds):
-                self._seconds["save"] = self._seconds.get("save", 0.0) + seconds
+                self._took("save", seconds)
                 self._corrupt(step)
                 self._end("save", step)
             case events.CheckpointFailed(step):
@@ -75,6 +75,9 @@ class FaultInjector:
                     self._full.pop().end()
 
     # --- when --------------------------------------------------------------------------------------------------------
+
+    def _took(self, phase: str, seconds: float) -> None:
+        self._seconds[phase] = min(seconds, self._seconds.get(phase, seconds))
 
     def _begin(self, phase: str, step: int) -> None:
         if self._ending:
@@ -200,14 +203,12 @@ class FaultInjector:
         return None
 
 
-def _measured(run_dir: Path) -> dict[str, float]:
-    """Return the seconds that each phase took last, in the steps that the run has reported before."""
-    newest: dict[str, Any] = {}
+def _shortest(run_dir: Path) -> dict[str, float]:
+    """Return the shortest time of each phase, in seconds, in the steps that the run has reported before."""
+    seconds: dict[str, float] = {}
     for row in Lines(run_dir / METRICS_FILE, dict[str, Any]).values:
-        newest |= row
-    seconds = {
-        name.removeprefix("perf/").removesuffix("_time"): float(value)
-        for name, value in newest.items()
-        if name.startswith("perf/") and name.endswith("_time")
-    }
-    return seconds | {"save": seconds.get("save", UNKNOWN) + seconds.get("save_write", 0.0)}
+        for phase in PHASES:
+            name = f"perf/{'save_write' if phase == 'save' else phase}_time"
+            if name in row:
+                seconds[phase] = min(row[name], seconds.get(phase, row[name]))
+    return seconds
