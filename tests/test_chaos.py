@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from miles_spmd.chaos import OWN, Chaos, Row, load, render
+from miles_spmd.chaos import OWN, Chaos, ChaosError, Row, load, render
 from miles_spmd.config import Config
 from miles_spmd.faults.fault import read_faults
 from miles_spmd.ledger.chain import verify
@@ -135,3 +135,26 @@ def test_twenty_kills_in_saves(tmp_path: Path, checkpoint: Path) -> None:
     found, rows = chaos(config, faults)
     assert len(rows) == 20
     check_equal(undisturbed(config), found.run_dir)
+
+
+def test_a_run_that_fails_without_a_fault_is_one_error(tmp_path: Path, checkpoint: Path) -> None:
+    config = recipe(tmp_path, checkpoint, 3, reward={"rm_type": "tests.worker.rewards:raises"})
+    with pytest.raises(
+        ChaosError, match=r"^start 1 ended without a fault: miles-spmd: .*RewardError: .*/start-1\.log$"
+    ):
+        chaos(config, "slow@eval.0,kill@train.1")
+
+
+def test_it_does_not_touch_the_results_of_an_earlier_one(tmp_path: Path, checkpoint: Path) -> None:
+    config = recipe(tmp_path, checkpoint, 3)
+    metrics = tmp_path / "runs" / "tiny-chaos" / "metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text('{"step": 2}\n')
+    done = forked.run("-m", "miles_spmd", "chaos", config, "--faults=kil@train.1", folder=tmp_path)
+    assert done.returncode == 2
+    assert "--faults: kil@train.1: unknown kind 'kil'; did you mean kill" in done.stderr
+    done = forked.run("-m", "miles_spmd", "chaos", config, "--faults=kill@train.1", folder=tmp_path)
+    assert done.returncode == 2
+    said = "run.name: {} has the metrics of 2 steps of an earlier run; choose another run.name to keep it, or set "
+    assert said.format(metrics.parent) + "run.overwrite=true to delete it" in done.stderr
+    assert [path.name for path in metrics.parent.iterdir()] == ["metrics.jsonl"]
