@@ -382,7 +382,7 @@ def _loss(launch: Launch, strike: Strike, following: Sequence[Launch]) -> tuple[
 
 def render(rows: Sequence[Row]) -> str:
     """Return the table: a row for each fault."""
-    table: list[tuple[str, ...]] = [("fault", "struck", "detection", "exit", "restart", "repeated", "the run reported")]
+    table: list[tuple[str, ...]] = [("injected", "struck", "detection", "exit", "restart", "repeated", "the run reported")]
     for row in rows:
         struck = f"{row.strike.process} (pid {', '.join(map(str, row.strike.pids))})"
         steps = f"{row.steps} step{'s' * (row.steps != 1)}"
