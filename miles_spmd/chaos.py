@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,6 +144,7 @@ class Chaos:
     def survive(self) -> None:
         """Start the run until it ends by itself. Raises ChaosError where it does not survive, OSError where nothing can
         be written."""
+        shutil.rmtree(self._folder, ignore_errors=True)  # of the rehearsal that run.overwrite replaces
         self._plan.write(self._faults)
         try:
             while not self.launches or self.launches[-1].status:
@@ -168,7 +170,7 @@ class Chaos:
         self.launches.append(launch)
         self._family = {}
         lines = _NewLines(output)
-        program = self._start([*self._command, *resume], os.environ | {VARIABLE: str(self._folder)}, output)
+        program = self._start([*self._command, *resume], os.environ | {VARIABLE: str(self._folder.absolute())}, output)
         self._remember(program.pid)
         while program.poll() is None:
             self._look(launch, lines, known)
@@ -203,6 +205,13 @@ class Chaos:
             for one in [root, *root.children(recursive=True)]:
                 self._family.setdefault(one.pid, one)
 
+    def _remember_marked(self) -> None:
+        """Take note of all processes that have the run's variable: a process may have begun when its parent died."""
+        for one in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if one.environ().get(VARIABLE) == str(self._folder.absolute()):
+                    self._family.setdefault(one.pid, one)
+
     def _alive(self) -> list[psutil.Process]:
         return [one for one in self._family.values() if _lives(one)]
 
@@ -210,13 +219,14 @@ class Chaos:
         """Raise ChaosError where a fault should have ended the run long ago."""
         for strike in launch.strikes:
             fault = self._faults[strike.fault]
-            if fault.ends and time.time() > strike.time + _seconds_to_end(fault, self._config) + GRACE:
+            if fault.ends and time.time() > strike.time + found_by(fault, self._config)[1] + GRACE:
                 raise ChaosError(
                     f"{fault}: the run did not end within {time.time() - strike.time:.0f} s of it; what it printed is "
                     f"in {self._folder}, and its logs are in {self._config.run_dir / 'logs'}"
                 )
 
     def _wait_for_the_rest(self, launch: Launch) -> None:
+        self._remember_marked()
         end = time.monotonic() + LEFT_GRACE
         while (left := self._alive()) and time.monotonic() < end:
             time.sleep(LOOK_EVERY)
@@ -317,11 +327,14 @@ def _command(process: psutil.Process) -> str:
         return "ended meanwhile"
 
 
-def _seconds_to_end(fault: Fault, config: Config) -> float:
-    """Return the seconds after which the run's own deadlines end it."""
-    phase = PHASE_OF.get(fault.phase) or Phase(fault.phase)
-    limits = [getattr(config.deadlines, phase.deadline), config.deadlines.heartbeat_timeout]
-    return sum(limits) if fault.kind == "lost" or fault.phase == "start" else max(limits)
+def found_by(fault: Fault, config: Config) -> tuple[str, float]:
+    """Return the deadline by which a run finds at the latest that the fault has struck, and its seconds."""
+    name = "heartbeat_timeout"
+    if fault.kind == "lost" or fault.phase == "start":
+        name = (PHASE_OF.get(fault.phase) or Phase(fault.phase)).deadline
+    elif fault.kind == "term":
+        name = "checkpoint_timeout"
+    return name, getattr(config.deadlines, name)
 
 
 def _place(fault: Fault) -> str:
@@ -382,7 +395,9 @@ def _loss(launch: Launch, strike: Strike, following: Sequence[Launch]) -> tuple[
 
 def render(rows: Sequence[Row]) -> str:
     """Return the table: a row for each fault."""
-    table: list[tuple[str, ...]] = [("injected", "struck", "detection", "exit", "restart", "repeated", "the run reported")]
+    table: list[tuple[str, ...]] = [
+        ("injected", "struck", "detection", "exit", "restart", "repeated", "the run reported")
+    ]
     for row in rows:
         struck = f"{row.strike.process} (pid {', '.join(map(str, row.strike.pids))})"
         steps = f"{row.steps} step{'s' * (row.steps != 1)}"
@@ -415,9 +430,7 @@ def remarks(config: Config, faults: Sequence[Fault]) -> list[str]:
     """Return what a user should know before a long wait, or a great loss."""
     found = []
     for fault in faults:
-        phase = PHASE_OF.get(fault.phase) or Phase(fault.phase)
-        name = "heartbeat_timeout" if fault.kind == "stop" and fault.phase != "start" else phase.deadline
-        seconds = getattr(config.deadlines, name)
+        name, seconds = found_by(fault, config)
         if fault.kind in ("lost", "stop") and seconds > LONG:
             found.append(f"{fault} is found after deadlines.{name} = {seconds:g} s; a lower value makes this shorter")
     if not config.saves:

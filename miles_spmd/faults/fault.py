@@ -66,6 +66,11 @@ class Fault(msgspec.Struct, frozen=True):
         return self.phase if self.phase == START else f"{self.phase}.{self.step}"
 
     @property
+    def rank(self) -> int:
+        """The number of the rank that is its process."""
+        return int(self.process.removeprefix("rank"))
+
+    @property
     def ends(self) -> bool:
         """Whether the run surely ends by it."""
         return KINDS[self.kind].ends and self.process != "reward"

@@ -12,6 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,16 +101,13 @@ class FaultInjector:
         """Begin what the fault does in its phase, and return what to do at the phase's end."""
         match fault.kind:
             case "slow":
-                self._note(number, fault.process, [self._pid(fault.process) or 0], "from its beginning")
-                return Slowness(self._pid(fault.process) or 0).end
+                pid = self._cluster.pids[fault.rank]
+                self._note(number, fault.process, [pid], "from its beginning")
+                return Slowness(pid).end
             case "lost":
-                pid = self._pid(fault.process) or 0
-
-                def lost() -> None:
-                    self._note(number, fault.process, [pid], "at its command")
-
-                self._cluster.lose(int(fault.process.removeprefix("rank")), lost)
-                return lambda: self._cluster.lose(None)
+                lost = partial(self._note, number, fault.process, [self._cluster.pids[fault.rank]], "at its command")
+                self._cluster.lose(fault.rank, lost)
+                return partial(self._cluster.lose, None)
             case "diskfull":
                 return self._fill_disk(number, fault)
             case "corrupt":
