@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,7 +59,7 @@ class Program(Protocol):
     def poll(self) -> int | None: ...
 
 
-Start = Callable[[Sequence[str], Mapping[str, str], Path], Program]  # arguments, environment, file of the output
+Start = Callable[[Sequence[str], Mapping[str, str], Path], Program]  # arguments, environment, where it prints
 
 
 def start_program(arguments: Sequence[str], environment: Mapping[str, str], output: Path) -> Program:
@@ -137,6 +138,7 @@ class Chaos:
         self._start, self._show = start, show
         self._folder = config.run_dir / FOLDER
         self._plan = Plan(self._folder)
+        self._output: _Output | None = None
         self._family: dict[int, psutil.Process] = {}  # the processes of the launch, dead or alive
         self._damaged: list[Fault] = []  # checkpoints that no start has come upon yet
         self.launches: list[Launch] = []
@@ -151,6 +153,8 @@ class Chaos:
                 self._launch()
         finally:
             self._kill()
+            if self._output is not None:
+                self._output.close()
         self._judge()
 
     def rows(self) -> list[Row]:
@@ -169,8 +173,9 @@ class Chaos:
         known = len(self._plan.strikes())
         self.launches.append(launch)
         self._family = {}
-        lines = _NewLines(output)
-        program = self._start([*self._command, *resume], os.environ | {VARIABLE: str(self._folder.absolute())}, output)
+        lines = self._output = _Output(output)
+        environment = os.environ | {VARIABLE: str(self._folder.absolute())}
+        program = self._start([*self._command, *resume], environment, lines.pipe)
         self._remember(program.pid)
         while program.poll() is None:
             self._look(launch, lines, known)
@@ -179,6 +184,7 @@ class Chaos:
             time.sleep(LOOK_EVERY)
         self._wait_for_the_rest(launch)
         self._look(launch, lines, known)
+        lines.close()
         launch.ended, launch.status = time.time(), program.poll() or 0
         launch.rows = Lines(self._config.run_dir / METRICS_FILE, dict[str, Any]).values
         records = Attempts(self._config.run_dir).records
@@ -190,7 +196,7 @@ class Chaos:
             )
         self._check_damaged(launch)
 
-    def _look(self, launch: Launch, lines: _NewLines, known: int) -> None:
+    def _look(self, launch: Launch, lines: _Output, known: int) -> None:
         now = time.time()
         launch.lines += [(now, line) for line in lines.read()]
         for strike in self._plan.strikes()[known + len(launch.strikes) :]:
@@ -295,22 +301,31 @@ class Chaos:
         )
 
 
-class _NewLines:
-    """The whole lines that were added to a file since the last look."""
+class _Output:
+    """What a launch prints, through a named pipe, and into ``file`` from there: a fault by which processes can write no
+    file must not keep them from printing."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._read = path, 0
+    def __init__(self, file: Path) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="miles-spmd-chaos-")
+        self.pipe = Path(self._folder.name, "output")
+        os.mkfifo(self.pipe)
+        self._reader = os.open(self.pipe, os.O_RDONLY | os.O_NONBLOCK)
+        self._file, self._rest = file.open("wb", buffering=0), b""
 
     def read(self) -> list[str]:
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._read)
-                content = file.read()
-        except FileNotFoundError:
-            return []
-        whole = content[: content.rfind(b"\n") + 1]
-        self._read += len(whole)
-        return whole.decode(errors="replace").splitlines()
+        """Return the whole lines since the last call."""
+        with contextlib.suppress(BlockingIOError):  # nothing new
+            while content := os.read(self._reader, 1 << 16):
+                self._file.write(content)
+                self._rest += content
+        *lines, self._rest = self._rest.split(b"\n")
+        return [line.decode(errors="replace") for line in lines]
+
+    def close(self) -> None:
+        if not self._file.closed:
+            os.close(self._reader)
+            self._file.close()
+            self._folder.cleanup()
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ HANGS = ("stop", "lost")  # kinds that deadlines find
 SHORT = {f"{name}_timeout": 15.0 for name in ("train", "rollout", "refit", "checkpoint")} | {"heartbeat_timeout": 5.0}
 
 
-def start(arguments: Sequence[str], environment: Mapping[str, str], output: Path) -> forked.Program:
+def start(folder: Path, arguments: Sequence[str], environment: Mapping[str, str], output: Path) -> forked.Program:
     """A start by a process that has imported everything."""
     variables = dict(environment) | {"PYTHONPATH": str(forked.REPOSITORY)}
-    return forked.start(arguments, output.parents[3], variables, output, output)
+    return forked.start(arguments, folder, variables, output, output)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,10 @@ def chaos(config: Path, faults: str) -> tuple[Config, list[Row]]:
     """The configuration of the run that survived ``faults``, and what they did."""
     found, listed = load(config, ["run.name=tiny-chaos"], faults, RANKS)
     command = ["-m", "miles_spmd", "train", str(config), "run.name=tiny-chaos", *OWN[:2], f"--nproc-per-node={RANKS}"]
-    run, lines = Chaos(found, listed, command, start=start, show=lambda line: lines.append(line)), list[str]()
+    run, lines = (
+        Chaos(found, listed, command, start=partial(start, config.parent), show=lambda line: lines.append(line)),
+        list[str](),
+    )
     lines: list[str]
     try:
         run.survive()
