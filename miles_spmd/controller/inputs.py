@@ -21,6 +21,7 @@ from miles_spmd.plugins.plug_point import PlugPointError, import_function
 from miles_spmd.rewards.adapters import missing_columns
 from miles_spmd.rewards.functions import load_reward
 from miles_spmd.types.sample import Prompt
+from miles_spmd.weights.model_files import HuggingFaceCheckpointError, find_tensors
 
 EXAMINED_ROWS = 1000  # of each file; the run itself examines all when it starts
 PLUG_POINTS = (
@@ -52,13 +53,18 @@ def errors(config: Config, without: Collection[str] = (), *, task: str = "train"
 def _models(known: Settings) -> Iterator[str]:
     for name in ("hf_checkpoint", "ref_load", "critic_load", "teacher_load"):
         folder = known.get(name)
-        if folder is not None:
-            try:
-                load_family(folder)
-            except FileNotFoundError:
-                continue  # reported with the settings
-            except ValueError as error:
-                yield f"model.{name}: {error}"
+        if folder is None:
+            continue
+        try:
+            family = load_family(folder, value_head=name == "critic_load" or known.get("run.mode") == "rm")
+            if any(folder.glob("*.safetensors")):  # else reported with the settings, or random
+                find_tensors(folder, family)
+        except FileNotFoundError:
+            continue  # reported with the settings
+        except HuggingFaceCheckpointError as error:
+            yield from (f"model.{name}: {folder}: {problem}" for problem in error.problems)
+        except ValueError as error:
+            yield f"model.{name}: {error}"
 
 
 def _concerns_data(path: str) -> bool:
