@@ -16,7 +16,7 @@ from miles_spmd.controller.checkpoint_folders import ResumeError, newest, read
 from miles_spmd.controller.datasets import Datasets
 from miles_spmd.data.dataset import DataError, parse_slice
 from miles_spmd.data.tokenizer import Tokenizer, TokenizerError
-from miles_spmd.models import load_family
+from miles_spmd.models import load_family, read_generation_config
 from miles_spmd.plugins.plug_point import PlugPointError, import_function
 from miles_spmd.rewards.adapters import missing_columns
 from miles_spmd.rewards.functions import load_reward
@@ -57,6 +57,7 @@ def _models(known: Settings) -> Iterator[str]:
             continue
         try:
             family = load_family(folder, value_head=name == "critic_load" or known.get("run.mode") == "rm")
+            read_generation_config(folder)
             if any(folder.glob("*.safetensors")):  # else reported with the settings, or random
                 find_tensors(folder, family)
         except FileNotFoundError:

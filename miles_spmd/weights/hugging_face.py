@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from miles_spmd.models import PADDING, Family, Piece, TensorLayout, read_config
+from miles_spmd.models import GENERATION, PADDING, Family, Piece, TensorLayout, read_config, read_generation_config
 from miles_spmd.models.export_folder import MANIFEST, foreign_files, is_begun, write_manifest
 from miles_spmd.models.hf_config import end_tokens
 from miles_spmd.models.layout import check_filled, region, whole
@@ -30,7 +30,7 @@ from miles_spmd.weights.random_weights import random_slices
 from miles_spmd.weights.refit import Refit
 from miles_spmd.weights.transport import raise_together
 
-GENERATION, SPECIAL_TOKENS = "generation_config.json", "special_tokens_map.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
 COPIED = {".json", ".jinja", ".model", ".tiktoken", ".txt"}  # of tokenizer, chat template, generation config
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -226,7 +226,7 @@ def _begin(
             name.replace("ForCausalLM", "ForSequenceClassification") for name in config.get("architectures", ())
         ]
         config |= {"architectures": classifier, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
-    generation = _read_json(source / GENERATION)
+    generation = read_generation_config(source)
     if ends := [*dict.fromkeys([*end_of_sequence(source, config, generation), *stop_token_ids])]:
         # both, because engines read both: what is exported stops where training stopped
         config["eos_token_id"] = generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends

@@ -170,6 +170,21 @@ def test_sizes_that_no_model_has(check: Check, model: Path, tmp_path: Path) -> N
     )
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "generation_config.json is not a JSON object"),
+        ("{", "generation_config.json is not valid JSON"),
+        ('{"eos_token_id": "x"}', "eos_token_id must be a token's number or a list of them, not 'x'"),
+    ],
+)
+def test_a_generation_config_is_read(check: Check, model: Path, tmp_path: Path, content: str, message: str) -> None:
+    folder = changed(model, tmp_path / "other")
+    (folder / "generation_config.json").write_text(content)
+    (found,) = check(f"hf_checkpoint={folder}")
+    assert message in found
+
+
 @pytest.mark.parametrize("template", [3, [{"name": "default"}], ["x"], {"default": 1}])
 def test_a_chat_template_that_is_no_text(check: Check, model: Path, tmp_path: Path, template: Any) -> None:
     folder = changed(model, tmp_path / "other")
