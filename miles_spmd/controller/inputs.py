@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from miles_spmd.config import Config, RewardTerm
 from miles_spmd.config.checks import Settings, settings
 from miles_spmd.controller.checkpoint_folders import ResumeError, newest, read
 from miles_spmd.controller.datasets import Datasets
-from miles_spmd.data.dataset import DataError, parse_slice
+from miles_spmd.data.dataset import DataError, parse_slice, read_rows
 from miles_spmd.data.tokenizer import Tokenizer, TokenizerError
 from miles_spmd.models import load_family, read_generation_config
 from miles_spmd.plugins.plug_point import PlugPointError, import_function
@@ -141,7 +142,7 @@ def _file(setting: str, source: str, config: Config, tokenizer: Tokenizer, *, tr
         if any("no such file" in str(problem) for problem in error.errors):
             return  # reported with the settings
         for line in str(error).replace(_head(source), source).splitlines():
-            if not (config.data.drop_long_prompts and "no rows" in line):  # there may be shorter ones further on
+            if not ("no rows" in line and _has_more(source)):  # there may be shorter ones further on
                 yield f"{setting}: {line}"
         return
     except TokenizerError as error:
@@ -161,6 +162,11 @@ def _columns(setting: str, terms: Sequence[RewardTerm], prompts: Sequence[Prompt
             continue  # reported already
         if problem:
             yield f"{setting}: rm_type = {name!r} {problem}"
+
+
+def _has_more(source: str) -> bool:
+    """Whether a file has more rows than are examined."""
+    return _head(source) != source and len(list(islice(read_rows(source, []), EXAMINED_ROWS + 1))) > EXAMINED_ROWS
 
 
 def _head(source: str) -> str:

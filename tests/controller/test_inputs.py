@@ -193,6 +193,23 @@ def test_a_chat_template_that_is_no_text(check: Check, model: Path, tmp_path: Pa
     assert "tokenizer_config.json: chat_template is neither text nor a list of named texts" in found
 
 
+def test_a_file_whose_rows_are_all_too_long(check: Check, tmp_path: Path) -> None:
+    long, short = {"prompt": "long " * 20, "label": "1"}, {"prompt": "short", "label": "1"}
+    limits = "rollout_max_prompt_len=9", "drop_long_prompts=true"
+    few = rows(tmp_path / "few.jsonl", *[long] * 3, short)
+    (found,) = check(f"prompt_data={few}@[:3]", *limits)
+    assert found == f"data.prompt_data: {few}@[:3]: no rows; check the file, its slice and data.drop_long_prompts"
+    assert check(f"prompt_data={few}", *limits) == []
+    many = rows(tmp_path / "many.jsonl", *[long] * inputs.EXAMINED_ROWS, short)  # a good row further on
+    assert check(f"prompt_data={many}", *limits) == []
+
+
+def test_a_label_that_no_row_has_is_one_error(check: Check) -> None:
+    (found,) = check("label_key=none", "rm_type=exact")
+    assert "the label None is neither a string" in found
+    assert found.endswith("name the labels' column (label_key), or another reward (rm_type)")
+
+
 def test_an_evaluation_reads_no_training_data(check: Check) -> None:
     assert check("label_key=solution", task="eval") == []
 
