@@ -102,8 +102,11 @@ def load_items(source: str, name: str | None, data: DataConfig, tokenizer: Token
                 drafts.append((number, *draft(f"{name}:{number}", row)))
         encodings = iter(tokenizer.encode_texts([text for _, texts, _ in drafts for text in texts]))
         for number, texts, finish in drafts:
-            own = islice(encodings, len(texts))
+            own = list(islice(encodings, len(texts)))
             with collecting_errors(number):
+                for problem in (tokenizer.unknown_to_model(encoding.ids) for encoding in own):
+                    if problem is not None:
+                        raise RowError(problem, "take the tokenizer that belongs to the model, or another text")
                 items.append(finish(*own))
     if dropped:
         _log.warning("%s: dropped %d of %d prompts as too long", source, dropped, count)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
 
 from miles_spmd.data.template import ChatTemplate, Conversation, Message, TokenizerError
+from miles_spmd.models import read_config
 
 Segment = tuple[str, bool]  # a part of a text, and whether it is trained
 
@@ -76,6 +78,22 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens including added ones; the model's embedding may have more rows."""
         return self._fast.get_vocab_size()
+
+    @cached_property
+    def _first_unknown(self) -> int | None:
+        """The first token that the model in this folder has no embedding for; None where it has one for each."""
+        if not (self.folder / "config.json").is_file():
+            return None
+        rows = read_config(self.folder).get("vocab_size")
+        largest = max(self._fast.get_vocab().values(), default=0)
+        return rows if isinstance(rows, int) and rows <= largest else None
+
+    def unknown_to_model(self, ids: Sequence[int]) -> str | None:
+        """Return what is wrong with token ids that the model has no embedding for; None if there are none."""
+        if self._first_unknown is None or (largest := max(ids, default=0)) < self._first_unknown:
+            return None
+        token = self._fast.id_to_token(largest)
+        return f"token {largest} ({token!r}) is unknown to the model, whose vocab_size is {self._first_unknown}"
 
     @property
     def eos_token_id(self) -> int | None:

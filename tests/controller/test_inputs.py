@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from miles_spmd.config import Config
 from miles_spmd.config.load import ConfigError, load_config
@@ -202,6 +203,19 @@ def test_a_file_whose_rows_are_all_too_long(check: Check, tmp_path: Path) -> Non
     assert check(f"prompt_data={few}", *limits) == []
     many = rows(tmp_path / "many.jsonl", *[long] * inputs.EXAMINED_ROWS, short)  # a good row further on
     assert check(f"prompt_data={many}", *limits) == []
+
+
+def test_a_token_that_the_model_lacks(check: Check, model: Path, tmp_path: Path) -> None:
+    """As when tokens were added to a tokenizer, and no rows to the embedding."""
+    folder = changed(model, tmp_path / "other")
+    fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    fast.add_tokens([f"<extra{number}>" for number in range(200)])
+    fast.save(str(folder / "tokenizer.json"))
+    text = "a <extra199>", "a <extra0>", "b"
+    data = rows(tmp_path / "rows.jsonl", *({"prompt": one, "label": "1"} for one in text))
+    (found,) = check(f"hf_checkpoint={folder}", f"prompt_data={data}")
+    number = fast.token_to_id("<extra199>")
+    assert f"{data}:1: token {number} ('<extra199>') is unknown to the model, whose vocab_size is 512" in found
 
 
 def test_a_label_that_no_row_has_is_one_error(check: Check) -> None:
