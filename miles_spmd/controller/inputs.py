@@ -40,7 +40,7 @@ def errors(config: Config, without: Collection[str] = (), *, task: str = "train"
     """Return what is wrong with the files and functions that ``config`` names, except for settings and tables whose
     dotted paths are in ``without``."""
     known = settings(config, without=without)
-    messages = [*_models(known), *_checkpoint(config, known), *_plug_ins(known)]
+    messages = [*_models(known), *_checkpoint(config, known, task), *_plug_ins(known)]
     tokenizer = None
     folder = known.get("hf_checkpoint")
     if folder is not None and not any(_concerns_data(path) for path in without) and _is_supported(folder):
@@ -87,14 +87,23 @@ def _is_supported(folder: Path) -> bool:
     return True
 
 
-def _checkpoint(config: Config, known: Settings) -> Iterator[str]:
-    folder = config.checkpoint.load
-    resumes = config.checkpoint.resume and {"name", "output_dir"} <= set(known) and newest(config.run_dir)
-    if "checkpoint.load" in known and folder is not None and folder.is_dir() and not resumes:
-        try:
-            read(folder)
-        except ResumeError as error:
+def _checkpoint(config: Config, known: Settings, task: str) -> Iterator[str]:
+    named = config.checkpoint.load if "checkpoint.load" in known else None
+    resumed = newest(config.run_dir) if config.checkpoint.resume and {"name", "output_dir"} <= set(known) else None
+    folder = resumed or named
+    if folder is None or not folder.is_dir():
+        return
+    try:
+        step = read(folder).step
+    except ResumeError as error:
+        if resumed is None:  # else the one before it is taken
             yield f"checkpoint.load: {error}"
+        return
+    if task == "train" and "num_rollout" in known and step > config.run.num_rollout:
+        yield (
+            f"run.num_rollout: {config.run.num_rollout} steps are fewer than the {step} after which "
+            f"{folder} was written; set it to more to go on, or export that model with `miles-spmd export`"
+        )
 
 
 def _plug_ins(known: Settings) -> Iterator[str]:

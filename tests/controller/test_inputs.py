@@ -18,6 +18,7 @@ from miles_spmd.config import Config
 from miles_spmd.config.load import ConfigError, load_config
 from miles_spmd.config.table import walk
 from miles_spmd.controller import inputs
+from miles_spmd.controller.checkpoint_folders import FORMAT, ControllerState, mark, step_folder
 from tests.worker.tiny_run import write_checkpoint, write_config
 
 Check = Callable[..., list[str]]
@@ -222,6 +223,20 @@ def test_a_label_that_no_row_has_is_one_error(check: Check) -> None:
     (found,) = check("label_key=none", "rm_type=exact")
     assert "the label None is neither a string" in found
     assert found.endswith("name the labels' column (label_key), or another reward (rm_type)")
+
+
+def test_a_checkpoint_after_the_last_step(check: Check, tmp_path: Path) -> None:
+    saved = step_folder(tmp_path / "other", 6)
+    saved.mkdir(parents=True)
+    mark(saved, ControllerState(6, 1234, format=FORMAT))
+    load = f"checkpoint.load={saved}"
+    assert check(load, "run.num_rollout=6") == []
+    (error,) = check(load, "run.num_rollout=5")
+    assert error.startswith(f"run.num_rollout: 5 steps are fewer than the 6 after which {saved} was written; set it")
+    assert check(load, "run.num_rollout=5", task="eval") == []
+    own = ["run.output_dir=.", "run.name=other", "checkpoint.resume=true"]
+    assert check(*own, "run.num_rollout=6") == []
+    assert len(check(*own, "run.num_rollout=5")) == 1
 
 
 def test_an_evaluation_reads_no_training_data(check: Check) -> None:
