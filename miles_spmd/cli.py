@@ -412,7 +412,7 @@ def _start(task: str, recipe: Path, overrides: list[str], nproc: int | None, dry
     if dry_run:
         _, world_size = launcher.ranks(nproc)
         config = launcher.load(recipe, overrides, world_size, check_files=True, task=task)
-        config, _ = launcher.begin(config, task, rank=None)
+        config, _ = launcher.begin(config, task, recipe, rank=None)
         _print_plan(config, world_size, None, here=True)
         return
     _, status = launcher.start(task, recipe, overrides, nproc)

@@ -149,7 +149,7 @@ def start(
     """
     is_rank, world_size = ranks(nproc)
     config = load(recipe, overrides, world_size, check_files=True, task=task)
-    config, lock = begin(config, task, rank=int(os.environ["RANK"]) if is_rank else None)
+    config, lock = begin(config, task, recipe, rank=int(os.environ["RANK"]) if is_rank else None)
     if not is_rank:
         launch(world_size)
     from miles_spmd.controller.run_folder import describe
@@ -164,12 +164,14 @@ def start(
         return config, worker(config, task, replay)
 
 
-def begin(config: Config, task: str, *, rank: int | None) -> tuple[Config, AbstractContextManager[Any]]:
+def begin(config: Config, task: str, recipe: Path, *, rank: int | None) -> tuple[Config, AbstractContextManager[Any]]:
     """Return the configuration with the folder that ``task`` works in, and that folder's lock, which the first rank
-    takes. Print why and exit where the task may not begin; ``rank`` None: in a process that only looks."""
+    takes. ``recipe`` is the file of the configuration. Print why and exit where the task may not begin; ``rank`` None:
+    in a process that only looks."""
     from miles_spmd.controller import run_folder
 
     with failing(run_folder.RunFolderError, OSError, code=2):
+        run_folder.check_recipe(config, recipe)
         config = run_folder.of_task(config, task)
         if rank is None:
             run_folder.check(config, task)

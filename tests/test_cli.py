@@ -116,6 +116,8 @@ def test_train_export_evaluate_report(recipe: Path, folder: Path) -> None:
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
     run = run.rename(run.with_name("renamed"))  # a verb that is given a folder works in that one
+    moved = miles_spmd("train", run / "config.toml", "checkpoint.resume=true", "--dry-run", status=2).stderr
+    assert "renamed/config.toml was moved or copied, and names " in moved
     export = [run / "checkpoints" / "step_000002", folder / "exported"]
     done = forked.run("-m", "miles_spmd", "export", *export, folder=folder)
     assert done.returncode == 0, done.stderr

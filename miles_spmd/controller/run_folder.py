@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from miles_spmd.config import Config
-from miles_spmd.config.load import dump_config
+from miles_spmd.config.load import dump_config, load_config
 from miles_spmd.controller.attempts import LOGS, leftovers
 from miles_spmd.controller.checkpoint_folders import EXPORT, INCOMPLETE, STATE_FILE, newest, unfinished
 from miles_spmd.controller.checkpoint_folders import FOLDER as CHECKPOINTS
@@ -78,6 +78,22 @@ def in_folder(run_dir: Path, suffix: str = "") -> list[str]:
 def override(setting: str, path: Path | str) -> str:
     """Return an override that is read as text, also where a path looks like a number or a list."""
     return f"{setting}={json.dumps(str(path), ensure_ascii=False)}"
+
+
+def check_recipe(config: Config, recipe: Path) -> None:
+    """Raise RunFolderError where a run is to be continued by the config.toml of a folder that was moved or copied, and
+    which still names the folder that it was written in."""
+    folder = recipe.absolute().parent
+    is_run = recipe.name == CONFIG_FILE and (folder / LOCK_FILE).exists()
+    if not config.checkpoint.resume or not is_run or folder.resolve() == config.run_dir.resolve():
+        return
+    written = load_config(recipe, check_files=False).run
+    if (written.output_dir, written.name) == (config.run.output_dir, config.run.name):
+        own = " ".join(map(shlex.quote, in_folder(folder)))
+        raise RunFolderError(
+            f"run.name: {recipe} was moved or copied, and names {config.run_dir.absolute()}, which is another folder; "
+            f"to continue the run beside it, add {own}"
+        )
 
 
 def check(config: Config, task: str) -> None:

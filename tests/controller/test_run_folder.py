@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,11 +14,12 @@ from typing import Any
 import pytest
 
 from miles_spmd.config import Config
-from miles_spmd.config.load import ConfigError, make_tables
+from miles_spmd.config.load import ConfigError, load_config, make_tables
 from miles_spmd.controller.checkpoint_folders import ControllerState, mark, step_folder
 from miles_spmd.controller.run_folder import (
     RunFolderError,
     check,
+    check_recipe,
     check_results,
     claim,
     describe,
@@ -117,6 +119,28 @@ def test_a_continued_run_keeps_its_settings_until_its_checkpoint_is_loaded(tmp_p
     describe(changed, "train")
     describe(make(tmp_path), "train")  # which begins anew
     assert newest_config(config.run_dir).read_bytes() == before
+
+
+def test_a_copy_is_not_taken_for_the_run_that_it_was_copied_from(tmp_path: Path) -> None:
+    config = make(tmp_path, "run.name=a b")
+    leave_results(config)
+    recipe = Path(shutil.copytree(config.run_dir, tmp_path / "copy of x")) / "config.toml"
+
+    def load(*overrides: str) -> Config:
+        return load_config(recipe, overrides, check_files=False)
+
+    check_recipe(load(), recipe)
+    with pytest.raises(RunFolderError, match=r"copy of x/config.toml was moved or copied, and names .*/a b,") as raised:
+        check_recipe(load("checkpoint.resume=true"), recipe)
+    own = shlex.split(str(raised.value).rpartition(" add ")[2])
+    continued = load("checkpoint.resume=true", *own)
+    assert continued.run_dir == recipe.parent
+    check_recipe(continued, recipe)
+    check_recipe(load("checkpoint.resume=true", "run.name=other"), recipe)  # which the user has named
+    (tmp_path / "link").symlink_to(recipe.parent)
+    check_recipe(continued, tmp_path / "link" / "config.toml")
+    (recipe.parent / "lock").unlink()
+    check_recipe(load("checkpoint.resume=true"), recipe)  # a recipe that lies somewhere
 
 
 @pytest.mark.parametrize("task", ["replay", "bisect", "warm"])
