@@ -82,7 +82,7 @@ class OpenRollout:
 
 
 class Watcher(Protocol):
-    """What the loop tells of itself: :class:`miles_spmd.worker.watchdog.Watchdog` for one."""
+    """Receives where the rank stands: :class:`miles_spmd.worker.watchdog.Watchdog` for one."""
 
     def enter(self, phase: Phase, step: int, seconds: float = math.inf) -> None: ...
 

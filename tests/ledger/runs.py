@@ -18,9 +18,8 @@ from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.controller.loops import replay
 from miles_spmd.controller.tasks import run
-from miles_spmd.protocol.commands import Stop
 from miles_spmd.protocol.dealer import Dealer
-from miles_spmd.protocol.messages import Call, Heartbeat, Hello, Message, Reply
+from miles_spmd.protocol.messages import Heartbeat, Hello, Reply
 from miles_spmd.protocol.pipe import REQUEUE, Credentials, Replay
 from miles_spmd.protocol.results import Ok
 from miles_spmd.protocol.router import Router
@@ -30,31 +29,10 @@ from miles_spmd.worker.service import Service
 from miles_spmd.worker.stopwatch import Stopwatch
 from miles_spmd.worker.watchdog import obey
 from tests.ranks import Ranks
+from tests.service import EndingDealer, Unwatched
 from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
 
 STEPS = 4
-
-
-class Unwatched:
-    """A real watchdog would take over this process's signals."""
-
-    def enter(self, phase: Phase, step: int, seconds: float = 0.0) -> None: ...
-
-    def progress(self, detail: str) -> None: ...
-
-
-class DealerForARun(Dealer):
-    """Receives Stop at the end of the run, which it does not where the run fails, or ends before this rank connects."""
-
-    def __init__(self, credentials: Credentials, lasts: str) -> None:
-        super().__init__(credentials)
-        self.lasts = lasts
-
-    def receive(self, timeout: float | None = None) -> Message | None:
-        while (message := super().receive(0.05 if timeout is None else timeout)) is None and timeout is None:
-            if not os.path.exists(self.lasts):
-                return Call(0, 0, 0.0, Stop())
-        return message
 
 
 class SideThread(threading.Thread):
@@ -80,7 +58,7 @@ def serve(settings: str, credentials: bytes, lasts: str, has_side: bool) -> None
     config = Config.model_validate_json(settings)
     rank, size = dist.get_rank(), dist.get_world_size()
     own = msgspec.json.decode(credentials, type=list[Credentials])[rank]
-    dealer, side = DealerForARun(own, lasts), SideThread(rank, own)
+    dealer, side = EndingDealer(own, lambda: not os.path.exists(lasts)), SideThread(rank, own)
     if has_side:
         side.start()
     place = Place(rank, size, rank, size, "127.0.0.1")

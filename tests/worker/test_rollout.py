@@ -17,9 +17,8 @@ from miles_spmd.config import DeadlinesConfig
 from miles_spmd.controller.cluster.cluster import Cluster, RolloutSession
 from miles_spmd.controller.cluster.listener import WorkerFailedError
 from miles_spmd.generation.engine import Engine
-from miles_spmd.protocol.commands import Command, Generate, RefitEngine, Stop
-from miles_spmd.protocol.dealer import Dealer
-from miles_spmd.protocol.messages import Call, Hello, Message, OwnWork
+from miles_spmd.protocol.commands import Command, Generate, RefitEngine
+from miles_spmd.protocol.messages import Hello, OwnWork
 from miles_spmd.protocol.pipe import Credentials
 from miles_spmd.protocol.results import Ok, RefitResult, Result
 from miles_spmd.protocol.router import Router
@@ -30,6 +29,7 @@ from miles_spmd.worker.service import Service
 from miles_spmd.worker.stopwatch import Stopwatch
 from tests.controller.ranks import DIGEST, info_of
 from tests.ranks import Ranks
+from tests.service import EndingDealer, Unwatched
 
 if TYPE_CHECKING:
     from miles_spmd.worker.worker import Worker
@@ -84,27 +84,13 @@ class EngineOnly:
         return OwnWork(0.0, self.steps)
 
 
-class LeavingDealer(Dealer):
-    """Receives Stop when the controller is gone."""
-
-    def receive(self, timeout: float | None = None) -> Message | None:
-        while (message := super().receive(0.1 if timeout is None else timeout)) is None and timeout is None:
-            if self.disconnections.poll(0):
-                return Call(0, 0, 0.0, Stop())
-        return message
-
-
-class Unwatched:
-    def enter(self, phase: Phase, step: int, seconds: float = 0.0) -> None: ...
-
-    def progress(self, detail: str) -> None: ...
-
-
 def serve(credentials: bytes, kind: str, folder: Path, engine_size: int) -> None:
     """A rank with an engine alone, until the controller is gone."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     engine: Engine = make_engine(kind, folder, engine_size)
-    dealer = LeavingDealer(msgspec.json.decode(credentials, type=list[Credentials])[rank])
+    dealer = EndingDealer(
+        msgspec.json.decode(credentials, type=list[Credentials])[rank], lambda: bool(dealer.disconnections.poll(0))
+    )
     service = Service(cast("Worker", EngineOnly(engine)), rank, dealer, Unwatched(), Stopwatch())
     dealer.send(Hello(info_of(rank, world_size, engine_size), DIGEST))
     service.run()
