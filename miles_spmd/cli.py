@@ -106,6 +106,29 @@ def slurm(
 
 
 @app.command(context_settings=OPTIONS_OF_OTHERS)
+def chaos(
+    config: Recipe,
+    listed: Annotated[
+        str,
+        typer.Option(
+            "--faults", help="KIND[:PROCESS]@PHASE.STEP,...: kill:rank1@train.3,term@rollout.2,diskfull@save.4."
+        ),
+    ],
+    overrides: Overrides = None,
+    nproc_per_node: Processes = None,
+) -> None:
+    """Check that a run survives on this machine what may happen to it.
+
+    Starts the run as NAME-chaos, lets each of the --faults strike in its phase, continues the run when it has ended,
+    and prints what each did to it. Kinds: kill, term, stop, slow, lost, diskfull, corrupt. See
+    docs/operations.md.
+    """
+    from miles_spmd.chaos import run
+
+    raise SystemExit(run(config, overrides or [], listed, nproc_per_node))
+
+
+@app.command(context_settings=OPTIONS_OF_OTHERS)
 def warm(config: Recipe, overrides: Overrides = None, nproc_per_node: Processes = None) -> None:
     """Compile the kernels of a run and keep them, so that its start is quick.
 

@@ -23,8 +23,12 @@ site=${MILES_SPMD_SITE:-$root/slurm/site.sh}
 verb=$1 config=$2
 overrides=("${@:3}")
 overrides=("${overrides[@]//%a/${SLURM_ARRAY_TASK_ID:-%a}}")
-[[ $verb == eval ]] || overrides+=(checkpoint.resume=true)
 restart=${SLURM_RESTART_COUNT:-0}
+if [[ $verb != eval ]]; then
+    overrides+=(checkpoint.resume=true)
+elif [[ $restart -gt 0 ]]; then
+    overrides+=(run.overwrite=true) # what this job itself has begun; an evaluation is not continued
+fi
 
 # --- the site --------------------------------------------------------------------------------------------------------
 

@@ -103,7 +103,7 @@ def _run(
     if cpus:
         os.sched_setaffinity(0, cpus)
     for path, descriptor in ((stdout, 1), (stderr, 2)):
-        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         os.dup2(opened, descriptor)
         os.close(opened)
     _become(arguments, environment)

@@ -56,7 +56,7 @@ def test_help_is_quick_and_names_every_verb() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     text = miles_spmd("--help").stdout
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    for verb in ("train", "eval", "export", "plan", "report", "doctor"):
+    for verb in ("train", "eval", "export", "plan", "report", "doctor", "chaos"):
         assert re.search(rf"^\W*{verb}\b", text, flags=re.MULTILINE), text
     assert after.ru_utime - before.ru_utime < 0.5  # seconds of computing, whatever else runs
 

@@ -96,7 +96,7 @@ class Checkpoints:
         begun = self._saving is not None and self._saving.state.step == step  # a step's end may ask twice
         if begun or not (due or asked or anyway):
             return
-        with journal.timed("save"):
+        with journal.timed("save", step):
             self._settle(journal, wait=True)
             self._begin(step, journal, due, asked)
 
@@ -109,11 +109,11 @@ class Checkpoints:
     def save_all(self, step: int, journal: Journal, responses: bytes) -> None:
         """Write a checkpoint before ``step``, unless there is one, and ``responses`` of that step into it; return when
         it is complete. Raises SaveError, and OSError for the responses."""
-        with journal.timed("save"):
+        with journal.timed("save", step):
             self._settle(journal, wait=True)
         if self._saved != step:
             self.save(step, journal, anyway=True)
-        with journal.timed("save"):
+        with journal.timed("save", step):
             self.finish(journal)
             if responses:
                 folders.add_responses(folders.step_folder(self._config.run_dir, step), responses)
@@ -170,7 +170,7 @@ class Checkpoints:
         )
         self._saving = _Saving(scratch, state, asked)
         if problem:
-            self._fail(problem)
+            self._fail(problem, journal)
 
     def _settle(self, journal: Journal, *, wait: bool, ends: bool = False) -> None:
         """Complete the save that is under way, if all ranks are done. ``ends``: the run does not go on afterwards."""
@@ -186,7 +186,7 @@ class Checkpoints:
         except OSError as error:
             problem = str(error)
         if problem:
-            self._fail(problem, ends)
+            self._fail(problem, journal, ends)
 
     def _complete(self, saving: _Saving, scratch: Path, progress: Sequence[SaveProgress], journal: Journal) -> None:
         digests = {name: [one.digests[name] for one in progress] for name in progress[0].digests}
@@ -198,7 +198,7 @@ class Checkpoints:
         self._problem, self._failures, self._saved = "", 0, saving.state.step
         self._end(saving)
 
-    def _fail(self, problem: str, ends: bool = False) -> None:
+    def _fail(self, problem: str, journal: Journal, ends: bool = False) -> None:
         """Remove what the save has written, so that a full disk has room again, and say why. Raises SaveError where it
         is the second one, unless the run ``ends``, which then reports it."""
         assert self._saving is not None
@@ -212,6 +212,7 @@ class Checkpoints:
         )
         self._failures += 1
         self._end(self._saving)
+        journal.publish(events.CheckpointFailed(step, self._problem))
         if ends:
             return
         if self._failures > 1:

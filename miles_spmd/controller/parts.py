@@ -16,6 +16,7 @@ from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.datasets import Datasets
 from miles_spmd.controller.generation.generation import Generation, RecordedSamples
 from miles_spmd.controller.journal import events
+from miles_spmd.controller.journal.faults import injected
 from miles_spmd.controller.journal.journal import Journal, Writers
 from miles_spmd.controller.journal.ledger import LedgerRecorder
 from miles_spmd.controller.journal.metrics import Metrics
@@ -78,10 +79,11 @@ def open_parts(
         metrics = Metrics(cluster, config.run_dir)  # its clock starts here: the first step includes the start
         stopping.show, stopping.show_left = partial(_note, progress, attempt, lines), progress.left
         checkpoints = Checkpoints(config, cluster)
-        journal = Journal(metrics, [Writers(config, tracker, progress, attempt, lines), checkpoints, stopping])
+        writers = Writers(config, tracker, progress, attempt, lines)
+        journal = Journal(metrics, [writers, checkpoints, stopping, *injected(config, cluster, attempt)])
         # Data before ranks: an error in a file is reported at once, not after minutes of loading weights.
         data = Datasets(config, tokenizer, training=task != "eval")
-        with journal.timed("start"):
+        with journal.timed("start", 0):
             cluster.wait_ready()
         journal.publish(events.RanksReady(time.time() - attempt.record.start, cluster.seconds))
         start = checkpoints.load()

@@ -41,7 +41,7 @@ WRITTEN = (
     *(METRICS_FILE, TRANSCRIPTS_FILE, ROLLOUTS_FILE, REPORT_FILE, STRAGGLERS_FILE),
     *(LEDGER, CHECKPOINTS, TENSORBOARD_FOLDER, EXPORT),
 )
-HAS_RESULTS = ("train", "eval")  # the others: an export, and repetitions in folders that are named after a run's
+HAS_RESULTS = ("train", "eval", "chaos")  # the others: an export, and repetitions in folders named after a run's
 
 
 class RunFolderError(RuntimeError):
@@ -51,11 +51,11 @@ class RunFolderError(RuntimeError):
 def of_task(config: Config, task: str) -> Config:
     """Return ``config`` with the folder and the checkpoint that ``task`` works with. An evaluation stands beside the
     training run of the same recipe, and scores that run's newest checkpoint where it is to resume. So does what warms
-    the caches, which keeps no results."""
-    if task not in ("eval", "warm"):
+    the caches, which keeps no results, and a run that faults are injected into, which begins anew."""
+    if task not in ("eval", "warm", "chaos"):
         return config
     tables: dict[str, Any] = {"run": config.run.model_copy(update={"name": f"{config.run.name}-{task}"})}
-    if task == "warm":
+    if task in ("warm", "chaos"):
         tables |= {"checkpoint": config.checkpoint.model_copy(update={"load": None, "resume": False})}
     elif config.checkpoint.resume:
         load = newest(config.run_dir)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import socket
 import time
+from collections.abc import Callable
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
@@ -47,6 +48,7 @@ class Router:
         keys = [make_keys() for _ in range(ranks)]
         self._rank_of_key = {public: rank for rank, (public, _) in enumerate(keys)}
         self.rank_of: dict[Peer, int] = {}
+        self.loses: Callable[[int], bool] = lambda rank: False  # whether a message to that rank is dropped
         self._context = zmq.Context(IO_THREADS)
         self._authenticator = ThreadAuthenticator(self._context)
         self._authenticator.start()
@@ -79,6 +81,8 @@ class Router:
         """Send the message, encoded once, to each of ``peers``. Raises PeerGoneError."""
         data = encode(message)
         for peer in peers:
+            if self.loses(self.rank_of[peer]):
+                continue
             try:
                 if peer in self._closed:  # libzmq may still accept it: it handles the closing on another thread
                     raise zmq.ZMQError(zmq.EHOSTUNREACH)

@@ -60,6 +60,11 @@ class ControllerProcess:
         """Return in words by what the controller was killed, "" where it ended by itself and has spoken."""
         return f"the controller (pid {self.pid}) was killed by {signal.Signals(-status).name}" if status < 0 else ""
 
+    def kill(self) -> None:
+        """Kill the controller and all that it started, without waiting: a file system may hold it for ever."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the end, kill the controller after ``timeout`` seconds, and return its exit status (negative: the
         signal that killed it). Everything else that it started has ended, too, on return."""

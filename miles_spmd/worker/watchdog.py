@@ -37,6 +37,7 @@ from miles_spmd.worker.controller_process import ControllerProcess
 
 HEARTBEAT_EVERY = 1.0  # seconds
 LOST_GRACE = 3.0  # seconds from the end of the controller's connection, in which the launcher may stop this rank
+STUCK_GRACE = 20.0  # seconds from there in which a controller that lives may write how its run ended
 REQUESTS = signal.SIGTERM, signal.SIGUSR1  # to stop, after what is worth it was saved; SIGINT ends a run at once
 FRAMES = 12  # of the main thread, for the controller
 PACKAGE = str(Path(__file__).parents[1])
@@ -77,6 +78,7 @@ class Watchdog(threading.Thread):
         self._parent = int(os.environ.get(LAUNCHER) or os.getppid())
         self._dealer: Dealer | None = None
         self._lost_since: float | None = None  # monotonic: when the connection to the controller closed
+        self._stuck_grace = STUCK_GRACE
         self._stopping = False
         self._asked = False  # a signal has requested a stop
         self._main = threading.main_thread().ident or 0
@@ -92,6 +94,7 @@ class Watchdog(threading.Thread):
         """Send heartbeats from now on. The controller counts as lost after ``silence`` seconds without its machine.
         ``stacks``: where they go from now on."""
         self._stacks = stacks or self._stacks
+        self._stuck_grace = min(STUCK_GRACE, silence)
         self._dealer = Dealer(credentials, silence)
         self._waker.send(b"\0")
 
@@ -140,21 +143,30 @@ class Watchdog(threading.Thread):
             self._listen(min(now + HEARTBEAT_EVERY, math.inf if dumped is doing else doing.deadline))
             if os.getppid() != self._parent:  # an orphan is adopted by another process
                 self._leave("the launcher died")
-            grace = 0.0 if self._asked else LOST_GRACE  # the launcher stops this rank, or a stopping run has ended
-            if self._lost_since is not None and time.monotonic() > self._lost_since + grace:
-                self._exit(1, "" if self._silent_loss else "lost the controller")
+            if self._lost_since is not None and time.monotonic() > self._lost_since + self._grace:
+                self._lost()
+
+    @property
+    def _grace(self) -> float:
+        """The seconds from the end of the controller's connection to that of this rank. On rank 0 its pipe is open: it
+        writes its last files, or is suspended, or waits for a file for ever. A launcher that stops rank 0 meanwhile,
+        because others have ended, leaves it 30 seconds."""
+        if self._controller is not None:
+            return self._stuck_grace
+        return 0.0 if self._asked else LOST_GRACE  # the launcher stops this rank, or a stopping run has ended
 
     def _listen(self, until: float) -> None:
         """Wait until then, or until something happens."""
         poller = zmq.Poller()
         poller.register(self._awake, zmq.POLLIN)
         # Rank 0 learns from its child's pipe, with the exit status, that the controller is gone; other ranks from the
-        # connection, which may close a moment before the launcher stops them with the better message.
+        # connection, which may close a moment before the launcher stops them with the better message. The connection
+        # also ends when the controller is silent, whose pipe then stays open.
         if self._dealer is not None:
             poller.register(self._dealer.incoming, zmq.POLLIN)
         if self._controller is not None and self._controller.listening:
             poller.register(self._controller.fileno(), zmq.POLLIN)
-        elif self._dealer is not None and self._lost_since is None:
+        if self._dealer is not None and self._lost_since is None:
             poller.register(self._dealer.disconnections, zmq.POLLIN)
         ready = dict(poller.poll(math.ceil(max(0.0, until - time.monotonic()) * 1000)))
         if self._stopping:
@@ -205,6 +217,13 @@ class Watchdog(threading.Thread):
         """End after a signal or the launcher's death. The controller prints the reason, once for all ranks."""
         self._send_heartbeat(Phase.STOP, reason)
         self._exit(status, "" if self._controller is None else self._controller.stop(reason))
+
+    def _lost(self) -> NoReturn:
+        """End after the controller's connection has ended; on rank 0 together with a controller that does not."""
+        if self._controller is None:
+            self._exit(1, "" if self._silent_loss else "lost the controller")
+        self._controller.kill()
+        self._exit(1, f"the controller (pid {self._controller.pid}) was silent, and was killed")
 
     def _controller_ended(self, controller: ControllerProcess) -> NoReturn:
         status = controller.wait(EXIT_SECONDS)

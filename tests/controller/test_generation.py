@@ -105,7 +105,7 @@ class Events:
         self.published.append(event)
 
     @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
+    def timed(self, phase: str, step: int) -> Iterator[None]:
         yield
         self.publish(PhaseFinished(phase, 0.0))
 

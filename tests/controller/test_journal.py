@@ -92,7 +92,7 @@ def test_a_phase_ends_and_is_counted_when_its_block_raises(tmp_path: Path) -> No
         def update(self, step: int, metrics: object) -> None: ...
 
     def fails() -> None:
-        with run.timed("rollout"):
+        with run.timed("rollout", 0):
             raise KeyError("x")
 
     collector = Collector()
@@ -117,7 +117,7 @@ def test_the_ledger_sees_every_event_and_its_time_is_counted() -> None:
     assert collector.events == [Measured(1, {})]
     run.publish(StepFinished(1))
     _, finished, started, ended = collector.events
-    assert (finished, started) == (StepFinished(1), PhaseStarted("ledger"))
+    assert (finished, started) == (StepFinished(1), PhaseStarted("ledger", 1))
     assert isinstance(ended, PhaseFinished)
     assert [event for event in ledger.events if isinstance(event, StepFinished)] == [StepFinished(1)]
     assert run.ledger_head == "abc"

@@ -46,10 +46,12 @@ def processes(job: Job) -> list[int]:
     return found
 
 
-def held_job(submit: Submit, folder: Path, config: Path, command: str, **options: Any) -> Job:
+def held_job(
+    submit: Submit, folder: Path, config: Path, command: str, *, arguments: tuple[str, ...] = (), **options: Any
+) -> Job:
     """A job of two ranks that waits before that command in its third step."""
     (folder / "hold").write_text(command)
-    job = submit(config, **options)
+    job = submit(config, *arguments, **options)
     job.wait_for((folder / "held").exists)
     return job
 
@@ -118,6 +120,24 @@ def test_a_job_requeued_by_slurm_finishes(
 
 
 @pytest.mark.slow
+def test_an_evaluation_requeued_by_slurm_begins_anew(
+    submit: Submit, cluster: Cluster, folder: Path, checkpoint: Path
+) -> None:
+    config = write_job(folder, checkpoint, run={"num_rollout": 2})
+    trained = submit(config)
+    assert trained.wait() == "COMPLETED", trained.log()
+    script = {"script": REPOSITORY / "slurm" / "eval.sh"}
+    sets = f"eval_prompt_data.held={folder}/data.jsonl"
+    job = held_job(submit, folder, config, "Generate", arguments=("checkpoint.resume=true", sets), **script)
+    cluster.command("scontrol", "requeue", job.id)
+    job.wait_for(lambda: job.state == "PENDING")
+    (folder / "hold").unlink()
+    assert job.wait() == "COMPLETED", job.log()
+    (report,) = (folder / "runs").glob("*/report.html")
+    assert report.parent.name != "tiny"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["Generate", "TrainStep", "SaveCheckpoint"])
 def test_a_job_at_its_time_limit_is_requeued(
     submit: Submit, cluster: Cluster, folder: Path, checkpoint: Path, uninterrupted: Path, command: str
@@ -138,10 +158,10 @@ def test_a_job_at_its_time_limit_is_requeued(
 def test_a_job_without_progress_is_not_requeued_for_ever(submit: Submit, folder: Path, checkpoint: Path) -> None:
     job = held_job(submit, folder, write_job(folder, checkpoint), "Generate")
     for restart in range(1, 4):
-        (folder / "held").unlink()
         stop_by_signal(job)
         if restart < 3:
             job.wait_for(lambda: job.state == "PENDING")
+            (folder / "held").unlink()
             job.begin_now()
             job.wait_for((folder / "held").exists)
     assert job.wait() == "FAILED"

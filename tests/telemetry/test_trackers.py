@@ -161,7 +161,7 @@ def algorithm_metrics() -> set[str]:
 def test_every_metric_that_is_written_is_described_and_the_reverse() -> None:
     controller = Path(metrics.__file__).parents[1] / "controller"
     source = "".join(path.read_text() for path in controller.rglob("*.py"))
-    phases = set(re.findall(r'\.timed\("(\w+)"\)', source))
+    phases = set(re.findall(r'\.timed\("(\w+)", ', source))
     tables = "rollout|train|refit|parity|perf|checkpoint|health"
     written = set(re.findall(rf'"((?:{tables})/\w+)"', source)) | algorithm_metrics()
     written |= {f"perf/{phase}_slowest" for phase in AMOUNTS}

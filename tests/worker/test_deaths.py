@@ -86,6 +86,20 @@ def test_a_killed_controller_is_named(launch: Launch) -> None:
     assert message.endswith(f"train, step 0: the controller (pid {controller}) was killed by SIGKILL")
 
 
+def test_a_suspended_controller_is_killed_with_its_rewards(launch: Launch) -> None:
+    """Its end of the pipe stays open, and it would stay behind."""
+    run = launch(
+        ranks=1, run={"num_rollout": 10_000}, reward={"rm_type": "tests.worker.rewards:constant"},
+        deadlines={"heartbeat_timeout": 5.0},
+    )  # fmt: skip
+    run.wait_for_steps(1)
+    pid = run.controller()
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    message = run.finish()
+    assert message.endswith(f": the controller (pid {pid}) was silent, and was killed")
+
+
 def test_a_killed_launcher_leaves_nothing_behind(launch: Launch) -> None:
     run = launch(Phase.TRAIN, 1, "hang")
     run.wait_until_held()

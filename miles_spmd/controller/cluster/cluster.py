@@ -74,6 +74,11 @@ class Cluster:
         return self._table.infos
 
     @property
+    def pids(self) -> dict[int, int]:
+        """The processes of the ranks that have connected, by rank."""
+        return {info.rank: info.pid for info in self._table.infos}
+
+    @property
     def trainers(self) -> list[TrainerRank]:
         """The ranks that train, by rank."""
         return [info.trainer for info in self.infos if info.trainer is not None]
@@ -160,6 +165,18 @@ class Cluster:
     def pass_requests(self, ask: Callable[[str], None]) -> None:
         """Call ``ask`` with the name of every signal to stop that a rank receives."""
         self._listener.stop_asked = ask
+
+    def lose(self, rank: int | None, lost: Callable[[], None] = lambda: None) -> None:
+        """Drop the next message to ``rank``, and call ``lost`` then; None: drop no more."""
+
+        def loses(receiver: int) -> bool:
+            if receiver != rank:
+                return False
+            self.lose(None)
+            lost()
+            return True
+
+        self._router.loses = loses
 
     # --- for the end of the run --------------------------------------------------------------------------------------
 

@@ -103,7 +103,7 @@ class Generation:
         self._groups = acceptance.groups
         if self._given:
             self._stopping.show(f"step {step} continues {described(self._given.values())}")
-        with self._journal.timed("rollout"):
+        with self._journal.timed("rollout", step):
             self._generate(acceptance, self._data.waves(step), step)
         self._given = {}
         self._journal.publish(events.RolloutFinished(step, acceptance.accepted, acceptance.dropped))
@@ -116,7 +116,7 @@ class Generation:
     def evaluate(self, step: int, due: Sequence[EvalSet]) -> None:
         """Score the responses to the prompts of the held-out sets ``due``, ``step`` steps into the run."""
         sets: dict[str, list[Group]] = {}
-        with self._journal.timed("eval"):
+        with self._journal.timed("eval", step):
             for one in due:
                 prompts = self._data.eval_sets[one.name]
                 acceptance = Acceptance(self._rewards, len(prompts), terms=one.terms)

@@ -21,7 +21,10 @@ class Event(msgspec.Struct, frozen=True):
 
 
 class PhaseStarted(Event, frozen=True):
+    """``step`` is that of the commands to the ranks: the number of the rollout, or of the steps that are done."""
+
     phase: str  # one of telemetry.metrics.PHASES
+    step: int
 
 
 class PhaseFinished(Event, frozen=True):
@@ -100,6 +103,13 @@ class CheckpointCompleted(Event, frozen=True):
     step: int
     seconds: float
     nbytes: int
+
+
+class CheckpointFailed(Event, frozen=True):
+    """The checkpoint before ``step`` could not be written."""
+
+    step: int
+    problem: str
 
 
 class StepFinished(Event, frozen=True):

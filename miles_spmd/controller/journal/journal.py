@@ -38,7 +38,7 @@ class Writers:
 
     def observe(self, event: events.Event) -> None:
         match event:
-            case events.PhaseStarted(phase):
+            case events.PhaseStarted(phase, _):
                 self._progress.phase(phase)
                 self._attempt.phase(phase)
             case events.PhaseFinished():
@@ -54,6 +54,8 @@ class Writers:
                 self._attempt.tell(self._lines.line(step, metrics))
             case events.CheckpointCompleted(step):
                 self._attempt.tell(f"{self._lines.name}: checkpoint after {step} steps")
+            case events.CheckpointFailed(_, problem):
+                self._attempt.tell(f"{self._lines.name}: {problem}")
             case events.EvaluationFinished(step, _, samples) if samples:
                 write_transcripts(self._config, step, samples)
             case events.RolloutFinished(step, groups):
@@ -71,14 +73,14 @@ class Journal:
             observer.observe(event)
         if self.ledger is not None:
             # digests of a whole batch take time, which has to show in the metrics
-            long = isinstance(event, events.RolloutFinished | events.UpdateFinished | events.StepFinished)
-            with self.timed("ledger") if long else nullcontext():
+            long = events.RolloutFinished | events.UpdateFinished | events.StepFinished
+            with self.timed("ledger", event.step) if isinstance(event, long) else nullcontext():
                 self.ledger.observe(event)
 
     @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Show and time ``phase`` while the block runs, also when it raises."""
-        self.publish(events.PhaseStarted(phase))
+    def timed(self, phase: str, step: int) -> Iterator[None]:
+        """Show and time ``phase`` of ``step`` while the block runs, also when it raises."""
+        self.publish(events.PhaseStarted(phase, step))
         started = time.monotonic()
         try:
             yield

@@ -44,7 +44,7 @@ class Pace:
 
     def observe(self, event: events.Event) -> None:
         match event:
-            case events.PhaseStarted(phase):
+            case events.PhaseStarted(phase, _):
                 self._running = phase, time.monotonic()
             case events.PhaseFinished(phase, seconds):
                 self._running = "", 0.0

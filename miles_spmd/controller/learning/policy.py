@@ -45,7 +45,7 @@ class Policy:
         """Return the scores that the algorithm needs from before the update. Compares engine and trainer where that is
         possible, which may mask tokens of ``sequences``. Raises ParityError."""
         self._parity.begin_step(samples, sequences)
-        with self._journal.timed("log_probs"):
+        with self._journal.timed("log_probs", step):
             scores = self._models.scores(step, sequences)
         algorithm = self._config.algorithm
         # Engine and trainer can only be compared on the same weights: those in the engine are the newest ones, or the
@@ -54,7 +54,7 @@ class Policy:
             return scores
         if self._parity.counts_flips:
             role = Role.OLD_ACTOR if algorithm.keep_old_actor else Role.ACTOR
-            with self._journal.timed("log_probs"):
+            with self._journal.timed("log_probs", step):
                 top1, _ = self._models.top_k_tokens(step, sequences, role, 1)
             self._journal.publish(events.Measured(step, self._parity.check_top1(step, sequences, top1)))
         if "old_log_probs" in scores and not algorithm.use_rollout_logprobs:
@@ -74,7 +74,7 @@ class Policy:
         reference policy where the loss needs them."""
         batch = pair_sequences(pairs)
         if self._config.has_reference:
-            with self._journal.timed("log_probs"):
+            with self._journal.timed("log_probs", step):
                 reference = self._models.log_probs(step, batch, Role.REF)
             for sequence, log_probs in zip(batch, reference, strict=True):
                 sequence.ref_log_probs = log_probs
@@ -99,7 +99,7 @@ class Policy:
 
     def _update(self, step: int, batch: Sequence[TrainSequence], role: Role) -> Arrays:
         trainers = self._cluster.trainers
-        with self._journal.timed("train"):
+        with self._journal.timed("train", step):
             results, log_probs = self._models.train(step, batch, role)
         metrics = train_metrics(results, trainers, critic=role is Role.CRITIC)
         self._journal.publish(events.UpdateFinished(step, role, batch, results, log_probs, metrics))
@@ -133,7 +133,7 @@ class Policy:
         """Copy weights ``version`` into the engine, unless it has them."""
         if version == self._engine_version:
             return
-        with self._journal.timed("refit"):
+        with self._journal.timed("refit", version):
             results = self._cluster.call(RefitEngine(version), step=version)
         self._engine_version = version
         self._journal.publish(events.EngineRefitted(version, results))
@@ -145,7 +145,7 @@ class Policy:
     def evaluate(self, step: int, sets: Mapping[str, Sequence[PreferencePair]]) -> None:
         """Score the held-out pairs of every set with the newest weights."""
         metrics: dict[str, float] = {}
-        with self._journal.timed("eval"):
+        with self._journal.timed("eval", step):
             for name, pairs in sets.items():
                 with self._cluster.doing(f"evaluation of {name}"):
                     metrics |= self._models.preference_metrics(step, name, pairs)

@@ -1,0 +1,166 @@
+"""Runs that faults are injected into, which end with the ledger of a run that nothing disturbed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from miles_spmd.chaos import OWN, Chaos, ChaosError, Row, load, render
+from miles_spmd.config import Config
+from miles_spmd.faults.fault import read_faults
+from miles_spmd.ledger.chain import verify
+from miles_spmd.ledger.compare import compare
+from tests import forked
+from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
+
+RANKS = 2
+COIN = {"rm_type": "tests.recipe_run:coin", "reward_workers": 1, "reward_timeout": 5.0}  # in a process of its own
+HANGS = ("stop", "lost")  # kinds that deadlines find
+SHORT = {f"{name}_timeout": 15.0 for name in ("train", "rollout", "refit", "checkpoint")} | {"heartbeat_timeout": 5.0}
+
+
+def start(folder: Path, arguments: Sequence[str], environment: Mapping[str, str], output: Path) -> forked.Program:
+    """A start by a process that has imported everything."""
+    variables = dict(environment) | {"PYTHONPATH": str(forked.REPOSITORY)}
+    return forked.start(arguments, folder, variables, output, output)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+def recipe(folder: Path, checkpoint: Path, steps: int, **changes: dict[str, Any]) -> Path:
+    tables: dict[str, dict[str, Any]] = {
+        "run": {"num_rollout": steps},
+        "rollout": {"engine": REFERENCE_ENGINE},
+        "eval": {"eval_prompt_data": {"held": str(folder / "data.jsonl")}, "eval_interval": 5},
+        "checkpoint": {"save_interval": 1},
+        "algorithm": {"kl_loss_coef": 0.001},  # for log-probs of the reference model
+        "determinism": {"deterministic": True, "parity": "off"},
+    }
+    for table, settings in changes.items():
+        tables[table] = tables.get(table, {}) | settings
+    return write_config(folder, checkpoint, **tables)
+
+
+def chaos(config: Path, faults: str) -> tuple[Config, list[Row]]:
+    """The configuration of the run that survived ``faults``, and what they did."""
+    found, listed = load(config, ["run.name=tiny-chaos"], faults, RANKS)
+    command = ["-m", "miles_spmd", "train", str(config), "run.name=tiny-chaos", *OWN[:2], f"--nproc-per-node={RANKS}"]
+    run, lines = (
+        Chaos(found, listed, command, start=partial(start, config.parent), show=lambda line: lines.append(line)),
+        list[str](),
+    )
+    lines: list[str]
+    try:
+        run.survive()
+    finally:
+        print("\n".join([*lines, render(run.rows())]))
+    return found, run.rows()
+
+
+def undisturbed(config: Path) -> Path:
+    folder = config.parent
+    done = forked.run("-m", "miles_spmd", "train", config, f"--nproc-per-node={RANKS}", folder=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "tiny"
+
+
+def check_equal(a: Path, b: Path) -> None:
+    found = compare(verify(a), verify(b))
+    assert found.equal, found.difference
+
+
+def test_a_run_survives_a_chain_of_faults(tmp_path: Path, checkpoint: Path) -> None:
+    config = recipe(tmp_path, checkpoint, 7)
+    found, rows = chaos(
+        config,
+        "slow:rank1@train.1,kill:rank1@train.2,diskfull@save.3,corrupt@save.4,term@rollout.5,kill:controller@start",
+    )
+    check_equal(undisturbed(config), found.run_dir)
+    said = {str(row.fault): row for row in rows}
+    assert [*said] == [
+        "slow:rank1@train.1",
+        "kill:rank1@train.2",
+        "diskfull@save.3",
+        "corrupt@save.4",
+        "term:launcher@rollout.5",
+        "kill:controller@start",
+    ]
+    assert len(rows) == 6
+    assert f"pid {said['kill:rank1@train.2'].strike.pids[0]}) died: train, step 2" in said["kill:rank1@train.2"].said
+    warning = said["diskfull@save.3"].said
+    assert "the checkpoint of step 3 could not be written: [Errno 27] File too large: " in warning
+    assert said["diskfull@save.3"].exit is None
+    assert "is damaged" in said["corrupt@save.4"].said
+    assert said["corrupt@save.4"].said.endswith("; continuing from checkpoints/step_000002")
+    assert said["corrupt@save.4"].steps >= 2
+
+
+CHAINS = {  # every kind, in several phases, to every process that it can strike
+    "kill": "kill:rank0@rollout.1,kill:launcher@log_probs.2,kill:controller@refit.3,kill:rank1@save.4,"
+    "kill:rank1@eval.5,kill@start,kill:launcher@start,kill:reward@rollout.5,kill:controller@train.6",
+    "term": "term@start,term@rollout.1,term:rank1@train.2,term:controller@save.3,term@eval.5,term:rank0@log_probs.6",
+    "stop": "stop:rank1@train.1,stop:controller@rollout.2,stop:rank0@save.3,stop:reward@rollout.4,stop:rank0@eval.5",
+    "slow": "slow:rank0@rollout.1,slow:rank1@train.2,slow:rank1@refit.3,slow:rank0@save.4,slow:rank0@eval.5",
+    "lost": "lost:rank1@train.1,lost:rank0@rollout.2,lost:rank1@save.3,lost:rank0@refit.4,lost:rank1@eval.5",
+    "diskfull": "diskfull@rollout.1,diskfull:rank1@save.2,diskfull@save.4,diskfull:controller@save.5,diskfull@eval.5,"
+    "diskfull:rank0@train.6",
+    "corrupt": "corrupt@save.2,corrupt@save.5,kill:rank0@rollout.5,corrupt@save.6",
+}
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
+    """The run of 7 steps that nothing disturbs."""
+    return undisturbed(recipe(tmp_path_factory.mktemp("calm"), checkpoint, 7, reward=COIN))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", CHAINS)
+def test_every_kind_in_several_phases(tmp_path: Path, checkpoint: Path, calm: Path, kind: str) -> None:
+    config = recipe(tmp_path, checkpoint, 7, reward=COIN, deadlines=SHORT if kind in HANGS else {})
+    found, rows = chaos(config, CHAINS[kind])
+    assert sorted(str(row.fault) for row in rows) == sorted(map(str, read_faults(CHAINS[kind], found, RANKS)[0]))
+    check_equal(calm, found.run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_twenty_kills_in_saves(tmp_path: Path, checkpoint: Path) -> None:
+    """Each at another moment of its save, and of another process."""
+    processes = "rank0", "rank1", "controller", "launcher"
+    faults = ",".join(f"kill:{processes[n % 4]}@save.{n + 1}" for n in range(20))
+    config = recipe(tmp_path, checkpoint, 21, reward=COIN)
+    found, rows = chaos(config, faults)
+    assert len(rows) == 20
+    check_equal(undisturbed(config), found.run_dir)
+
+
+def test_a_run_that_fails_without_a_fault_is_one_error(tmp_path: Path, checkpoint: Path) -> None:
+    config = recipe(tmp_path, checkpoint, 3, reward={"rm_type": "tests.worker.rewards:raises"})
+    with pytest.raises(
+        ChaosError, match=r"^start 1 ended without a fault: miles-spmd: .*RewardError: .*/start-1\.log$"
+    ):
+        chaos(config, "slow@eval.0,kill@train.1")
+
+
+def test_it_does_not_touch_the_results_of_an_earlier_one(tmp_path: Path, checkpoint: Path) -> None:
+    config = recipe(tmp_path, checkpoint, 3)
+    metrics = tmp_path / "runs" / "tiny-chaos" / "metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text('{"step": 2}\n')
+    done = forked.run("-m", "miles_spmd", "chaos", config, "--faults=kil@train.1", folder=tmp_path)
+    assert done.returncode == 2
+    assert "--faults: kil@train.1: unknown kind 'kil'; did you mean kill" in done.stderr
+    done = forked.run("-m", "miles_spmd", "chaos", config, "--faults=kill@train.1", folder=tmp_path)
+    assert done.returncode == 2
+    said = "run.name: {} has the metrics of 2 steps of an earlier run; choose another run.name to keep it, or set "
+    assert said.format(metrics.parent) + "run.overwrite=true to delete it" in done.stderr
+    assert [path.name for path in metrics.parent.iterdir()] == ["metrics.jsonl"]
