@@ -317,6 +317,7 @@ def replay(
     from miles_spmd.controller.loops.replay import plan
     from miles_spmd.ledger.chain import read_record
     from miles_spmd.ledger.compare import compare
+    from miles_spmd.protocol.last_words import speaks
 
     with launcher.failing(RuntimeError, code=2):  # of which LedgerError is one
         order, overrides = plan(run_dir, step, phase)
@@ -325,6 +326,7 @@ def replay(
     with os.fdopen(os.dup(1), "w") as terminal:  # a rank's own output goes to its log
         config, status = launcher.start("replay", run_dir / "config.toml", overrides, ranks, order)
         if status == 0 and os.environ["RANK"] == "0":
+            speaks()  # by what is printed here, which explains a status of 1
             status = _print_comparison(compare(original, read_record(config.run_dir), order.steps, phase), terminal)
     raise SystemExit(status)
 

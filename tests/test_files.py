@@ -101,6 +101,13 @@ def test_a_file_keeps_its_content_where_it_cannot_be_replaced(tmp_path: Path) ->
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("report.html", b"old")]
 
 
+def test_a_folder_that_takes_no_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError) as raised:
+        write_whole(tmp_path / "file" / "report.html", b"new")
+    assert raised.value.filename == str(tmp_path / "file" / "report.html")  # not the file that is written first
+
+
 def test_a_log_that_is_full_is_reported_later(tmp_path: Path) -> None:
     """Not by whatever line prints, which may be one that reports another error."""
     log = Log(tmp_path / "rank-0.log", "a")

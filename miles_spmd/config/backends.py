@@ -111,14 +111,15 @@ class BackendField:
 
     def error(self, value: Any) -> str | None:
         """Return what is wrong with ``value``, or None."""
-        if self.choices is not None and value not in self.choices:
-            return f"must be one of {', '.join(repr(c) for c in self.choices if c is not None)}, got {value!r}"
         if type(value) is float and not math.isfinite(value):
             return f"must be a finite number, got {value}"
-        if self.types is None or type(value) in self.types or (type(value) is int and float in self.types):
-            return None
-        expected = " or ".join(sorted(t.__name__ for t in self.types))
-        return f"expected {expected}, got {type(value).__name__} {value!r}"
+        fits = self.types is None or type(value) in self.types or (type(value) is int and float in self.types)
+        if not fits:
+            expected = " or ".join(sorted(t.__name__ for t in self.types or ()))
+            return f"expected {expected}, got {type(value).__name__} {value!r}"
+        if self.choices is not None and value not in self.choices:
+            return f"must be one of {', '.join(repr(c) for c in self.choices if c is not None)}, got {value!r}"
+        return None
 
 
 # What Megatron's own launcher accepts beside the dataclasses' fields.
@@ -178,11 +179,18 @@ def refusal(table: str, key: str) -> str | None:
 
 def _dataclass_fields(file: Path, name: str) -> dict[str, BackendField]:
     tree = ast.parse(file.read_text())
+    constants = {
+        node.targets[0].id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
     fields = {}
     for node, after in zip(body, [*body[1:], None]):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             types, choices = _annotation(node.annotation)
+            if choices is None and types is not None and list not in types:
+                choices = _listed_choices(node.annotation, constants)
             fields[node.target.id] = BackendField(types, choices, _default(node.value), _meaning(node, after))
     return fields
 
@@ -201,6 +209,16 @@ def _meaning(node: ast.AnnAssign, after: ast.stmt | None) -> str:
         case _:
             text = ""
     return " ".join(text.split("\n\n")[0].split())
+
+
+def _listed_choices(annotation: ast.expr, constants: dict[str, ast.expr]) -> tuple[Any, ...] | None:
+    """The choices that SGLang lists in a field's annotation, or in a constant that is named there."""
+    match annotation:
+        case ast.Subscript(slice=ast.Tuple([_, ast.Call(keywords=keywords)])):
+            found = next((keyword.value for keyword in keywords if keyword.arg == "choices"), None)
+            found = constants.get(found.id) if isinstance(found, ast.Name) else found
+            return tuple(_default(found) or ()) or None
+    return None
 
 
 def _default(value: ast.expr | None) -> Any:

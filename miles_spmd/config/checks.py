@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from miles_spmd.config.backends import BackendMissingError, backend_fields
 from miles_spmd.config.table import Table
 from miles_spmd.models import read_config
+from miles_spmd.models.hf_config import malformed_sizes
 
 if TYPE_CHECKING:
     from miles_spmd.config import Config
@@ -32,9 +33,11 @@ class Settings(dict[str, Any]):
     """
 
     def __missing__(self, name: str) -> Any:
-        if name == "shape" and (shape := checkpoint_shape(self.hf_checkpoint)) is not None:
-            self["shape"] = shape
-            return shape
+        if name == "shape":
+            shape = checkpoint_shape(self.hf_checkpoint)
+            if shape is not None and not malformed_sizes(shape):  # which the family reports
+                self["shape"] = shape
+                return shape
         raise UnknownSettingError(name)
 
     def __getattr__(self, name: str) -> Any:

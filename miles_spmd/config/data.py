@@ -10,12 +10,12 @@ from pydantic import Field
 from miles_spmd.config.checks import ERRORS, FILES, Messages, Settings, rule
 from miles_spmd.config.table import (
     DataFile,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Seconds,
     Table,
+    Temperature,
     must_be,
     plug_point,
     without_slice,
@@ -178,7 +178,7 @@ class EvalSet(Table):
     """Call that function once per group of responses to a prompt instead of once per response."""
     n_samples_per_eval_prompt: PositiveInt | None = None
     """Number of responses to each prompt, which is the k of pass@k."""
-    eval_temperature: NonNegativeFloat | None = None
+    eval_temperature: Temperature | None = None
     """Sampling temperature; 0 always takes the top-1 token."""
     eval_top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """`rollout_top_p` of this set."""
@@ -206,7 +206,7 @@ class EvalConfig(Table):
     """Evaluation sets with settings of their own: columns, reward, sampling, interval."""
     n_samples_per_eval_prompt: PositiveInt = 1
     """Number of responses to each evaluation prompt, which is the k of pass@k."""
-    eval_temperature: NonNegativeFloat = 0.0
+    eval_temperature: Temperature = 0.0
     """Sampling temperature of evaluations; 0 always takes the top-1 token."""
     eval_top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """`rollout_top_p` of evaluations."""

@@ -18,7 +18,7 @@ from pydantic import ValidationError, create_model
 from pydantic_core import ErrorDetails
 
 from miles_spmd.config import Config
-from miles_spmd.config.backends import BACKENDS, BackendMissingError, backend_fields, refusal, value_error
+from miles_spmd.config.backends import BACKENDS, BackendMissingError, backend_fields, backend_keys, refusal, value_error
 from miles_spmd.config.checks import errors as conflicts
 from miles_spmd.config.other_names import ours, ours_within
 from miles_spmd.config.overrides import apply_override, hint, nearest
@@ -185,6 +185,9 @@ def _explain(root: type[Table], location: Location, detail: ErrorDetails) -> str
         what = "key" if tables or not isinstance(detail["input"], dict) else "table"
         if other := ours_within(".".join(location), detail["input"]):
             return f"unknown {what}; here {', '.join(other)}"
+        backends = [table for table in BACKENDS if table in root.model_fields and name in backend_keys(table)]
+        if homes := [f"[{table}]" for table in backends if refusal(table, name) is None]:
+            return f"belongs in {' or '.join(homes)}"
         return f"unknown {what}{hint([path.split('.')[-1] for path in _meant(root, location)])}"
     if kind == "missing":
         inner = next((bare(s.field.annotation) for s in walk(root) if s.path == location), None)

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from miles_spmd.config.checks import ERRORS, Messages, Settings, heads_divide, rule
 from miles_spmd.config.data import evaluates
-from miles_spmd.config.table import NonNegativeFloat, NonNegativeInt, PositiveInt, Table, must_be, plug_point
+from miles_spmd.config.table import NonNegativeInt, PositiveInt, Table, Temperature, must_be, plug_point
 
 # an earlier version's name of the engine that is in the tests now
 _not_torch = must_be(
@@ -21,7 +21,7 @@ class RolloutConfig(Table):
     """Number of responses to each prompt; they are the group that estimators compare."""
     rollout_max_response_len: PositiveInt = 1024
     """Longest response in tokens, at which generation stops."""
-    rollout_temperature: NonNegativeFloat = 1.0
+    rollout_temperature: Temperature = 1.0
     """Sampling temperature; 0 always takes the top-1 token."""
     rollout_top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample from the smallest set of tokens whose probabilities sum to this; 1: from the whole vocabulary."""
@@ -29,9 +29,9 @@ class RolloutConfig(Table):
         int, must_be("-1 (the whole vocabulary) or positive", lambda top_k: top_k == -1 or top_k > 0)
     ] = -1
     """Sample from so many most probable tokens; -1: from the whole vocabulary."""
-    rollout_stop: list[str] = []
+    rollout_stop: list[Annotated[str, must_be("a text that is not empty", bool)]] = []
     """Texts at which a response ends."""
-    rollout_stop_token_ids: list[int] = []
+    rollout_stop_token_ids: list[NonNegativeInt] = []
     """Tokens at which a response ends, beside the tokenizer's end-of-sequence token."""
     rollout_num_gpus: NonNegativeInt = 0
     """Disaggregated layout: the last so many ranks only generate, on devices of their own, and the others only train.
@@ -76,6 +76,14 @@ def _responses_fit_the_context(s: Settings) -> Messages:
     for name, response in lengths.items():
         if prompt + response > context:
             yield f"{name}: {prompt} prompt + {response} response tokens exceed the model's context of {context}"
+
+
+@rule(ERRORS)
+def _stop_tokens_are_tokens(s: Settings) -> Messages:
+    vocabulary = s.shape.get("vocab_size")
+    unknown = [token for token in s.rollout_stop_token_ids if vocabulary is not None and token >= vocabulary]
+    if unknown:
+        yield f"rollout.rollout_stop_token_ids: {unknown[0]} must be below {vocabulary}, the model's vocab_size"
 
 
 # --- ranks that generate ----- ----------------------------------------------------------------------------------------

@@ -52,7 +52,8 @@ class CheckpointConfig(Table):
     """Folder of the Hugging Face checkpoint; the default is `export/` in the run folder. An existing folder is replaced
     only if it is empty or holds nothing but an earlier export."""
     load: Path | None = None
-    """A checkpoint folder of this project to resume from. If it cannot be loaded, the run ends."""
+    """A checkpoint folder of this project to resume from. If it cannot be loaded, the run ends. With `resume`, only
+    where the run folder has no checkpoint of its own."""
     resume: bool = False
     """Continue from the run folder's newest checkpoint that can be loaded, if it has one; what is wrong with newer ones
     is a warning. `miles-spmd eval` scores the newest checkpoint."""

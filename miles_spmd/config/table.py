@@ -64,6 +64,10 @@ def must_be(what: str, holds: Callable[[Any], bool]) -> AfterValidator:
     return AfterValidator(check)
 
 
+# SGLang takes the top-1 token, and log-probs at temperature 1, below this.
+Temperature = Annotated[float, Field(ge=0), must_be("0 or at least 1e-6", lambda value: value == 0 or value >= 1e-6)]
+
+
 def _is_folder_name(name: str) -> bool:
     plain = name.isprintable() and not set(name) & set("/\\") and name.strip() == name
     own = re.sub(r"-(eval|replay-\d+|bisect-\d+)$", "", name)  # of the folder beside which such a run writes

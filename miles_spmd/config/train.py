@@ -216,6 +216,12 @@ def _recompute(s: Settings) -> Messages:
 
 
 @rule(ERRORS)
+def _optimizer(s: Settings) -> Messages:
+    if s.optimizer not in ("adam", "sgd"):
+        yield f"megatron.optimizer: must be 'adam' or 'sgd', got {s.optimizer!r}"
+
+
+@rule(ERRORS)
 def _overlap(s: Settings) -> Messages:
     if s.overlap_param_gather and not (s.use_distributed_optimizer and s.overlap_grad_reduce):
         yield "megatron.overlap_param_gather: needs use_distributed_optimizer and overlap_grad_reduce"

@@ -8,8 +8,10 @@ the checkpoint. The ledger's entry belongs to the first part, so that its place 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +34,9 @@ from miles_spmd.planning.release import sized
 from miles_spmd.protocol.commands import ExportModel, FinishSave, LoadCheckpoint, SaveCheckpoint
 from miles_spmd.protocol.last_words import warn
 from miles_spmd.protocol.results import SaveProgress
-from miles_spmd.types.run_files import complete_checkpoints
+from miles_spmd.telemetry.trackers import read_metrics
+from miles_spmd.types.files import with_remedy
+from miles_spmd.types.run_files import METRICS_FILE, complete_checkpoints
 
 SAVE_FILE = "save"  # in the run folder: whoever makes it asks for a checkpoint at the end of the step
 
@@ -217,10 +221,7 @@ class Checkpoints:
             return
         if self._failures > 1:
             raise SaveError(self._problem)
-        warn(
-            f"{self._problem}; the run goes on, and ends if the next one fails, too: free some space for "
-            f"{self._config.run_dir / folders.FOLDER}, or raise the limit"
-        )
+        warn(with_remedy(f"{self._problem}; the run goes on, and ends if the next one fails, too"))
 
     def _end(self, saving: _Saving) -> None:
         if saving.asked:
@@ -229,10 +230,13 @@ class Checkpoints:
 
     def _lack_of_room(self) -> str:
         """Say that the file system has less room than a checkpoint takes; "" where it has enough."""
-        needed, free = self._size, shutil.disk_usage(self._config.run_dir).free
+        folder = self._config.run_dir / folders.FOLDER  # which may be a link to another file system
+        folder = folder if folder.exists() else self._config.run_dir
+        needed, free = self._size, shutil.disk_usage(folder).free
         if free > needed:
             return ""
-        return f"it takes {sized(needed)}, and the file system of {self._config.run_dir} has {sized(free)}"
+        full = os.strerror(errno.ENOSPC)
+        return f"{full}: it takes {sized(needed)}, and the file system of {folder} has {sized(free)}"
 
     @functools.cached_property
     def _size(self) -> int:
@@ -263,15 +267,27 @@ class Checkpoints:
                 warn(f"{problem}; continuing from {folder}")
             return start
         if candidates:
-            raise ResumeError(f"no checkpoint of {run_dir} can be loaded: {'; '.join(problems)}")
+            raise ResumeError(
+                f"no checkpoint of {run_dir} can be loaded: {'; '.join(problems)}; put back what was changed, in the "
+                "settings or in the files, or begin another run with another run.name"
+            )
+        if settings.resume:
+            self._warn_of_beginning()
         if settings.load is None:
-            if settings.resume and (left := folders.unfinished(run_dir)):
-                warn(f"{left[-1]} was not finished when its run ended, and no other is there: the run begins anew")
             return Start()
         try:
             return self._load(settings.load)
         except ResumeError as error:
             raise ResumeError(f"{error}; {folders.remedy(settings.load)}") from error
+
+    def _warn_of_beginning(self) -> None:
+        """Say what a run that was to be continued replaces, because it has no checkpoint."""
+        run_dir = self._config.run_dir
+        steps = max(read_metrics(run_dir / METRICS_FILE), default=0)
+        if left := folders.unfinished(run_dir):
+            warn(f"{left[-1]} was not finished when its run ended, and no other is there: the run begins anew")
+        elif steps:
+            warn(f"{run_dir} has no checkpoint: the run begins anew, and the metrics of its {steps} steps are replaced")
 
     def _load(self, folder: Path) -> Start:
         """Load one checkpoint on all ranks. Raises ResumeError where it cannot be loaded on one of them."""

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from miles_spmd.config import Config, RewardTerm
 from miles_spmd.config.checks import Settings, settings
 from miles_spmd.controller.checkpoint_folders import ResumeError, newest, read
 from miles_spmd.controller.datasets import Datasets
-from miles_spmd.data.dataset import DataError, parse_slice
+from miles_spmd.data.dataset import DataError, parse_slice, read_rows
 from miles_spmd.data.tokenizer import Tokenizer, TokenizerError
-from miles_spmd.models import load_family
+from miles_spmd.models import load_family, read_generation_config
 from miles_spmd.plugins.plug_point import PlugPointError, import_function
 from miles_spmd.rewards.adapters import missing_columns
 from miles_spmd.rewards.functions import load_reward
 from miles_spmd.types.sample import Prompt
+from miles_spmd.weights.model_files import HuggingFaceCheckpointError, find_tensors
 
 EXAMINED_ROWS = 1000  # of each file; the run itself examines all when it starts
 PLUG_POINTS = (
@@ -38,7 +40,7 @@ def errors(config: Config, without: Collection[str] = (), *, task: str = "train"
     """Return what is wrong with the files and functions that ``config`` names, except for settings and tables whose
     dotted paths are in ``without``."""
     known = settings(config, without=without)
-    messages = [*_models(known), *_checkpoint(config, known), *_plug_ins(known)]
+    messages = [*_models(known), *_checkpoint(config, known, task), *_plug_ins(known)]
     tokenizer = None
     folder = known.get("hf_checkpoint")
     if folder is not None and not any(_concerns_data(path) for path in without) and _is_supported(folder):
@@ -52,13 +54,19 @@ def errors(config: Config, without: Collection[str] = (), *, task: str = "train"
 def _models(known: Settings) -> Iterator[str]:
     for name in ("hf_checkpoint", "ref_load", "critic_load", "teacher_load"):
         folder = known.get(name)
-        if folder is not None:
-            try:
-                load_family(folder)
-            except FileNotFoundError:
-                continue  # reported with the settings
-            except ValueError as error:
-                yield f"model.{name}: {error}"
+        if folder is None:
+            continue
+        try:
+            family = load_family(folder, value_head=name == "critic_load" or known.get("run.mode") == "rm")
+            read_generation_config(folder)
+            if any(folder.glob("*.safetensors")):  # else reported with the settings, or random
+                find_tensors(folder, family)
+        except FileNotFoundError:
+            continue  # reported with the settings
+        except HuggingFaceCheckpointError as error:
+            yield from (f"model.{name}: {folder}: {problem}" for problem in error.problems)
+        except ValueError as error:
+            yield f"model.{name}: {error}"
 
 
 def _concerns_data(path: str) -> bool:
@@ -79,14 +87,23 @@ def _is_supported(folder: Path) -> bool:
     return True
 
 
-def _checkpoint(config: Config, known: Settings) -> Iterator[str]:
-    folder = config.checkpoint.load
-    resumes = config.checkpoint.resume and {"name", "output_dir"} <= set(known) and newest(config.run_dir)
-    if "checkpoint.load" in known and folder is not None and folder.is_dir() and not resumes:
-        try:
-            read(folder)
-        except ResumeError as error:
+def _checkpoint(config: Config, known: Settings, task: str) -> Iterator[str]:
+    named = config.checkpoint.load if "checkpoint.load" in known else None
+    resumed = newest(config.run_dir) if config.checkpoint.resume and {"name", "output_dir"} <= set(known) else None
+    folder = resumed or named
+    if folder is None or not folder.is_dir():
+        return
+    try:
+        step = read(folder).step
+    except ResumeError as error:
+        if resumed is None:  # else the one before it is taken
             yield f"checkpoint.load: {error}"
+        return
+    if task == "train" and "num_rollout" in known and step > config.run.num_rollout:
+        yield (
+            f"run.num_rollout: {config.run.num_rollout} steps are fewer than the {step} after which "
+            f"{folder} was written; set it to more to go on, or export that model with `miles-spmd export`"
+        )
 
 
 def _plug_ins(known: Settings) -> Iterator[str]:
@@ -134,7 +151,7 @@ def _file(setting: str, source: str, config: Config, tokenizer: Tokenizer, *, tr
         if any("no such file" in str(problem) for problem in error.errors):
             return  # reported with the settings
         for line in str(error).replace(_head(source), source).splitlines():
-            if not (config.data.drop_long_prompts and "no rows" in line):  # there may be shorter ones further on
+            if not ("no rows" in line and _has_more(source)):  # there may be shorter ones further on
                 yield f"{setting}: {line}"
         return
     except TokenizerError as error:
@@ -154,6 +171,11 @@ def _columns(setting: str, terms: Sequence[RewardTerm], prompts: Sequence[Prompt
             continue  # reported already
         if problem:
             yield f"{setting}: rm_type = {name!r} {problem}"
+
+
+def _has_more(source: str) -> bool:
+    """Whether a file has more rows than are examined."""
+    return _head(source) != source and len(list(islice(read_rows(source, []), EXAMINED_ROWS + 1))) > EXAMINED_ROWS
 
 
 def _head(source: str) -> str:

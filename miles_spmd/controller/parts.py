@@ -31,6 +31,7 @@ from miles_spmd.telemetry.texts import StepLines
 from miles_spmd.telemetry.trackers import open_trackers
 from miles_spmd.telemetry.transcripts import cut_transcripts
 from miles_spmd.types.role import Role
+from miles_spmd.types.run_files import adopt_config
 
 WARM_TOKENS = 8  # of a response that only warms kernels
 
@@ -87,6 +88,7 @@ def open_parts(
             cluster.wait_ready()
         journal.publish(events.RanksReady(time.time() - attempt.record.start, cluster.seconds))
         start = checkpoints.load()
+        adopt_config(config.run_dir)
         attempt.ready(start.step, [info.host for info in cluster.infos])
         if task in ("train", "replay") and config.determinism.ledger:
             roles = [Role.ACTOR, *([Role.CRITIC] if config.has_critic else [])]

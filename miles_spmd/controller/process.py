@@ -66,6 +66,7 @@ class _Launcher:
             signal.signal(signal.Signals[name], lambda number, frame: self._stopping.ask(signal.Signals(number).name))
         self._stopping.end = self.end
         self._stopping.watch()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # rank 0 has started this process with some blocked
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:

@@ -22,20 +22,20 @@ from typing import Any, TextIO
 
 from miles_spmd.config import Config
 from miles_spmd.config.load import dump_config
-from miles_spmd.controller.attempts import leftovers
-from miles_spmd.controller.checkpoint_folders import EXPORT, newest
+from miles_spmd.controller.attempts import LOGS, leftovers
+from miles_spmd.controller.checkpoint_folders import EXPORT, INCOMPLETE, STATE_FILE, newest, unfinished
 from miles_spmd.controller.checkpoint_folders import FOLDER as CHECKPOINTS
 from miles_spmd.ledger.chain import FOLDER as LEDGER
-from miles_spmd.telemetry.environment import ENVIRONMENT_FILE, write_environment
+from miles_spmd.telemetry.environment import ENVIRONMENT_FILE, read_environment, write_environment
 from miles_spmd.telemetry.report import REPORT_FILE, write_report
 from miles_spmd.telemetry.stragglers import STRAGGLERS_FILE
 from miles_spmd.telemetry.trackers import TENSORBOARD_FOLDER, read_metrics
 from miles_spmd.telemetry.transcripts import ROLLOUTS_FILE, TRANSCRIPTS_FILE
 from miles_spmd.types.files import naming, write_whole
-from miles_spmd.types.run_files import METRICS_FILE
+from miles_spmd.types.run_files import CONFIG_FILE, METRICS_FILE, NEXT_CONFIG
 from miles_spmd.types.secrets import scrub
 
-CONFIG_FILE, LOCK_FILE = "config.toml", "lock"
+LOCK_FILE = "lock"
 # All that a run writes, except for its attempts and their logs: those of a start that failed are worth keeping.
 WRITTEN = (
     *(METRICS_FILE, TRANSCRIPTS_FILE, ROLLOUTS_FILE, REPORT_FILE, STRAGGLERS_FILE),
@@ -83,24 +83,21 @@ def override(setting: str, path: Path | str) -> str:
 def check(config: Config, task: str) -> None:
     """Raise RunFolderError where ``task`` may not begin, or could not write what it has to. Touches nothing."""
     folder = config.run_dir
-    places = {"run.output_dir and run.name": folder}
+    # An export only reads the run's folder. What is in it may be a link to another disk, so each is tried.
+    own = [] if task == "export" else [folder, *(folder / name for name in (CHECKPOINTS, LEDGER, LOGS))]
+    places = [("run.output_dir and run.name", place) for place in own]
     if task == "export" or (task == "train" and config.checkpoint.export_final):
-        places["checkpoint.export_dir"] = config.checkpoint.export_dir or folder / EXPORT
-    for setting, place in places.items():
+        places.append(("checkpoint.export_dir", config.checkpoint.export_dir or folder / EXPORT))
+    for setting, place in places:
         try:
             _try_to_write(place)
         except OSError as error:
             raise RunFolderError(f"{setting}: cannot write into {place}: {error.strerror}") from None
-    if task not in HAS_RESULTS:
+    if task == "export":
         return
     _lock(folder, keep=False)
-    own = [folder / name for name in (ENVIRONMENT_FILE, LOCK_FILE)]  # the lock is a run's first file
-    if (folder / CONFIG_FILE).exists() and not any(path.exists() for path in own):
-        raise RunFolderError(
-            f"run.name: {folder} is not the folder of a run, but has a {CONFIG_FILE}, which the run would overwrite; "
-            "choose another run.name"
-        )
-    if config.run.overwrite:
+    _check_owner(folder, task)
+    if task in HAS_RESULTS and config.run.overwrite:
         _check_inputs(config)
     check_results(config, task)
 
@@ -115,6 +112,8 @@ def check_results(config: Config, task: str) -> None:
             f"run.name: {folder} has {found} of an earlier run; {proceed}choose another run.name to keep it, or set "
             "run.overwrite=true to delete it"
         )
+    if task == "train" and config.checkpoint.resume:
+        _check_beginning(folder)
 
 
 def claim(config: Config, task: str) -> TextIO | None:
@@ -134,10 +133,17 @@ def claim(config: Config, task: str) -> TextIO | None:
 
 
 def describe(config: Config, task: str) -> None:
-    """Write the resolved configuration, from which the run can be repeated, and its environment. Raises OSError."""
+    """Write the resolved configuration, from which the run can be repeated, and its environment. Raises OSError.
+
+    Where a run is continued its configuration stays what it is until the checkpoint was loaded: settings that do not
+    fit it must not replace those with which the run can be continued.
+    """
+    folder = config.run_dir
+    (folder / NEXT_CONFIG).unlink(missing_ok=True)
+    name = NEXT_CONFIG if _continues(config, task) and (folder / CONFIG_FILE).exists() else CONFIG_FILE
     once = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": False})})
-    write_whole(config.run_dir / CONFIG_FILE, scrub(dump_config(once)).encode())
-    write_environment(config.run_dir, task)
+    write_whole(folder / name, scrub(dump_config(once)).encode())
+    write_environment(folder, task)
 
 
 def results(folder: Path) -> str:
@@ -185,6 +191,42 @@ def _continues(config: Config, task: str) -> bool:
     load, folder = config.checkpoint.load, config.run_dir
     own = load is not None and load.absolute().is_relative_to(folder.absolute())
     return task == "train" and (config.checkpoint.resume or own) and not config.run.overwrite
+
+
+def _check_owner(folder: Path, task: str) -> None:
+    """Raise RunFolderError where ``task`` would replace what is not its own: a recipe that a user has put there, or, in
+    a folder with a name that a repetition derives from a run's, another run."""
+    described, environment = (folder / CONFIG_FILE).exists(), read_environment(folder)
+    if task not in HAS_RESULTS:
+        if (described or results(folder)) and (environment is None or environment.task != task):
+            raise RunFolderError(
+                f"{folder} was not made by `miles-spmd {task}`, which would replace what is in it; move it away"
+            )
+        return
+    own = [folder / name for name in (ENVIRONMENT_FILE, LOCK_FILE)]  # the lock is a run's first file
+    if described and not any(path.exists() for path in own):
+        raise RunFolderError(
+            f"run.name: {folder} is not the folder of a run, but has a {CONFIG_FILE}, which the run would overwrite; "
+            "choose another run.name"
+        )
+
+
+def _check_beginning(folder: Path) -> None:
+    """Raise RunFolderError where a run is to be continued, no checkpoint is there, and a run that begins anew would
+    replace more than metrics: a run that is killed before its first checkpoint leaves only these."""
+    if newest(folder) is not None:
+        return
+    remedy = "put it back, or leave checkpoint.resume out and choose another run.name, or set run.overwrite=true"
+    if damaged := [path for path in unfinished(folder) if not path.name.endswith(INCOMPLETE)]:
+        raise RunFolderError(
+            f"checkpoint.resume: {damaged[-1]} is damaged: {STATE_FILE} is missing, and no other checkpoint is there; "
+            f"{remedy}"
+        )
+    if any((folder / EXPORT).glob("*")):
+        raise RunFolderError(
+            f"checkpoint.resume: {folder} has {results(folder)} of an earlier run, but the checkpoint to continue "
+            f"from is missing, and a run that begins anew would replace them; {remedy}"
+        )
 
 
 def _check_inputs(config: Config) -> None:

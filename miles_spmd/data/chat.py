@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from miles_spmd.data.template import ChatTemplate, Conversation, Message, Span, TemplateError
@@ -24,6 +25,8 @@ def check_messages(value: Any) -> list[Message]:
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str):
             raise TypeError(f"message {i} has no string 'role'")
+        if message.get("weight") not in (None, 0, 1):
+            raise TypeError(f"message {i} ({role}) has the weight {message['weight']!r}; it can be 0 or 1")
         if isinstance(content, list):
             for part in content:
                 _check_part(part, f"message {i} ({role})")
@@ -51,7 +54,7 @@ def assistant_segments(
     tokenizer: Tokenizer, conversation: Conversation | list[Message], since: int = 0
 ) -> list[Segment]:
     """Render a conversation and split it into consecutive texts; True marks what the assistant wrote in its messages
-    from number ``since`` on, which is trained.
+    from number ``since`` on, which is trained unless a message has the ``weight`` 0.
 
     The ranges come from the template's ``{% generation %}`` marks, or else from the text that each assistant message
     adds to the rendering of the messages before it. An assistant's text ends with the end-of-sequence token if the
@@ -61,11 +64,14 @@ def assistant_segments(
     if not isinstance(conversation, Conversation):
         conversation = Conversation(conversation)
     text, spans = template.render(conversation, add_generation_prompt=False)
+    trained = [i for i, message in enumerate(conversation.messages) if i >= since and _is_trained(message)]
     if spans is None:
-        spans = _spans_by_prefix(template, conversation, since, text, tokenizer.special_tokens.get("eos_token"))
-    elif since:
-        _, earlier = template.render(conversation.first(since), add_generation_prompt=False)
-        spans = spans[len(earlier or ()) :]
+        spans = _spans_by_prefix(template, conversation, trained, text, tokenizer.special_tokens.get("eos_token"))
+    elif len(trained) < sum(message["role"] == "assistant" for message in conversation.messages):
+        count = partial(_count_spans, template, conversation)
+        spans = [span for i in trained for span in spans[count(i) : count(i + 1)]]
+    if not trained:
+        raise TemplateError("every message of the assistant has the weight 0, so that nothing is trained")
     if not any(start < end for start, end in spans):
         raise TemplateError("the chat template renders no assistant text")
     segments = []
@@ -77,13 +83,22 @@ def assistant_segments(
     return [(piece, trained) for piece, trained in segments if piece]
 
 
+def _is_trained(message: Message) -> bool:
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def _count_spans(template: ChatTemplate, conversation: Conversation, messages: int) -> int:
+    """Return how many spans a template with marks has in the first messages of a conversation."""
+    if not any(message["role"] == "assistant" for message in conversation.messages[:messages]):
+        return 0  # some templates refuse a conversation that has no more than this
+    return len(template.render(conversation.first(messages), add_generation_prompt=False)[1] or ())
+
+
 def _spans_by_prefix(
-    template: ChatTemplate, conversation: Conversation, since: int, text: str, eos: str | None
+    template: ChatTemplate, conversation: Conversation, trained: list[int], text: str, eos: str | None
 ) -> list[Span]:
     spans = []
-    for i, message in enumerate(conversation.messages):
-        if i < since or message["role"] != "assistant":
-            continue
+    for i in trained:
         before, _ = template.render(conversation.first(i), add_generation_prompt=True)
         through, _ = template.render(conversation.first(i + 1), add_generation_prompt=False)
         if not (text.startswith(through) and through.startswith(before)):

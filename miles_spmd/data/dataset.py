@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +32,7 @@ class RowError(ValueError):
     """One error of a file: ``row`` counts from 1 (the line number in JSONL); None: the file as a whole."""
 
     def __init__(self, problem: str, remedy: str, row: int | None = None) -> None:
+        problem = " ".join(problem.splitlines())  # what a library or a template says may have several lines
         super().__init__(f"{problem}; {remedy}")
         self.problem, self.remedy, self.row = problem, remedy, row
 
@@ -101,8 +102,11 @@ def load_items(source: str, name: str | None, data: DataConfig, tokenizer: Token
                 drafts.append((number, *draft(f"{name}:{number}", row)))
         encodings = iter(tokenizer.encode_texts([text for _, texts, _ in drafts for text in texts]))
         for number, texts, finish in drafts:
-            own = islice(encodings, len(texts))
+            own = list(islice(encodings, len(texts)))
             with collecting_errors(number):
+                for problem in (tokenizer.unknown_to_model(encoding.ids) for encoding in own):
+                    if problem is not None:
+                        raise RowError(problem, "take the tokenizer that belongs to the model, or another text")
                 items.append(finish(*own))
     if dropped:
         _log.warning("%s: dropped %d of %d prompts as too long", source, dropped, count)
@@ -187,8 +191,32 @@ def _read_parquet(path: Path, rows: slice) -> Iterator[tuple[int, Row]]:
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(path, [RowError(f"unreadable parquet ({error})", "write it again")]) from error
     start, stop, _ = rows.indices(table.num_rows)
-    for number, row in enumerate(table.slice(start, max(0, stop - start)).to_pylist(), start + 1):
+    table = table.slice(start, max(0, stop - start))
+    columns = {name: _column(path, name, table[name], start + 1) for name in table.column_names}
+    for number, values in enumerate(zip(*columns.values()), start + 1):
+        row = dict(zip(columns, values))
         yield number, {key: _without_absent(value) if isinstance(value, list) else value for key, value in row.items()}
+
+
+def _column(path: Path, name: str, column: Any, first: int) -> list[Any]:
+    """Return a column's values, which begin with row ``first``. Raises DataError, naming the row, if one of them has no
+    counterpart in Python."""
+    import pyarrow
+
+    if pyarrow.types.is_timestamp(column.type) and column.type.unit == "ns":  # what pandas writes, and Python lacks
+        column = column.cast(pyarrow.timestamp("us", column.type.tz), safe=False)
+    unreadable = pyarrow.ArrowException, ValueError, KeyError
+    try:
+        return column.to_pylist(maps_as_pydicts="strict")
+    except unreadable as error:
+        readable = 0
+        with suppress(*unreadable):
+            for value in column:
+                value.as_py(maps_as_pydicts="strict")
+                readable += 1
+        problem = f"column {name!r} of type {column.type} cannot be read ({error})"
+        remedy = "correct the value, or write the column as another type"
+        raise DataError(path, [RowError(problem, remedy, first + readable)]) from error
 
 
 def _without_absent(value: Any) -> Any:

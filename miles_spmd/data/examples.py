@@ -109,7 +109,12 @@ def _read_row(row: Row, data: DataConfig) -> tuple[str | Conversation, Turns, Tu
     chosen = _read_response(row, data.chosen_key, "data.chosen_key")
     rejected = _read_response(row, data.rejected_key, "data.rejected_key")
     if isinstance(chosen, str) or isinstance(rejected, str) or chosen[0]["role"] == rejected[0]["role"] == "assistant":
-        return read_input(row, data), chosen, rejected
+        prompt = read_input(row, data)
+        if isinstance(prompt, str) and isinstance(chosen, str) != isinstance(rejected, str):
+            # One prompt would be plain text and the other one rendered by the chat template.
+            problem = f"one of {data.chosen_key!r} and {data.rejected_key!r} is a string and the other one messages"
+            raise RowError(problem, "write both in one form, or set data.apply_chat_template = true")
+        return prompt, chosen, rejected
     # The last message is a response even if the other conversation continues after it.
     same = [a == b for a, b in zip(chosen[:-1], rejected[:-1])]
     shared = len(list(takewhile(bool, same)))

@@ -48,6 +48,8 @@ def load_prompts(
         label, text = read_label(row, data.label_key), render_prompt(value, tokenizer)
         metadata = read_metadata(row, data, value)
         if check_label is not None and (problem := check_label(label)) is not None:
+            if not data.label_key:  # no row has one
+                raise FileError(problem, "name the labels' column (label_key), or another reward (rm_type)")
             raise RowError(problem, "correct it, or name another column (label_key) or reward (rm_type)")
 
         def finish(encoding: Encoding) -> Prompt:
@@ -148,7 +150,7 @@ def read_label(row: Row, key: str | None) -> Any:
     try:
         return lookup(row, key)
     except KeyError:
-        remedy = "add it, set data.label_key, or set it to '' if the reward does not use a label"
+        remedy = "add it or set data.label_key, to '' if nothing uses a label"
         raise RowError(f"missing key {key!r} (data.label_key)", remedy) from None
 
 

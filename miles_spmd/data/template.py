@@ -51,8 +51,17 @@ class ChatTemplate:
         self._folder, self._special_tokens = folder, special_tokens
         configured = settings.get("chat_template") or {}
         if isinstance(configured, list):
-            configured = {entry["name"]: entry["template"] for entry in configured}
-        self._named: dict[str, str] = {"default": configured} if isinstance(configured, str) else dict(configured)
+            try:
+                configured = {entry["name"]: entry["template"] for entry in configured}
+            except (TypeError, KeyError):
+                configured = None
+        named = {"default": configured} if isinstance(configured, str) else configured
+        if not isinstance(named, dict) or not all(isinstance(text, str) for text in named.values()):
+            raise TokenizerError(
+                f"{folder}/tokenizer_config.json: chat_template is neither text nor a list of named texts; put it into "
+                "chat_template.jinja"
+            )
+        self._named: dict[str, str] = dict(named)
         if (path := folder / "chat_template.jinja").is_file():
             self._named = {"default": _read(path)}
         for path in sorted(folder.glob("additional_chat_templates/*.jinja")):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
 
 from miles_spmd.data.template import ChatTemplate, Conversation, Message, TokenizerError
+from miles_spmd.models import read_config
 
 Segment = tuple[str, bool]  # a part of a text, and whether it is trained
 
@@ -60,6 +62,8 @@ class Tokenizer:
             raise TokenizerError(f"{path} is not a tokenizer of the `tokenizers` library: {error}") from error
         self._fast.no_truncation()
         self._fast.no_padding()
+        added = self._fast.encode("a").special_tokens_mask
+        self._added_behind = added[::-1].index(0) if 0 in added else 0  # tokens such as an end of sequence
         settings = _read_json(self.folder / "tokenizer_config.json")
         self.special_tokens = _special_tokens(settings, _read_json(self.folder / "special_tokens_map.json"))
         self.chat_template = ChatTemplate(self.folder, settings, self.special_tokens)
@@ -74,6 +78,22 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens including added ones; the model's embedding may have more rows."""
         return self._fast.get_vocab_size()
+
+    @cached_property
+    def _first_unknown(self) -> int | None:
+        """The first token that the model in this folder has no embedding for; None where it has one for each."""
+        if not (self.folder / "config.json").is_file():
+            return None
+        rows = read_config(self.folder).get("vocab_size")
+        largest = max(self._fast.get_vocab().values(), default=0)
+        return rows if isinstance(rows, int) and rows <= largest else None
+
+    def unknown_to_model(self, ids: Sequence[int]) -> str | None:
+        """Return what is wrong with token ids that the model has no embedding for; None if there are none."""
+        if self._first_unknown is None or (largest := max(ids, default=0)) < self._first_unknown:
+            return None
+        token = self._fast.id_to_token(largest)
+        return f"token {largest} ({token!r}) is unknown to the model, whose vocab_size is {self._first_unknown}"
 
     @property
     def eos_token_id(self) -> int | None:
@@ -91,8 +111,9 @@ class Tokenizer:
     def encode_texts(self, texts: Sequence[Text]) -> list[Encoding]:
         """Encode texts at the start of a context, each as a whole; with offsets if a segment is trained.
 
-        A chat template writes its special tokens itself (``templated``). Plain text gets those that the tokenizer adds
-        (Llama's BOS), unless it already starts with the BOS token.
+        A chat template writes its special tokens itself (``templated``). Plain text gets those that the tokenizer puts
+        before it (Llama's BOS), unless it already starts with the BOS token; those that it puts behind a text, such as
+        an end of sequence, are left out, since a response follows, or its own end.
         """
         bos = self.special_tokens.get("bos_token")
         trained = any(text.is_trained for text in texts)
@@ -103,9 +124,13 @@ class Tokenizer:
         for is_complete in (True, False):
             which = [i for i, c in enumerate(complete) if c == is_complete]
             found |= zip(which, encode([wholes[i] for i in which], add_special_tokens=not is_complete))
+        ends = [
+            len(found[i].ids) - (0 if is_complete else self._added_behind) for i, is_complete in enumerate(complete)
+        ]
         if not trained:
-            return [Encoding(found[i].ids, np.zeros((0, 2), np.int64)) for i in range(len(texts))]
-        return [self._split_at_responses(text, _encoding(found[i])) for i, text in enumerate(texts)]
+            return [Encoding(found[i].ids[:end], np.zeros((0, 2), np.int64)) for i, end in enumerate(ends)]
+        encodings = [_encoding(found[i], end) for i, end in enumerate(ends)]
+        return [self._split_at_responses(text, encoding) for text, encoding in zip(texts, encodings)]
 
     def _split_at_responses(self, text: Text, encoding: Encoding) -> Encoding:
         """Encode again as an engine does, whose prompt ends before a response, if a token reaches over that place."""
@@ -148,8 +173,8 @@ class Tokenizer:
         return self.chat_template.render(Conversation(messages, tools, arguments or {}), add_generation_prompt)[0]
 
 
-def _encoding(found: Any) -> Encoding:
-    return Encoding(found.ids, np.asarray(found.offsets, np.int64).reshape(-1, 2))
+def _encoding(found: Any, end: int | None = None) -> Encoding:
+    return Encoding(found.ids[:end], np.asarray(found.offsets, np.int64).reshape(-1, 2)[:end])
 
 
 def _read_json(path: Path) -> dict[str, Any]:

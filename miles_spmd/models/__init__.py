@@ -8,12 +8,25 @@ from typing import Any
 
 from miles_spmd.models.dense import Llama, Qwen2, Qwen3
 from miles_spmd.models.family import VALUE_HEAD, Family
+from miles_spmd.models.hf_config import end_tokens
 from miles_spmd.models.layout import PADDING, Piece, TensorLayout
 from miles_spmd.models.qwen3_moe import Qwen3Moe
 from miles_spmd.models.random import random_config
 
-__all__ = ["FAMILIES", "PADDING", "VALUE_HEAD", "Family", "Piece", "TensorLayout", "load_family"]
+__all__ = [
+    "FAMILIES",
+    "GENERATION",
+    "PADDING",
+    "VALUE_HEAD",
+    "Family",
+    "Piece",
+    "TensorLayout",
+    "load_family",
+    "read_config",
+    "read_generation_config",
+]
 
+GENERATION = "generation_config.json"
 FAMILIES: dict[str, type[Family]] = {family.model_type: family for family in (Llama, Qwen2, Qwen3, Qwen3Moe)}
 
 
@@ -44,10 +57,27 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         reason = "no such folder" if not folder.is_dir() else "the folder has no config.json"
         raise FileNotFoundError(f"{folder} is not a Hugging Face checkpoint: {reason}")
+    return _read_object(file)
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """Return the contents of ``generation_config.json`` in a checkpoint folder, nothing where there is none.
+
+    Raises ValueError.
+    """
+    file = folder / GENERATION
+    return _read_object(file) if file.is_file() else {}
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """Raises ValueError for other contents than a JSON object, and for malformed end-of-sequence tokens in it."""
     try:
-        config = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, RecursionError) as error:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8
         raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{file} is not a JSON object")
-    return config
+    if not all(type(token) is int for token in end_tokens(content)):
+        ends = content["eos_token_id"]
+        raise ValueError(f"{file}: eos_token_id must be a token's number or a list of them, not {ends!r}")
+    return content

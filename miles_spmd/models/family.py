@@ -12,7 +12,14 @@ from functools import cached_property
 from math import prod
 from typing import Any, ClassVar, NamedTuple
 
-from miles_spmd.models.hf_config import differing_spellings, head_dim, malformed_rope, rope_parameters
+from miles_spmd.models.hf_config import (
+    differing_spellings,
+    head_dim,
+    is_positive,
+    malformed_rope,
+    malformed_sizes,
+    rope_parameters,
+)
 from miles_spmd.models.layout import PADDING, Piece, Span, beside, filled_shape, stack, whole, window
 
 Shape = tuple[int, ...]
@@ -99,7 +106,7 @@ class Family:
 
     def __init__(self, config: dict[str, Any], *, value_head: bool = False) -> None:
         problems = [f"{key} is missing" for key in self.required if config.get(key) is None]
-        problems += self.unsupported(config)
+        problems += malformed_sizes(config) + self.unsupported(config)
         if problems:
             raise ValueError(f"config.json of this {self.model_type} model: " + "; ".join(problems))
         self.config = config
@@ -142,13 +149,13 @@ class Family:
         if kind not in self.rope_types:
             return [f"rope type {kind!r} is not supported (supported: {', '.join(self.rope_types)})"]
         problems = differing_spellings(config)
-        if not isinstance(rope["rope_theta"], (int, float)) or rope["rope_theta"] <= 0:
+        if not is_positive(rope["rope_theta"]):
             problems.append(f"rope_theta must be a positive number, not {rope['rope_theta']!r}")
         if rope["partial_rotary_factor"] != 1:
             problems.append("partial_rotary_factor is not supported")
         if kind == "llama3":
-            if not rope.get("factor"):
-                problems.append("rope type llama3 needs a factor")
+            if not is_positive(rope.get("factor")):
+                problems.append(f"the factor of rope type llama3 must be a positive number, not {rope.get('factor')!r}")
             problems += [
                 f"rope {key} {rope.get(key)} is not supported (megatron-core fixes it at {value})"
                 for key, value in LLAMA3_ROPE.items()

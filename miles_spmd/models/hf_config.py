@@ -6,6 +6,7 @@ Where both are there and differ, a reader that prefers the other one would build
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 # The first spelling wins in transformers.
@@ -13,6 +14,52 @@ SPELLINGS = (("num_local_experts", "num_experts"), ("dtype", "torch_dtype"))
 ROPE_SPELLINGS = "rope_scaling", "rope_parameters"
 DEFAULT_THETA = 10000.0
 DEFAULT_END = {"llama": 2}  # eos_token_id of a config that does not name it, by model_type
+
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "vocab_size",
+    "num_key_value_heads",
+    "head_dim",
+    "num_local_experts",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+)
+
+
+def malformed_sizes(config: dict[str, Any]) -> list[str]:
+    """Return messages about sizes that no model can have; which of them a model needs is not known here."""
+    sizes = {key: config[key] for key in SIZES if config.get(key) is not None}
+    problems = [
+        f"{key} must be a positive integer, not {value!r}"
+        for key, value in sizes.items()
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0
+    ]
+    if (eps := config.get("rms_norm_eps")) is not None and not is_positive(eps):
+        problems.append(f"rms_norm_eps must be a positive number, not {eps!r}")
+    if not isinstance(tied := config.get("tie_word_embeddings", False), bool):
+        problems.append(f"tie_word_embeddings must be true or false, not {tied!r}")
+    if problems:
+        return problems
+    heads, experts = sizes.get("num_attention_heads", 1), count_experts(config)
+    if heads % (kv_heads := sizes.get("num_key_value_heads", 1)):
+        problems.append(f"num_attention_heads = {heads} is not divisible by num_key_value_heads = {kv_heads}")
+    if "head_dim" not in sizes and (hidden := sizes.get("hidden_size", heads)) % heads:
+        problems.append(f"hidden_size = {hidden} is not divisible by num_attention_heads = {heads}")
+    if (width := head_dim(config)) % 2:
+        problems.append(f"head_dim = {width} is odd, which rotary positions do not allow")
+    if experts and sizes.get("num_experts_per_tok", 1) > experts:
+        problems.append(f"num_experts_per_tok = {sizes['num_experts_per_tok']} is more than num_experts = {experts}")
+    return problems
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a value is a finite number above 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def head_dim(config: dict[str, Any]) -> int:

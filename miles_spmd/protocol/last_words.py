@@ -20,14 +20,20 @@ VARIABLE = "MILES_SPMD_UNSAID"
 GRACE = 3.0  # seconds in which a process of the run may still say why it ends
 
 
-def say(text: str, stream: TextIO | None = None) -> None:
-    """Print ``text``, on stderr unless ``stream`` is given, if nobody has spoken before."""
+def speaks() -> bool:
+    """Return whether nobody has said why the run ends; from now on, this process has."""
     try:
         if path := os.environ.get(VARIABLE):
             os.unlink(path)
     except FileNotFoundError:
-        return
-    print(f"miles-spmd: {printable(with_remedy(text), MAX_LINE)}", file=stream or sys.stderr, flush=True)
+        return False
+    return True
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print ``text``, on stderr unless ``stream`` is given, if nobody has spoken before."""
+    if speaks():
+        print(f"miles-spmd: {printable(with_remedy(text), MAX_LINE)}", file=stream or sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:

@@ -23,10 +23,13 @@ def check_label(rm_type: str, label: Any) -> str | None:
 
 
 def exact_labels(label: Any) -> list[str]:
-    """Return the strings of which a response has to equal one. Raises ValueError for a missing label."""
+    """Return the strings of which a response has to equal one. Raises ValueError for a label without one."""
     labels = label if isinstance(label, list | tuple) else [label]
-    if not labels or any(one is None or isinstance(one, dict | list | tuple) for one in labels):
+    # What true or b"1" is as text is Python's affair, and NaN is how pandas writes a value that is missing.
+    if not labels or any(one is None or isinstance(one, bool | bytes | dict | list | tuple) for one in labels):
         raise ValueError(f"the label {label!r:.80} is neither a string, a number nor a list of these")
+    if any(isinstance(one, float | Decimal) and not math.isfinite(one) for one in labels):
+        raise ValueError(f"the label {label!r:.80} is not a finite number")
     return [str(one) for one in labels]
 
 

@@ -30,7 +30,11 @@ from miles_spmd.rewards.notation import Quantity, expression, nearly_same, quant
 
 _TAIL = 2000  # characters at the end of a response that are searched for an answer outside a box
 _LONGEST = 1000  # characters of a boxed answer; the parser's time grows faster than its length
+_LONGEST_LINE = 200  # characters of an answer outside a box
 _SECONDS = 5  # for one comparison
+_TAG = re.compile(r"</?[A-Za-z_]{2,}>")  # of <answer>, say
+_SIGNS = re.compile(r": |\b(?:is|are)\b"), re.compile(r"[=:]|\b(?:is|are)\b")  # of equality; 7:30 is one answer
+_PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}(?:[ ,]+[A-Za-z]{2,}){2}")  # three words in a row
 
 
 def math(text: str, label: Any) -> float:
@@ -64,18 +68,36 @@ def _equals(answer: str, gold: str) -> bool:
 def _ends_with(text: str, gold: str) -> bool:
     """Compare with what a response without a box ends with: all of its last line, what follows the last sign or word
     of equality in it, an expression that is its last word; otherwise the last number or formula anywhere."""
-    gold, line = tidy(gold), tidy(text[-_TAIL:].strip().rpartition("\n")[2].strip("*_# "))
-    for end in (line, tidy(re.split(r"[=:]|\b(?:is|are)\b", line)[-1].strip("*_ "))):
-        if same_words(gold, end):
-            return True
+    text = _TAG.sub("\n", text[-_TAIL:]).strip()
+    gold, line = tidy(gold), _bare(text.rpartition("\n")[2])
+    ends = dict.fromkeys([line, *(_bare(sign.split(line)[-1]) for sign in _SIGNS)])
+    if any(end == gold or same_words(gold, end) for end in ends):
+        return True
+    for end in ends:
         if (a := quantity(gold)) and (b := quantity(end)):
             return same_quantity(a, b)
         if re.search(r"[\d*/^+]|pi$", end) and (value := expression(end)) is not None:
-            return _equal(_read(gold), [value])
+            return _equal(_read(gold), [value]) or any(_is_answer(one, gold) for one in ends)
+    if any(_is_answer(end, gold) for end in ends):
+        return True
     last = line.split()[-1] if line else ""
     if re.search(r"\d.*[*^/]|[*^/].*\d", last) and (value := expression(last)) is not None:
         return _equal(_read(gold), [value])
-    return _equal(_read(gold), parse(_in_latex(text[-_TAIL:]), raise_on_error=True))
+    return _equal(_read(gold), parse(_in_latex(text), raise_on_error=True))
+
+
+def _bare(line: str) -> str:
+    return tidy(line.strip("*_#` "))
+
+
+def _is_answer(line: str, gold: str) -> bool:
+    """Whether a line is nothing but an answer, and equals the label as one in a box does."""
+    if not line or len(line) > _LONGEST_LINE or _PROSE.search(line):
+        return False
+    try:
+        return _equals(line, gold)
+    except (Exception, TimeoutException):  # a number may stand in it
+        return False
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

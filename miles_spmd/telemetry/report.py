@@ -24,9 +24,9 @@ from miles_spmd.telemetry.trackers import by_step, missing_steps
 from miles_spmd.telemetry.transcripts import ROLLOUTS_FILE, TRANSCRIPTS_FILE, Rollout, Transcript
 from miles_spmd.types.files import write_whole
 from miles_spmd.types.printable import printable
-from miles_spmd.types.run_files import METRICS_FILE
+from miles_spmd.types.run_files import CONFIG_FILE, METRICS_FILE
 
-REPORT_FILE, CONFIG_FILE = "report.html", "config.toml"
+REPORT_FILE = "report.html"
 PAGE = Path(__file__).with_name("report_page.html")
 DATA_PLACE = "__RUN_DATA__"
 MAX_TEXT = 100_000  # characters of one text on the page

@@ -84,7 +84,8 @@ def write_whole(path: Path, content: bytes, *, sync: bool = False) -> None:
                 os.fsync(file.fileno())
         scratch.replace(path)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a file system that is read-only: it has no such file
+            scratch.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 

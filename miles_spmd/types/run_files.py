@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.toml"
+NEXT_CONFIG = ".config.toml.next"  # of an attempt that continues a run, until its checkpoint is loaded
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_MARK = "controller.json"  # in a checkpoint's folder: the last file, without which it is not complete
+
+
+def newest_config(run_dir: Path) -> Path:
+    """Return the file with the settings of the newest attempt."""
+    following = run_dir / NEXT_CONFIG
+    return following if following.exists() else run_dir / CONFIG_FILE
+
+
+def adopt_config(run_dir: Path) -> None:
+    """Let the settings of the newest attempt be those of the run. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        (run_dir / NEXT_CONFIG).replace(run_dir / CONFIG_FILE)
 
 
 def complete_checkpoints(run_dir: Path) -> dict[int, Path]:

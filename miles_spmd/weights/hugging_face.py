@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 import torch.distributed as dist
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
@@ -20,29 +19,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from miles_spmd.models import PADDING, VALUE_HEAD, Family, Piece, TensorLayout, read_config
+from miles_spmd.models import GENERATION, PADDING, Family, Piece, TensorLayout, read_config, read_generation_config
 from miles_spmd.models.export_folder import MANIFEST, foreign_files, is_begun, write_manifest
 from miles_spmd.models.hf_config import end_tokens
 from miles_spmd.models.layout import check_filled, region, whole
 from miles_spmd.models.random import NO_WEIGHTS
 from miles_spmd.types.files import write_whole
+from miles_spmd.weights.model_files import INDEX_FILE, HuggingFaceCheckpointError, find_tensors
 from miles_spmd.weights.random_weights import random_slices
 from miles_spmd.weights.refit import Refit
 from miles_spmd.weights.transport import raise_together
 
-GENERATION, SPECIAL_TOKENS = "generation_config.json", "special_tokens_map.json"
-SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
 COPIED = {".json", ".jinja", ".model", ".tiktoken", ".txt"}  # of tokenizer, chat template, generation config
-MAX_PROBLEMS = 20
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-class HuggingFaceCheckpointError(ValueError):
-    """A Hugging Face checkpoint that cannot be loaded; the message has one line for each problem."""
-
-    def __init__(self, folder: Path, problems: list[str]) -> None:
-        more = [f"... and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
-        super().__init__("\n  ".join([f"checkpoint {folder} cannot be loaded:", *problems[:MAX_PROBLEMS], *more]))
 
 
 @torch.no_grad()
@@ -80,68 +70,24 @@ def load(path: str | Path, weights: Mapping[str, torch.Tensor], layouts: list[Te
         target.zero_()
 
 
-class _Index(msgspec.Struct):
-    weight_map: dict[str, str]
-
-
-def _slices(folder: Path, shapes: Mapping[str, tuple[int, ...]], family: Family, opened: ExitStack) -> dict[str, Any]:
+def _slices(folder: Path, names: Iterable[str], family: Family, opened: ExitStack) -> dict[str, Any]:
     """Return lazy slices of the tensors with these names; only a value head may be missing. ``opened`` closes the files
     that they are in. Raises HuggingFaceCheckpointError with all problems that were found."""
-    problems: list[str] = []
+    file_of = find_tensors(folder, family)
 
     @cache
-    def open_file(name: str) -> tuple[Any, set[str]]:
-        """Return the file and the names of its tensors; None and no names if it cannot be opened."""
-        try:
-            file = opened.enter_context(safe_open(folder / name, framework="pt"))
-            return file, set(file.keys())
-        except FileNotFoundError:
-            problems.append(f"{name} is missing")
-        except SafetensorError as error:
-            problems.append(f"{name} is truncated or not a safetensors file: {error}")
-        return None, set()
+    def open_file(name: str) -> Any:
+        return opened.enter_context(safe_open(folder / name, framework="pt"))
 
-    file_of: dict[str, str] = {}
-    if (folder / SINGLE_FILE).is_file():
-        file_of = dict.fromkeys(open_file(SINGLE_FILE)[1], SINGLE_FILE)
-    elif (folder / INDEX_FILE).is_file():
-        try:
-            file_of = msgspec.json.decode((folder / INDEX_FILE).read_bytes(), type=_Index).weight_map
-        except msgspec.DecodeError as error:
-            problems.append(f"{INDEX_FILE} is not a valid index: {error}")
-    else:
-        problems.append(f"neither {SINGLE_FILE} nor {INDEX_FILE} exists (other formats are not supported)")
-    found = {}
-    for name, shape in () if problems else shapes.items():
-        if name not in file_of:
-            if name != VALUE_HEAD:
-                problems.append(f"tensor {name} is missing")
-            continue
-        file, names = open_file(file_of[name])
-        if name in names:
-            found[name] = file.get_slice(name)
-            if tuple(actual := found[name].get_shape()) != shape:
-                problems.append(f"{file_of[name]}: {name} has shape {actual}, the model needs {list(shape)}")
-        elif file is not None:
-            problems.append(f"{file_of[name]}: tensor {name} is missing, though the index lists it here")
-    held = {name: file for file in dict.fromkeys(file_of.values()) for name in open_file(file)[1]}
-    known = family.checkpoint_tensors()
-    # Left out, they would change the model, and an export would lose them.
-    problems += [
-        f"{file_of.get(name) or held[name]}: the {family.model_type} model has no tensor {name}"
-        for name in dict.fromkeys([*file_of, *held])
-        if name not in known and not family.is_ignored(name)
-    ]
-    if family.tied_embeddings and HEAD in held and EMBEDDING in held:
-        head, embedding = (open_file(held[name])[0].get_tensor(name) for name in (HEAD, EMBEDDING))
+    if family.tied_embeddings and HEAD in file_of and EMBEDDING in file_of:
+        head, embedding = (open_file(file_of[name]).get_tensor(name) for name in (HEAD, EMBEDDING))
         if not torch.equal(head, embedding):  # transformers does not tie them then
-            problems.append(
+            problem = (
                 f"{HEAD} differs from {EMBEDDING}, although tie_word_embeddings is true in config.json; set it to "
                 f"false, or remove {HEAD}"
             )
-    if problems:
-        raise HuggingFaceCheckpointError(folder, problems)
-    return found
+            raise HuggingFaceCheckpointError(folder, [problem])
+    return {name: open_file(file_of[name]).get_slice(name) for name in names if name in file_of}
 
 
 def export(
@@ -280,7 +226,7 @@ def _begin(
             name.replace("ForCausalLM", "ForSequenceClassification") for name in config.get("architectures", ())
         ]
         config |= {"architectures": classifier, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
-    generation = _read_json(source / GENERATION)
+    generation = read_generation_config(source)
     if ends := [*dict.fromkeys([*end_of_sequence(source, config, generation), *stop_token_ids])]:
         # both, because engines read both: what is exported stops where training stopped
         config["eos_token_id"] = generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends

@@ -27,7 +27,7 @@ class ControllerProcess:
 
     def __init__(self, config: Config, task: str, host: str, world_size: int, replay: Replay | None = None) -> None:
         self._pipe, theirs = Pipe()
-        with ignored(signal.SIGTERM, signal.SIGUSR1):  # as the controller does until it takes requests to stop itself
+        with blocked(signal.SIGTERM, signal.SIGUSR1):  # requests wait until the controller takes them
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "miles_spmd.controller", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
@@ -88,11 +88,10 @@ class ControllerProcess:
 
 
 @contextlib.contextmanager
-def ignored(*signals: signal.Signals) -> Iterator[None]:
-    """For the block, ignore these signals; a process that is started in it begins with them ignored."""
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in signals}
+def blocked(*signals: signal.Signals) -> Iterator[None]:
+    """For the block, these signals wait; for a process that is started in it, until it unblocks them itself."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

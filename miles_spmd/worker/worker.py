@@ -20,6 +20,7 @@ from miles_spmd.protocol.messages import EngineRank, OwnWork, TrainerRank
 from miles_spmd.training.network import Network
 from miles_spmd.training.passes import PASSES
 from miles_spmd.training.roles import Roles
+from miles_spmd.types.run_files import newest_config
 from miles_spmd.types.train_sequence import MicroBatch
 from miles_spmd.worker.device_turns import DeviceTurns
 from miles_spmd.worker.effective import append_values
@@ -138,7 +139,7 @@ class Worker:
 
     def describe(self) -> None:
         """Append the values of the backends to the run's config.toml, from the first rank that has each."""
-        file = self._config.run_dir / "config.toml"
+        file = newest_config(self._config.run_dir)
         if self._rank == 0 and self._roles is not None:
             append_values(file, "megatron", "Megatron-core", self._roles.actor.backend_values)
         generating = self._config.rollout.rollout_num_gpus

@@ -85,6 +85,8 @@ OTHER_ENGINE = "tests.reference_engine:TorchEngine"
         (f"{TE} megatron.fp8=hybrid megatron.fp8_param=true", "megatron.fp8_param: must be false"),
         (f"{TE} megatron.fp8=hybrid megatron.fp8_dot_product_attention=true", "must be false; attention"),
         (f"{TE} megatron.fp8=hybrid", "128 must divide the model's"),
+        ("rollout_stop_token_ids=[7,4096]", "rollout.rollout_stop_token_ids: 4096 must be below 128"),
+        ("megatron.optimizer=lion", "megatron.optimizer: must be 'adam' or 'sgd', got 'lion'"),
         ("engine=torch", "rollout.engine: must be sglang or `module:function`, such as tests.reference_engine"),
         ("rm_type=nothing", "reward.rm_type: must be math, exact or `module:function`, got 'nothing'"),
         ("engine=vllm", "rollout.engine: must be sglang or `module:function`, got 'vllm'"),

@@ -102,6 +102,12 @@ def test_all_errors_come_at_once(recipe: Path) -> None:
     [
         ("rolout_batch_size=1", "unknown setting; did you mean rollout_batch_size?"),
         ("train.rollout_batch_size=1", "belongs in [rollout]"),
+        ("train.clip_grad=1", "train.clip_grad: belongs in [megatron]"),
+        ("rollout.attention_backend='triton'", "belongs in [megatron] or [sglang]"),
+        ("rollout_stop=['a', '']", "rollout.rollout_stop.1: must be a text that is not empty"),
+        ("rollout_stop_token_ids=[-1]", "rollout.rollout_stop_token_ids.0: must be greater than or equal to 0"),
+        ("rollout_temperature=1e-9", "must be 0 or at least 1e-6, got 1e-09"),
+        ("eval_temperature=1e-9", "must be 0 or at least 1e-6, got 1e-09"),
         ("rollout_batch_size='8'", "must be a valid integer, got '8'"),
         ("rollout_batch_size=8.5", "must be a valid integer"),
         ("rollout_batch_size=true", "must be a valid integer, got True"),
@@ -114,6 +120,7 @@ def test_all_errors_come_at_once(recipe: Path) -> None:
         ("rollout_stop_token_ids=[1, 'x']", "rollout.rollout_stop_token_ids.1: must be a valid integer, got 'x'"),
         ("megatron.tensor_model_parallel_size=2.0", "expected int, got float 2.0"),
         ("megatron.sequence_parallel=1", "expected bool, got int 1"),
+        ("sglang.attention_backend=foo", "attention_backend: must be one of 'triton', 'torch_native'"),
         ("megatron.recompute_granularity=all", "must be one of 'full', 'selective', got 'all'"),
         ("megatron.tensor_paralel_size=2", "unknown key; did you mean"),
         ("megatron.bf16=true", "cannot be set here: set model.dtype instead"),
@@ -176,8 +183,8 @@ text = st.text(st.characters(exclude_categories=("Cs",)), max_size=20).filter(la
 @settings(max_examples=60, deadline=None)
 @given(
     label_key=st.none() | text,
-    stop=st.lists(text, max_size=3),
-    temperature=st.floats(0, 10),
+    stop=st.lists(text.filter(bool), max_size=3),
+    temperature=st.just(0.0) | st.floats(1e-6, 10),
     seed=st.integers(0, 2**63 - 1),
     name=st.text("aß7-. ", min_size=1, max_size=20).filter(lambda s: s.strip() == s and s not in (".", "..")),
     megatron=st.dictionaries(st.text("abc_", min_size=1), st.integers(-9, 9) | st.floats(-1, 1) | text | st.booleans()),

@@ -34,6 +34,9 @@ from tests.config.test_load import errors, recipe  # noqa: F401  (a fixture)
         ("trainer.total_epochs=3", "trainer.total_epochs is run.num_rollout"),
         # slime
         ("custom_rm_path=x", "here it is reward.rm_type"),
+        ("model.path=x", "is model.hf_checkpoint"),
+        ("train.optim=adamw", "is megatron.optimizer"),
+        ("megatron.tp_size=2", "here it is megatron.tensor_model_parallel_size or sglang.tp_size"),
         # the beginning of a name, and of one of its words
         ("rollout_temp=1", "did you mean rollout_temperature?"),
         ("interval=3", "did you mean eval_interval or save_interval or"),

@@ -115,6 +115,30 @@ def test_a_checkpoint_of_another_model_is_not_used(
     assert same_ledger(folder, finished)
 
 
+def test_settings_that_do_not_fit_do_not_become_those_of_the_run(ranks: Ranks, recipe: Recipe, finished: Path) -> None:
+    folder = Path(shutil.copytree(finished, finished.with_name("unfit"), symlinks=True))
+    before = (folder / "config.toml").read_bytes()
+    longer = [*SFT, "checkpoint.resume=true", "run.num_rollout=5"]
+    wrong = recipe.config("unfit", *longer, "megatron.optimizer=sgd")
+    with pytest.raises(ResumeError, match=r"optimizer was AdamW, now SGD; put back what was changed, in the settings"):
+        train(ranks, wrong)
+    assert (folder / "config.toml").read_bytes() == before
+    train(ranks, recipe.config("unfit", *longer))
+    assert "num_rollout = 5" in (folder / "config.toml").read_text()
+
+
+def test_a_run_without_a_checkpoint_says_that_it_begins_anew(
+    ranks: Ranks, recipe: Recipe, finished: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(finished, finished.with_name("bare"), symlinks=True))
+    shutil.rmtree(folder / "checkpoints")
+    train(ranks, recipe.config("bare", *SFT, "checkpoint.resume=true"))
+    assert f"warning: {folder} has no checkpoint: the run begins anew, and the metrics of its 4 steps are replaced" in (
+        capfd.readouterr().err
+    )
+    assert same_ledger(folder, finished)
+
+
 def same_ledger(folder: Path, other: Path) -> bool:
     """Bitwise; without its first entry where somebody has changed a file of the code meanwhile."""
     one, two = (verify(run) for run in (folder, other))
@@ -223,8 +247,9 @@ def test_without_room_a_checkpoint_is_not_begun(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: answers.pop() if answers else usage)
     folder = train(ranks, recipe.config("full", *SFT))
     said = capfd.readouterr().err
-    assert "warning: the checkpoint of step 2 could not be written: it takes 0." in said
+    assert "warning: the checkpoint of step 2 could not be written: No space left on device: it takes 0." in said
     assert f"MiB, and the file system of {folder} has 9.54e-05 MiB; no other one exists; the run goes on" in said
+    assert "; free some space on its disk, or raise the limit\n" in said
     assert list(complete_checkpoints(folder)) == [4]
     assert same_ledger(folder, finished)
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from miles_spmd.config import Config
 from miles_spmd.config.load import ConfigError, load_config
 from miles_spmd.config.table import walk
 from miles_spmd.controller import inputs
+from miles_spmd.controller.checkpoint_folders import FORMAT, ControllerState, mark, step_folder
 from tests.worker.tiny_run import write_checkpoint, write_config
 
 Check = Callable[..., list[str]]
@@ -124,6 +129,114 @@ def test_a_family_that_is_not_supported(check: Check, model: Path, tmp_path: Pat
     (tmp_path / "model.safetensors").touch()
     (found,) = check(f"hf_checkpoint={tmp_path}")
     assert found.startswith("model.hf_checkpoint: model_type 'mamba' is not supported; supported: llama")
+
+
+def changed(model: Path, folder: Path, /, **config: Any) -> Path:
+    """A copy of a checkpoint with other contents of config.json."""
+    shutil.copytree(model, folder)
+    shape = json.loads((model / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(shape))
+    return folder
+
+
+def test_weights_are_compared_with_their_model(check: Check, model: Path, tmp_path: Path) -> None:
+    """By what the headers of the files say, before any rank starts."""
+    folder = changed(model, tmp_path / "other", num_hidden_layers=3)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(32, dtype=torch.int8)
+    tensors["model.layers.0.input_layernorm.weight"] = torch.ones(31)
+    save_file(tensors | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, folder / "model.safetensors")
+    found = check(f"hf_checkpoint={folder}")
+    start = f"model.hf_checkpoint: {folder}: "
+    assert start + "tensor model.layers.2.mlp.down_proj.weight is missing" in found
+    assert start + "model.safetensors: model.norm.weight has dtype I8; use the checkpoint in BF16" in found
+    wrong = "model.safetensors: model.layers.0.input_layernorm.weight has shape [31], the model needs [32]"
+    assert start + wrong in found
+    extra = "model.safetensors: the qwen3 model has no tensor model.layers.0.self_attn.q_proj.bias"
+    assert start + extra in found
+    assert len(found) == 3 + 11
+    (found_one,) = check(f"ref_load={folder}", "kl_coef=0.1")[:1]
+    assert found_one.startswith("model.ref_load: ")
+    whole = (model / "model.safetensors").read_bytes()
+    cut = changed(model, tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes(whole[:-100])
+    (truncated,) = check(f"hf_checkpoint={cut}")
+    assert "model.safetensors is truncated" in truncated
+
+
+def test_sizes_that_no_model_has(check: Check, model: Path, tmp_path: Path) -> None:
+    folder = changed(model, tmp_path / "other", num_attention_heads="2", rms_norm_eps=-1)
+    (found,) = check(f"hf_checkpoint={folder}")
+    assert found.endswith(
+        "num_attention_heads must be a positive integer, not '2'; rms_norm_eps must be a positive number, not -1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "generation_config.json is not a JSON object"),
+        ("{", "generation_config.json is not valid JSON"),
+        ('{"eos_token_id": "x"}', "eos_token_id must be a token's number or a list of them, not 'x'"),
+    ],
+)
+def test_a_generation_config_is_read(check: Check, model: Path, tmp_path: Path, content: str, message: str) -> None:
+    folder = changed(model, tmp_path / "other")
+    (folder / "generation_config.json").write_text(content)
+    (found,) = check(f"hf_checkpoint={folder}")
+    assert message in found
+
+
+@pytest.mark.parametrize("template", [3, [{"name": "default"}], ["x"], {"default": 1}])
+def test_a_chat_template_that_is_no_text(check: Check, model: Path, tmp_path: Path, template: Any) -> None:
+    folder = changed(model, tmp_path / "other")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": template}))
+    (found,) = check(f"hf_checkpoint={folder}")
+    assert "tokenizer_config.json: chat_template is neither text nor a list of named texts" in found
+
+
+def test_a_file_whose_rows_are_all_too_long(check: Check, tmp_path: Path) -> None:
+    long, short = {"prompt": "long " * 20, "label": "1"}, {"prompt": "short", "label": "1"}
+    limits = "rollout_max_prompt_len=9", "drop_long_prompts=true"
+    few = rows(tmp_path / "few.jsonl", *[long] * 3, short)
+    (found,) = check(f"prompt_data={few}@[:3]", *limits)
+    assert found == f"data.prompt_data: {few}@[:3]: no rows; check the file, its slice and data.drop_long_prompts"
+    assert check(f"prompt_data={few}", *limits) == []
+    many = rows(tmp_path / "many.jsonl", *[long] * inputs.EXAMINED_ROWS, short)  # a good row further on
+    assert check(f"prompt_data={many}", *limits) == []
+
+
+def test_a_token_that_the_model_lacks(check: Check, model: Path, tmp_path: Path) -> None:
+    """As when tokens were added to a tokenizer, and no rows to the embedding."""
+    folder = changed(model, tmp_path / "other")
+    fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    fast.add_tokens([f"<extra{number}>" for number in range(200)])
+    fast.save(str(folder / "tokenizer.json"))
+    text = "a <extra199>", "a <extra0>", "b"
+    data = rows(tmp_path / "rows.jsonl", *({"prompt": one, "label": "1"} for one in text))
+    (found,) = check(f"hf_checkpoint={folder}", f"prompt_data={data}")
+    number = fast.token_to_id("<extra199>")
+    assert f"{data}:1: token {number} ('<extra199>') is unknown to the model, whose vocab_size is 512" in found
+
+
+def test_a_label_that_no_row_has_is_one_error(check: Check) -> None:
+    (found,) = check("label_key=none", "rm_type=exact")
+    assert "the label None is neither a string" in found
+    assert found.endswith("name the labels' column (label_key), or another reward (rm_type)")
+
+
+def test_a_checkpoint_after_the_last_step(check: Check, tmp_path: Path) -> None:
+    saved = step_folder(tmp_path / "other", 6)
+    saved.mkdir(parents=True)
+    mark(saved, ControllerState(6, 1234, format=FORMAT))
+    load = f"checkpoint.load={saved}"
+    assert check(load, "run.num_rollout=6") == []
+    (error,) = check(load, "run.num_rollout=5")
+    assert error.startswith(f"run.num_rollout: 5 steps are fewer than the 6 after which {saved} was written; set it")
+    assert check(load, "run.num_rollout=5", task="eval") == []
+    own = ["run.output_dir=.", "run.name=other", "checkpoint.resume=true"]
+    assert check(*own, "run.num_rollout=6") == []
+    assert len(check(*own, "run.num_rollout=5")) == 1
 
 
 def test_an_evaluation_reads_no_training_data(check: Check) -> None:

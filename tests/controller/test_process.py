@@ -64,6 +64,13 @@ def test_told_to_stop_it_says_why_and_who_is_missing(start: Start, capfd: pytest
     dealer.close()
 
 
+def test_a_request_that_only_it_gets_waits_until_it_listens(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
+    controller = start(deadlines={"start_timeout": 30.0})
+    os.kill(controller.pid, signal.SIGUSR1)  # its interpreter has hardly begun
+    assert controller.wait(60) == REQUEUE
+    assert capfd.readouterr().err == "miles-spmd: start: stopped by SIGUSR1; rank 0, 1 had not connected\n"
+
+
 def test_a_deadline_ends_it(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
     assert start(deadlines={"start_timeout": 1.0}).wait(60) == 1
     assert capfd.readouterr().err.startswith("miles-spmd: start: rank 0, 1 did not reply within 1 s\n")

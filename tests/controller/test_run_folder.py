@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from miles_spmd.controller.run_folder import (
     outcome,
 )
 from miles_spmd.telemetry.trackers import JsonlTracker
+from miles_spmd.types.run_files import adopt_config, newest_config
 
 
 def make(folder: Path, *overrides: str, **tables: Any) -> Config:
@@ -75,6 +77,64 @@ def test_results_are_continued_kept_or_deleted_as_the_message_says(tmp_path: Pat
     claim(make(tmp_path, "run.overwrite=true"), "train").close()  # type: ignore[union-attr]
     assert {path.name for path in config.run_dir.iterdir()} == {"config.toml", "environment.json", "lock"}
     check(config, "train")
+
+
+def test_a_run_without_a_checkpoint_does_not_replace_more_than_metrics(tmp_path: Path) -> None:
+    """A run that was killed before its first checkpoint begins anew. One that has ended, or lost a file, does not."""
+    config = make(tmp_path, "checkpoint.resume=true")
+    leave_results(config, saved=None)
+    step_folder(config.run_dir, 2).with_name("step_000002.incomplete").mkdir(parents=True)
+    check(config, "train")
+    export = config.run_dir / "export" / "model.safetensors"
+    export.parent.mkdir()
+    export.touch()
+    before = contents(tmp_path)
+    for attempt in (check, check_results, claim):
+        with pytest.raises(RunFolderError, match=r"an export of an earlier run, but the checkpoint .* is missing"):
+            attempt(config, "train")
+    assert contents(tmp_path) == before
+    export.unlink()
+    step_folder(config.run_dir, 4).mkdir()
+    with pytest.raises(RunFolderError, match=r"step_000004 is damaged: controller.json is missing, and no other"):
+        check(config, "train")
+    mark(step_folder(config.run_dir, 4), ControllerState(4, 1234))
+    export.touch()
+    check(config, "train")
+
+
+def test_a_continued_run_keeps_its_settings_until_its_checkpoint_is_loaded(tmp_path: Path) -> None:
+    config = make(tmp_path)
+    leave_results(config)
+    before = (config.run_dir / "config.toml").read_bytes()
+    changed = make(tmp_path, "checkpoint.resume=true", "model.dtype=float32")
+    for _ in range(2):  # the first attempt failed
+        describe(changed, "train")
+        assert (config.run_dir / "config.toml").read_bytes() == before
+        assert 'dtype = "float32"' in newest_config(config.run_dir).read_text()
+    adopt_config(config.run_dir)
+    assert 'dtype = "float32"' in (config.run_dir / "config.toml").read_text()
+    assert newest_config(config.run_dir) == config.run_dir / "config.toml"
+    describe(changed, "train")
+    describe(make(tmp_path), "train")  # which begins anew
+    assert newest_config(config.run_dir).read_bytes() == before
+
+
+@pytest.mark.parametrize("task", ["replay", "bisect", "warm"])
+def test_a_repetition_replaces_only_what_it_has_made(tmp_path: Path, task: str) -> None:
+    """Its folder has a name that is derived from a run's, which another run may have."""
+    config = make(tmp_path)
+    with claim(config, task):  # type: ignore[union-attr]
+        describe(config, task)
+    check(config, task)
+    shutil.rmtree(config.run_dir)
+    leave_results(config)
+    for damage in (lambda: None, (config.run_dir / "config.toml").unlink):
+        damage()
+        before = contents(tmp_path)
+        for attempt in (check, claim):
+            with pytest.raises(RunFolderError, match=rf"runs/x was not made by `miles-spmd {task}`"):
+                attempt(config, task)
+        assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("kind", ["metrics", "checkpoint", "incomplete", "export"])
@@ -156,6 +216,21 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="cannot write into"):
         check(make(tmp_path), "train")
     assert (tmp_path / "runs").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "ledger", "logs"])
+def test_a_link_to_a_disk_that_is_not_there_is_named(tmp_path: Path, name: str) -> None:
+    config = make(tmp_path, "checkpoint.resume=true")
+    leave_results(config, saved=None)
+    (config.run_dir / name).symlink_to(tmp_path / "not mounted")
+    with pytest.raises(RunFolderError, match=rf"cannot write into {config.run_dir}/{name}: No such file"):
+        check(config, "train")
+
+
+def test_an_export_writes_only_where_it_is_told(tmp_path: Path) -> None:
+    """The run may lie on a disk that is read-only."""
+    config = make(tmp_path, "run.output_dir=/proc/none", f"checkpoint.export_dir={tmp_path}/out")
+    check(config, "export")
 
 
 def test_overwriting_never_deletes_what_the_run_reads(tmp_path: Path) -> None:

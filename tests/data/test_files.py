@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 
 from miles_spmd.config import DataConfig
@@ -143,3 +146,27 @@ def test_labels_are_checked_where_they_are_read(tmp_path: Path, tokenizer: Token
     with pytest.raises(DataError, match=r"a\.jsonl:1: the label 'x' is no number; correct it") as caught:
         load_prompts(DataConfig(prompt_data=str(tmp_path / "a.jsonl")), tokenizer, check_label=check)
     assert [error.row for error in caught.value.errors] == [1, 2, 3]
+
+
+def test_columns_of_parquet_that_python_lacks(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = str(tmp_path / "a.parquet")
+    nanoseconds, maps = pa.array([1, 2_500], pa.timestamp("ns", "UTC")), pa.map_(pa.string(), pa.int64())
+    columns = {"prompt": ["a", "b"], "label": ["1", "2"], "time": nanoseconds}
+    parquet.write_table(pa.table({**columns, "metadata": pa.array([[("k", 1)], None], maps)}), path)
+    first, second = load_prompts(DataConfig(prompt_data=path), tokenizer)
+    assert (first.metadata["k"], second.metadata["time"].microsecond) == (1, 2)  # pandas writes nanoseconds
+
+    text = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"a\xff"))
+    parquet.write_table(pa.table({**columns, "prompt": text}), path)
+    for rows in ("", "@[1:]"):
+        with pytest.raises(DataError, match=r":2: column 'prompt' of type string cannot be read \(.*0xff"):
+            load_prompts(DataConfig(prompt_data=path + rows), tokenizer)
+
+
+def test_an_error_has_one_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = str(tmp_path / "a.parquet")
+    twice = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["prompt", "prompt", "label"])
+    parquet.write_table(twice, path)
+    with pytest.raises(DataError, match="unreadable parquet") as caught:  # whose library lists the columns in lines
+        load_prompts(DataConfig(prompt_data=path), tokenizer)
+    assert "\n" not in str(caught.value)

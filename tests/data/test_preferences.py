@@ -146,9 +146,10 @@ def test_errors(tmp_path: Path, tokenizer: Tokenizer) -> None:
         ),
         (r"without a common beginning; begin both", {"prompt": "a", "chosen": [assistant("b")], "rejected": whole}),
         (r"'rejected' does not end with", {"chosen": whole, "rejected": TALK}),
-        (r"begins with a message of 'user'", {"prompt": "a", "chosen": whole, "rejected": "5"}),
+        (r"begins with a message of 'user'", {"prompt": [user("a")], "chosen": whole, "rejected": "5"}),
         (r"prompt ends with one of 'assistant'", {"prompt": whole, "chosen": [assistant("b")], "rejected": "c"}),
         (r"the last message is the assistant's", {"prompt": whole, "chosen": "b", "rejected": "c"}),
+        (r"is a string and the other one messages", {"prompt": "a", "chosen": [assistant("b")], "rejected": "c"}),
         (r"has 104 tokens, more than 60", {"prompt": "a", "chosen": "b", "rejected": "x" * 102}),
     ]
     fine = {"prompt": "a", "chosen": "b", "rejected": "c"}

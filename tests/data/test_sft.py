@@ -70,6 +70,27 @@ def test_only_what_the_assistant_says_is_learned(tmp_path: Path, template: str) 
     assert learned(example, tokenizer) == "It is 2.<|im_end|>It is 4.<|im_end|>"
 
 
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_a_message_with_weight_0_is_not_learned(tmp_path: Path, template: str) -> None:
+    tokenizer = Tokenizer(write_tokenizer(tmp_path / "own", template))
+    whole = load(tmp_path, tokenizer, {"prompt": TALK})[0]
+    first, second = ([{**m, "weight": int(i == turn)} for i, m in enumerate(TALK)] for turn in (1, 3))
+    later = load(tmp_path, tokenizer, {"prompt": second})[0]
+    assert later.tokens.tolist() == whole.tokens.tolist()
+    assert learned(later, tokenizer) == "It is 4.<|im_end|>"
+    earlier = load(tmp_path, tokenizer, {"prompt": first})[0]  # what follows the last learned turn has no use
+    assert earlier.tokens.tolist() == whole.tokens[: len(earlier.tokens)].tolist()
+    assert learned(earlier, tokenizer) == "It is 2.<|im_end|>"
+    null = load(tmp_path, tokenizer, {"prompt": [{**m, "weight": None} for m in TALK]})[0]
+    assert null.loss_mask.tolist() == whole.loss_mask.tolist()
+    for weight, problem in (
+        (0, "has the weight 0, so that nothing is trained"),
+        (0.5, "has the weight 0.5; it can be"),
+    ):
+        with pytest.raises(DataError, match=problem):
+            load(tmp_path, tokenizer, {"prompt": [{**m, "weight": weight} for m in TALK]})
+
+
 def test_a_template_without_eos_gets_one(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     template += "{% if add_generation_prompt %}assistant: {% endif %}"

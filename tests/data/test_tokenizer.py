@@ -8,8 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import processors
 from transformers import AutoTokenizer
 
+from miles_spmd.config import DataConfig
+from miles_spmd.data.examples import load_sft_examples
+from miles_spmd.data.prompts import load_prompts
 from miles_spmd.data.tokenizer import Tokenizer, TokenizerError
 from tests.data.conftest import CHATML, write_tokenizer
 
@@ -35,6 +40,22 @@ def test_tokens_and_text_equal_transformers(tmp_path: Path, bos: bool) -> None:
             assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
     assert ours.eos_token_id == theirs.eos_token_id
     assert ours.vocab_size == len(theirs)
+
+
+def test_no_end_of_sequence_between_prompt_and_response(tmp_path: Path) -> None:
+    """A tokenizer may put one behind every text: a prompt would end with it, and an example have two, of which only the
+    second one, that no model can reach, is trained."""
+    folder = write_tokenizer(tmp_path)
+    fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+    special = [(token, fast.token_to_id(token)) for token in ("<s>", "<|im_end|>")]
+    fast.post_processor = processors.TemplateProcessing("<s> $A <|im_end|>", None, special)
+    fast.save(str(folder / "tokenizer.json"))
+    (folder / "rows.jsonl").write_text('{"prompt": "What is", "label": " seven"}\n')
+    tokenizer, data = Tokenizer(folder), DataConfig(prompt_data=str(folder / "rows.jsonl"))
+    (prompt,), (example,) = load_prompts(data, tokenizer), load_sft_examples(data, tokenizer)
+    assert tokenizer.decode(prompt.tokens, False) == "<s>What is"
+    assert tokenizer.decode(example.tokens, False) == "<s>What is seven<|im_end|>"
+    assert example.tokens[example.loss_mask == 0].tolist() == prompt.tokens
 
 
 def test_text_that_starts_with_bos_gets_no_second_one(tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ import msgspec
 import torch.distributed as dist
 
 from miles_spmd.config import Config
-from miles_spmd.config.load import config_digest, dump_config, load_config
+from miles_spmd.config.load import config_digest, load_config
 from miles_spmd.controller import attempts
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.controller.loops import replay
+from miles_spmd.controller.run_folder import describe
 from miles_spmd.controller.tasks import run
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.messages import Heartbeat, Hello, Reply
@@ -85,14 +86,15 @@ def ended(
 ) -> str:
     """What a run says that was requested to stop; "" otherwise."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.run_dir / "config.toml").write_text(dump_config(config))
+    task = "train" if wanted is None else "replay"
+    describe(config, task)
     router = Router(ranks=size)
     credentials = msgspec.json.encode(router.credentials)
     lasts = TemporaryDirectory()
     arguments = (size, serve, config.model_dump_json(), credentials, lasts.name, bool(stopping))
     thread = threading.Thread(target=ranks.run, args=arguments)
     thread.start()
-    attempt = attempts.begin(config.run_dir, "train" if wanted is None else "replay", size)
+    attempt = attempts.begin(config.run_dir, task, size)
     workers = Cluster(router, size, config.deadlines, config_digest(config), attempt.folder)
     try:
         said = run(config, workers, attempt, stopping or Stopping(config.run_dir), wanted)

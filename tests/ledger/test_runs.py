@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -15,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from miles_spmd.controller.checkpoint_folders import ResumeError, mark, read
+from miles_spmd.controller.loops.replay import plan, plan_bisection
 from miles_spmd.ledger import step_data
 from miles_spmd.ledger.chain import FILE, FOLDER, Chain, LedgerError, links, read_record, verify
 from miles_spmd.ledger.compare import Comparison, compare
@@ -24,6 +27,7 @@ from tests.ranks import Ranks
 from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
 
 REPOSITORY = Path(__file__).parents[2]
+SFT = ("run.mode=sft", "data.label_key=label", "algorithm.dynamic_sampling_filter=none")
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +120,23 @@ def test_replay_wants_a_step_that_was_done(ranks: Ranks, first: Path, tmp_path: 
     step_data.path_of(copy, 1).unlink()
     with pytest.raises(LedgerError, match="the responses of step 1 were not kept"):
         replayed(ranks, copy, 1, "train")
+
+
+def test_what_generated_nothing_has_no_rollout_to_repeat(ranks: Ranks, recipe: Recipe) -> None:
+    folder = train(ranks, recipe.config("sft", *SFT))
+    with pytest.raises(LedgerError, match=r"run.mode = 'sft', which generates no responses; leave out --phase"):
+        replayed(ranks, folder, 1, "rollout")
+    with pytest.raises(LedgerError, match=r"run.mode = 'sft', which generates no responses; bisect a run with"):
+        plan_bisection(folder, 1)
+
+
+@pytest.mark.parametrize("settings", [b"\xff", b"run = 1", b"[run]\nnum_rollout = 'x'"])
+def test_a_configuration_that_cannot_be_read_is_named(first: Path, tmp_path: Path, settings: bytes) -> None:
+    copy = Path(shutil.copytree(first, tmp_path / "copy", symlinks=True))
+    (copy / "config.toml").write_bytes(settings)
+    for planned in (partial(plan_bisection, copy, 1), partial(plan, copy, 1, "rollout")):
+        with pytest.raises(LedgerError, match=re.escape(f"{copy}/config.toml: ")):
+            planned()
 
 
 def crashed(first: Path, folder: Path) -> Path:
@@ -336,6 +357,17 @@ def test_a_changed_checkpoint_is_not_resumed_from(ranks: Ranks, recipe: Recipe, 
         train(ranks, recipe.config("tampered", "checkpoint.resume=true"))
 
 
+def test_a_run_whose_ledger_is_damaged_goes_on_without_one(ranks: Ranks, recipe: Recipe, first: Path) -> None:
+    folder = Path(shutil.copytree(first, first.with_name("broken"), symlinks=True))
+    ledger = folder / FOLDER / FILE
+    ledger.write_bytes(ledger.read_bytes()[:100])
+    resumed = ["run.num_rollout=5", "checkpoint.resume=true"]
+    with pytest.raises(LedgerError, match=r"cut off or changed; put the ledger back, or set determinism.ledger=false"):
+        train(ranks, recipe.config("broken", *resumed))
+    train(ranks, recipe.config("broken", *resumed, "determinism.ledger=false"))
+    assert ledger.stat().st_size == 100
+
+
 def test_a_checkpoint_of_another_ledger(ranks: Ranks, recipe: Recipe, first: Path) -> None:
     folder = crashed(first, first.with_name("mixed"))
     checkpoint = folder / "checkpoints" / "step_000002"
@@ -372,6 +404,12 @@ def test_verbs(tmp_path: Path) -> None:
     assert "entry 0, after the beginning: its hash" in miles_spmd("ledger", "verify", again, status=1)
     assert "entry 0, after the beginning: its hash" in miles_spmd("diff", run, again, status=2)
     assert "has no ledger" in miles_spmd("diff", run, tmp_path, status=2)
+    settings = run / "config.toml"
+    settings.write_text(settings.read_text().replace("lr = 0.0001", "lr = 0.0002"))
+    replay = forked.run("-m", "miles_spmd", "replay", run, "--step", 1, "--nproc-per-node", 1, folder=tmp_path)
+    assert replay.returncode == 1
+    assert "first difference: step 0, train: update 0 (actor): lr 0.0001 | 0.0002" in replay.stdout
+    assert "miles-spmd: " not in replay.stderr  # the difference is the message
     shutil.copytree(run, tmp_path / "copy")
     step_data.path_of(tmp_path / "copy", 1).unlink()
     assert "step_000001.msgpack.z: is missing" in miles_spmd("diff", run, tmp_path / "copy", status=2)

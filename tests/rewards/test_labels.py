@@ -11,12 +11,12 @@ from miles_spmd.rewards.labels import check_label
 
 READABLE: dict[str, list[Any]] = {
     "math": ["3", 3, 3.5, Decimal("3.50"), "1e-05", "x**2", r"\boxed{3}", "so 1 + 2 = 3\n#### 3", "blue", "{"],
-    "exact": ["3", "", 3, 3.5, ["3", 4], ("a", "b"), True],
+    "exact": ["3", "", 3, 3.5, ["3", 4], ("a", "b")],
     "module:function": [None, {}, []],
 }
 UNREADABLE: dict[str, list[Any]] = {
     "math": [None, True, ["3"], {"answer": 3}, "", "  ", "####", "so 3 ####  ", float("nan"), float("inf"), b"3"],
-    "exact": [None, [], [None], {"answer": 3}, [["3"]]],
+    "exact": [None, [], [None], {"answer": 3}, [["3"]], True, ["a", False], b"3", float("nan"), [1.0, float("inf")]],
 }
 
 

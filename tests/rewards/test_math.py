@@ -73,6 +73,19 @@ def test_notation(label: Label, kind: str) -> None:
             assert math(text, label.value) == expected, (kind, label.value, answer)
 
 
+WITHOUT_BOX = ["{}", "We add them.\n{}", "The answer is {}.", "Answer: {}", "<answer>{}</answer>", "`{}`"]
+AMBIGUOUS = {"1/2 cm 3"}  # outside a box this ends with a number and a unit
+
+
+@pytest.mark.parametrize(("label", "kind"), [(one, kind) for kind, labels in CASES.items() for one in labels])
+def test_an_answer_needs_no_box(label: Label, kind: str) -> None:
+    for expected, answers in ((1.0, label.right[:2]), (0.0, label.wrong[:2])):
+        for answer in answers:
+            if not isinstance(answer, Response) and answer not in AMBIGUOUS:
+                for form in WITHOUT_BOX:
+                    assert math(form.format(answer), label.value) == expected, (kind, label.value, form, answer)
+
+
 @pytest.mark.parametrize("label", [None, True, ["19"], {"a": 1}])
 def test_labels_that_are_none(label: Any) -> None:
     with pytest.raises(ValueError, match="neither a string nor a number"):

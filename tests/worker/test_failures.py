@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from miles_spmd.types.phase import Phase
 from tests.worker.launched import START_SECONDS, Launch
@@ -89,11 +92,11 @@ def test_too_little_memory_is_said_at_the_start(launch: Launch) -> None:
 
 
 def test_an_exception_at_the_start_is_named(launch: Launch, checkpoint: Path, tmp_path: Path) -> None:
-    truncated = tmp_path / "truncated"
-    truncated.mkdir()
-    for file in checkpoint.iterdir():
-        (truncated / file.name).write_bytes(file.read_bytes()[: -100 if file.suffix == ".safetensors" else None])
-    message = launch(model={"hf_checkpoint": str(truncated), "dtype": "float32"}).finish(START_SECONDS)
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    tensors = load_file(other / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": torch.ones(512, 32)}, other / "model.safetensors")  # the model ties them
+    message = launch(model={"hf_checkpoint": str(other), "dtype": "float32"}).finish(START_SECONDS)
     assert message.startswith("rank ")
     assert "start: HuggingFaceCheckpointError: " in message
 

@@ -175,10 +175,14 @@ class LedgerRecorder:
 def _find(run_dir: Path, head: str) -> tuple[Link, Context]:
     """Return the entry with this hash, and the last context before it. Raises LedgerError where there is none."""
     context = None
-    for link in links(run_dir):
-        context = link.entry if isinstance(link.entry, Context) else context
-        if link.hash == head and context is not None:
-            return link, context
+    try:
+        for link in links(run_dir):
+            context = link.entry if isinstance(link.entry, Context) else context
+            if link.hash == head and context is not None:
+                return link, context
+    except LedgerError as error:
+        remedy = "put the ledger back, or set determinism.ledger=false to go on without one"
+        raise LedgerError(f"{error}; {remedy}") from None
     raise LedgerError(
         f"the checkpoint was written after an entry with hash {head}, which is not in the ledger of {run_dir}: one of "
         "them belongs to another run or was changed; choose another checkpoint"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from itertools import chain
 from pathlib import Path
 from typing import Literal
 
+from miles_spmd.config.load import ConfigError, load_config
+from miles_spmd.config.run import RunConfig
 from miles_spmd.controller.checkpoint_folders import newest, read
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.loops.sync import advance
@@ -17,7 +18,7 @@ from miles_spmd.ledger.chain import LedgerError, links
 from miles_spmd.ledger.entries import Step
 from miles_spmd.protocol.pipe import Replay
 from miles_spmd.telemetry.trackers import read_metrics
-from miles_spmd.types.run_files import METRICS_FILE
+from miles_spmd.types.run_files import CONFIG_FILE, METRICS_FILE
 
 
 def replay(run: RunParts, order: Replay) -> None:
@@ -48,6 +49,8 @@ def plan(run_dir: Path, step: int, phase: Literal["rollout", "train"] | None) ->
     if step not in done:
         has = f"steps {done[0]} to {done[-1]}" if done else "no complete step"
         raise LedgerError(f"{run_dir} has no step {step}: its ledger has {has}")
+    if phase == "rollout":
+        _require_responses(run_dir, "leave out --phase")
     checkpoint = newest(run_dir, up_to=step)
     first = done[0] if checkpoint is None else read(checkpoint).step
     missing = [s for s in range(first, step + 1) if phase == "train" and not step_data.path_of(run_dir, s).is_file()]
@@ -62,6 +65,7 @@ def plan(run_dir: Path, step: int, phase: Literal["rollout", "train"] | None) ->
 def plan_bisection(run_dir: Path, step: int) -> tuple[Replay, list[str]]:
     """Return the same for the steps before ``step`` and its rollout; the run need not have finished that step. Raises
     LedgerError where it did not begin it."""
+    _require_responses(run_dir, "bisect a run with run.mode = 'rl'")
     steps = _begun(run_dir)
     if step >= steps:
         raise LedgerError(f"{run_dir} has no step {step}: it has begun the steps 0 to {steps - 1}")
@@ -77,11 +81,24 @@ def _begun(run_dir: Path) -> int:
     """Return how many steps the run in ``run_dir`` has begun, by its metrics."""
     try:
         reported = read_metrics(run_dir / METRICS_FILE)
-        length = tomllib.loads((run_dir / "config.toml").read_text())["run"]["num_rollout"]
-    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
-        raise LedgerError(f"{run_dir} is not the folder of a run: {error}") from None
+    except OSError as error:
+        raise LedgerError(f"{run_dir} has no metrics: {error}") from None
     # metrics are reported before the first step and after each; the step after the last report may have failed
-    return min(max(reported, default=0) + 1, length)
+    return min(max(reported, default=0) + 1, _settings(run_dir).num_rollout)
+
+
+def _require_responses(run_dir: Path, remedy: str) -> None:
+    """Raise LedgerError where the run in ``run_dir`` has generated none."""
+    if (mode := _settings(run_dir).mode) != "rl":
+        raise LedgerError(f"{run_dir} is a run with run.mode = {mode!r}, which generates no responses; {remedy}")
+
+
+def _settings(run_dir: Path) -> RunConfig:
+    """Return the table [run] of a run's configuration. Raises LedgerError where it has errors or cannot be read."""
+    try:
+        return load_config(run_dir / CONFIG_FILE, check_files=False).run
+    except ConfigError as error:
+        raise LedgerError(str(error)) from None
 
 
 def _overrides(run_dir: Path, name: str, checkpoint: Path | None) -> list[str]:
