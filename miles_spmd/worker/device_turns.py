@@ -13,18 +13,14 @@ On ranks that have one of them (disaggregated) it keeps the device to itself, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch.distributed as dist
 
 from miles_spmd.config import Config
 from miles_spmd.generation.engine import Engine
 from miles_spmd.planning.release import Release
-from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.results import RefitResult
 from miles_spmd.training.roles import Roles
 from miles_spmd.weights.refit import Refit
-from miles_spmd.worker.engine_loop import Lockstep, run_rollout
 from miles_spmd.worker.memory_account import MemoryAccount
 from miles_spmd.worker.stopwatch import Stopwatch
 
@@ -53,7 +49,6 @@ class DeviceTurns:
         self._offloads = config.train.offload_train
         self._version: int | None = None  # of the engine's weights; None: it has none
         self._released: Release | None = None  # by the engine, while the trainer has the device; None: it is resident
-        self._lockstep = None if engine is None else Lockstep(engine.size)
         if not refits:
             return
         with watch("refit_plan"):
@@ -108,14 +103,16 @@ class DeviceTurns:
         self._version = version
         return RefitResult(version, counts.bytes_local, counts.bytes_received, counts.checksum_mismatches)
 
-    def rollout(self, rank: int, dealer: Dealer, progress: Callable[[str], None]) -> None:
-        """Run the engine until the controller closes the rollout. Raises RuntimeError when it has no weights."""
-        if self._version is None or self._lockstep is None:
+    def open_rollout(self) -> None:
+        """Make the engine ready for requests. Raises RuntimeError when it has no weights.
+
+        The prefix cache is emptied: entries of an evaluation would change which tokens of a prompt are prefilled
+        together, and with that the rounding of their log-probs.
+        """
+        if self._version is None:
             raise RuntimeError("the engine has no weights: a rollout needs a refit after the last training phase")
         self._resume()
-        retries = run_rollout(rank, self.engine, dealer, self._lockstep, self._watch, progress)
-        self._memory.note("rollout_retries", retries)
-        self._memory.record("rollout")
+        self.engine.flush()
 
     def _move_trainer_out(self) -> None:
         if self._shared is not None and self._offloads and not self._shared.offloaded_bytes:

@@ -6,11 +6,13 @@ import contextlib
 import faulthandler
 import gc
 import io
+import itertools
 import os
 import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -25,11 +27,10 @@ from miles_spmd.platform.kernel_cache import KernelCache, shared_folder
 from miles_spmd.protocol.commands import Stop
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.last_words import say
-from miles_spmd.protocol.messages import Call, Failure, Hello, RankInfo, Reply
+from miles_spmd.protocol.messages import Hello, RankInfo, Reply
 from miles_spmd.protocol.pipe import Credentials, Replay
-from miles_spmd.protocol.results import Abandoned, Ok, Result
+from miles_spmd.protocol.results import Ok
 from miles_spmd.telemetry.environment import cores_per_rank, gpus, processor
-from miles_spmd.training.passes import AbandonedError
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.secrets import scrubbed
 from miles_spmd.worker.controller_process import ControllerProcess
@@ -132,13 +133,25 @@ def serve(
     """Join the run, build the worker, and execute commands until Stop. Returns the exit status."""
     with watch("join"):
         credentials, side = join(config, place, controller)
+    from miles_spmd.worker.service import Service, failure
+
     log.move(Path(credentials.logs) / f"rank-{place.rank}.log")
     watchdog.connect(credentials, config.deadlines.heartbeat_timeout, log.path.with_suffix(".stacks"))
     dealer = Dealer(credentials, config.deadlines.heartbeat_timeout)
     try:
-        worker = build(config, task, place, side, dealer, watch, watchdog)
+        worker = build(config, task, place, side, watch, watchdog.warn)
         if task in ("train", "eval"):
             worker.describe()
+        monitor, steps = gpu_monitor(place), itertools.count(1)
+
+        def begin_step() -> None:
+            if monitor:
+                monitor.ask()
+            if next(steps) == COMPILED and writes(config, place, cache):
+                cache.fill()
+
+        health = monitor.take if monitor else list
+        service = Service(worker, place.rank, dealer, watchdog, watch, log.check, begin_step, health)
         log.check()
     except BaseException as error:
         dealer.send(Reply(0, place.rank, HOST, failure(error)))
@@ -146,47 +159,15 @@ def serve(
         return 1
     dealer.send(Hello(rank_info(worker, place), config_digest(config), watch.take(), worker.memory.take()))
     watchdog.enter(Phase.IDLE, 0)
-    monitor = gpu_monitor(place)
-    step, steps = -1, 0
-    while not isinstance(command := (call := next_call(dealer)).command, Stop):
-        watchdog.enter(command.phase, call.step, call.deadline)
-        worker.memory.begin(command.phase, call.step)
-        if call.step != step:
-            step, steps = call.step, steps + 1
-            if monitor:
-                monitor.ask()
-            if steps == COMPILED and writes(config, place, cache):
-                cache.fill()
-        result: Result | Failure
-        try:
-            with worker.memory.explaining():
-                result = worker.execute(command)
-            log.check()
-        except AbandonedError:
-            result = Abandoned()
-        except BaseException as error:  # not all libraries derive their errors from Exception
-            result = failure(error)
-        watchdog.enter(Phase.IDLE, call.step)
-        own, health = worker.take_own(), monitor.take() if monitor else []
-        dealer.send(Reply(call.id, place.rank, HOST, result, watch.take(), worker.memory.take(), own, health))
+    stop = service.run()
+    assert isinstance(stop.command, Stop)
     # The watchdog stops before the last reply: from then on the controller may close its end at any time, which must
     # not count as its death. Its connection stays open until the reply is sent, or this process would count as dead.
     watchdog.stop()
-    dealer.send(Reply(call.id, place.rank, HOST, Ok()))
+    dealer.send(Reply(stop.id, place.rank, HOST, Ok()))
     dealer.close()
     watchdog.disconnect()
-    return command.status
-
-
-def next_call(dealer: Dealer) -> Call:
-    """Wait for the next command that has a reply. One without is part of a rollout that has failed on this rank while
-    the controller was still sending to it."""
-    while True:
-        call = dealer.receive()
-        if not isinstance(call, Call):
-            raise RuntimeError(f"the controller sent a {type(call).__name__}")
-        if call.command.has_reply():
-            return call
+    return stop.command.status
 
 
 def join(config: Config, place: Place, controller: ControllerProcess | None) -> tuple[Credentials, Side]:
@@ -223,9 +204,7 @@ def join(config: Config, place: Place, controller: ControllerProcess | None) -> 
     return credentials, take_side(config.rollout.rollout_num_gpus, longest)
 
 
-def build(
-    config: Config, task: str, place: Place, side: Side, dealer: Dealer, watch: Stopwatch, watchdog: Watchdog
-) -> Worker:
+def build(config: Config, task: str, place: Place, side: Side, watch: Stopwatch, warn: Callable[[str], None]) -> Worker:
     """Build the worker. Raises MemoryPlanError, DeviceMemoryError, and whatever models and engine raise."""
     import torch
 
@@ -238,10 +217,10 @@ def build(
         cpu.install()
         from miles_spmd.worker.memory_account import MemoryAccount
         from miles_spmd.worker.worker import Worker
-    memory = MemoryAccount(config, place.world_size, side.trains, generates, watchdog.warn)
+    memory = MemoryAccount(config, place.world_size, side.trains, generates, warn)
     memory.require_room(training=task in ("train", "warm"))
     with memory.explaining():
-        worker = Worker(config, task, side, place.rank, dealer, watch, memory, watchdog.progress)
+        worker = Worker(config, task, side, place.rank, watch, memory)
     gc.freeze()  # the backends keep millions of objects until the end: a collection that walks them takes a second
     return worker
 
@@ -264,11 +243,6 @@ def gpu_monitor(place: Place) -> GpuMonitor | None:
     monitor = GpuMonitor(uuids)
     monitor.start()
     return monitor
-
-
-def failure(error: BaseException) -> Failure:
-    traceback.print_exc()
-    return Failure(type(error).__name__, str(error), traceback.format_exc())
 
 
 class Log(io.FileIO):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import singledispatchmethod
 
@@ -16,7 +16,6 @@ from miles_spmd.planning.memory_estimate import needed_tokens
 from miles_spmd.planning.release import GIB
 from miles_spmd.platform.determinism import deterministic_kernels
 from miles_spmd.protocol import commands, results
-from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.messages import EngineRank, OwnWork, TrainerRank
 from miles_spmd.training.network import Network
 from miles_spmd.training.passes import PASSES
@@ -98,13 +97,11 @@ class Worker:
         task: str,
         side: Side,
         rank: int,
-        dealer: Dealer,
         watch: Stopwatch,
         memory: MemoryAccount,
-        progress: Callable[[str], None],
     ) -> None:
         self.memory = memory
-        self._config, self._rank, self._dealer, self._watch, self._progress = config, rank, dealer, watch, progress
+        self._config, self._rank = config, rank
         self._own: OwnWork | None = None
         self._roles: Roles | None = None
         if side.trains:
@@ -156,6 +153,13 @@ class Worker:
             raise RuntimeError("this rank has no trainer: it only generates")
         return self._roles
 
+    def close_rollout(self, steps: int, seconds: float, retries: int) -> None:
+        """Account for a rollout whose requests are finished: steps of the engine, how long they took, and how often
+        memory did not suffice."""
+        self._own = OwnWork(seconds, float(steps))
+        self.memory.note("rollout_retries", retries)
+        self.memory.record("rollout")
+
     def take_own(self) -> OwnWork | None:
         """Return the work of the last command, once."""
         own, self._own = self._own, None
@@ -170,9 +174,7 @@ class Worker:
 
     @execute.register
     def _generate(self, command: commands.Generate) -> results.Ok:
-        self.turns.rollout(self._rank, self._dealer, self._progress)
-        seconds, steps = self._watch.of("engine")
-        self._own = OwnWork(seconds, float(steps))
+        self.turns.open_rollout()
         return results.Ok()
 
     @execute.register

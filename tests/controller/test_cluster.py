@@ -284,13 +284,53 @@ def test_a_result_of_another_type_is_an_error(cluster: Make, result: Result, wha
         workers.call(RefitEngine(1), step=1)
 
 
-def test_a_stale_reply_is_an_error(cluster: Make) -> None:
-    def respond(fake: FakeRank, call: Call) -> None:
-        fake.send(Reply(call.id - 1, fake.rank, HOST, RefitResult(1, 0, 0, 0)))
+def test_a_reply_that_nobody_waits_for_is_harmless(cluster: Make) -> None:
+    def respond(fake: FakeRank, call: Call) -> Result:
+        for _ in range(2):  # the second one of these comes late itself
+            fake.send(Reply(call.id - 1, fake.rank, HOST, RefitResult(9, 0, 0, 0)))
+            fake.send(Reply(call.id, fake.rank, HOST, RefitResult(1, 0, 0, 0)))
+        return RefitResult(2, 0, 0, 0)
 
     workers = cluster(2).add_all(only(1, respond))
-    with pytest.raises(ProtocolError, match=r"rank 1 \(node-a, pid 1001\) sent a stale reply to command 0"):
+    for _ in range(3):
+        assert [result.version for result in workers.call(RefitEngine(1), step=1)] == [0, 1]
+
+
+def test_a_reply_to_what_was_not_sent_is_an_error(cluster: Make) -> None:
+    def respond(fake: FakeRank, call: Call) -> None:
+        fake.send(Reply(call.id + 1, fake.rank, HOST, RefitResult(1, 0, 0, 0)))
+
+    workers = cluster(2).add_all(only(1, respond))
+    with pytest.raises(
+        ProtocolError, match=r"rank 1 \(node-a, pid 1001\) replied to command 2, which was not sent yet"
+    ):
         workers.call(RefitEngine(1), step=1)
+
+
+def test_commands_are_under_way_together(cluster: Make) -> None:
+    """Each has results, seconds and a deadline of its own, whatever the order in which they are waited for."""
+
+    def respond(fake: FakeRank, call: Call) -> Result:
+        time.sleep(0.05 * fake.rank)
+        return RefitResult(call.id, 0, 0, 0) if isinstance(call.command, RefitEngine) else empty(call.command)
+
+    workers = cluster(2).add_all(respond)
+    calls = [workers.begin(RefitEngine(0), step=step) for step in range(3)]
+    step = workers.begin(TrainStep([]), step=3)
+    for call in reversed(calls):
+        assert [result.version for result in workers.wait(call)] == [call.id] * 2
+        assert workers.seconds == [{"work": 0.25}, {"work": 0.5}]
+    assert len(workers.wait(step)) == 2
+
+
+def test_the_deadline_of_each_command_holds(cluster: Make) -> None:
+    silent = lambda fake, call: None if isinstance(call.command, TrainStep) else empty(call.command)  # noqa: E731
+    workers = cluster(1, train_timeout=0.3, refit_timeout=60).add_all(silent)
+    workers.begin(TrainStep([]), step=1)
+    refit = workers.begin(RefitEngine(0), step=2)
+    workers.wait(refit)
+    with pytest.raises(DeadlineError, match=r"^train, step 1: rank 0 did not reply within 0.3 s"):
+        workers.wait(workers.begin(TrainStep([]), step=2))
 
 
 def test_waiting_costs_no_cpu(cluster: Make) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from miles_spmd.controller.cluster.listener import (
-    WorkerFailedError,
-)
-from miles_spmd.protocol.commands import AbortRequests, EndGenerate, Generate, Submit
+from miles_spmd.controller.cluster.listener import SEPARATOR, WorkerFailedError
+from miles_spmd.protocol.commands import AbortRequests, EndGenerate, Generate, RefitEngine, Submit
 from miles_spmd.protocol.messages import Call, Completions, Failure
-from miles_spmd.protocol.results import Ok, Result
+from miles_spmd.protocol.results import Ok, RefitResult, Result
 from miles_spmd.types.request import Output, Request, SamplingParams
 from miles_spmd.types.sample import FinishReason
 from tests.controller.harness import Make
@@ -34,7 +32,7 @@ class FakeEngine:
     def __call__(self, fake: FakeRank, call: Call) -> Result | Failure | None:
         match call.command:
             case Submit(requests):
-                finished = [output(r.rid) for r in requests if r.rid not in self.slow]
+                finished = [output(r.rid) for r in requests if own(r.rid) not in self.slow]
                 if finished:
                     fake.send(Completions(fake.rank, finished))
             case AbortRequests(rids):
@@ -46,8 +44,13 @@ class FakeEngine:
         return None
 
 
+def own(rid: str) -> str:
+    """The name that the request has in its rollout."""
+    return rid.partition(SEPARATOR)[2]
+
+
 def submitted(fake: FakeRank) -> list[str]:
-    return [r.rid for command in fake.received if isinstance(command, Submit) for r in command.requests]
+    return [own(r.rid) for command in fake.received if isinstance(command, Submit) for r in command.requests]
 
 
 def test_requests_go_round_the_engines_in_order_of_submission(cluster: Make) -> None:
@@ -105,10 +108,38 @@ def test_leaving_a_rollout_early_aborts_the_rest(cluster: Make) -> None:
     workers = c.add_all(FakeEngine(slow=("0",)))
     with workers.rollout(step=0) as session:
         session.submit([request(0)])
-    assert c.ranks[0].received[-2:] == [AbortRequests(["0"]), EndGenerate()]
+    assert c.ranks[0].received[-2:] == [AbortRequests([f"0{SEPARATOR}0"]), EndGenerate()]
     with workers.rollout(step=1) as session:  # what was left over does not come up again
         session.submit([request(1)])
         assert [o.rid for o in iter(session.next, None)] == ["1"]
+
+
+def test_an_evaluation_need_not_wait_for_a_rollout(cluster: Make) -> None:
+    c = cluster(1)
+    workers = c.add_all(FakeEngine(slow=("1",)))
+    with workers.rollout(step=0) as session:
+        session.submit([request(0), request(1)])
+        with workers.rollout(step=0, purpose="evaluation") as other:
+            other.submit([request(0)])
+            assert [o.rid for o in iter(other.next, None)] == ["0"]
+        assert EndGenerate() not in c.ranks[0].received
+        outputs = iter(session.next, None)
+        assert next(outputs) == output("0")
+        session.abort()
+        assert next(outputs) == output("1", FinishReason.ABORT)
+    assert c.ranks[0].received.count(Generate()) == c.ranks[0].received.count(EndGenerate()) == 1
+
+
+def test_a_command_is_executed_while_a_rollout_is_open(cluster: Make) -> None:
+    def respond(fake: FakeRank, call: Call) -> Result | Failure | None:
+        return RefitResult(3, 0, 0, 0) if isinstance(call.command, RefitEngine) else engine(fake, call)
+
+    engine = FakeEngine(slow=("0",))
+    workers = cluster(2).add_all(respond)
+    with workers.rollout(step=0) as session:
+        session.submit([request(0), request(1)])
+        assert [result.version for result in workers.call(RefitEngine(3), step=0)] == [3, 3]
+        assert [session.next()] == [output("1")]
 
 
 def test_a_running_request_cannot_be_submitted_again(cluster: Make) -> None:

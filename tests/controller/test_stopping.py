@@ -14,6 +14,7 @@ import pytest
 from miles_spmd.config import Config
 from miles_spmd.controller.checkpoint_folders import RESPONSES_FILE, newest, read
 from miles_spmd.controller.cluster.cluster import Cluster, RolloutSession
+from miles_spmd.controller.cluster.listener import PendingCall
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.stopping import Stopping, job_end
 from miles_spmd.controller.learning.policy import Policy
@@ -185,14 +186,15 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Stopping]:
 
     def install(config: Config, kind: type[Command], step: int, *, seconds: float = 1.0, outputs: int = 0) -> Stopping:
         one = Interruption(Stopping(config.run_dir, {}), seconds, kind, step, outputs)
-        begin, next_output = Cluster._begin, RolloutSession.next
+        begin, next_output = Cluster.begin, RolloutSession.next
         count = 0
 
-        def begin_and_ask(self: Cluster, command: Command, at: int) -> None:
-            begin(self, command, at)
+        def begin_and_ask(self: Cluster, command: Command, *, step: int) -> PendingCall:
+            call: PendingCall = begin(self, command, step=step)
             first = command[0] if isinstance(command, list) else command
-            if isinstance(first, kind) and at == step and not outputs:
+            if isinstance(first, kind) and step == one.step and not outputs:
                 one.now()
+            return call
 
         def next_and_ask(self: RolloutSession, *args: Callable[[], bool], **more: Callable[[], bool]) -> object:
             nonlocal count
@@ -203,7 +205,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Stopping]:
                     one.now()
             return output
 
-        monkeypatch.setattr(Cluster, "_begin", begin_and_ask)
+        monkeypatch.setattr(Cluster, "begin", begin_and_ask)
         monkeypatch.setattr(RolloutSession, "next", next_and_ask)
         return one.stopping
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from miles_spmd.types.request import Output
-from miles_spmd.worker.engine_loop import step
+from miles_spmd.worker.service import step
 from tests.generation.checkpoints import CONTEXT, EOS, Reference
 from tests.generation.conformance import TOLERANCE, difference, engine_of, finish, prompt, refit, request, run
 from tests.ranks import Ranks

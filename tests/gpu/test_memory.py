@@ -247,7 +247,7 @@ def exhausted_engine() -> dict[str, Any]:
     from miles_spmd.generation.sglang.engine import SglangEngine
     from miles_spmd.models import load_family
     from miles_spmd.weights import hugging_face
-    from miles_spmd.worker.engine_loop import step
+    from miles_spmd.worker.service import step
 
     folder = random_checkpoint("random:qwen3-0.6b")
     own = {"max_total_tokens": 100_000, "cuda_graph_bs_decode": [1, 8], "attention_backend": "triton"}

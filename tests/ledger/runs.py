@@ -6,7 +6,7 @@ import os
 import threading
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import torch.distributed as dist
@@ -19,28 +19,21 @@ from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.controller.loops import replay
 from miles_spmd.controller.run_folder import describe
 from miles_spmd.controller.tasks import run
-from miles_spmd.protocol.commands import Stop
 from miles_spmd.protocol.dealer import Dealer
-from miles_spmd.protocol.messages import Call, Heartbeat, Hello, Reply
+from miles_spmd.protocol.messages import Heartbeat, Hello, Reply
 from miles_spmd.protocol.pipe import REQUEUE, Credentials, Replay
-from miles_spmd.protocol.results import Abandoned, Ok
+from miles_spmd.protocol.results import Ok
 from miles_spmd.protocol.router import Router
-from miles_spmd.training.passes import AbandonedError
 from miles_spmd.types.phase import Phase
-from miles_spmd.worker.main import HOST, Place, build, failure, rank_info
+from miles_spmd.worker.main import HOST, Place, build, rank_info
+from miles_spmd.worker.service import Service
 from miles_spmd.worker.stopwatch import Stopwatch
-from miles_spmd.worker.watchdog import Watchdog, obey
+from miles_spmd.worker.watchdog import obey
 from tests.ranks import Ranks
+from tests.service import EndingDealer, Unwatched
 from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
 
 STEPS = 4
-
-
-class Unwatched:
-    def progress(self, detail: str) -> None:
-        """A real watchdog would take over this process's signals."""
-
-    warn = progress
 
 
 class SideThread(threading.Thread):
@@ -66,23 +59,14 @@ def serve(settings: str, credentials: bytes, lasts: str, has_side: bool) -> None
     config = Config.model_validate_json(settings)
     rank, size = dist.get_rank(), dist.get_world_size()
     own = msgspec.json.decode(credentials, type=list[Credentials])[rank]
-    dealer, side = Dealer(own), SideThread(rank, own)
+    dealer, side = EndingDealer(own, lambda: not os.path.exists(lasts)), SideThread(rank, own)
     if has_side:
         side.start()
     place = Place(rank, size, rank, size, "127.0.0.1")
-    worker = build(config, "train", place, Side(), dealer, Stopwatch(), cast(Watchdog, Unwatched()))
+    worker = build(config, "train", place, Side(), Stopwatch(), lambda text: None)
+    service = Service(worker, rank, dealer, Unwatched(), Stopwatch())
     dealer.send(Hello(rank_info(worker, place), config_digest(config)))
-    while os.path.exists(lasts):
-        call = dealer.receive(0.05)
-        if not isinstance(call, Call):
-            continue
-        try:
-            result: Any = Ok() if isinstance(call.command, Stop) else worker.execute(call.command)
-        except AbandonedError:
-            result = Abandoned()
-        except Exception as error:
-            result = failure(error)
-        dealer.send(Reply(call.id, rank, HOST, result))
+    dealer.send(Reply(service.run().id, rank, HOST, Ok()))
     side.over = True
     if has_side:
         side.join()

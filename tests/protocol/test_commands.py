@@ -14,7 +14,7 @@ from miles_spmd.protocol.messages import Reply, decode, encode
 from miles_spmd.protocol.results import Result
 from tests.controller.ranks import EMPTY, info_of
 
-FEED = {Submit, AbortRequests, EndGenerate}  # part of a rollout, handled by miles_spmd.worker.engine_loop
+FEED = {Submit, AbortRequests, EndGenerate}  # part of a rollout, handled by miles_spmd.worker.service
 
 
 def test_all_commands_are_found() -> None:

@@ -23,14 +23,13 @@ from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.controller.tasks import run
 from miles_spmd.ledger.chain import Record, read_record
 from miles_spmd.ledger.compare import compare
-from miles_spmd.protocol.commands import Stop
-from miles_spmd.protocol.dealer import Dealer
-from miles_spmd.protocol.messages import Call, Hello, Reply
+from miles_spmd.protocol.messages import Hello, Reply
 from miles_spmd.protocol.pipe import Credentials
 from miles_spmd.protocol.results import Ok
 from miles_spmd.protocol.router import Router
 from miles_spmd.worker.stopwatch import Stopwatch
 from tests.ranks import Ranks
+from tests.service import EndingDealer, Unwatched
 from tests.worker.tiny_run import write_checkpoint, write_config
 
 TP2 = "megatron.tensor_model_parallel_size=2"
@@ -46,20 +45,19 @@ def serve(credentials: bytes, config: Config, lasts: str) -> None:
 
     from miles_spmd.worker.main import Place, rank_info
     from miles_spmd.worker.memory_account import MemoryAccount
+    from miles_spmd.worker.service import Service
     from miles_spmd.worker.worker import Worker
     from miles_spmd.worker.world import take_side
 
     place = Place(dist.get_rank(), dist.get_world_size(), 0, dist.get_world_size(), "")
     side = take_side(config.rollout.rollout_num_gpus, timedelta(minutes=2))
-    dealer, watch = Dealer(msgspec.json.decode(credentials, type=list[Credentials])[place.rank]), Stopwatch()
+    own = msgspec.json.decode(credentials, type=list[Credentials])[place.rank]
+    dealer, watch = EndingDealer(own, lambda: not Path(lasts).exists()), Stopwatch()
     memory = MemoryAccount(config, place.world_size, side.trains, side.generates)
-    worker = Worker(config, "train", side, place.rank, dealer, watch, memory, lambda _: None)
+    worker = Worker(config, "train", side, place.rank, watch, memory)
+    service = Service(worker, place.rank, dealer, Unwatched(), watch)
     dealer.send(Hello(rank_info(worker, place), config_digest(config), watch.take()))
-    while Path(lasts).exists():  # the run, which may end before this rank connects
-        call = dealer.receive(0.1)
-        if isinstance(call, Call) and call.command.has_reply():
-            result = Ok() if isinstance(call.command, Stop) else worker.execute(call.command)
-            dealer.send(Reply(call.id, place.rank, "host", result, watch.take()))
+    dealer.send(Reply(service.run().id, place.rank, "host", Ok()))
     dealer.close()
     if side.generates:
         engine: Any = worker.turns.engine

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import pytest
@@ -17,18 +17,22 @@ from miles_spmd.config import DeadlinesConfig
 from miles_spmd.controller.cluster.cluster import Cluster, RolloutSession
 from miles_spmd.controller.cluster.listener import WorkerFailedError
 from miles_spmd.generation.engine import Engine
-from miles_spmd.protocol.commands import Generate
-from miles_spmd.protocol.dealer import Dealer
-from miles_spmd.protocol.messages import Call, Failure, Hello, Reply
+from miles_spmd.protocol.commands import Command, Generate, RefitEngine
+from miles_spmd.protocol.messages import Hello, OwnWork
 from miles_spmd.protocol.pipe import Credentials
-from miles_spmd.protocol.results import Ok
+from miles_spmd.protocol.results import Ok, RefitResult, Result
 from miles_spmd.protocol.router import Router
+from miles_spmd.types.phase import Phase
 from miles_spmd.types.request import Output, Request, SamplingParams
 from miles_spmd.types.sample import FinishReason
-from miles_spmd.worker.engine_loop import Lockstep, run_rollout
+from miles_spmd.worker.service import Service
 from miles_spmd.worker.stopwatch import Stopwatch
-from tests.controller.ranks import DIGEST, HOST, info_of
+from tests.controller.ranks import DIGEST, info_of
 from tests.ranks import Ranks
+from tests.service import EndingDealer, Unwatched
+
+if TYPE_CHECKING:
+    from miles_spmd.worker.worker import Worker
 
 
 def make_engine(kind: str, folder: Path, engine_size: int) -> Any:
@@ -49,27 +53,50 @@ def make_engine(kind: str, folder: Path, engine_size: int) -> Any:
     return engine
 
 
+class EngineOnly:
+    """A worker that has an engine and nothing else."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.memory = self.turns = self  # type: ignore[assignment]
+        self.engine, self.engine_rank, self.steps = engine, "", 0
+
+    def execute(self, command: Command) -> Result:
+        match command:
+            case Generate():
+                self.engine.flush()
+            case RefitEngine(version):
+                self.engine.commit(version)
+                return RefitResult(version, 0, 0, 0)
+        return Ok()
+
+    def close_rollout(self, steps: int, seconds: float, retries: int) -> None:
+        self.steps = steps
+
+    def begin(self, phase: Phase, step: int) -> None: ...
+
+    def explaining(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def take(self) -> dict[str, float]:
+        return {}
+
+    def take_own(self) -> OwnWork:
+        return OwnWork(0.0, self.steps)
+
+
 def serve(credentials: bytes, kind: str, folder: Path, engine_size: int) -> None:
-    """A rank that does nothing but rollouts, until the controller is gone."""
+    """A rank with an engine alone, until the controller is gone."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     engine: Engine = make_engine(kind, folder, engine_size)
-    dealer = Dealer(msgspec.json.decode(credentials, type=list[Credentials])[rank])
-    lockstep = Lockstep(engine_size)
+    dealer = EndingDealer(
+        msgspec.json.decode(credentials, type=list[Credentials])[rank], lambda: bool(dealer.disconnections.poll(0))
+    )
+    service = Service(cast("Worker", EngineOnly(engine)), rank, dealer, Unwatched(), Stopwatch())
     dealer.send(Hello(info_of(rank, world_size, engine_size), DIGEST))
-    while not dealer.disconnections.poll(0):
-        call = dealer.receive(0.1)
-        if not (isinstance(call, Call) and isinstance(call.command, Generate)):
-            continue
-        watch, progress = Stopwatch(), list[str]()
-        try:
-            run_rollout(rank, engine, dealer, lockstep, watch, progress.append)
-            result: Ok | Failure = Ok({"progress": progress[-1]})
-        except ValueError as error:
-            result = Failure("ValueError", str(error))
-        dealer.send(Reply(call.id, rank, HOST, result, watch.take()))
+    service.run()
     dealer.close()
     if kind == "sglang":
-        engine.close()  # type: ignore[attr-defined]
+        engine.close()
 
 
 @contextmanager
@@ -156,6 +183,28 @@ def test_a_request_that_does_not_fit_ends_the_rollout(ranks: Ranks, checkpoint: 
             session.submit(requests(2, new_tokens=500))
             list(iter(session.next, None))
 
-    error = r"rank \d .* rollout, step 0: ValueError: request r\d"
+    error = r"rank \d .* rollout, step 0: ValueError: request 0:r\d"
     with serving(ranks, "torch", checkpoint, 1) as workers, pytest.raises(WorkerFailedError, match=error):
         rollout(workers)
+
+
+def test_weights_are_replaced_while_requests_run(ranks: Ranks, checkpoint: Path) -> None:
+    """A refit waits for no response: the tokens of each are attributed to the weights that generated them."""
+    with serving(ranks, "torch", checkpoint, 1) as workers, workers.rollout(0) as session:
+        session.submit([*requests(2, new_tokens=120), *requests(4, new_tokens=2)[2:]])
+        assert {session.next().rid, session.next().rid} == {"r2", "r3"}
+        assert [result.version for result in workers.call(RefitEngine(2), step=0)] == [2, 2]
+        for output in iter(session.next, None):
+            versions = output.weight_versions
+            assert [version for version, _ in versions] == [1, 2]
+            assert sum(tokens for _, tokens in versions) == len(output.output_ids) == 120
+
+
+def test_an_engine_of_two_ranks_takes_commands_between_its_steps(ranks: Ranks, checkpoint: Path) -> None:
+    with serving(ranks, "sglang", checkpoint, 2) as workers, workers.rollout(0) as session:
+        session.submit(requests(2, new_tokens=120))
+        for version in (2, 3):
+            assert [result.version for result in workers.call(RefitEngine(version), step=0)] == [version] * 2
+        outputs = list(iter(session.next, None))
+        assert [len(output.output_ids) for output in outputs] == [120, 120]
+        assert all([version for version, _ in output.weight_versions][-1] == 3 for output in outputs)

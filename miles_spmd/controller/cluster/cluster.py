@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
+
+import msgspec
 
 from miles_spmd.config import DeadlinesConfig
-from miles_spmd.controller.cluster.listener import Listener, PendingCall, RankTable, WorkerError
+from miles_spmd.controller.cluster.listener import SEPARATOR, Listener, PendingCall, RankTable, WorkerError
 from miles_spmd.protocol.commands import AbortRequests, Command, EndGenerate, Generate, Receivers, Stop, Submit
 from miles_spmd.protocol.messages import Call, Held, HoldPasses, OwnWork, RankInfo, ReleasePasses, Reply, TrainerRank
 from miles_spmd.protocol.results import Abandoned, Result
@@ -31,10 +34,11 @@ class Unfinished(BaseException):
 
 
 class Cluster:
-    """All ranks of a run behind ``router``. One command is under way at a time.
+    """All ranks of a run behind ``router``.
 
-    ``seconds`` holds, by rank, the time of each part of the last command; it is empty for ranks that did not receive
-    it.
+    Several commands may be under way: :meth:`begin` sends one, and :meth:`wait` waits for its results. A rank executes
+    its own one after another. ``seconds`` holds, by rank, the time of each part of the command that was waited for
+    last; it is empty for ranks that did not receive it.
     """
 
     def __init__(
@@ -47,19 +51,20 @@ class Cluster:
         self._router, self._deadlines = router, deadlines
         self._table = RankTable(world_size)
         self._listener = Listener(router, self._table, deadlines.heartbeat_timeout, config_digest, log_dir)
-        self._ids = itertools.count()
+        self._ids, self._rollouts = itertools.count(), itertools.count()
+        self._generating: PendingCall | None = None  # while the engines serve at least one rollout
         self._purpose = ""
         self._ready = False
         self.abandons: Callable[[], bool] = lambda: False  # whether a command that can be left has to be left now
         self.pipelined = False  # ranks that are pipeline stages cannot leave a command that they have begun
-        self._expect(None, range(world_size), Phase.START, 0)
+        self._start = self._expect(None, range(world_size), Phase.START, 0)
 
     # --- for the loop ------------------------------------------------------------------------------------------------
 
     def wait_ready(self) -> None:
         """Wait until every rank has built its parts. ``seconds`` then holds the times of the start."""
         if not self._ready:
-            self._finish()
+            self._finish(self._start)
             self._ready = True
 
     @property
@@ -79,26 +84,55 @@ class Cluster:
         return [info.trainer for info in self.infos if info.trainer is not None]
 
     def call(self, command: Command[R] | Sequence[Command[R]], *, step: int) -> list[R]:
-        """Send ``command`` (a sequence: one per rank) to its receivers and return their results by rank, within the
-        deadline of the command's phase. Raises a WorkerError."""
-        self._begin(command, step)
-        return cast(list[R], self._finish())
+        """Send ``command`` and wait for its results."""
+        return self.wait(self.begin(command, step=step))
+
+    def begin(self, command: Command[R] | Sequence[Command[R]], *, step: int) -> PendingCall[R]:
+        """Send ``command`` (a sequence: one per rank) to its receivers, who execute it after those that they have
+        already. Raises a WorkerError, and Unfinished where it may be left and the run has to stop."""
+        first = command[0] if isinstance(command, Sequence) else command
+        self.wait_ready()
+        if first.abandonable and self.abandons():
+            raise Unfinished
+        ranks = self._table.receivers(first.receivers)
+        commands = command if isinstance(command, Sequence) else [command] * len(ranks)
+        if len(commands) != len(ranks):
+            raise ValueError(f"{len(commands)} commands for {len(ranks)} ranks")
+        call: PendingCall[R] = self._expect(type(first), ranks, first.phase, step)
+        # Ranks that receive the same object (those of one data-parallel rank) receive the same bytes, encoded once.
+        same: dict[int, tuple[Command, list[int]]] = {}
+        for rank, own in zip(ranks, commands):
+            same.setdefault(id(own), (own, []))[1].append(rank)
+        for own, receivers in same.values():
+            self.send(own, receivers, call)
+        return call
+
+    def wait(self, call: PendingCall[R]) -> list[R]:
+        """Return the results of a command by rank, within the deadline of its phase. Raises a WorkerError."""
+        return cast(list[R], self._finish(call))
 
     @contextmanager
     def rollout(self, step: int, *, purpose: str = "") -> Iterator[RolloutSession]:
-        """Open a rollout on all engines; leaving the block closes it and aborts what is still running. Errors name its
-        ``purpose``, where it has one other than training.
+        """Open a rollout on all engines; leaving the block aborts what is still running of it. Errors name its
+        ``purpose``, where it has one other than training. Several may be open; the last that is left is waited for
+        until all engines are idle.
 
         After an error in the block the rollout stays open: to close it is a wait of its own, for engines that may be
         the cause of the error, and would delay the message that ends the run.
         """
-        self._begin(Generate(), step)
-        self._listener.call.purpose = purpose
-        self._listener.completed.clear()
-        session = RolloutSession(self, self._table.receivers(Receivers.LEADERS))
+        if self._generating is None:
+            self._generating = self.begin(Generate(), step=step)
+            self._generating.purpose = purpose
+        call, name, leaders = self._generating, str(next(self._rollouts)), self._table.receivers(Receivers.LEADERS)
+        self._listener.outputs[name] = deque()
+        session = RolloutSession(self, call, name, leaders)
         yield session
-        session.end()
-        self._finish()
+        session.abort()
+        del self._listener.outputs[name]
+        if not self._listener.outputs:
+            self.send(EndGenerate(), leaders, call)
+            self._generating = None
+            self.wait(call)
 
     @contextmanager
     def doing(self, purpose: str) -> Iterator[None]:
@@ -126,7 +160,7 @@ class Cluster:
 
     def stop(self, status: int = 0) -> None:
         """Let every rank leave its command loop and exit with ``status``."""
-        self.call(Stop(status), step=self._listener.call.step)
+        self.call(Stop(status), step=self._listener.last.step)
 
     def pass_requests(self, ask: Callable[[str], None]) -> None:
         """Call ``ask`` with the name of every signal to stop that a rank receives."""
@@ -149,7 +183,7 @@ class Cluster:
     @property
     def place(self) -> str:
         """Phase and step of the last command, for messages."""
-        return self._listener.call.place
+        return self._listener.last.place
 
     def interrupt(self, error: BaseException) -> None:
         """Raise ``error``, for the handler of a signal, now or as soon as no event from a rank is lost by it."""
@@ -162,47 +196,29 @@ class Cluster:
 
     # --- one command -------------------------------------------------------------------------------------------------
 
-    def _begin(self, command: Command | Sequence[Command], step: int) -> None:
-        first = command[0] if isinstance(command, Sequence) else command
-        self.wait_ready()
-        if first.abandonable and self.abandons():
-            raise Unfinished
-        ranks = self._table.receivers(first.receivers)
-        commands = command if isinstance(command, Sequence) else [command] * len(ranks)
-        if len(commands) != len(ranks):
-            raise ValueError(f"{len(commands)} commands for {len(ranks)} ranks")
-        self._expect(type(first), ranks, first.phase, step)
-        # Ranks that receive the same object (those of one data-parallel rank) receive the same bytes, encoded once.
-        same: dict[int, tuple[Command, list[int]]] = {}
-        for rank, own in zip(ranks, commands):
-            same.setdefault(id(own), (own, []))[1].append(rank)
-        for own, receivers in same.values():
-            self.send(own, receivers)
-
-    def _expect(self, kind: type[Command] | None, ranks: Sequence[int], phase: Phase, step: int) -> None:
+    def _expect(self, kind: type[Command] | None, ranks: Sequence[int], phase: Phase, step: int) -> PendingCall[Any]:
         seconds = getattr(self._deadlines, phase.deadline)
         end = time.monotonic() + seconds
-        self._listener.call = PendingCall(
-            next(self._ids), kind, ranks, phase, step, seconds, end, purpose=self._purpose
-        )
+        call = PendingCall[Any](next(self._ids), kind, ranks, phase, step, seconds, end, purpose=self._purpose)
+        self._listener.expect(call)
+        return call
 
-    def send(self, command: Command, ranks: Sequence[int]) -> None:
-        """Send a command as part of the call under way. Raises a WorkerError when a rank is gone."""
-        call = self._listener.call
+    def send(self, command: Command, ranks: Sequence[int], call: PendingCall) -> None:
+        """Send a command as part of ``call``. Raises a WorkerError when a rank is gone."""
         message = Call(call.id, call.step, max(0.0, call.end - time.monotonic()), command)
         try:
             self._router.send(message, [peer for rank in ranks if (peer := self._table.states[rank].peer)])
         except PeerGoneError as error:
-            raise self._listener.cause() or WorkerError(f"{self.place}: {error}") from None
+            raise self._listener.cause() or WorkerError(f"{call.place}: {error}") from None
 
-    def _finish(self) -> list[Result]:
+    def _finish(self, call: PendingCall) -> list[Result]:
         """Wait for all replies and return their results by rank."""
-        call = self._listener.call
         may_leave = call.kind is not None and call.kind.abandonable and not self.pipelined
         self._listener.wait(lambda: call.done or (may_leave and self.abandons()))
         if not call.done:
             self._abandon(call)
             self._listener.wait(lambda: call.done)
+        del self._listener.calls[call.id]
         self.seconds = [{} for _ in self.seconds]
         for rank, reply in call.replies.items():
             self.seconds[rank] = reply.seconds
@@ -234,12 +250,12 @@ class Cluster:
             limit = None
         self._router.send(ReleasePasses(limit), sides)
 
-    def next_output(self, interrupt: Callable[[], bool] = lambda: False) -> Output | None:
-        """Return the next finished request of the open rollout; None once ``interrupt`` returns True, which is called
+    def next_output(self, rollout: str, interrupt: Callable[[], bool] = lambda: False) -> Output | None:
+        """Return the next finished request of an open rollout; None once ``interrupt`` returns True, which is called
         several times a second."""
-        completed = self._listener.completed
-        self._listener.wait(lambda: bool(completed) or interrupt())
-        return completed.popleft() if completed else None
+        outputs = self._listener.outputs[rollout]
+        self._listener.wait(lambda: bool(outputs) or interrupt())
+        return outputs.popleft() if outputs else None
 
     def listen(self) -> None:
         """Take what ranks have sent. Raises a WorkerError."""
@@ -254,9 +270,9 @@ class RolloutSession:
     submission, so that a run can be repeated.
     """
 
-    def __init__(self, cluster: Cluster, leaders: Sequence[int]) -> None:
-        self._cluster = cluster
-        self._leaders = leaders
+    def __init__(self, cluster: Cluster, call: PendingCall, name: str, leaders: Sequence[int]) -> None:
+        """``name`` is that of this rollout among those that are open."""
+        self._cluster, self._call, self._name = cluster, call, name
         self._turns = itertools.cycle(leaders)
         self._prompt: list[int] | None = None  # of the last request
         self._turn = leaders[0]
@@ -271,20 +287,22 @@ class RolloutSession:
             if request.input_ids != self._prompt:
                 self._prompt, self._turn = request.input_ids, next(self._turns)
             self._rank_of[request.rid] = self._turn
-            batches.setdefault(self._turn, []).append(request)
+            own = msgspec.structs.replace(request, rid=self._full(request.rid))
+            batches.setdefault(self._turn, []).append(own)
         for rank, batch in batches.items():
-            self._cluster.send(Submit(batch), [rank])
+            self._cluster.send(Submit(batch), [rank], self._call)
 
     def abort(self, rids: Sequence[str] | None = None) -> None:
         """Stop these requests (None: all). They still come out of :meth:`next`, with the tokens so far."""
         running = [rid for rid in (self._rank_of if rids is None else rids) if rid in self._rank_of]
         for rank in sorted({self._rank_of[rid] for rid in running}):
-            self._cluster.send(AbortRequests([rid for rid in running if self._rank_of[rid] == rank]), [rank])
+            rids = [self._full(rid) for rid in running if self._rank_of[rid] == rank]
+            self._cluster.send(AbortRequests(rids), [rank], self._call)
 
     def next(self, interrupt: Callable[[], bool] = lambda: False) -> Output | None:
         """Return the next finished output; None when nothing is running, or once ``interrupt`` returns True. Raises a
         WorkerError."""
-        output = self._cluster.next_output(interrupt) if self._rank_of else None
+        output = self._cluster.next_output(self._name, interrupt) if self._rank_of else None
         if output is not None:
             del self._rank_of[output.rid]
         return output
@@ -293,7 +311,6 @@ class RolloutSession:
         """Take what the engines have sent, while something else is waited for. Raises a WorkerError."""
         self._cluster.listen()
 
-    def end(self) -> None:
-        """Abort what is still running and close the rollout on the engines."""
-        self.abort()
-        self._cluster.send(EndGenerate(), self._leaders)
+    def _full(self, rid: str) -> str:
+        """The name of a request among those of all rollouts."""
+        return f"{self._name}{SEPARATOR}{rid}"

@@ -1,6 +1,6 @@
 """Waiting for ranks: every wait sleeps in poll, has a deadline, and ends early when a rank fails, dies or goes silent.
 
-The router's events update the call under way and the table of ranks, or become errors. Of several errors the one that
+The router's events update the calls under way and the table of ranks, or become errors. Of several errors the one that
 explains the others is raised.
 """
 
@@ -11,6 +11,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import msgspec
 
 from miles_spmd.controller.cluster import hang
 from miles_spmd.protocol.commands import Command, Receivers
@@ -27,11 +30,15 @@ from miles_spmd.protocol.messages import (
     StopNotice,
     WireError,
 )
-from miles_spmd.protocol.results import Abandoned
+from miles_spmd.protocol.results import Abandoned, Result
 from miles_spmd.protocol.router import Peer, Router
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.request import Output
 
+R = TypeVar("R", bound=Result)
+
+START = 0  # id of the call to which a Hello is the reply
+SEPARATOR = ":"  # between the rollout and the name that a request has in it
 CHECK_EVERY = 0.25  # seconds between looks at the clock
 MAX_LINES = 32  # of a report on ranks
 STACKS_GRACE = 1.5  # seconds past a deadline in which the ranks write their stacks and say where they stand
@@ -74,7 +81,7 @@ class ProtocolError(WorkerError):
     """A member of the run sent something that the protocol does not allow."""
 
 
-# --- the ranks, and the command under way -----------------------------------------------------------------------------
+# --- the ranks, and the commands under way ----------------------------------------------------------------------------
 
 
 @dataclass
@@ -119,11 +126,11 @@ class RankTable:
 
 
 @dataclass
-class PendingCall:
-    """One command under way. Call 0 is the start, to which every rank replies with its Hello."""
+class PendingCall(Generic[R]):
+    """One command under way, and the replies to it. Call 0 is the start, to which every rank replies with its Hello."""
 
     id: int
-    kind: type[Command] | None
+    kind: type[Command[R]] | None
     ranks: Sequence[int]
     phase: Phase
     step: int
@@ -156,20 +163,30 @@ class PendingCall:
 
 
 class Listener:
-    """Receives what the ranks send. ``call`` is the command under way, or the last one."""
+    """Receives what the ranks send.
+
+    ``calls`` are the commands under way, by id, in the order in which they were sent; a rank executes its own in this
+    order. ``last`` is the one that was sent last. A reply to a command that nobody waits for any more is ignored.
+    ``outputs`` are those of finished requests, by the rollout that submitted them.
+    """
 
     def __init__(
         self, router: Router, table: RankTable, heartbeat_timeout: float, config_digest: str, log_dir: Path
     ) -> None:
         self._router, self._table = router, table
         self._heartbeat_timeout, self._config_digest, self._log_dir = heartbeat_timeout, config_digest, log_dir
-        self.call = PendingCall(0, None, [], Phase.START, 0, 0.0, 0.0)
-        self.completed: deque[Output] = deque()
+        self.last: PendingCall[Any] = PendingCall(0, None, [], Phase.START, 0, 0.0, 0.0)
+        self.calls: dict[int, PendingCall[Any]] = {}
+        self.outputs: dict[str, deque[Output]] = {}
         self.stop_asked: Callable[[str], None] = lambda signal: None
         self._errors: list[WorkerError] = []
         self._receiving = False
         self._interruption: BaseException | None = None
         self._next_check = 0.0  # monotonic
+
+    def expect(self, call: PendingCall) -> None:
+        """Take replies to ``call`` from now on."""
+        self.calls[call.id] = self.last = call
 
     def wait(self, done: Callable[[], bool]) -> None:
         """Return once ``done``; raises a WorkerError."""
@@ -216,7 +233,7 @@ class Listener:
         """The error of a run that is stopped from outside."""
         absent = ", ".join(str(rank) for rank, state in enumerate(self._table.states) if not state.heard)
         suffix = f"; rank {absent} had not connected" if absent else ""
-        return WorkerStoppedError(f"{self.call.place}: {reason}{suffix}")
+        return WorkerStoppedError(f"{self.last.place}: {reason}{suffix}")
 
     def _receive(self, timeout: float) -> bool:
         """Handle one event; returns whether there was one."""
@@ -240,12 +257,11 @@ class Listener:
         for rank, state in enumerate(self._table.states):
             if state.heard and now > state.heard + self._heartbeat_timeout:
                 self._errors.append(WorkerSilentError(f"{self._table.name(rank)} is silent: {self._doing(rank)}"))
-        if now <= self.call.end:
-            return
-        late = [rank for rank in range(len(self._table.states)) if self.call.awaits(rank)]
-        reported = all(rank in self.call.overdue for rank in late)
-        if now > self.call.end + (0 if reported else STACKS_GRACE):
-            self._errors.append(DeadlineError(self._overdue(late)))
+        for call in self.calls.values():
+            late = [rank for rank in call.ranks if call.awaits(rank)]
+            reported = all(rank in call.overdue for rank in late)
+            if late and now > call.end + (0 if reported else STACKS_GRACE):
+                self._errors.append(DeadlineError(self._overdue(call, late)))
 
     # --- events ------------------------------------------------------------------------------------------------------
 
@@ -279,14 +295,16 @@ class Listener:
             case Heartbeat():
                 state.heartbeat, state.side = message, peer
             case Held():
-                if self.call.held is not None:
-                    self.call.held[rank] = message
+                for call in self._awaited(rank):
+                    if call.held is not None:
+                        call.held[rank] = message
             case StopNotice():
                 self.stop_asked(message.signal)
-            case Overdue() if self.call.awaits(rank):
-                self.call.overdue[rank] = message
+            case Overdue():
+                for call in self._awaited(rank):
+                    call.overdue[rank] = message
             case Completions():
-                self.completed.extend(message.outputs)
+                self._handle_outputs(message.outputs)
             case Reply():
                 self._handle_reply(rank, message)
 
@@ -299,15 +317,26 @@ class Listener:
             self._errors.append(ProtocolError(f"{name} was started with another configuration than rank 0"))
         else:
             state.info, state.peer = hello.info, peer
-            self.call.replies[rank] = hello
+            self.calls[START].replies[rank] = hello
+
+    def _handle_outputs(self, outputs: Sequence[Output]) -> None:
+        """An output of a rollout that was left is nobody's."""
+        for output in outputs:
+            rollout, _, rid = output.rid.partition(SEPARATOR)
+            if (queue := self.outputs.get(rollout)) is not None:
+                queue.append(msgspec.structs.replace(output, rid=rid))
 
     def _handle_reply(self, rank: int, reply: Reply) -> None:
-        name, call = self._table.name(rank), self.call
-        if isinstance(failure := reply.result, Failure):
+        name, call = self._table.name(rank), self.calls.get(reply.id)
+        if reply.id > self.last.id:
+            self._errors.append(ProtocolError(f"{name} replied to command {reply.id}, which was not sent yet"))
+        elif call is None or not call.awaits(rank):
+            return  # late
+        elif isinstance(failure := reply.result, Failure):
             text = f"rank {rank} ({reply.host}), {call.place}: {failure.kind}: {failure.message}"
-            self._errors.append(WorkerFailedError(text, failure.traceback))
-        elif reply.id != call.id or call.kind is None:
-            self._errors.append(ProtocolError(f"{name} sent a stale reply to command {reply.id}"))
+            self._errors.append(WorkerFailedError(text, failure.traceback, rank))
+        elif call.kind is None:
+            self._errors.append(ProtocolError(f"{name} replied to its start"))
         elif not isinstance(reply.result, call.result_types):
             kinds = f"{type(reply.result).__name__} instead of {call.kind.result_type().__name__}"
             self._errors.append(ProtocolError(f"{name} replied to {call.kind.__name__} with {kinds}"))
@@ -318,23 +347,27 @@ class Listener:
         """A closed connection is a death, except for a rank that leaves after a Stop command. Different threads of
         libzmq read its two connections, so the end of its watchdog's may be seen before its last reply."""
         rank = self._router.rank_of[peer]
-        leaves = rank in self.call.replies or peer != self._table.states[rank].peer
-        if self.call.phase is not Phase.STOP or not leaves:
+        leaves = rank in self.last.replies or peer != self._table.states[rank].peer
+        if self.last.phase is not Phase.STOP or not leaves:
             self._errors.append(WorkerLostError(f"{self._table.name(rank)} died: {self._doing(rank)}", rank=rank))
+
+    def _awaited(self, rank: int) -> list[PendingCall]:
+        """The commands that this rank has to reply to, in the order in which they were sent."""
+        return [call for call in self.calls.values() if call.awaits(rank)]
 
     # --- descriptions ------------------------------------------------------------------------------------------------
 
     def _doing(self, rank: int) -> str:
         """What a rank is to do, and the position that its last heartbeat reported."""
-        state, busy = self._table.states[rank], self.call.awaits(rank)
-        doing = self.call.place if busy else f"idle after {self.call.place}"
+        state, busy = self._table.states[rank], self._awaited(rank)
+        doing = busy[0].place if busy else f"idle after {self.last.place}"
         if not state.heard:
             return f"{doing}, never connected"
         detail = f", {state.heartbeat.detail}" if state.heartbeat and state.heartbeat.detail and busy else ""
         return f"{doing}{detail}, last heard {time.monotonic() - state.heard:.1f} s ago"
 
-    def _overdue(self, late: Sequence[int]) -> str:
-        lines = [f"{self.call.place}: rank {', '.join(map(str, late))} did not reply within {self.call.seconds:g} s"]
-        lines += [f"  {line}" for line in hang.describe(self.call.overdue, late, self._doing)]
+    def _overdue(self, call: PendingCall, late: Sequence[int]) -> str:
+        lines = [f"{call.place}: rank {', '.join(map(str, late))} did not reply within {call.seconds:g} s"]
+        lines += [f"  {line}" for line in hang.describe(call.overdue, late, self._doing)]
         lines += [f"  {self._table.name(rank)}: {self._doing(rank)}" for rank in late[:MAX_LINES]]
         return "\n".join([*lines, f"  stacks: {self._log_dir}/rank-*.stacks"])
