@@ -460,7 +460,7 @@ def run(recipe: Path, overrides: list[str], text: str, nproc: int | None) -> int
         launcher.fail("chaos starts its ranks itself: call it without torchrun or srun, on one node", code=2)
     with launcher.failing(ConfigError, code=2):
         config, faults = load(recipe, overrides, text, world_size)
-    config, _ = launcher.begin(config, "chaos", rank=None)
+    config, _ = launcher.begin(config, "chaos", recipe, rank=None)
     name = override("run.name", config.run.name)
     command = [
         "-m",
