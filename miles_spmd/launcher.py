@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -85,19 +84,20 @@ def launch(world_size: int) -> NoReturn:
     from miles_spmd.protocol import last_words
     from miles_spmd.protocol.pipe import LAUNCHER, REQUEUE
     from miles_spmd.telemetry.environment import gpus
-    from miles_spmd.worker.meeting import FOLDER, PREFIX
+    from miles_spmd.worker.meeting import FOLDER, made_by_launcher
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ[EXAMINED] = "1"
     logging.disable()
-    try:
-        temporary = tempfile.TemporaryDirectory(prefix=PREFIX)
-    except OSError as error:
-        fail(
-            f"ranks meet in a folder for temporary files, and none can be written ({error}); set TMPDIR to one that can"
-        )
-    with temporary as folder:
-        os.environ[FOLDER] = folder
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(made_by_launcher())
+        except OSError as error:
+            fail(
+                f"ranks meet in a folder for temporary files, and none can be written ({error}); set TMPDIR to one "
+                "that can"
+            )
+        os.environ[FOLDER] = str(folder)
         os.environ[LAUNCHER] = str(os.getpid())
         unsaid = Path(folder, "unsaid")
         unsaid.touch()

@@ -11,6 +11,8 @@ alone. Sockets are bound to the interface by which the nodes reach each other.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -18,6 +20,7 @@ import socket
 import stat
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 FOLDER = "MILES_SPMD_MEETING"  # environment: the private folder of a run on one node, made and removed by its launcher
 PREFIX = "miles-spmd-"
 INTERFACES = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+LOCK = "lock"  # file in a launcher's folder, locked as long as the launcher lives
 PORT = "port"  # file in a meeting's folder: where rank 0's store listens
 POLL = 0.02  # seconds between looks for a file
 
@@ -131,6 +135,20 @@ def store_without_keys(place: Place, limit: timedelta) -> Store:
 
     folder = _given_folder(place)
     return FileStore(str(folder / "store"), place.world_size) if folder else _launchers_store(place, limit)
+
+
+@contextlib.contextmanager
+def made_by_launcher() -> Iterator[Path]:
+    """Make the private folder of a run on one node, remove it after the block, and remove those that launchers have
+    left which were killed: their locks are free. Raises OSError."""
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as name, Path(name, "new").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        Path(lock.name).rename(Path(name, LOCK))  # a lock that others see is taken
+        for folder in Path(name).parent.glob(f"{PREFIX}*"):
+            with contextlib.suppress(OSError), (folder / LOCK).open("rb") as other:  # OSError: it is another user's
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+        yield Path(name)
 
 
 def _given_folder(place: Place) -> Path | None:

@@ -14,6 +14,9 @@ import os
 import pickle
 import socket
 import stat
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +35,7 @@ from miles_spmd.protocol.messages import Heartbeat, encode
 from miles_spmd.protocol.pipe import make_keys
 from miles_spmd.protocol.router import address_towards
 from miles_spmd.types.phase import Phase
-from miles_spmd.worker.meeting import FOLDER, PREFIX, Place, _agree, _given_folder
+from miles_spmd.worker.meeting import FOLDER, PREFIX, Place, _agree, _given_folder, made_by_launcher
 from tests import forked
 from tests.ranks import Ranks, free_port
 from tests.worker.launched import END_SECONDS, START_SECONDS, Launched
@@ -345,3 +348,34 @@ def test_a_rank_runs_no_code_that_another_sends(ranks: Ranks, tmp_path: Path) ->
     marker = tmp_path / "code has run"
     assert all("posix.mkdir is not among" in answer for answer in ranks.run(2, exchange, marker))
     assert not marker.exists()
+
+
+HOLD = """
+from miles_spmd.worker.meeting import made_by_launcher
+with made_by_launcher() as folder:
+    print(folder, flush=True)
+    input()
+"""
+
+
+def test_what_killed_launchers_have_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def launcher() -> tuple[subprocess.Popen[str], Path]:
+        variables = os.environ | {"TMPDIR": str(tmp_path)}
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLD], env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        return process, Path(process.stdout.readline().strip())
+
+    (tmp_path / f"{PREFIX}kernels").mkdir()
+    (killed, left), (living, used) = launcher(), launcher()
+    killed.kill()
+    killed.wait()
+    assert left.is_dir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with made_by_launcher() as folder:
+        assert {path.name for path in tmp_path.iterdir()} == {used.name, folder.name, f"{PREFIX}kernels"}
+        assert folder.stat().st_mode & 0o777 == 0o700
+    living.communicate("\n")
+    assert living.returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == [f"{PREFIX}kernels"]
