@@ -60,12 +60,6 @@ class CheckpointConfig(Table):
 
 
 @rule(ERRORS)
-def _continue_or_delete(s: Settings) -> Messages:
-    if s.resume and s.overwrite:
-        yield "checkpoint.resume continues what run.overwrite would delete: set one of them"
-
-
-@rule(ERRORS)
 def _best_of_an_evaluation(s: Settings) -> Messages:
     if s.keep_best is None:
         return

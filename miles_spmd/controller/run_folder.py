@@ -122,6 +122,8 @@ def check_results(config: Config, task: str) -> None:
     """Raise RunFolderError where ``task`` would mix its results with those of an earlier run. Until all ranks have met,
     the first rank writes nothing that counts as one, so that every rank comes to the same decision."""
     folder, keeps = config.run_dir, task in HAS_RESULTS and not config.run.overwrite
+    if task == "train" and config.checkpoint.resume and config.run.overwrite:
+        raise RunFolderError("checkpoint.resume continues what run.overwrite would delete: set one of them")
     if keeps and not _continues(config, task) and (found := results(folder)):
         proceed = "set checkpoint.resume=true to continue it, " if task == "train" else ""
         raise RunFolderError(

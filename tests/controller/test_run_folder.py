@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from miles_spmd.config import Config
-from miles_spmd.config.load import ConfigError, load_config, make_tables
+from miles_spmd.config.load import load_config, make_tables
 from miles_spmd.controller.checkpoint_folders import ControllerState, mark, step_folder
 from miles_spmd.controller.run_folder import (
     RunFolderError,
@@ -264,8 +264,11 @@ def test_overwriting_never_deletes_what_the_run_reads(tmp_path: Path) -> None:
         config = make(tmp_path, "run.overwrite=true", model={"hf_checkpoint": str(model)})
         with pytest.raises(RunFolderError, match=r"would delete .*export, which this run reads"):
             claim(config, "train")
-    with pytest.raises(ConfigError, match=r"checkpoint.resume continues what run.overwrite would delete"):
-        make(tmp_path, "run.overwrite=true", "checkpoint.resume=true")
+    both = make(tmp_path, "run.overwrite=true", "checkpoint.resume=true")
+    for act in (check, check_results):
+        with pytest.raises(RunFolderError, match=r"checkpoint.resume continues what run.overwrite would delete"):
+            act(both, "train")
+    check_results(both, "eval")  # it scores the run's newest checkpoint, and overwrites an evaluation
 
 
 def test_a_recipe_of_a_user_is_not_overwritten(tmp_path: Path) -> None:
