@@ -1,5 +1,5 @@
-"""Time of a checkpoint: how long training waits until its state lies in host memory, how long it takes to write beside
-the training, how long to load; and how much slower a training step is while the checkpoint is written."""
+"""Time of a checkpoint: how long training waits for it, and for how long its state may not change; how long it takes to
+write beside the training, how long to load; and how much slower a training step is while the checkpoint is written."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def _row(trainer: Trainer, folder: Path, repeats: int, offloaded: bool) -> Row:
     stage(f"saves of {'an offloaded' if offloaded else 'a resident'} trainer")
     if offloaded:
         trainer.offload.move_out()
-    reserve, _ = timed(lambda: saving.reserve({"actor": trainer.checkpoint.content()}))
+    reserve, _ = timed(lambda: _reserve(saving, trainer))
     trainer.offload.move_in()
-    blocking, writing, step, beside, load, nbytes = [], [], [], [], [], 0
+    blocking, copying, writing, step, beside, load, nbytes = [], [], [], [], [], [], 0
     for repeat in range(WARM_UP + repeats):
         alone = timed(lambda: trainer.train_step(batch))[0]
         if offloaded:
@@ -46,6 +46,7 @@ def _row(trainer: Trainer, folder: Path, repeats: int, offloaded: bool) -> Row:
         if dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
         waited = timed(lambda: saving.start(folder, {"actor": trainer.checkpoint.content()}))[0]
+        copied = timed(saving.settle)[0]
         trainer.offload.move_in()
         meanwhile = timed(lambda: trainer.train_step(batch))[0]
         progress = everywhere(saving.progress(wait=True))
@@ -56,6 +57,7 @@ def _row(trainer: Trainer, folder: Path, repeats: int, offloaded: bool) -> Row:
         nbytes = sum(one.nbytes for one in progress)
         if repeat >= WARM_UP:
             blocking.append(waited)
+            copying.append(waited + copied)
             writing.append(progress[dist.get_rank()].seconds)
             step.append(alone)
             beside.append(meanwhile)
@@ -69,8 +71,14 @@ def _row(trainer: Trainer, folder: Path, repeats: int, offloaded: bool) -> Row:
         "host GiB": max(everywhere(saving.host_bytes)) / 2**30,
         "reserve s": reserve,
         "blocking s": slowest(blocking),
+        "unchanged s": slowest(copying),
         "writing s": slowest(writing),
         "load s": slowest(load),
         "step s": slowest(step),
         "step while writing s": slowest(beside),
     }
+
+
+def _reserve(saving: BackgroundSave, trainer: Trainer) -> None:
+    saving.reserve({"actor": trainer.checkpoint.content()})
+    saving.settle()

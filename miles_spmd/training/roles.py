@@ -114,8 +114,13 @@ class Roles:
     # ---- checkpoints ----
 
     def reserve(self) -> None:
-        """Allocate the host memory of a save. Collective."""
+        """Begin to allocate the host memory of a save. Collective."""
         self._saving.reserve(self._contents())
+
+    def settle_save(self) -> None:
+        """Return when the trainers may change their state: a save has its copies, and :meth:`reserve` has the memory
+        for them. Raises what went wrong."""
+        self._saving.settle()
 
     def save(self, path: str | Path) -> CheckpointResult:
         """Begin to write the trainers, and a reference policy that may differ from its checkpoint, into folders under
@@ -138,6 +143,7 @@ class Roles:
 
         A checkpoint that cannot be loaded is not an error of this rank: the result says why.
         """
+        self.settle_save()
         try:
             if self._saves_reference:
                 self.actor.checkpoint.load_weights(

@@ -118,8 +118,7 @@ class Worker:
             memory.built(self._engine.memory)
             memory.record("engine built")
         if self._roles is not None and task == "train" and config.saves and torch.cuda.is_available():
-            with watch("save_buffers"):  # to pin memory takes seconds, which the first save would take otherwise
-                self._roles.reserve()
+            self._roles.reserve()  # not before: while graphs are captured no other thread may pin memory
         refits = config.generates(task)
         self.turns = DeviceTurns(config, self._engine, self._roles, watch, memory, side.everyone, refits)
 
@@ -248,6 +247,7 @@ class Worker:
     ) -> Iterator[None]:
         """The trainer's turn on the device, with kernels in a fixed order where the run is deterministic."""
         with deterministic_kernels() if self._config.determinism.deterministic else nullcontext():
+            self.roles.settle_save()
             self.turns.release()
             PASSES.begin(len(command.micro_batches))
             try:

@@ -166,6 +166,7 @@ def saved_beside_training(run: Config, folder: Path, offloads: bool) -> bool:
             trainer.offload.move_out()
         saving.start(folder, {"beside": trainer.checkpoint.content()})
         trainer.offload.move_in()
+        saving.settle()
         trainer.train_step(micro_batches)
         assert not saving.progress(wait=False).done
         go.set()

@@ -12,6 +12,10 @@ from collections.abc import Callable, Iterator
 from functools import partial, partialmethod
 from typing import Any
 
+import torch
+from sglang.jit_kernel.clamp_position import _jit_clamp_position_module
+from sglang.jit_kernel.kvcache import can_use_store_cache
+from sglang.srt.batch_invariant_ops import batch_invariant_ops as ops
 from sglang.srt.distributed.parallel_state import GroupCoordinator
 from sglang.srt.layers.activation import SiluAndMul
 from sglang.srt.layers.layernorm import RMSNorm
@@ -22,10 +26,13 @@ from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, UnquantizedLinearMethod
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.layers.utils import MultiPlatformOp
+from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.models import qwen3_moe
 from torch import Tensor
+from torch.nn import Module
 
+from miles_spmd.generation.sglang.compilation import Product, compile_beside, compile_products
 from miles_spmd.invariant import experts
 from miles_spmd.invariant.linear import linear, tree_sum
 from miles_spmd.invariant.operators import add_rms_norm, rms_norm, rotate, swiglu
@@ -47,7 +54,8 @@ def invariant_layers(enabled: bool, sum_terms: int) -> Iterator[None]:
     UnquantizedLinearMethod.apply = partialmethod(_linear, sum_terms) if enabled else _apply
     GroupCoordinator.all_reduce = _tree_all_reduce if enabled else _all_reduce
     LogitsProcessor._compute_lm_head = _lm_head if enabled else _compute_lm_head
-    ModelRunner.maybe_enable_batch_invariant_mode = (lambda runner: None) if enabled else _enable_mode
+    # SGLang calls it when the model is built, and memory for its cache is not taken yet.
+    ModelRunner.maybe_enable_batch_invariant_mode = partialmethod(_compile, sum_terms) if enabled else _enable_mode
     # Keys and values are written into the cache by attention, not by the rotary layer.
     qwen3_moe.enable_fused_set_kv_buffer = (lambda batch: False) if enabled else _enable_fused_set_kv_buffer
     MultiPlatformOp.dispatch_forward = _invariant if enabled else _dispatch
@@ -90,9 +98,12 @@ def _rotate(
 def _linear(
     method: UnquantizedLinearMethod, sum_terms: int, layer: Any, x: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    # A row-parallel layer has a share of the hidden dimension; it computes its share of the partial sums.
-    terms = max(1, sum_terms // layer.tp_size) if isinstance(layer, RowParallelLinear) else 1
-    return linear(x, layer.weight, bias, terms)
+    return linear(x, layer.weight, bias, _partial_sums(layer, sum_terms))
+
+
+def _partial_sums(layer: Any, sum_terms: int) -> int:
+    """A row-parallel layer has a share of the hidden dimension; it computes its share of the partial sums."""
+    return max(1, sum_terms // layer.tp_size) if isinstance(layer, RowParallelLinear) else 1
 
 
 def _tree_all_reduce(group: GroupCoordinator, x: Tensor) -> Tensor:
@@ -118,3 +129,30 @@ def _experts(layer: Any, dispatch_output: StandardDispatchOutput) -> StandardCom
     weights, chosen, _ = dispatch_output.topk_output
     mixed = experts.mix(dispatch_output.hidden_states, chosen, weights, layer.w13_weight, layer.w2_weight)
     return StandardCombineInput(mixed)
+
+
+def _compile(runner: ModelRunner, sum_terms: int) -> None:
+    """Compile in parallel what the CUDA graphs of ``runner`` need, and what SGLang compiles beside them."""
+    args = runner.server_args
+    if args.device != "cuda" or args.disable_cuda_graph:
+        return
+    heads, width = runner.model_config.get_num_kv_heads(args.tp_size), runner.model_config.head_dim
+    beside = compile_beside(
+        [partial(can_use_store_cache, heads * width * 2), partial(_jit_clamp_position_module, torch.int64)]
+    )
+    if ops._ENABLE_MM_DEEPGEMM and ops.ENABLE_JIT_DEEPGEMM:
+        weights = {(*layer.weight.shape, _partial_sums(layer, sum_terms)) for layer in _multiplying(runner.model)}
+        batches = [size for size in args.cuda_graph_bs_decode if size <= (args.max_running_requests or size)]
+        products = [Product(rows, n, k // terms) for rows in batches for n, k, terms in weights]
+        compile_products(products, torch.cuda.current_device())
+    for thread in beside:
+        thread.join()
+
+
+def _multiplying(model: Module) -> Iterator[Any]:
+    """Yield the layers whose weight is a factor of a matrix product in bfloat16; an embedding may be the head, too."""
+    for layer in model.modules():
+        if isinstance(getattr(layer, "quant_method", None), UnquantizedLinearMethod) or isinstance(
+            layer, VocabParallelEmbedding
+        ):
+            yield layer
