@@ -147,7 +147,7 @@ class DigestWeights(Command[results.WeightsDigest], frozen=True):
 
 class SaveCheckpoint(Command[results.CheckpointResult], frozen=True):
     """Begin to write weights and optimizer states of everything that is trained into the folder ``path``, "": only
-    return their digests. The reply comes when all of it lies in host memory, and training may go on."""
+    return their digests. The reply comes when the run may go on; a rank's next work waits until all is copied."""
 
     receivers, phase = Receivers.TRAINERS, Phase.CHECKPOINT
     path: str
