@@ -79,7 +79,6 @@ METRICS: dict[str, Metric] = {
     "start/total": Metric("s", "From the start of the controller until every rank is built"),
     "start/join": Metric("s", "The slowest rank's part of the start: import of torch, meeting the other ranks"),
     "start/kernel_cache": Metric("s", "The slowest rank's part of the start: unpacking kernels that were kept"),
-    "start/save_buffers": Metric("s", "The slowest rank's part of the start: host memory for copies of what is saved"),
     "start/imports": Metric("s", "The slowest rank's part of the start: import of Megatron and SGLang"),
     "start/trainer": Metric("s", "The slowest rank's part of the start: building the models and loading their weights"),
     "start/engine": Metric("s", "The slowest rank's part of the start: building the engine"),
