@@ -132,7 +132,7 @@ class PartSum(TreeSum):
 
 
 def _add_tree(terms: list[Tensor]) -> Tensor:
-    """Return the sum of 2^n terms as :class:`TreeSum` adds up ranks: into the left of two neighbours. Overwrites some
+    """Return the sum of 2^n terms in the order of :class:`TreeSum`: each time into the left of two neighbours. Overwrites some
     of them."""
     stride = 1
     while stride < len(terms):
