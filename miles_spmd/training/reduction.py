@@ -132,8 +132,8 @@ class PartSum(TreeSum):
 
 
 def _add_tree(terms: list[Tensor]) -> Tensor:
-    """Return the sum of 2^n terms in the order of :class:`TreeSum`: each time into the left of two neighbours. Overwrites some
-    of them."""
+    """Return the sum of 2^n terms in the order of :class:`TreeSum`, each time into the left of two neighbours.
+    Overwrites some of them."""
     stride = 1
     while stride < len(terms):
         for left in range(0, len(terms), 2 * stride):

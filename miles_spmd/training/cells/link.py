@@ -112,7 +112,7 @@ class CellLink:
 
     def exchange(self, combine: Callable[[Fetch], None], own: Collection[int]) -> None:
         """Let ``combine`` fetch what the cells of the quorum have, which is the parts ``own`` here. What goes wrong
-        makes :meth:`commit` fail, and is not raised: other ranks of this cell may not know of it."""
+        makes :meth:`commit` fail, and is not raised: other ranks of this cell may have seen nothing."""
         try:
             combine(Exchange(self._group, self.cells, self._manager.num_participants(), own).fetch)
         except LostUpdateError as error:  # every cell knows
@@ -147,7 +147,7 @@ class Exchange:
         if missing := (everywhere.sum(0) == 0).nonzero().flatten().tolist():
             raise LostUpdateError(f"no cell has part {', '.join(map(str, missing))}", missing)
         self._rounds = int(everywhere.sum(1).max())
-        # (cell, round) of each part: of those that have it the first, which have the same bits
+        # (cell, round) of each part: of those that have it the first; they are bitwise equal
         order = everywhere.cumsum(1, dtype=torch.int64) - 1
         owners = everywhere.argmax(0).tolist()
         self._places = [(cell, int(order[cell, part])) for part, cell in enumerate(owners)]
