@@ -27,7 +27,8 @@ install() {
     .venv/bin/python -m pip --quiet --disable-pip-version-check install --no-input --no-compile "$@"
 }
 
-state=$(cat "$lock" pyproject.toml CMakeLists.txt kernels/* <(pwd) | sha256sum)
+folders=$(find miles_spmd -type d ! -name __pycache__ | sort) # an editable install knows which modules are packages
+state=$(cat "$lock" pyproject.toml CMakeLists.txt kernels/* <(pwd) <(echo "$folders") | sha256sum)
 if [[ -f $stamp && $(<"$stamp") == "$state" && -x .venv/bin/python ]]; then
     exit 0
 fi

@@ -123,7 +123,7 @@ def chaos(
     and prints what each did to it. Kinds: kill, term, stop, slow, lost, diskfull, corrupt. See
     docs/operations.md.
     """
-    from miles_spmd.chaos import run
+    from miles_spmd.chaos.rehearsal import run
 
     raise SystemExit(run(config, overrides or [], listed, nproc_per_node))
 

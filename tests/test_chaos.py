@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from miles_spmd.chaos import OWN, Chaos, ChaosError, Row, load, render
+from miles_spmd.chaos.rehearsal import OWN, Chaos, ChaosError, load
+from miles_spmd.chaos.table import Row, render
 from miles_spmd.config import Config
 from miles_spmd.faults.fault import read_faults
 from miles_spmd.ledger.chain import verify
@@ -52,11 +53,8 @@ def chaos(config: Path, faults: str) -> tuple[Config, list[Row]]:
     """The configuration of the run that survived ``faults``, and what they did."""
     found, listed = load(config, ["run.name=tiny-chaos"], faults, RANKS)
     command = ["-m", "miles_spmd", "train", str(config), "run.name=tiny-chaos", *OWN[:2], f"--nproc-per-node={RANKS}"]
-    run, lines = (
-        Chaos(found, listed, command, start=partial(start, config.parent), show=lambda line: lines.append(line)),
-        list[str](),
-    )
-    lines: list[str]
+    lines = list[str]()
+    run = Chaos(found, listed, command, start=partial(start, config.parent), show=lines.append)
     try:
         run.survive()
     finally:

@@ -15,7 +15,7 @@ from miles_spmd.ledger.chain import Chain
 from miles_spmd.ledger.entries import Saved
 from miles_spmd.telemetry.trackers import JsonlTracker, TensorBoardTracker
 from miles_spmd.types.files import REMEDY, AppendedFile, naming, with_remedy, write_whole
-from miles_spmd.worker.main import Log
+from miles_spmd.worker.log import Log
 
 LIMIT = 1000
 

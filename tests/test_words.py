@@ -35,7 +35,7 @@ ALLOWED = re.compile(
     re.IGNORECASE,
 )
 # What `miles-spmd chaos` injects into a run is a fault.
-INJECTED = ("miles_spmd/faults/", "miles_spmd/chaos.py", "miles_spmd/controller/journal/faults.py")
+INJECTED = ("miles_spmd/faults/", "miles_spmd/chaos/", "miles_spmd/controller/journal/faults.py")
 INJECTED_LINE = re.compile(r"chaos|inject|--faults|miles_spmd[./]faults|faults/", re.IGNORECASE)
 # Files about math problems, whose answers are answers.
 MATH = ("miles_spmd/rewards/math.py", "miles_spmd/rewards/exact.py", "miles_spmd/quickstart/task.py")

@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
-import faulthandler
 import gc
-import io
-import itertools
 import os
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from miles_spmd.config import Config
 from miles_spmd.config.load import config_digest
 from miles_spmd.models.random import write_random_checkpoints
 from miles_spmd.platform.determinism import pin_environment
-from miles_spmd.platform.gpu_health import GpuMonitor
-from miles_spmd.platform.kernel_cache import KernelCache, shared_folder
 from miles_spmd.protocol.commands import Stop
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.last_words import say
 from miles_spmd.protocol.messages import Hello, RankInfo, Reply
 from miles_spmd.protocol.pipe import Credentials, Replay
 from miles_spmd.protocol.results import Ok
-from miles_spmd.telemetry.environment import cores_per_rank, gpus, processor
+from miles_spmd.telemetry.environment import cores_per_rank
 from miles_spmd.types.phase import Phase
-from miles_spmd.types.secrets import scrubbed
 from miles_spmd.worker.controller_process import ControllerProcess
+from miles_spmd.worker.kernels import Kernels
+from miles_spmd.worker.log import Log, redirect_output
 from miles_spmd.worker.meeting import Place, meet
 from miles_spmd.worker.stopwatch import Stopwatch
 from miles_spmd.worker.watchdog import Watchdog
@@ -43,7 +38,19 @@ if TYPE_CHECKING:
     from miles_spmd.worker.world import Side
 
 HOST = socket.gethostname()
-COMPILED = 3  # in this step of a run nothing is left to compile: the first one is followed by a refit for the second
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a rank has before it joins the run. ``controller`` is given on rank 0, whose child it is; ``watch`` has the
+    times of the start's parts."""
+
+    place: Place
+    controller: ControllerProcess | None
+    log: Log
+    watchdog: Watchdog
+    kernels: Kernels
+    watch: Stopwatch
 
 
 def main(config: Config, task: str = "train", replay: Replay | None = None) -> int:
@@ -66,73 +73,56 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
         if controller is None or controller.stop(problem):
             say(problem)
         return 1
-    first_node = place.rank < place.local_world_size
-    stacks = early.with_suffix(".stacks")
-    watchdog = Watchdog(place.rank, terminal, stacks, controller, beside_controller=first_node)
-    watchdog.enter(Phase.START, 0, config.deadlines.start_timeout)
-    watchdog.start()
-    watch = Stopwatch()
-    with watch("kernel_cache"):
-        cache = open_cache(config, place)
-    for problem in cache.problems:
-        watchdog.warn(problem)
-    if cache.unpacked:
-        print(f"{cache.unpacked} files unpacked from {cache.archive}")
+    start = prepare(config, place, controller, terminal, log)
     try:
-        status = serve(config, task, place, controller, watchdog, log, cache, watch)
+        status = serve(config, task, start)
     except BaseException as error:
         traceback.print_exc()
-        watchdog.stop()
+        start.watchdog.stop()
         problem = f"rank {place.rank} ({HOST}) ended: {type(error).__name__}: {error}"
         if controller is None:
             say(problem, terminal)
         elif killed := controller.stop(problem):
             say(f"rank {place.rank} ({HOST}), start: {killed}", terminal)
         return 1
-    if writes(config, place, cache):
-        cache.fill(wait=True)
-        for problem in cache.problems:
+    kernels = start.kernels
+    if kernels.writes:
+        kernels.fill(wait=True)
+        for problem in kernels.problems:
             print(f"warning: {problem}")
     if controller is None:
         return status
     if task == "warm":
-        counts = f"{cache.compiled} kernels compiled, {cache.found} files found"
-        print(f"warm: {time.monotonic() - began:.1f} s, {counts}, kept in {cache.archive}", file=terminal)
+        counts = f"{kernels.compiled} kernels compiled, {kernels.found} files found"
+        print(f"warm: {time.monotonic() - began:.1f} s, {counts}, kept in {kernels.archive}", file=terminal)
     if killed := controller.killed(status := controller.wait()):
         say(f"rank {place.rank} ({HOST}), after the last step: {killed}", terminal)
     return status if status >= 0 else 1
 
 
-def open_cache(config: Config, place: Place) -> KernelCache:
-    """Return the node's cache of compiled kernels, ready for the libraries that are imported from now on."""
-    device = ", ".join(sorted({f"{gpu.name} {gpu.capability}" for gpu in gpus()})) or processor()
-    generating = config.rollout.rollout_num_gpus
-    side = "" if not generating else "engines" if place.rank >= place.world_size - generating else "trainers"
-    cache = KernelCache(config.run.kernel_cache or shared_folder(), device, side)
-    cache.open()
-    return cache
+def prepare(config: Config, place: Place, controller: ControllerProcess | None, terminal: TextIO, log: Log) -> Start:
+    """Start the watchdog, and open the cache of compiled kernels for the libraries that are imported from now on."""
+    first_node, stacks = place.rank < place.local_world_size, log.path.with_suffix(".stacks")
+    watchdog = Watchdog(place.rank, terminal, stacks, controller, beside_controller=first_node)
+    watchdog.enter(Phase.START, 0, config.deadlines.start_timeout)
+    watchdog.start()
+    watch = Stopwatch()
+    with watch("kernel_cache"):
+        kernels = Kernels(config, place)
+        kernels.open()
+    for problem in kernels.problems:
+        watchdog.warn(problem)
+    if kernels.unpacked:
+        print(f"{kernels.unpacked} files unpacked from {kernels.archive}")
+    return Start(place, controller, log, watchdog, kernels, watch)
 
 
-def writes(config: Config, place: Place, cache: KernelCache) -> bool:
-    """Return whether this rank writes the shared copy: the first one of a side, and of a node whose devices are others
-    than the first one's."""
-    first = place.rank in (0, place.world_size - config.rollout.rollout_num_gpus)
-    return first or (place.local_rank == 0 and not cache.archive.exists())
-
-
-def serve(
-    config: Config,
-    task: str,
-    place: Place,
-    controller: ControllerProcess | None,
-    watchdog: Watchdog,
-    log: Log,
-    cache: KernelCache,
-    watch: Stopwatch,
-) -> int:
+def serve(config: Config, task: str, start: Start) -> int:
     """Join the run, build the worker, and execute commands until Stop. Returns the exit status."""
+    place, log, watchdog, watch = start.place, start.log, start.watchdog, start.watch
     with watch("join"):
-        credentials, side = join(config, place, controller)
+        credentials, side = join(config, place, start.controller)
+    from miles_spmd.worker.chores import Chores, gpu_monitor
     from miles_spmd.worker.service import Service, failure
 
     log.move(Path(credentials.logs) / f"rank-{place.rank}.log")
@@ -142,16 +132,8 @@ def serve(
         worker = build(config, task, place, side, watch, watchdog.warn)
         if task in ("train", "eval"):
             worker.describe()
-        monitor, steps = gpu_monitor(place), itertools.count(1)
-
-        def begin_step() -> None:
-            if monitor:
-                monitor.ask()
-            if next(steps) == COMPILED and writes(config, place, cache):
-                cache.fill()
-
-        health = monitor.take if monitor else list
-        service = Service(worker, place.rank, dealer, watchdog, watch, log.check, begin_step, health)
+        chores = Chores(log, start.kernels, gpu_monitor(place))
+        service = Service(worker, place.rank, dealer, watchdog, watch, chores)
         log.check()
     except BaseException as error:
         dealer.send(Reply(0, place.rank, HOST, failure(error)))
@@ -231,60 +213,3 @@ def rank_info(worker: Worker, place: Place) -> RankInfo:
     versions = {name: version(name) for name in ("torch", "megatron-core", "sglang")}
     duties = worker.trainer_rank, worker.engine_rank
     return RankInfo(place.rank, place.world_size, HOST, os.getpid(), *duties, versions, cuda.name_gpu())
-
-
-def gpu_monitor(place: Place) -> GpuMonitor | None:
-    """Start to watch the GPUs of this host, on its first rank."""
-    import torch
-
-    if place.local_rank or not torch.cuda.is_available():
-        return None
-    uuids = [f"GPU-{torch.cuda.get_device_properties(number).uuid}" for number in range(place.local_world_size)]
-    monitor = GpuMonitor(uuids)
-    monitor.start()
-    return monitor
-
-
-class Log(io.FileIO):
-    """The file that a rank prints into. Where it cannot be written, whatever prints goes on, and :meth:`check` raises
-    the error at the end of the command: else it would be raised by any line of any library, even while another error is
-    being reported."""
-
-    path: Path
-    error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data) or 0
-        except OSError as error:
-            self.error = OSError(error.errno, error.strerror, str(self.path))
-            return len(data)
-
-    def move(self, path: Path) -> None:
-        """Go on as ``path``. Raises OSError."""
-        with contextlib.suppress(FileNotFoundError):  # the controller, which ends the run, has collected it
-            self.path.rename(path)
-        self.path = path
-
-    def check(self) -> None:
-        if self.error is not None:
-            raise self.error
-
-
-def redirect_output(path: Path) -> tuple[TextIO, Log]:
-    """Send everything that this process prints, native libraries included, to ``path``. Returns the former stderr, and
-    the log. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    log = Log(path, "a")
-    log.path = path
-    sys.stdout.flush()
-    sys.stderr.flush()
-    terminal = scrubbed(os.fdopen(os.dup(2), "w"))
-    for number in (1, 2):
-        os.dup2(log.fileno(), number)
-    lines = io.TextIOWrapper(io.BufferedWriter(log), errors="backslashreplace", line_buffering=True)
-    sys.stdout = sys.stderr = scrubbed(lines)
-    faulthandler.enable()  # a crash in native code writes its stack to the log
-    print(f"--- {time.strftime('%F %T')} {HOST} pid {os.getpid()}")
-    log.check()
-    return terminal, log

@@ -11,7 +11,6 @@ import math
 import socket
 import time
 import traceback
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,9 +27,9 @@ from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.messages import Call, Completions, Failure, Reply
 from miles_spmd.protocol.results import Abandoned, Ok, Result
 from miles_spmd.training.passes import AbandonedError
-from miles_spmd.types.gpu_health import GpuHealth
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.request import Output
+from miles_spmd.worker.chores import Chores
 from miles_spmd.worker.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -92,8 +91,7 @@ class Watcher(Protocol):
 class Service:
     """Serves the controller behind ``dealer`` with ``worker``. Building it is collective over all ranks with an engine.
 
-    ``check`` raises what a command has not raised itself, ``begin_step`` is called before the first command of each
-    step, and ``health`` returns what was read of the host's GPUs.
+    ``chores`` are done beside the commands.
     """
 
     def __init__(
@@ -103,13 +101,10 @@ class Service:
         dealer: Dealer,
         watcher: Watcher,
         watch: Stopwatch,
-        check: Callable[[], None] = lambda: None,
-        begin_step: Callable[[], None] = lambda: None,
-        health: Callable[[], list[GpuHealth]] = list,
+        chores: Chores | None = None,
     ) -> None:
         self._worker, self._rank, self._dealer = worker, rank, dealer
-        self._watcher, self._watch, self._check = watcher, watch, check
-        self._begin_step, self._health = begin_step, health
+        self._watcher, self._watch, self._chores = watcher, watch, chores or Chores()
         self._lockstep = None if worker.engine_rank is None else Lockstep(worker.turns.engine.size)
         self._rollout: OpenRollout | None = None
         self._step = -1
@@ -187,12 +182,12 @@ class Service:
         self._worker.memory.begin(command.phase, call.step)
         if call.step != self._step:
             self._step = call.step
-            self._begin_step()
+            self._chores.begin_step()
         result: Result | Failure
         try:
             with self._worker.memory.explaining():
                 result = self._worker.execute(command)
-            self._check()
+            self._chores.check()
         except AbandonedError:
             result = Abandoned()
         except BaseException as error:  # not all libraries derive their errors from Exception
@@ -209,8 +204,8 @@ class Service:
             self._worker.memory.begin(Phase.ROLLOUT, rollout.call.step)
         else:
             self._watcher.enter(Phase.IDLE, call.step)
-        own, memory = self._worker.take_own(), self._worker.memory.take()
-        self._dealer.send(Reply(call.id, self._rank, HOST, result, self._watch.take(), memory, own, self._health()))
+        own, memory, health = self._worker.take_own(), self._worker.memory.take(), self._chores.health()
+        self._dealer.send(Reply(call.id, self._rank, HOST, result, self._watch.take(), memory, own, health))
 
     # --- the rollout -------------------------------------------------------------------------------------------------
 
@@ -236,7 +231,7 @@ class Service:
         result: Result | Failure = Ok()
         try:
             self._worker.close_rollout(rollout.steps, rollout.seconds, rollout.retries)
-            self._check()
+            self._chores.check()
         except Exception as error:
             result = failure(error)
         self._reply(rollout.call, result)

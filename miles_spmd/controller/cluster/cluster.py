@@ -121,8 +121,8 @@ class Cluster:
         the cause of the error, and would delay the message that ends the run.
         """
         if self._generating is None:
-            self._generating = self.begin(Generate(), step=step)
-            self._generating.purpose = purpose
+            with self.doing(purpose):
+                self._generating = self.begin(Generate(), step=step)
         call, name, leaders = self._generating, str(next(self._rollouts)), self._table.receivers(Receivers.LEADERS)
         self._listener.outputs[name] = deque()
         session = RolloutSession(self, call, name, leaders)
