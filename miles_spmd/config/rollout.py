@@ -39,6 +39,9 @@ class RolloutConfig(Table):
     engine: Annotated[str, _not_torch, plug_point("sglang")] = "sglang"
     """Plug point: the rollout engine. A function builds an engine other than SGLang; its Protocol, `EngineFactory`, is
     in `generation/engine.py`."""
+    engine_replacements: NonNegativeInt = 3
+    """How often in one rollout all engines are replaced by new ones with the trainer's weights after one has raised an
+    exception; 0, and with `update_weights_interval` > 1: the first one ends the run."""
     offload_rollout: Literal["auto", "nothing", "kv_cache", "all"] = "auto"
     """What an engine releases while the trainer works on the same device: nothing; its KV cache and CUDA graphs; its
     weights, too. `auto`: the least that leaves the trainer what it is planned to need, with `memory_allowance`."""

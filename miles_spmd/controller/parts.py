@@ -109,6 +109,8 @@ def open_parts(
         if task == "train":  # what is done again is generated again
             generation.resume(start.step, checkpoints.responses)
         cluster.abandons = stopping.must_leave
+        if config.refit.update_weights_interval == 1:  # else the trainer no longer has the engine's weights
+            cluster.replacements = config.rollout.engine_replacements
         cluster.pipelined = config.megatron.get("pipeline_model_parallel_size", 1) > 1
         samples = generation if recorded is None else RecordedSamples(config, recorded, data, journal)
         stack.enter_context(checkpoints.completed(journal))

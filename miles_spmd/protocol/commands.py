@@ -88,6 +88,12 @@ class RefitEngine(Command[results.RefitResult], frozen=True):
     version: int
 
 
+class ReplaceEngines(Command[results.Ok], frozen=True):
+    """Build every engine anew; they have no weights before the next :class:`RefitEngine`."""
+
+    receivers, phase = Receivers.ALL, Phase.REFIT
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 

@@ -146,6 +146,7 @@ class Failure(msgspec.Struct, tag=True, frozen=True):
     kind: str
     message: str
     traceback: str = ""
+    engine: bool = False  # it came from the engine's own work, which a new engine may do
 
 
 class OwnWork(msgspec.Struct, frozen=True):

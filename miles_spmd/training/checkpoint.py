@@ -149,6 +149,32 @@ class TrainerCheckpoint:
             self._check_tensors(reader, [WEIGHTS, *reader.notes.get("kinds", [])])
             _read(reader, [share for name, tensor in into.items() for share in self._parts(WEIGHTS, name, tensor)])
 
+    # --- of another rank that has the same place ---------------------------------------------------------------------
+
+    def live_tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors of which the state consists, in an order that the ranks of one layout share. Some may be
+        parts of others."""
+        for parameter in self._parameters.values():
+            yield parameter.data
+            if (own := self._shares.get(parameter)) is not None:
+                yield own.main
+                state = own.optimizer.optimizer.state[own.main]
+                yield from (state[name] for name in sorted(state) if isinstance(state[name], Tensor))
+
+    @property
+    def updates(self) -> int:
+        """The number of updates that were made."""
+        return int(self._schedule.num_steps)
+
+    def random_state(self) -> dict[str, Tensor]:
+        """Return the random state of this rank, uint8, by name."""
+        return {name: share.values[0] for name, share in self._random().items()}
+
+    def proceed(self, updates: int, random: Mapping[str, Tensor]) -> None:
+        """Continue from tensors that were put in place, those after so many updates."""
+        self._schedule.step(updates - self._schedule.num_steps)
+        _set_random_state(dict(random))
+
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _notes(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from torch import Tensor
+
+STRETCH = 1 << 22  # elements of a gradient that are combined at a time
+NO_PART = -1  # of a world that has computed none
 
 
 def plain_sum(chunks: list[DistributedDataParallel], num_tokens: Tensor | None = None, **groups: Any) -> None:
@@ -56,6 +60,10 @@ class TreeSum:
             return
         self._leaf = 0
         self._sum_over_ranks()
+        self._complete(chunks, **groups)
+
+    def _complete(self, chunks: list[DistributedDataParallel], **groups: Any) -> None:
+        """Spread the sum, which the first rank has, over all ranks."""
         # All but the first rank have zeros now, so Megatron's own sum over the ranks only copies the result to them.
         plain_sum(chunks, **groups)
         # One rank alone may keep a -0, where a sum with other ranks' zeros is 0: adding 0 makes both the same.
@@ -78,3 +86,57 @@ class TreeSum:
                 dist.recv(part, group=self._group, group_src=rank + stride)
             torch._foreach_add_(self._gradient, received)
             stride *= 2
+
+
+class PartSum(TreeSum):
+    """The canonical reduction of a batch whose ``parts``, each a subtree with equally many leaves, are computed by
+    several worlds of ranks. The sum of a part is in :attr:`kept` when its last leaf is done; :meth:`combine` makes the
+    sum of the whole batch of them all, and :meth:`spread` the gradient of every rank. Which world computed what does
+    not matter for the bits.
+
+    Raises ValueError where a part has fewer leaves than there are data-parallel ranks.
+    """
+
+    def __init__(self, chunks: list[DistributedDataParallel], leaves: int, parts: int) -> None:
+        super().__init__(chunks, leaves // parts)
+        self.kept: dict[int, list[Tensor]] = {}  # on other than the first data-parallel rank without tensors
+        self._chunks, self._part = chunks, 0
+
+    def begin(self, part: int) -> None:
+        """The leaves that follow are those of ``part``."""
+        self._part, self._leaf = part, 0
+        self._subtrees.clear()
+        torch._foreach_zero_(self._gradient)
+
+    def _complete(self, chunks: list[DistributedDataParallel], **groups: Any) -> None:
+        first = self._group.rank() == 0  # the others have zeros
+        self.kept[self._part] = [each.clone() for each in self._gradient] if first else []
+
+    def combine(self, fetch: Callable[[Mapping[int, Tensor]], list[Tensor]]) -> None:
+        """Put the sum of all parts into the buffers of the first data-parallel rank, and zeros into those of others.
+        ``fetch`` is called on the first one; it takes a stretch of the sums that are kept, by part, and returns this
+        stretch of all parts, in order."""
+        torch._foreach_zero_(self._gradient)
+        if self._group.rank() > 0:
+            return
+        for number, buffer in enumerate(self._gradient):
+            flat = buffer.view(-1)
+            for start in range(0, flat.numel(), STRETCH):
+                stretch = flat[start : start + STRETCH]
+                own = {part: sums[number].view(-1)[start : start + STRETCH] for part, sums in self.kept.items()}
+                stretch.copy_(_add_tree(fetch(own or {NO_PART: stretch})))
+
+    def spread(self) -> None:
+        """Give every rank the gradient."""
+        super()._complete(self._chunks)
+
+
+def _add_tree(terms: list[Tensor]) -> Tensor:
+    """Return the sum of 2^n terms in the order of :class:`TreeSum`, each time into the left of two neighbours.
+    Overwrites some of them."""
+    stride = 1
+    while stride < len(terms):
+        for left in range(0, len(terms), 2 * stride):
+            terms[left].add_(terms[left + stride])
+        stride *= 2
+    return terms[0]

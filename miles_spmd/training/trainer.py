@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
@@ -28,6 +29,23 @@ from miles_spmd.types.train_sequence import MicroBatch
 
 # What the last pipeline stage returns of one micro-batch: log-probs or values, fp32 [S], and the loss's sums.
 Outcome = tuple[Tensor, dict[str, Tensor]]
+Sums = list[dict[str, float]]  # of each leaf
+Scores = list[np.ndarray] | None  # log-probs or values, float32 [T] per sequence; None on ranks that do not report
+
+
+class Update(NamedTuple):
+    """What came of one update, which may have been skipped."""
+
+    grad_norm: float
+    lr: float
+    made: bool
+    digests: UpdateDigests | None
+
+    def result(self, sums: Sums, scores: Scores) -> TrainResult:
+        # a rank without a loss, or with a finite one, can only name the gradient
+        finite = all(math.isfinite(leaf.get("loss", 0.0)) for leaf in sums)
+        skipped = "" if self.made else f"non-finite {'gradient' if finite else 'loss'}"
+        return TrainResult(sums, self.grad_norm, self.lr, skipped, scores, self.digests)
 
 
 class Trainer(Network):
@@ -56,8 +74,7 @@ class Trainer(Network):
         ]
         self._optimizer = build_optimizer(self._megatron, self._chunks)
         self._schedule = build_schedule(config, self._megatron, self._optimizer)
-        leaves = config.train.reduction_leaves
-        self._sum_gradients = TreeSum(self._chunks, leaves) if leaves else plain_sum
+        self._sum_gradients = self._reduction(config.train.reduction_leaves)
         # the functions that Megatron's pipeline schedules call back, as its own training loop sets them
         # Megatron keeps this configuration for good, so what it calls must not lead to the trainer.
         transformer.finalize_model_grads_func = partial(_finish_gradients, self.work, self._sum_gradients)
@@ -72,22 +89,37 @@ class Trainer(Network):
             self._parameters, self.layout(), family, transformer, self._optimizer, self._schedule, self.offload
         )
 
+    def _reduction(self, leaves: int) -> Callable[..., None]:
+        return TreeSum(self._chunks, leaves) if leaves else plain_sum
+
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> TrainResult:
         """Make one optimizer step. A non-finite loss or gradient anywhere makes every rank skip it, see ``skipped``.
 
         With ``reduction_leaves`` the micro-batches are those of this rank's leaves, the same number for each leaf. The
         learning-rate schedule advances with every update, not with skipped steps.
         """
+        self._clear_gradient()
         batches = self._pack(micro_batches)
+        outcomes = self._accumulate(batches)
+        update = self._update()
+        return update.result(*self._scored(batches, outcomes))
+
+    def _clear_gradient(self) -> None:
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
+
+    def _accumulate(self, batches: list[PackedBatch]) -> list[list[Outcome]]:
+        """Run the model forward and backward, and sum the gradient; return what came of each leaf."""
         leaves = self._sum_gradients.own_leaves if isinstance(self._sum_gradients, TreeSum) else 1
         size = len(batches) // leaves
-        outcomes: list[list[Outcome]] = [
+        return [
             self._run(batches[start : start + size], self._scoring, self._loss, forward_only=False)
             for start in range(0, len(batches), size)
         ]
+
+    def _update(self) -> Update:
+        """Change the weights by the gradient that was summed over all ranks."""
         lr = self._optimizer.param_groups[0]["lr"]
         digests, gradient = self.digests, self.digests.gradient() if self.digests else torch.empty(0)
         norm, updated = update(self._optimizer)
@@ -98,18 +130,13 @@ class Trainer(Network):
                 # they would arrive in the next forward pass, and the engine reads them before that
                 for chunk in self._chunks:
                     chunk.start_param_sync(force_sync=True)
+        of_update = UpdateDigests(to_host(gradient), to_host(digests.weights())) if digests else None
+        return Update(norm, lr, updated, of_update)
+
+    def _scored(self, batches: list[PackedBatch], outcomes: list[list[Outcome]]) -> tuple[Sums, Scores]:
+        """Return the sums of each leaf's loss, and the scores by sequence. Waits for the device."""
         sums = [_sum_over_micro_batches([sums for _, sums in leaf]) for leaf in outcomes]
-        scores = [scores for leaf in outcomes for scores, _ in leaf]
-        # a rank without a loss, or with a finite one, can only name the gradient
-        finite = all(math.isfinite(leaf.get("loss", 0.0)) for leaf in sums)
-        return TrainResult(
-            sums=sums,
-            grad_norm=norm,
-            lr=lr,
-            skipped="" if updated else f"non-finite {'gradient' if finite else 'loss'}",
-            log_probs=self._per_sequence(batches, scores),
-            digests=UpdateDigests(to_host(gradient), to_host(digests.weights())) if digests else None,
-        )
+        return sums, self._per_sequence(batches, [scores for leaf in outcomes for scores, _ in leaf])
 
     def _loss(self, batch: PackedBatch, outputs: Outputs) -> tuple[Tensor, Outcome]:
         per_token, sums = self._loss_function(*outputs, batch.batch)

@@ -13,6 +13,9 @@ On ranks that have one of them (disaggregated) it keeps the device to itself, an
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
+
 import torch.distributed as dist
 
 from miles_spmd.config import Config
@@ -49,18 +52,39 @@ class DeviceTurns:
         self._offloads = config.train.offload_train
         self._version: int | None = None  # of the engine's weights; None: it has none
         self._released: Release | None = None  # by the engine, while the trainer has the device; None: it is resident
-        if not refits:
-            return
-        with watch("refit_plan"):
+        self._config, self._everyone = config, everyone
+        if refits:
+            self._plan_refit()
+
+    def _plan_refit(self) -> None:
+        """Collective over all ranks."""
+        roles, engine, refit = self._roles, self._engine, self._config.refit
+        with self._watch("refit_plan"):
             self._refit = Refit(
                 roles.actor.weights() if roles else {},
                 roles.actor.layout() if roles else [],
                 engine.weights() if engine else {},
                 engine.layout() if engine else [],
-                bucket_bytes=config.refit.refit_bucket_mib << 20,
-                checksums=config.refit.refit_checksums,
-                group=everyone,
+                bucket_bytes=refit.refit_bucket_mib << 20,
+                checksums=refit.refit_checksums,
+                group=self._everyone,
             )
+
+    def replace_engine(self, build: Callable[[], Engine]) -> None:
+        """Close the engine, whatever its state, and take the one that ``build`` returns, which has no weights.
+        Collective over all ranks, also those without an engine."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+            gc.unfreeze()  # what the start has frozen refers to the engine in cycles
+            gc.collect()
+            self._move_trainer_out()
+            with self._watch("engine"):
+                self._engine = build()
+            gc.freeze()
+            self._memory.built(self._engine.memory)
+        self._released, self._version = None, None
+        self._plan_refit()
 
     @property
     def engine(self) -> Engine:

@@ -17,6 +17,7 @@ from datetime import timedelta
 from enum import IntEnum, auto
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
 import torch
 import torch.distributed as dist
 
@@ -30,6 +31,7 @@ from miles_spmd.training.passes import AbandonedError
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.request import Output
 from miles_spmd.worker.chores import Chores
+from miles_spmd.worker.memory_account import DeviceMemoryError
 from miles_spmd.worker.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -216,7 +218,7 @@ class Service:
             with self._watch("engine"), self._worker.memory.explaining():
                 outputs = step(self._worker.turns.engine)
         except BaseException as error:
-            self._fail_rollout(error)
+            self._fail_rollout(error, engine=may_be_replaced(error))
             return
         rollout.seconds += time.perf_counter() - began
         rollout.steps += 1
@@ -236,11 +238,11 @@ class Service:
             result = failure(error)
         self._reply(rollout.call, result)
 
-    def _fail_rollout(self, error: BaseException) -> None:
-        """End the rollout on this rank; the reply to its command is the error."""
+    def _fail_rollout(self, error: BaseException, *, engine: bool = False) -> None:
+        """End the rollout on this rank; the reply to its command is the error. ``engine``: a new engine may do it."""
         rollout, self._rollout = self._rollout, None
         assert rollout is not None
-        self._reply(rollout.call, failure(error))
+        self._reply(rollout.call, msgspec.structs.replace(failure(error), engine=engine))
 
 
 def step(engine: Engine) -> list[Output] | None:
@@ -257,6 +259,12 @@ def step(engine: Engine) -> list[Output] | None:
             raise
         print(f"rollout: out of memory; again with at most {limit} requests at a time: {first_line(error)}")
         return None
+
+
+def may_be_replaced(error: BaseException) -> bool:
+    """Return whether a new engine may do what this one could not: not where weights, memory or the device are why."""
+    hopeless = (FloatingPointError, DeviceMemoryError, torch.AcceleratorError)
+    return isinstance(error, Exception) and not isinstance(error, hopeless)
 
 
 def failure(error: BaseException) -> Failure:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import singledispatchmethod
+from functools import partial, singledispatchmethod
 
 import torch
 import torch.distributed as dist
@@ -179,6 +179,12 @@ class Worker:
     @execute.register
     def _refit(self, command: commands.RefitEngine) -> results.RefitResult:
         return self.turns.refit(command.version)
+
+    @execute.register
+    def _replace(self, command: commands.ReplaceEngines) -> results.Ok:
+        self.turns.replace_engine(partial(make_engine, self._config))
+        self.memory.record("engine replaced")
+        return results.Ok()
 
     @execute.register
     def _log_probs(self, command: commands.ComputeLogProbs) -> results.LogProbsResult:

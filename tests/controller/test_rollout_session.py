@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from miles_spmd.controller.cluster.listener import SEPARATOR, WorkerFailedError
-from miles_spmd.protocol.commands import AbortRequests, EndGenerate, Generate, RefitEngine, Submit
+from miles_spmd.controller.cluster.listener import SEPARATOR, EngineFailedError, WorkerFailedError
+from miles_spmd.protocol.commands import AbortRequests, EndGenerate, Generate, RefitEngine, ReplaceEngines, Submit
 from miles_spmd.protocol.messages import Call, Completions, Failure
 from miles_spmd.protocol.results import Ok, RefitResult, Result
 from miles_spmd.types.request import Output, Request, SamplingParams
@@ -164,3 +164,75 @@ def test_a_failure_ends_a_rollout(cluster: Make) -> None:
 
     with pytest.raises(WorkerFailedError, match=r"rank 1 \(node-a\), rollout, step 5: ValueError: request 1"):
         rollout()
+
+
+# --- an engine fails -------------------------------------------------------------------------------------------------
+
+
+class FailingEngine(FakeEngine):
+    """Fails at the first request of ``breaks``, and is well again when it is replaced."""
+
+    def __init__(self, breaks: str, slow: tuple[str, ...] = (), *, times: int = 1) -> None:
+        super().__init__(slow)
+        self.breaks, self.left = breaks, times
+        self.generates: Call | None = None
+
+    def __call__(self, fake: FakeRank, call: Call) -> Result | Failure | None:
+        match call.command:
+            case ReplaceEngines():
+                return Ok()
+            case RefitEngine(version):
+                return RefitResult(version, 0, 0, 0)
+            case Generate():
+                self.generates = call
+                return None
+            case Submit(requests) if self.left and self.breaks in [own(r.rid) for r in requests]:
+                self.left -= 1
+                super().__call__(fake, msgspec.structs.replace(call, command=Submit(requests[:1])))
+                return Failure("RuntimeError", "the engine is broken", engine=True)
+        return super().__call__(fake, call)
+
+
+def test_engines_are_replaced_after_one_has_failed(cluster: Make) -> None:
+    """What was finished is kept, and what was not is submitted again, to all engines; they have the same weights."""
+    c = cluster(2)
+    workers = c.add_all(FailingEngine("2"))
+    said: list[str] = []
+    workers.replacements, workers.show = 1, said.append
+    workers.call(RefitEngine(7), step=7)
+    with workers.rollout(step=7) as session:
+        session.submit([request(n) for n in range(2)])
+        assert {session.next().rid for _ in range(2)} == {"0", "1"}  # type: ignore[union-attr]
+        session.submit([request(n) for n in (2, 3, 4)])
+        assert {session.next().rid for _ in range(3)} == {"2", "3", "4"}  # type: ignore[union-attr]
+        assert session.next() is None
+    first = c.ranks[0].received
+    order = [type(command) for command in first]
+    assert order[-5:] == [ReplaceEngines, RefitEngine, Generate, Submit, EndGenerate]
+    assert first[order.index(ReplaceEngines) + 1] == RefitEngine(7)
+    assert len(said) == 1
+    assert said[0].startswith("rank 0 (node-a), rollout, step 7: RuntimeError: the engine is broken; the engines are")
+
+
+def test_engines_are_replaced_so_often_and_no_more(cluster: Make) -> None:
+    c = cluster(1)
+    workers = c.add_all(FailingEngine("0", slow=("0",), times=3))
+    workers.replacements, workers.show = 2, lambda text: None
+    session = workers.rollout(step=0).__enter__()  # which is not left: its engine does not reply any more
+    session.submit([request(0)])
+    with pytest.raises(EngineFailedError, match="the engine is broken"):
+        session.next()
+    assert [type(command) for command in c.ranks[0].received].count(ReplaceEngines) == 2
+
+
+def test_a_rank_that_fails_alone_ends_the_run(cluster: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks of its engine wait for it in a collective."""
+    monkeypatch.setattr("miles_spmd.controller.cluster.cluster.ALIKE_SECONDS", 0.5)
+    c = cluster(2)
+    workers = c.add_all(FailingEngine("0", slow=("0",)), engine_size=2)
+    workers.replacements = 3
+    session = workers.rollout(step=0).__enter__()  # which is not left: its engine does not reply any more
+    session.submit([request(0)])
+    with pytest.raises(EngineFailedError, match="rank 0"):
+        session.next()
+    assert ReplaceEngines not in [type(command) for command in c.ranks[1].received]

@@ -3,12 +3,14 @@
     held.py CONFIG PHASE RANK DEED
 
 In that phase that rank touches the file ``held`` beside the configuration, with its process id in it, and then does the
-deed: ``hang`` sleeps, ``raise`` raises, ``exhaust`` asks torch for more memory than any machine has. Everything else is
-the real worker.
+deed: ``hang`` sleeps, ``raise`` raises, ``exhaust`` asks torch for more memory than any machine has. With ``engine``
+the rank's engine raises in its third step, and with ``engines`` every one that it builds; rank -1 is each of them.
+Everything else is the real worker.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -44,6 +46,9 @@ def main() -> int:
         if phase is Phase.START:
             do_deed()
         worker = build(*args)
+        if deed.startswith("engine"):
+            break_engine(worker.turns.engine, for_ever=deed == "engines")
+            return worker
         execute = worker.execute
 
         def execute_held(command: Command) -> Result:
@@ -54,9 +59,21 @@ def main() -> int:
         worker.execute = execute_held
         return worker
 
-    if int(os.environ["RANK"]) == rank:
+    if rank in (-1, int(os.environ["RANK"])):
         worker_main.build = build_held
     return worker_main.main(load_config(path))
+
+
+def break_engine(engine: Any, for_ever: bool) -> None:
+    owner: Any = type(engine) if for_ever else engine
+    step, steps = owner.step, itertools.count()
+
+    def broken(*args: Any) -> Any:
+        if next(steps) >= 2:
+            raise RuntimeError("the deed is done")
+        return step(*args)
+
+    owner.step = broken
 
 
 if __name__ == "__main__":

@@ -14,8 +14,26 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from miles_spmd.config import DeadlinesConfig
-from miles_spmd.controller.cluster.listener import SEPARATOR, Listener, PendingCall, RankTable, WorkerError
-from miles_spmd.protocol.commands import AbortRequests, Command, EndGenerate, Generate, Receivers, Stop, Submit
+from miles_spmd.controller.cluster.listener import (
+    SEPARATOR,
+    EngineFailedError,
+    Listener,
+    PendingCall,
+    RankTable,
+    WorkerError,
+)
+from miles_spmd.protocol.commands import (
+    AbortRequests,
+    Command,
+    EndGenerate,
+    Generate,
+    Receivers,
+    RefitEngine,
+    ReplaceEngines,
+    Stop,
+    Submit,
+)
+from miles_spmd.protocol.last_words import warn
 from miles_spmd.protocol.messages import Call, Held, HoldPasses, OwnWork, RankInfo, ReleasePasses, Reply, TrainerRank
 from miles_spmd.protocol.results import Abandoned, Result
 from miles_spmd.protocol.router import PeerGoneError, Router
@@ -24,6 +42,8 @@ from miles_spmd.types.phase import Phase
 from miles_spmd.types.request import Output, Request
 
 R = TypeVar("R", bound=Result)
+
+ALIKE_SECONDS = 10.0  # in which the ranks of an engine fail if they fail alike
 
 
 class Unfinished(BaseException):
@@ -53,10 +73,15 @@ class Cluster:
         self._listener = Listener(router, self._table, deadlines.heartbeat_timeout, config_digest, log_dir)
         self._ids, self._rollouts = itertools.count(), itertools.count()
         self._generating: PendingCall | None = None  # while the engines serve at least one rollout
+        self._sessions: dict[str, RolloutSession] = {}  # the open rollouts, by name
+        self._version = 0  # of the weights that the engines were given last
+        self._replaced = 0  # times that engines were replaced since a rollout began with none open
         self._purpose = ""
         self._ready = False
         self.abandons: Callable[[], bool] = lambda: False  # whether a command that can be left has to be left now
         self.pipelined = False  # ranks that are pipeline stages cannot leave a command that they have begun
+        self.replacements = 0  # how often in a rollout engines may be replaced after one has failed
+        self.show: Callable[[str], None] = warn
         self._start = self._expect(None, range(world_size), Phase.START, 0)
 
     # --- for the loop ------------------------------------------------------------------------------------------------
@@ -99,6 +124,8 @@ class Cluster:
         if len(commands) != len(ranks):
             raise ValueError(f"{len(commands)} commands for {len(ranks)} ranks")
         call: PendingCall[R] = self._expect(type(first), ranks, first.phase, step)
+        if isinstance(first, RefitEngine):
+            self._version = first.version
         # Ranks that receive the same object (those of one data-parallel rank) receive the same bytes, encoded once.
         same: dict[int, tuple[Command, list[int]]] = {}
         for rank, own in zip(ranks, commands):
@@ -121,18 +148,16 @@ class Cluster:
         the cause of the error, and would delay the message that ends the run.
         """
         if self._generating is None:
-            with self.doing(purpose):
-                self._generating = self.begin(Generate(), step=step)
-        call, name, leaders = self._generating, str(next(self._rollouts)), self._table.receivers(Receivers.LEADERS)
+            self._replaced = 0
+            self._open(step, purpose)
+        name, leaders = str(next(self._rollouts)), self._table.receivers(Receivers.LEADERS)
         self._listener.outputs[name] = deque()
-        session = RolloutSession(self, call, name, leaders)
+        session = self._sessions[name] = RolloutSession(self, name, leaders)
         yield session
         session.abort()
-        del self._listener.outputs[name]
-        if not self._listener.outputs:
-            self.send(EndGenerate(), leaders, call)
-            self._generating = None
-            self.wait(call)
+        del self._listener.outputs[name], self._sessions[name]
+        if not self._sessions:
+            self._close()
 
     @contextmanager
     def doing(self, purpose: str) -> Iterator[None]:
@@ -214,10 +239,10 @@ class Cluster:
     def _finish(self, call: PendingCall) -> list[Result]:
         """Wait for all replies and return their results by rank."""
         may_leave = call.kind is not None and call.kind.abandonable and not self.pipelined
-        self._listener.wait(lambda: call.done or (may_leave and self.abandons()))
+        self._listener.wait(lambda: call.done or (may_leave and self.abandons()), call)
         if not call.done:
             self._abandon(call)
-            self._listener.wait(lambda: call.done)
+            self._listener.wait(lambda: call.done, call)
         del self._listener.calls[call.id]
         self.seconds = [{} for _ in self.seconds]
         for rank, reply in call.replies.items():
@@ -244,18 +269,75 @@ class Cluster:
         if len(sides) < len(call.ranks):
             return
         self._router.send(HoldPasses(), sides)
-        self._listener.wait(lambda: all(rank in held or rank in call.replies for rank in call.ranks))
+        self._listener.wait(lambda: all(rank in held or rank in call.replies for rank in call.ranks), call)
         limit = max(one.begun for one in held.values()) if len(held) == len(call.ranks) else None
         if limit is not None and any(one.total is not None and limit >= one.total for one in held.values()):
             limit = None
         self._router.send(ReleasePasses(limit), sides)
 
+    # --- rollouts ----------------------------------------------------------------------------------------------------
+
+    def _open(self, step: int, purpose: str) -> None:
+        with self.doing(purpose):
+            self._generating = self.begin(Generate(), step=step)
+
+    def _close(self) -> None:
+        """Wait until all engines are idle."""
+        assert self._generating is not None
+        try:
+            self.feed(EndGenerate(), self._table.receivers(Receivers.LEADERS))
+            self.wait(self._generating)
+        except EngineFailedError as error:
+            self._replace_engines(error)
+        self._generating = None
+
+    def feed(self, command: Command, ranks: Sequence[int]) -> None:
+        """Send a command to engines that generate."""
+        assert self._generating is not None
+        self.send(command, ranks, self._generating)
+
     def next_output(self, rollout: str, interrupt: Callable[[], bool] = lambda: False) -> Output | None:
         """Return the next finished request of an open rollout; None once ``interrupt`` returns True, which is called
         several times a second."""
         outputs = self._listener.outputs[rollout]
-        self._listener.wait(lambda: bool(outputs) or interrupt())
+        while not outputs:
+            try:
+                self._listener.wait(lambda: bool(outputs) or interrupt(), self._generating)
+                break
+            except EngineFailedError as error:
+                self._replace_engines(error)
         return outputs.popleft() if outputs else None
+
+    def _replace_engines(self, error: EngineFailedError) -> None:
+        """Build all engines anew after one has failed, and submit again what was running. Raises ``error`` where that
+        is not possible. A response is a function of its request and the weights, so none becomes another one."""
+        call = self._generating
+        assert call is not None
+        if self._replaced == self.replacements:
+            raise error
+        self._replaced += 1
+        leaders = self._table.receivers(Receivers.LEADERS)
+        failed = {self._table.engine_of(rank) for rank in call.failures}
+        alike = [rank for rank in call.ranks if self._table.engine_of(rank) in failed]
+        # where one rank of an engine has failed alone, the others wait for it in a collective, and cannot be replaced
+        if not self._listener.wait(lambda: all(rank in call.failures for rank in alike), seconds=ALIKE_SECONDS):
+            raise error
+        self.feed(EndGenerate(), [rank for rank in leaders if rank not in call.failures])
+        self._listener.wait(lambda: call.over)  # the other engines finish what they have
+        del self._listener.calls[call.id]
+        again = sum(map(len, (session.unfinished for session in self._sessions.values())))
+        self.show(f"{error}; the engines are replaced, and {again} requests generated again")
+        with self.doing("new engines after one has failed"):
+            self.call(ReplaceEngines(), step=call.step)
+            self.call(RefitEngine(self._version), step=call.step)
+        if self._sessions:
+            self._open(call.step, call.purpose)
+            for session in self._sessions.values():
+                session.submit_again()
+
+    def finished(self, rollout: str) -> set[str]:
+        """The requests of an open rollout that have finished and were not taken yet."""
+        return {output.rid for output in self._listener.outputs[rollout]}
 
     def listen(self) -> None:
         """Take what ranks have sent. Raises a WorkerError."""
@@ -270,41 +352,55 @@ class RolloutSession:
     submission, so that a run can be repeated.
     """
 
-    def __init__(self, cluster: Cluster, call: PendingCall, name: str, leaders: Sequence[int]) -> None:
+    def __init__(self, cluster: Cluster, name: str, leaders: Sequence[int]) -> None:
         """``name`` is that of this rollout among those that are open."""
-        self._cluster, self._call, self._name = cluster, call, name
+        self._cluster, self._name = cluster, name
         self._turns = itertools.cycle(leaders)
         self._prompt: list[int] | None = None  # of the last request
         self._turn = leaders[0]
-        self._rank_of: dict[str, int] = {}  # unfinished requests
+        self._running: dict[str, tuple[int, Request]] = {}  # by rid: the rank that has the request, and the request
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Send the requests. Raises ValueError for a rid that is already running."""
-        batches: dict[int, list[Request]] = {}
         for request in requests:
-            if request.rid in self._rank_of:
+            if request.rid in self._running:
                 raise ValueError(f"request {request.rid!r} is already running")
             if request.input_ids != self._prompt:
                 self._prompt, self._turn = request.input_ids, next(self._turns)
-            self._rank_of[request.rid] = self._turn
-            own = msgspec.structs.replace(request, rid=self._full(request.rid))
-            batches.setdefault(self._turn, []).append(own)
+            self._running[request.rid] = self._turn, request
+        self._send([request.rid for request in requests])
+
+    @property
+    def unfinished(self) -> list[str]:
+        """The requests without an output, by rid."""
+        finished = self._cluster.finished(self._name)
+        return [rid for rid in self._running if rid not in finished]
+
+    def submit_again(self) -> None:
+        """Send the unfinished requests to engines that have none of them."""
+        self._send(self.unfinished)
+
+    def _send(self, rids: Sequence[str]) -> None:
+        batches: dict[int, list[Request]] = {}
+        for rid in rids:
+            rank, request = self._running[rid]
+            batches.setdefault(rank, []).append(msgspec.structs.replace(request, rid=self._full(rid)))
         for rank, batch in batches.items():
-            self._cluster.send(Submit(batch), [rank], self._call)
+            self._cluster.feed(Submit(batch), [rank])
 
     def abort(self, rids: Sequence[str] | None = None) -> None:
         """Stop these requests (None: all). They still come out of :meth:`next`, with the tokens so far."""
-        running = [rid for rid in (self._rank_of if rids is None else rids) if rid in self._rank_of]
-        for rank in sorted({self._rank_of[rid] for rid in running}):
-            rids = [self._full(rid) for rid in running if self._rank_of[rid] == rank]
-            self._cluster.send(AbortRequests(rids), [rank], self._call)
+        running = [rid for rid in (self._running if rids is None else rids) if rid in self._running]
+        for rank in sorted({self._running[rid][0] for rid in running}):
+            of_rank = [self._full(rid) for rid in running if self._running[rid][0] == rank]
+            self._cluster.feed(AbortRequests(of_rank), [rank])
 
     def next(self, interrupt: Callable[[], bool] = lambda: False) -> Output | None:
         """Return the next finished output; None when nothing is running, or once ``interrupt`` returns True. Raises a
         WorkerError."""
-        output = self._cluster.next_output(self._name, interrupt) if self._rank_of else None
+        output = self._cluster.next_output(self._name, interrupt) if self._running else None
         if output is not None:
-            del self._rank_of[output.rid]
+            del self._running[output.rid]
         return output
 
     def listen(self) -> None:

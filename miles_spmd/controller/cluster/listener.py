@@ -6,6 +6,7 @@ explains the others is raised.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -68,6 +69,10 @@ class WorkerFailedError(WorkerError):
     """A command raised an exception on a rank."""
 
 
+class EngineFailedError(WorkerFailedError):
+    """An engine raised an exception while it generated; its process and its trainer are as they were."""
+
+
 class WorkerSilentError(WorkerError):
     """A rank is connected and has sent no heartbeat for ``heartbeat_timeout``: its process is suspended, or stuck while
     it holds the GIL."""
@@ -119,6 +124,11 @@ class RankTable:
             case Receivers.ALL:
                 return [info.rank for info in self.infos]
 
+    def engine_of(self, rank: int) -> int | None:
+        """The number of the engine that the rank is part of."""
+        info = self.states[rank].info
+        return None if info is None or info.engine is None else info.engine.engine
+
     def name(self, rank: int) -> str:
         """For messages: with host and process id as soon as they are known."""
         info = self.states[rank].info
@@ -137,6 +147,7 @@ class PendingCall(Generic[R]):
     seconds: float
     end: float  # monotonic
     replies: dict[int, Hello | Reply] = field(default_factory=dict)
+    failures: dict[int, WorkerFailedError] = field(default_factory=dict)  # of ranks whose reply is one
     purpose: str = ""  # of what is not for training
     held: dict[int, Held] | None = None  # by rank, where ranks are to leave the command
     overdue: dict[int, Overdue] = field(default_factory=dict)  # where ranks stood when time was up
@@ -151,8 +162,13 @@ class PendingCall(Generic[R]):
     def done(self) -> bool:
         return len(self.replies) == len(self.ranks)
 
+    @property
+    def over(self) -> bool:
+        """Whether no reply is missing, failures included."""
+        return len(self.replies) + len(self.failures) == len(self.ranks)
+
     def awaits(self, rank: int) -> bool:
-        return rank in self.ranks and rank not in self.replies
+        return rank in self.ranks and rank not in self.replies and rank not in self.failures
 
     @property
     def place(self) -> str:
@@ -188,23 +204,34 @@ class Listener:
         """Take replies to ``call`` from now on."""
         self.calls[call.id] = self.last = call
 
-    def wait(self, done: Callable[[], bool]) -> None:
-        """Return once ``done``; raises a WorkerError."""
+    def wait(self, done: Callable[[], bool], call: PendingCall | None = None, seconds: float = math.inf) -> bool:
+        """Return True once ``done``, and False after so many ``seconds``. Raises a WorkerError: one that ends the run,
+        or that of a rank which could not execute ``call``. Failures of other commands are for those who wait for them.
+        """
+        until = time.monotonic() + seconds
         while not done():
             # The clock is looked at only when nothing is left to read: a reply that has arrived in time and lies in the
             # queue, because this process was busy, must not count as late.
             if not self._receive(0):
                 self._check_time()
+                if time.monotonic() > until:
+                    return False
                 self._receive(CHECK_EVERY)
-            if self._errors:
-                raise self.cause() or self._errors[0]
+            self._raise(call)
+        return True
 
     def take_arrived(self) -> None:
-        """Handle what has arrived; raises a WorkerError."""
+        """Handle what has arrived; raises a WorkerError that ends the run."""
         while self._receive(0):
             pass
-        if self._errors:
-            raise self.cause() or self._errors[0]
+        self._raise(None)
+
+    def _raise(self, call: PendingCall | None) -> None:
+        if not self._errors and not (call and call.failures):
+            return
+        cause = self.cause()
+        assert cause is not None
+        raise cause
 
     def cause(self) -> WorkerError | None:
         """The error that explains the others, if there is an error.
@@ -219,7 +246,8 @@ class Listener:
         stopping = {rank for rank, state in enumerate(self._table.states) if state.stopping}
         deaths = [e for e in self._errors if isinstance(e, WorkerLostError) and e.rank not in stopping]
         stops = [e for e in self._errors if isinstance(e, WorkerStoppedError)]
-        return next(iter([*deaths, *stops, *self._errors]), None)
+        failures = [failure for call in self.calls.values() for failure in call.failures.values()]
+        return next(iter([*deaths, *stops, *failures, *self._errors]), None)
 
     def interrupt(self, error: BaseException) -> None:
         """Raise ``error``, for the handler of a signal; where an event is being received, as soon as it is handled. An
@@ -334,7 +362,8 @@ class Listener:
             return  # late
         elif isinstance(failure := reply.result, Failure):
             text = f"rank {rank} ({reply.host}), {call.place}: {failure.kind}: {failure.message}"
-            self._errors.append(WorkerFailedError(text, failure.traceback, rank))
+            kind = EngineFailedError if failure.engine else WorkerFailedError
+            call.failures[rank] = kind(text, failure.traceback, rank)
         elif call.kind is None:
             self._errors.append(ProtocolError(f"{name} replied to its start"))
         elif not isinstance(reply.result, call.result_types):

@@ -1,0 +1,217 @@
+"""Cells that train together: bitwise what one world of ranks computes, whichever of them dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from miles_spmd.config import Config
+from tests.ranks import Ranks
+from tests.training.cases import PP2, TP2, ZERO, build, config, sequences
+from tests.training.cells import Cells, Digests, cells, damage_what_it_sends, die, digests, own_leaves, update
+
+LEAVES = 4
+UPDATES = 4
+MOST = 40  # where a cell that joins decides how many there are
+ADAM = {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 1.0}
+TRAIN = {"reduction_leaves": LEAVES, "lr_warmup_iters": 2, "lr_decay_style": "cosine"}
+BATCHES = [sequences([11, 7, 29, 5, 16, 23, 8, 13], seed) for seed in range(MOST)]
+
+
+def settings(megatron: dict[str, Any], name: str = "qwen3", **model: Any) -> Config:
+    return config(name, ADAM | megatron, run={"num_rollout": MOST}, train=TRAIN, model=model)
+
+
+def in_one_world(run: Config, updates: int) -> list[tuple[tuple[int, int, int], float, Digests]]:
+    trainer, steps = build(run), []
+    place = trainer.where.pp_rank, trainer.where.tp_rank, trainer.where.dp_rank
+    for number in range(updates):
+        micro_batches = own_leaves(BATCHES[number], trainer, LEAVES, 0, LEAVES)
+        steps.append((place, trainer.train_step(micro_batches).grad_norm, digests(trainer)))
+    return steps
+
+
+def alone(ranks: Ranks, run: Config, world_size: int, updates: int) -> list[list[tuple[float, Digests]]]:
+    """Return norm and digests of every update, of the ranks of the first data-parallel replica."""
+    first = [of_rank for of_rank in ranks.run(world_size, in_one_world, run, updates) if of_rank[0][0][2] == 0]
+    return [[(norm, found) for _, norm, found in steps] for steps in zip(*first)]
+
+
+def step(running: Cells, own: dict[int, list[int]]) -> dict[int, list[Any]]:
+    """Let each cell make the next update with its parts."""
+    return running.call({cell: (update, (BATCHES, parts, LEAVES, running.parts)) for cell, parts in own.items()})
+
+
+def made(answers: dict[int, list[Any]], number: int, expected: list[tuple[float, Digests]]) -> None:
+    """Every cell has made this update, and it is that of one world."""
+    for cell, of_ranks in answers.items():
+        for answer, (norm, found) in zip(of_ranks, expected, strict=True):
+            assert answer[:2] == ("made", number), (cell, answer)
+            assert (answer[2], answer[3]) == (norm, found), f"cell {cell}"
+
+
+def rejoin(running: Cells, cell: int, number: int, expected: list[list[tuple[float, Digests]]]) -> int:
+    """Let a cell that is behind take part in one of the next updates, which the other one makes alone. Return the
+    number of the update after that."""
+    running.begin(cell, update, BATCHES, [], LEAVES, 2)
+    while True:
+        answers = step(running, {1 - cell: [0, 1]})
+        if answers[1 - cell][0][0] == "made":
+            made(answers, number, expected[number])
+            number += 1
+        if (late := running.answers(cell, 0.1)) is not None:
+            made({cell: late}, number - 1, expected[number - 1])
+            return number
+
+
+@pytest.mark.parametrize(
+    ("parts", "size", "megatron", "model"),
+    [
+        (2, 1, {}, {}),
+        pytest.param(4, 1, {}, {}, marks=pytest.mark.slow),
+        (2, 2, TP2 | {"sequence_parallel": True}, {}),
+        pytest.param(2, 2, PP2, {}, marks=pytest.mark.slow),
+        pytest.param(2, 1, {}, {"dtype": "bfloat16"}, marks=pytest.mark.slow),
+    ],
+    ids=["two", "four", "TP2+SP", "PP2", "bf16"],
+)
+def test_cells_compute_what_one_world_does(
+    ranks: Ranks, tmp_path: Path, parts: int, size: int, megatron: dict[str, Any], model: dict[str, Any]
+) -> None:
+    run = settings(megatron, **model)
+    expected = alone(ranks, run, parts * size, UPDATES)
+    with cells(run, parts, size, tmp_path) as running:
+        for number in range(UPDATES):
+            made(step(running, {cell: [cell] for cell in range(parts)}), number, expected[number])
+
+
+@pytest.mark.slow
+def test_data_parallel_ranks_in_a_cell(ranks: Ranks, tmp_path: Path) -> None:
+    """They divide the optimizer's state otherwise than one world of twice as many: its weights are the same."""
+    run = settings(ZERO)
+    expected = alone(ranks, run, 4, UPDATES)
+    with cells(run, 2, 2, tmp_path) as running:
+        for number in range(UPDATES):
+            for of_ranks in step(running, {0: [0], 1: [1]}).values():
+                for answer in of_ranks:
+                    ((norm, found),) = expected[number]
+                    assert answer[:3] == ("made", number, norm)
+                    assert {n: d for n, d in answer[3].items() if not n.startswith("state.")} == {
+                        n: d for n, d in found.items() if not n.startswith("state.")
+                    }
+
+
+def test_who_computes_what_does_not_matter(ranks: Ranks, tmp_path: Path) -> None:
+    run = settings({})
+    expected = alone(ranks, run, 4, UPDATES)
+    with cells(run, 4, 1, tmp_path) as running:
+        for number, own in enumerate(
+            [
+                {0: [3], 1: [2], 2: [1], 3: [0]},
+                {0: [0, 1, 2, 3], 1: [], 2: [], 3: []},
+                {0: [0], 1: [0, 1], 2: [1, 2], 3: [3]},  # two of them twice
+                {0: [], 1: [3, 0], 2: [2, 1], 3: []},
+            ]
+        ):
+            made(step(running, own), number, expected[number])
+
+
+def test_a_part_that_nobody_has(ranks: Ranks, tmp_path: Path) -> None:
+    """Nothing is done, and the next attempt needs only that part."""
+    run = settings({})
+    expected = alone(ranks, run, 2, 2)
+    with cells(run, 2, 1, tmp_path) as running:
+        answers = step(running, {0: [0], 1: []})
+        assert [answer for of_ranks in answers.values() for answer in of_ranks] == [
+            ("lost", "no cell has part 1", [1])
+        ] * 2
+        made(step(running, {0: [], 1: [1]}), 0, expected[0])
+        made(step(running, {0: [1], 1: [0]}), 1, expected[1])
+
+
+@pytest.mark.parametrize(
+    ("moment", "size", "megatron"),
+    [
+        ("backward", 1, {}),
+        ("exchange", 1, {}),
+        *(pytest.param(moment, 1, {}, marks=pytest.mark.slow) for moment in ("agree", "vote", "commit")),
+        *(
+            pytest.param(moment, 2, TP2, marks=pytest.mark.slow)
+            for moment in ("agree", "backward", "exchange", "vote", "commit")
+        ),
+    ],
+)
+def test_a_cell_dies(ranks: Ranks, tmp_path: Path, moment: str, size: int, megatron: dict[str, Any]) -> None:
+    """The other one makes the same update, and computes for it what the dead one would have; a new cell receives its
+    state, and has the next part."""
+    run = settings(megatron)
+    expected = alone(ranks, run, 2 * size, MOST)
+    with cells(run, 2, size, tmp_path) as running:
+        made(step(running, {0: [0], 1: [1]}), 0, expected[0])
+        running.call({1: (die, (moment,))})
+        began = time.monotonic()
+        answers = step(running, {0: [0], 1: [1]})
+        assert answers.keys() == {0}
+        lost = [answer for answer in answers[0] if answer[0] == "lost"]
+        if moment in ("vote", "commit"):  # everything was exchanged
+            assert not lost
+        while lost:
+            assert time.monotonic() - began < 15
+            answers = step(running, {0: [1]})
+            lost = [answer for answer in answers[0] if answer[0] == "lost"]
+        made(answers, 1, expected[1])
+        running.start(1)
+        running.ready(1)
+        number = rejoin(running, 1, 2, expected)
+        made(step(running, {0: [1], 1: [0]}), number, expected[number])
+
+
+@pytest.mark.slow
+def test_a_cell_that_is_suspended_catches_up(ranks: Ranks, tmp_path: Path) -> None:
+    run = settings({})
+    expected = alone(ranks, run, 2, MOST)
+    with cells(run, 2, 1, tmp_path) as running:
+        made(step(running, {0: [0], 1: [1]}), 0, expected[0])
+        ((process, _),) = running.live[1].ranks
+        running.call({1: (die, ("backward", signal.SIGSTOP))})
+        running.begin(1, update, BATCHES, [1], LEAVES, 2)  # and stops in it
+        answers = step(running, {0: [0]})
+        while answers[0][0][0] == "lost":
+            answers = step(running, {0: [1]})
+        made(answers, 1, expected[1])
+        assert running.answers(1, 0) is None
+        os.kill(process.pid, signal.SIGCONT)
+        late = running.answers(1, 60)
+        assert late is not None
+        assert late[0][0] == "lost"
+        number = rejoin(running, 1, 2, expected)
+        made(step(running, {0: [1], 1: [0]}), number, expected[number])
+
+
+@pytest.mark.slow
+def test_a_state_that_arrives_damaged_is_not_used(ranks: Ranks, tmp_path: Path) -> None:
+    run = settings({})
+    expected = alone(ranks, run, 2, MOST)
+    with cells(run, 2, 1, tmp_path) as running:
+        made(step(running, {0: [0], 1: [1]}), 0, expected[0])
+        running.lose(1)
+        running.call({0: (damage_what_it_sends, ())})  # once
+        running.start(1)
+        running.ready(1)
+        running.begin(1, update, BATCHES, [], LEAVES, 2)
+        answers, number = None, 1
+        while answers is None:
+            made_or_lost = step(running, {0: [0, 1]})
+            if made_or_lost[0][0][0] == "made":
+                made(made_or_lost, number, expected[number])
+                number += 1
+            answers = running.answers(1, 0.1)
+        assert answers[0][0] == "lost"
+        assert "damaged" in answers[0][1]
+        number = rejoin(running, 1, number, expected)
+        made(step(running, {0: [1], 1: [0]}), number, expected[number])
