@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import subprocess
@@ -63,10 +64,11 @@ def start(
     stdout: Path,
     stderr: Path,
     cpus: Collection[int] = (),
+    file_kib: int = 0,
 ) -> Program:
-    """Start ``python ARGUMENTS`` in ``folder``, on ``cpus`` alone if there are any. ``arguments`` are ``-m MODULE ...``
-    or ``FILE ...``."""
-    args = list(map(str, arguments)), folder, dict(environment), stdout, stderr, cpus
+    """Start ``python ARGUMENTS`` in ``folder``, on ``cpus`` alone if there are any, with files of at most ``file_kib``
+    KiB if that is not 0. ``arguments`` are ``-m MODULE ...`` or ``FILE ...``."""
+    args = list(map(str, arguments)), folder, dict(environment), stdout, stderr, cpus, file_kib
     return Program(server.Process(target=_run, args=args, name=str(arguments[:2])))
 
 
@@ -98,8 +100,11 @@ def _run(
     stdout: Path,
     stderr: Path,
     cpus: Collection[int],
+    file_kib: int,
 ) -> None:
     os.chdir(folder)
+    if file_kib:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_kib * 1024, file_kib * 1024))
     if cpus:
         os.sched_setaffinity(0, cpus)
     for path, descriptor in ((stdout, 1), (stderr, 2)):

@@ -391,7 +391,8 @@ def test_verbs(tmp_path: Path) -> None:
         determinism={"deterministic": True},
     )
     run, again = tmp_path / "runs" / "tiny", tmp_path / "runs" / "tiny-replay-1"
-    miles_spmd("train", recipe, "--nproc-per-node", 2)
+    trained = forked.run("-m", "miles_spmd", "train", recipe, "--nproc-per-node", 2, folder=tmp_path)
+    assert trained.returncode == 0, trained.stderr
     replay = forked.run("-m", "miles_spmd", "replay", run, "--step", 1, "--nproc-per-node", 1, folder=tmp_path)
     assert replay.returncode == 0, replay.stderr
     for shown in (replay.stdout, miles_spmd("diff", run, again)):

@@ -54,25 +54,32 @@ def write_job(folder: Path, checkpoint: Path, /, **changes: dict[str, Any]) -> P
 Submit = Callable[..., Job]
 
 
-@pytest.fixture
-def submit(cluster: Cluster, folder: Path) -> Iterator[Submit]:
+def submit_from(
+    cluster: Cluster,
+    folder: Path,
+    config: Path,
+    *arguments: str,
+    nodes: int = 1,
+    ranks: int = 1,
+    script: Path = REPOSITORY / "slurm" / "grpo_qwen3.sh",
+    options: tuple[str, ...] = (),
+    **variables: str,
+) -> Job:
     """Submit ``slurm/grpo_qwen3.sh`` or another script from ``folder``: nodes, ranks of each, options of sbatch,
     arguments of the script, and variables."""
+    given = {"MILES_SPMD_ROOT": str(REPOSITORY), "CONFIG": str(config), "NPROC_PER_NODE": str(ranks)}
+    given |= {"MILES_SPMD_PREFLIGHT": "off", "HOLD": str(folder / "hold")} | variables
+    fixed = (f"--nodes={nodes}", "--gpus-per-node=0", f"--chdir={folder}", f"--output={folder}/%j.log", "--time=60")
+    return cluster.submit(*fixed, *options, script, *arguments, **given)
+
+
+@pytest.fixture
+def submit(cluster: Cluster, folder: Path) -> Iterator[Submit]:
+    """:func:`submit_from` the test's folder; the jobs end with the test."""
     jobs: list[Job] = []
 
-    def start(
-        config: Path,
-        *arguments: str,
-        nodes: int = 1,
-        ranks: int = 1,
-        script: Path = REPOSITORY / "slurm" / "grpo_qwen3.sh",
-        options: tuple[str, ...] = (),
-        **variables: str,
-    ) -> Job:
-        given = {"MILES_SPMD_ROOT": str(REPOSITORY), "CONFIG": str(config), "NPROC_PER_NODE": str(ranks)}
-        given |= {"MILES_SPMD_PREFLIGHT": "off", "HOLD": str(folder / "hold")} | variables
-        fixed = (f"--nodes={nodes}", "--gpus-per-node=0", f"--chdir={folder}", f"--output={folder}/%j.log", "--time=60")
-        jobs.append(cluster.submit(*fixed, *options, script, *arguments, **given))
+    def start(*arguments: Any, **options: Any) -> Job:
+        jobs.append(submit_from(cluster, folder, *arguments, **options))
         return jobs[-1]
 
     yield start

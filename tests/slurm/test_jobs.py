@@ -6,7 +6,9 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from miles_spmd.ledger.chain import verify
 from miles_spmd.ledger.compare import compare
 from tests import forked
 from tests.slurm.cluster import REPOSITORY, Cluster, Job, wait_for
-from tests.slurm.conftest import Submit, write_job
+from tests.slurm.conftest import Submit, submit_from, write_job
 
 END_SECONDS = 20.0  # in which Slurm ends the processes of a job that has no others
 pytestmark = pytest.mark.timeout(900)  # a job starts ten interpreters
@@ -251,26 +253,40 @@ def test_a_cancelled_job_leaves_no_process_and_no_second_run_joins_it(
 # --- what is refused before anything starts --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ({"CONFIG": "missing.toml"}, "no file missing.toml in "),
-        ({"NPROC_PER_NODE": ""}, "the job has no GPU (--gpus-per-node); on CPUs set NPROC_PER_NODE"),
-        ({"MILES_SPMD_CONTAINER": "docker:x"}, "apptainer:IMAGE or pyxis:IMAGE, not 'docker:x'"),
-        ({"MILES_SPMD_CONTAINER": "pyxis:x"}, "this Slurm has no pyxis"),
-        ({"MILES_SPMD_CONTAINER": "apptainer:x", "PATH": "/usr/bin:/bin"}, "apptainer is not in PATH"),
-        ({"MILES_SPMD_LAUNCH": "mpirun"}, "MILES_SPMD_LAUNCH is torchrun or tasks, not 'mpirun'"),
-        ({"MILES_SPMD_ROOT": "/nowhere"}, "no file /nowhere/slurm/job.sh"),
-        ({"site": "if true; then"}, "the site file has an error: "),
-        ({"site": "export A=1\nfalse"}, 'site.sh, line 2: "false" ended with status 1'),
-    ],
+REFUSALS = (
+    ({"CONFIG": "missing.toml"}, "no file missing.toml in "),
+    ({"NPROC_PER_NODE": ""}, "the job has no GPU (--gpus-per-node); on CPUs set NPROC_PER_NODE"),
+    ({"MILES_SPMD_CONTAINER": "docker:x"}, "apptainer:IMAGE or pyxis:IMAGE, not 'docker:x'"),
+    ({"MILES_SPMD_CONTAINER": "pyxis:x"}, "this Slurm has no pyxis"),
+    ({"MILES_SPMD_CONTAINER": "apptainer:x", "PATH": "/usr/bin:/bin"}, "apptainer is not in PATH"),
+    ({"MILES_SPMD_LAUNCH": "mpirun"}, "MILES_SPMD_LAUNCH is torchrun or tasks, not 'mpirun'"),
+    ({"MILES_SPMD_ROOT": "/nowhere"}, "no file /nowhere/slurm/job.sh"),
+    ({"site": "if true; then"}, "the site file has an error: "),
+    ({"site": "export A=1\nfalse"}, 'site.sh, line 2: "false" ended with status 1'),
 )
-def test_refusals(submit: Submit, folder: Path, variables: dict[str, str], message: str) -> None:
-    (folder / "config.toml").touch()
-    if "site" in variables:
-        (folder / "site.sh").write_text(variables["site"] + "\n")
-        variables = {"MILES_SPMD_SITE": str(folder / "site.sh")}
-    job = submit(folder / "config.toml", **variables)
+
+
+@pytest.fixture(scope="module")
+def refused(cluster: Cluster) -> Iterator[dict[str, tuple[Path, Job]]]:
+    """The folder and the job of each message. They are submitted together: Slurm takes seconds for each."""
+    with tempfile.TemporaryDirectory(prefix="job-") as root:
+        jobs = {}
+        for number, (variables, message) in enumerate(REFUSALS):
+            folder = Path(root, str(number))
+            folder.mkdir()
+            (folder / "config.toml").touch()
+            if "site" in variables:
+                (folder / "site.sh").write_text(variables["site"] + "\n")
+                variables = {"MILES_SPMD_SITE": str(folder / "site.sh")}
+            jobs[message] = folder, submit_from(cluster, folder, folder / "config.toml", **variables)
+        yield jobs
+        for _, job in jobs.values():
+            job.wait()
+
+
+@pytest.mark.parametrize("message", [message for _, message in REFUSALS])
+def test_refusals(refused: dict[str, tuple[Path, Job]], message: str) -> None:
+    folder, job = refused[message]
     assert job.wait() == "FAILED", job.log()
     errors = [line for line in job.log().splitlines() if line.strip()]
     assert message in errors[0]

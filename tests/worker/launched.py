@@ -43,12 +43,13 @@ class Launched:
         environment |= variables or {}
         self.launcher: forked.Program | subprocess.Popen[bytes]
         if preloaded:
-            self.launcher = forked.start(command, folder, environment, folder / "stdout", folder / "stderr")
+            streams = folder / "stdout", folder / "stderr"
+            self.launcher = forked.start(command, folder, environment, *streams, file_kib=file_kib)
             return
         with (folder / "stderr").open("wb") as stderr, (folder / "stdout").open("wb") as stdout:
-            limit = f"ulimit -f {file_kib}; " if file_kib else ""
+            assert not file_kib
             self.launcher = subprocess.Popen(
-                ["bash", "-c", f'{limit}exec "$0" "$@"', sys.executable, *command],
+                [sys.executable, *command],
                 env=environment,
                 cwd=folder,
                 stdin=subprocess.DEVNULL,

@@ -22,7 +22,7 @@ from tests.worker.launched import START_SECONDS, Launch
 
 @pytest.mark.parametrize("engines", [0, 1], ids=["colocated", "disaggregated"])
 def test_without_a_failure_all_is_quiet(launch: Launch, engines: int) -> None:
-    run = launch(rollout={"rollout_num_gpus": engines}, preloaded=False)
+    run = launch(rollout={"rollout_num_gpus": engines})
     assert run.launcher.wait(START_SECONDS) == 0, run.report()
     assert "miles-spmd: " not in run.stderr()
     assert not run.processes()

@@ -13,7 +13,7 @@ from tests.worker.launched import START_SECONDS, Launch
 def test_a_full_disk_is_one_message(launch: Launch, file_kib: int) -> None:
     """Here a limit of every file's size. A message names the file, what is written is whole, nothing is a traceback."""
     many = {"num_rollout": 1000}
-    run = launch(preloaded=False, ranks=1, file_kib=file_kib, run=many, telemetry={"use_tensorboard": True})
+    run = launch(ranks=1, file_kib=file_kib, run=many, telemetry={"use_tensorboard": True})
     message = run.finish(START_SECONDS)
     assert "OSError: [Errno 27] File too large: " in message
     assert message.split(" (traceback in ")[0].endswith("raise the limit, and continue with checkpoint.resume=true")

@@ -72,7 +72,7 @@ def test_a_rank_is_killed_while_it_writes(tmp_path: Path) -> None:
 def test_checkpoints_without_room(tmp_path: Path) -> None:
     """The first one that fails is a warning that names the file, and the run goes on; the second one ends it."""
     config = write_config(tmp_path, write_checkpoint(tmp_path / "model"), **SETTINGS)
-    run = Launched(tmp_path, config, preloaded=False, ranks=1, file_kib=200)
+    run = Launched(tmp_path, config, ranks=1, file_kib=200)
     try:
         assert run.launcher.wait(START_SECONDS) != 0, run.report()
     finally:

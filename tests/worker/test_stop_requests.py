@@ -16,14 +16,13 @@ from typing import Any
 import pytest
 
 from miles_spmd.controller.checkpoint_folders import newest, read
-from miles_spmd.ledger.chain import FILE, FOLDER
+from miles_spmd.ledger.chain import verify
+from miles_spmd.ledger.compare import compare
 from miles_spmd.protocol.pipe import REQUEUE
 from miles_spmd.types.phase import Phase
 from tests import forked
 from tests.worker.launched import REPOSITORY, START_SECONDS, Launch, Launched
 from tests.worker.tiny_run import write_config
-
-MANY = 60  # steps: more than fit into the second between two looks for the file
 
 
 @pytest.fixture
@@ -56,12 +55,8 @@ def go_on(run: Launched, *overrides: str) -> str:
     return done.stdout
 
 
-def ledger(run: Launched) -> bytes:
-    return (run.run_dir / FOLDER / FILE).read_bytes()
-
-
 def test_a_file_stops_it_and_the_ledger_is_that_of_a_run_that_never_stopped(launch: Launch, tmp_path: Path) -> None:
-    run = launch(run={"num_rollout": MANY}, reward={"rm_type": "tests.recipe_run:coin"})
+    run = launch(run=ENDLESS, reward={"rm_type": "tests.recipe_run:coin"})
     run.wait_for_steps(2)
     (run.run_dir / "stop").touch()
     message = stopped(run)
@@ -72,10 +67,12 @@ def test_a_file_stops_it_and_the_ledger_is_that_of_a_run_that_never_stopped(laun
     assert f"checkpoint: {newest(run.run_dir)}\n" in said
     assert "continue:   miles-spmd train " in said
     assert not (run.run_dir / "stop").exists()
-    go_on(run)
-    went_on = ledger(run)
-    go_on(run, "run.name=undisturbed")
-    assert went_on == (run.run_dir.with_name("undisturbed") / FOLDER / FILE).read_bytes()
+    steps = int(found[1]) + 3
+    for name in ("tiny", "undisturbed"):
+        go_on(run, f"run.name={name}", f"run.num_rollout={steps}")
+    same = compare(verify(run.run_dir), verify(run.run_dir.with_name("undisturbed")))
+    assert same.equal, same.difference
+    assert same.steps == list(range(steps))
 
 
 @pytest.mark.parametrize(
