@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,15 +27,17 @@ from miles_spmd import launcher
 from miles_spmd.config import Config
 from miles_spmd.config.load import ConfigError, load_config
 from miles_spmd.controller.attempts import Attempt, Attempts
-from miles_spmd.controller.run_folder import override
+from miles_spmd.controller.run_folder import LOCK_FILE, RunFolderError, hold, override
 from miles_spmd.faults.fault import Fault, read_faults
 from miles_spmd.faults.strikes import VARIABLE, Plan, Strike
 from miles_spmd.ledger.chain import verify
 from miles_spmd.ledger.entries import LedgerError
 from miles_spmd.telemetry.json_lines import Lines
+from miles_spmd.types.files import naming
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.printable import printable
 from miles_spmd.types.run_files import METRICS_FILE
+from miles_spmd.worker.meeting import made_by_launcher
 
 FOLDER = "faults"  # in the folder of the run: the plan, the strikes, and what each start has printed
 LOOK_EVERY = 0.05  # seconds
@@ -146,7 +147,9 @@ class Chaos:
     def survive(self) -> None:
         """Start the run until it ends by itself. Raises ChaosError where it does not survive, OSError where nothing can
         be written."""
-        shutil.rmtree(self._folder, ignore_errors=True)  # of the rehearsal that run.overwrite replaces
+        for path in self._folder.glob("*"):  # of the rehearsal that run.overwrite replaces
+            if path.name != LOCK_FILE:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._plan.write(self._faults)
         try:
             while not self.launches or self.launches[-1].status:
@@ -306,15 +309,15 @@ class _Output:
     file must not keep them from printing."""
 
     def __init__(self, file: Path) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="miles-spmd-chaos-")
-        self.pipe = Path(self._folder.name, "output")
+        self._folder = contextlib.ExitStack()
+        self.pipe = self._folder.enter_context(made_by_launcher()) / "output"
         os.mkfifo(self.pipe)
         self._reader = os.open(self.pipe, os.O_RDONLY | os.O_NONBLOCK)
-        self._file, self._rest = file.open("wb", buffering=0), b""
+        self._path, self._file, self._rest = file, file.open("wb", buffering=0), b""
 
     def read(self) -> list[str]:
         """Return the whole lines since the last call."""
-        with contextlib.suppress(BlockingIOError):  # nothing new
+        with naming(self._path), contextlib.suppress(BlockingIOError):  # nothing new
             while content := os.read(self._reader, 1 << 16):
                 self._file.write(content)
                 self._rest += content
@@ -325,7 +328,7 @@ class _Output:
         if not self._file.closed:
             os.close(self._reader)
             self._file.close()
-            self._folder.cleanup()
+            self._folder.close()
 
 
 def _lives(process: psutil.Process) -> bool:
@@ -474,12 +477,17 @@ def run(recipe: Path, overrides: list[str], text: str, nproc: int | None) -> int
         str(world_size),
     ]
     show = partial(print, flush=True)
+    with launcher.failing(RunFolderError, OSError, code=2):
+        lock = hold(config.run_dir / FOLDER)  # between two starts the run itself has none
     for remark in remarks(config, faults):
         launcher.warn(remark)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
+            signal.signal(number, signal.default_int_handler)
     chaos, problem = Chaos(config, faults, command, show=lambda line: show(f"chaos: {line}")), ""
     try:
-        chaos.survive()
+        with lock or contextlib.nullcontext():
+            chaos.survive()
     except (ChaosError, OSError) as error:
         problem = str(error)
     except KeyboardInterrupt:

@@ -97,7 +97,8 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
         return status
     if task == "warm":
         counts = f"{cache.compiled} kernels compiled, {cache.found} files found"
-        print(f"warm: {time.monotonic() - began:.1f} s, {counts}, kept in {cache.archive}", file=terminal)
+        kept = f"kept in {cache.archive}" if cache.archive.exists() else "none to keep"
+        print(f"warm: {time.monotonic() - began:.1f} s, {counts}, {'; '.join(cache.problems) or kept}", file=terminal)
     if killed := controller.killed(status := controller.wait()):
         say(f"rank {place.rank} ({HOST}), after the last step: {killed}", terminal)
     return status if status >= 0 else 1
