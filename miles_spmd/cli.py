@@ -166,7 +166,7 @@ def export(
     recipe = folder.parent.parent / "config.toml"
     if not (folder / STATE_FILE).is_file():
         found = f"it has no {STATE_FILE}" if folder.is_dir() else "the folder does not exist"
-        inner = newest(folder)
+        inner = newest(next((path.parent for path in (folder, folder.parent) if path.name == FOLDER), folder))
         remedy = f"name one of its checkpoints, {inner}" if inner else f"name a folder {FOLDER}/step_... of a run"
         launcher.fail(f"{checkpoint} is not a checkpoint of a run: {found}; {remedy}")
     if folder.parent.name != FOLDER or not recipe.is_file():
@@ -265,7 +265,7 @@ def tail(
     with contextlib.suppress(KeyboardInterrupt), launcher.failing(StatusError, OSError, code=2):
         for some in followed(run_dir, lines, follows=follow, keeps=keep, warn=launcher.warn):
             for line in some:
-                typer.echo(line)
+                typer.echo(printable(line, MAX_LINE))
 
 
 @ledger.command("verify")

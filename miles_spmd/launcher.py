@@ -52,21 +52,41 @@ Processes = Annotated[
 def ranks(nproc: int | None) -> tuple[bool, int]:
     """Return whether this process is a rank, which torchrun has made it, or srun as one of several tasks, and the
     number of ranks that there are or that are to be launched: ``nproc``, or one per GPU of this machine, and 1 without
-    any.
+    any. Prints what is wrong with the variables of the environment that a run reads, and exits.
 
     A rank has its environment prepared for its device afterwards.
     """
     from miles_spmd.platform.cuda import prepare
     from miles_spmd.telemetry.environment import gpus
+
+    world_size = _world_size()
+    if world_size is None:
+        return False, nproc or max(1, len(gpus()))
+    if gpus():
+        prepare()
+    return True, world_size
+
+
+def _world_size() -> int | None:
+    """Return the number of ranks where this process is one of them. Exits as :func:`ranks` does."""
+    from miles_spmd.protocol.last_words import say
+    from miles_spmd.types.variables import VariableError, job_end, whole
     from miles_spmd.worker.slurm_task import SlurmTaskError, adopt
 
-    with failing(SlurmTaskError):
+    try:
         adopt()
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        if gpus():
-            prepare()
-        return True, int(os.environ["WORLD_SIZE"])
-    return False, nproc or max(1, len(gpus()))
+        whole("SLURM_RESTART_COUNT", 0)
+        whole("SLURM_CPUS_ON_NODE", 1, least=1)
+        job_end(os.environ)
+        if "RANK" not in os.environ:
+            return None
+        from miles_spmd.worker.meeting import Place
+
+        return Place.from_environment().world_size
+    except (SlurmTaskError, VariableError) as error:
+        remedy = "; unset RANK and WORLD_SIZE where this process is to start its ranks itself"
+        say(f"error: {error}{remedy if 'RANK' in os.environ else ''}")
+        sys.exit(2)
 
 
 def launch(world_size: int) -> NoReturn:
@@ -97,6 +117,7 @@ def launch(world_size: int) -> NoReturn:
                 f"ranks meet in a folder for temporary files, and none can be written ({error}); set TMPDIR to one "
                 "that can"
             )
+        stack.callback(_ignore_stops)  # what comes while Python ends would change the status
         os.environ[FOLDER] = str(folder)
         os.environ[LAUNCHER] = str(os.getpid())
         unsaid = Path(folder, "unsaid")
@@ -104,7 +125,7 @@ def launch(world_size: int) -> NoReturn:
         os.environ[last_words.VARIABLE] = str(unsaid)
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # torchrun would offer another store to the ranks
         options = ["--rdzv-backend=c10d", f"--rdzv-endpoint={folder}/launcher", "--rdzv-conf=store_type=file"]
-        options.append("--signals-to-handle=SIGINT,SIGHUP,SIGQUIT")
+        options.append(f"--signals-to-handle=SIGINT,SIGQUIT{'' if _is_hangup_ignored() else ',SIGHUP'}")
         for number in STOP_SIGNALS:
             signal.signal(number, _pass_on)
         if gpus() and Path("/sys/devices/system/node/node1").exists() and shutil.which("numactl"):
@@ -128,6 +149,25 @@ def launch(world_size: int) -> NoReturn:
     raise SystemExit(0)
 
 
+def _is_hangup_ignored() -> bool:
+    """Return whether this process was started by nohup, or in another way that lets it outlive its terminal."""
+    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> None:
+    """Handle a signal before ranks are launched, when there is nothing to save. No exception: imports may catch it."""
+    from miles_spmd.protocol.last_words import say
+    from miles_spmd.protocol.pipe import REQUEUE
+
+    say(f"start: stopped by {signal.Signals(number).name}")
+    os._exit(REQUEUE if number in STOP_SIGNALS else 128 + number)
+
+
+def _ignore_stops() -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _pass_on(number: int, frame: FrameType | None) -> None:
     """Handle a signal to stop: pass it on to the ranks, or end where there are none yet."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -148,6 +188,9 @@ def start(
     Any other process launches ranks that do so, and exits with their status. ``task`` and ``replay`` are the worker's.
     """
     is_rank, world_size = ranks(nproc)
+    if not is_rank:
+        for number in (*STOP_SIGNALS, signal.SIGINT, *([] if _is_hangup_ignored() else [signal.SIGHUP])):
+            signal.signal(number, _end_at_once)
     config = load(recipe, overrides, world_size, check_files=True, task=task)
     config, lock = begin(config, task, recipe, rank=int(os.environ["RANK"]) if is_rank else None)
     if not is_rank:

@@ -29,10 +29,13 @@ import msgspec
 from miles_spmd.doctor import examine
 from miles_spmd.telemetry.environment import environment, gpu_errors, gpus
 from miles_spmd.types.files import write_whole
+from miles_spmd.types.variables import VariableError, positive, whole
 from miles_spmd.worker.meeting import Place, bind_sockets, published_store
 from miles_spmd.worker.slurm_task import hosts
 
-SECONDS = 55.0  # for everything; MILES_SPMD_PREFLIGHT sets another number
+SECONDS = 55.0  # for everything; the environment's LIMIT sets another number
+LIMIT = "MILES_SPMD_PREFLIGHT"
+MORE = "a first start on a slow file system takes longer: MILES_SPMD_PREFLIGHT=SECONDS allows more"
 SKEW = 1.0  # seconds between the clocks of two nodes: more confuses deadlines and the order of files
 SLOW = 0.5  # share of the median bandwidth below which a node counts as slow
 BYTES = {"cuda": 2**30, "cpu": 2**22}
@@ -57,11 +60,21 @@ class Report(msgspec.Struct):
 
 def preflight(shared: Path) -> int:
     """Examine this node as one task of srun, and on the first one all nodes. Returns the exit status: 0, or 1 where a
-    node is bad. Ends the process's own children."""
+    node is bad, or 2 where nothing can be examined. Ends the process's own children."""
     began = time.monotonic()
-    end = began + _seconds()
-    node, nodes = int(os.environ.get("SLURM_PROCID", 0)), int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
     names = hosts(os.environ.get("SLURM_STEP_NODELIST", "")) or [socket.gethostname()]
+    try:
+        end, expected = began + _seconds(), positive("MILES_SPMD_BANDWIDTH", 0.0)
+        node, nodes = whole("SLURM_PROCID", 0), whole("SLURM_STEP_NUM_TASKS", 1, least=1)
+        ranks, promised = len(gpus()) or whole("NPROC_PER_NODE", 1, least=1), whole("SLURM_GPUS_ON_NODE", 0)
+        if node >= nodes or nodes != len(names):
+            raise VariableError(
+                f"this is task {node} of {nodes} on {len(names)} nodes: call srun with --ntasks-per-node=1 and without "
+                "--ntasks, so that there is one task on each node"
+            )
+    except VariableError as error:
+        print(f"preflight: error: {error}", file=sys.stderr, flush=True)
+        return 2
     parts = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
     folder = shared / "_".join(["preflight", *(os.environ.get(part, "0") for part in parts)])
     report = Report(names[node])
@@ -72,18 +85,20 @@ def preflight(shared: Path) -> int:
         print(f"preflight: {names[node]}: {error.filename or folder}: {error.strerror}", file=sys.stderr, flush=True)
         return 1
     report.problems += gpu_errors()  # before the measurement, which uses the GPUs
-    parts_of = {"doctor": partial(_examine, report), "all-reduce": partial(_measure, report, folder, node, nodes, end)}
+    parts_of = {
+        "doctor": partial(_examine, report, promised),
+        "all-reduce": partial(_measure, report, folder, node, nodes, ranks, end),
+    }
     threads = {what: _Part(what, part, report) for what, part in parts_of.items()}
     for what, thread in threads.items():
         thread.join(max(0.0, end - 4 - time.monotonic()))
         if thread.is_alive() and what == "doctor":  # the other has a limit of its own
-            report.problems.append(f"{what}: no result within {_seconds() - 4:g} s")
+            report.problems.append(f"{what}: no result within {max(0.0, _seconds() - 4):g} s; {MORE}")
     write_whole(folder / f"{node}.json", msgspec.json.encode(report))
     if node:
         return 0
     reports = _gather(folder, names, end)
     shutil.rmtree(folder, ignore_errors=True)
-    expected = float(os.environ.get("MILES_SPMD_BANDWIDTH", 0))
     bad = judge(reports, expected)
     print(render(reports, bad, time.monotonic() - began), flush=True)
     return 1 if bad else 0
@@ -105,21 +120,17 @@ class _Part(threading.Thread):
 
 
 def _seconds() -> float:
-    try:
-        return float(os.environ.get("MILES_SPMD_PREFLIGHT", SECONDS))
-    except ValueError:
-        return SECONDS
+    return SECONDS if os.environ.get(LIMIT) == "off" else positive(LIMIT, SECONDS)
 
 
 # --- one node --------------------------------------------------------------------------------------------------------
 
 
-def _examine(report: Report) -> None:
+def _examine(report: Report, promised: int) -> None:
     here = environment()
     driver = {"driver": here.gpus[0].driver} if here.gpus else {}
     report.versions = here.packages | {"Python": here.python} | driver
     report.gpus = len(here.gpus)
-    promised = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
     if report.gpus < promised:
         report.problems.append(f"{report.gpus} GPUs, and the job has {promised} on this node")
     sections, works = examine()
@@ -129,9 +140,8 @@ def _examine(report: Report) -> None:
         report.problems += [f"{finding.name}: {finding.detail}" for finding in failed or sections["CPU path"]]
 
 
-def _measure(report: Report, folder: Path, node: int, nodes: int, end: float) -> None:
+def _measure(report: Report, folder: Path, node: int, nodes: int, ranks: int, end: float) -> None:
     """Start a process for each rank of this node, and read what the first of them has measured."""
-    ranks = len(gpus()) or int(os.environ.get("NPROC_PER_NODE", 1))
     processes = []
     for rank in range(ranks):
         place = {"RANK": node * ranks + rank, "WORLD_SIZE": nodes * ranks}

@@ -6,7 +6,6 @@ The script has the lines of ``slurm/grpo_qwen3.sh`` with other values, and like 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shlex
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 from miles_spmd import launcher
 from miles_spmd.config import Config
 from miles_spmd.config.load import ConfigError, load_config
+from miles_spmd.types.variables import VariableError, whole
 
 ROOT = Path(__file__).parents[1]
 BODY = Path("slurm", "job.sh")
@@ -33,7 +33,7 @@ def load(recipe: Path, overrides: list[str], *, dry_run: bool) -> Config:
     ranks = None
     with contextlib.suppress(ConfigError):  # which is raised again below, with all other errors
         job = load_config(recipe, overrides, check_files=False).slurm
-        ranks = job.nodes * (job.gpus_per_node or int(os.environ.get("NPROC_PER_NODE", 1)))
+        ranks = job.nodes * (job.gpus_per_node or whole("NPROC_PER_NODE", 1, least=1))
     inputs = partial(_errors, dry_run=dry_run)
     return load_config(recipe, overrides, world_size=ranks, elsewhere=True, inputs=inputs)
 
@@ -44,6 +44,11 @@ def _errors(config: Config, without: Collection[str], *, dry_run: bool) -> list[
     here = []
     if not (ROOT / BODY).is_file():
         here.append(f"no file {ROOT / BODY}: call miles-spmd of a checkout, which has the body of every job")
+    here += [
+        f"slurm.setup.{number}: {line!r} cannot be read by bash: {problem}"
+        for number, line in enumerate(config.slurm.setup)
+        if (problem := _syntax_error(line))
+    ]
     if not dry_run and shutil.which("sbatch") is None:
         here.append("no Slurm here: sbatch is not in PATH; call this on a login node, or see the script with --dry-run")
     return errors(config, without) + here
@@ -59,8 +64,9 @@ def render(recipe: Path, config: Config, overrides: list[str]) -> str:
     options += ["--exclusive", "--mem=0", f"--time={job.time}", "--requeue", f"--signal=B:USR1@{job.signal_seconds}"]
     options += ["--open-mode=append", f"--output={LOG}", *job.options]
     variables = {"MILES_SPMD_ROOT": str(ROOT), "MILES_SPMD_LAUNCH": job.launch, "MILES_SPMD_CONTAINER": job.container}
-    setup = [
-        f"{line} || {{ echo {shlex.quote(f'slurm.setup: this failed: {line}')} >&2; exit 2; }}" for line in job.setup
+    setup = [  # a comment in a line ends with the line
+        f"{{ {line}\n}} || {{ echo {shlex.quote(f'slurm.setup: this failed: {line}')} >&2; exit 2; }}"
+        for line in job.setup
     ]
     run = shlex.join([str(ROOT / BODY), "train", str(recipe.absolute()), *overrides])
     return "\n".join(
@@ -77,6 +83,15 @@ def render(recipe: Path, config: Config, overrides: list[str]) -> str:
     )
 
 
+def _syntax_error(line: str) -> str:
+    """Return what bash says about a line of a script, "" where it can read it, or is not here."""
+    if shutil.which("bash") is None:
+        return ""
+    text = f"{{ {line}\n}} || true\n"
+    done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
+    return done.stderr.strip().partition("\n")[0].rpartition(": ")[2] if done.returncode else ""
+
+
 def _job_name(config: Config) -> str:
     return re.sub(r"[^\w.-]", "-", config.run.name)
 
@@ -87,7 +102,12 @@ def submit(script: str) -> str:
     if done.returncode:
         lines = [line.removeprefix("sbatch: error: ") for line in done.stderr.splitlines() if "error" in line]
         raise SubmitError(f"Slurm has refused the job: {'; '.join(lines) or done.stderr.strip()}{_remedy(done.stderr)}")
-    return done.stdout.strip().partition(";")[0]
+    job = done.stdout.strip().partition(";")[0]
+    if not job.isdecimal():  # an option or a variable asks sbatch for something else
+        raise SubmitError(
+            f"sbatch has submitted no job, and printed: {(done.stdout + done.stderr).strip() or 'nothing'}"
+        )
+    return job
 
 
 def _remedy(message: str) -> str:
@@ -100,7 +120,7 @@ def _remedy(message: str) -> str:
 def run(recipe: Path, overrides: list[str], *, dry_run: bool) -> str:
     """Submit the job of ``recipe``, or only render its script if ``dry_run``. Returns what to print. Prints errors and
     exits where there are some."""
-    with launcher.failing(ConfigError, SubmitError, code=2):
+    with launcher.failing(ConfigError, SubmitError, VariableError, code=2):
         config = load(recipe, overrides, dry_run=dry_run)
         script = render(recipe, config, overrides)
         if dry_run:

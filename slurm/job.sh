@@ -18,26 +18,37 @@ fail() {
 }
 
 [[ -n ${SLURM_JOB_ID:-} ]] || fail "this runs in a job: sbatch slurm/grpo_qwen3.sh, or miles-spmd slurm CONFIG"
-root=${MILES_SPMD_ROOT:-$SLURM_SUBMIT_DIR}
-site=${MILES_SPMD_SITE:-$root/slurm/site.sh}
+
+# --- the site --------------------------------------------------------------------------------------------------------
+
+site=${MILES_SPMD_SITE:-${MILES_SPMD_ROOT:-$SLURM_SUBMIT_DIR}/slurm/site.sh}
+problem=$(bash -n "$site" 2>&1) || fail "the site file has an error: ${problem:-$site cannot be read}"
+site_failed() { # STATUS FILE LINE COMMAND
+    trap - EXIT
+    [[ $4 != 'source "$site"' ]] || fail "the site file $site has returned with status $1"
+    fail "$2, line $3: \"$4\" ended with status $1"
+}
+trap 'site_failed $? "${BASH_SOURCE[0]}" $LINENO "$BASH_COMMAND"' ERR
+trap 'fail "the site file $site has ended the job with status $?; the job begins after it: leave out its exit"' EXIT
+set +u +o pipefail # what a site calls, such as module and conda, is not written for these
+source "$site"
+trap - ERR EXIT
+set +e -uo pipefail # whatever it has set
+
+# --- what the job is -------------------------------------------------------------------------------------------------
+
+root=${MILES_SPMD_ROOT:-$SLURM_SUBMIT_DIR} # here, because a site file may use such names, too
 verb=$1 config=$2
 overrides=("${@:3}")
 overrides=("${overrides[@]//%a/${SLURM_ARRAY_TASK_ID:-%a}}")
 restart=${SLURM_RESTART_COUNT:-0}
+# The number of an array's last task is that of the whole array: a command to Slurm would mean all of its tasks.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
 if [[ $verb != eval ]]; then
     overrides+=(checkpoint.resume=true)
 elif [[ $restart -gt 0 ]]; then
     overrides+=(run.overwrite=true) # what this job itself has begun; an evaluation is not continued
-fi
-
-# --- the site --------------------------------------------------------------------------------------------------------
-
-if problem=$(bash -n "$site" 2>&1); then
-    trap 'fail "$site, line $LINENO: \"$BASH_COMMAND\" ended with status $?"' ERR
-    source "$site"
-    trap - ERR
-else
-    fail "the site file has an error: ${problem:-$site cannot be read}"
 fi
 [[ -f $config ]] || fail "no file $config in $PWD; paths are relative to where sbatch was called"
 
@@ -45,6 +56,7 @@ launch=${MILES_SPMD_LAUNCH:-torchrun}
 [[ $launch == torchrun || $launch == tasks ]] || fail "MILES_SPMD_LAUNCH is torchrun or tasks, not '$launch'"
 nodes=$SLURM_JOB_NUM_NODES
 ranks=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
+[[ $ranks =~ ^(0|[1-9][0-9]{0,5})$ ]] || fail "NPROC_PER_NODE is the number of ranks of a node, not '$ranks'"
 [[ $ranks -ge 1 ]] || fail "the job has no GPU (--gpus-per-node); on CPUs set NPROC_PER_NODE to the ranks of a node"
 export NPROC_PER_NODE=$ranks NNODES=$nodes PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 # nodes that have no network would wait for it
@@ -59,7 +71,7 @@ export MASTER_ADDR MASTER_PORT
 # changed while the job runs.
 job_end() {
     local time
-    time=$(squeue -h -j "$SLURM_JOB_ID" -o %e)
+    time=$(squeue -h -j "$job" -o %e)
     [[ -n $time ]] && date -d "$time" +%s 2>/dev/null || echo "${SLURM_JOB_END_TIME:-}"
 }
 ends=$(job_end)
@@ -105,8 +117,8 @@ step() {
 # --- before the start ------------------------------------------------------------------------------------------------
 
 trap 'fail "the job ends before the run has started: raise --time, or lower the seconds of --signal"' USR1
-note "job $SLURM_JOB_ID, restart $restart: $verb $config on $SLURM_JOB_NODELIST, $nodes x $ranks ranks by $launch," \
-    "${container:-no container}, until ${ends:+$(date -d "@$ends" '+%F %T')}"
+note "job $job, restart $restart: $verb $config on $SLURM_JOB_NODELIST, $nodes x $ranks ranks by $launch," \
+    "${container:-no container}, $([[ -z $ends ]] && echo no time limit || date -d "@$ends" '+until %F %T')"
 plan=$(step 1 1 "$PYTHON" -m miles_spmd "$verb" "$config" "${overrides[@]}" --dry-run --nproc-per-node=$((nodes * ranks)))
 status=$?
 echo "$plan"
@@ -129,7 +141,7 @@ ask_to_stop() {
     note "$1: the run is asked to stop${left:+, $left s before the end}"
     [[ -z $asked ]] || return
     asked=$1
-    echo "$left" >"$run/stop" || scancel --signal=USR1 "$SLURM_JOB_ID"
+    echo "$left" >"$run/stop" || scancel --signal=USR1 "$job"
     if [[ $1 == USR1 && -n $left ]]; then
         deadline=$((ends - (left > 120 ? 60 : left / 2)))
     fi
@@ -153,7 +165,7 @@ while kill -0 "$running" 2>/dev/null; do
         sleep 1
     else
         deadline=''
-        scancel --signal=TERM "$SLURM_JOB_ID"
+        scancel --signal=TERM "$job"
     fi
 done
 wait "$running"
@@ -184,7 +196,7 @@ if ! can_continue; then
     note "the run ended with status $status"
     exit "$status"
 fi
-state=$(squeue -h -j "$SLURM_JOB_ID" -o %T)
+state=$(squeue -h -j "$job" -o %T)
 if [[ $state != RUNNING ]]; then # cancelled by its user, or requeued by Slurm, which does the rest
     note "the run was stopped by Slurm, the job is $state"
 elif ! has_progressed; then
@@ -192,6 +204,6 @@ elif ! has_progressed; then
 else
     note "the run can be continued: requeueing the job"
     trap - TERM # by which Slurm ends this shell
-    scontrol requeue "$SLURM_JOB_ID" && sleep 60
+    scontrol requeue "$job" && sleep 60
 fi
 exit "$status"

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from miles_spmd.chaos.rehearsal import OWN, Chaos, ChaosError, load
 from miles_spmd.chaos.table import Row, render
 from miles_spmd.config import Config
+from miles_spmd.controller.run_folder import hold
 from miles_spmd.faults.fault import read_faults
+from miles_spmd.faults.strikes import VARIABLE
 from miles_spmd.ledger.chain import verify
 from miles_spmd.ledger.compare import compare
 from tests import forked
+from tests.slurm.cluster import wait_for
 from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
 
 RANKS = 2
@@ -147,6 +154,39 @@ def test_a_run_that_fails_without_a_fault_is_one_error(tmp_path: Path, checkpoin
         ChaosError, match=r"^start 1 ended without a fault: miles-spmd: .*RewardError: .*/start-1\.log$"
     ):
         chaos(config, "slow@eval.0,kill@train.1")
+
+
+def test_two_rehearsals_of_one_run_do_not_disturb_each_other(tmp_path: Path, checkpoint: Path) -> None:
+    """The second one begins between two starts of the first, when no run holds the folder."""
+    config, folder = recipe(tmp_path, checkpoint, 3), tmp_path / "runs" / "tiny-chaos" / "faults"
+    with hold(folder) or nullcontext():
+        done = forked.run("-m", "miles_spmd", "chaos", config, "--faults=kill@train.1", folder=tmp_path)
+    assert done.returncode == 2
+    assert f"another run is writing into {folder} (pid {os.getpid()} on " in done.stderr
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+
+
+SIGNALS = [signal.SIGHUP, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGINT, signal.SIGTERM))]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_an_interruption_leaves_no_process(tmp_path: Path, checkpoint: Path, number: signal.Signals) -> None:
+    config, output = recipe(tmp_path, checkpoint, 3), [tmp_path / "out", tmp_path / "err"]
+    command = "-m", "miles_spmd", "chaos", config, "--faults=kill@train.1"
+    program = forked.start(command, tmp_path, os.environ | {"PYTHONPATH": str(forked.REPOSITORY)}, *output)
+    wait_for((tmp_path / "runs" / "tiny-chaos" / "lock").exists, 200)
+    os.kill(program.pid, number)
+    assert program.wait(60) == 1
+    assert "miles-spmd: error: interrupted; the processes of the run were killed\n" in output[1].read_text()
+    marked = f"{VARIABLE}={tmp_path}"
+    assert not [pid for pid in psutil.pids() if marked in _environ(pid)]
+
+
+def _environ(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/environ").read_text(errors="replace")
+    except OSError:  # it has ended meanwhile
+        return ""
 
 
 def test_it_does_not_touch_the_results_of_an_earlier_one(tmp_path: Path, checkpoint: Path) -> None:

@@ -179,7 +179,9 @@ def test_export_needs_a_run(folder: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("named", ["/nonexistent", "/", "run", "run/checkpoints/step_000001", "elsewhere/deep/copy"])
+@pytest.mark.parametrize(
+    "named", ["/nonexistent", "/", "run", "run/checkpoints", "run/checkpoints/step_000001", "elsewhere/deep/copy"]
+)
 def test_export_names_what_it_needs(tmp_path: Path, named: str) -> None:
     (tmp_path / "config.toml").write_text("unrelated")  # two folders above "run/checkpoints"
     step, copy = tmp_path / "run" / "checkpoints" / "step_000002", tmp_path / "elsewhere" / "deep" / "copy"
@@ -192,6 +194,8 @@ def test_export_names_what_it_needs(tmp_path: Path, named: str) -> None:
     expected = {
         "/nonexistent": "is not a checkpoint of a run: the folder does not exist",
         "run": f"name one of its checkpoints, {step}",
+        "run/checkpoints": f"name one of its checkpoints, {step}",
+        "run/checkpoints/step_000001": f"name one of its checkpoints, {step}",
         "elsewhere/deep/copy": "is not in the folder of its run, whose config.toml is needed",
     }
     assert expected.get(named, "is not a checkpoint of a run: it has no controller.json") in stderr

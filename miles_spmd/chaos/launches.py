@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +18,10 @@ import psutil
 from miles_spmd.controller.attempts import Attempts
 from miles_spmd.faults.strikes import VARIABLE, Strike
 from miles_spmd.telemetry.json_lines import Lines
+from miles_spmd.types.files import naming
 from miles_spmd.types.printable import printable
 from miles_spmd.types.run_files import METRICS_FILE
+from miles_spmd.worker.meeting import made_by_launcher
 
 LOOK_EVERY = 0.05  # seconds
 
@@ -108,11 +109,11 @@ class Output:
     file must not keep them from printing. Raises OSError."""
 
     def __init__(self, file: Path) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="miles-spmd-chaos-")
-        self.pipe = Path(self._folder.name, "output")
+        self._folder = contextlib.ExitStack()
+        self.pipe = self._folder.enter_context(made_by_launcher()) / "output"
         os.mkfifo(self.pipe)
         self._reader = os.open(self.pipe, os.O_RDONLY | os.O_NONBLOCK)
-        self._file, self._rest = file.open("wb", buffering=0), b""
+        self._path, self._file, self._rest = file, file.open("wb", buffering=0), b""
 
     def __enter__(self) -> Output:
         return self
@@ -120,11 +121,11 @@ class Output:
     def __exit__(self, *_: object) -> None:
         os.close(self._reader)
         self._file.close()
-        self._folder.cleanup()
+        self._folder.close()
 
     def read(self) -> list[str]:
         """Return the whole lines since the last call."""
-        with contextlib.suppress(BlockingIOError):  # nothing new
+        with naming(self._path), contextlib.suppress(BlockingIOError):  # nothing new
             while content := os.read(self._reader, 1 << 16):
                 self._file.write(content)
                 self._rest += content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ from miles_spmd.chaos.launches import LOOK_EVERY, Launch, Line, Output, Processe
 from miles_spmd.chaos.table import Row, render, rows
 from miles_spmd.config import Config
 from miles_spmd.config.load import ConfigError, load_config
-from miles_spmd.controller.run_folder import override
+from miles_spmd.controller.run_folder import LOCK_FILE, RunFolderError, hold, override
 from miles_spmd.faults.fault import START, Fault, read_faults
 from miles_spmd.faults.strikes import VARIABLE, Plan
 from miles_spmd.ledger.chain import verify
@@ -58,7 +59,9 @@ class Chaos:
     def survive(self) -> None:
         """Start the run until it ends by itself. Raises ChaosError where it does not survive, OSError where nothing can
         be written."""
-        shutil.rmtree(self._folder, ignore_errors=True)  # of the rehearsal that run.overwrite replaces
+        for path in self._folder.glob("*"):  # of the rehearsal that run.overwrite replaces
+            if path.name != LOCK_FILE:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._plan.write(self._faults)
         while not self.launches or self.launches[-1].status:
             self._launch()
@@ -175,12 +178,17 @@ def run(recipe: Path, overrides: list[str], text: str, nproc: int | None) -> int
     own = override("run.name", config.run.name), *OWN[:2], f"--nproc-per-node={world_size}"
     command = ["-m", "miles_spmd", "train", str(recipe), *overrides, *own]
     show = partial(print, flush=True)
+    with launcher.failing(RunFolderError, OSError, code=2):
+        lock = hold(config.run_dir / FOLDER)  # between two starts the run itself has none
     for remark in remarks(config, faults):
         launcher.warn(remark)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
+            signal.signal(number, signal.default_int_handler)
     chaos, problem = Chaos(config, faults, command, show=lambda line: show(f"chaos: {line}")), ""
     try:
-        chaos.survive()
+        with lock or contextlib.nullcontext():
+            chaos.survive()
     except (ChaosError, OSError) as error:
         problem = str(error)
     except KeyboardInterrupt:

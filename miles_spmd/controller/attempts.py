@@ -17,7 +17,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,6 +28,7 @@ from miles_spmd.types.files import AppendedFile, link, write_whole
 from miles_spmd.types.printable import printable
 from miles_spmd.types.run_files import CHECKPOINT_MARK, METRICS_FILE, complete_checkpoints
 from miles_spmd.types.secrets import scrub
+from miles_spmd.types.variables import whole
 
 ATTEMPTS_FILE = "attempts.jsonl"
 LOGS = "logs"
@@ -52,7 +53,7 @@ class Attempt(msgspec.Struct, frozen=True):
     end: Seconds | None = None  # None while it runs
     state: State = "running"
     reason: str = ""  # why it ended: "finished", "killed", or the message of the end
-    job: str = ""  # Slurm's number of the job
+    job: str = ""  # Slurm's number of the job, 7 or in an array 7_1
     restart: int = 0  # how often Slurm had requeued the job
     nodes: list[str] = []
     ranks: int = 0
@@ -75,6 +76,13 @@ class Sign(msgspec.Struct, frozen=True):
     time: Seconds
     phase: str = "start"  # one of telemetry.metrics.PHASES, "" between them
     since: Seconds = 0.0  # when the phase began
+
+
+def slurm_job(environment: Mapping[str, str] = os.environ) -> str:
+    """Return by what name Slurm knows the job that this process is in, "" outside of one. In an array it is that of the
+    task: the number of the last task is also that of the whole array."""
+    array, task = (environment.get(f"SLURM_ARRAY_{name}") for name in ("JOB_ID", "TASK_ID"))
+    return f"{array}_{task}" if array and task else environment.get("SLURM_JOB_ID", "")
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -188,8 +196,8 @@ def begin(run_dir: Path, task: str, ranks: int) -> AttemptWriter:
         attempt=0,
         task=task,
         start=time.time(),
-        job=os.environ.get("SLURM_JOB_ID", ""),
-        restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        job=slurm_job(),
+        restart=whole("SLURM_RESTART_COUNT", 0),
         nodes=[socket.gethostname()],
         ranks=ranks,
     )

@@ -181,10 +181,14 @@ def _scores(folders: Mapping[int, Path], metric: str) -> dict[int, float]:
 def read(folder: Path) -> ControllerState:
     """Return the state in ``folder``. Raises ResumeError where it is not a complete checkpoint of this project."""
     path = folder / STATE_FILE
-    if (own := newest(folder)) is not None:
-        raise ResumeError(f"{folder} is the folder of a run; name one of its checkpoints, such as {own}")
+    among = folder.name == FOLDER
+    if (own := newest(folder.parent if among else folder)) is not None:
+        what = "has the checkpoints" if among else "is the folder"
+        raise ResumeError(f"{folder} {what} of a run; name one of its checkpoints, such as {own}")
     if not path.is_file():
         kind = "is incomplete: it was being written when its run ended" if folder.is_dir() else "does not exist"
+        if folder.is_dir() and not folder.name.startswith("step_"):
+            kind = "is none"
         raise ResumeError(f"checkpoint {folder} {kind} ({STATE_FILE} is missing)")
     try:
         content = path.read_bytes()

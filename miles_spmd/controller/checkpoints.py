@@ -149,7 +149,7 @@ class Checkpoints:
         if self._saving is not None and self._saving.asked:
             return False
         aligned = step % self._config.refit.update_weights_interval == 0
-        return aligned and (self._config.run_dir / SAVE_FILE).exists()
+        return aligned and (self._config.run_dir / SAVE_FILE).is_file()
 
     def _begin(self, step: int, journal: Journal, due: bool, asked: bool) -> None:
         scratch, problem = None, self._lack_of_room()

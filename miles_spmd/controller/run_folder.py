@@ -22,10 +22,11 @@ from typing import Any, TextIO
 
 from miles_spmd.config import Config
 from miles_spmd.config.load import dump_config, load_config
-from miles_spmd.controller.attempts import LOGS, leftovers
+from miles_spmd.controller.attempts import LOGS, leftovers, slurm_job
 from miles_spmd.controller.checkpoint_folders import EXPORT, INCOMPLETE, STATE_FILE, newest, unfinished
 from miles_spmd.controller.checkpoint_folders import FOLDER as CHECKPOINTS
 from miles_spmd.ledger.chain import FOLDER as LEDGER
+from miles_spmd.platform.kernel_cache import shared_folder
 from miles_spmd.telemetry.environment import ENVIRONMENT_FILE, read_environment, write_environment
 from miles_spmd.telemetry.report import REPORT_FILE, write_report
 from miles_spmd.telemetry.stragglers import STRAGGLERS_FILE
@@ -104,6 +105,8 @@ def check(config: Config, task: str) -> None:
     places = [("run.output_dir and run.name", place) for place in own]
     if task == "export" or (task == "train" and config.checkpoint.export_final):
         places.append(("checkpoint.export_dir", config.checkpoint.export_dir or folder / EXPORT))
+    if task == "warm":  # other tasks do without
+        places.append(("run.kernel_cache", config.run.kernel_cache or shared_folder()))
     for setting, place in places:
         try:
             _try_to_write(place)
@@ -261,6 +264,13 @@ def _check_inputs(config: Config) -> None:
             )
 
 
+def hold(folder: Path) -> TextIO | None:
+    """Make ``folder``, which one process works in at a time, and return its lock, which ends with this process at the
+    latest. Raises RunFolderError where another process has it, and OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return _lock(folder, keep=True)
+
+
 def _lock(folder: Path, *, keep: bool) -> TextIO | None:
     """Take the folder's lock, and return it unless it is not to be kept. Raises RunFolderError where another process
     has it."""
@@ -282,7 +292,7 @@ def _lock(folder: Path, *, keep: bool) -> TextIO | None:
     if not keep:
         lock.close()
         return None
-    job = f"Slurm job {job}, " if (job := os.environ.get("SLURM_JOB_ID")) else ""
+    job = f"Slurm job {job}, " if (job := slurm_job()) else ""
     with naming(path):
         lock.truncate(0)
         lock.write(f"{job}pid {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}\n")

@@ -20,6 +20,7 @@ START = "start"
 PHASES = (START, "refit", "eval", "save", "rollout", "log_probs", "train")  # in the order of the steps' numbers
 OF_STEPS = PHASES[1:]
 REWARDED = ("rollout", "eval")
+NUMBER = "[0-9]{1,9}"
 # The settings that decide when which phase comes.
 USED = (
     *("run.mode", "run.num_rollout", "checkpoint.save_interval", "checkpoint.save_final", "checkpoint.keep_last"),
@@ -135,7 +136,7 @@ def _read(text: str, world_size: int) -> tuple[Fault | None, list[str]]:
         errors.append(_unknown("phase", phase, PHASES))
     elif phase == START and number is not None:
         errors.append("a start has no step: write @start; it is the first one after the faults listed before it")
-    elif phase != START and not (number or "").isdecimal():
+    elif phase != START and not re.fullmatch(NUMBER, number or ""):
         errors.append(f"a phase of a step has its number: write @{phase}.STEP, such as @{phase}.1")
     if kind in KINDS:
         process, problem = _process(kind, process, world_size)
@@ -152,7 +153,7 @@ def _process(kind: str, process: str | None, world_size: int) -> tuple[str, str]
     allowed, last = KINDS[kind].processes, f"rank{world_size - 1}"
     if process is None:
         return last if allowed[0] == "rank" else allowed[0], ""
-    number = re.fullmatch(r"rank(\d+)", process)
+    number = re.fullmatch(f"rank({NUMBER})", process)
     if number and "rank" in allowed:
         inside = int(number[1]) < world_size
         ranks = f"rank0 to {last}" if world_size > 1 else "rank0 alone"
@@ -165,7 +166,7 @@ def _process(kind: str, process: str | None, world_size: int) -> tuple[str, str]
     names = [name.replace("rank", "rankN") for name in allowed if name]
     if not names:
         return "", f"{kind} has no process: write {kind}@PHASE.STEP"
-    if process in {name for one in KINDS.values() for name in one.processes} or number:
+    if process in {name for one in KINDS.values() for name in one.processes if name} or number:
         return "", f"{kind} cannot strike {process}; it can strike {', '.join(names)}"
     return "", _unknown("process", process, names)
 

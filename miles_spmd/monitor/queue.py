@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 
@@ -20,7 +21,7 @@ class Queued(msgspec.Struct, frozen=True):
 
 def queued(job: str) -> Queued | None:
     """Return what the queue says about ``job``; None without such a queue, and for a job that is over."""
-    if not job.isdecimal() or shutil.which("squeue") is None:
+    if not re.fullmatch(r"\d+(_\d+)?", job, re.ASCII) or shutil.which("squeue") is None:
         return None
     command = ["squeue", "-h", "-j", job, "-o", "%T|%r|%S"]
     try:

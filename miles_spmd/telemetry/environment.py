@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from miles_spmd.types.files import write_whole
+from miles_spmd.types.variables import whole
 
 ENVIRONMENT_FILE = "environment.json"
 # The versions that are tested together; on a GPU also those of CUDA_PINS.
@@ -76,7 +77,7 @@ def cores_per_rank(ranks: int) -> int:
     """Return this process's share of the cores where ``ranks`` of them run on this node. Slurm may have given a task
     its share already."""
     here = cores()
-    return max(1, min(here, int(os.environ.get("SLURM_CPUS_ON_NODE") or here) // ranks))
+    return max(1, min(here, whole("SLURM_CPUS_ON_NODE", here, least=1) // ranks))
 
 
 def processor() -> str:

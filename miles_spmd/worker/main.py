@@ -94,7 +94,8 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
         return status
     if task == "warm":
         counts = f"{kernels.compiled} kernels compiled, {kernels.found} files found"
-        print(f"warm: {time.monotonic() - began:.1f} s, {counts}, kept in {kernels.archive}", file=terminal)
+        kept = f"kept in {kernels.archive}" if kernels.archive.exists() else "none to keep"
+        print(f"warm: {time.monotonic() - began:.1f} s, {counts}, {'; '.join(kernels.problems) or kept}", file=terminal)
     if killed := controller.killed(status := controller.wait()):
         say(f"rank {place.rank} ({HOST}), after the last step: {killed}", terminal)
     return status if status >= 0 else 1

@@ -32,6 +32,7 @@ import psutil
 from miles_spmd.protocol.pipe import Credentials
 from miles_spmd.protocol.router import ANY_INTERFACE, LOOPBACK, address_towards
 from miles_spmd.types.files import naming
+from miles_spmd.types.variables import VariableError, text, whole
 from miles_spmd.worker import slurm_task
 from miles_spmd.worker.controller_process import ControllerProcess
 
@@ -59,15 +60,25 @@ class Place:
 
     @classmethod
     def from_environment(cls) -> Place:
-        world_size = int(os.environ["WORLD_SIZE"])
-        return cls(
-            rank=int(os.environ["RANK"]),
+        """Raises VariableError."""
+        world_size = whole("WORLD_SIZE", least=1)
+        place = cls(
+            rank=whole("RANK"),
             world_size=world_size,
-            local_rank=int(os.environ["LOCAL_RANK"]),
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
-            master=os.environ["MASTER_ADDR"],
+            local_rank=whole("LOCAL_RANK"),
+            local_world_size=whole("LOCAL_WORLD_SIZE", world_size, least=1),
+            master=text("MASTER_ADDR"),
             meeting=os.environ.get(slurm_task.MEETING, ""),
         )
+        if (
+            place.rank >= world_size
+            or place.local_rank >= place.local_world_size
+            or place.local_world_size > world_size
+        ):
+            names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+            given = ", ".join(f"{name} {os.environ[name]}" for name in names if name in os.environ)
+            raise VariableError(f"the environment has {given}, which cannot be the place of a rank")
+        return place
 
     @property
     def host(self) -> str:
@@ -165,7 +176,7 @@ def _launchers_store(place: Place, limit: timedelta) -> Store:
 
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return next(rendezvous("env://", timeout=limit))[0]
-    port, descriptor = int(os.environ["MASTER_PORT"]), None
+    port, descriptor = whole("MASTER_PORT"), None
     if place.rank == 0:
         port, descriptor = _listen(place, port)
     return TCPStore(place.host, port, place.world_size, place.rank == 0, limit, master_listen_fd=descriptor)

@@ -300,6 +300,11 @@ def test_newest(tmp_path: Path) -> None:
     assert newest(tmp_path).name == "step_1000000"  # type: ignore[union-attr]
     assert newest(tmp_path, up_to=12).name == "step_000010"  # type: ignore[union-attr]
     assert newest(tmp_path, up_to=1) is None
+    with pytest.raises(ResumeError, match=r"has the checkpoints of a run; name one of its .*, such as .*step_1000000"):
+        read(tmp_path / "checkpoints")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ResumeError, match=r"checkpoint .*/other is none \(controller.json is missing\)"):
+        read(tmp_path / "other")
     with pytest.raises(
         ResumeError, match=r"is the folder of a run; name one of its checkpoints, such as .*step_1000000"
     ):

@@ -224,6 +224,12 @@ def test_two_runs_do_not_share_a_folder_and_a_dead_one_holds_nothing(tmp_path: P
     claim(config, "train").close()  # type: ignore[union-attr]
 
 
+def test_warm_tries_where_it_keeps_kernels(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"run.kernel_cache: cannot write into /proc/none"):
+        check(of_task(make(tmp_path, "run.kernel_cache=/proc/none"), "warm"), "warm")
+    check(make(tmp_path, "run.kernel_cache=/proc/none"), "train")
+
+
 @pytest.mark.parametrize(
     ("override", "setting"),
     [("run.output_dir=/proc/none", "run.output_dir"), ("checkpoint.export_dir=/proc/none", "checkpoint.export_dir")],

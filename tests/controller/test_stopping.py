@@ -3,6 +3,7 @@ a run that never stopped. The real loop in this process, real ranks beside it.""
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from miles_spmd.controller.checkpoint_folders import RESPONSES_FILE, newest, rea
 from miles_spmd.controller.cluster.cluster import Cluster, RolloutSession
 from miles_spmd.controller.cluster.listener import PendingCall
 from miles_spmd.controller.journal import events
-from miles_spmd.controller.journal.stopping import Stopping, job_end
+from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.controller.learning.policy import Policy
 from miles_spmd.ledger.chain import FILE, FOLDER, verify
 from miles_spmd.protocol.commands import Command, Generate, SaveCheckpoint, TrainStep
@@ -24,6 +25,7 @@ from miles_spmd.protocol.messages import ReleasePasses
 from miles_spmd.protocol.router import Router
 from miles_spmd.telemetry.progress import KINDS, Progress
 from miles_spmd.telemetry.trackers import read_metrics
+from miles_spmd.types.variables import VariableError, job_end
 from tests.ledger.runs import ended, train
 from tests.ranks import Ranks
 from tests.worker.tiny_run import write_checkpoint, write_config
@@ -105,6 +107,42 @@ def test_the_end_of_the_job_limits_what_a_signal_leaves(asked: Callable[..., Sto
 )
 def test_job_end(environment: dict[str, str], end: float) -> None:
     assert job_end(environment) == end
+
+
+@pytest.mark.parametrize(
+    ("content", "left"),
+    [
+        (b"", "no time limit"),
+        (b" 120\n", "120 s left"),
+        (b"soon", "no time limit"),
+        (b"nan", "no time limit"),
+        (b"\xff\xfe" * 2**20, "no time limit"),
+        (b"-5", "0 s left"),
+    ],
+    ids=["empty", "seconds", "word", "nan", "binary", "negative"],
+)
+def test_what_a_stop_file_says(asked: Callable[..., Stopping], tmp_path: Path, content: bytes, left: str) -> None:
+    stopping, lines = asked(), list[str]()
+    stopping.show = lines.append
+    (tmp_path / "stop").write_bytes(content)
+    stopping._look()
+    assert lines[0].startswith(f"stopping: {tmp_path}/stop, {left}: ")
+    assert not (tmp_path / "stop").exists()
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_stop_file(asked: Callable[..., Stopping], tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """A pipe would be waited for, and with it every other request to stop."""
+    stopping = asked()
+    make(tmp_path / "stop")
+    stopping._look()
+    assert not stopping.source
+
+
+@pytest.mark.parametrize("value", ["soon", "2026-11-30T10:00", "-5", "0", "nan", "1e400"])
+def test_an_end_of_the_job_that_is_none(value: str) -> None:
+    with pytest.raises(VariableError, match=r"MILES_SPMD_JOB_END in the environment has to be a finite number above 0"):
+        job_end({"SLURM_JOB_END_TIME": "1000", "MILES_SPMD_JOB_END": value})
 
 
 def test_signals_of_all_processes_are_one_request(asked: Callable[..., Stopping]) -> None:

@@ -81,6 +81,11 @@ def test_phases_come_in_their_steps() -> None:
         ("kill@trian.3", "kill@trian.3: unknown phase 'trian'; did you mean train"),
         ("kill@train", "kill@train: a phase of a step has its number: write @train.STEP, such as @train.1"),
         ("kill@train.x", "kill@train.x: a phase of a step has its number: write @train.STEP, such as @train.1"),
+        ("kill@train." + "9" * 5000, "kill@train." + "9" * 5000 + ": a phase of a step has its number: write "
+         "@train.STEP, such as @train.1"),
+        ("kill:rank" + "9" * 5000 + "@train.1", "kill:rank" + "9" * 5000 + "@train.1: unknown process 'rank"
+         + "9" * 5000 + "'; there are rankN, controller, launcher, reward"),
+        ("kill:@train.1", "kill:@train.1: unknown process ''; there are rankN, controller, launcher, reward"),
         ("kill@start.1", "kill@start.1: a start has no step: write @start; it is the first one after the faults listed "
          "before it"),
         ("kill:rank4@train.1", "kill:rank4@train.1: the run has rank0 to rank3: raise --nproc-per-node, "

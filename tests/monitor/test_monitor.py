@@ -294,6 +294,11 @@ def test_damaged_files_are_named_once(copy: Path, name: str) -> None:
     assert done.stdout.startswith("run: ")
 
 
+def test_tail_prints_no_escapes_of_a_damaged_file(tmp_path: Path) -> None:
+    (tmp_path / "attempts.jsonl").write_text('{"attempt":1,"task":"tr\\u001b[2Jain","start":1,"end":2}\n')
+    assert "tr\\x1b[2Jain, 0 ranks" in verb("tail", tmp_path, "--no-follow").stdout
+
+
 @pytest.mark.parametrize("name", ["status", "tail"])
 def test_what_is_no_run(tmp_path: Path, story: Story, name: str) -> None:
     (tmp_path / "file").touch()

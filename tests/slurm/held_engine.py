@@ -16,7 +16,7 @@ from miles_spmd.protocol.results import Result
 from miles_spmd.worker.worker import Worker
 from tests.reference_engine import TorchEngine
 
-CHECKPOINT = "runs/tiny/checkpoints/step_000002"
+CHECKPOINT = "checkpoints/step_000002"  # in the folder of the training run
 
 
 class HeldEngine(TorchEngine):
@@ -29,15 +29,16 @@ class HeldEngine(TorchEngine):
 
 def held(handler: Any) -> Any:
     def wait_and_handle(worker: Worker, command: Command) -> Result:
-        wait(type(command).__name__)
+        trained = Path(str(worker._config.run_dir).removesuffix("-eval"))
+        wait(type(command).__name__, trained / CHECKPOINT)
         result: Result = handler(worker, command)
         return result
 
     return wait_and_handle
 
 
-def wait(command: str) -> None:
+def wait(command: str, checkpoint: Path) -> None:
     hold = Path(os.environ.get("HOLD", "no hold"))
-    while (hold.parent / CHECKPOINT).exists() and hold.exists() and hold.read_text() == command:
+    while checkpoint.exists() and hold.exists() and hold.read_text() == command:
         hold.with_name("held").touch()
         time.sleep(0.05)

@@ -18,7 +18,7 @@ from miles_spmd.controller.journal.stopping import SAME
 from miles_spmd.ledger.chain import verify
 from miles_spmd.ledger.compare import compare
 from tests import forked
-from tests.slurm.cluster import REPOSITORY, Cluster, Job, wait_for
+from tests.slurm.cluster import LIMIT, REPOSITORY, Cluster, Job, wait_for
 from tests.slurm.conftest import Submit, submit_from, write_job
 
 END_SECONDS = 20.0  # in which Slurm ends the processes of a job that has no others
@@ -223,6 +223,23 @@ def test_an_array_has_a_folder_for_each_task(submit: Submit, folder: Path, check
 
 
 @pytest.mark.slow
+def test_a_task_of_an_array_is_stopped_and_requeued_alone(submit: Submit, folder: Path, checkpoint: Path) -> None:
+    """The last one, whose number is that of the array."""
+    options = ("--array=1-2", "--oversubscribe", "--cpus-per-task=1", f"--output={folder}/%A_%a.log")
+    (folder / "hold").write_text("Generate")
+    job = submit(write_job(folder, checkpoint), "run.name=tiny-%a", options=options)
+    tasks = [Job(job.cluster, f"{job.id}_{number}") for number in (1, 2)]
+    wait_for(lambda: all((folder / f"runs/tiny-{n}/checkpoints/step_000002").exists() for n in (1, 2)), LIMIT)
+    stop_by_signal(tasks[1])
+    wait_for(lambda: tasks[1].state == "PENDING", LIMIT)
+    assert tasks[0].state == "RUNNING"
+    (folder / "hold").unlink()
+    assert [task.wait() for task in tasks] == ["COMPLETED", "COMPLETED"], [task.log() for task in tasks]
+    assert [task.show()["Restarts"] for task in tasks] == ["0", "1"]
+    assert "stopping: " not in tasks[0].log()
+
+
+@pytest.mark.slow
 def test_a_chain_of_jobs_continues_one_run(submit: Submit, folder: Path, checkpoint: Path, uninterrupted: Path) -> None:
     config = write_job(folder, checkpoint)
     first = submit(config, "run.num_rollout=2", ranks=2)
@@ -263,6 +280,9 @@ REFUSALS = (
     ({"MILES_SPMD_ROOT": "/nowhere"}, "no file /nowhere/slurm/job.sh"),
     ({"site": "if true; then"}, "the site file has an error: "),
     ({"site": "export A=1\nfalse"}, 'site.sh, line 2: "false" ended with status 1'),
+    ({"site": "true\nexit 0"}, "site.sh has ended the job with status 0; the job begins after it"),
+    ({"site": "true\nreturn 3"}, "site.sh has returned with status 3"),
+    ({"site": "set -e; root=/x verb=y config=z; export A=$UNSET NPROC_PER_NODE=1x"}, "ranks of a node, not '1x'"),
 )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from miles_spmd.preflight import Report, judge, render
+from miles_spmd.preflight import Report, judge, preflight, render
 from miles_spmd.telemetry import environment
 from tests.slurm.cluster import REPOSITORY, Cluster
 
@@ -83,6 +83,30 @@ def test_what_nvidia_smi_reports(monkeypatch: pytest.MonkeyPatch) -> None:
         "GPU 1: 3 uncorrected errors of its memory since it was reset",
         "GPU 1: its clock is reduced because of heat or power (hw_slowdown)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"MILES_SPMD_BANDWIDTH": "fast"}, "MILES_SPMD_BANDWIDTH in the environment has to be a finite number above 0"),
+        ({"MILES_SPMD_PREFLIGHT": "on"}, "MILES_SPMD_PREFLIGHT in the environment has to be a finite number above 0"),
+        ({"NPROC_PER_NODE": "2x"}, "NPROC_PER_NODE in the environment has to be a whole number, at least 1, got '2x'"),
+        ({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_TASKS": "4"}, "task 0 of 4 on 2 nodes: call srun with --nt"),
+        ({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "3"}, "task 3 of 1 on 2 nodes: call srun with --ntasks-per"),
+    ],
+)
+def test_what_the_environment_must_have(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    variables: dict[str, str],
+    message: str,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert preflight(tmp_path) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 SCRIPT = f"""#!/bin/bash

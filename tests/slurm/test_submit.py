@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from miles_spmd.config.load import load_config
-from miles_spmd.slurm import render
+from miles_spmd.config.load import ConfigError, load_config
+from miles_spmd.slurm import SubmitError, load, render, submit
 from tests.slurm.cluster import REPOSITORY, Cluster, Job
 from tests.slurm.conftest import write_job
 
@@ -61,7 +62,8 @@ def test_every_setting_is_in_the_script(tmp_path: Path) -> None:
         *("#SBATCH --partition=gpu", "#SBATCH --account=me", "#SBATCH --nodes=3", "#SBATCH --gpus-per-node=4"),
         *("#SBATCH --time=2-00", "#SBATCH --signal=B:USR1@90", "#SBATCH --qos=long", "#SBATCH --requeue"),
         *("export MILES_SPMD_LAUNCH=tasks", "export MILES_SPMD_CONTAINER='pyxis:x y'"),
-        "module load cuda || { echo 'slurm.setup: this failed: module load cuda' >&2; exit 2; }",
+        "{ module load cuda",
+        "} || { echo 'slurm.setup: this failed: module load cuda' >&2; exit 2; }",
     ):
         assert line in lines
     assert lines[-1].endswith(f"train {tmp_path}/config.toml 'run.name=a b'")
@@ -69,8 +71,53 @@ def test_every_setting_is_in_the_script(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("5", 300), ("4:30", 270), ("0:4:30", 270), ("0-0:4", 240), ("10", 0), ("1-0", 0), ("0", 0), ("UNLIMITED", 0)],
+)
+def test_a_job_that_would_be_stopped_before_it_begins(tmp_path: Path, time: str, seconds: int) -> None:
+    """``seconds``: 0: it is not."""
+    config = write_job(tmp_path, tmp_path / "model", slurm={"time": time, "signal_seconds": 300})
+    with pytest.raises(ConfigError) if seconds else nullcontext() as found:
+        load_config(config, check_files=False)
+    if found is not None:
+        assert (
+            f"slurm.signal_seconds: must be shorter than slurm.time, or the job is stopped before it begins, got "
+            f"300 s of {seconds} s" in str(found.value)
+        )
+
+
+@pytest.mark.parametrize("line", ["echo $(", "if true; then", "}", "echo 'a"])
+def test_a_line_of_setup_is_a_whole_command(tmp_path: Path, line: str) -> None:
+    setup = {"setup": ["true # comment", line]}
+    with pytest.raises(ConfigError) as found:
+        load(write_job(tmp_path, tmp_path / "model", slurm=setup), [], dry_run=True)
+    assert f"slurm.setup.1: {line!r} cannot be read by bash: " in str(found.value)
+    assert "slurm.setup.0" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [("false # comment", 2), ("true; false", 2), ("export A=1 # comment", 0), ("[[ -n a ]] && A=1", 0)],
+)
+def test_a_line_of_setup_that_fails_ends_the_job(tmp_path: Path, line: str, status: int) -> None:
+    config = load_config(write_job(tmp_path, tmp_path / "model", slurm={"setup": [line]}), check_files=False)
+    script = render(tmp_path / "config.toml", config, []).rpartition("source ")[0]
+    done = subprocess.run(["bash"], input=script, text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (status, f"slurm.setup: this failed: {line}\n" if status else "")
+
+
+def test_an_sbatch_that_submits_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'Job 5 to start at noon' >&2\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(SubmitError, match=r"^sbatch has submitted no job, and printed: Job 5 to start at noon$"):
+        submit("")
+
+
 def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:
-    settings = {"time": "soon", "signal_seconds": 5, "container": "docker:x", "options": ["qos", "--time=3"]}
+    settings = {"time": "soon", "signal_seconds": 5, "container": "docker:x"}
+    settings |= {"options": ["qos", "--time=3", "-N4", "--test-only", "--qos=long"]}
     config = write_job(tmp_path, tmp_path / "model", slurm=settings)
     done = miles_spmd("slurm", config, "nodse=2", PATH="/nowhere")
     assert done.returncode == 2
@@ -81,6 +128,8 @@ def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:
         "slurm.container: must be apptainer:IMAGE or pyxis:IMAGE, got 'docker:x'",
         "slurm.options.0: 'qos' is not an option of sbatch",
         "slurm.options.1: --time is set by",
+        "slurm.options.2: --nodes is set by",
+        "slurm.options.3: --test-only has no use here",
         "nodse=2: unknown setting",
         f"model.hf_checkpoint: no folder {tmp_path}/model",
         "no Slurm here: sbatch is not in PATH",

@@ -21,8 +21,9 @@ from miles_spmd.ledger.compare import compare
 from miles_spmd.protocol.pipe import REQUEUE
 from miles_spmd.types.phase import Phase
 from tests import forked
+from tests.slurm.cluster import wait_for
 from tests.worker.launched import REPOSITORY, START_SECONDS, Launch, Launched
-from tests.worker.tiny_run import write_config
+from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
 
 
 @pytest.fixture
@@ -120,6 +121,52 @@ def test_a_stop_does_not_wait_for_a_reward_that_hangs(launch: Launch) -> None:
     assert found
     assert "leaving step 0, whose end cannot be estimated" in (run.folder / "stdout").read_text()
     assert f"step 0 continues {found[1]}" in go_on(run, "reward.rm_type=tests.worker.rewards:by_length")
+
+
+STARTS = """
+import os, signal, sys
+from miles_spmd import launcher
+signal.signal(signal.SIGHUP, getattr(signal, sys.argv[2]))
+launcher.load = lambda *_, **__: os.kill(os.getpid(), int(sys.argv[1])) or sys.exit(3)
+launcher.start("train", None, [], 1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "hangup", "status"),
+    [
+        (signal.SIGTERM, "SIG_DFL", 75),
+        (signal.SIGUSR1, "SIG_DFL", 75),
+        (signal.SIGINT, "SIG_DFL", 130),
+        (signal.SIGHUP, "SIG_DFL", 129),
+        (signal.SIGHUP, "SIG_IGN", 3),  # it goes on
+    ],
+    ids=lambda value: str(getattr(value, "name", value)),
+)
+def test_before_the_start_of_ranks_it_ends_at_once(number: signal.Signals, hangup: str, status: int) -> None:
+    command = [sys.executable, "-c", STARTS, str(int(number)), hangup]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == status, done.stderr
+    assert done.stderr == ("" if status == 3 else f"miles-spmd: start: stopped by {number.name}\n")
+
+
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path, write_checkpoint(tmp_path / "model"), run=ENDLESS, rollout={"engine": REFERENCE_ENGINE}
+    )
+    command = ["nohup", sys.executable, "-m", "miles_spmd", "train", config]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    with (tmp_path / "output").open("wb") as output:
+        launcher = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=output, stderr=output)
+    try:
+        wait_for((metrics := tmp_path / "runs" / "tiny" / "metrics.jsonl").exists, START_SECONDS)
+        launcher.send_signal(signal.SIGHUP)
+        steps = len(metrics.read_text().splitlines())
+        wait_for(lambda: len(metrics.read_text().splitlines()) > steps + 3, START_SECONDS)
+        launcher.send_signal(signal.SIGUSR1)
+        assert launcher.wait(START_SECONDS) == 75, (tmp_path / "output").read_text()
+    finally:
+        launcher.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda number: number.name)

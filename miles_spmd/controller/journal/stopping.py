@@ -18,9 +18,9 @@ from queue import Empty, SimpleQueue
 
 from miles_spmd.controller.cluster.cluster import Unfinished
 from miles_spmd.controller.journal import events
+from miles_spmd.types.variables import job_end
 
 STOP_FILE = "stop"  # in the run's folder
-JOB_END = "SLURM_JOB_END_TIME", "MILES_SPMD_JOB_END"  # environment: Unix seconds; the first one that is set counts
 GRACE = {"SIGTERM": 30.0, "SIGUSR1": 300.0}  # seconds from a signal until whoever sent it kills the run
 LAST = 10.0  # seconds from a second request to the end
 SAME = 2.0  # seconds in which requests count as one: a signal may reach a launcher and each of its ranks
@@ -28,6 +28,7 @@ CLOSING = 2.0  # seconds before the end in which a run ends itself, unless it wr
 MARGIN = 5.0  # seconds to stop ranks, write a report and exit
 FACTOR = 1.3  # of what was measured, for what is planned
 UNMEASURED_SAVE = 30.0  # seconds
+MAX_SECONDS = 100  # bytes of the file that are read
 LOOK_EVERY = 1.0  # seconds between looks for files
 REMEMBERED = 3  # steps: the longest of them counts
 NOT_OF_A_STEP = ("start", "eval", "save")  # phases
@@ -128,14 +129,18 @@ class Stopping:
     def _look(self) -> None:
         """Look for the file that requests a stop."""
         try:
-            text = self._stop_file.read_text().strip()
+            if not self._stop_file.is_file():  # a pipe, which would be waited for
+                return
+            with self._stop_file.open("rb") as file:
+                text = file.read(MAX_SECONDS)
             self._stop_file.unlink()
         except OSError:
             return
         try:
-            seconds = float(text) if text else math.inf
+            seconds = float(text)
         except ValueError:
             seconds = math.inf
+        seconds = math.inf if math.isnan(seconds) else seconds
         self._take(str(self._stop_file), seconds, time.monotonic())
 
     def _take(self, source: str, seconds: float | None, now: float) -> None:
@@ -211,12 +216,3 @@ class Stopping:
         if rest is None or self._fits(rest):
             return f"finishing step {self.step}" + (f" (about {rest:.0f} s)" if rest is not None else "")
         return f"leaving step {self.step}, which would take about {rest:.0f} s more"
-
-
-def job_end(environment: Mapping[str, str]) -> float:
-    """Return when the job ends, in Unix seconds, where ``environment`` has it; infinite otherwise."""
-    for name in JOB_END:
-        with contextlib.suppress(ValueError):
-            if (end := float(environment.get(name) or 0)) > 0:
-                return end
-    return math.inf
