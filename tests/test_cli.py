@@ -71,8 +71,10 @@ def test_errors_come_before_anything_starts(recipe: Path, verb: str) -> None:
 
 
 def test_only_the_first_rank_names_the_errors(recipe: Path) -> None:
-    assert "1 error" in miles_spmd("train", recipe, "seed=x", status=2, RANK="0", WORLD_SIZE="2").stderr
-    assert miles_spmd("train", recipe, "seed=x", status=2, RANK="1", WORLD_SIZE="2").stderr == ""
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    first, second = ({"RANK": rank, "LOCAL_RANK": rank, **place} for rank in "01")
+    assert "1 error" in miles_spmd("train", recipe, "seed=x", status=2, **first).stderr
+    assert miles_spmd("train", recipe, "seed=x", status=2, **second).stderr == ""
 
 
 def test_dry_run_says_what_plan_says(recipe: Path, folder: Path) -> None:
