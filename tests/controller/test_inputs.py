@@ -86,7 +86,7 @@ def test_everything_comes_in_one_list(check: Check, tmp_path: Path) -> None:
         "rolout_batch_size=2: unknown setting",
         "megatron.lr: must be a finite number",
         "model.ref_load: no folder nowhere",
-        f"checkpoint.load: checkpoint {tmp_path / 'step'} is incomplete",
+        f"checkpoint.load: checkpoint {tmp_path / 'step'} is none (controller.json is missing)",
         "reward.rm_type = 'user_rewards:nothing' cannot be imported: AttributeError",
         "algorithm.loss_type = 'no_such_module:f' cannot be imported: ModuleNotFoundError",
         f"eval.eval_prompt_data.test: {evaluation}:1: missing key 'prompt'",

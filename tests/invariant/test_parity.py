@@ -62,7 +62,13 @@ def test_layouts(ranks: Ranks, tmp_path: Path, layout: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("layout", "engine_tp", "world_size"),
-    [(TP2, 1, 2), ({}, 2, 2), (TP4, 2, 4), (TP4 | SP, 1, 4), (TP2, 4, 4)],
+    [
+        (TP2, 1, 2),
+        ({}, 2, 2),
+        pytest.param(TP4, 2, 4, marks=pytest.mark.slow),
+        pytest.param(TP4 | SP, 1, 4, marks=pytest.mark.slow),
+        (TP2, 4, 4),
+    ],
     ids=["TP2-1", "TP1-2", "TP4-2", "TP4+SP-1", "TP2-4"],
 )
 def test_layers_shared_by_more_or_fewer_ranks(

@@ -74,7 +74,7 @@ def rejoin(running: Cells, cell: int, number: int, expected: list[list[tuple[flo
     [
         (2, 1, {}, {}),
         pytest.param(4, 1, {}, {}, marks=pytest.mark.slow),
-        (2, 2, TP2 | {"sequence_parallel": True}, {}),
+        pytest.param(2, 2, TP2 | {"sequence_parallel": True}, {}, marks=pytest.mark.slow),
         pytest.param(2, 2, PP2, {}, marks=pytest.mark.slow),
         pytest.param(2, 1, {}, {"dtype": "bfloat16"}, marks=pytest.mark.slow),
     ],

@@ -86,6 +86,7 @@ def test_a_killed_controller_is_named(launch: Launch) -> None:
     assert message.endswith(f"train, step 0: the controller (pid {controller}) was killed by SIGKILL")
 
 
+@pytest.mark.slow
 def test_a_suspended_controller_is_killed_with_its_rewards(launch: Launch) -> None:
     """Its end of the pipe stays open, and it would stay behind."""
     run = launch(

@@ -150,6 +150,7 @@ def test_before_the_start_of_ranks_it_ends_at_once(number: signal.Signals, hangu
     assert done.stderr == ("" if status == 3 else f"miles-spmd: start: stopped by {number.name}\n")
 
 
+@pytest.mark.slow
 def test_a_run_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
     config = write_config(
         tmp_path, write_checkpoint(tmp_path / "model"), run=ENDLESS, rollout={"engine": REFERENCE_ENGINE}
