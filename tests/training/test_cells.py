@@ -55,18 +55,19 @@ def made(answers: dict[int, list[Any]], number: int, expected: list[tuple[float,
             assert (answer[2], answer[3]) == (norm, found), f"cell {cell}"
 
 
-def rejoin(running: Cells, cell: int, number: int, expected: list[list[tuple[float, Digests]]]) -> int:
-    """Let a cell that is behind take part in one of the next updates, which the other one makes alone. Return the
-    number of the update after that."""
+def rejoin(running: Cells, cell: int, number: int, expected: list[list[tuple[float, Digests]]]) -> None:
+    """Let a cell that is behind take part in one of the updates from ``number`` on, which the other one makes alone;
+    both have a part of the one after that."""
     running.begin(cell, update, BATCHES, [], LEAVES, 2)
-    while True:
+    late = None
+    while late is None:
         answers = step(running, {1 - cell: [0, 1]})
         if answers[1 - cell][0][0] == "made":
             made(answers, number, expected[number])
             number += 1
-        if (late := running.answers(cell, 0.1)) is not None:
-            made({cell: late}, number - 1, expected[number - 1])
-            return number
+        late = running.answers(cell, 0.1)
+    made({cell: late}, number - 1, expected[number - 1])
+    made(step(running, {1 - cell: [cell], cell: [1 - cell]}), number, expected[number])
 
 
 @pytest.mark.parametrize(
@@ -167,8 +168,7 @@ def test_a_cell_dies(ranks: Ranks, tmp_path: Path, moment: str, size: int, megat
         made(answers, 1, expected[1])
         running.start(1)
         running.ready(1)
-        number = rejoin(running, 1, 2, expected)
-        made(step(running, {0: [1], 1: [0]}), number, expected[number])
+        rejoin(running, 1, 2, expected)
 
 
 @pytest.mark.slow
@@ -189,8 +189,7 @@ def test_a_cell_that_is_suspended_catches_up(ranks: Ranks, tmp_path: Path) -> No
         late = running.answers(1, 60)
         assert late is not None
         assert late[0][0] == "lost"
-        number = rejoin(running, 1, 2, expected)
-        made(step(running, {0: [1], 1: [0]}), number, expected[number])
+        rejoin(running, 1, 2, expected)
 
 
 @pytest.mark.slow
@@ -213,5 +212,4 @@ def test_a_state_that_arrives_damaged_is_not_used(ranks: Ranks, tmp_path: Path) 
             answers = running.answers(1, 0.1)
         assert answers[0][0] == "lost"
         assert "damaged" in answers[0][1]
-        number = rejoin(running, 1, number, expected)
-        made(step(running, {0: [1], 1: [0]}), number, expected[number])
+        rejoin(running, 1, number, expected)

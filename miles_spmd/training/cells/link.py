@@ -20,7 +20,6 @@ from torchft import Manager, ProcessGroupGloo
 
 from miles_spmd.training.cells.live_state import LiveState, PeerTransport
 
-NAME = "cell"
 Fetch = Callable[[Mapping[int, Tensor]], list[Tensor]]  # see PartSum.combine
 
 
@@ -89,7 +88,7 @@ class CellLink:
             world_size=size,
             store_addr=host,
             store_port=port[0],
-            replica_id=f"{NAME}{cell}",
+            replica_id=f"cell{cell}",
             hostname=host,
             lighthouse_addr=lighthouse if rank == 0 else None,
         )
@@ -129,9 +128,6 @@ class CellLink:
             missing = cause.missing if isinstance(cause, LostUpdateError) else ()
             raise LostUpdateError(str(cause or "another rank of this cell could not take part"), missing)
 
-    def close(self) -> None:
-        self._manager.shutdown(wait=False)
-
 
 class Exchange:
     """Fetches ``parts`` parts from the ``cells`` of a quorum. All of them call :meth:`fetch` for the same stretches.
@@ -162,8 +158,8 @@ class Exchange:
         return [everywhere[cell][number].to(example.device) for cell, number in self._places]
 
     def _gather(self, mine: Tensor) -> list[Tensor]:
-        gathered = [torch.empty_like(mine) for _ in range(self._cells)]
         if self._cells == 1:
             return [mine]
+        gathered = [torch.empty_like(mine) for _ in range(self._cells)]
         self._group.allgather([gathered], [mine], AllgatherOptions()).wait()
         return gathered

@@ -10,7 +10,7 @@ from miles_spmd.algorithms.losses import Loss
 from miles_spmd.config import Config
 from miles_spmd.models import Family
 from miles_spmd.protocol.results import TrainResult
-from miles_spmd.training.cells.link import CellLink, LostUpdateError
+from miles_spmd.training.cells.link import CellLink
 from miles_spmd.training.cells.live_state import LiveState
 from miles_spmd.training.network import Network
 from miles_spmd.training.reduction import PartSum
@@ -51,7 +51,8 @@ class CellTrainer(Trainer):
         self._results: dict[int, PartResult] = {}
 
     def _reduction(self, leaves: int) -> PartSum:
-        return PartSum(self._chunks, leaves, self._parts)
+        self._total = PartSum(self._chunks, leaves, self._parts)
+        return self._total
 
     def agree(self) -> int:
         """Meet the other cells before an update, and catch up with them; return the number of updates so far. Raises
@@ -66,8 +67,7 @@ class CellTrainer(Trainer):
         Raises LostUpdateError where it cannot be made. What was computed is kept for the next attempt at the same
         update, which then needs only what was missing.
         """
-        total = self._sum_gradients
-        assert isinstance(total, PartSum)
+        total = self._total
         if self._update_number != self.link.updates:
             self.forget()
             self._update_number = self.link.updates
@@ -79,20 +79,14 @@ class CellTrainer(Trainer):
         self.link.exchange(total.combine, total.kept)
         total.spread()
         self.link.commit()
-        results, self._results = self._results, {}
-        total.kept.clear()
+        results = dict(sorted(self._results.items()))
+        self.forget()
         made = self._update()
-        order = sorted(results)
-        sums = [leaf for part in order for leaf in results[part].sums]
-        reports = all(results[part].scores is not None for part in order)
-        scores = [score for part in order for score in results[part].scores or ()] if reports else None
+        sums = [leaf for part in results.values() for leaf in part.sums]
+        scores = [score for part in results.values() for score in part.scores or ()] if self.where.reports else None
         return made.result(sums, scores), results
 
     def forget(self) -> None:
         """Parts that were kept belong to no update any more."""
-        assert isinstance(self._sum_gradients, PartSum)
-        self._sum_gradients.kept.clear()
+        self._total.kept.clear()
         self._results.clear()
-
-
-__all__ = ["CellTrainer", "LostUpdateError", "PartResult"]
