@@ -4,6 +4,7 @@ write beside the training, how long to load; and how much slower a training step
 from __future__ import annotations
 
 import shutil
+import time
 from functools import partial
 from pathlib import Path
 
@@ -45,8 +46,7 @@ def _row(trainer: Trainer, folder: Path, repeats: int, offloaded: bool) -> Row:
             trainer.offload.move_out()
         if dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
-        waited = timed(lambda: saving.start(folder, {"actor": trainer.checkpoint.content()}))[0]
-        copied = timed(saving.settle)[0]
+        _, (waited, copied) = timed(partial(_save, saving, trainer, folder))
         trainer.offload.move_in()
         meanwhile = timed(lambda: trainer.train_step(batch))[0]
         progress = everywhere(saving.progress(wait=True))
@@ -57,7 +57,7 @@ def _row(trainer: Trainer, folder: Path, repeats: int, offloaded: bool) -> Row:
         nbytes = sum(one.nbytes for one in progress)
         if repeat >= WARM_UP:
             blocking.append(waited)
-            copying.append(waited + copied)
+            copying.append(copied)
             writing.append(progress[dist.get_rank()].seconds)
             step.append(alone)
             beside.append(meanwhile)
@@ -77,6 +77,15 @@ def _row(trainer: Trainer, folder: Path, repeats: int, offloaded: bool) -> Row:
         "step s": slowest(step),
         "step while writing s": slowest(beside),
     }
+
+
+def _save(saving: BackgroundSave, trainer: Trainer, folder: Path) -> tuple[float, float]:
+    """Return the seconds until this rank goes on, and those until its state may change."""
+    began = time.perf_counter()
+    saving.start(folder, {"actor": trainer.checkpoint.content()})
+    waited = time.perf_counter() - began
+    saving.settle()
+    return waited, time.perf_counter() - began
 
 
 def _reserve(saving: BackgroundSave, trainer: Trainer) -> None:

@@ -125,9 +125,10 @@ class Roles:
     def save(self, path: str | Path) -> CheckpointResult:
         """Begin to write the trainers, and a reference policy that may differ from its checkpoint, into folders under
         ``path`` ("": into none); return when training may go on."""
+        digests = self._optimizer_digests()  # before the copies, behind which they would wait for the device
         if path:
             self._saving.start(Path(path), self._contents())
-        return CheckpointResult(self._optimizer_digests())
+        return CheckpointResult(digests)
 
     def save_progress(self, *, wait: bool) -> SaveProgress:
         """Return how far the save is; with ``wait``, when it is done."""

@@ -118,7 +118,7 @@ def test_the_gradient_is_that_of_any_run(assets: Path, tmp_path: Path) -> None:
     a, b = (read_record(tmp_path / name).steps[0] for name in names)
     assert a.samples is not None
     assert b.samples is not None
-    assert a.samples.answers == b.samples.answers
+    assert a.samples.responses == b.samples.responses
     norms = [run.updates[0].grad_norm for run in (a, b)]
     machine.measured("gradient norm, deterministic and plain", dict(zip(names, norms)))
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)

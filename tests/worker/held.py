@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from miles_spmd.config.load import load_config
+from miles_spmd.launcher import ranks
 from miles_spmd.protocol.commands import Command, Generate, RefitEngine, TrainStep
 from miles_spmd.protocol.results import Result
 from miles_spmd.types.phase import Phase
@@ -27,6 +28,7 @@ COMMAND_OF = {Phase.ROLLOUT: Generate, Phase.TRAIN: TrainStep, Phase.REFIT: Refi
 
 
 def main() -> int:
+    ranks(None)
     path, phase, rank, deed = Path(sys.argv[1]), Phase(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     build = worker_main.build
 
