@@ -90,7 +90,7 @@ METRICS: dict[str, Metric] = {
     "perf/refit_time": Metric("s", "Copying the trainer's weights into the engine"),
     "perf/eval_time": Metric("s", "Evaluation"),
     "perf/save_time": Metric(
-        "s", "Beginning a checkpoint: training waits, also for an earlier save; a GPU copies meanwhile"
+        "s", "Beginning a checkpoint: training waits, also for an earlier save; what is copied is copied meanwhile"
     ),
     "perf/save_write_time": Metric("s", "Writing the checkpoint that was completed, beside the training"),
     "perf/ledger_time": Metric("s", "The controller's part of the ledger; the ranks' digests are in the other phases"),

@@ -1,8 +1,8 @@
 """A checkpoint that is written while the training goes on.
 
-What training will overwrite is copied into host memory first, which is kept from save to save and pinned where there is
-a GPU; a thread then digests, writes and flushes this rank's files. A GPU copies while its rank goes on, too, until the
-trainer's state is about to change. Of what several ranks hold, each writes a part.
+A thread copies what training will overwrite into host memory first, which is kept from save to save and pinned where
+there is a GPU; then it digests, writes and flushes this rank's files. The rank goes on meanwhile, and waits for the
+copies only where the trainer's state is about to change. Of what several ranks hold, each writes a part.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from miles_spmd.weights.sharded_files import Share, Written, split, write
 
 CHUNK_BYTES = 1 << 30  # a power of two, to which torch rounds what it pins
 ALIGNMENT = 64
+IN_FLIGHT = 64  # copies that a GPU is given at a time
 
 
 class HostMemory:
@@ -55,6 +57,27 @@ class HostMemory:
         return self.take(nbytes, rest)
 
 
+class _Moment(NamedTuple):
+    """What a GPU has been given to do so far."""
+
+    device: int
+    event: torch.cuda.Event
+
+    @classmethod
+    def now(cls) -> _Moment | None:
+        """Return this moment of this thread's current stream, None without a GPU."""
+        if not torch.cuda.is_available():
+            return None
+        return cls(torch.cuda.current_device(), torch.cuda.current_stream().record_event())
+
+    def stream(self) -> torch.cuda.Stream:
+        """Return a stream for another thread whose work begins after that."""
+        torch.cuda.set_device(self.device)  # that of a new thread is the first one
+        stream = torch.cuda.Stream()
+        stream.wait_event(self.event)
+        return stream
+
+
 class BackgroundSave:
     """The save of one rank. At most one is under way."""
 
@@ -63,8 +86,8 @@ class BackgroundSave:
         self._reserving: Future[None] | None = None
         self._writes: dict[str, np.ndarray] = {}  # by model: whether this rank writes what it holds, bool [held]
         self._thread: threading.Thread | None = None
-        self._copied: torch.cuda.Event | None = None  # comes when a GPU has copied what it had to
-        self._copying: list[Held] = []  # what it copies
+        self._copied = threading.Event()  # all that the trainer will change is copied
+        self._copied.set()
         self._borrows = False  # the thread reads memory that is not its own
         self._written: dict[str, Written] = {}
         self._problem = ""
@@ -95,14 +118,11 @@ class BackgroundSave:
 
     def settle(self) -> None:
         """Return when what is copied may change: the copies are complete, and so is :meth:`reserve`. Raises what went
-        wrong."""
+        wrong in the latter; a copy that fails is a problem of the save."""
         if self._reserving is not None:
             self._reserving.result()
             self._reserving = None
-        if self._copied is not None:
-            self._copied.synchronize()
-            self._copied = None
-        self._copying.clear()
+        self._copied.wait()
 
     def start(self, folder: Path, contents: Mapping[str, Content]) -> None:
         """Save ``contents`` into folders of their names in ``folder``. They may change after :meth:`settle`.
@@ -114,37 +134,46 @@ class BackgroundSave:
         self._written, self._problem = {}, ""
         own = self._own(contents)
         self._borrows = any(held.stays for of_model in own.values() for held in of_model)
-        self._memory.clear()
-        rest, shares = _copied_bytes(own), dict[str, list[Share]]()
-        stream = None
-        if torch.cuda.is_available():
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for name, of_model in own.items():
-                for share, stays in of_model:
-                    if not stays:
-                        values = share.values
-                        memory = self._memory.take(values.nbytes, rest).view(values.dtype).view(values.shape)
-                        share = share._replace(values=memory.copy_(values, non_blocking=True))
-                        rest -= values.nbytes
-                    shares.setdefault(name, []).append(share)
-        copied = None if stream is None else stream.record_event()
-        self._copied, self._copying = copied, [held for of_model in own.values() for held in of_model]
+        on_device = _Moment.now()
         notes = {name: content.notes for name, content in contents.items()}
         rank, ranks = dist.get_rank(), dist.get_world_size()
+        self._copied.clear()
 
         def run() -> None:
             try:
-                if copied is not None:
-                    copied.synchronize()
-                for name, own in shares.items():
-                    self._written[name] = write(folder / name, rank, ranks, own, notes[name])
+                try:
+                    shares = self._copy(own, on_device)
+                finally:
+                    own.clear()  # what the trainer frees must not be kept
+                    self._copied.set()
+                for name, of_model in shares.items():
+                    self._written[name] = write(folder / name, rank, ranks, of_model, notes[name])
             except Exception as error:
                 self._problem = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
 
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self._thread.start()
+
+    def _copy(self, own: Mapping[str, list[Held]], on_device: _Moment | None) -> dict[str, list[Share]]:
+        """Return the shares in host memory, into which those are copied that do not stay as they are."""
+        self._memory.clear()
+        rest, shares = _copied_bytes(own), dict[str, list[Share]]()
+        stream = None if on_device is None else on_device.stream()
+        with torch.cuda.stream(stream):
+            for number, (name, (share, stays)) in enumerate(
+                (n, held) for n, of_model in own.items() for held in of_model
+            ):
+                if not stays:
+                    values = share.values
+                    memory = self._memory.take(values.nbytes, rest).view(values.dtype).view(values.shape)
+                    share = share._replace(values=memory.copy_(values, non_blocking=True))
+                    rest -= values.nbytes
+                    if stream is not None and number % IN_FLIGHT == 0:
+                        stream.synchronize()  # beyond a thousand, whatever the rank launches would wait, too
+                shares.setdefault(name, []).append(share)
+        if stream is not None:
+            stream.synchronize()
+        return shares
 
     def progress(self, *, wait: bool) -> SaveProgress:
         """Return how far the save is; with ``wait``, when it is done."""
