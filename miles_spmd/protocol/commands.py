@@ -125,6 +125,35 @@ class TrainStep(Command[results.TrainResult], frozen=True):
     role: Role = Role.ACTOR
 
 
+class ComputePart(Command[results.PartResult], frozen=True):
+    """Compute one of the parts into which cells divide the batch of update number ``update``, and keep its gradient.
+    Those of other updates are forgotten. A part that is kept already is not computed again."""
+
+    receivers, phase = Receivers.TRAINERS, Phase.TRAIN
+    abandonable = True
+    update: int
+    part: int
+    micro_batches: list[MicroBatch]
+    role: Role = Role.ACTOR
+
+
+class MakeUpdate(Command[results.UpdateResult], frozen=True):
+    """Agree with the other cells on who takes part in update number ``update``, catch up with them, fetch the parts
+    that they have, and make the update."""
+
+    receivers, phase = Receivers.TRAINERS, Phase.TRAIN
+    update: int
+    role: Role = Role.ACTOR
+
+
+class MeetCells(Command[results.MeetResult], frozen=True):
+    """Agree with the other cells on who is there, and catch up with them. ``founds``: this cell is one of those with
+    which the run begins, so that what it has now is what later ones have to catch up with."""
+
+    receivers, phase = Receivers.TRAINERS, Phase.TRAIN
+    founds: bool = False
+
+
 class SnapshotWeights(Command[results.Ok], frozen=True):
     """Copy the actor's present weights to the reference policy or the old actor."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -46,6 +47,32 @@ class TrainResult(Result, frozen=True):
     skipped: str = ""  # why no update was made: "non-finite loss", "non-finite gradient"
     log_probs: list[np.ndarray] | None = None  # float32 [T] per sequence, before the update
     digests: UpdateDigests | None = None  # only where a ledger is kept
+
+
+class PartResult(Result, frozen=True):
+    """What came of one part of a batch on one rank; fields as in :class:`TrainResult`."""
+
+    sums: list[dict[str, float]]
+    log_probs: list[np.ndarray] | None = None
+
+
+class UpdateResult(Result, frozen=True):
+    """What came of an update that cells make together; fields as in :class:`TrainResult`."""
+
+    grad_norm: float = math.nan
+    lr: float = math.nan
+    skipped: str = ""
+    digests: UpdateDigests | None = None
+    lost: str = ""  # why this cell has not made it; its weights are what they were
+    missing: list[int] = []  # the parts that no cell had, where that is why
+
+
+class MeetResult(Result, frozen=True):
+    """What a cell has after it has met the others."""
+
+    updates: int  # that were made since the run began, by all trainers
+    received: int = 0  # bytes of state that came from another cell, 0 where this one was not behind
+    problem: str = ""  # why it could not meet them, or catch up
 
 
 class LogProbsResult(Result, frozen=True):

@@ -1,0 +1,34 @@
+"""The place of a process among cells, each of which is a whole replica of the run's ranks."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from miles_spmd.types.variables import VariableError, text
+
+CELL, LIGHTHOUSE = "MILES_SPMD_CELL", "MILES_SPMD_LIGHTHOUSE"  # environment of a cell's processes
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The cell ``number`` of ``cells``, which meet through the lighthouse at the address ``http://HOST:PORT``."""
+
+    number: int
+    cells: int
+    lighthouse: str
+
+    @classmethod
+    def from_environment(cls) -> Cell | None:
+        """Return the cell that this process is started for, None where a run has none. Raises VariableError."""
+        if CELL not in os.environ:
+            return None
+        number, _, cells = text(CELL).partition("/")
+        if not (number.isdecimal() and cells.isdecimal() and int(number) < int(cells)):
+            raise VariableError(f"{CELL} is {text(CELL)!r}, not the number of a cell and how many there are, as in 0/2")
+        return cls(int(number), int(cells), text(LIGHTHOUSE))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that :meth:`from_environment` reads."""
+        return {CELL: f"{self.number}/{self.cells}", LIGHTHOUSE: self.lighthouse}
