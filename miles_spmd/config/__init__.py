@@ -13,6 +13,7 @@ from miles_spmd.config.data import DataConfig, EvalConfig, EvalSet, RewardConfig
 from miles_spmd.config.data import RewardTerm as RewardTerm
 from miles_spmd.config.determinism import DeterminismConfig
 from miles_spmd.config.model import ModelConfig
+from miles_spmd.config.resilience import ResilienceConfig
 from miles_spmd.config.rollout import RefitConfig, RolloutConfig
 from miles_spmd.config.run import CheckpointConfig, DeadlinesConfig, RunConfig, TelemetryConfig
 from miles_spmd.config.slurm import SlurmConfig
@@ -48,6 +49,8 @@ class Config(Table):
     """What a run shows of itself."""
     deadlines: DeadlinesConfig = DeadlinesConfig()
     """Seconds after which the wait for something ends the run with a report of where each rank stands."""
+    resilience: ResilienceConfig = ResilienceConfig()
+    """What a run survives without a new start."""
     slurm: SlurmConfig = SlurmConfig()
     """The job that `miles-spmd slurm` submits. Other verbs do not read it. docs/slurm.md describes jobs."""
     megatron: dict[str, Any] = {}
@@ -69,6 +72,11 @@ class Config(Table):
     def saves_reference(self) -> bool:
         """Whether checkpoints have a reference policy, which may differ from the one that the run began with."""
         return self.has_reference and self.algorithm.ref_update_interval > 0
+
+    @property
+    def cells(self) -> int:
+        """The number of cells that the run is planned for; 1 where its ranks are not divided."""
+        return self.resilience.cells if self.resilience.mode == "cells" else 1
 
     @property
     def micro_batch_tokens(self) -> int:
