@@ -180,10 +180,11 @@ class Checkpoints:
         """Complete the save that is under way, if all ranks are done. ``ends``: the run does not go on afterwards."""
         if self._saving is None:
             return
-        progress = self._cluster.call(FinishSave(wait), step=self._saving.state.step)
+        scratch = self._saving.scratch
+        progress = self._cluster.call(FinishSave(wait, str(scratch or "")), step=self._saving.state.step)
         if not all(one.done for one in progress):
             return
-        scratch, problem = self._saving.scratch, next((one.problem for one in progress if one.problem), "")
+        problem = next((one.problem for one in progress if one.problem), "")
         try:
             if not problem and scratch is not None:
                 self._complete(self._saving, scratch, progress, journal)
@@ -302,7 +303,8 @@ class Checkpoints:
         if not own:
             return Start(state.step)  # of another run, whose ledger this one does not continue
         self._saved = state.step
-        return Start(state.step, state.ledger, results, state.saved)
+        of_cell = results[: len(results) // self._config.cells]  # cells are replicas
+        return Start(state.step, state.ledger, of_cell, state.saved)
 
     def _require_entry(self, folder: Path, state: ControllerState) -> None:
         """Raise ResumeError where the run's ledger, which is whole, does not have the entry after which the checkpoint

@@ -88,12 +88,14 @@ def open_parts(
             cluster.wait_ready()
         journal.publish(events.RanksReady(time.time() - attempt.record.start, cluster.seconds))
         start = checkpoints.load()
+        if config.cells > 1:
+            cluster.cells.found(start.step)
         adopt_config(config.run_dir)
         attempt.ready(start.step, [info.host for info in cluster.infos])
         if task in ("train", "replay") and config.determinism.ledger:
             roles = [Role.ACTOR, *([Role.CRITIC] if config.has_critic else [])]
             weights = {role: cluster.call(DigestWeights(role), step=start.step) for role in roles}
-            journal.ledger = LedgerRecorder(config, start, len(cluster.infos), weights)
+            journal.ledger = LedgerRecorder(config, start, cluster.world_size, weights)
         if task == "train":
             # What was loaded is good, so the run goes on from there, and nothing stays of the steps that it repeats.
             # The checkpoints go first: a resume after a crash at any line here comes to the same.

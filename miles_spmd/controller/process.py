@@ -1,10 +1,10 @@
-"""The controller's process: what runs inside it, from the order of rank 0 to the exit status.
+"""The controller's process: what runs inside it, from the order of who starts it to the exit status.
 
-Rank 0 starts it with one end of a pipe (:mod:`miles_spmd.worker.controller_process` holds the other). Through the pipe
-come the order and, if rank 0 has to stop, the reason; the controller replies with the credentials of the run. When one
-of the two processes dies, by whatever signal, its end of the pipe closes and the other exits. The controller leads a
-process group of its own, so that the launcher's signals do not interrupt its last message, and so that everything that
-it started can be ended with it.
+Rank 0, or the supervisor of cells, starts it with one end of a pipe (:mod:`miles_spmd.worker.controller_process` holds
+the other). Through the pipe come the order and, if the run has to stop, the reason; the controller replies with the
+credentials of the run. When one of the two processes dies, by whatever signal, its end of the pipe closes and the other
+exits. The controller leads a process group of its own, so that the launcher's signals do not interrupt its last
+message, and so that everything that it started can be ended with it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
@@ -31,7 +31,7 @@ from miles_spmd.controller.journal.stopping import GRACE, Stopping
 from miles_spmd.controller.run_folder import outcome
 from miles_spmd.plugins.plug_point import PlugPoint
 from miles_spmd.protocol.last_words import say
-from miles_spmd.protocol.pipe import EXIT_SECONDS, REQUEUE, Order
+from miles_spmd.protocol.pipe import EXIT_SECONDS, REQUEUE, CellEnded, End, Order, StartCell, ToController
 from miles_spmd.protocol.router import Router
 from miles_spmd.types.files import with_remedy
 from miles_spmd.types.secrets import scrub, scrubbed
@@ -47,20 +47,21 @@ class Stopped(BaseException):
 
 
 class _Launcher:
-    """Rank 0, from the controller's side. Turns its message, its death, and SIGINT into :class:`Stopped`, and the other
-    signals into requests to stop."""
+    """Who has started the controller, from its side. Turns its message, its death, and SIGINT into :class:`Stopped`,
+    and the other signals into requests to stop."""
 
-    def __init__(self, pipe: Connection, stopping: Stopping) -> None:
-        self._pipe, self._stopping = pipe, stopping
+    def __init__(self, pipe: Connection, stopping: Stopping, name: str) -> None:
+        self._pipe, self._stopping, self.died = pipe, stopping, f"{name} died"
         self._reason = ""
+        self._cell_ended: Callable[[CellEnded], None] = lambda ended: None
         self.stopped: Stopped | None = None  # what was raised
         self._interrupt: Callable[[BaseException], None] | None = None
         os.set_inheritable(pipe.fileno(), False)
         os.register_at_fork(after_in_child=pipe.close)  # a copy in a forked reward process would keep the pipe open
 
-    def listen(self, interrupt: Callable[[BaseException], None]) -> None:
-        """From now on, a reason to stop is raised in the main thread, through ``interrupt``, and a request is taken."""
-        self._interrupt = interrupt
+    def listen(self, cluster: Cluster) -> None:
+        """From now on, a reason to stop is raised in the main thread, through ``cluster``, and a request is taken."""
+        self._interrupt, self._cell_ended = cluster.interrupt, cluster.cells.ended
         signal.signal(signal.SIGINT, self._stop)
         for name in GRACE:
             signal.signal(signal.Signals[name], lambda number, frame: self._stopping.ask(signal.Signals(number).name))
@@ -70,11 +71,22 @@ class _Launcher:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
-        try:
-            reason = self._pipe.recv_bytes().decode()
-        except (EOFError, ConnectionResetError):
-            reason = "rank 0 died"
-        self.end(reason)
+        while True:
+            try:
+                message = msgspec.json.decode(self._pipe.recv_bytes(), type=ToController)
+            except (EOFError, ConnectionResetError):
+                message = End(self.died)
+            match message:
+                case CellEnded():
+                    self._cell_ended(message)
+                case End(reason):
+                    self.end(reason)
+                    return
+
+    def start_cell(self, order: StartCell) -> None:
+        """Let the supervisor start a cell again."""
+        with suppress(OSError):  # it has died, which ends the run
+            self._pipe.send_bytes(msgspec.json.encode(order))
 
     def end(self, reason: str) -> None:
         """Raise Stopped in the main thread, from another one, and kill this process where it does not end."""
@@ -98,7 +110,7 @@ class _Launcher:
 
     @property
     def gone(self) -> bool:
-        return self._reason == "rank 0 died"
+        return self._reason == self.died
 
     @property
     def requested(self) -> bool:
@@ -118,7 +130,7 @@ def main(descriptor: int) -> int:
     config = Config.model_validate_json(order.config)
     stopping = Stopping(config.run_dir)
     stopping.show = lambda text: print(f"{config.run.name}: {text}", flush=True)
-    launcher = _Launcher(pipe, stopping)
+    launcher = _Launcher(pipe, stopping, "rank 0" if config.cells == 1 else "the supervisor")
     PlugPoint.time_limit = config.deadlines.train_timeout
     try:
         attempt = attempts.begin(config.run_dir, order.task, order.world_size)
@@ -133,13 +145,15 @@ def main(descriptor: int) -> int:
         try:
             pipe.send_bytes(msgspec.json.encode(members))
         except OSError:  # of which its launcher speaks
-            _conclude(attempt, "failed", "start: rank 0 died", config)
+            _conclude(attempt, "failed", f"start: {launcher.died}", config)
             return 1
-        cluster = Cluster(router, order.world_size, config.deadlines, config_digest(config), attempt.folder)
+        settings = config.deadlines, config_digest(config), attempt.folder
+        cluster = Cluster(router, order.world_size, *settings, cells=config.cells)
+        cluster.cells.configure(config.resilience, launcher.start_cell)
         cluster.pass_requests(stopping.ask)
         try:
             try:
-                launcher.listen(cluster.interrupt)
+                launcher.listen(cluster)
                 from miles_spmd.controller.tasks import run  # imports much, while the workers do the same
 
                 problem = run(config, cluster, attempt, stopping, order.replay)

@@ -39,6 +39,7 @@ class Command(msgspec.Struct, Generic[R_co], tag=True, frozen=True):
     receivers: ClassVar[Receivers]
     phase: ClassVar[Phase]
     abandonable: ClassVar[bool] = False  # it has no effect before its last forward pass, and can be left until then
+    by_one_cell: ClassVar[bool] = False  # where ranks are divided into cells, which are replicas, one of them does it
 
     @classmethod
     def result_type(cls) -> type[results.Result | None]:
@@ -166,6 +167,7 @@ class Bisect(Command[results.Bisection], frozen=True):
     ``tokens`` tokens."""
 
     receivers, phase = Receivers.TRAINERS, Phase.LOG_PROBS
+    by_one_cell = True
     request: Request
     tokens: int
 
@@ -177,6 +179,7 @@ class DigestWeights(Command[results.WeightsDigest], frozen=True):
     """Compute the digests of the weights that ``role`` trains."""
 
     receivers, phase = Receivers.TRAINERS, Phase.CHECKPOINT
+    by_one_cell = True
     role: Role = Role.ACTOR
 
 
@@ -185,14 +188,17 @@ class SaveCheckpoint(Command[results.CheckpointResult], frozen=True):
     return their digests. The reply comes when the run may go on; a rank's next work waits until all is copied."""
 
     receivers, phase = Receivers.TRAINERS, Phase.CHECKPOINT
+    by_one_cell = True
     path: str
 
 
 class FinishSave(Command[results.SaveProgress], frozen=True):
-    """Report whether the checkpoint is written; with ``wait``, reply when it is."""
+    """Report whether the checkpoint in the folder ``path`` ("": any) is written; with ``wait``, reply when it is."""
 
     receivers, phase = Receivers.TRAINERS, Phase.CHECKPOINT
+    by_one_cell = True
     wait: bool
+    path: str = ""
 
 
 class LoadCheckpoint(Command[results.CheckpointResult], frozen=True):
@@ -208,6 +214,7 @@ class ExportModel(Command[results.Ok], frozen=True):
     """Write the actor's weights as a Hugging Face checkpoint into the folder ``path``."""
 
     receivers, phase = Receivers.TRAINERS, Phase.CHECKPOINT
+    by_one_cell = True
     path: str
 
 

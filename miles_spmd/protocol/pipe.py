@@ -1,5 +1,5 @@
-"""What goes through the pipe between rank 0 and the controller that it starts: the order of the run, and back the
-credentials that admit ranks to it."""
+"""What goes through the pipe between the controller and who has started it (rank 0, or the supervisor of cells): the
+order of the run, and back the credentials that admit ranks to it; later why the run has to end, and news of cells."""
 
 from __future__ import annotations
 
@@ -50,6 +50,33 @@ class Credentials(msgspec.Struct, frozen=True):
 
     def __repr__(self) -> str:
         return f"Credentials({self.endpoint})"  # never a secret in a log
+
+
+class End(msgspec.Struct, tag=True, frozen=True):
+    """To the controller: end the run. ``reason`` is for its last message."""
+
+    reason: str
+
+
+class CellEnded(msgspec.Struct, tag=True, frozen=True):
+    """To the controller: the launcher of this cell has ended. ``how``: in words."""
+
+    cell: int
+    start: int  # number of the start that has ended
+    how: str
+
+
+class StartCell(msgspec.Struct, tag=True, frozen=True):
+    """To the supervisor: end what is left of this cell, and start it ``after`` so many seconds. ``start``: how often it
+    was started before; ``credentials``: of its ranks, none where it is to stay away."""
+
+    cell: int
+    start: int
+    after: float
+    credentials: list[Credentials]
+
+
+ToController = End | CellEnded
 
 
 def make_keys() -> tuple[str, str]:

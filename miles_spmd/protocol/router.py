@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
@@ -45,8 +45,7 @@ class Router:
 
     def __init__(self, host: str = LOOPBACK, ranks: int = 1) -> None:
         server_public, server_secret = make_keys()
-        keys = [make_keys() for _ in range(ranks)]
-        self._rank_of_key = {public: rank for rank, (public, _) in enumerate(keys)}
+        self._rank_of_key: dict[str, int] = {}
         self.rank_of: dict[Peer, int] = {}
         self.loses: Callable[[int], bool] = lambda rank: False  # whether a message to that rank is dropped
         self._context = zmq.Context(IO_THREADS)
@@ -64,13 +63,25 @@ class Router:
         self._monitor.rcvhwm = 0  # a full queue would block libzmq's thread, so a flood of strangers must fit
         self._monitor.connect("inproc://connections")
         port = self._socket.bind_to_random_port(f"tcp://{address_towards(host) or ANY_INTERFACE}")
-        endpoint = f"tcp://{host}:{port}"
-        self.credentials = [Credentials(endpoint, server_public, *pair) for pair in keys]
+        self._endpoint, self._public = f"tcp://{host}:{port}", server_public
+        self.credentials: list[Credentials] = []
+        self.renew(range(ranks))
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
         self._peer_of_descriptor: dict[int, Peer] = {}
         self._closed: set[Peer] = set()
+
+    def renew(self, ranks: Collection[int]) -> None:
+        """Give ``ranks`` new keys. Whoever has their old ones is not admitted any more, what such a connection still
+        sends is dropped, and its end is no event."""
+        pairs = {rank: make_keys() for rank in sorted(ranks)}
+        for rank, pair in pairs.items():
+            self.credentials[rank : rank + 1] = [Credentials(self._endpoint, self._public, *pair)]
+        kept = {key: rank for key, rank in self._rank_of_key.items() if rank not in pairs}
+        # replaced as a whole, because another thread reads it
+        self._rank_of_key = kept | {public: rank for rank, (public, _) in pairs.items()}
+        self.rank_of = {peer: rank for peer, rank in self.rank_of.items() if rank not in pairs}
 
     def callback(self, domain: str, key: bytes) -> bool:
         """Return whether a client may connect. The authenticator calls this on its own thread for every client that has
@@ -78,8 +89,8 @@ class Router:
         return key.decode() in self._rank_of_key
 
     def send(self, message: Message, peers: list[Peer]) -> None:
-        """Send the message, encoded once, to each of ``peers``. Raises PeerGoneError."""
-        data = encode(message)
+        """Send the message, encoded once, to each of ``peers``. Raises PeerGoneError, after the others have it."""
+        data, gone = encode(message), list[Peer]()
         for peer in peers:
             if self.loses(self.rank_of[peer]):
                 continue
@@ -88,9 +99,11 @@ class Router:
                     raise zmq.ZMQError(zmq.EHOSTUNREACH)
                 self._socket.send_multipart([peer, data], copy=False)
             except zmq.ZMQError as error:
-                if error.errno == zmq.EHOSTUNREACH:
-                    raise PeerGoneError(f"connection {peer.hex()} is closed") from None
-                raise
+                if error.errno != zmq.EHOSTUNREACH:
+                    raise
+                gone.append(peer)
+        if gone:
+            raise PeerGoneError(f"connection {gone[0].hex()} is closed")
 
     def receive(self, timeout: float) -> tuple[Peer, Message | WireError | None] | None:
         """Wait up to ``timeout`` seconds, without using the CPU, for the next event of an admitted peer.
@@ -105,22 +118,27 @@ class Router:
             # A message may have arrived after the poll, with its connection closed right behind it: the last message
             # of a peer has to be read before the event that the peer is gone.
             if self._socket in ready or self._socket.poll(0):
-                return self._read()
+                if (event := self._read()) is not None:
+                    return event
+                continue
             if self._monitor not in ready:
                 return None
-            event = parse_monitor_message(self._monitor.recv_multipart())
-            closed = self._peer_of_descriptor.pop(event["value"], None)
+            closing = parse_monitor_message(self._monitor.recv_multipart())
+            closed = self._peer_of_descriptor.pop(closing["value"], None)
             if closed is not None:  # None: a client that was not admitted, or sent nothing
                 self._closed.add(closed)
-                return closed, None
+                if closed in self.rank_of:
+                    return closed, None
 
-    def _read(self) -> tuple[Peer, Message | WireError]:
+    def _read(self) -> tuple[Peer, Message | WireError] | None:
+        """Return the next message and who sent it; None where its key was replaced."""
         peer, *frames = self._socket.recv_multipart(copy=False)
         # disconnect events carry a file descriptor and no routing id, so the pair is remembered here
         self._peer_of_descriptor[int(peer.get(zmq.SRCFD))] = peer.bytes
-        self.rank_of[peer.bytes] = self._rank_of_key[
-            str(peer.get("User-Id"))
-        ]  # pyzmq's authenticator sets it to the key
+        rank = self._rank_of_key.get(str(peer.get("User-Id")))  # pyzmq's authenticator sets it to the key
+        if rank is None:
+            return None
+        self.rank_of[peer.bytes] = rank
         try:
             if len(frames) != 1:
                 raise WireError(f"a message of {len(frames)} frames instead of one")

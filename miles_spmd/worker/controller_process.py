@@ -17,7 +17,7 @@ from multiprocessing.connection import Pipe
 import msgspec
 
 from miles_spmd.config import Config
-from miles_spmd.protocol.pipe import EXIT_SECONDS, Credentials, Order, Replay
+from miles_spmd.protocol.pipe import EXIT_SECONDS, Credentials, End, Order, Replay, StartCell, ToController
 
 CLEAN_UP = 1.0  # seconds for processes that the controller has left behind to end by themselves
 
@@ -45,6 +45,16 @@ class ControllerProcess:
         self.listening = True
         return credentials
 
+    def send(self, message: ToController) -> None:
+        """Raises OSError where the controller is gone."""
+        self._pipe.send_bytes(msgspec.json.encode(message))
+
+    def orders(self) -> Iterator[StartCell]:
+        """Yield what the controller wants of the supervisor, until the controller is gone."""
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                yield msgspec.json.decode(self._pipe.recv_bytes(), type=StartCell)
+
     def fileno(self) -> int:
         """The pipe's descriptor. From ``listening`` on, it becomes readable only when the controller is gone."""
         return self._pipe.fileno()
@@ -53,7 +63,7 @@ class ControllerProcess:
         """Request the controller to stop, and wait for its end. ``reason`` is for its last message. Returns "" where it
         printed one, else why it did not."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._pipe.send_bytes(reason.encode())
+            self.send(End(reason))
         return self.killed(self.wait(2 * EXIT_SECONDS))
 
     def killed(self, status: int) -> str:

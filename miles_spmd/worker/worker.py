@@ -103,6 +103,7 @@ class Worker:
         self.memory = memory
         self._config, self._rank = config, rank
         self._own: OwnWork | None = None
+        self._saves_to = ""  # folder of the checkpoint that was begun last
         self._roles: Roles | None = None
         if side.trains:
             with watch("trainer"):
@@ -224,11 +225,14 @@ class Worker:
     @execute.register
     def _save(self, command: commands.SaveCheckpoint) -> results.CheckpointResult:
         result = self.roles.save(command.path)
+        self._saves_to = command.path
         self.memory.note("save_buffers", self.roles.save_bytes / GIB)
         return result
 
     @execute.register
     def _finish_save(self, command: commands.FinishSave) -> results.SaveProgress:
+        if command.path and command.path != self._saves_to:
+            return results.SaveProgress(done=True, problem="the cell that has begun it was lost")
         return self.roles.save_progress(wait=command.wait)
 
     @execute.register

@@ -1,12 +1,16 @@
 """The controller's view of all ranks: a command to the ranks that it concerns and a typed result from each, or one
-error that names rank, host, phase and cause; and the engines while a rollout is open."""
+error that names rank, host, phase and cause; and the engines while a rollout is open.
+
+The ranks of a run may be divided into cells, each of which is a whole replica. What a rank of a cell could not do then
+ends its cell and not the run, as long as another one is left: see :mod:`miles_spmd.controller.cluster.cells`.
+"""
 
 from __future__ import annotations
 
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -14,12 +18,14 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from miles_spmd.config import DeadlinesConfig
+from miles_spmd.controller.cluster.cells import Cells
 from miles_spmd.controller.cluster.listener import (
     SEPARATOR,
     EngineFailedError,
     Listener,
     PendingCall,
     RankTable,
+    Unfinished,
     WorkerError,
 )
 from miles_spmd.protocol.commands import (
@@ -32,10 +38,11 @@ from miles_spmd.protocol.commands import (
     ReplaceEngines,
     Stop,
     Submit,
+    TrainStep,
 )
 from miles_spmd.protocol.last_words import warn
 from miles_spmd.protocol.messages import Call, Held, HoldPasses, OwnWork, RankInfo, ReleasePasses, Reply, TrainerRank
-from miles_spmd.protocol.results import Abandoned, Result
+from miles_spmd.protocol.results import Abandoned, Result, TrainResult
 from miles_spmd.protocol.router import PeerGoneError, Router
 from miles_spmd.types.gpu_health import GpuHealth
 from miles_spmd.types.phase import Phase
@@ -46,15 +53,8 @@ R = TypeVar("R", bound=Result)
 ALIKE_SECONDS = 10.0  # in which the ranks of an engine fail if they fail alike
 
 
-class Unfinished(BaseException):
-    """Raised in the main thread where the step or the evaluation under way is left because the run has to stop.
-
-    Not an Exception: code that handles errors of a reward or a rank must not catch it.
-    """
-
-
 class Cluster:
-    """All ranks of a run behind ``router``.
+    """All ranks of a run behind ``router``, in ``cells`` cells of equally many.
 
     Several commands may be under way: :meth:`begin` sends one, and :meth:`wait` waits for its results. A rank executes
     its own one after another. ``seconds`` holds, by rank, the time of each part of the command that was waited for
@@ -62,14 +62,20 @@ class Cluster:
     """
 
     def __init__(
-        self, router: Router, world_size: int, deadlines: DeadlinesConfig, config_digest: str, log_dir: Path
+        self,
+        router: Router,
+        world_size: int,
+        deadlines: DeadlinesConfig,
+        config_digest: str,
+        log_dir: Path,
+        cells: int = 1,
     ) -> None:
         self.seconds: list[dict[str, float]] = [{} for _ in range(world_size)]
         self._memory: dict[str, float] = {}
         self._own: dict[tuple[Phase, int], OwnWork] = {}
         self._gpus: list[tuple[str, GpuHealth]] = []
         self._router, self._deadlines = router, deadlines
-        self._table = RankTable(world_size)
+        self._table = RankTable(world_size, cells)
         self._listener = Listener(router, self._table, deadlines.heartbeat_timeout, config_digest, log_dir)
         self._ids, self._rollouts = itertools.count(), itertools.count()
         self._generating: PendingCall | None = None  # while the engines serve at least one rollout
@@ -82,6 +88,8 @@ class Cluster:
         self.pipelined = False  # ranks that are pipeline stages cannot leave a command that they have begun
         self.replacements = 0  # how often in a rollout engines may be replaced after one has failed
         self.show: Callable[[str], None] = warn
+        self.cells = Cells(self, router, self._table, self._listener)
+        self._listener.contain = self._contain
         self._start = self._expect(None, range(world_size), Phase.START, 0)
 
     # --- for the loop ------------------------------------------------------------------------------------------------
@@ -93,8 +101,18 @@ class Cluster:
             self._ready = True
 
     @property
+    def is_ready(self) -> bool:
+        """Whether the ranks with which the run begins are built."""
+        return self._ready
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks that the run is planned for."""
+        return len(self._table.states)
+
+    @property
     def infos(self) -> list[RankInfo]:
-        """All ranks, by rank; waits for them the first time."""
+        """All ranks that take part, by rank; waits for them the first time."""
         self.wait_ready()
         return self._table.infos
 
@@ -105,21 +123,42 @@ class Cluster:
 
     @property
     def trainers(self) -> list[TrainerRank]:
-        """The ranks that train, by rank."""
-        return [info.trainer for info in self.infos if info.trainer is not None]
+        """The ranks that train, by rank, as if all cells that the run is planned for were one world."""
+        own = [info.trainer for info in self.infos if info.trainer is not None][: self.world_size // self._table.cells]
+        size = own[0].data_parallel_size
+        return [
+            msgspec.structs.replace(
+                rank,
+                data_parallel_rank=cell * size + rank.data_parallel_rank,
+                data_parallel_size=self._table.cells * size,
+            )
+            for cell in range(self._table.cells)
+            for rank in own
+        ]
 
-    def call(self, command: Command[R] | Sequence[Command[R]], *, step: int) -> list[R]:
-        """Send ``command`` and wait for its results."""
-        return self.wait(self.begin(command, step=step))
+    def call(self, command: Command[R] | Sequence[Command[R]], *, step: int, cell: int | None = None) -> list[R]:
+        """Send ``command`` and wait for its results. Of a command that one cell executes for all they come from
+        another, where that cell is lost."""
+        call = self.begin(command, step=step, cell=cell)
+        results = self.wait(call)
+        while call.lost and not results:
+            call = self.begin(command, step=step)
+            results = self.wait(call)
+        return results
 
-    def begin(self, command: Command[R] | Sequence[Command[R]], *, step: int) -> PendingCall[R]:
-        """Send ``command`` (a sequence: one per rank) to its receivers, who execute it after those that they have
-        already. Raises a WorkerError, and Unfinished where it may be left and the run has to stop."""
+    def begin(
+        self, command: Command[R] | Sequence[Command[R]], *, step: int, cell: int | None = None
+    ) -> PendingCall[R]:
+        """Send ``command`` (a sequence: one per rank) to its receivers (of ``cell``, where it is given), who execute it
+        after those that they have already. Raises a WorkerError, and Unfinished where it may be left and the run has to
+        stop."""
         first = command[0] if isinstance(command, Sequence) else command
         self.wait_ready()
         if first.abandonable and self.abandons():
             raise Unfinished
-        ranks = self._table.receivers(first.receivers)
+        if cell is None and first.by_one_cell:
+            cell = self._table.members[0]
+        ranks = self._table.receivers(first.receivers, *([] if cell is None else [cell]))
         commands = command if isinstance(command, Sequence) else [command] * len(ranks)
         if len(commands) != len(ranks):
             raise ValueError(f"{len(commands)} commands for {len(ranks)} ranks")
@@ -135,8 +174,22 @@ class Cluster:
         return call
 
     def wait(self, call: PendingCall[R]) -> list[R]:
-        """Return the results of a command by rank, within the deadline of its phase. Raises a WorkerError."""
+        """Return the results of a command by rank, within the deadline of its phase, without those of cells that were
+        lost. Raises a WorkerError."""
         return cast(list[R], self._finish(call))
+
+    def share(self, commands: Sequence[Command[R]], *, step: int) -> list[R]:
+        """Send ``commands``, one for each of :attr:`trainers`, and return their results. Each cell executes those of a
+        part of them, and those of a cell that is lost."""
+        if self._table.cells == 1:
+            return self.call(commands, step=step)
+        return self.cells.share(commands, step)
+
+    def train(self, commands: Sequence[TrainStep], *, step: int) -> list[TrainResult]:
+        """Make one optimizer step, of which ``commands`` give each of :attr:`trainers` its share."""
+        if self._table.cells == 1:
+            return self.call(commands, step=step)
+        return self.cells.train(commands, step)
 
     @contextmanager
     def rollout(self, step: int, *, purpose: str = "") -> Iterator[RolloutSession]:
@@ -203,6 +256,22 @@ class Cluster:
 
         self._router.loses = loses
 
+    # --- for cells ---------------------------------------------------------------------------------------------------
+
+    def _contain(self, error: WorkerError) -> bool:
+        if isinstance(error, EngineFailedError) and self._replaced < self.replacements:
+            return False  # new engines may be enough
+        return self.cells.contain(error)
+
+    def expect_start(self, ranks: Sequence[int], after: float) -> PendingCall[Any]:
+        """Return the start of ``ranks``, which begins ``after`` so many seconds."""
+        return self._expect(None, ranks, Phase.START, self._listener.last.step, after)
+
+    def leave(self, ranks: Collection[int]) -> None:
+        """Let other engines generate what those of ``ranks`` had not finished."""
+        for session in self._sessions.values():
+            session.leave(ranks)
+
     # --- for the end of the run --------------------------------------------------------------------------------------
 
     @property
@@ -221,10 +290,12 @@ class Cluster:
 
     # --- one command -------------------------------------------------------------------------------------------------
 
-    def _expect(self, kind: type[Command] | None, ranks: Sequence[int], phase: Phase, step: int) -> PendingCall[Any]:
+    def _expect(
+        self, kind: type[Command] | None, ranks: Sequence[int], phase: Phase, step: int, after: float = 0.0
+    ) -> PendingCall[Any]:
         seconds = getattr(self._deadlines, phase.deadline)
-        end = time.monotonic() + seconds
-        call = PendingCall[Any](next(self._ids), kind, ranks, phase, step, seconds, end, purpose=self._purpose)
+        end = time.monotonic() + seconds + after
+        call = PendingCall[Any](next(self._ids), kind, [*ranks], phase, step, seconds, end, purpose=self._purpose)
         self._listener.expect(call)
         return call
 
@@ -234,7 +305,8 @@ class Cluster:
         try:
             self._router.send(message, [peer for rank in ranks if (peer := self._table.states[rank].peer)])
         except PeerGoneError as error:
-            raise self._listener.cause() or WorkerError(f"{call.place}: {error}") from None
+            if self._table.cells == 1:  # else only a cell is lost, which the listener will see
+                raise self._listener.cause() or WorkerError(f"{call.place}: {error}") from None
 
     def _finish(self, call: PendingCall) -> list[Result]:
         """Wait for all replies and return their results by rank."""
@@ -243,7 +315,7 @@ class Cluster:
         if not call.done:
             self._abandon(call)
             self._listener.wait(lambda: call.done, call)
-        del self._listener.calls[call.id]
+        self._listener.calls.pop(call.id, None)
         self.seconds = [{} for _ in self.seconds]
         for rank, reply in call.replies.items():
             self.seconds[rank] = reply.seconds
@@ -314,6 +386,8 @@ class Cluster:
         call = self._generating
         assert call is not None
         if self._replaced == self.replacements:
+            if self.cells.contain(error):
+                return
             raise error
         self._replaced += 1
         leaders = self._table.receivers(Receivers.LEADERS)
@@ -355,7 +429,7 @@ class RolloutSession:
     def __init__(self, cluster: Cluster, name: str, leaders: Sequence[int]) -> None:
         """``name`` is that of this rollout among those that are open."""
         self._cluster, self._name = cluster, name
-        self._turns = itertools.cycle(leaders)
+        self._leaders, self._turns = [*leaders], itertools.cycle(leaders)
         self._prompt: list[int] | None = None  # of the last request
         self._turn = leaders[0]
         self._running: dict[str, tuple[int, Request]] = {}  # by rid: the rank that has the request, and the request
@@ -365,10 +439,24 @@ class RolloutSession:
         for request in requests:
             if request.rid in self._running:
                 raise ValueError(f"request {request.rid!r} is already running")
-            if request.input_ids != self._prompt:
-                self._prompt, self._turn = request.input_ids, next(self._turns)
-            self._running[request.rid] = self._turn, request
+            self._assign(request)
         self._send([request.rid for request in requests])
+
+    def _assign(self, request: Request) -> None:
+        if request.input_ids != self._prompt:
+            self._prompt, self._turn = request.input_ids, next(self._turns)
+        self._running[request.rid] = self._turn, request
+
+    def leave(self, ranks: Collection[int]) -> None:
+        """Give the unfinished requests of engines whose leaders are among ``ranks`` to the others."""
+        if not any(leader in ranks for leader in self._leaders):
+            return
+        self._leaders = [leader for leader in self._leaders if leader not in ranks]
+        self._turns, self._prompt = itertools.cycle(self._leaders), None
+        moved = [rid for rid in self.unfinished if self._running[rid][0] in ranks]
+        for rid in moved:
+            self._assign(self._running[rid][1])
+        self._send(moved)
 
     @property
     def unfinished(self) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -38,12 +38,19 @@ from miles_spmd.types.request import Output
 
 R = TypeVar("R", bound=Result)
 
-START = 0  # id of the call to which a Hello is the reply
+START = 0  # id of a reply of ranks that could not start
 SEPARATOR = ":"  # between the rollout and the name that a request has in it
 CHECK_EVERY = 0.25  # seconds between looks at the clock
 MAX_LINES = 32  # of a report on ranks
 STACKS_GRACE = 1.5  # seconds past a deadline in which the ranks write their stacks and say where they stand
 CAUSE_GRACE = 0.5  # seconds after a first error in which the event that caused it may still arrive
+
+
+class Unfinished(BaseException):
+    """Raised in the main thread where the step or the evaluation under way is left because the run has to stop.
+
+    Not an Exception: code that handles errors of a reward or a rank must not catch it.
+    """
 
 
 # --- errors: their texts name rank, host, phase, step and cause -------------------------------------------------------
@@ -102,27 +109,52 @@ class RankState:
 
 
 class RankTable:
-    """The states of all ranks."""
+    """The states of all ranks. They are those of ``cells`` cells, one after another; ``members`` are the cells that
+    take part at present, in order."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, cells: int = 1) -> None:
         self.states = [RankState() for _ in range(world_size)]
+        self.cells, self.cell_size = cells, world_size // cells
+        self.members = list(range(cells))
+
+    def cell_of(self, rank: int) -> int:
+        return rank // self.cell_size
+
+    def ranks_of(self, cell: int) -> range:
+        return range(cell * self.cell_size, (cell + 1) * self.cell_size)
+
+    def among_cells(self, info: RankInfo) -> RankInfo:
+        """Return ``info`` with numbers of engines, and of ranks that wait for each other, that no other cell has."""
+        first = self.ranks_of(self.cell_of(info.rank))[0]
+        trainer, engine = info.trainer, info.engine
+        if trainer is not None:
+            trainer = msgspec.structs.replace(trainer, waits_with=first + trainer.unit)
+        if engine is not None:
+            engine = msgspec.structs.replace(engine, engine=first + engine.engine)
+        return msgspec.structs.replace(info, trainer=trainer, engine=engine)
+
+    def infos_of(self, *cells: int) -> list[RankInfo]:
+        """By rank, of those that are built."""
+        states = (self.states[rank] for cell in cells for rank in self.ranks_of(cell))
+        return [state.info for state in states if state.info is not None]
 
     @property
     def infos(self) -> list[RankInfo]:
-        """By rank, of those that are built."""
-        return [state.info for state in self.states if state.info is not None]
+        """By rank, of those that take part and are built."""
+        return self.infos_of(*self.members)
 
-    def receivers(self, kind: Receivers) -> list[int]:
-        """The ranks that receive a command of this kind, in order."""
+    def receivers(self, kind: Receivers, *cells: int) -> list[int]:
+        """The ranks that receive a command of this kind, in order; those of ``cells``, or of all that take part."""
+        infos = self.infos_of(*(cells or self.members))
         match kind:
             case Receivers.TRAINERS:
-                return [info.rank for info in self.infos if info.trainer is not None]
+                return [info.rank for info in infos if info.trainer is not None]
             case Receivers.ENGINES:
-                return [info.rank for info in self.infos if info.engine is not None]
+                return [info.rank for info in infos if info.engine is not None]
             case Receivers.LEADERS:
-                return [info.rank for info in self.infos if info.engine is not None and info.engine.leader]
+                return [info.rank for info in infos if info.engine is not None and info.engine.leader]
             case Receivers.ALL:
-                return [info.rank for info in self.infos]
+                return [info.rank for info in infos]
 
     def engine_of(self, rank: int) -> int | None:
         """The number of the engine that the rank is part of."""
@@ -137,11 +169,12 @@ class RankTable:
 
 @dataclass
 class PendingCall(Generic[R]):
-    """One command under way, and the replies to it. Call 0 is the start, to which every rank replies with its Hello."""
+    """One command under way, and the replies to it. Without a ``kind`` it is a start, to which ranks reply with their
+    Hello. ``lost``: it was also sent to ranks of a cell that was lost; nothing is expected of them any more."""
 
     id: int
     kind: type[Command[R]] | None
-    ranks: Sequence[int]
+    ranks: list[int]
     phase: Phase
     step: int
     seconds: float
@@ -151,6 +184,7 @@ class PendingCall(Generic[R]):
     purpose: str = ""  # of what is not for training
     held: dict[int, Held] | None = None  # by rank, where ranks are to leave the command
     overdue: dict[int, Overdue] = field(default_factory=dict)  # where ranks stood when time was up
+    lost: bool = False
 
     @property
     def result_types(self) -> tuple[type, ...]:
@@ -183,7 +217,8 @@ class Listener:
 
     ``calls`` are the commands under way, by id, in the order in which they were sent; a rank executes its own in this
     order. ``last`` is the one that was sent last. A reply to a command that nobody waits for any more is ignored.
-    ``outputs`` are those of finished requests, by the rollout that submitted them.
+    ``outputs`` are those of finished requests, by the rollout that submitted them. ``contain`` is asked about every
+    error whether the run goes on, after what is left of it was forgotten (:meth:`forget`).
     """
 
     def __init__(
@@ -195,6 +230,8 @@ class Listener:
         self.calls: dict[int, PendingCall[Any]] = {}
         self.outputs: dict[str, deque[Output]] = {}
         self.stop_asked: Callable[[str], None] = lambda signal: None
+        self.contain: Callable[[WorkerError], bool] = lambda error: False
+        self.cell_timeout = math.inf
         self._errors: list[WorkerError] = []
         self._receiving = False
         self._interruption: BaseException | None = None
@@ -202,7 +239,13 @@ class Listener:
 
     def expect(self, call: PendingCall) -> None:
         """Take replies to ``call`` from now on."""
-        self.calls[call.id] = self.last = call
+        self.calls[call.id] = call
+        if call.kind is not None:
+            self.last = call
+
+    def add(self, error: WorkerError) -> None:
+        """Take an error that something else has noticed, for the next wait."""
+        self._errors.append(error)
 
     def wait(self, done: Callable[[], bool], call: PendingCall | None = None, seconds: float = math.inf) -> bool:
         """Return True once ``done``, and False after so many ``seconds``. Raises a WorkerError: one that ends the run,
@@ -226,12 +269,29 @@ class Listener:
             pass
         self._raise(None)
 
+    def forget(self, ranks: Collection[int]) -> None:
+        """Expect nothing more of ``ranks``, and drop their errors; their places are free for others."""
+        self._errors = [error for error in self._errors if error.rank not in ranks]
+        for call in self.calls.values():
+            call.lost = call.lost or any(rank in ranks for rank in call.ranks)
+            call.ranks = [rank for rank in call.ranks if rank not in ranks]
+            for of_ranks in (call.replies, call.failures, call.overdue, call.held or {}):
+                for rank in ranks:
+                    of_ranks.pop(rank, None)
+        for rank in ranks:
+            self._table.states[rank] = RankState()
+
     def _raise(self, call: PendingCall | None) -> None:
-        if not self._errors and not (call and call.failures):
-            return
-        cause = self.cause()
-        assert cause is not None
-        raise cause
+        while self._errors or (call and call.failures) or (self._table.cells > 1 and self._has_failed()):
+            cause = self.cause()
+            assert cause is not None
+            if not self.contain(cause):
+                raise cause
+
+    def _has_failed(self) -> bool:
+        """Return whether a rank could not execute a command: other cells may wait for it in another one."""
+        failures = (failure for call in self.calls.values() for failure in call.failures.values())
+        return any(not isinstance(failure, EngineFailedError) for failure in failures)
 
     def cause(self) -> WorkerError | None:
         """The error that explains the others, if there is an error.
@@ -257,11 +317,11 @@ class Listener:
             raise error
         self._interruption = error
 
-    def stopped(self, reason: str) -> WorkerStoppedError:
-        """The error of a run that is stopped from outside."""
+    def stopped(self, reason: str, rank: int | None = None) -> WorkerStoppedError:
+        """The error of a run that is stopped from outside, which ``rank`` has announced."""
         absent = ", ".join(str(rank) for rank, state in enumerate(self._table.states) if not state.heard)
         suffix = f"; rank {absent} had not connected" if absent else ""
-        return WorkerStoppedError(f"{self.last.place}: {reason}{suffix}")
+        return WorkerStoppedError(f"{self.last.place}: {reason}{suffix}", rank=rank)
 
     def _receive(self, timeout: float) -> bool:
         """Handle one event; returns whether there was one."""
@@ -283,13 +343,19 @@ class Listener:
             return
         self._next_check = now + CHECK_EVERY
         for rank, state in enumerate(self._table.states):
-            if state.heard and now > state.heard + self._heartbeat_timeout:
-                self._errors.append(WorkerSilentError(f"{self._table.name(rank)} is silent: {self._doing(rank)}"))
+            if state.heard and now > state.heard + self._silence(rank):
+                text = f"{self._table.name(rank)} is silent: {self._doing(rank)}"
+                self._errors.append(WorkerSilentError(text, rank=rank))
         for call in self.calls.values():
             late = [rank for rank in call.ranks if call.awaits(rank)]
             reported = all(rank in call.overdue for rank in late)
             if late and now > call.end + (0 if reported else STACKS_GRACE):
-                self._errors.append(DeadlineError(self._overdue(call, late)))
+                self._errors.append(DeadlineError(self._overdue(call, late), rank=late[0]))
+
+    def _silence(self, rank: int) -> float:
+        """Seconds that a rank may be silent. One of several cells is given less time as soon as it takes part."""
+        takes_part = self._table.cell_of(rank) in self._table.members and START not in self.calls
+        return min(self._heartbeat_timeout, self.cell_timeout if takes_part else math.inf)
 
     # --- events ------------------------------------------------------------------------------------------------------
 
@@ -303,12 +369,13 @@ class Listener:
                     self._table.states[rank].heard = time.monotonic()
                     self._handle_message(rank, peer, message)
                 else:
-                    self._errors.append(ProtocolError(f"{self._table.name(own)} calls itself rank {rank}"))
+                    self._errors.append(ProtocolError(f"{self._table.name(own)} calls itself rank {rank}", rank=own))
             case None:
                 self._handle_loss(peer)
             case _:
-                what = message if isinstance(message, WireError) else f"sent a {type(message).__name__}"
-                self._errors.append(ProtocolError(f"{self._table.name(self._router.rank_of[peer])}: {what}"))
+                rank, what = self._router.rank_of[peer], f"sent a {type(message).__name__}"
+                text = f"{self._table.name(rank)}: {message if isinstance(message, WireError) else what}"
+                self._errors.append(ProtocolError(text, rank=rank))
 
     def _handle_message(
         self, rank: int, peer: Peer, message: Hello | Heartbeat | StopNotice | Held | Overdue | Reply | Completions
@@ -319,7 +386,7 @@ class Listener:
                 self._handle_hello(rank, peer, message)
             case Heartbeat(phase=Phase.STOP):
                 state.stopping = True
-                self._errors.append(self.stopped(message.detail))
+                self._errors.append(self.stopped(message.detail, rank))
             case Heartbeat():
                 state.heartbeat, state.side = message, peer
             case Held():
@@ -337,15 +404,20 @@ class Listener:
                 self._handle_reply(rank, message)
 
     def _handle_hello(self, rank: int, peer: Peer, hello: Hello) -> None:
-        state = self._table.states[rank]
-        if state.info is not None:
-            self._errors.append(ProtocolError(f"two processes are rank {rank}: {state.info} and {hello.info}"))
+        state, start = self._table.states[rank], self._start_of(rank)
+        if state.info is not None or start is None:
+            text = f"two processes are rank {rank}: {state.info} and {hello.info}"
+            self._errors.append(ProtocolError(text, rank=rank))
         elif hello.config_digest != self._config_digest:
-            name = f"rank {rank} ({hello.info.host})"
-            self._errors.append(ProtocolError(f"{name} was started with another configuration than rank 0"))
+            text = f"rank {rank} ({hello.info.host}) was started with another configuration than rank 0"
+            self._errors.append(ProtocolError(text, rank=rank))
         else:
-            state.info, state.peer = hello.info, peer
-            self.calls[START].replies[rank] = hello
+            state.info, state.peer = self._table.among_cells(hello.info), peer
+            start.replies[rank] = hello
+
+    def _start_of(self, rank: int) -> PendingCall | None:
+        """The start that the rank's Hello is a reply to."""
+        return next((call for call in self._awaited(rank) if call.kind is None), None)
 
     def _handle_outputs(self, outputs: Sequence[Output]) -> None:
         """An output of a rollout that was left is nobody's."""
@@ -355,9 +427,10 @@ class Listener:
                 queue.append(msgspec.structs.replace(output, rid=rid))
 
     def _handle_reply(self, rank: int, reply: Reply) -> None:
-        name, call = self._table.name(rank), self.calls.get(reply.id)
+        name, call = self._table.name(rank), self.calls.get(reply.id) if reply.id != START else self._start_of(rank)
         if reply.id > self.last.id:
-            self._errors.append(ProtocolError(f"{name} replied to command {reply.id}, which was not sent yet"))
+            text = f"{name} replied to command {reply.id}, which was not sent yet"
+            self._errors.append(ProtocolError(text, rank=rank))
         elif call is None or not call.awaits(rank):
             return  # late
         elif isinstance(failure := reply.result, Failure):
@@ -365,10 +438,10 @@ class Listener:
             kind = EngineFailedError if failure.engine else WorkerFailedError
             call.failures[rank] = kind(text, failure.traceback, rank)
         elif call.kind is None:
-            self._errors.append(ProtocolError(f"{name} replied to its start"))
+            self._errors.append(ProtocolError(f"{name} replied to its start", rank=rank))
         elif not isinstance(reply.result, call.result_types):
             kinds = f"{type(reply.result).__name__} instead of {call.kind.result_type().__name__}"
-            self._errors.append(ProtocolError(f"{name} replied to {call.kind.__name__} with {kinds}"))
+            self._errors.append(ProtocolError(f"{name} replied to {call.kind.__name__} with {kinds}", rank=rank))
         else:
             call.replies[rank] = reply
 

@@ -49,22 +49,22 @@ class StragglerWatch:
         self._run_dir, self._warn = run_dir, warn
         self._history: dict[tuple[Phase, tuple[int, ...]], _History] = {}
         self._steps: deque[int] = deque(maxlen=WINDOW)
+        self._infos: dict[int, RankInfo] = {}  # also of ranks that have gone
 
     def add(self, step: int, own: Own, infos: Sequence[RankInfo]) -> dict[str, float]:
         """Take the work of the ranks in ``step``, and return its metrics; none where no unit has a peer."""
         metrics: dict[str, float] = {}
+        self._infos |= {info.rank: info for info in infos}
         for phase in AMOUNTS:
-            units = _units(phase, {rank: work for (of, rank), work in own.items() if of is phase}, infos)
+            units = _units(phase, {rank: work for (of, rank), work in own.items() if of is phase}, self._infos)
             if len(units) > 1:
-                metrics[f"perf/{phase}_slowest"] = self._compare(step, phase, units, infos)
+                metrics[f"perf/{phase}_slowest"] = self._compare(step, phase, units)
         if metrics:
             self._steps.append(step)
-            write_stragglers(self._run_dir, self._report(infos))
+            write_stragglers(self._run_dir, self._report())
         return metrics
 
-    def _compare(
-        self, step: int, phase: Phase, units: Mapping[tuple[int, ...], OwnWork], infos: Sequence[RankInfo]
-    ) -> float:
+    def _compare(self, step: int, phase: Phase, units: Mapping[tuple[int, ...], OwnWork]) -> float:
         rates = {unit: work.seconds / work.amount for unit, work in units.items()}
         ordered, slowest = sorted(rates.values()), 0.0
         for unit, work in units.items():
@@ -79,19 +79,19 @@ class StragglerWatch:
             if history.slow_steps >= PERSISTS and not history.warned:
                 history.warned = True
                 self._warn(
-                    f"{_name(unit, infos)}: {ratio:.2f} x as slow as its peers in {phase} in each of the {PERSISTS} "
-                    f"steps up to {step}: {work.seconds:.2f} s of its own work instead of {peers * work.amount:.2f} s, "
-                    f"compared per {AMOUNTS[phase]}"
+                    f"{_name(unit, self._infos)}: {ratio:.2f} x as slow as its peers in {phase} in each of the "
+                    f"{PERSISTS} steps up to {step}: {work.seconds:.2f} s of its own work instead of "
+                    f"{peers * work.amount:.2f} s, compared per {AMOUNTS[phase]}"
                 )
         return slowest
 
-    def _report(self, infos: Sequence[RankInfo]) -> Stragglers:
+    def _report(self) -> Stragglers:
         rows = [
             Row(
                 phase=str(phase),
                 ranks=list(unit),
-                hosts=sorted({infos[rank].host for rank in unit}),
-                devices=[infos[rank].device for rank in unit],
+                hosts=sorted({self._infos[rank].host for rank in unit}),
+                devices=[self._infos[rank].device for rank in unit],
                 median=median(history.seconds),
                 longest=max(history.seconds),
                 ratio=median(history.ratios),
@@ -112,7 +112,7 @@ def _median_of_others(ordered: Sequence[float], own: float) -> float:
     return (others[(len(others) - 1) // 2] + others[len(others) // 2]) / 2
 
 
-def _units(phase: Phase, own: Mapping[int, OwnWork], infos: Sequence[RankInfo]) -> dict[tuple[int, ...], OwnWork]:
+def _units(phase: Phase, own: Mapping[int, OwnWork], infos: Mapping[int, RankInfo]) -> dict[tuple[int, ...], OwnWork]:
     """Return the work of the ranks that wait for each other in ``phase``, by these ranks: the longest of theirs."""
     members: dict[int, list[int]] = {}
     for rank, work in own.items():
@@ -128,7 +128,7 @@ def _units(phase: Phase, own: Mapping[int, OwnWork], infos: Sequence[RankInfo]) 
     }
 
 
-def _name(unit: Sequence[int], infos: Sequence[RankInfo]) -> str:
+def _name(unit: Sequence[int], infos: Mapping[int, RankInfo]) -> str:
     names = []
     for rank in unit:
         info = infos[rank]

@@ -4,6 +4,7 @@ what an algorithm or an evaluation computes with several of them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -22,6 +23,7 @@ from miles_spmd.types.rollout_batch import Arrays
 from miles_spmd.types.train_sequence import MicroBatch, TrainSequence
 
 R = TypeVar("R", bound=Result)
+C = TypeVar("C", bound=Command)
 
 
 class Models:
@@ -59,7 +61,8 @@ class Models:
     def train(self, step: int, sequences: Sequence[TrainSequence], role: Role) -> tuple[list[TrainResult], Arrays]:
         """Make one optimizer step. Returns the result of every trainer rank, and the log-probs (of a critic or reward
         model: the values) of the sequences before the update."""
-        results, (log_probs,) = self._call(step, sequences, lambda m: TrainStep(m, role), "log_probs")
+        train = partial(self._cluster.train, step=step)
+        results, (log_probs,) = self._call(step, sequences, lambda m: TrainStep(m, role), "log_probs", execute=train)
         return results, log_probs
 
     # --- what is computed with several of them -----------------------------------------------------------------------
@@ -138,14 +141,16 @@ class Models:
         self,
         step: int,
         sequences: Sequence[TrainSequence],
-        make: Callable[[list[MicroBatch]], Command[R]],
+        make: Callable[[list[MicroBatch]], C],
         *fields: str,
+        execute: Callable[[list[C]], list[R]] | None = None,
     ) -> tuple[list[R], list[Arrays]]:
-        """Give every rank its micro-batches. Returns the ranks' results, and each of their ``fields`` for all sequences
-        in order."""
+        """Give every rank its micro-batches, and ``execute`` what is made of these on all of them. Returns their
+        results, and each of the ``fields`` for all sequences in order."""
         trainers = self._cluster.trainers
         packing = self._pack([len(s.tokens) for s in sequences], trainers[0].data_parallel_size)
-        results = self._cluster.call(commands(packing, sequences, trainers, make), step=step)
+        execute = execute or partial(self._cluster.share, step=step)
+        results = execute(commands(packing, sequences, trainers, make))
         arrays = [[getattr(result, field) for result in results] for field in fields]
         return results, [in_sequence_order(packing, trainers, of_field, len(sequences)) for of_field in arrays]
 

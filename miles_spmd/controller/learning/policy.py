@@ -123,6 +123,14 @@ class Policy:
         if self._config.has_reference and interval and version % interval == 0:
             self._cluster.call(SnapshotWeights(Role.REF), step=version)
 
+    def admit(self, version: int) -> None:
+        """Let cells that were lost and are built again take part, with weights ``version``."""
+        for cell in self._cluster.cells.admit(version):
+            if version == self._engine_version:
+                self._cluster.call(RefitEngine(version), step=version, cell=cell)
+                if self._config.algorithm.keep_old_actor:
+                    self._cluster.call(SnapshotWeights(Role.OLD_ACTOR), step=version, cell=cell)
+
     def refit(self, version: int) -> None:
         """Copy weights ``version`` into the engine where the next rollout is due to use them."""
         interval = self._config.refit.update_weights_interval

@@ -21,6 +21,7 @@ def train(run: RunParts) -> None:
     run.journal.report(run.first)
     for step in range(run.first, steps):
         run.stopping.check()
+        run.policy.admit(step)
         advance(run, step)
         run.generation.forget()
         run.journal.publish(events.StepFinished(step))
