@@ -140,7 +140,7 @@ class TrainerCheckpoint:
                 if "exp_avg" in state:  # a tensor for each: an update increments it in place
                     state["step"] = torch.full((), updates, dtype=torch.float32, device=own.main.device)
             self._schedule.step(updates - self._schedule.num_steps)
-            _set_random_state({name: share.values[0] for name, share in random.items()})
+            set_random_state({name: share.values[0] for name, share in random.items()})
 
     def load_weights(self, path: str | Path, into: Mapping[str, Tensor], digests: Sequence[str] = ()) -> None:
         """Read the weights in ``path``, of :meth:`content` or :meth:`content_of`, ``into`` tensors of this network by
@@ -170,10 +170,9 @@ class TrainerCheckpoint:
         """Return the random state of this rank, uint8, by name."""
         return {name: share.values[0] for name, share in self._random().items()}
 
-    def proceed(self, updates: int, random: Mapping[str, Tensor]) -> None:
+    def proceed(self, updates: int) -> None:
         """Continue from tensors that were put in place, those after so many updates."""
         self._schedule.step(updates - self._schedule.num_steps)
-        _set_random_state(dict(random))
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -251,7 +250,8 @@ def _matrix(shape: Sequence[int]) -> tuple[int, int]:
     return rows, columns
 
 
-def _set_random_state(states: dict[str, Tensor]) -> None:
+def set_random_state(states: Mapping[str, Tensor]) -> None:
+    """Set what :meth:`TrainerCheckpoint.random_state` returns of this process, or a part of it."""
     trackers = {name.removeprefix("tracker."): state for name, state in states.items() if name.startswith("tracker.")}
     if trackers:
         tensor_parallel.get_cuda_rng_tracker().set_states(trackers)

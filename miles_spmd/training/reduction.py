@@ -90,9 +90,9 @@ class TreeSum:
 
 class PartSum(TreeSum):
     """The canonical reduction of a batch whose ``parts``, each a subtree with equally many leaves, are computed by
-    several worlds of ranks. The sum of a part is in :attr:`kept` when its last leaf is done; :meth:`combine` makes the
-    sum of the whole batch of them all, and :meth:`spread` the gradient of every rank. Which world computed what does
-    not matter for the bits.
+    several worlds of ranks. The sum of a part is in :attr:`kept` when its last leaf is done, in host memory;
+    :meth:`combine` makes the sum of the whole batch of them all, and :meth:`spread` the gradient of every rank. Which
+    world computed what does not matter for the bits.
 
     Raises ValueError where a part has fewer leaves than there are data-parallel ranks.
     """
@@ -103,21 +103,20 @@ class PartSum(TreeSum):
         self._chunks, self._part = chunks, 0
 
     def begin(self, part: int) -> None:
-        """The leaves that follow are those of ``part``."""
+        """The leaves that follow are those of ``part``. The gradient is cleared."""
         self._part, self._leaf = part, 0
         self._subtrees.clear()
-        torch._foreach_zero_(self._gradient)
 
     def _complete(self, chunks: list[DistributedDataParallel], **groups: Any) -> None:
         first = self._group.rank() == 0  # the others have zeros
-        self.kept[self._part] = [each.clone() for each in self._gradient] if first else []
+        self.kept[self._part] = [_on_host(each) for each in self._gradient] if first else []
 
     def combine(self, fetch: Callable[[Mapping[int, Tensor]], list[Tensor]]) -> None:
         """Put the sum of all parts into the buffers of the first data-parallel rank, and zeros into those of others.
         ``fetch`` is called on the first one; it takes a stretch of the sums that are kept, by part, and returns this
         stretch of all parts, in order."""
-        torch._foreach_zero_(self._gradient)
         if self._group.rank() > 0:
+            torch._foreach_zero_(self._gradient)
             return
         for number, buffer in enumerate(self._gradient):
             flat = buffer.view(-1)
@@ -129,6 +128,11 @@ class PartSum(TreeSum):
     def spread(self) -> None:
         """Give every rank the gradient."""
         super()._complete(self._chunks)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """Return a copy: whoever fetches it needs it there, and the device has room for one gradient."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
 
 
 def _add_tree(terms: list[Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,14 @@ from miles_spmd.config import Config
 from miles_spmd.models import load_family
 from miles_spmd.protocol.results import CheckpointResult, SaveProgress, WeightsDigest
 from miles_spmd.training.background_save import BackgroundSave
+from miles_spmd.training.cells.link import Limits
+from miles_spmd.training.cells.member import CellMember
+from miles_spmd.training.cells.trainer import CellTrainer
 from miles_spmd.training.checkpoint import Content, TrainerCheckpointError
 from miles_spmd.training.digests import to_host
 from miles_spmd.training.network import Network
 from miles_spmd.training.trainer import Trainer
+from miles_spmd.types.cell import Cell
 from miles_spmd.types.role import Role
 
 
@@ -26,18 +31,19 @@ class Roles:
 
     The reference policy and the old actor are snapshots of weights in host memory, with which the actor's network runs
     when it is asked for them. The teacher is a network of its own, whose weights are in host memory too. The critic is
-    a second trainer.
+    a second trainer. With a ``cell`` trainers make their updates together with those of the other cells.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, cell: Cell | None = None) -> None:
         source = config.model.hf_checkpoint
         family = load_family(source, value_head=config.run.mode == "rm")
-        self.actor = Trainer(config, family, make_loss(config.run.mode, config.algorithm))
+        build = Trainer if cell is None else partial(CellTrainer, parts=cell.cells)
+        self.actor: Trainer = build(config, family, make_loss(config.run.mode, config.algorithm))
         self._trainers = {Role.ACTOR: self.actor}
         if config.has_critic:
             loss, critic = ValueLoss(config.algorithm), config.model.critic_load or source
             values = load_family(critic, value_head=True)
-            self._trainers[Role.CRITIC] = Trainer(config.of_critic(), values, loss, source=critic, beside=self.actor)
+            self._trainers[Role.CRITIC] = build(config.of_critic(), values, loss, source=critic, beside=self.actor)
         self._snapshots: dict[Role, dict[str, Tensor]] = {}
         self._teacher: Network | None = None
         if config.has_teacher and (teacher := config.model.teacher_load):
@@ -50,6 +56,21 @@ class Roles:
         self._saving = BackgroundSave()
         self._moved_out: dict[Role, dict[str, np.ndarray]] = {}  # digests of the optimizers when they were moved out
         self._saves_reference = config.saves_reference
+        self._member: CellMember | None = None
+        if cell is not None:
+            trainers = {role: t for role, t in self._trainers.items() if isinstance(t, CellTrainer)}
+            settle = self._saving.wait_for_borrowed
+            self._member = CellMember(cell, trainers, Limits.of(config.resilience), self.changing_snapshots, settle)
+
+    @property
+    def in_cell(self) -> CellMember:
+        """What these models do together with other cells. Raises ValueError where the run has none."""
+        if self._member is None:
+            raise ValueError("this run has no cells")
+        return self._member
+
+    def trains(self, role: Role) -> bool:
+        return role in self._trainers
 
     def trainer(self, role: Role) -> Trainer:
         """Return the trainer of ``role``. Raises ValueError for a role that is not trained in this run."""
@@ -96,6 +117,12 @@ class Roles:
         if role is Role.REF:
             self._saving.wait_for_borrowed()
         self._snapshots[role] = self.actor.copy_to_host(self._snapshots.get(role))
+
+    def changing_snapshots(self) -> list[Tensor]:
+        """Return the weights of snapshots that may differ from what a start of the run has."""
+        roles = [Role.REF] if self._saves_reference else []
+        roles += [Role.OLD_ACTOR] if Role.OLD_ACTOR in self._snapshots else []
+        return [weight for role in roles for weight in self._snapshots[role].values()]
 
     # ---- digests ----
 

@@ -25,6 +25,7 @@ from miles_spmd.protocol.messages import Hello, RankInfo, Reply
 from miles_spmd.protocol.pipe import Credentials, Replay
 from miles_spmd.protocol.results import Ok
 from miles_spmd.telemetry.environment import cores_per_rank
+from miles_spmd.types.cell import Cell
 from miles_spmd.types.phase import Phase
 from miles_spmd.worker.controller_process import ControllerProcess
 from miles_spmd.worker.kernels import Kernels
@@ -203,7 +204,7 @@ def build(config: Config, task: str, place: Place, side: Side, watch: Stopwatch,
     memory = MemoryAccount(config, place.world_size, side.trains, generates, warn)
     memory.require_room(training=task in ("train", "warm"))
     with memory.explaining():
-        worker = Worker(config, task, side, place.rank, watch, memory)
+        worker = Worker(config, task, side, place.rank, watch, memory, Cell.from_environment())
     gc.freeze()  # the backends keep millions of objects until the end: a collection that walks them takes a second
     return worker
 

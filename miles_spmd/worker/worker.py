@@ -20,6 +20,7 @@ from miles_spmd.protocol.messages import EngineRank, OwnWork, TrainerRank
 from miles_spmd.training.network import Network
 from miles_spmd.training.passes import PASSES
 from miles_spmd.training.roles import Roles
+from miles_spmd.types.cell import Cell
 from miles_spmd.types.run_files import newest_config
 from miles_spmd.types.train_sequence import MicroBatch
 from miles_spmd.worker.device_turns import DeviceTurns
@@ -89,7 +90,8 @@ def _own(network: Network, micro_batches: Sequence[MicroBatch]) -> OwnWork:
 
 class Worker:
     """Builds what ``task`` needs on this rank's ``side``; torch.distributed is initialised. ``watch`` measures the time
-    of each part of the start and of each command, ``memory`` the use of the device."""
+    of each part of the start and of each command, ``memory`` the use of the device. With a ``cell`` this rank is one of
+    a replica that trains together with others."""
 
     def __init__(
         self,
@@ -99,6 +101,7 @@ class Worker:
         rank: int,
         watch: Stopwatch,
         memory: MemoryAccount,
+        cell: Cell | None = None,
     ) -> None:
         self.memory = memory
         self._config, self._rank = config, rank
@@ -107,7 +110,7 @@ class Worker:
         self._roles: Roles | None = None
         if side.trains:
             with watch("trainer"):
-                self._roles = Roles(config)
+                self._roles = Roles(config, cell)
             memory.trainer = self._roles.memory
             memory.record("trainer built")
         self._engine: Engine | None = None
@@ -189,14 +192,16 @@ class Worker:
 
     @execute.register
     def _log_probs(self, command: commands.ComputeLogProbs) -> results.LogProbsResult:
-        with self._training(command), self.roles.network(command.role) as network, self.memory.work("log-probs"):
+        passes = len(command.micro_batches)
+        with self._training(passes), self.roles.network(command.role) as network, self.memory.work("log-probs"):
             result = network.log_probs(command.micro_batches, command.top_k)
             self._own = _own(network, command.micro_batches)
             return result
 
     @execute.register
     def _values(self, command: commands.ComputeValues) -> results.ValuesResult:
-        with self._training(command), self.roles.network(command.role) as network, self.memory.work("values"):
+        passes = len(command.micro_batches)
+        with self._training(passes), self.roles.network(command.role) as network, self.memory.work("values"):
             values = network.values(command.micro_batches)
             self._own = _own(network, command.micro_batches)
             return values
@@ -204,10 +209,30 @@ class Worker:
     @execute.register
     def _train(self, command: commands.TrainStep) -> results.TrainResult:
         trainer = self.roles.trainer(command.role)
-        with self._training(command), self.memory.work("optimizer step"):
+        with self._training(len(command.micro_batches)), self.memory.work("optimizer step"):
             result = trainer.train_step(command.micro_batches)
             self._own = _own(trainer, command.micro_batches)
             return result
+
+    @execute.register
+    def _compute_part(self, command: commands.ComputePart) -> results.PartResult:
+        trainer = self.roles.in_cell.trainer(command.role)
+        if (kept := trainer.kept(command.update, command.part)) is not None:
+            return kept
+        with self._training(len(command.micro_batches)), self.memory.work("gradient"):
+            result = trainer.compute_part(command.update, command.part, command.micro_batches)
+            self._own = _own(trainer, command.micro_batches)
+            return result
+
+    @execute.register
+    def _make_update(self, command: commands.MakeUpdate) -> results.UpdateResult:
+        with self._training(), self.memory.work("optimizer step"):
+            return self.roles.in_cell.make_update(command.role, command.update)
+
+    @execute.register
+    def _meet(self, command: commands.MeetCells) -> results.MeetResult:
+        with self._training(), self.memory.work("meeting of cells"):
+            return self.roles.in_cell.meet(founds=command.founds)
 
     @execute.register
     def _snapshot(self, command: commands.SnapshotWeights) -> results.Ok:
@@ -252,14 +277,13 @@ class Worker:
     # --- the device --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _training(
-        self, command: commands.ComputeLogProbs | commands.ComputeValues | commands.TrainStep
-    ) -> Iterator[None]:
-        """The trainer's turn on the device, with kernels in a fixed order where the run is deterministic."""
+    def _training(self, passes: int = 0) -> Iterator[None]:
+        """The trainer's turn on the device for so many forward passes, with kernels in a fixed order where the run is
+        deterministic."""
         with deterministic_kernels() if self._config.determinism.deterministic else nullcontext():
             self.roles.settle_save()
             self.turns.release()
-            PASSES.begin(len(command.micro_batches))
+            PASSES.begin(passes)
             try:
                 yield
             finally:

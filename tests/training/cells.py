@@ -1,5 +1,5 @@
 """Cells for tests: processes with a world of their own for each cell, joined by torchft's lighthouse. The test does
-what a controller does: it gives cells their parts of a batch, and sees what became of them."""
+what a controller does: it lets cells meet, gives them their parts of a batch, and sees what became of them."""
 
 from __future__ import annotations
 
@@ -19,21 +19,23 @@ import torch.distributed as dist
 import xxhash
 from torchft.coordination import LighthouseServer
 
-from miles_spmd.algorithms.losses import make_loss
 from miles_spmd.config import Config
-from miles_spmd.models import load_family
+from miles_spmd.protocol.results import MeetResult
 from miles_spmd.training.cells import live_state
-from miles_spmd.training.cells.link import CellLink, Exchange, Limits, LostUpdateError
+from miles_spmd.training.cells.link import Exchange
 from miles_spmd.training.cells.live_state import LiveState
-from miles_spmd.training.cells.trainer import CellTrainer
 from miles_spmd.training.reduction import PartSum
+from miles_spmd.training.roles import Roles
 from miles_spmd.training.trainer import Trainer
+from miles_spmd.types import cell as of_types
+from miles_spmd.types.role import Role
 from miles_spmd.types.train_sequence import MicroBatch, TrainSequence
 from tests import forked
 
-LIMITS = Limits(exchange=20.0, quorum=20.0, connect=10.0)
 JOIN_SECONDS = 3.0  # that the lighthouse waits for a cell which is alive and has not asked yet
 DEAD_SECONDS = 1.0  # without a sign of life
+
+TRAINED = (Role.ACTOR, Role.CRITIC)
 
 Digests = dict[str, int]  # of tensors, by name
 
@@ -51,11 +53,13 @@ def own_leaves(batch: list[TrainSequence], trainer: Trainer, leaves: int, first:
     return [batch_of for number in range(start, start + each) for batch_of in leaf(batch, number, leaves)]
 
 
-def digests(trainer: Trainer) -> Digests:
-    """Return digests of weights, main parameters and moments, by name and number."""
-    weights = {name: weight.view(torch.uint8).numpy() for name, weight in trainer.weights().items()}
-    found = {name: xxhash.xxh3_64_intdigest(weight.tobytes()) for name, weight in weights.items()}
-    state = LiveState(trainer.checkpoint).tensors()
+def digests(roles: Roles) -> Digests:
+    """Return digests of all weights, main parameters, moments and snapshots, by name or number."""
+    found, trainers = dict[str, int](), [roles.trainer(role) for role in TRAINED if roles.trains(role)]
+    for trainer in trainers:
+        weights = {name: weight.view(torch.uint8).numpy() for name, weight in trainer.weights().items()}
+        found |= {f"{len(found)} {name}": xxhash.xxh3_64_intdigest(w.tobytes()) for name, w in weights.items()}
+    state = LiveState([trainer.checkpoint for trainer in trainers], roles.changing_snapshots).tensors()
     return found | {f"state.{n}": xxhash.xxh3_64_intdigest(each.numpy().tobytes()) for n, each in enumerate(state)}
 
 
@@ -73,18 +77,11 @@ def _serve(
     try:
         dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=size)
 
-        def join(state: LiveState) -> CellLink:
-            return CellLink(cell, parts, lighthouse, state, limits=LIMITS)
-
-        family = load_family(run.model.hf_checkpoint)
-        trainer = CellTrainer(run, family, make_loss(run.run.mode, run.algorithm), parts=parts, join=join)
-        pipe.send(("built", trainer.link.updates))
+        roles = Roles(run, of_types.Cell(cell, parts, lighthouse))
+        pipe.send("built")
         while True:
             function, args = pipe.recv()
-            try:
-                pipe.send(function(trainer, *args))
-            except LostUpdateError as error:
-                pipe.send(("lost", str(error), error.missing))
+            pipe.send(function(roles, *args))
     except EOFError:
         os._exit(0)
     except BaseException:
@@ -94,17 +91,34 @@ def _serve(
         os._exit(1)
 
 
-def update(trainer: CellTrainer, batches: list[list[TrainSequence]], own: list[int], leaves: int, parts: int) -> Any:
-    """Make the next update with the parts ``own``; ``batches`` are those of all updates."""
-    number = trainer.agree()
-    each = leaves // parts
-    work = {part: own_leaves(batches[number], trainer, leaves, part * each, each) for part in own}
-    result, of_parts = trainer.train_parts(work)
-    return "made", number, result.grad_norm, digests(trainer), sorted(of_parts)
+def meet(roles: Roles, founds: bool = False) -> MeetResult:
+    return roles.in_cell.meet(founds=founds)
 
 
-def die(trainer: CellTrainer, moment: str, how: int = signal.SIGKILL) -> None:
+def compute(roles: Roles, number: int, batch: list[TrainSequence], own: list[int], leaves: int, role: Role) -> Any:
+    """Compute the parts ``own`` of an update; those that are kept are not computed again."""
+    trainer = roles.in_cell.trainer(role)
+    each = leaves // trainer.parts
+    for part in own:
+        if trainer.kept(number, part) is None:
+            trainer.compute_part(number, part, own_leaves(batch, trainer, leaves, part * each, each))
+
+
+def update(
+    roles: Roles, number: int, batch: list[TrainSequence], own: list[int], leaves: int, role: Role = Role.ACTOR
+) -> Any:
+    """Compute the parts ``own``, and make the update."""
+    compute(roles, number, batch, own, leaves, role)
+    result = roles.in_cell.make_update(role, number)
+    if result.lost:
+        return "lost", result.lost, result.missing
+    return "made", number, result.grad_norm, digests(roles)
+
+
+def die(roles: Roles, moment: str, how: int = signal.SIGKILL) -> None:
     """Let this rank end by a signal at a ``moment`` of its next update."""
+
+    member = roles.in_cell
 
     def strike(*_: Any) -> None:
         os.kill(os.getpid(), how)
@@ -122,20 +136,20 @@ def die(trainer: CellTrainer, moment: str, how: int = signal.SIGKILL) -> None:
 
     match moment:
         case "agree":
-            before(trainer.link._manager, "start_quorum")
+            before(member.link._manager(), "start_quorum")
         case "backward":  # when the first leaf is done
             before(PartSum, "__call__", calls=2)
         case "exchange":
             before(Exchange, "_gather", calls=2)
         case "vote":
-            before(trainer.link._manager, "should_commit")
+            before(member.link._manager(), "should_commit")
         case "commit":  # decided, not made
-            before(trainer, "_update")
+            before(member.trainer(Role.ACTOR), "_update")
         case _:
             raise ValueError(moment)
 
 
-def damage_what_it_sends(trainer: CellTrainer) -> None:
+def damage_what_it_sends(roles: Roles) -> None:
     """Let the digest of the first tensor that this rank sends to another cell be wrong."""
     honest = live_state.digest
 
@@ -181,6 +195,8 @@ class Cells:
         for number in range(parts):
             self.start(number)
         self.ready()
+        for met in self.call(dict.fromkeys(self.live, (meet, (True,)))).values():
+            assert all(each == MeetResult(0) for each in met)
 
     def start(self, number: int) -> None:
         self._starts += 1
@@ -198,7 +214,7 @@ class Cells:
         for number in numbers or self.live:
             for _, pipe in self.live[number].ranks:
                 assert pipe.poll(60)
-                assert pipe.recv()[0] == "built"
+                assert pipe.recv() == "built"
 
     def call(self, work: Mapping[int, tuple[Callable[..., Any], tuple[Any, ...]]]) -> dict[int, list[Any]]:
         """Let each cell do its work; return the answers of its ranks. A cell that dies meanwhile is killed as a whole
@@ -221,7 +237,7 @@ class Cells:
                     self.lose(number)
                     waiting = {other: place for other, place in waiting.items() if place[0] != number}
                     continue
-                assert answer is None or answer[0] != "error", answer[1]
+                assert not (isinstance(answer, tuple) and answer[0] == "error"), answer[1]
                 answers[number][rank] = answer
         return {
             number: [of_ranks[rank] for rank in sorted(of_ranks)]
@@ -241,6 +257,14 @@ class Cells:
             return None
         assert all(pipe.poll(60) for pipe in pipes)
         return [pipe.recv() for pipe in pipes]
+
+    def join(self, number: int) -> list[MeetResult]:
+        """Let a cell meet the others, and return what its ranks say. They may meet before it has asked, and so do it
+        until it was with them."""
+        self.begin(number, meet)
+        while (found := self.answers(number, 0.5)) is None:
+            self.call({other: (meet, ()) for other in self.live if other != number})
+        return found
 
     def lose(self, number: int) -> None:
         self.live.pop(number).kill()

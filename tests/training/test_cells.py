@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from miles_spmd.config import Config
+from miles_spmd.training.roles import Roles
 from tests.ranks import Ranks
-from tests.training.cases import PP2, TP2, ZERO, build, config, sequences
+from tests.training.cases import PP2, TP2, ZERO, config, sequences
 from tests.training.cells import Cells, Digests, cells, damage_what_it_sends, die, digests, own_leaves, update
 
 LEAVES = 4
@@ -24,15 +25,17 @@ BATCHES = [sequences([11, 7, 29, 5, 16, 23, 8, 13], seed) for seed in range(MOST
 
 
 def settings(megatron: dict[str, Any], name: str = "qwen3", **model: Any) -> Config:
-    return config(name, ADAM | megatron, run={"num_rollout": MOST}, train=TRAIN, model=model)
+    limits = {"exchange_timeout": 20.0}
+    return config(name, ADAM | megatron, run={"num_rollout": MOST}, train=TRAIN, model=model, resilience=limits)
 
 
 def in_one_world(run: Config, updates: int) -> list[tuple[tuple[int, int, int], float, Digests]]:
-    trainer, steps = build(run), []
+    roles, steps = Roles(run), []
+    trainer = roles.actor
     place = trainer.where.pp_rank, trainer.where.tp_rank, trainer.where.dp_rank
     for number in range(updates):
         micro_batches = own_leaves(BATCHES[number], trainer, LEAVES, 0, LEAVES)
-        steps.append((place, trainer.train_step(micro_batches).grad_norm, digests(trainer)))
+        steps.append((place, trainer.train_step(micro_batches).grad_norm, digests(roles)))
     return steps
 
 
@@ -42,9 +45,9 @@ def alone(ranks: Ranks, run: Config, world_size: int, updates: int) -> list[list
     return [[(norm, found) for _, norm, found in steps] for steps in zip(*first)]
 
 
-def step(running: Cells, own: dict[int, list[int]]) -> dict[int, list[Any]]:
-    """Let each cell make the next update with its parts."""
-    return running.call({cell: (update, (BATCHES, parts, LEAVES, running.parts)) for cell, parts in own.items()})
+def step(running: Cells, number: int, own: dict[int, list[int]]) -> dict[int, list[Any]]:
+    """Let each cell make this update with its parts."""
+    return running.call({cell: (update, (number, BATCHES[number], parts, LEAVES)) for cell, parts in own.items()})
 
 
 def made(answers: dict[int, list[Any]], number: int, expected: list[tuple[float, Digests]]) -> None:
@@ -56,18 +59,11 @@ def made(answers: dict[int, list[Any]], number: int, expected: list[tuple[float,
 
 
 def rejoin(running: Cells, cell: int, number: int, expected: list[list[tuple[float, Digests]]]) -> None:
-    """Let a cell that is behind take part in one of the updates from ``number`` on, which the other one makes alone;
-    both have a part of the one after that."""
-    running.begin(cell, update, BATCHES, [], LEAVES, 2)
-    late = None
-    while late is None:
-        answers = step(running, {1 - cell: [0, 1]})
-        if answers[1 - cell][0][0] == "made":
-            made(answers, number, expected[number])
-            number += 1
-        late = running.answers(cell, 0.1)
-    made({cell: late}, number - 1, expected[number - 1])
-    made(step(running, {1 - cell: [cell], cell: [1 - cell]}), number, expected[number])
+    """A cell that is behind meets the other one, which has made the updates before this one, and makes it with it."""
+    for met in running.join(cell):
+        assert (met.updates, met.problem) == (number, "")
+        assert met.received > 0
+    made(step(running, number, {1 - cell: [cell], cell: [1 - cell]}), number, expected[number])
 
 
 @pytest.mark.parametrize(
@@ -88,7 +84,7 @@ def test_cells_compute_what_one_world_does(
     expected = alone(ranks, run, parts * size, UPDATES)
     with cells(run, parts, size, tmp_path) as running:
         for number in range(UPDATES):
-            made(step(running, {cell: [cell] for cell in range(parts)}), number, expected[number])
+            made(step(running, number, {cell: [cell] for cell in range(parts)}), number, expected[number])
 
 
 @pytest.mark.slow
@@ -98,7 +94,7 @@ def test_data_parallel_ranks_in_a_cell(ranks: Ranks, tmp_path: Path) -> None:
     expected = alone(ranks, run, 4, UPDATES)
     with cells(run, 2, 2, tmp_path) as running:
         for number in range(UPDATES):
-            for of_ranks in step(running, {0: [0], 1: [1]}).values():
+            for of_ranks in step(running, number, {0: [0], 1: [1]}).values():
                 for answer in of_ranks:
                     ((norm, found),) = expected[number]
                     assert answer[:3] == ("made", number, norm)
@@ -119,7 +115,7 @@ def test_who_computes_what_does_not_matter(ranks: Ranks, tmp_path: Path) -> None
                 {0: [], 1: [3, 0], 2: [2, 1], 3: []},
             ]
         ):
-            made(step(running, own), number, expected[number])
+            made(step(running, number, own), number, expected[number])
 
 
 def test_a_part_that_nobody_has(ranks: Ranks, tmp_path: Path) -> None:
@@ -127,12 +123,12 @@ def test_a_part_that_nobody_has(ranks: Ranks, tmp_path: Path) -> None:
     run = settings({})
     expected = alone(ranks, run, 2, 2)
     with cells(run, 2, 1, tmp_path) as running:
-        answers = step(running, {0: [0], 1: []})
+        answers = step(running, 0, {0: [0], 1: []})
         assert [answer for of_ranks in answers.values() for answer in of_ranks] == [
             ("lost", "no cell has part 1", [1])
         ] * 2
-        made(step(running, {0: [], 1: [1]}), 0, expected[0])
-        made(step(running, {0: [1], 1: [0]}), 1, expected[1])
+        made(step(running, 0, {0: [], 1: [1]}), 0, expected[0])
+        made(step(running, 1, {0: [1], 1: [0]}), 1, expected[1])
 
 
 @pytest.mark.parametrize(
@@ -153,17 +149,17 @@ def test_a_cell_dies(ranks: Ranks, tmp_path: Path, moment: str, size: int, megat
     run = settings(megatron)
     expected = alone(ranks, run, 2 * size, MOST)
     with cells(run, 2, size, tmp_path) as running:
-        made(step(running, {0: [0], 1: [1]}), 0, expected[0])
+        made(step(running, 0, {0: [0], 1: [1]}), 0, expected[0])
         running.call({1: (die, (moment,))})
         began = time.monotonic()
-        answers = step(running, {0: [0], 1: [1]})
+        answers = step(running, 1, {0: [0], 1: [1]})
         assert answers.keys() == {0}
         lost = [answer for answer in answers[0] if answer[0] == "lost"]
         if moment in ("vote", "commit"):  # everything was exchanged
             assert not lost
         while lost:
             assert time.monotonic() - began < 15
-            answers = step(running, {0: [1]})
+            answers = step(running, 1, {0: [1]})
             lost = [answer for answer in answers[0] if answer[0] == "lost"]
         made(answers, 1, expected[1])
         running.start(1)
@@ -176,13 +172,13 @@ def test_a_cell_that_is_suspended_catches_up(ranks: Ranks, tmp_path: Path) -> No
     run = settings({})
     expected = alone(ranks, run, 2, MOST)
     with cells(run, 2, 1, tmp_path) as running:
-        made(step(running, {0: [0], 1: [1]}), 0, expected[0])
+        made(step(running, 0, {0: [0], 1: [1]}), 0, expected[0])
         ((process, _),) = running.live[1].ranks
         running.call({1: (die, ("backward", signal.SIGSTOP))})
-        running.begin(1, update, BATCHES, [1], LEAVES, 2)  # and stops in it
-        answers = step(running, {0: [0]})
+        running.begin(1, update, 1, BATCHES[1], [1], LEAVES)  # and stops in it
+        answers = step(running, 1, {0: [0]})
         while answers[0][0][0] == "lost":
-            answers = step(running, {0: [1]})
+            answers = step(running, 1, {0: [1]})
         made(answers, 1, expected[1])
         assert running.answers(1, 0) is None
         os.kill(process.pid, signal.SIGCONT)
@@ -197,19 +193,12 @@ def test_a_state_that_arrives_damaged_is_not_used(ranks: Ranks, tmp_path: Path) 
     run = settings({})
     expected = alone(ranks, run, 2, MOST)
     with cells(run, 2, 1, tmp_path) as running:
-        made(step(running, {0: [0], 1: [1]}), 0, expected[0])
+        made(step(running, 0, {0: [0], 1: [1]}), 0, expected[0])
         running.lose(1)
         running.call({0: (damage_what_it_sends, ())})  # once
         running.start(1)
         running.ready(1)
-        running.begin(1, update, BATCHES, [], LEAVES, 2)
-        answers, number = None, 1
-        while answers is None:
-            made_or_lost = step(running, {0: [0, 1]})
-            if made_or_lost[0][0][0] == "made":
-                made(made_or_lost, number, expected[number])
-                number += 1
-            answers = running.answers(1, 0.1)
-        assert answers[0][0] == "lost"
-        assert "damaged" in answers[0][1]
-        rejoin(running, 1, number, expected)
+        (met,) = running.join(1)
+        assert "damaged" in met.problem
+        assert met.updates == 0
+        rejoin(running, 1, 1, expected)

@@ -1,13 +1,14 @@
-"""The state of a rank's trainer in place: what the same rank of a cell that is behind receives from its peer.
+"""The state of a rank's trainers in place: what the same rank of a cell that is behind receives from its peer.
 
-Tensors travel as bytes into the tensors of the receiver, in one order that both derive from the same model, and every
+Tensors travel as bytes into the tensors of the receiver, in one order that both derive from the same models, and every
 one is compared with a digest. Nothing that arrives is interpreted beyond that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
+from itertools import chain
 
 import torch
 import xxhash
@@ -15,7 +16,7 @@ from torch import Tensor
 from torchft import ProcessGroupGloo
 from torchft.checkpointing.transport import CheckpointTransport
 
-from miles_spmd.training.checkpoint import TrainerCheckpoint
+from miles_spmd.training.checkpoint import TrainerCheckpoint, set_random_state
 
 MESSAGE_BYTES = 1 << 28  # of a tensor that is sent at a time
 BLOCK_BYTES = 1 << 24  # that are digested at a time
@@ -26,15 +27,26 @@ class HealError(RuntimeError):
 
 
 class LiveState:
-    """The tensors that a checkpoint has of a trainer, where they are."""
+    """The tensors that checkpoints have of a rank's trainers, where they are, and those of ``snapshots``: weights in
+    host memory that training replaces. ``settle`` returns when snapshots may be overwritten.
 
-    def __init__(self, checkpoint: TrainerCheckpoint) -> None:
-        self._checkpoint = checkpoint
+    ``received`` counts bytes. Where the state is not ``whole`` a part of it may be another cell's, or damaged.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Sequence[TrainerCheckpoint],
+        snapshots: Callable[[], Iterable[Tensor]] = tuple,
+        settle: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._checkpoints, self._snapshots, self.settle = checkpoints, snapshots, settle
+        self.received, self.whole = 0, True
 
     def tensors(self) -> list[Tensor]:
         """Return each piece of memory once, as uint8 [bytes]; the same on the same rank of every cell."""
         seen, found = set[tuple[int, int]](), []
-        for tensor in self._checkpoint.live_tensors():
+        of_trainers = (checkpoint.live_tensors() for checkpoint in self._checkpoints)
+        for tensor in chain(*of_trainers, self._snapshots()):
             own = tensor.detach().reshape(-1).view(torch.uint8)
             if (place := (own.data_ptr(), own.numel())) not in seen and own.numel():
                 seen.add(place)
@@ -43,18 +55,22 @@ class LiveState:
 
     def random(self) -> Tensor:
         """Return the random state of this rank, uint8 [bytes]."""
-        return torch.cat([state.flatten() for state in self._checkpoint.random_state().values()])
+        return torch.cat([state.flatten() for state in self._checkpoints[0].random_state().values()])
 
     @property
-    def updates(self) -> int:
-        return self._checkpoint.updates
+    def updates(self) -> list[int]:
+        """The updates that each trainer has made."""
+        return [checkpoint.updates for checkpoint in self._checkpoints]
 
-    def complete(self, updates: int, random: Tensor) -> None:
-        """Continue after so many updates, with this random state; the tensors are there."""
-        states = self._checkpoint.random_state()
+    def complete(self, updates: Sequence[int], random: Tensor) -> None:
+        """Continue after so many updates of each trainer, with this random state; the tensors are there."""
+        states = self._checkpoints[0].random_state()
         sizes = [state.numel() for state in states.values()]
         parts = zip(states.items(), random.split(sizes), strict=True)
-        self._checkpoint.proceed(updates, {name: part.view(state.shape) for (name, state), part in parts})
+        set_random_state({name: part.view(state.shape) for (name, state), part in parts})
+        for checkpoint, number in zip(self._checkpoints, updates, strict=True):
+            checkpoint.proceed(number)
+        self.whole = True
 
 
 class PeerTransport(CheckpointTransport[dict[str, object]]):
@@ -70,30 +86,34 @@ class PeerTransport(CheckpointTransport[dict[str, object]]):
     def send_checkpoint(
         self, dst_ranks: list[int], step: int, state_dict: dict[str, object], timeout: timedelta
     ) -> None:
-        random, tensors = self._state.random(), self._state.tensors()
+        random, tensors, updates = self._state.random(), self._state.tensors(), self._state.updates
         digests = [digest(each) for each in (*tensors, random)]
-        header = torch.tensor([step, self._state.updates, random.numel(), len(tensors), *digests], dtype=torch.int64)
+        header = torch.tensor([step, random.numel(), len(tensors), *updates, *digests], dtype=torch.int64)
         for rank in dst_ranks:
             for tensor in (header, *_pieces([*tensors, random])):
                 self._group.send([tensor.cpu()], rank, tag=0).wait(timeout)
 
     def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> dict[str, object]:
-        tensors, own = self._state.tensors(), self._state.random()
-        header = torch.zeros(5 + len(tensors), dtype=torch.int64)
+        state, tensors, own = self._state, self._state.tensors(), self._state.random()
+        header, trainers = torch.zeros(4 + len(state.updates) + len(tensors), dtype=torch.int64), len(state.updates)
         self._group.recv([header], src_rank, tag=0).wait(timeout)
-        of_step, updates, random_bytes, count, *digests = header.tolist()
+        of_step, random_bytes, count, *rest = header.tolist()
+        updates, digests = rest[:trainers], rest[trainers:]
         if (of_step, random_bytes, count) != (step, own.numel(), len(tensors)):
             raise HealError(f"the peer sends {count} tensors of step {of_step}, not {len(tensors)} of step {step}")
+        state.settle()
+        state.whole = False
         random = torch.empty(random_bytes, dtype=torch.uint8)
         for piece in _pieces([*tensors, random]):
             received = piece if piece.device.type == "cpu" else torch.empty_like(piece, device="cpu")
             self._group.recv([received], src_rank, tag=0).wait(timeout)
+            state.received += received.numel()
             if received is not piece:
                 piece.copy_(received)
         damaged = [n for n, each in enumerate((*tensors, random)) if digest(each) != digests[n]]
         if damaged:
             raise HealError(f"{len(damaged)} of {count + 1} tensors arrived damaged, the first is number {damaged[0]}")
-        self._state.complete(updates, random)
+        state.complete(updates, random)
         return {"user": {"default": {}}, "torchft": {"step": step, "batches_committed": 0}}
 
 

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from miles_spmd.algorithms.losses import Loss
 from miles_spmd.config import Config
 from miles_spmd.models import Family
-from miles_spmd.protocol.results import TrainResult
+from miles_spmd.protocol.results import PartResult, TrainResult, UpdateResult
 from miles_spmd.training.cells.link import CellLink
-from miles_spmd.training.cells.live_state import LiveState
 from miles_spmd.training.network import Network
 from miles_spmd.training.reduction import PartSum
-from miles_spmd.training.trainer import Scores, Sums, Trainer
+from miles_spmd.training.trainer import Trainer
 from miles_spmd.types.train_sequence import MicroBatch
-
-
-class PartResult(NamedTuple):
-    """What came of one part of a batch."""
-
-    sums: Sums
-    scores: Scores
 
 
 class CellTrainer(Trainer):
     """The trainer of a cell. A batch has ``parts``, as many as cells are planned, and its gradient is their sum along
     the tree of the canonical reduction. Which cell computes which part is decided by whoever calls; the bits of an
     update do not depend on it.
-
-    ``join`` returns the link to the other cells for the state of this trainer.
     """
 
     def __init__(
@@ -40,53 +29,53 @@ class CellTrainer(Trainer):
         loss_function: Loss,
         *,
         parts: int,
-        join: Callable[[LiveState], CellLink],
         source: str | Path | None = None,
         beside: Network | None = None,
     ) -> None:
-        self._parts = parts
+        self.parts = parts
         super().__init__(config, family, loss_function, source=source, beside=beside)
-        self.link = join(LiveState(self.checkpoint))
-        self._update_number = -1  # of the parts that are kept
+        self._of_update = -1  # the number of the update that the kept parts belong to
         self._results: dict[int, PartResult] = {}
 
     def _reduction(self, leaves: int) -> PartSum:
-        self._total = PartSum(self._chunks, leaves, self._parts)
+        self._total = PartSum(self._chunks, leaves, self.parts)
         return self._total
 
-    def agree(self) -> int:
-        """Meet the other cells before an update, and catch up with them; return the number of updates so far. Raises
-        LostUpdateError."""
-        self.link.begin()
-        return self.link.updates
+    def train_step(self, micro_batches: Sequence[MicroBatch]) -> TrainResult:
+        raise TypeError("a cell makes no update from its own micro-batches alone")
 
-    def train_parts(self, parts: Mapping[int, Sequence[MicroBatch]]) -> tuple[TrainResult, dict[int, PartResult]]:
-        """Make the update on which :meth:`agree` has agreed: compute ``parts`` of the batch, and fetch the others from
-        the cells that have them. Return the result of this cell's parts in order, and each of them.
+    def kept(self, update: int, part: int) -> PartResult | None:
+        """Return what came of a part whose gradient is kept."""
+        return self._results.get(part) if update == self._of_update else None
 
-        Raises LostUpdateError where it cannot be made. What was computed is kept for the next attempt at the same
-        update, which then needs only what was missing.
-        """
-        total = self._total
-        if self._update_number != self.link.updates:
-            self.forget()
-            self._update_number = self.link.updates
+    def compute_part(self, update: int, part: int, micro_batches: Sequence[MicroBatch]) -> PartResult:
+        """Compute ``part`` of the batch of the update with this number, and keep its gradient until the update is made.
+        Parts of other updates are forgotten."""
+        self._begin(update)
         self._clear_gradient()
-        for part, micro_batches in sorted(parts.items()):
-            total.begin(part)
-            batches = self._pack(micro_batches)
-            self._results[part] = PartResult(*self._scored(batches, self._accumulate(batches)))
-        self.link.exchange(total.combine, total.kept)
-        total.spread()
-        self.link.commit()
-        results = dict(sorted(self._results.items()))
+        self._total.begin(part)
+        batches = self._pack(micro_batches)
+        self._results[part] = PartResult(*self._scored(batches, self._accumulate(batches)))
+        return self._results[part]
+
+    def make_update(self, update: int, link: CellLink) -> UpdateResult:
+        """Make the update with the cells that have just met: fetch from them the parts that are not kept here. Raises
+        LostUpdateError; what is kept stays for the next attempt then."""
+        self._begin(update)
+        link.exchange(self._total.combine, self._total.kept)
+        self._total.spread()
+        link.commit()
+        sums = [leaf for part in self._results.values() for leaf in part.sums]
         self.forget()
-        made = self._update()
-        sums = [leaf for part in results.values() for leaf in part.sums]
-        scores = [score for part in results.values() for score in part.scores or ()] if self.where.reports else None
-        return made.result(sums, scores), results
+        made = self._update().result(sums, None)
+        return UpdateResult(made.grad_norm, made.lr, made.skipped, made.digests)
 
     def forget(self) -> None:
-        """Parts that were kept belong to no update any more."""
+        """Parts that are kept belong to no update any more."""
         self._total.kept.clear()
         self._results.clear()
+
+    def _begin(self, update: int) -> None:
+        if update != self._of_update:
+            self.forget()
+            self._of_update = update
