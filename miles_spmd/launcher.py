@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import psutil
 import typer
 
+from miles_spmd.types.cell import CELL, Cell
 from miles_spmd.types.printable import MAX_LINE, printable
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def _world_size() -> int | None:
         sys.exit(2)
 
 
-def launch(world_size: int) -> NoReturn:
+def launch(world_size: int, cell: Cell | None = None) -> NoReturn:
     """Run torchrun in this process, with ranks that run the present command, and exit with their status.
 
     A rank that fails has printed why, so torchrun's own account of it is silenced. A signal to stop is passed on to the
@@ -121,7 +122,8 @@ def launch(world_size: int) -> NoReturn:
         os.environ[FOLDER] = str(folder)
         os.environ[LAUNCHER] = str(os.getpid())
         unsaid = Path(folder, "unsaid")
-        unsaid.touch()
+        if cell is None:  # else the run does not end with these ranks, and the controller says what becomes of them
+            unsaid.touch()
         os.environ[last_words.VARIABLE] = str(unsaid)
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # torchrun would offer another store to the ranks
         options = ["--rdzv-backend=c10d", f"--rdzv-endpoint={folder}/launcher", "--rdzv-conf=store_type=file"]
@@ -188,23 +190,55 @@ def start(
     Any other process launches ranks that do so, and exits with their status. ``task`` and ``replay`` are the worker's.
     """
     is_rank, world_size = ranks(nproc)
+    cell = Cell.from_environment()
     if not is_rank:
         for number in (*STOP_SIGNALS, signal.SIGINT, *([] if _is_hangup_ignored() else [signal.SIGHUP])):
             signal.signal(number, _end_at_once)
     config = load(recipe, overrides, world_size, check_files=True, task=task)
-    config, lock = begin(config, task, recipe, rank=int(os.environ["RANK"]) if is_rank else None)
+    if task != "train":  # there is nothing to lose
+        config = undivided(config)
+    if config.cells > 1 and cell is None:
+        if is_rank:
+            fail(
+                "resilience.mode: cells have launchers of their own: start `miles-spmd train` without torchrun or srun",
+                code=2,
+            )
+        return config, supervise(config, task, recipe, world_size)
+    lock: AbstractContextManager[Any] = nullcontext()
+    if cell is None:
+        config, lock = begin(config, task, recipe, rank=int(os.environ["RANK"]) if is_rank else None)
     if not is_rank:
-        launch(world_size)
+        launch(world_size, cell)
     from miles_spmd.controller.run_folder import describe
     from miles_spmd.telemetry.environment import gpus
     from miles_spmd.worker.main import main as worker
 
     config = resolve(config, {gpu.capability for gpu in gpus()}, quiet=task not in ("train", "eval"))
     with lock:
-        if os.environ["RANK"] == "0":
+        if os.environ["RANK"] == "0" and cell is None:
             with failing(OSError):
                 describe(config, task)
         return config, worker(config, task, replay)
+
+
+def supervise(config: Config, task: str, recipe: Path, world_size: int) -> int:
+    """Start the controller, and ``world_size`` ranks for each cell; return the run's status."""
+    from miles_spmd.controller.run_folder import describe
+    from miles_spmd.supervisor import Supervisor
+    from miles_spmd.telemetry.environment import gpus
+
+    config, _ = begin(config, task, recipe, rank=None)
+    config, lock = begin(config, task, recipe, rank=0)
+    config = resolve(config, {gpu.capability for gpu in gpus()})
+    with lock:
+        with failing(OSError):
+            describe(config, task)
+        return Supervisor(config, task, world_size).run()
+
+
+def undivided(config: Config) -> Config:
+    """Return ``config`` for ranks that are not divided into cells."""
+    return config.model_copy(update={"resilience": config.resilience.model_copy(update={"mode": "none"})})
 
 
 def begin(config: Config, task: str, recipe: Path, *, rank: int | None) -> tuple[Config, AbstractContextManager[Any]]:
@@ -266,8 +300,8 @@ def resolve(config: Config, capabilities: Collection[str] | None, *, quiet: bool
 
 
 def warn(message: str) -> None:
-    """Print a warning, on the first rank only."""
-    if os.environ.get("RANK", "0") == "0":
+    """Print a warning, on the first rank only, and not again in the ranks of cells."""
+    if os.environ.get("RANK", "0") == "0" and CELL not in os.environ:
         typer.echo(f"miles-spmd: warning: {printable(message, MAX_LINE)}", err=True)
 
 

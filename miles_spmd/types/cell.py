@@ -7,16 +7,19 @@ from dataclasses import dataclass
 
 from miles_spmd.types.variables import VariableError, text
 
-CELL, LIGHTHOUSE = "MILES_SPMD_CELL", "MILES_SPMD_LIGHTHOUSE"  # environment of a cell's processes
+# environment of a cell's processes
+CELL, LIGHTHOUSE, KEYS = "MILES_SPMD_CELL", "MILES_SPMD_LIGHTHOUSE", "MILES_SPMD_KEYS"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The cell ``number`` of ``cells``, which meet through the lighthouse at the address ``http://HOST:PORT``."""
+    """The cell ``number`` of ``cells``, which meet through the lighthouse at the address ``http://HOST:PORT``. ``keys``
+    is the file that has the credentials of its ranks; each start of a cell has another one."""
 
     number: int
     cells: int
     lighthouse: str
+    keys: str = ""
 
     @classmethod
     def from_environment(cls) -> Cell | None:
@@ -26,9 +29,9 @@ class Cell:
         number, _, cells = text(CELL).partition("/")
         if not (number.isdecimal() and cells.isdecimal() and int(number) < int(cells)):
             raise VariableError(f"{CELL} is {text(CELL)!r}, not the number of a cell and how many there are, as in 0/2")
-        return cls(int(number), int(cells), text(LIGHTHOUSE))
+        return cls(int(number), int(cells), text(LIGHTHOUSE), text(KEYS))
 
     @property
     def environment(self) -> dict[str, str]:
         """The variables that :meth:`from_environment` reads."""
-        return {CELL: f"{self.number}/{self.cells}", LIGHTHOUSE: self.lighthouse}
+        return {CELL: f"{self.number}/{self.cells}", LIGHTHOUSE: self.lighthouse, KEYS: self.keys}

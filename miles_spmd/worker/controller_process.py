@@ -55,6 +55,10 @@ class ControllerProcess:
             while True:
                 yield msgspec.json.decode(self._pipe.recv_bytes(), type=StartCell)
 
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
     def fileno(self) -> int:
         """The pipe's descriptor. From ``listening`` on, it becomes readable only when the controller is gone."""
         return self._pipe.fileno()

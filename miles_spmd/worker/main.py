@@ -25,7 +25,6 @@ from miles_spmd.protocol.messages import Hello, RankInfo, Reply
 from miles_spmd.protocol.pipe import Credentials, Replay
 from miles_spmd.protocol.results import Ok
 from miles_spmd.telemetry.environment import cores_per_rank
-from miles_spmd.types.cell import Cell
 from miles_spmd.types.phase import Phase
 from miles_spmd.worker.controller_process import ControllerProcess
 from miles_spmd.worker.kernels import Kernels
@@ -64,13 +63,13 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
         say(f"{error.filename} cannot be written: {error.strerror}; set XDG_CACHE_HOME")
         return 1
     controller = None
-    if place.rank == 0:  # first, so that the two processes import in parallel
+    if place.rank == 0 and place.cell is None:  # first, so that the two processes import in parallel
         controller = ControllerProcess(config, task, place.host, place.world_size, replay)
-    early = config.run_dir / "logs" / f"rank-{place.rank}.starting.log"  # until the attempt's folder is known
+    early = config.run_dir / "logs" / f"rank-{place.number}.starting.log"  # until the attempt's folder is known
     try:
         terminal, log = redirect_output(early)
     except OSError as error:
-        problem = f"rank {place.rank} ({HOST}), start: the log cannot be written: {error}"
+        problem = f"rank {place.number} ({HOST}), start: the log cannot be written: {error}"
         if controller is None or controller.stop(problem):
             say(problem)
         return 1
@@ -80,11 +79,11 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
     except BaseException as error:
         traceback.print_exc()
         start.watchdog.stop()
-        problem = f"rank {place.rank} ({HOST}) ended: {type(error).__name__}: {error}"
+        problem = f"rank {place.number} ({HOST}) ended: {type(error).__name__}: {error}"
         if controller is None:
             say(problem, terminal)
         elif killed := controller.stop(problem):
-            say(f"rank {place.rank} ({HOST}), start: {killed}", terminal)
+            say(f"rank {place.number} ({HOST}), start: {killed}", terminal)
         return 1
     kernels = start.kernels
     if kernels.writes:
@@ -98,14 +97,15 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
         kept = f"kept in {kernels.archive}" if kernels.archive.exists() else "none to keep"
         print(f"warm: {time.monotonic() - began:.1f} s, {counts}, {'; '.join(kernels.problems) or kept}", file=terminal)
     if killed := controller.killed(status := controller.wait()):
-        say(f"rank {place.rank} ({HOST}), after the last step: {killed}", terminal)
+        say(f"rank {place.number} ({HOST}), after the last step: {killed}", terminal)
     return status if status >= 0 else 1
 
 
 def prepare(config: Config, place: Place, controller: ControllerProcess | None, terminal: TextIO, log: Log) -> Start:
     """Start the watchdog, and open the cache of compiled kernels for the libraries that are imported from now on."""
     first_node, stacks = place.rank < place.local_world_size, log.path.with_suffix(".stacks")
-    watchdog = Watchdog(place.rank, terminal, stacks, controller, beside_controller=first_node)
+    of_run = {"beside_controller": first_node, "in_cell": place.cell is not None}
+    watchdog = Watchdog(place.number, terminal, stacks, controller, **of_run)
     watchdog.enter(Phase.START, 0, config.deadlines.start_timeout)
     watchdog.start()
     watch = Stopwatch()
@@ -127,7 +127,7 @@ def serve(config: Config, task: str, start: Start) -> int:
     from miles_spmd.worker.chores import Chores, gpu_monitor
     from miles_spmd.worker.service import Service, failure
 
-    log.move(Path(credentials.logs) / f"rank-{place.rank}.log")
+    log.move(Path(credentials.logs) / f"rank-{place.number}.log")
     watchdog.connect(credentials, config.deadlines.heartbeat_timeout, log.path.with_suffix(".stacks"))
     dealer = Dealer(credentials, config.deadlines.heartbeat_timeout)
     try:
@@ -135,10 +135,10 @@ def serve(config: Config, task: str, start: Start) -> int:
         if task in ("train", "eval"):
             worker.describe()
         chores = Chores(log, start.kernels, gpu_monitor(place))
-        service = Service(worker, place.rank, dealer, watchdog, watch, chores)
+        service = Service(worker, place.number, dealer, watchdog, watch, chores)
         log.check()
     except BaseException as error:
-        dealer.send(Reply(0, place.rank, HOST, failure(error)))
+        dealer.send(Reply(0, place.number, HOST, failure(error)))
         dealer.receive()  # block until the controller ends the run; it sends no further message
         return 1
     dealer.send(Hello(rank_info(worker, place), config_digest(config), watch.take(), worker.memory.take()))
@@ -148,7 +148,7 @@ def serve(config: Config, task: str, start: Start) -> int:
     # The watchdog stops before the last reply: from then on the controller may close its end at any time, which must
     # not count as its death. Its connection stays open until the reply is sent, or this process would count as dead.
     watchdog.stop()
-    dealer.send(Reply(stop.id, place.rank, HOST, Ok()))
+    dealer.send(Reply(stop.id, place.number, HOST, Ok()))
     dealer.close()
     watchdog.disconnect()
     return stop.command.status
@@ -204,7 +204,7 @@ def build(config: Config, task: str, place: Place, side: Side, watch: Stopwatch,
     memory = MemoryAccount(config, place.world_size, side.trains, generates, warn)
     memory.require_room(training=task in ("train", "warm"))
     with memory.explaining():
-        worker = Worker(config, task, side, place.rank, watch, memory, Cell.from_environment())
+        worker = Worker(config, task, side, place.number, watch, memory, place.cell)
     gc.freeze()  # the backends keep millions of objects until the end: a collection that walks them takes a second
     return worker
 
@@ -214,4 +214,4 @@ def rank_info(worker: Worker, place: Place) -> RankInfo:
 
     versions = {name: version(name) for name in ("torch", "megatron-core", "sglang")}
     duties = worker.trainer_rank, worker.engine_rank
-    return RankInfo(place.rank, place.world_size, HOST, os.getpid(), *duties, versions, cuda.name_gpu())
+    return RankInfo(place.number, place.ranks, HOST, os.getpid(), *duties, versions, cuda.name_gpu())

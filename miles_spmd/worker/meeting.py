@@ -31,6 +31,7 @@ import psutil
 
 from miles_spmd.protocol.pipe import Credentials
 from miles_spmd.protocol.router import ANY_INTERFACE, LOOPBACK, address_towards
+from miles_spmd.types.cell import Cell
 from miles_spmd.types.files import naming
 from miles_spmd.types.variables import VariableError, text, whole
 from miles_spmd.worker import slurm_task
@@ -57,6 +58,7 @@ class Place:
     local_world_size: int
     master: str  # address of the first node, for all nodes
     meeting: str = ""  # what the folder is called in which the tasks of srun meet; "": another launcher's ranks
+    cell: Cell | None = None  # that these ranks are; they are numbered from 0 in each
 
     @classmethod
     def from_environment(cls) -> Place:
@@ -69,6 +71,7 @@ class Place:
             local_world_size=whole("LOCAL_WORLD_SIZE", world_size, least=1),
             master=text("MASTER_ADDR"),
             meeting=os.environ.get(slurm_task.MEETING, ""),
+            cell=Cell.from_environment(),
         )
         if (
             place.rank >= world_size
@@ -79,6 +82,16 @@ class Place:
             given = ", ".join(f"{name} {os.environ[name]}" for name in names if name in os.environ)
             raise VariableError(f"the environment has {given}, which cannot be the place of a rank")
         return place
+
+    @property
+    def number(self) -> int:
+        """The number of this rank among those of all cells."""
+        return self.rank if self.cell is None else self.cell.number * self.world_size + self.rank
+
+    @property
+    def ranks(self) -> int:
+        """The number of ranks of all cells."""
+        return self.world_size if self.cell is None else self.cell.cells * self.world_size
 
     @property
     def host(self) -> str:
@@ -93,7 +106,8 @@ class Place:
 def meet(
     place: Place, run_dir: Path, controller: ControllerProcess | None, timeout: float
 ) -> tuple[Store, Credentials]:
-    """Return the store for torch.distributed, and this rank's credentials. ``controller`` is given on rank 0.
+    """Return the store for torch.distributed, and this rank's credentials. ``controller`` is given on rank 0, except in
+    a cell: whoever starts cells has the controller, and writes the keys.
 
     Raises RuntimeError when the launcher's store names a folder that is not private, TimeoutError when rank 0's keys
     are not seen within ``timeout`` seconds, and EOFError when the controller died.
@@ -112,14 +126,14 @@ def meet(
         folder = _agree(place, run_dir, launchers, end)
     store = FileStore(str(folder / "store"), place.world_size) if place.one_node else cast("Store", launchers)
     store.set_timeout(limit)
-    keys = folder / "keys.json"
+    keys = folder / "keys.json" if place.cell is None else Path(place.cell.keys)
     if controller is not None:
         _write(keys, msgspec.json.encode(controller.credentials()))
     _await(keys, place, end)
     credentials = msgspec.json.decode(keys.read_bytes(), type=list[Credentials])[place.rank]
     members = PrefixStore("members", store)
     members.set(str(place.rank), "has its keys")
-    if controller is not None:
+    if place.rank == 0:
         members.wait([str(rank) for rank in range(place.world_size)])
         keys.unlink()
         (folder / PORT).unlink(missing_ok=True)

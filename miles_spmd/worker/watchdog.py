@@ -57,6 +57,7 @@ class Watchdog(threading.Thread):
     thread when a deadline is missed. ``controller`` is given on rank 0, whose child it is.
 
     ``beside_controller``: on a rank of the first node, whose other processes know better why the controller is gone.
+    ``in_cell``: a signal to stop is for this rank's cell, without which the run goes on.
 
     Construct it in the main thread: it takes over SIGTERM, SIGUSR1 and SIGINT.
     """
@@ -69,12 +70,14 @@ class Watchdog(threading.Thread):
         controller: ControllerProcess | None,
         *,
         beside_controller: bool = False,
+        in_cell: bool = False,
     ) -> None:
         super().__init__(name="watchdog", daemon=True)
         self._detail = ""
         self._doing = Doing(Phase.START, 0)
         self._rank, self._terminal, self._stacks, self._controller = rank, terminal, stacks, controller
         self._silent_loss = beside_controller
+        self._in_cell = in_cell
         self._parent = int(os.environ.get(LAUNCHER) or os.getppid())
         self._dealer: Dealer | None = None
         self._lost_since: float | None = None  # monotonic: when the connection to the controller closed
@@ -184,7 +187,7 @@ class Watchdog(threading.Thread):
     def _signalled(self, received: signal.Signals) -> None:
         """Pass a request to stop on to the controller, which goes on with the run as far as is worth it. Leave at once
         by another signal, or where there is nothing to pass it to yet."""
-        if received not in REQUESTS or self._dealer is None:
+        if received not in REQUESTS or self._dealer is None or self._in_cell:
             self._leave(f"stopped by {received.name}", REQUEUE if received in REQUESTS else 1)
         self._asked = True
         self._dealer.try_send(StopNotice(self._rank, received.name))
