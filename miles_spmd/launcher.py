@@ -197,12 +197,9 @@ def start(
     config = load(recipe, overrides, world_size, check_files=True, task=task)
     if task != "train":  # there is nothing to lose
         config = undivided(config)
-    if config.cells > 1 and cell is None:
+    if config.resilience.cells > 1 and cell is None:
         if is_rank:
-            fail(
-                "resilience.mode: cells have launchers of their own: start `miles-spmd train` without torchrun or srun",
-                code=2,
-            )
+            fail("resilience.cells: cells have launchers of their own, start `miles-spmd train` without one", code=2)
         return config, supervise(config, task, recipe, world_size)
     lock: AbstractContextManager[Any] = nullcontext()
     if cell is None:
@@ -230,6 +227,7 @@ def supervise(config: Config, task: str, recipe: Path, world_size: int) -> int:
     config, _ = begin(config, task, recipe, rank=None)
     config, lock = begin(config, task, recipe, rank=0)
     config = resolve(config, {gpu.capability for gpu in gpus()})
+    os.environ[EXAMINED] = "1"
     with lock:
         with failing(OSError):
             describe(config, task)
@@ -238,7 +236,7 @@ def supervise(config: Config, task: str, recipe: Path, world_size: int) -> int:
 
 def undivided(config: Config) -> Config:
     """Return ``config`` for ranks that are not divided into cells."""
-    return config.model_copy(update={"resilience": config.resilience.model_copy(update={"mode": "none"})})
+    return config.model_copy(update={"resilience": config.resilience.model_copy(update={"cells": 1})})
 
 
 def begin(config: Config, task: str, recipe: Path, *, rank: int | None) -> tuple[Config, AbstractContextManager[Any]]:

@@ -1,5 +1,5 @@
 """The supervisor of a run whose ranks are divided into cells: what starts the controller, the lighthouse through which
-cells find each other, and a launcher for the ranks of each cell; and a cell again when the controller wants it.
+cells find each other, and a launcher for the ranks of each cell; and a cell again when the controller has lost it.
 
 It is the process that the user has started, and has nothing to do with what is computed. It outlives every cell.
 """
@@ -23,7 +23,6 @@ import msgspec
 import psutil
 
 from miles_spmd.config import Config
-from miles_spmd.launcher import EXAMINED
 from miles_spmd.protocol import last_words
 from miles_spmd.protocol.pipe import CellEnded, Credentials, End, StartCell
 from miles_spmd.protocol.router import LOOPBACK
@@ -63,7 +62,7 @@ class Supervisor:
             unsaid = self._folder / "unsaid"
             unsaid.touch()
             os.environ[last_words.VARIABLE] = str(unsaid)
-            cells = self._config.cells
+            cells = self._config.resilience.cells
             self._controller = ControllerProcess(self._config, self._task, LOOPBACK, cells * self._ranks)
             self._take_signals()
             stack.callback(self._end_cells)
@@ -127,11 +126,11 @@ class Supervisor:
     def _start(self, order: StartCell) -> None:
         keys = self._folder / f"keys-{order.cell}-{order.start}.json"
         _write_private(keys, order.credentials)
-        cell = Cell(order.cell, self._config.cells, self._lighthouse, str(keys))
+        cell = Cell(order.cell, self._config.resilience.cells, self._lighthouse, str(keys))
         command = [sys.executable, "-m", "miles_spmd", *sys.argv[1:], f"--nproc-per-node={self._ranks}"]
         process = subprocess.Popen(
             command,
-            env=os.environ | cell.environment | self._devices(order.cell) | {EXAMINED: "1"},
+            env=os.environ | cell.environment | self._devices(order.cell),
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # signals of the terminal are for this process
         )
@@ -142,7 +141,7 @@ class Supervisor:
         not enough for every rank of all cells."""
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         own = visible.split(",") if visible else [str(number) for number in range(len(gpus()))]
-        if len(own) < self._config.cells * self._ranks:
+        if len(own) < self._config.resilience.cells * self._ranks:
             return {}
         return {"CUDA_VISIBLE_DEVICES": ",".join(own[cell * self._ranks : (cell + 1) * self._ranks])}
 

@@ -22,6 +22,7 @@ FLOORS = (
     ("planning", "protocol"),
     ("generation", "training"),
     ("controller", "worker"),
+    ("supervisor",),
     ("doctor", "launcher", "monitor"),
     ("chaos", "preflight", "slurm"),
     ("cli",),

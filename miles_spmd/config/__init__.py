@@ -74,11 +74,6 @@ class Config(Table):
         return self.has_reference and self.algorithm.ref_update_interval > 0
 
     @property
-    def cells(self) -> int:
-        """The number of cells that the run is planned for; 1 where its ranks are not divided."""
-        return self.resilience.cells if self.resilience.mode == "cells" else 1
-
-    @property
     def micro_batch_tokens(self) -> int:
         """Tokens that one micro-batch may hold over the ranks that share its sequences."""
         return self.train.max_tokens_per_gpu * int(self.megatron.get("context_parallel_size", 1))

@@ -1,19 +1,17 @@
 """`[resilience]`: what a run survives without a new start."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from miles_spmd.config.checks import ERRORS, Messages, Settings, rule
 from miles_spmd.config.table import NonNegativeInt, Seconds, Table, must_be
 
-Cells = Annotated[int, must_be("a power of two from 2 to 64", lambda n: 2 <= n <= 64 and not n & (n - 1))]
+Cells = Annotated[int, must_be("a power of two up to 64", lambda n: 1 <= n <= 64 and not n & (n - 1))]
 
 
 class ResilienceConfig(Table):
-    mode: Literal["none", "cells"] = "none"
-    """`none`: any rank that dies ends the run, which can be resumed. `cells`: the ranks are divided into cells, each a
-    whole replica; one that loses a rank is started again while the others go on. docs/fault_tolerance.md."""
-    cells: Cells = 2
-    """Number of cells, each with `--nproc-per-node` ranks."""
+    cells: Cells = 1
+    """Number of cells, each a whole replica with `--nproc-per-node` ranks. One that loses a rank is started again while
+    the others go on. 1: any rank that dies ends the run, which can be resumed. docs/fault_tolerance.md."""
     cell_restarts: NonNegativeInt = 3
     """How often each cell is started again. One that has failed more often stays away, and the run goes on without."""
     cell_timeout: Seconds = 5.0
@@ -25,11 +23,11 @@ class ResilienceConfig(Table):
 
 @rule(ERRORS)
 def _batches_are_cut_for_all_cells(s: Settings) -> Messages:
-    if s["resilience.mode"] != "cells":
+    if s.cells == 1:
         return
     if not s.reduction_leaves:
         yield (
-            "train.reduction_leaves: resilience.mode = 'cells' needs it, so that gradients do not depend on the cells "
+            "train.reduction_leaves: cells need it, so that gradients do not depend on the cells "
             f"that are there: a power of two, a multiple of {s.cells} cells x the data-parallel size of each"
         )
     dense = s.tensor_model_parallel_size * s.pipeline_model_parallel_size * s.context_parallel_size
@@ -43,12 +41,12 @@ def _batches_are_cut_for_all_cells(s: Settings) -> Messages:
 
 @rule(ERRORS)
 def _what_cells_do_not_do(s: Settings) -> Messages:
-    if s["resilience.mode"] != "cells":
+    if s.cells == 1:
         return
     if s.rollout_num_gpus:
-        yield "rollout.rollout_num_gpus: must be 0 with resilience.mode = 'cells', whose ranks all train and generate"
+        yield "rollout.rollout_num_gpus: must be 0 with resilience.cells > 1: all ranks of a cell train and generate"
     if s.update_weights_interval > 1:
         yield (
-            "refit.update_weights_interval: must be 1 with resilience.mode = 'cells': a cell that catches up gets the "
+            "refit.update_weights_interval: must be 1 with resilience.cells > 1: a cell that catches up gets the "
             "newest weights, and its engine needs the older ones of the other engines"
         )

@@ -303,7 +303,7 @@ class Checkpoints:
         if not own:
             return Start(state.step)  # of another run, whose ledger this one does not continue
         self._saved = state.step
-        of_cell = results[: len(results) // self._config.cells]  # cells are replicas
+        of_cell = results[: len(results) // self._config.resilience.cells]  # cells are replicas
         return Start(state.step, state.ledger, of_cell, state.saved)
 
     def _require_entry(self, folder: Path, state: ControllerState) -> None:

@@ -88,7 +88,7 @@ def open_parts(
             cluster.wait_ready()
         journal.publish(events.RanksReady(time.time() - attempt.record.start, cluster.seconds))
         start = checkpoints.load()
-        if config.cells > 1:
+        if config.resilience.cells > 1:
             cluster.cells.found(start.step)
         adopt_config(config.run_dir)
         attempt.ready(start.step, [info.host for info in cluster.infos])

@@ -130,7 +130,7 @@ def main(descriptor: int) -> int:
     config = Config.model_validate_json(order.config)
     stopping = Stopping(config.run_dir)
     stopping.show = lambda text: print(f"{config.run.name}: {text}", flush=True)
-    launcher = _Launcher(pipe, stopping, "rank 0" if config.cells == 1 else "the supervisor")
+    launcher = _Launcher(pipe, stopping, "rank 0" if config.resilience.cells == 1 else "the supervisor")
     PlugPoint.time_limit = config.deadlines.train_timeout
     try:
         attempt = attempts.begin(config.run_dir, order.task, order.world_size)
@@ -140,15 +140,14 @@ def main(descriptor: int) -> int:
     log = attempt.folder / "controller.log"
     problem, status = "", 0
     state: attempts.State = "finished"
-    with Router(order.host, order.world_size) as router:
-        members = [msgspec.structs.replace(one, logs=str(attempt.folder)) for one in router.credentials]
+    with Router(order.host, order.world_size, str(attempt.folder)) as router:
         try:
-            pipe.send_bytes(msgspec.json.encode(members))
+            pipe.send_bytes(msgspec.json.encode(router.credentials))
         except OSError:  # of which its launcher speaks
             _conclude(attempt, "failed", f"start: {launcher.died}", config)
             return 1
         settings = config.deadlines, config_digest(config), attempt.folder
-        cluster = Cluster(router, order.world_size, *settings, cells=config.cells)
+        cluster = Cluster(router, order.world_size, *settings, cells=config.resilience.cells)
         cluster.cells.configure(config.resilience, launcher.start_cell)
         cluster.pass_requests(stopping.ask)
         try:

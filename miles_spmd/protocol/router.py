@@ -40,10 +40,10 @@ class PeerGoneError(ConnectionError):
 
 class Router:
     """Binds a free port. ``host`` is the name or address under which clients reach this machine; with the default, only
-    processes of this machine can connect. ``credentials``, by rank, admit each of ``ranks`` ranks; ``rank_of`` gives
-    the rank whose key a connection has shown."""
+    processes of this machine can connect. ``credentials``, by rank, admit each of ``ranks`` ranks, and name the folder
+    of their ``logs``; ``rank_of`` gives the rank whose key a connection has shown."""
 
-    def __init__(self, host: str = LOOPBACK, ranks: int = 1) -> None:
+    def __init__(self, host: str = LOOPBACK, ranks: int = 1, logs: str = "") -> None:
         server_public, server_secret = make_keys()
         self._rank_of_key: dict[str, int] = {}
         self.rank_of: dict[Peer, int] = {}
@@ -63,6 +63,7 @@ class Router:
         self._monitor.rcvhwm = 0  # a full queue would block libzmq's thread, so a flood of strangers must fit
         self._monitor.connect("inproc://connections")
         port = self._socket.bind_to_random_port(f"tcp://{address_towards(host) or ANY_INTERFACE}")
+        self._logs = logs
         self._endpoint, self._public = f"tcp://{host}:{port}", server_public
         self.credentials: list[Credentials] = []
         self.renew(range(ranks))
@@ -74,10 +75,10 @@ class Router:
 
     def renew(self, ranks: Collection[int]) -> None:
         """Give ``ranks`` new keys. Whoever has their old ones is not admitted any more, what such a connection still
-        sends is dropped, and its end is no event."""
+        sends is dropped, and nobody hears of its end."""
         pairs = {rank: make_keys() for rank in sorted(ranks)}
         for rank, pair in pairs.items():
-            self.credentials[rank : rank + 1] = [Credentials(self._endpoint, self._public, *pair)]
+            self.credentials[rank : rank + 1] = [Credentials(self._endpoint, self._public, *pair, self._logs)]
         kept = {key: rank for key, rank in self._rank_of_key.items() if rank not in pairs}
         # replaced as a whole, because another thread reads it
         self._rank_of_key = kept | {public: rank for rank, (public, _) in pairs.items()}

@@ -50,7 +50,7 @@ class ControllerProcess:
         self._pipe.send_bytes(msgspec.json.encode(message))
 
     def orders(self) -> Iterator[StartCell]:
-        """Yield what the controller wants of the supervisor, until the controller is gone."""
+        """Yield the controller's orders to the supervisor, until the controller is gone."""
         with contextlib.suppress(EOFError, OSError):
             while True:
                 yield msgspec.json.decode(self._pipe.recv_bytes(), type=StartCell)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import io
+import itertools
 import os
 import socket
 import sys
@@ -31,7 +32,11 @@ class Log(io.FileIO):
             return len(data)
 
     def move(self, path: Path) -> None:
-        """Go on as ``path``. Raises OSError."""
+        """Go on as ``path``. A file that has this name, of a process that this one replaces, is kept under another.
+        Raises OSError."""
+        if path.exists():
+            names = (path.with_suffix(f".{number}{path.suffix}") for number in itertools.count(1))
+            path.rename(next(name for name in names if not name.exists()))
         with contextlib.suppress(FileNotFoundError):  # the controller, which ends the run, has collected it
             self.path.rename(path)
         self.path = path

@@ -23,10 +23,11 @@ from miles_spmd.controller.journal.metrics import Metrics
 from miles_spmd.telemetry.texts import StepLines
 from miles_spmd.telemetry.trackers import Trackers
 from miles_spmd.types.role import Role
+from tests.controller.ranks import info_of
 
 
 class Cluster:
-    infos = (0, 1)
+    infos = (info_of(0, 2), info_of(1, 2))
 
     def take_own(self) -> dict[Any, Any]:
         return {}

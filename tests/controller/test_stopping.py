@@ -227,8 +227,8 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Stopping]:
         begin, next_output = Cluster.begin, RolloutSession.next
         count = 0
 
-        def begin_and_ask(self: Cluster, command: Command, *, step: int) -> PendingCall:
-            call: PendingCall = begin(self, command, step=step)
+        def begin_and_ask(self: Cluster, command: Command, *, step: int, cell: int | None = None) -> PendingCall:
+            call: PendingCall = begin(self, command, step=step, cell=cell)
             first = command[0] if isinstance(command, list) else command
             if isinstance(first, kind) and step == one.step and not outputs:
                 one.now()

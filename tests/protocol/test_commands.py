@@ -18,7 +18,7 @@ FEED = {Submit, AbortRequests, EndGenerate}  # part of a rollout, handled by mil
 
 
 def test_all_commands_are_found() -> None:
-    assert len(COMMANDS) == 17
+    assert len(COMMANDS) == 20
     assert set(COMMANDS) > FEED
 
 

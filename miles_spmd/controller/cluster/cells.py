@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 R = TypeVar("R", bound=Result)
 C = TypeVar("C", bound=Command)
 
-LATE_SECONDS = 1.0  # after all others have met, in which a cell that was with them says so, too
+LATE_SECONDS = 1.0  # after the replies of the others, in which that of a cell comes which has met them
 MEETINGS = 5  # in which a cell that is ready has to be seen
 ATTEMPTS = 10  # of one update
 FIRST_PAUSE, LONGEST_PAUSE = 2.0, 300.0  # seconds before the second start in a row; each pause is four times the last
