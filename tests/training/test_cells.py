@@ -18,15 +18,15 @@ from tests.training.cells import Cells, Digests, cells, damage_what_it_sends, di
 
 LEAVES = 4
 UPDATES = 4
-MOST = 40  # where a cell that joins decides how many there are
+PLANNED = 40
 ADAM = {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 1.0}
 TRAIN = {"reduction_leaves": LEAVES, "lr_warmup_iters": 2, "lr_decay_style": "cosine"}
-BATCHES = [sequences([11, 7, 29, 5, 16, 23, 8, 13], seed) for seed in range(MOST)]
+BATCHES = [sequences([11, 7, 29, 5, 16, 23, 8, 13], seed) for seed in range(UPDATES)]
 
 
 def settings(megatron: dict[str, Any], name: str = "qwen3", **model: Any) -> Config:
     limits = {"exchange_timeout": 20.0}
-    return config(name, ADAM | megatron, run={"num_rollout": MOST}, train=TRAIN, model=model, resilience=limits)
+    return config(name, ADAM | megatron, run={"num_rollout": PLANNED}, train=TRAIN, model=model, resilience=limits)
 
 
 def in_one_world(run: Config, updates: int) -> list[tuple[tuple[int, int, int], float, Digests]]:
@@ -147,7 +147,7 @@ def test_a_cell_dies(ranks: Ranks, tmp_path: Path, moment: str, size: int, megat
     """The other one makes the same update, and computes for it what the dead one would have; a new cell receives its
     state, and has the next part."""
     run = settings(megatron)
-    expected = alone(ranks, run, 2 * size, MOST)
+    expected = alone(ranks, run, 2 * size, UPDATES)
     with cells(run, 2, size, tmp_path) as running:
         made(step(running, 0, {0: [0], 1: [1]}), 0, expected[0])
         running.call({1: (die, (moment,))})
@@ -170,7 +170,7 @@ def test_a_cell_dies(ranks: Ranks, tmp_path: Path, moment: str, size: int, megat
 @pytest.mark.slow
 def test_a_cell_that_is_suspended_catches_up(ranks: Ranks, tmp_path: Path) -> None:
     run = settings({})
-    expected = alone(ranks, run, 2, MOST)
+    expected = alone(ranks, run, 2, UPDATES)
     with cells(run, 2, 1, tmp_path) as running:
         made(step(running, 0, {0: [0], 1: [1]}), 0, expected[0])
         ((process, _),) = running.live[1].ranks
@@ -191,7 +191,7 @@ def test_a_cell_that_is_suspended_catches_up(ranks: Ranks, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_a_state_that_arrives_damaged_is_not_used(ranks: Ranks, tmp_path: Path) -> None:
     run = settings({})
-    expected = alone(ranks, run, 2, MOST)
+    expected = alone(ranks, run, 2, UPDATES)
     with cells(run, 2, 1, tmp_path) as running:
         made(step(running, 0, {0: [0], 1: [1]}), 0, expected[0])
         running.lose(1)
