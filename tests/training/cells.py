@@ -177,9 +177,9 @@ class Cell:
 
 
 class Cells:
-    """``parts`` cells of ``size`` ranks."""
+    """``parts`` cells of ``size`` ranks; ``founders`` of them, by default all, are there from the beginning."""
 
-    def __init__(self, run: Config, parts: int, size: int, folder: Path) -> None:
+    def __init__(self, run: Config, parts: int, size: int, folder: Path, founders: int | None = None) -> None:
         self._run, self.parts, self.size, self._folder = run, parts, size, folder
         self._lighthouse = LighthouseServer(
             bind="127.0.0.1:0",
@@ -192,7 +192,7 @@ class Cells:
         self._address = f"http://127.0.0.1:{port}"
         self._starts = 0
         self.live: dict[int, Cell] = {}
-        for number in range(parts):
+        for number in range(parts if founders is None else founders):
             self.start(number)
         self.ready()
         for met in self.call(dict.fromkeys(self.live, (meet, (True,)))).values():
@@ -276,8 +276,8 @@ class Cells:
 
 
 @contextlib.contextmanager
-def cells(run: Config, parts: int, size: int, folder: Path) -> Iterator[Cells]:
-    running = Cells(run, parts, size, folder)
+def cells(run: Config, parts: int, size: int, folder: Path, founders: int | None = None) -> Iterator[Cells]:
+    running = Cells(run, parts, size, folder, founders)
     try:
         yield running
     finally:
