@@ -27,6 +27,7 @@ from tests.training.cells import (
     damage_what_it_sends,
     die,
     digests,
+    keeps,
     meet,
     own_leaves,
     update,
@@ -135,7 +136,7 @@ def test_who_computes_what_does_not_matter(ranks: Ranks, tmp_path: Path) -> None
 
 
 def test_a_part_that_nobody_has(ranks: Ranks, tmp_path: Path) -> None:
-    """Nothing is done, and the next attempt needs only that part."""
+    """Nothing is done, and the next attempt needs only that part. Then none is kept."""
     run = settings({})
     expected = alone(ranks, run, 2, 2)
     with cells(run, 2, 1, tmp_path) as running:
@@ -143,7 +144,9 @@ def test_a_part_that_nobody_has(ranks: Ranks, tmp_path: Path) -> None:
         assert [answer for of_ranks in answers.values() for answer in of_ranks] == [
             ("lost", "no cell has part 1", [1])
         ] * 2
+        assert running.call(dict.fromkeys((0, 1), (keeps, ()))) == {0: [[0]], 1: [[]]}
         made(step(running, 0, {0: [], 1: [1]}), 0, expected[0])
+        assert running.call(dict.fromkeys((0, 1), (keeps, ()))) == {0: [[]], 1: [[]]}
         made(step(running, 1, {0: [1], 1: [0]}), 1, expected[1])
 
 
@@ -198,10 +201,8 @@ def test_a_cell_that_is_suspended_catches_up(ranks: Ranks, tmp_path: Path) -> No
         made(answers, 1, expected[1])
         assert running.answers(1, 0) is None
         os.kill(process.pid, signal.SIGCONT)
-        running.call({0: (meet, ())})  # with the other one, which continues to make an update
-        late = running.answers(1, 60)
-        assert late is not None
-        assert late[0][0] == "lost"
+        (late,) = running.met(1)  # it goes on to make the update
+        assert late[0] == "lost"
         # what it has computed before it caught up is not used
         answers = step(running, 2, {0: [0], 1: []})
         assert [answer for of_ranks in answers.values() for answer in of_ranks] == [
@@ -211,19 +212,32 @@ def test_a_cell_that_is_suspended_catches_up(ranks: Ranks, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_state_that_arrives_damaged_is_not_used(ranks: Ranks, tmp_path: Path) -> None:
-    run = settings({})
-    expected = alone(ranks, run, 2, UPDATES)
-    with cells(run, 2, 1, tmp_path) as running:
+@pytest.mark.parametrize(("size", "megatron"), [(1, {}), (2, TP2)])
+def test_a_state_that_arrives_damaged_is_not_used(
+    ranks: Ranks, tmp_path: Path, size: int, megatron: dict[str, Any]
+) -> None:
+    """A cell that nobody else can heal does nothing with it, either."""
+    run = settings(megatron)
+    expected = alone(ranks, run, 2 * size, UPDATES)
+    with cells(run, 2, size, tmp_path) as running:
         made(step(running, 0, {0: [0], 1: [1]}), 0, expected[0])
         running.lose(1)
         running.call({0: (damage_what_it_sends, ())})  # once
         running.start(1)
         running.ready(1)
-        (met,) = running.join(1)
-        assert "damaged" in met.problem
-        assert met.updates == 0
+        first, *others = running.join(1)
+        assert "damaged" in first.problem
+        assert all(met.problem and not met.updates for met in (first, *others))
         rejoin(running, 1, 1, expected)
+        running.lose(0)
+        running.call({1: (damage_what_it_sends, ())})
+        running.start(0)
+        running.ready(0)
+        assert all(met.problem for met in running.join(0))
+        running.lose(1)
+        for met in running.call({0: (meet, (True,))})[0]:
+            assert "no cell is there" in met.problem
+        assert all(answer[0] == "lost" for answer in step(running, 2, {0: [0, 1]})[0])
 
 
 # --- what a cell that joins has ---------------------------------------------------------------------------------------

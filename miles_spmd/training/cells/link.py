@@ -105,9 +105,10 @@ class CellLink:
             problem = f"no quorum: {error}"
             manager._quorum_future = None  # torchft would raise its error again at the next start, and for ever
             self._group.abort()  # cells that wait for this one must not wait until their own time is up
-        lost, damaged, received = _largest(bool(problem), not self._state.whole, self._state.received)
+        count, state = manager.current_step(), self._state
+        lost, damaged, received, most, least = _largest(bool(problem), not state.whole, state.received, count, -count)
         self.changed = bool(damaged or received)
-        if damaged:
+        if damaged or most != -least:  # or some ranks have caught up, and others have not
             self._set_count(DAMAGED)
         if lost:
             self._lose(problem or "another rank of this cell could not take part")
