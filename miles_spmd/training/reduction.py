@@ -12,7 +12,8 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from torch import Tensor
 
 STRETCH = 1 << 22  # elements of a gradient that are combined at a time
-NO_PART = -1  # of a world that has computed none
+# Takes the parts that are kept here, by their numbers, and a tensor that the sum of all parts has to fit; returns it.
+Total = Callable[[Mapping[int, Tensor], Tensor], Tensor]
 
 
 def plain_sum(chunks: list[DistributedDataParallel], num_tokens: Tensor | None = None, **groups: Any) -> None:
@@ -111,10 +112,9 @@ class PartSum(TreeSum):
         first = self._group.rank() == 0  # the others have zeros
         self.kept[self._part] = [_on_host(each) for each in self._gradient] if first else []
 
-    def combine(self, fetch: Callable[[Mapping[int, Tensor]], list[Tensor]]) -> None:
+    def combine(self, total: Total) -> None:
         """Put the sum of all parts into the buffers of the first data-parallel rank, and zeros into those of others.
-        ``fetch`` is called on the first one; it takes a stretch of the sums that are kept, by part, and returns this
-        stretch of all parts, in order."""
+        ``total`` is called on the first one, for one stretch of the sums after the other."""
         if self._group.rank() > 0:
             torch._foreach_zero_(self._gradient)
             return
@@ -123,7 +123,7 @@ class PartSum(TreeSum):
             for start in range(0, flat.numel(), STRETCH):
                 stretch = flat[start : start + STRETCH]
                 own = {part: sums[number].view(-1)[start : start + STRETCH] for part, sums in self.kept.items()}
-                stretch.copy_(_add_tree(fetch(own or {NO_PART: stretch})))
+                stretch.copy_(total(own, stretch))
 
     def spread(self) -> None:
         """Give every rank the gradient."""
@@ -135,7 +135,7 @@ def _on_host(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
 
 
-def _add_tree(terms: list[Tensor]) -> Tensor:
+def add_tree(terms: list[Tensor]) -> Tensor:
     """Return the sum of 2^n terms in the order of :class:`TreeSum`, each time into the left of two neighbours.
     Overwrites some of them."""
     stride = 1

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -15,15 +16,15 @@ from miles_spmd.config import Config
 from miles_spmd.models import load_family
 from miles_spmd.protocol.results import CheckpointResult, SaveProgress, WeightsDigest
 from miles_spmd.training.background_save import BackgroundSave
-from miles_spmd.training.cells.link import Limits
-from miles_spmd.training.cells.member import CellMember
-from miles_spmd.training.cells.trainer import CellTrainer
 from miles_spmd.training.checkpoint import Content, TrainerCheckpointError
 from miles_spmd.training.digests import to_host
 from miles_spmd.training.network import Network
 from miles_spmd.training.trainer import Trainer
 from miles_spmd.types.cell import Cell
 from miles_spmd.types.role import Role
+
+if TYPE_CHECKING:
+    from miles_spmd.training.cells.member import CellMember
 
 
 class Roles:
@@ -37,8 +38,12 @@ class Roles:
     def __init__(self, config: Config, cell: Cell | None = None) -> None:
         source = config.model.hf_checkpoint
         family = load_family(source, value_head=config.run.mode == "rm")
-        build = Trainer if cell is None else partial(CellTrainer, parts=cell.cells)
-        self.actor: Trainer = build(config, family, make_loss(config.run.mode, config.algorithm))
+        build: Callable[..., Trainer] = Trainer
+        if cell is not None:
+            from miles_spmd.training.cells.trainer import CellTrainer  # torchft takes a second, which only cells need
+
+            build = partial(CellTrainer, parts=cell.cells)
+        self.actor = build(config, family, make_loss(config.run.mode, config.algorithm))
         self._trainers = {Role.ACTOR: self.actor}
         if config.has_critic:
             loss, critic = ValueLoss(config.algorithm), config.model.critic_load or source
@@ -58,9 +63,10 @@ class Roles:
         self._saves_reference = config.saves_reference
         self._member: CellMember | None = None
         if cell is not None:
-            trainers = {role: t for role, t in self._trainers.items() if isinstance(t, CellTrainer)}
-            settle = self._saving.wait_for_borrowed
-            self._member = CellMember(cell, trainers, Limits.of(config.resilience), self.changing_snapshots, settle)
+            from miles_spmd.training.cells.member import CellMember
+
+            snapshots, settle = self.changing_snapshots, self._saving.wait_for_borrowed
+            self._member = CellMember(cell, config.resilience, self._trainers, snapshots, settle)
 
     @property
     def in_cell(self) -> CellMember:

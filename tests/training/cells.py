@@ -104,6 +104,11 @@ def compute(roles: Roles, number: int, batch: list[TrainSequence], own: list[int
             trainer.compute_part(number, part, own_leaves(batch, trainer, leaves, part * each, each))
 
 
+def keeps(roles: Roles, role: Role = Role.ACTOR) -> list[int]:
+    """Return the parts whose gradients are in memory."""
+    return sorted(roles.in_cell.trainer(role)._total.kept)
+
+
 def update(
     roles: Roles, number: int, batch: list[TrainSequence], own: list[int], leaves: int, role: Role = Role.ACTOR
 ) -> Any:
@@ -150,7 +155,9 @@ def die(roles: Roles, moment: str, how: int = signal.SIGKILL) -> None:
 
 
 def damage_what_it_sends(roles: Roles) -> None:
-    """Let the digest of the first tensor that this rank sends to another cell be wrong."""
+    """Let the digest of the first tensor that the first rank sends to another cell be wrong."""
+    if dist.get_rank():
+        return
     honest = live_state.digest
 
     def digest(tensor: torch.Tensor) -> int:
@@ -177,9 +184,9 @@ class Cell:
 
 
 class Cells:
-    """``parts`` cells of ``size`` ranks."""
+    """``parts`` cells of ``size`` ranks; ``founders`` of them, by default all, are there from the beginning."""
 
-    def __init__(self, run: Config, parts: int, size: int, folder: Path) -> None:
+    def __init__(self, run: Config, parts: int, size: int, folder: Path, founders: int | None = None) -> None:
         self._run, self.parts, self.size, self._folder = run, parts, size, folder
         self._lighthouse = LighthouseServer(
             bind="127.0.0.1:0",
@@ -192,7 +199,7 @@ class Cells:
         self._address = f"http://127.0.0.1:{port}"
         self._starts = 0
         self.live: dict[int, Cell] = {}
-        for number in range(parts):
+        for number in range(parts if founders is None else founders):
             self.start(number)
         self.ready()
         for met in self.call(dict.fromkeys(self.live, (meet, (True,)))).values():
@@ -227,12 +234,12 @@ class Cells:
         while waiting:
             ready = wait([*waiting], 90)
             assert ready, f"no answer from (cell, rank) {[*waiting.values()]}"
-            for pipe in ready:
-                if pipe not in waiting:
+            for one in ready:
+                if one not in waiting:
                     continue
-                number, rank = waiting.pop(pipe)  # type: ignore[index]
+                number, rank = waiting.pop(one)  # type: ignore[index]
                 try:
-                    answer = pipe.recv()  # type: ignore[union-attr]
+                    answer = one.recv()  # type: ignore[union-attr]
                 except (EOFError, OSError):
                     self.lose(number)
                     waiting = {other: place for other, place in waiting.items() if place[0] != number}
@@ -259,9 +266,13 @@ class Cells:
         return [pipe.recv() for pipe in pipes]
 
     def join(self, number: int) -> list[MeetResult]:
-        """Let a cell meet the others, and return what its ranks say. They may meet before it has asked, and so do it
-        until it was with them."""
+        """Let a cell meet the others, and return what its ranks say."""
         self.begin(number, meet)
+        return self.met(number)
+
+    def met(self, number: int) -> list[Any]:
+        """Let the others meet until they have met this cell, which has begun to; return the answers of its ranks. They
+        meet without it where it asks later than they do."""
         while (found := self.answers(number, 0.5)) is None:
             self.call({other: (meet, ()) for other in self.live if other != number})
         return found
@@ -276,8 +287,8 @@ class Cells:
 
 
 @contextlib.contextmanager
-def cells(run: Config, parts: int, size: int, folder: Path) -> Iterator[Cells]:
-    running = Cells(run, parts, size, folder)
+def cells(run: Config, parts: int, size: int, folder: Path, founders: int | None = None) -> Iterator[Cells]:
+    running = Cells(run, parts, size, folder, founders)
     try:
         yield running
     finally:

@@ -1,0 +1,3 @@
+import os
+
+os.environ.setdefault("RUST_LOG", "warn")  # torchft writes ten lines for each update otherwise, and reads this once

@@ -20,15 +20,15 @@ import torch
 import torch.distributed as dist
 import xxhash
 from torch import Tensor
-from torch.distributed.distributed_c10d import AllgatherOptions
+from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 from torchft import Manager, ProcessGroupGloo
 
 from miles_spmd.config.resilience import ResilienceConfig
 from miles_spmd.protocol.router import LOOPBACK, address_towards
 from miles_spmd.training.cells.live_state import LiveState, PeerTransport
+from miles_spmd.training.reduction import Total, add_tree
 from miles_spmd.types.cell import Cell
 
-Fetch = Callable[[Mapping[int, Tensor]], list[Tensor]]  # see PartSum.combine
 # torchft's count: it lets a cell receive the state of those that have counted further
 DAMAGED, JOINED, FOUNDED = -1, 0, 1
 
@@ -105,20 +105,22 @@ class CellLink:
             problem = f"no quorum: {error}"
             manager._quorum_future = None  # torchft would raise its error again at the next start, and for ever
             self._group.abort()  # cells that wait for this one must not wait until their own time is up
-        lost, damaged, received = _largest(bool(problem), not self._state.whole, self._state.received)
+        count, state = manager.current_step(), self._state
+        lost, damaged, received, most, least = _largest(bool(problem), not state.whole, state.received, count, -count)
         self.changed = bool(damaged or received)
-        if damaged:
+        if damaged or most != -least:  # or some ranks have caught up, and others have not
             self._set_count(DAMAGED)
         if lost:
             self._lose(problem or "another rank of this cell could not take part")
         if manager.current_step() < FOUNDED:
             self._lose("no cell is there from which this one, with which the run did not begin, could catch up")
 
-    def exchange(self, combine: Callable[[Fetch], None], own: Collection[int]) -> None:
-        """Let ``combine`` fetch what the cells of the quorum have, which is the parts ``own`` here. What goes wrong
+    def exchange(self, combine: Callable[[Total], None], own: Collection[int]) -> None:
+        """Let ``combine`` sum what the cells of the quorum have, which is the parts ``own`` here. What goes wrong
         makes :meth:`commit` fail, and is not raised: other ranks of this cell may have seen nothing."""
         try:
-            combine(Exchange(self._group, self.cells, self._participants, own).fetch)
+            rank = self._manager().participating_rank() or 0
+            combine(Exchange(self._group, self.cells, rank, self._participants, own).total)
         except LostUpdateError as error:  # every cell knows
             self._manager().report_error(error)
         except Exception as error:
@@ -199,32 +201,45 @@ class CellLink:
 
 
 class Exchange:
-    """Fetches ``parts`` parts from the ``cells`` of a quorum. All of them call :meth:`fetch` for the same stretches.
+    """Sums ``parts`` parts, which the ``cells`` of a quorum have; this one is number ``rank`` of them. All of them call
+    :meth:`total` for the same stretches.
 
     Raises LostUpdateError where no cell has a part.
     """
 
-    def __init__(self, group: ProcessGroupGloo, parts: int, cells: int, own: Collection[int]) -> None:
-        self._group, self._cells, self._own = group, cells, sorted(own)
+    def __init__(self, group: ProcessGroupGloo, parts: int, rank: int, cells: int, own: Collection[int]) -> None:
+        self._group, self._cells = group, cells
         have = torch.zeros(parts, dtype=torch.uint8)
-        have[self._own] = 1
+        have[[*own]] = 1
         everywhere = torch.stack(self._gather(have))
         if missing := (everywhere.sum(0) == 0).nonzero().flatten().tolist():
             raise LostUpdateError(f"no cell has part {', '.join(map(str, missing))}", missing)
-        self._rounds = int(everywhere.sum(1).max())
-        # (cell, round) of each part: of those that have it the first; they are bitwise equal
-        order = everywhere.cumsum(1, dtype=torch.int64) - 1
-        owners = everywhere.argmax(0).tolist()
-        self._places = [(cell, int(order[cell, part])) for part, cell in enumerate(owners)]
+        senders = everywhere.argmax(0)  # of cells that have a part the first; what they have is bitwise equal
+        self._counts = senders.bincount(minlength=cells).tolist()
+        self._arrival = senders.argsort(stable=True).tolist()  # parts in the order in which they arrive
+        self._own = [part for part in self._arrival if senders[part] == rank]
 
-    def fetch(self, own: Mapping[int, Tensor]) -> list[Tensor]:
-        """Return a stretch of all parts, in order, from the stretches of this cell's ``own``."""
-        example = next(iter(own.values()))
-        mine = torch.zeros(self._rounds, example.numel(), dtype=example.dtype)
-        for number, part in enumerate(self._own):
-            mine[number].copy_(own[part])
-        everywhere = self._gather(mine)
-        return [everywhere[cell][number] for cell, number in self._places]
+    def total(self, own: Mapping[int, Tensor], like: Tensor) -> Tensor:
+        """Return the sum of a stretch of all parts, in host memory, from the stretches of the parts that this cell has;
+        ``like`` has its size and dtype. Each cell sums one piece of the stretch."""
+        size = -(-like.numel() // self._cells)
+        mine = torch.zeros(len(self._own), self._cells * size, dtype=like.dtype)
+        for row, part in zip(mine, self._own):
+            row[: like.numel()].copy_(own[part])
+        pieces = mine.view(-1, self._cells, size).transpose(0, 1).contiguous()  # of the parts here, by receiver
+        arrived = self._exchange(pieces.view(-1), size).view(-1, size)
+        terms = dict(zip(self._arrival, arrived))
+        summed = add_tree([terms[part] for part in sorted(terms)])
+        return torch.cat(self._gather(summed))[: like.numel()]
+
+    def _exchange(self, pieces: Tensor, size: int) -> Tensor:
+        """Send a part of ``pieces`` to each cell; return what they have sent to this one, by sender."""
+        if self._cells == 1:
+            return pieces
+        arrived = torch.empty(len(self._arrival) * size, dtype=pieces.dtype)
+        sent, counts = [len(self._own) * size] * self._cells, [count * size for count in self._counts]
+        self._group.alltoall_base(arrived, pieces, counts, sent, AllToAllOptions()).wait()
+        return arrived
 
     def _gather(self, mine: Tensor) -> list[Tensor]:
         return _gather(self._group, self._cells, mine)

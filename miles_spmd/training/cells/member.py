@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
+from miles_spmd.config.resilience import ResilienceConfig
 from miles_spmd.protocol.results import MeetResult, UpdateResult
 from miles_spmd.training.cells.link import CellLink, Limits, LostUpdateError
 from miles_spmd.training.cells.live_state import LiveState
 from miles_spmd.training.cells.trainer import CellTrainer
+from miles_spmd.training.trainer import Trainer
 from miles_spmd.types.cell import Cell
 from miles_spmd.types.role import Role
 
@@ -24,14 +26,14 @@ class CellMember:
     def __init__(
         self,
         cell: Cell,
-        trainers: Mapping[Role, CellTrainer],
-        limits: Limits,
+        config: ResilienceConfig,
+        trainers: Mapping[Role, Trainer],
         snapshots: Callable[[], Iterable[Tensor]],
         settle: Callable[[], None],
     ) -> None:
-        self.trainers = trainers
-        self.state = LiveState([trainer.checkpoint for trainer in trainers.values()], snapshots, settle)
-        self.link = CellLink(cell, self.state, limits)
+        self.trainers = {role: trainer for role, trainer in trainers.items() if isinstance(trainer, CellTrainer)}
+        self.state = LiveState([trainer.checkpoint for trainer in self.trainers.values()], snapshots, settle)
+        self.link = CellLink(cell, self.state, Limits.of(config))
 
     def trainer(self, role: Role) -> CellTrainer:
         """Return the trainer of ``role``. Raises ValueError for a role that is not trained in this run."""
