@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -128,12 +128,7 @@ class Supervisor:
         _write_private(keys, order.credentials)
         cell = Cell(order.cell, self._config.resilience.cells, self._lighthouse, str(keys))
         command = [sys.executable, "-m", "miles_spmd", *sys.argv[1:], f"--nproc-per-node={self._ranks}"]
-        process = subprocess.Popen(
-            command,
-            env=os.environ | cell.environment | self._devices(order.cell),
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # signals of the terminal are for this process
-        )
+        process = launch(command, os.environ | cell.environment | self._devices(order.cell))
         self._launched[order.cell] = _Launched(order.start, keys, process)
 
     def _devices(self, cell: int) -> dict[str, str]:
@@ -149,6 +144,7 @@ class Supervisor:
         """Kill everything that the last start of ``cell`` has left."""
         launched = self._launched.pop(cell, None)
         if launched is not None:
+            launched.process.kill()
             _kill_started(launched.keys)
             launched.process.wait()
 
@@ -167,6 +163,11 @@ class Supervisor:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 launched.process.wait(max(0.0, end - time.monotonic()))
             self._kill(cell)
+
+
+def launch(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a launcher. Signals of the terminal are for this process."""
+    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 @contextlib.contextmanager

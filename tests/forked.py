@@ -86,6 +86,12 @@ def run(
     return subprocess.CompletedProcess(list(map(str, arguments)), status, stdout.read_text(), stderr.read_text())
 
 
+def fork_launcher(command: Sequence[str], environment: Mapping[str, str]) -> Program:
+    """In the supervisor of cells, in place of a new interpreter for a launcher: ``command`` is ``python ARGUMENTS``."""
+    process = multiprocessing.get_context("fork").Process(target=_become, args=(list(command[1:]), dict(environment)))
+    return Program(process)
+
+
 def fork_rank(handler: Any, command: Sequence[str], environment: Mapping[str, str]) -> Program:
     """In torchrun, in place of a new interpreter for a rank: ``command`` is ``python -u ARGUMENTS``."""
     arguments = [argument for argument in command[1:] if argument != "-u"]
