@@ -46,10 +46,10 @@ class LostUpdateError(RuntimeError):
 class Limits:
     """Seconds after which something counts as lost."""
 
-    exchange: float = 30.0  # one collective between cells; also what a cell that heals and its peer wait for each other
-    quorum: float = 150.0  # agreeing on the cells that are there; also what the others wait for a cell that catches up
-    connect: float = 10.0
-    heartbeat: float = 0.1  # between two signs of life of a cell to the lighthouse
+    exchange: float  # one collective between cells; also what a cell that heals and its peer wait for each other
+    quorum: float  # agreeing on the cells that are there; also what the others wait for a cell that catches up
+    connect: float
+    heartbeat: float  # between two signs of life of a cell to the lighthouse
 
     @classmethod
     def of(cls, config: ResilienceConfig) -> Limits:
