@@ -24,7 +24,7 @@ import psutil
 
 from miles_spmd.config import Config
 from miles_spmd.protocol import last_words
-from miles_spmd.protocol.pipe import CellEnded, Credentials, End, StartCell
+from miles_spmd.protocol.pipe import LAUNCHER, CellEnded, Credentials, End, StartCell
 from miles_spmd.protocol.router import LOOPBACK
 from miles_spmd.telemetry.environment import gpus
 from miles_spmd.types.cell import KEYS, Cell
@@ -61,7 +61,7 @@ class Supervisor:
             self._folder = stack.enter_context(made_by_launcher())
             unsaid = self._folder / "unsaid"
             unsaid.touch()
-            os.environ[last_words.VARIABLE] = str(unsaid)
+            os.environ |= {last_words.VARIABLE: str(unsaid), LAUNCHER: str(os.getpid())}
             cells = self._config.resilience.cells
             self._controller = ControllerProcess(self._config, self._task, LOOPBACK, cells * self._ranks)
             self._take_signals()

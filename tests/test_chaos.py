@@ -17,7 +17,7 @@ from miles_spmd.chaos.rehearsal import OWN, Chaos, ChaosError, load
 from miles_spmd.chaos.table import Row, render
 from miles_spmd.config import Config
 from miles_spmd.controller.run_folder import hold
-from miles_spmd.faults.fault import read_faults
+from miles_spmd.faults.fault import OF_STEPS, read_faults
 from miles_spmd.faults.strikes import VARIABLE
 from miles_spmd.ledger.chain import verify
 from miles_spmd.ledger.compare import compare
@@ -42,7 +42,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
-def recipe(folder: Path, checkpoint: Path, steps: int, **changes: dict[str, Any]) -> Path:
+def recipe(folder: Path, checkpoint: Path, steps: int, /, **changes: dict[str, Any]) -> Path:
     tables: dict[str, dict[str, Any]] = {
         "run": {"num_rollout": steps},
         "rollout": {"engine": REFERENCE_ENGINE},
@@ -56,10 +56,10 @@ def recipe(folder: Path, checkpoint: Path, steps: int, **changes: dict[str, Any]
     return write_config(folder, checkpoint, **tables)
 
 
-def chaos(config: Path, faults: str) -> tuple[Config, list[Row]]:
+def chaos(config: Path, faults: str, ranks: int = RANKS) -> tuple[Config, list[Row]]:
     """The configuration of the run that survived ``faults``, and what they did."""
-    found, listed = load(config, ["run.name=tiny-chaos"], faults, RANKS)
-    command = ["-m", "miles_spmd", "train", str(config), "run.name=tiny-chaos", *OWN[:2], f"--nproc-per-node={RANKS}"]
+    found, listed = load(config, ["run.name=tiny-chaos"], faults, ranks)
+    command = ["-m", "miles_spmd", "train", str(config), "run.name=tiny-chaos", *OWN[:2], f"--nproc-per-node={ranks}"]
     lines = list[str]()
     run = Chaos(found, listed, command, start=partial(start, config.parent), show=lines.append)
     try:
@@ -105,6 +105,36 @@ def test_a_run_survives_a_chain_of_faults(tmp_path: Path, checkpoint: Path) -> N
     assert "is damaged" in said["corrupt@save.4"].said
     assert said["corrupt@save.4"].said.endswith("; continuing from checkpoints/step_000002")
     assert said["corrupt@save.4"].steps >= 2
+
+
+OF_CELLS: dict[str, Any] = {"resilience": {"cells": 2, "cell_restarts": 100}, "train": {"reduction_leaves": 4}}
+
+
+@pytest.mark.parametrize(
+    ("steps", "faults"),
+    [
+        (60, ["kill:rank1@train.2", "kill:rank0@rollout.20", "kill:rank1@save.40"]),
+        pytest.param(
+            600,
+            [f"kill:rank{n % 2}@{OF_STEPS[n % len(OF_STEPS)]}.{15 * n + 5}" for n in range(38)],
+            marks=[pytest.mark.slow, pytest.mark.timeout(1500)],
+        ),
+    ],
+    ids=["three", "many"],
+)
+def test_cells_that_die_do_not_end_the_run(tmp_path: Path, checkpoint: Path, steps: int, faults: list[str]) -> None:
+    config = recipe(tmp_path, checkpoint, steps, checkpoint={"save_interval": 5, "keep_last": 2}, **OF_CELLS)
+    found, rows = chaos(config, ",".join(faults), ranks=1)
+    assert [str(row.fault) for row in rows] == faults
+    for row in rows:
+        assert row.exit is None
+        assert "the run goes on without cell" in row.said
+        assert row.detection is not None
+        assert row.next_step is not None
+        assert row.back is not None
+    folder = found.run_dir.rename(tmp_path / "hurt")
+    config = recipe(tmp_path, checkpoint, steps, checkpoint={"save_interval": 5}, train=OF_CELLS["train"])
+    check_equal(undisturbed(config), folder)
 
 
 CHAINS = {  # every kind, in several phases, to every process that it can strike

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from miles_spmd.chaos.launches import Launch, Line
 from miles_spmd.faults.fault import Fault
@@ -24,6 +25,8 @@ class Row:
     detection: float | None  # from the strike to the first report of the run
     exit: float | None  # to the end of the last process
     restart: float | None  # from the next start until a step was completed
+    next_step: float | None  # from the strike until a step was completed, where the run goes on without a cell
+    back: float | None  # until that cell took part again
     steps: int  # that had to be repeated
     seconds: float  # of work that had to be repeated
 
@@ -39,17 +42,29 @@ def rows(launches: Sequence[Launch], faults: Sequence[Fault], folder: Path) -> l
 
 def render(rows: Sequence[Row]) -> str:
     """Return the table: a row for each fault."""
+    of_cells = [row for row in rows if row.fault.of_cell]
+    own = ("next step", "back") if of_cells else ()
     table: list[tuple[str, ...]] = [
-        ("injected", "struck", "detection", "exit", "restart", "repeated", "the run reported")
+        ("injected", "struck", "detection", "exit", "restart", *own, "repeated", "the run reported")
     ]
     for row in rows:
         struck = f"{row.strike.process} (pid {', '.join(map(str, row.strike.pids))})"
         steps = f"{row.steps} step{'s' * (row.steps != 1)}"
         repeated = f"{steps}, {row.seconds:.1f} s" if row.exit is not None else "-"
-        seconds = ("-" if value is None else f"{value:.1f} s" for value in (row.detection, row.exit, row.restart))
-        table.append((str(row.fault), struck, *seconds, repeated, printable(row.said, SAID)))
+        values = row.detection, row.exit, row.restart, *((row.next_step, row.back) if own else ())
+        table.append((str(row.fault), struck, *map(_seconds, values), repeated, printable(row.said, SAID)))
+    if len(of_cells) > 1:
+        for name, choose in (("median", median), ("longest", max)):
+            columns = zip(*((row.detection, row.next_step, row.back) for row in of_cells))
+            found = [[value for value in column if value is not None] for column in columns]
+            detection, *others = (_seconds(choose(column) if column else None) for column in found)
+            table.append((f"{name} of cells", "", detection, "-", "-", *others, "-", ""))
     widths = [max(map(len, column)) for column in zip(*table)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table)
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} s"
 
 
 def _row(launch: Launch, strike: Strike, fault: Fault, following: Sequence[Launch], folder: Path) -> Row:
@@ -61,6 +76,7 @@ def _row(launch: Launch, strike: Strike, fault: Fault, following: Sequence[Launc
     if fault.kind == "corrupt" and following:
         reports = [line for one in following for line in one.damage(fault.step)]
     steps, seconds = _loss(launch, strike, following)
+    completed = [row["time"] for row in launch.rows if row["time"] > strike.time] if fault.of_cell else []
     said = _said(reports, fault) or _measured(launch, fault)
     return Row(
         fault=fault,
@@ -69,6 +85,8 @@ def _row(launch: Launch, strike: Strike, fault: Fault, following: Sequence[Launc
         detection=reports[0].time - strike.time if reports else launch.ended - strike.time if ended else None,
         exit=launch.ended - strike.time if ended else None,
         restart=_restart(following[0]) if following else None,
+        next_step=completed[0] - strike.time if completed else None,
+        back=_back(launch, strike) if fault.of_cell else None,
         steps=steps,
         seconds=seconds,
     )
@@ -95,6 +113,12 @@ def _restart(launch: Launch) -> float | None:
     """Return the seconds from a start until its first step was completed; None where a fault ended it before."""
     steps = launch.steps()
     return steps[0]["time"] - launch.began if steps else None
+
+
+def _back(launch: Launch, strike: Strike) -> float | None:
+    """Return the seconds until a cell takes part again; None where none does."""
+    again = (line.time for line in launch.lines if line.time > strike.time and "takes part again" in line.text)
+    return next((time - strike.time for time in again), None)
 
 
 def _loss(launch: Launch, strike: Strike, following: Sequence[Launch]) -> tuple[int, float]:

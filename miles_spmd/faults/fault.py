@@ -58,6 +58,7 @@ class Fault(msgspec.Struct, frozen=True):
     process: str
     phase: str
     step: int = 0
+    of_cell: bool = False  # it can only end a cell, without which the run goes on
 
     def __str__(self) -> str:
         return f"{self.kind}{self.process and ':'}{self.process}@{self.place}"
@@ -74,7 +75,7 @@ class Fault(msgspec.Struct, frozen=True):
     @property
     def ends(self) -> bool:
         """Whether the run surely ends by it."""
-        return KINDS[self.kind].ends and self.process != "reward"
+        return KINDS[self.kind].ends and self.process != "reward" and not self.of_cell
 
     @property
     def order(self) -> tuple[int, int]:
@@ -86,13 +87,17 @@ def read_faults(
     text: str, config: Config, world_size: int, without: Collection[str] = ()
 ) -> tuple[list[Fault], list[str]]:
     """Return the faults that ``text`` lists, with commas between them, and all errors: of the texts, and of faults that
-    cannot strike a run of ``config`` with ``world_size`` ranks. Nothing is concluded from the settings ``without``."""
+    cannot strike a run of ``config`` with ``world_size`` ranks in each cell. Nothing is concluded from the settings
+    ``without``."""
+    cells = config.resilience.cells
     parts = [part.strip() for part in text.split(",") if part.strip()]
     faults, errors = list[Fault](), list[str]()
     moments = None if {*USED} & {*without} else steps_by_phase(config)
     for part in parts:
-        fault, problems = _read(part, world_size)
+        fault, problems = _read(part, cells * world_size)
         if fault is not None:
+            if cells > 1 and fault.process.startswith("rank") and fault.phase != START:
+                fault = msgspec.structs.replace(fault, of_cell=True)
             faults.append(fault)
             problems += [] if moments is None else _impossible(fault, config, moments)
         errors += [f"--faults: {part}: {problem}" for problem in problems]

@@ -42,7 +42,8 @@ C = TypeVar("C", bound=Command)
 LATE_SECONDS = 1.0  # after the replies of the others, in which that of a cell comes which has met them
 MEETINGS = 5  # in which a cell that is ready has to be seen
 ATTEMPTS = 10  # of one update
-FIRST_PAUSE, LONGEST_PAUSE = 2.0, 300.0  # seconds before the second start in a row; each pause is four times the last
+# seconds before the start after one by which the cell has not come to take part; each pause is four times the last one
+FIRST_PAUSE, LONGEST_PAUSE = 2.0, 300.0
 LASTING = 600.0  # seconds after which a cell that has taken part is no longer one that keeps failing
 
 
@@ -58,10 +59,12 @@ class Loss:
 
 @dataclass
 class _History:
-    """The starts of a cell; ``in_a_row``: those since it last took part for long."""
+    """The starts of a cell; ``in_a_row``: those since it last took part for long, ``in_vain``: since it last took part.
+    ``joined``: when it did (monotonic)."""
 
     starts: int = 1
     in_a_row: int = 0
+    in_vain: int = 0
     joined: float = 0.0
 
 
@@ -160,6 +163,8 @@ class Cells:
         for results in self._on_all(MeetCells(founds=True), step).values():
             if problem := next((one.problem for one in results if one.problem), ""):
                 raise WorkerError(f"start: the cells cannot meet: {problem}")
+        for history in self._histories:
+            history.joined = time.monotonic()
 
     def admit(self, step: int) -> list[int]:
         """Let cells that were started again and are built take part from ``step`` on. Return them; their engines have
@@ -229,25 +234,27 @@ class Cells:
         """Go on without ``cell``, and have it started again."""
         ranks, history, now = self._table.ranks_of(cell), self._histories[cell], time.monotonic()
         hosts = ", ".join(sorted({info.host for info in self._table.infos_of(cell)})) or "no host"
+        history.in_vain += 1
         if cell in self._table.members:
             self.losses.append(Loss(cell, why, now))
             self._table.members = [one for one in self._table.members if one != cell]
+            history.in_vain = 0
+            if now > history.joined + LASTING:
+                history.in_a_row = 0
         self._behind.discard(cell)
         if (start := self._starting.pop(cell, None)) is not None:
             self._listener.calls.pop(start.id, None)
         self._listener.forget(ranks)
         self._router.renew(ranks)
         self._cluster.leave(ranks)
-        if history.joined and now > history.joined + LASTING:
-            history.in_a_row = 0
-        history.joined = 0.0
-        start_number, pause = history.starts, min(LONGEST_PAUSE, FIRST_PAUSE * 4 ** (history.in_a_row - 1))
+        start_number, pause = history.starts, 0.0
+        if history.in_vain:
+            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 4 ** (history.in_vain - 1))
         history.starts, history.in_a_row = history.starts + 1, history.in_a_row + 1
         if history.in_a_row > self._limit:
             self.show(f"{why}; cell {cell} ({hosts}) has failed {history.in_a_row} times in a row and stays away")
             self._start(StartCell(cell, start_number, 0.0, []))
             return
-        pause = pause if history.in_a_row > 1 else 0.0
         self.show(f"{why}; the run goes on without cell {cell} ({hosts}), which is started again")
         self._starting[cell] = self._cluster.expect_start(ranks, pause)
         self._start(StartCell(cell, start_number, pause, [self._router.credentials[rank] for rank in ranks]))

@@ -12,6 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -181,8 +182,6 @@ class FaultInjector:
                 return os.getpid()
             case "launcher":
                 return int(os.environ[LAUNCHER])
-            case "rank0":
-                return os.getppid()
             case "reward":
                 children = [
                     one for one in psutil.Process().children() if "miles_spmd.rewards" in " ".join(one.cmdline())
@@ -196,8 +195,9 @@ class FaultInjector:
         for log in (self._run_dir / LOGS / f"rank-{rank}.starting.log", self._logs / f"rank-{rank}.log"):
             found = re.findall(r"^--- .* pid (\d+)$", log.read_text() if log.exists() else "", re.MULTILINE)
             for pid in map(int, found[-1:]):  # a start that was killed may have left its log
-                if psutil.pid_exists(pid) and psutil.Process(pid).ppid() == int(os.environ[LAUNCHER]):
-                    return pid
+                with suppress(psutil.Error):
+                    if int(os.environ[LAUNCHER]) in [one.pid for one in psutil.Process(pid).parents()]:
+                        return pid
         return None
 
 
