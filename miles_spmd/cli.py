@@ -410,7 +410,7 @@ def main() -> None:
 def _start(task: str, recipe: Path, overrides: list[str], nproc: int | None, dry_run: bool = False) -> None:
     """Run ``task`` in ranks, or only print its plan."""
     if dry_run:
-        _, world_size = launcher.ranks(nproc)
+        _, world_size = launcher.ranks_for(recipe, overrides, nproc)
         config = launcher.load(recipe, overrides, world_size, check_files=True, task=task)
         config, _ = launcher.begin(config, task, recipe, rank=None)
         _print_plan(config, world_size, None, here=True)
@@ -430,6 +430,8 @@ def _print_plan(config: Config, world_size: int, device_memory: float | None, *,
     with launcher.failing(FileNotFoundError, ValueError, code=2):
         typer.echo(describe_plan(config, world_size, device_memory))
     typer.echo(f"Run folder: {config.run_dir.absolute()}")
+    if config.resilience.cells > 1:
+        typer.echo(f"Cells: {config.resilience.cells}")
 
 
 def _print_comparison(comparison: Comparison, terminal: TextIO | None = None) -> int:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from miles_spmd.protocol.pipe import Replay
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGUSR1
+JOB_RANKS = "MILES_SPMD_RANKS"  # environment: the ranks of a job that are not started by this process alone
 EXAMINED = "MILES_SPMD_EXAMINED"  # set for ranks whose launcher has examined what the configuration names
 
 
@@ -66,6 +67,22 @@ def ranks(nproc: int | None) -> tuple[bool, int]:
     if gpus():
         prepare()
     return True, world_size
+
+
+def ranks_for(recipe: Path, overrides: list[str], nproc: int | None) -> tuple[bool, int]:
+    """Return what :func:`ranks` does, for one cell where the configuration has several. Without ``nproc`` they divide
+    the GPUs of this machine, or the ranks that a job has for all cells."""
+    from miles_spmd.config.load import ConfigError, load_config
+    from miles_spmd.types.variables import VariableError, whole
+
+    is_rank, world_size = ranks(nproc)
+    if is_rank or nproc is not None:
+        return is_rank, world_size
+    cells = 1
+    with contextlib.suppress(ConfigError):  # which is raised when the configuration is loaded to be used
+        cells = load_config(recipe, overrides, check_files=False).resilience.cells
+    with failing(VariableError, code=2):
+        return False, max(1, whole(JOB_RANKS, world_size, least=1) // cells)
 
 
 def _world_size() -> int | None:
@@ -189,7 +206,7 @@ def start(
 
     Any other process launches ranks that do so, and exits with their status. ``task`` and ``replay`` are the worker's.
     """
-    is_rank, world_size = ranks(nproc)
+    is_rank, world_size = ranks_for(recipe, overrides, nproc)
     cell = Cell.from_environment()
     if not is_rank:
         for number in (*STOP_SIGNALS, signal.SIGINT, *([] if _is_hangup_ignored() else [signal.SIGHUP])):

@@ -12,6 +12,7 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,12 +26,15 @@ import psutil
 from miles_spmd.config import Config
 from miles_spmd.protocol import last_words
 from miles_spmd.protocol.pipe import LAUNCHER, CellEnded, Credentials, End, StartCell
-from miles_spmd.protocol.router import LOOPBACK
+from miles_spmd.protocol.router import ANY_INTERFACE, LOOPBACK, address_towards
 from miles_spmd.telemetry.environment import gpus
 from miles_spmd.types.cell import KEYS, Cell
+from miles_spmd.types.variables import text
 from miles_spmd.worker.controller_process import ControllerProcess
-from miles_spmd.worker.meeting import made_by_launcher
+from miles_spmd.worker.meeting import PREFIX, made_by_launcher
+from miles_spmd.worker.slurm_task import hosts
 
+SLURM = "MILES_SPMD_CELL_STEPS"  # environment: set where cells are to be steps of a job of Slurm
 POLL = 0.1  # seconds between looks at the launchers
 LEAVING = 20.0  # seconds that ranks may take to end after the controller has
 DEAD_MILLISECONDS = 2000  # after which the lighthouse does not count with a cell whose heartbeats have stopped
@@ -51,6 +55,9 @@ class Supervisor:
 
     def __init__(self, config: Config, task: str, ranks: int) -> None:
         self._config, self._task, self._ranks = config, task, ranks
+        self._steps: LocalSteps | SlurmSteps = LocalSteps(ranks)
+        if SLURM in os.environ:
+            self._steps = SlurmSteps(ranks, config.resilience.cells)
         self._launched: dict[int, _Launched] = {}
         self._due: list[tuple[float, StartCell]] = []  # when (monotonic) which cell is to be started
         self._orders: queue.Queue[StartCell] = queue.Queue()
@@ -58,15 +65,19 @@ class Supervisor:
     def run(self) -> int:
         """Return the status with which the run has ended."""
         with contextlib.ExitStack() as stack:
-            self._folder = stack.enter_context(made_by_launcher())
-            unsaid = self._folder / "unsaid"
+            folder = stack.enter_context(made_by_launcher())
+            unsaid = folder / "unsaid"
             unsaid.touch()
             os.environ |= {last_words.VARIABLE: str(unsaid), LAUNCHER: str(os.getpid())}
             cells = self._config.resilience.cells
-            self._controller = ControllerProcess(self._config, self._task, LOOPBACK, cells * self._ranks)
+            self._controller = ControllerProcess(self._config, self._task, self._steps.host, cells * self._ranks)
             self._take_signals()
+            self._keys = folder
+            if isinstance(self._steps, SlurmSteps):  # nodes see no other folder
+                scratch = tempfile.TemporaryDirectory(prefix=PREFIX, dir=self._config.run_dir)
+                self._keys = Path(stack.enter_context(scratch)).absolute()
             stack.callback(self._end_cells)
-            self._lighthouse = stack.enter_context(_lighthouse())
+            self._lighthouse = stack.enter_context(_lighthouse(self._steps.host))
             try:
                 credentials = self._controller.credentials()
             except EOFError:
@@ -124,27 +135,30 @@ class Supervisor:
     # --- cells -------------------------------------------------------------------------------------------------------
 
     def _start(self, order: StartCell) -> None:
-        keys = self._folder / f"keys-{order.cell}-{order.start}.json"
+        keys = self._keys / f"keys-{order.cell}-{order.start}.json"
         _write_private(keys, order.credentials)
         cell = Cell(order.cell, self._config.resilience.cells, self._lighthouse, str(keys))
-        command = [sys.executable, "-m", "miles_spmd", *sys.argv[1:], f"--nproc-per-node={self._ranks}"]
-        process = launch(command, os.environ | cell.environment | self._devices(order.cell))
+        environment = os.environ | cell.environment | self._devices(order.cell)
+        process = launch(self._steps.command(order.cell, keys.stem), environment)
         self._launched[order.cell] = _Launched(order.start, keys, process)
 
     def _devices(self, cell: int) -> dict[str, str]:
-        """Return the variable that gives ``cell`` its share of the GPUs of this machine; all of them where there are
-        not enough for every rank of all cells."""
+        """Return the variable that gives ``cell`` its share of the GPUs of a machine; all of them where there are not
+        enough for every rank of all cells."""
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         own = visible.split(",") if visible else [str(number) for number in range(len(gpus()))]
-        if len(own) < self._config.resilience.cells * self._ranks:
+        there = self._steps.cells_of_a_machine or self._config.resilience.cells
+        if len(own) < there * self._ranks:
             return {}
-        return {"CUDA_VISIBLE_DEVICES": ",".join(own[cell * self._ranks : (cell + 1) * self._ranks])}
+        first = cell % there * self._ranks
+        return {"CUDA_VISIBLE_DEVICES": ",".join(own[first : first + self._ranks])}
 
     def _kill(self, cell: int) -> None:
         """Kill everything that the last start of ``cell`` has left."""
         launched = self._launched.pop(cell, None)
         if launched is not None:
             launched.process.kill()
+            self._steps.kill(launched.keys.stem)
             _kill_started(launched.keys)
             launched.process.wait()
 
@@ -165,26 +179,73 @@ class Supervisor:
             self._kill(cell)
 
 
+class LocalSteps:
+    """Launchers of cells of ``ranks`` ranks as processes of this machine, where ``host`` is."""
+
+    host = LOOPBACK
+    cells_of_a_machine = 0  # all
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+
+    def command(self, cell: int, name: str) -> list[str]:
+        """Return the command that starts ``cell``, under a name of its own."""
+        return [sys.executable, "-m", "miles_spmd", *sys.argv[1:], f"--nproc-per-node={self._ranks}"]
+
+    def kill(self, name: str) -> None:
+        """Kill what only this object can find of the start of that name."""
+
+
+class SlurmSteps(LocalSteps):
+    """Launchers of ``cells`` cells as steps of the job whose batch script runs this process. Each is on one node, and
+    nodes get equally many."""
+
+    def __init__(self, ranks: int, cells: int) -> None:
+        super().__init__(ranks)
+        self.host = text("MASTER_ADDR")
+        self._nodes = hosts(text("SLURM_JOB_NODELIST"))
+        self.cells_of_a_machine = max(1, cells // len(self._nodes))
+
+    def command(self, cell: int, name: str) -> list[str]:
+        node = self._nodes[cell // self.cells_of_a_machine]
+        step = ["srun", f"--job-name={name}", "--nodes=1", "--ntasks=1", f"--nodelist={node}", "--overlap", "--no-kill"]
+        step += ["--cpu-bind=none", "--mem=0", *(["--gpu-bind=none"] if "SLURM_GPUS_ON_NODE" in os.environ else [])]
+        return [*step, *super().command(cell, name)]
+
+    def kill(self, name: str) -> None:
+        shown = _output("squeue", "-h", "--steps", f"--jobs={text('SLURM_JOB_ID')}", "-o", "%i %j")
+        for step, own in (line.split(maxsplit=1) for line in shown.splitlines()):
+            if own == name:
+                _output("scancel", "--signal=KILL", step)
+
+
+def _output(*command: str) -> str:
+    """Return what a command of Slurm prints; "" where it fails, as while its server is away."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else ""
+
+
 def launch(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """Start a launcher. Signals of the terminal are for this process."""
     return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 @contextlib.contextmanager
-def _lighthouse() -> Iterator[str]:
-    """Run the lighthouse of torchft in this process; provide its address."""
+def _lighthouse(host: str) -> Iterator[str]:
+    """Run the lighthouse of torchft in this process, on the interface by which cells reach ``host``; provide its
+    address."""
     os.environ.setdefault("RUST_LOG", "error")  # it would report every meeting on the terminal
     from torchft.coordination import LighthouseServer
 
     server = LighthouseServer(
-        bind=f"{LOOPBACK}:0",
+        bind=f"{address_towards(host) or ANY_INTERFACE}:0",
         min_replicas=1,
         join_timeout_ms=JOIN_MILLISECONDS,
         quorum_tick_ms=20,
         heartbeat_timeout_ms=DEAD_MILLISECONDS,
     )
     try:
-        yield f"http://{LOOPBACK}:{server.address().rsplit(':', 1)[1]}"
+        yield f"http://{host}:{server.address().rsplit(':', 1)[1]}"
     finally:
         server.shutdown()
 

@@ -119,12 +119,19 @@ step() {
 trap 'fail "the job ends before the run has started: raise --time, or lower the seconds of --signal"' USR1
 note "job $job, restart $restart: $verb $config on $SLURM_JOB_NODELIST, $nodes x $ranks ranks by $launch," \
     "${container:-no container}, $([[ -z $ends ]] && echo no time limit || date -d "@$ends" '+until %F %T')"
-plan=$(step 1 1 "$PYTHON" -m miles_spmd "$verb" "$config" "${overrides[@]}" --dry-run --nproc-per-node=$((nodes * ranks)))
+export MILES_SPMD_RANKS=$((nodes * ranks)) # of all cells, where the run has several
+plan=$(step 1 1 "$PYTHON" -m miles_spmd "$verb" "$config" "${overrides[@]}" --dry-run)
 status=$?
 echo "$plan"
 [[ $status -eq 0 ]] || exit "$status"
 run=$(sed -n 's/^Run folder: //p' <<<"$plan")
 [[ -n $run ]] || fail "$PYTHON has printed no plan with the run folder"
+cells=$(sed -n 's/^Cells: //p' <<<"$plan")
+if [[ -n $cells ]]; then
+    [[ -z $container ]] || fail "resilience.cells: cells are steps of srun, which a container cannot start"
+    [[ $launch == torchrun ]] || fail "resilience.cells: cells have launchers of their own: unset MILES_SPMD_LAUNCH"
+    [[ $((cells % nodes)) -eq 0 ]] || fail "resilience.cells: $cells cells cannot be divided evenly over $nodes nodes"
+fi
 export MILES_SPMD_EXAMINED=1 # by the step above
 if [[ ${MILES_SPMD_PREFLIGHT:-on} != off ]]; then
     step "$nodes" 1 "$PYTHON" -m miles_spmd doctor --cluster "$run" || exit
@@ -150,7 +157,10 @@ trap 'ask_to_stop USR1' USR1
 trap 'ask_to_stop TERM' TERM # of a preemption, or of scancel
 
 rm -f "$run/stop" "$run/save" # of an attempt that ended before it obeyed
-if [[ $launch == tasks ]]; then
+if [[ -n $cells ]]; then
+    # The supervisor runs beside this script, and each cell is a step of its own.
+    MILES_SPMD_CELL_STEPS=1 "$PYTHON" -m miles_spmd "$verb" "$config" "${overrides[@]}" &
+elif [[ $launch == tasks ]]; then
     unset MASTER_PORT # ranks of srun meet in the run folder
     cores=(--cpu-bind=cores --cpus-per-task=$((SLURM_CPUS_ON_NODE >= ranks ? SLURM_CPUS_ON_NODE / ranks : 1)))
     step "$nodes" "$ranks" "$PYTHON" -m miles_spmd "$verb" "$config" "${overrides[@]}" &

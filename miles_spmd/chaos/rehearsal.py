@@ -169,7 +169,7 @@ def found_by(fault: Fault, config: Config) -> tuple[str, float]:
 
 def run(recipe: Path, overrides: list[str], text: str, nproc: int | None) -> int:
     """Do what the verb does, and return its exit status. Prints errors and exits where there are some before."""
-    is_rank, world_size = launcher.ranks(nproc)
+    is_rank, world_size = launcher.ranks_for(recipe, overrides, nproc)
     if is_rank:
         launcher.fail("chaos starts its ranks itself: call it without torchrun or srun, on one node", code=2)
     with launcher.failing(ConfigError, code=2):

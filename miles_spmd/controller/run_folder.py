@@ -194,8 +194,8 @@ def outcome(config: Config, task: str, world_size: int, *, finished: bool) -> li
     if task != "train" or not lines:
         return lines
     resume = f"miles-spmd train {shlex.quote(str(folder / CONFIG_FILE))} checkpoint.resume=true"
-    if world_size > 1:
-        resume += f" --nproc-per-node {world_size}"
+    if (of_cell := world_size // config.resilience.cells) > 1 or config.resilience.cells > 1:
+        resume += f" --nproc-per-node {of_cell}"
     if checkpoint := newest(folder):
         lines.append(f"checkpoint: {checkpoint}")
         lines.append(f"continue:   {resume}{' num_rollout=N' if finished else ''}")

@@ -32,6 +32,11 @@ class Cell:
         return cls(int(number), int(cells), text(LIGHTHOUSE), text(KEYS))
 
     @property
+    def host(self) -> str:
+        """The name or address under which all cells reach the lighthouse."""
+        return self.lighthouse.removeprefix("http://").rpartition(":")[0]
+
+    @property
     def environment(self) -> dict[str, str]:
         """The variables that :meth:`from_environment` reads."""
         return {CELL: f"{self.number}/{self.cells}", LIGHTHOUSE: self.lighthouse, KEYS: self.keys}

@@ -144,10 +144,11 @@ def meet(
 
 def bind_sockets(place: Place) -> None:
     """Let gloo and NCCL listen on the one interface that this run needs. Of several nodes' a user may know better."""
-    if place.one_node:
+    towards = place.host if place.cell is None else place.cell.host  # cells may be on several nodes
+    own = address_towards(towards)
+    if place.one_node and (own is None or own.startswith("127.")):
         os.environ.update(dict.fromkeys(INTERFACES, "lo"))
         return
-    own = address_towards(place.master)
     for interface, addresses in psutil.net_if_addrs().items():
         if own in [address.address for address in addresses]:
             for name in INTERFACES:

@@ -7,6 +7,7 @@ machine's. It needs the packages slurm-wlm and munge, and root.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -81,6 +82,7 @@ class Cluster:
         self.environment |= {"SLURM_CONF": str(self.folder / "slurm.conf"), "PYTHON": sys.executable}
         self.environment |= {"OMP_NUM_THREADS": "1"}
         self._daemons: list[subprocess.Popen[bytes]] = []
+        self._nodes: dict[int, subprocess.Popen[bytes]] = {}
         host, controller = os.uname().nodename, free_port()
         lines = [CONF.format(folder=self.folder, host=host, controller=controller)]
         for node in range(nodes):
@@ -103,14 +105,29 @@ class Cluster:
         wait_for(socket.exists, SECONDS)
         self._daemon("slurmctld", "-D", "-c")
         for node in range(nodes):
-            inside = f"hostname node{node}; {reachable_python()} exec slurmd -D -N node{node}"
-            self._daemon("unshare", "--uts", "--mount", "bash", "-ec", inside)
+            self.start_node(node)
         wait_for(lambda: self.command("sinfo", "-h", "-o", "%T %D", check=False).strip() == f"idle {nodes}", SECONDS)
 
-    def _daemon(self, *command: str) -> None:
+    def start_node(self, node: int) -> None:
+        """Start slurmd of a node, which has a host name of its own."""
+        inside = f"hostname node{node}; {reachable_python()} exec slurmd -D -N node{node}"
+        self._nodes[node] = self._daemon("unshare", "--uts", "--mount", "bash", "-ec", inside)
+
+    def kill_node(self, node: int) -> None:
+        """Kill slurmd and everything that runs on the node, as the end of a machine does."""
+        daemon = self._nodes[node]
+        namespace = os.readlink(f"/proc/{daemon.pid}/ns/uts")
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if entry.name.isdigit() and os.readlink(entry / "ns" / "uts") == namespace:
+                    os.kill(int(entry.name), signal.SIGKILL)
+        daemon.wait()
+
+    def _daemon(self, *command: str) -> subprocess.Popen[bytes]:
         with (self.folder / f"{Path(command[0]).name}.out").open("ab") as out:
             daemon = subprocess.Popen(command, env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
         self._daemons.append(daemon)
+        return daemon
 
     def stop(self) -> None:
         """Cancel all jobs and end the daemons, the nodes' first."""
