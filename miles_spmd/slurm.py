@@ -32,8 +32,9 @@ def load(recipe: Path, overrides: list[str], *, dry_run: bool) -> Config:
     """Return the configuration of a job. Raises ConfigError with all of its errors, and with what is missing here."""
     ranks = None
     with contextlib.suppress(ConfigError):  # which is raised again below, with all other errors
-        job = load_config(recipe, overrides, check_files=False).slurm
-        ranks = job.nodes * (job.gpus_per_node or whole("NPROC_PER_NODE", 1, least=1))
+        config = load_config(recipe, overrides, check_files=False)
+        job, cells = config.slurm, config.resilience.cells
+        ranks = max(1, job.nodes * (job.gpus_per_node or whole("NPROC_PER_NODE", 1, least=1)) // cells)
     inputs = partial(_errors, dry_run=dry_run)
     return load_config(recipe, overrides, world_size=ranks, elsewhere=True, inputs=inputs)
 
@@ -44,6 +45,7 @@ def _errors(config: Config, without: Collection[str], *, dry_run: bool) -> list[
     here = []
     if not (ROOT / BODY).is_file():
         here.append(f"no file {ROOT / BODY}: call miles-spmd of a checkout, which has the body of every job")
+    here += _cells(config)
     here += [
         f"slurm.setup.{number}: {line!r} cannot be read by bash: {problem}"
         for number, line in enumerate(config.slurm.setup)
@@ -54,11 +56,26 @@ def _errors(config: Config, without: Collection[str], *, dry_run: bool) -> list[
     return errors(config, without) + here
 
 
+def _cells(config: Config) -> list[str]:
+    """Return why the cells of a run cannot be steps of its job."""
+    job, cells, found = config.slurm, config.resilience.cells, list[str]()
+    if cells == 1:
+        return found
+    if cells % job.nodes:
+        found.append(f"slurm.nodes: {cells} cells cannot be divided evenly over {job.nodes} nodes")
+    if job.launch != "torchrun":
+        found.append("slurm.launch: must be 'torchrun' with resilience.cells > 1: cells have launchers of their own")
+    if job.container:
+        found.append("slurm.container: must be empty with resilience.cells > 1: a container cannot start steps of srun")
+    return found
+
+
 def render(recipe: Path, config: Config, overrides: list[str]) -> str:
     """Return the batch script."""
     job = config.slurm
     given = {"partition": job.partition, "account": job.account}
     options = [f"--{option}={value}" for option, value in given.items() if value]
+    options += ["--no-kill"] if config.resilience.cells > 1 else []  # one node's end is that of its cells alone
     options += [f"--job-name={_job_name(config)}", f"--nodes={job.nodes}"]
     options += [f"--gpus-per-node={job.gpus_per_node}"] if job.gpus_per_node else []
     options += ["--exclusive", "--mem=0", f"--time={job.time}", "--requeue", f"--signal=B:USR1@{job.signal_seconds}"]

@@ -95,6 +95,7 @@ METRICS: dict[str, Metric] = {
     "perf/save_write_time": Metric("s", "Writing the checkpoint that was completed, beside the training"),
     "perf/ledger_time": Metric("s", "The controller's part of the ledger; the ranks' digests are in the other phases"),
     "perf/step_time": Metric("s", "The whole step"),
+    "perf/cells": Metric("", "Cells that take part at the step's end, where ranks are divided into several"),
     "perf/rollout_slowest": Metric("", "Time of an engine step on the slowest engine, relative to its peers"),
     "perf/log_probs_slowest": Metric("", "Own time per token of the slowest model replica, relative to its peers"),
     "perf/train_slowest": Metric("", "Own time per token of the slowest model replica, relative to its peers"),

@@ -29,6 +29,13 @@ from tests.controller.ranks import info_of
 class Cluster:
     infos = (info_of(0, 2), info_of(1, 2))
 
+    @property
+    def cells(self) -> Cluster:
+        return self
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def take_own(self) -> dict[Any, Any]:
         return {}
 

@@ -48,16 +48,6 @@ LASTING = 600.0  # seconds after which a cell that has taken part is no longer o
 
 
 @dataclass
-class Loss:
-    """A cell that was lost. Times are monotonic."""
-
-    cell: int
-    why: str
-    at: float
-    joined: float | None = None  # when it took part again
-
-
-@dataclass
 class _History:
     """The starts of a cell; ``in_a_row``: those since it last took part for long, ``in_vain``: since it last took part.
     ``joined``: when it did (monotonic)."""
@@ -81,12 +71,15 @@ class Cells:
         self._limit = 0  # how often in a row a cell is started again
         self._start: Callable[[StartCell], None] = lambda order: None
         self.show: Callable[[str], None] = warn
-        self.losses: list[Loss] = []
 
     def configure(self, settings: ResilienceConfig, start: Callable[[StartCell], None]) -> None:
         """``start`` is called for every cell that is lost."""
         self._limit, self._start = settings.cell_restarts, start
         self._listener.cell_timeout = settings.cell_timeout
+
+    def metrics(self) -> dict[str, float]:
+        """Return how many cells take part, where there are several."""
+        return {"perf/cells": float(len(self._table.members))} if self._table.cells > 1 else {}
 
     # --- what is shared ----------------------------------------------------------------------------------------------
 
@@ -177,9 +170,6 @@ class Cells:
         for cell in joined:
             self._listener.calls.pop(self._starting.pop(cell).id, None)
             self._histories[cell].joined = time.monotonic()
-            for loss in self.losses:
-                if loss.cell == cell and loss.joined is None:
-                    loss.joined = time.monotonic()
             self.show(f"step {step}: cell {cell} takes part again")
         return joined
 
@@ -236,7 +226,6 @@ class Cells:
         hosts = ", ".join(sorted({info.host for info in self._table.infos_of(cell)})) or "no host"
         history.in_vain += 1
         if cell in self._table.members:
-            self.losses.append(Loss(cell, why, now))
             self._table.members = [one for one in self._table.members if one != cell]
             history.in_vain = 0
             if now > history.joined + LASTING:

@@ -93,7 +93,7 @@ class Metrics:
             metrics["perf/tokens_per_gpu_per_second"] = rate
         self._started, self._values, self._updates = now, {}, []
         metrics |= self._stragglers.add(step, self._cluster.take_own(), self._cluster.infos)
-        metrics |= self._gpus.add(self._cluster.take_gpus())
+        metrics |= self._gpus.add(self._cluster.take_gpus()) | self._cluster.cells.metrics()
         return metrics | self._cluster.take_memory()
 
     def _increase(self, name: str, value: float) -> None:
