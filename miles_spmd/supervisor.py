@@ -25,13 +25,13 @@ import psutil
 
 from miles_spmd.config import Config
 from miles_spmd.protocol import last_words
-from miles_spmd.protocol.pipe import LAUNCHER, CellEnded, Credentials, End, StartCell
+from miles_spmd.protocol.pipe import LAUNCHER, CellEnded, End, PrepareCell, StartCell, ToSupervisor
 from miles_spmd.protocol.router import ANY_INTERFACE, LOOPBACK, address_towards
 from miles_spmd.telemetry.environment import gpus
 from miles_spmd.types.cell import KEYS, Cell
 from miles_spmd.types.variables import text
 from miles_spmd.worker.controller_process import ControllerProcess
-from miles_spmd.worker.meeting import PREFIX, made_by_launcher
+from miles_spmd.worker.meeting import PREFIX, made_by_launcher, write_private
 from miles_spmd.worker.slurm_task import hosts
 
 SLURM = "MILES_SPMD_CELL_STEPS"  # environment: set where cells are to be steps of a job of Slurm
@@ -59,8 +59,9 @@ class Supervisor:
         if SLURM in os.environ:
             self._steps = SlurmSteps(ranks, config.resilience.cells)
         self._launched: dict[int, _Launched] = {}
+        self._standby: dict[int, _Launched] = {}  # for the next start of a cell
         self._due: list[tuple[float, StartCell]] = []  # when (monotonic) which cell is to be started
-        self._orders: queue.Queue[StartCell] = queue.Queue()
+        self._orders: queue.Queue[ToSupervisor] = queue.Queue()
 
     def run(self) -> int:
         """Return the status with which the run has ended."""
@@ -95,10 +96,7 @@ class Supervisor:
     def _step(self) -> None:
         """Do what is due, and wait for what comes."""
         with contextlib.suppress(queue.Empty):
-            order = self._orders.get(timeout=POLL)
-            self._kill(order.cell)
-            if order.credentials:
-                self._due.append((time.monotonic() + order.after, order))
+            self._obey(self._orders.get(timeout=POLL))
         now = time.monotonic()
         for at, order in [*self._due]:
             if now >= at:
@@ -110,6 +108,17 @@ class Supervisor:
                 how = f"its launcher was killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
                 with contextlib.suppress(OSError):  # the controller has ended meanwhile
                     self._controller.send(CellEnded(cell, launched.start, how))
+
+    def _obey(self, order: ToSupervisor) -> None:
+        if isinstance(order, PrepareCell):
+            if self._config.resilience.standby:
+                self._standby[order.cell] = self._launch(order.cell, order.start)
+            return
+        self._kill(self._launched.pop(order.cell, None))
+        if order.credentials:
+            self._due.append((time.monotonic() + order.after, order))
+        else:
+            self._kill(self._standby.pop(order.cell, None))
 
     def _take_orders(self) -> None:
         for order in self._controller.orders():
@@ -135,12 +144,21 @@ class Supervisor:
     # --- cells -------------------------------------------------------------------------------------------------------
 
     def _start(self, order: StartCell) -> None:
-        keys = self._keys / f"keys-{order.cell}-{order.start}.json"
-        _write_private(keys, order.credentials)
-        cell = Cell(order.cell, self._config.resilience.cells, self._lighthouse, str(keys))
-        environment = os.environ | cell.environment | self._devices(order.cell)
-        process = launch(self._steps.command(order.cell, keys.stem), environment)
-        self._launched[order.cell] = _Launched(order.start, keys, process)
+        standby = self._standby.pop(order.cell, None)
+        if standby is not None and (standby.start != order.start or standby.process.poll() is not None):
+            self._kill(standby)
+            standby = None
+        write_private(self._keys_of(order.cell, order.start), msgspec.json.encode(order.credentials))
+        self._launched[order.cell] = standby or self._launch(order.cell, order.start)
+
+    def _keys_of(self, cell: int, start: int) -> Path:
+        return self._keys / f"keys-{cell}-{start}.json"
+
+    def _launch(self, cell: int, start: int) -> _Launched:
+        keys = self._keys_of(cell, start)
+        place = Cell(cell, self._config.resilience.cells, self._lighthouse, str(keys))
+        process = launch(self._steps.command(cell, keys.stem), os.environ | place.environment | self._devices(cell))
+        return _Launched(start, keys, process)
 
     def _devices(self, cell: int) -> dict[str, str]:
         """Return the variable that gives ``cell`` its share of the GPUs of a machine; all of them where there are not
@@ -153,9 +171,8 @@ class Supervisor:
         first = cell % there * self._ranks
         return {"CUDA_VISIBLE_DEVICES": ",".join(own[first : first + self._ranks])}
 
-    def _kill(self, cell: int) -> None:
-        """Kill everything that the last start of ``cell`` has left."""
-        launched = self._launched.pop(cell, None)
+    def _kill(self, launched: _Launched | None) -> None:
+        """Kill everything that a start of a cell has left."""
         if launched is not None:
             launched.process.kill()
             self._steps.kill(launched.keys.stem)
@@ -172,11 +189,13 @@ class Supervisor:
 
     def _end_cells(self) -> None:
         """Let ranks end by themselves, which have lost the controller, and kill those that do not."""
+        for standby in self._standby.values():
+            self._kill(standby)
         end = time.monotonic() + LEAVING
-        for cell, launched in [*self._launched.items()]:
+        for launched in self._launched.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 launched.process.wait(max(0.0, end - time.monotonic()))
-            self._kill(cell)
+            self._kill(launched)
 
 
 class LocalSteps:
@@ -248,12 +267,6 @@ def _lighthouse(host: str) -> Iterator[str]:
         yield f"http://{host}:{server.address().rsplit(':', 1)[1]}"
     finally:
         server.shutdown()
-
-
-def _write_private(path: Path, credentials: Sequence[Credentials]) -> None:
-    """Write a file that only this user can read."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(msgspec.json.encode(credentials))
 
 
 def _kill_started(keys: Path) -> None:

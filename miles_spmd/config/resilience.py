@@ -14,6 +14,9 @@ class ResilienceConfig(Table):
     the others go on. 1: any rank that dies ends the run, which can be resumed. docs/fault_tolerance.md."""
     cell_restarts: NonNegativeInt = 3
     """How often each cell is started again. One that has failed more often stays away, and the run goes on without."""
+    standby: bool = False
+    """Keep processes with all imports done for the next start of every cell. A cell comes back sooner, and every rank
+    takes the memory of one more process on its host, and of a CUDA context on its GPU."""
     cell_timeout: Seconds = 5.0
     """Seconds after which a cell that sends no sign of life to the others counts as lost."""
     exchange_timeout: Seconds = 60.0

@@ -31,7 +31,7 @@ from miles_spmd.controller.journal.stopping import GRACE, Stopping
 from miles_spmd.controller.run_folder import outcome
 from miles_spmd.plugins.plug_point import PlugPoint
 from miles_spmd.protocol.last_words import say
-from miles_spmd.protocol.pipe import EXIT_SECONDS, REQUEUE, CellEnded, End, Order, StartCell, ToController
+from miles_spmd.protocol.pipe import EXIT_SECONDS, REQUEUE, CellEnded, End, Order, ToController, ToSupervisor
 from miles_spmd.protocol.router import Router
 from miles_spmd.types.files import with_remedy
 from miles_spmd.types.secrets import scrub, scrubbed
@@ -83,8 +83,8 @@ class _Launcher:
                     self.end(reason)
                     return
 
-    def start_cell(self, order: StartCell) -> None:
-        """Let the supervisor start a cell again."""
+    def order(self, order: ToSupervisor) -> None:
+        """Let the supervisor start a cell again, or prepare it."""
         with suppress(OSError):  # it has died, which ends the run
             self._pipe.send_bytes(msgspec.json.encode(order))
 
@@ -148,7 +148,7 @@ def main(descriptor: int) -> int:
             return 1
         settings = config.deadlines, config_digest(config), attempt.folder
         cluster = Cluster(router, order.world_size, *settings, cells=config.resilience.cells)
-        cluster.cells.configure(config.resilience, launcher.start_cell)
+        cluster.cells.configure(config.resilience, launcher.order)
         cluster.pass_requests(stopping.ask)
         try:
             try:

@@ -76,7 +76,15 @@ class StartCell(msgspec.Struct, tag=True, frozen=True):
     credentials: list[Credentials]
 
 
+class PrepareCell(msgspec.Struct, tag=True, frozen=True):
+    """To the supervisor: this start of a cell, which runs now, will be needed when the cell is lost."""
+
+    cell: int
+    start: int
+
+
 ToController = End | CellEnded
+ToSupervisor = StartCell | PrepareCell
 
 
 def make_keys() -> tuple[str, str]:

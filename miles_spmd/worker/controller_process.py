@@ -17,7 +17,7 @@ from multiprocessing.connection import Pipe
 import msgspec
 
 from miles_spmd.config import Config
-from miles_spmd.protocol.pipe import EXIT_SECONDS, Credentials, End, Order, Replay, StartCell, ToController
+from miles_spmd.protocol.pipe import EXIT_SECONDS, Credentials, End, Order, Replay, ToController, ToSupervisor
 
 CLEAN_UP = 1.0  # seconds for processes that the controller has left behind to end by themselves
 
@@ -49,11 +49,11 @@ class ControllerProcess:
         """Raises OSError where the controller is gone."""
         self._pipe.send_bytes(msgspec.json.encode(message))
 
-    def orders(self) -> Iterator[StartCell]:
+    def orders(self) -> Iterator[ToSupervisor]:
         """Yield the controller's orders to the supervisor, until the controller is gone."""
         with contextlib.suppress(EOFError, OSError):
             while True:
-                yield msgspec.json.decode(self._pipe.recv_bytes(), type=StartCell)
+                yield msgspec.json.decode(self._pipe.recv_bytes(), type=ToSupervisor)
 
     @property
     def alive(self) -> bool:

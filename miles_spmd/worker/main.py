@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import socket
 import time
@@ -29,7 +30,7 @@ from miles_spmd.types.phase import Phase
 from miles_spmd.worker.controller_process import ControllerProcess
 from miles_spmd.worker.kernels import Kernels
 from miles_spmd.worker.log import Log, redirect_output
-from miles_spmd.worker.meeting import Place, meet
+from miles_spmd.worker.meeting import Place, is_standby, meet, wait_as_standby
 from miles_spmd.worker.stopwatch import Stopwatch
 from miles_spmd.worker.watchdog import Watchdog
 
@@ -65,7 +66,8 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
     controller = None
     if place.rank == 0 and place.cell is None:  # first, so that the two processes import in parallel
         controller = ControllerProcess(config, task, place.host, place.world_size, replay)
-    early = config.run_dir / "logs" / f"rank-{place.number}.starting.log"  # until the attempt's folder is known
+    name = f"rank-{place.number}.{'standby' if is_standby(place) else 'starting'}.log"
+    early = config.run_dir / "logs" / name  # until the attempt's folder is known
     try:
         terminal, log = redirect_output(early)
     except OSError as error:
@@ -75,6 +77,10 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
         return 1
     start = prepare(config, place, controller, terminal, log)
     try:
+        if is_standby(place):
+            import_all(config, place)
+            wait_as_standby(place)
+        start.watchdog.enter(Phase.START, 0, config.deadlines.start_timeout)
         status = serve(config, task, start)
     except BaseException as error:
         traceback.print_exc()
@@ -106,7 +112,6 @@ def prepare(config: Config, place: Place, controller: ControllerProcess | None, 
     first_node, stacks = place.rank < place.local_world_size, log.path.with_suffix(".stacks")
     of_run = {"beside_controller": first_node, "in_cell": place.cell is not None}
     watchdog = Watchdog(place.number, terminal, stacks, controller, **of_run)
-    watchdog.enter(Phase.START, 0, config.deadlines.start_timeout)
     watchdog.start()
     watch = Stopwatch()
     with watch("kernel_cache"):
@@ -117,6 +122,23 @@ def prepare(config: Config, place: Place, controller: ControllerProcess | None, 
     if kernels.unpacked:
         print(f"{kernels.unpacked} files unpacked from {kernels.archive}")
     return Start(place, controller, log, watchdog, kernels, watch)
+
+
+def import_all(config: Config, place: Place) -> None:
+    """Import what a rank needs, in the order in which it does so itself."""
+    if config.determinism.deterministic:
+        pin_environment()
+    import torch
+
+    from miles_spmd.platform import cpu, cuda
+
+    if torch.cuda.is_available():
+        cuda.take_gpu(place.local_rank, place.local_world_size)
+    cpu.install()
+    importlib.import_module("miles_spmd.worker.worker")
+    importlib.import_module("miles_spmd.training.cells.member")
+    if config.rollout.engine == "sglang" and config.generates("train"):
+        importlib.import_module("miles_spmd.generation.sglang.engine")
 
 
 def serve(config: Config, task: str, start: Start) -> int:

@@ -128,7 +128,7 @@ def meet(
     store.set_timeout(limit)
     keys = folder / "keys.json" if place.cell is None else Path(place.cell.keys)
     if controller is not None:
-        _write(keys, msgspec.json.encode(controller.credentials()))
+        write_private(keys, msgspec.json.encode(controller.credentials()))
     _await(keys, place, end)
     credentials = msgspec.json.decode(keys.read_bytes(), type=list[Credentials])[place.rank]
     members = PrefixStore("members", store)
@@ -140,6 +140,17 @@ def meet(
         if not place.one_node:
             folder.rmdir()
     return store, credentials
+
+
+def is_standby(place: Place) -> bool:
+    """Return whether this rank has no keys yet, because it is one of a cell that may have to be started again."""
+    return place.cell is not None and not Path(place.cell.keys).exists()
+
+
+def wait_as_standby(place: Place) -> None:
+    """Return when this rank has keys."""
+    while is_standby(place):
+        time.sleep(POLL)
 
 
 def bind_sockets(place: Place) -> None:
@@ -211,7 +222,7 @@ def published_store(place: Place, folder: Path, end: float) -> Store:
     descriptor = None
     if place.rank == 0:
         port, descriptor = _listen(place, 0)
-        _write(folder / PORT, str(port).encode())
+        write_private(folder / PORT, str(port).encode())
     else:
         _await(folder / PORT, place, end)
         port = int((folder / PORT).read_text())
@@ -264,7 +275,7 @@ def _is_private(folder: Path, place: Place, run_dir: Path) -> bool:
     return stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077 and status.st_uid == owner
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_private(path: Path, data: bytes) -> None:
     """Write a file that only this user can read; it appears under its name when it is whole."""
     scratch = path.with_suffix(".tmp")
     with naming(path), open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TextIO
 
+import psutil
 import zmq
 
 from miles_spmd.protocol.dealer import Dealer
@@ -79,6 +80,7 @@ class Watchdog(threading.Thread):
         self._silent_loss = beside_controller
         self._in_cell = in_cell
         self._parent = int(os.environ.get(LAUNCHER) or os.getppid())
+        self._supervisor = _parent_of(self._parent) if in_cell else 0
         self._dealer: Dealer | None = None
         self._lost_since: float | None = None  # monotonic: when the connection to the controller closed
         self._stuck_grace = STUCK_GRACE
@@ -146,6 +148,8 @@ class Watchdog(threading.Thread):
             self._listen(min(now + HEARTBEAT_EVERY, math.inf if dumped is doing else doing.deadline))
             if os.getppid() != self._parent:  # an orphan is adopted by another process
                 self._leave("the launcher died")
+            if self._in_cell and _parent_of(self._parent) != self._supervisor:
+                self._leave("the supervisor died")
             if self._lost_since is not None and time.monotonic() > self._lost_since + self._grace:
                 self._lost()
 
@@ -242,6 +246,13 @@ class Watchdog(threading.Thread):
         self._terminal.flush()
         sys.stdout.flush()
         os._exit(status)
+
+
+def _parent_of(pid: int) -> int:
+    try:
+        return psutil.Process(pid).ppid()
+    except psutil.NoSuchProcess:  # which is noticed by itself
+        return 0
 
 
 def obey(rank: int, dealer: Dealer) -> None:

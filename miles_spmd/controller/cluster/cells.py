@@ -29,7 +29,7 @@ from miles_spmd.controller.cluster.listener import (
 )
 from miles_spmd.protocol.commands import Command, ComputePart, MakeUpdate, MeetCells, TrainStep
 from miles_spmd.protocol.last_words import warn
-from miles_spmd.protocol.pipe import CellEnded, StartCell
+from miles_spmd.protocol.pipe import CellEnded, PrepareCell, StartCell, ToSupervisor
 from miles_spmd.protocol.results import PartResult, Result, TrainResult, UpdateResult
 from miles_spmd.protocol.router import Router
 
@@ -69,12 +69,12 @@ class Cells:
         self._holders: dict[int, int] = {}  # by part of the last batch, the cell that has computed it
         self._updates = itertools.count()
         self._limit = 0  # how often in a row a cell is started again
-        self._start: Callable[[StartCell], None] = lambda order: None
+        self._order: Callable[[ToSupervisor], None] = lambda order: None
         self.show: Callable[[str], None] = warn
 
-    def configure(self, settings: ResilienceConfig, start: Callable[[StartCell], None]) -> None:
-        """``start`` is called for every cell that is lost."""
-        self._limit, self._start = settings.cell_restarts, start
+    def configure(self, settings: ResilienceConfig, order: Callable[[ToSupervisor], None]) -> None:
+        """``order`` reaches the supervisor."""
+        self._limit, self._order = settings.cell_restarts, order
         self._listener.cell_timeout = settings.cell_timeout
 
     def metrics(self) -> dict[str, float]:
@@ -156,8 +156,8 @@ class Cells:
         for results in self._on_all(MeetCells(founds=True), step).values():
             if problem := next((one.problem for one in results if one.problem), ""):
                 raise WorkerError(f"start: the cells cannot meet: {problem}")
-        for history in self._histories:
-            history.joined = time.monotonic()
+        for cell in self._table.members:
+            self._joined(cell)
 
     def admit(self, step: int) -> list[int]:
         """Let cells that were started again and are built take part from ``step`` on. Return them; their engines have
@@ -169,9 +169,14 @@ class Cells:
         joined = [cell for cell in self.meet(step, ready) if cell in ready]
         for cell in joined:
             self._listener.calls.pop(self._starting.pop(cell).id, None)
-            self._histories[cell].joined = time.monotonic()
+            self._joined(cell)
             self.show(f"step {step}: cell {cell} takes part again")
         return joined
+
+    def _joined(self, cell: int) -> None:
+        history = self._histories[cell]
+        history.joined = time.monotonic()
+        self._order(PrepareCell(cell, history.starts))
 
     def meet(self, step: int, ready: Sequence[int] = ()) -> list[int]:
         """Let cells that are behind, and those that are ``ready``, catch up with the others; return them. One that
@@ -242,11 +247,11 @@ class Cells:
         history.starts, history.in_a_row = history.starts + 1, history.in_a_row + 1
         if history.in_a_row > self._limit:
             self.show(f"{why}; cell {cell} ({hosts}) has failed {history.in_a_row} times in a row and stays away")
-            self._start(StartCell(cell, start_number, 0.0, []))
+            self._order(StartCell(cell, start_number, 0.0, []))
             return
         self.show(f"{why}; the run goes on without cell {cell} ({hosts}), which is started again")
         self._starting[cell] = self._cluster.expect_start(ranks, pause)
-        self._start(StartCell(cell, start_number, pause, [self._router.credentials[rank] for rank in ranks]))
+        self._order(StartCell(cell, start_number, pause, [self._router.credentials[rank] for rank in ranks]))
 
     def ended(self, ended: CellEnded) -> None:
         """The launcher of a cell has ended, of which nothing follows where that start counts as lost already. May be
