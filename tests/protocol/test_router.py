@@ -150,7 +150,7 @@ def test_a_killed_process_is_noticed_at_once(router: Router) -> None:
 
 def client_of(router: Router, rank: int) -> zmq.Socket[bytes]:
     """A connection with this rank's key, which has sent something."""
-    client = zmq.Context.instance().socket(zmq.DEALER)
+    client: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     keys = router.credentials[rank]
     client.curve_serverkey, client.curve_publickey = keys.server_public.encode(), keys.client_public.encode()
     client.curve_secretkey, client.linger = keys.client_secret.encode(), 1000
