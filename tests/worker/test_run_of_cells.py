@@ -20,6 +20,7 @@ from tests.worker.strike import Strike, struck, write
 
 STEPS = 60
 END_SECONDS = 180
+REWARD = "tests.worker.rewards:by_length"
 EXACT: dict[str, Any] = {"run": {"num_rollout": STEPS, "overwrite": True}, "train": {"reduction_leaves": 4}}
 CELLS: dict[str, Any] = EXACT | {"resilience": {"cells": 2, "cell_timeout": 3.0}}
 
@@ -50,7 +51,7 @@ def hurt(tmp_path: Path, launch: Launch, one_world: dict[str, Path]) -> Hurt:
     def finish(*strikes: Strike, cells: int = 2, ranks: int = 1, **changes: dict[str, Any]) -> tuple[Path, list[str]]:
         settings: dict[str, Any] = {
             "train": {"reduction_leaves": 4},
-            "reward": {"rm_type": "tests.worker.rewards:by_length"},
+            "reward": {"rm_type": REWARD},
             **changes,
             "run": {"num_rollout": 8, "overwrite": True} | changes.get("run", {}),
         }
@@ -128,3 +129,21 @@ def test_the_cell_that_writes_the_last_checkpoint_dies(hurt: Hurt) -> None:
     started again."""
     folder, _ = hurt(Strike(0, "FinishSave"), checkpoint={"save_interval": 0, "save_final": True})
     assert newest(folder) == step_folder(folder, 8)
+
+
+def test_a_cell_is_too_late_for_the_first_meeting(hurt: Hurt) -> None:
+    """The other one has met nobody by then, and has nothing to wait for. Neither of them is lost."""
+    _, lines = hurt(Strike(0, "MeetCells", seconds=2.0))
+    assert lines == []
+
+
+def test_a_cell_dies_while_a_checkpoint_is_loaded(hurt: Hurt, launch: Launch) -> None:
+    """The run of one world is continued by cells, of which the other one begins alone."""
+    settings: dict[str, Any] = {"train": {"reduction_leaves": 4}, "reward": {"rm_type": REWARD}}
+    finished(launch(**settings, run={"num_rollout": 4, "overwrite": True}, checkpoint={"save_interval": 2}))
+    _, (lost, back) = hurt(
+        Strike(0, "LoadCheckpoint"), run={"overwrite": False}, checkpoint={"save_interval": 2, "resume": True}
+    )
+    assert "rank 0" in lost
+    assert "checkpoint, step 4" in lost
+    assert "cell 0 takes part again" in back
