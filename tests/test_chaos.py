@@ -16,6 +16,7 @@ import pytest
 from miles_spmd.chaos.rehearsal import OWN, Chaos, ChaosError, load
 from miles_spmd.chaos.table import Row, render
 from miles_spmd.config import Config
+from miles_spmd.config.load import ConfigError
 from miles_spmd.controller.run_folder import hold
 from miles_spmd.faults.fault import read_faults
 from miles_spmd.faults.strikes import VARIABLE
@@ -154,6 +155,14 @@ def test_a_run_that_fails_without_a_fault_is_one_error(tmp_path: Path, checkpoin
         ChaosError, match=r"^start 1 ended without a fault: miles-spmd: .*RewardError: .*/start-1\.log$"
     ):
         chaos(config, "slow@eval.0,kill@train.1")
+
+
+def test_a_run_of_cells_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    config = recipe(tmp_path, checkpoint, 3, resilience={"cells": 2}, train={"reduction_leaves": 4})
+    with pytest.raises(
+        ConfigError, match=r"resilience\.cells: must be 1: chaos continues a run that a fault has ended"
+    ):
+        load(config, [], "kill:rank3@train.1", world_size=2)
 
 
 def test_two_rehearsals_of_one_run_do_not_disturb_each_other(tmp_path: Path, checkpoint: Path) -> None:

@@ -213,6 +213,11 @@ def load(recipe: Path, overrides: list[str], text: str, world_size: int) -> tupl
     def inputs(config: Config, without: Collection[str]) -> list[str]:
         found, problems = read_faults(text, config, world_size, without)
         faults.extend(found)
+        if config.resilience.cells > 1:
+            cells = (
+                "must be 1: chaos continues a run that a fault has ended, and cells go on without the one it strikes"
+            )
+            problems = [f"resilience.cells: {cells}"]
         return errors(config, without, task="train") + problems
 
     return load_config(recipe, [*overrides, *OWN], world_size=world_size, inputs=inputs), faults
