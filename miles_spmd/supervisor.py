@@ -86,7 +86,9 @@ class Supervisor:
             for cell in range(cells):
                 own = credentials[cell * self._ranks : (cell + 1) * self._ranks]
                 self._start(StartCell(cell, 0, 0.0, own))
-            threading.Thread(target=self._take_orders, daemon=True).start()
+            self._listening = threading.Thread(target=self._take_orders, daemon=True)
+            self._listening.start()
+            stack.callback(self._obey_last_orders)
             while self._controller.alive:
                 self._step()
             return self._end()
@@ -108,6 +110,7 @@ class Supervisor:
                 how = f"its launcher was killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
                 with contextlib.suppress(OSError):  # the controller has ended meanwhile
                     self._controller.send(CellEnded(cell, launched.start, how))
+                _kill_started(launched.keys)  # a rank that is stopped does not notice that its launcher was killed
 
     def _obey(self, order: ToSupervisor) -> None:
         if isinstance(order, PrepareCell):
@@ -186,6 +189,13 @@ class Supervisor:
         if killed := self._controller.killed(status):
             last_words.say(killed)
         return status if status >= 0 else 1
+
+    def _obey_last_orders(self) -> None:
+        """Kill cells that the run has ended without: one that is being started knows of no controller that it could
+        lose."""
+        self._listening.join(LEAVING)
+        while not self._orders.empty():
+            self._kill(self._orders.get().cell)
 
     def _end_cells(self) -> None:
         """Let ranks end by themselves, which have lost the controller, and kill those that do not."""

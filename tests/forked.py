@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,15 @@ def run(
 
 
 def fork_launcher(command: Sequence[str], environment: Mapping[str, str]) -> Program:
-    """In the supervisor of cells, in place of a new interpreter for a launcher: ``command`` is ``python ARGUMENTS``."""
-    process = multiprocessing.get_context("fork").Process(target=_become, args=(list(command[1:]), dict(environment)))
-    return Program(process)
+    """In the supervisor of cells, in place of a new interpreter for a launcher: ``command`` is ``python ARGUMENTS``.
+
+    The supervisor runs the lighthouse, whose threads a fork of it would not have, while it had their locks: such a rank
+    crashes in torchft, or waits for ever. So the launcher comes from where the supervisor comes from.
+    """
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]  # it would start one of its own
+    streams = (Path(os.readlink(f"/proc/self/fd/{number}")) for number in (1, 2))
+    args = list(command[1:]), Path.cwd(), dict(environment), *streams, (), 0, os.O_APPEND
+    return Program(server.Process(target=_run, args=args))
 
 
 def fork_rank(handler: Any, command: Sequence[str], environment: Mapping[str, str]) -> Program:
@@ -107,6 +114,7 @@ def _run(
     stderr: Path,
     cpus: Collection[int],
     file_kib: int,
+    how: int = os.O_TRUNC,
 ) -> None:
     os.chdir(folder)
     if file_kib:
@@ -114,7 +122,7 @@ def _run(
     if cpus:
         os.sched_setaffinity(0, cpus)
     for path, descriptor in ((stdout, 1), (stderr, 2)):
-        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | how)
         os.dup2(opened, descriptor)
         os.close(opened)
     _become(arguments, environment)

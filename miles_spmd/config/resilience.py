@@ -33,9 +33,10 @@ def _batches_are_cut_for_all_cells(s: Settings) -> Messages:
             "train.reduction_leaves: cells need it, so that gradients do not depend on the cells "
             f"that are there: a power of two, a multiple of {s.cells} cells x the data-parallel size of each"
         )
+        return  # the number of trainer ranks may be unknown
     dense = s.tensor_model_parallel_size * s.pipeline_model_parallel_size * s.context_parallel_size
     replicas, rest = divmod(s.trainer_ranks, dense)
-    if s.reduction_leaves and not rest and s.reduction_leaves % (s.cells * replicas):
+    if not rest and s.reduction_leaves % (s.cells * replicas):
         yield (
             f"train.reduction_leaves: {s.reduction_leaves} is not a multiple of {s.cells * replicas}, which is "
             "resilience.cells x the data-parallel size of each"

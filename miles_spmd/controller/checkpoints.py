@@ -56,6 +56,7 @@ class _Saving:
     scratch: Path | None  # None: it failed before it had a folder
     state: ControllerState
     asked: bool  # by the file, which is removed at the end
+    cell: int  # that writes it
 
 
 class Checkpoints:
@@ -64,6 +65,7 @@ class Checkpoints:
     def __init__(self, config: Config, cluster: Cluster) -> None:
         self._config, self._cluster = config, cluster
         self._saving: _Saving | None = None
+        self._lost: _Saving | None = None  # it was the last one, and its cell is lost
         self._problem, self._failures = "", 0  # why the last save failed, and how many did in a row
         self._evaluated: tuple[int, Mapping[str, float]] = -1, {}
         self._saved: int | None = None  # step before which the run's own newest checkpoint was written
@@ -104,9 +106,13 @@ class Checkpoints:
             self._settle(journal, wait=True)
             self._begin(step, journal, due, asked)
 
-    def finish(self, journal: Journal) -> None:
-        """Wait for a save that is under way. Raises SaveError where the last save failed: the run ends without it."""
+    def finish(self, step: int, journal: Journal) -> None:
+        """Wait for a save that is under way. ``step``: the one before which the weights are; its save is begun again
+        where the cell that wrote it is lost. Raises SaveError where the last save failed: the run ends without it."""
         self._settle(journal, wait=True, ends=True)
+        while (lost := self._lost) is not None and lost.state.step == step:
+            self._begin(step, journal, due=False, asked=lost.asked)
+            self._settle(journal, wait=True, ends=True)
         if self._problem:
             raise SaveError(self._problem)
 
@@ -118,7 +124,7 @@ class Checkpoints:
         if self._saved != step:
             self.save(step, journal, anyway=True)
         with journal.timed("save", step):
-            self.finish(journal)
+            self.finish(step, journal)
             if responses:
                 folders.add_responses(folders.step_folder(self._config.run_dir, step), responses)
 
@@ -152,7 +158,7 @@ class Checkpoints:
         return aligned and (self._config.run_dir / SAVE_FILE).is_file()
 
     def _begin(self, step: int, journal: Journal, due: bool, asked: bool) -> None:
-        scratch, problem = None, self._lack_of_room()
+        scratch, problem, self._lost = None, self._lack_of_room(), None
         if not problem:
             try:
                 scratch = folders.begin(self._config.run_dir, step)
@@ -172,7 +178,7 @@ class Checkpoints:
             metrics={n: value for n, value in metrics.items() if evaluated == step and math.isfinite(value)},
             format=folders.FORMAT,
         )
-        self._saving = _Saving(scratch, state, asked)
+        self._saving = _Saving(scratch, state, asked, self._cluster.first_cell)
         if problem:
             self._fail(problem, journal)
 
@@ -180,9 +186,12 @@ class Checkpoints:
         """Complete the save that is under way, if all ranks are done. ``ends``: the run does not go on afterwards."""
         if self._saving is None:
             return
-        scratch = self._saving.scratch
-        progress = self._cluster.call(FinishSave(wait, str(scratch or "")), step=self._saving.state.step)
+        scratch, step = self._saving.scratch, self._saving.state.step
+        progress = self._cluster.call(FinishSave(wait, str(scratch or "")), step=step, cell=self._saving.cell)
         if not all(one.done for one in progress):
+            return
+        if any(one.lost for one in progress):
+            self._give_up(journal)
             return
         problem = next((one.problem for one in progress if one.problem), "")
         try:
@@ -223,6 +232,16 @@ class Checkpoints:
         if self._failures > 1:
             raise SaveError(self._problem)
         warn(with_remedy(f"{self._problem}; the run goes on, and ends if the next one fails, too"))
+
+    def _give_up(self, journal: Journal) -> None:
+        """The cell is lost that wrote the checkpoint: nothing is wrong with the files, and the next save is as good as
+        any. One that somebody has asked for is begun again at the end of the step."""
+        assert self._saving is not None
+        step, cell = self._saving.state.step, self._saving.cell
+        problem = f"the checkpoint of step {step} is given up, because cell {cell}, which wrote it, was lost"
+        journal.publish(events.CheckpointFailed(step, problem))
+        warn(problem)
+        self._lost, self._saving = self._saving, None
 
     def _end(self, saving: _Saving) -> None:
         if saving.asked:
@@ -303,7 +322,7 @@ class Checkpoints:
         if not own:
             return Start(state.step)  # of another run, whose ledger this one does not continue
         self._saved = state.step
-        of_cell = results[: len(results) // self._config.resilience.cells]  # cells are replicas
+        of_cell = results[: self._cluster.world_size // self._config.resilience.cells]  # cells are replicas
         return Start(state.step, state.ledger, of_cell, state.saved)
 
     def _require_entry(self, folder: Path, state: ControllerState) -> None:
@@ -337,7 +356,7 @@ class Checkpoints:
             if folders.newest(self._config.run_dir, up_to=last) != folder:
                 try:
                     self.save(last, journal, anyway=True)
-                    self.finish(journal)
+                    self.finish(last, journal)
                 except (WorkerError, SaveError) as second:
                     raise ExportError(f"{error}; no checkpoint could be written either: {second}") from None
             raise ExportError(f"{error}; nothing is lost: `miles-spmd export {folder} OUT` exports the model") from None

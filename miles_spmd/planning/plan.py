@@ -41,7 +41,7 @@ def describe_plan(config: Config, world_size: int, device_gib: float | None = No
     layout = ParallelLayout.of(config, world_size)
     blocks = [
         _title(config, family),
-        _ranks(layout),
+        _ranks(layout, config.resilience.cells),
         _groups(layout, family),
         _schedule(config, layout),
         _memory(config, layout, estimate_memory(config, family, layout), device_gib),
@@ -57,9 +57,9 @@ def _title(config: Config, family: Family) -> Iterator[str]:
     yield f"  everything is written to {config.run_dir}"
 
 
-def _ranks(layout: ParallelLayout) -> Iterator[str]:
+def _ranks(layout: ParallelLayout, cells: int) -> Iterator[str]:
     axes = ["tp", "cp", "dp", "pp"] + (["etp", "ep", "edp"] if layout.ep > 1 else []) + ["engine"]
-    yield f"Ranks ({layout.world_size})"
+    yield f"Ranks ({layout.world_size}{f' in each of {cells} cells' if cells > 1 else ''})"
     yield "  rank" + "".join(f"{axis:>8}" for axis in axes)
     shown = min(layout.world_size, MAX_RANKS)
     for rank in range(shown):
@@ -98,13 +98,14 @@ def _listed(groups: Groups) -> str:
 
 def _schedule(config: Config, layout: ParallelLayout) -> Iterator[str]:
     run, r, train = config.run, config.rollout, config.train
+    engines, replicas = layout.engines * config.resilience.cells, layout.dp * config.resilience.cells
     yield "Batch schedule"
     if run.mode == "rl":
         samples = r.rollout_batch_size * r.n_samples_per_prompt
         size = train.global_batch_size or samples
         steps = run.num_rollout * (samples // size)
         yield f"  rollout       {r.rollout_batch_size} prompts x {r.n_samples_per_prompt} samples = {samples:,} samples"
-        yield f"                {samples / layout.engines:,.4g} for each of {_plural(layout.engines, 'engine')}"
+        yield f"                {samples / engines:,.4g} for each of {_plural(engines, 'engine')}"
         yield f"  train         {_plural(samples // size, 'optimizer step')} of {size:,} samples in each rollout"
         ending = f"{run.num_rollout:,} rollouts, {steps:,} optimizer steps, {run.num_rollout * samples:,} samples"
     else:
@@ -112,7 +113,7 @@ def _schedule(config: Config, layout: ParallelLayout) -> Iterator[str]:
         what = "pairs" if config.trains_on_pairs else "sequences"
         yield f"  train         {size:,} {what} in each optimizer step"
         ending = f"{run.num_rollout:,} optimizer steps, {run.num_rollout * size:,} {what}"
-    yield f"                {size / layout.dp:,.4g} for each of {_plural(layout.dp, 'replica')} of the trainer"
+    yield f"                {size / replicas:,.4g} for each of {_plural(replicas, 'replica')} of the trainer"
     yield f"                {_micro_batches(config, layout, size)}"
     evaluations: dict[tuple[int | None, int | None], list[str]] = {}
     for one in config.eval_sets:
@@ -133,7 +134,7 @@ def _micro_batches(config: Config, layout: ParallelLayout, size: int) -> str:
     if config.run.mode != "rl" or config.data.rollout_max_prompt_len is None:
         return text
     longest = config.data.rollout_max_prompt_len + config.rollout.rollout_max_response_len
-    count = -(-size // layout.dp) / max(1, budget // longest)
+    count = -(-size // (layout.dp * config.resilience.cells)) / max(1, budget // longest)
     return f"{text}: {ceil(count):,} if every sequence has the {longest:,} tokens that it may have"
 
 

@@ -117,6 +117,7 @@ class SaveProgress(Result, frozen=True):
     digests: dict[str, str] = {}  # of the index that the rank has written of each model, by the model's folder
     nbytes: int = 0
     seconds: float = 0.0  # of writing
+    lost: bool = False  # another cell has begun it, which was lost
 
 
 class RefitResult(Result, frozen=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Collection
 
 import zmq
@@ -72,6 +73,8 @@ class Router:
         self._poller.register(self._monitor, zmq.POLLIN)
         self._peer_of_descriptor: dict[int, Peer] = {}
         self._closed: set[Peer] = set()
+        self._closings: deque[Peer] = deque()  # those of _closed that nobody has been told of yet
+        self._unknown: set[int] = set()  # descriptors of connections that closed before a message of theirs was read
 
     def renew(self, ranks: Collection[int]) -> None:
         """Give ``ranks`` new keys. Whoever has their old ones is not admitted any more, what such a connection still
@@ -115,27 +118,26 @@ class Router:
         """
         end = time.monotonic() + timeout
         while True:
-            ready = dict(self._poller.poll(math.ceil(max(0.0, end - time.monotonic()) * 1000)))
+            seconds = 0.0 if self._closings else max(0.0, end - time.monotonic())
+            ready = dict(self._poller.poll(math.ceil(seconds * 1000)))
             # A message may have arrived after the poll, with its connection closed right behind it: the last message
             # of a peer has to be read before the event that the peer is gone.
             if self._socket in ready or self._socket.poll(0):
                 if (event := self._read()) is not None:
                     return event
                 continue
-            if self._monitor not in ready:
-                return None
-            closing = parse_monitor_message(self._monitor.recv_multipart())
-            closed = self._peer_of_descriptor.pop(closing["value"], None)
-            if closed is not None:  # None: a client that was not admitted, or sent nothing
-                self._closed.add(closed)
-                if closed in self.rank_of:
+            if self._closings:
+                if (closed := self._closings.popleft()) in self.rank_of:
                     return closed, None
+            elif self._monitor in ready:
+                self._take_closings()
+            else:
+                return None
 
     def _read(self) -> tuple[Peer, Message | WireError] | None:
         """Return the next message and who sent it; None where its key was replaced."""
         peer, *frames = self._socket.recv_multipart(copy=False)
-        # disconnect events carry a file descriptor and no routing id, so the pair is remembered here
-        self._peer_of_descriptor[int(peer.get(zmq.SRCFD))] = peer.bytes
+        self._remember(peer.bytes, int(peer.get(zmq.SRCFD)))
         rank = self._rank_of_key.get(str(peer.get("User-Id")))  # pyzmq's authenticator sets it to the key
         if rank is None:
             return None
@@ -146,6 +148,33 @@ class Router:
             return peer.bytes, decode(frames[0].buffer)
         except WireError as error:
             return peer.bytes, error
+
+    def _remember(self, peer: Peer, descriptor: int) -> None:
+        """Remember the connection's file descriptor: events of closing carry it, and no routing id. The next connection
+        may get the descriptor of one that has closed; libzmq reports the closing before, so what has been reported up
+        to the first message of a connection is not about this one, unless it has closed as well."""
+        if self._peer_of_descriptor.get(descriptor) == peer or peer in self._closed:
+            return
+        self._take_closings()
+        if descriptor in self._unknown and not _is_connected(descriptor):
+            self._close_peer(peer)
+        else:
+            self._peer_of_descriptor[descriptor] = peer
+        self._unknown.discard(descriptor)
+
+    def _take_closings(self) -> None:
+        """Take all events of closing that have been reported."""
+        while self._monitor.poll(0):
+            descriptor = parse_monitor_message(self._monitor.recv_multipart())["value"]
+            peer = self._peer_of_descriptor.pop(descriptor, None)
+            if peer is None:  # a client that was not admitted, or whose first message is still to be read
+                self._unknown.add(descriptor)
+            else:
+                self._close_peer(peer)
+
+    def _close_peer(self, peer: Peer) -> None:
+        self._closed.add(peer)
+        self._closings.append(peer)
 
     def close(self) -> None:
         self._socket.disable_monitor()
@@ -159,3 +188,14 @@ class Router:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _is_connected(descriptor: int) -> bool:
+    """Return whether this file descriptor is one of a connection at present that its other end has not closed."""
+    try:
+        with socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM) as connection:
+            return bool(connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except BlockingIOError:  # there is nothing to read yet
+        return True
+    except OSError:
+        return False

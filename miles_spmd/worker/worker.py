@@ -257,7 +257,7 @@ class Worker:
     @execute.register
     def _finish_save(self, command: commands.FinishSave) -> results.SaveProgress:
         if command.path and command.path != self._saves_to:
-            return results.SaveProgress(done=True, problem="the cell that has begun it was lost")
+            return results.SaveProgress(done=True, lost=True)
         return self.roles.save_progress(wait=command.wait)
 
     @execute.register

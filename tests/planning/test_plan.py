@@ -203,6 +203,10 @@ def test_text() -> None:
         "at most, with 3 for CUDA and NCCL: 3.003 while training, 3.001 while generating",
     ):
         assert line in text, text
+    of_cells = config.model_copy(update={"resilience": config.resilience.model_copy(update={"cells": 2})})
+    text = describe_plan(of_cells, world_size=4)
+    for line in ("Ranks (4 in each of 2 cells)", "8 for each of 4 engines", "4 for each of 4 replicas of the trainer"):
+        assert line in text, text
     assert "the engine releases: nothing" in describe_plan(config, 4, device_gib=6)
     text = describe_plan(config, 4, device_gib=2.5)
     assert (

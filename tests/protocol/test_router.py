@@ -148,6 +148,76 @@ def test_a_killed_process_is_noticed_at_once(router: Router) -> None:
         router.send(CALL, [peer])
 
 
+def client_of(router: Router, rank: int) -> zmq.Socket[bytes]:
+    """A connection with this rank's key, which has sent something."""
+    client: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    keys = router.credentials[rank]
+    client.curve_serverkey, client.curve_publickey = keys.server_public.encode(), keys.client_public.encode()
+    client.curve_secretkey, client.linger = keys.client_secret.encode(), 1000
+    client.connect(keys.endpoint)
+    client.send(encode(Heartbeat(rank=rank, phase=Phase.TRAIN, step=3)))
+    return client
+
+
+def wait_for_closing(router: Router) -> None:
+    """The closing of a connection has been reported, and nobody has looked yet."""
+    assert router._monitor.poll(5000)
+    time.sleep(0.05)  # the descriptor is closed right after it
+
+
+def test_the_end_of_a_connection_is_not_that_of_the_next_one_with_its_descriptor(router: Router) -> None:
+    """A rank that is started again connects while the controller has something else to do than to look at the end of
+    its first connection. The new one has the number of the old one's file descriptor."""
+    first = client_of(router, 0)
+    event = router.receive(5)
+    assert event is not None
+    old, (descriptor,) = event[0], router._peer_of_descriptor
+    first.close()
+    wait_for_closing(router)
+    second = client_of(router, 1)
+    assert router._socket.poll(5000)
+    event = router.receive(5)
+    assert event is not None
+    assert isinstance(event[1], Heartbeat)
+    new = event[0]
+    assert router._peer_of_descriptor == {descriptor: new}, "the test needs the same descriptor"
+    assert router.receive(5) == (old, None)
+    assert router.receive(0.2) is None
+    router.send(CALL, [new])
+    second.close()
+    assert router.receive(5) == (new, None)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["", "after another one with its descriptor"])
+def test_a_connection_that_closed_before_its_message_was_read(router: Router, before: bool) -> None:
+    if before:
+        client_of(router, 1).close()
+        wait_for_closing(router)
+        event = router.receive(5)
+        assert event is not None
+        assert router.receive(5) == (event[0], None)
+    client_of(router, 0).close()
+    wait_for_closing(router)
+    event = router.receive(5)
+    assert event is not None
+    assert isinstance(event[1], Heartbeat)
+    assert router.receive(5) == (event[0], None)
+    assert router.receive(0.2) is None
+
+
+def test_a_stranger_had_the_descriptor_before(router: Router) -> None:
+    socket.create_connection(("127.0.0.1", port_of(router))).close()
+    time.sleep(0.2)
+    client = client_of(router, 0)
+    assert router._socket.poll(5000)
+    event = router.receive(5)
+    assert event is not None
+    assert isinstance(event[1], Heartbeat)
+    assert router.receive(0.2) is None
+    client.close()
+    assert router.receive(5) == (event[0], None)
+
+
 def test_a_dealer_learns_that_the_controller_is_gone() -> None:
     with Router(ranks=2) as router:
         dealer = Dealer(router.credentials[1])

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,19 @@ def launch(tmp_path: Path, checkpoint: Path) -> Iterator[Launch]:
     launched: list[Launched] = []
 
     def start(
-        *deed: object, preloaded: bool = True, ranks: int = 2, file_kib: int = 0, **changes: dict[str, Any]
+        *deed: object,
+        preloaded: bool = True,
+        ranks: int = 2,
+        file_kib: int = 0,
+        variables: Mapping[str, str] | None = None,
+        **changes: dict[str, Any],
     ) -> Launched:
         changes["rollout"] = {"engine": REFERENCE_ENGINE} | changes.get("rollout", {})
         changes["determinism"] = {"parity": "off"} | changes.get(
             "determinism", {}
         )  # not for that engine, and a run would say so
         config = write_config(tmp_path, checkpoint, **changes)
-        more: dict[str, Any] = {"preloaded": preloaded, "ranks": ranks, "file_kib": file_kib}
+        more: dict[str, Any] = {"preloaded": preloaded, "ranks": ranks, "file_kib": file_kib, "variables": variables}
         launched.append(Launched(tmp_path, config, *map(str, deed), **more))
         return launched[-1]
 

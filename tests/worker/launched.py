@@ -122,13 +122,17 @@ class Launched:
         """Waits for the end; checks what holds for every failure; returns the one message."""
         status = self.launcher.wait(seconds)
         assert status != 0, self.report()
-        self._wait_for(lambda: not self.processes(), 5)
+        self.wait_for_end()
         lines = [line for line in self.stderr().splitlines() if line.startswith("miles-spmd: ")]
         assert len(lines) == 1, self.report()
         metrics = self.run_dir / "metrics.jsonl"
         if metrics.exists():  # each line whole, however the run ended
             assert all(isinstance(json.loads(line), dict) for line in metrics.read_text().splitlines())
         return lines[0].removeprefix("miles-spmd: ")
+
+    def wait_for_end(self) -> None:
+        """Of all processes, a moment after the launcher's."""
+        self._wait_for(lambda: not self.processes(), 5)
 
     def stderr(self) -> str:
         return (self.folder / "stderr").read_text()

@@ -6,30 +6,28 @@ import os
 import re
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from miles_spmd.controller.checkpoint_folders import newest, step_folder
 from miles_spmd.ledger.chain import verify
 from miles_spmd.ledger.compare import compare
 from tests.worker.launched import START_SECONDS, Launch, Launched
+from tests.worker.strike import Strike, struck, write
 
 STEPS = 60
 END_SECONDS = 180
+REWARD = "tests.worker.rewards:by_length"
 EXACT: dict[str, Any] = {"run": {"num_rollout": STEPS, "overwrite": True}, "train": {"reduction_leaves": 4}}
 CELLS: dict[str, Any] = EXACT | {"resilience": {"cells": 2, "cell_timeout": 3.0}}
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folder of the run that the others are compared with, as soon as a test has made it."""
-    return {}
-
-
 def finished(run: Launched, seconds: float = END_SECONDS) -> Launched:
     assert run.launcher.wait(seconds) == 0, run.report()
-    assert not run.processes()
+    run.wait_for_end()
     return run
 
 
@@ -42,13 +40,53 @@ def same_as_one_world(run: Launched, launch: Launch) -> None:
     assert len(comparison.steps) == STEPS
 
 
+Hurt = Callable[..., tuple[Path, list[str]]]
+
+
+@pytest.fixture
+def hurt(tmp_path: Path, launch: Launch, one_world: dict[str, Path]) -> Hurt:
+    """Make a short run with cells of ``ranks`` ranks, hurt it, and compare it with that of one world. Return its folder
+    and its warnings."""
+
+    def finish(*strikes: Strike, cells: int = 2, ranks: int = 1, **changes: dict[str, Any]) -> tuple[Path, list[str]]:
+        settings: dict[str, Any] = {
+            "train": {"reduction_leaves": 4},
+            "reward": {"rm_type": REWARD},
+            **changes,
+            "run": {"num_rollout": 8, "overwrite": True} | changes.get("run", {}),
+        }
+        of_cells = {"cells": cells, "cell_timeout": 3.0}
+        run = launch(ranks=ranks, variables=write(tmp_path, strikes), **settings | {"resilience": of_cells})
+        finished(run)
+        assert struck(tmp_path) == len(strikes), run.report()
+        lines, kept = warnings(run), run.run_dir.rename(tmp_path / "of_cells")
+        key = str((cells, ranks, sorted(changes.items())))
+        if key not in one_world:
+            whole = finished(launch(ranks=cells * ranks, **settings))
+            one_world[key] = whole.run_dir.rename(tmp_path / "one_world")
+        comparison = compare(verify(kept), verify(one_world[key]))
+        assert comparison.equal, comparison.difference
+        assert len(comparison.steps) == settings["run"]["num_rollout"]
+        return kept, lines
+
+    return finish
+
+
+@pytest.fixture(scope="module")
+def one_world() -> dict[str, Path]:
+    """The folders of runs that were never divided, nor hurt."""
+    return {}
+
+
 def pid_of(run: Launched, rank: int) -> int:
     log = (run.run_dir / "logs" / "latest" / f"rank-{rank}.log").read_text()
     return int(re.findall(r"pid (\d+)", log)[0])
 
 
 def warnings(run: Launched) -> list[str]:
-    return [line.removeprefix("miles-spmd: ") for line in run.stderr().splitlines() if line.startswith("miles-spmd: ")]
+    """What was said about cells: on a machine that does other things, too, a rank may be slower than its peers."""
+    lines = [line.removeprefix("miles-spmd: ") for line in run.stderr().splitlines()]
+    return [line for line in lines if "as slow as its peers" not in line]
 
 
 def wait_for(run: Launched, text: str, count: int = 1) -> None:
@@ -75,3 +113,37 @@ def test_a_rank_of_each_cell_dies(launch: Launch) -> None:
     logs = {path.name for path in (run.run_dir / "logs" / "latest").glob("rank-*.log")}
     assert logs == {"rank-0.log", "rank-0.1.log", "rank-1.log", "rank-1.1.log"}
     same_as_one_world(run, launch)
+
+
+def test_the_cell_that_writes_checkpoints_dies_twice(hurt: Hurt) -> None:
+    """One that comes back does not speak for the saves of the other, and what was lost with a cell is no sign of files
+    that cannot be written."""
+    early, late = Strike(0, "FinishSave", 1), Strike(0, "FinishSave", 1, start=1)
+    folder, lines = hurt(early, late, run={"num_rollout": 16}, checkpoint={"save_interval": 1})
+    assert len([line for line in lines if "is given up, because cell 0, which wrote it, was lost" in line]) == 2
+    assert newest(folder) == step_folder(folder, 16)
+
+
+def test_the_cell_that_writes_the_last_checkpoint_dies(hurt: Hurt) -> None:
+    """It is written again, and has no second entry in the ledger. The run does not wait for the cell that is being
+    started again."""
+    folder, _ = hurt(Strike(0, "FinishSave"), checkpoint={"save_interval": 0, "save_final": True})
+    assert newest(folder) == step_folder(folder, 8)
+
+
+def test_a_cell_is_too_late_for_the_first_meeting(hurt: Hurt) -> None:
+    """The other one has met nobody by then, and has nothing to wait for. Neither of them is lost."""
+    _, lines = hurt(Strike(0, "MeetCells", seconds=2.0))
+    assert lines == []
+
+
+def test_a_cell_dies_while_a_checkpoint_is_loaded(hurt: Hurt, launch: Launch) -> None:
+    """The run of one world is continued by cells, of which the other one begins alone."""
+    settings: dict[str, Any] = {"train": {"reduction_leaves": 4}, "reward": {"rm_type": REWARD}}
+    finished(launch(**settings, run={"num_rollout": 4, "overwrite": True}, checkpoint={"save_interval": 2}))
+    _, (lost, back) = hurt(
+        Strike(0, "LoadCheckpoint"), run={"overwrite": False}, checkpoint={"save_interval": 2, "resume": True}
+    )
+    assert "rank 0" in lost
+    assert "checkpoint, step 4" in lost
+    assert "cell 0 takes part again" in back

@@ -40,6 +40,7 @@ R = TypeVar("R", bound=Result)
 C = TypeVar("C", bound=Command)
 
 LATE_SECONDS = 1.0  # after the replies of the others, in which that of a cell comes which has met them
+UPDATE_SECONDS = 5.0  # after the first reply to an update, in which the others come
 MEETINGS = 5  # in which a cell that is ready has to be seen
 ATTEMPTS = 10  # of one update
 # seconds before the start after one by which the cell has not come to take part; each pause is four times the last one
@@ -101,13 +102,13 @@ class Cells:
             parts[part] = [same[part, id(command)] for command in of_ranks]
         done, lost = self._execute(parts, step), ""
         for _ in range(ATTEMPTS):
-            found = self._on_all(MakeUpdate(number, commands[0].role), step)
+            found = self._together(MakeUpdate(number, commands[0].role), step)
             made = {cell: of_ranks for cell, of_ranks in found.items() if not any(one.lost for one in of_ranks)}
             if made:
                 self._behind |= found.keys() - made.keys()
                 if self._behind:
                     self.meet(step)
-                return _together(done, next(iter(made.values())))
+                return _joined(done, next(iter(made.values())))
             replies = [one for of_ranks in found.values() for one in of_ranks]
             lost = next((one.lost for one in replies), lost)
             missing = {part for one in replies for part in one.missing}
@@ -149,11 +150,22 @@ class Cells:
         found = {cell: self._cluster.wait(call) for cell, call in calls.items()}
         return {cell: results for cell, results in found.items() if not calls[cell].lost}
 
+    def _together(self, command: Command[R], step: int) -> dict[int, list[R]]:
+        """As :meth:`_on_all`, for a command in which cells meet. A cell that was too late for the others waits for
+        them, and they would never come: all of them meet once more then."""
+        members = [*self._table.members]
+        calls = {cell: self._cluster.begin(command, step=step, cell=cell) for cell in members}
+        self._listener.wait(lambda: any(call.done and not call.lost for call in calls.values()))
+        if not self._listener.wait(lambda: all(call.done for call in calls.values()), seconds=UPDATE_SECONDS):
+            self.meet(step, [cell for cell, call in calls.items() if not call.done])
+        found = {cell: self._cluster.wait(call) for cell, call in calls.items()}
+        return {cell: results for cell, results in found.items() if not calls[cell].lost}
+
     # --- who takes part ----------------------------------------------------------------------------------------------
 
     def found(self, step: int) -> None:
         """Let the cells with which the run begins meet, before ``step``. Raises WorkerError where they cannot."""
-        for results in self._on_all(MeetCells(founds=True), step).values():
+        for results in self._together(MeetCells(founds=True), step).values():
             if problem := next((one.problem for one in results if one.problem), ""):
                 raise WorkerError(f"start: the cells cannot meet: {problem}")
         for cell in self._table.members:
@@ -180,7 +192,7 @@ class Cells:
 
     def meet(self, step: int, ready: Sequence[int] = ()) -> list[int]:
         """Let cells that are behind, and those that are ``ready``, catch up with the others; return them. One that
-        does not in time is lost.
+        does not in time is lost. Members may be among ``ready``.
 
         Cells meet that ask at the same time. Those that are behind are asked first, and wait; where the others met
         without them they meet once more.
@@ -253,6 +265,11 @@ class Cells:
         self._starting[cell] = self._cluster.expect_start(ranks, pause)
         self._order(StartCell(cell, start_number, pause, [self._router.credentials[rank] for rank in ranks]))
 
+    def end(self) -> None:
+        """The run has ended: nobody waits for cells that are being started."""
+        for cell in self._starting:
+            self._start(StartCell(cell, self._histories[cell].starts, 0.0, []))
+
     def ended(self, ended: CellEnded) -> None:
         """The launcher of a cell has ended, of which nothing follows where that start counts as lost already. May be
         called by any thread."""
@@ -261,7 +278,7 @@ class Cells:
             self._listener.add(WorkerLostError(f"cell {ended.cell} has ended: {ended.how}", rank=rank))
 
 
-def _together(done: Mapping[int, list[PartResult]], of_ranks: Sequence[UpdateResult]) -> list[TrainResult]:
+def _joined(done: Mapping[int, list[PartResult]], of_ranks: Sequence[UpdateResult]) -> list[TrainResult]:
     """Return the results of all parts, with what the ranks of one cell say about the update."""
     return [
         TrainResult(own.sums, one.grad_norm, one.lr, one.skipped, own.log_probs, None if part else one.digests)

@@ -117,6 +117,11 @@ class Cluster:
         return self._table.infos
 
     @property
+    def first_cell(self) -> int:
+        """The cell that executes what one cell does for all: the first of those that take part."""
+        return self._table.members[0]
+
+    @property
     def pids(self) -> dict[int, int]:
         """The processes of the ranks that have connected, by rank."""
         return {info.rank: info.pid for info in self._table.infos}
@@ -138,10 +143,10 @@ class Cluster:
 
     def call(self, command: Command[R] | Sequence[Command[R]], *, step: int, cell: int | None = None) -> list[R]:
         """Send ``command`` and wait for its results. Of a command that one cell executes for all they come from
-        another, where that cell is lost."""
+        another, where that cell is lost; of one for a ``cell`` that is lost there are none."""
         call = self.begin(command, step=step, cell=cell)
         results = self.wait(call)
-        while call.lost and not results:
+        while call.lost and not results and (cell is None or (call.kind is not None and call.kind.by_one_cell)):
             call = self.begin(command, step=step)
             results = self.wait(call)
         return results
@@ -157,12 +162,13 @@ class Cluster:
         if first.abandonable and self.abandons():
             raise Unfinished
         if cell is None and first.by_one_cell:
-            cell = self._table.members[0]
+            cell = self.first_cell
         ranks = self._table.receivers(first.receivers, *([] if cell is None else [cell]))
         commands = command if isinstance(command, Sequence) else [command] * len(ranks)
         if len(commands) != len(ranks):
             raise ValueError(f"{len(commands)} commands for {len(ranks)} ranks")
         call: PendingCall[R] = self._expect(type(first), ranks, first.phase, step)
+        call.lost = not ranks and cell is not None
         if isinstance(first, RefitEngine):
             self._version = first.version
         # Ranks that receive the same object (those of one data-parallel rank) receive the same bytes, encoded once.

@@ -30,7 +30,7 @@ def train(run: RunParts) -> None:
         run.journal.report(step + 1)
     if checkpoint.export_final:
         run.checkpoints.export_at_end(run.journal)
-    run.checkpoints.finish(run.journal)
+    run.checkpoints.finish(steps, run.journal)
 
 
 def leave(run: RunParts) -> str:

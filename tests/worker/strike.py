@@ -1,0 +1,104 @@
+"""Hurts ranks of a run of cells in the middle of a command, so that a test need not be quick to do it.
+
+The file that ``STRIKES`` names says where, as JSON of a list of :class:`Strike`. Each of them hits once. An interpreter
+calls :func:`install` by a ``sitecustomize`` that is in its PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import msgspec
+
+from miles_spmd.types.cell import KEYS
+from tests.worker.launched import REPOSITORY
+
+
+class Strike(msgspec.Struct, frozen=True):
+    """``number`` goes to the process of ``rank``, in that ``start`` of its cell, in or after its ``time``-th
+    ``command``, at the call of a function that has this number in it, or at the end where there are fewer calls. With
+    ``seconds`` the process sleeps instead, while its other threads go on."""
+
+    rank: int
+    command: str
+    time: int = 1
+    call: int = 1
+    start: int = 0
+    number: int = signal.SIGKILL
+    seconds: float = 0.0
+
+
+def write(folder: Path, strikes: Sequence[Strike]) -> dict[str, str]:
+    """Return the variables of the environment of a run that is to be hurt like this."""
+    hook, plan = folder / "hook", folder / "strikes.json"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text("from tests.worker import strike\n\nstrike.install()\n")
+    plan.write_bytes(msgspec.json.encode(strikes))
+    return {"STRIKES": str(plan), "PYTHONPATH": f"{hook}:{REPOSITORY}"}
+
+
+def struck(folder: Path) -> int:
+    """Return how many strikes have hit."""
+    return len([*folder.glob("strikes.json.*")])
+
+
+def install() -> None:
+    """Let this process, where it is a rank of a cell, hurt itself."""
+    plan, keys = os.environ.get("STRIKES"), os.environ.get(KEYS)
+    if plan is None or keys is None or "RANK" not in os.environ:
+        return
+    cell, start = map(int, Path(keys).stem.split("-")[1:])
+    rank = cell * int(os.environ["WORLD_SIZE"]) + int(os.environ["RANK"])
+    strikes = msgspec.json.decode(Path(plan).read_bytes(), type=list[Strike])
+    own = {n: one for n, one in enumerate(strikes) if (one.rank, one.start) == (rank, start)}
+    times = Counter[str]()
+
+    from miles_spmd.worker import main
+
+    build = main.build
+
+    def hit(number: int, strike: Strike) -> None:
+        sys.setprofile(None)
+        if own.pop(number, None) is not None:
+            Path(f"{plan}.{number}").touch()
+            if strike.seconds:
+                time.sleep(strike.seconds)
+            else:
+                os.kill(os.getpid(), strike.number)
+
+    def execute_struck(execute: Any, command: Any) -> Any:
+        name = type(command).__name__
+        times[name] += 1
+        due = [(n, one) for n, one in own.items() if one.command == name and one.time <= times[name]]
+        if not due:
+            return execute(command)
+        number, strike = due[0]
+        left = strike.call
+
+        def count(frame: FrameType, event: str, argument: Any) -> None:
+            nonlocal left
+            left -= event == "call"
+            if not left:
+                hit(number, strike)
+
+        sys.setprofile(count)
+        try:
+            return execute(command)
+        finally:
+            hit(number, strike)
+
+    def build_struck(*arguments: Any) -> Any:
+        worker = build(*arguments)
+        execute = worker.execute
+        worker.execute = lambda command: execute_struck(execute, command)
+        return worker
+
+    main.build = build_struck  # type: ignore[assignment]
