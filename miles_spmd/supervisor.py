@@ -191,11 +191,12 @@ class Supervisor:
         return status if status >= 0 else 1
 
     def _obey_last_orders(self) -> None:
-        """Kill cells that the run has ended without: one that is being started knows of no controller that it could
+        """Kill cells that the run has ended without: one that is being started has no controller yet that it could
         lose."""
         self._listening.join(LEAVING)
         while not self._orders.empty():
-            self._kill(self._orders.get().cell)
+            if isinstance(order := self._orders.get(), StartCell):
+                self._kill(self._launched.pop(order.cell, None))
 
     def _end_cells(self) -> None:
         """Let ranks end by themselves, which have lost the controller, and kill those that do not."""

@@ -113,7 +113,7 @@ OF_CELLS: dict[str, Any] = {"resilience": {"cells": 2, "cell_restarts": 100}, "t
 @pytest.mark.parametrize(
     ("steps", "faults"),
     [
-        (60, ["kill:rank1@train.2", "kill:rank0@rollout.20", "kill:rank1@save.40"]),
+        pytest.param(60, ["kill:rank1@train.2", "kill:rank0@rollout.20", "kill:rank1@save.40"], marks=pytest.mark.slow),
         pytest.param(
             600,
             [f"kill:rank{n % 2}@{OF_STEPS[n % len(OF_STEPS)]}.{15 * n + 5}" for n in range(38)],
