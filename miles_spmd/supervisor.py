@@ -160,8 +160,8 @@ class Supervisor:
         return status if status >= 0 else 1
 
     def _obey_last_orders(self) -> None:
-        """Kill cells that the run has ended without: one that is being started knows of no controller that it could
-        lose."""
+        """Kill cells that the run has ended without: one that is being started has no connection to the controller
+        yet, whose end would end it."""
         self._listening.join(LEAVING)
         while not self._orders.empty():
             self._kill(self._orders.get().cell)

@@ -238,7 +238,7 @@ class Checkpoints:
         any. One that somebody has asked for is begun again at the end of the step."""
         assert self._saving is not None
         step, cell = self._saving.state.step, self._saving.cell
-        problem = f"the checkpoint of step {step} is given up, because cell {cell}, which wrote it, was lost"
+        problem = f"the checkpoint of step {step} is dropped, because cell {cell}, which wrote it, was lost"
         journal.publish(events.CheckpointFailed(step, problem))
         warn(problem)
         self._lost, self._saving = self._saving, None

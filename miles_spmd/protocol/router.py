@@ -73,7 +73,7 @@ class Router:
         self._poller.register(self._monitor, zmq.POLLIN)
         self._peer_of_descriptor: dict[int, Peer] = {}
         self._closed: set[Peer] = set()
-        self._closings: deque[Peer] = deque()  # those of _closed that nobody has been told of yet
+        self._closings: deque[Peer] = deque()  # those of _closed that were not returned yet
         self._unknown: set[int] = set()  # descriptors of connections that closed before a message of theirs was read
 
     def renew(self, ranks: Collection[int]) -> None:

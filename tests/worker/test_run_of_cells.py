@@ -121,7 +121,7 @@ def test_the_cell_that_writes_checkpoints_dies_twice(hurt: Hurt) -> None:
     that cannot be written."""
     early, late = Strike(0, "FinishSave", 1), Strike(0, "FinishSave", 1, start=1)
     folder, lines = hurt(early, late, run={"num_rollout": 16}, checkpoint={"save_interval": 1})
-    assert len([line for line in lines if "is given up, because cell 0, which wrote it, was lost" in line]) == 2
+    assert len([line for line in lines if "is dropped, because cell 0, which wrote it, was lost" in line]) == 2
     assert newest(folder) == step_folder(folder, 16)
 
 
