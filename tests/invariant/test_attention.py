@@ -64,6 +64,7 @@ def reference(
 def test_values_and_gradients(lengths: list[tuple[int, int]], heads: tuple[int, int], dim: int) -> None:
     both = [new for new, _ in lengths], [new + before for new, before in lengths]
     shapes = [(sum(both[i]), heads[i], dim) for i in (0, 1, 1)]
+    torch.manual_seed(0)  # an example that fails has to fail again
     inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
     gradient = torch.randn(shapes[0]).transpose(0, 1).contiguous().transpose(0, 1)  # not contiguous
     actual = packed_attention(*both, *inputs[:2])(*inputs, dim**-0.5)

@@ -323,9 +323,7 @@ def test_what_a_container_is_given(submit: Submit, folder: Path) -> None:
     job = submit(folder / "config.toml", "a=b c", PATH=f"{folder}:/usr/bin:/bin", **variables)
     assert job.wait() == "FAILED"
     mounts = ",".join(sorted([str(REPOSITORY), str(folder), "/data", "/tmp"]))
-    command = (
-        f"python3 -m miles_spmd train {folder}/config.toml a=b c checkpoint.resume=true --dry-run --nproc-per-node=1"
-    )
+    command = f"python3 -m miles_spmd train {folder}/config.toml a=b c checkpoint.resume=true --dry-run"
     assert f"apptainer exec --bind {mounts} /i.sif {command}\n" in job.log()
     assert "python3 has printed no plan with the run folder" in job.log()
 

@@ -130,9 +130,9 @@ class Launched:
             assert all(isinstance(json.loads(line), dict) for line in metrics.read_text().splitlines())
         return lines[0].removeprefix("miles-spmd: ")
 
-    def wait_for_end(self) -> None:
+    def wait_for_end(self, seconds: float = 5) -> None:
         """Of all processes, a moment after the launcher's."""
-        self._wait_for(lambda: not self.processes(), 5)
+        self._wait_for(lambda: not self.processes(), seconds)
 
     def stderr(self) -> str:
         return (self.folder / "stderr").read_text()

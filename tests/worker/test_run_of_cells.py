@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from miles_spmd.controller.checkpoint_folders import newest, step_folder
@@ -97,6 +98,7 @@ def wait_for(run: Launched, text: str, count: int = 1) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_rank_of_each_cell_dies(launch: Launch) -> None:
     run = launch(ranks=1, **CELLS)
     run.wait_for_steps(3)
@@ -115,6 +117,7 @@ def test_a_rank_of_each_cell_dies(launch: Launch) -> None:
     same_as_one_world(run, launch)
 
 
+@pytest.mark.slow
 def test_the_cell_that_writes_checkpoints_dies_twice(hurt: Hurt) -> None:
     """One that comes back does not speak for the saves of the other, and what was lost with a cell is no sign of files
     that cannot be written."""
@@ -124,6 +127,7 @@ def test_the_cell_that_writes_checkpoints_dies_twice(hurt: Hurt) -> None:
     assert newest(folder) == step_folder(folder, 16)
 
 
+@pytest.mark.slow
 def test_the_cell_that_writes_the_last_checkpoint_dies(hurt: Hurt) -> None:
     """It is written again, and has no second entry in the ledger. The run does not wait for the cell that is being
     started again."""
@@ -133,10 +137,11 @@ def test_the_cell_that_writes_the_last_checkpoint_dies(hurt: Hurt) -> None:
 
 def test_a_cell_is_too_late_for_the_first_meeting(hurt: Hurt) -> None:
     """The other one has met nobody by then, and has nothing to wait for. Neither of them is lost."""
-    _, lines = hurt(Strike(0, "MeetCells", seconds=2.0))
+    _, lines = hurt(Strike(0, "MeetCells", seconds=2.0), run={"num_rollout": 3})
     assert lines == []
 
 
+@pytest.mark.slow
 def test_a_cell_dies_while_a_checkpoint_is_loaded(hurt: Hurt, launch: Launch) -> None:
     """The run of one world is continued by cells, of which the other one begins alone."""
     settings: dict[str, Any] = {"train": {"reduction_leaves": 4}, "reward": {"rm_type": REWARD}}
@@ -147,3 +152,24 @@ def test_a_cell_dies_while_a_checkpoint_is_loaded(hurt: Hurt, launch: Launch) ->
     assert "rank 0" in lost
     assert "checkpoint, step 4" in lost
     assert "cell 0 takes part again" in back
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", ["launcher", "supervisor"])
+def test_no_process_is_left(launch: Launch, dies: str) -> None:
+    """A rank that is stopped does not notice that its launcher was killed, so the supervisor kills it."""
+    settings = {"resilience": {"cells": 2}, "train": {"reduction_leaves": 4}, "run": {"num_rollout": 12}}
+    run = launch(ranks=1, preloaded=False, **settings)
+    run.wait_for_steps(3)
+    rank = psutil.Process(pid_of(run, 1))
+    if dies == "supervisor":
+        os.kill(run.launcher.pid, signal.SIGKILL)
+        run.launcher.wait()
+        run.wait_for_end(15)
+        assert run.stderr().endswith("the supervisor died\n")
+        return
+    rank.suspend()
+    rank.parent().kill()
+    wait_for(run, "cell 1 has ended: its launcher was killed by SIGKILL; the run goes on without cell 1")
+    rank.wait(5)
+    finished(run)
