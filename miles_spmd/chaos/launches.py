@@ -24,6 +24,7 @@ from miles_spmd.types.run_files import METRICS_FILE
 from miles_spmd.worker.meeting import made_by_launcher
 
 LOOK_EVERY = 0.05  # seconds
+KILLED = 5.0  # seconds that killed processes may take to end
 
 
 class Program(Protocol):
@@ -146,9 +147,15 @@ class Processes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for one in self._alive():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
+        self.look()
+        self._look_for_mark()
+        end = time.monotonic() + KILLED
+        while (alive := self._alive()) and time.monotonic() < end:
+            for one in alive:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+            time.sleep(LOOK_EVERY)
+            self._look_for_mark()  # one that is killed may have started another meanwhile
 
     def look(self) -> None:
         """Take note of what descends from the launcher: it is found no more when the launcher has ended."""
