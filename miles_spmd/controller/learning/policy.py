@@ -128,8 +128,6 @@ class Policy:
         for cell in self._cluster.cells.admit(version):
             if version == self._engine_version:
                 self._cluster.call(RefitEngine(version), step=version, cell=cell)
-                if self._config.algorithm.keep_old_actor:
-                    self._cluster.call(SnapshotWeights(Role.OLD_ACTOR), step=version, cell=cell)
 
     def refit(self, version: int) -> None:
         """Copy weights ``version`` into the engine where the next rollout is due to use them."""
