@@ -75,9 +75,6 @@ class Roles:
             raise ValueError("this run has no cells")
         return self._member
 
-    def trains(self, role: Role) -> bool:
-        return role in self._trainers
-
     def trainer(self, role: Role) -> Trainer:
         """Return the trainer of ``role``. Raises ValueError for a role that is not trained in this run."""
         if role not in self._trainers:

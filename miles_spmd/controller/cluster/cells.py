@@ -108,7 +108,7 @@ class Cells:
                 self._behind |= found.keys() - made.keys()
                 if self._behind:
                     self.meet(step)
-                return _together(done, next(iter(made.values())))
+                return _results(done, next(iter(made.values())))
             replies = [one for of_ranks in found.values() for one in of_ranks]
             lost = next((one.lost for one in replies), lost)
             missing = {part for one in replies for part in one.missing}
@@ -278,7 +278,7 @@ class Cells:
             self._listener.add(WorkerLostError(f"cell {ended.cell} has ended: {ended.how}", rank=rank))
 
 
-def _together(done: Mapping[int, list[PartResult]], of_ranks: Sequence[UpdateResult]) -> list[TrainResult]:
+def _results(done: Mapping[int, list[PartResult]], of_ranks: Sequence[UpdateResult]) -> list[TrainResult]:
     """Return the results of all parts, with what the ranks of one cell say about the update."""
     return [
         TrainResult(own.sums, one.grad_norm, one.lr, one.skipped, own.log_probs, None if part else one.digests)

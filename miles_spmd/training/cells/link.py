@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -24,7 +23,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 from torchft import Manager, ProcessGroupGloo
 
 from miles_spmd.config.resilience import ResilienceConfig
-from miles_spmd.protocol.router import LOOPBACK, address_towards
+from miles_spmd.protocol.router import address_towards
 from miles_spmd.training.cells.live_state import LiveState, PeerTransport
 from miles_spmd.training.reduction import Total, add_tree
 from miles_spmd.types.cell import Cell
@@ -160,7 +159,8 @@ class CellLink:
         return self._joined
 
     def _join(self) -> Manager:
-        host = _host_towards(self._cell.lighthouse)
+        # this machine's address on the interface by which it reaches the lighthouse: other cells reach it there
+        host = address_towards(self._cell.host) or socket.gethostname()
         rank, place = dist.get_rank(), [(host, 0)]
         if rank == 0:
             server = socket.create_server((host, 0))
@@ -261,9 +261,3 @@ def _largest(*values: int) -> list[int]:
     found = torch.tensor(values, dtype=torch.int64)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return [int(value) for value in found]
-
-
-def _host_towards(lighthouse: str) -> str:
-    """Return this machine's address on the interface by which it reaches the lighthouse: other cells reach it there."""
-    host = urlsplit(lighthouse).hostname or LOOPBACK
-    return address_towards(host) or socket.gethostname()
