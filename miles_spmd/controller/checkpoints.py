@@ -23,7 +23,7 @@ from miles_spmd.config import Config
 from miles_spmd.controller import checkpoint_folders as folders
 from miles_spmd.controller.checkpoint_folders import ControllerState, ResumeError
 from miles_spmd.controller.cluster.cluster import Cluster
-from miles_spmd.controller.cluster.listener import WorkerError
+from miles_spmd.controller.cluster.errors import WorkerError
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.journal import Journal
 from miles_spmd.controller.journal.ledger import Start

@@ -26,7 +26,7 @@ from miles_spmd.config import Config
 from miles_spmd.config.load import config_digest
 from miles_spmd.controller import attempts
 from miles_spmd.controller.cluster.cluster import Cluster
-from miles_spmd.controller.cluster.listener import WorkerError, WorkerStoppedError
+from miles_spmd.controller.cluster.errors import WorkerError, WorkerStoppedError
 from miles_spmd.controller.journal.stopping import GRACE, Stopping
 from miles_spmd.controller.run_folder import outcome
 from miles_spmd.plugins.plug_point import PlugPoint

@@ -7,7 +7,7 @@ from pathlib import Path
 from miles_spmd.config import Config
 from miles_spmd.controller.attempts import AttemptWriter
 from miles_spmd.controller.cluster.cluster import Cluster
-from miles_spmd.controller.cluster.listener import Unfinished
+from miles_spmd.controller.cluster.errors import Unfinished
 from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.controller.loops import replay, sync
 from miles_spmd.controller.parts import open_parts

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from miles_spmd.controller.cluster.listener import (
+from miles_spmd.controller.cluster.errors import (
     DeadlineError,
     ProtocolError,
     WorkerFailedError,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from miles_spmd.controller.cluster.listener import SEPARATOR, EngineFailedError, WorkerFailedError
+from miles_spmd.controller.cluster.errors import EngineFailedError, WorkerFailedError
+from miles_spmd.controller.cluster.listener import SEPARATOR
 from miles_spmd.protocol.commands import AbortRequests, EndGenerate, Generate, RefitEngine, ReplaceEngines, Submit
 from miles_spmd.protocol.messages import Call, Completions, Failure
 from miles_spmd.protocol.results import Ok, RefitResult, Result

@@ -7,7 +7,7 @@ import typing
 import pytest
 
 from miles_spmd.config import DeadlinesConfig
-from miles_spmd.controller.cluster.listener import RankTable
+from miles_spmd.controller.cluster.rank_table import RankTable
 from miles_spmd.platform import cpu
 from miles_spmd.protocol.commands import COMMANDS, AbortRequests, Command, EndGenerate, Receivers, Stop, Submit
 from miles_spmd.protocol.messages import Reply, decode, encode

@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from miles_spmd.config import DeadlinesConfig
 from miles_spmd.controller.cluster.cluster import Cluster
+from miles_spmd.controller.cluster.errors import WorkerFailedError
 from miles_spmd.controller.cluster.rollout_session import RolloutSession
-from miles_spmd.controller.cluster.listener import WorkerFailedError
 from miles_spmd.generation.engine import Engine
 from miles_spmd.protocol.commands import Command, Generate, RefitEngine
 from miles_spmd.protocol.messages import Hello, OwnWork

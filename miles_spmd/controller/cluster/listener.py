@@ -17,7 +17,18 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from miles_spmd.controller.cluster import hang
-from miles_spmd.protocol.commands import Command, Receivers
+from miles_spmd.controller.cluster.errors import (
+    DeadlineError,
+    EngineFailedError,
+    ProtocolError,
+    WorkerError,
+    WorkerFailedError,
+    WorkerLostError,
+    WorkerSilentError,
+    WorkerStoppedError,
+)
+from miles_spmd.controller.cluster.rank_table import RankState, RankTable
+from miles_spmd.protocol.commands import Command
 from miles_spmd.protocol.messages import (
     Completions,
     Failure,
@@ -26,7 +37,6 @@ from miles_spmd.protocol.messages import (
     Hello,
     Message,
     Overdue,
-    RankInfo,
     Reply,
     StopNotice,
     WireError,
@@ -44,127 +54,6 @@ CHECK_EVERY = 0.25  # seconds between looks at the clock
 MAX_LINES = 32  # of a report on ranks
 STACKS_GRACE = 1.5  # seconds past a deadline in which the ranks write their stacks and say where they stand
 CAUSE_GRACE = 0.5  # seconds after a first error in which the event that caused it may still arrive
-
-
-class Unfinished(BaseException):
-    """Raised in the main thread where the step or the evaluation under way is left because the run has to stop.
-
-    Not an Exception: code that handles errors of a reward or a rank must not catch it.
-    """
-
-
-# --- errors: their texts name rank, host, phase, step and cause -------------------------------------------------------
-
-
-class WorkerError(RuntimeError):
-    """A rank did not execute a command. ``details`` is a remote traceback for the log, or ""."""
-
-    def __init__(self, text: str, details: str = "", rank: int | None = None) -> None:
-        super().__init__(text)
-        self.details, self.rank = details, rank
-
-
-class WorkerLostError(WorkerError):
-    """The process of ``rank`` died, or the network to it broke."""
-
-
-class WorkerStoppedError(WorkerError):
-    """A rank has received a signal to stop and has announced its end."""
-
-
-class WorkerFailedError(WorkerError):
-    """A command raised an exception on a rank."""
-
-
-class EngineFailedError(WorkerFailedError):
-    """An engine raised an exception while it generated; its process and its trainer are as they were."""
-
-
-class WorkerSilentError(WorkerError):
-    """A rank is connected and has sent no heartbeat for ``heartbeat_timeout``: its process is suspended, or stuck while
-    it holds the GIL."""
-
-
-class DeadlineError(WorkerError):
-    """Some ranks did not reply within the deadline of the command."""
-
-
-class ProtocolError(WorkerError):
-    """A member of the run sent something that the protocol does not allow."""
-
-
-# --- the ranks, and the commands under way ----------------------------------------------------------------------------
-
-
-@dataclass
-class RankState:
-    """What the controller has received from one rank."""
-
-    info: RankInfo | None = None
-    peer: Peer | None = None  # the connection that takes commands
-    heartbeat: Heartbeat | None = None  # the last one
-    heard: float = 0.0  # monotonic time of the last message; 0: none yet
-    side: Peer | None = None  # the connection of its watchdog
-    stopping: bool = False  # it has announced that a signal ends it
-
-
-class RankTable:
-    """The states of all ranks. They are those of ``cells`` cells, one after another; ``members`` are the cells that
-    take part at present, in order."""
-
-    def __init__(self, world_size: int, cells: int = 1) -> None:
-        self.states = [RankState() for _ in range(world_size)]
-        self.cells, self.cell_size = cells, world_size // cells
-        self.members = list(range(cells))
-
-    def cell_of(self, rank: int) -> int:
-        return rank // self.cell_size
-
-    def ranks_of(self, cell: int) -> range:
-        return range(cell * self.cell_size, (cell + 1) * self.cell_size)
-
-    def among_cells(self, info: RankInfo) -> RankInfo:
-        """Return ``info`` with numbers of engines, and of ranks that wait for each other, that no other cell has."""
-        first = self.ranks_of(self.cell_of(info.rank))[0]
-        trainer, engine = info.trainer, info.engine
-        if trainer is not None:
-            trainer = msgspec.structs.replace(trainer, waits_with=first + trainer.unit)
-        if engine is not None:
-            engine = msgspec.structs.replace(engine, engine=first + engine.engine)
-        return msgspec.structs.replace(info, trainer=trainer, engine=engine)
-
-    def infos_of(self, *cells: int) -> list[RankInfo]:
-        """By rank, of those that are built."""
-        states = (self.states[rank] for cell in cells for rank in self.ranks_of(cell))
-        return [state.info for state in states if state.info is not None]
-
-    @property
-    def infos(self) -> list[RankInfo]:
-        """By rank, of those that take part and are built."""
-        return self.infos_of(*self.members)
-
-    def receivers(self, kind: Receivers, *cells: int) -> list[int]:
-        """The ranks that receive a command of this kind, in order; those of ``cells``, or of all that take part."""
-        infos = self.infos_of(*(cells or self.members))
-        match kind:
-            case Receivers.TRAINERS:
-                return [info.rank for info in infos if info.trainer is not None]
-            case Receivers.ENGINES:
-                return [info.rank for info in infos if info.engine is not None]
-            case Receivers.LEADERS:
-                return [info.rank for info in infos if info.engine is not None and info.engine.leader]
-            case Receivers.ALL:
-                return [info.rank for info in infos]
-
-    def engine_of(self, rank: int) -> int | None:
-        """The number of the engine that the rank is part of."""
-        info = self.states[rank].info
-        return None if info is None or info.engine is None else info.engine.engine
-
-    def name(self, rank: int) -> str:
-        """For messages: with host and process id as soon as they are known."""
-        info = self.states[rank].info
-        return f"rank {rank} ({info.host}, pid {info.pid})" if info else f"rank {rank}"
 
 
 @dataclass

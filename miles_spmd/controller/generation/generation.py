@@ -15,7 +15,7 @@ import msgspec
 from miles_spmd.algorithms.rewards import GROUP_FILTERS
 from miles_spmd.config import Config, EvalSet
 from miles_spmd.controller.cluster.cluster import Cluster
-from miles_spmd.controller.cluster.listener import Unfinished
+from miles_spmd.controller.cluster.errors import Unfinished
 from miles_spmd.controller.datasets import Datasets
 from miles_spmd.controller.generation.acceptance import Acceptance, Group
 from miles_spmd.controller.generation.unfinished import (

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from miles_spmd.controller.cluster.listener import Unfinished
+from miles_spmd.controller.cluster.errors import Unfinished
 from miles_spmd.controller.journal import events
 from miles_spmd.types.variables import job_end
 
