@@ -35,8 +35,6 @@ from tests import forked
 JOIN_SECONDS = 3.0  # that the lighthouse waits for a cell which is alive and has not asked yet
 DEAD_SECONDS = 1.0  # without a sign of life
 
-TRAINED = (Role.ACTOR, Role.CRITIC)
-
 Digests = dict[str, int]  # of tensors, by name
 
 
@@ -55,7 +53,7 @@ def own_leaves(batch: list[TrainSequence], trainer: Trainer, leaves: int, first:
 
 def digests(roles: Roles) -> Digests:
     """Return digests of all weights, main parameters, moments and snapshots, by name or number."""
-    found, trainers = dict[str, int](), [roles.trainer(role) for role in TRAINED if roles.trains(role)]
+    found, trainers = dict[str, int](), list(roles._trainers.values())
     for trainer in trainers:
         weights = {name: weight.view(torch.uint8).numpy() for name, weight in trainer.weights().items()}
         found |= {f"{len(found)} {name}": xxhash.xxh3_64_intdigest(w.tobytes()) for name, w in weights.items()}
