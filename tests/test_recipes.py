@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ from tests import forked
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted((CONFIGS / "algorithms").glob("*.toml"))
 # What a recipe is named after: these settings have these values, where all the other recipes' differ.
-MEANING = {
+MEANING: dict[str, dict[str, Any]] = {
     "grpo": {
         "mode": "rl",
         "advantage_estimator": "grpo",
@@ -141,7 +142,8 @@ def runs(
         lines = (folder / "runs" / "algorithms" / name / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
-    wanted = [item.callspec.params["name"] for item in request.session.items if item.originalname == "test_it_runs"]
+    items: list[Any] = request.session.items
+    wanted = [item.callspec.params["name"] for item in items if item.originalname == "test_it_runs"]
     pool = ThreadPoolExecutor(AT_A_TIME)
     yield {name: pool.submit(run, name) for name in wanted}
     pool.shutdown(cancel_futures=True)

@@ -96,7 +96,7 @@ def test_a_response_continues_its_prompt(tmp_path: Path, kind: str) -> None:
 
 def test_all_fields_of_messages_reach_the_template(tmp_path: Path) -> None:
     """Null and missing fields stay what they are in JSONL; parquet cannot tell them apart, except for a content."""
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": "1 plus 3", "name": None},
         {"role": "assistant", "content": None, "tool_calls": CALLS, "reasoning_content": "hm"},
         {"role": "tool", "content": "4", "name": "add", "tool_call_id": "x"},

@@ -27,8 +27,8 @@ TOLERANCE = 2e-5  # fp32 against float64
 
 
 @contextmanager
-def engine_of(kind: str, folder: Path, **server_args: Any) -> Iterator[Engine]:
-    """An engine with the weights of ``folder`` as version 0."""
+def engine_of(kind: str, folder: Path, **server_args: Any) -> Iterator[Any]:
+    """An engine with the weights of ``folder`` as version 0. Tests also look into SGLang's parts."""
     if kind == "torch":
         from tests.reference_engine import TorchEngine
 

@@ -39,7 +39,7 @@ def main() -> None:
             for i in range(4)
         ]
         with conformance.engine_of("sglang", folder, chunked_prefill_size=24) as engine:
-            runner = engine._scheduler.tp_worker.model_runner  # type: ignore[attr-defined]
+            runner = engine._scheduler.tp_worker.model_runner
             assert isinstance(runner.attn_backend, split_attention_backend.SplitAttention)
             for one in asked:  # one after the other: prefixes are in the cache
                 (output,) = conformance.run(engine, [one]).values()

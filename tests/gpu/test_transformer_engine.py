@@ -87,7 +87,8 @@ def score(run: Config) -> Scored:
     own = share(BATCH, trainer)
     log_probs, before = trainer.log_probs(own).log_probs, held(trainer)
     assert not trainer.train_step(own).skipped
-    gradient = {name: p.main_grad.cpu().numpy() for name, p in trainer._parameters.items()}
+    parameters: dict[str, Any] = trainer._parameters
+    gradient = {name: p.main_grad.cpu().numpy() for name, p in parameters.items()}
     where = trainer.where.dp_rank, trainer.where.dp_size
     return Scored(log_probs, *where, before, Held(gradient, trainer.layout()))
 
