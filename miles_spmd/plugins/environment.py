@@ -1,0 +1,75 @@
+"""The plug point of ``[environment]``: a conversation of the policy with whatever it acts upon.
+
+``environment.environment = "module:function"`` names an ``async def`` of the signature of :class:`Environment`. It runs in
+a process of its own kind, beside others like it, in one event loop (docs/environments.md). It is the user's code with
+the user's rights: its process is not a sandbox.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from miles_spmd.types.sample import FinishReason, Prompt
+from miles_spmd.types.trajectory import Trajectory
+
+
+class Completion(msgspec.Struct, frozen=True):
+    """What the policy has sampled: the last segment of the trajectory that it continues."""
+
+    tokens: list[int]  # the one that stopped it included
+    text: str  # of them, with the special tokens
+    finish_reason: FinishReason
+
+
+class Context(Protocol):
+    """What an environment may do. One context belongs to one call of the environment."""
+
+    index: int
+    """Number of the sample among those of its prompt."""
+
+    def begin(self, tokens: Sequence[int]) -> Trajectory:
+        """Return a new trajectory that begins with ``tokens``: the prompt's, or those of a sub-agent."""
+        ...
+
+    async def complete(
+        self,
+        trajectory: Trajectory,
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Completion:
+        """Let the policy continue ``trajectory``, and append what it samples.
+
+        The sampling parameters are those of ``[rollout]``; ``max_new_tokens`` (default: what is left of
+        ``rollout_max_response_len``) can only lower the limit, ``stop`` adds strings. The seed follows from run, step,
+        prompt, sample, trajectory and turn. Where no token fits into the context or the limit, the completion is empty,
+        with the reason LENGTH.
+        """
+        ...
+
+    def room(self, trajectory: Trajectory) -> int:
+        """Return how many tokens can still be appended or sampled."""
+        ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, tokens: Sequence[int]) -> str: ...
+
+    def count(self, name: str, value: float = 1.0) -> None:
+        """Add ``value`` to the metric ``env/name`` of the step, which is a mean over samples."""
+        ...
+
+
+class Environment(Protocol):
+    """Returns the trajectories to train on: one, or siblings, which share a reward. ``arguments`` are
+    ``environment.environment_kwargs``.
+
+    A trajectory may have a ``reward``, which then counts in place of the reward functions.
+    """
+
+    async def __call__(
+        self, context: Context, prompt: Prompt, **arguments: Any
+    ) -> Trajectory | Sequence[Trajectory]: ...

@@ -1,0 +1,100 @@
+"""A trajectory: the tokens that a policy saw and sampled, in the order in which they came.
+
+It only ever grows at its end, by whole segments, so that a sampled token stays where it was sampled, behind the same
+tokens, and is never decoded and tokenized again. A response to a single prompt is the smallest case: one segment.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import msgspec
+
+
+class Segment(msgspec.Struct, frozen=True):
+    """Consecutive tokens of one origin: sampled by the policy, or given to it, such as the result of a tool.
+
+    ``log_probs`` and ``top1_ids`` have the length of ``tokens``.
+    """
+
+    tokens: list[int]
+    sampled: bool = True  # by the policy
+    trained: bool = True  # where sampled: whether the loss counts these tokens
+    log_probs: list[float] = []  # the engine's, natural log; of sampled tokens, and only where the engine's are known
+    weight_versions: list[tuple[int, int]] = []  # (version, number of tokens), in order; of sampled tokens
+    top1_ids: list[int] | None = None  # the engine's top-1 token at each place, if requested
+
+
+class Trajectory(msgspec.Struct):
+    """``start``, the tokens that it begins with, and the segments behind them.
+
+    Below, T is the number of tokens behind ``start``, and entry t of a list belongs to token t of them.
+    """
+
+    start: list[int]
+    segments: list[Segment] = []
+    text: str | None = None  # what is scored; None: the text of the last segment that the policy sampled
+    messages: list[dict[str, Any]] = []  # the conversation, where the environment keeps it as messages
+    reward: float | None = None  # given by the environment; None: the reward functions score it
+    reward_detail: dict[str, float] = {}
+
+    def append(self, segment: Segment) -> None:
+        """Let it grow. Raises ValueError where the segment's lists differ in length."""
+        lengths = {"log_probs": len(segment.log_probs), "top1_ids": len(segment.top1_ids or ())}
+        wrong = {name: length for name, length in lengths.items() if length not in (0, len(segment.tokens))}
+        if wrong:
+            raise ValueError(f"a segment of {len(segment.tokens)} tokens has other numbers of {wrong}")
+        self.segments.append(segment)
+
+    def fork(self) -> Trajectory:
+        """Return another one that has grown as this one has, and from now on grows by itself: its sibling."""
+        return Trajectory(self.start, list(self.segments), messages=list(self.messages))
+
+    @property
+    def turns(self) -> int:
+        """Number of segments that the policy has sampled."""
+        return sum(segment.sampled for segment in self.segments)
+
+    @property
+    def tokens(self) -> list[int]:
+        """All tokens, those of ``start`` first."""
+        return self.start + self.response
+
+    @property
+    def response(self) -> list[int]:
+        """The tokens behind ``start``, [T]."""
+        return _joined([segment.tokens for segment in self.segments])
+
+    @property
+    def loss_mask(self) -> list[int]:
+        """1 where the policy sampled the token and it is trained, [T]."""
+        return _joined([[int(s.sampled and s.trained)] * len(s.tokens) for s in self.segments])
+
+    @property
+    def log_probs(self) -> list[float]:
+        """The engine's log-prob of each token, 0 where the policy did not sample it, [T]."""
+        return _joined([s.log_probs if s.log_probs else [0.0] * len(s.tokens) for s in self.segments])
+
+    @property
+    def top1_ids(self) -> list[int] | None:
+        """The engine's top-1 token at each place, the token itself where the policy did not sample it, [T]; None unless
+        they were requested."""
+        if not any(segment.top1_ids for segment in self.segments):
+            return None
+        return _joined([segment.top1_ids or segment.tokens for segment in self.segments])
+
+    @property
+    def weight_versions(self) -> list[tuple[int, int]]:
+        """The versions of the weights that sampled the tokens, and how many each has sampled, in order."""
+        spans: list[tuple[int, int]] = []
+        for version, count in chain.from_iterable(segment.weight_versions for segment in self.segments):
+            if spans and spans[-1][0] == version:
+                spans[-1] = version, spans[-1][1] + count
+            else:
+                spans.append((version, count))
+        return spans
+
+
+def _joined(lists: list[list[Any]]) -> list[Any]:
+    return lists[0] if len(lists) == 1 else list(chain.from_iterable(lists))
