@@ -1,8 +1,8 @@
 """The plug point of ``[environment]``: a conversation of the policy with whatever it acts upon.
 
-``environment.environment = "module:function"`` names an ``async def`` of the signature of :class:`Environment`. It runs in
-a process of its own kind, beside others like it, in one event loop (docs/environments.md). It is the user's code with
-the user's rights: its process is not a sandbox.
+``environment.environment = "module:function"`` names an ``async def`` of the signature of :class:`Environment`. It runs
+in one event loop with others like it, in a process of its own (docs/environments.md). It is the user's code with the
+user's rights: its process is not a sandbox.
 """
 
 from __future__ import annotations
