@@ -14,7 +14,7 @@ from miles_spmd.algorithms.truncation import truncated
 from miles_spmd.generation.engine import EngineMemory
 from miles_spmd.models import Piece, TensorLayout, load_family
 from miles_spmd.types.request import Output, Request, check_request
-from miles_spmd.types.sample import FinishReason
+from miles_spmd.types.trajectory import FinishReason
 
 _GREEDY_BELOW = 1e-6  # temperature
 

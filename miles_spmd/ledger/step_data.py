@@ -10,6 +10,7 @@ import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from numpy.typing import ArrayLike
 
 from miles_spmd.ledger.entries import FOLDER, Digests, LedgerError, Samples, digest, digests
 from miles_spmd.types.files import write_whole
-from miles_spmd.types.sample import FinishReason, Prompt, Sample
+from miles_spmd.types.sample import Prompt, Sample
 from miles_spmd.types.seeds import sample_seed
 from miles_spmd.types.train_sequence import TrainSequence
+from miles_spmd.types.trajectory import FinishReason, Segment, Trajectory
 
 ADVANTAGES = "advantages"
 FIELDS = [name for name in TrainSequence.__struct_fields__ if name != "candidates"]  # only requested, not trained on
@@ -44,6 +46,9 @@ class Ragged(msgspec.Struct):
         return np.split(self.flat, np.cumsum(self.lengths)[:-1])
 
 
+Origin = tuple[int, bool, bool]  # of a segment: number of tokens, sampled by the policy, trained
+
+
 class SampleData(msgspec.Struct, rename={"responses": "answers"}):  # the name on disk
     """The samples of a rollout, in order of submission."""
 
@@ -58,6 +63,7 @@ class SampleData(msgspec.Struct, rename={"responses": "answers"}):  # the name o
     weight_versions: list[list[tuple[int, int]]]
     rewards: list[float | None]
     reward_details: list[dict[str, float]]
+    segments: list[list[Origin]] = []  # of each sample
 
     @classmethod
     def of(cls, samples: Sequence[Sample], dropped: int) -> SampleData:
@@ -65,7 +71,7 @@ class SampleData(msgspec.Struct, rename={"responses": "answers"}):  # the name o
             dropped=dropped,
             uids=[s.prompt.uid for s in samples],
             indices=[s.index for s in samples],
-            prompts=Ragged.of((s.prompt.tokens for s in samples), np.int32),
+            prompts=Ragged.of((s.trajectory.start for s in samples), np.int32),
             responses=Ragged.of((s.response for s in samples), np.int32),
             masks=Ragged.of((s.loss_mask for s in samples), np.int8),
             log_probs=Ragged.of((s.rollout_log_probs for s in samples), np.float32),
@@ -73,6 +79,7 @@ class SampleData(msgspec.Struct, rename={"responses": "answers"}):  # the name o
             weight_versions=[s.weight_versions for s in samples],
             rewards=[None if s.reward is None else float(s.reward) for s in samples],
             reward_details=[{name: float(v) for name, v in s.reward_detail.items()} for s in samples],
+            segments=[[(len(one.tokens), one.sampled, one.trained) for one in s.trajectory.segments] for s in samples],
         )
 
     def digests(self, run_seed: int, step: int) -> Samples:
@@ -88,21 +95,40 @@ class SampleData(msgspec.Struct, rename={"responses": "answers"}):  # the name o
 
     def samples(self, prompts: Mapping[str, Prompt]) -> list[Sample]:
         """Return the samples as engine and reward function returned them; ``prompts`` by uid."""
-        responses, masks, log_probs = (ragged.split() for ragged in (self.responses, self.masks, self.log_probs))
-        return [
-            Sample(
-                prompt=prompts[uid],
-                index=self.indices[i],
-                response=responses[i].tolist(),
-                loss_mask=masks[i].tolist(),
-                rollout_log_probs=log_probs[i].tolist(),
+        starts, responses, log_probs = (ragged.split() for ragged in (self.prompts, self.responses, self.log_probs))
+        origins = self.segments or [[(len(response), True, True)] for response in responses]
+        samples = []
+        for i, uid in enumerate(self.uids):
+            trajectory = Trajectory(
+                starts[i].tolist(),
+                _segments(origins[i], responses[i].tolist(), log_probs[i].tolist(), self.weight_versions[i]),
                 finish_reason=FinishReason(self.finish_reasons[i]),
-                weight_versions=self.weight_versions[i],
-                reward=self.rewards[i],
-                reward_detail=self.reward_details[i],
             )
-            for i, uid in enumerate(self.uids)
-        ]
+            samples.append(
+                Sample(prompts[uid], self.indices[i], trajectory, self.rewards[i], dict(self.reward_details[i]))
+            )
+        return samples
+
+
+def _segments(
+    origins: Sequence[Origin], tokens: list[int], log_probs: list[float], versions: Sequence[tuple[int, int]]
+) -> list[Segment]:
+    """Cut the tokens behind a trajectory's start, and what is known of them, into its segments."""
+    segments, start = list[Segment](), 0
+    of_sampled = [version for version, count in versions for _ in range(count)]
+    for count, sampled, trained in origins:
+        own, of_sampled = (of_sampled[:count], of_sampled[count:]) if sampled else ([], of_sampled)
+        segments.append(
+            Segment(
+                tokens[start : start + count],
+                sampled,
+                trained,
+                log_probs[start : start + count] if sampled else [],
+                [(version, len(list(same))) for version, same in groupby(own)],
+            )
+        )
+        start += count
+    return segments
 
 
 class UpdateData(msgspec.Struct):

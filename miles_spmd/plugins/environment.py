@@ -8,19 +8,16 @@ user's rights: its process is not a sandbox.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
-import msgspec
-
-from miles_spmd.types.sample import FinishReason, Prompt
-from miles_spmd.types.trajectory import Trajectory
+from miles_spmd.types.sample import Prompt
+from miles_spmd.types.trajectory import FinishReason, Trajectory
 
 
-class Completion(msgspec.Struct, frozen=True):
+class Completion(NamedTuple):
     """What the policy has sampled: the last segment of the trajectory that it continues."""
 
     tokens: list[int]  # the one that stopped it included
-    text: str  # of them, with the special tokens
     finish_reason: FinishReason
 
 
@@ -32,6 +29,10 @@ class Context(Protocol):
 
     def begin(self, tokens: Sequence[int]) -> Trajectory:
         """Return a new trajectory that begins with ``tokens``: the prompt's, or those of a sub-agent."""
+        ...
+
+    def fork(self, trajectory: Trajectory) -> Trajectory:
+        """Return a sibling that has grown as ``trajectory`` has, and from now on grows by itself."""
         ...
 
     async def complete(
@@ -64,12 +65,11 @@ class Context(Protocol):
 
 
 class Environment(Protocol):
-    """Returns the trajectories to train on: one, or siblings, which share a reward. ``arguments`` are
-    ``environment.environment_kwargs``.
+    """Returns the trajectories to train on: one, or siblings, which share a reward. A function may have further
+    parameters, which ``environment.environment_kwargs`` sets.
 
-    A trajectory may have a ``reward``, which then counts in place of the reward functions.
+    Where the first trajectory has a ``reward``, it counts for all, in place of that of the reward functions, which are
+    given the first one. What siblings have in common is trained once, in the first that has it.
     """
 
-    async def __call__(
-        self, context: Context, prompt: Prompt, **arguments: Any
-    ) -> Trajectory | Sequence[Trajectory]: ...
+    async def __call__(self, context: Context, prompt: Prompt) -> Trajectory | Sequence[Trajectory]: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import socket
 import time
 from collections import deque
@@ -71,6 +72,8 @@ class Router:
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
+        self._wakes = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poller.register(self._wakes, zmq.POLLIN)
         self._peer_of_descriptor: dict[int, Peer] = {}
         self._closed: set[Peer] = set()
         self._closings: deque[Peer] = deque()  # those of _closed that are not reported yet
@@ -91,6 +94,10 @@ class Router:
         """Return whether a client may connect. The authenticator calls this on its own thread for every client that has
         the server's public key."""
         return key.decode() in self._rank_of_key
+
+    def wake(self) -> None:
+        """End the :meth:`receive` that waits, or else the next that would. Any thread may call this."""
+        os.eventfd_write(self._wakes, 1)
 
     def send(self, message: Message, peers: list[Peer]) -> None:
         """Send the message, encoded once, to each of ``peers``. Raises PeerGoneError, after the others have it."""
@@ -113,8 +120,8 @@ class Router:
         """Wait up to ``timeout`` seconds, without using the CPU, for the next event of an admitted peer.
 
         Returns (peer, message); (peer, WireError) for bytes that do not decode; (peer, None), once, when a peer's
-        connection has closed and everything that it sent was read; None when the time is over. Clients without the
-        run's key cause no event.
+        connection has closed and everything that it sent was read; None when the time is over, and after a
+        :meth:`wake`. Clients without the run's key cause no event.
         """
         end = time.monotonic() + timeout
         while True:
@@ -132,6 +139,8 @@ class Router:
             elif self._monitor in ready:
                 self._take_closings()
             else:
+                if self._wakes in ready:
+                    os.eventfd_read(self._wakes)
                 return None
 
     def _read(self) -> tuple[Peer, Message | WireError] | None:
@@ -182,6 +191,7 @@ class Router:
         self._socket.close()
         self._authenticator.stop()
         self._context.term()
+        os.close(self._wakes)
 
     def __enter__(self) -> Router:
         return self

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from miles_spmd.types.sample import Prompt, Sample
+from miles_spmd.types.trajectory import Trajectory
 
 Function = Callable[..., Any]
 
@@ -48,7 +49,7 @@ def adapt(function: Function, batched: bool) -> tuple[Function, bool]:
 def missing_columns(function: Function, prompt: Prompt) -> str | None:
     """Return what ``function`` requires and a dataset with rows such as ``prompt`` does not have, None if nothing."""
     named, _ = _parameters(function)
-    sample = Sample(prompt, 0)
+    sample = Sample(prompt, 0, Trajectory(prompt.tokens))
     try:
         if "completions" in named:
             _accepted(function, _trl([sample]))

@@ -8,8 +8,6 @@ from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPo
 from pathlib import Path
 from queue import SimpleQueue
 
-import msgspec
-
 from miles_spmd.config import RewardConfig, RewardTerm
 from miles_spmd.plugins.reward import RewardError, Score
 from miles_spmd.rewards.adapters import BadReward
@@ -107,7 +105,7 @@ class RewardPool:
                 return self._exact.score(call)
             process = self._idle.get()
             try:
-                light = [msgspec.structs.replace(sample, rollout_log_probs=[]) for sample in call]
+                light = [sample.without_log_probs() for sample in call]
                 return process.score(_function(term), light)
             finally:
                 self._idle.put(process)

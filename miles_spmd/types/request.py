@@ -4,7 +4,7 @@ import math
 
 import msgspec
 
-from miles_spmd.types.sample import FinishReason
+from miles_spmd.types.trajectory import FinishReason
 
 
 class SamplingParams(msgspec.Struct, frozen=True):

@@ -1,17 +1,12 @@
-"""The unit of work: a response to a prompt, from request to reward."""
+"""The unit of work: a trajectory that began with a prompt, from request to reward."""
 
-from enum import StrEnum
+from __future__ import annotations
+
 from typing import Any
 
 import msgspec
 
-
-class FinishReason(StrEnum):
-    """Why the engine stopped generating a sample."""
-
-    STOP = "stop"  # end-of-sequence token, stop token or stop string
-    LENGTH = "length"  # max_new_tokens or the context was reached
-    ABORT = "abort"  # stopped from outside; the tokens so far are kept
+from miles_spmd.types.trajectory import FinishReason, Segment, Trajectory
 
 
 class Prompt(msgspec.Struct, frozen=True):
@@ -25,24 +20,62 @@ class Prompt(msgspec.Struct, frozen=True):
 
 
 class Sample(msgspec.Struct):
-    """One response to one prompt.
+    """A trajectory and its reward.
 
-    ``response``, ``rollout_log_probs``, ``loss_mask`` and ``top1_ids`` have the same length, that of the response.
+    ``response``, ``rollout_log_probs``, ``loss_mask`` and ``top1_ids`` are about the tokens behind the trajectory's
+    start, which are those of the response to a single prompt, and have the same length.
     """
 
     prompt: Prompt
     index: int  # 0 .. n_samples_per_prompt - 1 within its group; siblings, the samples of one rollout, share it
-    response: list[int] = []
-    rollout_log_probs: list[float] = []  # the engine's log-prob of each response token, natural log
-    loss_mask: list[int] = []  # 1 where the policy sampled the token
-    text: str = ""
-    finish_reason: FinishReason = FinishReason.STOP
-    weight_versions: list[tuple[int, int]] = []  # (version, number of tokens), in order
+    trajectory: Trajectory
     reward: float | None = None
     reward_detail: dict[str, float] = {}
-    top1_ids: list[int] | None = None  # the engine's top-1 token at each position, if requested
 
     @property
     def sequence(self) -> list[int]:
-        """Token ids of prompt and response."""
-        return self.prompt.tokens + self.response
+        """All token ids, those of the prompt first."""
+        return self.trajectory.tokens
+
+    @property
+    def response(self) -> list[int]:
+        return self.trajectory.response
+
+    @property
+    def rollout_log_probs(self) -> list[float]:
+        """The engine's log-prob of each sampled token, natural log; 0 for other tokens."""
+        return self.trajectory.log_probs
+
+    @property
+    def loss_mask(self) -> list[int]:
+        """1 where the policy sampled the token and it is trained."""
+        return self.trajectory.loss_mask
+
+    @property
+    def top1_ids(self) -> list[int] | None:
+        """The engine's top-1 token at each position, if requested."""
+        return self.trajectory.top1_ids
+
+    @property
+    def text(self) -> str:
+        """What is scored: the response as text, of several turns the last one's."""
+        return self.trajectory.text or ""
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation, where there is one."""
+        return self.trajectory.messages or self.prompt.metadata.get("messages") or []
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return self.trajectory.finish_reason
+
+    @property
+    def weight_versions(self) -> list[tuple[int, int]]:
+        """(version, number of tokens), in order."""
+        return self.trajectory.weight_versions
+
+    def without_log_probs(self) -> Sample:
+        """Return a copy for who needs the tokens only."""
+        segments = [msgspec.structs.replace(segment, log_probs=[]) for segment in self.trajectory.segments]
+        return msgspec.structs.replace(self, trajectory=msgspec.structs.replace(self.trajectory, segments=segments))

@@ -12,6 +12,8 @@ def derive_seed(*identity: int | str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def sample_seed(run_seed: int, step: int, prompt_uid: str, sample: int, turn: int = 0) -> int:
-    """Return the seed of one request to the engine: sample ``sample`` of a prompt in a step, in turn ``turn``."""
-    return derive_seed("sample", run_seed, step, prompt_uid, sample, turn)
+def sample_seed(run_seed: int, step: int, prompt_uid: str, sample: int, turn: int = 0, trajectory: int = 0) -> int:
+    """Return the seed of one request to the engine: sample ``sample`` of a prompt in a step, in turn ``turn`` of one of
+    its trajectories."""
+    sibling = (trajectory,) if trajectory else ()
+    return derive_seed("sample", run_seed, step, prompt_uid, sample, turn, *sibling)

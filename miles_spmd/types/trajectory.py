@@ -6,10 +6,19 @@ tokens, and is never decoded and tokenized again. A response to a single prompt 
 
 from __future__ import annotations
 
+from enum import StrEnum
 from itertools import chain
 from typing import Any
 
 import msgspec
+
+
+class FinishReason(StrEnum):
+    """Why the engine stopped generating."""
+
+    STOP = "stop"  # end-of-sequence token, stop token or stop string
+    LENGTH = "length"  # max_new_tokens or the context was reached
+    ABORT = "abort"  # stopped from outside; the tokens so far are kept
 
 
 class Segment(msgspec.Struct, frozen=True):
@@ -34,8 +43,10 @@ class Trajectory(msgspec.Struct):
 
     start: list[int]
     segments: list[Segment] = []
-    text: str | None = None  # what is scored; None: the text of the last segment that the policy sampled
+    number: int = 0  # among the trajectories of its episode
+    text: str | None = None  # what is scored; None: the text of what the policy sampled last
     messages: list[dict[str, Any]] = []  # the conversation, where the environment keeps it as messages
+    finish_reason: FinishReason = FinishReason.STOP  # of what the policy sampled last
     reward: float | None = None  # given by the environment; None: the reward functions score it
     reward_detail: dict[str, float] = {}
 
@@ -46,10 +57,6 @@ class Trajectory(msgspec.Struct):
         if wrong:
             raise ValueError(f"a segment of {len(segment.tokens)} tokens has other numbers of {wrong}")
         self.segments.append(segment)
-
-    def fork(self) -> Trajectory:
-        """Return another one that has grown as this one has, and from now on grows by itself: its sibling."""
-        return Trajectory(self.start, list(self.segments), messages=list(self.messages))
 
     @property
     def turns(self) -> int:

@@ -9,11 +9,12 @@ import pytest
 from miles_spmd.algorithms.rewards import GROUP_FILTERS, overlong_penalty, shape_rewards
 from miles_spmd.config import AlgorithmConfig
 from miles_spmd.types.sample import Prompt, Sample
+from tests.samples import sample_of
 
 
 def samples(*rewards: float | None, length: int = 1) -> list[Sample]:
     prompt = Prompt("p:0", "?", [1])
-    return [Sample(prompt, i, response=[0] * length, reward=reward) for i, reward in enumerate(rewards)]
+    return [sample_of(prompt, i, [0] * length, reward=reward) for i, reward in enumerate(rewards)]
 
 
 def test_overlong_penalty_by_hand() -> None:

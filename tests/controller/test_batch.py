@@ -11,6 +11,7 @@ from miles_spmd.config import Config
 from miles_spmd.controller.learning.batch import optimizer_steps, to_sequences
 from miles_spmd.types.sample import Prompt, Sample
 from miles_spmd.types.train_sequence import TrainSequence
+from tests.samples import sample_of
 
 
 def config(size: int | None = None, **algorithm: Any) -> Config:
@@ -24,7 +25,7 @@ def config(size: int | None = None, **algorithm: Any) -> Config:
 
 def sample(prompt: str, index: int, length: int, reward: float | None, trained: int | None = None) -> Sample:
     mask = [1] * length if trained is None else [1] * trained + [0] * (length - trained)
-    return Sample(Prompt(prompt, prompt, [1, 2]), index, list(range(length)), [-1.0] * length, mask, reward=reward)
+    return sample_of(Prompt(prompt, prompt, [1, 2]), index, list(range(length)), [-1.0] * length, mask, reward=reward)
 
 
 def steps_of(samples: list[Sample], run: Config) -> tuple[list[list[TrainSequence]], dict[str, float]]:

@@ -19,8 +19,9 @@ from miles_spmd.controller.journal.events import EvaluationFinished, Event, Phas
 from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.plugins.reward import RewardError, Score
 from miles_spmd.types.request import Output, Request
-from miles_spmd.types.sample import FinishReason, Prompt, Sample
+from miles_spmd.types.sample import Prompt, Sample
 from miles_spmd.types.seeds import sample_seed
+from miles_spmd.types.trajectory import FinishReason
 
 SAMPLES = 2
 MAX_WAVES = 9
@@ -35,6 +36,7 @@ class Engines:
         self.submitted: list[Request] = []
         self.rollouts: list[tuple[int, str]] = []
         self.running_at_submit: list[list[str]] = []
+        self.idle: Callable[[], None] = lambda: None
 
     @contextmanager
     def rollout(self, step: int, *, purpose: str = "") -> Iterator[Engines]:
@@ -47,10 +49,12 @@ class Engines:
         self.running += requests
         self.submitted += requests
 
-    def listen(self) -> None:
-        """Engines that send nothing by themselves."""
+    def wake(self) -> None:
+        """Nobody sleeps."""
 
     def next(self, interrupt: Callable[[], bool]) -> Output | None:
+        if not interrupt() and not self.running:
+            self.idle()  # what is waited for comes from elsewhere
         if not self.running or interrupt():
             return None
         chosen = self.choose(self.running)
@@ -172,30 +176,15 @@ def test_accepted_groups_are_a_function_of_content(data: st.DataObject, batch_si
 
     engines, prompts, events = Engines(choose), Data(wave_size), Events()
     run = generation(engines, rewards, prompts, events, batch_size)
-    wait = _finish_before_waiting(rewards)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("miles_spmd.controller.generation.acceptance.SimpleQueue", wait)
-        groups = run.rollout(3)
+    engines.idle = lambda: rewards.finish(0)
+    groups = run.rollout(3)
     expected, dropped, waves = waves_in_turn(good, batch_size, wave_size)
     assert [group[0].prompt.uid for group in groups] == expected
     assert prompts.read == waves
     numbers = [str(i) for i in range(waves * wave_size)]
-    assert [r.rid for r in engines.submitted] == [f"{n}.{i}" for n in numbers for i in range(SAMPLES)]
+    assert [r.rid for r in engines.submitted] == [f"{n}.{i}.0" for n in numbers for i in range(SAMPLES)]
     (finished,) = [event for event in events.published if isinstance(event, RolloutFinished)]
     assert (finished.step, finished.groups, finished.dropped) == (3, groups, dropped)
-
-
-def _finish_before_waiting(rewards: Rewards) -> Any:
-    """A queue for which the slow rewards finish as soon as nothing else can happen."""
-    from queue import SimpleQueue
-
-    class Queue(SimpleQueue):  # type: ignore[type-arg]
-        def get(self, block: bool = True, timeout: float | None = None) -> Any:
-            if self.empty():
-                rewards.finish(0)
-            return super().get(block, timeout)
-
-    return Queue
 
 
 def straggler_last(running: list[Request]) -> Request:
@@ -207,7 +196,7 @@ def test_more_prompts_are_submitted_while_a_straggler_runs() -> None:
     engines, rewards = Engines(straggler_last), Rewards(lambda g: float(g[0].prompt.uid != "1"))
     groups = generation(engines, rewards, Data(4), Events(), 4).rollout(0)
     first, refill = engines.running_at_submit
-    assert (first, {"0.0", "0.1"} <= set(refill)) == ([], True)
+    assert (first, {"0.0.0", "0.1.0"} <= set(refill)) == ([], True)
     assert [group[0].prompt.uid for group in groups] == ["0", "2", "3", "4"]
 
 
@@ -217,7 +206,7 @@ def test_a_reward_that_arrives_while_a_straggler_runs_leads_to_a_refill() -> Non
     polled: list[bool] = []
 
     def choose(running: list[Request]) -> Request | None:
-        if rewards.waiting and [request.rid for request in running] == ["0.0", "0.1"]:
+        if rewards.waiting and [request.rid for request in running] == ["0.0.0", "0.1.0"]:
             polled.append(True)
             rewards.finish(0)
             return None
@@ -226,7 +215,7 @@ def test_a_reward_that_arrives_while_a_straggler_runs_leads_to_a_refill() -> Non
     engines = Engines(choose)
     groups = generation(engines, rewards, Data(2), Events(), 2).rollout(0)
     assert polled == [True]
-    assert engines.running_at_submit == [[], ["0.0", "0.1"]]
+    assert engines.running_at_submit == [[], ["0.0.0", "0.1.0"]]
     assert [group[0].prompt.uid for group in groups] == ["0", "2"]
 
 

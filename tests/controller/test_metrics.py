@@ -7,8 +7,9 @@ import pytest
 
 from miles_spmd.controller.journal.metrics import mismatch_metrics, pass_at_k, reward_metrics
 from miles_spmd.telemetry.metrics import describe, is_score
-from miles_spmd.types.sample import Prompt, Sample
+from miles_spmd.types.sample import Prompt
 from miles_spmd.types.train_sequence import TrainSequence
+from tests.samples import sample_of
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
@@ -33,10 +34,10 @@ def test_mismatch_counts_trained_tokens_only_and_names_the_largest() -> None:
 
 def test_numbers_of_rewards_have_mean_and_standard_deviation() -> None:
     details: list[dict[str, float]] = [{"words": 2.0, "rare": 5.0}, {"words": 4.0}, {"words": float("nan")}]
-    groups = [[Sample(Prompt("a:1", "", []), i, reward_detail=detail) for i, detail in enumerate(details)]]
+    groups = [[sample_of(Prompt("a:1", "", []), i, [], reward_detail=detail) for i, detail in enumerate(details)]]
     expected = {"words/mean": 3.0, "words/std": 1.0, "rare/mean": 5.0, "rare/std": 0.0}
     assert reward_metrics("rollout/", groups) == {f"rollout/reward/{name}": value for name, value in expected.items()}
-    assert reward_metrics("eval/a-b-", [[Sample(Prompt("a:1", "", []), 0)]]) == {}
+    assert reward_metrics("eval/a-b-", [[sample_of(Prompt("a:1", "", []), 0, [])]]) == {}
     for name in reward_metrics("eval/a-b-", groups):
         assert describe(name).meaning.endswith("which a reward function returned on a-b")
         assert not is_score(name)

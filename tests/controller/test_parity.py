@@ -7,8 +7,9 @@ import pytest
 
 from miles_spmd.config import DeterminismConfig
 from miles_spmd.controller.journal.parity import Parity, ParityError
-from miles_spmd.types.sample import Prompt, Sample
+from miles_spmd.types.sample import Prompt
 from miles_spmd.types.train_sequence import TrainSequence
+from tests.samples import sample_of
 
 ENGINE = [[-1.0, -2.0, -3.0], [-0.5, -0.25, -4.0]]
 TRAINER = [[-1.0, -2.0, -3.0], [-0.5, -0.25 - 2**-24, -4.5]]  # the second sample's last two tokens differ
@@ -20,7 +21,7 @@ def check(trainer: list[list[float]] = TRAINER, **settings: Any) -> tuple[dict[s
 
 def check_with(parity: Parity, trainer: list[list[float]] = TRAINER) -> tuple[dict[str, float], list[TrainSequence]]:
     """Two samples of a prompt of one token each, with responses of three trained tokens."""
-    samples = [Sample(Prompt(f"data:{i}", "", [7]), i + 4, [10 * i, 10 * i + 1, 10 * i + 2]) for i in range(2)]
+    samples = [sample_of(Prompt(f"data:{i}", "", [7]), i + 4, [10 * i, 10 * i + 1, 10 * i + 2]) for i in range(2)]
     sequences = [
         TrainSequence(
             np.asarray(sample.sequence, np.int32),
@@ -47,7 +48,7 @@ def flips(**settings: Any) -> tuple[dict[str, float], list[TrainSequence]]:
     """Two responses of three tokens. The trainer's top-1 token differs from the engine's at the prompt and at the last
     token of both, of which the first is not trained."""
     parity = Parity(DeterminismConfig(**settings))
-    samples = [Sample(Prompt(f"data:{i}", "", [7]), 0, [1, 2, 3], top1_ids=[1, 4, 5]) for i in range(2)]
+    samples = [sample_of(Prompt(f"data:{i}", "", [7]), 0, [1, 2, 3], top1_ids=[1, 4, 5]) for i in range(2)]
     weights = np.asarray([[0, 1, 1, 0], [0, 1, 1, 1]], np.float32)
     sequences = [TrainSequence(np.asarray(s.sequence, np.int32), w) for s, w in zip(samples, weights)]
     parity.begin_step(samples, sequences)

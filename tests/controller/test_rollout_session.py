@@ -11,7 +11,7 @@ from miles_spmd.protocol.commands import AbortRequests, EndGenerate, Generate, R
 from miles_spmd.protocol.messages import Call, Completions, Failure
 from miles_spmd.protocol.results import Ok, RefitResult, Result
 from miles_spmd.types.request import Output, Request, SamplingParams
-from miles_spmd.types.sample import FinishReason
+from miles_spmd.types.trajectory import FinishReason
 from tests.controller.harness import Make
 from tests.controller.ranks import FakeRank
 
@@ -69,15 +69,15 @@ def test_requests_go_round_the_engines_in_order_of_submission(cluster: Make) -> 
     assert workers.seconds[3] == {"work": 1.0}
 
 
-def test_one_engine_gets_all_requests_of_a_prompt(cluster: Make) -> None:
+def test_one_engine_gets_all_requests_of_a_group(cluster: Make) -> None:
     c = cluster(2)
     workers = c.add_all(FakeEngine())
     with workers.rollout(step=0) as session:
-        prompts = [msgspec.structs.replace(request(i), input_ids=[i // 2]) for i in range(6)]
+        prompts = [msgspec.structs.replace(request(i), rid=f"{i // 2}.{i % 2}") for i in range(6)]
         session.submit(prompts)
         list(iter(session.next, None))
-    assert submitted(c.ranks[0]) == ["0", "1", "4", "5"]
-    assert submitted(c.ranks[1]) == ["2", "3"]
+    assert submitted(c.ranks[0]) == ["0.0", "0.1", "2.0", "2.1"]
+    assert submitted(c.ranks[1]) == ["1.0", "1.1"]
 
 
 def test_later_turns_are_submitted_while_others_run(cluster: Make) -> None:

@@ -19,7 +19,7 @@ from miles_spmd.models import load_family
 from miles_spmd.training.log_probs import Distribution, linear_log_probs
 from miles_spmd.training.output_layer import OutputLayer
 from miles_spmd.types.request import Begun, Output, Request, SamplingParams
-from miles_spmd.types.sample import FinishReason
+from miles_spmd.types.trajectory import FinishReason
 from miles_spmd.weights import hugging_face
 from tests.generation.checkpoints import CONTEXT, EOS, Reference
 

@@ -22,7 +22,8 @@ from miles_spmd.ledger.chain import FILE, FOLDER, SEAL_FILE, Chain, LedgerError,
 from miles_spmd.ledger.compare import compare
 from miles_spmd.ledger.entries import Context, Saved, Step, digests
 from miles_spmd.ledger.step_data import DataStore, SampleData, StepData
-from miles_spmd.types.sample import Prompt, Sample
+from miles_spmd.types.sample import Prompt
+from tests.samples import sample_of
 
 SEED = 3
 
@@ -31,7 +32,7 @@ def rollout(step: int, **reward: Any) -> SampleData:
     prompt = Prompt(f"data.jsonl:{step + 1}", "1 + 1 =", [4, 5, step])
     given = {"reward": 0.5, "reward_detail": {"format": 0.05}} | reward
     return SampleData.of(
-        [Sample(prompt, i, response=[7, i], rollout_log_probs=[-0.5, -1.0], loss_mask=[1, 1], **given) for i in (0, 1)],
+        [sample_of(prompt, i, [7, i], [-0.5, -1.0], **given) for i in (0, 1)],
         dropped=0,
     )
 

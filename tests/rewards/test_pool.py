@@ -18,13 +18,14 @@ from miles_spmd.config import RewardConfig, RewardTerm
 from miles_spmd.plugins.reward import RewardError, Score
 from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.types.sample import Prompt, Sample
+from tests.samples import sample_of
 
 HERE = "tests.rewards.user_functions:"
 
 
 def group(*texts: str, uid: str = "gsm8k:1", label: Any = "19", **metadata: Any) -> list[Sample]:
     prompt = Prompt(uid, "seven plus 12 =", [1, 2], label, metadata)
-    return [Sample(prompt, i, [5] * len(t), [-0.5] * len(t), [1] * len(t), t) for i, t in enumerate(texts)]
+    return [sample_of(prompt, i, [5] * len(t), [-0.5] * len(t), text=t) for i, t in enumerate(texts)]
 
 
 def is_reward_process(process: psutil.Process) -> bool:

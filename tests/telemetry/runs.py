@@ -10,7 +10,8 @@ from miles_spmd.config.load import dump_config
 from miles_spmd.telemetry.environment import write_environment
 from miles_spmd.telemetry.trackers import open_trackers
 from miles_spmd.telemetry.transcripts import write_rollout, write_transcripts
-from miles_spmd.types.sample import FinishReason, Prompt, Sample
+from miles_spmd.types.sample import Prompt, Sample
+from tests.samples import sample_of
 
 
 def make_config(output_dir: Path, **tables: dict[str, Any]) -> Config:
@@ -62,4 +63,4 @@ def make_run(config: Config, steps: int) -> None:
 
 def sample(text: str, reward: float) -> Sample:
     prompt = Prompt("sums:0", "two plus two & <script>document.title = 'broken'</script>", [5, 6], label=4)
-    return Sample(prompt, 0, response=[7], text=f"<i>{text}</i>", reward=reward, finish_reason=FinishReason.STOP)
+    return sample_of(prompt, 0, [7], text=f"<i>{text}</i>", reward=reward)

@@ -25,7 +25,7 @@ from miles_spmd.protocol.results import Ok, RefitResult, Result
 from miles_spmd.protocol.router import Router
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.request import Output, Request, SamplingParams
-from miles_spmd.types.sample import FinishReason
+from miles_spmd.types.trajectory import FinishReason
 from miles_spmd.worker.service import Service
 from miles_spmd.worker.stopwatch import Stopwatch
 from tests.controller.ranks import DIGEST, info_of

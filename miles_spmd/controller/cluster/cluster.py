@@ -412,6 +412,6 @@ class Cluster:
         """The requests of an open rollout that have finished and were not taken yet."""
         return {output.rid for output in self._listener.outputs[rollout]}
 
-    def listen(self) -> None:
-        """Take what ranks have sent. Raises a WorkerError."""
-        self._listener.take_arrived()
+    def wake(self) -> None:
+        """Let the wait under way look at its condition now. Any thread may call this."""
+        self._router.wake()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
@@ -19,17 +18,14 @@ if TYPE_CHECKING:
 class RolloutSession:
     """Routes requests to the engines, whose first ranks are ``leaders``.
 
-    Requests of one prompt, submitted one after another, go to one engine, which prefills the prompt once for all of
-    them; the next prompt goes to the next engine. The engine of a request depends on nothing but the order of
-    submission, so that a run can be repeated.
+    A rid begins with the number of a group, up to a dot. All requests of a group go to one engine, which prefills once
+    what they have in common: the prompt, and the turns that came before. The next group goes to the next engine.
     """
 
     def __init__(self, cluster: Cluster, name: str, leaders: Sequence[int]) -> None:
         """``name`` is that of this rollout among those that are open."""
         self._cluster, self._name = cluster, name
-        self._leaders, self._turns = [*leaders], itertools.cycle(leaders)
-        self._prompt: list[int] | None = None  # of the last request
-        self._turn = leaders[0]
+        self._leaders = [*leaders]
         self._running: dict[str, tuple[int, Request]] = {}  # by rid: the rank that has the request, and the request
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -41,16 +37,14 @@ class RolloutSession:
         self._send([request.rid for request in requests])
 
     def _assign(self, request: Request) -> None:
-        if request.input_ids != self._prompt:
-            self._prompt, self._turn = request.input_ids, next(self._turns)
-        self._running[request.rid] = self._turn, request
+        group = int(request.rid.partition(".")[0])
+        self._running[request.rid] = self._leaders[group % len(self._leaders)], request
 
     def leave(self, ranks: Collection[int]) -> None:
         """Give the unfinished requests of engines whose leaders are among ``ranks`` to the others."""
         if not any(leader in ranks for leader in self._leaders):
             return
         self._leaders = [leader for leader in self._leaders if leader not in ranks]
-        self._turns, self._prompt = itertools.cycle(self._leaders), None
         moved = [rid for rid in self.unfinished if self._running[rid][0] in ranks]
         for rid in moved:
             self._assign(self._running[rid][1])
@@ -81,17 +75,15 @@ class RolloutSession:
             of_rank = [self._full(rid) for rid in running if self._running[rid][0] == rank]
             self._cluster.feed(AbortRequests(of_rank), [rank])
 
-    def next(self, interrupt: Callable[[], bool] = lambda: False) -> Output | None:
-        """Return the next finished output; None when nothing is running, or once ``interrupt`` returns True. Raises a
-        WorkerError."""
-        output = self._cluster.next_output(self._name, interrupt) if self._running else None
+    def next(self, interrupt: Callable[[], bool] | None = None) -> Output | None:
+        """Return the next finished output; None once ``interrupt`` returns True, or, without one, when nothing is
+        running. Raises a WorkerError."""
+        if interrupt is None and not self._running:
+            return None
+        output = self._cluster.next_output(self._name, interrupt or (lambda: False))
         if output is not None:
             del self._running[output.rid]
         return output
-
-    def listen(self) -> None:
-        """Take what the engines have sent, while something else is waited for. Raises a WorkerError."""
-        self._cluster.listen()
 
     def _full(self, rid: str) -> str:
         """The name of a request among those of all rollouts."""

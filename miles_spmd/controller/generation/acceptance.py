@@ -7,10 +7,9 @@ first, on how long its reward took, or on the number of engines, so that a step 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 from miles_spmd.config import RewardTerm
 from miles_spmd.plugins.algorithm import GroupFilter
@@ -19,7 +18,6 @@ from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.types.sample import Sample
 
 Group = list[Sample]
-CHECK_EVERY = 0.25  # seconds between looks at whether to wait on
 
 
 class Acceptance:
@@ -35,14 +33,17 @@ class Acceptance:
         count: int,
         accepts: GroupFilter | None = None,
         terms: Sequence[RewardTerm] = (),
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         """``count``: groups to accept; ``accepts`` must be a function of the group alone (None: accept all);
-        ``terms``: other reward functions than those of ``[reward]``."""
+        ``terms``: other reward functions than those of ``[reward]``; ``wake`` is called, in another thread, when a
+        reward has arrived."""
         self.accepted: list[Group] = []
         self.dropped = 0  # before the last accepted group
         self._rewards, self._count, self._accepts, self._terms = rewards, count, accepts, terms
-        self.groups: list[Group] = []  # in the order of submission
-        self._unfinished: list[int] = []  # samples of each group that are still generating
+        self._wake = wake
+        self.groups: list[Group] = []  # in the order of submission; each is complete, or empty
+        self._parts: list[list[Group | None]] = []  # of each group, the samples of each rollout that has ended
         self._scored: SimpleQueue[tuple[int, Future[list[Score]]]] = SimpleQueue()  # filled by threads of the pool
         self._verdicts: dict[int, bool | Exception] = {}  # of judged groups; an error is raised in the group's turn
         self._rejected = 0  # judged groups that will be dropped
@@ -61,37 +62,41 @@ class Acceptance:
         """Whether a reward has arrived since the last :meth:`resolve`."""
         return not self._scored.empty()
 
-    def add(self, wave: Sequence[Group]) -> int:
-        """Add groups that are submitted now; returns the number of the first of them."""
+    def add(self, count: int, rollouts: int) -> int:
+        """Add ``count`` groups of so many rollouts, which are submitted now; returns the number of the first."""
         first = len(self.groups)
-        self.groups += wave
-        self._unfinished += [len(group) for group in wave]
+        self.groups += [[] for _ in range(count)]
+        self._parts += [[None] * rollouts for _ in range(count)]
         return first
 
-    def finish_sample(self, number: int) -> None:
-        """Note that a sample of group ``number`` is complete; the last one starts the group's scoring, unless all have
-        a reward already."""
-        self._unfinished[number] -= 1
-        if not self._unfinished[number]:
-            group = self.groups[number]
-            if all(sample.reward is not None for sample in group):
-                scores: Future[list[Score]] = Future()
-                scores.set_result([Score(sample.reward or 0.0, sample.reward_detail) for sample in group])
-            else:
-                scores = self._rewards.submit(group, self._terms)
-            scores.add_done_callback(lambda scores: self._scored.put((number, scores)))
+    def finish(self, number: int, index: int, samples: Group) -> None:
+        """Take the samples of rollout ``index`` of group ``number``; the last one starts the group's scoring, unless
+        all have a reward already."""
+        parts = self._parts[number]
+        parts[index] = samples
+        if any(part is None for part in parts):
+            return
+        self.groups[number] = [sample for part in parts for sample in part or ()]
+        firsts = [part[0] for part in parts if part]
+        if all(sample.reward is not None for sample in firsts):
+            scores: Future[list[Score]] = Future()
+            scores.set_result([Score(sample.reward or 0.0, sample.reward_detail) for sample in firsts])
+        else:
+            scores = self._rewards.submit(firsts, self._terms)
+        scores.add_done_callback(lambda scores: self._arrive(number, scores))
 
-    def resolve(self, *, wait: bool, unless: Callable[[], bool] = lambda: False) -> None:
-        """Judge the groups whose rewards have arrived (``wait``: at least one, or until ``unless`` returns True, which
-        is called several times a second), and accept or drop those whose turn it is.
+    def _arrive(self, number: int, scores: Future[list[Score]]) -> None:
+        self._scored.put((number, scores))
+        self._wake()
+
+    def resolve(self) -> None:
+        """Judge the groups whose rewards have arrived, and accept or drop those whose turn it is.
 
         Raises the error of a reward or filter in the turn of its group: groups behind the last that is accepted must
         not end the run, because whether they are scored at all depends on time.
         """
-        while self.has_news or (wait and not unless()):
-            with contextlib.suppress(Empty):
-                self._judge(*self._scored.get(timeout=CHECK_EVERY))
-                wait = False
+        while self.has_news:
+            self._judge(*self._scored.get())
         while not self.enough and (turn := len(self.accepted) + self.dropped) in self._verdicts:
             verdict = self._verdicts[turn]
             if isinstance(verdict, Exception):
@@ -102,10 +107,11 @@ class Acceptance:
                 self.dropped += 1
 
     def _judge(self, number: int, scores: Future[list[Score]]) -> None:
-        group = self.groups[number]
+        group, rollouts = self.groups[number], [part for part in self._parts[number] if part]
         try:
-            for sample, score in zip(group, scores.result(), strict=True):
-                sample.reward, sample.reward_detail = score.value, score.detail
+            for siblings, score in zip(rollouts, scores.result(), strict=True):
+                for sample in siblings:
+                    sample.reward, sample.reward_detail = score.value, score.detail
             verdict: bool | Exception = self._accepts is None or bool(self._accepts(group))
         except Exception as error:
             verdict = error

@@ -6,11 +6,9 @@ those that were submitted cannot fill the batch, while the slowest responses are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import chain
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-
-import msgspec
 
 from miles_spmd.algorithms.rewards import GROUP_FILTERS
 from miles_spmd.config import Config, EvalSet
@@ -18,28 +16,27 @@ from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.cluster.errors import Unfinished
 from miles_spmd.controller.datasets import Datasets
 from miles_spmd.controller.generation.acceptance import Acceptance, Group
+from miles_spmd.controller.generation.episodes import Episodes, Host
+from miles_spmd.controller.generation.sampling import Sampling
 from miles_spmd.controller.generation.unfinished import (
     Response,
     UnfinishedRollout,
     changes,
     described,
     engine_settings,
-    key,
-    of_sample,
 )
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.journal import Journal
 from miles_spmd.controller.journal.metrics import eval_metrics
 from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.data.tokenizer import Tokenizer
+from miles_spmd.environments.in_place import InPlace
+from miles_spmd.environments.single_turn import single_turn
 from miles_spmd.ledger import step_data
 from miles_spmd.ledger.chain import LedgerError
 from miles_spmd.rewards.pool import RewardPool
-from miles_spmd.types.request import Output, Request, SamplingParams
-from miles_spmd.types.sample import FinishReason, Prompt, Sample
-from miles_spmd.types.seeds import sample_seed
-
-EVAL_SEED_STEP = 0  # evaluations differ in the weights only: the seeds of each are those of step 0
+from miles_spmd.types.request import Request
+from miles_spmd.types.sample import Prompt, Sample
 
 
 class Generation:
@@ -55,20 +52,14 @@ class Generation:
         journal: Journal,
         stopping: Stopping,
     ) -> None:
-        self._config, self._cluster, self._tokenizer, self._stopping = config, cluster, tokenizer, stopping
+        self._config, self._cluster, self._stopping = config, cluster, stopping
         self._rewards, self._data, self._journal = rewards, data, journal
-        name, r = config.algorithm.dynamic_sampling_filter, config.rollout
+        name = config.algorithm.dynamic_sampling_filter
         self._filter = None if name is None else GROUP_FILTERS.resolve(name)
-        self._sampling = SamplingParams(
-            max_new_tokens=r.rollout_max_response_len,
-            temperature=r.rollout_temperature,
-            top_p=r.rollout_top_p,
-            top_k=r.rollout_top_k,
-            stop=r.rollout_stop,
-            stop_token_ids=r.rollout_stop_token_ids,
-        )
-        self._given: dict[str, Response] = {}  # of the next rollout, from before an interruption
-        self._groups: list[Group] = []  # of the rollout of the step under way
+        self._host: Host = InPlace(single_turn, tokenizer)
+        self._numbers = itertools.count()  # of all episodes
+        self._given: Mapping[str, Response] = {}  # of the next rollout, from before an interruption
+        self._episodes: Episodes | None = None  # of the rollout of the step under way
 
     def resume(self, step: int, data: bytes) -> None:
         """Continue the responses of the rollout of ``step`` that :meth:`unfinished` returned."""
@@ -87,12 +78,8 @@ class Generation:
 
     def unfinished(self, step: int) -> tuple[bytes, str]:
         """Return the responses of the rollout of ``step`` that there are, b"" if none, and their numbers in words."""
-        made = {
-            key(self.request(sample, step)): of_sample(sample)
-            for sample in chain.from_iterable(self._groups)
-            if sample.response and [version for version, _ in sample.weight_versions] == [step]
-        }
-        responses = self._given | made
+        made = {} if self._episodes is None else self._episodes.responses(step)
+        responses = {**self._given, **made}
         if not responses:
             return b"", ""
         return UnfinishedRollout(step, engine_settings(self._config), responses).encode(), described(responses.values())
@@ -100,19 +87,21 @@ class Generation:
     def rollout(self, step: int) -> list[Group]:
         """Return the scored samples that ``step`` trains on, groups in the order of submission. Raises Unfinished where
         the run has to stop before they are complete."""
-        acceptance = Acceptance(self._rewards, self._config.rollout.rollout_batch_size, self._filter)
-        self._groups = acceptance.groups
+        count, wake = self._config.rollout.rollout_batch_size, self._cluster.wake
+        acceptance = Acceptance(self._rewards, count, self._filter, wake=wake)
         if self._given:
             self._stopping.show(f"step {step} continues {described(self._given.values())}")
         with self._journal.timed("rollout", step):
-            self._generate(acceptance, self._data.waves(step), step)
+            sampling = Sampling.of_step(self._config, step)
+            self._episodes = Episodes(self._host, sampling, self._numbers, self._given)
+            self._generate(acceptance, self._episodes, self._data.waves(step), step)
         self._given = {}
         self._journal.publish(events.RolloutFinished(step, acceptance.accepted, acceptance.dropped))
         return acceptance.accepted
 
     def forget(self) -> None:
         """The step is complete: its responses are no longer unfinished."""
-        self._groups = []
+        self._episodes = None
 
     def evaluate(self, step: int, due: Sequence[EvalSet]) -> None:
         """Score the responses to the prompts of the held-out sets ``due``, ``step`` steps into the run."""
@@ -120,97 +109,50 @@ class Generation:
         with self._journal.timed("eval", step):
             for one in due:
                 prompts = self._data.eval_sets[one.name]
-                acceptance = Acceptance(self._rewards, len(prompts), terms=one.terms)
-                self._generate(acceptance, iter([prompts]), step, one)
+                acceptance = Acceptance(self._rewards, len(prompts), terms=one.terms, wake=self._cluster.wake)
+                episodes = Episodes(self._host, Sampling.of_set(self._config, one), self._numbers)
+                self._generate(acceptance, episodes, iter([prompts]), step)
                 sets[one.name] = acceptance.accepted
         self._journal.publish(events.EvaluationFinished(step, eval_metrics(sets), sets))
 
-    def request(self, sample: Sample, step: int, *, group: int = 0, eval_set: EvalSet | None = None) -> Request:
-        """Return the request that generates ``sample`` in ``step`` as one of the samples of ``group``."""
-        sampling, seed_step = self._sampling, step
-        if eval_set is not None:
-            seed_step = EVAL_SEED_STEP
-            sampling = msgspec.structs.replace(
-                sampling,
-                max_new_tokens=eval_set.eval_max_response_len,
-                temperature=eval_set.eval_temperature,
-                top_p=eval_set.eval_top_p,
-                top_k=-1,
-            )
-        seed = sample_seed(self._config.run.seed, seed_step, sample.prompt.uid, sample.index, turn=0)
-        return Request(
-            rid=f"{group}.{sample.index}",
-            input_ids=sample.prompt.tokens,
-            sampling=msgspec.structs.replace(sampling, seed=seed),
-            return_top1=self._config.determinism.counts_flips,
-        )
+    def request(self, sample: Sample, step: int, turn: int = 0) -> Request:
+        """Return the request that a turn of ``sample`` came from in ``step``."""
+        return Sampling.of_step(self._config, step).request_of(sample, turn)
 
     def _generate(
-        self, acceptance: Acceptance, waves: Iterator[Sequence[Prompt]], step: int, eval_set: EvalSet | None = None
+        self, acceptance: Acceptance, episodes: Episodes, waves: Iterator[Sequence[Prompt]], step: int
     ) -> None:
         """Submit prompts wave by wave until enough groups are accepted; what is still running then is aborted.
 
         A wave is submitted only when it is certain to be needed, so the submitted waves do not depend on timing.
-        ``eval_set``: the held-out set that the prompts are of, if any. Raises Unfinished after the samples have got
-        what there is, where the run has to stop before.
+        Raises Unfinished where the run has to stop before.
         """
-        purpose, count = "", self._config.rollout.n_samples_per_prompt
-        if eval_set is not None:
-            purpose, count = f"evaluation of {eval_set.name}", eval_set.n_samples_per_eval_prompt or 1
 
         def leaves() -> bool:  # an evaluation is repeated when the run is continued
-            return self._stopping.must_leave(drains=True) or (eval_set is not None and bool(self._stopping.source))
+            return self._stopping.must_leave(drains=True) or bool(episodes.purpose and self._stopping.source)
 
-        with self._cluster.rollout(step, purpose=purpose) as session:
+        def has_news() -> bool:
+            return acceptance.has_news or episodes.has_news or leaves()
 
-            def leaves_meanwhile() -> bool:  # a request to stop may come by a rank
-                session.listen()
-                return leaves()
-
+        with self._cluster.rollout(step, purpose=episodes.purpose) as session:
             while not acceptance.enough and not leaves():
                 while acceptance.short:
-                    wave = [[Sample(prompt, index) for index in range(count)] for prompt in next(waves)]
-                    groups = enumerate(wave, acceptance.add(wave))
-                    requests = [self.request(s, step, group=n, eval_set=eval_set) for n, g in groups for s in g]
-                    session.submit(list(self._without_given(requests, acceptance)))
-                if (output := session.next(interrupt=lambda: acceptance.has_news or leaves())) is not None:
-                    acceptance.finish_sample(self._fill(acceptance, output))
-                # without an output, a reward is there or all that is missing
-                acceptance.resolve(wait=output is None, unless=leaves_meanwhile)
+                    wave = next(waves)
+                    episodes.begin(acceptance.add(len(wave), episodes.samples), wave)
+                if requests := episodes.requests():
+                    session.submit(requests)
+                for done in episodes.take_finished():
+                    acceptance.finish(done.group, done.index, done.samples)
+                if (output := session.next(interrupt=has_news)) is not None:
+                    episodes.complete(output)
+                acceptance.resolve()
+            episodes.cancel()
             if not acceptance.enough:
                 session.abort()
                 while (output := session.next()) is not None:
-                    self._fill(acceptance, output)
+                    episodes.complete(output)
         if not acceptance.enough:
             raise Unfinished
-
-    def _without_given(self, requests: Sequence[Request], acceptance: Acceptance) -> Iterator[Request]:
-        """Yield the requests that the engine has to do: all but those with a complete response from before an
-        interruption, and those with a part of one from there on."""
-        for request in requests:
-            given = self._given.get(key(request)) if self._given else None
-            if given is None:
-                yield request
-            elif not given.complete:
-                yield msgspec.structs.replace(request, begun=given.begun)
-            else:
-                number = self._fill(acceptance, msgspec.structs.replace(given.output, rid=request.rid))
-                sample = acceptance.groups[number][int(request.rid.split(".")[1])]
-                sample.reward, sample.reward_detail = given.reward, given.reward_detail
-                acceptance.finish_sample(number)
-
-    def _fill(self, acceptance: Acceptance, output: Output) -> int:
-        """Put an output into the sample that its request was for. Returns the number of its group."""
-        number, index = map(int, output.rid.split("."))
-        sample = acceptance.groups[number][index]
-        sample.response = output.output_ids
-        sample.rollout_log_probs = output.output_log_probs
-        sample.top1_ids = output.top1_ids
-        sample.loss_mask = [1] * len(output.output_ids)
-        sample.finish_reason = FinishReason(output.finish_reason)
-        sample.weight_versions = output.weight_versions
-        sample.text = self._tokenizer.decode(output.output_ids, skip_special_tokens=True)
-        return number
 
 
 class RecordedSamples:

@@ -16,7 +16,7 @@ import msgspec
 
 from miles_spmd.config import Config
 from miles_spmd.types.request import Begun, Output, Request
-from miles_spmd.types.sample import FinishReason, Sample
+from miles_spmd.types.trajectory import FinishReason
 
 
 class Response(msgspec.Struct, frozen=True):
@@ -80,18 +80,6 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name)
     ]
-
-
-def of_sample(sample: Sample) -> Response:
-    output = Output(
-        "",
-        sample.response,
-        sample.rollout_log_probs,
-        sample.finish_reason,
-        sample.weight_versions,
-        top1_ids=sample.top1_ids,
-    )
-    return Response(output, sample.reward, sample.reward_detail)
 
 
 def described(responses: Iterable[Response]) -> str:

@@ -18,8 +18,8 @@ from miles_spmd.controller.journal.stragglers import StragglerWatch
 from miles_spmd.protocol.messages import TrainerRank
 from miles_spmd.protocol.results import TrainResult
 from miles_spmd.telemetry.texts import slowest
-from miles_spmd.types.sample import FinishReason
 from miles_spmd.types.train_sequence import TrainSequence
+from miles_spmd.types.trajectory import FinishReason
 
 # Names of the losses' sums (miles_spmd/algorithms) -> the metrics that users of slime and Miles know. Of MEANS the sum
 # is the metric, because the loss weights hold the denominator; of PER_TOKEN it is divided by the trained tokens.

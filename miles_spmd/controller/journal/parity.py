@@ -88,7 +88,7 @@ class Parity:
             what = (
                 f"step {step}: the top-1 tokens of engine and trainer differ at {share:.3g} of {tokens} tokens, "
                 f"allowed {self._budget['top1_flips']:.3g}; first: {_token(sample, place)}: "
-                f"engine {sample.top1_ids[place - len(sample.prompt.tokens)]}, "  # type: ignore[index]
+                f"engine {sample.top1_ids[place - len(sample.trajectory.start)]}, "  # type: ignore[index]
                 f"trainer {top1[number][place, 0]}; raise determinism.mismatch_budget or set determinism.parity_gate"
             )
             self._react(what, sequences, flips, 0.0)
@@ -99,7 +99,7 @@ class Parity:
         sample = self._sample_of[id(sequence)]
         if sample.top1_ids is None:
             raise ValueError(f"the engine returned no top-1 tokens for {sample.prompt.uid}, sample {sample.index}")
-        engine = np.concatenate([np.asarray(sample.prompt.tokens), np.asarray(sample.top1_ids)])
+        engine = np.concatenate([np.asarray(sample.trajectory.start), np.asarray(sample.top1_ids)])
         return (sequence.loss_weights != 0) & (engine != top1[:, 0])
 
     def _react(self, what: str, sequences: Sequence[TrainSequence], gaps: Arrays, allowed: float) -> None:
@@ -153,7 +153,7 @@ def describe_bisection(step: int, sample: Sample, place: int, bisections: Sequen
 
 
 def _token(sample: Sample, place: int) -> str:
-    token = place - len(sample.prompt.tokens)
+    token = place - len(sample.trajectory.start)
     return f"prompt {sample.prompt.uid}, sample {sample.index}, token {token} of the response"
 
 

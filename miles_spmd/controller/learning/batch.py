@@ -114,6 +114,7 @@ def _rollout_ids(samples: Sequence[Sample]) -> np.ndarray:
 
 def _after_prompt(sample: Sample, values: Sequence[float]) -> np.ndarray:
     """Return ``values`` of the response's tokens with 0 before them for the prompt's, float32 [T]."""
-    aligned = np.zeros(len(sample.prompt.tokens) + len(sample.response), np.float32)
-    aligned[len(sample.prompt.tokens) :] = values
+    start = len(sample.trajectory.start)
+    aligned = np.zeros(start + len(values), np.float32)
+    aligned[start:] = values
     return aligned

@@ -38,7 +38,7 @@ from miles_spmd.models import FAMILIES, TensorLayout, load_family
 from miles_spmd.platform import cuda
 from miles_spmd.platform.cpu import sglang_shim
 from miles_spmd.types.request import Output, Request, check_request
-from miles_spmd.types.sample import FinishReason
+from miles_spmd.types.trajectory import FinishReason
 
 sglang_shim.check_version()
 

@@ -1,0 +1,139 @@
+"""The environment's side of an episode: a :class:`~miles_spmd.plugins.environment.Context` that sends what happens."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from miles_spmd.data.tokenizer import Tokenizer
+from miles_spmd.environments.messages import Ask, Begin, Completed, End, Failed, Finished, Line
+from miles_spmd.plugins.environment import Completion
+from miles_spmd.types.trajectory import FinishReason, Segment, Trajectory
+
+
+class ContextError(RuntimeError):
+    """An environment that misuses its context. The message says how."""
+
+
+class EpisodeContext:
+    """The context of one call of an environment.
+
+    ``ask`` sends a request to the run, and returns what the policy has sampled.
+    """
+
+    def __init__(self, begin: Begin, tokenizer: Tokenizer, ask: Callable[[Ask], Awaitable[Completed]]) -> None:
+        self.index = begin.index
+        self._episode, self._max_tokens = begin.episode, begin.max_tokens
+        self._tokenizer, self._send = tokenizer, ask
+        self._trajectories = self._segments = 0
+        # Segments are known by the lists of their tokens, which are kept here, so that no other list has their address.
+        self._known: dict[int, tuple[list[int], int]] = {}
+        self._metrics: dict[str, float] = {}
+
+    # --- for environments --------------------------------------------------------------------------------------------
+
+    def begin(self, tokens: Sequence[int]) -> Trajectory:
+        self._trajectories += 1
+        return Trajectory(tokens if isinstance(tokens, list) else [*tokens], number=self._trajectories - 1)
+
+    def fork(self, trajectory: Trajectory) -> Trajectory:
+        sibling = self.begin(trajectory.start)
+        sibling.segments, sibling.messages = [*trajectory.segments], [*trajectory.messages]
+        sibling.text, sibling.finish_reason = trajectory.text, trajectory.finish_reason
+        return sibling
+
+    async def complete(
+        self, trajectory: Trajectory, *, max_new_tokens: int | None = None, stop: Sequence[str] = ()
+    ) -> Completion:
+        limit = min(self.room(trajectory), math.inf if max_new_tokens is None else max_new_tokens)
+        if limit < 1:
+            trajectory.finish_reason = FinishReason.LENGTH
+            return Completion([], FinishReason.LENGTH)
+        line, given = self._line(trajectory)
+        number, length = self._next_segment(), len(trajectory.segments)
+        done = await self._send(Ask(self._episode, number, line, given, int(limit), [*stop]))
+        if len(trajectory.segments) != length:
+            raise ContextError("a trajectory was changed while the policy continued it; fork it before")
+        self._known[id(done.tokens)] = done.tokens, number
+        trajectory.append(Segment(done.tokens))
+        trajectory.finish_reason = done.finish_reason
+        return Completion(done.tokens, done.finish_reason)
+
+    def room(self, trajectory: Trajectory) -> int:
+        return self._max_tokens - sum(len(segment.tokens) for segment in trajectory.segments)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=False)
+
+    def count(self, name: str, value: float = 1.0) -> None:
+        self._metrics[name] = self._metrics.get(name, 0.0) + value
+
+    # --- for those who call them -------------------------------------------------------------------------------------
+
+    def finished(self, returned: Any) -> Finished | Failed:
+        """Return the message about what the environment has returned."""
+        trajectories = [returned] if isinstance(returned, Trajectory) else returned
+        if not isinstance(trajectories, list | tuple) or not trajectories:
+            return self._unusable(f"returned {type(returned).__name__} instead of a trajectory, or a list of them")
+        ends, given = list[End](), dict[int, list[int]]()
+        try:
+            for trajectory in trajectories:
+                line, new = self._line(trajectory)
+                given |= new
+                sampled = zip(line.segments, trajectory.segments)
+                ends.append(
+                    End(
+                        line=line,
+                        untrained=[number for number, segment in sampled if segment.sampled and not segment.trained],
+                        text=self._scored(trajectory),
+                        messages=trajectory.messages,
+                        finish_reason=trajectory.finish_reason,
+                        reward=None if trajectory.reward is None else float(trajectory.reward),
+                        reward_detail={str(name): float(value) for name, value in trajectory.reward_detail.items()},
+                    )
+                )
+        except (ContextError, AttributeError, TypeError, ValueError) as error:
+            return self._unusable(f"returned what is no trajectory: {error}")
+        if not any(segment.sampled for trajectory in trajectories for segment in trajectory.segments):
+            return self._unusable("returned no token that the policy has sampled")
+        return Finished(self._episode, ends, given, self._metrics)
+
+    def failed(self, error: BaseException) -> Failed:
+        """Return the message about what the environment has raised."""
+        if isinstance(error, ContextError):
+            return self._unusable(str(error))
+        trace = "".join(traceback.format_exception(error))
+        return Failed(self._episode, "raised", f"raised {type(error).__name__}: {error}", trace)
+
+    def _unusable(self, problem: str) -> Failed:
+        return Failed(self._episode, "unusable", problem)
+
+    def _scored(self, trajectory: Trajectory) -> str:
+        """The text of ``trajectory`` that reward functions get."""
+        if trajectory.text is not None:
+            return trajectory.text
+        sampled = next((one.tokens for one in reversed(trajectory.segments) if one.sampled), [])
+        return self._tokenizer.decode(sampled, skip_special_tokens=True)
+
+    def _line(self, trajectory: Trajectory) -> tuple[Line, dict[int, list[int]]]:
+        """Return the trajectory by the numbers of its segments, and the tokens of those that are new. Raises
+        ContextError."""
+        numbers, given = list[int](), dict[int, list[int]]()
+        for segment in trajectory.segments:
+            known = self._known.get(id(segment.tokens))
+            if known is None:
+                if segment.sampled:
+                    raise ContextError("a segment claims to be sampled by the policy, and was not")
+                known = self._known[id(segment.tokens)] = segment.tokens, self._next_segment()
+                given[known[1]] = segment.tokens
+            numbers.append(known[1])
+        return Line(trajectory.number, trajectory.start, numbers), given
+
+    def _next_segment(self) -> int:
+        self._segments += 1
+        return self._segments - 1

@@ -1,0 +1,92 @@
+"""What an environment and the run say to each other during an episode, one call of the environment.
+
+A trajectory travels as the numbers of its segments within the episode, and the tokens of a segment travel once: those
+that the environment gives from it, those that the policy samples to it. So the run, which holds the trajectories, adds
+sampled tokens with their log-probs itself, and an environment cannot change them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from miles_spmd.types.sample import Prompt
+from miles_spmd.types.trajectory import FinishReason
+
+
+class Begin(msgspec.Struct, frozen=True, tag=True):
+    """Call the environment. ``max_tokens``: what a trajectory can have behind its start."""
+
+    episode: int  # a name for this call of the environment
+    prompt: Prompt
+    index: int
+    max_tokens: int
+
+
+class Completed(msgspec.Struct, frozen=True, tag=True):
+    """What the policy has sampled, which is the segment that was asked for."""
+
+    episode: int
+    segment: int
+    tokens: list[int]
+    finish_reason: FinishReason
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """Nobody waits for this episode any more."""
+
+    episode: int
+
+
+class Line(msgspec.Struct, frozen=True):
+    """A trajectory: ``start``, and its segments by their numbers."""
+
+    number: int
+    start: list[int]
+    segments: list[int]
+
+
+class Ask(msgspec.Struct, frozen=True, tag=True):
+    """Let the policy continue ``line`` by the segment number ``segment``."""
+
+    episode: int
+    segment: int
+    line: Line
+    given: dict[int, list[int]]  # tokens of segments that are new
+    max_new_tokens: int
+    stop: list[str] = []
+
+
+class End(msgspec.Struct, frozen=True):
+    """A trajectory that is returned."""
+
+    line: Line
+    untrained: list[int]  # numbers of sampled segments that the environment wants no loss for
+    text: str
+    messages: list[dict[str, Any]]
+    finish_reason: FinishReason
+    reward: float | None
+    reward_detail: dict[str, float]
+
+
+class Finished(msgspec.Struct, frozen=True, tag=True):
+    """The environment has returned."""
+
+    episode: int
+    ends: list[End]
+    given: dict[int, list[int]]
+    metrics: dict[str, float]
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The environment has raised, or returned what cannot be used; ``kind`` names what the failures are counted by."""
+
+    episode: int
+    kind: str
+    problem: str
+    trace: str = ""
+
+
+Event = Ask | Finished | Failed
+Order = Begin | Completed | Cancel
