@@ -30,7 +30,11 @@ def shape_rewards(samples: Sequence[Sample], algorithm: AlgorithmConfig, max_res
                 f"got shape {rewards.shape} with {np.count_nonzero(~np.isfinite(rewards))} that are not finite"
             )
     if algorithm.overlong_buffer_len:
-        lengths = np.asarray([len(s.response) for s in samples])
+        longest: dict[tuple[str, int], int] = {}  # siblings share a reward, and so the longest one's penalty
+        for s in samples:
+            key = s.prompt.uid, s.index
+            longest[key] = max(longest.get(key, 0), len(s.response))
+        lengths = np.asarray([longest[s.prompt.uid, s.index] for s in samples])
         penalties = overlong_penalty(lengths, max_response_len, algorithm.overlong_buffer_len)
         rewards = rewards + algorithm.overlong_penalty_factor * penalties
     return rewards

@@ -12,6 +12,7 @@ from miles_spmd.config.algorithm import AlgorithmConfig
 from miles_spmd.config.data import DataConfig, EvalConfig, EvalSet, RewardConfig
 from miles_spmd.config.data import RewardTerm as RewardTerm
 from miles_spmd.config.determinism import DeterminismConfig
+from miles_spmd.config.environment import EnvironmentConfig
 from miles_spmd.config.model import ModelConfig
 from miles_spmd.config.resilience import ResilienceConfig
 from miles_spmd.config.rollout import RefitConfig, RolloutConfig
@@ -30,6 +31,8 @@ class Config(Table):
     """Prompts, responses and preferences to train on."""
     rollout: RolloutConfig = RolloutConfig()
     """How many responses are generated, how they are sampled, and on which GPUs."""
+    environment: EnvironmentConfig = EnvironmentConfig()
+    """What the policy acts upon between prompt and reward, and the limits of the processes that it runs in."""
     algorithm: AlgorithmConfig = AlgorithmConfig()
     """What is computed from rewards and log-probs. A plug point takes a built-in's name or `module:function`; the
     functions' signatures are in `miles_spmd/plugins/algorithm.py`. The defaults are plain GRPO."""

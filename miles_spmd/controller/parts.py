@@ -10,10 +10,12 @@ from functools import partial
 from pathlib import Path
 
 from miles_spmd.config import Config
+from miles_spmd.config.environment import SINGLE_TURN
 from miles_spmd.controller.attempts import AttemptWriter
 from miles_spmd.controller.checkpoints import Checkpoints
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.datasets import Datasets
+from miles_spmd.controller.generation.episodes import Host
 from miles_spmd.controller.generation.generation import Generation, RecordedSamples
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.faults import injected
@@ -24,6 +26,9 @@ from miles_spmd.controller.journal.parity import Parity
 from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.controller.learning.policy import Policy
 from miles_spmd.data.tokenizer import Tokenizer
+from miles_spmd.environments.in_place import InPlace
+from miles_spmd.environments.pool import EnvironmentPool
+from miles_spmd.environments.single_turn import single_turn
 from miles_spmd.protocol.commands import DigestWeights
 from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.telemetry.progress import Progress, open_progress
@@ -74,6 +79,7 @@ def open_parts(
         tokenizer = Tokenizer(config.model.hf_checkpoint)
         others = [term for one in config.eval_sets for term in one.terms]
         rewards = stack.enter_context(RewardPool(config.reward, others, attempt.folder / "rewards.log"))
+        host = stack.enter_context(closing(_host(config, tokenizer, attempt, cluster)))
         tracker = stack.enter_context(open_trackers(config))
         progress = stack.enter_context(open_progress(config, training=task != "eval"))
         lines = StepLines(config.run.name, 0 if task == "eval" else config.run.num_rollout)
@@ -107,7 +113,7 @@ def open_parts(
             stack.enter_context(closing(journal.ledger))
         parity = Parity(config.determinism, recorded=recorded is not None)
         policy = Policy(config, cluster, journal, parity)
-        generation = Generation(config, cluster, tokenizer, rewards, data, journal, stopping)
+        generation = Generation(config, cluster, rewards, data, journal, stopping, host)
         if task == "train":  # what is done again is generated again
             generation.resume(start.step, checkpoints.responses)
         cluster.abandons = stopping.must_leave
@@ -117,6 +123,14 @@ def open_parts(
         samples = generation if recorded is None else RecordedSamples(config, recorded, data, journal)
         stack.enter_context(checkpoints.completed(journal))
         yield RunParts(config, start.step, data, policy, generation, samples, journal, checkpoints, stopping)
+
+
+def _host(config: Config, tokenizer: Tokenizer, attempt: AttemptWriter, cluster: Cluster) -> Host:
+    """Return what runs the environment: a single response needs no process of its own."""
+    if config.environment.environment == SINGLE_TURN or not config.generates(attempt.record.task):
+        return InPlace(single_turn, tokenizer)
+    log = attempt.folder / "environments.log"
+    return EnvironmentPool(config.environment, Path(config.model.hf_checkpoint), log, cluster.wake)
 
 
 def _note(progress: Progress, attempt: AttemptWriter, lines: StepLines, text: str) -> None:

@@ -14,6 +14,10 @@ from miles_spmd.types.sample import Prompt
 from miles_spmd.types.trajectory import FinishReason, Trajectory
 
 
+class EnvironmentSetupError(RuntimeError):
+    """An environment that cannot be imported or called. The message gives setting, name and cause."""
+
+
 class Completion(NamedTuple):
     """What the policy has sampled: the last segment of the trajectory that it continues."""
 

@@ -133,6 +133,11 @@ def describe(name: str) -> Metric:
             f"{kind} of {found['detail']}, which a reward function returned"
             + (f" on {found['set']}" if found["set"] else ""),
         )
+    if found := re.fullmatch(r"(?:rollout/|eval/(?P<set>.+)-)(?:env/(?P<detail>.+)|turns)", name):
+        what = f"{found['detail']}, which the environment counted" if found["detail"] else "responses in a trajectory"
+        return Metric("", f"Mean number of {what}" + (f" on {found['set']}" if found["set"] else ""))
+    if name.startswith("rollout/failed/"):
+        return Metric("episodes", f"Episodes whose environment failed: {name.removeprefix('rollout/failed/')}")
     if not name.startswith("eval/"):
         return Metric("", "")
     dataset, _, detail = name.removeprefix("eval/").rpartition("-")

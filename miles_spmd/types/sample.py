@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from miles_spmd.types.trajectory import FinishReason, Segment, Trajectory
+from miles_spmd.types.trajectory import FinishReason, Trajectory
 
 
 class Prompt(msgspec.Struct, frozen=True):
@@ -75,7 +76,17 @@ class Sample(msgspec.Struct):
         """(version, number of tokens), in order."""
         return self.trajectory.weight_versions
 
+    @property
+    def turns(self) -> int:
+        """Number of segments that the policy has sampled."""
+        return self.trajectory.turns
+
     def without_log_probs(self) -> Sample:
         """Return a copy for who needs the tokens only."""
         segments = [msgspec.structs.replace(segment, log_probs=[]) for segment in self.trajectory.segments]
         return msgspec.structs.replace(self, trajectory=msgspec.structs.replace(self.trajectory, segments=segments))
+
+
+def rollouts(group: Sequence[Sample]) -> list[Sample]:
+    """Return the first sample of each rollout of a prompt: siblings share a reward, which counts once."""
+    return list({sample.index: sample for sample in reversed(group)}.values())[::-1]

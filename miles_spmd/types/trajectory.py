@@ -49,6 +49,7 @@ class Trajectory(msgspec.Struct):
     finish_reason: FinishReason = FinishReason.STOP  # of what the policy sampled last
     reward: float | None = None  # given by the environment; None: the reward functions score it
     reward_detail: dict[str, float] = {}
+    metrics: dict[str, float] = {}  # what the environment has counted, in the first trajectory of an episode
 
     def append(self, segment: Segment) -> None:
         """Let it grow. Raises ValueError where the segment's lists differ in length."""

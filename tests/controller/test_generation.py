@@ -17,6 +17,8 @@ from miles_spmd.controller.generation.acceptance import Group
 from miles_spmd.controller.generation.generation import Generation
 from miles_spmd.controller.journal.events import EvaluationFinished, Event, PhaseFinished, RolloutFinished
 from miles_spmd.controller.journal.stopping import Stopping
+from miles_spmd.environments.in_place import InPlace
+from miles_spmd.environments.single_turn import single_turn
 from miles_spmd.plugins.reward import RewardError, Score
 from miles_spmd.types.request import Output, Request
 from miles_spmd.types.sample import Prompt, Sample
@@ -137,7 +139,8 @@ CONFIG = {
 
 def generation(engines: Engines, rewards: Rewards, data: Data, events: Events, batch_size: int) -> Generation:
     stopping = Stopping(Path("none"), {})
-    parts: tuple[Any, ...] = engines, Tokenizer(), rewards, data, events, stopping
+    host = InPlace(single_turn, cast(Any, Tokenizer()))
+    parts: tuple[Any, ...] = engines, rewards, data, events, stopping, host
     return Generation(CONFIG[batch_size], *parts)
 
 

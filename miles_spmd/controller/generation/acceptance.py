@@ -34,14 +34,15 @@ class Acceptance:
         accepts: GroupFilter | None = None,
         terms: Sequence[RewardTerm] = (),
         wake: Callable[[], None] = lambda: None,
+        keeps_empty: bool = False,
     ) -> None:
         """``count``: groups to accept; ``accepts`` must be a function of the group alone (None: accept all);
         ``terms``: other reward functions than those of ``[reward]``; ``wake`` is called, in another thread, when a
-        reward has arrived."""
+        reward has arrived; ``keeps_empty``: a group of which nothing is left is accepted, not dropped."""
         self.accepted: list[Group] = []
         self.dropped = 0  # before the last accepted group
         self._rewards, self._count, self._accepts, self._terms = rewards, count, accepts, terms
-        self._wake = wake
+        self._wake, self._keeps_empty = wake, keeps_empty
         self.groups: list[Group] = []  # in the order of submission; each is complete, or empty
         self._parts: list[list[Group | None]] = []  # of each group, the samples of each rollout that has ended
         self._scored: SimpleQueue[tuple[int, Future[list[Score]]]] = SimpleQueue()  # filled by threads of the pool
@@ -69,15 +70,21 @@ class Acceptance:
         self._parts += [[None] * rollouts for _ in range(count)]
         return first
 
-    def finish(self, number: int, index: int, samples: Group) -> None:
+    def finish(self, number: int, index: int, samples: Group | None) -> None:
         """Take the samples of rollout ``index`` of group ``number``; the last one starts the group's scoring, unless
-        all have a reward already."""
+        all have a reward already. None: the group is dropped."""
+        if samples is None:
+            self._judged(number, False)
+            return
         parts = self._parts[number]
         parts[index] = samples
         if any(part is None for part in parts):
             return
         self.groups[number] = [sample for part in parts for sample in part or ()]
         firsts = [part[0] for part in parts if part]
+        if not firsts:
+            self._judged(number, self._keeps_empty)
+            return
         if all(sample.reward is not None for sample in firsts):
             scores: Future[list[Score]] = Future()
             scores.set_result([Score(sample.reward or 0.0, sample.reward_detail) for sample in firsts])
@@ -115,5 +122,9 @@ class Acceptance:
             verdict: bool | Exception = self._accepts is None or bool(self._accepts(group))
         except Exception as error:
             verdict = error
-        self._verdicts[number] = verdict
-        self._rejected += verdict is False
+        self._judged(number, verdict)
+
+    def _judged(self, number: int, verdict: bool | Exception) -> None:
+        if number not in self._verdicts:
+            self._verdicts[number] = verdict
+            self._rejected += verdict is False

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
 
+from miles_spmd.config import EnvironmentConfig
 from miles_spmd.controller.generation.sampling import Sampling
 from miles_spmd.controller.generation.unfinished import Response, key
 from miles_spmd.environments.messages import Ask, Begin, Cancel, Completed, Event, Failed, Finished, Line, Order
@@ -26,13 +27,17 @@ class Host(Protocol):
     def close(self) -> None: ...
 
 
+class EnvironmentFailedError(RuntimeError):
+    """Episodes whose environment failed, by which the run ends. The message gives prompt, sample, cause and remedy."""
+
+
 class Done(msgspec.Struct, frozen=True):
-    """An episode that has ended."""
+    """An episode that has ended; ``samples`` is None where its group is to be dropped, and empty where the episode
+    alone is left out."""
 
     group: int
     index: int
-    samples: list[Sample]
-    metrics: dict[str, float]
+    samples: list[Sample] | None
 
 
 class Episode:
@@ -40,6 +45,7 @@ class Episode:
 
     def __init__(self, group: int, index: int, prompt: Prompt) -> None:
         self.group, self.index, self.prompt = group, index, prompt
+        self.attempts = 0
         self.segments: dict[int, Segment] = {}
         self.last = ""  # the rid of its last request that is complete
 
@@ -64,17 +70,28 @@ class Episode:
             trajectory.text, trajectory.messages = end.text, end.messages
             trajectory.finish_reason = end.finish_reason
             samples.append(Sample(self.prompt, self.index, trajectory, end.reward, end.reward_detail))
+        samples[0].trajectory.metrics = finished.metrics
         return samples
 
 
 class Episodes:
-    """Those of one rollout. ``given`` are responses from before an interruption, by the digests of their requests."""
+    """Those of one rollout, which needs ``count`` groups. ``given`` are responses from before an interruption, by the
+    digests of their requests."""
 
     def __init__(
-        self, host: Host, sampling: Sampling, numbers: Iterator[int], given: Mapping[str, Response] | None = None
+        self,
+        host: Host,
+        sampling: Sampling,
+        numbers: Iterator[int],
+        limits: EnvironmentConfig,
+        count: int,
+        given: Mapping[str, Response] | None = None,
     ) -> None:
         self.purpose, self.samples = sampling.purpose, sampling.samples
+        self.failures: Counter[str] = Counter()  # by kind, those that another attempt has made good included
         self._host, self._sampling, self._numbers, self._given = host, sampling, numbers, given or {}
+        self._limits, self._planned = limits, count * sampling.samples
+        self._lost: list[str] = []  # what was wrong with episodes that have failed for good
         self._running: dict[int, Episode] = {}
         self._made: dict[str, tuple[Request, Response]] = {}  # by rid, what the policy has sampled
         self._ends: dict[str, Sample] = {}  # samples, by the rid of the last request of their episodes
@@ -90,9 +107,12 @@ class Episodes:
         """Call the environment for every sample of the groups of ``prompts``, the first of which is ``group``."""
         for number, prompt in enumerate(prompts, group):
             for index in range(self._sampling.samples):
-                episode = next(self._numbers)
-                self._running[episode] = Episode(number, index, prompt)
-                self._host.send(Begin(episode, prompt, index, self._sampling.params.max_new_tokens))
+                self._begin(Episode(number, index, prompt))
+
+    def _begin(self, episode: Episode) -> None:
+        number = next(self._numbers)
+        self._running[number] = episode
+        self._host.send(Begin(number, episode.prompt, episode.index, self._sampling.params.max_new_tokens))
 
     def requests(self) -> list[Request]:
         """Return what the policy is asked for since the last call, without what there is from before."""
@@ -105,9 +125,9 @@ class Episodes:
                 case Ask():
                     asked += self._request(episode, event)
                 case Finished():
-                    self._finish(event.episode, episode.samples(event), event.metrics)
+                    self._finish(event.episode, episode.samples(event))
                 case Failed():
-                    self._fail(event.episode, event)
+                    self._fail(event)
         return asked
 
     def _request(self, episode: Episode, ask: Ask) -> Iterator[Request]:
@@ -149,16 +169,39 @@ class Episodes:
         done, self._done = self._done, []
         return done
 
-    def _finish(self, number: int, samples: list[Sample], metrics: dict[str, float]) -> None:
+    def _finish(self, number: int, samples: list[Sample]) -> None:
         episode = self._running.pop(number)
         _, known = self._made[episode.last]
         if known.reward is not None:
             samples[0].reward, samples[0].reward_detail = known.reward, known.reward_detail
         self._ends[episode.last] = samples[0]
-        self._done.append(Done(episode.group, episode.index, samples, metrics))
+        self._done.append(Done(episode.group, episode.index, samples))
 
-    def _fail(self, number: int, failed: Failed) -> None:
-        raise NotImplementedError
+    def _fail(self, failed: Failed) -> None:
+        """Begin the episode anew, with the same seeds, or do without it. Raises EnvironmentFailedError."""
+        episode, limits = self._running.pop(failed.episode), self._limits
+        self.failures[failed.kind] += 1
+        if episode.attempts < limits.environment_retries:
+            again = Episode(episode.group, episode.index, episode.prompt)
+            again.attempts = episode.attempts + 1
+            self._begin(again)
+            return
+        self._lost.append(failed.problem)
+        where = f"environment {limits.environment!r} on prompt {episode.prompt.uid}, sample {episode.index},"
+        trace = f"\n{failed.trace}" if failed.trace else ""
+        if limits.on_environment_failure == "stop":
+            raise EnvironmentFailedError(f"{where} {failed.problem}; fix it, or set on_environment_failure{trace}")
+        if len(self._lost) > limits.max_environment_failures * self._planned:
+            (common, times), *_ = Counter(self._lost).most_common(1)
+            raise EnvironmentFailedError(
+                f"{len(self._lost)} episodes of a rollout of {self._planned} have failed, more than "
+                f"environment.max_environment_failures = {limits.max_environment_failures:g} of them; {times} times: "
+                f"{common}; last: {where} {failed.problem}{trace}"
+            )
+        masks = limits.on_environment_failure == "mask" or self.purpose
+        self._done.append(Done(episode.group, episode.index, [] if masks else None))
+        if not masks:
+            self._cancel([n for n, other in self._running.items() if other.group == episode.group])
 
     def responses(self, version: int) -> dict[str, Response]:
         """Return what weights ``version`` alone have sampled, complete or not, by the digests of the requests; with the
@@ -173,6 +216,9 @@ class Episodes:
 
     def cancel(self) -> None:
         """End what still runs."""
-        for number in self._running:
+        self._cancel(list(self._running))
+
+    def _cancel(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
             self._host.send(Cancel(number))
-        self._running.clear()
+            del self._running[number]

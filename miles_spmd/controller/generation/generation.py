@@ -29,9 +29,6 @@ from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.journal import Journal
 from miles_spmd.controller.journal.metrics import eval_metrics
 from miles_spmd.controller.journal.stopping import Stopping
-from miles_spmd.data.tokenizer import Tokenizer
-from miles_spmd.environments.in_place import InPlace
-from miles_spmd.environments.single_turn import single_turn
 from miles_spmd.ledger import step_data
 from miles_spmd.ledger.chain import LedgerError
 from miles_spmd.rewards.pool import RewardPool
@@ -40,23 +37,24 @@ from miles_spmd.types.sample import Prompt, Sample
 
 
 class Generation:
-    """Generates with the weights in the engines. Methods raise RewardError, FilterError and WorkerError."""
+    """Generates with the weights in the engines. Methods raise RewardError, FilterError, EnvironmentFailedError and
+    WorkerError."""
 
     def __init__(
         self,
         config: Config,
         cluster: Cluster,
-        tokenizer: Tokenizer,
         rewards: RewardPool,
         data: Datasets,
         journal: Journal,
         stopping: Stopping,
+        host: Host,
     ) -> None:
         self._config, self._cluster, self._stopping = config, cluster, stopping
         self._rewards, self._data, self._journal = rewards, data, journal
         name = config.algorithm.dynamic_sampling_filter
         self._filter = None if name is None else GROUP_FILTERS.resolve(name)
-        self._host: Host = InPlace(single_turn, tokenizer)
+        self._host = host
         self._numbers = itertools.count()  # of all episodes
         self._given: Mapping[str, Response] = {}  # of the next rollout, from before an interruption
         self._episodes: Episodes | None = None  # of the rollout of the step under way
@@ -93,10 +91,12 @@ class Generation:
             self._stopping.show(f"step {step} continues {described(self._given.values())}")
         with self._journal.timed("rollout", step):
             sampling = Sampling.of_step(self._config, step)
-            self._episodes = Episodes(self._host, sampling, self._numbers, self._given)
+            self._episodes = self._call(sampling, count, self._given)
             self._generate(acceptance, self._episodes, self._data.waves(step), step)
         self._given = {}
-        self._journal.publish(events.RolloutFinished(step, acceptance.accepted, acceptance.dropped))
+        self._journal.publish(
+            events.RolloutFinished(step, acceptance.accepted, acceptance.dropped, dict(self._episodes.failures))
+        )
         return acceptance.accepted
 
     def forget(self) -> None:
@@ -109,11 +109,16 @@ class Generation:
         with self._journal.timed("eval", step):
             for one in due:
                 prompts = self._data.eval_sets[one.name]
-                acceptance = Acceptance(self._rewards, len(prompts), terms=one.terms, wake=self._cluster.wake)
-                episodes = Episodes(self._host, Sampling.of_set(self._config, one), self._numbers)
+                wake = self._cluster.wake
+                acceptance = Acceptance(self._rewards, len(prompts), terms=one.terms, wake=wake, keeps_empty=True)
+                episodes = self._call(Sampling.of_set(self._config, one), len(prompts))
                 self._generate(acceptance, episodes, iter([prompts]), step)
-                sets[one.name] = acceptance.accepted
+                sets[one.name] = [group for group in acceptance.accepted if group]
         self._journal.publish(events.EvaluationFinished(step, eval_metrics(sets), sets))
+
+    def _call(self, sampling: Sampling, count: int, given: Mapping[str, Response] | None = None) -> Episodes:
+        """Return the episodes of a rollout that needs ``count`` groups."""
+        return Episodes(self._host, sampling, self._numbers, self._config.environment, count, given)
 
     def request(self, sample: Sample, step: int, turn: int = 0) -> Request:
         """Return the request that a turn of ``sample`` came from in ``step``."""

@@ -46,7 +46,8 @@ class RolloutFinished(Event, frozen=True):
 
     step: int
     groups: Groups
-    dropped: int  # groups that the filter rejected
+    dropped: int  # groups that the filter rejected, or whose environment failed
+    failures: Mapping[str, int] = {}  # of environments, by kind
 
 
 class Measured(Event, frozen=True):

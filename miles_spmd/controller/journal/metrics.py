@@ -18,6 +18,7 @@ from miles_spmd.controller.journal.stragglers import StragglerWatch
 from miles_spmd.protocol.messages import TrainerRank
 from miles_spmd.protocol.results import TrainResult
 from miles_spmd.telemetry.texts import slowest
+from miles_spmd.types.sample import rollouts
 from miles_spmd.types.train_sequence import TrainSequence
 from miles_spmd.types.trajectory import FinishReason
 
@@ -72,6 +73,7 @@ class Metrics:
             case events.RolloutFinished():
                 self._values |= rollout_metrics(event.groups)
                 self._values["rollout/dropped_groups"] = float(event.dropped)
+                self._values |= {f"rollout/failed/{kind}": float(count) for kind, count in event.failures.items()}
             case events.EngineRefitted():
                 self._values["refit/bytes"] = float(sum(r.bytes_local + r.bytes_received for r in event.results))
                 self._values["refit/checksum_mismatches"] = float(sum(r.checksum_mismatches for r in event.results))
@@ -104,22 +106,26 @@ def rollout_metrics(groups: events.Groups) -> dict[str, float]:
     """Return the metrics of a rollout's rewards, which are means over prompts, and of its responses."""
     samples = [sample for group in groups for sample in group]
     lengths = np.asarray([len(s.response) for s in samples])
-    rewards = [np.asarray([s.reward for s in group], np.float64) for group in groups]
-    return reward_metrics("rollout/", groups) | {
-        "rollout/raw_reward": float(np.mean([r.mean() for r in rewards])),
-        "rollout/reward_std": float(np.mean([r.std() for r in rewards])),
-        "rollout/response_len": float(lengths.mean()),
-        "rollout/response_len_max": float(lengths.max()),
-        "rollout/truncated_ratio": float(np.mean([s.finish_reason is FinishReason.LENGTH for s in samples])),
-        "rollout/zero_std_ratio": float(np.mean([np.ptp(r) == 0 for r in rewards])),
-    }
+    rewards = [np.asarray([s.reward for s in rollouts(group)], np.float64) for group in groups]
+    return (
+        reward_metrics("rollout/", groups)
+        | environment_metrics("rollout/", groups)
+        | {
+            "rollout/raw_reward": float(np.mean([r.mean() for r in rewards])),
+            "rollout/reward_std": float(np.mean([r.std() for r in rewards])),
+            "rollout/response_len": float(lengths.mean()),
+            "rollout/response_len_max": float(lengths.max()),
+            "rollout/truncated_ratio": float(np.mean([s.finish_reason is FinishReason.LENGTH for s in samples])),
+            "rollout/zero_std_ratio": float(np.mean([np.ptp(r) == 0 for r in rewards])),
+        }
+    )
 
 
 def reward_metrics(prefix: str, groups: events.Groups) -> dict[str, float]:
     """Return mean and standard deviation of each number that reward functions returned beside the reward, over the
     samples that have it: ``reward/NAME/mean`` and ``reward/NAME/std``."""
     values: dict[str, list[float]] = {}
-    for sample in chain.from_iterable(groups):
+    for sample in chain.from_iterable(map(rollouts, groups)):
         for name, value in sample.reward_detail.items():
             if math.isfinite(value):
                 values.setdefault(name, []).append(value)
@@ -132,16 +138,29 @@ def reward_metrics(prefix: str, groups: events.Groups) -> dict[str, float]:
     return metrics
 
 
+def environment_metrics(prefix: str, groups: events.Groups) -> dict[str, float]:
+    """Return the mean over rollouts of each number that the environment counted, ``env/NAME``, and of the turns where
+    there are several."""
+    samples = list(chain.from_iterable(map(rollouts, groups)))
+    names = sorted({name for sample in samples for name in sample.trajectory.metrics})
+    metrics = {
+        f"{prefix}env/{name}": float(np.mean([sample.trajectory.metrics.get(name, 0.0) for sample in samples]))
+        for name in names
+    }
+    turns = [sample.turns for group in groups for sample in group]
+    return metrics | ({f"{prefix}turns": float(np.mean(turns))} if max(turns) > 1 else {})
+
+
 def eval_metrics(sets: Mapping[str, events.Groups]) -> dict[str, float]:
     """Return the metrics of each set: ``eval/<name>`` is the mean reward (pass@1 for a 0/1 reward), ``-response_len``
     the mean number of generated tokens, and with n > 1 samples ``-pass@k`` for k = 2, 4, ... n."""
     metrics: dict[str, float] = {}
     for name, groups in sets.items():
-        rewards = [[sample.reward or 0.0 for sample in group] for group in groups]
-        metrics[f"eval/{name}"] = float(np.mean(rewards))
-        metrics |= reward_metrics(f"eval/{name}-", groups)
+        rewards = [[sample.reward or 0.0 for sample in rollouts(group)] for group in groups]
+        metrics[f"eval/{name}"] = float(np.mean(list(chain(*rewards))))
+        metrics |= reward_metrics(f"eval/{name}-", groups) | environment_metrics(f"eval/{name}-", groups)
         metrics[f"eval/{name}-response_len"] = float(np.mean([len(s.response) for group in groups for s in group]))
-        n = len(groups[0])
+        n = max(map(len, rewards))
         correct = [sum(reward >= CORRECT for reward in group) for group in rewards]
         for k in {2**i for i in range(1, n.bit_length())} | ({n} if n > 1 else set()):
             metrics[f"eval/{name}-pass@{k}"] = pass_at_k(correct, n, k)

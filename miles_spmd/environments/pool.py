@@ -1,0 +1,221 @@
+"""The processes that run an environment, seen from the run."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from pathlib import Path
+from queue import SimpleQueue
+
+import msgspec
+
+from miles_spmd.config.environment import EnvironmentConfig
+from miles_spmd.environments.messages import Ask, Begin, Cancel, Completed, Event, Failed, Order
+from miles_spmd.environments.process import serve
+from miles_spmd.plugins.environment import EnvironmentSetupError
+from miles_spmd.processes.child import Child
+
+IMPORT_TIMEOUT = 120.0  # seconds in which the environment's module must be imported
+LOOK_EVERY = 0.5  # seconds between looks at the clock
+GRACE = 5.0  # seconds in which an episode has to end that was told to; else its process is killed
+
+_decoder = msgspec.msgpack.Decoder(Event)
+
+
+class _Worker:
+    """A process. ``since`` has its episodes, with the time since when the environment is at work on each: None while
+    it waits for the policy. An order that the process does not read must block nobody, so a thread sends them."""
+
+    def __init__(self, child: Child) -> None:
+        self.child = child
+        self.ready = False  # whether the environment is imported
+        self.since: dict[int, float | None] = {}
+        self.told_to_end: dict[int, float] = {}  # episodes that nobody waits for, and when they were told
+        self._orders: SimpleQueue[Order | None] = SimpleQueue()
+        threading.Thread(target=self._send, name="environment orders", daemon=True).start()
+
+    def tell(self, order: Order | None) -> None:
+        self._orders.put(order)
+
+    def _send(self) -> None:
+        try:
+            while (order := self._orders.get()) is not None:
+                self.child.pipe.send(order)
+        except OSError:  # the process has ended, which the reader reports
+            pass
+
+    def overdue(self, now: float, limit: float) -> list[int]:
+        """The episodes whose environment has been at work for more than ``limit`` seconds."""
+        waits = (number for number in self.since if number not in self.told_to_end)
+        return [number for number in waits if (since := self.since[number]) is not None and now > since + limit]
+
+
+class EnvironmentPool:
+    """Runs the environment of ``config`` in processes. ``wake`` is called, in another thread, when there is an event.
+
+    Make it in the main thread: its processes die with the thread that started them. Raises EnvironmentSetupError where
+    the environment cannot be imported or called.
+    """
+
+    def __init__(
+        self, config: EnvironmentConfig, tokenizer: Path, log: Path | None, wake: Callable[[], None] = lambda: None
+    ) -> None:
+        self.events: deque[Event] = deque()
+        self._config, self._log, self._wake = config, log, wake
+        self._setup = config.environment, config.environment_kwargs, tokenizer, config.environment_memory_gib
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()  # of all that the reader changes too
+        self._of_episode: dict[int, _Worker] = {}
+        self._queue: deque[Begin] = deque()  # episodes that wait for room
+        self._closed = False
+        self._changed, self._change = os.pipe()  # lets the reader look at the workers again
+        self._workers = [self._start() for _ in range(config.environment_workers)]
+        try:
+            for worker in self._workers:
+                self._import(worker)
+        except EnvironmentSetupError:
+            self._end()
+            raise
+        self._reader = threading.Thread(target=self._read, name="environments", daemon=True)
+        self._reader.start()
+
+    def _start(self) -> _Worker:
+        return _Worker(Child(serve, self._setup, self._config.environment_variables, self._log))
+
+    def _import(self, worker: _Worker) -> None:
+        """Wait until a process has imported the environment."""
+        where = f"environment.environment = {self._config.environment!r}"
+        if not worker.child.pipe.poll(IMPORT_TIMEOUT):
+            raise EnvironmentSetupError(f"{where} was not imported within {IMPORT_TIMEOUT:g} s")
+        try:
+            problem = worker.child.pipe.recv_bytes().decode()
+        except (EOFError, OSError):
+            problem = f"{where}: its import ended the process ({worker.child.how_it_ended()})"
+        if problem:
+            raise EnvironmentSetupError(problem)
+        worker.ready = True
+
+    # --- orders ------------------------------------------------------------------------------------------------------
+
+    def send(self, order: Order) -> None:
+        """Pass an order on; what comes of it will be in ``events``."""
+        with self._lock:
+            worker = self._of_episode.get(order.episode)
+            match order:
+                case Begin():
+                    self._queue.append(order)
+                case Completed() if worker is not None:
+                    worker.since[order.episode] = time.monotonic()
+                    worker.tell(order)
+                case Cancel() if worker is not None:
+                    self._cancel(worker, order.episode)
+                case Cancel():
+                    self._queue = deque(begin for begin in self._queue if begin.episode != order.episode)
+            self._dispatch()
+
+    def _dispatch(self) -> None:
+        """Give waiting episodes to the processes with most room. A process that has ended is replaced: here, because
+        the reader's thread may not start one."""
+        while self._queue:
+            number = min(range(len(self._workers)), key=lambda number: len(self._workers[number].since))
+            worker = self._workers[number]
+            if len(worker.since) >= self._config.environment_concurrency:
+                return
+            if not worker.child.lives:
+                worker.tell(None)
+                worker = self._workers[number] = self._start()
+                os.write(self._change, b".")
+            begin = self._queue.popleft()
+            self._of_episode[begin.episode] = worker
+            worker.since[begin.episode] = time.monotonic()
+            worker.tell(begin)
+
+    def _cancel(self, worker: _Worker, episode: int) -> None:
+        worker.told_to_end.setdefault(episode, time.monotonic())
+        worker.tell(Cancel(episode))
+
+    # --- events, in a thread of their own ----------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        while not self._closed:
+            with self._lock:
+                by_pipe = {one.child.pipe: one for one in self._workers if not one.child.pipe.closed}
+            ready = wait([*by_pipe, self._changed], LOOK_EVERY)
+            if self._changed in ready:
+                os.read(self._changed, 4096)
+            for worker in [worker for pipe, worker in by_pipe.items() if pipe in ready]:
+                self._receive(worker)
+            with self._lock:
+                for worker in by_pipe.values():
+                    self._check_time(worker)
+            if self.events:
+                self._wake()
+
+    def _receive(self, worker: _Worker) -> None:
+        try:
+            message = worker.child.pipe.recv_bytes()
+            problem = "" if worker.ready else message.decode()
+            event = _decoder.decode(message) if worker.ready else None
+        except (EOFError, OSError):
+            problem, event = f"its process ended: {worker.child.how_it_ended()}", None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            problem, event = f"its process sent what is no message: {error}", None
+        with self._lock:
+            if problem:
+                self._lose(worker, problem)
+            elif event is None:
+                worker.ready = True
+            elif event.episode in worker.since:  # else the environment has made up the number
+                self._take(worker, event)
+
+    def _take(self, worker: _Worker, event: Event) -> None:
+        expected = event.episode not in worker.told_to_end
+        if isinstance(event, Ask):
+            worker.since[event.episode] = None
+        else:
+            self._forget(worker, event.episode)
+        if expected:
+            self.events.append(event)
+
+    def _lose(self, worker: _Worker, problem: str) -> None:
+        """End a process that cannot be used any more: its episodes fail."""
+        worker.child.kill()
+        worker.child.pipe.close()
+        for episode in list(worker.since):
+            if episode not in worker.told_to_end:
+                self.events.append(Failed(episode, "died", problem))
+            self._forget(worker, episode)
+
+    def _check_time(self, worker: _Worker) -> None:
+        """Let episodes fail whose environment takes too long, and end a process that does not let go of one."""
+        now, limit = time.monotonic(), self._config.environment_timeout
+        for episode in worker.overdue(now, limit):
+            problem = f"took longer than environment.environment_timeout = {limit:g} s"
+            self.events.append(Failed(episode, "timeout", problem))
+            self._cancel(worker, episode)
+        if any(now > told + GRACE for told in worker.told_to_end.values()):
+            self._lose(worker, "another episode in its process could not be ended")
+
+    def _forget(self, worker: _Worker, episode: int) -> None:
+        worker.since.pop(episode, None)
+        worker.told_to_end.pop(episode, None)
+        self._of_episode.pop(episode, None)
+
+    def close(self) -> None:
+        """End the processes."""
+        self._closed = True
+        os.write(self._change, b".")
+        self._reader.join()
+        self._end()
+
+    def _end(self) -> None:
+        for worker in self._workers:
+            worker.tell(None)
+            worker.child.kill()
+        os.close(self._change)
+        os.close(self._changed)

@@ -1,0 +1,112 @@
+"""A process that runs episodes of an environment, beside one another, in one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import traceback
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from miles_spmd.data.tokenizer import Tokenizer
+from miles_spmd.environments.context import EpisodeContext
+from miles_spmd.environments.messages import Ask, Begin, Cancel, Completed, Event, Failed, Order
+from miles_spmd.plugins.environment import Environment
+from miles_spmd.plugins.plug_point import PlugPointError, import_function
+from miles_spmd.processes.child import limit_memory
+
+SETTING = "environment.environment"
+BUILTINS: dict[str, str] = {}  # name -> module:function, imported where it runs
+
+READY = b""  # what a process sends when its environment is imported; an error is sent as text
+
+
+def load_environment(name: str, arguments: Mapping[str, Any]) -> Environment:
+    """Return the environment called ``name`` with its further ``arguments``. Raises PlugPointError."""
+    function = import_function(SETTING, BUILTINS.get(name, name), ["single_turn", *BUILTINS])
+    where = f"{SETTING} = {name!r}"
+    if not inspect.iscoroutinefunction(function) and not inspect.iscoroutinefunction(type(function).__call__):
+        raise PlugPointError(f"{where} is not an `async def`")
+    try:
+        inspect.signature(function).bind(None, None, **arguments)
+    except TypeError as error:
+        raise PlugPointError(
+            f"{where} cannot be called with (context, prompt) and environment_kwargs: {error}"
+        ) from None
+    return functools.partial(function, **arguments)
+
+
+class Episodes:
+    """The episodes that this process runs."""
+
+    def __init__(self, pipe: Connection, environment: Environment, tokenizer: Tokenizer) -> None:
+        self._pipe, self._environment, self._tokenizer = pipe, environment, tokenizer
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._waiting: dict[tuple[int, int], asyncio.Future[Completed]] = {}
+        self.closed = asyncio.Event()
+
+    def read(self) -> None:
+        """Execute the next order."""
+        try:
+            order: Order = self._pipe.recv()
+        except EOFError:
+            self.closed.set()
+            return
+        match order:
+            case Begin():
+                self._tasks[order.episode] = asyncio.create_task(self._run(order))
+            case Completed():
+                future = self._waiting.pop((order.episode, order.segment), None)
+                if future is not None and not future.done():
+                    future.set_result(order)
+            case Cancel() if (task := self._tasks.get(order.episode)) is not None:
+                task.cancel()
+
+    async def _run(self, begin: Begin) -> None:
+        context = EpisodeContext(begin, self._tokenizer, self._ask)
+        try:
+            event: Event = context.finished(await self._environment(context, begin.prompt))
+        except asyncio.CancelledError:
+            event = Failed(begin.episode, "cancelled", "was told to end")
+        except (Exception, SystemExit) as error:  # an exit that leaves a task would end the event loop
+            event = context.failed(error)
+        del self._tasks[begin.episode]
+        for waiting in [one for one in self._waiting if one[0] == begin.episode]:
+            self._waiting.pop(waiting).cancel()
+        self._send(event)
+
+    async def _ask(self, ask: Ask) -> Completed:
+        future: asyncio.Future[Completed] = asyncio.get_running_loop().create_future()
+        self._waiting[ask.episode, ask.segment] = future
+        self._send(ask)
+        return await future
+
+    def _send(self, event: Event) -> None:
+        self._pipe.send_bytes(msgspec.msgpack.encode(event))
+
+
+def serve(pipe: Connection, name: str, arguments: Mapping[str, Any], tokenizer: Path, memory_gib: float) -> None:
+    """Import the environment, and run the episodes that are ordered through ``pipe``."""
+    try:
+        environment = load_environment(name, arguments)
+    except PlugPointError as error:
+        text = f"{error}\n{traceback.format_exc()}" if error.__cause__ else str(error)
+        pipe.send_bytes(text.encode())
+        return
+    own = Tokenizer(tokenizer)
+    limit_memory(memory_gib)
+    pipe.send_bytes(READY)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        asyncio.run(_serve(pipe, environment, own))
+
+
+async def _serve(pipe: Connection, environment: Environment, tokenizer: Tokenizer) -> None:
+    episodes = Episodes(pipe, environment, tokenizer)
+    asyncio.get_running_loop().add_reader(pipe.fileno(), episodes.read)
+    await episodes.closed.wait()
