@@ -17,8 +17,9 @@ PACKAGE = Path(__file__).parents[1] / "miles_spmd"
 FLOORS = (
     ("types", "models"),
     ("config",),
-    ("plugins",),
+    ("plugins", "processes"),
     ("algorithms", "data", "faults", "invariant", "ledger", "platform", "rewards", "telemetry", "weights"),
+    ("environments",),
     ("planning", "protocol"),
     ("generation", "training"),
     ("controller", "worker"),

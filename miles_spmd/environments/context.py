@@ -98,7 +98,7 @@ class EpisodeContext:
                     )
                 )
         except (ContextError, AttributeError, TypeError, ValueError) as error:
-            return self._unusable(f"returned what is no trajectory: {error}")
+            return self._unusable(f"returned something else than a trajectory: {error}")
         if not any(segment.sampled for trajectory in trajectories for segment in trajectory.segments):
             return self._unusable("returned no token that the policy has sampled")
         return Finished(self._episode, ends, given, self._metrics)

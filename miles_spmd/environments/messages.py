@@ -62,7 +62,7 @@ class End(msgspec.Struct, frozen=True):
     """A trajectory that is returned."""
 
     line: Line
-    untrained: list[int]  # numbers of sampled segments that the environment wants no loss for
+    untrained: list[int]  # numbers of sampled segments that the environment leaves out of the loss
     text: str
     messages: list[dict[str, Any]]
     finish_reason: FinishReason
@@ -80,12 +80,14 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """The environment has raised, or returned what cannot be used; ``kind`` names what the failures are counted by."""
+    """The environment has raised, or returned what cannot be used; ``kind`` names what the failures are counted by.
+    ``own``: what has failed is this episode, and not another one of its process."""
 
     episode: int
     kind: str
     problem: str
     trace: str = ""
+    own: bool = True
 
 
 Event = Ask | Finished | Failed

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import selectors
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from multiprocessing.connection import wait
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import msgspec
 
 from miles_spmd.config.environment import EnvironmentConfig
+from miles_spmd.environments.mark import NOBODY, Mark
 from miles_spmd.environments.messages import Ask, Begin, Cancel, Completed, Event, Failed, Order
 from miles_spmd.environments.process import serve
 from miles_spmd.plugins.environment import EnvironmentSetupError
@@ -30,9 +32,14 @@ class _Worker:
     """A process. ``since`` has its episodes, with the time since when the environment is at work on each: None while
     it waits for the policy. An order that the process does not read must block nobody, so a thread sends them."""
 
-    def __init__(self, child: Child) -> None:
-        self.child = child
+    def __init__(self, setup: Sequence[Any], environment: Sequence[str], log: Path | None) -> None:
+        self.mark = Mark()
+        descriptor = self.mark.descriptor
+        self.child = Child(serve, (*setup, descriptor), environment, log, [descriptor])
+        self._seen, self._seen_at = self.mark.read(), time.monotonic()
+        self._looked = self._seen_at
         self.ready = False  # whether the environment is imported
+        self.started = time.monotonic()
         self.since: dict[int, float | None] = {}
         self.told_to_end: dict[int, float] = {}  # episodes that nobody waits for, and when they were told
         self._orders: SimpleQueue[Order | None] = SimpleQueue()
@@ -48,17 +55,40 @@ class _Worker:
         except OSError:  # the process has ended, which the reader reports
             pass
 
+    def become_ready(self) -> None:
+        """Note that the environment is imported, and its time on the episodes that wait begins."""
+        self.ready, now = True, time.monotonic()
+        self.since = dict.fromkeys(self.since, now)
+
+    def blocked(self, now: float) -> float:
+        """Return for how many seconds one episode has kept the process from doing anything else, as far as is known;
+        the others are not charged for that time."""
+        seen = self.mark.read()
+        if seen != self._seen or seen.episode == NOBODY:
+            self._seen, self._seen_at, self._looked = seen, now, now
+            return 0.0
+        for episode, since in self.since.items():
+            if since is not None and episode != seen.episode:
+                self.since[episode] = since + now - self._looked
+        self._looked = now
+        return now - self._seen_at
+
     def overdue(self, now: float, limit: float) -> list[int]:
         """The episodes whose environment has been at work for more than ``limit`` seconds."""
         waits = (number for number in self.since if number not in self.told_to_end)
         return [number for number in waits if (since := self.since[number]) is not None and now > since + limit]
 
+    def suspects(self) -> set[int]:
+        """Return the episodes that may have ended the process: the one that ran, where that is known."""
+        ran = self.mark.read().episode
+        return {ran} if ran in self.since else {episode for episode, since in self.since.items() if since is not None}
+
 
 class EnvironmentPool:
     """Runs the environment of ``config`` in processes. ``wake`` is called, in another thread, when there is an event.
 
-    Make it in the main thread: its processes die with the thread that started them. Raises EnvironmentSetupError where
-    the environment cannot be imported or called.
+    Make it in the main thread: a process dies with the thread that has started it, this one or the reader. Raises
+    EnvironmentSetupError where the environment cannot be imported or called.
     """
 
     def __init__(
@@ -73,7 +103,9 @@ class EnvironmentPool:
         self._of_episode: dict[int, _Worker] = {}
         self._queue: deque[Begin] = deque()  # episodes that wait for room
         self._closed = False
-        self._changed, self._change = os.pipe()  # lets the reader look at the workers again
+        self._selector = selectors.DefaultSelector()
+        self._end_asked = os.eventfd(0, os.EFD_CLOEXEC)
+        self._selector.register(self._end_asked, selectors.EVENT_READ)
         self._workers = [self._start() for _ in range(config.environment_workers)]
         try:
             for worker in self._workers:
@@ -85,7 +117,9 @@ class EnvironmentPool:
         self._reader.start()
 
     def _start(self) -> _Worker:
-        return _Worker(Child(serve, self._setup, self._config.environment_variables, self._log))
+        worker = _Worker(self._setup, self._config.environment_variables, self._log)
+        self._selector.register(worker.child.pipe, selectors.EVENT_READ, worker)
+        return worker
 
     def _import(self, worker: _Worker) -> None:
         """Wait until a process has imported the environment."""
@@ -98,7 +132,7 @@ class EnvironmentPool:
             problem = f"{where}: its import ended the process ({worker.child.how_it_ended()})"
         if problem:
             raise EnvironmentSetupError(problem)
-        worker.ready = True
+        worker.become_ready()
 
     # --- orders ------------------------------------------------------------------------------------------------------
 
@@ -119,8 +153,7 @@ class EnvironmentPool:
             self._dispatch()
 
     def _dispatch(self) -> None:
-        """Give waiting episodes to the processes with most room. A process that has ended is replaced: here, because
-        the reader's thread may not start one."""
+        """Give waiting episodes to the processes with most room, and replace those that have ended."""
         while self._queue:
             number = min(range(len(self._workers)), key=lambda number: len(self._workers[number].since))
             worker = self._workers[number]
@@ -129,7 +162,6 @@ class EnvironmentPool:
             if not worker.child.lives:
                 worker.tell(None)
                 worker = self._workers[number] = self._start()
-                os.write(self._change, b".")
             begin = self._queue.popleft()
             self._of_episode[begin.episode] = worker
             worker.since[begin.episode] = time.monotonic()
@@ -142,17 +174,19 @@ class EnvironmentPool:
     # --- events, in a thread of their own ----------------------------------------------------------------------------
 
     def _read(self) -> None:
+        next_look = 0.0  # monotonic
         while not self._closed:
+            for key, _ in self._selector.select(LOOK_EVERY):
+                if key.data is None:
+                    os.eventfd_read(self._end_asked)
+                else:
+                    self._receive(key.data)
             with self._lock:
-                by_pipe = {one.child.pipe: one for one in self._workers if not one.child.pipe.closed}
-            ready = wait([*by_pipe, self._changed], LOOK_EVERY)
-            if self._changed in ready:
-                os.read(self._changed, 4096)
-            for worker in [worker for pipe, worker in by_pipe.items() if pipe in ready]:
-                self._receive(worker)
-            with self._lock:
-                for worker in by_pipe.values():
-                    self._check_time(worker)
+                if (now := time.monotonic()) >= next_look:
+                    next_look = now + LOOK_EVERY
+                    for worker in self._workers:
+                        self._check_time(worker)
+                self._dispatch()
             if self.events:
                 self._wake()
 
@@ -164,12 +198,12 @@ class EnvironmentPool:
         except (EOFError, OSError):
             problem, event = f"its process ended: {worker.child.how_it_ended()}", None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            problem, event = f"its process sent what is no message: {error}", None
+            problem, event = f"its process sent bytes that are not a message: {error}", None
         with self._lock:
             if problem:
                 self._lose(worker, problem)
             elif event is None:
-                worker.ready = True
+                worker.become_ready()
             elif event.episode in worker.since:  # else the environment has made up the number
                 self._take(worker, event)
 
@@ -182,20 +216,35 @@ class EnvironmentPool:
         if expected:
             self.events.append(event)
 
-    def _lose(self, worker: _Worker, problem: str) -> None:
-        """End a process that cannot be used any more: its episodes fail."""
+    def _lose(self, worker: _Worker, problem: str, kind: str = "died") -> None:
+        """End a process that cannot be used any more: its episodes fail, those that have no part in it to be begun
+        anew."""
         worker.child.kill()
+        self._selector.unregister(worker.child.pipe)
         worker.child.pipe.close()
+        suspects = worker.suspects()
         for episode in list(worker.since):
             if episode not in worker.told_to_end:
-                self.events.append(Failed(episode, "died", problem))
+                own = episode in suspects
+                self.events.append(Failed(episode, kind if own else "interrupted", problem, own=own))
             self._forget(worker, episode)
+        worker.mark.close()
 
     def _check_time(self, worker: _Worker) -> None:
-        """Let episodes fail whose environment takes too long, and end a process that does not let go of one."""
+        """Let episodes fail whose environment takes too long, and end a process that one of them blocks."""
+        if worker.child.pipe.closed:
+            return
         now, limit = time.monotonic(), self._config.environment_timeout
+        problem = f"took longer than environment.environment_timeout = {limit:g} s"
+        if not worker.ready:
+            if now > worker.started + IMPORT_TIMEOUT:
+                self._lose(worker, f"was not imported within {IMPORT_TIMEOUT:g} s")
+            return
+        if blocked := worker.blocked(now):
+            if blocked > limit:
+                self._lose(worker, f"{problem}, and blocked its process", "timeout")
+            return
         for episode in worker.overdue(now, limit):
-            problem = f"took longer than environment.environment_timeout = {limit:g} s"
             self.events.append(Failed(episode, "timeout", problem))
             self._cancel(worker, episode)
         if any(now > told + GRACE for told in worker.told_to_end.values()):
@@ -209,7 +258,7 @@ class EnvironmentPool:
     def close(self) -> None:
         """End the processes."""
         self._closed = True
-        os.write(self._change, b".")
+        os.eventfd_write(self._end_asked, 1)
         self._reader.join()
         self._end()
 
@@ -217,5 +266,5 @@ class EnvironmentPool:
         for worker in self._workers:
             worker.tell(None)
             worker.child.kill()
-        os.close(self._change)
-        os.close(self._changed)
+        self._selector.close()
+        os.close(self._end_asked)

@@ -16,6 +16,7 @@ import msgspec
 
 from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.environments.context import EpisodeContext
+from miles_spmd.environments.mark import Mark
 from miles_spmd.environments.messages import Ask, Begin, Cancel, Completed, Event, Failed, Order
 from miles_spmd.plugins.environment import Environment
 from miles_spmd.plugins.plug_point import PlugPointError, import_function
@@ -45,8 +46,8 @@ def load_environment(name: str, arguments: Mapping[str, Any]) -> Environment:
 class Episodes:
     """The episodes that this process runs."""
 
-    def __init__(self, pipe: Connection, environment: Environment, tokenizer: Tokenizer) -> None:
-        self._pipe, self._environment, self._tokenizer = pipe, environment, tokenizer
+    def __init__(self, pipe: Connection, environment: Environment, tokenizer: Tokenizer, mark: Mark) -> None:
+        self._pipe, self._environment, self._tokenizer, self._mark = pipe, environment, tokenizer, mark
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._waiting: dict[tuple[int, int], asyncio.Future[Completed]] = {}
         self.closed = asyncio.Event()
@@ -60,7 +61,7 @@ class Episodes:
             return
         match order:
             case Begin():
-                self._tasks[order.episode] = asyncio.create_task(self._run(order))
+                self._tasks[order.episode] = self._mark.task(order.episode, self._run(order))
             case Completed():
                 future = self._waiting.pop((order.episode, order.segment), None)
                 if future is not None and not future.done():
@@ -91,8 +92,11 @@ class Episodes:
         self._pipe.send_bytes(msgspec.msgpack.encode(event))
 
 
-def serve(pipe: Connection, name: str, arguments: Mapping[str, Any], tokenizer: Path, memory_gib: float) -> None:
-    """Import the environment, and run the episodes that are ordered through ``pipe``."""
+def serve(
+    pipe: Connection, name: str, arguments: Mapping[str, Any], tokenizer: Path, memory_gib: float, mark: int
+) -> None:
+    """Import the environment, and run the episodes that are ordered through ``pipe``. ``mark`` is the file descriptor
+    of a :class:`Mark`."""
     try:
         environment = load_environment(name, arguments)
     except PlugPointError as error:
@@ -103,10 +107,11 @@ def serve(pipe: Connection, name: str, arguments: Mapping[str, Any], tokenizer: 
     limit_memory(memory_gib)
     pipe.send_bytes(READY)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        asyncio.run(_serve(pipe, environment, own))
+        asyncio.run(_serve(pipe, environment, own, Mark(mark)))
 
 
-async def _serve(pipe: Connection, environment: Environment, tokenizer: Tokenizer) -> None:
-    episodes = Episodes(pipe, environment, tokenizer)
-    asyncio.get_running_loop().add_reader(pipe.fileno(), episodes.read)
+async def _serve(pipe: Connection, environment: Environment, tokenizer: Tokenizer, mark: Mark) -> None:
+    episodes, loop = Episodes(pipe, environment, tokenizer, mark), asyncio.get_running_loop()
+    mark.follow(loop)
+    loop.add_reader(pipe.fileno(), episodes.read)
     await episodes.closed.wait()

@@ -113,7 +113,7 @@ class SampleData(msgspec.Struct, rename={"responses": "answers"}):  # the name o
 def _segments(
     origins: Sequence[Origin], tokens: list[int], log_probs: list[float], versions: Sequence[tuple[int, int]]
 ) -> list[Segment]:
-    """Cut the tokens behind a trajectory's start, and what is known of them, into its segments."""
+    """Cut the tokens behind a trajectory's start, and their log-probs and versions, into its segments."""
     segments, start = list[Segment](), 0
     of_sampled = [version for version, count in versions for _ in range(count)]
     for count, sampled, trained in origins:

@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 
+END_TIMEOUT = 5.0  # seconds that a process takes to end whose pipe is closed
 _PR_SET_PDEATHSIG = 1
 _SECRET = re.compile(
     r"(^|_)(TOKENS?|SECRETS?|PASSWORD|PASSWD|PASSPHRASE|PASS|CREDENTIALS?|API_?KEYS?|KEYS?|AUTH|COOKIES?|PAT|DSN)(_|$)"
@@ -32,11 +33,16 @@ class Child:
     """A process that calls the module-level function ``main`` with ``pipe``'s other end and ``setup``.
 
     It dies with the thread that starts it. ``environment`` names the variables with secrets that it may see. What it
-    prints goes to ``log``.
+    prints goes to ``log``. ``descriptors`` are of files that it inherits.
     """
 
     def __init__(
-        self, main: Callable[..., None], setup: Sequence[Any], environment: Sequence[str] = (), log: Path | None = None
+        self,
+        main: Callable[..., None],
+        setup: Sequence[Any],
+        environment: Sequence[str] = (),
+        log: Path | None = None,
+        descriptors: Sequence[int] = (),
     ) -> None:
         self.pipe, theirs = Pipe()
         module, name = main.__module__, main.__name__
@@ -48,7 +54,7 @@ class Child:
             output = None if log is None else stack.enter_context(log.open("ab"))
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code],
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), *descriptors],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -71,8 +77,11 @@ class Child:
         self.process.wait()
 
     def how_it_ended(self) -> str:
-        """Wait for its end, and return it in words."""
-        status = self.process.wait()
+        """Wait for its end, which it is near, and return it in words."""
+        try:
+            status = self.process.wait(END_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            return "it closed its pipe"
         return f"exit code {status}" + (f", killed by {signal.Signals(-status).name}" if status < 0 else "")
 
 

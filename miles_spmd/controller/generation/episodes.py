@@ -141,7 +141,7 @@ class Episodes:
             trajectory=ask.line.number,
             max_new_tokens=ask.max_new_tokens,
             stop=ask.stop,
-            rid=f"{episode.group}.{episode.index}.{ask.segment}",
+            rid=f"{episode.group}.{ask.episode}.{ask.segment}",
         )
         self._asked[request.rid] = request, ask
         given = self._given.get(key(request)) if self._given else None
@@ -181,9 +181,9 @@ class Episodes:
         """Begin the episode anew, with the same seeds, or do without it. Raises EnvironmentFailedError."""
         episode, limits = self._running.pop(failed.episode), self._limits
         self.failures[failed.kind] += 1
-        if episode.attempts < limits.environment_retries:
+        if not failed.own or episode.attempts < limits.environment_retries:
             again = Episode(episode.group, episode.index, episode.prompt)
-            again.attempts = episode.attempts + 1
+            again.attempts = episode.attempts + failed.own
             self._begin(again)
             return
         self._lost.append(failed.problem)

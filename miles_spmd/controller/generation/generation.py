@@ -141,15 +141,15 @@ class Generation:
 
         with self._cluster.rollout(step, purpose=episodes.purpose) as session:
             while not acceptance.enough and not leaves():
-                while acceptance.short:
+                if acceptance.short:
                     wave = next(waves)
                     episodes.begin(acceptance.add(len(wave), episodes.samples), wave)
+                elif (output := session.next(interrupt=has_news)) is not None:
+                    episodes.complete(output)
                 if requests := episodes.requests():
                     session.submit(requests)
                 for done in episodes.take_finished():
                     acceptance.finish(done.group, done.index, done.samples)
-                if (output := session.next(interrupt=has_news)) is not None:
-                    episodes.complete(output)
                 acceptance.resolve()
             episodes.cancel()
             if not acceptance.enough:

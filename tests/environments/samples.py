@@ -1,0 +1,76 @@
+"""Environments for tests. The label of a prompt says what the environment is to do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from typing import Any
+
+from miles_spmd.plugins.environment import Context
+from miles_spmd.types.sample import Prompt
+from miles_spmd.types.trajectory import Segment, Trajectory
+
+
+async def behave(context: Context, prompt: Prompt, suffix: int = 0) -> Any:
+    """Two turns, between which the environment gives a token and does what the label says."""
+    trajectory = context.begin(prompt.tokens)
+    await context.complete(trajectory, max_new_tokens=2)
+    trajectory.append(Segment([50 + suffix], sampled=False))
+    match prompt.label:
+        case "raise":
+            raise ValueError("no luck")
+        case "exit":
+            raise SystemExit(3)
+        case "leave":
+            os._exit(3)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "block":
+            time.sleep(100)
+        case "wait":
+            await asyncio.sleep(100)
+        case "cling":
+            await cling()
+        case "spawn":  # the task that kills is not the environment's own
+            await asyncio.gather(leave())
+        case "memory":
+            bytearray(64 * 2**30)
+        case "number":
+            return 5
+        case "nothing":
+            return []
+        case "unsampled":
+            return context.begin([1, 2])
+        case "invent":
+            trajectory.append(Segment([1, 2]))
+        case "fork":
+            sibling = context.fork(trajectory)
+            await asyncio.gather(context.complete(trajectory), context.complete(sibling))
+            return [trajectory, sibling]
+    await context.complete(trajectory)
+    context.count("calls", 2)
+    return trajectory
+
+
+async def leave() -> None:
+    os._exit(4)
+
+
+async def cling() -> None:
+    while True:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(100)
+
+
+async def rewarded(context: Context, prompt: Prompt) -> Trajectory:
+    trajectory = context.begin(prompt.tokens)
+    completion = await context.complete(trajectory)
+    trajectory.reward = len(completion.tokens) / 10
+    trajectory.reward_detail = {"own": 1.0}
+    return trajectory
+
+
+def not_async(context: Context, prompt: Prompt) -> None: ...
