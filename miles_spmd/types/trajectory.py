@@ -64,6 +64,18 @@ class Trajectory(msgspec.Struct):
         """Number of segments that the policy has sampled."""
         return sum(segment.sampled for segment in self.segments)
 
+    def turn_at(self, place: int) -> tuple[int, Segment]:
+        """Return the number of the turn that sampled the token at ``place`` of :attr:`tokens`, and its segment. Raises
+        ValueError for a token that was not sampled."""
+        turn, end = -1, len(self.start)
+        for segment in self.segments:
+            turn, end = turn + segment.sampled, end + len(segment.tokens)
+            if place < end:
+                break
+        if not (segment.sampled and end - len(segment.tokens) <= place < end):
+            raise ValueError(f"token {place} was not sampled")
+        return turn, segment
+
     @property
     def tokens(self) -> list[int]:
         """All tokens, those of ``start`` first."""

@@ -185,7 +185,9 @@ def test_accepted_groups_are_a_function_of_content(data: st.DataObject, batch_si
     assert [group[0].prompt.uid for group in groups] == expected
     assert prompts.read == waves
     numbers = [str(i) for i in range(waves * wave_size)]
-    assert [r.rid for r in engines.submitted] == [f"{n}.{int(n) * SAMPLES + i}.0" for n in numbers for i in range(SAMPLES)]
+    assert [r.rid for r in engines.submitted] == [
+        f"{n}.{int(n) * SAMPLES + i}.0" for n in numbers for i in range(SAMPLES)
+    ]
     (finished,) = [event for event in events.published if isinstance(event, RolloutFinished)]
     assert (finished.step, finished.groups, finished.dropped) == (3, groups, dropped)
 

@@ -120,7 +120,7 @@ class Generation:
         """Return the episodes of a rollout that needs ``count`` groups."""
         return Episodes(self._host, sampling, self._numbers, self._config.environment, count, given)
 
-    def request(self, sample: Sample, step: int, turn: int = 0) -> Request:
+    def request(self, sample: Sample, step: int, turn: int) -> Request:
         """Return the request that a turn of ``sample`` came from in ``step``."""
         return Sampling.of_step(self._config, step).request_of(sample, turn)
 

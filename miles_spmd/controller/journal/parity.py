@@ -143,7 +143,8 @@ def first_difference(
 def describe_bisection(step: int, sample: Sample, place: int, bisections: Sequence[Bisection]) -> str:
     """Return in words what the ranks have found, each in its part of the model."""
     where = f"step {step}, {_token(sample, place)}"
-    if any(b.response[: len(sample.response)] != sample.response for b in bisections):
+    _, segment = sample.trajectory.turn_at(place)
+    if any(b.response[: len(segment.tokens)] != segment.tokens for b in bisections):
         return f"{where}: alone, the engine generates another response than in the batch: it is not batch invariant"
     named = [b for b in bisections if b.operator]
     if not named:

@@ -157,9 +157,10 @@ class Policy:
                     metrics |= self._models.preference_metrics(step, name, pairs)
         self._journal.publish(events.EvaluationFinished(step, metrics, {}))
 
-    def bisect(self, step: int, samples: Sequence[Sample], request: Callable[[Sample, int], Request]) -> str:
+    def bisect(self, step: int, samples: Sequence[Sample], request: Callable[[Sample, int, int], Request]) -> str:
         """Return in words which operator is the first whose output differs between engine and trainer, for the first
-        token of ``samples`` whose log-probs differ. The engine generates that response again, by its ``request``."""
+        token of ``samples`` whose log-probs differ. The engine generates that response again, by the ``request`` of the
+        sample's turn."""
         sequences = to_sequences(samples)
         found = first_difference(samples, sequences, self._models.log_probs(step, sequences, Role.ACTOR))
         if found is None:
@@ -167,5 +168,6 @@ class Policy:
         sample, token = found
         # computing log-probs may have released the engine's memory, and with it its weights
         self._cluster.call(RefitEngine(step), step=step)
-        bisections = self._cluster.call(Bisect(request(sample, step), token), step=step)
+        turn, _ = sample.trajectory.turn_at(token)
+        bisections = self._cluster.call(Bisect(request(sample, step, turn), token), step=step)
         return describe_bisection(step, sample, token, bisections)
