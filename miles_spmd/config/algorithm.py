@@ -24,6 +24,10 @@ class AlgorithmConfig(Table):
     dynamic_sampling_filter: Annotated[str, plug_point("reward_nonzero_std")] | None = None
     """Plug point: which groups are trained on. `reward_nonzero_std` drops those whose rewards are all equal (DAPO)."""
 
+    too_few_groups: Literal["train", "skip", "stop"] = "train"
+    """What happens where nine batches of prompts did not give enough groups: train on those that were kept (`train`),
+    end the step without an update (`skip`), or end the run (`stop`). A warning says which rewards the others had."""
+
     # advantages
     advantage_estimator: Annotated[str, plug_point(*ESTIMATORS)] = "grpo"
     """Plug point: how advantages are computed: `grpo`, `gspo`, `cispo`, `dr_grpo`, `rloo`, `reinforce_plus_plus`,

@@ -20,11 +20,7 @@ from miles_spmd.types.sample import Prompt
 from miles_spmd.types.seeds import derive_seed
 
 _log = logging.getLogger(__name__)
-MAX_SPARE_WAVES = 8  # batches of prompts generated in place of groups that a filter drops, before the run ends
-
-
-class FilterError(RuntimeError):
-    """The filter dropped so many groups that a batch cannot be filled."""
+MAX_SPARE_WAVES = 8  # batches of prompts in place of groups that a filter drops
 
 
 class Datasets:
@@ -85,8 +81,7 @@ class Datasets:
         return self._items.at(0, 1)
 
     def waves(self, step: int) -> Iterator[list[Prompt]]:
-        """Yield the prompts of ``step``, then waves of more prompts for groups that the filter drops. Raises
-        FilterError at the end.
+        """Yield the prompts of ``step``, then a few waves of more prompts for groups that the filter drops.
 
         Spare prompts are a sequence of their own, read at positions that belong to this step, so that they do not
         depend on how many other steps needed.
@@ -97,11 +92,6 @@ class Datasets:
             spare = self._spare.of_step(step * MAX_SPARE_WAVES + wave, size)
             # seeds are derived from uids: a prompt that was submitted before gets other responses
             yield [msgspec.structs.replace(prompt, uid=f"{prompt.uid}+{wave + 1}") for prompt in spare]
-        raise FilterError(
-            f"step {step}: algorithm.dynamic_sampling_filter kept fewer than {size} of "
-            f"{(1 + MAX_SPARE_WAVES) * size} groups; the task is too easy or too hard for this policy, or the reward "
-            "does not distinguish its responses: change the data, the reward or the filter"
-        )
 
 
 def _checks_labels(terms: Sequence[RewardTerm]) -> Callable[[Any], str | None]:

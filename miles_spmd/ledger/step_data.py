@@ -40,10 +40,11 @@ class Ragged(msgspec.Struct):
     @classmethod
     def of(cls, arrays: Iterable[ArrayLike], dtype: type | None = None) -> Ragged:
         given = [np.asarray(array, dtype) for array in arrays]
-        return cls(np.concatenate(given), np.asarray([len(array) for array in given], np.int32))
+        flat = np.concatenate(given) if given else np.zeros(0, dtype)
+        return cls(flat, np.asarray([len(array) for array in given], np.int32))
 
     def split(self) -> list[np.ndarray]:
-        return np.split(self.flat, np.cumsum(self.lengths)[:-1])
+        return np.split(self.flat, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
 
 
 Origin = tuple[int, bool, bool]  # of a segment: number of tokens, sampled by the policy, trained

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from miles_spmd.config import Config, RewardTerm
 from miles_spmd.controller.generation.acceptance import Group
-from miles_spmd.controller.generation.generation import Generation
+from miles_spmd.controller.generation.generation import FilterError, Generation
 from miles_spmd.controller.journal.events import EvaluationFinished, Event, PhaseFinished, RolloutFinished
 from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.environments.in_place import InPlace
@@ -100,12 +100,12 @@ class Data:
         for wave in range(MAX_WAVES):
             self.read += 1
             yield [Prompt(str(wave * self.size + i), "", [wave, i]) for i in range(self.size)]
-        raise LookupError("no more prompts")
 
 
 class Events:
     def __init__(self) -> None:
         self.published: list[Event] = []
+        self.shown: list[str] = []
 
     def publish(self, event: Event) -> None:
         self.published.append(event)
@@ -137,11 +137,15 @@ CONFIG = {
 }
 
 
-def generation(engines: Engines, rewards: Rewards, data: Data, events: Events, batch_size: int) -> Generation:
+def generation(
+    engines: Engines, rewards: Rewards, data: Data, events: Events, batch_size: int, **algorithm: Any
+) -> Generation:
     stopping = Stopping(Path("none"), {})
+    stopping.show = events.shown.append
     host = InPlace(single_turn, cast(Any, Tokenizer()))
     parts: tuple[Any, ...] = engines, rewards, data, events, stopping, host
-    return Generation(CONFIG[batch_size], *parts)
+    own = CONFIG[batch_size].algorithm.model_copy(update=algorithm)
+    return Generation(CONFIG[batch_size].model_copy(update={"algorithm": own}), *parts)
 
 
 def waves_in_turn(good: Sequence[bool], batch_size: int, wave_size: int) -> tuple[list[str], int, int]:
@@ -222,6 +226,23 @@ def test_a_reward_that_arrives_while_a_straggler_runs_leads_to_a_refill() -> Non
     assert polled == [True]
     assert engines.running_at_submit == [[], ["0.0.0", "0.1.0"]]
     assert [group[0].prompt.uid for group in groups] == ["0", "2"]
+
+
+@pytest.mark.parametrize(("too_few", "kept"), [("train", ["3"]), ("skip", [])])
+def test_too_few_groups(too_few: str, kept: list[str]) -> None:
+    """All waves together have one good group of the two that are needed."""
+    rewards, events = Rewards(lambda g: float(g[0].prompt.uid == "3")), Events()
+    first = Engines(lambda running: running[0])
+    groups = generation(first, rewards, Data(2), events, 2, too_few_groups=too_few).rollout(7)
+    assert [group[0].prompt.uid for group in groups] == kept
+    (text,) = events.shown
+    assert text.startswith("warning: step 7: 1 of 18 groups were kept, of which 2 are needed; dropped: 17 with all rew")
+
+
+def test_too_few_groups_can_end_the_run() -> None:
+    first, rewards = Engines(lambda running: running[0]), Rewards(lambda g: 0.0)
+    with pytest.raises(FilterError, match="0 of 18 groups were kept"):
+        generation(first, rewards, Data(2), Events(), 2, too_few_groups="stop").rollout(7)
 
 
 def test_an_error_of_a_reward_counts_in_its_turn() -> None:

@@ -69,8 +69,11 @@ def test_equal_rewards_teach_nothing_and_stop_nobody(launch: Launch) -> None:
         assert row["rollout/zero_std_groups"] == 4
 
 
-def test_a_filter_that_leaves_nothing_ends_the_run(launch: Launch) -> None:
+def test_a_filter_that_leaves_nothing_skips_the_update(launch: Launch) -> None:
     filtering = {"dynamic_sampling_filter": "reward_nonzero_std"}
-    message = launch(reward={"rm_type": "tests.worker.rewards:constant"}, algorithm=filtering).finish(START_SECONDS)
-    assert message.startswith("rollout, step 0: FilterError: ")
-    assert "kept fewer than 4 of 36 groups" in message
+    run = launch(reward={"rm_type": "tests.worker.rewards:constant"}, algorithm=filtering, run={"num_rollout": 2})
+    assert run.launcher.wait(START_SECONDS) == 0, run.report()
+    rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert not any("train/loss" in row for row in rows)
+    assert [row["rollout/dropped_groups"] for row in rows if "rollout/dropped_groups" in row] == [36, 36]
+    assert "0 of 36 groups were kept, of which 4 are needed; dropped: 36 with all rewards" in run.report()

@@ -7,6 +7,7 @@ first, on how long its reward took, or on the number of engines, so that a step 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
@@ -59,6 +60,11 @@ class Acceptance:
         return len(self.groups) - self._rejected < self._count
 
     @property
+    def settled(self) -> bool:
+        """Whether every group that was submitted is accepted or dropped."""
+        return len(self.accepted) + self.dropped == len(self.groups)
+
+    @property
     def has_news(self) -> bool:
         """Whether a reward has arrived since the last :meth:`resolve`."""
         return not self._scored.empty()
@@ -95,6 +101,14 @@ class Acceptance:
     def _arrive(self, number: int, scores: Future[list[Score]]) -> None:
         self._scored.put((number, scores))
         self._wake()
+
+    def describe_dropped(self) -> str:
+        """Return in words which rewards the groups had that were dropped."""
+        dropped = [group for number, group in enumerate(self.groups) if self._verdicts.get(number) is False]
+        equal = Counter(group[0].reward for group in dropped if len({sample.reward for sample in group}) == 1)
+        of_equal = [f"{count} with all rewards {reward:g}" for reward, count in equal.most_common(4)]
+        others = len(dropped) - sum(count for _, count in equal.most_common(4))
+        return ", ".join([*of_equal, *([f"{others} others"] if others else [])])
 
     def resolve(self) -> None:
         """Judge the groups whose rewards have arrived, and accept or drop those whose turn it is.

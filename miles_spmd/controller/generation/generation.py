@@ -36,6 +36,10 @@ from miles_spmd.types.request import Request
 from miles_spmd.types.sample import Prompt, Sample
 
 
+class FilterError(RuntimeError):
+    """The filter dropped so many groups that a batch cannot be filled."""
+
+
 class Generation:
     """Generates with the weights in the engines. Methods raise RewardError, FilterError, EnvironmentFailedError and
     WorkerError."""
@@ -94,6 +98,8 @@ class Generation:
             self._episodes = self._call(sampling, count, self._given)
             self._generate(acceptance, self._episodes, self._data.waves(step), step)
         self._given = {}
+        if not acceptance.enough:
+            self._tell_too_few(step, acceptance)
         self._journal.publish(
             events.RolloutFinished(step, acceptance.accepted, acceptance.dropped, dict(self._episodes.failures))
         )
@@ -116,6 +122,21 @@ class Generation:
                 sets[one.name] = [group for group in acceptance.accepted if group]
         self._journal.publish(events.EvaluationFinished(step, eval_metrics(sets), sets))
 
+    def _tell_too_few(self, step: int, acceptance: Acceptance) -> None:
+        """Say why groups were dropped. Raises FilterError where that ends the run."""
+        what = self._config.algorithm.too_few_groups
+        kept, submitted = len(acceptance.accepted), len(acceptance.groups)
+        text = (
+            f"step {step}: {kept} of {submitted} groups were kept, of which {self._config.rollout.rollout_batch_size} "
+            f"are needed; dropped: {acceptance.describe_dropped()}; the task is too easy or too hard for this policy, "
+            "or the reward does not distinguish its responses"
+        )
+        if what == "stop":
+            raise FilterError(f"{text}: change the data, the reward or algorithm.dynamic_sampling_filter")
+        if what == "skip":
+            acceptance.accepted.clear()
+        self._stopping.show(f"warning: {text}; " + ("trained on those" if acceptance.accepted else "no update"))
+
     def _call(self, sampling: Sampling, count: int, given: Mapping[str, Response] | None = None) -> Episodes:
         """Return the episodes of a rollout that needs ``count`` groups."""
         return Episodes(self._host, sampling, self._numbers, self._config.environment, count, given)
@@ -129,7 +150,8 @@ class Generation:
     ) -> None:
         """Submit prompts wave by wave until enough groups are accepted; what is still running then is aborted.
 
-        A wave is submitted only when it is certain to be needed, so the submitted waves do not depend on timing.
+        A wave is submitted only when it is certain to be needed, so the submitted waves do not depend on timing. There
+        are too few groups where the waves end.
         Raises Unfinished where the run has to stop before.
         """
 
@@ -141,9 +163,10 @@ class Generation:
 
         with self._cluster.rollout(step, purpose=episodes.purpose) as session:
             while not acceptance.enough and not leaves():
-                if acceptance.short:
-                    wave = next(waves)
+                if acceptance.short and (wave := next(waves, None)) is not None:
                     episodes.begin(acceptance.add(len(wave), episodes.samples), wave)
+                elif acceptance.settled:
+                    return
                 elif (output := session.next(interrupt=has_news)) is not None:
                     episodes.complete(output)
                 if requests := episodes.requests():

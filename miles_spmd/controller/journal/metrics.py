@@ -105,6 +105,8 @@ class Metrics:
 def rollout_metrics(groups: events.Groups) -> dict[str, float]:
     """Return the metrics of a rollout's rewards, which are means over prompts, and of its responses."""
     samples = [sample for group in groups for sample in group]
+    if not samples:  # a filter has kept none
+        return {}
     lengths = np.asarray([len(s.response) for s in samples])
     rewards = [np.asarray([s.reward for s in rollouts(group)], np.float64) for group in groups]
     return (
