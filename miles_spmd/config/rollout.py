@@ -19,8 +19,18 @@ class RolloutConfig(Table):
     """Number of prompts in a rollout."""
     n_samples_per_prompt: PositiveInt = 8
     """Number of responses to each prompt; they are the group that estimators compare."""
+    over_sampling_batch_size: PositiveInt | None = None
+    """Number of prompts that a step begins, of which it trains on `rollout_batch_size`; `none`: no more than these."""
+    acceptance: Literal["submission_order", "first_finished", "balanced"] = "submission_order"
+    """Which groups a step trains on: the first in the order of submission, which time does not change; those that
+    finish first; or (`balanced`) those that finish first, while the prompts of the others are collected until they are
+    a batch of their own, for which a step waits."""
+    partial_rollout: bool = False
+    """Continue in the next step, under its weights, what a step has begun and does not train on."""
+    mask_offpolicy_in_partial_rollout: bool = False
+    """Leave tokens out of the loss that older weights than the step's have sampled."""
     rollout_max_response_len: PositiveInt = 1024
-    """Longest response in tokens, at which generation stops."""
+    """Longest response in tokens, at which generation stops; of several turns all tokens behind the prompt."""
     rollout_temperature: Temperature = 1.0
     """Sampling temperature; 0 always takes the top-1 token."""
     rollout_top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -46,6 +56,11 @@ class RolloutConfig(Table):
     """What an engine releases while the trainer works on the same device: nothing; its KV cache and CUDA graphs; its
     weights, too. `auto`: the least that leaves the trainer what it is planned to need, with `memory_allowance`."""
 
+    @property
+    def submitted_groups(self) -> int:
+        """Number of prompts that a step begins."""
+        return self.over_sampling_batch_size or self.rollout_batch_size
+
 
 COMPARE_GROUPS = ("grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
 
@@ -62,6 +77,26 @@ def _groups_differ(s: Settings) -> Messages:
         yield "rollout.rollout_temperature: at 0 all samples of a group are equal and nothing is learnt; take 1.0"
     if s.rollout_top_k == 1:
         yield "rollout.rollout_top_k: at 1 all samples of a group are equal and nothing is learnt; take -1"
+
+
+@rule(ERRORS)
+def _over_sampling(s: Settings) -> Messages:
+    submits = s.over_sampling_batch_size or s.rollout_batch_size
+    if submits < s.rollout_batch_size:
+        yield (
+            f"rollout.over_sampling_batch_size: {submits} prompts are fewer than the rollout_batch_size = "
+            f"{s.rollout_batch_size} that a step trains on"
+        )
+    timed = {"rollout.partial_rollout": s.partial_rollout, "rollout.acceptance": s.acceptance != "submission_order"}
+    for name, chosen in timed.items():
+        if chosen and submits <= s.rollout_batch_size:
+            yield f"{name}: needs rollout.over_sampling_batch_size above rollout_batch_size, or no group is left over"
+        if chosen and s.deterministic:
+            yield f"{name}: with determinism.deterministic what a step trains on may not depend on time"
+    if s.partial_rollout and s.acceptance == "balanced":
+        yield "rollout.partial_rollout: 'balanced' begins anew what did not finish in time; choose one of the two"
+    if s.mask_offpolicy_in_partial_rollout and not s.partial_rollout:
+        yield "rollout.mask_offpolicy_in_partial_rollout: needs rollout.partial_rollout"
 
 
 @rule(ERRORS)

@@ -118,8 +118,18 @@ def mark(folder: Path, state: ControllerState) -> None:
 
 def add_responses(folder: Path, responses: bytes) -> None:
     """Put the responses that the step after the complete checkpoint ``folder`` has so far into it. Raises OSError."""
-    write_whole(folder / RESPONSES_FILE, responses, sync=True)
-    mark(folder, msgspec.structs.replace(read(folder), responses=xxhash.xxh3_128_hexdigest(responses)))
+    write_responses(folder, responses)
+    mark(folder, msgspec.structs.replace(read(folder), responses=digest_of(responses)))
+
+
+def write_responses(folder: Path, responses: bytes) -> None:
+    """Write what there is of the step's rollout, if there is anything. Raises OSError."""
+    if responses:
+        write_whole(folder / RESPONSES_FILE, responses, sync=True)
+
+
+def digest_of(responses: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(responses) if responses else ""
 
 
 def _sync(folder: Path) -> None:

@@ -13,7 +13,7 @@ import functools
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +70,7 @@ class Checkpoints:
         self._evaluated: tuple[int, Mapping[str, float]] = -1, {}
         self._saved: int | None = None  # step before which the run's own newest checkpoint was written
         self.responses = b""  # that came with the checkpoint that was loaded
+        self.backlog: Callable[[int], bytes] = lambda step: b""  # what a step has begun before it
 
     def observe(self, event: events.Event) -> None:
         """Remember the newest evaluation, by which ``keep_best`` chooses."""
@@ -91,7 +92,8 @@ class Checkpoints:
             warn(f"the run goes on from step {step}, so its later checkpoints are removed: {names}")
 
     def save(self, step: int, journal: Journal, *, anyway: bool = False) -> None:
-        """Begin a checkpoint before ``step`` if one is due, or ``anyway``; complete the one before if it is written.
+        """Begin a checkpoint before ``step`` if one is due, or ``anyway``; complete the one before if it is written. It
+        has what ``backlog`` returns for the step.
 
         A save that fails is a warning. Raises SaveError where the next one fails, too.
         """
@@ -159,9 +161,11 @@ class Checkpoints:
 
     def _begin(self, step: int, journal: Journal, due: bool, asked: bool) -> None:
         scratch, problem, self._lost = None, self._lack_of_room(), None
+        responses = self.backlog(step)
         if not problem:
             try:
                 scratch = folders.begin(self._config.run_dir, step)
+                folders.write_responses(scratch, responses)
             except OSError as error:
                 problem = str(error)
         # without room for it, too: the ledger's entry depends on the step alone
@@ -177,6 +181,7 @@ class Checkpoints:
             saved=saved,
             metrics={n: value for n, value in metrics.items() if evaluated == step and math.isfinite(value)},
             format=folders.FORMAT,
+            responses=folders.digest_of(responses),
         )
         self._saving = _Saving(scratch, state, asked, self._cluster.first_cell)
         if problem:

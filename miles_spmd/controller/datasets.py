@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -80,18 +80,41 @@ class Datasets:
         """Return the first item alone, whatever the size of a batch."""
         return self._items.at(0, 1)
 
-    def waves(self, step: int) -> Iterator[list[Prompt]]:
-        """Yield the prompts of ``step``, then a few waves of more prompts for groups that the filter drops.
+    def prompts(self, step: int, count: int) -> list[Prompt]:
+        """Return the prompts of ``step``, of ``count`` a step."""
+        return self._items.of_step(step, count)
+
+    def find(self, step: int, uids: Collection[str]) -> dict[str, Prompt]:
+        """Return the prompts with these uids, which ``step`` has had, and others."""
+        spare = self.spare(step)
+        found = {one.uid: one for one in self.prompts(step, self._config.rollout.submitted_groups)}
+        found |= {uid: self.at(position) for uid in uids if (position := position_of(uid)) >= 0}
+        while not set(uids) <= found.keys():
+            found |= {one.uid: one for one in next(spare)}
+        return found
+
+    def at(self, position: int) -> Prompt:
+        """Return the prompt at a place of the data, which its uid names: it may occur again in a later epoch."""
+        (prompt,) = self._items.at(position, 1)
+        return msgspec.structs.replace(prompt, uid=f"{prompt.uid}@{position}")
+
+    def spare(self, step: int) -> Iterator[list[Prompt]]:
+        """Yield a few waves of more prompts for groups that the filter drops.
 
         Spare prompts are a sequence of their own, read at positions that belong to this step, so that they do not
         depend on how many other steps needed.
         """
         size = self._config.rollout.rollout_batch_size
-        yield self._items.of_step(step, size)
         for wave in range(MAX_SPARE_WAVES):
             spare = self._spare.of_step(step * MAX_SPARE_WAVES + wave, size)
             # seeds are derived from uids: a prompt that was submitted before gets other responses
             yield [msgspec.structs.replace(prompt, uid=f"{prompt.uid}+{wave + 1}") for prompt in spare]
+
+
+def position_of(uid: str) -> int:
+    """Return the place in the data that the uid of a prompt from :meth:`Datasets.at` names, -1 for another prompt's."""
+    _, _, place = uid.rpartition("@")
+    return int(place) if place.isdigit() else -1
 
 
 def _checks_labels(terms: Sequence[RewardTerm]) -> Callable[[Any], str | None]:

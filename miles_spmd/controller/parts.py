@@ -116,11 +116,12 @@ def open_parts(
         generation = Generation(config, cluster, rewards, data, journal, stopping, host)
         if task == "train":  # what is done again is generated again
             generation.resume(start.step, checkpoints.responses)
+            checkpoints.backlog = generation.backlog
         cluster.abandons = stopping.must_leave
         if config.refit.update_weights_interval == 1:  # else the trainer no longer has the engine's weights
             cluster.replacements = config.rollout.engine_replacements
         cluster.pipelined = config.megatron.get("pipeline_model_parallel_size", 1) > 1
-        samples = generation if recorded is None else RecordedSamples(config, recorded, data, journal)
+        samples = generation if recorded is None else RecordedSamples(recorded, data, journal)
         stack.enter_context(checkpoints.completed(journal))
         yield RunParts(config, start.step, data, policy, generation, samples, journal, checkpoints, stopping)
 

@@ -118,3 +118,24 @@ class Trajectory(msgspec.Struct):
 
 def _joined(lists: list[list[Any]]) -> list[Any]:
     return lists[0] if len(lists) == 1 else list(chain.from_iterable(lists))
+
+
+def by_version(segment: Segment, version: int) -> list[Segment]:
+    """Cut a segment where the weights change that sampled it; only those of ``version`` stay trained."""
+    if all(one == version for one, _ in segment.weight_versions):
+        return [segment]
+    parts, start = list[Segment](), 0
+    for one, count in segment.weight_versions:
+        end = start + count
+        parts.append(
+            Segment(
+                segment.tokens[start:end],
+                segment.sampled,
+                segment.trained and one == version,
+                segment.log_probs[start:end],
+                [(one, count)],
+                segment.top1_ids and segment.top1_ids[start:end],
+            )
+        )
+        start = end
+    return parts

@@ -11,7 +11,7 @@ import pytest
 
 from miles_spmd.config import Config
 from miles_spmd.config.environment import EnvironmentConfig
-from miles_spmd.controller.generation.episodes import Done, EnvironmentFailedError, Episodes
+from miles_spmd.controller.generation.episodes import Done, EnvironmentFailedError, Episodes, joined_versions
 from miles_spmd.controller.generation.sampling import Sampling
 from miles_spmd.controller.generation.unfinished import Response
 from miles_spmd.controller.learning.batch import to_sequences
@@ -20,7 +20,7 @@ from miles_spmd.ledger.step_data import SampleData
 from miles_spmd.plugins.environment import Context
 from miles_spmd.types.request import Output, Request
 from miles_spmd.types.sample import Prompt, Sample
-from miles_spmd.types.trajectory import FinishReason, Segment, Trajectory
+from miles_spmd.types.trajectory import FinishReason, Segment, Trajectory, by_version
 
 CONFIG = Config(
     model={"hf_checkpoint": "none"},
@@ -72,8 +72,9 @@ def play(
     """Run one rollout; outputs arrive in a random ``order``."""
     host, generator = InPlace(environment, cast(Any, Tokenizer())), random.Random(order)
     settings = EnvironmentConfig(**limits)
-    episodes = Episodes(host, Sampling.of_step(CONFIG, 3), itertools.count(), settings, len(prompts), given)
-    episodes.begin(0, prompts)
+    episodes, sampling = Episodes(host, itertools.count(), settings), Sampling.of_step(CONFIG, 3)
+    episodes.open(len(prompts) * sampling.samples, given)
+    episodes.begin(0, prompts, sampling)
     running, asked, done = list[Request](), list[Request](), list[Done]()
     while True:
         new = episodes.requests()
@@ -82,6 +83,37 @@ def play(
             return sorted(done, key=lambda one: (one.group, one.index)), episodes, asked
         if running:
             episodes.complete(output(running.pop(generator.randrange(len(running)))))
+
+
+def play_in_parts(order: int) -> tuple[list[Done], int]:
+    """As :func:`play`, but everything is cut at random points and continued in the next rollout. Returns how often."""
+    host, generator = InPlace(tangle, cast(Any, Tokenizer())), random.Random(order)
+    episodes, sampling = Episodes(host, itertools.count(), EnvironmentConfig()), Sampling.of_step(CONFIG, 3)
+    episodes.begin(0, PROMPTS, sampling)
+    running, done, cuts = list[Request](), list[Done](), 0
+    while True:
+        running += episodes.requests()
+        done += episodes.take_finished()
+        if not running and not episodes.has_news:
+            return sorted(done, key=lambda one: (one.group, one.index)), cuts
+        if running and generator.random() < 0.2:
+            for request in running:
+                full, begun = output(request), request.begun
+                end = generator.randrange(len(begun.output_ids) if begun else 0, len(full.output_ids))
+                versions = [(4, end)]  # an engine takes the tokens that it was given for its own
+                episodes.complete(
+                    Output(
+                        request.rid, full.output_ids[:end], full.output_log_probs[:end], FinishReason.ABORT, versions
+                    )
+                )
+            running, cuts = [], cuts + 1
+            episodes.close(range(len(PROMPTS)))
+            episodes.open(0)
+        elif running:
+            request = running.pop(generator.randrange(len(running)))
+            full = output(request)
+            assert request.begun is None or full.output_ids[: len(request.begun.output_ids)] == request.begun.output_ids
+            episodes.complete(full)
 
 
 PROMPTS = [Prompt(f"data:{i}", "", [5, i]) for i in range(12)]
@@ -132,6 +164,33 @@ def test_what_is_trained_is_what_was_sampled_once() -> None:
         assert trained == len(distinct) - left_out
     assert found <= made
     assert len({request.sampling.seed for request in asked}) == len(asked)
+
+
+@pytest.mark.parametrize("order", range(5))
+def test_what_is_cut_and_continued_is_the_same(order: int) -> None:
+    whole, _, _ = play(tangle, PROMPTS)
+    parts, cuts = play_in_parts(order)
+    assert cuts > 3
+    for one, other in zip(parts, whole, strict=True):
+        assert (one.group, one.index) == (other.group, other.index)
+        for sample, uncut in zip(one.samples or (), other.samples or (), strict=True):
+            assert sample.trajectory.tokens == uncut.trajectory.tokens
+            assert sample.rollout_log_probs == uncut.rollout_log_probs
+            assert sample.loss_mask == uncut.loss_mask
+            counts = [sum(count for _, count in s.weight_versions) for s in sample.trajectory.segments if s.sampled]
+            assert counts == [len(s.tokens) for s in sample.trajectory.segments if s.sampled]
+    assert any(len(s.weight_versions) > 1 for one in parts for s in one.samples or ())
+
+
+def test_versions_of_what_was_continued() -> None:
+    assert joined_versions([(1, 3)], [(2, 5)]) == [(1, 3), (2, 2)]
+    assert joined_versions([(1, 3), (2, 1)], [(2, 6)]) == [(1, 3), (2, 3)]
+    assert joined_versions([], [(2, 6)]) == [(2, 6)]
+    assert joined_versions([(1, 4)], [(2, 4)]) == [(1, 4)]
+    segment = Segment([1, 2, 3], log_probs=[-1.0, -2.0, -3.0], weight_versions=[(1, 2), (2, 1)])
+    old, new = by_version(segment, 2)
+    assert (old.tokens, old.log_probs, old.trained) == ([1, 2], [-1.0, -2.0], False)
+    assert (new.tokens, new.log_probs, new.trained, new.weight_versions) == ([3], [-3.0], True, [(2, 1)])
 
 
 def test_the_ledger_keeps_trajectories_whole() -> None:

@@ -96,10 +96,17 @@ class Data:
         self.size, self.read = size, 0
         self.eval_sets = {"held": [Prompt(f"held:{i}", "", [i]) for i in range(size)]}
 
-    def waves(self, step: int) -> Iterator[list[Prompt]]:
-        for wave in range(MAX_WAVES):
-            self.read += 1
-            yield [Prompt(str(wave * self.size + i), "", [wave, i]) for i in range(self.size)]
+    def prompts(self, step: int, count: int) -> list[Prompt]:
+        """Those of a step are the first wave."""
+        return self._wave(0)
+
+    def spare(self, step: int) -> Iterator[list[Prompt]]:
+        for wave in range(1, MAX_WAVES):
+            yield self._wave(wave)
+
+    def _wave(self, wave: int) -> list[Prompt]:
+        self.read += 1
+        return [Prompt(str(wave * self.size + i), "", [wave, i]) for i in range(self.size)]
 
 
 class Events:

@@ -2,7 +2,8 @@
 accepts.
 
 The result is a pure function of that order and of the groups' content. It does not depend on which group finished
-first, on how long its reward took, or on the number of engines, so that a step can be repeated.
+first, on how long its reward took, or on the number of engines, so that a step can be repeated. Where the configuration
+asks for the groups that finish first, it does.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from miles_spmd.config import RewardTerm
 from miles_spmd.plugins.algorithm import GroupFilter
 from miles_spmd.plugins.reward import Score
 from miles_spmd.rewards.pool import RewardPool
-from miles_spmd.types.sample import Sample
+from miles_spmd.types.sample import Prompt, Sample
 
 Group = list[Sample]
 
@@ -25,7 +26,7 @@ class Acceptance:
     """The groups of a rollout while they are generated, scored, and accepted or dropped.
 
     A group is judged by the filter as soon as its rewards arrive, so that more prompts can be submitted early. It is
-    accepted or dropped only after every group that was submitted before it.
+    accepted or dropped only after every group that was submitted before it; ``first_finished``: at once.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Acceptance:
         terms: Sequence[RewardTerm] = (),
         wake: Callable[[], None] = lambda: None,
         keeps_empty: bool = False,
+        first_finished: bool = False,
     ) -> None:
         """``count``: groups to accept; ``accepts`` must be a function of the group alone (None: accept all);
         ``terms``: other reward functions than those of ``[reward]``; ``wake`` is called, in another thread, when a
@@ -43,7 +45,10 @@ class Acceptance:
         self.accepted: list[Group] = []
         self.dropped = 0  # before the last accepted group
         self._rewards, self._count, self._accepts, self._terms = rewards, count, accepts, terms
-        self._wake, self._keeps_empty = wake, keeps_empty
+        self._wake, self._keeps_empty, self._first_finished = wake, keeps_empty, first_finished
+        self._turns: list[int] = []  # groups in the order in which they were judged
+        self._accepted: set[int] = set()  # the numbers of accepted groups
+        self.prompts: list[Prompt] = []  # of the groups
         self.groups: list[Group] = []  # in the order of submission; each is complete, or empty
         self._parts: list[list[Group | None]] = []  # of each group, the samples of each rollout that has ended
         self._scored: SimpleQueue[tuple[int, Future[list[Score]]]] = SimpleQueue()  # filled by threads of the pool
@@ -69,11 +74,12 @@ class Acceptance:
         """Whether a reward has arrived since the last :meth:`resolve`."""
         return not self._scored.empty()
 
-    def add(self, count: int, rollouts: int) -> int:
-        """Add ``count`` groups of so many rollouts, which are submitted now; returns the number of the first."""
+    def add(self, prompts: Sequence[Prompt], rollouts: int) -> int:
+        """Add a group of so many rollouts for each prompt, which are submitted now; returns the number of the first."""
         first = len(self.groups)
-        self.groups += [[] for _ in range(count)]
-        self._parts += [[None] * rollouts for _ in range(count)]
+        self.prompts += prompts
+        self.groups += [[] for _ in prompts]
+        self._parts += [[None] * rollouts for _ in prompts]
         return first
 
     def finish(self, number: int, index: int, samples: Group | None) -> None:
@@ -118,14 +124,30 @@ class Acceptance:
         """
         while self.has_news:
             self._judge(*self._scored.get())
-        while not self.enough and (turn := len(self.accepted) + self.dropped) in self._verdicts:
+        while not self.enough and (turn := self._next_turn()) in self._verdicts:
             verdict = self._verdicts[turn]
             if isinstance(verdict, Exception):
                 raise verdict
             if verdict:
                 self.accepted.append(self.groups[turn])
+                self._accepted.add(turn)
             else:
                 self.dropped += 1
+
+    def _next_turn(self) -> int:
+        """The group that is accepted or dropped next, -1 where none is judged yet."""
+        place = len(self.accepted) + self.dropped
+        if not self._first_finished:
+            return place
+        return self._turns[place] if place < len(self._turns) else -1
+
+    def left(self) -> list[int]:
+        """Return the numbers of the groups that were neither accepted nor dropped, nor will be dropped, in order."""
+        return [n for n in range(len(self.groups)) if n not in self._accepted and self._verdicts.get(n) in (None, True)]
+
+    def finished(self, number: int) -> list[tuple[int, Group]]:
+        """Return the rollouts of a group that have ended: index and samples of each."""
+        return [(index, part) for index, part in enumerate(self._parts[number]) if part is not None]
 
     def _judge(self, number: int, scores: Future[list[Score]]) -> None:
         group, rollouts = self.groups[number], [part for part in self._parts[number] if part]
@@ -141,4 +163,5 @@ class Acceptance:
     def _judged(self, number: int, verdict: bool | Exception) -> None:
         if number not in self._verdicts:
             self._verdicts[number] = verdict
+            self._turns.append(number)
             self._rejected += verdict is False

@@ -43,11 +43,18 @@ class Done(msgspec.Struct, frozen=True):
 class Episode:
     """One call of the environment, for sample ``index`` of ``group``; its trajectories are held here."""
 
-    def __init__(self, group: int, index: int, prompt: Prompt) -> None:
-        self.group, self.index, self.prompt = group, index, prompt
+    def __init__(self, group: int, index: int, prompt: Prompt, sampling: Sampling) -> None:
+        self.group, self.index, self.prompt, self.sampling = group, index, prompt, sampling
         self.attempts = 0
         self.segments: dict[int, Segment] = {}
-        self.last = ""  # the rid of its last request that is complete
+        self.made: list[tuple[Request, Response]] = []  # what the policy has sampled, in order
+        self.samples: list[Sample] = []  # once it has ended
+
+    def again(self, *, failed: bool) -> Episode:
+        """Return another attempt, after this one has ``failed`` or was interrupted."""
+        episode = Episode(self.group, self.index, self.prompt, self.sampling)
+        episode.attempts = self.attempts + failed
+        return episode
 
     def give(self, given: Mapping[int, list[int]]) -> None:
         """Take the tokens of segments that come from the environment."""
@@ -57,10 +64,10 @@ class Episode:
         """Raises KeyError for a segment that nobody has given or sampled."""
         return Trajectory(line.start, [self.segments[number] for number in line.segments], line.number)
 
-    def samples(self, finished: Finished) -> list[Sample]:
-        """Return the samples of the trajectories that the environment has returned."""
+    def finish(self, finished: Finished) -> None:
+        """Make the samples of the trajectories that the environment has returned."""
         self.give(finished.given)
-        samples, trained = list[Sample](), set[int]()
+        trained = set[int]()
         for end in finished.ends:
             trajectory = self.trajectory(end.line)
             for place, number in enumerate(end.line.segments):
@@ -69,71 +76,96 @@ class Episode:
             trained |= set(end.line.segments)
             trajectory.text, trajectory.messages = end.text, end.messages
             trajectory.finish_reason = end.finish_reason
-            samples.append(Sample(self.prompt, self.index, trajectory, end.reward, end.reward_detail))
-        samples[0].trajectory.metrics = finished.metrics
-        return samples
+            self.samples.append(Sample(self.prompt, self.index, trajectory, end.reward, end.reward_detail))
+        first, (_, last) = self.samples[0], self.made[-1]
+        first.trajectory.metrics = finished.metrics
+        if last.reward is not None:  # from before an interruption
+            first.reward, first.reward_detail = last.reward, last.reward_detail
+
+    def responses(self) -> Iterator[tuple[Request, Response]]:
+        """Yield what the policy has sampled, the last with the reward, if there is one."""
+        *others, last = self.made
+        yield from others
+        if self.samples and (first := self.samples[0]).reward is not None:
+            rewarded = msgspec.structs.replace(last[1], reward=first.reward, reward_detail=first.reward_detail)
+            last = last[0], rewarded
+        yield last
 
 
 class Episodes:
-    """Those of one rollout, which needs ``count`` groups. ``given`` are responses from before an interruption, by the
-    digests of their requests."""
+    """Those of a rollout after another. What a rollout leaves behind can be continued in the next one.
+
+    ``numbers`` names them; ``others`` are those of the same ``host`` that wait while these run.
+    """
 
     def __init__(
-        self,
-        host: Host,
-        sampling: Sampling,
-        numbers: Iterator[int],
-        limits: EnvironmentConfig,
-        count: int,
-        given: Mapping[str, Response] | None = None,
+        self, host: Host, numbers: Iterator[int], limits: EnvironmentConfig, others: Episodes | None = None
     ) -> None:
-        self.purpose, self.samples = sampling.purpose, sampling.samples
-        self.failures: Counter[str] = Counter()  # by kind, those that another attempt has made good included
-        self._host, self._sampling, self._numbers, self._given = host, sampling, numbers, given or {}
-        self._limits, self._planned = limits, count * sampling.samples
-        self._lost: list[str] = []  # what was wrong with episodes that have failed for good
+        self._host, self._numbers, self._limits, self._others = host, numbers, limits, others
+        self._inbox: deque[Event] = deque()  # events that came while others ran
         self._running: dict[int, Episode] = {}
-        self._made: dict[str, tuple[Request, Response]] = {}  # by rid, what the policy has sampled
-        self._ends: dict[str, Sample] = {}  # samples, by the rid of the last request of their episodes
+        self._all: list[Episode] = []  # of this rollout
         self._asked: dict[str, tuple[Request, Ask]] = {}  # by rid, until the output is here
+        self._begun: dict[str, Response] = {}  # by rid, what a request continues
+        self._paused: list[tuple[Ask, Response]] = []  # what the policy had begun when the last rollout ended
         self._done: list[Done] = []
+        self.open(0)
+
+    def open(self, planned: int, given: Mapping[str, Response] | None = None, purpose: str = "") -> None:
+        """Begin a rollout that needs so many episodes. ``given`` are responses from before an interruption, by the
+        digests of their requests; ``purpose``: one other than training."""
+        self.failures: Counter[str] = Counter()  # by kind, those that another attempt has made good included
+        self._planned, self._given, self._purpose = planned, given or {}, purpose
+        self._lost: list[str] = []  # what was wrong with episodes that have failed for good
 
     @property
     def has_news(self) -> bool:
         """Whether an environment has asked for something, or has ended."""
-        return bool(self._host.events)
+        return bool(self._host.events or self._inbox or self._paused)
 
-    def begin(self, group: int, prompts: Sequence[Prompt]) -> None:
+    def begin(self, group: int, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         """Call the environment for every sample of the groups of ``prompts``, the first of which is ``group``."""
         for number, prompt in enumerate(prompts, group):
-            for index in range(self._sampling.samples):
-                self._begin(Episode(number, index, prompt))
+            for index in range(sampling.samples):
+                self._begin(Episode(number, index, prompt, sampling))
 
     def _begin(self, episode: Episode) -> None:
         number = next(self._numbers)
         self._running[number] = episode
-        self._host.send(Begin(number, episode.prompt, episode.index, self._sampling.params.max_new_tokens))
+        self._all.append(episode)
+        self._host.send(Begin(number, episode.prompt, episode.index, episode.sampling.params.max_new_tokens))
 
     def requests(self) -> list[Request]:
         """Return what the policy is asked for since the last call, without what there is from before."""
         asked = list[Request]()
-        while self._host.events:
-            event = self._host.events.popleft()
-            if (episode := self._running.get(event.episode)) is None:
-                continue  # cancelled
-            match event:
-                case Ask():
-                    asked += self._request(episode, event)
-                case Finished():
-                    self._finish(event.episode, episode.samples(event))
-                case Failed():
-                    self._fail(event)
+        paused, self._paused = self._paused, []
+        for ask, response in paused:
+            asked += self._request(self._running[ask.episode], ask, response)
+        while self._inbox or self._host.events:
+            event = self._inbox.popleft() if self._inbox else self._host.events.popleft()
+            if (episode := self._running.get(event.episode)) is None:  # cancelled, or another's
+                if self._others is not None:
+                    self._others._inbox.append(event)
+                continue
+            try:
+                match event:
+                    case Ask():
+                        asked += self._request(episode, event)
+                    case Finished():
+                        episode.finish(event)
+                        del self._running[event.episode]
+                        self._done.append(Done(episode.group, episode.index, episode.samples))
+                    case Failed():
+                        self._fail(event)
+            except LookupError as error:
+                self._fail(Failed(event.episode, "unusable", f"names a segment that does not exist: {error}"))
         return asked
 
-    def _request(self, episode: Episode, ask: Ask) -> Iterator[Request]:
+    def _request(self, episode: Episode, ask: Ask, begun: Response | None = None) -> Iterator[Request]:
+        """Yield the request for what an episode asks, of which the policy may have ``begun`` some."""
         episode.give(ask.given)
         trajectory = episode.trajectory(ask.line)
-        request = self._sampling.request(
+        request = episode.sampling.request(
             episode.prompt,
             episode.index,
             trajectory.tokens,
@@ -143,25 +175,34 @@ class Episodes:
             stop=ask.stop,
             rid=f"{episode.group}.{ask.episode}.{ask.segment}",
         )
+        known = begun or (self._given.get(key(request)) if self._given else None)
         self._asked[request.rid] = request, ask
-        given = self._given.get(key(request)) if self._given else None
-        if given is None:
+        if known is None or not known.output.output_ids:
             yield request
-        elif not given.complete:
-            yield msgspec.structs.replace(request, begun=given.begun)
+        elif known.complete:
+            self.complete(msgspec.structs.replace(known.output, rid=request.rid), known)
         else:
-            self.complete(msgspec.structs.replace(given.output, rid=request.rid), given)
+            self._begun[request.rid] = known
+            yield msgspec.structs.replace(request, begun=known.begun)
 
     def complete(self, output: Output, known: Response | None = None) -> None:
         """Give an output to the episode that asked for it; ``known``: from before an interruption."""
         request, ask = self._asked.pop(output.rid)
-        self._made[output.rid] = request, known or Response(output)
-        if output.finish_reason is FinishReason.ABORT or (episode := self._running.get(ask.episode)) is None:
+        begun = self._begun.pop(output.rid, None)
+        episode = self._running.get(ask.episode)
+        if episode is None:
             return
-        segment = Segment(
+        if begun is not None:
+            versions = joined_versions(begun.output.weight_versions, output.weight_versions)
+            output = msgspec.structs.replace(output, weight_versions=versions)
+        response = known or Response(output)
+        episode.made.append((request, response))
+        if output.finish_reason is FinishReason.ABORT:
+            self._paused.append((ask, response))
+            return
+        episode.segments[ask.segment] = Segment(
             output.output_ids, True, True, output.output_log_probs, output.weight_versions, output.top1_ids
         )
-        episode.segments[ask.segment], episode.last = segment, output.rid
         self._host.send(Completed(ask.episode, ask.segment, output.output_ids, output.finish_reason))
 
     def take_finished(self) -> list[Done]:
@@ -169,22 +210,13 @@ class Episodes:
         done, self._done = self._done, []
         return done
 
-    def _finish(self, number: int, samples: list[Sample]) -> None:
-        episode = self._running.pop(number)
-        _, known = self._made[episode.last]
-        if known.reward is not None:
-            samples[0].reward, samples[0].reward_detail = known.reward, known.reward_detail
-        self._ends[episode.last] = samples[0]
-        self._done.append(Done(episode.group, episode.index, samples))
-
     def _fail(self, failed: Failed) -> None:
         """Begin the episode anew, with the same seeds, or do without it. Raises EnvironmentFailedError."""
         episode, limits = self._running.pop(failed.episode), self._limits
+        self._all.remove(episode)
         self.failures[failed.kind] += 1
         if not failed.own or episode.attempts < limits.environment_retries:
-            again = Episode(episode.group, episode.index, episode.prompt)
-            again.attempts = episode.attempts + failed.own
-            self._begin(again)
+            self._begin(episode.again(failed=failed.own))
             return
         self._lost.append(failed.problem)
         where = f"environment {limits.environment!r} on prompt {episode.prompt.uid}, sample {episode.index},"
@@ -198,27 +230,45 @@ class Episodes:
                 f"environment.max_environment_failures = {limits.max_environment_failures:g} of them; {times} times: "
                 f"{common}; last: {where} {failed.problem}{trace}"
             )
-        masks = limits.on_environment_failure == "mask" or self.purpose
+        masks = limits.on_environment_failure == "mask" or self._purpose
         self._done.append(Done(episode.group, episode.index, [] if masks else None))
         if not masks:
             self._cancel([n for n, other in self._running.items() if other.group == episode.group])
 
-    def responses(self, version: int) -> dict[str, Response]:
-        """Return what weights ``version`` alone have sampled, complete or not, by the digests of the requests; with the
-        rewards that there are."""
-        found: dict[str, Response] = {}
-        for rid, (request, response) in self._made.items():
-            if [one for one, _ in response.output.weight_versions] == [version]:
-                sample = self._ends.get(rid)
-                rewarded = {} if sample is None else {"reward": sample.reward, "reward_detail": sample.reward_detail}
-                found[key(request)] = msgspec.structs.replace(response, **rewarded)
-        return found
+    def responses(self, version: int | None = None) -> dict[str, Response]:
+        """Return what the policy has sampled, complete or not, by the digests of the requests, with the rewards that
+        there are; only what weights ``version`` alone have sampled, where that is given."""
+        return {
+            key(request): response
+            for episode in self._all
+            if episode.made
+            for request, response in episode.responses()
+            if version is None or [one for one, _ in response.output.weight_versions] == [version]
+        }
 
-    def cancel(self) -> None:
-        """End what still runs."""
-        self._cancel(list(self._running))
+    def close(self, keep: Sequence[int] = ()) -> None:
+        """End the rollout: what still runs is ended, but for the groups that it has to ``keep``, which become the first
+        ones of the next rollout. Their requests have to be aborted then."""
+        self._cancel([number for number, episode in self._running.items() if episode.group not in keep])
+        self._all = [episode for episode in self._all if episode.group in keep]
+        for episode in self._all:
+            episode.group = keep.index(episode.group)
 
     def _cancel(self, numbers: Sequence[int]) -> None:
         for number in numbers:
             self._host.send(Cancel(number))
             del self._running[number]
+
+
+def joined_versions(begun: Sequence[tuple[int, int]], all_tokens: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the weight versions of a response that was continued. An engine takes those that it was given for its own:
+    the first of ``all_tokens`` are ``begun`` by others."""
+    versions, skipped = [*begun], sum(count for _, count in begun)
+    for version, count in all_tokens:
+        own = max(0, count - skipped)
+        skipped = max(0, skipped - count)
+        if own and versions and versions[-1][0] == version:
+            versions[-1] = version, versions[-1][1] + own
+        elif own:
+            versions.append((version, own))
+    return versions

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
+
+import msgspec
 
 from miles_spmd.algorithms.rewards import GROUP_FILTERS
 from miles_spmd.config import Config, EvalSet
@@ -16,6 +19,7 @@ from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.cluster.errors import Unfinished
 from miles_spmd.controller.datasets import Datasets
 from miles_spmd.controller.generation.acceptance import Acceptance, Group
+from miles_spmd.controller.generation.backlog import Supply
 from miles_spmd.controller.generation.episodes import Episodes, Host
 from miles_spmd.controller.generation.sampling import Sampling
 from miles_spmd.controller.generation.unfinished import (
@@ -34,6 +38,7 @@ from miles_spmd.ledger.chain import LedgerError
 from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.types.request import Request
 from miles_spmd.types.sample import Prompt, Sample
+from miles_spmd.types.trajectory import by_version
 
 
 class FilterError(RuntimeError):
@@ -58,10 +63,11 @@ class Generation:
         self._rewards, self._data, self._journal = rewards, data, journal
         name = config.algorithm.dynamic_sampling_filter
         self._filter = None if name is None else GROUP_FILTERS.resolve(name)
-        self._host = host
-        self._numbers = itertools.count()  # of all episodes
+        self._host, self._numbers = host, itertools.count()
+        self._supply = Supply(config, data)
+        self._episodes = Episodes(host, self._numbers, config.environment)  # of training
         self._given: Mapping[str, Response] = {}  # of the next rollout, from before an interruption
-        self._episodes: Episodes | None = None  # of the rollout of the step under way
+        self._left: list[list[tuple[int, Group]]] = []  # rollouts of the groups that the last step left, which ended
 
     def resume(self, step: int, data: bytes) -> None:
         """Continue the responses of the rollout of ``step`` that :meth:`unfinished` returned."""
@@ -72,6 +78,8 @@ class Generation:
             differences = changes(rollout.engine, engine_settings(self._config))
         except ValueError as error:
             rollout, differences = None, [str(error)]
+        if rollout is not None and rollout.step == step and self._supply.keeps:
+            self._supply.backlog = rollout.backlog
         if rollout is not None and rollout.step == step and not differences:
             self._given = rollout.responses
             return
@@ -79,46 +87,79 @@ class Generation:
         self._stopping.show(f"step {step} begins anew, without {kept}: {'; '.join(differences)}")
 
     def unfinished(self, step: int) -> tuple[bytes, str]:
-        """Return the responses of the rollout of ``step`` that there are, b"" if none, and their numbers in words."""
-        made = {} if self._episodes is None else self._episodes.responses(step)
-        responses = {**self._given, **made}
-        if not responses:
+        """Return what there is of the rollout of ``step``, b"" if nothing, and its numbers of responses in words."""
+        responses = {**self._given, **self._episodes.responses(None if self._supply.keeps else step)}
+        if not responses and not self._supply.keeps:
             return b"", ""
-        return UnfinishedRollout(step, engine_settings(self._config), responses).encode(), described(responses.values())
+        kept = UnfinishedRollout(step, engine_settings(self._config), responses, self._supply.backlog)
+        return kept.encode(), described(responses.values()) if responses else ""
+
+    def backlog(self, step: int) -> bytes:
+        """Return what a checkpoint before ``step`` has to keep of groups that wait."""
+        return self.unfinished(step)[0] if self._supply.keeps else b""
 
     def rollout(self, step: int) -> list[Group]:
         """Return the scored samples that ``step`` trains on, groups in the order of submission. Raises Unfinished where
         the run has to stop before they are complete."""
-        count, wake = self._config.rollout.rollout_batch_size, self._cluster.wake
-        acceptance = Acceptance(self._rewards, count, self._filter, wake=wake)
+        config, supply, episodes = self._config.rollout, self._supply, self._episodes
+        first_finished = config.acceptance != "submission_order" and not supply.is_long
+        acceptance = Acceptance(
+            self._rewards,
+            config.rollout_batch_size,
+            self._filter,
+            wake=self._cluster.wake,
+            first_finished=first_finished,
+        )
         if self._given:
             self._stopping.show(f"step {step} continues {described(self._given.values())}")
+        sampling = Sampling.of_step(self._config, step)
         with self._journal.timed("rollout", step):
-            sampling = Sampling.of_step(self._config, step)
-            self._episodes = self._call(sampling, count, self._given)
-            self._generate(acceptance, self._episodes, self._data.waves(step), step)
+            episodes.open(config.rollout_batch_size * sampling.samples, self._given)
+            begun = self._continue(acceptance)
+            waves = chain([supply.first(step)], self._data.spare(step))
+            kept = self._generate(acceptance, episodes, sampling, waves, step, supply.room)
+            self._left = [acceptance.finished(number) for number in kept]
+            left = kept if supply.continues else acceptance.left()
+            supply.end([(acceptance.prompts[n], begun[n] if n < len(begun) else step) for n in left])
         self._given = {}
         if not acceptance.enough:
             self._tell_too_few(step, acceptance)
+        if config.mask_offpolicy_in_partial_rollout:
+            acceptance.accepted = [[_without_older(sample, step) for sample in group] for group in acceptance.accepted]
         self._journal.publish(
-            events.RolloutFinished(step, acceptance.accepted, acceptance.dropped, dict(self._episodes.failures))
+            events.RolloutFinished(step, acceptance.accepted, acceptance.dropped, dict(episodes.failures))
         )
         return acceptance.accepted
 
+    def _continue(self, acceptance: Acceptance) -> list[int]:
+        """Go on with the groups that the last step left behind. Returns the steps in which they were begun."""
+        waiting = self._supply.continued()
+        for number, (prompt, step) in enumerate(waiting):
+            sampling = Sampling.of_step(self._config, step)
+            acceptance.add([prompt], sampling.samples)
+            if number < len(self._left):
+                for index, samples in self._left[number]:
+                    acceptance.finish(number, index, samples)
+            else:  # from before an interruption
+                self._episodes.begin(number, [prompt], sampling)
+        return [step for _, step in waiting]
+
     def forget(self) -> None:
         """The step is complete: its responses are no longer unfinished."""
-        self._episodes = None
+        if not self._supply.keeps:
+            self._episodes.close()
 
     def evaluate(self, step: int, due: Sequence[EvalSet]) -> None:
         """Score the responses to the prompts of the held-out sets ``due``, ``step`` steps into the run."""
         sets: dict[str, list[Group]] = {}
         with self._journal.timed("eval", step):
             for one in due:
-                prompts = self._data.eval_sets[one.name]
-                wake = self._cluster.wake
+                prompts, wake = self._data.eval_sets[one.name], self._cluster.wake
                 acceptance = Acceptance(self._rewards, len(prompts), terms=one.terms, wake=wake, keeps_empty=True)
-                episodes = self._call(Sampling.of_set(self._config, one), len(prompts))
-                self._generate(acceptance, episodes, iter([prompts]), step)
+                sampling = Sampling.of_set(self._config, one)
+                episodes = Episodes(self._host, self._numbers, self._config.environment, self._episodes)
+                episodes.open(len(prompts) * sampling.samples, purpose=sampling.purpose)
+                self._generate(acceptance, episodes, sampling, iter([prompts]), step)
                 sets[one.name] = [group for group in acceptance.accepted if group]
         self._journal.publish(events.EvaluationFinished(step, eval_metrics(sets), sets))
 
@@ -137,36 +178,38 @@ class Generation:
             acceptance.accepted.clear()
         self._stopping.show(f"warning: {text}; " + ("trained on those" if acceptance.accepted else "no update"))
 
-    def _call(self, sampling: Sampling, count: int, given: Mapping[str, Response] | None = None) -> Episodes:
-        """Return the episodes of a rollout that needs ``count`` groups."""
-        return Episodes(self._host, sampling, self._numbers, self._config.environment, count, given)
-
     def request(self, sample: Sample, step: int, turn: int) -> Request:
         """Return the request that a turn of ``sample`` came from in ``step``."""
         return Sampling.of_step(self._config, step).request_of(sample, turn)
 
     def _generate(
-        self, acceptance: Acceptance, episodes: Episodes, waves: Iterator[Sequence[Prompt]], step: int
-    ) -> None:
-        """Submit prompts wave by wave until enough groups are accepted; what is still running then is aborted.
+        self,
+        acceptance: Acceptance,
+        episodes: Episodes,
+        sampling: Sampling,
+        waves: Iterator[Sequence[Prompt]],
+        step: int,
+        room: int = 0,
+    ) -> list[int]:
+        """Submit prompts wave by wave until enough groups are accepted; what is still running then is aborted. Of the
+        groups that are left up to ``room`` can be continued in the next rollout; their numbers are returned.
 
         A wave is submitted only when it is certain to be needed, so the submitted waves do not depend on timing. There
-        are too few groups where the waves end.
-        Raises Unfinished where the run has to stop before.
+        are too few groups where the waves end. Raises Unfinished where the run has to stop before.
         """
 
         def leaves() -> bool:  # an evaluation is repeated when the run is continued
-            return self._stopping.must_leave(drains=True) or bool(episodes.purpose and self._stopping.source)
+            return self._stopping.must_leave(drains=True) or bool(sampling.purpose and self._stopping.source)
 
         def has_news() -> bool:
             return acceptance.has_news or episodes.has_news or leaves()
 
-        with self._cluster.rollout(step, purpose=episodes.purpose) as session:
+        with self._cluster.rollout(step, purpose=sampling.purpose) as session:
             while not acceptance.enough and not leaves():
                 if acceptance.short and (wave := next(waves, None)) is not None:
-                    episodes.begin(acceptance.add(len(wave), episodes.samples), wave)
+                    episodes.begin(acceptance.add(wave, sampling.samples), wave, sampling)
                 elif acceptance.settled:
-                    return
+                    break
                 elif (output := session.next(interrupt=has_news)) is not None:
                     episodes.complete(output)
                 if requests := episodes.requests():
@@ -174,20 +217,29 @@ class Generation:
                 for done in episodes.take_finished():
                     acceptance.finish(done.group, done.index, done.samples)
                 acceptance.resolve()
-            episodes.cancel()
-            if not acceptance.enough:
+            complete = acceptance.enough or acceptance.settled
+            kept = acceptance.left()[:room]
+            if complete:
+                episodes.close(kept)
+            if kept or not complete:
                 session.abort()
                 while (output := session.next()) is not None:
                     episodes.complete(output)
-        if not acceptance.enough:
+        if not complete:
             raise Unfinished
+        return kept
+
+
+def _without_older(sample: Sample, step: int) -> Sample:
+    """Return ``sample`` without a loss for the tokens that other weights than version ``step`` have sampled."""
+    segments = [part for segment in sample.trajectory.segments for part in by_version(segment, step)]
+    return msgspec.structs.replace(sample, trajectory=msgspec.structs.replace(sample.trajectory, segments=segments))
 
 
 class RecordedSamples:
     """The samples of the run in ``run_dir``, which read the same data."""
 
-    def __init__(self, config: Config, run_dir: Path, data: Datasets, journal: Journal) -> None:
-        self._group_size = config.rollout.n_samples_per_prompt
+    def __init__(self, run_dir: Path, data: Datasets, journal: Journal) -> None:
         self._run_dir, self._data, self._journal = run_dir, data, journal
 
     def rollout(self, step: int) -> list[Group]:
@@ -196,11 +248,9 @@ class RecordedSamples:
         if recorded is None or recorded.samples is None:
             path = step_data.path_of(self._run_dir, step)
             raise LedgerError(f"{path}: the responses of step {step} were not kept; replay without --phase train")
-        # The file has uids and tokens only; labels and metadata of the prompts are in the waves that the step read.
-        waves, prompts = self._data.waves(step), dict[str, Prompt]()
-        while not set(recorded.samples.uids) <= prompts.keys():
-            prompts |= {prompt.uid: prompt for prompt in next(waves)}
-        samples, size = recorded.samples.samples(prompts), self._group_size
-        groups = [samples[start : start + size] for start in range(0, len(samples), size)]
+        # The file has uids and tokens only; labels and metadata of the prompts are in the data.
+        prompts = self._data.find(step, recorded.samples.uids)
+        samples = recorded.samples.samples(prompts)
+        groups = [list(group) for _, group in itertools.groupby(samples, key=lambda sample: sample.prompt.uid)]
         self._journal.publish(events.RolloutFinished(step, groups, recorded.samples.dropped))
         return groups

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from miles_spmd.config import Config
+from miles_spmd.controller.generation.backlog import Backlog
 from miles_spmd.types.request import Begun, Output, Request
 from miles_spmd.types.trajectory import FinishReason
 
@@ -36,11 +37,13 @@ class Response(msgspec.Struct, frozen=True):
 
 
 class UnfinishedRollout(msgspec.Struct, frozen=True):
-    """What is there of the rollout of ``step``: responses by the digests of their requests."""
+    """What is there of the rollout of ``step``: responses by the digests of their requests, and the groups that steps
+    before it have left behind."""
 
     step: int
     engine: dict[str, Any]  # settings that decide how it computes, by their names
     responses: dict[str, Response]
+    backlog: Backlog = Backlog()
 
     def encode(self) -> bytes:
         return zlib.compress(msgspec.msgpack.encode(self), 1)

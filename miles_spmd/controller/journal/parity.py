@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 
 from miles_spmd.config import DeterminismConfig
@@ -41,13 +42,22 @@ class Parity:
         self._exact, self._gate = settings.parity == "bitwise", settings.parity_gate or "stop"
         self._budget = settings.mismatch_budget
         self._sample_of: dict[int, Sample] = {}
+        self._comparable: dict[int, np.ndarray] = {}  # of sequences that several versions have sampled, bool [T]
         self._warned = False
         self.checked = -1  # the last step whose log-probs were compared
 
-    def begin_step(self, samples: Sequence[Sample], sequences: Sequence[TrainSequence]) -> None:
+    def begin_step(
+        self, samples: Sequence[Sample], sequences: Sequence[TrainSequence], version: int | None = None
+    ) -> None:
         """Remember the samples that this step's sequences were made of: errors name them, and they have the engine's
-        top-1 tokens. Later calls may check any of these sequences."""
+        top-1 tokens. Later calls may check any of these sequences. ``version``: of the engine's weights; tokens that
+        others have sampled are not compared."""
         self._sample_of = {id(sequence): sample for sequence, sample in zip(sequences, samples, strict=True)}
+        self._comparable = {
+            id(sequence): of_version(sample, version)
+            for sequence, sample in zip(sequences, samples, strict=True)
+            if any(one != version for one, _ in sample.weight_versions)
+        }
 
     def check(self, step: int, sequences: Sequence[TrainSequence], log_probs: Arrays) -> dict[str, float]:
         """Compare the engine's log-probs with ``log_probs``, float32 [T] per sequence, which come from the trainer's
@@ -56,13 +66,14 @@ class Parity:
         Where they differ by more than the run allows, raises ParityError, masks the tokens in ``sequences``, or logs a
         warning, as ``parity_gate`` says.
         """
-        metrics = mismatch_metrics(sequences, log_probs)
+        comparable = [self._of_version(sequence) for sequence in sequences]
+        metrics = mismatch_metrics(comparable, log_probs)
         if not metrics:
             return {}
         self.checked = step
-        gaps = [_gap(sequence, own) for sequence, own in zip(sequences, log_probs, strict=True)]
+        gaps = [_gap(sequence, own) for sequence, own in zip(comparable, log_probs, strict=True)]
         differing = sum(int(np.count_nonzero(gap)) for gap in gaps)
-        compared = _count_trained(sequences)  # before the gate masks some of them
+        compared = _count_trained(comparable)  # before the gate masks some of them
         limits = [(name, limit) for name, limit in self._budget.items() if name in BUDGETED]
         over = {name: limit for name, limit in limits if metrics[BUDGETED[name]] > limit}
         if (self._exact and differing) or over:
@@ -78,8 +89,12 @@ class Parity:
     def check_top1(self, step: int, sequences: Sequence[TrainSequence], top1: Arrays) -> dict[str, float]:
         """Compare the top-1 token at the position of every trained token, as :meth:`check` does log-probs. ``top1`` are
         the trainer's, int32 [T, 1] per sequence; the engine's came with the samples."""
-        flips = [self._flips(sequence, own) for sequence, own in zip(sequences, top1, strict=True)]
-        if not (tokens := _count_trained(sequences)):
+        comparable = [self._of_version(sequence) for sequence in sequences]
+        flips = [
+            self._flips(self._sample_of[id(sequence)], one, own)
+            for sequence, one, own in zip(sequences, comparable, top1, strict=True)
+        ]
+        if not (tokens := _count_trained(comparable)):
             return {}
         share = float(sum(map(np.sum, flips)) / tokens)
         if share > self._budget.get("top1_flips", np.inf):
@@ -94,13 +109,21 @@ class Parity:
             self._react(what, sequences, flips, 0.0)
         return {"train/train_rollout_top1_flips": share}
 
-    def _flips(self, sequence: TrainSequence, top1: np.ndarray) -> np.ndarray:
+    @staticmethod
+    def _flips(sample: Sample, sequence: TrainSequence, top1: np.ndarray) -> np.ndarray:
         """Return where a token is trained and the top-1 tokens differ, bool [T]."""
-        sample = self._sample_of[id(sequence)]
         if sample.top1_ids is None:
             raise ValueError(f"the engine returned no top-1 tokens for {sample.prompt.uid}, sample {sample.index}")
         engine = np.concatenate([np.asarray(sample.trajectory.start), np.asarray(sample.top1_ids)])
         return (sequence.loss_weights != 0) & (engine != top1[:, 0])
+
+    def _of_version(self, sequence: TrainSequence) -> TrainSequence:
+        """Return the sequence without a loss for tokens that cannot be compared."""
+        comparable = self._comparable.get(id(sequence))
+        if comparable is None:
+            return sequence
+        weights = np.where(comparable, sequence.loss_weights, np.float32(0))
+        return msgspec.structs.replace(sequence, loss_weights=weights)
 
     def _react(self, what: str, sequences: Sequence[TrainSequence], gaps: Arrays, allowed: float) -> None:
         if self._gate == "stop":
@@ -128,6 +151,15 @@ class Parity:
             f"engine {sequence.rollout_log_probs[place]:.9g}, trainer {log_probs[number][place]:.9g}; "  # type: ignore[index]
             "`miles-spmd bisect` names the operator"
         )
+
+
+def of_version(sample: Sample, version: int | None) -> np.ndarray:
+    """Return which tokens of a sample weights ``version`` have sampled, bool [T]."""
+    found = [np.zeros(len(sample.trajectory.start), bool)]
+    for segment in sample.trajectory.segments:
+        spans = segment.weight_versions or [(-1, len(segment.tokens))]
+        found += [np.full(count, one == version) for one, count in spans]
+    return np.concatenate(found)
 
 
 def first_difference(

@@ -44,7 +44,7 @@ class Policy:
     def score(self, step: int, samples: Sequence[Sample], sequences: Sequence[TrainSequence]) -> Scores:
         """Return the scores that the algorithm needs from before the update. Compares engine and trainer where that is
         possible, which may mask tokens of ``sequences``. Raises ParityError."""
-        self._parity.begin_step(samples, sequences)
+        self._parity.begin_step(samples, sequences, self._engine_version)
         with self._journal.timed("log_probs", step):
             scores = self._models.scores(step, sequences)
         algorithm = self._config.algorithm
