@@ -18,6 +18,7 @@ FLOORS = (
     ("types", "models"),
     ("config",),
     ("plugins",),
+    ("sandbox",),
     ("algorithms", "data", "faults", "invariant", "ledger", "platform", "rewards", "telemetry", "weights"),
     ("planning", "protocol"),
     ("generation", "training"),

@@ -1,0 +1,89 @@
+"""Runs Python programs that nobody has read, such as those that a language model writes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+from miles_spmd.sandbox.bubblewrap import missing, python
+from miles_spmd.sandbox.execution import Execution, Outcome, Problem, SandboxError, checked_name
+from miles_spmd.sandbox.limits import Limits
+
+__all__ = ["Limits", "Outcome", "Problem", "Sandbox", "SandboxError", "problem"]
+
+_FORBIDDEN = (
+    "allow user namespaces (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone=1 or "
+    "kernel.apparmor_restrict_unprivileged_userns=0; for a container, its seccomp profile); docs/sandbox.md"
+)
+_DEFAULTS = Limits()
+
+
+class Sandbox:
+    """Starts each program in a new sandbox of bubblewrap: namespaces of its own, no network, no file of the host but
+    /usr and the interpreter, and ``limits`` (docs/sandbox.md).
+
+    ``packages``: also the packages that this process can import, read-only. Executions are independent of each other,
+    and one object may run any number at the same time.
+    """
+
+    def __init__(self, limits: Limits = _DEFAULTS, *, packages: bool = False) -> None:
+        """Raises SandboxError if this machine cannot make a sandbox."""
+        if (found := problem()) is not None:
+            raise SandboxError(found)
+        self._limits, self._python = limits, python(packages)
+
+    def run(
+        self,
+        code: str,
+        stdin: str | bytes = "",
+        files: Mapping[str, str | bytes] | None = None,
+        arguments: Sequence[str] = (),
+    ) -> Outcome:
+        """Run ``code`` as ``main.py`` and return what it has left, whatever it does.
+
+        ``files``: further files of the working directory, by their relative path. ``arguments``: those of sys.argv.
+        Raises ValueError for a path that is absolute or contains ``..``, SandboxError if no sandbox can be made now.
+        """
+        return Execution(self._limits, self._python).run(*_inputs(code, stdin, files, arguments))
+
+    async def run_async(
+        self,
+        code: str,
+        stdin: str | bytes = "",
+        files: Mapping[str, str | bytes] | None = None,
+        arguments: Sequence[str] = (),
+    ) -> Outcome:
+        """As :meth:`run`, in a thread of the event loop's pool. A task that is cancelled kills the program."""
+        execution = Execution(self._limits, self._python)
+        try:
+            return await asyncio.to_thread(execution.run, *_inputs(code, stdin, files, arguments))
+        except asyncio.CancelledError:
+            execution.kill()
+            raise
+
+
+@cache
+def problem() -> str | None:
+    """Return why this machine cannot make a sandbox, and the remedy; None if it can. Tries it once in a process."""
+    if (lack := missing()) is not None:
+        return lack
+    try:
+        outcome = Execution(_DEFAULTS, python(packages=False)).run({"main.py": b"print('ok')"}, b"", [])
+    except SandboxError as error:
+        return f"{error}: {_FORBIDDEN}"
+    if outcome.stdout != "ok\n":
+        return f"Python does not run in the sandbox ({outcome.problem.value}): {outcome.stderr.strip()[-500:]}"
+    return None
+
+
+def _inputs(
+    code: str, stdin: str | bytes, files: Mapping[str, str | bytes] | None, arguments: Sequence[str]
+) -> tuple[dict[str, bytes], bytes, list[str]]:
+    contents = {checked_name(name): _bytes(content) for name, content in (files or {}).items()}
+    return {"main.py": _bytes(code), **contents}, _bytes(stdin), list(arguments)
+
+
+def _bytes(text: str | bytes) -> bytes:
+    # a model may have written half of a surrogate pair; Python then reports a program that is not UTF-8
+    return text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
