@@ -45,7 +45,7 @@ class Limits(msgspec.Struct, frozen=True):
             "as": (resource.RLIMIT_AS, self.memory_mib * _MIB),
             "fsize": (resource.RLIMIT_FSIZE, self.file_mib * _MIB),
             "nofile": (resource.RLIMIT_NOFILE, self.open_files),
-            "nproc": (resource.RLIMIT_NPROC, self.processes),
+            "nproc": (resource.RLIMIT_NPROC, self.processes + 1),  # and the init of the sandbox
             "core": (resource.RLIMIT_CORE, 0),
             "memlock": (resource.RLIMIT_MEMLOCK, _MIB),
             "msgqueue": (resource.RLIMIT_MSGQUEUE, 0),

@@ -67,8 +67,11 @@ def test_packages_are_hidden_unless_asked_for(sandbox: Sandbox) -> None:
     program = "import numpy; print(numpy.arange(3).sum())"
     assert "ModuleNotFoundError" in sandbox.run(program).stderr
     assert Sandbox(packages=True).run(program).stdout == "3\n"
-    listed = "from glob import glob; import sys; print(*(glob(p + '/lib/python3*/*-packages/*') for p in (sys.prefix, '/usr')))"
-    assert sandbox.run(listed).stdout == "[] []\n"
+    listed = """
+import glob, sys
+print([glob.glob(f"{prefix}/lib/python3*/*-packages/*") for prefix in (sys.prefix, "/usr")])
+"""
+    assert sandbox.run(listed).stdout == "[[], []]\n"
 
 
 def test_threads_and_processes_of_the_program_work(sandbox: Sandbox) -> None:
