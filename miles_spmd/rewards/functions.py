@@ -63,7 +63,8 @@ class RewardFunction:
 def load_reward(rm_type: str, batched: bool) -> RewardFunction:
     """Return the function that ``reward.rm_type`` names; ``batched`` is ``reward.reward_batched``.
 
-    Raises PlugPointError if it cannot be imported, or has a signature that is not supported.
+    Raises PlugPointError if it cannot be imported, has a signature that is not supported, or needs the sandbox where
+    there is none.
     """
     if rm_type == "exact":
         return RewardFunction(lambda sample: exact(sample.text, sample.prompt.label))
@@ -71,7 +72,14 @@ def load_reward(rm_type: str, batched: bool) -> RewardFunction:
         from miles_spmd.rewards.math import math as grade  # imports sympy, which takes a second
 
         return RewardFunction(lambda sample: grade(sample.text, sample.prompt.label))
-    function = import_function("reward.rm_type", rm_type, ("exact", "math"))
+    if rm_type == "code":
+        from miles_spmd.rewards.code import code
+        from miles_spmd.sandbox.sandbox import problem
+
+        if (lack := problem()) is not None:
+            raise PlugPointError(f"reward.rm_type = 'code' needs the sandbox: {lack}")
+        return RewardFunction(lambda sample: code(sample.text, sample.prompt.label))
+    function = import_function("reward.rm_type", rm_type, ("code", "exact", "math"))
     try:
         adapted = adapt(function, batched)
     except BadReward as error:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
+from miles_spmd.rewards.code_tests import code_tests
+
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|[{}]|\\[{}\\]")
 
 
@@ -66,4 +68,4 @@ def last_boxed(text: str) -> str | None:
     return None if best is None else text[slice(*best)]
 
 
-_READERS: dict[str, Callable[[Any], object]] = {"math": math_label, "exact": exact_labels}
+_READERS: dict[str, Callable[[Any], object]] = {"math": math_label, "exact": exact_labels, "code": code_tests}
