@@ -20,6 +20,7 @@ _TEST_SECONDS = 5.0  # wall time of one test
 _SECONDS = 25.0  # of all tests of a response; reward.reward_timeout, 30 s by default, comes later
 _MEMORY_MIB = 1024
 _PROCESSES = 24
+_TRACE = 10_000  # bytes of the standard error
 _FILE_MIB, _FOLDER_MIB = 64, 128  # inputs of programs are files there
 _DRIVER = Path(__file__).with_name("code_driver.py")
 _FENCED = re.compile(r"^[ \t]*(`{3,})[ \t]*(\w*)[^\n`]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
@@ -43,7 +44,7 @@ def code(text: str, label: Any) -> dict[str, float]:
         processes=_PROCESSES,
         file_mib=_FILE_MIB,
         folder_mib=_FOLDER_MIB,
-        output_bytes=sum(map(_longest_reply, messages)),
+        output_bytes=sum(map(_longest_reply, messages)) + _TRACE,
     )
     outcome = Sandbox(limits).run(_DRIVER.read_text(), b"".join(map(_framed, [header, *messages])))
     # tests for which there was no time left have no reply

@@ -138,7 +138,7 @@ class _Streams:
     def _read(self, number: int) -> bool:
         chunk = os.read(number, _CHUNK)
         buffer = self._buffers[number]
-        if len(buffer) <= self._limit:
+        if len(buffer) <= self._limit or buffer is self.report:
             buffer += chunk
         return not chunk
 

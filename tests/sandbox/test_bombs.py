@@ -110,6 +110,7 @@ def test_output_is_limited(hasty: Sandbox, stream: str) -> None:
     outcome = hasty.run(f"import sys\nwhile True: sys.{stream}.write('x' * 999)")
     assert (outcome.problem, outcome.status) == (Problem.OUTPUT, None)
     assert getattr(outcome, stream) == "x" * 10_000
+    assert Sandbox(Limits(output_bytes=1)).run("print('')").problem is Problem.OK
     exact = hasty.run(f"import sys; sys.{stream}.write('x' * 10_000)")
     assert (exact.problem, len(getattr(exact, stream))) == (Problem.OK, 10_000)
 
