@@ -58,12 +58,12 @@ class NotData(TypeError):
 
 
 def refuse(value: Any) -> NoReturn:
-    raise NotData(f"a value of the type {type(value).__name__} is no data")
+    raise NotData(f"a value of type {type(value).__name__} cannot be passed as data")
 
 
 def encode(value: Any, other: Callable[[Any], Any] = refuse) -> Any:
     """Return ``value`` as JSON for :func:`decode`. What JSON does not have becomes an object with the name of its type;
-    ``other`` is called with what is no data."""
+    ``other`` is called with a value that is not data."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -83,7 +83,7 @@ def encode(value: Any, other: Callable[[Any], Any] = refuse) -> Any:
 
 
 def decode(found: Any, other: Callable[[Any], Any] = refuse) -> Any:
-    """Return the value that was encoded. ``other`` is called with what is no data, as its namesake has written it."""
+    """Return the value that was encoded. ``other`` is called with what its namesake has written."""
     if isinstance(found, list):
         return [decode(one, other) for one in found]
     if not isinstance(found, dict):
@@ -165,7 +165,7 @@ def _send(channel: int, message: Any) -> None:
 
 
 class Proxy:
-    """A name of the response, or an object of it that is no data. It equals nothing but another proxy, whatever its own
+    """A name of the response, or an object of it that is not data. It equals nothing but another proxy, whatever its own
     ``__eq__`` would claim."""
 
     def __init__(self, ask: Callable[..., Any], place: dict[str, Any]) -> None:

@@ -94,7 +94,7 @@ class Execution:
         stdout, stderr = (bytes(one).decode(errors="replace") for one in (streams.stdout, streams.stderr))
         code = _exit_code(bytes(streams.report))
         if code is None and killed is None and not self._cancelled:
-            raise SandboxError(stderr.strip() or f"bwrap ended with status {process.returncode}")
+            raise SandboxError(" ".join(stderr.split()) or f"bwrap ended with status {process.returncode}")
         problem = killed or (Problem.KILLED if code is None else _meaning(code, stderr))
         return Outcome(stdout, stderr, None if killed else code, problem, time.monotonic() - begin)
 

@@ -12,11 +12,40 @@ from miles_spmd.rewards.labels import check_label
 READABLE: dict[str, list[Any]] = {
     "math": ["3", 3, 3.5, Decimal("3.50"), "1e-05", "x**2", r"\boxed{3}", "so 1 + 2 = 3\n#### 3", "blue", "{"],
     "exact": ["3", "", 3, 3.5, ["3", 4], ("a", "b")],
+    "code": [
+        {"inputs": ["1"], "outputs": ["2"]},
+        {"inputs": [["1", "2"]], "outputs": [["3"]], "fn_name": None},
+        {"inputs": [[1], []], "outputs": [None, {"a": 1}], "fn_name": "f"},
+        '{"inputs": ["1"], "outputs": ["2"]}',
+        ["assert f(1) == 2"],
+        '["assert f(1) == 2", "f(2)"]',
+        "def check(f):\n    assert f(1) == 2\ncheck(f)",
+    ],
     "module:function": [None, {}, []],
 }
 UNREADABLE: dict[str, list[Any]] = {
     "math": [None, True, ["3"], {"answer": 3}, "", "  ", "####", "so 3 ####  ", float("nan"), float("inf"), b"3"],
     "exact": [None, [], [None], {"answer": 3}, [["3"]], True, ["a", False], b"3", float("nan"), [1.0, float("inf")]],
+    "code": [
+        *(
+            None,
+            3,
+            [],
+            {},
+            "",
+            "# nothing",
+            [""],
+            [1],
+            "assert f(",
+            ["assert f(1) == 2", "assert"],
+            '{"inputs": [',
+            "null",
+            "3",
+        ),
+        *({"inputs": [], "outputs": []}, {"inputs": ["1"], "outputs": []}, {"inputs": "1", "outputs": "2"}),
+        *({"inputs": [1], "outputs": ["2"]}, {"inputs": ["1"], "outputs": [2]}, {"inputs": ["1"]}),
+        *({"inputs": [1], "outputs": [2], "fn_name": "f"}, {"inputs": [[1]], "outputs": [2], "fn_name": 3}),
+    ],
 }
 
 
