@@ -165,8 +165,8 @@ def _send(channel: int, message: Any) -> None:
 
 
 class Proxy:
-    """A name of the response, or an object of it that is not data. It equals nothing but another proxy, whatever its own
-    ``__eq__`` would claim."""
+    """A name of the response, or an object of it that is not data. It equals nothing but another proxy, whatever its
+    own ``__eq__`` would claim."""
 
     def __init__(self, ask: Callable[..., Any], place: dict[str, Any]) -> None:
         self._ask, self._place = ask, place

@@ -73,11 +73,19 @@ def version(bwrap: str) -> tuple[int, ...]:
 
 
 def command(
-    limits: Limits, python: Python, files: Mapping[str, int], arguments: Sequence[str], *, seccomp: int, status: int
+    limits: Limits,
+    python: Python,
+    files: Mapping[str, int],
+    arguments: Sequence[str],
+    *,
+    has_proc: bool,
+    seccomp: int,
+    status: int,
 ) -> list[str]:
     """Return the command that runs ``main.py`` among the ``files`` (name -> descriptor with its content).
 
-    ``seccomp``: descriptor with the filter. ``status``: descriptor that bwrap writes its report to.
+    ``seccomp``: descriptor with the filter. ``status``: descriptor that bwrap writes its report to. ``has_proc``: with
+    a /proc of the sandbox's own processes.
     """
     bwrap = str(shutil.which("bwrap"))
     exposed, prefix = _as_nobody(python.folders) if _is_root() else ({}, [])
@@ -88,13 +96,15 @@ def command(
         *prefix,
         bwrap,
         *("--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"),
-        *(["--disable-userns"] if version(bwrap) >= _DISABLES_USERNS else []),
+        # it is a setting in /proc, and seccomp refuses new namespaces anyway
+        *(["--disable-userns"] if has_proc and version(bwrap) >= _DISABLES_USERNS else []),
         *("--uid", str(_NOBODY), "--gid", str(_NOBODY), "--hostname", "sandbox", "--cap-drop", "ALL"),
         *("--die-with-parent", "--new-session", "--seccomp", str(seccomp), "--json-status-fd", str(status)),
         "--clearenv",
         *(part for name, value in _ENVIRONMENT.items() for part in ("--setenv", name, value)),
         *mounts,
-        *("--proc", "/proc", "--dev", "/dev", "--size", str(_SHM_BYTES), "--tmpfs", "/dev/shm"),
+        *(["--proc", "/proc"] if has_proc else []),
+        *("--dev", "/dev", "--size", str(_SHM_BYTES), "--tmpfs", "/dev/shm"),
         *("--remount-ro", "/dev", "--size", str(limits.folder_mib * 2**20), "--tmpfs", FOLDER, "--chdir", FOLDER),
         *(part for name, number in files.items() for part in ("--file", str(number), f"{FOLDER}/{name}")),
         *("--remount-ro", "/"),

@@ -60,8 +60,8 @@ class Outcome(msgspec.Struct, frozen=True):
 class Execution:
     """One program in a sandbox of its own; ``run`` blocks until it has ended, ``kill`` ends it from another thread."""
 
-    def __init__(self, limits: Limits, python: Python) -> None:
-        self._limits, self._python = limits, python
+    def __init__(self, limits: Limits, python: Python, has_proc: bool) -> None:
+        self._limits, self._python, self._has_proc = limits, python, has_proc
         self._process: subprocess.Popen[bytes] | None = None
         self._cancelled = False
 
@@ -81,7 +81,15 @@ class Execution:
                 given.callback(os.close, status)
                 numbers = {name: _filled(given, content) for name, content in files.items()}
                 seccomp = _filled(given, seccomp_filter())
-                line = command(self._limits, self._python, numbers, arguments, seccomp=seccomp, status=status)
+                line = command(
+                    self._limits,
+                    self._python,
+                    numbers,
+                    arguments,
+                    has_proc=self._has_proc,
+                    seccomp=seccomp,
+                    status=status,
+                )
                 process = self._process = _start(line, [status, seccomp, *numbers.values()])
             stack.enter_context(process)
             stack.callback(process.kill)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import NamedTuple
 
 from miles_spmd.sandbox.bubblewrap import missing, python
 from miles_spmd.sandbox.execution import Execution, Outcome, Problem, SandboxError, checked_name
@@ -17,6 +18,18 @@ _FORBIDDEN = (
     "kernel.apparmor_restrict_unprivileged_userns=0; for a container, its seccomp profile); docs/sandbox.md"
 )
 _DEFAULTS = Limits()
+_FORKS = b"""
+import os, time
+count = 1
+try:
+    while count < 10:
+        if os.fork() == 0:
+            time.sleep(60)
+        count += 1
+except OSError:
+    pass
+print(count)
+"""
 
 
 class Sandbox:
@@ -31,7 +44,7 @@ class Sandbox:
         """Raises SandboxError if this machine cannot make a sandbox."""
         if (found := problem()) is not None:
             raise SandboxError(found)
-        self._limits, self._python = limits, python(packages)
+        self._limits, self._python, self._has_proc = limits, python(packages), _probe().has_proc
 
     def run(
         self,
@@ -45,7 +58,7 @@ class Sandbox:
         ``files``: further files of the working directory, by their relative path. ``arguments``: those of sys.argv.
         Raises ValueError for a path that is absolute or contains ``..``, SandboxError if no sandbox can be made now.
         """
-        return Execution(self._limits, self._python).run(*_inputs(code, stdin, files, arguments))
+        return Execution(self._limits, self._python, self._has_proc).run(*_inputs(code, stdin, files, arguments))
 
     async def run_async(
         self,
@@ -55,7 +68,7 @@ class Sandbox:
         arguments: Sequence[str] = (),
     ) -> Outcome:
         """As :meth:`run`, in a thread of the event loop's pool. A task that is cancelled kills the program."""
-        execution = Execution(self._limits, self._python)
+        execution = Execution(self._limits, self._python, self._has_proc)
         try:
             return await asyncio.to_thread(execution.run, *_inputs(code, stdin, files, arguments))
         except asyncio.CancelledError:
@@ -63,18 +76,41 @@ class Sandbox:
             raise
 
 
-@cache
 def problem() -> str | None:
     """Return why this machine cannot make a sandbox, and the remedy; None if it can. Tries it once in a process."""
+    return _probe().problem
+
+
+class _Probe(NamedTuple):
+    problem: str | None
+    has_proc: bool = True
+
+
+@cache
+def _probe() -> _Probe:
     if (lack := missing()) is not None:
-        return lack
+        return _Probe(lack)
     try:
-        outcome = Execution(_DEFAULTS, python(packages=False)).run({"main.py": b"print('ok')"}, b"", [])
+        return _Probe(_tried(has_proc=True))
     except SandboxError as error:
-        return f"{error}: {_FORBIDDEN}"
-    if outcome.stdout != "ok\n":
-        return f"Python does not run in the sandbox ({outcome.problem.value}): {outcome.stderr.strip()[-500:]}"
-    return None
+        # a container in which parts of /proc are covered may not mount another one
+        if "/proc" not in str(error):
+            return _Probe(f"{error}: {_FORBIDDEN}")
+    try:
+        return _Probe(_tried(has_proc=False), has_proc=False)
+    except SandboxError as error:
+        return _Probe(f"{error}: {_FORBIDDEN}")
+
+
+def _tried(*, has_proc: bool) -> str | None:
+    """Start as many processes as may be, and return what does not work. Raises SandboxError."""
+    limits = Limits(processes=4)
+    outcome = Execution(limits, python(packages=False), has_proc).run({"main.py": _FORKS}, b"", [])
+    if outcome.stdout == f"{limits.processes}\n":
+        return None
+    if outcome.problem is Problem.OK:
+        return "the kernel does not limit the processes of root in this user namespace: start the run as another user"
+    return f"Python does not run in the sandbox ({outcome.problem.value}): {' '.join(outcome.stderr.split())[-500:]}"
 
 
 def _inputs(

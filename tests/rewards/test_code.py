@@ -287,7 +287,7 @@ def test_the_pool_scores_code() -> None:
 
 
 def test_without_a_sandbox_nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    sandbox.problem.cache_clear()
+    sandbox._probe.cache_clear()
     monkeypatch.setenv("PATH", str(tmp_path))
     try:
         with pytest.raises(PlugPointError, match="'code' needs the sandbox: bwrap is not in PATH"):
@@ -295,4 +295,4 @@ def test_without_a_sandbox_nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_p
         with pytest.raises(RewardError, match="bwrap is not in PATH"):
             RewardPool(RewardConfig(rm_type="code", reward_workers=1))
     finally:
-        sandbox.problem.cache_clear()
+        sandbox._probe.cache_clear()

@@ -124,30 +124,49 @@ def test_a_cancelled_execution_is_killed(sandbox: Sandbox) -> None:
 
 
 def test_no_bubblewrap_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    module.problem.cache_clear()
+    module._probe.cache_clear()
     monkeypatch.setenv("PATH", str(tmp_path))
     try:
         with pytest.raises(SandboxError, match="bwrap is not in PATH: install the package bubblewrap"):
             Sandbox()
     finally:
-        module.problem.cache_clear()
+        module._probe.cache_clear()
 
 
 def test_an_old_bubblewrap_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    module.problem.cache_clear()
+    module._probe.cache_clear()
     (tmp_path / "bwrap").write_text("#!/bin/sh\necho bubblewrap 0.4.1\n")
     (tmp_path / "bwrap").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     try:
         assert module.problem() == f"{tmp_path}/bwrap has version 0.4.1: install bubblewrap 0.7 or newer"
     finally:
-        module.problem.cache_clear()
+        module._probe.cache_clear()
+
+
+def in_container(*options: str) -> str:
+    """Return what a container with these options of bubblewrap has: the problem, and what the sandbox prints there."""
+    program = (
+        "from miles_spmd.sandbox.sandbox import *\nprint(problem())\n"
+        "print(Sandbox().run('import os; print(os.path.exists(\"/proc\"))'))"
+    )
+    line = [str(shutil.which("bwrap")), "--dev-bind", "/", "/", *options, "--", sys.executable, "-c", program]
+    return subprocess.run(line, capture_output=True, text=True, check=False).stdout
 
 
 def test_forbidden_user_namespaces_are_an_error() -> None:
-    """In a container that forbids them, as many do."""
-    program = "from miles_spmd.sandbox.sandbox import problem; print(problem())"
-    container = [str(shutil.which("bwrap")), "--unshare-user", "--disable-userns", "--dev-bind", "/", "/"]
-    done = subprocess.run([*container, sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert "namespace" in done.stdout, done.stderr
-    assert "user.max_user_namespaces" in done.stdout
+    found = in_container("--unshare-user", "--disable-userns")
+    assert "namespace" in found
+    assert "user.max_user_namespaces" in found
+    assert found.count("\n") == 1
+
+
+def test_a_container_with_a_covered_proc_has_a_sandbox_without() -> None:
+    covered = ("--unshare-pid", "--proc", "/proc", "--tmpfs", "/proc/fs", "--ro-bind", "/proc/sys", "/proc/sys")
+    found = in_container(*covered)
+    assert found.startswith("None\nOutcome(stdout='False\\n'"), found
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the kernel makes this exception for root")
+def test_root_whose_processes_are_not_limited_is_an_error() -> None:
+    assert in_container("--unshare-user").startswith("the kernel does not limit the processes of root")
