@@ -20,7 +20,7 @@ _TEST_SECONDS = 5.0  # wall time of one test
 _SECONDS = 25.0  # of all tests of a response; reward.reward_timeout, 30 s by default, comes later
 _MEMORY_MIB = 1024
 _PROCESSES = 24
-_TRACE = 10_000  # bytes of the standard error
+_REPLY = 10_000  # bytes of a reply beside the result, and of what an error of the driver says
 _FILE_MIB, _FOLDER_MIB = 64, 128  # inputs of programs are files there
 _DRIVER = Path(__file__).with_name("code_driver.py")
 _FENCED = re.compile(r"^[ \t]*(`{3,})[ \t]*(\w*)[^\n`]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
@@ -36,7 +36,13 @@ def code(text: str, label: Any) -> dict[str, float]:
     """
     tests = code_tests(label)
     messages = tests.messages()
-    header = {"kind": type(tests).__name__, "code": python_code(text), "seconds": _TEST_SECONDS, "tests": len(messages)}
+    header = {
+        "kind": type(tests).__name__,
+        "tests": len(messages),
+        "code": python_code(text),
+        "seconds": _TEST_SECONDS,
+        "limit": tests.limit(),
+    }
     limits = Limits(
         seconds=_SECONDS,
         cpu_seconds=int(_SECONDS),
@@ -44,7 +50,7 @@ def code(text: str, label: Any) -> dict[str, float]:
         processes=_PROCESSES,
         file_mib=_FILE_MIB,
         folder_mib=_FOLDER_MIB,
-        output_bytes=sum(map(_longest_reply, messages)) + _TRACE,
+        output_bytes=len(messages) * (6 * tests.limit() + _REPLY),  # JSON writes some bytes as six
     )
     outcome = Sandbox(limits).run(_DRIVER.read_text(), b"".join(map(_framed, [header, *messages])))
     # tests for which there was no time left have no reply
@@ -65,12 +71,6 @@ def python_code(text: str) -> str:
 def _framed(message: Any) -> bytes:
     content = json.dumps(message).encode()
     return f"{len(content):{SIZE_DIGITS}d}".encode() + content
-
-
-def _longest_reply(message: Any) -> int:
-    """Return the bytes that the line of a reply may take: JSON writes some bytes as six."""
-    limit: int = message["limit"] if isinstance(message, dict) else 0
-    return 6 * limit + 100
 
 
 def _parsed(line: str) -> dict[str, Any]:

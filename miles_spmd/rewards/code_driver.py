@@ -20,6 +20,7 @@ import builtins
 import contextlib
 import ctypes
 import fcntl
+import gc
 import importlib
 import json
 import os
@@ -39,7 +40,8 @@ _DESCRIPTORS = 256  # at least as many as a process may have open
 _PASSED = b"passed"
 _PROGRAM = "response.py"
 # As on the sites that problems with functions come from.
-_PRELUDE = """
+_PRELUDE = compile(
+    """
 import bisect, collections, functools, heapq, itertools, math, operator, random, re, string
 from bisect import *
 from collections import *
@@ -47,7 +49,10 @@ from functools import *
 from heapq import *
 from itertools import *
 from typing import *
-"""
+""",
+    "prelude",
+    "exec",
+)
 
 
 class NotData(TypeError):
@@ -360,15 +365,16 @@ def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0)
     sys.path.pop(0)  # the working directory, into which a response could write modules for the tester to import
     exec(_PRELUDE, {})  # once, not in every process
+    gc.freeze()  # what is there now is not copied into every process that collects garbage
     header = read_frame()
-    code, seconds = header["code"], header["seconds"]
+    code, seconds, limit = header["code"], header["seconds"], header["limit"]
     with open(_PROGRAM, "w", errors="surrogatepass") as file:
         file.write(code)
     for _ in range(header["tests"]):
         if header["kind"] == "Programs":
-            found = run_program(seconds=seconds, **read_frame())
+            found = run_program(seconds=seconds, limit=limit, **read_frame())
         elif header["kind"] == "Calls":
-            found = run_call(code, seconds=seconds, **read_frame())
+            found = run_call(code, seconds=seconds, limit=limit, **read_frame())
         else:
             found = run_assertion(code, seconds)
         print(json.dumps(found), flush=True)

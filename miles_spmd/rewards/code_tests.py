@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-_SLACK = 4096  # bytes by which a result may be longer than twice the expected one before reading it stops
+_SLACK = 4096  # bytes by which a result may be longer than twice the longest one before reading it stops
 
 
 class Programs(NamedTuple):
@@ -17,7 +18,12 @@ class Programs(NamedTuple):
 
     def messages(self) -> list[Any]:
         """Return what the driver in the sandbox is sent for each test."""
-        return [{"text": text, "limit": _limit(output)} for text, output in zip(self.inputs, self.outputs)]
+        return [{"text": text} for text in self.inputs]
+
+    def limit(self) -> int:
+        """Return how many bytes of a result are read. It is one number for all tests, because the driver has it in its
+        memory: that of one test would tell the response how long the right result is."""
+        return _limit(self.outputs)
 
     def passed(self, index: int, reply: dict[str, Any]) -> bool:
         """Whether the driver's reply to a test is right: the same lines, without white space at their ends."""
@@ -33,10 +39,10 @@ class Calls(NamedTuple):
     outputs: list[Any]
 
     def messages(self) -> list[Any]:
-        return [
-            {"name": self.name, "arguments": arguments, "limit": _limit(json.dumps(output))}
-            for arguments, output in zip(self.inputs, self.outputs)
-        ]
+        return [{"name": self.name, "arguments": arguments} for arguments in self.inputs]
+
+    def limit(self) -> int:
+        return _limit(map(json.dumps, self.outputs))
 
     def passed(self, index: int, reply: dict[str, Any]) -> bool:
         try:
@@ -52,6 +58,9 @@ class Assertions(NamedTuple):
 
     def messages(self) -> list[Any]:
         return list(self.texts)
+
+    def limit(self) -> int:
+        return 0
 
     def passed(self, index: int, reply: dict[str, Any]) -> bool:
         return reply.get("passed") is True
@@ -105,8 +114,8 @@ def _lines(text: Any, label: Any) -> str:
     return text
 
 
-def _limit(expected: str) -> int:
-    return 2 * len(expected.encode(errors="replace")) + _SLACK
+def _limit(expected: Iterable[str]) -> int:
+    return 2 * max(len(one.encode(errors="replace")) for one in expected) + _SLACK
 
 
 def _stripped(text: str) -> list[str]:
