@@ -126,6 +126,7 @@ def call(code: str, name: str, arguments: list[Any], result: int) -> None:
     _send(result, function(*arguments))
 
 
+MUTABLE = (list, dict, set)
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "call": lambda target, *arguments, **named: target(*arguments, **named),
     "attribute": lambda target, name: getattr(target, name),
@@ -156,7 +157,9 @@ def serve(code: str, channel: int) -> None:
             try:
                 given = [decode(one, find) for one in (arguments, named)]
                 value = OPERATIONS[operation](find(target), *given[0], **given[1])
-                _send(channel, ["value", encode(value, keep)])
+                after = [encode(one, keep) if isinstance(one, MUTABLE) else None for one in given[0]]
+                changed = {i: one for i, one in enumerate(after) if one is not None and one != arguments[i]}
+                _send(channel, ["value", encode(value, keep), changed])
             except BaseException as error:
                 _send(channel, ["raised", type(error).__name__, str(error)])
 
@@ -216,11 +219,19 @@ def run_test(text: str, channel: int) -> None:
     def place(value: Any) -> dict[str, Any]:
         return value._place if isinstance(value, Proxy) else refuse(value)
 
+    def proxy(found: dict[str, Any]) -> Proxy:
+        return Proxy(ask, found)
+
     def ask(operation: str, target: Proxy, *arguments: Any, **named: Any) -> Any:
         _send(channel, [operation, target._place, encode(list(arguments), place), encode(named, place)])
         kind, *content = receive()
         if kind == "value":
-            return decode(content[0], lambda found: Proxy(ask, found))
+            value, changed = (decode(one, proxy) for one in (content[0], list(content[1].values())))
+            for index, new in zip(content[1], changed):  # a function may change what it is given
+                given = arguments[int(index)]
+                given.clear()
+                (given.extend if isinstance(given, list) else given.update)(new)
+            return value
         known = getattr(builtins, content[0], None)
         is_exception = isinstance(known, type) and issubclass(known, Exception)
         raise known(content[1]) if is_exception else RuntimeError(": ".join(content))  # type: ignore[misc]

@@ -160,6 +160,10 @@ def counted(text): return collections.Counter(text)
 def point(): return Point(1, 2)
 def lazy(n): return (i * i for i in range(n))
 def fails(n): raise KeyError(n)
+def change(items, table, members):
+    items.sort()
+    table["new"] = items
+    members.discard(1)
 class Stack:
     def __init__(self, *items): self.items = list(items)
     def push(self, item): self.items.append(item); return self
@@ -180,6 +184,7 @@ class Stack:
         "assert Stack(1, 2) == Stack(1).push(2) and Stack() != Stack(1)",
         "def check(candidate):\n    for n in range(5):\n        assert candidate(n) == n\ncheck(same)",
         "assert same(value=3) == 3 and same(Stack(5)).items[0] == 5",
+        "a, b, c, d = [2, 1], {}, {1, 2}, []\nchange(a, b, c)\nassert (a, b, c) == ([1, 2], {'new': [1, 2]}, {2})",
         "assert not same(0) and same([]) == [] and same(1) in (1, 2)",
     ]
     assert passed(program, right) == 1
