@@ -22,7 +22,7 @@ _MEMORY_MIB = 1024
 _PROCESSES = 24
 _REPLY = 10_000  # bytes of a reply beside the result, and of what an error of the driver says
 _FILE_MIB, _FOLDER_MIB = 64, 128  # inputs of programs are files there
-_DRIVER = Path(__file__).with_name("code_driver.py")
+_DRIVER, _CALLS = (Path(__file__).with_name(name) for name in ("code_driver.py", "code_calls.py"))
 _FENCED = re.compile(r"^[ \t]*(`{3,})[ \t]*(\w*)[^\n`]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 _PYTHON = ("python", "python3", "py")
 
@@ -52,7 +52,8 @@ def code(text: str, label: Any) -> dict[str, float]:
         folder_mib=_FOLDER_MIB,
         output_bytes=len(messages) * (6 * tests.limit() + _REPLY),  # JSON writes some bytes as six
     )
-    outcome = Sandbox(limits).run(_DRIVER.read_text(), b"".join(map(_framed, [header, *messages])))
+    files = {"miles_spmd/rewards/code_calls.py": _CALLS.read_text()}
+    outcome = Sandbox(limits).run(_DRIVER.read_text(), b"".join(map(_framed, [header, *messages])), files)
     # tests for which there was no time left have no reply
     replies = map(_parsed, outcome.stdout.splitlines())
     share = sum(tests.passed(index, reply) for index, reply in enumerate(replies)) / len(messages)

@@ -12,7 +12,7 @@ import pytest
 from miles_spmd.config import RewardConfig
 from miles_spmd.plugins.plug_point import PlugPointError
 from miles_spmd.plugins.reward import RewardError, Score
-from miles_spmd.rewards import code_driver
+from miles_spmd.rewards import code_calls
 from miles_spmd.rewards.code import code, python_code
 from miles_spmd.rewards.functions import load_reward
 from miles_spmd.rewards.pool import RewardPool
@@ -159,6 +159,8 @@ def same(value): return value
 def counted(text): return collections.Counter(text)
 def point(): return Point(1, 2)
 def lazy(n): return (i * i for i in range(n))
+def sum(*items): return "replaced"
+def without(items, kind): return [one for one in items if not isinstance(one, kind)]
 def fails(n): raise KeyError(n)
 def change(items, table, members):
     items.sort()
@@ -185,6 +187,10 @@ class Stack:
         "def check(candidate):\n    for n in range(5):\n        assert candidate(n) == n\ncheck(same)",
         "assert same(value=3) == 3 and same(Stack(5)).items[0] == 5",
         "a, b, c, d = [2, 1], {}, {1, 2}, []\nchange(a, b, c)\nassert (a, b, c) == ([1, 2], {'new': [1, 2]}, {2})",
+        "s = Stack(1)\ns.items, s.name = [7], 'seven'\nassert s.items == [7] and s.name == 'seven'",
+        "assert without([1, 'a', 2.5], str) == [1, 2.5] and without([1], same(int)) == []",
+        "assert sum(1, 2) == 'replaced'",
+        "assert sum([same(1), same(2)]) == 3",
         "assert not same(0) and same([]) == [] and same(1) in (1, 2)",
     ]
     assert passed(program, right) == 1
@@ -266,10 +272,10 @@ def test_the_code_of_a_response() -> None:
 
 def test_only_data_travels() -> None:
     for value in ([1, (2.5, {"a": {b"b"}})], {1: frozenset({2})}, float("-inf"), 3 + 4j, True, None):
-        found = code_driver.decode(json.loads(json.dumps(code_driver.encode(value))))
+        found = code_calls.decode(json.loads(json.dumps(code_calls.encode(value))))
         assert (found, type(found)) == (value, type(value))
-    with pytest.raises(code_driver.NotData, match="type object cannot be passed"):
-        code_driver.encode([object()])
+    with pytest.raises(code_calls.NotData, match="type object cannot be passed"):
+        code_calls.encode([object()])
 
 
 # --- in the pool ------------------------------------------------------------------------------------------------------
