@@ -301,7 +301,7 @@ def test_without_a_sandbox_nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_p
     sandbox._probe.cache_clear()
     monkeypatch.setenv("PATH", str(tmp_path))
     try:
-        with pytest.raises(PlugPointError, match="'code' needs the sandbox: bwrap is not in PATH"):
+        with pytest.raises(PlugPointError, match="'code' requires the sandbox: bwrap is not in PATH"):
             load_reward("code", batched=False)
         with pytest.raises(RewardError, match="bwrap is not in PATH"):
             RewardPool(RewardConfig(rm_type="code", reward_workers=1))
