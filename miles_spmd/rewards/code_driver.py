@@ -193,9 +193,10 @@ def run_assertion(code: str, seconds: float) -> dict[str, Any]:
 def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0)
     sys.path.pop(0)  # the working directory, into which a response could write modules for the tester to import
-    exec(_PRELUDE, {})  # once, not in every process
-    gc.freeze()  # what is there now is not copied into every process that collects garbage
     header = read_frame()
+    if header["kind"] != "Programs":
+        exec(_PRELUDE, {})  # once, not in every process
+    gc.freeze()  # what is there now is not copied into every process that collects garbage
     code, seconds, limit = header["code"], header["seconds"], header["limit"]
     with open(_PROGRAM, "w", errors="surrogatepass") as file:
         file.write(code)
