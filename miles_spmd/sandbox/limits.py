@@ -46,7 +46,7 @@ class Limits(msgspec.Struct, frozen=True):
             "fsize": (resource.RLIMIT_FSIZE, self.file_mib * _MIB),
             "nofile": (resource.RLIMIT_NOFILE, self.open_files),
             "nproc": (resource.RLIMIT_NPROC, self.processes + 1),  # and the init of the sandbox
-            "core": (resource.RLIMIT_CORE, 0),
+            "core": (resource.RLIMIT_CORE, 1),  # byte: with 0, a crash would still start the host's handler of dumps
             "memlock": (resource.RLIMIT_MEMLOCK, _MIB),
             "msgqueue": (resource.RLIMIT_MSGQUEUE, 0),
         }

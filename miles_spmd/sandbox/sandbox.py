@@ -67,7 +67,8 @@ class Sandbox:
         files: Mapping[str, str | bytes] | None = None,
         arguments: Sequence[str] = (),
     ) -> Outcome:
-        """As :meth:`run`, in a thread of the event loop's pool. A task that is cancelled kills the program."""
+        """As :meth:`run`, in a thread of the event loop's default executor, whose size limits how many run at the same
+        time. A task that is cancelled kills the program."""
         execution = Execution(self._limits, self._python, self._has_proc)
         try:
             return await asyncio.to_thread(execution.run, *_inputs(code, stdin, files, arguments))
