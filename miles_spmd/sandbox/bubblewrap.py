@@ -62,6 +62,15 @@ def missing() -> str | None:
         return f"{bwrap} has version {found}: install bubblewrap {oldest} or newer"
     if shutil.which("prlimit") is None:
         return "prlimit is not in PATH: install the package util-linux"
+    return exposes(python(packages=False))
+
+
+def exposes(python: Python) -> str | None:
+    """Return why the folders of an interpreter must not be shown to a program; None: they may be."""
+    for folder in python.folders:
+        for name, own in (("home directory", os.path.expanduser("~")), ("working directory", ".")):
+            if _is_in(os.path.realpath(own), folder):
+                return f"the interpreter's folder {folder} contains your {name}: use an interpreter in one of its own"
     return None
 
 

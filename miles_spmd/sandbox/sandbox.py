@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
-from miles_spmd.sandbox.bubblewrap import missing, python
+from miles_spmd.sandbox.bubblewrap import exposes, missing, python
 from miles_spmd.sandbox.execution import Execution, Outcome, Problem, SandboxError, checked_name
 from miles_spmd.sandbox.limits import Limits
 
@@ -42,9 +42,10 @@ class Sandbox:
 
     def __init__(self, limits: Limits = _DEFAULTS, *, packages: bool = False) -> None:
         """Raises SandboxError if this machine cannot make a sandbox."""
-        if (found := problem()) is not None:
+        self._limits, self._python = limits, python(packages)
+        if (found := problem() or exposes(self._python)) is not None:
             raise SandboxError(found)
-        self._limits, self._python, self._has_proc = limits, python(packages), _probe().has_proc
+        self._has_proc = _probe().has_proc
 
     def run(
         self,

@@ -144,6 +144,19 @@ def test_an_old_bubblewrap_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path
         module._probe.cache_clear()
 
 
+def test_an_interpreter_that_holds_the_home_directory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that was installed with the home directory as its prefix."""
+    venv = Path(sys.prefix).resolve()
+    monkeypatch.setenv("HOME", str(venv / "lib"))
+    with pytest.raises(SandboxError, match=f"the interpreter's folder {venv} contains your home directory"):
+        Sandbox(packages=True)
+    Sandbox()  # it does not show the virtual environment
+    monkeypatch.setenv("HOME", "/nonexistent")
+    monkeypatch.chdir(venv)
+    with pytest.raises(SandboxError, match="contains your working directory"):
+        Sandbox(packages=True)
+
+
 def in_container(*options: str) -> str:
     """Return what a container with these options of bubblewrap has: the problem, and what the sandbox prints there."""
     program = (
