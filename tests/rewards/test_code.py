@@ -288,7 +288,7 @@ def sample(text: str, label: Any) -> Sample:
 @needs_bubblewrap
 def test_the_pool_scores_code() -> None:
     """In its processes, whose address space is limited."""
-    config = RewardConfig(rm_type="code", reward_workers=1, reward_memory_gib=0.5, reward_timeout=2.5)
+    config = RewardConfig(rm_type="code", reward_workers=1, reward_memory_gib=0.5, reward_timeout=4)
     with RewardPool(config) as pool:
         program, label = RIGHT["calls"]
         assert pool.submit([sample(program, label)]).result() == [Score(1.0, {"passed": 1.0, "killed": 0.0})]

@@ -28,6 +28,6 @@ def sandbox() -> Sandbox:
 def hasty() -> Sandbox:
     """A sandbox for programs that are to reach a limit."""
     limits = Limits(
-        seconds=1, cpu_seconds=30, memory_mib=128, processes=12, file_mib=2, folder_mib=4, output_bytes=10_000
+        seconds=2, cpu_seconds=30, memory_mib=128, processes=12, file_mib=2, folder_mib=4, output_bytes=10_000
     )
     return Sandbox(limits)

@@ -49,7 +49,7 @@ def test_endless_programs_are_killed(hasty: Sandbox, name: str, mark: str) -> No
     start = time.monotonic()
     outcome = hasty.run(ENDLESS[name], arguments=[mark])
     assert (outcome.problem, outcome.status) == (Problem.TIME, None)
-    assert 1 <= time.monotonic() - start < 10
+    assert 2 <= time.monotonic() - start < 20
     assert not left_over(mark)
 
 
@@ -88,7 +88,7 @@ print("done")
 """
     outcome = hasty.run(program, arguments=[mark])
     assert (outcome.stdout, outcome.problem) == ("done\n", Problem.OK)
-    assert outcome.seconds < 1
+    assert outcome.seconds < 2
     assert not left_over(mark)
 
 
