@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from miles_spmd.sandbox.sandbox import problem
 from miles_spmd.telemetry.environment import CUDA_PINS, PINS, Environment, cores, environment, installed
 
 # The versions that are tested with the other pins.
@@ -95,6 +96,8 @@ def _machine(here: Environment) -> Iterator[Finding]:
         yield Finding(f"GPU {index}", None, f"{gpu.name}, {gpu.memory_gib:g} GiB, driver {gpu.driver}")
     if not here.gpus:
         yield Finding("GPUs", None, "none")
+    lack = problem()
+    yield Finding("sandbox for code", lack is None or None, lack or "works; reward.rm_type = 'code' runs in it")
 
 
 def _packages(*, cuda: bool) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -232,6 +233,8 @@ def test_doctor() -> None:
     text = miles_spmd("doctor").stdout
     for line in ("ok  torch", "ok  collectives (gloo)", "ok  trainer (Megatron-core)", "ok  engine (SGLang)"):
         assert line in text, text
+    if shutil.which("bwrap"):
+        assert "ok  sandbox for code" in text, text
 
 
 def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

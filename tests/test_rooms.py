@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "miles_spmd"
 FLOORS = (
     ("types", "models"),
     ("config",),
-    ("plugins", "processes"),
+    ("plugins", "processes", "sandbox"),
     ("algorithms", "data", "faults", "invariant", "ledger", "platform", "rewards", "telemetry", "weights"),
     ("environments",),
     ("planning", "protocol"),

@@ -37,9 +37,9 @@ ALLOWED = re.compile(
 # What `miles-spmd chaos` injects into a run is a fault.
 INJECTED = ("miles_spmd/faults/", "miles_spmd/chaos/", "miles_spmd/controller/journal/faults.py")
 INJECTED_LINE = re.compile(r"chaos|inject|--faults|miles_spmd[./]faults|faults/", re.IGNORECASE)
-# Files about math problems, whose answers are answers.
-MATH = ("miles_spmd/rewards/math.py", "miles_spmd/rewards/exact.py", "miles_spmd/quickstart/task.py")
-MATH_LINE = re.compile(r"math|boxed|arithmetic|label_key", re.IGNORECASE)
+# Files about math problems and questions, whose answers are answers.
+MATH = (*(f"miles_spmd/rewards/{name}.py" for name in ("math", "exact", "f1", "gpqa")), "miles_spmd/quickstart/task.py")
+MATH_LINE = re.compile(r"math|boxed|arithmetic|label_key|question|</?answer>", re.IGNORECASE)
 
 
 def files() -> list[str]:

@@ -71,6 +71,24 @@ def bench_loss(
     show(shape, bench_loss(shape), Console())
 
 
+@app.command("sandbox")
+def bench_sandbox(
+    jobs: Annotated[int, typer.Option(min=1, help="Sandboxes at the same time.")] = 2,
+    tests: Annotated[int, typer.Option(min=1, help="Tests of a label.")] = 3,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Time of each measurement.")] = 5.0,
+) -> None:
+    """Measure how many programs the sandbox runs per second, and how many responses the reward `code` scores."""
+    from rich.console import Console
+
+    from miles_spmd.bench.sandbox import bench_sandbox, show
+    from miles_spmd.sandbox.sandbox import SandboxError
+
+    try:
+        show(bench_sandbox(jobs, tests, seconds), Console())
+    except SandboxError as error:
+        launcher.fail(str(error))
+
+
 Model = Annotated[str, typer.Option("--model", help="Checkpoint folder, or random:SHAPE.")]
 Out = Annotated[Path | None, typer.Option(help="JSON file for the result.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Repetitions of which the median is reported.")]

@@ -96,7 +96,7 @@ def _data_files(s: Settings) -> Messages:
             yield f"{name}: " + (f"{file} is a folder; name the file in it" if isdir else f"no file {file}")
 
 
-RewardName = Annotated[str, plug_point("math", "exact")]
+RewardName = Annotated[str, plug_point("math", "exact", "f1", "gpqa", "code")]
 
 
 class RewardTerm(Table):
@@ -117,7 +117,8 @@ class RewardTerm(Table):
 
 class RewardConfig(Table):
     rm_type: RewardName = "math"
-    """Plug point: the reward function, `math` (math-verify), `exact` (equal to the label) or `module:function`."""
+    """Plug point: the reward function, `math` (math-verify), `exact` (equal to the label), `f1` (of SQuAD), `gpqa` (the
+    letter of a choice), `code` (passes the label's tests in the sandbox) or `module:function`."""
     reward_weight: float = 1.0
     """Factor of this function where there are further ones."""
     reward_batched: bool = False

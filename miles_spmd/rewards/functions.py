@@ -15,9 +15,15 @@ from typing import Any
 from miles_spmd.plugins.plug_point import PlugPointError, import_function
 from miles_spmd.plugins.reward import Score
 from miles_spmd.rewards.adapters import BadReward, adapt
+from miles_spmd.rewards.code import code
 from miles_spmd.rewards.exact import exact
+from miles_spmd.rewards.f1 import f1
+from miles_spmd.rewards.gpqa import gpqa
+from miles_spmd.sandbox.sandbox import problem
 from miles_spmd.types.printable import MAX_LINE
 from miles_spmd.types.sample import Sample
+
+BUILT_IN = ("math", "exact", "f1", "gpqa", "code")
 
 
 @dataclass(frozen=True)
@@ -63,21 +69,38 @@ class RewardFunction:
 def load_reward(rm_type: str, batched: bool) -> RewardFunction:
     """Return the function that ``reward.rm_type`` names; ``batched`` is ``reward.reward_batched``.
 
-    Raises PlugPointError if it cannot be imported, or has a signature that is not supported.
+    Raises PlugPointError if it cannot be imported, has a signature that is not supported, or needs the sandbox where
+    there is none.
     """
-    if rm_type == "exact":
-        return RewardFunction(lambda sample: exact(sample.text, sample.prompt.label))
-    if rm_type == "math":
-        from miles_spmd.rewards.math import math as grade  # imports sympy, which takes a second
-
+    if (grade := _built_in(rm_type)) is not None:
         return RewardFunction(lambda sample: grade(sample.text, sample.prompt.label))
-    function = import_function("reward.rm_type", rm_type, ("exact", "math"))
+    function = import_function("reward.rm_type", rm_type, BUILT_IN)
     try:
         adapted = adapt(function, batched)
     except BadReward as error:
         raise PlugPointError(f"reward.rm_type = {rm_type!r} {error.problem}") from None
     is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
     return RewardFunction(*adapted, is_async)
+
+
+def _built_in(rm_type: str) -> Callable[[str, Any], Any] | None:
+    """Return the built-in function of a response's text and its label, None for another name."""
+    match rm_type:
+        case "exact":
+            return exact
+        case "f1":
+            return f1
+        case "gpqa":
+            return gpqa
+        case "math":
+            from miles_spmd.rewards.math import math  # imports sympy, which takes a second
+
+            return math
+        case "code":
+            if (lack := problem()) is not None:
+                raise PlugPointError(f"reward.rm_type = 'code' requires the sandbox: {lack}")
+            return code
+    return None
 
 
 def to_score(value: Any, sample: Sample) -> Score:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
+from miles_spmd.rewards.code_tests import code_tests
+
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|[{}]|\\[{}\\]")
 
 
@@ -49,6 +51,17 @@ def math_label(label: Any) -> str:
     return text
 
 
+def choice_label(label: Any) -> str:
+    """Return the letter of a multiple-choice label: a letter, also in brackets, or the number of the choice from 0.
+    Raises ValueError for any other label."""
+    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < 26:
+        return chr(ord("A") + label)
+    found = re.fullmatch(r"\s*\(?([A-Za-z])\)?\.?\s*", label) if isinstance(label, str) else None
+    if found is None:
+        raise ValueError(f"the label {label!r:.80} is neither a letter nor the number of a choice from 0 to 25")
+    return found[1].upper()
+
+
 def last_boxed(text: str) -> str | None:
     r"""Return the content of the complete ``\boxed{...}`` (or ``\fbox``) that starts last; None: none."""
     best: tuple[int, int] | None = None
@@ -66,4 +79,10 @@ def last_boxed(text: str) -> str | None:
     return None if best is None else text[slice(*best)]
 
 
-_READERS: dict[str, Callable[[Any], object]] = {"math": math_label, "exact": exact_labels}
+_READERS: dict[str, Callable[[Any], object]] = {
+    "math": math_label,
+    "exact": exact_labels,
+    "f1": exact_labels,
+    "gpqa": choice_label,
+    "code": code_tests,
+}

@@ -34,6 +34,7 @@ from miles_spmd.rewards.functions import load_reward
 from miles_spmd.types.sample import Sample
 
 IMPORT_TIMEOUT = 120.0  # seconds in which a reward function's module must be imported
+_VERIFIERS = ("code", "math")  # built-in functions whose time depends on what the response contains
 _LOOK_EVERY = 1.0  # seconds between looks at whether a silent process is alive
 _BEGUN = "begun"  # what a process sends when it has read a call
 _GRACE = 2.0  # seconds that an async function's own timeout has before its process is killed
@@ -98,13 +99,13 @@ class RewardProcess:
         with self._lock:
             if self._process.poll() is not None and not self._killed:
                 self._start()
-        verifies = function.rm_type == "math"
+        verifies = function.rm_type in _VERIFIERS
         # an async function has a timeout of its own, which gives the better message
         timeout = self._config.reward_timeout + (_GRACE if self.scores_groups(function) else 0)
         try:
             scores: list[Score] = self._exchange(timeout, (self._functions.index(function), samples))
             # its mean is then the share of responses whose verification was killed
-            return [Score(score.value, {"killed": 0.0}) for score in scores] if verifies else scores
+            return [Score(one.value, {**one.detail, "killed": 0.0}) for one in scores] if verifies else scores
         except TimeoutError:
             problem = f"took longer than reward.reward_timeout = {self._config.reward_timeout:g} s"
         except EOFError as error:

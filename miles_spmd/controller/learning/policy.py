@@ -44,6 +44,8 @@ class Policy:
     def score(self, step: int, samples: Sequence[Sample], sequences: Sequence[TrainSequence]) -> Scores:
         """Return the scores that the algorithm needs from before the update. Compares engine and trainer where that is
         possible, which may mask tokens of ``sequences``. Raises ParityError."""
+        if not samples:  # a filter has kept none
+            return {}
         self._parity.begin_step(samples, sequences, self._engine_version)
         with self._journal.timed("log_probs", step):
             scores = self._models.scores(step, sequences)
@@ -65,6 +67,8 @@ class Policy:
         self, step: int, samples: Sequence[Sample], sequences: Sequence[TrainSequence], scores: Scores
     ) -> list[list[TrainSequence]]:
         """Return the batch of each optimizer step of a rollout, with advantages and global loss weights."""
+        if not samples:
+            return []
         batches, metrics = optimizer_steps(samples, sequences, scores, self._config)
         self._journal.publish(events.Measured(step, metrics))
         return batches

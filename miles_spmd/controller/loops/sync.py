@@ -7,7 +7,6 @@ from itertools import chain
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.learning.batch import example_sequences, to_sequences
 from miles_spmd.controller.parts import RunParts
-from miles_spmd.types.sample import Sample
 
 
 def train(run: RunParts) -> None:
@@ -69,18 +68,13 @@ def advance(run: RunParts, step: int) -> None:
 def reinforce(run: RunParts, step: int) -> None:
     """Generate samples for the prompts of ``step``, and train on them."""
     groups = run.samples.rollout(step)  # prompts -> scored samples, groups in the order of submission
-    if groups:  # a filter may have kept none
-        learn(run, step, list(chain.from_iterable(groups)))
-    run.policy.update_reference(step + 1)
-    run.policy.refit(step + 1)  # trainer -> engine
-
-
-def learn(run: RunParts, step: int, samples: list[Sample]) -> None:
-    """Train on the samples of ``step``."""
+    samples = list(chain.from_iterable(groups))
     sequences = to_sequences(samples)
     scores = run.policy.score(step, samples, sequences)  # log-probs and values from before the update
     for batch in run.policy.optimizer_steps(step, samples, sequences, scores):  # advantages, global denominators
         run.policy.train(step, batch)
+    run.policy.update_reference(step + 1)
+    run.policy.refit(step + 1)  # trainer -> engine
 
 
 def evaluate(run: RunParts, step: int, *, begins: bool = False) -> None:
