@@ -115,7 +115,7 @@ def serving(ranks: Ranks, *args: Any) -> Iterator[Cluster]:
 
 def requests(count: int, new_tokens: int = 12) -> list[Request]:
     return [
-        Request(f"r{i}", [5 + i, 6, 7], SamplingParams(max_new_tokens=new_tokens, seed=100 + i, ignore_eos=True))
+        Request(f"{i}", [5 + i, 6, 7], SamplingParams(max_new_tokens=new_tokens, seed=100 + i, ignore_eos=True))
         for i in range(count)
     ]
 
@@ -137,7 +137,7 @@ def test_two_engines_give_what_one_gives_alone(ranks: Ranks, checkpoint: Path) -
         found = {}
         session.submit(wanted[:3])
         for output in iter(session.next, None):
-            if output.rid == "r0":
+            if output.rid == "0":
                 session.submit(wanted[3:])
             found[output.rid] = output.output_ids
         return found
@@ -157,7 +157,7 @@ def test_an_engine_of_two_ranks_stays_in_step(ranks: Ranks, checkpoint: Path) ->
         with workers.rollout(0) as session:
             session.submit(wanted)
             found = {o.rid: o.output_ids for o in iter(session.next, None)}
-        assert found.keys() == {"r0", "r1", "r2", "r3"}
+        assert found.keys() == {"0", "1", "2", "3"}
         assert all(len(ids) == 12 for ids in found.values())
         with workers.rollout(1) as session:  # the same again, after the engine has slept between submissions
             for request in wanted:
@@ -169,10 +169,10 @@ def test_aborted_requests_keep_what_they_have(ranks: Ranks, checkpoint: Path) ->
     with serving(ranks, "torch", checkpoint, 1) as workers, workers.rollout(0) as session:
         session.submit([*requests(2, new_tokens=120), *requests(4, new_tokens=2)[2:]])
         outputs = iter(session.next, None)
-        assert {next(outputs).rid, next(outputs).rid} == {"r2", "r3"}
-        session.abort(["r0"])
+        assert {next(outputs).rid, next(outputs).rid} == {"2", "3"}
+        session.abort(["0"])
         aborted = next(outputs)
-        assert (aborted.rid, aborted.finish_reason) == ("r0", FinishReason.ABORT)
+        assert (aborted.rid, aborted.finish_reason) == ("0", FinishReason.ABORT)
         assert 2 <= len(aborted.output_ids) < 120
         session.abort()
         assert [o.finish_reason for o in outputs] == [FinishReason.ABORT]
@@ -184,7 +184,7 @@ def test_a_request_that_does_not_fit_ends_the_rollout(ranks: Ranks, checkpoint: 
             session.submit(requests(2, new_tokens=500))
             list(iter(session.next, None))
 
-    error = r"rank \d .* rollout, step 0: ValueError: request 0:r\d"
+    error = r"rank \d .* rollout, step 0: ValueError: request 0:\d"
     with serving(ranks, "torch", checkpoint, 1) as workers, pytest.raises(WorkerFailedError, match=error):
         rollout(workers)
 
@@ -193,7 +193,7 @@ def test_weights_are_replaced_while_requests_run(ranks: Ranks, checkpoint: Path)
     """A refit waits for no response: the tokens of each are attributed to the weights that generated them."""
     with serving(ranks, "torch", checkpoint, 1) as workers, workers.rollout(0) as session:
         session.submit([*requests(2, new_tokens=120), *requests(4, new_tokens=2)[2:]])
-        assert {session.next().rid, session.next().rid} == {"r2", "r3"}
+        assert {session.next().rid, session.next().rid} == {"2", "3"}
         assert [result.version for result in workers.call(RefitEngine(2), step=0)] == [2, 2]
         for output in iter(session.next, None):
             versions = output.weight_versions
