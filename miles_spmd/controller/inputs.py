@@ -13,10 +13,12 @@ from pathlib import Path
 
 from miles_spmd.config import Config, RewardTerm
 from miles_spmd.config.checks import Settings, settings
+from miles_spmd.config.environment import SINGLE_TURN
 from miles_spmd.controller.checkpoint_folders import ResumeError, newest, read
 from miles_spmd.controller.datasets import Datasets
 from miles_spmd.data.dataset import DataError, parse_slice, read_rows
 from miles_spmd.data.tokenizer import Tokenizer, TokenizerError
+from miles_spmd.environments.process import load_environment
 from miles_spmd.models import load_family, read_generation_config
 from miles_spmd.plugins.plug_point import PlugPointError, import_function
 from miles_spmd.rewards.adapters import missing_columns
@@ -119,6 +121,12 @@ def _plug_ins(known: Settings) -> Iterator[str]:
                 load_reward(name, bool(batched))
             except PlugPointError as error:
                 yield str(error).replace("reward.rm_type", setting, 1)
+    environment = known.get("environment.environment")
+    if isinstance(environment, str) and environment != SINGLE_TURN:
+        try:
+            load_environment(environment, known.get("environment.environment_kwargs") or {})
+        except PlugPointError as error:
+            yield str(error)
     for setting in PLUG_POINTS:
         name = known.get(setting)
         if isinstance(name, str) and ":" in name:

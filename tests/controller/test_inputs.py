@@ -245,7 +245,11 @@ def test_an_evaluation_reads_no_training_data(check: Check) -> None:
 
 def test_plug_points_are_those_of_the_settings() -> None:
     documented = {s.dotted for s in walk(Config) if (s.field.description or "").startswith("Plug point")}
-    assert documented - {s for s in documented if ".N." in s} == {*inputs.PLUG_POINTS, "reward.rm_type"}
+    assert documented - {s for s in documented if ".N." in s} == {
+        *inputs.PLUG_POINTS,
+        "reward.rm_type",
+        "environment.environment",
+    }
 
 
 def test_a_model_of_the_hub(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:

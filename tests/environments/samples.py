@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 from miles_spmd.plugins.environment import Context
@@ -74,3 +75,30 @@ async def rewarded(context: Context, prompt: Prompt) -> Trajectory:
 
 
 def not_async(context: Context, prompt: Prompt) -> None: ...
+
+
+async def conversation(context: Context, prompt: Prompt, hold: str = "", fails: bool = False) -> list[Trajectory]:
+    """Two turns and a branch. It waits while the file ``hold`` exists, and with ``fails`` some fail at first."""
+    trajectory = context.begin(prompt.tokens)
+    await context.complete(trajectory, max_new_tokens=4)
+    given = context.encode(" 42")
+    trajectory.append(Segment(given, sampled=False))
+    context.count("given", len(given))
+    sibling = context.fork(trajectory)
+    if Path(hold).exists():
+        Path(f"{hold}.held").touch()
+    while Path(hold).exists():
+        await asyncio.sleep(0.05)
+    if (
+        fails
+        and context.index == 1
+        and (mark := Path(f"{hold}.{len(prompt.uid)}{prompt.uid[-1]}"))
+        and not mark.exists()
+    ):
+        mark.touch()
+        if prompt.uid[-1] == "3":
+            raise OSError("no network")
+        if prompt.uid[-1] == "4":
+            os._exit(5)
+    await asyncio.gather(context.complete(trajectory, max_new_tokens=3), context.complete(sibling))
+    return [trajectory, sibling]

@@ -105,6 +105,7 @@ class Episodes:
         self._inbox: deque[Event] = deque()  # events that came while others ran
         self._running: dict[int, Episode] = {}
         self._all: list[Episode] = []  # of this rollout
+        self._kept: list[Episode] = []  # those of them that go on in the next one
         self._asked: dict[str, tuple[Request, Ask]] = {}  # by rid, until the output is here
         self._begun: dict[str, Response] = {}  # by rid, what a request continues
         self._paused: list[tuple[Ask, Response]] = []  # what the policy had begun when the last rollout ended
@@ -250,9 +251,13 @@ class Episodes:
         """End the rollout: what still runs is ended, but for the groups that it has to ``keep``, which become the first
         ones of the next rollout. Their requests have to be aborted then."""
         self._cancel([number for number, episode in self._running.items() if episode.group not in keep])
-        self._all = [episode for episode in self._all if episode.group in keep]
-        for episode in self._all:
+        self._kept = [episode for episode in self._all if episode.group in keep]
+        for episode in self._kept:
             episode.group = keep.index(episode.group)
+
+    def forget(self) -> None:
+        """The responses of the groups that were not kept are needed no more."""
+        self._all = self._kept
 
     def _cancel(self, numbers: Sequence[int]) -> None:
         for number in numbers:

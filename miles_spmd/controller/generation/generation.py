@@ -68,6 +68,7 @@ class Generation:
         self._episodes = Episodes(host, self._numbers, config.environment)  # of training
         self._given: Mapping[str, Response] = {}  # of the next rollout, from before an interruption
         self._left: list[list[tuple[int, Group]]] = []  # rollouts of the groups that the last step left, which ended
+        self._waiting: list[tuple[Prompt, int]] = []  # their prompts, and the steps in which they were begun
 
     def resume(self, step: int, data: bytes) -> None:
         """Continue the responses of the rollout of ``step`` that :meth:`unfinished` returned."""
@@ -120,7 +121,7 @@ class Generation:
             kept = self._generate(acceptance, episodes, sampling, waves, step, supply.room)
             self._left = [acceptance.finished(number) for number in kept]
             left = kept if supply.continues else acceptance.left()
-            supply.end([(acceptance.prompts[n], begun[n] if n < len(begun) else step) for n in left])
+            self._waiting = [(acceptance.prompts[n], begun[n] if n < len(begun) else step) for n in left]
         self._given = {}
         if not acceptance.enough:
             self._tell_too_few(step, acceptance)
@@ -146,8 +147,8 @@ class Generation:
 
     def forget(self) -> None:
         """The step is complete: its responses are no longer unfinished."""
-        if not self._supply.keeps:
-            self._episodes.close()
+        self._episodes.forget()
+        self._supply.end(self._waiting)
 
     def evaluate(self, step: int, due: Sequence[EvalSet]) -> None:
         """Score the responses to the prompts of the held-out sets ``due``, ``step`` steps into the run."""
