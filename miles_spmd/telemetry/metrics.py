@@ -20,6 +20,9 @@ METRICS: dict[str, Metric] = {
     "rollout/response_len_max": Metric("tokens", "Length of the longest response"),
     "rollout/truncated_ratio": Metric("fraction", "Samples that ended at the length limit"),
     "rollout/zero_std_ratio": Metric("fraction", "Prompt groups whose samples all got the same reward: no gradient"),
+    "rollout/prefix_hit_rate": Metric(
+        "fraction", "Tokens of the requests' prompts, earlier turns included, that the engine did not have to prefill"
+    ),
     "rollout/dropped_groups": Metric("groups", "Prompt groups that dynamic sampling dropped and replaced"),
     "rollout/zero_std_groups": Metric("groups", "Prompt groups whose samples all got the same reward"),
     "rollout/fully_masked_samples": Metric("samples", "Samples without a trained token"),

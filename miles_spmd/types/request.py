@@ -59,6 +59,7 @@ class Output(msgspec.Struct):
     weight_versions: list[tuple[int, int]]  # (version, number of tokens), in order
     prompt_log_probs: list[float] | None = None  # of input_ids[1:] at temperature 1, if requested
     top1_ids: list[int] | None = None  # top-1 token at each place of output_ids (lowest id of equals), if requested
+    cached_tokens: int = 0  # of the prompt, whose keys and values the engine had from another request
 
 
 def check_request(request: Request, context_length: int) -> None:

@@ -116,6 +116,7 @@ class Episodes:
         """Begin a rollout that needs so many episodes. ``given`` are responses from before an interruption, by the
         digests of their requests; ``purpose``: one other than training."""
         self.failures: Counter[str] = Counter()  # by kind, those that another attempt has made good included
+        self.prefill = self.cached = 0  # tokens of the requests' prompts, and those that the engine had already
         self._planned, self._given, self._purpose = planned, given or {}, purpose
         self._lost: list[str] = []  # what was wrong with episodes that have failed for good
 
@@ -196,6 +197,8 @@ class Episodes:
         if begun is not None:
             versions = joined_versions(begun.output.weight_versions, output.weight_versions)
             output = msgspec.structs.replace(output, weight_versions=versions)
+        if known is None:
+            self.prefill, self.cached = self.prefill + len(request.input_ids), self.cached + output.cached_tokens
         response = known or Response(output)
         episode.made.append((request, response))
         if output.finish_reason is FinishReason.ABORT:

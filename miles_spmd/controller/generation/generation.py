@@ -127,8 +127,9 @@ class Generation:
             self._tell_too_few(step, acceptance)
         if config.mask_offpolicy_in_partial_rollout:
             acceptance.accepted = [[_without_older(sample, step) for sample in group] for group in acceptance.accepted]
+        hits = episodes.cached / episodes.prefill if episodes.prefill else None
         self._journal.publish(
-            events.RolloutFinished(step, acceptance.accepted, acceptance.dropped, dict(episodes.failures))
+            events.RolloutFinished(step, acceptance.accepted, acceptance.dropped, dict(episodes.failures), hits)
         )
         return acceptance.accepted
 

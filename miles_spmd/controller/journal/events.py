@@ -48,6 +48,7 @@ class RolloutFinished(Event, frozen=True):
     groups: Groups
     dropped: int  # groups that the filter rejected, or whose environment failed
     failures: Mapping[str, int] = {}  # of environments, by kind
+    prefix_hits: float | None = None  # share of the prompts' tokens whose keys and values the engine had already
 
 
 class Measured(Event, frozen=True):

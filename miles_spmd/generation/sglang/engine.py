@@ -187,6 +187,7 @@ class SglangEngine:
             weight_versions=self._weight_versions(req.rid, len(ids)),
             prompt_log_probs=prompt[1:] if prompt else None,  # the first token has none
             top1_ids=[token for (token,) in top1[: len(ids)]] if top1 else None,
+            cached_tokens=req.cached_tokens,
         )
 
     def _weight_versions(self, rid: str, tokens: int) -> list[tuple[int, int]]:
