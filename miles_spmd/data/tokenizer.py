@@ -150,14 +150,41 @@ class Tokenizer:
             parts.append(Encoding(tail.ids, tail.offsets + start))
         return Encoding([i for part in parts for i in part.ids], np.concatenate([part.offsets for part in parts]))
 
-    def _continue(self, text: str) -> Encoding:
+    def encode_continuation(self, text: str, literal: Sequence[tuple[int, int]] = ()) -> list[int]:
+        """Encode a text that follows another one. In the ranges of characters that are ``literal``, what spells a
+        special token is text like any other."""
+        ids, offsets = self._continue(text)
+        special = offsets[[i in self._special_ids for i in ids]]
+        spelled = [(s, e) for s, e in literal if ((special[:, 0] < e) & (special[:, 1] > s)).any()]
+        if not spelled:
+            return ids
+        parts, position = list[int](), 0
+        for start, end in spelled:
+            parts += self._continue(text[position:start]).ids
+            parts += self._continue(text[start:end], self._without_special_tokens).ids
+            position = end
+        return parts + self._continue(text[position:]).ids
+
+    @cached_property
+    def _special_ids(self) -> set[int]:
+        return {i for i, token in self._fast.get_added_tokens_decoder().items() if token.special}
+
+    @cached_property
+    def _without_special_tokens(self) -> FastTokenizer:
+        """A copy that takes the texts of special tokens for text."""
+        copy = FastTokenizer.from_str(self._fast.to_str())
+        copy.encode_special_tokens = True
+        return copy
+
+    def _continue(self, text: str, fast: FastTokenizer | None = None) -> Encoding:
         """Encode a text that follows another one, and hence has no beginning for a normaliser to change."""
+        encode = (fast or self._fast).encode
         for before in "\n.a0":
-            ids, offsets = _encoding(self._fast.encode(before + text, add_special_tokens=False))
+            ids, offsets = _encoding(encode(before + text, add_special_tokens=False))
             behind = int((offsets[:, 1] <= 1).sum())  # tokens of what stands before
             if behind < len(ids) and offsets[behind, 0] >= 1:
                 return Encoding(ids[behind:], offsets[behind:] - 1)
-        return _encoding(self._fast.encode(text, add_special_tokens=False))
+        return _encoding(encode(text, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._fast.decode(ids, skip_special_tokens=skip_special_tokens)

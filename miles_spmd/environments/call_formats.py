@@ -47,9 +47,7 @@ class Markup(NamedTuple):
 
 
 _TOOL_CALL = Markup("<tool_call>", "</tool_call>")
-_DEEPSEEK = Markup(
-    "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
-)
+_DEEPSEEK = Markup("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
 MARKUP = {
     "hermes": _TOOL_CALL,
     "qwen3_coder": _TOOL_CALL,
@@ -134,7 +132,7 @@ def _divide_llama(text: str) -> tuple[str, list[Block]]:
     before, tag, behind = text.partition(_LLAMA_TAG)
     if not tag:
         before, behind = ("", text) if _LLAMA_CALL.match(text) else (text, "")
-    blocks = []
+    blocks = list[Block]()
     while behind := behind.lstrip(" \n\t;,"):
         try:
             _, end = json.JSONDecoder().raw_decode(behind)
@@ -150,8 +148,8 @@ def _divide_llama(text: str) -> tuple[str, list[Block]]:
 def _divide_mistral(text: str) -> tuple[str, list[Block]]:
     """Divide texts that begin with a mark. SGLang's parser requires a blank between it and JSON, and takes no id."""
     before, *parts = _MISTRAL_ID.sub("", text).split(_MISTRAL_MARK)
-    texts = [f"{_MISTRAL_MARK} {part.lstrip()}" if re.match(r"\s*[\[{]", part) else _MISTRAL_MARK + part for part in parts]
-    return before, [Block(part, part) for part in texts]
+    parts = [f" {part.lstrip()}" if re.match(r"\s*[\[{]", part) else part for part in parts]
+    return before, [Block(_MISTRAL_MARK + part, _MISTRAL_MARK + part) for part in parts]
 
 
 def _divide_pythonic(text: str) -> tuple[str, list[Block]]:

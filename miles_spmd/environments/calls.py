@@ -92,7 +92,10 @@ class CallParser:
         return call_formats.divide(self.format, self._schemas, text) if self._schemas else (text, [])
 
     def _split_reasoning(self, text: str, opened: bool) -> tuple[str, str]:
-        reasoning, rest = sglang_parsers.split_reasoning(self._reasoning, text, opened)
+        try:
+            reasoning, rest = sglang_parsers.split_reasoning(self._reasoning, text, opened)
+        except Exception:  # whatever a broken text makes it raise
+            return "", text
         return (reasoning, rest) if reasoning or rest else ("", text)  # gpt-oss's loses text without headers
 
     def _read(self, block: Block, first: int) -> list[Call]:
@@ -101,8 +104,8 @@ class CallParser:
             if not all(name for name, _ in found):
                 raise ValueError("it has no name of a tool")
         except ValueError as error:
-            name = next(filter(None, _NAME.search(block.text).groups()), None) if _NAME.search(block.text) else None
-            name = name or UNKNOWN_NAME
+            shown = _NAME.search(block.text)
+            name = next(filter(None, shown.groups())) if shown else UNKNOWN_NAME
             return [Call(self._id(name, first), name, problem=str(error), text=block.text)]
         return [Call(self._id(name, first + i), name, arguments) for i, (name, arguments) in enumerate(found)]
 
@@ -131,7 +134,7 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "null")
 
 
-def reasoning_format(*texts: str) -> str:
+def detect_reasoning(*texts: str) -> str:
     """Return the format of reasoning by the marks in ``texts``, which a chat template wrote; by default that of
     ``<think>``, which leaves messages without one as they are."""
     return next((name for mark, name in _REASONING.items() if any(mark in text for text in texts)), "qwen3")

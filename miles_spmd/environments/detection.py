@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator
 
 from miles_spmd.environments import sglang_parsers
-from miles_spmd.environments.call_formats import ALIASES, Schema
-from miles_spmd.environments.calls import CallParser, reasoning_format
+from miles_spmd.environments.call_formats import ALIASES
+from miles_spmd.environments.calls import CallParser, detect_reasoning
+from miles_spmd.environments.continuation import Render
 
 _NAME, _ARGUMENTS = "get_item", {"place": "Oslo Q7", "count": 3}
 _SCHEMA = {
@@ -36,20 +35,13 @@ _OPEN_TAG = re.compile(r"<[^<>]*\Z")
 _PREFERRED = ("hermes", "qwen3_coder", "glm45", "glm47")
 
 
-class Render(Protocol):
-    """Renders a conversation: ``Context.render``."""
-
-    def __call__(
-        self, messages: Sequence[dict[str, Any]], *, tools: Sequence[Schema], add_generation_prompt: bool
-    ) -> str: ...
-
-
 def detect_format(render: Render) -> str:
     """Return the name of the format. Raises ValueError where no format, or more than one, fits."""
     names = [name for name in sglang_parsers.call_formats() if name not in ALIASES]
     for prompt, text in _written_calls(render):
-        if found := [name for name in names if _reads(name, prompt, text)]:
-            return min(found, key=lambda name: (*(name != preferred for preferred in _PREFERRED), name))
+        unread = {name: _unread(name, prompt, text) for name in names}
+        if found := {name: count for name, count in unread.items() if count is not None}:
+            return min(found, key=lambda name: (found[name], *(name != better for better in _PREFERRED), name))
     raise ValueError(
         "call_format = 'auto': the chat template writes tool calls in no format that is known, or not at all; name the "
         f"format that the model was trained on: {', '.join(sglang_parsers.call_formats())}"
@@ -68,12 +60,15 @@ def _written_calls(render: Render) -> Iterator[tuple[str, str]]:
             whole = render([_USER, message], tools=[_SCHEMA], add_generation_prompt=False)
         except ValueError:  # a template may refuse one of the styles
             continue
-        same = len(_OPEN_TAG.sub("", os.path.commonprefix([prompt, whole])))
+        same = next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole)))
+        same = len(_OPEN_TAG.sub("", whole[:same]))
         for before in (whole[:same], prompt):  # a prompt may open reasoning that the template leaves out later
             yield before, _END_TOKEN.sub("", whole[same:])
             yield before, whole[same:]  # where the last tag belongs to the call
 
 
-def _reads(name: str, prompt: str, text: str) -> bool:
-    message = CallParser(name, [_SCHEMA], reasoning_format(text)).parse(text, prompt, 0)
-    return not message.content and [(call.name, call.arguments) for call in message.calls] == [(_NAME, _ARGUMENTS)]
+def _unread(name: str, prompt: str, text: str) -> int | None:
+    """Return how many characters a format leaves as content, such as an end token; None where it misses the call."""
+    message = CallParser(name, [_SCHEMA], detect_reasoning(text)).parse(text, prompt, 0)
+    calls = [(call.name, call.arguments) for call in message.calls]
+    return len(message.content) if calls == [(_NAME, _ARGUMENTS)] else None

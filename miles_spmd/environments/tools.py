@@ -1,0 +1,106 @@
+"""The environment ``tools``: the policy may call functions until it responds without a call.
+
+environment = "tools"
+environment_kwargs = { functions = ["my_tools:search", "my_tools:run_python"], max_turns = 8 }
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import msgspec
+
+from miles_spmd.environments.chat import AUTO, Chat, Reply
+from miles_spmd.environments.execution import ErrorKind, Result, Tool, Toolbox
+from miles_spmd.plugins.environment import Context
+from miles_spmd.types.sample import Prompt
+from miles_spmd.types.trajectory import Trajectory
+
+
+async def tools(
+    context: Context,
+    prompt: Prompt,
+    *,
+    functions: Sequence[str | Callable[..., Any] | Mapping[str, Any]],
+    max_turns: int = 8,
+    call_format: str = AUTO,
+    reasoning_format: str = AUTO,
+    tool_timeout: float = 30.0,
+    tool_memory_gib: float = 4.0,
+    tool_workers: int = 4,
+    tool_environment: Sequence[str] = (),
+    max_result_chars: int = 16_384,
+) -> Trajectory:
+    """Let the policy respond and call ``functions`` in turns. The last message of the policy, without reasoning and
+    calls, is what is scored.
+
+    A function is named as ``module:function``, or an object with it under ``function`` and a ready-made schema under
+    ``schema``. The conversation is truncated after ``max_turns`` messages of the policy, and where the context or the
+    limit of the response is reached. ``tool_timeout``: seconds of one call. ``tool_memory_gib``: GiB by which a process
+    of plain functions may grow; there are ``tool_workers`` of them. ``tool_environment``: environment variables with
+    secrets that they may see. Raises ValueError for functions, formats and templates that cannot be used.
+    """
+    entries = tuple(_entry(function) for function in functions)
+    limits = (tool_timeout, tool_memory_gib, tool_workers, tuple(tool_environment), max_result_chars)
+    toolbox = _toolbox(entries, *limits)
+    chat = Chat(context, prompt, tools=toolbox.schemas, call_format=call_format, reasoning_format=reasoning_format)
+    reply = await chat.respond()
+    for _ in range(max_turns - 1):
+        if not (reply.complete and reply.calls):
+            break
+        results = await toolbox.run(reply.calls)
+        _count_results(context, results)
+        if not chat.add(result_messages(reply, results)):
+            break
+        reply = await chat.respond()
+    context.count("truncated", float(not reply.complete or bool(reply.calls)))
+    context.count("turns", chat.trajectory.turns)
+    chat.trajectory.text = reply.content
+    return chat.trajectory
+
+
+def result_messages(reply: Reply, results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Return the messages with the results of a reply's calls, as :meth:`Chat.add` takes them."""
+    return [
+        {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": result.text}
+        for call, result in zip(reply.calls, results, strict=True)
+    ]
+
+
+def _count_results(context: Context, results: Sequence[Result]) -> None:
+    context.count("tool_calls", len(results))
+    for kind in ErrorKind:
+        context.count(f"tool_errors/{kind}", sum(result.error is kind for result in results))
+
+
+def _entry(function: str | Callable[..., Any] | Mapping[str, Any]) -> tuple[str | Callable[..., Any], bytes]:
+    """Return a function, and its schema as JSON: what a cache can compare."""
+    if not isinstance(function, Mapping):
+        return function, b"null"
+    if "function" not in function or function.keys() - {"function", "schema"}:
+        raise ValueError(
+            f"functions: an entry has {', '.join(map(str, function))}; write 'module:function', or an object with "
+            "'function' and 'schema'"
+        )
+    return function["function"], msgspec.json.encode(function.get("schema"))
+
+
+@cache  # one for all conversations of this process
+def _toolbox(
+    entries: tuple[tuple[str | Callable[..., Any], bytes], ...],
+    timeout: float,
+    memory_gib: float,
+    workers: int,
+    environment: tuple[str, ...],
+    longest: int,
+) -> Toolbox:
+    return Toolbox(
+        [Tool(function, msgspec.json.decode(schema)) for function, schema in entries],
+        timeout=timeout,
+        memory_gib=memory_gib,
+        workers=workers,
+        environment=environment,
+        longest=longest,
+    )
