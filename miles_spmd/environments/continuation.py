@@ -127,13 +127,9 @@ class Continuation:
         return self._kinds[role]
 
     def _examine(self, render: Render, role: str) -> _Kind:
-        call = Call("call00000", self._tools[0]["function"]["name"] if self._tools else "tool")
-        message = {"role": role, "content": f" {_MARK}B "}
-        if role == "tool":
-            message |= {"tool_call_id": call.id, "name": call.name}
         reason = "it refuses them"
         for style in _CALL_STYLES if role == "tool" else (_TEXT,):
-            assistant = style.message([call], f"{_MARK}A")
+            assistant, message = self._turn(role, style, "call00000")
             try:
                 end = render([_USER, _TEXT.message([], f"{_MARK}A")], tools=self._tools, add_generation_prompt=False)
                 said = render([_USER, assistant], tools=self._tools, add_generation_prompt=False)
@@ -148,16 +144,27 @@ class Continuation:
                 reason = "it does not write their content"
             elif _divide(said, text, f"{_MARK}A", end) is None:
                 reason = "it writes what the assistant said differently once they follow"
-            elif any(other != after for other in self._after_others(render, role, assistant, message)):
+                break
+            elif any(other != after for other in self._after_others(render, role, style)):
                 reason = "what it writes for them depends on earlier messages"
+                break
             else:
                 return _Kind(style, end, f" {_MARK}B " not in after)
         raise ContinuationError(self._problem(role, reason))
 
-    def _after_others(self, render: Render, role: str, assistant: Message, message: Message) -> Iterator[str]:
+    def _turn(self, role: str, style: _Style, call_id: str) -> tuple[Message, Message]:
+        """Return a dummy message of the assistant, and one that follows it."""
+        call = Call(call_id, self._tools[0]["function"]["name"] if self._tools else "tool")
+        message = {"role": role, "content": f" {_MARK}B "}
+        if role == "tool":
+            message |= {"tool_call_id": call.id, "name": call.name}
+        return style.message([call], f"{_MARK}A"), message
+
+    def _after_others(self, render: Render, role: str, style: _Style) -> Iterator[str]:
         """Yield what is behind the mark in other conversations: it must be the same in all that the template takes."""
-        last = [assistant, message]
-        others = [([_USER, _REPLY, _USER, *last], self._tools), ([_SYSTEM, _USER, *last], self._tools)]
+        last = self._turn(role, style, "call00000")
+        before = [_USER, *self._turn(role, style, "call00001"), _REPLY] if role == "tool" else [_USER, _REPLY]
+        others = [([*before, _USER, *last], self._tools), ([_SYSTEM, _USER, *last], self._tools)]
         if role == "user":
             others.append(([_USER, *last], ()))  # some templates write the tools again, before the last user's message
         for messages, tools in others:
