@@ -38,7 +38,7 @@ class Call(msgspec.Struct, frozen=True):
     name: str  # UNKNOWN_NAME where an unreadable call does not show one
     arguments: dict[str, Any] = {}
     problem: str = ""
-    text: str = ""  # what the policy wrote, of an unreadable call
+    text: str = "{}"  # the arguments as JSON; of an unreadable call, what the policy wrote
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -49,18 +49,16 @@ class Message(msgspec.Struct, frozen=True):
     calls: tuple[Call, ...] = ()
 
     def to_chat(self) -> dict[str, Any]:
-        """Return it as chat templates and OpenAI's API have it; unreadable calls have their text as arguments."""
+        """Return it as OpenAI's API has it, with arguments as text; those of an unreadable call are its whole text."""
         message: dict[str, Any] = {"role": "assistant", "content": self.content}
         if self.reasoning:
             message["reasoning_content"] = self.reasoning
         if self.calls:
-            message["tool_calls"] = [_to_chat(call) for call in self.calls]
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.text}}
+                for call in self.calls
+            ]
         return message
-
-
-def _to_chat(call: Call) -> dict[str, Any]:
-    arguments = call.text if call.problem else call.arguments
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
 class CallParser:
@@ -100,14 +98,20 @@ class CallParser:
 
     def _read(self, block: Block, first: int) -> list[Call]:
         try:
-            found = [(name, _arguments(text)) for name, text in call_formats.read(self.format, self._schemas, block)]
-            if not all(name for name, _ in found):
+            found = [
+                (_encodable(name), _encodable(text), _arguments(text))
+                for name, text in call_formats.read(self.format, self._schemas, block)
+            ]
+            if not all(name for name, _, _ in found):
                 raise ValueError("it has no name of a tool")
         except ValueError as error:
             shown = _NAME.search(block.text)
             name = next(filter(None, shown.groups())) if shown else UNKNOWN_NAME
             return [Call(self._id(name, first), name, problem=str(error), text=block.text)]
-        return [Call(self._id(name, first + i), name, arguments) for i, (name, arguments) in enumerate(found)]
+        return [
+            Call(self._id(name, first + i), name, arguments, text=text)
+            for i, (name, text, arguments) in enumerate(found)
+        ]
 
     def _id(self, name: str, number: int) -> str:
         """Return nine letters and digits, which Mistral's templates require, or what Kimi's show to the model."""
@@ -127,6 +131,11 @@ def _arguments(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"its arguments are {_kind(value)}, not an object")
     return value
+
+
+def _encodable(text: str) -> str:
+    r"""Return a text without halves of surrogate pairs, which JSON can spell (``\ud83d``) and no tokenizer takes."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _kind(value: Any) -> str:

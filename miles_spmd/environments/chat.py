@@ -17,8 +17,8 @@ from miles_spmd.environments.calls import Call, CallParser, Message, detect_reas
 from miles_spmd.environments.continuation import Continuation, Render
 from miles_spmd.environments.detection import detect_format
 from miles_spmd.plugins.environment import Completion, Context
-from miles_spmd.types.sample import FinishReason, Prompt
-from miles_spmd.types.trajectory import Segment, Trajectory
+from miles_spmd.types.sample import Prompt
+from miles_spmd.types.trajectory import FinishReason, Segment, Trajectory
 
 AUTO = "auto"
 _UNUSED = "hermes"  # the format of calls where there are no tools
@@ -97,7 +97,7 @@ class Chat:
     async def respond(self, *, max_new_tokens: int | None = None, stop: Sequence[str] = ()) -> Reply:
         """Let the policy say something. Where nothing fits into the context any more, it is empty and not complete."""
         completion = await self._context.complete(self.trajectory, max_new_tokens=max_new_tokens, stop=stop)
-        text, self._ended_by, self._replied = completion.text, None, True
+        text, self._ended_by, self._replied = self._context.decode(completion.tokens), None, True
         if completion.finish_reason is FinishReason.STOP and self._special(completion.tokens[-1]):
             self._ended_by = self._context.decode(completion.tokens[-1:])
             text = text.removesuffix(self._ended_by)

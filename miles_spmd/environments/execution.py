@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from functools import partial
-from pathlib import Path
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import msgspec
@@ -26,7 +27,7 @@ from jsonschema.exceptions import ValidationError
 from miles_spmd.environments.calls import Call
 from miles_spmd.environments.tool_schemas import Schema, SchemaError, tool_schema
 from miles_spmd.plugins.plug_point import import_function
-from miles_spmd.processes.limited import LimitedProcess, ProcessEndedError
+from miles_spmd.processes.limited import LimitedProcess, ProcessEndedError, serve_calls
 from miles_spmd.types.printable import printable
 
 Function = Callable[..., Any]
@@ -98,12 +99,10 @@ class Toolbox:
         timeout: float = 30.0,
         memory_gib: float = 4.0,
         workers: int = 4,
-        environment: Sequence[str] = (),
         longest: int = 16_384,
-        log: Path | None = None,
     ) -> None:
-        """``timeout``: seconds of one call. ``memory_gib``: GiB by which a process may grow. ``environment``: variables
-        with secrets that processes may see. ``longest``: characters of a result. ``log`` receives what processes print.
+        """``timeout``: seconds of one call. ``memory_gib``: GiB by which a process may grow. ``longest``: characters of
+        a result. Processes see the variables of the environment that this one sees.
 
         Raises SchemaError, and PlugPointError where a function cannot be imported."""
         self._timeout, self._longest = timeout, longest
@@ -114,9 +113,7 @@ class Toolbox:
             raise SchemaError(f"two tools have the name {next(n for n in names if names.count(n) > 1)!r}; rename one")
         self.schemas: list[Schema] = [tool.schema for tool in loaded]
         self._paths = [tool.path for tool in loaded if tool.path is not None]
-        self._start = partial(
-            LimitedProcess, load, self._paths, memory_gib=memory_gib, environment=environment, log=log
-        )
+        self._start = partial(LimitedProcess, serve, (self._paths, memory_gib), environment=tuple(os.environ))
         self._threads = ThreadPoolExecutor(workers, "tool")  # each has a process, which dies with it
         self._of_thread, self._processes = threading.local(), list[LimitedProcess]()
 
@@ -177,8 +174,12 @@ class Toolbox:
         return _error(ErrorKind.TIMEOUT, f"{tool.name} took longer than {self._timeout:g} s and was stopped")
 
 
-def load(*paths: str) -> tuple[Callable[..., Result], None]:
-    """Import plain functions, inside a process."""
+def serve(pipe: Connection, paths: Sequence[str], memory_gib: float) -> None:
+    """Import plain functions, and call them as is ordered through the pipe. Runs inside the process."""
+    serve_calls(pipe, partial(_import_all, paths), memory_gib)
+
+
+def _import_all(paths: Sequence[str]) -> tuple[Callable[..., Result], None]:
     functions = {path: _import(path) for path in paths}
 
     def call(path: str, arguments: Mapping[str, Any], longest: int) -> Result:
@@ -225,7 +226,14 @@ def _nullable(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     changed = {key: _nullable(value) for key, value in schema.items() if key != "nullable"}
-    return {"anyOf": [changed, {"type": "null"}]} if schema.get("nullable") is True else changed
+    if schema.get("nullable") is not True:
+        return changed
+    if not isinstance(changed.get("type"), str):
+        return {"anyOf": [changed, {"type": "null"}]}
+    changed["type"] = [changed["type"], "null"]
+    if "enum" in changed:
+        changed["enum"] = [*changed["enum"], None]
+    return changed
 
 
 def _described(error: ValidationError) -> str:

@@ -23,7 +23,7 @@ from miles_spmd.plugins.plug_point import PlugPointError, import_function
 from miles_spmd.processes.child import limit_memory
 
 SETTING = "environment.environment"
-BUILTINS: dict[str, str] = {}  # name -> module:function, imported where it runs
+BUILTINS = {"tools": "miles_spmd.environments.tools:tools"}  # name -> module:function, imported where it runs
 
 READY = b""  # what a process sends when its environment is imported; an error is sent as text
 

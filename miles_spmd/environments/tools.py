@@ -16,7 +16,7 @@ from miles_spmd.environments.chat import AUTO, Chat, Reply
 from miles_spmd.environments.execution import ErrorKind, Result, Tool, Toolbox
 from miles_spmd.plugins.environment import Context
 from miles_spmd.types.sample import Prompt
-from miles_spmd.types.trajectory import Trajectory
+from miles_spmd.types.trajectory import FinishReason, Trajectory
 
 
 async def tools(
@@ -29,8 +29,7 @@ async def tools(
     reasoning_format: str = AUTO,
     tool_timeout: float = 30.0,
     tool_memory_gib: float = 4.0,
-    tool_workers: int = 4,
-    tool_environment: Sequence[str] = (),
+    tool_workers: int = 8,
     max_result_chars: int = 16_384,
 ) -> Trajectory:
     """Let the policy respond and call ``functions`` in turns. The last message of the policy, without reasoning and
@@ -39,12 +38,11 @@ async def tools(
     A function is named as ``module:function``, or an object with it under ``function`` and a ready-made schema under
     ``schema``. The conversation is truncated after ``max_turns`` messages of the policy, and where the context or the
     limit of the response is reached. ``tool_timeout``: seconds of one call. ``tool_memory_gib``: GiB by which a process
-    of plain functions may grow; there are ``tool_workers`` of them. ``tool_environment``: environment variables with
-    secrets that they may see. Raises ValueError for functions, formats and templates that cannot be used.
+    of plain functions may grow; there are ``tool_workers`` of them. ``max_result_chars``: characters of a result that
+    the policy sees. Raises ValueError for functions, formats and templates that cannot be used.
     """
     entries = tuple(_entry(function) for function in functions)
-    limits = (tool_timeout, tool_memory_gib, tool_workers, tuple(tool_environment), max_result_chars)
-    toolbox = _toolbox(entries, *limits)
+    toolbox = _toolbox(entries, tool_timeout, tool_memory_gib, tool_workers, max_result_chars)
     chat = Chat(context, prompt, tools=toolbox.schemas, call_format=call_format, reasoning_format=reasoning_format)
     reply = await chat.respond()
     for _ in range(max_turns - 1):
@@ -55,10 +53,12 @@ async def tools(
         if not chat.add(result_messages(reply, results)):
             break
         reply = await chat.respond()
-    context.count("truncated", float(not reply.complete or bool(reply.calls)))
-    context.count("turns", chat.trajectory.turns)
-    chat.trajectory.text = reply.content
-    return chat.trajectory
+    trajectory = chat.trajectory
+    if reply.calls:  # that were not executed
+        trajectory.finish_reason = FinishReason.LENGTH
+    context.count("turns", trajectory.turns)
+    trajectory.text = reply.content
+    return trajectory
 
 
 def result_messages(reply: Reply, results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -93,7 +93,6 @@ def _toolbox(
     timeout: float,
     memory_gib: float,
     workers: int,
-    environment: tuple[str, ...],
     longest: int,
 ) -> Toolbox:
     return Toolbox(
@@ -101,6 +100,5 @@ def _toolbox(
         timeout=timeout,
         memory_gib=memory_gib,
         workers=workers,
-        environment=environment,
         longest=longest,
     )

@@ -8,7 +8,7 @@ user's rights: its process is not a sandbox.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from miles_spmd.types.sample import Prompt
 from miles_spmd.types.trajectory import FinishReason, Trajectory

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
 from miles_spmd.config import RewardConfig
 from miles_spmd.plugins.plug_point import PlugPointError
 from miles_spmd.plugins.reward import RewardError, Score
-from miles_spmd.processes.limited import LimitedProcess, NotLoadedError, ProcessEndedError
+from miles_spmd.processes.limited import LimitedProcess, NotLoadedError, ProcessEndedError, serve_calls
 from miles_spmd.rewards.adapters import BadReward
 from miles_spmd.rewards.functions import OUT_OF_MEMORY, load_reward
 from miles_spmd.types.sample import Sample
@@ -34,13 +36,8 @@ class RewardProcess:
 
     def __init__(self, config: RewardConfig, functions: Sequence[Function], log: Path | None = None) -> None:
         self._config, self._functions = config, functions
-        self._process = LimitedProcess(
-            load,
-            (config.reward_timeout, functions),
-            memory_gib=config.reward_memory_gib,
-            environment=config.reward_environment,
-            log=log,
-        )
+        arguments = functions, config.reward_timeout, config.reward_memory_gib
+        self._process = LimitedProcess(serve, arguments, config.reward_environment, log)
 
     def kill(self) -> None:
         """End the process for good."""
@@ -80,10 +77,14 @@ class RewardProcess:
         raise BadReward(problem, samples[0].index if len(samples) == 1 else None)
 
 
-def load(
-    timeout: float, functions: Sequence[Function]
+def serve(pipe: Connection, functions: Sequence[Function], timeout: float, memory_gib: float) -> None:
+    """Import the reward functions, and score what comes through the pipe. Runs inside the process."""
+    serve_calls(pipe, partial(_load, functions, timeout), memory_gib)
+
+
+def _load(
+    functions: Sequence[Function], timeout: float
 ) -> tuple[Callable[[int, list[Sample]], list[Score]], list[bool]]:
-    """Import the reward functions, inside the process. Raises RewardError."""
     try:
         rewards = [load_reward(*function) for function in functions]
     except PlugPointError as error:

@@ -38,7 +38,8 @@ _QWEN = """\
 {%- if loop.last or loop.nextitem.role != 'tool' %}{{ '<|im_end|>\n' }}{% endif -%}
 {%- else -%}
 {{- '<|im_start|>' + m.role + '\n' -}}
-{%- if m.role == 'assistant' and loop.last %}{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}{% endif -%}
+{%- set is_last = m.role == 'assistant' and loop.last -%}
+{{- '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' if is_last -}}
 {{- m.content or '' -}}
 {%- for c in m.tool_calls or [] %}{{ '\n' if m.content or not loop.first }}{{ act(c) }}{% endfor -%}
 {{- '<|im_end|>\n' -}}
@@ -66,7 +67,7 @@ _LLAMA = """\
 {%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif -%}
 """
 
-# No line breaks, calls made of special tokens, arguments as text; the prompt opens reasoning that history does not have.
+# No line breaks, calls of special tokens, arguments as text; the prompt opens reasoning that history does not have.
 _DEEPSEEK = """\
 {{- bos_token -}}
 {%- if tools %}{{ tools | tojson }}{% endif -%}

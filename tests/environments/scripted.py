@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from miles_spmd.data.template import Conversation
 from miles_spmd.data.tokenizer import Text, Tokenizer
 from miles_spmd.plugins.environment import Completion
-from miles_spmd.types.sample import FinishReason, Prompt
-from miles_spmd.types.trajectory import Segment, Trajectory
+from miles_spmd.types.sample import Prompt
+from miles_spmd.types.trajectory import FinishReason, Segment, Trajectory
 
 
 class Turn(NamedTuple):
@@ -32,6 +32,9 @@ class ScriptedContext:
     def begin(self, tokens: Sequence[int]) -> Trajectory:
         return Trajectory(list(tokens), [])
 
+    def fork(self, trajectory: Trajectory) -> Trajectory:
+        raise NotImplementedError
+
     async def complete(
         self, trajectory: Trajectory, *, max_new_tokens: int | None = None, stop: Sequence[str] = ()
     ) -> Completion:
@@ -41,7 +44,8 @@ class ScriptedContext:
             tokens, reason = tokens[:room], FinishReason.LENGTH
         if tokens:
             trajectory.append(Segment(tokens, log_probs=[-0.5] * len(tokens)))
-        return Completion(tokens, self.decode(tokens), reason)
+        trajectory.finish_reason = reason
+        return Completion(tokens, reason)
 
     def room(self, trajectory: Trajectory) -> int:
         return self._context - len(trajectory.tokens)

@@ -7,16 +7,13 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.environments.chat import Chat, Reply
-from miles_spmd.types.sample import FinishReason
-from miles_spmd.types.trajectory import Trajectory
+from miles_spmd.types.trajectory import FinishReason
 from tests.environments.families import FAMILIES, Family, write_family
 from tests.environments.scripted import ScriptedContext, Turn, to_prompt
 
@@ -32,7 +29,8 @@ TOOLS = [
     for name in ("look", "add")
 ]
 PIECES = [
-    "Oslo", "Tromsø", "你好", "🙂", '{"a": [1, 2]}', "\n", "\n\n", "  ", " x ", "}", "Zq7", "Zq70B", "<b>", "'", '"', "\\n",
+    "Oslo", "Tromsø", "你好", "🙂", '{"a": [1, 2]}', "\n", "\n\n", "  ", " x ", "}", "Zq7", "Zq70B", "<b>", "'", '"',
+    "\\n",
     "3.14", "</tool_response>", "<tool_call>",
 ]  # fmt: skip
 THOUGHTS = {
@@ -118,7 +116,7 @@ class Oracle:
         return end + behind if ended_by is None else behind
 
 
-async def converse(name: str, tokenizer: Tokenizer, seed: int) -> Iterator[tuple[Trajectory, int]]:
+async def converse(name: str, tokenizer: Tokenizer, seed: int) -> None:
     rng, family = random.Random(f"{name} {seed}"), FAMILIES[name]
     turns = [spoken(rng, name, tokenizer) for _ in range(rng.randint(1, 4))]
     context = ScriptedContext(tokenizer, [Turn(turn.tokens, turn.finish_reason) for turn in turns])
