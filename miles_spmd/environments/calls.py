@@ -17,7 +17,7 @@ from miles_spmd.environments.call_formats import ALIASES, Block, Schema
 
 UNKNOWN_NAME = "unknown"
 _NAME = re.compile(
-    r'"name"\s*:\s*"([\w.-]+)|<function=([\w.-]+)|name="([\w.-]+)|(?:to=functions\.|functions\.)([\w-]+)|([A-Za-z_]\w*)\('
+    r'"name"\s*:\s*"([\w.-]+)|<function=([\w.-]+)|name="([\w.-]+)|functions\.([\w-]+)|([A-Za-z_][\w.]*)\('
 )
 # Markers in a chat template or in what it writes -> the format of reasoning; the first that occurs counts.
 _REASONING = {
