@@ -10,11 +10,11 @@ import ast
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from miles_spmd.environments import sglang_parsers
+from miles_spmd.environments.tool_schemas import Schema
 
-Schema = dict[str, Any]
 Found = tuple[str, str]  # name of a tool, and its arguments as JSON
 
 

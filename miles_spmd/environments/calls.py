@@ -13,7 +13,8 @@ from typing import Any
 import msgspec
 
 from miles_spmd.environments import call_formats, sglang_parsers
-from miles_spmd.environments.call_formats import ALIASES, Block, Schema
+from miles_spmd.environments.call_formats import ALIASES, Block
+from miles_spmd.environments.tool_schemas import Schema
 
 UNKNOWN_NAME = "unknown"
 _NAME = re.compile(

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from miles_spmd.environments.call_formats import Schema
 from miles_spmd.environments.calls import Call, CallParser, Message, detect_reasoning
 from miles_spmd.environments.continuation import Continuation, Render
 from miles_spmd.environments.detection import detect_format
+from miles_spmd.environments.tool_schemas import Schema
 from miles_spmd.plugins.environment import Completion, Context
 from miles_spmd.types.sample import Prompt
 from miles_spmd.types.trajectory import FinishReason, Segment, Trajectory

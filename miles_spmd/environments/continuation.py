@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from miles_spmd.environments.call_formats import Schema
 from miles_spmd.environments.calls import Call
+from miles_spmd.environments.tool_schemas import Schema
 
 Message = dict[str, Any]
 Span = tuple[int, int]  # the first character, and the first one behind

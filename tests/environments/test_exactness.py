@@ -29,7 +29,7 @@ TOOLS = [
     for name in ("look", "add")
 ]
 PIECES = [
-    "Oslo", "Tromsø", "你好", "🙂", '{"a": [1, 2]}', "\n", "\n\n", "  ", " x ", "}", "Zq7", "Zq70B", "<b>", "'", '"',
+    "Oslo", "Tromsø", "你好", "🙂", '{"a": [1, 2]}', "\n", "\n\n", "  ", " x ", "}", "Zq7A", "Zq70E", "<b>", "'", '"',
     "\\n",
     "3.14", "</tool_response>", "<tool_call>",
 ]  # fmt: skip

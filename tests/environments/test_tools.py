@@ -62,9 +62,9 @@ def test_a_conversation_with_tools(qwen: Tokenizer) -> None:
     ]  # fmt: skip
     assert trajectory.messages[1]["reasoning_content"] == "Hm."
     assert [message["content"] for message in trajectory.messages[2:4]] == ["Oslo: 1 x 19 c", "3"]
-    assert [message["tool_call_id"] for message in trajectory.messages if message["role"] == "tool"] == [
-        each["id"] for message in trajectory.messages for each in message.get("tool_calls", [])
-    ]
+    ids = [each["id"] for message in trajectory.messages for each in message.get("tool_calls", [])]
+    assert [message["tool_call_id"] for message in trajectory.messages if message["role"] == "tool"] == ids
+    assert len(set(ids)) == 5
     text = context.decode(trajectory.tokens)
     assert '"name": "weather"' in text.split("<|im_start|>user")[0]  # the tools, which the prompt did not have
     assert "<tool_response>\nOslo: 1 x 19 c\n</tool_response>\n<tool_response>\n3\n</tool_response><|im_end|>" in text
@@ -121,6 +121,16 @@ def test_a_prompt_that_has_the_tools_keeps_its_tokens(qwen: Tokenizer) -> None:
     again = context_of(qwen, "Hello.<|im_end|>")
     assert run(again, rendered, "weather").start == trajectory.start
     assert not [text for text in again.encoded if "Tools:" in text]
+
+
+def test_a_template_of_one_call_in_a_message_gets_the_results_of_two(tmp_path: Path) -> None:
+    tokenizer = write_family(tmp_path, FAMILIES["llama"])
+    calls = [f'{{"name": "add", "parameters": {{"a": 1, "b": {b}}}}}' for b in (2, 3)]
+    context = context_of(tokenizer, f"<|python_tag|>{'; '.join(calls)}<|eom_id|>", "3 and 4<|eot_id|>")
+    trajectory = run(context, to_prompt(tokenizer, QUESTION), "add")
+    role = "<|start_header_id|>ipython<|end_header_id|>\n\n"
+    appended = context.decode(next(segment.tokens for segment in trajectory.segments if not segment.sampled))
+    assert appended.startswith(f'{role}"3"<|eot_id|>{role}"4"<|eot_id|>')
 
 
 def test_functions_with_schemas_of_their_own(qwen: Tokenizer) -> None:
