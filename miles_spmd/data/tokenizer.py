@@ -7,6 +7,7 @@ not, and neither does transformers' function that renders chat templates. Both a
 from __future__ import annotations
 
 import codecs
+import itertools
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -154,37 +155,34 @@ class Tokenizer:
         """Encode a text that follows another one. In the ranges of characters that are ``literal``, what spells a
         special token is text like any other."""
         ids, offsets = self._continue(text)
-        special = offsets[[i in self._special_ids for i in ids]]
-        spelled = [(s, e) for s, e in literal if ((special[:, 0] < e) & (special[:, 1] > s)).any()]
-        if not spelled:
+        cuts = set[int]()  # in the middle of what spells a special token, so that no part does
+        for token, (start, end) in zip(ids, offsets.tolist()):
+            if token in self._special_ids:
+                cuts |= {
+                    start + 1 if start >= first else first for first, last in literal if start < last and end > first
+                }
+        cuts -= {0, len(text)}
+        if not cuts:
             return ids
-        parts, position = list[int](), 0
-        for start, end in spelled:
-            parts += self._continue(text[position:start]).ids
-            parts += self._continue(text[start:end], self._without_special_tokens).ids
-            position = end
-        return parts + self._continue(text[position:]).ids
+        parts = itertools.pairwise([0, *sorted(cuts), len(text)])
+        return [
+            token
+            for start, end in parts
+            for token in self.encode_continuation(text[start:end], _within(literal, start, end))
+        ]
 
     @cached_property
     def _special_ids(self) -> set[int]:
         return {i for i, token in self._fast.get_added_tokens_decoder().items() if token.special}
 
-    @cached_property
-    def _without_special_tokens(self) -> FastTokenizer:
-        """A copy that takes the texts of special tokens for text."""
-        copy = FastTokenizer.from_str(self._fast.to_str())
-        copy.encode_special_tokens = True
-        return copy
-
-    def _continue(self, text: str, fast: FastTokenizer | None = None) -> Encoding:
+    def _continue(self, text: str) -> Encoding:
         """Encode a text that follows another one, and hence has no beginning for a normaliser to change."""
-        encode = (fast or self._fast).encode
         for before in "\n.a0":
-            ids, offsets = _encoding(encode(before + text, add_special_tokens=False))
+            ids, offsets = _encoding(self._fast.encode(before + text, add_special_tokens=False))
             behind = int((offsets[:, 1] <= 1).sum())  # tokens of what stands before
             if behind < len(ids) and offsets[behind, 0] >= 1:
                 return Encoding(ids[behind:], offsets[behind:] - 1)
-        return _encoding(encode(text, add_special_tokens=False))
+        return _encoding(self._fast.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._fast.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -202,6 +200,12 @@ class Tokenizer:
 
 def _encoding(found: Any, end: int | None = None) -> Encoding:
     return Encoding(found.ids[:end], np.asarray(found.offsets, np.int64).reshape(-1, 2)[:end])
+
+
+def _within(ranges: Sequence[tuple[int, int]], start: int, end: int) -> list[tuple[int, int]]:
+    """Return the parts of ranges that lie between two places, counted from the first one."""
+    clipped = [(max(first, start) - start, min(last, end) - start) for first, last in ranges]
+    return [(first, last) for first, last in clipped if first < last]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
