@@ -21,7 +21,7 @@ from miles_spmd.types.sample import Prompt
 from miles_spmd.types.trajectory import FinishReason, Segment, Trajectory
 
 AUTO = "auto"
-_UNUSED = "hermes"  # the format of calls where there are no tools
+_UNUSED = "hermes"  # the format of calls in a conversation without tools
 _PROBE = [
     {"role": "user", "content": "Hi"},
     {"role": "assistant", "content": "Hello."},

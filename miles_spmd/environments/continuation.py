@@ -91,8 +91,8 @@ class Continuation:
     """The suffixes of one chat template with one set of tools."""
 
     def __init__(self, render: Render, tools: Sequence[Schema] = ()) -> None:
-        """Raises ContinuationError unless results of tools can follow calls, or users' messages where there is no
-        tool."""
+        """Raises ContinuationError unless results of tools can follow calls; without tools, unless users' messages can
+        follow."""
         self._tools, self._kinds = tools, dict[str, _Kind]()
         self._kind(render, "tool" if tools else "user")
 

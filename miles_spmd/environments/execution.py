@@ -79,7 +79,7 @@ class _Loaded(NamedTuple):
         known, required = self.parameters.get("properties", {}), self.parameters.get("required", [])
         found = [f"the argument {name!r} is missing" for name in required if name not in arguments]
         if not self.parameters.get("additionalProperties"):
-            found += [f"there is no argument {name!r}" for name in arguments if name not in known]
+            found += [f"the argument {name!r} does not exist" for name in arguments if name not in known]
         found += [_described(error) for error in self.validator.iter_errors(dict(arguments))]
         if not (found := list(filter(None, found))):
             return None
@@ -134,7 +134,7 @@ class Toolbox:
         tool = self._tools.get(call.name)
         if tool is None:
             name = printable(call.name, _LONGEST_ERROR)
-            return _error(ErrorKind.UNKNOWN_TOOL, f"there is no tool {name!r}. The tools are {', '.join(self._tools)}")
+            return _error(ErrorKind.UNKNOWN_TOOL, f"the tool {name!r} does not exist. The tools are {', '.join(self._tools)}")
         if problem := tool.problem(call.arguments):
             return _error(ErrorKind.ARGUMENTS, problem)
         if tool.path is None:

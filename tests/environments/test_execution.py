@@ -55,9 +55,9 @@ def test_calls_of_a_message_run_at_the_same_time(toolbox: Toolbox) -> None:
 
 
 ERRORS: list[tuple[str, dict[str, Any], str, str]] = [
-    ("nothing", {}, "unknown_tool", "there is no tool 'nothing'. The tools are weather, add, lookup"),
+    ("nothing", {}, "unknown_tool", "the tool 'nothing' does not exist. The tools are weather, add, lookup"),
     ("weather", {}, "arguments", "the argument 'city' is missing. weather takes city (string), days (integer"),
-    ("weather", {"city": "Oslo", "town": 1}, "arguments", "there is no argument 'town'"),
+    ("weather", {"city": "Oslo", "town": 1}, "arguments", "the argument 'town' does not exist"),
     ("weather", {"city": 3}, "arguments", "the argument 'city' is wrong: 3 is not of type 'string'"),
     ("weather", {"city": "a", "unit": "k"}, "arguments", "the argument 'unit' is wrong: 'k' is not one of ['c', 'f']"),
     ("weather", {"city": "a", "tags": ["x", 1]}, "arguments", "the argument 'tags'[1] is wrong: 1 is not"),
