@@ -69,6 +69,7 @@ class Child:
 
     def kill(self) -> None:
         """End the process, and what the user's functions have started in it."""
+        self.process.send_signal(signal.SIGSTOP)  # or it would go on when a program that it waits for is killed
         with contextlib.suppress(psutil.Error):
             for child in psutil.Process(self.process.pid).children(recursive=True):
                 with contextlib.suppress(psutil.Error):
