@@ -22,6 +22,7 @@ from miles_spmd.types.trajectory import FinishReason, Segment, Trajectory
 
 AUTO = "auto"
 _UNUSED = "hermes"  # the format of calls in a conversation without tools
+_MOST_TEMPLATES = 256
 _PROBE = [
     {"role": "user", "content": "Hi"},
     {"role": "assistant", "content": "Hello."},
@@ -98,8 +99,9 @@ class Chat:
         """Let the policy say something. Where nothing fits into the context any more, it is empty and not complete."""
         completion = await self._context.complete(self.trajectory, max_new_tokens=max_new_tokens, stop=stop)
         text, self._ended_by, self._replied = self._context.decode(completion.tokens), None, True
-        if completion.finish_reason is FinishReason.STOP and self._special(completion.tokens[-1]):
-            self._ended_by = self._context.decode(completion.tokens[-1:])
+        last = completion.tokens[-1:]
+        if completion.finish_reason is FinishReason.STOP and last and self._special(last[0]):
+            self._ended_by = self._context.decode(last)
             text = text.removesuffix(self._ended_by)
         message = self._parser.parse(text, self._prompt, self._count)
         self._calls, self._count = message.calls, self._count + len(message.calls)
@@ -115,6 +117,8 @@ class Chat:
         """
         if not self._replied:
             raise ValueError("Chat.add follows Chat.respond; give all messages between two of the policy to one call")
+        if not messages or not all(isinstance(message.get("content"), str) for message in messages):
+            raise ValueError("Chat.add takes a list of messages whose contents are strings")
         suffix = self._continuation.suffix(self._context.render, self._calls, messages)
         if self._ended_by is not None:
             suffix = suffix.behind(self._ended_by)
@@ -150,6 +154,8 @@ def _template(render: Render, tools: Sequence[Schema], calls: str, reasoning: st
     probe = render(_PROBE, tools=tools)
     key = probe, calls, reasoning, msgspec.json.encode(tools)
     if key not in _templates:
+        if len(_templates) >= _MOST_TEMPLATES:  # where every row has tools of its own
+            _templates.clear()
         if calls == AUTO:
             calls = detect_format(render) if tools else _UNUSED
         reasoning = detect_reasoning(probe) if reasoning == AUTO else reasoning

@@ -109,17 +109,19 @@ class Continuation:
             {**message, "content": f"{mark}{i}B{content}{mark}{i}E"}
             for i, (message, content) in enumerate(zip(messages, contents))
         ]
+        reason = "it refuses these messages"
         for some in (calls, calls[:1]):  # some templates take, or write, one call in a message only
             assistant = kind.style.message(some, f"{mark}A")
             try:
                 said = render([_USER, assistant], tools=self._tools, add_generation_prompt=False)
                 text = render([_USER, assistant, *marked], tools=self._tools)
-            except ValueError:
+            except ValueError as error:
+                reason = f"it refuses these messages ({error})"
                 continue
             divided = _divide(said, text, f"{mark}A", kind.end)
             if divided is not None:
                 return Suffix(*_without_marks(divided[1], mark, len(messages)), divided[0])
-        raise ContinuationError(self._problem(role, "it refuses these messages"))
+        raise ContinuationError(self._problem(role, reason))
 
     def _kind(self, render: Render, role: str) -> _Kind:
         if role not in self._kinds:

@@ -36,16 +36,20 @@ _PREFERRED = ("hermes", "qwen3_coder", "glm45", "glm47")
 
 
 def detect_format(render: Render) -> str:
-    """Return the name of the format. Raises ValueError where no format, or more than one, fits."""
+    """Return the name of the format. Raises ValueError where none fits."""
     names = [name for name in sglang_parsers.call_formats() if name not in ALIASES]
     for prompt, text in _written_calls(render):
         unread = {name: _unread(name, prompt, text) for name in names}
         if found := {name: count for name, count in unread.items() if count is not None}:
-            return min(found, key=lambda name: (found[name], *(name != better for better in _PREFERRED), name))
+            return min(found, key=lambda name: (found[name], _rank(name), name))
     raise ValueError(
         "call_format = 'auto': the chat template writes tool calls in no format that is known, or not at all; name the "
         f"format that the model was trained on: {', '.join(sglang_parsers.call_formats())}"
     )
+
+
+def _rank(name: str) -> int:
+    return _PREFERRED.index(name) if name in _PREFERRED else len(_PREFERRED)
 
 
 def _written_calls(render: Render) -> Iterator[tuple[str, str]]:

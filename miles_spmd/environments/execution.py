@@ -133,8 +133,8 @@ class Toolbox:
             return _error(ErrorKind.MALFORMED, f"{text}. Write calls as the instructions show them")
         tool = self._tools.get(call.name)
         if tool is None:
-            problem = f"the tool {printable(call.name, _LONGEST_ERROR)!r} does not exist"
-            return _error(ErrorKind.UNKNOWN_TOOL, f"{problem}. The tools are {', '.join(self._tools)}")
+            unknown = f"the tool {printable(call.name, _LONGEST_ERROR)!r} does not exist"
+            return _error(ErrorKind.UNKNOWN_TOOL, f"{unknown}. The tools are {', '.join(self._tools)}")
         if problem := tool.problem(call.arguments):
             return _error(ErrorKind.ARGUMENTS, problem)
         if tool.path is None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from miles_spmd.environments.calls import CallParser
 from miles_spmd.environments.chat import AUTO, Chat, Reply
 from miles_spmd.environments.execution import ErrorKind, Result, Tool, Toolbox
 from miles_spmd.plugins.environment import Context
@@ -41,8 +42,7 @@ async def tools(
     of plain functions may grow; there are ``tool_workers`` of them. ``max_result_chars``: characters of a result that
     the policy sees. Raises ValueError for functions, formats and templates that cannot be used.
     """
-    entries = tuple(_entry(function) for function in functions)
-    toolbox = _toolbox(entries, tool_timeout, tool_memory_gib, tool_workers, max_result_chars)
+    toolbox = _toolbox(_entries(functions), tool_timeout, tool_memory_gib, tool_workers, max_result_chars)
     chat = Chat(context, prompt, tools=toolbox.schemas, call_format=call_format, reasoning_format=reasoning_format)
     reply = await chat.respond()
     for _ in range(max_turns - 1):
@@ -61,6 +61,28 @@ async def tools(
     return trajectory
 
 
+def _check(
+    *,
+    functions: Sequence[Any],
+    max_turns: int = 1,
+    call_format: str = AUTO,
+    reasoning_format: str = AUTO,
+    **_: Any,
+) -> None:
+    """Raise ValueError for arguments that cannot be used, before the first conversation."""
+    if isinstance(functions, str) or not functions:
+        raise ValueError("functions is a list of at least one function")
+    if max_turns < 1:
+        raise ValueError(f"max_turns = {max_turns} is less than 1")
+    CallParser(
+        "hermes" if call_format == AUTO else call_format, (), "qwen3" if reasoning_format == AUTO else reasoning_format
+    )
+    Toolbox([Tool(function, msgspec.json.decode(schema)) for function, schema in _entries(functions)])
+
+
+tools.check = _check  # type: ignore[attr-defined]
+
+
 def result_messages(reply: Reply, results: Sequence[Result]) -> list[dict[str, Any]]:
     """Return the messages with the results of a reply's calls, as :meth:`Chat.add` takes them."""
     return [
@@ -75,8 +97,12 @@ def _count_results(context: Context, results: Sequence[Result]) -> None:
         context.count(f"tool_errors/{kind}", sum(result.error is kind for result in results))
 
 
+def _entries(functions: Sequence[Any]) -> tuple[tuple[str | Callable[..., Any], bytes], ...]:
+    """Return functions, and their schemas as JSON: what a cache can compare."""
+    return tuple(map(_entry, functions))
+
+
 def _entry(function: str | Callable[..., Any] | Mapping[str, Any]) -> tuple[str | Callable[..., Any], bytes]:
-    """Return a function, and its schema as JSON: what a cache can compare."""
     if not isinstance(function, Mapping):
         return function, b"null"
     if "function" not in function or function.keys() - {"function", "schema"}:

@@ -88,7 +88,8 @@ class Context(Protocol):
 
 class Environment(Protocol):
     """Returns the trajectories to train on: one, or siblings, which share a reward. A function may have further
-    parameters, which ``environment.environment_kwargs`` sets.
+    parameters, which ``environment.environment_kwargs`` sets; its attribute ``check``, if it has one, is called with
+    them when a process starts, and raises ValueError for what cannot be used.
 
     Where the first trajectory has a ``reward``, it counts for all, in place of that of the reward functions, which are
     given the first one. What siblings have in common is trained once, in the first that has it.

@@ -14,7 +14,9 @@ import pytest
 from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.environments.chat import Chat
 from miles_spmd.environments.continuation import ContinuationError
+from miles_spmd.environments.process import load_environment
 from miles_spmd.environments.tools import tools
+from miles_spmd.plugins.plug_point import PlugPointError
 from miles_spmd.types.sample import Prompt
 from miles_spmd.types.trajectory import FinishReason, Trajectory
 from tests.environments.families import FAMILIES, write_family
@@ -142,6 +144,24 @@ def test_functions_with_schemas_of_their_own(qwen: Tokenizer) -> None:
         run(context, to_prompt(qwen, QUESTION), {"function": HERE + "add", "scheme": schema})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"functions": ["tests.environments.user_tools:nothing"]}, "cannot be imported: AttributeError"),
+        ({"functions": ["tests.environments.user_tools:untyped"]}, "no type hint for its parameter 'city'"),
+        ({"functions": []}, "functions is a list of at least one function"),
+        ({"functions": HERE + "add"}, "functions is a list of at least one function"),
+        ({"functions": [HERE + "add"], "max_turns": 0}, "max_turns = 0 is less than 1"),
+        ({"functions": [HERE + "add"], "call_format": "qwen9"}, "'qwen9' is not a format of tool calls"),
+        ({}, "missing a required argument: 'functions'"),
+    ],
+)
+def test_arguments_are_checked_where_the_environment_is_loaded(arguments: dict[str, Any], problem: str) -> None:
+    with pytest.raises(PlugPointError, match=f"environment.environment = 'tools'.*{problem}"):
+        load_environment("tools", arguments)
+    assert load_environment("tools", {"functions": [HERE + "add"]})
+
+
 def test_a_prompt_of_plain_text_has_no_conversation(qwen: Tokenizer) -> None:
     with pytest.raises(ValueError, match="prompt set:1 is plain text; a conversation requires messages"):
         run(context_of(qwen), Prompt("set:1", "Hi", [1, 2]), "add")
@@ -155,6 +175,8 @@ def test_a_conversation_without_tools(qwen: Tokenizer) -> None:
         with pytest.raises(ValueError, match=r"Chat\.add follows Chat\.respond"):
             chat.add(QUESTION)
         assert (await chat.respond()).content == "One" + call("add")  # without tools, nothing is a call
+        with pytest.raises(ValueError, match="contents are strings"):
+            chat.add([{"role": "user", "content": [{"type": "text", "text": "And now?"}]}])
         assert chat.add([{"role": "user", "content": "And now? <|im_end|>"}])
         reply = await chat.respond()
         assert (reply.content, reply.message.reasoning) == ("Two", "Hm")
