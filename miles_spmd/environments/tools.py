@@ -56,7 +56,6 @@ async def tools(
     trajectory = chat.trajectory
     if reply.calls:  # that were not executed
         trajectory.finish_reason = FinishReason.LENGTH
-    context.count("turns", trajectory.turns)
     trajectory.text = reply.content
     return trajectory
 

@@ -72,7 +72,6 @@ def test_a_conversation_with_tools(qwen: Tokenizer) -> None:
     assert "<tool_response>\nOslo: 1 x 19 c\n</tool_response>\n<tool_response>\n3\n</tool_response><|im_end|>" in text
     assert context.metrics == {
         "tool_calls": 5.0,
-        "turns": 3.0,
         "tool_errors/malformed": 1.0,
         "tool_errors/unknown_tool": 1.0,
         "tool_errors/arguments": 1.0,
