@@ -28,7 +28,8 @@ class EpisodeContext:
         self.index = begin.index
         self._episode, self._max_tokens = begin.episode, begin.max_tokens
         self._tokenizer, self._send = tokenizer, ask
-        self._template_variables = begin.prompt.metadata.get("chat_template_kwargs") or {}
+        variables = begin.prompt.metadata.get("chat_template_kwargs")
+        self._template_variables = variables if isinstance(variables, dict) else {}
         self._trajectories = self._segments = 0
         # Segments are known by the lists of their tokens, which are kept here, so that no other list has their address.
         self._known: dict[int, tuple[list[int], int]] = {}

@@ -168,6 +168,9 @@ class Toolbox:
         except ProcessEndedError as error:
             return _error(ErrorKind.DIED, f"{tool.name} ended its process ({error})")
         except MemoryError as error:
+            process.kill()  # what a tool has leaked would be missing in every later call
+            self._processes.remove(process)
+            self._of_thread.process = None
             return _raised(error)
 
     def _overdue(self, tool: _Loaded) -> Result:
@@ -185,6 +188,8 @@ def _import_all(paths: Sequence[str]) -> tuple[Callable[..., Result], None]:
     def call(path: str, arguments: Mapping[str, Any], longest: int) -> Result:
         try:
             return Result(_to_text(functions[path](**arguments), longest))
+        except MemoryError:
+            raise
         except BaseException as error:
             return _raised(error)
 

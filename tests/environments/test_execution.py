@@ -106,6 +106,13 @@ def test_results_as_text(toolbox: Toolbox) -> None:
     assert texts[3] == "null"
 
 
+def test_a_process_that_has_leaked_its_memory_is_replaced() -> None:
+    box = Toolbox([HERE + "misbehave"], memory_gib=1.0, workers=1)
+    texts = [run(box, ("misbehave", {"how": "leak"}))[0].text for _ in range(4)]
+    assert texts == ["1", "Error: MemoryError", "1", "Error: MemoryError"]
+    box.close()
+
+
 def test_processes_see_what_this_one_sees_and_end_with_the_toolbox(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEARCH_KEY", "1")
     box = Toolbox([HERE + "misbehave"], workers=1)

@@ -42,6 +42,9 @@ async def lookup(key: str) -> dict[str, Any]:
     return {"key": key, "näme": [1, None]}
 
 
+KEPT: list[bytearray] = []
+
+
 def misbehave(how: str) -> Any:
     """Does what it should not.
 
@@ -63,6 +66,9 @@ def misbehave(how: str) -> Any:
             subprocess.run(["sleep", "6174"], check=True)
         case "memory":
             return len(bytearray(3 * 2**30))
+        case "leak":
+            KEPT.append(bytearray(600 * 2**20))
+            return len(KEPT)
         case "input":
             return input()
         case "long":
