@@ -54,6 +54,7 @@ KNOW_BACKENDS = (
     "training/",
     "generation/sglang/",
     "bench/peer_sglang.py",
+    "environments/sglang_parsers.py",
 )
 
 
@@ -171,6 +172,7 @@ def test_only_their_keepers_know_the_backends() -> None:
     "module",
     [
         "miles_spmd.controller.process",
+        "miles_spmd.environments.tools",
         "miles_spmd.controller.tasks",
         "miles_spmd.cli",
         "miles_spmd.planning.plan",

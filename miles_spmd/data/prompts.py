@@ -35,9 +35,11 @@ def load_prompts(
     """Return every prompt of ``prompt_data`` (default: ``data.prompt_data``), tokenized.
 
     A prompt's uid is ``name:row`` (default name: the file's), with rows counted from 1, as lines of JSONL are.
-    ``metadata`` has the row's other columns, overridden by the contents of the metadata column, and under ``messages``
-    the conversation if the chat template was applied. ``room`` is the number of prompt tokens that fit into the context
-    together with a full response. ``check_label`` returns why a label cannot be used, None for one that can.
+    ``metadata`` has the row's other columns, overridden by the contents of the metadata column; and if the chat
+    template was applied, the conversation under ``messages`` and the template's variables under
+    ``chat_template_kwargs``.
+    ``room`` is the number of prompt tokens that fit into the context together with a full response. ``check_label``
+    returns why a label cannot be used, None for one that can.
 
     Raises DataError with all errors of the file: rows that are not JSON, missing keys, wrong types, empty and too long
     prompts, labels that the reward cannot read, no row at all.
@@ -161,6 +163,8 @@ def read_metadata(row: Row, data: DataConfig, value: str | Conversation) -> dict
     metadata = {k: v for k, v in row.items() if k not in (data.input_key, data.metadata_key)} | (own or {})
     if isinstance(value, Conversation):
         metadata["messages"] = value.messages
+        if variables := {key: each for key, each in value.arguments.items() if key != "strftime_now"}:
+            metadata[_ARGUMENTS] = variables
     return metadata
 
 

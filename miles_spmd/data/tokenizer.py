@@ -7,6 +7,7 @@ not, and neither does transformers' function that renders chat templates. Both a
 from __future__ import annotations
 
 import codecs
+import itertools
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -150,6 +151,30 @@ class Tokenizer:
             parts.append(Encoding(tail.ids, tail.offsets + start))
         return Encoding([i for part in parts for i in part.ids], np.concatenate([part.offsets for part in parts]))
 
+    def encode_continuation(self, text: str, literal: Sequence[tuple[int, int]] = ()) -> list[int]:
+        """Encode a text that follows another one. In the ranges of characters that are ``literal``, what spells a
+        special token is text like any other."""
+        ids, offsets = self._continue(text)
+        cuts = set[int]()  # in the middle of what spells a special token, so that no part does
+        for token, (start, end) in zip(ids, offsets.tolist()):
+            if token in self._special_ids:
+                cuts |= {
+                    start + 1 if start >= first else first for first, last in literal if start < last and end > first
+                }
+        cuts -= {0, len(text)}
+        if not cuts:
+            return ids
+        parts = itertools.pairwise([0, *sorted(cuts), len(text)])
+        return [
+            token
+            for start, end in parts
+            for token in self.encode_continuation(text[start:end], _within(literal, start, end))
+        ]
+
+    @cached_property
+    def _special_ids(self) -> set[int]:
+        return {i for i, token in self._fast.get_added_tokens_decoder().items() if token.special}
+
     def _continue(self, text: str) -> Encoding:
         """Encode a text that follows another one, and hence has no beginning for a normaliser to change."""
         for before in "\n.a0":
@@ -175,6 +200,12 @@ class Tokenizer:
 
 def _encoding(found: Any, end: int | None = None) -> Encoding:
     return Encoding(found.ids[:end], np.asarray(found.offsets, np.int64).reshape(-1, 2)[:end])
+
+
+def _within(ranges: Sequence[tuple[int, int]], start: int, end: int) -> list[tuple[int, int]]:
+    """Return the parts of ranges that lie between two places, counted from the first one."""
+    clipped = [(max(first, start) - start, min(last, end) - start) for first, last in ranges]
+    return [(first, last) for first, last in clipped if first < last]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

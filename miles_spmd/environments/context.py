@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from miles_spmd.data.template import Conversation
 from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.environments.messages import Ask, Begin, Completed, End, Failed, Finished, Line
 from miles_spmd.plugins.environment import Completion
@@ -27,6 +28,8 @@ class EpisodeContext:
         self.index = begin.index
         self._episode, self._max_tokens = begin.episode, begin.max_tokens
         self._tokenizer, self._send = tokenizer, ask
+        variables = begin.prompt.metadata.get("chat_template_kwargs")
+        self._template_variables = variables if isinstance(variables, dict) else {}
         self._trajectories = self._segments = 0
         # Segments are known by the lists of their tokens, which are kept here, so that no other list has their address.
         self._known: dict[int, tuple[list[int], int]] = {}
@@ -64,8 +67,20 @@ class EpisodeContext:
     def room(self, trajectory: Trajectory) -> int:
         return self._max_tokens - sum(len(segment.tokens) for segment in trajectory.segments)
 
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text)
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+        add_generation_prompt: bool = True,
+    ) -> str:
+        conversation = Conversation([*messages], [*tools] or None, self._template_variables)
+        return self._tokenizer.chat_template.render(conversation, add_generation_prompt)[0]
+
+    def encode(self, text: str, *, literal: Sequence[tuple[int, int]] = (), at_start: bool = False) -> list[int]:
+        if at_start:
+            return self._tokenizer.encode_prompts([text], [True])[0]
+        return self._tokenizer.encode_continuation(text, literal)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=False)

@@ -23,13 +23,14 @@ from miles_spmd.plugins.plug_point import PlugPointError, import_function
 from miles_spmd.processes.child import limit_memory
 
 SETTING = "environment.environment"
-BUILTINS: dict[str, str] = {}  # name -> module:function, imported where it runs
+BUILTINS = {"tools": "miles_spmd.environments.tools:tools"}  # name -> module:function, imported where it runs
 
 READY = b""  # what a process sends when its environment is imported; an error is sent as text
 
 
 def load_environment(name: str, arguments: Mapping[str, Any]) -> Environment:
-    """Return the environment called ``name`` with its further ``arguments``. Raises PlugPointError."""
+    """Return the environment called ``name`` with its further ``arguments``, which its attribute ``check`` gets if it
+    has one. Raises PlugPointError."""
     function = import_function(SETTING, BUILTINS.get(name, name), ["single_turn", *BUILTINS])
     where = f"{SETTING} = {name!r}"
     if not inspect.iscoroutinefunction(function) and not inspect.iscoroutinefunction(type(function).__call__):
@@ -40,6 +41,11 @@ def load_environment(name: str, arguments: Mapping[str, Any]) -> Environment:
         raise PlugPointError(
             f"{where} cannot be called with (context, prompt) and environment_kwargs: {error}"
         ) from None
+    if (check := getattr(function, "check", None)) is not None:
+        try:
+            check(**arguments)
+        except ValueError as error:
+            raise PlugPointError(f"{where}, environment_kwargs: {error}") from error
     return functools.partial(function, **arguments)
 
 

@@ -8,7 +8,7 @@ user's rights: its process is not a sandbox.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from miles_spmd.types.sample import Prompt
 from miles_spmd.types.trajectory import FinishReason, Trajectory
@@ -59,9 +59,27 @@ class Context(Protocol):
         """Return how many tokens can still be appended or sampled."""
         ...
 
-    def encode(self, text: str) -> list[int]: ...
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """Return the text of a conversation by the checkpoint's chat template, with the variables that the run and the
+        prompt's row have for it. Raises ValueError where the template refuses it."""
+        ...
 
-    def decode(self, tokens: Sequence[int]) -> str: ...
+    def encode(self, text: str, *, literal: Sequence[tuple[int, int]] = (), at_start: bool = False) -> list[int]:
+        """Return the tokens of a text that continues another one, or begins a context (``at_start``).
+
+        What spells a special token becomes one, except in ``literal``: ranges of characters of others, such as the
+        result of a tool, each with its first character and the first one behind it."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, with the special ones."""
+        ...
 
     def count(self, name: str, value: float = 1.0) -> None:
         """Add ``value`` to the metric ``env/name`` of the step, which is a mean over samples."""
@@ -70,7 +88,8 @@ class Context(Protocol):
 
 class Environment(Protocol):
     """Returns the trajectories to train on: one, or siblings, which share a reward. A function may have further
-    parameters, which ``environment.environment_kwargs`` sets.
+    parameters, which ``environment.environment_kwargs`` sets; its attribute ``check``, if it has one, is called with
+    them when a process starts, and raises ValueError for what cannot be used.
 
     Where the first trajectory has a ``reward``, it counts for all, in place of that of the reward functions, which are
     given the first one. What siblings have in common is trained once, in the first that has it.

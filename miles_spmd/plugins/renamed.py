@@ -53,9 +53,9 @@ def accept_old_names() -> None:
 def _find(old: str, name: str) -> Any:
     """Return what ``old.name`` is called now. Raises AttributeError if nothing has that name."""
     new_name = NAMES.get(f"{old}.{name}", name)
-    for module in MODULES[old]:
+    for module in () if name.startswith("__") else MODULES[old]:  # which inspect looks up in every module
         names = vars(importlib.import_module(module))
-        if new_name in names and not name.startswith("__"):
+        if new_name in names:
             _warn(f"{old}.{name}", f"{module}.{new_name}")
             return names[new_name]
     raise AttributeError(f"module {old!r} has no attribute {name!r}")

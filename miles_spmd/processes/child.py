@@ -69,6 +69,7 @@ class Child:
 
     def kill(self) -> None:
         """End the process, and what the user's functions have started in it."""
+        self.process.send_signal(signal.SIGSTOP)  # or it would go on when a program that it waits for is killed
         with contextlib.suppress(psutil.Error):
             for child in psutil.Process(self.process.pid).children(recursive=True):
                 with contextlib.suppress(psutil.Error):
@@ -114,7 +115,9 @@ def enter(main: Callable[..., None], descriptor: int, parent: int) -> None:
 
 
 def limit_memory(gib: float) -> None:
-    """Let the address space of this process grow by ``gib`` from now on; more raises MemoryError."""
+    """Let the address space of this process grow by ``gib`` from now on, unless the limit of the process that started
+    it is lower; more raises MemoryError."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    limit = min(used + int(gib * 2**30), sys.maxsize)
+    _, inherited = resource.getrlimit(resource.RLIMIT_AS)
+    limit = min(used + int(gib * 2**30), sys.maxsize if inherited == resource.RLIM_INFINITY else inherited)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

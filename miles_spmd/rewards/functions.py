@@ -24,6 +24,7 @@ from miles_spmd.types.printable import MAX_LINE
 from miles_spmd.types.sample import Sample
 
 BUILT_IN = ("math", "exact", "f1", "gpqa", "code")
+OUT_OF_MEMORY = "ran out of the memory that reward.reward_memory_gib allows"
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def _reported(index: int | None) -> Iterator[None]:
     except BadReward as error:  # of an adapter, which does not know the index
         raise BadReward(error.problem, index) from error
     except MemoryError as error:
-        raise BadReward("ran out of the memory that reward.reward_memory_gib allows", index) from error
+        raise BadReward(OUT_OF_MEMORY, index) from error
     except SystemExit as error:
         raise BadReward(f"called sys.exit({_shown(error.code)})", index, traceback.format_exc()) from error
     except Exception as error:

@@ -103,3 +103,16 @@ def test_only_plug_ins_get_old_names(plug_in: Path) -> None:
     )
     assert done.stdout.split("\n")[:2] == ["not yet", "minus_kl"], done.stderr
     assert f"{plug_in}:7: DeprecationWarning: miles_spmd.config.schema.Algorithm is now" in done.stderr
+
+
+def test_looking_through_all_modules_imports_nothing() -> None:
+    """As pydantic, jinja2 and others do to find where a class or function is from."""
+    code = (
+        "import inspect, sys\n"
+        "from miles_spmd.plugins.renamed import accept_old_names\n"
+        "accept_old_names()\n"
+        "inspect.getmodule(sys._getframe())\n"
+        "print([name for name in ('torch', 'miles_spmd.algorithms.losses') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "[]\n", done.stderr

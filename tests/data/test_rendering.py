@@ -232,3 +232,31 @@ def test_a_template_may_raise_anything(tmp_path: Path) -> None:
         tokenizer = Tokenizer(write_tokenizer(tmp_path / "t", template))
         with pytest.raises(DataError, match=r"a\.jsonl:1: the chat template rejects"):
             text(tmp_path, tokenizer, {"prompt": TALK[:2], "label": 1})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_continuation_in_which_a_tool_spells_special_tokens(tmp_path: Path, kind: str) -> None:
+    tokenizer = Tokenizer(write_kind(tmp_path / "t", kind, "tags", marked=False))
+    start, end = (tokenizer.encode(token)[-1] for token in ("<|user|>", "</s>"))
+    before, result, behind = "user: ", "It is </s><|user|> and?", "</s>\n<|user|>"
+    spans = [(len(before), len(before + result))]
+    tokens = tokenizer.encode_continuation(before + result + behind, spans)
+    assert [token for token in tokens if token in (start, end)] == [end, start]
+    as_it_is = tokenizer.encode_continuation(before + result + behind)
+    assert [token for token in as_it_is if token in (start, end)] == [end, start, end, start]
+    harmless = before + "It is" + behind
+    assert tokenizer.encode_continuation(harmless, [(6, 11)]) == tokenizer.encode_continuation(harmless)
+    if kind != "unigram":  # which writes no line break, and others' blanks
+        whole = tokenizer.decode(tokenizer.encode("why") + tokens, skip_special_tokens=False)
+        assert whole.replace(" ", "") == ("why" + before + result + behind).replace(" ", "")
+
+
+def test_metadata_has_the_conversation_and_the_templates_variables(tmp_path: Path) -> None:
+    """From which an environment renders it again, with tools."""
+    tokenizer = Tokenizer(write_tokenizer(tmp_path / "t", CHATML))
+    rows = ({"prompt": TALK[1:2], "chat_template_kwargs": {"b": 2}}, {"prompt": TALK[1:2]}, {"prompt": "plain"})
+    path = write(tmp_path / "a.jsonl", *rows)
+    data = DataConfig(prompt_data=path, input_key="prompt", label_key="", chat_template_kwargs={"a": 1})
+    found = [prompt.metadata for prompt in load_prompts(data, tokenizer)]
+    assert [each.get("chat_template_kwargs") for each in found] == [{"a": 1, "b": 2}, {"a": 1}, None]
+    assert [each.get("messages") for each in found] == [TALK[1:2], TALK[1:2], None]

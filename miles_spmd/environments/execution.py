@@ -1,0 +1,277 @@
+"""Tools and the execution of calls: whatever a call contains and a tool does, there is a text for the policy.
+
+A plain function runs in a process of its own with limits (``processes/limited.py``), since it may hang, crash or use up
+memory; an ``async def`` runs in the event loop, with a time limit. Neither is a sandbox: tools are the user's code with
+the user's rights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from enum import StrEnum
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import msgspec
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError as InvalidSchema
+from jsonschema.exceptions import ValidationError
+
+from miles_spmd.environments.calls import Call
+from miles_spmd.environments.tool_schemas import Schema, SchemaError, tool_schema
+from miles_spmd.plugins.plug_point import import_function
+from miles_spmd.processes.limited import LimitedProcess, ProcessEndedError, serve_calls
+from miles_spmd.types.printable import printable
+
+Function = Callable[..., Any]
+_LONGEST_ERROR = 500  # characters of what a user's code or a schema wrote into an error
+_MOST_PROBLEMS = 3  # of the arguments of one call that are reported
+
+
+class ErrorKind(StrEnum):
+    """Why a call has no result."""
+
+    MALFORMED = "malformed"  # the call cannot be read
+    UNKNOWN_TOOL = "unknown_tool"
+    ARGUMENTS = "arguments"  # missing, unknown, or not as the schema has them
+    RAISED = "raised"  # by the tool, an exit and a lack of memory included
+    TIMEOUT = "timeout"
+    DIED = "died"  # the process of the tool
+
+
+class Result(msgspec.Struct, frozen=True):
+    """The text that the policy gets for a call; ``error`` is why it is not a result of the tool."""
+
+    text: str
+    error: ErrorKind | None = None
+
+
+class Tool(NamedTuple):
+    """A function, or its name as ``module:function``, and its schema where that does not come from the function."""
+
+    function: str | Function
+    schema: Schema | None = None
+
+
+class _Loaded(NamedTuple):
+    schema: Schema
+    validator: Any
+    function: Function
+    path: str | None  # of a plain function: how its process imports it
+
+    @property
+    def name(self) -> str:
+        return self.schema["function"]["name"]
+
+    @property
+    def parameters(self) -> Schema:
+        return self.schema["function"]["parameters"]
+
+    def problem(self, arguments: Mapping[str, Any]) -> str | None:
+        """Return what is wrong with arguments, for the policy."""
+        known, required = self.parameters.get("properties", {}), self.parameters.get("required", [])
+        found = [f"the argument {name!r} is missing" for name in required if name not in arguments]
+        if not self.parameters.get("additionalProperties"):
+            found += [f"the argument {name!r} does not exist" for name in arguments if name not in known]
+        found += [_described(error) for error in self.validator.iter_errors(dict(arguments))]
+        if not (found := list(filter(None, found))):
+            return None
+        takes = ", ".join(f"{name} ({_type(known[name])}{'' if name in required else ', optional'})" for name in known)
+        return f"{'; '.join(found[:_MOST_PROBLEMS])}. {self.name} takes {takes or 'no arguments'}"
+
+
+class Toolbox:
+    """Tools with their schemas and limits. Use one for many conversations: each of its ``workers`` is a process that
+    starts with the first call that it gets. A plain function hence keeps nothing in memory from one call to the next.
+    """
+
+    def __init__(
+        self,
+        tools: Sequence[str | Function | Tool],
+        *,
+        timeout: float = 30.0,
+        memory_gib: float = 4.0,
+        workers: int = 4,
+        longest: int = 16_384,
+    ) -> None:
+        """``timeout``: seconds of one call. ``memory_gib``: GiB by which a process may grow. ``longest``: characters of
+        a result. Processes see the variables of the environment that this one sees.
+
+        Raises SchemaError, and PlugPointError where a function cannot be imported."""
+        self._timeout, self._longest = timeout, longest
+        loaded = [_load(tool if isinstance(tool, Tool) else Tool(tool)) for tool in tools]
+        self._tools = {tool.name: tool for tool in loaded}
+        if len(self._tools) < len(loaded):
+            names = [tool.name for tool in loaded]
+            raise SchemaError(f"two tools have the name {next(n for n in names if names.count(n) > 1)!r}; rename one")
+        self.schemas: list[Schema] = [tool.schema for tool in loaded]
+        self._paths = [tool.path for tool in loaded if tool.path is not None]
+        self._start = partial(LimitedProcess, serve, (self._paths, memory_gib), environment=tuple(os.environ))
+        self._threads = ThreadPoolExecutor(workers, "tool")  # each has a process, which dies with it
+        self._of_thread, self._processes = threading.local(), list[LimitedProcess]()
+
+    async def run(self, calls: Sequence[Call]) -> list[Result]:
+        """Execute the calls of one message at the same time, and return their results in the order of the calls."""
+        return await asyncio.gather(*map(self._run, calls))
+
+    def close(self) -> None:
+        """Kill what still runs."""
+        for process in self._processes:
+            process.kill()
+        self._threads.shutdown(cancel_futures=True)
+
+    async def _run(self, call: Call) -> Result:
+        if call.problem:
+            text = f"the call cannot be read, and no tool was called: {printable(call.problem, _LONGEST_ERROR)}"
+            return _error(ErrorKind.MALFORMED, f"{text}. Write calls as the instructions show them")
+        tool = self._tools.get(call.name)
+        if tool is None:
+            unknown = f"the tool {printable(call.name, _LONGEST_ERROR)!r} does not exist"
+            return _error(ErrorKind.UNKNOWN_TOOL, f"{unknown}. The tools are {', '.join(self._tools)}")
+        if problem := tool.problem(call.arguments):
+            return _error(ErrorKind.ARGUMENTS, problem)
+        if tool.path is None:
+            return await self._await(tool, call.arguments)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._call_in_process, tool, call.arguments)
+
+    async def _await(self, tool: _Loaded, arguments: Mapping[str, Any]) -> Result:
+        try:
+            async with asyncio.timeout(self._timeout) as limit:
+                return Result(_to_text(await tool.function(**arguments), self._longest))
+        except TimeoutError as error:
+            return self._overdue(tool) if limit.expired() else _raised(error)
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            return _raised(error)  # the tool's own
+        except (Exception, SystemExit) as error:
+            return _raised(error)
+
+    def _call_in_process(self, tool: _Loaded, arguments: Mapping[str, Any]) -> Result:
+        process = getattr(self._of_thread, "process", None)
+        if process is None:
+            process = self._of_thread.process = self._start()
+            self._processes.append(process)
+        try:
+            return process.call(self._timeout, tool.path, arguments, self._longest)
+        except TimeoutError:
+            return self._overdue(tool)
+        except ProcessEndedError as error:
+            return _error(ErrorKind.DIED, f"{tool.name} ended its process ({error})")
+        except MemoryError as error:
+            process.kill()  # what a tool has leaked would be missing in every later call
+            self._processes.remove(process)
+            self._of_thread.process = None
+            return _raised(error)
+
+    def _overdue(self, tool: _Loaded) -> Result:
+        return _error(ErrorKind.TIMEOUT, f"{tool.name} took longer than {self._timeout:g} s and was stopped")
+
+
+def serve(pipe: Connection, paths: Sequence[str], memory_gib: float) -> None:
+    """Import plain functions, and call them as is ordered through the pipe. Runs inside the process."""
+    serve_calls(pipe, partial(_import_all, paths), memory_gib)
+
+
+def _import_all(paths: Sequence[str]) -> tuple[Callable[..., Result], None]:
+    functions = {path: _import(path) for path in paths}
+
+    def call(path: str, arguments: Mapping[str, Any], longest: int) -> Result:
+        try:
+            return Result(_to_text(functions[path](**arguments), longest))
+        except MemoryError:
+            raise
+        except BaseException as error:
+            return _raised(error)
+
+    return call, None
+
+
+def _load(tool: Tool) -> _Loaded:
+    function = _import(tool.function) if isinstance(tool.function, str) else tool.function
+    schema = tool_schema(function, tool.schema)
+    parameters = _nullable(schema["function"]["parameters"])
+    try:
+        Draft202012Validator.check_schema(parameters)
+    except InvalidSchema as error:
+        raise SchemaError(f"the schema of tool {schema['function']['name']!r} is not valid: {error.message}") from error
+    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+    path = None if is_async else tool.function if isinstance(tool.function, str) else _path(function)
+    return _Loaded(schema, Draft202012Validator(parameters), function, path)
+
+
+def _import(path: str) -> Function:
+    return import_function("the environment's functions", path, ())
+
+
+def _path(function: Function) -> str:
+    """Return how another process imports a plain function. Raises SchemaError."""
+    module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", "<none>")
+    if "<" in name or module == "__main__" or hasattr(function, "__self__"):
+        raise SchemaError(
+            f"tool {getattr(function, '__name__', function)!r} runs in a process of its own, which cannot import it: "
+            "define the function at the top level of a module, or write `async def`, which runs in this process"
+        )
+    return f"{module}:{name}"
+
+
+def _nullable(schema: Any) -> Any:
+    """Return the schema with OpenAPI's ``nullable``, which transformers writes, as JSON schema has it."""
+    if isinstance(schema, list):
+        return [_nullable(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    changed = {key: _nullable(value) for key, value in schema.items() if key != "nullable"}
+    if schema.get("nullable") is not True:
+        return changed
+    if not isinstance(changed.get("type"), str):
+        return {"anyOf": [changed, {"type": "null"}]}
+    changed["type"] = [changed["type"], "null"]
+    if "enum" in changed:
+        changed["enum"] = [*changed["enum"], None]
+    return changed
+
+
+def _described(error: ValidationError) -> str:
+    """Return what is wrong with a value; "" for what is reported with the names of arguments."""
+    if not error.path and error.validator in ("required", "additionalProperties"):
+        return ""
+    where = "".join(f"[{part!r}]" for part in list(error.path)[1:])
+    name = error.path[0] if error.path else ""
+    return f"the argument {name!r}{where} is wrong: {printable(error.message, _LONGEST_ERROR)}"
+
+
+def _type(schema: Any) -> str:
+    kind = schema.get("type", "any") if isinstance(schema, dict) else "any"
+    return " or ".join(kind) if isinstance(kind, list) else str(kind)
+
+
+def _error(kind: ErrorKind, problem: str) -> Result:
+    return Result(f"Error: {problem}.", kind)
+
+
+def _raised(error: BaseException) -> Result:
+    """Return what is shown of an error: its class and message, without a trace, which has the paths of this machine."""
+    try:
+        message = printable(str(error), _LONGEST_ERROR)
+    except Exception:
+        message = ""
+    return Result(f"Error: {type(error).__name__}{': ' if message else ''}{message}", ErrorKind.RAISED)
+
+
+def _to_text(value: Any, longest: int) -> str:
+    """Return a result as text: a string as it is, anything else as JSON, or else as ``str`` has it; cut where it has
+    more than ``longest`` characters."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    if len(text) > longest:
+        text = f"{text[:longest]}\n[... cut: the first {longest:,} of {len(text):,} characters are shown]"
+    return text.encode("utf-8", "replace").decode()  # halves of surrogate pairs have no tokens

@@ -1,0 +1,155 @@
+"""Tools such as users write, good and bad; named by ``module:function`` in the tests."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from typing import Any, Literal
+
+
+def weather(city: str, days: int = 1, unit: Literal["c", "f"] = "c", tags: list[str] | None = None) -> str:
+    """Weather forecast.
+
+    Args:
+        city: Name of the city.
+        days: Number of days.
+        unit: Unit of temperatures.
+        tags: What to mention.
+    """
+    return f"{city}: {days} x 19 {unit}"
+
+
+def add(a: float, b: float) -> float:
+    """Sum of two numbers.
+
+    Args:
+        a: One.
+        b: The other.
+    """
+    return a + b
+
+
+async def lookup(key: str) -> dict[str, Any]:
+    """What is known about a key.
+
+    Args:
+        key: The key.
+    """
+    await asyncio.sleep(0.3)
+    return {"key": key, "näme": [1, None]}
+
+
+KEPT: list[bytearray] = []
+
+
+def misbehave(how: str) -> Any:
+    """Does what it should not.
+
+    Args:
+        how: What.
+    """
+    match how:
+        case "raise":
+            raise FileNotFoundError(2, "No such file", "x.txt")
+        case "raise unspeakably":
+            raise Unspeakable
+        case "exit":
+            sys.exit(3)
+        case "end":
+            os._exit(7)
+        case "kill":
+            os.kill(os.getpid(), 9)
+        case "hang":
+            subprocess.run(["sleep", "6174"], check=True)
+        case "memory":
+            return len(bytearray(3 * 2**30))
+        case "leak":
+            KEPT.append(bytearray(600 * 2**20))
+            return len(KEPT)
+        case "input":
+            return input()
+        case "long":
+            return "x" * 100_000
+        case "object":
+            return {"at": Unspeakable, "ids": (1, 2)}
+        case "circle":
+            ring: list[Any] = []
+            ring.append(ring)
+            return ring
+        case "surrogate":
+            return "half \ud83d pair"
+        case "secrets":
+            return sorted(name for name in os.environ if name.endswith("_KEY"))
+        case "id":
+            return os.getpid()
+    return None
+
+
+async def misbehave_async(how: str) -> Any:
+    """Does what it should not, in the event loop.
+
+    Args:
+        how: What.
+    """
+    match how:
+        case "raise":
+            raise KeyError("nothing here")
+        case "time out":
+            raise TimeoutError("of my own")
+        case "cancel":
+            raise asyncio.CancelledError
+        case "exit":
+            sys.exit()
+        case "hang":
+            await asyncio.sleep(60)
+    return None
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def run(command: str, seconds: float = 0.5) -> str:
+    """Waits.
+
+    Args:
+        command: Returned.
+        seconds: How long.
+    """
+    time.sleep(seconds)
+    return command
+
+
+def untyped(city, days: int = 1):
+    """Weather.
+
+    Args:
+        city: Name.
+        days: Number.
+    """
+
+
+def undocumented(city: str) -> str:
+    return city
+
+
+def half_documented(city: str, days: int) -> str:
+    """Weather.
+
+    Args:
+        city: Name.
+    """
+    return city
+
+
+def variadic(*cities: str) -> str:
+    """Weather.
+
+    Args:
+        cities: Names.
+    """
+    return ""
