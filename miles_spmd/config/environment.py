@@ -11,9 +11,9 @@ SINGLE_TURN = "single_turn"
 
 
 class EnvironmentConfig(Table):
-    environment: Annotated[str, plug_point(SINGLE_TURN)] = SINGLE_TURN
-    """Plug point: how a prompt becomes trajectories. `single_turn`: one response; a function of yours can take several
-    turns, with tools, or several trajectories (docs/environments.md)."""
+    environment: Annotated[str, plug_point(SINGLE_TURN, "tools")] = SINGLE_TURN
+    """Plug point: how a prompt becomes trajectories. `single_turn`: one response; `tools`: the model calls Python
+    functions; a function of yours can do anything else (docs/environments.md)."""
     environment_kwargs: dict[str, Any] = {}
     """Further arguments of the environment, by the names of its parameters."""
     environment_workers: PositiveInt = 2

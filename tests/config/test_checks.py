@@ -97,7 +97,7 @@ OTHER_ENGINE = "tests.reference_engine:TorchEngine"
         ("acceptance=balanced over_sampling_batch_size=99 partial_rollout=true", "choose one of the two"),
         ("mask_offpolicy_in_partial_rollout=true", "needs rollout.partial_rollout"),
         ("on_environment_failure=mask n_samples_per_prompt=1", "'mask' leaves nothing of a group of one sample"),
-        ("environment.environment=nothing", "must be single_turn or `module:function`, got 'nothing'"),
+        ("environment.environment=nothing", "must be single_turn, tools or `module:function`, got 'nothing'"),
         ("engine=torch", "rollout.engine: must be sglang or `module:function`, such as tests.reference_engine"),
         ("rm_type=nothing", "reward.rm_type: must be math, exact, f1, gpqa, code or `module:function`, got 'nothing'"),
         ("engine=vllm", "rollout.engine: must be sglang or `module:function`, got 'vllm'"),

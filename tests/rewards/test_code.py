@@ -18,6 +18,7 @@ from miles_spmd.rewards.functions import load_reward
 from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.sandbox import sandbox
 from miles_spmd.types.sample import Prompt, Sample
+from tests.samples import sample_of
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
@@ -282,7 +283,7 @@ def test_only_data_travels() -> None:
 
 
 def sample(text: str, label: Any) -> Sample:
-    return Sample(Prompt("data:1", "", [0], label), 0, text=text)
+    return sample_of(Prompt("data:1", "", [0], label), 0, [], text=text)
 
 
 @needs_bubblewrap
