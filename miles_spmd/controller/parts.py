@@ -26,9 +26,11 @@ from miles_spmd.controller.journal.parity import Parity
 from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.controller.learning.policy import Policy
 from miles_spmd.data.tokenizer import Tokenizer
+from miles_spmd.environments.context import ModelSource, ModelView
 from miles_spmd.environments.in_place import InPlace
 from miles_spmd.environments.pool import EnvironmentPool
 from miles_spmd.environments.single_turn import single_turn
+from miles_spmd.models import load_family
 from miles_spmd.protocol.commands import DigestWeights
 from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.telemetry.progress import Progress, open_progress
@@ -128,10 +130,14 @@ def open_parts(
 
 def _host(config: Config, tokenizer: Tokenizer, attempt: AttemptWriter, cluster: Cluster) -> Host:
     """Return what runs the environment: a single response needs no process of its own."""
+    folder, date = Path(config.model.hf_checkpoint), config.data.chat_template_date
+    context = load_family(folder).max_sequence_length
     if config.environment.environment == SINGLE_TURN or not config.generates(attempt.record.task):
-        return InPlace(single_turn, tokenizer)
+        return InPlace(single_turn, ModelView(tokenizer, context, date))
+    if config.run.mode == "rl":  # a trajectory has to be in one micro-batch
+        context = min(context, config.micro_batch_tokens)
     log = attempt.folder / "environments.log"
-    return EnvironmentPool(config.environment, Path(config.model.hf_checkpoint), log, cluster.wake)
+    return EnvironmentPool(config.environment, ModelSource(folder, context, date), log, cluster.wake)
 
 
 def _note(progress: Progress, attempt: AttemptWriter, lines: StepLines, text: str) -> None:

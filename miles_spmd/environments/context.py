@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from miles_spmd.data.template import Conversation
+from miles_spmd.data.template import Conversation, fixed_clock
 from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.environments.messages import Ask, Begin, Completed, End, Failed, Finished, Line
 from miles_spmd.plugins.environment import Completion
@@ -18,18 +19,39 @@ class ContextError(RuntimeError):
     """An environment that misuses its context. The message says how."""
 
 
+class ModelView(NamedTuple):
+    """What environments know about the model."""
+
+    tokenizer: Tokenizer
+    context_length: int  # tokens that a trajectory can have, its start included
+    date: str  # what the chat template reads as today
+
+
+class ModelSource(NamedTuple):
+    """Where a process finds what its environment knows about the model."""
+
+    folder: Path  # of the checkpoint
+    context_length: int
+    date: str
+
+    def load(self) -> ModelView:
+        """Raises TokenizerError."""
+        return ModelView(Tokenizer(self.folder), self.context_length, self.date)
+
+
 class EpisodeContext:
     """The context of one call of an environment.
 
     ``ask`` sends a request to the run, and returns what the policy has sampled.
     """
 
-    def __init__(self, begin: Begin, tokenizer: Tokenizer, ask: Callable[[Ask], Awaitable[Completed]]) -> None:
+    def __init__(self, begin: Begin, model: ModelView, ask: Callable[[Ask], Awaitable[Completed]]) -> None:
         self.index = begin.index
         self._episode, self._max_tokens = begin.episode, begin.max_tokens
-        self._tokenizer, self._send = tokenizer, ask
+        self._tokenizer, self._context_length, self._send = model.tokenizer, model.context_length, ask
         variables = begin.prompt.metadata.get("chat_template_kwargs")
-        self._template_variables = variables if isinstance(variables, dict) else {}
+        own = variables if isinstance(variables, dict) else {}
+        self._template_variables = own | {"strftime_now": fixed_clock(model.date)}
         self._trajectories = self._segments = 0
         # Segments are known by the lists of their tokens, which are kept here, so that no other list has their address.
         self._known: dict[int, tuple[list[int], int]] = {}
@@ -65,7 +87,8 @@ class EpisodeContext:
         return Completion(done.tokens, done.finish_reason)
 
     def room(self, trajectory: Trajectory) -> int:
-        return self._max_tokens - sum(len(segment.tokens) for segment in trajectory.segments)
+        grown = sum(len(segment.tokens) for segment in trajectory.segments)
+        return min(self._max_tokens, self._context_length - len(trajectory.start)) - grown
 
     def render(
         self,

@@ -7,8 +7,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
-from miles_spmd.data.tokenizer import Tokenizer
-from miles_spmd.environments.context import EpisodeContext
+from miles_spmd.environments.context import EpisodeContext, ModelView
 from miles_spmd.environments.messages import Ask, Begin, Cancel, Completed, Event, Order
 from miles_spmd.plugins.environment import Environment
 
@@ -24,16 +23,16 @@ def _ask(ask: Ask) -> Generator[Ask, Completed, Completed]:
 class InPlace:
     """Calls ``environment`` in this thread: each order runs it up to its next request, or its end."""
 
-    def __init__(self, environment: Environment, tokenizer: Tokenizer) -> None:
+    def __init__(self, environment: Environment, model: ModelView) -> None:
         self.events: deque[Event] = deque()
-        self._environment, self._tokenizer = environment, tokenizer
+        self._environment, self._model = environment, model
         self._running: dict[int, tuple[EpisodeContext, Episode]] = {}
 
     def send(self, order: Order) -> None:
         """Execute an order; what comes of it is in ``events``."""
         match order:
             case Begin():
-                context = EpisodeContext(order, self._tokenizer, _ask)
+                context = EpisodeContext(order, self._model, _ask)
                 self._running[order.episode] = context, self._environment(context, order.prompt)  # type: ignore[assignment]
                 self._advance(order.episode, lambda episode: episode.send(None))  # type: ignore[arg-type]
             case Completed():

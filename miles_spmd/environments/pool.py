@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from miles_spmd.config.environment import EnvironmentConfig
+from miles_spmd.environments.context import ModelSource
 from miles_spmd.environments.mark import NOBODY, Mark
 from miles_spmd.environments.messages import Ask, Begin, Cancel, Completed, Event, Failed, Order
 from miles_spmd.environments.process import serve
@@ -92,11 +93,11 @@ class EnvironmentPool:
     """
 
     def __init__(
-        self, config: EnvironmentConfig, tokenizer: Path, log: Path | None, wake: Callable[[], None] = lambda: None
+        self, config: EnvironmentConfig, model: ModelSource, log: Path | None, wake: Callable[[], None] = lambda: None
     ) -> None:
         self.events: deque[Event] = deque()
         self._config, self._log, self._wake = config, log, wake
-        self._setup = config.environment, config.environment_kwargs, tokenizer, config.environment_memory_gib
+        self._setup = config.environment, config.environment_kwargs, model, config.environment_memory_gib
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()  # of all that the reader changes too

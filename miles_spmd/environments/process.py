@@ -9,13 +9,11 @@ import inspect
 import traceback
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from miles_spmd.data.tokenizer import Tokenizer
-from miles_spmd.environments.context import EpisodeContext
+from miles_spmd.environments.context import EpisodeContext, ModelSource, ModelView
 from miles_spmd.environments.mark import Mark
 from miles_spmd.environments.messages import Ask, Begin, Cancel, Completed, Event, Failed, Order
 from miles_spmd.plugins.environment import Environment
@@ -52,8 +50,8 @@ def load_environment(name: str, arguments: Mapping[str, Any]) -> Environment:
 class Episodes:
     """The episodes that this process runs."""
 
-    def __init__(self, pipe: Connection, environment: Environment, tokenizer: Tokenizer, mark: Mark) -> None:
-        self._pipe, self._environment, self._tokenizer, self._mark = pipe, environment, tokenizer, mark
+    def __init__(self, pipe: Connection, environment: Environment, model: ModelView, mark: Mark) -> None:
+        self._pipe, self._environment, self._model, self._mark = pipe, environment, model, mark
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._waiting: dict[tuple[int, int], asyncio.Future[Completed]] = {}
         self.closed = asyncio.Event()
@@ -76,7 +74,7 @@ class Episodes:
                 task.cancel()
 
     async def _run(self, begin: Begin) -> None:
-        context = EpisodeContext(begin, self._tokenizer, self._ask)
+        context = EpisodeContext(begin, self._model, self._ask)
         try:
             event: Event = context.finished(await self._environment(context, begin.prompt))
         except asyncio.CancelledError:
@@ -99,7 +97,7 @@ class Episodes:
 
 
 def serve(
-    pipe: Connection, name: str, arguments: Mapping[str, Any], tokenizer: Path, memory_gib: float, mark: int
+    pipe: Connection, name: str, arguments: Mapping[str, Any], source: ModelSource, memory_gib: float, mark: int
 ) -> None:
     """Import the environment, and run the episodes that are ordered through ``pipe``. ``mark`` is the file descriptor
     of a :class:`Mark`."""
@@ -109,15 +107,15 @@ def serve(
         text = f"{error}\n{traceback.format_exc()}" if error.__cause__ else str(error)
         pipe.send_bytes(text.encode())
         return
-    own = Tokenizer(tokenizer)
+    model = source.load()
     limit_memory(memory_gib)
     pipe.send_bytes(READY)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        asyncio.run(_serve(pipe, environment, own, Mark(mark)))
+        asyncio.run(_serve(pipe, environment, model, Mark(mark)))
 
 
-async def _serve(pipe: Connection, environment: Environment, tokenizer: Tokenizer, mark: Mark) -> None:
-    episodes, loop = Episodes(pipe, environment, tokenizer, mark), asyncio.get_running_loop()
+async def _serve(pipe: Connection, environment: Environment, model: ModelView, mark: Mark) -> None:
+    episodes, loop = Episodes(pipe, environment, model, mark), asyncio.get_running_loop()
     mark.follow(loop)
     loop.add_reader(pipe.fileno(), episodes.read)
     await episodes.closed.wait()

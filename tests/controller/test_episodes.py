@@ -15,6 +15,7 @@ from miles_spmd.controller.generation.episodes import Done, EnvironmentFailedErr
 from miles_spmd.controller.generation.sampling import Sampling
 from miles_spmd.controller.generation.unfinished import Response
 from miles_spmd.controller.learning.batch import to_sequences
+from miles_spmd.environments.context import ModelView
 from miles_spmd.environments.in_place import InPlace
 from miles_spmd.ledger.step_data import SampleData
 from miles_spmd.plugins.environment import Context
@@ -70,7 +71,7 @@ def play(
     environment: Any, prompts: list[Prompt], *, order: int = 0, given: dict[str, Response] | None = None, **limits: Any
 ) -> tuple[list[Done], Episodes, list[Request]]:
     """Run one rollout; outputs arrive in a random ``order``."""
-    host, generator = InPlace(environment, cast(Any, Tokenizer())), random.Random(order)
+    host, generator = InPlace(environment, ModelView(cast(Any, Tokenizer()), 512, "2026-01-01")), random.Random(order)
     settings = EnvironmentConfig(**limits)
     episodes, sampling = Episodes(host, itertools.count(), settings), Sampling.of_step(CONFIG, 3)
     episodes.open(len(prompts) * sampling.samples, given)
@@ -87,7 +88,7 @@ def play(
 
 def play_in_parts(order: int) -> tuple[list[Done], int]:
     """As :func:`play`, but everything is cut at random points and continued in the next rollout. Returns how often."""
-    host, generator = InPlace(tangle, cast(Any, Tokenizer())), random.Random(order)
+    host, generator = InPlace(tangle, ModelView(cast(Any, Tokenizer()), 512, "2026-01-01")), random.Random(order)
     episodes, sampling = Episodes(host, itertools.count(), EnvironmentConfig()), Sampling.of_step(CONFIG, 3)
     episodes.begin(0, PROMPTS, sampling)
     running, done, cuts = list[Request](), list[Done](), 0
@@ -251,3 +252,18 @@ def test_failures_that_end_a_run() -> None:
         EnvironmentFailedError, match=r"1 episodes of a rollout of 24 have failed, more than .* 0.04 of"
     ):
         play(Unlucky(2), PROMPTS, max_environment_failures=0.04)
+
+
+async def overflowing(context: Context, prompt: Prompt) -> Trajectory:
+    trajectory = context.begin([1] * 510)
+    while completion := (await context.complete(trajectory)).tokens:
+        assert len(completion) <= 2
+    return trajectory
+
+
+def test_a_trajectory_ends_where_the_context_does() -> None:
+    done, _, asked = play(overflowing, PROMPTS[:1])
+    assert all(1 <= request.sampling.max_new_tokens <= 2 for request in asked)
+    for sample in of(done):
+        assert len(sample.trajectory.tokens) == 512
+        assert sample.finish_reason is FinishReason.LENGTH

@@ -17,6 +17,7 @@ from miles_spmd.controller.generation.acceptance import Group
 from miles_spmd.controller.generation.generation import FilterError, Generation
 from miles_spmd.controller.journal.events import EvaluationFinished, Event, PhaseFinished, RolloutFinished
 from miles_spmd.controller.journal.stopping import Stopping
+from miles_spmd.environments.context import ModelView
 from miles_spmd.environments.in_place import InPlace
 from miles_spmd.environments.single_turn import single_turn
 from miles_spmd.plugins.reward import RewardError, Score
@@ -149,7 +150,7 @@ def generation(
 ) -> Generation:
     stopping = Stopping(Path("none"), {})
     stopping.show = events.shown.append
-    host = InPlace(single_turn, cast(Any, Tokenizer()))
+    host = InPlace(single_turn, ModelView(cast(Any, Tokenizer()), 512, "2026-01-01"))
     parts: tuple[Any, ...] = engines, rewards, data, events, stopping, host
     own = CONFIG[batch_size].algorithm.model_copy(update=algorithm)
     return Generation(CONFIG[batch_size].model_copy(update={"algorithm": own}), *parts)

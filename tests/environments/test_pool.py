@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from miles_spmd.config.environment import EnvironmentConfig
+from miles_spmd.environments.context import ModelSource
 from miles_spmd.environments.messages import Ask, Begin, Cancel, Completed, Event, Failed, Finished
 from miles_spmd.environments.pool import EnvironmentPool
 from miles_spmd.plugins.environment import EnvironmentSetupError
@@ -37,7 +38,8 @@ def pool(tokenizer: Path) -> Iterator[EnvironmentPool]:
 
 def make(tokenizer: Path, environment: str = "behave", **settings: Any) -> EnvironmentPool:
     name = environment if ":" in environment else f"tests.environments.samples:{environment}"
-    return EnvironmentPool(EnvironmentConfig(environment=name, **settings), tokenizer, None)
+    model = ModelSource(tokenizer, 64, "2026-01-01")
+    return EnvironmentPool(EnvironmentConfig(environment=name, **settings), model, None)
 
 
 def begin(number: int, label: str = "") -> Begin:

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 
 from miles_spmd.config import EnvironmentConfig
+from miles_spmd.environments.context import ModelSource
 from miles_spmd.environments.messages import Ask, Begin, Completed, Finished
 from miles_spmd.environments.pool import EnvironmentPool
 from miles_spmd.types.trajectory import FinishReason
@@ -33,7 +34,7 @@ def test_a_conversation_in_an_environment_process(tmp_path: Path) -> None:
     ]
     prompt = to_prompt(tokenizer, [{"role": "user", "content": "What now?"}])
     before = set(psutil.Process().children(recursive=True))
-    pool = EnvironmentPool(config, tmp_path, tmp_path / "environments.log")
+    pool = EnvironmentPool(config, ModelSource(tmp_path, 4096, "2026-01-01"), tmp_path / "environments.log")
     pool.send(Begin(7, prompt, 0, 10_000))
     deadline, finished = time.monotonic() + 60, None
     while finished is None:
