@@ -67,11 +67,17 @@ def _trl(samples: list[Sample]) -> dict[str, Any]:
     columns["completion_ids"] = [s.response for s in samples]
     if conversations := columns.pop("messages", None):
         columns["prompts"] = conversations
-        columns["completions"] = [[{"role": "assistant", "content": s.text}] for s in samples]
+        columns["completions"] = [_completion(s) for s in samples]
     else:
         columns["prompts"] = [s.prompt.text for s in samples]
         columns["completions"] = [s.text for s in samples]
     return columns
+
+
+def _completion(sample: Sample) -> list[dict[str, Any]]:
+    """Return the messages behind those of the prompt: several, where the environment keeps a conversation."""
+    behind = sample.trajectory.messages[len(sample.prompt.metadata["messages"]) :]
+    return behind or [{"role": "assistant", "content": sample.text}]
 
 
 def _verl(sample: Sample) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def _reward(sample: Sample) -> float:
 
 
 def _transcript(step: int, source: str, sample: Sample, limit: int = 2**31) -> Transcript:
-    messages = sample.prompt.metadata.get("messages")
+    messages = sample.trajectory.messages[:-1] or sample.prompt.metadata.get("messages")  # the last is the response
     return Transcript(
         step=step,
         source=source,

@@ -77,6 +77,9 @@ def test_trl_shapes() -> None:
     talk = [{"role": "user", "content": "seven plus 12?"}]
     assert values(HERE + "trl_conversational", group("19", "20", label=19, messages=talk)) == [1, 0]
     assert values(HERE + "trl_async", group("19", "200")) == [2, 3]
+    turns = group("19", "20", messages=talk)
+    turns[1].trajectory.messages = [*talk, {"role": "assistant"}, {"role": "tool"}, {"role": "assistant"}]
+    assert values(HERE + "trl_turns", turns) == [1, 3]
 
 
 def test_verl_shapes() -> None:

@@ -55,6 +55,12 @@ def trl_conversational(completions: list[list[dict[str, str]]], prompts: list[An
     return [float(c[0]["content"] == str(a)) for c, a in zip(completions, label)]
 
 
+def trl_turns(completions: list[list[dict[str, str]]], prompts: list[Any]) -> list[float]:
+    """Number of messages behind the prompt, of which the first calls a tool."""
+    assert all(c[0]["role"] == "assistant" for c in completions)
+    return [float(len(c)) for c in completions]
+
+
 async def trl_async(completions: list[str], **kwargs: Any) -> list[float]:
     return [float(len(c)) for c in completions]
 
