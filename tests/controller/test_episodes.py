@@ -232,10 +232,11 @@ class Unlucky:
 
 @pytest.mark.parametrize(
     ("times", "policy", "expected"),
-    [(1, "replace", [1, 1]), (2, "replace", [1, None]), (2, "mask", [1, 0])],
+    [(1, "replace", [1, 1]), (2, "replace", [None]), (2, "mask", [1, 0])],
 )
 def test_an_episode_that_fails(times: int, policy: str, expected: list[int | None]) -> None:
-    done, episodes, _ = play(Unlucky(times), PROMPTS, on_environment_failure=policy)
+    done, episodes, asked = play(Unlucky(times), PROMPTS, on_environment_failure=policy)
+    assert len(asked) == 24  # another attempt is given the responses of the one before
     of_group = [one.samples if one.samples is None else len(one.samples) for one in done if one.group == 1]
     assert of_group == expected
     assert [len(one.samples or ()) for one in done if one.group != 1] == [1] * 22

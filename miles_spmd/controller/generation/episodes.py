@@ -48,12 +48,14 @@ class Episode:
         self.attempts = 0
         self.segments: dict[int, Segment] = {}
         self.made: list[tuple[Request, Response]] = []  # what the policy has sampled, in order
+        self.known: dict[str, Response] = {}  # what it has sampled for an earlier attempt, by the requests' digests
         self.samples: list[Sample] = []  # once it has ended
 
     def again(self, *, failed: bool) -> Episode:
         """Return another attempt, after this one has ``failed`` or was interrupted."""
         episode = Episode(self.group, self.index, self.prompt, self.sampling)
         episode.attempts = self.attempts + failed
+        episode.known = self.known | {key(request): one for request, one in self.made if one.complete}
         return episode
 
     def give(self, given: Mapping[int, list[int]]) -> None:
@@ -177,7 +179,10 @@ class Episodes:
             stop=ask.stop,
             rid=f"{episode.group}.{ask.episode}.{ask.segment}",
         )
-        known = begun or (self._given.get(key(request)) if self._given else None)
+        known = begun
+        if known is None and (self._given or episode.known):
+            name = key(request)
+            known = self._given.get(name) or episode.known.get(name)
         self._asked[request.rid] = request, ask
         if known is None or not known.output.output_ids:
             yield request
@@ -238,6 +243,14 @@ class Episodes:
         self._done.append(Done(episode.group, episode.index, [] if masks else None))
         if not masks:
             self._cancel([n for n, other in self._running.items() if other.group == episode.group])
+
+    def describe(self) -> str:
+        """Return in words what is waited for."""
+        waiting = len({ask.episode for _, ask in self._asked.values()})
+        return (
+            f"of {len(self._running)} episodes that run {waiting} wait for the policy, and "
+            f"{len(self._running) - waiting} are in their environment"
+        )
 
     def responses(self, version: int | None = None) -> dict[str, Response]:
         """Return what the policy has sampled, complete or not, by the digests of the requests, with the rewards that

@@ -7,7 +7,7 @@ those that were submitted cannot fill the batch, while the slowest responses are
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -16,7 +16,8 @@ import msgspec
 from miles_spmd.algorithms.rewards import GROUP_FILTERS
 from miles_spmd.config import Config, EvalSet
 from miles_spmd.controller.cluster.cluster import Cluster
-from miles_spmd.controller.cluster.errors import Unfinished
+from miles_spmd.controller.cluster.errors import DeadlineError, Unfinished
+from miles_spmd.controller.cluster.rollout_session import RolloutSession
 from miles_spmd.controller.datasets import Datasets
 from miles_spmd.controller.generation.acceptance import Acceptance, Group
 from miles_spmd.controller.generation.backlog import Supply
@@ -36,7 +37,7 @@ from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.ledger import step_data
 from miles_spmd.ledger.chain import LedgerError
 from miles_spmd.rewards.pool import RewardPool
-from miles_spmd.types.request import Request
+from miles_spmd.types.request import Output, Request
 from miles_spmd.types.sample import Prompt, Sample
 from miles_spmd.types.trajectory import by_version
 
@@ -212,7 +213,7 @@ class Generation:
                     episodes.begin(acceptance.add(wave, sampling.samples), wave, sampling)
                 elif acceptance.settled:
                     break
-                elif (output := session.next(interrupt=has_news)) is not None:
+                elif (output := self._next(session, episodes, has_news)) is not None:
                     episodes.complete(output)
                 if requests := episodes.requests():
                     session.submit(requests)
@@ -230,6 +231,14 @@ class Generation:
         if not complete:
             raise Unfinished
         return kept
+
+    @staticmethod
+    def _next(session: RolloutSession, episodes: Episodes, interrupt: Callable[[], bool]) -> Output | None:
+        """Return the next output, None once ``interrupt`` returns True."""
+        try:
+            return session.next(interrupt)
+        except DeadlineError as error:
+            raise DeadlineError(f"{error}\n  {episodes.describe()}", error.details, error.rank) from error
 
 
 def _without_older(sample: Sample, step: int) -> Sample:
