@@ -213,6 +213,37 @@ def bench_step(
     publish(make_result("step", model, ranks, {"overrides": overrides or [], **sizes}, rows), out)
 
 
+@app.command("turns")
+def bench_turns(
+    overrides: Overrides = None,
+    model: Model = "random:qwen3-0.6b",
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of a step.")] = 8,
+    samples: Annotated[int, typer.Option(min=2, help="Sessions of each prompt.")] = 8,
+    number: Annotated[int, typer.Option("--turns", min=1, help="Responses in a session.")] = 8,
+    prompt_tokens: PromptTokens = 256,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a response.")] = 128,
+    given: Annotated[int, typer.Option(min=0, help="Tokens that the environment gives between two.")] = 64,
+    tail: Annotated[bool, typer.Option("--tail", help="Lengths with a long tail, of at most --new-tokens.")] = False,
+    warm_up: Annotated[int, typer.Option(min=0, help="Steps before the measured ones.")] = 2,
+    repeats: Repeats = 5,
+    nproc_per_node: Processes = None,
+    out: Out = None,
+) -> None:
+    """Time rollouts of several turns: tokens per second, and the share of prefixes that the engine has already."""
+    from miles_spmd.bench.result import make_result
+    from miles_spmd.bench.run import publish
+    from miles_spmd.bench.turns import bench_turns
+
+    _, ranks = launcher.ranks(nproc_per_node)
+    sizes = {"prompts": prompts, "samples": samples, "prompt_tokens": prompt_tokens}
+    shape = {"number": number, "new_tokens": new_tokens, "given": given}
+    steps = {"warm_up": warm_up, "steps": repeats}
+    rows = bench_turns(overrides or [], tail=tail, ranks=ranks, model=model, **shape, **sizes, **steps)
+    publish(
+        make_result("turns", model, ranks, {"overrides": overrides or [], "tail": tail, **shape, **sizes}, rows), out
+    )
+
+
 def _measure(
     name: str, model: str, overrides: list[str] | None, nproc: int | None, out: Path | None, **options: Any
 ) -> None:

@@ -76,5 +76,7 @@ def bench_step(
             "step s": step,
             **{f"{phase} s": statistics.median(t[phase] for t in times) for phase in times[0]},
             "response tokens/s per GPU": prompts * samples * response_tokens / step / ranks,
+            "tokens behind a prompt": statistics.median(values["rollout/response_len"] for values in metrics),
+            "prefix hits": statistics.median(values.get("rollout/prefix_hit_rate", 0.0) for values in metrics),
         }
     ]

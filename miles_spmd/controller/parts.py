@@ -131,13 +131,14 @@ def open_parts(
 def _host(config: Config, tokenizer: Tokenizer, attempt: AttemptWriter, cluster: Cluster) -> Host:
     """Return what runs the environment: a single response needs no process of its own."""
     folder, date = Path(config.model.hf_checkpoint), config.data.chat_template_date
-    context = load_family(folder).max_sequence_length
+    family = load_family(folder)
+    vocab_size, context = family.vocab_size, family.max_sequence_length
     if config.environment.environment == SINGLE_TURN or not config.generates(attempt.record.task):
-        return InPlace(single_turn, ModelView(tokenizer, context, date))
+        return InPlace(single_turn, ModelView(tokenizer, vocab_size, context, date))
     if config.run.mode == "rl":  # a trajectory has to be in one micro-batch
         context = min(context, config.micro_batch_tokens)
     log = attempt.folder / "environments.log"
-    return EnvironmentPool(config.environment, ModelSource(folder, context, date), log, cluster.wake)
+    return EnvironmentPool(config.environment, ModelSource(folder, vocab_size, context, date), log, cluster.wake)
 
 
 def _note(progress: Progress, attempt: AttemptWriter, lines: StepLines, text: str) -> None:

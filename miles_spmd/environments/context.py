@@ -23,6 +23,7 @@ class ModelView(NamedTuple):
     """What environments know about the model."""
 
     tokenizer: Tokenizer
+    vocab_size: int  # rows of its embedding
     context_length: int  # tokens that a trajectory can have, its start included
     date: str  # what the chat template reads as today
 
@@ -31,12 +32,13 @@ class ModelSource(NamedTuple):
     """Where a process finds what its environment knows about the model."""
 
     folder: Path  # of the checkpoint
+    vocab_size: int
     context_length: int
     date: str
 
     def load(self) -> ModelView:
         """Raises TokenizerError."""
-        return ModelView(Tokenizer(self.folder), self.context_length, self.date)
+        return ModelView(Tokenizer(self.folder), self.vocab_size, self.context_length, self.date)
 
 
 class EpisodeContext:
@@ -49,6 +51,7 @@ class EpisodeContext:
         self.index = begin.index
         self._episode, self._max_tokens = begin.episode, begin.max_tokens
         self._tokenizer, self._context_length, self._send = model.tokenizer, model.context_length, ask
+        self._vocab_size, self._prompt = model.vocab_size, begin.prompt.tokens
         variables = begin.prompt.metadata.get("chat_template_kwargs")
         own = variables if isinstance(variables, dict) else {}
         self._template_variables = own | {"strftime_now": fixed_clock(model.date)}
@@ -60,6 +63,8 @@ class EpisodeContext:
     # --- for environments --------------------------------------------------------------------------------------------
 
     def begin(self, tokens: Sequence[int]) -> Trajectory:
+        if tokens is not self._prompt:  # whose tokens are the data's, and were examined with it
+            self._check(tokens)
         self._trajectories += 1
         return Trajectory(tokens if isinstance(tokens, list) else [*tokens], number=self._trajectories - 1)
 
@@ -167,10 +172,16 @@ class EpisodeContext:
             if known is None:
                 if segment.sampled:
                     raise ContextError("a segment claims to be sampled by the policy, and was not")
+                self._check(segment.tokens)
                 known = self._known[id(segment.tokens)] = segment.tokens, self._next_segment()
                 given[known[1]] = segment.tokens
             numbers.append(known[1])
         return Line(trajectory.number, trajectory.start, numbers), given
+
+    def _check(self, tokens: Sequence[int]) -> None:
+        """Raise ContextError for tokens that the model does not have, which would be an error of the engine."""
+        if wrong := [t for t in tokens if not isinstance(t, int) or not 0 <= t < self._vocab_size]:
+            raise ContextError(f"gave the token {wrong[0]!r}; the model has the tokens 0 to {self._vocab_size - 1}")
 
     def _next_segment(self) -> int:
         self._segments += 1

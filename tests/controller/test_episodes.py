@@ -71,7 +71,10 @@ def play(
     environment: Any, prompts: list[Prompt], *, order: int = 0, given: dict[str, Response] | None = None, **limits: Any
 ) -> tuple[list[Done], Episodes, list[Request]]:
     """Run one rollout; outputs arrive in a random ``order``."""
-    host, generator = InPlace(environment, ModelView(cast(Any, Tokenizer()), 512, "2026-01-01")), random.Random(order)
+    host, generator = (
+        InPlace(environment, ModelView(cast(Any, Tokenizer()), 100, 512, "2026-01-01")),
+        random.Random(order),
+    )
     settings = EnvironmentConfig(**limits)
     episodes, sampling = Episodes(host, itertools.count(), settings), Sampling.of_step(CONFIG, 3)
     episodes.open(len(prompts) * sampling.samples, given)
@@ -88,7 +91,7 @@ def play(
 
 def play_in_parts(order: int) -> tuple[list[Done], int]:
     """As :func:`play`, but everything is cut at random points and continued in the next rollout. Returns how often."""
-    host, generator = InPlace(tangle, ModelView(cast(Any, Tokenizer()), 512, "2026-01-01")), random.Random(order)
+    host, generator = InPlace(tangle, ModelView(cast(Any, Tokenizer()), 100, 512, "2026-01-01")), random.Random(order)
     episodes, sampling = Episodes(host, itertools.count(), EnvironmentConfig()), Sampling.of_step(CONFIG, 3)
     episodes.begin(0, PROMPTS, sampling)
     running, done, cuts = list[Request](), list[Done](), 0

@@ -150,7 +150,7 @@ def generation(
 ) -> Generation:
     stopping = Stopping(Path("none"), {})
     stopping.show = events.shown.append
-    host = InPlace(single_turn, ModelView(cast(Any, Tokenizer()), 512, "2026-01-01"))
+    host = InPlace(single_turn, ModelView(cast(Any, Tokenizer()), 100, 512, "2026-01-01"))
     parts: tuple[Any, ...] = engines, rewards, data, events, stopping, host
     own = CONFIG[batch_size].algorithm.model_copy(update=algorithm)
     return Generation(CONFIG[batch_size].model_copy(update={"algorithm": own}), *parts)

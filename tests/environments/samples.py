@@ -45,6 +45,8 @@ async def behave(context: Context, prompt: Prompt, suffix: int = 0) -> Any:
             return []
         case "unsampled":
             return context.begin([1, 2])
+        case "unknown":
+            trajectory.append(Segment([128], sampled=False))
         case "invent":
             trajectory.append(Segment([1, 2]))
         case "fork":

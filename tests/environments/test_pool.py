@@ -38,7 +38,7 @@ def pool(tokenizer: Path) -> Iterator[EnvironmentPool]:
 
 def make(tokenizer: Path, environment: str = "behave", **settings: Any) -> EnvironmentPool:
     name = environment if ":" in environment else f"tests.environments.samples:{environment}"
-    model = ModelSource(tokenizer, 64, "2026-01-01")
+    model = ModelSource(tokenizer, 128, 64, "2026-01-01")
     return EnvironmentPool(EnvironmentConfig(environment=name, **settings), model, None)
 
 
@@ -99,6 +99,7 @@ BEHAVIOUR = {
     "number": ("unusable", "returned int instead of a trajectory"),
     "nothing": ("unusable", "returned list instead of a trajectory"),
     "unsampled": ("unusable", "returned no token that the policy has sampled"),
+    "unknown": ("unusable", "gave the token 128; the model has the tokens 0 to 127"),
     "invent": ("unusable", "claims to be sampled"),
 }
 

@@ -34,7 +34,7 @@ def test_a_conversation_in_an_environment_process(tmp_path: Path) -> None:
     ]
     prompt = to_prompt(tokenizer, [{"role": "user", "content": "What now?"}])
     before = set(psutil.Process().children(recursive=True))
-    pool = EnvironmentPool(config, ModelSource(tmp_path, 4096, "2026-01-01"), tmp_path / "environments.log")
+    pool = EnvironmentPool(config, ModelSource(tmp_path, 10**6, 4096, "2026-01-01"), tmp_path / "environments.log")
     pool.send(Begin(7, prompt, 0, 10_000))
     deadline, finished = time.monotonic() + 60, None
     while finished is None:

@@ -1,0 +1,53 @@
+"""Time of a rollout of several turns, or of responses whose lengths have a long tail: the steps of ``bench step`` in an
+environment that lets the policy respond ``turns`` times and gives it random tokens in between."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from miles_spmd.bench.result import Row
+from miles_spmd.bench.step import bench_step
+from miles_spmd.plugins.environment import Context
+from miles_spmd.types.sample import Prompt
+from miles_spmd.types.trajectory import Segment, Trajectory
+
+SHORT = 1 / 16  # of the longest response, in a long-tailed distribution: the median
+
+
+async def turns(
+    context: Context, prompt: Prompt, turns: int = 8, new_tokens: int = 64, given: int = 32, tail: bool = False
+) -> Trajectory:
+    """Respond ``turns`` times by ``new_tokens`` tokens; with ``tail`` by fewer, log-normally distributed ones."""
+    generator = random.Random(f"{prompt.uid} {context.index}")
+    trajectory = context.begin(prompt.tokens)
+    for turn in range(turns):
+        length = round(min(1.0, SHORT * generator.lognormvariate(0.0, 1.3)) * new_tokens) if tail else new_tokens
+        await context.complete(trajectory, max_new_tokens=max(1, length))
+        if turn < turns - 1:
+            trajectory.append(Segment(generator.choices(prompt.tokens, k=given), sampled=False))
+    return trajectory
+
+
+def bench_turns(
+    overrides: list[str], number: int, new_tokens: int, given: int, tail: bool, ranks: int, **options: Any
+) -> list[Row]:
+    """Return one row, with medians over the measured steps. ``options`` are the other arguments of bench_step."""
+    arguments = f"{{turns = {number}, new_tokens = {new_tokens}, given = {given}, tail = {str(tail).lower()}}}"
+    environment = [
+        "environment.environment=miles_spmd.bench.turns:turns",
+        f"environment.environment_kwargs={arguments}",
+    ]
+    length = number * new_tokens + (number - 1) * given
+    (row,) = bench_step(overrides=[*environment, *overrides], response_tokens=length, ranks=ranks, **options)
+    sessions = options["prompts"] * options["samples"]
+    sampled = row["tokens behind a prompt"] - (number - 1) * given
+    return [
+        {
+            "sessions": f"{sessions} x {number} turns x {new_tokens} + {given}" + (", long-tailed" if tail else ""),
+            "step s": row["step s"],
+            "rollout s": row["rollout s"],
+            "sampled tokens/s per GPU in a rollout": sessions * sampled / row["rollout s"] / ranks,
+            "prefix hits": row["prefix hits"],
+        }
+    ]
