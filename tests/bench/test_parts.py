@@ -138,6 +138,21 @@ def test_step_through_the_command_line(tmp_path: Path) -> None:
     assert row["response tokens/s per GPU"] == pytest.approx(2 * 2 * 4 / row["step s"])
 
 
+@pytest.mark.slow
+def test_turns_through_the_command_line(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    sizes = ["--prompts=2", "--samples=2", "--turns=3", "--prompt-tokens=8", "--new-tokens=4", "--given=2"]
+    command = [sys.executable, "-m", "miles_spmd", "bench", "turns", *sizes, "--repeats=2", "--nproc-per-node=1"]
+    model = ["--model", str(tiny_with_tokenizer(tmp_path / "model")), "model.dtype=float32", "--out", str(out)]
+    done = subprocess.run([*command, *model], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["sessions"] == "4 x 3 turns x 4 + 2"
+    assert row["prefix hits"] > 0.5
+    most = 4 * 3 * 4 / row["rollout s"]  # where no response ends by itself
+    assert 0.5 * most < row["sampled tokens/s per GPU in a rollout"] < 1.001 * most
+
+
 def tiny_with_tokenizer(folder: Path) -> Path:
     """A small model of random weights with the tokenizer of a ``random:`` one."""
     random_checkpoint("random:qwen3-0.6b", folder.parent).rename(folder)
