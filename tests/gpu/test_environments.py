@@ -32,7 +32,7 @@ def test_turns_are_exact_and_repeat(warm: Path) -> None:
     assert same.equal, same.difference
     hits = series(once, "rollout/prefix_hit_rate")
     machine.measured("turns of the quickstart's model", {"prefix hits": hits[-1]})
-    assert min(hits) > 0.8
+    assert min(hits) > 0.6
 
 
 @machine.needs(1)
