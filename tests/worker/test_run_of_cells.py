@@ -142,6 +142,16 @@ def test_a_cell_is_too_late_for_the_first_meeting(hurt: Hurt) -> None:
 
 
 @pytest.mark.slow
+def test_engines_hang(hurt: Hurt) -> None:
+    """One does not return from a step, and the process of another one is suspended."""
+    hangs, suspended = Strike(1, "EngineStep", 20, seconds=600.0), Strike(0, "EngineStep", 60, number=signal.SIGSTOP)
+    _, lines = hurt(hangs, suspended, run={"num_rollout": 16}, deadlines={"engine_step_timeout": 2.0})
+    lost, _, silent, *_ = lines
+    assert re.match(r"warning: rollout, step \d+: the engine of rank 1 did not return from a step within 2 s", lost)
+    assert re.match(r"warning: rank 0 \(.+\) is silent: rollout, step \d+", silent)
+
+
+@pytest.mark.slow
 def test_a_cell_dies_while_a_checkpoint_is_loaded(hurt: Hurt, launch: Launch) -> None:
     """The run of one world is continued by cells, of which the other one begins alone."""
     settings: dict[str, Any] = {"train": {"reduction_leaves": 4}, "reward": {"rm_type": REWARD}}

@@ -239,9 +239,10 @@ class Cluster:
         """Let every rank leave its command loop and exit with ``status``."""
         self.call(Stop(status), step=self._listener.last.step)
 
-    def pass_requests(self, ask: Callable[[str], None]) -> None:
-        """Call ``ask`` with the name of every signal to stop that a rank receives."""
-        self._listener.stop_asked = ask
+    def pass_requests(self, ask: Callable[[str], None], stopping: Callable[[], bool]) -> None:
+        """Call ``ask`` with the name of every signal to stop that is for the run, of those that ranks receive.
+        ``stopping``: whether it has been asked to stop."""
+        self._listener.stop_asked, self._listener.stopping = ask, stopping
 
     def lose(self, rank: int | None, lost: Callable[[], None] = lambda: None) -> None:
         """Drop the next message to ``rank``, and call ``lost`` then; None: drop no more."""

@@ -53,6 +53,7 @@ SEPARATOR = ":"  # between the rollout and the name that a request has in it
 CHECK_EVERY = 0.25  # seconds between looks at the clock
 MAX_LINES = 32  # of a report on ranks
 STACKS_GRACE = 1.5  # seconds past a deadline in which the ranks write their stacks and say where they stand
+ASKED_GRACE = 2.0  # seconds in which a signal to stop that is for the run reaches a rank of every cell
 CAUSE_GRACE = 0.5  # seconds after a first error in which the event that caused it may still arrive
 
 
@@ -73,6 +74,7 @@ class PendingCall(Generic[R]):
     purpose: str = ""  # of what is not for training
     held: dict[int, Held] | None = None  # by rank, where ranks are to leave the command
     overdue: dict[int, Overdue] = field(default_factory=dict)  # where ranks stood when time was up
+    hung_since: float = math.inf  # monotonic: when the first of them reported that its engine hangs
     lost: bool = False
 
     @property
@@ -89,6 +91,11 @@ class PendingCall(Generic[R]):
     def over(self) -> bool:
         """Whether no reply is missing, failures included."""
         return len(self.replies) + len(self.failures) == len(self.ranks)
+
+    @property
+    def hung(self) -> list[int]:
+        """The ranks whose engines do not return from a step."""
+        return [rank for rank, report in self.overdue.items() if report.engine_step and self.awaits(rank)]
 
     def awaits(self, rank: int) -> bool:
         return rank in self.ranks and rank not in self.replies and rank not in self.failures
@@ -119,6 +126,7 @@ class Listener:
         self.calls: dict[int, PendingCall[Any]] = {}
         self.outputs: dict[str, deque[Output]] = {}
         self.stop_asked: Callable[[str], None] = lambda signal: None
+        self.stopping: Callable[[], bool] = lambda: False  # whether the run has been asked to stop
         self.contain: Callable[[WorkerError], bool] = lambda error: False
         self.cell_timeout = math.inf
         self._errors: list[WorkerError] = []
@@ -235,10 +243,16 @@ class Listener:
             if state.heard and now > state.heard + self._silence(rank):
                 text = f"{self._table.name(rank)} is silent: {self._doing(rank)}"
                 self._errors.append(WorkerSilentError(text, rank=rank))
+            if state.asked and self._table.cells > 1 and not self.stopping():
+                at, signal = state.asked
+                if now > at + ASKED_GRACE:
+                    self._errors.append(self.stopped(f"{self._table.name(rank)} was stopped by {signal}", rank))
         for call in self.calls.values():
             late = [rank for rank in call.ranks if call.awaits(rank)]
             reported = all(rank in call.overdue for rank in late)
-            if late and now > call.end + (0 if reported else STACKS_GRACE):
+            if (hung := call.hung) and now > call.hung_since + STACKS_GRACE:  # in which those that wait for them report
+                self._errors.append(DeadlineError(self._overdue(call, hung), rank=hung[0]))
+            elif late and now > call.end + (0 if reported else STACKS_GRACE):
                 self._errors.append(DeadlineError(self._overdue(call, late), rank=late[0]))
 
     def _silence(self, rank: int) -> float:
@@ -283,14 +297,25 @@ class Listener:
                     if call.held is not None:
                         call.held[rank] = message
             case StopNotice():
-                self.stop_asked(message.signal)
+                self._handle_request(rank, message.signal)
             case Overdue():
                 for call in self._awaited(rank):
                     call.overdue[rank] = message
+                    if message.engine_step:
+                        call.hung_since = min(call.hung_since, time.monotonic())
             case Completions():
                 self._handle_outputs(message.outputs)
             case Reply():
                 self._handle_reply(rank, message)
+
+    def _handle_request(self, rank: int, signal: str) -> None:
+        """A signal to stop is one for the run where the run was asked to stop anyway, or where ranks of all cells have
+        received it, as at the end of a job. One that a single cell has received is its end: see :meth:`_check_time`."""
+        table = self._table
+        table.states[rank].asked = time.monotonic(), signal
+        asked = {table.cell_of(rank) for rank, state in enumerate(table.states) if state.asked}
+        if self.stopping() or asked.issuperset(table.members):
+            self.stop_asked(signal)
 
     def _handle_hello(self, rank: int, peer: Peer, hello: Hello) -> None:
         state, start = self._table.states[rank], self._start_of(rank)
@@ -358,7 +383,9 @@ class Listener:
         return f"{doing}{detail}, last heard {time.monotonic() - state.heard:.1f} s ago"
 
     def _overdue(self, call: PendingCall, late: Sequence[int]) -> str:
-        lines = [f"{call.place}: rank {', '.join(map(str, late))} did not reply within {call.seconds:g} s"]
+        names, limit = ", ".join(map(str, late)), call.overdue[late[0]].engine_step if call.hung else 0.0
+        what = f"the engine of rank {names} did not return from a step within {limit:g} s"
+        lines = [f"{call.place}: {what if limit else f'rank {names} did not reply within {call.seconds:g} s'}"]
         lines += [f"  {line}" for line in hang.describe(call.overdue, late, self._doing)]
         lines += [f"  {self._table.name(rank)}: {self._doing(rank)}" for rank in late[:MAX_LINES]]
         return "\n".join([*lines, f"  stacks: {self._log_dir}/rank-*.stacks"])
