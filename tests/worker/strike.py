@@ -75,11 +75,11 @@ def install() -> None:
             else:
                 os.kill(os.getpid(), strike.number)
 
-    def execute_struck(execute: Callable[..., Any], name: str, *arguments: Any) -> Any:
+    def execute_struck(execute: Callable[..., Any], name: str, *arguments: Any, **named: Any) -> Any:
         times[name] += 1
         due = [(n, one) for n, one in own.items() if one.command == name and one.time <= times[name]]
         if not due:
-            return execute(*arguments)
+            return execute(*arguments, **named)
         number, strike = due[0]
         left = strike.call
 
@@ -91,16 +91,19 @@ def install() -> None:
 
         sys.setprofile(count)
         try:
-            return execute(*arguments)
+            return execute(*arguments, **named)
         finally:
             hit(number, strike)
 
     def build_struck(*arguments: Any) -> Any:
         from miles_spmd.training.cells.live_state import PeerTransport  # imports torch
 
-        send, receive = PeerTransport.send_checkpoint, PeerTransport.recv_checkpoint
-        PeerTransport.send_checkpoint = lambda *args: execute_struck(send, "SendState", *args)  # type: ignore[method-assign]
-        PeerTransport.recv_checkpoint = lambda *args: execute_struck(receive, "ReceiveState", *args)  # type: ignore[method-assign]
+        def replace(method: str, name: str) -> None:
+            transfer = getattr(PeerTransport, method)
+            setattr(PeerTransport, method, lambda *args, **named: execute_struck(transfer, name, *args, **named))
+
+        replace("send_checkpoint", "SendState")
+        replace("recv_checkpoint", "ReceiveState")
         worker = build(*arguments)
         execute = worker.execute
         worker.execute = lambda command: execute_struck(execute, type(command).__name__, command)

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from miles_spmd.config.resilience import ResilienceConfig
 from miles_spmd.controller.cluster.errors import Unfinished, WorkerError, WorkerLostError
-from miles_spmd.controller.cluster.listener import Listener, PendingCall
+from miles_spmd.controller.cluster.listener import Listener
+from miles_spmd.controller.cluster.pending_call import PendingCall
 from miles_spmd.controller.cluster.rank_table import RankTable
 from miles_spmd.protocol.commands import Command, ComputePart, MakeUpdate, MeetCells, TrainStep
 from miles_spmd.protocol.last_words import warn

@@ -20,7 +20,8 @@ import msgspec
 from miles_spmd.config import DeadlinesConfig
 from miles_spmd.controller.cluster.cells import Cells
 from miles_spmd.controller.cluster.errors import EngineFailedError, Unfinished, WorkerError
-from miles_spmd.controller.cluster.listener import Listener, PendingCall
+from miles_spmd.controller.cluster.listener import Listener
+from miles_spmd.controller.cluster.pending_call import PendingCall
 from miles_spmd.controller.cluster.rank_table import RankTable
 from miles_spmd.controller.cluster.rollout_session import RolloutSession
 from miles_spmd.protocol.commands import (

@@ -10,9 +10,8 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -27,8 +26,8 @@ from miles_spmd.controller.cluster.errors import (
     WorkerSilentError,
     WorkerStoppedError,
 )
+from miles_spmd.controller.cluster.pending_call import PendingCall
 from miles_spmd.controller.cluster.rank_table import RankState, RankTable
-from miles_spmd.protocol.commands import Command
 from miles_spmd.protocol.messages import (
     Completions,
     Failure,
@@ -41,12 +40,9 @@ from miles_spmd.protocol.messages import (
     StopNotice,
     WireError,
 )
-from miles_spmd.protocol.results import Abandoned, Result
 from miles_spmd.protocol.router import Peer, Router
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.request import Output
-
-R = TypeVar("R", bound=Result)
 
 START = 0  # id of a reply of ranks that could not start
 SEPARATOR = ":"  # between the rollout and the name that a request has in it
@@ -55,57 +51,6 @@ MAX_LINES = 32  # of a report on ranks
 STACKS_GRACE = 1.5  # seconds past a deadline in which the ranks write their stacks and say where they stand
 ASKED_GRACE = 2.0  # seconds in which a signal to stop that is for the run reaches a rank of every cell
 CAUSE_GRACE = 0.5  # seconds after a first error in which the event that caused it may still arrive
-
-
-@dataclass
-class PendingCall(Generic[R]):
-    """One command under way, and the replies to it. Without a ``kind`` it is a start, to which ranks reply with their
-    Hello. ``lost``: it was also sent to ranks of a cell that was lost; nothing is expected of them any more."""
-
-    id: int
-    kind: type[Command[R]] | None
-    ranks: list[int]
-    phase: Phase
-    step: int
-    seconds: float
-    end: float  # monotonic
-    replies: dict[int, Hello | Reply] = field(default_factory=dict)
-    failures: dict[int, WorkerFailedError] = field(default_factory=dict)  # of ranks whose reply is one
-    purpose: str = ""  # of what is not for training
-    held: dict[int, Held] | None = None  # by rank, where ranks are to leave the command
-    overdue: dict[int, Overdue] = field(default_factory=dict)  # where ranks stood when time was up
-    hung_since: float = math.inf  # monotonic: when the first of them reported that its engine hangs
-    lost: bool = False
-
-    @property
-    def result_types(self) -> tuple[type, ...]:
-        """What a rank may reply with."""
-        own = () if self.kind is None else (self.kind.result_type(),)
-        return own if self.held is None else (*own, Abandoned)
-
-    @property
-    def done(self) -> bool:
-        return len(self.replies) == len(self.ranks)
-
-    @property
-    def over(self) -> bool:
-        """Whether no reply is missing, failures included."""
-        return len(self.replies) + len(self.failures) == len(self.ranks)
-
-    @property
-    def hung(self) -> list[int]:
-        """The ranks whose engines do not return from a step."""
-        return [rank for rank, report in self.overdue.items() if report.engine_step and self.awaits(rank)]
-
-    def awaits(self, rank: int) -> bool:
-        return rank in self.ranks and rank not in self.replies and rank not in self.failures
-
-    @property
-    def place(self) -> str:
-        """Phase and step, for messages."""
-        if self.phase is Phase.START:
-            return str(self.phase)
-        return ", ".join(filter(None, [str(self.phase), f"step {self.step}", self.purpose]))
 
 
 class Listener:
