@@ -116,8 +116,8 @@ class Supervisor:
                 with contextlib.suppress(OSError):  # the controller has ended meanwhile
                     self._controller.send(CellEnded(cell, launched.start, how))
                 _kill_started(launched.keys)  # a rank that is stopped does not notice that its launcher was killed
-                if status not in (0, REQUEUE):  # as after a regular end, behind which the controller has more to do
-                    self._alone_since = now
+                # after a regular end the controller may have more to do
+                self._alone_since = math.inf if status in (0, REQUEUE) else now
         if not self._launched and not self._due and now > self._alone_since + SILENT:
             self._silent = True
             self._controller.kill()
