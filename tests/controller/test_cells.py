@@ -8,8 +8,9 @@ import time
 import pytest
 
 from miles_spmd.config.resilience import ResilienceConfig
+from miles_spmd.controller.cluster.errors import WorkerSilentError
 from miles_spmd.protocol.commands import Generate, RefitEngine
-from miles_spmd.protocol.messages import Call, Overdue, StopNotice
+from miles_spmd.protocol.messages import Call, Heartbeat, Overdue, StopNotice
 from miles_spmd.protocol.pipe import StartCell, ToSupervisor
 from miles_spmd.protocol.results import Ok, Result
 from tests.controller.harness import Harness, Make
@@ -81,3 +82,33 @@ def test_an_engine_that_does_not_return_from_a_step(cluster: Make, hangs: int) -
     assert first == f"rollout, step 3: the engine of rank {hangs} did not return from a step within 0.5 s"
     assert lines[0] == f"  rank {hangs} in forward (model.py:1)"
     assert lines[-1].endswith(f"; the run goes on without cell {hangs} (node-a), which is started again")
+
+
+def is_suspended(rank: FakeRank, call: Call) -> None: ...
+
+
+def is_heard(rank: FakeRank, call: Call) -> Result:
+    for _ in range(10):
+        rank.send(Heartbeat(rank.rank, call.command.phase, call.step))
+        time.sleep(0.1)
+    return empty(call.command)
+
+
+@pytest.mark.parametrize("cells", [1, 2])
+def test_a_silent_rank_has_less_time_in_a_cell(cluster: Make, cells: int) -> None:
+    """Without cells its silence would end the run, which `deadlines.heartbeat_timeout` limits."""
+    made, lost = cluster(2, cells=cells, heartbeat_timeout=2.0), list[str]()
+    made.workers.cells.configure(ResilienceConfig(cells=cells, cell_timeout=0.5), lambda order: None)
+    made.workers.cells.show = lost.append
+    made.add(0, is_heard)
+    made.add(1, is_suspended)
+    made.workers.wait_ready()
+    began = time.monotonic()
+    if cells == 2:
+        assert len(made.workers.call(RefitEngine(0), step=0)) == 1
+        assert time.monotonic() - began < 1.8
+        assert "rank 1 (node-a, pid 1001) is silent" in lost[0]
+    else:
+        with pytest.raises(WorkerSilentError, match="is silent"):
+            made.workers.call(RefitEngine(0), step=0)
+        assert time.monotonic() - began > 1.5

@@ -72,7 +72,8 @@ class Cells:
     def configure(self, settings: ResilienceConfig, order: Callable[[ToSupervisor], None]) -> None:
         """``order`` reaches the supervisor."""
         self._limit, self._order = settings.cell_restarts, order
-        self._listener.cell_timeout = settings.cell_timeout
+        if self._table.cells > 1:
+            self._listener.cell_timeout = settings.cell_timeout
 
     def metrics(self) -> dict[str, float]:
         """Return how many cells take part, where there are several."""

@@ -201,9 +201,10 @@ class Listener:
                 self._errors.append(DeadlineError(self._overdue(call, late), rank=late[0]))
 
     def _silence(self, rank: int) -> float:
-        """Seconds that a rank may be silent. One of several cells is given less time as soon as it takes part."""
-        takes_part = self._table.cell_of(rank) in self._table.members and START not in self.calls
-        return min(self._heartbeat_timeout, self.cell_timeout if takes_part else math.inf)
+        """Seconds that a rank may be silent. One of several cells is given less time as soon as it is built: imports,
+        which may hold the GIL for long, are behind it."""
+        built = self._table.states[rank].info is not None and START not in self.calls
+        return min(self._heartbeat_timeout, self.cell_timeout if built else math.inf)
 
     # --- events ------------------------------------------------------------------------------------------------------
 
