@@ -7,6 +7,7 @@ It is the process that the user has started, and has nothing to do with what is 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import signal
@@ -25,7 +26,7 @@ import psutil
 
 from miles_spmd.config import Config
 from miles_spmd.protocol import last_words
-from miles_spmd.protocol.pipe import LAUNCHER, CellEnded, End, PrepareCell, StartCell, ToSupervisor
+from miles_spmd.protocol.pipe import LAUNCHER, REQUEUE, CellEnded, End, PrepareCell, StartCell, ToSupervisor
 from miles_spmd.protocol.router import ANY_INTERFACE, LOOPBACK, address_towards
 from miles_spmd.telemetry.environment import gpus
 from miles_spmd.types.cell import KEYS, Cell
@@ -37,6 +38,7 @@ from miles_spmd.worker.slurm_task import hosts
 SLURM = "MILES_SPMD_CELL_STEPS"  # environment: set where cells are to be steps of a job of Slurm
 POLL = 0.1  # seconds between looks at the launchers
 LEAVING = 20.0  # seconds that ranks may take to end after the controller has
+SILENT = 20.0  # seconds after the end of all cells in which a controller that lives has ended, too
 DEAD_MILLISECONDS = 2000  # after which the lighthouse does not count with a cell whose heartbeats have stopped
 JOIN_MILLISECONDS = 3000  # in which it waits for a cell that is alive and has not asked yet
 
@@ -62,6 +64,9 @@ class Supervisor:
         self._standby: dict[int, _Launched] = {}  # for the next start of a cell
         self._due: list[tuple[float, StartCell]] = []  # when (monotonic) which cell is to be started
         self._orders: queue.Queue[ToSupervisor] = queue.Queue()
+        self._ended_by = 0  # the number of the signal that has ended the run at once
+        self._alone_since = math.inf  # monotonic: when the last cell had failed, and none was to be started
+        self._silent = False  # the controller was
 
     def run(self) -> int:
         """Return the status with which the run has ended."""
@@ -111,6 +116,11 @@ class Supervisor:
                 with contextlib.suppress(OSError):  # the controller has ended meanwhile
                     self._controller.send(CellEnded(cell, launched.start, how))
                 _kill_started(launched.keys)  # a rank that is stopped does not notice that its launcher was killed
+                # after a regular end the controller may have more to do
+                self._alone_since = math.inf if status in (0, REQUEUE) else now
+        if not self._launched and not self._due and now > self._alone_since + SILENT:
+            self._silent = True
+            self._controller.kill()
 
     def _obey(self, order: ToSupervisor) -> None:
         if isinstance(order, PrepareCell):
@@ -135,6 +145,7 @@ class Supervisor:
                 os.kill(self._controller.pid, number)
 
         def end(number: int, frame: FrameType | None) -> None:
+            self._ended_by = self._ended_by or number
             with contextlib.suppress(OSError):
                 self._controller.send(End(f"stopped by {signal.Signals(number).name}"))
 
@@ -186,8 +197,12 @@ class Supervisor:
 
     def _end(self) -> int:
         status = self._controller.wait()
-        if killed := self._controller.killed(status):
+        if self._silent:
+            last_words.say(f"the controller (pid {self._controller.pid}) was silent, and was killed")
+        elif killed := self._controller.killed(status):
             last_words.say(killed)
+        if status and self._ended_by:
+            return 128 + self._ended_by
         return status if status >= 0 else 1
 
     def _obey_last_orders(self) -> None:

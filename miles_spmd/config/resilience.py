@@ -18,7 +18,7 @@ class ResilienceConfig(Table):
     """Keep processes with all imports done for the next start of every cell. A cell comes back sooner, and every rank
     takes the memory of one more process on its host, and of a CUDA context on its GPU."""
     cell_timeout: Seconds = 5.0
-    """Seconds after which a cell that sends no sign of life to the others counts as lost."""
+    """Seconds after which a cell that is built and sends no sign of life to the others counts as lost."""
     exchange_timeout: Seconds = 60.0
     """Seconds after which a message between cells counts as lost; also those that a cell which catches up may take for
     a part of the state."""

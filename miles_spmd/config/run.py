@@ -137,6 +137,8 @@ class DeadlinesConfig(Table):
     """Seconds until all ranks have joined the run and built trainer and engine."""
     rollout_timeout: Seconds = 3600.0
     """Seconds of one rollout or evaluation."""
+    engine_step_timeout: Seconds = 300.0
+    """Seconds of one step of an engine, which is one forward pass for all running requests."""
     train_timeout: Seconds = 1800.0
     """Seconds of the training phase of one step, and of one call of your own function by the controller."""
     refit_timeout: Seconds = 600.0

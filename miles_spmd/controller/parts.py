@@ -32,6 +32,7 @@ from miles_spmd.environments.pool import EnvironmentPool
 from miles_spmd.environments.single_turn import single_turn
 from miles_spmd.models import load_family
 from miles_spmd.protocol.commands import DigestWeights
+from miles_spmd.protocol.last_words import warn
 from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.telemetry.progress import Progress, open_progress
 from miles_spmd.telemetry.texts import StepLines
@@ -87,6 +88,7 @@ def open_parts(
         lines = StepLines(config.run.name, 0 if task == "eval" else config.run.num_rollout)
         metrics = Metrics(cluster, config.run_dir)  # its clock starts here: the first step includes the start
         stopping.show, stopping.show_left = partial(_note, progress, attempt, lines), progress.left
+        cluster.cells.show = partial(_warn, attempt, lines)
         checkpoints = Checkpoints(config, cluster)
         writers = Writers(config, tracker, progress, attempt, lines)
         journal = Journal(metrics, [writers, checkpoints, stopping, *injected(config, cluster, attempt)])
@@ -139,6 +141,12 @@ def _host(config: Config, tokenizer: Tokenizer, attempt: AttemptWriter, cluster:
         context = min(context, config.micro_batch_tokens)
     log = attempt.folder / "environments.log"
     return EnvironmentPool(config.environment, ModelSource(folder, vocab_size, context, date), log, cluster.wake)
+
+
+def _warn(attempt: AttemptWriter, lines: StepLines, text: str) -> None:
+    """Print a warning that whoever follows the run later has to see, too."""
+    warn(text)
+    attempt.tell(f"{lines.name}: warning: {text}")
 
 
 def _note(progress: Progress, attempt: AttemptWriter, lines: StepLines, text: str) -> None:

@@ -149,7 +149,7 @@ def main(descriptor: int) -> int:
         settings = config.deadlines, config_digest(config), attempt.folder
         cluster = Cluster(router, order.world_size, *settings, cells=config.resilience.cells)
         cluster.cells.configure(config.resilience, launcher.order)
-        cluster.pass_requests(stopping.ask)
+        cluster.pass_requests(stopping.ask, lambda: bool(stopping.source))
         try:
             try:
                 launcher.listen(cluster)

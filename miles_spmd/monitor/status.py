@@ -24,7 +24,7 @@ from miles_spmd.types.run_files import CHECKPOINT_MARK, METRICS_FILE, complete_c
 RECENT_STEPS = 10  # whose mean time is the time of a step
 MAX_REASON = 200  # characters of a reason in the table of attempts
 RECENT_BYTES = 2**20  # of metrics.jsonl that are read
-ALSO_SHOWN = {"mismatches": "parity/mismatches", "learning rate": "train/lr"}
+ALSO_SHOWN = {"mismatches": "parity/mismatches", "learning rate": "train/lr", "cells": "perf/cells"}
 
 # "unknown": the run is older than the records of attempts, or they were deleted.
 State = Literal["running", "finished", "stopped", "failed", "killed", "unknown"]
@@ -98,7 +98,7 @@ def read_status(folder: Path) -> Status:
         attempts=found.records,
         seconds_lost=sum(one.seconds_lost for one in found.records),
         queue=queued(last.job) if last and last.job else None,
-        resume=_resume(folder, last, bool(saved)),
+        resume=_resume(folder, last, _cells(settings), bool(saved)),
         problems=problems,
     )
 
@@ -133,6 +133,12 @@ def _steps(settings: dict[str, Any]) -> int | None:
     table = settings.get("run")
     steps = table.get("num_rollout") if isinstance(table, dict) else None
     return steps if isinstance(steps, int) else None
+
+
+def _cells(settings: dict[str, Any]) -> int:
+    table = settings.get("resilience")
+    cells = table.get("cells") if isinstance(table, dict) else None
+    return cells if isinstance(cells, int) and cells > 0 else 1
 
 
 def _recent_rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
@@ -198,10 +204,10 @@ def _checkpoint(saved: dict[int, Path], now: float) -> Checkpoint | None:
     return Checkpoint(step, str(path), max(0.0, now - (path / CHECKPOINT_MARK).stat().st_mtime))
 
 
-def _resume(folder: Path, last: Attempt | None, saved: bool) -> str:
+def _resume(folder: Path, last: Attempt | None, cells: int, saved: bool) -> str:
     if last is None or last.task != "train" or last.state in ("running", "finished") or not saved:
         return ""
-    ranks = f" --nproc-per-node {last.ranks}" if last.ranks > 1 and len(last.nodes) == 1 else ""
+    ranks = f" --nproc-per-node {last.ranks // cells}" if last.ranks > 1 and len(last.nodes) == 1 else ""
     return f"miles-spmd train {shlex.quote(str(folder / 'config.toml'))} checkpoint.resume=true{ranks}"
 
 

@@ -44,7 +44,7 @@ class MemoryEstimate:
     engine_stays: bool  # the engine keeps its weights while the trainer works, because rollouts lag behind
     kv_bytes_per_token: int
     host: int  # in host memory: weights of the reference policy, the old actor, the teacher; optimizers that move out;
-    # copies of what a checkpoint saves
+    # copies of what a checkpoint saves; gradients that cells exchange
     moves_out: int  # of all that is trained, while the engine generates: optimizers to host memory, gradients nowhere
 
     @property
@@ -115,7 +115,8 @@ def estimate_memory(config: Config, family: Family, layout: ParallelLayout) -> M
         + (trained(teacher)[0] if teacher else 0)
         + (_pinned(optimizer) + _pinned(of_critic[2]) if config.train.offload_train else 0)
         + saved
-        + of_critic[3],
+        + of_critic[3]
+        + _kept_gradients(config, gradients, of_critic[1]),
         moves_out=gradients + optimizer + sum(of_critic[1:3]) if config.train.offload_train else 0,
     )
 
@@ -139,6 +140,13 @@ def _save_copies(config: Config, dense: int, expert: int, layout: ParallelLayout
         return 0
     kinds = 3 if not config.train.offload_train else int(DTYPE_BYTES[config.model.dtype] == FP32)
     return (dense // (layout.dp * layout.cp) + expert // layout.edp) * kinds * FP32
+
+
+def _kept_gradients(config: Config, *sizes: int) -> int:
+    """Return the bytes of host memory that a cell keeps until an update is made: the gradients of its own part of the
+    batch and of one that a lost cell has left, as long as half of the cells are there."""
+    pinned = {_pinned(size) for size in sizes}  # actor and critic train in turn, and share memory of the same size
+    return 2 * sum(pinned) if config.resilience.cells > 1 else 0
 
 
 def _pinned(nbytes: int) -> int:

@@ -131,6 +131,7 @@ class Overdue(msgspec.Struct, tag=True, frozen=True):
     rank: int
     frames: list[str]  # of the main thread, innermost first
     groups: list[GroupRecord]
+    engine_step: float = 0.0  # the limit in seconds, where it is that of one step of the engine; 0: of the command
 
 
 class Completions(msgspec.Struct, tag=True, frozen=True):

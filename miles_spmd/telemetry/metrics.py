@@ -112,6 +112,7 @@ METRICS: dict[str, Metric] = {
     "memory/checkpoint": Metric("GiB", "Peak memory of a rank while a checkpoint is written or read"),
     "memory/activations": Metric("GiB", "Peak memory of activations and other tensors of an optimizer step, on a GPU"),
     "memory/rollout_retries": Metric("", "Rollouts that ran out of memory and began again with fewer requests"),
+    "memory/kept_gradients": Metric("GiB", "Host memory of a rank for gradients that cells exchange in an update"),
     "memory/save_buffers": Metric("GiB", "Host memory of a rank that is kept for copies of what a checkpoint saves"),
     "checkpoint/bytes": Metric("bytes", "Size of the checkpoint that was completed"),
     "health/temperature": Metric("degrees C", "Temperature of the hottest GPU"),

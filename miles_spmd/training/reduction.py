@@ -112,6 +112,11 @@ class PartSum(TreeSum):
         first = self._group.rank() == 0  # the others have zeros
         self.kept[self._part] = [_on_host(each) for each in self._gradient] if first else []
 
+    @property
+    def kept_bytes(self) -> int:
+        """Host memory of the parts that are kept."""
+        return sum(each.nbytes for part in self.kept.values() for each in part)
+
     def combine(self, total: Total) -> None:
         """Put the sum of all parts into the buffers of the first data-parallel rank, and zeros into those of others.
         ``total`` is called on the first one, for one stretch of the sums after the other."""

@@ -157,7 +157,7 @@ def serve(config: Config, task: str, start: Start) -> int:
         if task in ("train", "eval"):
             worker.describe()
         chores = Chores(log, start.kernels, gpu_monitor(place))
-        service = Service(worker, place.number, dealer, watchdog, watch, chores)
+        service = Service(worker, place.number, dealer, watchdog, watch, chores, config.deadlines.engine_step_timeout)
         log.check()
     except BaseException as error:
         dealer.send(Reply(0, place.number, HOST, failure(error)))

@@ -97,10 +97,10 @@ class MemoryAccount:
                 self._refuse_or_warn(text, certain=states > device.total)
         if self._exact and on_host > host.free:
             text = (
-                f"{on_host / GIB:.2f} GiB of models, optimizer states and what checkpoints save are to be kept in host "
-                f"memory for this rank, whose share is {host.total / GIB:.2f} with {host.free / GIB:.2f} free: do "
-                "without train.offload_train, keep_old_actor, a KL term or checkpoint.save_interval, or raise "
-                "megatron.tensor_model_parallel_size"
+                f"{on_host / GIB:.2f} GiB of models, optimizer states, what checkpoints save and what cells exchange "
+                f"are to be kept in host memory for this rank, whose share is {host.total / GIB:.2f} with "
+                f"{host.free / GIB:.2f} free: do without train.offload_train, keep_old_actor, a KL term, "
+                "checkpoint.save_interval or resilience.cells, or raise megatron.tensor_model_parallel_size"
             )
             self._refuse_or_warn(text, certain=on_host > host.total)
 

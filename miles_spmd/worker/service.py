@@ -89,11 +89,15 @@ class Watcher(Protocol):
 
     def progress(self, detail: str) -> None: ...
 
+    def begin_engine_step(self, seconds: float) -> None: ...
+
+    def end_engine_step(self) -> None: ...
+
 
 class Service:
     """Serves the controller behind ``dealer`` with ``worker``. Building it is collective over all ranks with an engine.
 
-    ``chores`` are done beside the commands.
+    ``chores`` are done beside the commands. ``step_timeout``: seconds that a step of the engine may take.
     """
 
     def __init__(
@@ -104,9 +108,11 @@ class Service:
         watcher: Watcher,
         watch: Stopwatch,
         chores: Chores | None = None,
+        step_timeout: float = math.inf,
     ) -> None:
         self._worker, self._rank, self._dealer = worker, rank, dealer
         self._watcher, self._watch, self._chores = watcher, watch, chores or Chores()
+        self._step_timeout = step_timeout
         self._lockstep = None if worker.engine_rank is None else Lockstep(worker.turns.engine.size)
         self._rollout: OpenRollout | None = None
         self._step = -1
@@ -214,12 +220,15 @@ class Service:
     def _step_engine(self) -> None:
         rollout, began = self._rollout, time.perf_counter()
         assert rollout is not None
+        self._watcher.begin_engine_step(self._step_timeout)
         try:
             with self._watch("engine"), self._worker.memory.explaining():
                 outputs = step(self._worker.turns.engine)
         except BaseException as error:
             self._fail_rollout(error, engine=may_be_replaced(error))
             return
+        finally:
+            self._watcher.end_engine_step()
         rollout.seconds += time.perf_counter() - began
         rollout.steps += 1
         rollout.retries += outputs is None

@@ -53,12 +53,21 @@ class Doing:
     deadline: float = math.inf  # monotonic
 
 
+@dataclass(frozen=True)
+class EngineStep:
+    """A step of the engine that the main thread has begun, which is due ``seconds`` later, at ``deadline``
+    (monotonic)."""
+
+    seconds: float
+    deadline: float
+
+
 class Watchdog(threading.Thread):
     """``terminal`` receives warnings and the last line of a worker that ends on its own; ``stacks`` the stack of every
     thread when a deadline is missed. ``controller`` is given on rank 0, whose child it is.
 
     ``beside_controller``: on a rank of the first node, whose other processes know better why the controller is gone.
-    ``in_cell``: a signal to stop is for this rank's cell, without which the run goes on.
+    ``in_cell``: the launcher is that of a cell, which a supervisor has started.
 
     Construct it in the main thread: it takes over SIGTERM, SIGUSR1 and SIGINT.
     """
@@ -76,6 +85,7 @@ class Watchdog(threading.Thread):
         super().__init__(name="watchdog", daemon=True)
         self._detail = ""
         self._doing = Doing(Phase.START, 0)
+        self._engine_step: EngineStep | None = None
         self._rank, self._terminal, self._stacks, self._controller = rank, terminal, stacks, controller
         self._silent_loss = beside_controller
         self._in_cell = in_cell
@@ -113,6 +123,14 @@ class Watchdog(threading.Thread):
         """The main thread's progress, for the next heartbeat."""
         self._detail = detail
 
+    def begin_engine_step(self, seconds: float) -> None:
+        """The main thread begins a step of the engine, which is due in ``seconds``. Does not wake the side thread,
+        which looks at it with the next heartbeat: there may be a thousand steps in a second."""
+        self._engine_step = EngineStep(seconds, time.monotonic() + seconds)
+
+    def end_engine_step(self) -> None:
+        self._engine_step = None
+
     def warn(self, text: str) -> None:
         """Print a warning into the log and, on rank 0, to the terminal: most warnings are the same on all ranks."""
         print(f"warning: {text}", flush=True)
@@ -138,12 +156,17 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         dumped: Doing | None = None  # what the stacks were written for: once for each missed deadline
+        reported: EngineStep | None = None
         while not self._stopping:
-            now, doing = time.monotonic(), self._doing
+            now, doing, engine_step = time.monotonic(), self._doing, self._engine_step
             if now >= doing.deadline and dumped is not doing:
                 dumped = doing
                 self._dump_stacks()
                 self._report_overdue()
+            if engine_step is not None and now >= engine_step.deadline and reported is not engine_step:
+                reported = engine_step
+                self._dump_stacks()
+                self._report_overdue(engine_step.seconds)
             self._send_heartbeat(doing.phase)
             self._listen(min(now + HEARTBEAT_EVERY, math.inf if dumped is doing else doing.deadline))
             if os.getppid() != self._parent:  # an orphan is adopted by another process
@@ -191,7 +214,7 @@ class Watchdog(threading.Thread):
     def _signalled(self, received: signal.Signals) -> None:
         """Pass a request to stop on to the controller, which goes on with the run as far as is worth it. Leave at once
         by another signal, or where there is nothing to pass it to yet."""
-        if received not in REQUESTS or self._dealer is None or self._in_cell:
+        if received not in REQUESTS or self._dealer is None:
             self._leave(f"stopped by {received.name}", REQUEUE if received in REQUESTS else 1)
         self._asked = True
         self._dealer.try_send(StopNotice(self._rank, received.name))
@@ -207,13 +230,14 @@ class Watchdog(threading.Thread):
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
 
-    def _report_overdue(self) -> None:
-        """Tell the controller where this rank stands, and write the record of its collectives beside its stacks."""
+    def _report_overdue(self, engine_step: float = 0.0) -> None:
+        """Tell the controller where this rank stands, and write the record of its collectives beside its stacks.
+        ``engine_step``: the limit in seconds that a step of the engine has exceeded."""
         if self._dealer is None:
             return
         record = flight_recorder.read() if "torch" in sys.modules else {}
         groups = flight_recorder.groups(record, self._rank)
-        self._dealer.try_send(Overdue(self._rank, frames(self._main)[:FRAMES], groups))
+        self._dealer.try_send(Overdue(self._rank, frames(self._main)[:FRAMES], groups, engine_step))
         record["entries"] = record.get("entries", [])[-flight_recorder.KEPT :]
         with contextlib.suppress(OSError):
             self._stacks.with_suffix(".collectives.json").write_text(json.dumps(record))

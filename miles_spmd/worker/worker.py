@@ -221,6 +221,7 @@ class Worker:
             return kept
         with self._training(len(command.micro_batches)), self.memory.work("gradient"):
             result = trainer.compute_part(command.update, command.part, command.micro_batches)
+            self.memory.note("kept_gradients", trainer.kept_bytes / GIB)
             self._own = _own(trainer, command.micro_batches)
             return result
 

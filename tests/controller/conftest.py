@@ -11,8 +11,8 @@ from tests.controller.harness import Harness, Make
 def cluster() -> Iterator[Make]:
     made: list[Harness] = []
 
-    def make(world_size: int = 2, **deadlines: float) -> Harness:
-        made.append(Harness(world_size, **deadlines))
+    def make(world_size: int = 2, cells: int = 1, **deadlines: float) -> Harness:
+        made.append(Harness(world_size, cells, **deadlines))
         return made[-1]
 
     yield make

@@ -15,10 +15,11 @@ from tests.controller.ranks import DIGEST, FakeRank
 class Harness:
     """A router, its workers, and fake ranks."""
 
-    def __init__(self, world_size: int, **deadlines: float) -> None:
+    def __init__(self, world_size: int, cells: int = 1, **deadlines: float) -> None:
         self.world_size = world_size
         self.router = Router(ranks=world_size)
-        self.workers = Cluster(self.router, world_size, DeadlinesConfig(**deadlines), DIGEST, Path("runs/x/logs"))
+        settings = DeadlinesConfig(**deadlines), DIGEST, Path("runs/x/logs")
+        self.workers = Cluster(self.router, world_size, *settings, cells=cells)
         self.ranks: list[FakeRank] = []
 
     def add(self, rank: int, *args: Any, **settings: Any) -> FakeRank:

@@ -15,7 +15,7 @@ import pytest
 from miles_spmd.config import Config
 from miles_spmd.controller.checkpoint_folders import RESPONSES_FILE, newest, read
 from miles_spmd.controller.cluster.cluster import Cluster
-from miles_spmd.controller.cluster.listener import PendingCall
+from miles_spmd.controller.cluster.pending_call import PendingCall
 from miles_spmd.controller.cluster.rollout_session import RolloutSession
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.stopping import Stopping

@@ -151,6 +151,20 @@ def test_lost_is_what_no_checkpoint_has(story: Story) -> None:
     assert story.finished.seconds_lost == pytest.approx(failed.seconds_lost + killed.seconds_lost)
 
 
+def test_a_run_of_cells_continues_with_the_ranks_of_one(story: Story, tmp_path: Path) -> None:
+    folder = shutil.copytree(story.folder, tmp_path / "run", symlinks=True)
+    for name, old, new in (
+        ("config.toml", "\ncells = 1\n", "\ncells = 2\n"),
+        ("attempts.jsonl", '"state":"finished"', '"state":"failed"'),
+    ):
+        text = (folder / name).read_text()
+        assert text.count(old) == 1
+        (folder / name).write_text(text.replace(old, new))
+    found = read_status(folder)
+    assert found.attempts[-1].ranks == 2
+    assert found.resume.endswith(" checkpoint.resume=true --nproc-per-node 1")
+
+
 def test_status_of_each_state(story: Story) -> None:
     assert (story.failed.state, story.failed.step, story.failed.steps) == ("failed", 3, STEPS)
     assert "checkpoint.resume=true" in story.failed.resume

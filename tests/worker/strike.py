@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,8 +24,9 @@ from tests.worker.launched import REPOSITORY
 
 class Strike(msgspec.Struct, frozen=True):
     """``number`` goes to the process of ``rank``, in that ``start`` of its cell, in or after its ``time``-th
-    ``command``, at the call of a function that has this number in it, or at the end where there are fewer calls. With
-    ``seconds`` the process sleeps instead, while its other threads go on."""
+    ``command``, at the call of a function that has this number in it, or at the end where there are fewer calls; a step
+    of the engine is a command ``EngineStep``, the transfer of a state ``SendState`` and ``ReceiveState``. With
+    ``seconds`` the thread sleeps instead, while the others of the process go on."""
 
     rank: int
     command: str
@@ -61,9 +62,9 @@ def install() -> None:
     own = {n: one for n, one in enumerate(strikes) if (one.rank, one.start) == (rank, start)}
     times = Counter[str]()
 
-    from miles_spmd.worker import main
+    from miles_spmd.worker import main, service
 
-    build = main.build
+    build, step = main.build, service.step
 
     def hit(number: int, strike: Strike) -> None:
         sys.setprofile(None)
@@ -74,12 +75,11 @@ def install() -> None:
             else:
                 os.kill(os.getpid(), strike.number)
 
-    def execute_struck(execute: Any, command: Any) -> Any:
-        name = type(command).__name__
+    def execute_struck(execute: Callable[..., Any], name: str, *arguments: Any, **named: Any) -> Any:
         times[name] += 1
         due = [(n, one) for n, one in own.items() if one.command == name and one.time <= times[name]]
         if not due:
-            return execute(command)
+            return execute(*arguments, **named)
         number, strike = due[0]
         left = strike.call
 
@@ -91,14 +91,23 @@ def install() -> None:
 
         sys.setprofile(count)
         try:
-            return execute(command)
+            return execute(*arguments, **named)
         finally:
             hit(number, strike)
 
     def build_struck(*arguments: Any) -> Any:
+        from miles_spmd.training.cells.live_state import PeerTransport  # imports torch
+
+        def replace(method: str, name: str) -> None:
+            transfer = getattr(PeerTransport, method)
+            setattr(PeerTransport, method, lambda *args, **named: execute_struck(transfer, name, *args, **named))
+
+        replace("send_checkpoint", "SendState")
+        replace("recv_checkpoint", "ReceiveState")
         worker = build(*arguments)
         execute = worker.execute
-        worker.execute = lambda command: execute_struck(execute, command)
+        worker.execute = lambda command: execute_struck(execute, type(command).__name__, command)
         return worker
 
     main.build = build_struck  # type: ignore[assignment]
+    service.step = lambda engine: execute_struck(step, "EngineStep", engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -49,7 +50,9 @@ def hurt(tmp_path: Path, launch: Launch, one_world: dict[str, Path]) -> Hurt:
     """Make a short run with cells of ``ranks`` ranks, hurt it, and compare it with that of one world. Return its folder
     and its warnings."""
 
-    def finish(*strikes: Strike, cells: int = 2, ranks: int = 1, **changes: dict[str, Any]) -> tuple[Path, list[str]]:
+    def finish(
+        *strikes: Strike, cells: int = 2, ranks: int = 1, preloaded: bool = True, **changes: dict[str, Any]
+    ) -> tuple[Path, list[str]]:
         settings: dict[str, Any] = {
             "train": {"reduction_leaves": 4},
             "reward": {"rm_type": REWARD},
@@ -57,7 +60,8 @@ def hurt(tmp_path: Path, launch: Launch, one_world: dict[str, Path]) -> Hurt:
             "run": {"num_rollout": 8, "overwrite": True} | changes.get("run", {}),
         }
         of_cells = {"cells": cells, "cell_timeout": 3.0}
-        run = launch(ranks=ranks, variables=write(tmp_path, strikes), **settings | {"resilience": of_cells})
+        hurt = {"variables": write(tmp_path, strikes), "preloaded": preloaded}
+        run = launch(ranks=ranks, **hurt, **settings | {"resilience": of_cells})
         finished(run)
         assert struck(tmp_path) == len(strikes), run.report()
         lines, kept = warnings(run), run.run_dir.rename(tmp_path / "of_cells")
@@ -139,6 +143,91 @@ def test_a_cell_is_too_late_for_the_first_meeting(hurt: Hurt) -> None:
     """The other one has met nobody by then, and has nothing to wait for. Neither of them is lost."""
     _, lines = hurt(Strike(0, "MeetCells", seconds=2.0), run={"num_rollout": 3})
     assert lines == []
+
+
+@pytest.mark.slow
+def test_engines_hang(hurt: Hurt) -> None:
+    """One does not return from a step, and the process of another one is suspended."""
+    hangs, suspended = Strike(1, "EngineStep", 20, seconds=600.0), Strike(0, "EngineStep", 60, number=signal.SIGSTOP)
+    settings = {"run": {"num_rollout": 16}, "deadlines": {"engine_step_timeout": 2.0}}
+    _, lines = hurt(hangs, suspended, preloaded=False, **settings)  # else the supervisor cannot find what is suspended
+    said = "\n".join(lines)
+    assert re.search(
+        r"^warning: rollout, step \d+: the engine of rank 1 did not return from a step within 2 s", said, re.M
+    )
+    assert re.search(r"^warning: rank 0 \(.+\) is silent: rollout, step \d+", said, re.M)
+
+
+@pytest.mark.slow
+def test_a_cell_dies_while_it_receives_the_state(hurt: Hurt) -> None:
+    _, (lost, again, back) = hurt(
+        Strike(1, "ComputePart", 3), Strike(1, "ReceiveState", call=100, start=1), run={"num_rollout": 12}
+    )
+    assert "rank 1" in lost
+    assert "rank 1" in again
+    assert "cell 1 takes part again" in back
+
+
+@pytest.mark.slow
+def test_a_cell_dies_while_it_sends_its_state(hurt: Hurt) -> None:
+    """Another one sends it."""
+    strikes = Strike(1, "ComputePart", 3), Strike(0, "SendState", call=500)
+    _, lines = hurt(*strikes, cells=4, run={"num_rollout": 12})
+    assert len(lines) == 4
+    assert all("takes part again" in line for line in lines[2:])
+
+
+def rows(path: Path) -> dict[str, Any]:
+    """Settings of data whose rows are prompts and pairs; their labels are those of `tests/environments/samples.py`."""
+    found = [
+        {
+            "prompt": f"{n} + {n}",
+            "label": "once" if n % 3 else "fork",
+            "chosen": f"{2 * n}",
+            "rejected": f"{2 * n + 3}",
+        }
+        for n in range(16)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    held = {"eval_prompt_data": {"held": str(path)}, "eval_interval": 2}
+    return {"data": {"prompt_data": str(path)}, "eval": held}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["dpo", "rm"])
+def test_pairs(hurt: Hurt, tmp_path: Path, mode: str) -> None:
+    settings = {"run": {"mode": mode, "num_rollout": 24}, "train": {"reduction_leaves": 4, "global_batch_size": 8}}
+    _, lines = hurt(
+        Strike(1, "ComputePart", 3), Strike(0, "MakeUpdate", 14), **settings, **rows(tmp_path / "rows.jsonl")
+    )
+    assert sum("the run goes on without" in line for line in lines) == 2
+
+
+@pytest.mark.slow
+def test_environments_evaluations_and_a_filter(hurt: Hurt, tmp_path: Path) -> None:
+    """What an environment has said and was given is not asked for again: only the turn that was lost is generated
+    again."""
+    _, lines = hurt(
+        Strike(1, "EngineStep", 25, 3),
+        Strike(0, "EngineStep", 160, 3),
+        run={"num_rollout": 14},
+        environment={"environment": "tests.environments.samples:behave"},
+        algorithm={"dynamic_sampling_filter": "reward_nonzero_std"},
+        reward={"rm_type": "tests.recipe_run:coin"},
+        **rows(tmp_path / "rows.jsonl"),
+    )
+    assert sum("the run goes on without" in line for line in lines) == 2
+
+
+@pytest.mark.slow
+def test_partial_rollouts_go_on(launch: Launch, tmp_path: Path) -> None:
+    """They are not repeatable, so no ledger is compared."""
+    strikes = [Strike(1, "EngineStep", 30), Strike(0, "EngineStep", 90)]
+    partial = {"over_sampling_batch_size": 8, "partial_rollout": True}
+    run = launch(ranks=1, variables=write(tmp_path, strikes), rollout=partial, **CELLS | {"run": {"num_rollout": 30}})
+    finished(run)
+    assert struck(tmp_path) == 2
+    assert sum("takes part again" in line for line in warnings(run)) == 2
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from miles_spmd.config.resilience import ResilienceConfig
 from miles_spmd.controller.cluster.errors import Unfinished, WorkerError, WorkerLostError
-from miles_spmd.controller.cluster.listener import Listener, PendingCall
+from miles_spmd.controller.cluster.listener import Listener
+from miles_spmd.controller.cluster.pending_call import PendingCall
 from miles_spmd.controller.cluster.rank_table import RankTable
 from miles_spmd.protocol.commands import Command, ComputePart, MakeUpdate, MeetCells, TrainStep
 from miles_spmd.protocol.last_words import warn
@@ -71,7 +72,8 @@ class Cells:
     def configure(self, settings: ResilienceConfig, order: Callable[[ToSupervisor], None]) -> None:
         """``order`` reaches the supervisor."""
         self._limit, self._order = settings.cell_restarts, order
-        self._listener.cell_timeout = settings.cell_timeout
+        if self._table.cells > 1:
+            self._listener.cell_timeout = settings.cell_timeout
 
     def metrics(self) -> dict[str, float]:
         """Return how many cells take part, where there are several."""

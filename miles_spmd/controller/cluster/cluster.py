@@ -20,7 +20,8 @@ import msgspec
 from miles_spmd.config import DeadlinesConfig
 from miles_spmd.controller.cluster.cells import Cells
 from miles_spmd.controller.cluster.errors import EngineFailedError, Unfinished, WorkerError
-from miles_spmd.controller.cluster.listener import Listener, PendingCall
+from miles_spmd.controller.cluster.listener import Listener
+from miles_spmd.controller.cluster.pending_call import PendingCall
 from miles_spmd.controller.cluster.rank_table import RankTable
 from miles_spmd.controller.cluster.rollout_session import RolloutSession
 from miles_spmd.protocol.commands import (
@@ -239,9 +240,10 @@ class Cluster:
         """Let every rank leave its command loop and exit with ``status``."""
         self.call(Stop(status), step=self._listener.last.step)
 
-    def pass_requests(self, ask: Callable[[str], None]) -> None:
-        """Call ``ask`` with the name of every signal to stop that a rank receives."""
-        self._listener.stop_asked = ask
+    def pass_requests(self, ask: Callable[[str], None], stopping: Callable[[], bool]) -> None:
+        """Call ``ask`` with the name of every signal to stop that is for the run, of those that ranks receive.
+        ``stopping``: whether it has been asked to stop."""
+        self._listener.stop_asked, self._listener.stopping = ask, stopping
 
     def lose(self, rank: int | None, lost: Callable[[], None] = lambda: None) -> None:
         """Drop the next message to ``rank``, and call ``lost`` then; None: drop no more."""

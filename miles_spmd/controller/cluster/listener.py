@@ -10,9 +10,8 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -27,8 +26,8 @@ from miles_spmd.controller.cluster.errors import (
     WorkerSilentError,
     WorkerStoppedError,
 )
+from miles_spmd.controller.cluster.pending_call import PendingCall
 from miles_spmd.controller.cluster.rank_table import RankState, RankTable
-from miles_spmd.protocol.commands import Command
 from miles_spmd.protocol.messages import (
     Completions,
     Failure,
@@ -41,64 +40,17 @@ from miles_spmd.protocol.messages import (
     StopNotice,
     WireError,
 )
-from miles_spmd.protocol.results import Abandoned, Result
 from miles_spmd.protocol.router import Peer, Router
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.request import Output
-
-R = TypeVar("R", bound=Result)
 
 START = 0  # id of a reply of ranks that could not start
 SEPARATOR = ":"  # between the rollout and the name that a request has in it
 CHECK_EVERY = 0.25  # seconds between looks at the clock
 MAX_LINES = 32  # of a report on ranks
 STACKS_GRACE = 1.5  # seconds past a deadline in which the ranks write their stacks and say where they stand
+ASKED_GRACE = 2.0  # seconds in which a signal to stop that is for the run reaches a rank of every cell
 CAUSE_GRACE = 0.5  # seconds after a first error in which the event that caused it may still arrive
-
-
-@dataclass
-class PendingCall(Generic[R]):
-    """One command under way, and the replies to it. Without a ``kind`` it is a start, to which ranks reply with their
-    Hello. ``lost``: it was also sent to ranks of a cell that was lost; nothing is expected of them any more."""
-
-    id: int
-    kind: type[Command[R]] | None
-    ranks: list[int]
-    phase: Phase
-    step: int
-    seconds: float
-    end: float  # monotonic
-    replies: dict[int, Hello | Reply] = field(default_factory=dict)
-    failures: dict[int, WorkerFailedError] = field(default_factory=dict)  # of ranks whose reply is one
-    purpose: str = ""  # of what is not for training
-    held: dict[int, Held] | None = None  # by rank, where ranks are to leave the command
-    overdue: dict[int, Overdue] = field(default_factory=dict)  # where ranks stood when time was up
-    lost: bool = False
-
-    @property
-    def result_types(self) -> tuple[type, ...]:
-        """What a rank may reply with."""
-        own = () if self.kind is None else (self.kind.result_type(),)
-        return own if self.held is None else (*own, Abandoned)
-
-    @property
-    def done(self) -> bool:
-        return len(self.replies) == len(self.ranks)
-
-    @property
-    def over(self) -> bool:
-        """Whether no reply is missing, failures included."""
-        return len(self.replies) + len(self.failures) == len(self.ranks)
-
-    def awaits(self, rank: int) -> bool:
-        return rank in self.ranks and rank not in self.replies and rank not in self.failures
-
-    @property
-    def place(self) -> str:
-        """Phase and step, for messages."""
-        if self.phase is Phase.START:
-            return str(self.phase)
-        return ", ".join(filter(None, [str(self.phase), f"step {self.step}", self.purpose]))
 
 
 class Listener:
@@ -119,6 +71,7 @@ class Listener:
         self.calls: dict[int, PendingCall[Any]] = {}
         self.outputs: dict[str, deque[Output]] = {}
         self.stop_asked: Callable[[str], None] = lambda signal: None
+        self.stopping: Callable[[], bool] = lambda: False  # whether the run has been asked to stop
         self.contain: Callable[[WorkerError], bool] = lambda error: False
         self.cell_timeout = math.inf
         self._errors: list[WorkerError] = []
@@ -235,16 +188,23 @@ class Listener:
             if state.heard and now > state.heard + self._silence(rank):
                 text = f"{self._table.name(rank)} is silent: {self._doing(rank)}"
                 self._errors.append(WorkerSilentError(text, rank=rank))
+            if state.asked and self._table.cells > 1 and not self.stopping():
+                at, signal = state.asked
+                if now > at + ASKED_GRACE:
+                    self._errors.append(self.stopped(f"{self._table.name(rank)} was stopped by {signal}", rank))
         for call in self.calls.values():
             late = [rank for rank in call.ranks if call.awaits(rank)]
             reported = all(rank in call.overdue for rank in late)
-            if late and now > call.end + (0 if reported else STACKS_GRACE):
+            if (hung := call.hung) and now > call.hung_since + STACKS_GRACE:  # in which those that wait for them report
+                self._errors.append(DeadlineError(self._overdue(call, hung), rank=hung[0]))
+            elif late and now > call.end + (0 if reported else STACKS_GRACE):
                 self._errors.append(DeadlineError(self._overdue(call, late), rank=late[0]))
 
     def _silence(self, rank: int) -> float:
-        """Seconds that a rank may be silent. One of several cells is given less time as soon as it takes part."""
-        takes_part = self._table.cell_of(rank) in self._table.members and START not in self.calls
-        return min(self._heartbeat_timeout, self.cell_timeout if takes_part else math.inf)
+        """Seconds that a rank may be silent. One of several cells is given less time as soon as it is built: imports,
+        which may hold the GIL for long, are behind it."""
+        built = self._table.states[rank].info is not None and START not in self.calls
+        return min(self._heartbeat_timeout, self.cell_timeout if built else math.inf)
 
     # --- events ------------------------------------------------------------------------------------------------------
 
@@ -283,14 +243,25 @@ class Listener:
                     if call.held is not None:
                         call.held[rank] = message
             case StopNotice():
-                self.stop_asked(message.signal)
+                self._handle_request(rank, message.signal)
             case Overdue():
                 for call in self._awaited(rank):
                     call.overdue[rank] = message
+                    if message.engine_step:
+                        call.hung_since = min(call.hung_since, time.monotonic())
             case Completions():
                 self._handle_outputs(message.outputs)
             case Reply():
                 self._handle_reply(rank, message)
+
+    def _handle_request(self, rank: int, signal: str) -> None:
+        """A signal to stop is one for the run where the run was asked to stop anyway, or where ranks of all cells have
+        received it, as at the end of a job. One that a single cell has received is its end: see :meth:`_check_time`."""
+        table = self._table
+        table.states[rank].asked = time.monotonic(), signal
+        asked = {table.cell_of(rank) for rank, state in enumerate(table.states) if state.asked}
+        if self.stopping() or asked.issuperset(table.members):
+            self.stop_asked(signal)
 
     def _handle_hello(self, rank: int, peer: Peer, hello: Hello) -> None:
         state, start = self._table.states[rank], self._start_of(rank)
@@ -358,7 +329,9 @@ class Listener:
         return f"{doing}{detail}, last heard {time.monotonic() - state.heard:.1f} s ago"
 
     def _overdue(self, call: PendingCall, late: Sequence[int]) -> str:
-        lines = [f"{call.place}: rank {', '.join(map(str, late))} did not reply within {call.seconds:g} s"]
+        names, limit = ", ".join(map(str, late)), call.overdue[late[0]].engine_step if call.hung else 0.0
+        what = f"the engine of rank {names} did not return from a step within {limit:g} s"
+        lines = [f"{call.place}: {what if limit else f'rank {names} did not reply within {call.seconds:g} s'}"]
         lines += [f"  {line}" for line in hang.describe(call.overdue, late, self._doing)]
         lines += [f"  {self._table.name(rank)}: {self._doing(rank)}" for rank in late[:MAX_LINES]]
         return "\n".join([*lines, f"  stacks: {self._log_dir}/rank-*.stacks"])

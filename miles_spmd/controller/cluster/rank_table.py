@@ -21,6 +21,7 @@ class RankState:
     heard: float = 0.0  # monotonic time of the last message; 0: none yet
     side: Peer | None = None  # the connection of its watchdog
     stopping: bool = False  # it has announced that a signal ends it
+    asked: tuple[float, str] | None = None  # the signal that has requested it to stop, and when (monotonic)
 
 
 class RankTable:

@@ -48,6 +48,11 @@ class CellTrainer(Trainer):
         """Return what came of a part whose gradient is kept."""
         return self._results.get(part) if update == self._of_update else None
 
+    @property
+    def kept_bytes(self) -> int:
+        """Host memory of the gradients that are kept."""
+        return self._total.kept_bytes
+
     def compute_part(self, update: int, part: int, micro_batches: Sequence[MicroBatch]) -> PartResult:
         """Compute ``part`` of the batch of the update with this number, and keep its gradient until the update is made.
         Parts of other updates are forgotten."""

@@ -1,0 +1,109 @@
+"""Runs of cells that are asked to stop, or whose controller or supervisor is lost, while all cells take part and while
+one is built again: they end with one message, leave no process, and continue as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import pytest
+
+from miles_spmd.ledger.chain import verify
+from miles_spmd.ledger.compare import compare
+from miles_spmd.protocol.pipe import REQUEUE
+from tests import forked
+from tests.worker.launched import Launch, Launched
+from tests.worker.test_run_of_cells import REWARD, pid_of, wait_for
+
+SETTINGS: dict[str, Any] = {
+    "run": {"num_rollout": 100000},
+    "train": {"reduction_leaves": 4},
+    "reward": {"rm_type": REWARD},
+    "determinism": {"deterministic": True},
+    "checkpoint": {"resume": True, "save_interval": 7, "export_final": False},
+    "resilience": {"cells": 2, "cell_timeout": 3.0},
+    "deadlines": {"heartbeat_timeout": 6.0},
+}
+SAVED = r"stopped by {} before step \d+: all is saved"
+
+
+def send(number: signal.Signals, pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def launchers(run: Launched) -> list[int]:
+    """Those of the cells."""
+    supervisor = psutil.Process(run.launcher.pid)
+    return [child.pid for child in supervisor.children() if child.pid != run.controller()]
+
+
+def controller(run: Launched) -> int:
+    found = run.controller()
+    assert found is not None
+    return found
+
+
+Deed = Callable[[Launched], None]
+ENDS: dict[str, tuple[Deed, str, int]] = {  # what is done, the message, the exit status
+    "file": (lambda run: (run.run_dir / "stop").touch(), SAVED.format(".*/stop"), REQUEUE),
+    "SIGUSR1": (lambda run: send(signal.SIGUSR1, [run.launcher.pid]), SAVED.format("SIGUSR1"), REQUEUE),
+    "SIGTERM-to-all": (lambda run: send(signal.SIGTERM, run.processes()), SAVED.format("SIGTERM"), REQUEUE),
+    "SIGTERM-to-steps": (  # as `scancel` of a job of Slurm does
+        lambda run: send(signal.SIGTERM, launchers(run)),
+        SAVED.format("SIGTERM"),
+        REQUEUE,
+    ),
+    "Ctrl-C": (lambda run: send(signal.SIGINT, [run.launcher.pid]), r".*, step \d+: stopped by SIGINT", 130),
+    "controller-killed": (
+        lambda run: send(signal.SIGKILL, [controller(run)]),
+        r"the controller \(pid \d+\) was killed by SIGKILL",
+        1,
+    ),
+    "controller-suspended": (
+        lambda run: send(signal.SIGSTOP, [controller(run)]),
+        r"the controller \(pid \d+\) was silent, and was killed",
+        1,
+    ),
+    "supervisor-killed": (
+        lambda run: send(signal.SIGKILL, [run.launcher.pid]),
+        r".*, step \d+: the supervisor died",
+        -signal.SIGKILL,
+    ),
+}
+
+
+def go_on(run: Launched, ranks: int, *overrides: str) -> None:
+    command = "-m", "miles_spmd", "train", run.folder / "config.toml", f"--nproc-per-node={ranks}", *overrides
+    done = forked.run(*command, folder=run.folder)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rebuilt", [False, True], ids=["all-there", "one-rebuilt"])
+@pytest.mark.parametrize("end", ENDS)
+def test_a_run_ends_and_continues(launch: Launch, end: str, rebuilt: bool) -> None:
+    deed, message, status = ENDS[end]
+    run = launch(ranks=1, **SETTINGS)
+    run.wait_for_steps(9)
+    if rebuilt:
+        os.kill(pid_of(run, 1), signal.SIGKILL)
+        wait_for(run, "which is started again")
+    deed(run)
+    assert run.launcher.wait(90) == status, run.report()
+    run.wait_for_end(15)
+    *_, last = run.stderr().splitlines()
+    assert re.fullmatch(f"miles-spmd: {message}", last), run.report()
+    assert len(run.stderr().splitlines()) == 1 + rebuilt
+    made = (run.run_dir / "metrics.jsonl").read_bytes().count(b"\n")
+    steps = f"run.num_rollout={made + 2}"
+    go_on(run, 1, steps)
+    go_on(run, 2, steps, "run.name=undisturbed", "resilience.cells=1")
+    comparison = compare(verify(run.run_dir), verify(run.run_dir.with_name("undisturbed")))
+    assert comparison.equal, comparison.difference
