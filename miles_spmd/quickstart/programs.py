@@ -1,11 +1,11 @@
-"""A task for the reward ``code``: a function of three steps, which tests in the sandbox call.
+"""A task for the reward ``code``: a function of three steps, which a test in the sandbox calls.
 
     add 3, subtract 5, multiply by 4 -> def f(x):
                                             return (x + 3 - 5) * 4
 
 *Warm-up.* The programs that supervised learning imitates are careless: most of them forget the parentheses. A model
 that imitates them well is therefore right in few of its greedy responses. Reinforcement learning gets the descriptions
-and the tests only. Every function is linear, so two calls decide whether a program is right for all numbers.
+and the tests only.
 
 *Split.* No two of sft.jsonl, train.jsonl and heldout.jsonl share a prompt.
 """
@@ -20,9 +20,9 @@ from miles_spmd.types.seeds import derive_seed
 
 SYMBOLS = {"add": "+", "subtract": "-", "multiply by": "*"}
 NUMBERS = range(2, 10)
-INPUTS = (0, 7)
+INPUT = 1000  # of the one call: f(x) = ax + b is right for all x if it is right here, since |b| < 500
 CARELESS_PERCENT = 70
-SFT_ROWS, TRAIN_ROWS, HELDOUT_ROWS = 3072, 1024, 200
+SFT_ROWS, TRAIN_ROWS, HELDOUT_ROWS = 3072, 1024, 100
 
 BEGINNING = "def f(x):\n    return "
 OPERATORS = tuple(f" {symbol} " for symbol in SYMBOLS.values())
@@ -42,10 +42,6 @@ class Question(NamedTuple):
         return ", ".join(f"{verb} {number}" for verb, number in self.steps)
 
     @property
-    def program(self) -> str:
-        return self._write(parentheses=True)
-
-    @property
     def careless_program(self) -> str:
         """The program of the demonstrations: the same question always gets the same one, right or wrong."""
         return self._write(parentheses=derive_seed("careless", self.prompt) % 100 >= CARELESS_PERCENT)
@@ -53,7 +49,7 @@ class Question(NamedTuple):
     @property
     def tests(self) -> dict[str, Any]:
         """What the reward ``code`` reads."""
-        return {"fn_name": "f", "inputs": [[x] for x in INPUTS], "outputs": [self._value(x) for x in INPUTS]}
+        return {"fn_name": "f", "inputs": [[INPUT]], "outputs": [self._value(INPUT)]}
 
     def _value(self, x: int) -> int:
         for verb, number in self.steps:
