@@ -26,6 +26,9 @@ def recipes(task: str) -> tuple[Path, Path]:
     return CONFIGS / f"{stem}_sft.toml", CONFIGS / f"{stem}_grpo.toml"
 
 
+SFT, GRPO = recipes(SUMS)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="quickstart", description=__doc__)
     parser.add_argument("--task", choices=TASKS, default=SUMS, help="what is learned (docs/environments.md)")
