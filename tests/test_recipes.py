@@ -62,7 +62,7 @@ def test_it_loads_and_nothing_in_it_needs_a_warning(path: Path) -> None:
     assert warnings(load_config(path, check_files=False)) == []
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*RECIPES, *sorted((CONFIGS / "environments").glob("*.toml"))], ids=lambda p: p.stem)
 def test_it_says_only_what_is_not_so_anyway(path: Path) -> None:
     config = load_config(path, check_files=False)
     for table, said in tomllib.loads(path.read_text()).items():

@@ -12,25 +12,35 @@ from pathlib import Path
 
 from miles_spmd.config import Config
 from miles_spmd.config.load import ConfigError, load_config
-from miles_spmd.quickstart.assets import build_assets
+from miles_spmd.quickstart.assets import SUMS, TASKS, build_assets
 from miles_spmd.telemetry.report import Stage, read_stages, write_report
 from miles_spmd.types.files import with_remedy, write_whole
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SFT, GRPO = CONFIGS / "quickstart_sft.toml", CONFIGS / "quickstart_grpo.toml"
 RANKS = 2
+
+
+def recipes(task: str) -> tuple[Path, Path]:
+    """Return the recipes of a task's warm-up and of its GRPO run."""
+    stem = "quickstart" if task == SUMS else f"environments/{task}"
+    return CONFIGS / f"{stem}_sft.toml", CONFIGS / f"{stem}_grpo.toml"
+
+
+SFT, GRPO = recipes(SUMS)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="quickstart", description=__doc__)
+    parser.add_argument("--task", choices=TASKS, default=SUMS, help="what is learned (docs/environments.md)")
     parser.add_argument("--install-seconds", type=float, default=0.0, help="duration of the set-up, for the summary")
     parser.add_argument("--sft", action="append", default=[], metavar="KEY=VALUE", help="override of the warm-up")
     parser.add_argument("--grpo", action="append", default=[], metavar="KEY=VALUE", help="override of the GRPO run")
     arguments = parser.parse_args()
 
+    sft_recipe, grpo_recipe = recipes(arguments.task)
     try:
-        sft = load_config(SFT, arguments.sft, check_files=False)
-        grpo = load_config(GRPO, arguments.grpo, check_files=False)
+        sft = load_config(sft_recipe, arguments.sft, check_files=False)
+        grpo = load_config(grpo_recipe, arguments.grpo, check_files=False)
     except ConfigError as error:
         print(f"quickstart: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -43,10 +53,11 @@ def main() -> None:
 
 def run(sft: Config, grpo: Config, arguments: argparse.Namespace) -> None:
     """Train, and print what came of it. Raises OSError where something cannot be written."""
-    build_assets(sft.model.hf_checkpoint.parent)
+    build_assets(sft.model.hf_checkpoint.parent, name=arguments.task)
+    sft_recipe, grpo_recipe = recipes(arguments.task)
     started = time.monotonic()
-    train(SFT, sft, arguments.sft)  # its export is where GRPO starts
-    train(GRPO, grpo, arguments.grpo)
+    train(sft_recipe, sft, arguments.sft)  # its export is where GRPO starts
+    train(grpo_recipe, grpo, arguments.grpo)
     train_seconds = round(time.monotonic() - started, 1)
 
     root = grpo.run_dir.parent

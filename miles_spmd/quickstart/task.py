@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from itertools import combinations_with_replacement, product
 from typing import Any, NamedTuple
 
+from miles_spmd.quickstart.language import Language
 from miles_spmd.types.seeds import derive_seed
 
 OPERANDS = range(10)
@@ -39,6 +40,7 @@ UP_TO_NINETEEN = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
     *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
 )
+LANGUAGE = Language((" plus ", " in words", " in digits", *"0123456789", *UP_TO_NINETEEN, "twenty", "twenty-"))
 
 
 class Question(NamedTuple):
