@@ -18,11 +18,13 @@ from miles_spmd.environments.chat import AUTO, Chat, Reply
 from miles_spmd.environments.execution import ErrorKind, Result, Tool, Toolbox
 from miles_spmd.environments.python_tool import python_tool
 from miles_spmd.environments.search_tool import search_tool
+from miles_spmd.environments.verl_tool import verl_tool
 from miles_spmd.plugins.environment import Context
 from miles_spmd.types.sample import Prompt
 from miles_spmd.types.trajectory import FinishReason, Trajectory
 
-_Entries = tuple[tuple[str | Callable[..., Any], bytes], ...]  # functions, and their schemas as JSON
+_KEYS = ({"function", "schema"}, {"verl", "schema", "config"})  # of an entry that is an object
+_Entry = tuple[str | Callable[..., Any], bytes]  # a function, and what is given beside it as JSON
 BUILT_IN: Mapping[str, Callable[..., Callable[..., Any]]] = {"python": python_tool, "search": search_tool}
 
 
@@ -44,10 +46,11 @@ async def tools(
     """Let the policy respond and call ``functions`` in turns. The last message of the policy, without reasoning and
     calls, is what is scored.
 
-    A function is ``python``, ``search``, ``module:function``, or an object with one of these under ``function`` and a
-    ready-made schema under ``schema``. ``python`` and ``search``: options of these tools. The conversation is truncated
-    after ``max_turns`` messages of the policy, and where the context or the limit of the response is reached.
-    ``tool_timeout``: seconds of one call. ``tool_memory_gib``: GiB by which a process of plain functions may grow;
+    A function is ``python``, ``search``, ``module:function``, an object with one of these under ``function`` and a
+    ready-made schema under ``schema``, or an object with a class of veRL under ``verl``. ``python`` and ``search``:
+    options of these tools. The conversation is truncated after ``max_turns`` messages of the policy, and where the
+    context or the limit of the response is reached. ``tool_timeout``: seconds of one call. ``tool_memory_gib``: GiB by
+    which a process of plain functions may grow;
     there are ``tool_workers`` of them. ``max_result_chars``: characters of a result that the policy sees. Raises
     ValueError for functions, formats and templates that cannot be used.
     """
@@ -115,29 +118,34 @@ def _count_results(context: Context, results: Sequence[Result]) -> None:
         context.count(f"tool_errors/{kind}", sum(result.error is kind for result in results))
 
 
-def _entries(functions: Sequence[Any]) -> _Entries:
-    """Return functions, and their schemas as JSON: what a cache can compare."""
+def _entries(functions: Sequence[Any]) -> tuple[_Entry, ...]:
+    """Return functions, and what is given beside them as JSON: what a cache can compare."""
     return tuple(map(_entry, functions))
 
 
-def _entry(function: str | Callable[..., Any] | Mapping[str, Any]) -> tuple[str | Callable[..., Any], bytes]:
+def _entry(function: str | Callable[..., Any] | Mapping[str, Any]) -> _Entry:
     if not isinstance(function, Mapping):
-        return function, b"null"
-    if "function" not in function or function.keys() - {"function", "schema"}:
+        return function, b"{}"
+    given = set(function)
+    if not any(given <= keys and given & {"function", "verl"} for keys in _KEYS):
         raise ValueError(
             f"functions: an entry has {', '.join(map(str, function))}; write 'module:function', or an object with "
-            "'function' and 'schema'"
+            "'function' and 'schema', or with 'verl', 'config' and 'schema'"
         )
-    return function["function"], msgspec.json.encode(function.get("schema"))
+    return function.get("function") or function["verl"], msgspec.json.encode(dict(function) | {"function": None})
 
 
-def _tools(entries: _Entries, options: Mapping[str, Mapping[str, Any]], **limits: float) -> list[Tool]:
+def _tools(entries: Sequence[_Entry], options: Mapping[str, Mapping[str, Any]], **limits: float) -> list[Tool]:
     """Return the tools. ``limits``: those of all of them by their names, such as ``tool_timeout``."""
     tools = []
-    for function, schema in entries:
-        if isinstance(function, str) and ":" not in function:
+    for function, encoded in entries:
+        given = msgspec.json.decode(encoded)
+        schema = given.get("schema")
+        if "verl" in given:
+            function, schema = verl_tool(str(function), given.get("config") or {}, schema)
+        elif isinstance(function, str) and ":" not in function:
             function = _built_in(function, options.get(function, {}), limits)
-        tools.append(Tool(function, msgspec.json.decode(schema)))
+        tools.append(Tool(function, schema))
     return tools
 
 
@@ -157,7 +165,7 @@ def _built_in(name: str, options: Mapping[str, Any], limits: Mapping[str, float]
 
 @cache  # one for all conversations of this process
 def _toolbox(
-    entries: _Entries,
+    entries: tuple[_Entry, ...],
     options: bytes,
     timeout: float,
     memory_gib: float,

@@ -19,7 +19,7 @@ _FIELD = re.compile(r"\{(prompt|response|label)\}")
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 _MARKED = (re.compile(r"\[\[(.*?)\]\]", re.DOTALL), re.compile(r"<score>(.*?)</score>", re.DOTALL | re.IGNORECASE))
 _NAMED = re.compile(
-    r"\b(?:score|rating|grade|verdict|judge?ment|answer)\b[\"'*_` ]*(?:is|:|=)[\"'*_` ]*(.*)", re.IGNORECASE
+    r"\b(?:score|rating|grade|verdict|judge?ment)\b[\"'*_` ]*(?:is|:|=)[\"'*_` ]*(.*)", re.IGNORECASE
 )  # fmt: skip
 _AROUND = " \t\n\"'`*_.()[]"  # what may stand around a score
 
@@ -63,7 +63,7 @@ def read_score(reply: str, scores: Mapping[str, float]) -> float | None:
     number, also as in "7/10"; None if there is none.
 
     It is looked for behind ``</think>``: in the last ``[[...]]``, the last ``<score>...</score>``, the last
-    ``\boxed{...}``, behind the last "score:" (rating, grade, verdict, judgment, answer; also "is" or "="), and in the
+    ``\boxed{...}``, behind the last "score:" (rating, grade, verdict, judgment; also "is" or "="), and in the
     last line, in which it must stand alone. The first of these that there is counts.
     """
     text = reply.rpartition("</think>")[2].strip()
