@@ -50,9 +50,8 @@ async def tools(
     ready-made schema under ``schema``, or an object with a class of veRL under ``verl``. ``python`` and ``search``:
     options of these tools. The conversation is truncated after ``max_turns`` messages of the policy, and where the
     context or the limit of the response is reached. ``tool_timeout``: seconds of one call. ``tool_memory_gib``: GiB by
-    which a process of plain functions may grow;
-    there are ``tool_workers`` of them. ``max_result_chars``: characters of a result that the policy sees. Raises
-    ValueError for functions, formats and templates that cannot be used.
+    which a process of plain functions may grow; there are ``tool_workers`` of them. ``max_result_chars``: characters of
+    a result that the policy sees. Raises ValueError for functions, formats and templates that cannot be used.
     """
     options = msgspec.json.encode({"python": python or {}, "search": search or {}})
     toolbox = _toolbox(_entries(functions), options, tool_timeout, tool_memory_gib, tool_workers, max_result_chars)

@@ -23,7 +23,7 @@ def verl_tool(
     are left out. Raises ValueError for another class, and PlugPointError where it cannot be imported.
     """
     cls = import_function("the environment's functions", path, ())
-    if not inspect.isclass(cls) or not inspect.iscoroutinefunction(getattr(cls, "execute", None)):
+    if not inspect.iscoroutinefunction(getattr(cls, "execute", None)):
         raise ValueError(f"verl = {path!r} is not a class with `async def execute(self, instance_id, parameters)`")
     try:
         tool = cls(dict(config), None if schema is None else _as_verl(schema))
