@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "miles_spmd"
 FLOORS = (
     ("types", "models"),
     ("config",),
-    ("plugins", "processes", "sandbox"),
+    ("plugins", "processes", "sandbox", "services"),
     ("algorithms", "data", "faults", "invariant", "ledger", "platform", "rewards", "telemetry", "weights"),
     ("environments",),
     ("planning", "protocol"),

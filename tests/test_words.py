@@ -38,7 +38,10 @@ ALLOWED = re.compile(
 INJECTED = ("miles_spmd/faults/", "miles_spmd/chaos/", "miles_spmd/controller/journal/faults.py")
 INJECTED_LINE = re.compile(r"chaos|inject|--faults|miles_spmd[./]faults|faults/", re.IGNORECASE)
 # Files about math problems and questions, whose answers are answers.
-MATH = (*(f"miles_spmd/rewards/{name}.py" for name in ("math", "exact", "f1", "gpqa")), "miles_spmd/quickstart/task.py")
+MATH = (
+    *(f"miles_spmd/rewards/{name}.py" for name in ("math", "exact", "f1", "gpqa", "reasoning_gym")),
+    "miles_spmd/quickstart/task.py",
+)
 MATH_LINE = re.compile(r"math|boxed|arithmetic|label_key|question|</?answer>", re.IGNORECASE)
 
 

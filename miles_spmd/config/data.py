@@ -1,6 +1,7 @@
 """Rows and their scores: `[data]` to train on, `[reward]` that scores responses, `[eval]`."""
 
 import os
+import re
 from collections import Counter
 from datetime import datetime
 from typing import Annotated, Any
@@ -96,7 +97,14 @@ def _data_files(s: Settings) -> Messages:
             yield f"{name}: " + (f"{file} is a folder; name the file in it" if isdir else f"no file {file}")
 
 
-RewardName = Annotated[str, plug_point("math", "exact", "f1", "gpqa", "code")]
+RewardName = Annotated[str, plug_point("math", "exact", "f1", "gpqa", "code", "remote", "judge")]
+Url = Annotated[
+    str,
+    must_be(
+        "a URL that begins with http:// or https:// and has no password",
+        re.compile(r"https?://[^/\s@]+(/\S*)?").fullmatch,
+    ),
+]
 
 
 class RewardTerm(Table):
@@ -118,7 +126,8 @@ class RewardTerm(Table):
 class RewardConfig(Table):
     rm_type: RewardName = "math"
     """Plug point: the reward function, `math` (math-verify), `exact` (equal to the label), `f1` (of SQuAD), `gpqa` (the
-    letter of a choice), `code` (passes the label's tests in the sandbox) or `module:function`."""
+    letter of a choice), `code` (passes the label's tests in the sandbox), `remote` (a service of yours), `judge` (a
+    language model) or `module:function`."""
     reward_weight: float = 1.0
     """Factor of this function where there are further ones."""
     reward_batched: bool = False
@@ -135,6 +144,29 @@ class RewardConfig(Table):
     """Environment variables with secrets that reward functions may see, such as the key of a judge's API; others whose
     names contain TOKEN, KEY, SECRET, PASSWORD or the like are withheld from them."""
 
+    remote_url: Url | None = None
+    """Where `remote` posts each response: an object with `prompt`, `response`, `label` and `metadata`. The reply is a
+    number, or an object with a `score`."""
+    remote_key_variable: str | None = None
+    """Environment variable with the key of that service, which is sent as a bearer token; name it in
+    `reward_environment`, too. `none`: no key."""
+    judge_url: Url | None = None
+    """Base URL of the OpenAI-compatible API that `judge` asks, such as `http://judge:8000/v1`."""
+    judge_key_variable: str | None = None
+    """Environment variable with the key of that API; name it in `reward_environment`, too. `none`: no key."""
+    judge_model: str | None = None
+    """Name of the judge's model."""
+    judge_prompt: str | None = None
+    """What the judge is asked: a text in which `{prompt}`, `{response}` and `{label}` are replaced."""
+    judge_scores: dict[str, float] = {}
+    """Score of each word or letter that the judge may choose, such as `{ A = 1, B = 0 }`; by default, a number."""
+    judge_arguments: dict[str, Any] = {}
+    """Further fields of a request to the judge, such as `{ temperature = 0, max_tokens = 512 }`."""
+    judge_default: float | None = None
+    """Score of a response where the judge's reply has no score twice; `none`: that is an error."""
+    service_requests: PositiveInt = 64
+    """Number of requests of `remote`, and of `judge`, that a reward process sends at the same time; others wait."""
+
     @property
     def terms(self) -> list[RewardTerm]:
         """All reward functions of training."""
@@ -148,6 +180,32 @@ def _rewards_have_names(s: Settings) -> Messages:
     for name, count in names.items():
         if count > 1:
             yield f"reward.further: {count} reward functions are called {name!r}; rename one, or add their weights"
+
+
+def scores_by(s: Settings, name: str) -> bool:
+    """Whether any response of a run, held-out sets included, is scored by the built-in reward ``name``."""
+    return name in (s.rm_type, *(term.rm_type for term in s.further), *(one.rm_type for one in s.sets))
+
+
+@rule(ERRORS)
+def _services_are_named(s: Settings) -> Messages:
+    needed = {"remote": ("remote_url",), "judge": ("judge_url", "judge_model", "judge_prompt")}
+    for name, settings in needed.items():
+        for setting in settings if scores_by(s, name) else ():
+            if not s[setting]:
+                yield f"reward.{setting}: is required by the reward {name!r}"
+        variable = s[f"{name}_key_variable"]
+        if variable is not None and variable not in s.reward_environment:
+            yield f"reward.{name}_key_variable: add {variable} to reward.reward_environment, which lets rewards see it"
+    if s.judge_prompt and "{response}" not in s.judge_prompt:
+        yield "reward.judge_prompt: has no {response}; write it where the response belongs"
+
+
+@rule(FILES)
+def _keys_are_set(s: Settings) -> Messages:
+    for setting in ("remote_key_variable", "judge_key_variable"):
+        if s[setting] is not None and s[setting] not in os.environ:
+            yield f"reward.{setting}: the environment has no variable {s[setting]}; export it"
 
 
 class EvalSet(Table):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from miles_spmd.config.checks import WARNINGS, Messages, Settings, rule
+from miles_spmd.config.data import scores_by
 from miles_spmd.config.table import walk
 
 PREFERENCES = "preference_loss dpo_beta simpo_gamma"  # of [algorithm], read in mode "dpo"
@@ -13,6 +14,9 @@ EVALUATION = "rollout_max_response_len rollout_stop rollout_stop_token_ids rollo
 MIS = (
     "tis_level tis_mode tis_upper_bound tis_lower_bound tis_batch_normalize use_rs rs_level rs_upper_bound "
     "rs_lower_bound rs_veto_threshold"
+)
+JUDGE = " ".join(
+    f"reward.judge_{name}" for name in ("url", "key_variable", "model", "prompt", "scores", "arguments", "default")
 )
 # What has to hold -> whether it holds, and the settings that have no effect otherwise.
 NEEDED: dict[str, tuple[Callable[[Settings], bool], str]] = {
@@ -44,6 +48,8 @@ NEEDED: dict[str, tuple[Callable[[Settings], bool], str]] = {
         lambda s: not s.use_tis or s.tis_function != "mis",
         "tis_clip tis_clip_low",
     ),
+    "the reward 'remote'": (lambda s: scores_by(s, "remote"), "reward.remote_url reward.remote_key_variable"),
+    "the reward 'judge'": (lambda s: scores_by(s, "judge"), JUDGE),
     "a function of your own in reward.rm_type": (lambda s: ":" in s.rm_type, "reward.reward_batched"),
 }
 

@@ -121,6 +121,7 @@ OTHER_NAMES: dict[str, str] = {
     "actor_num_gpus_per_node": "the option --nproc-per-node",
     "sglang_mem_fraction_static": "sglang.mem_fraction_static",
     "custom_rm_path": "reward.rm_type",
+    "rm_url": "reward.remote_url, with reward.rm_type = 'remote'",
     "custom_reward_function": "reward.rm_type",
     "dynamic_sampling_filter_path": "algorithm.dynamic_sampling_filter",
     "custom_reward_post_process_path": "algorithm.reward_post_process",

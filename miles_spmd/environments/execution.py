@@ -46,6 +46,11 @@ class ErrorKind(StrEnum):
     DIED = "died"  # the process of the tool
 
 
+class ToolUnavailableError(RuntimeError):
+    """Raised by an ``async def`` for what the policy must not learn from, such as a service that is away: the episode
+    fails, in place of the call."""
+
+
 class Result(msgspec.Struct, frozen=True):
     """The text that the policy gets for a call; ``error`` is why it is not a result of the tool."""
 
@@ -153,6 +158,8 @@ class Toolbox:
             if task is not None and task.cancelling():
                 raise
             return _raised(error)  # the tool's own
+        except ToolUnavailableError:
+            raise
         except (Exception, SystemExit) as error:
             return _raised(error)
 

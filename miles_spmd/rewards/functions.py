@@ -7,11 +7,12 @@ import inspect
 import math
 import numbers
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from miles_spmd.config import RewardConfig
 from miles_spmd.plugins.plug_point import PlugPointError, import_function
 from miles_spmd.plugins.reward import Score
 from miles_spmd.rewards.adapters import BadReward, adapt
@@ -19,11 +20,15 @@ from miles_spmd.rewards.code import code
 from miles_spmd.rewards.exact import exact
 from miles_spmd.rewards.f1 import f1
 from miles_spmd.rewards.gpqa import gpqa
+from miles_spmd.rewards.judge import judge
+from miles_spmd.rewards.remote import ServiceReward, remote
 from miles_spmd.sandbox.sandbox import problem
 from miles_spmd.types.printable import MAX_LINE
 from miles_spmd.types.sample import Sample
 
-BUILT_IN = ("math", "exact", "f1", "gpqa", "code")
+BUILT_IN = ("math", "exact", "f1", "gpqa", "code", "remote", "judge")
+SERVICES: Mapping[str, Callable[[RewardConfig], ServiceReward]] = {"remote": remote, "judge": judge}
+_DEFAULTS = RewardConfig()
 OUT_OF_MEMORY = "ran out of the memory that reward.reward_memory_gib allows"
 
 
@@ -67,14 +72,17 @@ class RewardFunction:
         return await asyncio.gather(*(in_time(*one) for one in calls))
 
 
-def load_reward(rm_type: str, batched: bool) -> RewardFunction:
-    """Return the function that ``reward.rm_type`` names; ``batched`` is ``reward.reward_batched``.
+def load_reward(rm_type: str, batched: bool, config: RewardConfig = _DEFAULTS) -> RewardFunction:
+    """Return the function that ``reward.rm_type`` names; ``batched`` is ``reward.reward_batched``. ``config`` has the
+    settings of built-in functions.
 
     Raises PlugPointError if it cannot be imported, has a signature that is not supported, or needs the sandbox where
     there is none.
     """
     if (grade := _built_in(rm_type)) is not None:
         return RewardFunction(lambda sample: grade(sample.text, sample.prompt.label))
+    if rm_type in SERVICES:
+        return RewardFunction(SERVICES[rm_type](config), is_async=True)
     function = import_function("reward.rm_type", rm_type, BUILT_IN)
     try:
         adapted = adapt(function, batched)

@@ -36,8 +36,7 @@ class RewardProcess:
 
     def __init__(self, config: RewardConfig, functions: Sequence[Function], log: Path | None = None) -> None:
         self._config, self._functions = config, functions
-        arguments = functions, config.reward_timeout, config.reward_memory_gib
-        self._process = LimitedProcess(serve, arguments, config.reward_environment, log)
+        self._process = LimitedProcess(serve, (functions, config), config.reward_environment, log)
 
     def kill(self) -> None:
         """End the process for good."""
@@ -77,16 +76,18 @@ class RewardProcess:
         raise BadReward(problem, samples[0].index if len(samples) == 1 else None)
 
 
-def serve(pipe: Connection, functions: Sequence[Function], timeout: float, memory_gib: float) -> None:
+def serve(pipe: Connection, functions: Sequence[Function], config: RewardConfig) -> None:
     """Import the reward functions, and score what comes through the pipe. Runs inside the process."""
-    serve_calls(pipe, partial(_load, functions, timeout), memory_gib)
+    serve_calls(pipe, partial(_load, functions, config), config.reward_memory_gib)
 
 
 def _load(
-    functions: Sequence[Function], timeout: float
+    functions: Sequence[Function], config: RewardConfig
 ) -> tuple[Callable[[int, list[Sample]], list[Score]], list[bool]]:
     try:
-        rewards = [load_reward(*function) for function in functions]
+        rewards = [load_reward(*function, config) for function in functions]
     except PlugPointError as error:
         raise RewardError(f"{error}\n{traceback.format_exc()}" if error.__cause__ else str(error)) from None
-    return lambda index, samples: rewards[index].score(samples, timeout), [r.scores_groups for r in rewards]
+    return lambda index, samples: rewards[index].score(samples, config.reward_timeout), [
+        r.scores_groups for r in rewards
+    ]

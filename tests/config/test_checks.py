@@ -99,7 +99,22 @@ OTHER_ENGINE = "tests.reference_engine:TorchEngine"
         ("on_environment_failure=mask n_samples_per_prompt=1", "'mask' leaves nothing of a group of one sample"),
         ("environment.environment=nothing", "must be single_turn, tools or `module:function`, got 'nothing'"),
         ("engine=torch", "rollout.engine: must be sglang or `module:function`, such as tests.reference_engine"),
-        ("rm_type=nothing", "reward.rm_type: must be math, exact, f1, gpqa, code or `module:function`, got 'nothing'"),
+        (
+            "rm_type=nothing",
+            "reward.rm_type: must be math, exact, f1, gpqa, code, remote, judge or `module:function`, got 'nothing'",
+        ),
+        ("rm_type=remote", "reward.remote_url: is required by the reward 'remote'"),
+        (
+            "rm_type=judge judge_url=http://x/v1 judge_prompt={response}",
+            "reward.judge_model: is required by the reward",
+        ),
+        ("judge_prompt=Score", "reward.judge_prompt: has no {response}"),
+        ("remote_url=x/score", "reward.remote_url: must be a URL that begins with http:// or https://"),
+        ("remote_url=http://me:word@x/score", "reward.remote_url: must be a URL"),
+        (
+            "rm_type=remote remote_url=http://x remote_key_variable=A_KEY",
+            "reward.remote_key_variable: add A_KEY to reward.reward_environment",
+        ),
         ("engine=vllm", "rollout.engine: must be sglang or `module:function`, got 'vllm'"),
         ("sglang.tp_size=4", "engines of 4 ranks do not divide the 2 that generate"),
         (f"{EXACT} engine={OTHER_ENGINE}", "rollout.engine: parity needs 'sglang'"),

@@ -114,7 +114,7 @@ def test_all_errors_come_at_once(recipe: Path) -> None:
         ("rollout_batch_size=0", "must be greater than 0, got 0"),
         ("mode=grpo", "got 'grpo'"),
         ("rollout_shuffle=1", "must be a valid boolean"),
-        ("rm_type=maths", "must be math, exact, f1, gpqa, code or `module:function`, got 'maths'"),
+        ("rm_type=maths", "must be math, exact, f1, gpqa, code, remote, judge or `module:function`, got 'maths'"),
         ("seed=inf", "must be a valid integer"),
         ("rollout_timeout=inf", "must be a finite number"),
         ("rollout_stop_token_ids=[1, 'x']", "rollout.rollout_stop_token_ids.1: must be a valid integer, got 'x'"),

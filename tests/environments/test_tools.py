@@ -21,6 +21,7 @@ from miles_spmd.types.sample import Prompt
 from miles_spmd.types.trajectory import FinishReason, Trajectory
 from tests.environments.families import FAMILIES, write_family
 from tests.environments.scripted import ScriptedContext, Turn, to_prompt
+from tests.environments.user_tools import VerlSearch
 
 HERE = "tests.environments.user_tools:"
 QUESTION = [{"role": "user", "content": "What is the weather?"}]
@@ -143,6 +144,23 @@ def test_functions_with_schemas_of_their_own(qwen: Tokenizer) -> None:
         run(context, to_prompt(qwen, QUESTION), {"function": HERE + "add", "scheme": schema})
 
 
+def test_tools_of_verl(qwen: Tokenizer) -> None:
+    parameters = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
+    schema = {"type": "function", "function": {"name": "find", "description": "Find.", "parameters": parameters}}
+    first = call("find", query="oslo") + call("find") + call("now") + "<|im_end|>"
+    trajectory = run(
+        context_of(qwen, first, "Done.<|im_end|>"),
+        to_prompt(qwen, QUESTION),
+        {"verl": HERE + "VerlSearch", "config": {"prefix": "Found"}, "schema": schema},
+        {"verl": HERE + "VerlOfItsOwn"},
+    )
+    found = [message["content"] for message in trajectory.messages if message["role"] == "tool"]
+    assert found[0] == "Found OSLO"
+    assert found[1].startswith("Error: the argument 'query' is missing")
+    assert found[2] == "noon"
+    assert not VerlSearch.live
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
@@ -152,6 +170,8 @@ def test_functions_with_schemas_of_their_own(qwen: Tokenizer) -> None:
         ({"functions": HERE + "add"}, "functions is a list of at least one function"),
         ({"functions": [HERE + "add"], "max_turns": 0}, "max_turns = 0 is less than 1"),
         ({"functions": [HERE + "add"], "call_format": "qwen9"}, "'qwen9' is not a format of tool calls"),
+        ({"functions": [{"verl": HERE + "add"}]}, "user_tools:add' is not a class with `async def execute"),
+        ({"functions": [{"verl": HERE + "VerlSearch"}]}, "cannot be made with its config and schema: AttributeError"),
         ({}, "missing a required argument: 'functions'"),
     ],
 )

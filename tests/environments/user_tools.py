@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from typing import Any, Literal
 
 
@@ -153,3 +154,40 @@ def variadic(*cities: str) -> str:
         cities: Names.
     """
     return ""
+
+
+class VerlSearch:
+    """A tool as veRL has them, without veRL's base class, which needs all of veRL."""
+
+    live: set[str] = set()
+
+    def __init__(self, config: dict[str, Any], tool_schema: Any) -> None:
+        self.config, self.tool_schema = config, tool_schema
+        self.name = tool_schema.function.name
+
+    async def create(self, instance_id: str | None = None, **kwargs: Any) -> tuple[str, Any]:
+        assert instance_id is not None
+        self.live.add(instance_id)
+        return instance_id, None
+
+    async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> tuple[Any, float, dict]:
+        assert instance_id in self.live
+        await asyncio.sleep(0)
+        return SimpleNamespace(text=f"{self.config['prefix']} {parameters['query'].upper()}"), 0.5, {}
+
+    async def release(self, instance_id: str, **kwargs: Any) -> None:
+        self.live.remove(instance_id)
+
+
+class VerlOfItsOwn:
+    """One that makes its schema itself, and returns text."""
+
+    def __init__(self, config: dict[str, Any], tool_schema: Any) -> None:
+        pass
+
+    def get_openai_tool_schema(self) -> dict[str, Any]:
+        parameters = {"type": "object", "properties": {}}
+        return {"type": "function", "function": {"name": "now", "description": "The time.", "parameters": parameters}}
+
+    async def execute(self, instance_id: str, parameters: dict[str, Any]) -> tuple[str, float, dict]:
+        return "noon", 0.0, {}

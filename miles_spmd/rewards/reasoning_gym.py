@@ -1,0 +1,128 @@
+"""Tasks of reasoning-gym as a dataset, and its verifiers as a reward. Requires the package ``reasoning-gym``.
+
+python -m miles_spmd.rewards.reasoning_gym tasks.jsonl leg_counting chain_sum --count 1000
+miles-spmd train ... data.prompt_data=tasks.jsonl reward.rm_type=miles_spmd.rewards.reasoning_gym:reasoning_gym
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from miles_spmd.rewards.labels import last_boxed
+from miles_spmd.types.sample import Sample
+
+SIZE = 1_000_000  # items of a task's dataset, unless the options have a size; an item is a function of seed and index
+COLUMN = "reasoning_gym"
+INSTRUCTION = "Think step by step, and write the final result between <answer> and </answer>."
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+class Origin(msgspec.Struct, frozen=True):
+    """Where an item comes from, from which the verifier gets it again: some are not what they were once they have been
+    JSON."""
+
+    task: str
+    index: int
+    seed: int
+    options: dict[str, Any] = {}
+
+
+def rows(
+    tasks: Sequence[str], count: int, seed: int = 0, options: Mapping[str, Any] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield ``count`` rows, with the ``tasks`` in turns. ``options``: configuration of each task's dataset.
+
+    Raises ValueError for an unknown task and for options that it does not have."""
+    for number in range(count):
+        origin = Origin(tasks[number % len(tasks)], number // len(tasks), seed, dict(options or {}))
+        item = _item(origin)
+        yield {
+            "prompt": [{"role": "user", "content": f"{item['question'].strip()}\n\n{INSTRUCTION}"}],
+            "label": item["answer"],
+            COLUMN: {**msgspec.to_builtins(origin), "question": item["question"]},
+        }
+
+
+def reasoning_gym(sample: Sample) -> dict[str, float]:
+    r"""Return what the task's verifier gives the content of the last ``<answer>...</answer>``, else of the last
+    ``\boxed{...}``, else the whole response. ``unreadable`` is 1 where the verifier raised, and the score is then 0.
+
+    Raises ValueError for a row that was not written by :func:`rows`, or by another version of reasoning-gym.
+    """
+    try:
+        given = sample.prompt.metadata[COLUMN]
+        origin, question = msgspec.convert(given, Origin), given["question"]
+    except (LookupError, msgspec.ValidationError) as error:
+        raise ValueError(
+            f"the row has no column {COLUMN!r} as `python -m miles_spmd.rewards.reasoning_gym` writes it: {error}"
+        ) from error
+    item = _item(origin)
+    if item["question"] != question:
+        raise ValueError(
+            f"the file was written with another version of reasoning-gym: item {origin.index} of {origin.task!r} has "
+            "another question now; write the file again"
+        )
+    tagged = _TAGGED.findall(sample.text)
+    found = tagged[-1] if tagged else last_boxed(sample.text)
+    try:
+        score = _dataset(origin.task, origin.seed, _key(origin)).score_answer(
+            (sample.text if found is None else found).strip(), item
+        )
+    except Exception:  # some verifiers raise for a text that they cannot read
+        return {"score": 0.0, "unreadable": 1.0}
+    return {"score": float(score), "unreadable": 0.0}
+
+
+def _item(origin: Origin) -> dict[str, Any]:
+    item: dict[str, Any] = _dataset(origin.task, origin.seed, _key(origin))[origin.index]
+    return item
+
+
+def _key(origin: Origin) -> bytes:
+    return msgspec.json.encode(origin.options, order="deterministic")
+
+
+@cache
+def _dataset(task: str, seed: int, options: bytes) -> Any:
+    try:
+        from reasoning_gym import create_dataset
+    except ImportError as error:
+        raise ValueError(
+            "the package reasoning-gym is not installed: pip install 'miles-spmd[reasoning-gym]'"
+        ) from error
+    try:
+        return create_dataset(task, **{"seed": seed, "size": SIZE} | msgspec.json.decode(options))
+    except (AssertionError, TypeError, ValueError) as error:  # what configurations raise
+        raise ValueError(f"task {task!r}: {error}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write a JSON-lines file. Ends with the message of a ValueError."""
+    parser = argparse.ArgumentParser(prog="python -m miles_spmd.rewards.reasoning_gym")
+    parser.add_argument("file", type=Path, help="JSON-lines file to write")
+    parser.add_argument("tasks", nargs="+", help="names of tasks, such as leg_counting")
+    parser.add_argument("--count", type=int, default=1000, help="number of rows")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the tasks")
+    parser.add_argument(
+        "--options", default="{}", help="configuration of the tasks as JSON, such as '{\"min_animals\": 2}'"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        options = msgspec.json.decode(given.options, type=dict)
+        lines = [msgspec.json.encode(row) + b"\n" for row in rows(given.tasks, given.count, given.seed, options)]
+    except ValueError as error:
+        sys.exit(f"Error: {error}")
+    given.file.write_bytes(b"".join(lines))
+    print(f"{given.file}: {len(lines)} rows")
+
+
+if __name__ == "__main__":
+    main()
