@@ -96,7 +96,8 @@ def install() -> None:
             hit(number, strike)
 
     def build_struck(*arguments: Any) -> Any:
-        from miles_spmd.training.cells.live_state import PeerTransport  # imports torch
+        worker = build(*arguments)
+        from miles_spmd.training.cells.live_state import PeerTransport  # not before: imports Megatron
 
         def replace(method: str, name: str) -> None:
             transfer = getattr(PeerTransport, method)
@@ -104,7 +105,6 @@ def install() -> None:
 
         replace("send_checkpoint", "SendState")
         replace("recv_checkpoint", "ReceiveState")
-        worker = build(*arguments)
         execute = worker.execute
         worker.execute = lambda command: execute_struck(execute, type(command).__name__, command)
         return worker

@@ -50,9 +50,7 @@ def hurt(tmp_path: Path, launch: Launch, one_world: dict[str, Path]) -> Hurt:
     """Make a short run with cells of ``ranks`` ranks, hurt it, and compare it with that of one world. Return its folder
     and its warnings."""
 
-    def finish(
-        *strikes: Strike, cells: int = 2, ranks: int = 1, preloaded: bool = True, **changes: dict[str, Any]
-    ) -> tuple[Path, list[str]]:
+    def finish(*strikes: Strike, cells: int = 2, ranks: int = 1, **changes: dict[str, Any]) -> tuple[Path, list[str]]:
         settings: dict[str, Any] = {
             "train": {"reduction_leaves": 4},
             "reward": {"rm_type": REWARD},
@@ -60,8 +58,7 @@ def hurt(tmp_path: Path, launch: Launch, one_world: dict[str, Path]) -> Hurt:
             "run": {"num_rollout": 8, "overwrite": True} | changes.get("run", {}),
         }
         of_cells = {"cells": cells, "cell_timeout": 3.0}
-        hurt = {"variables": write(tmp_path, strikes), "preloaded": preloaded}
-        run = launch(ranks=ranks, **hurt, **settings | {"resilience": of_cells})
+        run = launch(ranks=ranks, variables=write(tmp_path, strikes), **settings | {"resilience": of_cells})
         finished(run)
         assert struck(tmp_path) == len(strikes), run.report()
         lines, kept = warnings(run), run.run_dir.rename(tmp_path / "of_cells")
@@ -146,16 +143,12 @@ def test_a_cell_is_too_late_for_the_first_meeting(hurt: Hurt) -> None:
 
 
 @pytest.mark.slow
-def test_engines_hang(hurt: Hurt) -> None:
-    """One does not return from a step, and the process of another one is suspended."""
-    hangs, suspended = Strike(1, "EngineStep", 20, seconds=600.0), Strike(0, "EngineStep", 60, number=signal.SIGSTOP)
-    settings = {"run": {"num_rollout": 16}, "deadlines": {"engine_step_timeout": 2.0}}
-    _, lines = hurt(hangs, suspended, preloaded=False, **settings)  # else the supervisor cannot find what is suspended
-    said = "\n".join(lines)
-    assert re.search(
-        r"^warning: rollout, step \d+: the engine of rank 1 did not return from a step within 2 s", said, re.M
-    )
-    assert re.search(r"^warning: rank 0 \(.+\) is silent: rollout, step \d+", said, re.M)
+def test_an_engine_hangs(hurt: Hurt) -> None:
+    """It does not return from a step. The other one has not replied, either, and is not lost."""
+    hangs = Strike(1, "EngineStep", 20, seconds=600.0)
+    _, lines = hurt(hangs, run={"num_rollout": 16}, deadlines={"engine_step_timeout": 2.0})
+    assert re.match(r"warning: rollout, step \d+: the engine of rank 1 did not return from a step within 2 s", lines[0])
+    assert sum("the run goes on without cell" in line for line in lines) == 1
 
 
 @pytest.mark.slow
