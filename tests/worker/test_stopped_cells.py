@@ -39,9 +39,9 @@ def send(number: signal.Signals, pids: list[int]) -> None:
 
 
 def launchers(run: Launched) -> list[int]:
-    """Those of the cells."""
-    supervisor = psutil.Process(run.launcher.pid)
-    return [child.pid for child in supervisor.children() if child.pid != run.controller()]
+    """Those of the cells that are built."""
+    alive = [pid for rank in range(2) if psutil.pid_exists(pid := pid_of(run, rank))]
+    return [psutil.Process(pid).ppid() for pid in alive]
 
 
 def controller(run: Launched) -> int:
