@@ -81,6 +81,7 @@ def check_equal(a: Path, b: Path) -> None:
     assert found.equal, found.difference
 
 
+@pytest.mark.slow
 def test_a_run_survives_a_chain_of_faults(tmp_path: Path, checkpoint: Path) -> None:
     config = recipe(tmp_path, checkpoint, 7)
     found, rows = chaos(
