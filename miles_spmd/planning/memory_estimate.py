@@ -35,6 +35,8 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     logits: int  # of a chunk, and the output layer's gradient
+    sums: int  # gradients of parts of the batch that wait for the rest of it, where there are reduction_leaves
+    received: int  # another rank's gradient, which is added then, when the activations are freed
     update: int  # temporary, in the optimizer step, when the activations are freed
     others: int  # weights of another model, on the device while it runs forward
     critic: int  # its parameters, gradients and optimizer
@@ -54,7 +56,7 @@ class MemoryEstimate:
     @property
     def working(self) -> int:
         """The peak on top of that while the trainer works."""
-        return max(self.activations + self.logits, self.update, self.others + self.logits)
+        return max(self.activations + self.logits + self.sums, self.received, self.update, self.others + self.logits)
 
     @property
     def training(self) -> int:
@@ -96,6 +98,7 @@ def estimate_memory(config: Config, family: Family, layout: ParallelLayout) -> M
     of_critic = trained(critic) if critic else (0, 0, 0, 0)
     teacher = load_family(models.teacher_load) if config.has_teacher and models.teacher_load else None
     copies = int(config.has_reference) + int(config.algorithm.keep_old_actor)
+    leaves, gradient = config.train.reduction_leaves, max(gradients, of_critic[1])  # they train in turns
     kv_heads = max(1, family.num_kv_heads // layout.engine_tp)
     return MemoryEstimate(
         parameters=parameters,
@@ -103,6 +106,8 @@ def estimate_memory(config: Config, family: Family, layout: ParallelLayout) -> M
         optimizer=optimizer,
         activations=_activations(config, family, layout, s) * bytes_each,
         logits=_head_bytes(config.train.max_tokens_per_gpu, family, layout.tp, bytes_each),
+        sums=_waiting_subtrees(config, layout) * gradient,
+        received=gradient if leaves and layout.dp > 1 else 0,
         update=0 if grad_bytes == FP32 else optimizer // state_bytes * FP32,
         others=max(parameters if copies else 0, trained(teacher)[0] if teacher else 0),
         critic=sum(of_critic[:3]),
@@ -140,6 +145,13 @@ def _save_copies(config: Config, dense: int, expert: int, layout: ParallelLayout
         return 0
     kinds = 3 if not config.train.offload_train else int(DTYPE_BYTES[config.model.dtype] == FP32)
     return (dense // (layout.dp * layout.cp) + expert // layout.edp) * kinds * FP32
+
+
+def _waiting_subtrees(config: Config, layout: ParallelLayout) -> int:
+    """Return how many sums of leaves wait for their siblings on a rank when it computes its last leaf: one of each
+    size. A cell computes one part of the batch at a time."""
+    own_leaves = config.train.reduction_leaves // config.resilience.cells // layout.dp
+    return max(0, own_leaves.bit_length() - 1)
 
 
 def _kept_gradients(config: Config, *sizes: int) -> int:

@@ -151,6 +151,7 @@ def _memory(config: Config, layout: ParallelLayout, m: MemoryEstimate, device_gi
         "copies of weights in FP8": m.copies,
         "activations of one micro-batch": m.activations,
         "logits": m.logits,
+        "sums of leaves": m.sums,
         "engine weights": m.engine_weights,
         "KV cache, per 1,000 tokens": 1000 * m.kv_bytes_per_token,
         "in host memory": m.host,

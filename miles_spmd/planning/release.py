@@ -75,6 +75,7 @@ def remedies(config: Config, doing: Phase | str) -> str:
     if not s["use_distributed_optimizer"]:
         states.append("set megatron.use_distributed_optimizer=true")
     states.append(f"raise megatron.tensor_model_parallel_size ({s['tensor_model_parallel_size']})")
+    sums = [f"lower train.reduction_leaves ({config.train.reduction_leaves})"] if config.train.reduction_leaves else []
     engine = [f"lower sglang.{name} ({s[name]})" for name in ("mem_fraction_static", "max_total_tokens") if s[name]]
     engine = engine or ["set sglang.max_total_tokens or mem_fraction_static"]
     cut = [f"raise sglang.tp_size ({s['tp_size']})"]
@@ -87,7 +88,7 @@ def remedies(config: Config, doing: Phase | str) -> str:
     ]
     match doing:
         case Phase.TRAIN | Phase.LOG_PROBS | "training":
-            changes = [*activations, *releases, *states]
+            changes = [*activations, *releases, *states, *sums]
         case Phase.ROLLOUT:
             changes = [*batches, *engine, *moves_out]
         case Phase.REFIT:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -17,6 +18,7 @@ from miles_spmd.planning.parallel_layout import Groups, ParallelLayout
 from miles_spmd.planning.plan import describe_plan
 from tests.models.tiny import checkpoint
 from tests.ranks import Ranks
+from tests.training.cases import sequences
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
@@ -113,6 +115,55 @@ def test_bytes_are_those_of_a_trainer(model: str, megatron: dict[str, Any], dtyp
     for name in ("parameters", "gradients", "optimizer"):
         fullest = max(rank[name] for rank in real)
         assert getattr(estimate, name) == pytest.approx(fullest, rel=0.04), name  # Megatron pads its buffers
+
+
+def _summed_bytes(config: Config) -> dict[str, int]:
+    """The most bytes that a trainer has for gradients of its leaves, and for those of other ranks, in an update."""
+    import torch
+    import torch.distributed as dist
+
+    from miles_spmd.algorithms.losses import make_loss
+    from miles_spmd.training.cells.trainer import CellTrainer
+    from miles_spmd.training.reduction import TreeSum
+    from miles_spmd.training.trainer import Trainer
+
+    arguments = config, load_family(config.model.hf_checkpoint), make_loss("sft", config.algorithm)
+    cells = config.resilience.cells
+    trainer = CellTrainer(*arguments, parts=cells) if cells > 1 else Trainer(*arguments)
+    total = trainer._sum_gradients
+    assert isinstance(total, TreeSum)
+    add, receive, found = TreeSum.__call__, dist.recv, {"sums": 0, "received": 0}
+
+    def added(self: Any, *arguments: Any, **named: Any) -> None:
+        add(self, *arguments, **named)
+        found["sums"] = max(found["sums"], sum(part.nbytes for parts in self._subtrees for part in parts))
+
+    def received(part: torch.Tensor, *arguments: Any, **named: Any) -> None:
+        found["received"] += part.nbytes
+        receive(part, *arguments, **named)
+
+    batch = [[sequence] for sequence in sequences([5] * total.own_leaves)]
+    with patch.object(TreeSum, "__call__", added), patch.object(dist, "recv", received):
+        trainer.compute_part(0, 0, batch) if isinstance(trainer, CellTrainer) else trainer.train_step(batch)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("leaves", "cells", "megatron"),
+    [(1, 1, {TP: 2}), (8, 1, {TP: 2}), (2, 1, {}), (16, 1, {}), (16, 2, {"use_distributed_optimizer": True})],
+)
+def test_sums_of_leaves_are_those_of_a_trainer(leaves: int, cells: int, megatron: dict[str, Any], ranks: Ranks) -> None:
+    path = checkpoint("qwen3")
+    tables = {"train": {"reduction_leaves": leaves}, "resilience": {"cells": cells}}
+    config = make_config(path, megatron, model={"hf_checkpoint": path, "dtype": "bfloat16"}, **tables)
+    estimate = estimate_memory(config, load_family(path), ParallelLayout.of(config, world_size=2))
+    real = ranks.run(2, _summed_bytes, config)
+    for name in ("sums", "received"):
+        assert getattr(estimate, name) == pytest.approx(max(rank[name] for rank in real), rel=0.04), name
+    assert estimate.sums or leaves <= 2
+    without = config.model_copy(update={"train": config.train.model_copy(update={"reduction_leaves": 0})})
+    plain = estimate_memory(without, load_family(path), ParallelLayout.of(config, world_size=2))
+    assert estimate.training - plain.training == estimate.sums
 
 
 @pytest.mark.parametrize(
