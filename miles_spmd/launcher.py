@@ -120,7 +120,7 @@ def launch(world_size: int, cell: Cell | None = None) -> NoReturn:
     from torch.distributed.run import main as torchrun
 
     from miles_spmd.protocol import last_words
-    from miles_spmd.protocol.pipe import LAUNCHER, REQUEUE
+    from miles_spmd.protocol.pipe import LAUNCHER, REQUEUE, SUPERVISOR
     from miles_spmd.telemetry.environment import gpus
     from miles_spmd.worker.meeting import FOLDER, made_by_launcher
 
@@ -141,6 +141,8 @@ def launch(world_size: int, cell: Cell | None = None) -> NoReturn:
         unsaid = Path(folder, "unsaid")
         if cell is None:  # else the run does not end with these ranks, and the controller says what becomes of them
             unsaid.touch()
+        else:
+            os.environ.setdefault(SUPERVISOR, str(os.getppid()))
         os.environ[last_words.VARIABLE] = str(unsaid)
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # torchrun would offer another store to the ranks
         options = ["--rdzv-backend=c10d", f"--rdzv-endpoint={folder}/launcher", "--rdzv-conf=store_type=file"]

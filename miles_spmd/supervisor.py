@@ -26,7 +26,7 @@ import psutil
 
 from miles_spmd.config import Config
 from miles_spmd.protocol import last_words
-from miles_spmd.protocol.pipe import LAUNCHER, REQUEUE, CellEnded, End, PrepareCell, StartCell, ToSupervisor
+from miles_spmd.protocol.pipe import LAUNCHER, REQUEUE, SUPERVISOR, CellEnded, End, PrepareCell, StartCell, ToSupervisor
 from miles_spmd.protocol.router import ANY_INTERFACE, LOOPBACK, address_towards
 from miles_spmd.telemetry.environment import gpus
 from miles_spmd.types.cell import KEYS, Cell
@@ -171,7 +171,8 @@ class Supervisor:
     def _launch(self, cell: int, start: int) -> _Launched:
         keys = self._keys_of(cell, start)
         place = Cell(cell, self._config.resilience.cells, self._lighthouse, str(keys))
-        process = launch(self._steps.command(cell, keys.stem), os.environ | place.environment | self._devices(cell))
+        own = place.environment | self._steps.environment() | self._devices(cell)
+        process = launch(self._steps.command(cell, keys.stem), os.environ | own)
         return _Launched(start, keys, process)
 
     def _devices(self, cell: int) -> dict[str, str]:
@@ -233,6 +234,10 @@ class LocalSteps:
     def __init__(self, ranks: int) -> None:
         self._ranks = ranks
 
+    def environment(self) -> dict[str, str]:
+        """Return the variables of launchers."""
+        return {SUPERVISOR: str(os.getpid())}
+
     def command(self, cell: int, name: str) -> list[str]:
         """Return the command that starts ``cell``, under a name of its own."""
         return [sys.executable, "-m", "miles_spmd", *sys.argv[1:], f"--nproc-per-node={self._ranks}"]
@@ -250,6 +255,9 @@ class SlurmSteps(LocalSteps):
         self.host = text("MASTER_ADDR")
         self._nodes = hosts(text("SLURM_JOB_NODELIST"))
         self.cells_of_a_machine = max(1, cells // len(self._nodes))
+
+    def environment(self) -> dict[str, str]:
+        return {}  # a launcher's parent is Slurm's process on its node
 
     def command(self, cell: int, name: str) -> list[str]:
         node = self._nodes[cell // self.cells_of_a_machine]

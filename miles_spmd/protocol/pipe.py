@@ -9,6 +9,7 @@ import msgspec
 import zmq
 
 LAUNCHER = "MILES_SPMD_LAUNCHER"  # environment of ranks: the process that launches them, which may die before they look
+SUPERVISOR = "MILES_SPMD_SUPERVISOR"  # environment of a cell's ranks: the process with which they end
 REQUEUE = 75  # exit status (EX_TEMPFAIL) of a run that was asked to stop: it can be continued
 EXIT_SECONDS = 5.0  # which a controller that has to stop may take to close its files
 

@@ -110,8 +110,7 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
 def prepare(config: Config, place: Place, controller: ControllerProcess | None, terminal: TextIO, log: Log) -> Start:
     """Start the watchdog, and open the cache of compiled kernels for the libraries that are imported from now on."""
     first_node, stacks = place.rank < place.local_world_size, log.path.with_suffix(".stacks")
-    of_run = {"beside_controller": first_node, "in_cell": place.cell is not None}
-    watchdog = Watchdog(place.number, terminal, stacks, controller, **of_run)
+    watchdog = Watchdog(place.number, terminal, stacks, controller, beside_controller=first_node)
     watchdog.start()
     watch = Stopwatch()
     with watch("kernel_cache"):

@@ -29,7 +29,7 @@ import zmq
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.last_words import say
 from miles_spmd.protocol.messages import Heartbeat, Held, HoldPasses, Overdue, ReleasePasses, StopNotice
-from miles_spmd.protocol.pipe import EXIT_SECONDS, LAUNCHER, REQUEUE, Credentials
+from miles_spmd.protocol.pipe import EXIT_SECONDS, LAUNCHER, REQUEUE, SUPERVISOR, Credentials
 from miles_spmd.training.passes import PASSES
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.printable import MAX_LINE, printable
@@ -67,7 +67,6 @@ class Watchdog(threading.Thread):
     thread when a deadline is missed. ``controller`` is given on rank 0, whose child it is.
 
     ``beside_controller``: on a rank of the first node, whose other processes know better why the controller is gone.
-    ``in_cell``: the launcher is that of a cell, which a supervisor has started.
 
     Construct it in the main thread: it takes over SIGTERM, SIGUSR1 and SIGINT.
     """
@@ -80,7 +79,6 @@ class Watchdog(threading.Thread):
         controller: ControllerProcess | None,
         *,
         beside_controller: bool = False,
-        in_cell: bool = False,
     ) -> None:
         super().__init__(name="watchdog", daemon=True)
         self._detail = ""
@@ -88,9 +86,8 @@ class Watchdog(threading.Thread):
         self._engine_step: EngineStep | None = None
         self._rank, self._terminal, self._stacks, self._controller = rank, terminal, stacks, controller
         self._silent_loss = beside_controller
-        self._in_cell = in_cell
         self._parent = int(os.environ.get(LAUNCHER) or os.getppid())
-        self._supervisor = _parent_of(self._parent) if in_cell else 0
+        self._supervisor = int(os.environ.get(SUPERVISOR, 0))  # of a cell
         self._dealer: Dealer | None = None
         self._lost_since: float | None = None  # monotonic: when the connection to the controller closed
         self._stuck_grace = STUCK_GRACE
@@ -171,7 +168,7 @@ class Watchdog(threading.Thread):
             self._listen(min(now + HEARTBEAT_EVERY, math.inf if dumped is doing else doing.deadline))
             if os.getppid() != self._parent:  # an orphan is adopted by another process
                 self._leave("the launcher died")
-            if self._in_cell and _parent_of(self._parent) != self._supervisor:
+            if self._supervisor and not _is_alive(self._supervisor):
                 self._leave("the supervisor died")
             if self._lost_since is not None and time.monotonic() > self._lost_since + self._grace:
                 self._lost()
@@ -272,11 +269,12 @@ class Watchdog(threading.Thread):
         os._exit(status)
 
 
-def _parent_of(pid: int) -> int:
-    try:
-        return psutil.Process(pid).ppid()
-    except psutil.NoSuchProcess:  # which is noticed by itself
-        return 0
+def _is_alive(pid: int) -> bool:
+    """Return whether an older process than this one, which had that number, is alive."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= psutil.Process().create_time()
+    return False
 
 
 def obey(rank: int, dealer: Dealer) -> None:

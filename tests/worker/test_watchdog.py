@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from miles_spmd.protocol.messages import Heartbeat, Held, HoldPasses, ReleasePasses, StopNotice
-from miles_spmd.protocol.pipe import LAUNCHER
+from miles_spmd.protocol.pipe import LAUNCHER, SUPERVISOR
 from miles_spmd.protocol.router import Router
 from miles_spmd.types.phase import Phase
 
@@ -151,12 +151,13 @@ def test_without_a_controller_it_ends(watched: Callable[..., Watched]) -> None:
     w.router = Router()  # for the fixture to close
 
 
-def test_a_launcher_that_died_before_the_rank_looked_is_missed(
-    watched: Callable[..., Watched], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("variable", [LAUNCHER, SUPERVISOR])
+def test_who_died_before_the_rank_looked_is_missed(
+    watched: Callable[..., Watched], monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
-    """Its rank has another parent from the start."""
+    """The rank of a launcher has another parent from the start."""
     gone = subprocess.Popen(["true"])
     gone.wait()
-    monkeypatch.setenv(LAUNCHER, str(gone.pid))
+    monkeypatch.setenv(variable, str(gone.pid))
     status, _ = watched().end()
     assert status == 1
