@@ -161,7 +161,8 @@ class Listener:
 
     def stopped(self, reason: str, rank: int | None = None) -> WorkerStoppedError:
         """The error of a run that is stopped from outside, which ``rank`` has announced."""
-        absent = ", ".join(str(rank) for rank, state in enumerate(self._table.states) if not state.heard)
+        ranks = (rank for cell in self._table.members for rank in self._table.ranks_of(cell))
+        absent = ", ".join(str(rank) for rank in ranks if not self._table.states[rank].heard)
         suffix = f"; rank {absent} had not connected" if absent else ""
         return WorkerStoppedError(f"{self.last.place}: {reason}{suffix}", rank=rank)
 
