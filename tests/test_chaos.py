@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -136,6 +137,34 @@ def test_cells_that_die_do_not_end_the_run(tmp_path: Path, checkpoint: Path, ste
     folder = found.run_dir.rename(tmp_path / "hurt")
     config = recipe(tmp_path, checkpoint, steps, checkpoint={"save_interval": 5}, train=OF_CELLS["train"])
     check_equal(undisturbed(config), folder)
+
+
+def at_random(count: int) -> list[str]:
+    """So many faults of random ranks in random phases, 15 steps apart: the cell that one has hit is back before the
+    next."""
+    rng = random.Random(0)
+    kinds = "kill", "kill", "stop", "slow"
+    return [
+        f"{rng.choice(kinds)}:rank{rng.randrange(2)}@{rng.choice(OF_STEPS)}.{15 * number + 5}"
+        for number in range(count)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(5400)
+def test_a_hundred_faults_in_one_run(tmp_path: Path, checkpoint: Path) -> None:
+    faults, steps = at_random(105), 1600
+    settings = {"checkpoint": {"save_interval": 5, "keep_last": 2}}
+    found, rows = chaos(recipe(tmp_path, checkpoint, steps, **settings, **OF_CELLS), ",".join(faults), ranks=1)
+    assert [str(row.fault) for row in rows] == faults
+    for row in rows:
+        assert row.exit is None
+        assert row.next_step is not None
+        if row.fault.kind != "slow":
+            assert "the run goes on without cell" in row.said
+            assert row.back is not None
+    folder = found.run_dir.rename(tmp_path / "hurt")
+    check_equal(undisturbed(recipe(tmp_path, checkpoint, steps, **settings, train=OF_CELLS["train"])), folder)
 
 
 CHAINS = {  # every kind, in several phases, to every process that it can strike

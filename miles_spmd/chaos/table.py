@@ -41,7 +41,7 @@ def rows(launches: Sequence[Launch], faults: Sequence[Fault], folder: Path) -> l
 
 
 def render(rows: Sequence[Row]) -> str:
-    """Return the table: a row for each fault."""
+    """Return the table: a row for each fault, and for each kind of which several have struck cells two more."""
     of_cells = [row for row in rows if row.fault.of_cell]
     own = ("next step", "back") if of_cells else ()
     table: list[tuple[str, ...]] = [
@@ -53,12 +53,13 @@ def render(rows: Sequence[Row]) -> str:
         repeated = f"{steps}, {row.seconds:.1f} s" if row.exit is not None else "-"
         values = row.detection, row.exit, row.restart, *((row.next_step, row.back) if own else ())
         table.append((str(row.fault), struck, *map(_seconds, values), repeated, printable(row.said, SAID)))
-    if len(of_cells) > 1:
-        for name, choose in (("median", median), ("longest", max)):
-            columns = zip(*((row.detection, row.next_step, row.back) for row in of_cells))
-            found = [[value for value in column if value is not None] for column in columns]
+    for kind in dict.fromkeys(row.fault.kind for row in of_cells):
+        alike = [row for row in of_cells if row.fault.kind == kind]
+        columns = zip(*((row.detection, row.next_step, row.back) for row in alike))
+        found = [[value for value in column if value is not None] for column in columns]
+        for name, choose in (("median", median), ("longest", max)) if len(alike) > 1 else ():
             detection, *others = (_seconds(choose(column) if column else None) for column in found)
-            table.append((f"{name} of cells", "", detection, "-", "-", *others, "-", ""))
+            table.append((f"{name} of {len(alike)} {kind}", "", detection, "-", "-", *others, "-", ""))
     widths = [max(map(len, column)) for column in zip(*table)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table)
 
@@ -86,7 +87,7 @@ def _row(launch: Launch, strike: Strike, fault: Fault, following: Sequence[Launc
         exit=launch.ended - strike.time if ended else None,
         restart=_restart(following[0]) if following else None,
         next_step=completed[0] - strike.time if completed else None,
-        back=_back(launch, strike) if fault.of_cell else None,
+        back=_back(launch, strike) if fault.of_cell and fault.kind != "slow" else None,
         steps=steps,
         seconds=seconds,
     )

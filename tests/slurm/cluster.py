@@ -1,8 +1,8 @@
 """A Slurm cluster of this machine alone: the real slurmctld, munged and one slurmd for each node.
 
-Each node has a host name of its own (a UTS namespace), so that jobs of several nodes run as on several machines. State,
-keys, ports and configuration are the cluster's own: several clusters may run beside each other, and beside the
-machine's. It needs the packages slurm-wlm and munge, and root.
+Each node has a host name of its own (a UTS namespace), and in a :class:`Network` addresses of its own, so that jobs of
+several nodes run as on several machines. State, keys, ports and configuration are the cluster's own: several clusters
+may run beside each other, and beside the machine's. It needs the packages slurm-wlm and munge, and root.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.ranks import free_port
+from tests.slurm.network import LOOPBACK, Network
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "unshare")
@@ -39,7 +40,7 @@ ENDS = (
 LIMIT = 600.0  # seconds for a job to get somewhere
 CONF = """
 ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({address})
 SlurmctldPort={controller}
 SlurmUser=root
 AuthType=auth/munge
@@ -72,9 +73,10 @@ def missing() -> list[str]:
 
 
 class Cluster:
-    """The nodes are called ``node0``, ``node1``, ..."""
+    """The nodes are called ``node0``, ``node1``, ... They share the loopback interface where there is no ``network``."""
 
-    def __init__(self, nodes: int) -> None:
+    def __init__(self, nodes: int, network: Network | None = None) -> None:
+        self._network = network
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.folder.chmod(0o755)  # jobs of other users read the configuration
         (self.folder / "state").mkdir()
@@ -84,9 +86,11 @@ class Cluster:
         self._daemons: list[subprocess.Popen[bytes]] = []
         self._nodes: dict[int, subprocess.Popen[bytes]] = {}
         host, controller = os.uname().nodename, free_port()
-        lines = [CONF.format(folder=self.folder, host=host, controller=controller)]
+        address = network.host if network else LOOPBACK
+        lines = [CONF.format(folder=self.folder, host=host, address=address, controller=controller)]
         for node in range(nodes):
-            place = f"NodeHostname=node{node} NodeAddr=127.0.0.1 Port={free_port()}"
+            address = network.addresses[node] if network else LOOPBACK
+            place = f"NodeHostname=node{node} NodeAddr={address} Port={free_port()}"
             lines.append(f"NodeName=node{node} {place} CPUs={CORES} RealMemory=2000 State=UNKNOWN\n")
         (self.folder / "slurm.conf").write_text("".join([lines[0], *lines[1:]]))
         try:
@@ -111,7 +115,8 @@ class Cluster:
     def start_node(self, node: int) -> None:
         """Start slurmd of a node, which has a host name of its own."""
         inside = f"hostname node{node}; {reachable_python()} exec slurmd -D -N node{node}"
-        self._nodes[node] = self._daemon("unshare", "--uts", "--mount", "bash", "-ec", inside)
+        outside = self._network.inside(node) if self._network else []
+        self._nodes[node] = self._daemon(*outside, "unshare", "--uts", "--mount", "bash", "-ec", inside)
 
     def kill_node(self, node: int) -> None:
         """Kill slurmd and everything that runs on the node, as the end of a machine does."""

@@ -36,6 +36,13 @@ def by_length(sample: Sample) -> float:
     return float(sum(sample.response) % 7) + 0.1 * sample.index
 
 
+def by_length_slowly(sample: Sample) -> float:
+    """Takes a while as long as there is the file that the environment names."""
+    if Path(os.environ.get("SLOWLY", "absent")).exists():
+        time.sleep(0.5)
+    return by_length(sample)
+
+
 def exits(sample: Sample) -> float:
     sys.exit(1)
 

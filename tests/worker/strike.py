@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -25,16 +26,19 @@ from tests.worker.launched import REPOSITORY
 class Strike(msgspec.Struct, frozen=True):
     """``number`` goes to the process of ``rank``, in that ``start`` of its cell, in or after its ``time``-th
     ``command``, at the call of a function that has this number in it, or at the end where there are fewer calls; a step
-    of the engine is a command ``EngineStep``, the transfer of a state ``SendState`` and ``ReceiveState``. With
-    ``seconds`` the thread sleeps instead, while the others of the process go on."""
+    of the engine is a command ``EngineStep``, the transfer of a state ``SendState`` and ``ReceiveState``, and parts of
+    an update are ``Exchange`` and ``Commit``. With ``seconds`` the thread sleeps instead, while the others of the
+    process go on; a ``shell`` executes that command, and the thread goes on. ``start`` None: in the first one that
+    begins after all strikes before it."""
 
     rank: int
     command: str
     time: int = 1
     call: int = 1
-    start: int = 0
+    start: int | None = 0
     number: int = signal.SIGKILL
     seconds: float = 0.0
+    shell: str = ""
 
 
 def write(folder: Path, strikes: Sequence[Strike]) -> dict[str, str]:
@@ -48,7 +52,12 @@ def write(folder: Path, strikes: Sequence[Strike]) -> dict[str, str]:
 
 def struck(folder: Path) -> int:
     """Return how many strikes have hit."""
-    return len([*folder.glob("strikes.json.*")])
+    return len(victims(folder))
+
+
+def victims(folder: Path) -> list[int]:
+    """Return the processes that strikes have hit, in the order of the strikes."""
+    return [int(file.read_text()) for file in sorted(folder.glob("strikes.json.*"))]
 
 
 def install() -> None:
@@ -59,7 +68,12 @@ def install() -> None:
     cell, start = map(int, Path(keys).stem.split("-")[1:])
     rank = cell * int(os.environ["WORLD_SIZE"]) + int(os.environ["RANK"])
     strikes = msgspec.json.decode(Path(plan).read_bytes(), type=list[Strike])
-    own = {n: one for n, one in enumerate(strikes) if (one.rank, one.start) == (rank, start)}
+    before = struck(Path(plan).parent)
+    own = {
+        n: one
+        for n, one in enumerate(strikes)
+        if one.rank == rank and (one.start == start or (one.start is None and n == before))
+    }
     times = Counter[str]()
 
     from miles_spmd.worker import main, service
@@ -69,8 +83,10 @@ def install() -> None:
     def hit(number: int, strike: Strike) -> None:
         sys.setprofile(None)
         if own.pop(number, None) is not None:
-            Path(f"{plan}.{number}").touch()
-            if strike.seconds:
+            Path(f"{plan}.{number}").write_text(str(os.getpid()))
+            if strike.shell:
+                subprocess.run(strike.shell, shell=True, check=True)
+            elif strike.seconds:
                 time.sleep(strike.seconds)
             else:
                 os.kill(os.getpid(), strike.number)
@@ -97,14 +113,17 @@ def install() -> None:
 
     def build_struck(*arguments: Any) -> Any:
         worker = build(*arguments)
-        from miles_spmd.training.cells.live_state import PeerTransport  # not before: imports Megatron
+        from miles_spmd.training.cells.link import CellLink  # not before: imports Megatron
+        from miles_spmd.training.cells.live_state import PeerTransport
 
-        def replace(method: str, name: str) -> None:
-            transfer = getattr(PeerTransport, method)
-            setattr(PeerTransport, method, lambda *args, **named: execute_struck(transfer, name, *args, **named))
+        def replace(kind: type, method: str, name: str) -> None:
+            function = getattr(kind, method)
+            setattr(kind, method, lambda *args, **named: execute_struck(function, name, *args, **named))
 
-        replace("send_checkpoint", "SendState")
-        replace("recv_checkpoint", "ReceiveState")
+        replace(PeerTransport, "send_checkpoint", "SendState")
+        replace(PeerTransport, "recv_checkpoint", "ReceiveState")
+        replace(CellLink, "exchange", "Exchange")
+        replace(CellLink, "commit", "Commit")
         execute = worker.execute
         worker.execute = lambda command: execute_struck(execute, type(command).__name__, command)
         return worker

@@ -7,7 +7,9 @@ Cells exchange nothing else but sums of gradients.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import socket
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
 
+import psutil
 import torch
 import torch.distributed as dist
 import xxhash
@@ -49,11 +52,12 @@ class Limits:
     quorum: float  # agreeing on the cells that are there; also what the others wait for a cell that catches up
     connect: float
     heartbeat: float  # between two signs of life of a cell to the lighthouse
+    silence: float  # of the machine of another cell, however long the message may take
 
     @classmethod
     def of(cls, config: ResilienceConfig) -> Limits:
-        exchange = config.exchange_timeout
-        return cls(exchange, 5 * exchange, min(10.0, exchange), min(0.1, config.cell_timeout / 10))
+        exchange, silence = config.exchange_timeout, config.cell_timeout
+        return cls(exchange, 5 * exchange, min(10.0, exchange), min(0.1, silence / 10), silence)
 
 
 class CellLink:
@@ -67,7 +71,7 @@ class CellLink:
     def __init__(self, cell: Cell, state: LiveState, limits: Limits) -> None:
         self.cells = cell.cells
         self._cell, self._state, self._limits = cell, state, limits
-        self._group = ProcessGroupGloo(timeout=timedelta(seconds=limits.exchange))
+        self._group = Group(limits)
         self._joined: Manager | None = None
         self._count = JOINED  # until there is a manager, which counts then
         self.changed = False  # the state, when this cell met the others the last time
@@ -198,6 +202,37 @@ class CellLink:
         # cells that begin at the same time have given a sign of life before the first of them asks for the others
         time.sleep(2 * limits.heartbeat)
         return manager
+
+
+class Group(ProcessGroupGloo):
+    """Connections to other cells that end when packets of theirs do not arrive any more, as when their machine has lost
+    its power: nobody closes them then, and gloo alone would wait as long as a message may take."""
+
+    def __init__(self, limits: Limits) -> None:
+        super().__init__(timeout=timedelta(seconds=limits.exchange))
+        self._silence = limits.silence
+
+    def _create_pg(self, store: dist.Store, rank: int, world_size: int) -> dist.ProcessGroup:
+        before = _connections()
+        group = super()._create_pg(store, rank, world_size)
+        for descriptor, *_ in _connections() - before:
+            with contextlib.suppress(OSError), socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM) as own:
+                end_where_silent(own, self._silence)
+        return group
+
+
+def end_where_silent(connection: socket.socket, seconds: float) -> None:
+    """Let the kernel end a TCP connection whose other machine confirms nothing for so many ``seconds``."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(1000 * seconds))
+
+
+def _connections() -> set[tuple[object, ...]]:
+    """Return descriptor and both addresses of each TCP connection of this process."""
+    found = psutil.Process().net_connections("tcp")
+    return {(one.fd, one.laddr, one.raddr) for one in found if one.status == psutil.CONN_ESTABLISHED}
 
 
 class Exchange:

@@ -1,0 +1,83 @@
+"""A network of this machine alone: a bridge, and a network namespace for each node, which loses packets on request.
+
+It needs the packages iproute2 and iptables, and root.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LOOPBACK = "127.0.0.1"
+INTERFACE = "eth0"  # in every namespace
+ALL = [("INPUT", "-i"), ("OUTPUT", "-o")]
+
+
+def missing() -> list[str]:
+    """That without which there is no network here."""
+    lacking = [name for name in ("ip", "iptables") if shutil.which(name) is None]
+    if lacking or os.geteuid():
+        return lacking + (["root"] if os.geteuid() else [])
+    name = f"t{os.getpid()}"
+    if subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode:
+        return ["network namespaces"]
+    _run("ip", "netns", "delete", name)
+    return []
+
+
+class Network:
+    """``host`` is this machine's address in it, and ``addresses`` are those of the nodes."""
+
+    def __init__(self, nodes: int) -> None:
+        subnet, self._name = f"10.213.{os.getpid() % 256}", f"t{os.getpid()}"
+        self.host, self.addresses = f"{subnet}.1", [f"{subnet}.{2 + node}" for node in range(nodes)]
+        _run("ip", "link", "add", self._name, "type", "bridge")
+        _run("ip", "address", "add", f"{self.host}/24", "dev", self._name)
+        _run("ip", "link", "set", self._name, "up")
+        for node, address in enumerate(self.addresses):
+            port, inside = f"{self._name}-{node}", ["ip", "-n", self._namespace(node)]
+            _run("ip", "netns", "add", self._namespace(node))
+            _run("ip", "link", "add", port, "type", "veth", "peer", "name", INTERFACE, "netns", self._namespace(node))
+            _run("ip", "link", "set", port, "master", self._name, "up")
+            _run(*inside, "address", "add", f"{address}/24", "dev", INTERFACE)
+            for name in ("lo", INTERFACE):
+                _run(*inside, "link", "set", name, "up")
+
+    def inside(self, node: int) -> list[str]:
+        """What a command begins with that runs on a node."""
+        return ["nsenter", f"--net=/run/netns/{self._namespace(node)}"]  # `ip netns exec` would hide /sys/fs/cgroup
+
+    def repair(self, node: int) -> None:
+        """Let the node lose no packets any more."""
+        _run(*self.inside(node), "iptables", "-w", "-F")
+
+    def close(self) -> None:
+        for node in range(len(self.addresses)):
+            _run("ip", "netns", "delete", self._namespace(node))
+        _run("ip", "link", "delete", self._name)
+
+    def _namespace(self, node: int) -> str:
+        return f"{self._name}-{node}"
+
+
+def cut(*beside: str) -> str:
+    """Return a command of the shell by which the node that it runs on loses all packets: without a word to anybody, as
+    where a cable or a switch is broken. ``beside``: what iptables has to match beyond that."""
+    rules = [f"iptables -w -A {chain} {flag} {INTERFACE} {' '.join(beside)} -j DROP" for chain, flag in ALL]
+    return " && ".join(rules)
+
+
+@contextmanager
+def network(nodes: int) -> Iterator[Network]:
+    made = Network(nodes)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)
