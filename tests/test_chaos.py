@@ -70,9 +70,9 @@ def chaos(config: Path, faults: str, ranks: int = RANKS) -> tuple[Config, list[R
     return found, run.rows()
 
 
-def undisturbed(config: Path) -> Path:
-    folder = config.parent
-    done = forked.run("-m", "miles_spmd", "train", config, f"--nproc-per-node={RANKS}", folder=folder)
+def undisturbed(config: Path, timeout: float = 200) -> Path:
+    folder, command = config.parent, ("-m", "miles_spmd", "train", config, f"--nproc-per-node={RANKS}")
+    done = forked.run(*command, folder=folder, timeout=timeout)
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "tiny"
 
@@ -164,7 +164,8 @@ def test_a_hundred_faults_in_one_run(tmp_path: Path, checkpoint: Path) -> None:
             assert "the run goes on without cell" in row.said
             assert row.back is not None
     folder = found.run_dir.rename(tmp_path / "hurt")
-    check_equal(undisturbed(recipe(tmp_path, checkpoint, steps, **settings, train=OF_CELLS["train"])), folder)
+    config = recipe(tmp_path, checkpoint, steps, **settings, train=OF_CELLS["train"])
+    check_equal(undisturbed(config, timeout=1800), folder)
 
 
 CHAINS = {  # every kind, in several phases, to every process that it can strike

@@ -73,7 +73,7 @@ def missing() -> list[str]:
 
 
 class Cluster:
-    """The nodes are called ``node0``, ``node1``, ... They share the loopback interface where there is no ``network``."""
+    """The nodes are called ``node0``, ``node1``, ... Without a ``network`` they share the loopback interface."""
 
     def __init__(self, nodes: int, network: Network | None = None) -> None:
         self._network = network
