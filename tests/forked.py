@@ -8,6 +8,7 @@ nothing is imported, so a few tests still start whole interpreters.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import multiprocessing
 import os
@@ -21,6 +22,8 @@ from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 REPOSITORY = Path(__file__).parents[1]
 server = multiprocessing.get_context("forkserver")
@@ -56,6 +59,17 @@ class Program:
 
     def kill(self) -> None:
         self._process.kill()
+
+
+class Launcher(Program):
+    """The launcher of a cell. In place of the variable of the environment by which the supervisor finds the processes
+    of a cell, and which a forked process does not show."""
+
+    def kill(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for rank in psutil.Process(self.pid).children():
+                rank.kill()
+        super().kill()
 
 
 def start(
@@ -96,7 +110,7 @@ def fork_launcher(command: Sequence[str], environment: Mapping[str, str]) -> Pro
     forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]  # it would start one of its own
     streams = (Path(os.readlink(f"/proc/self/fd/{number}")) for number in (1, 2))
     args = list(command[1:]), Path.cwd(), dict(environment), *streams, (), 0, os.O_APPEND
-    return Program(server.Process(target=_run, args=args))
+    return Launcher(server.Process(target=_run, args=args))
 
 
 def fork_rank(handler: Any, command: Sequence[str], environment: Mapping[str, str]) -> Program:

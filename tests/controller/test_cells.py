@@ -9,10 +9,10 @@ import pytest
 
 from miles_spmd.config.resilience import ResilienceConfig
 from miles_spmd.controller.cluster.errors import WorkerSilentError
-from miles_spmd.protocol.commands import Generate, RefitEngine
+from miles_spmd.protocol.commands import ComputePart, Generate, MakeUpdate, RefitEngine, TrainStep
 from miles_spmd.protocol.messages import Call, Heartbeat, Overdue, StopNotice
 from miles_spmd.protocol.pipe import StartCell, ToSupervisor
-from miles_spmd.protocol.results import Ok, Result
+from miles_spmd.protocol.results import Ok, PartResult, Result, UpdateResult
 from tests.controller.harness import Harness, Make
 from tests.controller.ranks import FakeRank, Response, empty
 
@@ -82,6 +82,35 @@ def test_an_engine_that_does_not_return_from_a_step(cluster: Make, hangs: int) -
     assert first == f"rollout, step 3: the engine of rank {hangs} did not return from a step within 0.5 s"
     assert lines[0] == f"  rank {hangs} in forward (model.py:1)"
     assert lines[-1].endswith(f"; the run goes on without cell {hangs} (node-a), which is started again")
+
+
+@pytest.mark.parametrize("severed", [1, 2])
+def test_cells_that_do_not_reach_each_other(cluster: Make, severed: int) -> None:
+    """The controller hears all of them, so that none is silent. The run goes on without the one that came last, which
+    is started again."""
+    updates = [0] * 4
+
+    def trains(rank: FakeRank, call: Call) -> Result:
+        match call.command:
+            case ComputePart():
+                return PartResult([{}])
+            case MakeUpdate():
+                updates[rank.rank] += 1
+                cannot = not any(f"without cell {severed} " in line for line in said)
+                return UpdateResult(1.0, lost="no answer" if cannot else "")
+        return empty(call.command)
+
+    made, said, orders = divided(cluster, *[trains] * 4)
+    made.workers.cells._joined(severed)
+    results = made.workers.train([TrainStep([])] * 4, step=3)
+    assert [result.grad_norm for result in results] == [1.0] * 4
+    (lost,) = said
+    why, _, then = lost.partition("; ")
+    assert why == "train, step 3: cells have failed 3 times to make an update: no answer"
+    assert then == f"the run goes on without cell {severed} (node-a), which is started again"
+    assert isinstance(orders[-1], StartCell)
+    assert orders[-1].cell == severed
+    assert updates == [3 if cell == severed else 4 for cell in range(4)]
 
 
 def is_suspended(rank: FakeRank, call: Call) -> None: ...

@@ -5,11 +5,14 @@ It needs the packages iproute2 and iptables, and root.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+
+import psutil
 
 LOOPBACK = "127.0.0.1"
 INTERFACE = "eth0"  # in every namespace
@@ -50,6 +53,29 @@ class Network:
         """What a command begins with that runs on a node."""
         return ["nsenter", f"--net=/run/netns/{self._namespace(node)}"]  # `ip netns exec` would hide /sys/fs/cgroup
 
+    def cut(self, node: int) -> None:
+        """Let the node lose all packets."""
+        _run(*self.inside(node), "sh", "-c", cut())
+
+    def sever(self, node: int, *alone: int) -> None:
+        """Let the node lose all packets except those that come from a port of a process other than ``alone``, or go to
+        one: these processes do not reach each other any more."""
+        ports = {port for number in range(len(self.addresses)) for port in self._ports(number, alone)}
+        allowed = [f"-p tcp --{end}port {port} -j ACCEPT" for port in sorted(ports) for end in "sd"]
+        rules = [f"-A {chain} {flag} {INTERFACE} {rule}" for chain, flag in ALL for rule in (*allowed, "-j DROP")]
+        restore = "\n".join(["*filter", *rules, "COMMIT", ""])
+        subprocess.run([*self.inside(node), "iptables-restore"], input=restore, text=True, check=True)
+
+    def _ports(self, node: int, without: Collection[int]) -> set[int]:
+        """The ports that processes of the node have, apart from some of them."""
+        namespace, found = os.stat(f"/run/netns/{self._namespace(node)}").st_ino, set[int]()
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                inside = os.stat(f"/proc/{process.pid}/ns/net").st_ino == namespace
+                if inside and process.pid not in without:
+                    found |= {one.laddr.port for one in process.net_connections("tcp")}
+        return found
+
     def repair(self, node: int) -> None:
         """Let the node lose no packets any more."""
         _run(*self.inside(node), "iptables", "-w", "-F")
@@ -63,11 +89,10 @@ class Network:
         return f"{self._name}-{node}"
 
 
-def cut(*beside: str) -> str:
+def cut() -> str:
     """Return a command of the shell by which the node that it runs on loses all packets: without a word to anybody, as
-    where a cable or a switch is broken. ``beside``: what iptables has to match beyond that."""
-    rules = [f"iptables -w -A {chain} {flag} {INTERFACE} {' '.join(beside)} -j DROP" for chain, flag in ALL]
-    return " && ".join(rules)
+    where a cable or a switch is broken."""
+    return " && ".join(f"iptables -w -A {chain} {flag} {INTERFACE} -j DROP" for chain, flag in ALL)
 
 
 @contextmanager

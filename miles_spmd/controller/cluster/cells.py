@@ -39,6 +39,7 @@ LATE_SECONDS = 1.0  # after the replies of the others, in which that of a cell c
 UPDATE_SECONDS = 5.0  # after the first reply to an update, in which the others come
 MEETINGS = 5  # in which a cell that is ready has to be seen
 ATTEMPTS = 10  # of one update
+IN_VAIN = 3  # of them in a row, by the same cells, after which one of these is lost
 # seconds before the start after one by which the cell has not come to take part; each pause is four times the last one
 FIRST_PAUSE, LONGEST_PAUSE = 2.0, 300.0
 LASTING = 600.0  # seconds after which a cell that has taken part is no longer one that keeps failing
@@ -97,8 +98,9 @@ class Cells:
                 own = ComputePart(number, part, command.micro_batches, command.role)
                 same.setdefault((part, id(command)), own)
             parts[part] = [same[part, id(command)] for command in of_ranks]
-        done, lost = self._execute(parts, step), ""
+        done, lost, in_vain = self._execute(parts, step), "", 0
         for _ in range(ATTEMPTS):
+            members = self._table.members
             found = self._together(MakeUpdate(number, commands[0].role), step)
             made = {cell: of_ranks for cell, of_ranks in found.items() if not any(one.lost for one in of_ranks)}
             if made:
@@ -109,6 +111,10 @@ class Cells:
             replies = [one for of_ranks in found.values() for one in of_ranks]
             lost = next((one.lost for one in replies), lost)
             missing = {part for one in replies for part in one.missing}
+            in_vain = in_vain + 1 if members == self._table.members and not missing else 0
+            if in_vain == IN_VAIN and len(members) > 1:  # they reach the controller, and not each other
+                newest = max(members, key=lambda cell: (self._histories[cell].joined, cell))
+                self.lose(newest, f"train, step {step}: cells have failed {in_vain} times to make an update: {lost}")
             missing |= {part for part, cell in self._holders.items() if cell not in self._table.members}
             self._execute({part: parts[part] for part in sorted(missing)}, step)
         raise WorkerError(f"train, step {step}: cells have failed {ATTEMPTS} times to make an update together: {lost}")

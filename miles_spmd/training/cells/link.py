@@ -229,7 +229,7 @@ def end_where_silent(connection: socket.socket, seconds: float) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(1000 * seconds))
 
 
-def _connections() -> set[tuple[object, ...]]:
+def _connections() -> set[tuple[int, tuple[object, ...], tuple[object, ...]]]:
     """Return descriptor and both addresses of each TCP connection of this process."""
     found = psutil.Process().net_connections("tcp")
     return {(one.fd, one.laddr, one.raddr) for one in found if one.status == psutil.CONN_ESTABLISHED}
