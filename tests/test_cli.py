@@ -1,4 +1,4 @@
-"""The verbs as a user calls them, in processes of their own."""
+"""The verbs, in processes of their own; where their start matters, with a new interpreter, as a user calls them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,14 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def miles_spmd(*arguments: object, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = "-m", "miles_spmd", *arguments
+        done = forked.run(*command, folder=Path(folder), timeout=280, environment={"COLUMNS": "200"} | environment)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def as_a_user(*arguments: object, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [sys.executable, "-m", "miles_spmd", *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", **environment},
@@ -55,7 +64,7 @@ def recipe(folder: Path) -> Path:
 
 def test_help_is_quick_and_names_every_verb() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    text = miles_spmd("--help").stdout
+    text = as_a_user("--help").stdout
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     for verb in ("train", "eval", "export", "plan", "report", "doctor", "chaos"):
         assert re.search(rf"^\W*{verb}\b", text, flags=re.MULTILINE), text
@@ -94,7 +103,7 @@ def test_dry_run_says_what_plan_says(recipe: Path, folder: Path) -> None:
 
 def test_a_plan_needs_no_data(recipe: Path) -> None:
     """But says that there is none."""
-    plan = miles_spmd("plan", recipe, "prompt_data=nowhere.jsonl", "seed=2", status=2)
+    plan = as_a_user("plan", recipe, "prompt_data=nowhere.jsonl", "seed=2", status=2)
     assert "data.prompt_data: no file nowhere.jsonl" in plan.stderr
     assert "Batch schedule" in plan.stdout
 
@@ -102,7 +111,7 @@ def test_a_plan_needs_no_data(recipe: Path) -> None:
 def test_train_export_evaluate_report(recipe: Path, folder: Path) -> None:
     """The way of a model through the verbs: two steps, its checkpoint exported, the export scored."""
     run = folder / "runs" / "tiny"
-    miles_spmd("train", recipe, "save_final=true", "export_final=true", "--nproc-per-node", 2)
+    as_a_user("train", recipe, "save_final=true", "export_final=true", "--nproc-per-node", 2)
     assert load_config(run / "config.toml") == load_config(
         recipe,
         ["save_final=true", "export_final=true", "parity=off"],  # "auto", where nothing is generated
@@ -145,12 +154,12 @@ def test_train_export_evaluate_report(recipe: Path, folder: Path) -> None:
 
 
 def test_short_help_version_and_completion() -> None:
-    assert "train" in miles_spmd("-h").stdout
-    assert "--dry-run" in miles_spmd("train", "-h").stdout
-    assert re.fullmatch(r"miles-spmd \d+\.\d+\.\d+\n", miles_spmd("--version").stdout)
-    assert "_MILES_SPMD_COMPLETE" in miles_spmd("--show-completion", "bash").stdout
+    assert "train" in as_a_user("-h").stdout
+    assert "--dry-run" in as_a_user("train", "-h").stdout
+    assert re.fullmatch(r"miles-spmd \d+\.\d+\.\d+\n", as_a_user("--version").stdout)
+    assert "_MILES_SPMD_COMPLETE" in as_a_user("--show-completion", "bash").stdout
     words = {"COMP_WORDS": "miles-spmd train x.toml rollout_te", "COMP_CWORD": "3"}
-    assert miles_spmd(_MILES_SPMD_COMPLETE="complete_bash", **words).stdout.strip() == "rollout_temperature="
+    assert as_a_user(_MILES_SPMD_COMPLETE="complete_bash", **words).stdout.strip() == "rollout_temperature="
 
 
 @pytest.mark.parametrize(
@@ -230,7 +239,7 @@ def test_report_needs_a_run(folder: Path) -> None:
 
 
 def test_doctor() -> None:
-    text = miles_spmd("doctor").stdout
+    text = as_a_user("doctor").stdout
     for line in ("ok  torch", "ok  collectives (gloo)", "ok  trainer (Megatron-core)", "ok  engine (SGLang)"):
         assert line in text, text
     if shutil.which("bwrap"):

@@ -11,8 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-
-import psutil
+from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
 INTERFACE = "eth0"  # in every namespace
@@ -68,12 +67,15 @@ class Network:
 
     def _ports(self, node: int, without: Collection[int]) -> set[int]:
         """The ports that processes of the node have, apart from some of them."""
-        namespace, found = os.stat(f"/run/netns/{self._namespace(node)}").st_ino, set[int]()
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                inside = os.stat(f"/proc/{process.pid}/ns/net").st_ino == namespace
-                if inside and process.pid not in without:
-                    found |= {one.laddr.port for one in process.net_connections("tcp")}
+        namespace, found = Path("/run/netns", self._namespace(node)).stat().st_ino, set[int]()
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if (process / "ns/net").stat().st_ino == namespace and int(process.name) not in without:
+                    sockets = {os.readlink(descriptor) for descriptor in (process / "fd").iterdir()}
+                    for line in (process / "net/tcp").read_text().splitlines()[1:]:
+                        _, address, *_, number = line.split()[:10]
+                        if f"socket:[{number}]" in sockets:
+                            found.add(int(address.rpartition(":")[2], 16))
         return found
 
     def repair(self, node: int) -> None:
