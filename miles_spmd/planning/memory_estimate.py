@@ -155,10 +155,10 @@ def _waiting_subtrees(config: Config, layout: ParallelLayout) -> int:
 
 
 def _kept_gradients(config: Config, *sizes: int) -> int:
-    """Return the bytes of host memory that a cell keeps until an update is made: the gradients of its own part of the
-    batch and of one that a lost cell has left, as long as half of the cells are there."""
+    """Return the bytes of host memory that a cell keeps until an update is made: the gradient of its own part of the
+    batch, where it computes another one that a lost cell has left, as long as half of the cells are there."""
     pinned = {_pinned(size) for size in sizes}  # actor and critic train in turn, and share memory of the same size
-    return 2 * sum(pinned) if config.resilience.cells > 1 else 0
+    return sum(pinned) if config.resilience.cells > 1 else 0
 
 
 def _pinned(nbytes: int) -> int:

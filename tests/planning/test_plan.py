@@ -280,14 +280,15 @@ def test_a_save_takes_host_memory(ranks: int, offloads: bool, nbytes: int) -> No
 
 
 def test_gradients_that_cells_exchange_take_host_memory() -> None:
-    """Their own and one that a lost cell has left, in fp32; torch rounds pinned memory up to a power of two."""
+    """Their own where they compute one that a lost cell has left, in fp32; torch rounds pinned memory up to a power of
+    two."""
     family = load_family(SHAPES["qwen3-4b"])
 
     def host(cells: int) -> int:
         config = make_config(Path("absent"), {}, resilience={"cells": cells}, train={"reduction_leaves": 8})
         return estimate_memory(config, family, ParallelLayout.of(config, world_size=1)).host
 
-    assert host(2) - host(1) == host(8) - host(1) == 2 * 16 * 2**30 >= 2 * 4 * family.num_parameters()
+    assert host(2) - host(1) == host(8) - host(1) == 16 * 2**30 >= 4 * family.num_parameters()
 
 
 def test_a_trainer_that_moves_out_leaves_room() -> None:
