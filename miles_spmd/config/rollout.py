@@ -155,7 +155,7 @@ def _engines_fill_their_ranks(s: Settings) -> Messages:
 
 @rule(ERRORS)
 def _engine_heads(s: Settings) -> Messages:
-    yield from heads_divide("sglang.tp_size", s.tp_size, s)
+    yield from heads_divide("sglang.tp_size", s.tp_size, s.shape)
 
 
 class RefitConfig(Table):
