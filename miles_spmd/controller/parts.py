@@ -38,6 +38,7 @@ from miles_spmd.telemetry.progress import Progress, open_progress
 from miles_spmd.telemetry.texts import StepLines
 from miles_spmd.telemetry.trackers import open_trackers
 from miles_spmd.telemetry.transcripts import cut_transcripts
+from miles_spmd.types.engine_group import JUDGE, POLICY
 from miles_spmd.types.role import Role
 from miles_spmd.types.run_files import adopt_config
 
@@ -122,8 +123,9 @@ def open_parts(
             generation.resume(start.step, checkpoints.responses)
             checkpoints.backlog = generation.backlog
         cluster.abandons = stopping.must_leave
+        cluster.engines[JUDGE].replacements = config.rollout.engine_replacements
         if config.refit.update_weights_interval == 1:  # else the trainer no longer has the engine's weights
-            cluster.replacements = config.rollout.engine_replacements
+            cluster.engines[POLICY].replacements = config.rollout.engine_replacements
         cluster.pipelined = config.megatron.get("pipeline_model_parallel_size", 1) > 1
         samples = generation if recorded is None else RecordedSamples(recorded, data, journal)
         stack.enter_context(checkpoints.completed(journal))
