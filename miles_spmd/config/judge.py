@@ -1,12 +1,12 @@
 """The judge of `[reward]` that engines of this run hold: what it is asked with, and what its settings must not say."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, ValidationError
 
 from miles_spmd.config.backends import BackendMissingError, backend_fields, refusal, value_error
 from miles_spmd.config.checks import ERRORS, FILES, WARNINGS, Messages, Settings, checkpoint_shape, heads_divide, rule
-from miles_spmd.config.data import evaluates
+from miles_spmd.config.data import TemplateArguments, evaluates
 from miles_spmd.config.model import folder_errors
 from miles_spmd.config.overrides import hint, nearest
 from miles_spmd.config.reward import scores_by
@@ -27,7 +27,7 @@ class JudgeArguments(Table):
     """Longest reply in tokens."""
     stop: str | list[str] = []
     """Texts at which a reply ends."""
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: TemplateArguments = {}
     """Further variables of the judge's chat template, such as `{ enable_thinking = false }`."""
 
     @property

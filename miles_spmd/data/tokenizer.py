@@ -151,10 +151,15 @@ class Tokenizer:
             parts.append(Encoding(tail.ids, tail.offsets + start))
         return Encoding([i for part in parts for i in part.ids], np.concatenate([part.offsets for part in parts]))
 
-    def encode_continuation(self, text: str, literal: Sequence[tuple[int, int]] = ()) -> list[int]:
-        """Encode a text that follows another one. In the ranges of characters that are ``literal``, what spells a
-        special token is text like any other."""
-        ids, offsets = self._continue(text)
+    def encode_continuation(
+        self, text: str, literal: Sequence[tuple[int, int]] = (), *, at_start: bool = False
+    ) -> list[int]:
+        """Encode a text that follows another one, or stands ``at_start`` of a context, where a chat template has
+        written it. In the ranges of characters that are ``literal``, what spells a special token is text like any
+        other."""
+        ids, offsets = (
+            _encoding(self._fast.encode(text, add_special_tokens=False)) if at_start else self._continue(text)
+        )
         cuts = set[int]()  # in the middle of what spells a special token, so that no part does
         for token, (start, end) in zip(ids, offsets.tolist()):
             if token in self._special_ids:
@@ -168,7 +173,9 @@ class Tokenizer:
         return [
             token
             for start, end in parts
-            for token in self.encode_continuation(text[start:end], _within(literal, start, end))
+            for token in self.encode_continuation(
+                text[start:end], _within(literal, start, end), at_start=at_start and not start
+            )
         ]
 
     @cached_property
