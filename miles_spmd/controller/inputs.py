@@ -86,8 +86,11 @@ def _judge(known: Settings) -> Iterator[str]:
         return
     try:
         arguments = JudgeArguments.model_validate(known.get("judge_arguments") or {})
-        probe = [{"role": "user", "content": "?"}]
-        Tokenizer(folder).render(probe, arguments=arguments.chat_template_kwargs)
+        tokenizer, probe = Tokenizer(folder), [{"role": "user", "content": "?"}]
+        if tokenizer.chat_template.exists:
+            tokenizer.render(probe, arguments=arguments.chat_template_kwargs)
+        else:
+            yield f"{setting}: {folder} has no chat template, by which the judge is asked: add chat_template.jinja"
     except ValidationError:
         return  # reported with the settings
     except TokenizerError as error:
