@@ -4,22 +4,34 @@ test_disaggregated.py."""
 from __future__ import annotations
 
 import json
+import os
+import signal
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.ledger import step_data
 from miles_spmd.ledger.compare import compare
+from miles_spmd.types.phase import Phase
 from tests.data.conftest import write_tokenizer
 from tests.ranks import Ranks
+from tests.worker.launched import START_SECONDS, Launch
 from tests.worker.test_disaggregated import train
 from tests.worker.tiny_run import write_checkpoint, write_config
 
 PROMPT = "Prompt: {prompt}\nResponse: {response}\nReference: {label}\nGrade the response."
 STEPS = 3
 LONGEST_REPLY = 4
+REWARD: dict[str, Any] = {
+    "rm_type": "judge",
+    "judge_num_gpus": 1,
+    "judge_prompt": PROMPT,
+    "judge_arguments": {"max_tokens": LONGEST_REPLY},
+    "judge_default": -1.0,
+}
 
 
 def write_judge(folder: Path) -> Path:
@@ -61,14 +73,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, judge: Path) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    reward = {
-        "rm_type": "judge",
-        "judge_hf_checkpoint": str(judge),
-        "judge_num_gpus": 1,
-        "judge_prompt": PROMPT,
-        "judge_arguments": {"max_tokens": LONGEST_REPLY},
-        "judge_default": -1.0,
-    }
+    reward = REWARD | {"judge_hf_checkpoint": str(judge)}
     return write_config(folder, write_checkpoint(folder / "model"), reward=reward, megatron={"lr": 1e-2})
 
 
@@ -117,7 +122,7 @@ def test_scores_are_those_of_transformers(
         question = f"Prompt: {row['prompt']}\nResponse: {response}\nReference: {row['label']}\nGrade the response."
         reply = greedy(judge, question)
         assert reward == (float(reply) if reply.isdecimal() else -1.0), (question, reply)
-    assert len({reward for _, _, reward in samples}) > len(samples) / 2
+    assert len({reward for _, _, reward in samples}) > 5
 
 
 @cache
@@ -146,3 +151,37 @@ def test_a_held_out_set_has_a_judge_of_its_own(ranks: Ranks, recipe: Path, tmp_p
         found.append({key: value for key, value in metrics.items() if key.startswith("eval/")})
     assert found[0] == found[1]
     assert found[0]["eval/held"] > 1
+
+
+# --- the judge fails --------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_fails_is_replaced(launch: Launch, judge: Path) -> None:
+    """The new one reads the checkpoint again, and the scores are what they would have been."""
+    settings = {"run": {"overwrite": True}, "reward": REWARD | {"judge_hf_checkpoint": str(judge)}}
+    whole = launch(**settings)
+    assert whole.launcher.wait(START_SECONDS) == 0, whole.report()
+    expected = (whole.run_dir / "ledger" / "chain.jsonl").read_bytes()
+    hurt = launch(Phase.ROLLOUT, 1, "engine", **settings)
+    assert hurt.launcher.wait(START_SECONDS) == 0, hurt.report()
+    (line,) = [line for line in hurt.stderr().splitlines() if line.startswith("miles-spmd: ")]
+    assert "rollout, step 0, judge: RuntimeError: the deed is done; the engines are replaced, and " in line
+    assert (hurt.run_dir / "ledger" / "chain.jsonl").read_bytes() == expected
+
+
+def test_one_that_always_fails_ends_the_run(launch: Launch, judge: Path) -> None:
+    reward = REWARD | {"judge_hf_checkpoint": str(judge)}
+    run = launch(Phase.ROLLOUT, 1, "engines", rollout={"engine_replacements": 1}, reward=reward)
+    assert run.launcher.wait(START_SECONDS) != 0
+    first, last = [line for line in run.stderr().splitlines() if line.startswith("miles-spmd: ")]
+    assert first.startswith("miles-spmd: warning: rank 1 (")
+    assert last.startswith("miles-spmd: rank 1 (")
+    assert "rollout, step 0, judge: RuntimeError: the deed is done (traceback in " in last
+
+
+def test_a_judge_that_dies_ends_the_run(launch: Launch, judge: Path) -> None:
+    reward = REWARD | {"judge_hf_checkpoint": str(judge)}
+    run = launch(reward=reward, run={"num_rollout": 10000})
+    run.wait_for_steps(2)
+    os.kill(run.wait_for_ranks()[1], signal.SIGKILL)
+    assert run.finish().startswith("rank 1 (")
