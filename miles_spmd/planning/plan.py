@@ -9,6 +9,7 @@ from miles_spmd.config import Config
 from miles_spmd.config.checks import settings
 from miles_spmd.models import Family, load_family
 from miles_spmd.planning.memory_estimate import (
+    MOST_REQUESTS,
     STATIC_FRACTION,
     MemoryEstimate,
     checkpoint_bytes,
@@ -212,7 +213,9 @@ def _judge(config: Config, layout: ParallelLayout, device_gib: float | None) -> 
     if device_gib is None:
         return
     fraction = float(group.server_args.get("mem_fraction_static") or STATIC_FRACTION)
-    tokens = group.server_args.get("max_total_tokens") or m.kv_tokens(int(device_gib * GIB) - CONTEXT, fraction)
+    room = m.kv_tokens(int(device_gib * GIB) - CONTEXT, fraction)
+    most = (group.server_args.get("max_running_requests") or MOST_REQUESTS) * family.max_sequence_length
+    tokens = group.server_args.get("max_total_tokens") or min(room, most)
     if tokens:
         yield f"  KV cache: {tokens:,} tokens; {tokens * m.kv_bytes_per_token / GIB:.4g} GiB"
     else:

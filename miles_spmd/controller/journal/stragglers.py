@@ -59,7 +59,7 @@ class StragglerWatch:
             of_phase = {rank: work for (of, rank), work in own.items() if of is phase}
             units = _units(phase, of_phase, self._infos)
             # the engines of a group are peers: others have another model
-            groups = {info.group for info in self._infos.values()}
+            groups = sorted({info.group for info in self._infos.values()})
             peers = [{u: w for u, w in units.items() if self._infos[u[0]].group == group} for group in groups]
             compared = [self._compare(step, phase, units) for units in peers if len(units) > 1]
             if compared:
