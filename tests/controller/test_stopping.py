@@ -228,8 +228,8 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Stopping]:
         begin, next_output = Cluster.begin, RolloutSession.next
         count = 0
 
-        def begin_and_ask(self: Cluster, command: Command, *, step: int, cell: int | None = None) -> PendingCall:
-            call: PendingCall = begin(self, command, step=step, cell=cell)
+        def begin_and_ask(self: Cluster, command: Command, *, step: int, **more: Any) -> PendingCall:
+            call: PendingCall = begin(self, command, step=step, **more)
             first = command[0] if isinstance(command, list) else command
             if isinstance(first, kind) and step == one.step and not outputs:
                 one.now()
