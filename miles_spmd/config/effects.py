@@ -47,6 +47,7 @@ NEEDED: dict[str, tuple[Callable[[Settings], bool], str]] = {
         lambda s: not s.use_tis or s.tis_function != "mis",
         "tis_clip tis_clip_low",
     ),
+    "train.reduction_leaves above 0": (lambda s: s.reduction_leaves > 0, "train.leaf_tokens"),
     "the reward 'remote'": (lambda s: scores_by(s, "remote"), "reward.remote_url reward.remote_key_variable"),
     "the reward 'judge'": (lambda s: scores_by(s, "judge"), JUDGE),
     "reward.judge_url": (lambda s: s.judge_url is not None, "reward.judge_key_variable reward.judge_model"),
