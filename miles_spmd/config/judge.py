@@ -10,7 +10,7 @@ from miles_spmd.config.data import TemplateArguments, evaluates
 from miles_spmd.config.model import folder_errors
 from miles_spmd.config.overrides import hint, nearest
 from miles_spmd.config.reward import scores_by
-from miles_spmd.config.table import PositiveInt, Table, Temperature
+from miles_spmd.config.table import PositiveInt, Table, Temperature, TopK
 
 
 class JudgeArguments(Table):
@@ -21,7 +21,7 @@ class JudgeArguments(Table):
     """Sampling temperature; 0 always takes the top-1 token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample from the smallest set of tokens whose probabilities sum to this."""
-    top_k: int = -1
+    top_k: TopK = -1
     """Sample from so many most probable tokens; -1: from the whole vocabulary."""
     max_tokens: PositiveInt = 1024
     """Longest reply in tokens."""

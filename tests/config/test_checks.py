@@ -130,6 +130,10 @@ OTHER_ENGINE = "tests.reference_engine:TorchEngine"
             "reward.judge_arguments: n: engines of this run do not have it",
         ),
         (f"{JUDGE} judge_arguments={{max_tokens=0}}", "reward.judge_arguments: max_tokens: Input should be greater"),
+        (
+            f"{JUDGE} judge_arguments={{top_k=0}}",
+            "reward.judge_arguments: top_k: must be -1 (the whole vocab",
+        ),
         (f"{JUDGE} judge_arguments={{temperature=1e-9}}", "reward.judge_arguments: temperature: must be 0 or at least"),
         ("remote_url=x/score", "reward.remote_url: must be a URL that begins with http:// or https://"),
         ("remote_url=http://me:word@x/score", "reward.remote_url: must be a URL"),
