@@ -73,7 +73,7 @@ def serve(credentials: bytes, config: Config, lasts: str) -> None:
 def train(ranks: Ranks, world_size: int, recipe: Path, folder: Path, *overrides: str) -> Record:
     """A run in ``folder``; what its ledger says of it."""
     settings = [f"run.output_dir={folder.parent}", f"run.name={folder.name}", "progress=none", "export_final=true"]
-    settings += ["save_interval=2", "start_timeout=60", *overrides]
+    settings += ["save_interval=2", "start_timeout=240", *overrides]
     config = load_config(recipe, settings, world_size=world_size)
     router, errors = Router(ranks=world_size), list[BaseException]()
     lasts = TemporaryDirectory()
