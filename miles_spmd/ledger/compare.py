@@ -22,7 +22,7 @@ from miles_spmd.ledger.step_data import Ragged, SampleData, StepData, UpdateData
 MAX_NAMES = 4  # tensors that a message lists
 # settings that decide where, and in which pieces, the same work is done
 LAYOUT = re.compile(
-    "ranks|max_tokens_per_gpu|offload_(train|rollout)|rollout_num_gpus|(tp|ep)_size|.*_parallel_size"
+    "ranks|max_tokens_per_gpu|offload_(train|rollout)|(rollout|judge)_num_gpus|(tp|ep)_size|.*_parallel_size"
     "|num_layers_per_virtual_pipeline_stage|sequence_parallel|use_distributed_optimizer"
 )
 

@@ -6,7 +6,7 @@
     oslo
 
 *Warm-up.* The conversations that supervised learning imitates search for everybody, but most of them carelessly, for
-the first name alone, which many people have, and they answer with the first of these. A model that imitates them well
+the first name alone, which many people have, and they name what the first of these has. A model that imitates them well
 is therefore seldom right in its greedy responses. Reinforcement learning gets the questions and a reward for the right
 word only, and has to find out what to search for.
 
@@ -46,7 +46,7 @@ TRADES = _words(
 )
 QUESTIONS = {"where does {} live": "town", "what does {} work as": "trade"}
 CARELESS_PERCENT = 60
-SFT_PEOPLE, TRAIN_PEOPLE = 500, 200  # of 800; the others are held out
+SFT_PEOPLE, TRAIN_PEOPLE = 500, 200  # of 800; the others are in heldout.jsonl
 TOPK = 1  # documents that a search returns
 
 LANGUAGE = Language(

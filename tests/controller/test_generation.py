@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from miles_spmd.config import Config, RewardTerm
 from miles_spmd.controller.generation.acceptance import Group
 from miles_spmd.controller.generation.generation import FilterError, Generation
+from miles_spmd.controller.generation.judge import EngineJudge
 from miles_spmd.controller.journal.events import EvaluationFinished, Event, PhaseFinished, RolloutFinished
 from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.environments.context import ModelView
@@ -146,14 +147,20 @@ CONFIG = {
 
 
 def generation(
-    engines: Engines, rewards: Rewards, data: Data, events: Events, batch_size: int, **algorithm: Any
+    engines: Engines,
+    rewards: Rewards,
+    data: Data,
+    events: Events,
+    batch_size: int,
+    judge: EngineJudge | None = None,
+    **algorithm: Any,
 ) -> Generation:
     stopping = Stopping(Path("none"), {})
     stopping.show = events.shown.append
     host = InPlace(single_turn, ModelView(cast(Any, Tokenizer()), 100, 512, "2026-01-01"))
     parts: tuple[Any, ...] = engines, rewards, data, events, stopping, host
     own = CONFIG[batch_size].algorithm.model_copy(update=algorithm)
-    return Generation(CONFIG[batch_size].model_copy(update={"algorithm": own}), *parts)
+    return Generation(CONFIG[batch_size].model_copy(update={"algorithm": own}), *parts, judge)
 
 
 def waves_in_turn(good: Sequence[bool], batch_size: int, wave_size: int) -> tuple[list[str], int, int]:
@@ -206,6 +213,44 @@ def test_accepted_groups_are_a_function_of_content(data: st.DataObject, batch_si
 
 def straggler_last(running: list[Request]) -> Request:
     return next((request for request in running if not request.rid.startswith("0.")), running[0])
+
+
+class Judge(Rewards):
+    """Scores when it is called, while it is open."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda group: 1.0, waits=lambda group: True)
+        self.judged: list[str] = []
+        self.is_open = False
+
+    @contextmanager
+    def opened(self, step: int, purpose: str) -> Iterator[None]:
+        self.is_open = True
+        yield
+        self.is_open = False
+
+    @property
+    def has_news(self) -> bool:
+        return bool(self.waiting)
+
+    def take(self) -> None:
+        assert self.is_open
+        while self.waiting:
+            self.judged.append(self.waiting[0][0][0].prompt.uid)
+            self.finish(0)
+
+
+def test_responses_are_judged_while_others_are_generated() -> None:
+    judge, seen = Judge(), list[list[str]]()
+
+    def choose(running: list[Request]) -> Request:
+        seen.append([*judge.judged])
+        return straggler_last(running)
+
+    groups = generation(Engines(choose), judge, Data(4), Events(), 4, judge=cast(Any, judge)).rollout(0)
+    assert [group[0].prompt.uid for group in groups] == ["0", "1", "2", "3"]
+    assert seen[-1] == ["1", "2", "3"]
+    assert not judge.is_open
 
 
 def test_more_prompts_are_submitted_while_a_straggler_runs() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from miles_spmd.controller.datasets import Datasets
 from miles_spmd.controller.generation.acceptance import Acceptance, Group
 from miles_spmd.controller.generation.backlog import Supply
 from miles_spmd.controller.generation.episodes import Episodes, Host
+from miles_spmd.controller.generation.judge import EngineJudge
 from miles_spmd.controller.generation.sampling import Sampling
 from miles_spmd.controller.generation.unfinished import (
     Response,
@@ -59,8 +61,10 @@ class Generation:
         journal: Journal,
         stopping: Stopping,
         host: Host,
+        judge: EngineJudge | None = None,
     ) -> None:
-        self._config, self._cluster, self._stopping = config, cluster, stopping
+        """``judge``: where engines of the run hold it, the one that ``rewards`` asks."""
+        self._config, self._cluster, self._stopping, self._judge = config, cluster, stopping, judge
         self._rewards, self._data, self._journal = rewards, data, journal
         name = config.algorithm.dynamic_sampling_filter
         self._filter = None if name is None else GROUP_FILTERS.resolve(name)
@@ -204,11 +208,19 @@ class Generation:
         def leaves() -> bool:  # an evaluation is repeated when the run is continued
             return self._stopping.must_leave(drains=True) or bool(sampling.purpose and self._stopping.source)
 
-        def has_news() -> bool:
-            return acceptance.has_news or episodes.has_news or leaves()
+        judge = self._judge
+        judging: AbstractContextManager[None] = nullcontext()
+        if judge is not None:
+            judging = judge.opened(step, sampling.purpose)
 
-        with self._cluster.rollout(step, purpose=sampling.purpose) as session:
+        def has_news() -> bool:
+            judged = judge is not None and judge.has_news
+            return acceptance.has_news or episodes.has_news or judged or leaves()
+
+        with self._cluster.rollout(step, purpose=sampling.purpose) as session, judging:
             while not acceptance.enough and not leaves():
+                if judge is not None:
+                    judge.take()
                 if acceptance.short and (wave := next(waves, None)) is not None:
                     episodes.begin(acceptance.add(wave, sampling.samples), wave, sampling)
                 elif acceptance.settled:
@@ -232,13 +244,13 @@ class Generation:
             raise Unfinished
         return kept
 
-    @staticmethod
-    def _next(session: RolloutSession, episodes: Episodes, interrupt: Callable[[], bool]) -> Output | None:
+    def _next(self, session: RolloutSession, episodes: Episodes, interrupt: Callable[[], bool]) -> Output | None:
         """Return the next output, None once ``interrupt`` returns True."""
         try:
             return session.next(interrupt)
         except DeadlineError as error:
-            raise DeadlineError(f"{error}\n  {episodes.describe()}", error.details, error.rank) from error
+            waits = [episodes.describe(), *([] if self._judge is None else [self._judge.describe()])]
+            raise DeadlineError("\n  ".join([str(error), *waits]), error.details, error.rank) from error
 
 
 def _without_older(sample: Sample, step: int) -> Sample:
