@@ -7,8 +7,8 @@
 
 *Warm-up.* The conversations that supervised learning imitates search for everybody, but most of them carelessly, for
 the first name alone, which many people have, and they name what the first of these has. A model that imitates them well
-is therefore seldom right in its greedy responses. Reinforcement learning gets the questions and a reward for the right
-word only, and has to find out what to search for.
+is therefore right in about a third of its greedy responses. Reinforcement learning gets the questions and a reward for
+the right word only, and has to find out what to search for.
 
 *Split.* No two of sft.jsonl, train.jsonl and heldout.jsonl are about the same person, so that what is asked can only be
 found in the corpus.
