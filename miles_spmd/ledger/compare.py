@@ -217,10 +217,13 @@ def _response(a: SampleData, b: SampleData, index: int) -> str:
 
 def _reward(a: SampleData, b: SampleData, index: int) -> str:
     """Describe the reward if it differs, and the details that differ: numbers that the reward function returned beside
-    it, by their names."""
+    it, by their names; and those of turns."""
     # as text, like their digests: NaN is equal to NaN, and 0 is not equal to -0
     one, other = ({name: str(v) for name, v in side.reward_details[index].items()} for side in (a, b))
     found = _texts("detail ", one, other)
+    turns = [str(side.turn_rewards[index] if side.turn_rewards else []) for side in (a, b)]
+    if turns[0] != turns[1]:
+        found = [f"of turns {turns[0]} | {turns[1]}", *found]
     if str(a.rewards[index]) != str(b.rewards[index]):
         found = [f"{a.rewards[index]} | {b.rewards[index]}", *found]
     if not found:  # equal as a table, but not as what the function returned

@@ -140,6 +140,9 @@ def describe(name: str) -> Metric:
     if found := re.fullmatch(r"(?:rollout/|eval/(?P<set>.+)-)(?:env/(?P<detail>.+)|turns)", name):
         what = f"{found['detail']}, which the environment counted" if found["detail"] else "responses in a trajectory"
         return Metric("", f"Mean number of {what}" + (f" on {found['set']}" if found["set"] else ""))
+    if found := re.fullmatch(r"(?:rollout/|eval/(?P<set>.+)-)turn_reward/(?P<turn>\d+)", name):
+        where = f" on {found['set']}" if found["set"] else ""
+        return Metric("", f"Mean reward of turn {found['turn']} of the trajectories that have one for it{where}")
     if name.startswith("rollout/failed/"):
         return Metric("episodes", f"Episodes whose environment failed: {name.removeprefix('rollout/failed/')}")
     if not name.startswith("eval/"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
@@ -67,8 +68,12 @@ class Episode:
         return Trajectory(line.start, [self.segments[number] for number in line.segments], line.number)
 
     def finish(self, finished: Finished) -> None:
-        """Make the samples of the trajectories that the environment has returned."""
+        """Make the samples of the trajectories that the environment has returned. Where it has given rewards to turns
+        only, the episode's is their sum, to which a turn that siblings have in common adds once."""
         self.give(finished.given)
+        for number, of_turn in finished.turn_rewards.items():
+            self.segments[number] = msgspec.structs.replace(self.segments[number], reward=of_turn)
+        total = math.fsum(finished.turn_rewards.values()) if finished.turn_rewards else None
         trained = set[int]()
         for end in finished.ends:
             trajectory = self.trajectory(end.line)
@@ -78,18 +83,27 @@ class Episode:
             trained |= set(end.line.segments)
             trajectory.text, trajectory.messages = end.text, end.messages
             trajectory.finish_reason = end.finish_reason
-            self.samples.append(Sample(self.prompt, self.index, trajectory, end.reward, end.reward_detail))
+            reward = total if end.reward is None else end.reward
+            self.samples.append(Sample(self.prompt, self.index, trajectory, reward, end.reward_detail))
         first, (_, last) = self.samples[0], self.made[-1]
         first.trajectory.metrics = finished.metrics
         if last.reward is not None:  # from before an interruption
             first.reward, first.reward_detail = last.reward, last.reward_detail
+            for turn, given in enumerate(last.turn_rewards):
+                if given is not None:
+                    first.trajectory.reward_turn(given, turn)
 
     def responses(self) -> Iterator[tuple[Request, Response]]:
         """Yield what the policy has sampled, the last with the reward, if there is one."""
         *others, last = self.made
         yield from others
         if self.samples and (first := self.samples[0]).reward is not None:
-            rewarded = msgspec.structs.replace(last[1], reward=first.reward, reward_detail=first.reward_detail)
+            rewarded = msgspec.structs.replace(
+                last[1],
+                reward=first.reward,
+                reward_detail=first.reward_detail,
+                turn_rewards=first.trajectory.turn_rewards,
+            )
             last = last[0], rewarded
         yield last
 
