@@ -24,6 +24,7 @@ MAX_NAMES = 4  # tensors that a message lists
 LAYOUT = re.compile(
     "ranks|max_tokens_per_gpu|offload_(train|rollout)|rollout_num_gpus|(tp|ep)_size|.*_parallel_size"
     "|num_layers_per_virtual_pipeline_stage|sequence_parallel|use_distributed_optimizer"
+    "|environment_(workers|concurrency|cache_share)"
 )
 
 

@@ -23,6 +23,7 @@ METRICS: dict[str, Metric] = {
     "rollout/prefix_hit_rate": Metric(
         "fraction", "Tokens of the requests' prompts, earlier turns included, that the engine did not have to prefill"
     ),
+    "rollout/sessions_max": Metric("", "Largest number of sessions, episodes of several turns, that ran at a time"),
     "rollout/dropped_groups": Metric("groups", "Prompt groups that dynamic sampling dropped and replaced"),
     "rollout/zero_std_groups": Metric("groups", "Prompt groups whose samples all got the same reward"),
     "rollout/fully_masked_samples": Metric("samples", "Samples without a trained token"),

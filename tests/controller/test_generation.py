@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miles_spmd.config import Config, RewardTerm
+from miles_spmd.controller.cluster.rollout_session import Cache
 from miles_spmd.controller.generation.acceptance import Acceptance, Group
 from miles_spmd.controller.generation.generation import FilterError, Generation
 from miles_spmd.controller.journal.events import EvaluationFinished, Event, PhaseFinished, RolloutFinished
@@ -48,6 +49,9 @@ class Engines:
         self.rollouts.append((step, purpose))
         yield self
         self.running.clear()
+
+    def cache_of(self, group: int) -> Cache:
+        return Cache(0, None)
 
     def submit(self, requests: Sequence[Request]) -> None:
         self.running_at_submit.append([request.rid for request in self.running])

@@ -75,6 +75,8 @@ class Metrics:
                 self._values["rollout/dropped_groups"] = float(event.dropped)
                 if event.prefix_hits is not None:
                     self._values["rollout/prefix_hit_rate"] = event.prefix_hits
+                if event.sessions is not None:
+                    self._values["rollout/sessions_max"] = float(event.sessions)
                 self._values |= {f"rollout/failed/{kind}": float(count) for kind, count in event.failures.items()}
             case events.EngineRefitted():
                 self._values["refit/bytes"] = float(sum(r.bytes_local + r.bytes_received for r in event.results))
