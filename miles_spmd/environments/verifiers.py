@@ -34,7 +34,8 @@ try:
 except ImportError as error:
     raise ImportError(f"the package verifiers is missing ({error}): pip install 'miles-spmd[verifiers]'") from error
 
-COLUMN = "verifiers"  # of the data: a row of the environment's dataset, without prompt and answer
+COLUMN = "verifiers"  # of the data: a row of the environment's dataset, without prompt and label
+LABEL = "answer"  # the name of the column that data.label_key names, in verifiers
 MODEL = "policy"  # what environments are told
 _LIMITS = ("max_tokens", "max_completion_tokens")
 _WITHOUT_EFFECT = {"n": 1, "extra_body": {}}  # as verifiers sets them by default
@@ -244,7 +245,7 @@ def _row(prompt: Prompt) -> dict[str, Any]:
             f"prompt {prompt.uid} has no column {COLUMN!r}; write the data by "
             "`python -m miles_spmd.environments.verifiers`"
         )
-    return {**own, "prompt": prompt.metadata["messages"], "answer": prompt.label}
+    return {**own, "prompt": prompt.metadata["messages"], LABEL: prompt.label}
 
 
 @cache  # one for all episodes of this process
@@ -284,9 +285,9 @@ def rows(
     environment = _environment(env, msgspec.json.encode(env_args or {}))
     dataset = environment.get_eval_dataset(count) if held_out else environment.get_dataset(count)
     for row in dataset:
-        own = {name: value for name, value in row.items() if name not in ("prompt", "answer")}
+        own = {name: value for name, value in row.items() if name not in ("prompt", LABEL)}
         messages = [{name: value for name, value in one.items() if value is not None} for one in row["prompt"]]
-        yield {"prompt": messages, "label": row.get("answer"), COLUMN: own}
+        yield {"prompt": messages, "label": row.get(LABEL), COLUMN: own}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
