@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from miles_spmd.config.checks import WARNINGS, Messages, Settings, rule
+from miles_spmd.config.environment import SINGLE_TURN
 from miles_spmd.config.reward import scores_by
 from miles_spmd.config.table import walk
 
@@ -17,6 +18,10 @@ MIS = (
 )
 OF_JUDGE = ("url", "hf_checkpoint", "prompt", "scores", "arguments", "default")
 JUDGE = " ".join(f"reward.judge_{name}" for name in OF_JUDGE)
+OF_PROCESSES = " ".join(
+    f"environment.environment_{name}"
+    for name in ("kwargs", "workers", "concurrency", "cache_share", "timeout", "memory_gib", "variables")
+)
 # What has to hold -> whether it holds, and the settings that have no effect otherwise.
 NEEDED: dict[str, tuple[Callable[[Settings], bool], str]] = {
     "algorithm.advantage_estimator = 'ppo'": (
@@ -52,6 +57,7 @@ NEEDED: dict[str, tuple[Callable[[Settings], bool], str]] = {
     "the reward 'judge'": (lambda s: scores_by(s, "judge"), JUDGE),
     "reward.judge_url": (lambda s: s.judge_url is not None, "reward.judge_key_variable reward.judge_model"),
     "reward.judge_hf_checkpoint": (lambda s: s.judge_hf_checkpoint is not None, "reward.judge_sglang"),
+    "another environment.environment than 'single_turn'": (lambda s: s.environment != SINGLE_TURN, OF_PROCESSES),
     "a function of your own in reward.rm_type": (lambda s: ":" in s.rm_type, "reward.reward_batched"),
 }
 

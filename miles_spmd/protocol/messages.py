@@ -48,6 +48,7 @@ class EngineRank(msgspec.Struct, frozen=True):
 
     engine: int
     leader: bool
+    cache_tokens: int | None = None  # whose keys and values the engine can hold; None: nothing stays between requests
 
 
 class RankInfo(msgspec.Struct, frozen=True):

@@ -146,4 +146,6 @@ def combined(terms: Sequence[RewardTerm], scores: Sequence[Score]) -> Score:
     detail: dict[str, float] = {}
     for term, score in zip(terms, scores):
         detail |= {term.name: score.value} | {f"{term.name}/{key}": value for key, value in score.detail.items()}
-    return Score(sum(term.reward_weight * score.value for term, score in zip(terms, scores)), detail)
+    total = sum(term.reward_weight * score.value for term, score in zip(terms, scores))
+    weighted = [[t.reward_weight * reward for reward in s.turn_rewards] for t, s in zip(terms, scores)]
+    return Score(total, detail, [sum(of_turn) for of_turn in zip(*filter(None, weighted))])

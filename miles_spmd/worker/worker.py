@@ -153,7 +153,7 @@ class Worker:
         if self._engine is None:
             return None
         engine, place = divmod(dist.get_rank(), self._engine.size)
-        return EngineRank(engine, leader=place == 0)
+        return EngineRank(engine, leader=place == 0, cache_tokens=self._engine.cache_tokens)
 
     def describe(self) -> None:
         """Append the values of the backends to the run's config.toml, from the first rank that has each."""

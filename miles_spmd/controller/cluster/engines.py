@@ -44,6 +44,13 @@ class Engines:
         """The first rank of each."""
         return self._table.receivers(Receivers.LEADERS, group=self.name)
 
+    @property
+    def cache_tokens(self) -> dict[int, int | None]:
+        """By leader, how many tokens' keys and values its engine holds; None: not known, or nothing stays between
+        requests."""
+        engines = {info.rank: info.engine for info in self._table.infos if info.engine is not None}
+        return {leader: engines[leader].cache_tokens for leader in self.leaders}
+
     # --- rollouts ----------------------------------------------------------------------------------------------------
 
     @contextmanager

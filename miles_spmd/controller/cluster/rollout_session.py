@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -13,6 +13,13 @@ from miles_spmd.types.request import Output, Request
 
 if TYPE_CHECKING:
     from miles_spmd.controller.cluster.engines import Engines
+
+
+class Cache(NamedTuple):
+    """The keys and values that an engine has."""
+
+    engine: int  # the rank of its leader
+    tokens: int | None  # that it can hold; None: not known, or nothing stays between requests
 
 
 class RolloutSession:
@@ -26,7 +33,16 @@ class RolloutSession:
         """``name`` is that of this rollout among those that are open."""
         self._engines, self._name = engines, name
         self._leaders = [*leaders]
+        self._caches = engines.cache_tokens
         self._running: dict[str, tuple[int, Request]] = {}  # by rid: the rank that has the request, and the request
+
+    def cache_of(self, group: int) -> Cache:
+        """Return the cache that has the prefixes of a group's requests."""
+        leader = self._leader_of(group)
+        return Cache(leader, self._caches[leader])
+
+    def _leader_of(self, group: int) -> int:
+        return self._leaders[group % len(self._leaders)]
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Send the requests. Raises ValueError for a rid that is already running."""
@@ -38,7 +54,7 @@ class RolloutSession:
 
     def _assign(self, request: Request) -> None:
         group = int(request.rid.partition(".")[0])
-        self._running[request.rid] = self._leaders[group % len(self._leaders)], request
+        self._running[request.rid] = self._leader_of(group), request
 
     def leave(self, ranks: Collection[int]) -> None:
         """Give the unfinished requests of engines whose leaders are among ``ranks`` to the others."""
