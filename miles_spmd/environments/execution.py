@@ -28,7 +28,7 @@ from miles_spmd.environments.calls import Call
 from miles_spmd.environments.tool_schemas import Schema, SchemaError, tool_schema
 from miles_spmd.plugins.plug_point import import_function
 from miles_spmd.processes.limited import LimitedProcess, ProcessEndedError, serve_calls
-from miles_spmd.types.printable import printable
+from miles_spmd.types.printable import error_text, printable
 
 Function = Callable[..., Any]
 _LONGEST_ERROR = 500  # characters of what a user's code or a schema wrote into an error
@@ -268,11 +268,7 @@ def _error(kind: ErrorKind, problem: str) -> Result:
 
 def _raised(error: BaseException) -> Result:
     """Return what is shown of an error: its class and message, without a trace, which has the paths of this machine."""
-    try:
-        message = printable(str(error), _LONGEST_ERROR)
-    except Exception:
-        message = ""
-    return Result(f"Error: {type(error).__name__}{': ' if message else ''}{message}", ErrorKind.RAISED)
+    return Result(f"Error: {error_text(error, _LONGEST_ERROR)}", ErrorKind.RAISED)
 
 
 def _to_text(value: Any, longest: int) -> str:

@@ -92,3 +92,21 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 Event = Ask | Finished | Failed
 Order = Begin | Completed | Cancel
+
+_decoder = msgspec.msgpack.Decoder(Event)
+
+
+def encode(event: Event) -> bytes:
+    """Return the bytes of an event. Raises ValueError for values that its fields do not have: an environment puts into
+    trajectories what it likes, and its process must send nothing that cannot be read."""
+    try:
+        data = msgspec.msgpack.encode(event)
+        _decoder.decode(data)
+    except (msgspec.MsgspecError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+    return data
+
+
+def decode(data: bytes) -> Event:
+    """Raises msgspec.DecodeError."""
+    return _decoder.decode(data)

@@ -17,7 +17,7 @@ import msgspec
 from miles_spmd.config.environment import EnvironmentConfig
 from miles_spmd.environments.context import ModelSource
 from miles_spmd.environments.mark import NOBODY, Mark
-from miles_spmd.environments.messages import Ask, Begin, Cancel, Completed, Event, Failed, Order
+from miles_spmd.environments.messages import Ask, Begin, Cancel, Completed, Event, Failed, Order, decode
 from miles_spmd.environments.process import serve
 from miles_spmd.plugins.environment import EnvironmentSetupError
 from miles_spmd.processes.child import Child
@@ -25,8 +25,6 @@ from miles_spmd.processes.child import Child
 IMPORT_TIMEOUT = 120.0  # seconds in which the environment's module must be imported
 LOOK_EVERY = 0.5  # seconds between looks at the clock
 GRACE = 5.0  # seconds in which an episode has to end that was told to; else its process is killed
-
-_decoder = msgspec.msgpack.Decoder(Event)
 
 
 class _Worker:
@@ -195,7 +193,7 @@ class EnvironmentPool:
         try:
             message = worker.child.pipe.recv_bytes()
             problem = "" if worker.ready else message.decode()
-            event = _decoder.decode(message) if worker.ready else None
+            event = decode(message) if worker.ready else None
         except (EOFError, OSError):
             problem, event = f"its process ended: {worker.child.how_it_ended()}", None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:

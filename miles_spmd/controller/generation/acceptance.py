@@ -97,11 +97,12 @@ class Acceptance:
         if not firsts:
             self._judged(number, self._keeps_empty)
             return
-        if all(sample.reward is not None for sample in firsts):
-            scores: Future[list[Score]] = Future()
-            scores.set_result([Score(sample.reward or 0.0, sample.reward_detail) for sample in firsts])
+        without = [sample for sample in firsts if sample.reward is None]  # the environment gave the others theirs
+        scores: Future[list[Score]] = Future()
+        if without:
+            scores = self._rewards.submit(without, self._terms)
         else:
-            scores = self._rewards.submit(firsts, self._terms)
+            scores.set_result([])
         scores.add_done_callback(lambda scores: self._arrive(number, scores))
 
     def _arrive(self, number: int, scores: Future[list[Score]]) -> None:
@@ -152,9 +153,12 @@ class Acceptance:
     def _judge(self, number: int, scores: Future[list[Score]]) -> None:
         group, rollouts = self.groups[number], [part for part in self._parts[number] if part]
         try:
-            for siblings, score in zip(rollouts, scores.result(), strict=True):
-                for sample in siblings:
-                    sample.reward, sample.reward_detail = score.value, score.detail
+            without = [siblings for siblings in rollouts if siblings[0].reward is None]
+            for siblings, score in zip(without, scores.result(), strict=True):
+                siblings[0].reward, siblings[0].reward_detail = score.value, score.detail
+            for first, *others in rollouts:
+                for sample in others:
+                    sample.reward, sample.reward_detail = first.reward, first.reward_detail
             verdict: bool | Exception = self._accepts is None or bool(self._accepts(group))
         except Exception as error:
             verdict = error
