@@ -16,12 +16,14 @@ from miles_spmd.types.trajectory import FinishReason
 
 
 class Begin(msgspec.Struct, frozen=True, tag=True):
-    """Call the environment. ``max_tokens``: what a trajectory can have behind its start."""
+    """Call the environment. ``max_tokens``: what a trajectory can have behind its start. ``purpose``: one other than
+    training, whose episodes do not wait for those of training to end."""
 
     episode: int  # a name for this call of the environment
     prompt: Prompt
     index: int
     max_tokens: int
+    purpose: str = ""
 
 
 class Completed(msgspec.Struct, frozen=True, tag=True):

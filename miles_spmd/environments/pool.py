@@ -6,7 +6,7 @@ import os
 import selectors
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
@@ -40,6 +40,7 @@ class _Worker:
         self.ready = False  # whether the environment is imported
         self.started = time.monotonic()
         self.since: dict[int, float | None] = {}
+        self.purposes: dict[int, str] = {}  # of these episodes
         self.told_to_end: dict[int, float] = {}  # episodes that nobody waits for, and when they were told
         self._orders: SimpleQueue[Order | None] = SimpleQueue()
         threading.Thread(target=self._send, name="environment orders", daemon=True).start()
@@ -100,7 +101,7 @@ class EnvironmentPool:
             log.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()  # of all that the reader changes too
         self._of_episode: dict[int, _Worker] = {}
-        self._queue: deque[Begin] = deque()  # episodes that wait for room
+        self._queues: defaultdict[str, deque[Begin]] = defaultdict(deque)  # episodes that wait for room, by purpose
         self._closed = False
         self._selector = selectors.DefaultSelector()
         self._end_asked = os.eventfd(0, os.EFD_CLOEXEC)
@@ -141,30 +142,35 @@ class EnvironmentPool:
             worker = self._of_episode.get(order.episode)
             match order:
                 case Begin():
-                    self._queue.append(order)
+                    self._queues[order.purpose].append(order)
                 case Completed() if worker is not None:
                     worker.since[order.episode] = time.monotonic()
                     worker.tell(order)
                 case Cancel() if worker is not None:
                     self._cancel(worker, order.episode)
                 case Cancel():
-                    self._queue = deque(begin for begin in self._queue if begin.episode != order.episode)
+                    for purpose, queue in self._queues.items():
+                        self._queues[purpose] = deque(begin for begin in queue if begin.episode != order.episode)
             self._dispatch()
 
     def _dispatch(self) -> None:
-        """Give waiting episodes to the processes with most room, and replace those that have ended."""
-        while self._queue:
-            number = min(range(len(self._workers)), key=lambda number: len(self._workers[number].since))
-            worker = self._workers[number]
-            if len(worker.since) >= self._config.environment_concurrency:
-                return
-            if not worker.child.lives:
-                worker.tell(None)
-                worker = self._workers[number] = self._start()
-            begin = self._queue.popleft()
-            self._of_episode[begin.episode] = worker
-            worker.since[begin.episode] = time.monotonic()
-            worker.tell(begin)
+        """Give waiting episodes to the processes with most room, and replace those that have ended.
+
+        Room is counted by purpose: episodes of training that wait for the next step would keep an evaluation, which
+        that step waits for, from ever beginning.
+        """
+        for purpose, queue in self._queues.items():
+            running = [list(worker.purposes.values()).count(purpose) for worker in self._workers]
+            while queue and (least := min(running)) < self._config.environment_concurrency:
+                running[number := running.index(least)] += 1
+                worker = self._workers[number]
+                if not worker.child.lives:
+                    worker.tell(None)
+                    worker = self._workers[number] = self._start()
+                begin = queue.popleft()
+                self._of_episode[begin.episode] = worker
+                worker.since[begin.episode], worker.purposes[begin.episode] = time.monotonic(), purpose
+                worker.tell(begin)
 
     def _cancel(self, worker: _Worker, episode: int) -> None:
         worker.told_to_end.setdefault(episode, time.monotonic())
@@ -251,6 +257,7 @@ class EnvironmentPool:
 
     def _forget(self, worker: _Worker, episode: int) -> None:
         worker.since.pop(episode, None)
+        worker.purposes.pop(episode, None)
         worker.told_to_end.pop(episode, None)
         self._of_episode.pop(episode, None)
 

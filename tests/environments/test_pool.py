@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
@@ -199,6 +200,21 @@ def test_further_episodes_wait_for_room(tokenizer: Path) -> None:
         while len(pool.events) < 3 and time.monotonic() < end:
             time.sleep(0.01)
         assert [event.episode for event in pool.events][2:] == [2]
+    finally:
+        pool.close()
+
+
+def test_an_evaluation_does_not_wait_for_episodes_that_wait_for_it(tokenizer: Path) -> None:
+    pool = make(tokenizer, environment_concurrency=1, environment_workers=1)
+    try:
+        for number in range(2):  # one that waits for the policy, and one that waits for room
+            pool.send(begin(number))
+        while not pool.events:
+            time.sleep(0.01)
+        assert pool.events.popleft().episode == 0
+        held_out = [msgspec.structs.replace(begin(number), purpose="evaluation") for number in (2, 3)]
+        events = play(pool, held_out, seconds=10)
+        assert all(isinstance(found[-1], Finished) for found in events.values())
     finally:
         pool.close()
 

@@ -137,7 +137,8 @@ class Episodes:
         number = next(self._numbers)
         self._running[number] = episode
         self._all.append(episode)
-        self._host.send(Begin(number, episode.prompt, episode.index, episode.sampling.params.max_new_tokens))
+        limit, purpose = episode.sampling.params.max_new_tokens, episode.sampling.purpose
+        self._host.send(Begin(number, episode.prompt, episode.index, limit, purpose))
 
     def requests(self) -> list[Request]:
         """Return what the policy is asked for since the last call, without what there is from before."""
