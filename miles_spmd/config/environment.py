@@ -19,8 +19,8 @@ class EnvironmentConfig(Table):
     environment_workers: PositiveInt = 2
     """Number of processes in which environments run, each in an event loop; `single_turn` needs none."""
     environment_concurrency: PositiveInt = 256
-    """Number of episodes that one process runs at a time; further ones wait. Training episodes that wait for the next step
-    do not count in an evaluation."""
+    """Number of episodes that one process runs at a time; further ones wait. In an evaluation, training episodes that
+    wait for the next step do not count."""
     environment_timeout: Seconds = 60.0
     """Seconds that an environment may take from one response of the policy to its next request, or its end."""
     environment_memory_gib: PositiveFloat = 4.0

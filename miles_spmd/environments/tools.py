@@ -18,7 +18,7 @@ from miles_spmd.environments.chat import AUTO, Chat, Reply
 from miles_spmd.environments.execution import ErrorKind, Result, Tool, Toolbox
 from miles_spmd.environments.python_tool import python_tool
 from miles_spmd.environments.search_tool import search_tool
-from miles_spmd.environments.verl_tool import verl_tool
+from miles_spmd.environments.verl_tool import row, verl_tool
 from miles_spmd.plugins.environment import Context
 from miles_spmd.types.sample import Prompt
 from miles_spmd.types.trajectory import FinishReason, Trajectory
@@ -56,6 +56,7 @@ async def tools(
     options = msgspec.json.encode({"python": python or {}, "search": search or {}})
     toolbox = _toolbox(_entries(functions), options, tool_timeout, tool_memory_gib, tool_workers, max_result_chars)
     chat = Chat(context, prompt, tools=toolbox.schemas, call_format=call_format, reasoning_format=reasoning_format)
+    row.set(prompt.metadata)
     reply = await chat.respond()
     for _ in range(max_turns - 1):
         if not (reply.complete and reply.calls):

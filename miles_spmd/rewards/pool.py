@@ -69,14 +69,16 @@ class RewardPool:
         started = [
             [self._threads.submit(self._score, term, call) for call in self._calls(term, samples)] for term in terms
         ]
-        return self._gatherers.submit(self._gather, terms, started)
+        return self._gatherers.submit(self._gather, terms, samples, started)
 
     def _calls(self, term: RewardTerm, samples: list[Sample]) -> list[list[Sample]]:
         if self._by_group.get(_function(term), True):
             return [list(group) for _, group in itertools.groupby(samples, key=lambda s: s.prompt.uid)]
         return [[sample] for sample in samples]
 
-    def _gather(self, terms: Sequence[RewardTerm], started: list[list[Future[list[Score]]]]) -> list[Score]:
+    def _gather(
+        self, terms: Sequence[RewardTerm], samples: list[Sample], started: list[list[Future[list[Score | None]]]]
+    ) -> list[Score]:
         try:
             calls = list(itertools.chain.from_iterable(started))
             done, _ = wait(calls, return_when=FIRST_EXCEPTION)
@@ -86,6 +88,13 @@ class RewardPool:
         except CancelledError:
             name = terms[0].rm_type
             raise RewardError(f"reward {name!r} was stopped because the reward pool closed") from None
+        for sample, of_sample in zip(samples, zip(*scores)):
+            if not any(of_sample):
+                names = ", ".join(repr(term.rm_type) for term in terms)
+                raise RewardError(
+                    f"reward {names} on prompt {sample.prompt.uid}, sample {sample.index}, returned None, which leaves "
+                    "a sample to other functions under reward.further, and none scores this one; return a number"
+                )
         return [combined(terms, of_sample) for of_sample in zip(*scores)]
 
     def close(self) -> None:
@@ -96,7 +105,7 @@ class RewardPool:
         self._threads.shutdown()
         self._gatherers.shutdown()
 
-    def _score(self, term: RewardTerm, call: list[Sample]) -> list[Score]:
+    def _score(self, term: RewardTerm, call: list[Sample]) -> list[Score | None]:
         """Make one call, in a thread that waits for it. Raises RewardError, and CancelledError once the pool closes."""
         if self._closed:
             raise CancelledError
@@ -121,12 +130,14 @@ def _function(term: RewardTerm) -> Function:
     return Function(term.rm_type, term.reward_batched)
 
 
-def combined(terms: Sequence[RewardTerm], scores: Sequence[Score]) -> Score:
-    """Return the weighted sum of one sample's scores. Where there is more than one function, or a weight, the details
-    have each function's own value under its name, and its details under ``name/detail``."""
+def combined(terms: Sequence[RewardTerm], scores: Sequence[Score | None]) -> Score:
+    """Return the weighted sum of one sample's scores, of which those that are None do not count. Where there is more
+    than one function, or a weight, the details have each function's own value under its name, and its details under
+    ``name/detail``."""
+    present = [(term, score) for term, score in zip(terms, scores) if score is not None]
     if len(terms) == 1 and terms[0].reward_weight == 1:
-        return scores[0]
+        return present[0][1]
     detail: dict[str, float] = {}
-    for term, score in zip(terms, scores):
+    for term, score in present:
         detail |= {term.name: score.value} | {f"{term.name}/{key}": value for key, value in score.detail.items()}
-    return Score(sum(term.reward_weight * score.value for term, score in zip(terms, scores)), detail)
+    return Score(sum(term.reward_weight * score.value for term, score in present), detail)

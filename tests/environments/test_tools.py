@@ -148,14 +148,16 @@ def test_tools_of_verl(qwen: Tokenizer) -> None:
     parameters = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
     schema = {"type": "function", "function": {"name": "find", "description": "Find.", "parameters": parameters}}
     first = call("find", query="oslo") + call("find") + call("now") + "<|im_end|>"
+    prompt = to_prompt(qwen, QUESTION)
+    prompt.metadata["extra_info"] = {"tools_kwargs": {"find": {"create_kwargs": {"ground_truth": "!"}}}}
     trajectory = run(
         context_of(qwen, first, "Done.<|im_end|>"),
-        to_prompt(qwen, QUESTION),
+        prompt,
         {"verl": HERE + "VerlSearch", "config": {"prefix": "Found"}, "schema": schema},
         {"verl": HERE + "VerlOfItsOwn"},
     )
     found = [message["content"] for message in trajectory.messages if message["role"] == "tool"]
-    assert found[0] == "Found OSLO"
+    assert found[0] == "Found OSLO!"
     assert found[1].startswith("Error: the argument 'query' is missing")
     assert found[2] == "noon"
     assert not VerlSearch.live

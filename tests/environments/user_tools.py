@@ -168,12 +168,13 @@ class VerlSearch:
     async def create(self, instance_id: str | None = None, **kwargs: Any) -> tuple[str, Any]:
         assert instance_id is not None
         self.live.add(instance_id)
+        self.truth = kwargs.get("create_kwargs", {}).get("ground_truth", "")
         return instance_id, None
 
     async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> tuple[Any, float, dict]:
         assert instance_id in self.live
         await asyncio.sleep(0)
-        return SimpleNamespace(text=f"{self.config['prefix']} {parameters['query'].upper()}"), 0.5, {}
+        return SimpleNamespace(text=f"{self.config['prefix']} {parameters['query'].upper()}{self.truth}"), 0.5, {}
 
     async def release(self, instance_id: str, **kwargs: Any) -> None:
         self.live.remove(instance_id)
