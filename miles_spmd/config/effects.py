@@ -18,6 +18,11 @@ MIS = (
 JUDGE = " ".join(
     f"reward.judge_{name}" for name in ("url", "key_variable", "model", "prompt", "scores", "arguments", "default")
 )
+ENVIRONMENT = (
+    "environment.environment_kwargs environment.environment_workers environment.environment_concurrency "
+    "environment.environment_timeout environment.environment_memory_gib environment.environment_variables "
+    "environment.environment_retries environment.on_environment_failure environment.max_environment_failures"
+)
 # What has to hold -> whether it holds, and the settings that have no effect otherwise.
 NEEDED: dict[str, tuple[Callable[[Settings], bool], str]] = {
     "algorithm.advantage_estimator = 'ppo'": (
@@ -50,6 +55,24 @@ NEEDED: dict[str, tuple[Callable[[Settings], bool], str]] = {
     ),
     "the reward 'remote'": (lambda s: scores_by(s, "remote"), "reward.remote_url reward.remote_key_variable"),
     "the reward 'judge'": (lambda s: scores_by(s, "judge"), JUDGE),
+    "the reward 'remote' or 'judge'": (
+        lambda s: scores_by(s, "remote") or scores_by(s, "judge"),
+        "reward.service_requests",
+    ),
+    "an environment other than 'single_turn'": (lambda s: s.environment != "single_turn", ENVIRONMENT),
+    "algorithm.dynamic_sampling_filter, or an environment that can fail": (
+        lambda s: s.dynamic_sampling_filter is not None or s.environment != "single_turn",
+        "too_few_groups",
+    ),
+    "algorithm.dynamic_sampling_filter, another rollout.acceptance, or rollout.partial_rollout": (
+        lambda s: (
+            s.dynamic_sampling_filter is not None
+            or s.environment != "single_turn"
+            or s.acceptance != "submission_order"
+            or s.partial_rollout
+        ),
+        "rollout.over_sampling_batch_size",
+    ),
     "a function of your own in reward.rm_type": (lambda s: ":" in s.rm_type, "reward.reward_batched"),
 }
 
@@ -85,13 +108,14 @@ def _settings_of_the_mode(s: Settings) -> Messages:
     if s.mode == "rl":
         return
     evaluates = s.mode == "sft" and s.eval_interval > 0
-    read = {"algorithm": PREFERENCES if s.mode == "dpo" else "", "rollout": "rollout_batch_size", "reward": ""}
+    read = {"algorithm": PREFERENCES if s.mode == "dpo" else "", "rollout": "rollout_batch_size"}
+    read |= dict.fromkeys(("environment", "reward"), "")
     if evaluates:
         read["rollout"] += f" {EVALUATION}"
     for path in _defaults():
         table, _, name = path.partition(".")
-        unread = table in read and name not in read[table].split()
-        if unread and not (evaluates and table == "reward") and _is_set(s, path):
+        unread = name and table in read and name not in read[table].split()
+        if unread and not (evaluates and table in ("environment", "reward")) and _is_set(s, path):
             yield f"{path}: has no effect in mode {s.mode!r}, only in mode 'rl'"
 
 

@@ -7,6 +7,7 @@ environment_kwargs = { functions = ["python", "my_tools:lookup"], max_turns = 8 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -80,16 +81,25 @@ def _check(
     call_format: str = AUTO,
     reasoning_format: str = AUTO,
     tool_timeout: float = 30.0,
+    tool_memory_gib: float = 4.0,
+    tool_workers: int = 8,
     max_result_chars: int = 16_384,
     python: Mapping[str, Any] | None = None,
     search: Mapping[str, Any] | None = None,
-    **_: Any,
 ) -> None:
     """Raise ValueError for arguments that cannot be used, before the first conversation."""
-    if isinstance(functions, str) or not functions:
+    if isinstance(functions, str) or not isinstance(functions, Sequence) or not functions:
         raise ValueError("functions is a list of at least one function")
-    if max_turns < 1:
-        raise ValueError(f"max_turns = {max_turns} is less than 1")
+    for name, count in {
+        "max_turns": max_turns,
+        "tool_workers": tool_workers,
+        "max_result_chars": max_result_chars,
+    }.items():
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} = {count!r} is not a whole number of at least 1")
+    for name, amount in {"tool_timeout": tool_timeout, "tool_memory_gib": tool_memory_gib}.items():
+        if not isinstance(amount, int | float) or not 0 < amount < math.inf:
+            raise ValueError(f"{name} = {amount!r} is not a number above 0")
     CallParser(
         "hermes" if call_format == AUTO else call_format, (), "qwen3" if reasoning_format == AUTO else reasoning_format
     )
