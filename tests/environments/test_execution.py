@@ -74,6 +74,9 @@ ERRORS: list[tuple[str, dict[str, Any], str, str]] = [
     ("misbehave_async", {"how": "time out"}, "raised", "Error: TimeoutError: of my own"),
     ("misbehave_async", {"how": "cancel"}, "raised", "Error: CancelledError"),
     ("misbehave_async", {"how": "exit"}, "raised", "Error: SystemExit"),
+    ("misbehave", {"how": "coroutine"}, "raised", "the tool returned an object of the class coroutine"),
+    ("misbehave_async", {"how": "interrupt"}, "raised", "Error: KeyboardInterrupt"),
+    ("misbehave_async", {"how": "leave"}, "raised", "Error: Leave"),
     ("misbehave_async", {"how": "hang"}, "timeout", "misbehave_async took longer than 1 s"),
 ]  # fmt: skip
 
@@ -99,11 +102,14 @@ def test_a_call_that_cannot_be_read(toolbox: Toolbox) -> None:
 
 
 def test_results_as_text(toolbox: Toolbox) -> None:
-    texts = [run(toolbox, ("misbehave", {"how": how}))[0].text for how in ("long", "object", "surrogate", "none")]
+    texts = [
+        run(toolbox, ("misbehave", {"how": how}))[0].text for how in ("long", "object", "surrogate", "none", "set")
+    ]
     assert texts[0] == "x" * 100 + "\n[... cut: the first 100 of 100,000 characters are shown]"
     assert texts[1].endswith('"ids": [1, 2]}')
     assert texts[2] == "half ? pair"
     assert texts[3] == "null"
+    assert texts[4] == '{"words": ["a", "b", "c"], "numbers": [0, 1, 2], "one": 0.5}'
 
 
 def test_a_process_that_has_leaked_its_memory_is_replaced() -> None:

@@ -7,8 +7,12 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from enum import Enum
 from types import SimpleNamespace
 from typing import Any, Literal
+
+import numpy as np
 
 
 def weather(city: str, days: int = 1, unit: Literal["c", "f"] = "c", tags: list[str] | None = None) -> str:
@@ -21,6 +25,34 @@ def weather(city: str, days: int = 1, unit: Literal["c", "f"] = "c", tags: list[
         tags: What to mention.
     """
     return f"{city}: {days} x 19 {unit}"
+
+
+class Color(Enum):
+    RED = "red"
+
+
+class Leave(BaseException): ...
+
+
+def paints(color: Color) -> str:
+    """Paint something.
+
+    Args:
+        color: The color.
+    """
+    return color.value
+
+
+def yields(count: int) -> Iterator[int]:
+    """Count.
+
+    Args:
+        count: How far.
+    """
+    yield from range(count)
+
+
+async def wait() -> None: ...
 
 
 def add(a: float, b: float) -> float:
@@ -76,6 +108,10 @@ def misbehave(how: str) -> Any:
             return "x" * 100_000
         case "object":
             return {"at": Unspeakable, "ids": (1, 2)}
+        case "set":
+            return {"words": {"b", "a", "c"}, "numbers": np.arange(3), "one": np.float32(0.5)}
+        case "coroutine":
+            return wait()
         case "circle":
             ring: list[Any] = []
             ring.append(ring)
@@ -96,6 +132,10 @@ async def misbehave_async(how: str) -> Any:
         how: What.
     """
     match how:
+        case "interrupt":
+            raise KeyboardInterrupt
+        case "leave":
+            raise Leave
         case "raise":
             raise KeyError("nothing here")
         case "time out":
