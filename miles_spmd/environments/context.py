@@ -161,7 +161,8 @@ class EpisodeContext:
         if isinstance(error, ContextError):
             return self.unusable(str(error))
         trace = printable("".join(traceback.format_exception(error)), MAX_LINE)
-        return Failed(self._episode, "raised", f"raised {error_text(error, _LONGEST_PROBLEM)}", trace)
+        problem = f"raised {error_text(error, _LONGEST_PROBLEM)}"
+        return Failed(self._episode, "raised", problem, trace, exhausted=isinstance(error, MemoryError))
 
     def unusable(self, problem: str) -> Failed:
         """Return the message about what the environment does wrong."""

@@ -83,13 +83,15 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """The environment has raised, or returned what cannot be used; ``kind`` names what the failures are counted by.
-    ``own``: what has failed is this episode, and not another one of its process."""
+    ``own``: what has failed is this episode, and not another one of its process. ``exhausted``: the process has no
+    memory left."""
 
     episode: int
     kind: str
     problem: str
     trace: str = ""
     own: bool = True
+    exhausted: bool = False
 
 
 Event = Ask | Finished | Failed

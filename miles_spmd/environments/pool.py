@@ -7,7 +7,7 @@ import selectors
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -211,6 +211,8 @@ class EnvironmentPool:
                 worker.become_ready()
             elif event.episode in worker.since:  # else the environment has made up the number
                 self._take(worker, event)
+                if isinstance(event, Failed) and event.exhausted:  # what is leaked would be missing in every later one
+                    self._lose(worker, "another episode in its process used up its memory", suspects=())
 
     def _take(self, worker: _Worker, event: Event) -> None:
         expected = event.episode not in worker.told_to_end
@@ -221,13 +223,14 @@ class EnvironmentPool:
         if expected:
             self.events.append(event)
 
-    def _lose(self, worker: _Worker, problem: str, kind: str = "died") -> None:
+    def _lose(self, worker: _Worker, problem: str, kind: str = "died", suspects: Collection[int] | None = None) -> None:
         """End a process that cannot be used any more: its episodes fail, those that have no part in it to be begun
-        anew."""
+        anew. ``suspects``: those that have; None: those that the mark tells."""
         worker.child.kill()
         self._selector.unregister(worker.child.pipe)
         worker.child.pipe.close()
-        suspects = worker.suspects()
+        if suspects is None:
+            suspects = worker.suspects()
         for episode in list(worker.since):
             if episode not in worker.told_to_end:
                 own = episode in suspects

@@ -140,8 +140,9 @@ def describe(name: str) -> Metric:
     if found := re.fullmatch(r"(?:rollout/|eval/(?P<set>.+)-)(?:env/(?P<detail>.+)|turns)", name):
         what = f"{found['detail']}, which the environment counted" if found["detail"] else "responses in a trajectory"
         return Metric("", f"Mean number of {what}" + (f" on {found['set']}" if found["set"] else ""))
-    if name.startswith("rollout/failed/"):
-        return Metric("episodes", f"Episodes whose environment failed: {name.removeprefix('rollout/failed/')}")
+    if found := re.fullmatch(r"(?:rollout/|eval/(?P<set>.+)-)failed/(?P<kind>.+)", name):
+        where = f" on {found['set']}" if found["set"] else ""
+        return Metric("episodes", f"Episodes whose environment failed{where}: {found['kind']}")
     if not name.startswith("eval/"):
         return Metric("", "")
     dataset, _, detail = name.removeprefix("eval/").rpartition("-")

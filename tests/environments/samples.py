@@ -43,6 +43,8 @@ async def behave(context: Context, prompt: Prompt, suffix: int = 0) -> Any:
             await asyncio.gather(leave())
         case "memory":
             bytearray(64 * 2**30)
+        case "leak":
+            LEAKED.append(bytearray(600 * 2**20))
         case "number":
             return 5
         case "nothing":
@@ -94,6 +96,7 @@ async def misuse(context: Context, prompt: Prompt) -> Trajectory:
     return trajectory
 
 
+LEAKED: list[bytearray] = []
 RUIN: dict[str, Callable[[Trajectory], None]] = {
     "text": lambda trajectory: setattr(trajectory, "text", 5),
     "surrogate": lambda trajectory: setattr(trajectory, "text", "\ud800"),

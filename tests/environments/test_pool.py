@@ -187,6 +187,19 @@ def test_an_episode_that_does_not_let_go_is_ended_with_its_process(tokenizer: Pa
         pool.close()
 
 
+def test_a_process_whose_memory_has_leaked_is_replaced(tokenizer: Path) -> None:
+    pool = make(tokenizer, environment_memory_gib=1.0, environment_workers=1)
+    try:
+        for number in (0, 10):
+            assert isinstance(play(pool, [begin(number, "leak")])[number][-1], Finished)
+            full, other = (found[-1] for found in play(pool, [begin(number + 1, "leak"), begin(number + 2)]).values())
+            assert isinstance(full, Failed)
+            assert (full.kind, full.problem, full.own) == ("raised", "raised MemoryError", True)
+            assert isinstance(other, Finished) or (other.kind, other.own) == ("interrupted", False)
+    finally:
+        pool.close()
+
+
 def test_further_episodes_wait_for_room(tokenizer: Path) -> None:
     pool = make(tokenizer, environment_concurrency=2, environment_workers=1)
     try:

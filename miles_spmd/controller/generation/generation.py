@@ -154,7 +154,7 @@ class Generation:
 
     def evaluate(self, step: int, due: Sequence[EvalSet]) -> None:
         """Score the responses to the prompts of the held-out sets ``due``, ``step`` steps into the run."""
-        sets: dict[str, list[Group]] = {}
+        sets, failures = dict[str, list[Group]](), dict[str, float]()
         with self._journal.timed("eval", step):
             for one in due:
                 prompts, wake = self._data.eval_sets[one.name], self._cluster.wake
@@ -164,7 +164,10 @@ class Generation:
                 episodes.open(len(prompts) * sampling.samples, purpose=sampling.purpose)
                 self._generate(acceptance, episodes, sampling, iter([prompts]), step)
                 sets[one.name] = [group for group in acceptance.accepted if group]
-        self._journal.publish(events.EvaluationFinished(step, eval_metrics(sets), sets))
+                failures |= {f"eval/{one.name}-failed/{kind}": float(n) for kind, n in episodes.failures.items()}
+                if not sets[one.name]:
+                    self._stopping.show(f"warning: step {step}: no episode of {sampling.purpose} is left to be scored")
+        self._journal.publish(events.EvaluationFinished(step, eval_metrics(sets) | failures, sets))
 
     def _tell_too_few(self, step: int, acceptance: Acceptance) -> None:
         """Say why groups were dropped. Raises FilterError where that ends the run."""
