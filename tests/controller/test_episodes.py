@@ -77,7 +77,7 @@ def play(
     )
     settings = EnvironmentConfig(**limits)
     episodes, sampling = Episodes(host, itertools.count(), settings), Sampling.of_step(CONFIG, 3)
-    episodes.open(len(prompts) * sampling.samples, given)
+    episodes.open(given)
     episodes.begin(0, prompts, sampling)
     running, asked, done = list[Request](), list[Request](), list[Done]()
     while True:
@@ -112,7 +112,7 @@ def play_in_parts(order: int) -> tuple[list[Done], int]:
                 )
             running, cuts = [], cuts + 1
             episodes.close(range(len(PROMPTS)))
-            episodes.open(0)
+            episodes.open()
         elif running:
             request = running.pop(generator.randrange(len(running)))
             full = output(request)
@@ -253,7 +253,7 @@ def test_failures_that_end_a_run() -> None:
     with pytest.raises(EnvironmentFailedError, match=what):
         play(Unlucky(2), PROMPTS, on_environment_failure="stop")
     with pytest.raises(
-        EnvironmentFailedError, match=r"1 episodes of a rollout of 24 have failed, more than .* 0.04 of"
+        EnvironmentFailedError, match=r"1 of 24 episodes of a rollout have failed, a larger share than .* 0.04;"
     ):
         play(Unlucky(2), PROMPTS, max_environment_failures=0.04)
 

@@ -285,6 +285,17 @@ def test_the_reward_that_an_environment_gives_counts_in_a_group_where_others_giv
     assert [sample.reward for sample in acceptance.accepted[0]] == [0.5, 0.5, 2.0, 2.0, 0.5, 0.5]
 
 
+def test_dropped_groups_are_described() -> None:
+    acceptance = Acceptance(cast(Any, Rewards(lambda group: 0.5)), 1, accepts=lambda group: False)
+    prompts = [Prompt(f"p:{i}", "", [1]) for i in range(3)]
+    acceptance.add(prompts, 1)
+    acceptance.finish(0, 0, None)  # its environment has failed
+    for group, reward in ((1, None), (2, 0.5)):
+        acceptance.finish(group, 0, [Sample(prompts[group], 0, Trajectory([1]), reward)])
+    acceptance.resolve()
+    assert acceptance.describe_dropped() == "2 with all rewards 0.5, 1 whose environment failed"
+
+
 def test_an_evaluation_has_the_seeds_of_step_0_and_is_named() -> None:
     engines, events = Engines(lambda running: running[-1]), Events()
     parts = generation(engines, Rewards(lambda g: float(g[0].prompt.uid == "held:1")), Data(2), events, 2)

@@ -116,7 +116,7 @@ class Generation:
             self._stopping.show(f"step {step} continues {described(self._given.values())}")
         sampling = Sampling.of_step(self._config, step)
         with self._journal.timed("rollout", step):
-            episodes.open(config.rollout_batch_size * sampling.samples, self._given)
+            episodes.open(self._given)
             begun = self._continue(acceptance)
             waves = chain([supply.first(step)], self._data.spare(step))
             kept = self._generate(acceptance, episodes, sampling, waves, step, supply.room)
@@ -161,7 +161,7 @@ class Generation:
                 acceptance = Acceptance(self._rewards, len(prompts), terms=one.terms, wake=wake, keeps_empty=True)
                 sampling = Sampling.of_set(self._config, one)
                 episodes = Episodes(self._host, self._numbers, self._config.environment, self._episodes)
-                episodes.open(len(prompts) * sampling.samples, purpose=sampling.purpose)
+                episodes.open(purpose=sampling.purpose)
                 self._generate(acceptance, episodes, sampling, iter([prompts]), step)
                 sets[one.name] = [group for group in acceptance.accepted if group]
                 failures |= {f"eval/{one.name}-failed/{kind}": float(n) for kind, n in episodes.failures.items()}
