@@ -18,9 +18,12 @@ MIS = (
 )
 OF_JUDGE = ("url", "hf_checkpoint", "prompt", "scores", "arguments", "default")
 JUDGE = " ".join(f"reward.judge_{name}" for name in OF_JUDGE)
-OF_PROCESSES = " ".join(
-    f"environment.environment_{name}"
-    for name in ("kwargs", "workers", "concurrency", "cache_share", "timeout", "memory_gib", "variables")
+OF_PROCESSES = ("kwargs", "workers", "concurrency", "cache_share", "timeout", "memory_gib", "variables", "retries")
+ENVIRONMENT = " ".join(
+    [
+        *(f"environment.environment_{name}" for name in OF_PROCESSES),
+        "environment.on_environment_failure environment.max_environment_failures",
+    ]
 )
 # What has to hold -> whether it holds, and the settings that have no effect otherwise.
 NEEDED: dict[str, tuple[Callable[[Settings], bool], str]] = {
@@ -57,7 +60,24 @@ NEEDED: dict[str, tuple[Callable[[Settings], bool], str]] = {
     "the reward 'judge'": (lambda s: scores_by(s, "judge"), JUDGE),
     "reward.judge_url": (lambda s: s.judge_url is not None, "reward.judge_key_variable reward.judge_model"),
     "reward.judge_hf_checkpoint": (lambda s: s.judge_hf_checkpoint is not None, "reward.judge_sglang"),
-    "another environment.environment than 'single_turn'": (lambda s: s.environment != SINGLE_TURN, OF_PROCESSES),
+    "the reward 'remote', or reward.judge_url": (
+        lambda s: scores_by(s, "remote") or s.judge_url is not None,
+        "reward.service_requests",
+    ),
+    "an environment other than 'single_turn'": (lambda s: s.environment != SINGLE_TURN, ENVIRONMENT),
+    "algorithm.dynamic_sampling_filter, or an environment that can fail": (
+        lambda s: s.dynamic_sampling_filter is not None or s.environment != SINGLE_TURN,
+        "too_few_groups",
+    ),
+    "algorithm.dynamic_sampling_filter, another rollout.acceptance, or rollout.partial_rollout": (
+        lambda s: (
+            s.dynamic_sampling_filter is not None
+            or s.environment != SINGLE_TURN
+            or s.acceptance != "submission_order"
+            or s.partial_rollout
+        ),
+        "rollout.over_sampling_batch_size",
+    ),
     "a function of your own in reward.rm_type": (lambda s: ":" in s.rm_type, "reward.reward_batched"),
 }
 
@@ -93,13 +113,14 @@ def _settings_of_the_mode(s: Settings) -> Messages:
     if s.mode == "rl":
         return
     evaluates = s.mode == "sft" and s.eval_interval > 0
-    read = {"algorithm": PREFERENCES if s.mode == "dpo" else "", "rollout": "rollout_batch_size", "reward": ""}
+    read = {"algorithm": PREFERENCES if s.mode == "dpo" else "", "rollout": "rollout_batch_size"}
+    read |= dict.fromkeys(("environment", "reward"), "")
     if evaluates:
         read["rollout"] += f" {EVALUATION}"
     for path in _defaults():
         table, _, name = path.partition(".")
-        unread = table in read and name not in read[table].split()
-        if unread and not (evaluates and table == "reward") and _is_set(s, path):
+        unread = name and table in read and name not in read[table].split()
+        if unread and not (evaluates and table in ("environment", "reward")) and _is_set(s, path):
             yield f"{path}: has no effect in mode {s.mode!r}, only in mode 'rl'"
 
 

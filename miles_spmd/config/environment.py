@@ -27,7 +27,8 @@ class EnvironmentConfig(Table):
     environment_workers: PositiveInt = 2
     """Number of processes in which environments run, each in an event loop; `single_turn` needs none."""
     environment_concurrency: PositiveInt = 256
-    """Number of episodes that one process runs at a time; further ones wait."""
+    """Number of episodes that one process runs at a time; further ones wait. In an evaluation, training episodes that
+    wait for the next step do not count."""
     environment_cache_share: NonNegativeFloat = 0.0
     """Episodes begin as long as those that run are expected to fill at most this share of the engine's KV cache; 0:
     whatever they fill. What it gains and costs: docs/environments.md."""

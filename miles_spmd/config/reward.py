@@ -57,8 +57,8 @@ class RewardConfig(Table):
     names contain TOKEN, KEY, SECRET, PASSWORD or the like are withheld from them."""
 
     remote_url: Url | None = None
-    """Where `remote` posts each response: an object with `prompt`, `response`, `label` and `metadata`. The reply is a
-    number, or an object with a `score`."""
+    """Where `remote` posts each response: an object with `prompt`, `messages`, `response`, `label` and `metadata`.
+    The reply is a number, or an object with a `score`."""
     remote_key_variable: str | None = None
     """Environment variable with the key of that service, which is sent as a bearer token; name it in
     `reward_environment`, too. `none`: no key."""

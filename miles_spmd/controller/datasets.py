@@ -53,7 +53,7 @@ class Datasets:
                     prompt_data=one.prompt_data,
                     name=one.name,
                     room=context - (one.eval_max_response_len or 0),
-                    check_label=_checks_labels(one.terms or config.reward.terms),
+                    check_label=_checks_labels(one.terms or config.reward.terms, config.environment.environment),
                 )
                 for one in config.eval_sets
             }
@@ -62,7 +62,8 @@ class Datasets:
         items: list[Any]
         match mode:
             case "rl":
-                room, check = context - config.rollout.rollout_max_response_len, _checks_labels(config.reward.terms)
+                room = context - config.rollout.rollout_max_response_len
+                check = _checks_labels(config.reward.terms, config.environment.environment)
                 items = load_prompts(data, tokenizer, room=room, check_label=check)
             case "sft":
                 items = load_sft_examples(data, tokenizer, max_len=min(context, config.micro_batch_tokens))
@@ -117,10 +118,13 @@ def position_of(uid: str) -> int:
     return int(place) if place.isdigit() else -1
 
 
-def _checks_labels(terms: Sequence[RewardTerm]) -> Callable[[Any], str | None]:
-    """Return a function that says why one of the reward functions cannot read a label."""
+def _checks_labels(terms: Sequence[RewardTerm], environment: str) -> Callable[[Any], str | None]:
+    """Return a function that says why one of the reward functions cannot read a label. An environment of the user's may
+    give rewards itself, for rows without a label."""
 
     def check(label: Any) -> str | None:
+        if label is None and ":" in environment:
+            return None
         problems = ((term.rm_type, check_label(term.rm_type, label)) for term in terms)
         return next((f"{problem} (reward {name!r})" for name, problem in problems if problem is not None), None)
 

@@ -73,19 +73,33 @@ def words(text: str) -> list[str]:
     return _WORDS.findall(text.lower())
 
 
+class _Row(msgspec.Struct):
+    id: str | int
+    text: str | None = None
+    contents: str | None = None  # as the corpora of Search-R1 call the text
+    title: str | None = None
+
+    def document(self) -> Document:
+        text = self.contents if self.text is None else self.text
+        if text is None:
+            raise msgspec.ValidationError("Object missing required field `text`, or `contents`")
+        return Document(self.id, text, self.title or "")
+
+
 def read_corpus(path: str | Path) -> list[Document]:
-    """Return the documents of a JSON-lines file with ``id``, ``text`` and an optional ``title``. Raises CorpusError."""
-    number, decoder, documents = 0, msgspec.json.Decoder(Document), list[Document]()
+    """Return the documents of a JSON-lines file with ``id``, ``text`` (or ``contents``) and an optional ``title``.
+    Raises CorpusError."""
+    number, decoder, documents = 0, msgspec.json.Decoder(_Row), list[Document]()
     try:
         with Path(path).expanduser().open("rb") as file:
             for line in file:
                 number += 1
                 if line.strip():
-                    documents.append(decoder.decode(line))
+                    documents.append(decoder.decode(line).document())
     except OSError as error:
         raise CorpusError(f"the corpus {path} cannot be read: {error.strerror}") from error
     except msgspec.DecodeError as error:
-        raise CorpusError(f"{path}:{number}: {error}; a line is {{'id', 'text', 'title'}} as JSON") from error
+        raise CorpusError(f'{path}:{number}: {error}; a line is {{"id": ..., "text": ..., "title": ...}}') from error
     if not documents:
         raise CorpusError(f"the corpus {path} is empty")
     (identity, times), *_ = Counter(str(document.id) for document in documents).most_common(1)

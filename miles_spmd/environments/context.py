@@ -12,7 +12,10 @@ from miles_spmd.data.template import Conversation, fixed_clock
 from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.environments.messages import Ask, Begin, Completed, End, Failed, Finished, Line
 from miles_spmd.plugins.environment import Completion
+from miles_spmd.types.printable import MAX_LINE, error_text, printable
 from miles_spmd.types.trajectory import FinishReason, Segment, Trajectory
+
+_LONGEST_PROBLEM = 1000  # characters of a problem, which may have what the environment wrote
 
 
 class ContextError(RuntimeError):
@@ -51,22 +54,26 @@ class EpisodeContext:
         self.index = begin.index
         self._episode, self._max_tokens = begin.episode, begin.max_tokens
         self._tokenizer, self._context_length, self._send = model.tokenizer, model.context_length, ask
-        self._vocab_size, self._prompt = model.vocab_size, begin.prompt.tokens
+        self._vocab_size = model.vocab_size
         variables = begin.prompt.metadata.get("chat_template_kwargs")
         own = variables if isinstance(variables, dict) else {}
         self._template_variables = own | {"strftime_now": fixed_clock(model.date)}
-        self._trajectories = self._segments = 0
+        self._starts: list[list[int]] = []  # of the trajectories, by their numbers
+        self._segments = 0
         # Segments are known by the lists of their tokens, which are kept here, so that no other list has their address.
         self._known: dict[int, tuple[list[int], int]] = {}
+        self._behind: dict[int, Line] = {}  # what sampled segments, by their numbers, were sampled behind
         self._metrics: dict[str, float] = {}
 
     # --- for environments --------------------------------------------------------------------------------------------
 
     def begin(self, tokens: Sequence[int]) -> Trajectory:
-        if tokens is not self._prompt:  # whose tokens are the data's, and were examined with it
-            self._check(tokens)
-        self._trajectories += 1
-        return Trajectory(tokens if isinstance(tokens, list) else [*tokens], number=self._trajectories - 1)
+        start = [*tokens]
+        if not start:
+            raise ContextError("began a trajectory without a token, which the policy cannot continue")
+        self._check(start)
+        self._starts.append(start)
+        return Trajectory([*start], number=len(self._starts) - 1)
 
     def fork(self, trajectory: Trajectory) -> Trajectory:
         sibling = self.begin(trajectory.start)
@@ -77,6 +84,8 @@ class EpisodeContext:
     async def complete(
         self, trajectory: Trajectory, *, max_new_tokens: int | None = None, stop: Sequence[str] = ()
     ) -> Completion:
+        if isinstance(stop, str):
+            raise ContextError(f"gave context.complete stop = {stop!r}; it is a list of strings")
         limit = min(self.room(trajectory), math.inf if max_new_tokens is None else max_new_tokens)
         if limit < 1:
             trajectory.finish_reason = FinishReason.LENGTH
@@ -86,7 +95,7 @@ class EpisodeContext:
         done = await self._send(Ask(self._episode, number, line, given, int(limit), [*stop]))
         if len(trajectory.segments) != length:
             raise ContextError("a trajectory was changed while the policy continued it; fork it before")
-        self._known[id(done.tokens)] = done.tokens, number
+        self._known[id(done.tokens)], self._behind[number] = (done.tokens, number), line
         trajectory.append(Segment(done.tokens))
         trajectory.finish_reason = done.finish_reason
         return Completion(done.tokens, done.finish_reason)
@@ -114,7 +123,7 @@ class EpisodeContext:
         return self._tokenizer.decode(tokens, skip_special_tokens=False)
 
     def count(self, name: str, value: float = 1.0) -> None:
-        self._metrics[name] = self._metrics.get(name, 0.0) + value
+        self._metrics[name] = self._metrics.get(name, 0.0) + _number(name, value)
 
     # --- for those who call them -------------------------------------------------------------------------------------
 
@@ -122,17 +131,18 @@ class EpisodeContext:
         """Return the message about what the environment has returned."""
         trajectories = [returned] if isinstance(returned, Trajectory) else returned
         if not isinstance(trajectories, list | tuple) or not trajectories:
-            return self._unusable(f"returned {type(returned).__name__} instead of a trajectory, or a list of them")
+            return self.unusable(f"returned {type(returned).__name__} instead of a trajectory, or a list of them")
         ends, given, turn_rewards = list[End](), dict[int, list[int]](), dict[int, float]()
         try:
             for trajectory in trajectories:
+                self._fit(trajectory)
                 line, new = self._line(trajectory)
                 given |= new
                 sampled = [(n, segment) for n, segment in zip(line.segments, trajectory.segments) if segment.sampled]
                 for number, segment in sampled:
                     if segment.reward is None:
                         continue
-                    reward = _finite(segment.reward, "a turn")
+                    reward = _number("turn reward", segment.reward)
                     if turn_rewards.setdefault(number, reward) != reward:
                         raise ContextError("gave a turn that siblings have in common two different rewards")
                 ends.append(
@@ -142,27 +152,29 @@ class EpisodeContext:
                         text=self._scored(trajectory),
                         messages=trajectory.messages,
                         finish_reason=trajectory.finish_reason,
-                        reward=None if trajectory.reward is None else _finite(trajectory.reward, "a trajectory"),
-                        reward_detail={str(name): float(value) for name, value in trajectory.reward_detail.items()},
+                        reward=None if trajectory.reward is None else _number("reward", trajectory.reward),
+                        reward_detail={name: _number(name, one) for name, one in trajectory.reward_detail.items()},
                     )
                 )
         except ContextError as error:
-            return self._unusable(str(error))
+            return self.unusable(str(error))
         except (AttributeError, TypeError, ValueError) as error:
-            return self._unusable(f"returned something else than a trajectory: {error}")
+            return self.unusable(f"returned something else than a trajectory: {error}")
         if not any(segment.sampled for trajectory in trajectories for segment in trajectory.segments):
-            return self._unusable("returned no token that the policy has sampled")
+            return self.unusable("returned no token that the policy has sampled")
         return Finished(self._episode, ends, given, self._metrics, turn_rewards)
 
     def failed(self, error: BaseException) -> Failed:
         """Return the message about what the environment has raised."""
         if isinstance(error, ContextError):
-            return self._unusable(str(error))
-        trace = "".join(traceback.format_exception(error))
-        return Failed(self._episode, "raised", f"raised {type(error).__name__}: {error}", trace)
+            return self.unusable(str(error))
+        trace = printable("".join(traceback.format_exception(error)), MAX_LINE)
+        problem = f"raised {error_text(error, _LONGEST_PROBLEM)}"
+        return Failed(self._episode, "raised", problem, trace, exhausted=isinstance(error, MemoryError))
 
-    def _unusable(self, problem: str) -> Failed:
-        return Failed(self._episode, "unusable", problem)
+    def unusable(self, problem: str) -> Failed:
+        """Return the message about what the environment does wrong."""
+        return Failed(self._episode, "unusable", printable(problem, _LONGEST_PROBLEM))
 
     def _scored(self, trajectory: Trajectory) -> str:
         """The text of ``trajectory`` that reward functions get."""
@@ -171,24 +183,43 @@ class EpisodeContext:
         sampled = next((one.tokens for one in reversed(trajectory.segments) if one.sampled), [])
         return self._tokenizer.decode(sampled, skip_special_tokens=True)
 
+    def _fit(self, trajectory: Trajectory) -> None:
+        """Leave out what the environment has given behind the last sampled token and does not fit: nobody learns from
+        it. Raises ContextError where a trajectory is too long even so."""
+        while (room := self.room(trajectory)) < 0 and trajectory.segments and not trajectory.segments[-1].sampled:
+            trajectory.segments.pop()
+        if room < 0:
+            raise ContextError(f"a trajectory has {-room} tokens more than fit into the context")
+
     def _line(self, trajectory: Trajectory) -> tuple[Line, dict[int, list[int]]]:
         """Return the trajectory by the numbers of its segments, and the tokens of those that are new. Raises
         ContextError."""
-        numbers, given = list[int](), dict[int, list[int]]()
-        for segment in trajectory.segments:
+        given, line = dict[int, list[int]](), list[int]()
+        if not 0 <= trajectory.number < len(self._starts):
+            raise ContextError("a trajectory does not come from context.begin or context.fork")
+        start, last = self._starts[trajectory.number], -1
+        if trajectory.start != start:
+            raise ContextError("a trajectory has another start than it began with")
+        for place, segment in enumerate(trajectory.segments):
             known = self._known.get(id(segment.tokens))
-            if known is None:
-                if segment.sampled:
-                    raise ContextError("a segment claims to be sampled by the policy, and was not")
+            if known is None and not segment.sampled:
                 self._check(segment.tokens)
                 known = self._known[id(segment.tokens)] = segment.tokens, self._next_segment()
                 given[known[1]] = segment.tokens
-            numbers.append(known[1])
-        return Line(trajectory.number, trajectory.start, numbers), given
+            if known is None or segment.sampled != (known[1] in self._behind):
+                claims, was = ("sampled by the policy", "not") if segment.sampled else ("given", "sampled")
+                raise ContextError(f"a segment claims to be {claims}, and was {was}")
+            line.append(known[1])
+            last = place if segment.sampled else last
+        if last >= 0:  # what stands before is as it was when this was sampled, and earlier ones were examined then
+            behind = self._behind[line[last]]
+            if (behind.start, behind.segments) != (start, line[:last]):
+                raise ContextError("a trajectory has a sampled segment behind other tokens than it was sampled behind")
+        return Line(trajectory.number, start, line), given
 
     def _check(self, tokens: Sequence[int]) -> None:
         """Raise ContextError for tokens that the model does not have, which would be an error of the engine."""
-        if wrong := [t for t in tokens if not isinstance(t, int) or not 0 <= t < self._vocab_size]:
+        if wrong := [t for t in tokens if type(t) is not int or not 0 <= t < self._vocab_size]:
             raise ContextError(f"gave the token {wrong[0]!r}; the model has the tokens 0 to {self._vocab_size - 1}")
 
     def _next_segment(self) -> int:
@@ -196,8 +227,12 @@ class EpisodeContext:
         return self._segments - 1
 
 
-def _finite(reward: float, what: str) -> float:
-    """Return a reward as a float. Raises ContextError unless it is a finite number."""
-    if not math.isfinite(reward):
-        raise ContextError(f"gave {what} the reward {reward}; rewards are finite numbers")
-    return float(reward)
+def _number(name: Any, value: Any) -> float:
+    """Return a number of an environment as a float. Raises ContextError."""
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not (isinstance(name, str) and name.isprintable() and math.isfinite(number)):
+        raise ContextError(f"gave {name!r:.80} the value {value!r:.80}; write a printable name and a finite number")
+    return number

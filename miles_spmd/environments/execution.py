@@ -28,9 +28,10 @@ from miles_spmd.environments.calls import Call
 from miles_spmd.environments.tool_schemas import Schema, SchemaError, tool_schema
 from miles_spmd.plugins.plug_point import import_function
 from miles_spmd.processes.limited import LimitedProcess, ProcessEndedError, serve_calls
-from miles_spmd.types.printable import printable
+from miles_spmd.types.printable import error_text, printable
 
 Function = Callable[..., Any]
+_ADDRESS = " at 0x"  # as objects without a text of their own are written, in each process differently
 _LONGEST_ERROR = 500  # characters of what a user's code or a schema wrote into an error
 _MOST_PROBLEMS = 3  # of the arguments of one call that are reported
 
@@ -158,9 +159,9 @@ class Toolbox:
             if task is not None and task.cancelling():
                 raise
             return _raised(error)  # the tool's own
-        except ToolUnavailableError:
+        except (ToolUnavailableError, GeneratorExit):
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # an exit would end the event loop
             return _raised(error)
 
     def _call_in_process(self, tool: _Loaded, arguments: Mapping[str, Any]) -> Result:
@@ -268,17 +269,26 @@ def _error(kind: ErrorKind, problem: str) -> Result:
 
 def _raised(error: BaseException) -> Result:
     """Return what is shown of an error: its class and message, without a trace, which has the paths of this machine."""
-    try:
-        message = printable(str(error), _LONGEST_ERROR)
-    except Exception:
-        message = ""
-    return Result(f"Error: {type(error).__name__}{': ' if message else ''}{message}", ErrorKind.RAISED)
+    return Result(f"Error: {error_text(error, _LONGEST_ERROR)}", ErrorKind.RAISED)
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON does not have as something that it has, and that is the same in every process."""
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=repr)
+    if hasattr(value, "tolist"):  # of NumPy or torch
+        return value.tolist()
+    if _ADDRESS in (text := str(value)):
+        raise TypeError(
+            f"the tool returned an object of the class {type(value).__name__}, which is neither text nor JSON"
+        )
+    return text
 
 
 def _to_text(value: Any, longest: int) -> str:
-    """Return a result as text: a string as it is, anything else as JSON, or else as ``str`` has it; cut where it has
-    more than ``longest`` characters."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    """Return a result as text: a string as it is, anything else as JSON; cut where it has more than ``longest``
+    characters. Raises TypeError, ValueError and RecursionError for what cannot be written."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=_plain)
     if len(text) > longest:
         text = f"{text[:longest]}\n[... cut: the first {longest:,} of {len(text):,} characters are shown]"
     return text.encode("utf-8", "replace").decode()  # halves of surrogate pairs have no tokens

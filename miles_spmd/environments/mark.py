@@ -67,7 +67,10 @@ class Mark:
         return context.run(asyncio.ensure_future, coroutine)  # type: ignore[arg-type]
 
     async def _follow(self, coroutine: Coroutine[Any, Any, Any], episode: int) -> Any:
-        return await self._marked(coroutine, episode)
+        try:
+            return await self._marked(coroutine, episode)
+        except (SystemExit, KeyboardInterrupt) as error:  # which would end the event loop, and with it other episodes
+            raise RuntimeError(f"a task of an environment ended with {type(error).__name__}: {error}") from error
 
     @types.coroutine
     def _marked(self, coroutine: Coroutine[Any, Any, Any], episode: int) -> Generator[Any, Any, Any]:

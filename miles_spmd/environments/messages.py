@@ -16,12 +16,14 @@ from miles_spmd.types.trajectory import FinishReason
 
 
 class Begin(msgspec.Struct, frozen=True, tag=True):
-    """Call the environment. ``max_tokens``: what a trajectory can have behind its start."""
+    """Call the environment. ``max_tokens``: what a trajectory can have behind its start. ``purpose``: one other than
+    training, whose episodes do not wait for those of training to end."""
 
     episode: int  # a name for this call of the environment
     prompt: Prompt
     index: int
     max_tokens: int
+    purpose: str = ""
 
 
 class Completed(msgspec.Struct, frozen=True, tag=True):
@@ -82,14 +84,34 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """The environment has raised, or returned what cannot be used; ``kind`` names what the failures are counted by.
-    ``own``: what has failed is this episode, and not another one of its process."""
+    ``own``: what has failed is this episode, and not another one of its process. ``exhausted``: the process has no
+    memory left."""
 
     episode: int
     kind: str
     problem: str
     trace: str = ""
     own: bool = True
+    exhausted: bool = False
 
 
 Event = Ask | Finished | Failed
 Order = Begin | Completed | Cancel
+
+_decoder = msgspec.msgpack.Decoder(Event)
+
+
+def encode(event: Event) -> bytes:
+    """Return the bytes of an event. Raises ValueError for values that its fields do not have: an environment puts into
+    trajectories what it likes, and its process must send nothing that cannot be read."""
+    try:
+        data = msgspec.msgpack.encode(event)
+        _decoder.decode(data)
+    except (msgspec.MsgspecError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+    return data
+
+
+def decode(data: bytes) -> Event:
+    """Raises msgspec.DecodeError."""
+    return _decoder.decode(data)

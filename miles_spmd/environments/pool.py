@@ -6,8 +6,8 @@ import os
 import selectors
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -17,7 +17,7 @@ import msgspec
 from miles_spmd.config.environment import EnvironmentConfig
 from miles_spmd.environments.context import ModelSource
 from miles_spmd.environments.mark import NOBODY, Mark
-from miles_spmd.environments.messages import Ask, Begin, Cancel, Completed, Event, Failed, Order
+from miles_spmd.environments.messages import Ask, Begin, Cancel, Completed, Event, Failed, Order, decode
 from miles_spmd.environments.process import serve
 from miles_spmd.plugins.environment import EnvironmentSetupError
 from miles_spmd.processes.child import Child
@@ -25,8 +25,6 @@ from miles_spmd.processes.child import Child
 IMPORT_TIMEOUT = 120.0  # seconds in which the environment's module must be imported
 LOOK_EVERY = 0.5  # seconds between looks at the clock
 GRACE = 5.0  # seconds in which an episode has to end that was told to; else its process is killed
-
-_decoder = msgspec.msgpack.Decoder(Event)
 
 
 class _Worker:
@@ -42,6 +40,7 @@ class _Worker:
         self.ready = False  # whether the environment is imported
         self.started = time.monotonic()
         self.since: dict[int, float | None] = {}
+        self.purposes: dict[int, str] = {}  # of these episodes
         self.told_to_end: dict[int, float] = {}  # episodes that nobody waits for, and when they were told
         self._orders: SimpleQueue[Order | None] = SimpleQueue()
         threading.Thread(target=self._send, name="environment orders", daemon=True).start()
@@ -102,7 +101,7 @@ class EnvironmentPool:
             log.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()  # of all that the reader changes too
         self._of_episode: dict[int, _Worker] = {}
-        self._queue: deque[Begin] = deque()  # episodes that wait for room
+        self._queues: defaultdict[str, deque[Begin]] = defaultdict(deque)  # episodes that wait for room, by purpose
         self._closed = False
         self._selector = selectors.DefaultSelector()
         self._end_asked = os.eventfd(0, os.EFD_CLOEXEC)
@@ -143,30 +142,35 @@ class EnvironmentPool:
             worker = self._of_episode.get(order.episode)
             match order:
                 case Begin():
-                    self._queue.append(order)
+                    self._queues[order.purpose].append(order)
                 case Completed() if worker is not None:
                     worker.since[order.episode] = time.monotonic()
                     worker.tell(order)
                 case Cancel() if worker is not None:
                     self._cancel(worker, order.episode)
                 case Cancel():
-                    self._queue = deque(begin for begin in self._queue if begin.episode != order.episode)
+                    for purpose, queue in self._queues.items():
+                        self._queues[purpose] = deque(begin for begin in queue if begin.episode != order.episode)
             self._dispatch()
 
     def _dispatch(self) -> None:
-        """Give waiting episodes to the processes with most room, and replace those that have ended."""
-        while self._queue:
-            number = min(range(len(self._workers)), key=lambda number: len(self._workers[number].since))
-            worker = self._workers[number]
-            if len(worker.since) >= self._config.environment_concurrency:
-                return
-            if not worker.child.lives:
-                worker.tell(None)
-                worker = self._workers[number] = self._start()
-            begin = self._queue.popleft()
-            self._of_episode[begin.episode] = worker
-            worker.since[begin.episode] = time.monotonic()
-            worker.tell(begin)
+        """Give waiting episodes to the processes with most room, and replace those that have ended.
+
+        Room is counted by purpose: episodes of training that wait for the next step would keep an evaluation, which
+        that step waits for, from ever beginning.
+        """
+        for purpose, queue in self._queues.items():
+            running = [list(worker.purposes.values()).count(purpose) for worker in self._workers]
+            while queue and (least := min(running)) < self._config.environment_concurrency:
+                running[number := running.index(least)] += 1
+                worker = self._workers[number]
+                if not worker.child.lives:
+                    worker.tell(None)
+                    worker = self._workers[number] = self._start()
+                begin = queue.popleft()
+                self._of_episode[begin.episode] = worker
+                worker.since[begin.episode], worker.purposes[begin.episode] = time.monotonic(), purpose
+                worker.tell(begin)
 
     def _cancel(self, worker: _Worker, episode: int) -> None:
         worker.told_to_end.setdefault(episode, time.monotonic())
@@ -195,7 +199,7 @@ class EnvironmentPool:
         try:
             message = worker.child.pipe.recv_bytes()
             problem = "" if worker.ready else message.decode()
-            event = _decoder.decode(message) if worker.ready else None
+            event = decode(message) if worker.ready else None
         except (EOFError, OSError):
             problem, event = f"its process ended: {worker.child.how_it_ended()}", None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -207,6 +211,8 @@ class EnvironmentPool:
                 worker.become_ready()
             elif event.episode in worker.since:  # else the environment has made up the number
                 self._take(worker, event)
+                if isinstance(event, Failed) and event.exhausted:  # what is leaked would be missing in every later one
+                    self._lose(worker, "another episode in its process used up its memory", suspects=())
 
     def _take(self, worker: _Worker, event: Event) -> None:
         expected = event.episode not in worker.told_to_end
@@ -217,13 +223,14 @@ class EnvironmentPool:
         if expected:
             self.events.append(event)
 
-    def _lose(self, worker: _Worker, problem: str, kind: str = "died") -> None:
+    def _lose(self, worker: _Worker, problem: str, kind: str = "died", suspects: Collection[int] | None = None) -> None:
         """End a process that cannot be used any more: its episodes fail, those that have no part in it to be begun
-        anew."""
+        anew. ``suspects``: those that have; None: those that the mark tells."""
         worker.child.kill()
         self._selector.unregister(worker.child.pipe)
         worker.child.pipe.close()
-        suspects = worker.suspects()
+        if suspects is None:
+            suspects = worker.suspects()
         for episode in list(worker.since):
             if episode not in worker.told_to_end:
                 own = episode in suspects
@@ -253,6 +260,7 @@ class EnvironmentPool:
 
     def _forget(self, worker: _Worker, episode: int) -> None:
         worker.since.pop(episode, None)
+        worker.purposes.pop(episode, None)
         worker.told_to_end.pop(episode, None)
         self._of_episode.pop(episode, None)
 

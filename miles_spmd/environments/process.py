@@ -11,11 +11,9 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
-import msgspec
-
-from miles_spmd.environments.context import EpisodeContext, ModelSource, ModelView
+from miles_spmd.environments.context import ContextError, EpisodeContext, ModelSource, ModelView
 from miles_spmd.environments.mark import Mark
-from miles_spmd.environments.messages import Ask, Begin, Cancel, Completed, Event, Failed, Order
+from miles_spmd.environments.messages import Ask, Begin, Cancel, Completed, Event, Failed, Order, encode
 from miles_spmd.plugins.environment import Environment
 from miles_spmd.plugins.plug_point import PlugPointError, import_function
 from miles_spmd.processes.child import limit_memory
@@ -54,6 +52,8 @@ class Episodes:
         self._pipe, self._environment, self._model, self._mark = pipe, environment, model, mark
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._waiting: dict[tuple[int, int], asyncio.Future[Completed]] = {}
+        self._told_to_end: set[int] = set()
+        self._loop = asyncio.get_running_loop()
         self.closed = asyncio.Event()
 
     def read(self) -> None:
@@ -71,29 +71,54 @@ class Episodes:
                 if future is not None and not future.done():
                     future.set_result(order)
             case Cancel() if (task := self._tasks.get(order.episode)) is not None:
+                self._told_to_end.add(order.episode)
                 task.cancel()
 
     async def _run(self, begin: Begin) -> None:
-        context = EpisodeContext(begin, self._model, self._ask)
+        context, told = EpisodeContext(begin, self._model, self._ask), self._told_to_end
         try:
             event: Event = context.finished(await self._environment(context, begin.prompt))
-        except asyncio.CancelledError:
-            event = Failed(begin.episode, "cancelled", "was told to end")
-        except (Exception, SystemExit) as error:  # an exit that leaves a task would end the event loop
+        except asyncio.CancelledError as error:
+            if begin.episode in told:
+                event = Failed(begin.episode, "cancelled", "was told to end")
+            elif _is_cancelled():  # because the event loop ends, and then the process
+                raise
+            else:
+                event = context.failed(error)
+        except GeneratorExit:  # the event loop has ended
+            raise
+        except BaseException as error:  # an exit that leaves a task would end the event loop
             event = context.failed(error)
+        told.discard(begin.episode)
         del self._tasks[begin.episode]
         for waiting in [one for one in self._waiting if one[0] == begin.episode]:
             self._waiting.pop(waiting).cancel()
-        self._send(event)
+        try:
+            message = encode(event)
+        except ValueError as error:
+            message = encode(context.unusable(f"returned something else than a trajectory: {error}"))
+        self._pipe.send_bytes(message)
 
     async def _ask(self, ask: Ask) -> Completed:
-        future: asyncio.Future[Completed] = asyncio.get_running_loop().create_future()
+        if asyncio.get_running_loop() is not self._loop:
+            raise ContextError(
+                "awaited context.complete in another event loop than its own, such as one of a thread; use "
+                "asyncio.run_coroutine_threadsafe with the loop in which the environment was called"
+            )
+        try:
+            message = encode(ask)
+        except ValueError as error:
+            raise ContextError(f"gave context.complete what it cannot use: {error}") from error
+        future: asyncio.Future[Completed] = self._loop.create_future()
         self._waiting[ask.episode, ask.segment] = future
-        self._send(ask)
+        self._pipe.send_bytes(message)
         return await future
 
-    def _send(self, event: Event) -> None:
-        self._pipe.send_bytes(msgspec.msgpack.encode(event))
+
+def _is_cancelled() -> bool:
+    """Whether somebody has cancelled this task; else its function has raised CancelledError by itself."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def serve(

@@ -74,7 +74,22 @@ class _Retriever:
         self._recording, self._replay = recording, replay
 
     async def find(self, query: str) -> Sequence[Document]:
-        reply = await self._reply({"query": query, "topk": self._topk})
+        """Return the documents for a query. Its reply is recorded without the form in which the service is sent it."""
+        request, recording = {"query": query, "topk": self._topk}, self._recording
+        if recording is None:
+            return self._read(await self._ask(request))
+        if request not in recording:
+            if self._replay:
+                raise ToolUnavailableError(
+                    f"{recording.path} has no reply to {request}, and replay = true asks nobody: record the run again, "
+                    "or set replay = false"
+                )
+            reply = await self._ask(request)
+            self._read(reply)  # what has no documents must not be what every later run gets
+            recording.add(request, reply)
+        return self._read(recording[request])
+
+    def _read(self, reply: Any) -> Sequence[Document]:
         try:
             return _documents(reply)[: self._topk]
         except (LookupError, TypeError, ValueError) as error:
@@ -83,24 +98,14 @@ class _Retriever:
                 '{"result": [[{"document": {"contents": ...}}]]}'
             ) from error
 
-    async def _reply(self, request: dict[str, Any]) -> Any:
-        """Return the reply to a request, which is recorded without the form in which the service is sent it."""
-        recording = self._recording
-        if recording is not None and request in recording:
-            return recording[request]
-        if recording is not None and self._replay:
-            raise ToolUnavailableError(
-                f"{recording.path} has no reply to {request}, and replay = true asks nobody: record the run again, or "
-                "set replay = false"
-            )
+    async def _ask(self, request: dict[str, Any]) -> Any:
         body = request
         if self._form == "queries":
             body = {"queries": [request["query"]], "topk": request["topk"], "return_scores": True}
         try:
-            reply = await self._client.post(body)
+            return await self._client.post(body)
         except ServiceError as error:
             raise ToolUnavailableError(f"the search service {error}") from error
-        return reply if recording is None else recording.add(request, reply)
 
 
 @cache  # built once for all conversations of a process
@@ -120,16 +125,21 @@ def _documents(reply: Any) -> list[Document]:
     for a list of one. Raises LookupError, TypeError or ValueError for anything else."""
     if isinstance(reply, dict):
         (reply,) = [reply[name] for name in ("result", "results", "documents") if name in reply]
-    if len(reply) == 1 and isinstance(reply[0], list):
+    if isinstance(reply, list) and len(reply) == 1 and isinstance(reply[0], list):
         (reply,) = reply
+    if not isinstance(reply, list):
+        raise TypeError(type(reply))
     return [_document(one) for one in reply]
 
 
 def _document(one: Any) -> Document:
-    found = one if isinstance(one, str) else one.get("document", one)
+    found = one.get("document", one) if isinstance(one, dict) else one
     if isinstance(found, str):
         return Document("", found)
-    if not isinstance(text := found["contents"] if "contents" in found else found["text"], str):
+    if not isinstance(found, dict):
+        raise TypeError(type(found))
+    # Search-R1's BM25 retriever has both: the contents are the title, and behind it the text
+    if not isinstance(text := found["text"] if "text" in found else found["contents"], str):
         raise TypeError(type(text))
     return Document("", text, str(found.get("title") or ""))
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_type_hints, is_typeddict
 
 Schema = dict[str, Any]
 """A tool as OpenAI's API has it: ``{"type": "function", "function": {"name", "description", "parameters"}}``."""
 
+_PLAIN = (Any, str, int, float, bool, list, dict, tuple, type(None))  # what arguments are, as JSON has them
 _EXAMPLE = '''def weather(city: str, days: int = 1) -> str:
     """Weather forecast for a city.
 
@@ -42,8 +43,11 @@ def tool_schema(function: Callable[..., Any], given: Schema | None = None) -> Sc
 def _problem(function: Callable[..., Any]) -> str | None:
     try:
         parameters = inspect.signature(function).parameters.values()
+        hints = _hints(function)
     except (TypeError, ValueError):
         return "has no signature"
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        return "yields; a tool returns its result"
     if not (inspect.getdoc(function) or "").strip():
         return "has no docstring, which tells the policy what it does"
     for parameter in parameters:
@@ -51,7 +55,20 @@ def _problem(function: Callable[..., Any]) -> str | None:
             return f"has the parameter {str(parameter)!r}; a policy gives arguments by name"
         if parameter.annotation is parameter.empty and parameter.name != "self":
             return f"has no type hint for its parameter {parameter.name!r}"
+        hint = hints.get(parameter.name)
+        if isinstance(hint, type) and hint not in _PLAIN and not is_typeddict(hint):
+            return (
+                f"has the type hint {hint.__name__} for its parameter {parameter.name!r}; a policy gives str, int, "
+                "float, bool, list or dict, and Literal[...] names the values that it may choose from"
+            )
     return None
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(function)
+    except Exception:  # a name that does not exist here, which transformers reports
+        return {}
 
 
 def _complete(given: Mapping[str, Any], name: str) -> Schema:

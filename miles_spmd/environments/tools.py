@@ -7,6 +7,7 @@ environment_kwargs = { functions = ["python", "my_tools:lookup"], max_turns = 8 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -18,7 +19,7 @@ from miles_spmd.environments.chat import AUTO, Chat, Reply
 from miles_spmd.environments.execution import ErrorKind, Result, Tool, Toolbox
 from miles_spmd.environments.python_tool import python_tool
 from miles_spmd.environments.search_tool import search_tool
-from miles_spmd.environments.verl_tool import verl_tool
+from miles_spmd.environments.verl_tool import row, verl_tool
 from miles_spmd.plugins.environment import Context
 from miles_spmd.types.sample import Prompt
 from miles_spmd.types.trajectory import FinishReason, Trajectory
@@ -56,6 +57,7 @@ async def tools(
     options = msgspec.json.encode({"python": python or {}, "search": search or {}})
     toolbox = _toolbox(_entries(functions), options, tool_timeout, tool_memory_gib, tool_workers, max_result_chars)
     chat = Chat(context, prompt, tools=toolbox.schemas, call_format=call_format, reasoning_format=reasoning_format)
+    row.set(prompt.metadata)
     reply = await chat.respond()
     for _ in range(max_turns - 1):
         if not (reply.complete and reply.calls):
@@ -79,16 +81,25 @@ def _check(
     call_format: str = AUTO,
     reasoning_format: str = AUTO,
     tool_timeout: float = 30.0,
+    tool_memory_gib: float = 4.0,
+    tool_workers: int = 8,
     max_result_chars: int = 16_384,
     python: Mapping[str, Any] | None = None,
     search: Mapping[str, Any] | None = None,
-    **_: Any,
 ) -> None:
     """Raise ValueError for arguments that cannot be used, before the first conversation."""
-    if isinstance(functions, str) or not functions:
+    if isinstance(functions, str) or not isinstance(functions, Sequence) or not functions:
         raise ValueError("functions is a list of at least one function")
-    if max_turns < 1:
-        raise ValueError(f"max_turns = {max_turns} is less than 1")
+    for name, count in {
+        "max_turns": max_turns,
+        "tool_workers": tool_workers,
+        "max_result_chars": max_result_chars,
+    }.items():
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} = {count!r} is not a whole number of at least 1")
+    for name, amount in {"tool_timeout": tool_timeout, "tool_memory_gib": tool_memory_gib}.items():
+        if not isinstance(amount, int | float) or not 0 < amount < math.inf:
+            raise ValueError(f"{name} = {amount!r} is not a number above 0")
     CallParser(
         "hermes" if call_format == AUTO else call_format, (), "qwen3" if reasoning_format == AUTO else reasoning_format
     )

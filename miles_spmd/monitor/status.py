@@ -214,11 +214,18 @@ def _resume(folder: Path, last: Attempt | None, cells: int, saved: bool) -> str:
 # --- as text ----------------------------------------------------------------------------------------------------------
 
 
+def _with_reason(state: str, reason: str) -> str:
+    """Return a state and why, which may say the state itself: ``stopped by SIGTERM``."""
+    if reason.startswith(state):
+        return reason
+    return f"{state}: {reason}" if reason else state
+
+
 def render(status: Status) -> str:
     """Return the status for a terminal."""
     state: str = status.state
-    if state != "running" and status.reason not in ("", state):
-        state += f": {status.reason}"
+    if state != "running":
+        state = _with_reason(state, status.reason)
     lines = [("run", f"{status.run} ({status.task or 'unknown task'}), {state}")]
     if status.step is not None:
         of = f" of {status.steps}" if status.steps is not None else ""
@@ -253,8 +260,7 @@ def _table(attempts: list[Attempt]) -> str:
         job = (one.job or "-") + (f".{one.restart}" if one.restart else "")
         steps = f"{one.first_step} to {one.last_step}" if one.first_step is not None else "-"
         start = time.strftime("%F %T", time.localtime(one.start))
-        end: str = "running" if one.end is None else one.state
-        end += f": {one.reason[:MAX_REASON]}" if one.reason not in ("", one.state) else ""
+        end = _with_reason("running" if one.end is None else one.state, one.reason[:MAX_REASON])
         duration = clock((one.end or time.time()) - one.start)
         row = str(one.attempt), start, duration, job, str(one.ranks), steps, clock(one.seconds_lost), end
         rows.append(row)

@@ -13,10 +13,11 @@ import msgspec
 
 from miles_spmd.types.sample import Sample
 
-RewardValue = float | Mapping[str, Any]
+RewardValue = float | Mapping[str, Any] | None
 """A finite number, or a mapping with one under ``"score"``, whose other numbers are kept as the sample's detail and
 become metrics. Under ``"turn_rewards"`` it may have a list with a finite number for each turn, whose sum is the score
-unless ``"score"`` is given, too."""
+unless ``"score"`` is given, too. None leaves the sample to the other functions of ``[reward]``, of which one has to
+score it."""
 
 
 class SampleReward(Protocol):
@@ -32,22 +33,24 @@ class GroupReward(Protocol):
 
 
 class TrlReward(Protocol):
-    """The signature of TRL's GRPOTrainer, recognised by its parameter ``completions``.
+    """The signature of TRL's GRPOTrainer, recognised by a parameter ``prompts``, ``completions`` or ``completion_ids``.
 
     It is called with the samples of one prompt. Prompts and completions are strings, or lists of messages where the
     prompt is a conversation; the columns are ``label``, ``completion_ids`` and the rows' metadata, one list entry per
-    sample.
+    sample. What it gives ``log_metric`` becomes its detail; what it gives ``log_extra`` is left out.
     """
 
     def __call__(
         self, prompts: list[Any], completions: list[Any], **columns: Any
-    ) -> Sequence[float] | Awaitable[Sequence[float]]: ...
+    ) -> Sequence[float | None] | Awaitable[Sequence[float | None]]: ...
 
 
 class VerlReward(Protocol):
-    """The signature of veRL's ``compute_score``, recognised by its parameters ``solution_str`` and ``ground_truth``.
+    """The signature of veRL's ``compute_score``, recognised by its parameters ``solution_str`` and ``ground_truth``; or
+    in the plural, with a list of each for the samples of one prompt.
 
-    ``data_source`` and ``extra_info`` come from the row's metadata, by default the dataset's name and all metadata.
+    ``data_source`` and ``extra_info`` come from the row's metadata, by default the dataset's name and all metadata;
+    ``extra_info["num_turns"]`` is the number of turns of the policy and of others.
     """
 
     def __call__(

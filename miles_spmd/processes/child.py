@@ -14,6 +14,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -59,31 +60,55 @@ class Child:
                 stdout=output,
                 stderr=output,
                 env=without_secrets(os.environ, environment),
+                process_group=0,
             )
         theirs.close()
         self.pipe.send(tuple(setup))
 
     @property
     def lives(self) -> bool:
-        return self.process.poll() is None
+        if self._is_over(os.WNOHANG):
+            self._reap()
+        return self.process.returncode is None
 
     def kill(self) -> None:
         """End the process, and what the user's functions have started in it."""
+        if not self.lives:
+            return
         self.process.send_signal(signal.SIGSTOP)  # or it would go on when a program that it waits for is killed
         with contextlib.suppress(psutil.Error):
             for child in psutil.Process(self.process.pid).children(recursive=True):
                 with contextlib.suppress(psutil.Error):
                     child.kill()
         self.process.kill()
-        self.process.wait()
+        self._is_over()
+        self._reap()
 
     def how_it_ended(self) -> str:
         """Wait for its end, which it is near, and return it in words."""
-        try:
-            status = self.process.wait(END_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            return "it closed its pipe"
+        deadline = time.monotonic() + END_TIMEOUT
+        while self.lives:
+            if time.monotonic() > deadline:
+                return "it closed its pipe"
+            time.sleep(0.01)
+        status = self.process.returncode
         return f"exit code {status}" + (f", killed by {signal.Signals(-status).name}" if status < 0 else "")
+
+    def _is_over(self, options: int = 0) -> bool:
+        """Whether the process has ended; wait until it has, without ``os.WNOHANG``. It stays a zombie."""
+        if self.process.returncode is not None:
+            return True
+        with contextlib.suppress(ChildProcessError):  # another thread has reaped it
+            return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT | options) is not None
+        return True
+
+    def _reap(self) -> None:
+        """Reap the process that has ended, and end what it has left behind in its process group: as long as it is a
+        zombie, no other group has this number."""
+        if self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 def without_secrets(environment: Mapping[str, str], allowed: Sequence[str] = ()) -> dict[str, str]:

@@ -7,6 +7,7 @@ TRL's and veRL's functions run unchanged: ``adapt`` recognises them by the names
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from miles_spmd.types.sample import Prompt, Sample
 from miles_spmd.types.trajectory import Trajectory
 
 Function = Callable[..., Any]
+_TRL = {"prompts", "completions", "completion_ids"}  # any of these names tells a function of TRL
+_VERL, _VERL_GROUP = {"solution_str", "ground_truth"}, {"solution_strs", "ground_truths"}
 
 
 class BadReward(Exception):
@@ -33,10 +36,12 @@ def adapt(function: Function, batched: bool) -> tuple[Function, bool]:
     """Wrap ``function`` by its signature; ``batched`` is ``reward.reward_batched``. Returns the wrapper, and whether it
     takes the list of a prompt's samples instead of one sample. Raises BadReward for any other signature."""
     named, _ = _parameters(function)
-    if "completions" in named:
-        return lambda samples: function(**_accepted(function, _trl(samples))), True
-    if {"solution_str", "ground_truth"} <= named.keys():
+    if named.keys() & _TRL:
+        return lambda samples: _call_trl(function, samples), True
+    if named.keys() >= _VERL:
         return lambda sample: function(**_accepted(function, _verl(sample))), False
+    if named.keys() >= _VERL_GROUP:
+        return lambda samples: function(**_accepted(function, _verl_group(samples))), True
     parameters = list(inspect.signature(function).parameters)
     if not named or list(named.values()).count(False) > 1:
         raise BadReward(
@@ -51,18 +56,44 @@ def missing_columns(function: Function, prompt: Prompt) -> str | None:
     named, _ = _parameters(function)
     sample = Sample(prompt, 0, Trajectory(prompt.tokens))
     try:
-        if "completions" in named:
+        if named.keys() & _TRL:
             _accepted(function, _trl([sample]))
-        elif {"solution_str", "ground_truth"} <= named.keys():
+        elif named.keys() >= _VERL:
             _accepted(function, _verl(sample))
+        elif named.keys() >= _VERL_GROUP:
+            _accepted(function, _verl_group([sample]))
     except BadReward as error:
         return error.problem
     return None
 
 
+def _call_trl(function: Function, samples: list[Sample]) -> Any:
+    """Call a function of TRL. What it logs as metrics becomes the samples' detail; extra columns are left out."""
+    logged: defaultdict[str, list[float]] = defaultdict(list)
+    columns = _trl(samples) | {"log_metric": lambda name, value: logged[name].append(float(value))}
+    returned = function(**_accepted(function, columns))
+
+    async def awaited() -> Any:
+        return _with_detail(await returned, logged)
+
+    return awaited() if inspect.isawaitable(returned) else _with_detail(returned, logged)
+
+
+def _with_detail(rewards: Any, logged: Mapping[str, list[float]]) -> Any:
+    if not logged:
+        return rewards
+    detail = {name: sum(values) / len(values) for name, values in logged.items()}
+    return [None if reward is None else {**detail, "score": reward} for reward in rewards]
+
+
+def _ignore(name: str, values: Any) -> None:
+    """Stands for TRL's logging functions."""
+
+
 def _trl(samples: list[Sample]) -> dict[str, Any]:
     metadata = [s.prompt.metadata for s in samples]
-    columns: dict[str, list[Any]] = {key: [m.get(key) for m in metadata] for m in metadata for key in m}
+    columns: dict[str, Any] = {key: [m.get(key) for m in metadata] for m in metadata for key in m}
+    columns |= {"log_metric": _ignore, "log_extra": _ignore}
     columns["label"] = [s.prompt.label for s in samples]
     columns["completion_ids"] = [s.response for s in samples]
     if conversations := columns.pop("messages", None):
@@ -82,12 +113,18 @@ def _completion(sample: Sample) -> list[dict[str, Any]]:
 
 def _verl(sample: Sample) -> dict[str, Any]:
     metadata = sample.prompt.metadata
+    extra = metadata.get("extra_info", metadata)
     return {
         "data_source": metadata.get("data_source", sample.prompt.uid.rpartition(":")[0]),
         "solution_str": sample.text,
         "ground_truth": sample.prompt.label,
-        "extra_info": metadata.get("extra_info", metadata),
+        "extra_info": {**extra, "num_turns": len(sample.trajectory.segments) + 1} if isinstance(extra, dict) else extra,
     }
+
+
+def _verl_group(samples: list[Sample]) -> dict[str, Any]:
+    of_samples = [_verl(sample) for sample in samples]
+    return {f"{name}s": [one[name] for one in of_samples] for name in of_samples[0]}
 
 
 def _accepted(function: Function, arguments: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -45,8 +45,9 @@ class RewardFunction:
         """Whether ``score`` is best given whole groups. An async function is, so that its samples wait concurrently."""
         return self.is_async or self.takes_group
 
-    def score(self, samples: list[Sample], timeout: float = math.inf) -> list[Score]:
-        """Return the score of each of the samples (one, or a prompt's). Raises BadReward.
+    def score(self, samples: list[Sample], timeout: float = math.inf) -> list[Score | None]:
+        """Return the score of each of the samples (one, or a prompt's), None where the function returned None, because
+        it does not score this sample. Raises BadReward.
 
         ``timeout`` in seconds limits an async function; others are limited by the pool, which kills their process.
         """
@@ -164,14 +165,14 @@ def _shown(value: Any, form: Callable[[Any], str] = repr, longest: int = 200) ->
         return f"an object of the class {type(value).__name__}"
 
 
-def _to_scores(values: Any, samples: list[Sample]) -> list[Score]:
+def _to_scores(values: Any, samples: list[Sample]) -> list[Score | None]:
     try:
         values = list(values)
     except TypeError:
         raise BadReward(f"returned {_shown(values)} instead of a list of {len(samples)} rewards") from None
     if len(values) != len(samples):
         raise BadReward(f"returned {len(values)} rewards for {len(samples)} samples")
-    return [to_score(v, s) for v, s in zip(values, samples)]
+    return [None if value is None else to_score(value, sample) for value, sample in zip(values, samples)]
 
 
 @contextmanager

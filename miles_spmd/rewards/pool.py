@@ -38,7 +38,7 @@ class RewardPool:
         config: RewardConfig,
         others: Sequence[RewardTerm] = (),
         log: Path | None = None,
-        judge: Callable[[list[Sample]], Future[list[Score]]] | None = None,
+        judge: Callable[[list[Sample]], Future[list[Score | None]]] | None = None,
     ) -> None:
         """``others``: further functions that :meth:`submit` may be given. ``log`` receives what functions print.
         ``judge`` starts scoring by engines of the run, and returns at once.
@@ -76,9 +76,9 @@ class RewardPool:
         per sample, in order, or raises the RewardError of the first call that fails."""
         terms = terms or self._config.terms
         started = [self._start(term, samples) for term in terms]
-        return self._gatherers.submit(self._gather, terms, started)
+        return self._gatherers.submit(self._gather, terms, samples, started)
 
-    def _start(self, term: RewardTerm, samples: list[Sample]) -> list[Future[list[Score]]]:
+    def _start(self, term: RewardTerm, samples: list[Sample]) -> list[Future[list[Score | None]]]:
         if self._judge is not None and term.rm_type == _JUDGE:
             return [self._judge(samples)]
         return [self._threads.submit(self._score, term, call) for call in self._calls(term, samples)]
@@ -88,7 +88,9 @@ class RewardPool:
             return [list(group) for _, group in itertools.groupby(samples, key=lambda s: s.prompt.uid)]
         return [[sample] for sample in samples]
 
-    def _gather(self, terms: Sequence[RewardTerm], started: list[list[Future[list[Score]]]]) -> list[Score]:
+    def _gather(
+        self, terms: Sequence[RewardTerm], samples: list[Sample], started: list[list[Future[list[Score | None]]]]
+    ) -> list[Score]:
         try:
             calls = list(itertools.chain.from_iterable(started))
             done, _ = wait(calls, return_when=FIRST_EXCEPTION)
@@ -98,6 +100,13 @@ class RewardPool:
         except CancelledError:
             name = terms[0].rm_type
             raise RewardError(f"reward {name!r} was stopped because the reward pool closed") from None
+        for sample, of_sample in zip(samples, zip(*scores)):
+            if not any(of_sample):
+                names = ", ".join(repr(term.rm_type) for term in terms)
+                raise RewardError(
+                    f"reward {names} on prompt {sample.prompt.uid}, sample {sample.index}, returned None, which leaves "
+                    "a sample to other functions under reward.further, and none scores this one; return a number"
+                )
         return [combined(terms, of_sample) for of_sample in zip(*scores)]
 
     def close(self) -> None:
@@ -108,7 +117,7 @@ class RewardPool:
         self._threads.shutdown()
         self._gatherers.shutdown()
 
-    def _score(self, term: RewardTerm, call: list[Sample]) -> list[Score]:
+    def _score(self, term: RewardTerm, call: list[Sample]) -> list[Score | None]:
         """Make one call, in a thread that waits for it. Raises RewardError, and CancelledError once the pool closes."""
         if self._closed:
             raise CancelledError
@@ -138,14 +147,16 @@ def _function(term: RewardTerm) -> Function:
     return Function(term.rm_type, term.reward_batched)
 
 
-def combined(terms: Sequence[RewardTerm], scores: Sequence[Score]) -> Score:
-    """Return the weighted sum of one sample's scores. Where there is more than one function, or a weight, the details
-    have each function's own value under its name, and its details under ``name/detail``."""
+def combined(terms: Sequence[RewardTerm], scores: Sequence[Score | None]) -> Score:
+    """Return the weighted sum of one sample's scores, of which those that are None do not count. Where there is more
+    than one function, or a weight, the details have each function's own value under its name, and its details under
+    ``name/detail``."""
+    present = [(term, score) for term, score in zip(terms, scores) if score is not None]
     if len(terms) == 1 and terms[0].reward_weight == 1:
-        return scores[0]
+        return present[0][1]
     detail: dict[str, float] = {}
-    for term, score in zip(terms, scores):
+    for term, score in present:
         detail |= {term.name: score.value} | {f"{term.name}/{key}": value for key, value in score.detail.items()}
-    total = sum(term.reward_weight * score.value for term, score in zip(terms, scores))
-    weighted = [[t.reward_weight * reward for reward in s.turn_rewards] for t, s in zip(terms, scores)]
+    total = sum(term.reward_weight * score.value for term, score in present)
+    weighted = [[term.reward_weight * reward for reward in score.turn_rewards] for term, score in present]
     return Score(total, detail, [sum(of_turn) for of_turn in zip(*filter(None, weighted))])

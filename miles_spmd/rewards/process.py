@@ -54,15 +54,16 @@ class RewardProcess:
     def _unusable(self, error: NotLoadedError) -> RewardError:
         return RewardError(f"reward.rm_type = {', '.join(repr(one.rm_type) for one in self._functions)} {error}")
 
-    def score(self, function: Function, samples: list[Sample]) -> list[Score]:
+    def score(self, function: Function, samples: list[Sample]) -> list[Score | None]:
         """Call the reward function once. Raises BadReward, and RewardError where it can no longer be imported."""
         verifies = function.rm_type in _VERIFIERS
         # an async function has a timeout of its own, which gives the better message
         timeout = self._config.reward_timeout + (_GRACE if self.scores_groups(function) else 0)
         try:
-            scores: list[Score] = self._process.call(timeout, self._functions.index(function), samples)
-            # its mean is then the share of responses whose verification was killed
-            return [Score(one.value, {**one.detail, "killed": 0.0}) for one in scores] if verifies else scores
+            scores: list[Score | None] = self._process.call(timeout, self._functions.index(function), samples)
+            if verifies:  # the mean of this detail is then the share of responses whose verification was killed
+                scores = [one and Score(one.value, {**one.detail, "killed": 0.0}) for one in scores]
+            return scores
         except TimeoutError:
             problem = f"took longer than reward.reward_timeout = {self._config.reward_timeout:g} s"
         except ProcessEndedError as error:
@@ -83,7 +84,7 @@ def serve(pipe: Connection, functions: Sequence[Function], config: RewardConfig)
 
 def _load(
     functions: Sequence[Function], config: RewardConfig
-) -> tuple[Callable[[int, list[Sample]], list[Score]], list[bool]]:
+) -> tuple[Callable[[int, list[Sample]], list[Score | None]], list[bool]]:
     try:
         rewards = [load_reward(*function, config) for function in functions]
     except PlugPointError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import count as numbers
@@ -49,8 +50,10 @@ def rows(
     """Yield ``count`` rows, with the ``tasks`` in turns. ``options``: configuration of each task's dataset;
     ``instruction``: what follows the question in the prompt; ``without``: questions that are left out.
 
-    Raises ValueError for an unknown task, for options that it does not have, and where nearly all questions of the
-    tasks are left out."""
+    Raises ValueError for an unknown task, one that is named twice, for options that it does not have, and where nearly
+    all questions of the tasks are left out."""
+    if twice := [task for task, times in Counter(tasks).items() if times > 1]:
+        raise ValueError(f"the task {twice[0]!r} is named twice, which would give each of its items twice")
     left, tries = count, count * TRIES
     for number in numbers():
         if not left:
@@ -123,7 +126,7 @@ def _dataset(task: str, seed: int, options: bytes) -> Any:
         from reasoning_gym import create_dataset
     except ImportError as error:
         raise ValueError(
-            "the package reasoning-gym is not installed: pip install 'miles-spmd[reasoning-gym]'"
+            f"reasoning-gym cannot be imported ({error}): pip install 'miles-spmd[reasoning-gym]'"
         ) from error
     try:
         return create_dataset(task, **{"seed": seed, "size": SIZE} | msgspec.json.decode(options))
@@ -131,12 +134,18 @@ def _dataset(task: str, seed: int, options: bytes) -> Any:
         raise ValueError(f"task {task!r}: {error}") from error
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or (count := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return count
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write a JSON-lines file. Ends with the message of a ValueError."""
+    """Write a JSON-lines file. Ends with the message of a ValueError or OSError."""
     parser = argparse.ArgumentParser(prog="python -m miles_spmd.rewards.reasoning_gym")
     parser.add_argument("file", type=Path, help="JSON-lines file to write")
     parser.add_argument("tasks", nargs="+", help="names of tasks, such as leg_counting")
-    parser.add_argument("--count", type=int, default=1000, help="number of rows")
+    parser.add_argument("--count", type=_count, default=1000, help="number of rows")
     parser.add_argument("--seed", type=int, default=0, help="seed of the tasks")
     parser.add_argument(
         "--options", default="{}", help="configuration of the tasks as JSON, such as '{\"min_animals\": 2}'"
@@ -149,9 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known = questions(given.without) if given.without else ()
         chosen = rows(given.tasks, given.count, given.seed, options, given.instruction, known)
         lines = [msgspec.json.encode(row) + b"\n" for row in chosen]
-    except ValueError as error:
+        given.file.write_bytes(b"".join(lines))
+    except (ValueError, OSError) as error:
         sys.exit(f"Error: {error}")
-    given.file.write_bytes(b"".join(lines))
     print(f"{given.file}: {len(lines)} rows")
 
 

@@ -23,7 +23,8 @@ def remote(config: RewardConfig) -> ServiceReward:
 
     async def score(sample: Sample) -> RewardValue:
         body = {
-            "prompt": conversation(sample.prompt) or sample.prompt.text,
+            "prompt": sample.prompt.text,  # as slime sends it
+            "messages": conversation(sample.prompt),
             "response": sample.text,
             "label": sample.prompt.label,
             "metadata": {name: value for name, value in sample.prompt.metadata.items() if name != "messages"},

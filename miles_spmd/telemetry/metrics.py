@@ -147,8 +147,9 @@ def describe(name: str) -> Metric:
     if found := re.fullmatch(r"(?:rollout/|eval/(?P<set>.+)-)turn_reward/(?P<turn>\d+)", name):
         where = f" on {found['set']}" if found["set"] else ""
         return Metric("", f"Mean reward of turn {found['turn']} of the trajectories that have one for it{where}")
-    if name.startswith("rollout/failed/"):
-        return Metric("episodes", f"Episodes whose environment failed: {name.removeprefix('rollout/failed/')}")
+    if found := re.fullmatch(r"(?:rollout/|eval/(?P<set>.+)-)failed/(?P<kind>.+)", name):
+        where = f" on {found['set']}" if found["set"] else ""
+        return Metric("episodes", f"Episodes whose environment failed{where}: {found['kind']}")
     if not name.startswith("eval/"):
         return Metric("", "")
     dataset, _, detail = name.removeprefix("eval/").rpartition("-")

@@ -24,6 +24,15 @@ def printable(text: str, limit: int) -> str:
     return "".join(character if _is_printable(character) else _escaped(character) for character in text)
 
 
+def error_text(error: BaseException, limit: int) -> str:
+    """Return class and message of an exception of somebody's code, whatever its own ``__str__`` does."""
+    try:
+        message = str(error)
+    except Exception:
+        message = ""
+    return printable(f"{type(error).__name__}{': ' if message else ''}{message}", limit)
+
+
 def _is_printable(character: str) -> bool:
     return character in _LAYOUT or character in _JOINERS or unicodedata.category(character) not in _UNPRINTABLE
 

@@ -173,6 +173,17 @@ def test_a_file_that_is_no_text(recipe: Path) -> None:  # noqa: F811
         ("wandb_project=x", ["telemetry.wandb_project"]),
         ("environment_cache_share=2", ["environment.environment_cache_share"]),
         ("environment.environment=a:b environment_cache_share=2", []),
+        (
+            "environment_workers=4 environment_kwargs.rounds=4",
+            ["environment.environment_workers", "environment.environment_kwargs"],
+        ),
+        ("environment.environment=a:b environment_workers=4 too_few_groups=stop", []),
+        ("mode=sft environment.environment=a:b", ["environment.environment"]),
+        ("mode=sft environment.environment=a:b eval_interval=1 eval_prompt_data.a=x", []),
+        ("too_few_groups=stop", ["algorithm.too_few_groups"]),
+        ("over_sampling_batch_size=64", ["rollout.over_sampling_batch_size"]),
+        ("over_sampling_batch_size=64 acceptance=first_finished", []),
+        ("service_requests=4", ["reward.service_requests"]),
     ],
 )
 def test_settings_without_effect_are_named(recipe: Path, overrides: str, named: list[str]) -> None:  # noqa: F811

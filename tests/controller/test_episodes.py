@@ -80,7 +80,7 @@ def play(
     )
     settings = EnvironmentConfig(**limits)
     episodes, sampling = Episodes(host, itertools.count(), settings), Sampling.of_step(CONFIG, 3)
-    episodes.open(len(prompts) * sampling.samples, given)
+    episodes.open(given)
     episodes.begin(0, prompts, sampling)
     running, asked, done = list[Request](), list[Request](), list[Done]()
     while True:
@@ -115,7 +115,7 @@ def play_in_parts(order: int) -> tuple[list[Done], int]:
                 )
             running, cuts = [], cuts + 1
             episodes.close(range(len(PROMPTS)))
-            episodes.open(0)
+            episodes.open()
         elif running:
             request = running.pop(generator.randrange(len(running)))
             full = output(request)
@@ -261,9 +261,9 @@ def test_rewards_of_turns() -> None:
 @pytest.mark.parametrize(
     ("environment", "problem"),
     [
-        (rewarding(1, float("nan")), "gave a turn the reward nan"),
-        (rewarding(1, whole=float("inf")), "gave a trajectory the reward inf"),
-        (rewarding("high"), "returned something else than a trajectory: must be real number, not str"),
+        (rewarding(1, float("nan")), "gave 'turn reward' the value nan"),
+        (rewarding(1, whole=float("inf")), "gave 'reward' the value inf"),
+        (rewarding("high"), "gave 'turn reward' the value 'high'"),
         (rewarding(1, 2, after_fork=3), "gave a turn that siblings have in common two different rewards"),
     ],
 )
@@ -327,7 +327,7 @@ def test_failures_that_end_a_run() -> None:
     with pytest.raises(EnvironmentFailedError, match=what):
         play(Unlucky(2), PROMPTS, on_environment_failure="stop")
     with pytest.raises(
-        EnvironmentFailedError, match=r"1 episodes of a rollout of 24 have failed, more than .* 0.04 of"
+        EnvironmentFailedError, match=r"1 of 24 episodes of a rollout have failed, a larger share than .* 0.04;"
     ):
         play(Unlucky(2), PROMPTS, max_environment_failures=0.04)
 

@@ -27,7 +27,7 @@ from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.types.request import Output, Request
 from miles_spmd.types.sample import Prompt, Sample
 from miles_spmd.types.seeds import sample_seed
-from miles_spmd.types.trajectory import FinishReason
+from miles_spmd.types.trajectory import FinishReason, Trajectory
 from tests.samples import sample_of
 
 SAMPLES = 2
@@ -338,6 +338,36 @@ def test_an_error_of_a_reward_counts_in_its_turn() -> None:
     assert [group[0].prompt.uid for group in groups] == ["0", "1", "2"]
     with pytest.raises(RewardError, match="no reward for 3"):
         generation(last, Rewards(value), Data(4), Events(), 4).rollout(0)
+
+
+def test_the_reward_that_an_environment_gives_counts_in_a_group_where_others_give_none() -> None:
+    scored: list[list[int]] = []
+
+    def value(group: Group) -> float:
+        scored.append([sample.index for sample in group])
+        return 0.5
+
+    acceptance = Acceptance(cast(Any, Rewards(value)), 1)
+    prompt = Prompt("p:0", "", [1])
+    acceptance.add([prompt], 3)
+    for index, reward in enumerate([None, 2.0, None]):
+        siblings = [Sample(prompt, index, Trajectory([1], number=number)) for number in range(2)]
+        siblings[0].reward = reward
+        acceptance.finish(0, index, siblings)
+    acceptance.resolve()
+    assert scored == [[0, 2]]
+    assert [sample.reward for sample in acceptance.accepted[0]] == [0.5, 0.5, 2.0, 2.0, 0.5, 0.5]
+
+
+def test_dropped_groups_are_described() -> None:
+    acceptance = Acceptance(cast(Any, Rewards(lambda group: 0.5)), 1, accepts=lambda group: False)
+    prompts = [Prompt(f"p:{i}", "", [1]) for i in range(3)]
+    acceptance.add(prompts, 1)
+    acceptance.finish(0, 0, None)  # its environment has failed
+    for group, reward in ((1, None), (2, 0.5)):
+        acceptance.finish(group, 0, [Sample(prompts[group], 0, Trajectory([1]), reward)])
+    acceptance.resolve()
+    assert acceptance.describe_dropped() == "2 with all rewards 0.5, 1 whose environment failed"
 
 
 def test_an_evaluation_has_the_seeds_of_step_0_and_is_named() -> None:

@@ -223,6 +223,8 @@ def test_a_label_that_no_row_has_is_one_error(check: Check) -> None:
     (found,) = check("label_key=none", "rm_type=exact")
     assert "the label None is neither a string" in found
     assert found.endswith("name the labels' column (label_key), or another reward (rm_type)")
+    own = "environment.environment=tests.environments.samples:rewarded"  # which may give all rewards
+    assert check("label_key=none", "rm_type=exact", own) == []
 
 
 def test_a_checkpoint_after_the_last_step(check: Check, tmp_path: Path) -> None:

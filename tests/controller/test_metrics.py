@@ -5,7 +5,13 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from miles_spmd.controller.journal.metrics import environment_metrics, mismatch_metrics, pass_at_k, reward_metrics
+from miles_spmd.controller.journal.metrics import (
+    environment_metrics,
+    eval_metrics,
+    mismatch_metrics,
+    pass_at_k,
+    reward_metrics,
+)
 from miles_spmd.telemetry.metrics import describe, is_score
 from miles_spmd.types.sample import Prompt, Sample
 from miles_spmd.types.train_sequence import TrainSequence
@@ -18,7 +24,17 @@ def test_pass_at_k_is_the_share_of_choices_with_a_success(n: int) -> None:
     for k in range(1, n + 1):
         for successes in range(n + 1):
             choices = list(combinations([i < successes for i in range(n)], k))
-            assert pass_at_k([successes], n, k) == pytest.approx(sum(map(any, choices)) / len(choices))
+            assert pass_at_k([(successes, n), (0, k - 1)], k) == pytest.approx(sum(map(any, choices)) / len(choices))
+
+
+def test_a_set_of_which_nothing_is_left_has_no_metrics_and_a_smaller_group_counts_as_it_is() -> None:
+    def group(*rewards: float) -> list[Sample]:
+        return [sample_of(Prompt("a:1", "", []), i, [5], reward=reward) for i, reward in enumerate(rewards)]
+
+    metrics = eval_metrics({"a": [group(1, 0), group(1)], "b": []})
+    assert metrics == pytest.approx({"eval/a": 2 / 3, "eval/a-response_len": 1.0, "eval/a-pass@2": 1.0})
+    assert describe("eval/a-failed/raised").meaning == "Episodes whose environment failed on a: raised"
+    assert not is_score("eval/a-failed/raised")
 
 
 def test_mismatch_counts_trained_tokens_only_and_names_the_largest() -> None:

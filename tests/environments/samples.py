@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from miles_spmd.plugins.environment import Context
 from miles_spmd.types.sample import Prompt
@@ -39,6 +43,8 @@ async def behave(context: Context, prompt: Prompt, suffix: int = 0) -> Any:
             await asyncio.gather(leave())
         case "memory":
             bytearray(64 * 2**30)
+        case "leak":
+            LEAKED.append(bytearray(600 * 2**20))
         case "number":
             return 5
         case "nothing":
@@ -55,6 +61,73 @@ async def behave(context: Context, prompt: Prompt, suffix: int = 0) -> Any:
             return [trajectory, sibling]
     await context.complete(trajectory)
     context.count("calls", 2)
+    if prompt.label in RUIN:
+        RUIN[prompt.label](trajectory)
+    return trajectory
+
+
+async def misuse(context: Context, prompt: Prompt) -> Trajectory:
+    """Use the context as the label says."""
+    trajectory = context.begin(prompt.tokens)
+    match prompt.label:
+        case "no start":
+            context.begin([])
+        case "letters":
+            await context.complete(trajectory, stop="END")
+        case "numbers":
+            await context.complete(trajectory, stop=[5])  # type: ignore[list-item]
+        case "name":
+            context.count(5)  # type: ignore[arg-type]
+        case "infinite":
+            context.count("score", math.inf)
+        case "thread":
+            await asyncio.to_thread(lambda: asyncio.run(context.complete(trajectory)))  # type: ignore[arg-type]
+        case "unspeakable":
+            raise Unspeakable
+        case "interrupt":
+            raise KeyboardInterrupt
+        case "cancelled":
+            raise asyncio.CancelledError
+        case "task":
+            await asyncio.gather(exit_here())
+        case "other's":
+            trajectory = Trajectory(prompt.tokens, number=3)
+    await context.complete(trajectory)
+    return trajectory
+
+
+LEAKED: list[bytearray] = []
+RUIN: dict[str, Callable[[Trajectory], None]] = {
+    "text": lambda trajectory: setattr(trajectory, "text", 5),
+    "surrogate": lambda trajectory: setattr(trajectory, "text", "\ud800"),
+    "messages": lambda trajectory: trajectory.messages.append({"content": object()}),
+    "reason": lambda trajectory: setattr(trajectory, "finish_reason", "tired"),
+    "reward": lambda trajectory: setattr(trajectory, "reward", math.nan),
+    "detail": lambda trajectory: trajectory.reward_detail.update(score=math.inf),
+    "start": lambda trajectory: trajectory.start.append(1),
+    "order": lambda trajectory: trajectory.segments.reverse(),
+    "gap": lambda trajectory: trajectory.segments.__delitem__(0),
+    "disguised": lambda trajectory: trajectory.segments.append(
+        msgspec.structs.replace(trajectory.segments.pop(), sampled=False)
+    ),
+    "truth": lambda trajectory: trajectory.append(Segment([True], sampled=False)),
+}
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+async def exit_here() -> None:
+    raise SystemExit(4)
+
+
+async def overflowing(context: Context, prompt: Prompt) -> Trajectory:
+    """Give more tokens than fit after each response, until there is no room."""
+    trajectory = context.begin(prompt.tokens)
+    while (await context.complete(trajectory, max_new_tokens=2)).tokens:
+        trajectory.append(Segment([50] * 5, sampled=False))
     return trajectory
 
 

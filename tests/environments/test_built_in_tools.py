@@ -29,7 +29,7 @@ needs_sandbox = pytest.mark.skipif(problem() is not None, reason=f"no sandbox: {
 DOCUMENTS = [
     {"id": "b", "text": "Oslo is the capital of Norway.", "title": "Oslo"},
     {"id": "a", "text": "Bergen is a city of Norway."},
-    {"id": 3, "text": "東京は日本の首都です。", "title": "Tōkyō"},
+    {"id": 3, "contents": "東京は日本の首都です。", "title": "Tōkyō"},
 ]
 
 
@@ -130,6 +130,9 @@ RETRIEVED = [
     {"result": [[{"document": {"id": "7", "contents": '"Oslo"\nA capital.'}, "score": 0.5}]]},  # Search-R1 with scores
     {"result": [[{"id": "7", "contents": '"Oslo"\nA capital.'}]]},  # without
     {"documents": ['"Oslo"\nA capital.', "more than topk"]},
+    {"result": [[{"document": {"title": '"Oslo"', "text": "A capital.", "contents": "both"}}]]},  # its BM25
+    {"result": [[{"document": '"Oslo"\nA capital.', "score": 0.5}]]},  # its reranker, with scores
+    {"result": [['"Oslo"\nA capital.']]},  # without
     [{"title": '"Oslo"', "text": "A capital."}],
 ]
 
@@ -149,11 +152,18 @@ def test_replies_of_a_service(reply: Any) -> None:
         (Reply(b"<html>"), "the search service http.*the reply is not JSON: <html>"),
         (Reply({"error": "no index"}), "the reply {'error': 'no index'} has no documents"),
         (Reply({"result": [[{"document": {"contents": 3}}]]}), "has no documents"),
+        (Reply({"result": [[{"document": None}]]}), "has no documents"),
+        (Reply({"result": [None]}), "has no documents"),
+        (Reply({"result": "Oslo"}), "has no documents"),
+        (Reply({"result": {"Oslo": "A capital."}}), "has no documents"),
+        (Reply([[["Oslo"]]]), "has no documents"),
     ],
 )
-def test_a_service_that_fails_is_not_the_policys_error(reply: Reply, cause: str) -> None:
+def test_a_service_that_fails_is_not_the_policys_error(reply: Reply, cause: str, tmp_path: Path) -> None:
+    recording = tmp_path / "searches.jsonl"
     with serving(lambda *_: reply) as server, pytest.raises(ToolUnavailableError, match=cause):
-        call(search_tool(url=server.url, tool_timeout=0.5), as_query("Oslo?"))
+        call(search_tool(url=server.url, tool_timeout=0.5, recording=str(recording)), as_query("Oslo?"))
+    assert recording.read_bytes() == b""
 
 
 @pytest.fixture
@@ -207,7 +217,8 @@ def test_options_are_checked_where_the_environment_is_loaded(
 @pytest.mark.parametrize(
     ("lines", "problem"),
     [
-        ('{"id": 1, "text": "a"}\n{"id": 2}', r"corpus\.jsonl:2: .*`text`"),
+        ('{"id": 1, "text": "a"}\n{"id": 2}', r"corpus\.jsonl:2: .*`text`, or `contents`"),
+        ('{"id": 1, "text": "a"}\nfree text', r'corpus\.jsonl:2: .*; a line is {"id": \.\.\., "text": '),
         ('{"id": 1, "text": "a"}\n{"id": "1", "text": "b"}', "2 documents have the id '1'"),
         ("", "is empty"),
     ],

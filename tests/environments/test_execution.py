@@ -68,12 +68,16 @@ ERRORS: list[tuple[str, dict[str, Any], str, str]] = [
     ("misbehave", {"how": "input"}, "raised", "Error: EOFError"),
     ("misbehave", {"how": "circle"}, "raised", "Error: ValueError: Circular reference"),
     ("misbehave", {"how": "end"}, "died", "misbehave ended its process (exit code 7)"),
+    ("misbehave", {"how": "leave a program"}, "died", "misbehave ended its process (exit code 7)"),
     ("misbehave", {"how": "kill"}, "died", "misbehave ended its process (exit code -9, killed by SIGKILL)"),
     ("misbehave", {"how": "hang"}, "timeout", "misbehave took longer than 1 s and was stopped"),
     ("misbehave_async", {"how": "raise"}, "raised", "Error: KeyError: 'nothing here'"),
     ("misbehave_async", {"how": "time out"}, "raised", "Error: TimeoutError: of my own"),
     ("misbehave_async", {"how": "cancel"}, "raised", "Error: CancelledError"),
     ("misbehave_async", {"how": "exit"}, "raised", "Error: SystemExit"),
+    ("misbehave", {"how": "coroutine"}, "raised", "the tool returned an object of the class coroutine"),
+    ("misbehave_async", {"how": "interrupt"}, "raised", "Error: KeyboardInterrupt"),
+    ("misbehave_async", {"how": "leave"}, "raised", "Error: Leave"),
     ("misbehave_async", {"how": "hang"}, "timeout", "misbehave_async took longer than 1 s"),
 ]  # fmt: skip
 
@@ -87,7 +91,9 @@ def test_every_failure_is_a_short_text_with_a_kind(toolbox: Toolbox) -> None:
         assert "Traceback" not in result.text
         assert str(Path(__file__).parent) not in result.text
     assert {kind for _, _, kind, _ in ERRORS} | {"malformed"} == set(ErrorKind)
-    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "6174"]]
+    assert not [
+        p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] in (["sleep", "6174"], ["sleep", "6175"])
+    ]
     assert run(toolbox, ("add", {"a": 1, "b": 1})) == [Result("2")]
 
 
@@ -99,11 +105,14 @@ def test_a_call_that_cannot_be_read(toolbox: Toolbox) -> None:
 
 
 def test_results_as_text(toolbox: Toolbox) -> None:
-    texts = [run(toolbox, ("misbehave", {"how": how}))[0].text for how in ("long", "object", "surrogate", "none")]
+    texts = [
+        run(toolbox, ("misbehave", {"how": how}))[0].text for how in ("long", "object", "surrogate", "none", "set")
+    ]
     assert texts[0] == "x" * 100 + "\n[... cut: the first 100 of 100,000 characters are shown]"
     assert texts[1].endswith('"ids": [1, 2]}')
     assert texts[2] == "half ? pair"
     assert texts[3] == "null"
+    assert texts[4] == '{"words": ["a", "b", "c"], "numbers": [0, 1, 2], "one": 0.5}'
 
 
 def test_a_process_that_has_leaked_its_memory_is_replaced() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
@@ -101,6 +102,30 @@ BEHAVIOUR = {
     "unsampled": ("unusable", "returned no token that the policy has sampled"),
     "unknown": ("unusable", "gave the token 128; the model has the tokens 0 to 127"),
     "invent": ("unusable", "claims to be sampled"),
+    "text": ("unusable", "Expected `str`, got `int` - at `$.ends[0].text`"),
+    "surrogate": ("unusable", "surrogates not allowed"),
+    "messages": ("unusable", "Encoding objects of type object is unsupported"),
+    "reason": ("unusable", "Invalid enum value 'tired' - at `$.ends[0].finish_reason`"),
+    "reward": ("unusable", "gave 'reward' the value nan"),
+    "detail": ("unusable", "gave 'score' the value inf"),
+    "start": ("unusable", "has another start than it began with"),
+    "order": ("unusable", "sampled segment behind other tokens than it was sampled behind"),
+    "gap": ("unusable", "sampled segment behind other tokens than it was sampled behind"),
+    "disguised": ("unusable", "claims to be given, and was sampled"),
+    "truth": ("unusable", "gave the token True"),
+}
+MISUSE = {
+    "no start": ("unusable", "began a trajectory without a token"),
+    "letters": ("unusable", "stop = 'END'; it is a list of strings"),
+    "numbers": ("unusable", "gave context.complete what it cannot use: Expected `str`, got `int`"),
+    "name": ("unusable", "gave 5 the value 1.0"),
+    "infinite": ("unusable", "gave 'score' the value inf"),
+    "thread": ("unusable", "awaited context.complete in another event loop"),
+    "unspeakable": ("raised", "raised Unspeakable"),
+    "interrupt": ("raised", "raised KeyboardInterrupt"),
+    "cancelled": ("raised", "raised CancelledError"),
+    "task": ("raised", "raised RuntimeError: a task of an environment ended with SystemExit: 4"),
+    "other's": ("unusable", "does not come from context.begin or context.fork"),
 }
 
 
@@ -117,6 +142,32 @@ def test_one_episode_fails_alone(pool: EnvironmentPool, label: str) -> None:
     assert all(isinstance(one, Finished) or not one.own for one in others)
     again = play(pool, [begin(base + 9)])  # the pool goes on
     assert isinstance(again[base + 9][-1], Finished)
+
+
+def test_what_an_environment_does_wrong_is_its_own_failure(tokenizer: Path) -> None:
+    pool = make(tokenizer, "misuse", environment_timeout=20.0, environment_workers=1)
+    try:
+        events = play(pool, [begin(n, label) for n, label in enumerate([*MISUSE, "nothing"])], seconds=10)
+    finally:
+        pool.close()
+    for number, (kind, problem) in enumerate(MISUSE.values()):
+        failed = events[number][-1]
+        assert isinstance(failed, Failed)
+        assert (failed.own, failed.kind) == (True, kind)
+        assert problem in failed.problem
+    assert isinstance(events[len(MISUSE)][-1], Finished)
+
+
+def test_what_does_not_fit_behind_the_last_response_is_left_out(tokenizer: Path) -> None:
+    pool = make(tokenizer, "overflowing", environment_workers=1)
+    try:
+        events = play(pool, [begin(0)])[0]
+    finally:
+        pool.close()
+    end = events[-1]
+    assert isinstance(end, Finished)
+    assert [one.max_new_tokens for one in events[:-1] if isinstance(one, Ask)] == [2, 2]  # of 10, with 5 between
+    assert (end.ends[0].line.segments, end.given) == ([0, 1, 2], {})
 
 
 def test_an_episode_that_does_not_let_go_is_ended_with_its_process(tokenizer: Path, monkeypatch: Any) -> None:
@@ -136,6 +187,19 @@ def test_an_episode_that_does_not_let_go_is_ended_with_its_process(tokenizer: Pa
         pool.close()
 
 
+def test_a_process_whose_memory_has_leaked_is_replaced(tokenizer: Path) -> None:
+    pool = make(tokenizer, environment_memory_gib=1.0, environment_workers=1)
+    try:
+        for number in (0, 10):
+            assert isinstance(play(pool, [begin(number, "leak")])[number][-1], Finished)
+            full, other = (found[-1] for found in play(pool, [begin(number + 1, "leak"), begin(number + 2)]).values())
+            assert isinstance(full, Failed)
+            assert (full.kind, full.problem, full.own) == ("raised", "raised MemoryError", True)
+            assert isinstance(other, Finished) or (other.kind, other.own) == ("interrupted", False)
+    finally:
+        pool.close()
+
+
 def test_further_episodes_wait_for_room(tokenizer: Path) -> None:
     pool = make(tokenizer, environment_concurrency=2, environment_workers=1)
     try:
@@ -149,6 +213,21 @@ def test_further_episodes_wait_for_room(tokenizer: Path) -> None:
         while len(pool.events) < 3 and time.monotonic() < end:
             time.sleep(0.01)
         assert [event.episode for event in pool.events][2:] == [2]
+    finally:
+        pool.close()
+
+
+def test_an_evaluation_does_not_wait_for_episodes_that_wait_for_it(tokenizer: Path) -> None:
+    pool = make(tokenizer, environment_concurrency=1, environment_workers=1)
+    try:
+        for number in range(2):  # one that waits for the policy, and one that waits for room
+            pool.send(begin(number))
+        while not pool.events:
+            time.sleep(0.01)
+        assert pool.events.popleft().episode == 0
+        held_out = [msgspec.structs.replace(begin(number), purpose="evaluation") for number in (2, 3)]
+        events = play(pool, held_out, seconds=10)
+        assert all(isinstance(found[-1], Finished) for found in events.values())
     finally:
         pool.close()
 

@@ -45,6 +45,8 @@ def test_schema_of_a_function() -> None:
         (user_tools.half_documented, "tool 'half_documented' .* no description for the argument 'days'"),
         (user_tools.variadic, r"tool 'variadic' has the parameter .\*cities.*; a policy gives arguments by name"),
         (lambda x: x, "tool '<lambda>' has no docstring"),
+        (user_tools.paints, "tool 'paints' has the type hint Color for its parameter 'color'; a policy gives str"),
+        (user_tools.yields, "tool 'yields' yields; a tool returns its result"),
         (print, r"tool 'print' has the parameter '\*args'"),
     ],
 )

@@ -148,14 +148,16 @@ def test_tools_of_verl(qwen: Tokenizer) -> None:
     parameters = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
     schema = {"type": "function", "function": {"name": "find", "description": "Find.", "parameters": parameters}}
     first = call("find", query="oslo") + call("find") + call("now") + "<|im_end|>"
+    prompt = to_prompt(qwen, QUESTION)
+    prompt.metadata["extra_info"] = {"tools_kwargs": {"find": {"create_kwargs": {"ground_truth": "!"}}}}
     trajectory = run(
         context_of(qwen, first, "Done.<|im_end|>"),
-        to_prompt(qwen, QUESTION),
+        prompt,
         {"verl": HERE + "VerlSearch", "config": {"prefix": "Found"}, "schema": schema},
         {"verl": HERE + "VerlOfItsOwn"},
     )
     found = [message["content"] for message in trajectory.messages if message["role"] == "tool"]
-    assert found[0] == "Found OSLO"
+    assert found[0] == "Found OSLO!"
     assert found[1].startswith("Error: the argument 'query' is missing")
     assert found[2] == "noon"
     assert not VerlSearch.live
@@ -168,7 +170,13 @@ def test_tools_of_verl(qwen: Tokenizer) -> None:
         ({"functions": ["tests.environments.user_tools:untyped"]}, "no type hint for its parameter 'city'"),
         ({"functions": []}, "functions is a list of at least one function"),
         ({"functions": HERE + "add"}, "functions is a list of at least one function"),
-        ({"functions": [HERE + "add"], "max_turns": 0}, "max_turns = 0 is less than 1"),
+        ({"functions": [HERE + "add"], "max_turns": 0}, "max_turns = 0 is not a whole number of at least 1"),
+        ({"functions": [HERE + "add"], "max_turns": "3"}, "max_turns = '3' is not a whole number"),
+        ({"functions": [HERE + "add"], "tool_workers": 0}, "tool_workers = 0 is not a whole number"),
+        ({"functions": [HERE + "add"], "max_result_chars": -1}, "max_result_chars = -1 is not a whole number"),
+        ({"functions": [HERE + "add"], "tool_timeout": 0}, "tool_timeout = 0 is not a number above 0"),
+        ({"functions": [HERE + "add"], "tool_memory_gib": "1"}, "tool_memory_gib = '1' is not a number above 0"),
+        ({"functions": 5}, "functions is a list of at least one function"),
         ({"functions": [HERE + "add"], "call_format": "qwen9"}, "'qwen9' is not a format of tool calls"),
         ({"functions": [{"verl": HERE + "add"}]}, "user_tools:add' is not a class with `async def execute"),
         ({"functions": [{"verl": HERE + "VerlSearch"}]}, "cannot be made with its config and schema: AttributeError"),

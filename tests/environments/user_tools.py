@@ -7,8 +7,12 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from enum import Enum
 from types import SimpleNamespace
 from typing import Any, Literal
+
+import numpy as np
 
 
 def weather(city: str, days: int = 1, unit: Literal["c", "f"] = "c", tags: list[str] | None = None) -> str:
@@ -21,6 +25,34 @@ def weather(city: str, days: int = 1, unit: Literal["c", "f"] = "c", tags: list[
         tags: What to mention.
     """
     return f"{city}: {days} x 19 {unit}"
+
+
+class Color(Enum):
+    RED = "red"
+
+
+class Leave(BaseException): ...
+
+
+def paints(color: Color) -> str:
+    """Paint something.
+
+    Args:
+        color: The color.
+    """
+    return color.value
+
+
+def yields(count: int) -> Iterator[int]:
+    """Count.
+
+    Args:
+        count: How far.
+    """
+    yield from range(count)
+
+
+async def wait() -> None: ...
 
 
 def add(a: float, b: float) -> float:
@@ -59,6 +91,9 @@ def misbehave(how: str) -> Any:
             raise Unspeakable
         case "exit":
             sys.exit(3)
+        case "leave a program":
+            subprocess.Popen(["sleep", "6175"])
+            os._exit(7)
         case "end":
             os._exit(7)
         case "kill":
@@ -76,6 +111,10 @@ def misbehave(how: str) -> Any:
             return "x" * 100_000
         case "object":
             return {"at": Unspeakable, "ids": (1, 2)}
+        case "set":
+            return {"words": {"b", "a", "c"}, "numbers": np.arange(3), "one": np.float32(0.5)}
+        case "coroutine":
+            return wait()
         case "circle":
             ring: list[Any] = []
             ring.append(ring)
@@ -96,6 +135,10 @@ async def misbehave_async(how: str) -> Any:
         how: What.
     """
     match how:
+        case "interrupt":
+            raise KeyboardInterrupt
+        case "leave":
+            raise Leave
         case "raise":
             raise KeyError("nothing here")
         case "time out":
@@ -168,12 +211,13 @@ class VerlSearch:
     async def create(self, instance_id: str | None = None, **kwargs: Any) -> tuple[str, Any]:
         assert instance_id is not None
         self.live.add(instance_id)
+        self.truth = kwargs.get("create_kwargs", {}).get("ground_truth", "")
         return instance_id, None
 
     async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> tuple[Any, float, dict]:
         assert instance_id in self.live
         await asyncio.sleep(0)
-        return SimpleNamespace(text=f"{self.config['prefix']} {parameters['query'].upper()}"), 0.5, {}
+        return SimpleNamespace(text=f"{self.config['prefix']} {parameters['query'].upper()}{self.truth}"), 0.5, {}
 
     async def release(self, instance_id: str, **kwargs: Any) -> None:
         self.live.remove(instance_id)

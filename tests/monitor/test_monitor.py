@@ -21,7 +21,7 @@ from miles_spmd.controller import attempts
 from miles_spmd.controller.attempts import Attempts
 from miles_spmd.controller.checkpoint_folders import newest
 from miles_spmd.ledger.chain import verify
-from miles_spmd.monitor.status import Status, read_status, render
+from miles_spmd.monitor.status import Status, _with_reason, read_status, render
 from miles_spmd.monitor.tail import follow
 from miles_spmd.types.run_files import complete_checkpoints
 from tests.worker.launched import REPOSITORY, START_SECONDS, Launched
@@ -326,3 +326,16 @@ def test_what_is_no_run(tmp_path: Path, story: Story, name: str) -> None:
         (line,) = verb(name, folder, status=2).stderr.splitlines()
         assert line.startswith("miles-spmd: error: ")
         assert message in line
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "text"),
+    [
+        ("stopped", "stopped by SIGTERM", "stopped by SIGTERM"),
+        ("failed", "no space left", "failed: no space left"),
+        ("finished", "finished", "finished"),
+        ("killed", "", "killed"),
+    ],
+)
+def test_a_reason_that_says_the_state_is_all_that_is_shown(state: str, reason: str, text: str) -> None:
+    assert _with_reason(state, reason) == text

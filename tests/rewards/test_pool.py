@@ -83,7 +83,24 @@ def test_trl_shapes() -> None:
     assert values(HERE + "trl_turns", turns) == [1, 3]
 
 
+def test_what_trl_documents() -> None:
+    """The examples of TRL's documentation: without completions, with metrics, and for one task of several."""
+    assert values(HERE + "trl_ids", group("19", "200")) == [2, 3]
+    found = scores(HERE + "trl_logging", group("19", "20"))
+    assert found == [Score(1.0, {"accuracy": 0.5}), Score(0.0, {"accuracy": 0.5})]
+    assert scores(HERE + "trl_logging_async", group("19", "20")) == found
+    tasks = [{"rm_type": HERE + f"trl_task_{name}", "reward_weight": 2} for name in ("math", "code")]
+    settings = tasks[0] | {"further": tasks[1:]}
+    samples = group("19", "1", task="math") + group("def", uid="code:1", task="code")
+    assert scores(settings.pop("rm_type"), samples, **settings) == [
+        Score(4.0, {"trl_task_math": 2.0}),
+        Score(2.0, {"trl_task_math": 1.0}),
+        Score(6.0, {"trl_task_code": 3.0}),
+    ]
+
+
 def test_verl_shapes() -> None:
+    assert values(HERE + "verl_group", group("19", "20", extra_info={"index": 4})) == [5, 4]
     result = scores(HERE + "verl_full", group("19", "20", extra_info={"index": 4}))
     assert result == [Score(1.0, {"gsm8k": 1.0, "extra": 4.0}), Score(0.0, {"gsm8k": 1.0, "extra": 4.0})]
     assert values(HERE + "verl_full", group("19", data_source="x", index=7)) == [1]
@@ -116,10 +133,10 @@ FAILURES = {
     "blocks_async": "took longer than reward.reward_timeout = 1 s",
     "nan": "sample 0, returned nan instead of a finite number",
     "infinite": "sample 0, returned inf instead of a finite number",
-    "none": "sample 0, returned None instead of a finite number",
+    "none": "sample 0, returned None, which leaves a sample to other functions",
     "text": "sample 0, returned '1.0' instead of a finite number",
     "scoreless": "sample 0, returned an object without 'score' (it has reward)",
-    "trl_none": "sample 0, returned None instead of a finite number",
+    "trl_none": "sample 0, returned None, which leaves a sample to other functions",
     "trl_missing_column": "requires solution, but the data has only",
     "eats_memory": "sample 0, ran out of the memory that reward.reward_memory_gib allows",
     "exits": "sample 0, ended its process (exit code 7)",
@@ -138,7 +155,7 @@ def test_every_failure_names_function_prompt_and_sample(name: str) -> None:
     message = str(caught.value)
     assert message.startswith(f"reward '{HERE}{name}' on prompt gsm8k:1")
     assert FAILURES[name] in message
-    assert "fix the function" in message
+    assert "fix the function" in message or "return a number" in message
     assert ("Traceback" in message) == (
         name in ("raises", "raises_unspeakably", "exits_politely", "exits_politely_async")
     )

@@ -69,6 +69,17 @@ def test_rows_of_another_version(tmp_path: Path) -> None:
     for arguments, problem in (["legs"], "task 'legs': "), (["leg_counting", "--options", '{"a": 1}'], "'a'"):
         with pytest.raises(SystemExit, match=problem):
             ours.main([str(tmp_path / "x.jsonl"), *arguments])
+    with pytest.raises(SystemExit, match="No such file or directory"):
+        ours.main([str(tmp_path / "none" / "x.jsonl"), "leg_counting", "--count", "1"])
+
+
+def test_counts_and_tasks_that_make_no_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        ours.main([str(tmp_path / "x.jsonl"), "leg_counting", "--count", "0"])
+    assert "argument --count: '0' is not a number above 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="the task 'legs' is named twice"):
+        ours.main([str(tmp_path / "x.jsonl"), "legs", "sums", "legs"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_rows_are_an_error() -> None:

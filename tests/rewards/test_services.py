@@ -53,8 +53,9 @@ def test_remote(monkeypatch: pytest.MonkeyPatch) -> None:
         )
     assert found == [Score(2.0), Score(0.5, {"length": 6.0}), Score(2.0)]
     assert {headers["Authorization"] for headers in server.headers} == {"Bearer sesame"}
-    assert {"prompt": QUESTION, "response": "19", "label": "19", "metadata": {"source": "s"}} in server.bodies
-    assert server.bodies[-1] == {"prompt": "seven plus 12 =", "response": "19", "label": None, "metadata": {}}
+    text = {"prompt": "seven plus 12 =", "response": "19"}
+    assert text | {"messages": QUESTION, "label": "19", "metadata": {"source": "s"}} in server.bodies
+    assert server.bodies[-1] == text | {"messages": None, "label": None, "metadata": {}}
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,34 @@ async def trl_async(completions: list[str], **kwargs: Any) -> list[float]:
     return [float(len(c)) for c in completions]
 
 
+def trl_ids(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def trl_logging(completions: list[str], label: list[str], log_extra: Any, log_metric: Any = None) -> list[float]:
+    rewards = [float(text == right) for text, right in zip(completions, label)]
+    log_extra("right", label)
+    log_metric("accuracy", sum(rewards) / len(rewards))
+    return rewards
+
+
+async def trl_logging_async(completions: list[str], label: list[str], log_metric: Any, log_extra: Any) -> list[float]:
+    return trl_logging(completions, label, log_extra, log_metric)
+
+
+def trl_task_math(completions: list[str], task: list[str], **kwargs: Any) -> list[float | None]:
+    return [float(len(text)) if one == "math" else None for text, one in zip(completions, task)]
+
+
+def trl_task_code(completions: list[str], task: list[str], **kwargs: Any) -> list[float | None]:
+    return [float(len(text)) if one == "code" else None for text, one in zip(completions, task)]
+
+
+def verl_group(data_sources: list[str], solution_strs: list[str], ground_truths: list[str], extra_infos: Any) -> Any:
+    rows = zip(solution_strs, ground_truths, extra_infos, strict=True)
+    return [float(text == right) + extra["index"] for text, right, extra in rows]
+
+
 def verl_full(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> dict[str, Any]:
     return {"score": float(solution_str == ground_truth), "gsm8k": data_source == "gsm8k", "extra": extra_info["index"]}
 

@@ -22,6 +22,7 @@ from miles_spmd.telemetry import metrics
 from miles_spmd.telemetry.json_lines import LineWriter
 from miles_spmd.telemetry.metrics import METRICS, PHASES, describe, is_score, phase_times
 from miles_spmd.telemetry.trackers import JsonlTracker, open_trackers, read_metrics
+from miles_spmd.types.engine_group import JUDGE
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.rollout_batch import RolloutBatch
 from tests.telemetry.runs import make_config
@@ -168,6 +169,7 @@ def test_every_metric_that_is_written_is_described_and_the_reverse() -> None:
     workers = "".join(path.read_text() for path in controller.with_name("worker").rglob("*.py"))
     memory = {*re.findall(r'\.note\("(\w+)"', workers), *set(Phase) - {Phase.IDLE, Phase.STOP}}
     written |= {f"memory/{name}" for name in memory}
+    written |= {f"memory/{JUDGE}_{name}" for name in ("start", Phase.ROLLOUT, "rollout_retries")}
     building = "".join((controller.with_name("worker") / name).read_text() for name in ("main.py", "worker.py"))
     parts = {*re.findall(r'\bwatch\("(\w+)"', building), "refit_plan"}  # of the start
     written |= {f"start/{name}" for name in (*parts, "total")}

@@ -96,10 +96,10 @@ class Acceptance:
         if not self.groups[number]:
             self._judged(number, self._keeps_empty)
             return
-        if unscored := [part[0] for part in parts if part and part[0].reward is None]:
+        scores: Future[list[Score]] = Future()
+        if unscored := [part[0] for part in parts if part and part[0].reward is None]:  # environments gave the others
             scores = self._rewards.submit(unscored, self._terms)
         else:
-            scores = Future[list[Score]]()
             scores.set_result([])
         scores.add_done_callback(lambda scores: self._arrive(number, scores))
 
@@ -112,8 +112,10 @@ class Acceptance:
         dropped = [group for number, group in enumerate(self.groups) if self._verdicts.get(number) is False]
         equal = Counter(group[0].reward for group in dropped if len({sample.reward for sample in group}) == 1)
         of_equal = [f"{count} with all rewards {reward:g}" for reward, count in equal.most_common(4)]
-        others = len(dropped) - sum(count for _, count in equal.most_common(4))
-        return ", ".join([*of_equal, *([f"{others} others"] if others else [])])
+        failed = sum(not group for group in dropped)
+        others = len(dropped) - failed - sum(count for _, count in equal.most_common(4))
+        of_failed = [f"{failed} whose environment failed"] if failed else []
+        return ", ".join([*of_equal, *of_failed, *([f"{others} others"] if others else [])])
 
     def resolve(self) -> None:
         """Judge the groups whose rewards have arrived, and accept or drop those whose turn it is.

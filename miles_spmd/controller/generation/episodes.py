@@ -149,14 +149,14 @@ class Episodes:
         self._begun: dict[str, Response] = {}  # by rid, what a request continues
         self._paused: list[tuple[Ask, Response]] = []  # what the policy had begun when the last rollout ended
         self._done: list[Done] = []
-        self.open(0)
+        self.open()
 
-    def open(self, planned: int, given: Mapping[str, Response] | None = None, purpose: str = "") -> None:
-        """Begin a rollout that needs so many episodes. ``given`` are responses from before an interruption, by the
-        digests of their requests; ``purpose``: one other than training."""
+    def open(self, given: Mapping[str, Response] | None = None, purpose: str = "") -> None:
+        """Begin a rollout. ``given`` are responses from before an interruption, by the digests of their requests;
+        ``purpose``: one other than training."""
         self.failures: Counter[str] = Counter()  # by kind, those that another attempt has made good included
         self.prefill = self.cached = 0  # tokens of the requests' prompts, and those that the engine had already
-        self._planned, self._given, self._purpose = planned, given or {}, purpose
+        self._given, self._purpose = given or {}, purpose
         self._lost: list[str] = []  # what was wrong with episodes that have failed for good
 
     def tokens_of(self, number: int) -> int | None:
@@ -179,7 +179,8 @@ class Episodes:
         number = next(self._numbers)
         self._running[number] = episode
         self._all.append(episode)
-        self._host.send(Begin(number, episode.prompt, episode.index, episode.sampling.params.max_new_tokens))
+        limit, purpose = episode.sampling.params.max_new_tokens, episode.sampling.purpose
+        self._host.send(Begin(number, episode.prompt, episode.index, limit, purpose))
 
     def requests(self) -> list[Request]:
         """Return what the policy is asked for since the last call, without what there is from before."""
@@ -280,11 +281,12 @@ class Episodes:
         trace = f"\n{failed.trace}" if failed.trace else ""
         if limits.on_environment_failure == "stop":
             raise EnvironmentFailedError(f"{where} {failed.problem}; fix it, or set on_environment_failure{trace}")
-        if len(self._lost) > limits.max_environment_failures * self._planned:
+        lost, begun = len(self._lost), len(self._lost) + len(self._all)
+        if lost > limits.max_environment_failures * begun:
             (common, times), *_ = Counter(self._lost).most_common(1)
             raise EnvironmentFailedError(
-                f"{len(self._lost)} episodes of a rollout of {self._planned} have failed, more than "
-                f"environment.max_environment_failures = {limits.max_environment_failures:g} of them; {times} times: "
+                f"{lost} of {begun} episodes of a rollout have failed, a larger share than "
+                f"environment.max_environment_failures = {limits.max_environment_failures:g}; most often ({times}): "
                 f"{common}; last: {where} {failed.problem}{trace}"
             )
         masks = limits.on_environment_failure == "mask" or self._purpose

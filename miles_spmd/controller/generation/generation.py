@@ -127,7 +127,7 @@ class Generation:
             self._stopping.show(f"step {step} continues {described(self._given.values())}")
         sampling = Sampling.of_step(self._config, step)
         with self._journal.timed("rollout", step):
-            episodes.open(config.rollout_batch_size * sampling.samples, self._given)
+            episodes.open(self._given)
             begun = self._continue(acceptance)
             waves = chain([supply.first(step)], self._data.spare(step))
             kept = self._generate(acceptance, episodes, sampling, waves, step, supply.room)
@@ -167,17 +167,20 @@ class Generation:
 
     def evaluate(self, step: int, due: Sequence[EvalSet]) -> None:
         """Score the responses to the prompts of the held-out sets ``due``, ``step`` steps into the run."""
-        sets: dict[str, list[Group]] = {}
+        sets, failures = dict[str, list[Group]](), dict[str, float]()
         with self._journal.timed("eval", step):
             for one in due:
                 prompts, wake = self._data.eval_sets[one.name], self._cluster.wake
                 acceptance = Acceptance(self._rewards, len(prompts), terms=one.terms, wake=wake, keeps_empty=True)
                 sampling = Sampling.of_set(self._config, one)
                 episodes = Episodes(self._host, self._numbers, self._config.environment, self._episodes)
-                episodes.open(len(prompts) * sampling.samples, purpose=sampling.purpose)
+                episodes.open(purpose=sampling.purpose)
                 self._generate(acceptance, episodes, sampling, iter([prompts]), step)
                 sets[one.name] = [group for group in acceptance.accepted if group]
-        self._journal.publish(events.EvaluationFinished(step, eval_metrics(sets), sets))
+                failures |= {f"eval/{one.name}-failed/{kind}": float(n) for kind, n in episodes.failures.items()}
+                if not sets[one.name]:
+                    self._stopping.show(f"warning: step {step}: no episode of {sampling.purpose} is left to be scored")
+        self._journal.publish(events.EvaluationFinished(step, eval_metrics(sets) | failures, sets))
 
     def _tell_too_few(self, step: int, acceptance: Acceptance) -> None:
         """Say why groups were dropped. Raises FilterError where that ends the run."""

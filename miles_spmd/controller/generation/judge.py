@@ -38,7 +38,7 @@ class _Call:
 
     samples: Sequence[Sample]
     scores: list[Score | None]
-    future: Future[list[Score]]
+    future: Future[list[Score | None]]
 
 
 @dataclass
@@ -89,7 +89,7 @@ class EngineJudge:
             for call in calls:
                 _fail(call, CancelledError())
 
-    def submit(self, samples: list[Sample]) -> Future[list[Score]]:
+    def submit(self, samples: list[Sample]) -> Future[list[Score | None]]:
         """Start scoring, with the next :meth:`take`. The future gives one score per sample, in order, or raises
         RewardError."""
         call, number = _Call(samples, [None] * len(samples), Future()), next(self._numbers)
@@ -134,9 +134,8 @@ class EngineJudge:
         except BadReward as error:
             problem = BadReward(error.problem, sample.index, error.trace)
             _fail(call, explained("judge", sample, problem))
-        scores = [score for score in call.scores if score is not None]
-        if len(scores) == len(call.scores) and not call.future.done():
-            call.future.set_result(scores)
+        if None not in call.scores and not call.future.done():
+            call.future.set_result(call.scores)
 
     def _ask_again(self, question: _Question) -> None:
         attempt = question.attempt + 1

@@ -171,17 +171,20 @@ def turn_reward_metrics(prefix: str, samples: Sequence[Sample]) -> dict[str, flo
 
 def eval_metrics(sets: Mapping[str, events.Groups]) -> dict[str, float]:
     """Return the metrics of each set: ``eval/<name>`` is the mean reward (pass@1 for a 0/1 reward), ``-response_len``
-    the mean number of generated tokens, and with n > 1 samples ``-pass@k`` for k = 2, 4, ... n."""
+    the mean number of generated tokens, and with n > 1 samples ``-pass@k`` for k = 2, 4, ... n. A set of which nothing
+    is left, because its environment has failed on every prompt, has none."""
     metrics: dict[str, float] = {}
     for name, groups in sets.items():
+        if not groups:
+            continue
         rewards = [[sample.reward or 0.0 for sample in rollouts(group)] for group in groups]
         metrics[f"eval/{name}"] = float(np.mean(list(chain(*rewards))))
         metrics |= reward_metrics(f"eval/{name}-", groups) | environment_metrics(f"eval/{name}-", groups)
         metrics[f"eval/{name}-response_len"] = float(np.mean([len(s.response) for group in groups for s in group]))
         n = max(map(len, rewards))
-        correct = [sum(reward >= CORRECT for reward in group) for group in rewards]
+        correct = [(sum(reward >= CORRECT for reward in group), len(group)) for group in rewards]
         for k in {2**i for i in range(1, n.bit_length())} | ({n} if n > 1 else set()):
-            metrics[f"eval/{name}-pass@{k}"] = pass_at_k(correct, n, k)
+            metrics[f"eval/{name}-pass@{k}"] = pass_at_k(correct, k)
     return metrics
 
 
@@ -219,12 +222,12 @@ def mismatch_metrics(sequences: Sequence[TrainSequence], train_log_probs: Sequen
     return {f"train/{name}": value for name, value in found.items()}
 
 
-def pass_at_k(correct: Sequence[int], n: int, k: int) -> float:
-    """Return the unbiased pass@k from ``correct`` successes of ``n`` samples per prompt, the mean of
-    1 - C(n - c, k) / C(n, k).
+def pass_at_k(correct: Sequence[tuple[int, int]], k: int) -> float:
+    """Return the unbiased pass@k from the successes c and the number n of samples of each prompt: the mean of
+    1 - C(n - c, k) / C(n, k) over the prompts that have k samples or more, of which there must be one.
 
     Source: Chen et al., "Evaluating Large Language Models Trained on Code" (arXiv 2107.03374), eq. 1.
     """
     # where n - c < k one of the factors is 0; the product form avoids big binomials
-    misses = [np.prod(1.0 - k / np.arange(n - c + 1, n + 1)) for c in correct]
+    misses = [np.prod(1.0 - k / np.arange(n - c + 1, n + 1)) for c, n in correct if n >= k]
     return 1.0 - float(np.mean(misses))
