@@ -48,6 +48,7 @@ NEEDED: dict[str, tuple[Callable[[Settings], bool], str]] = {
         lambda s: not s.use_tis or s.tis_function != "mis",
         "tis_clip tis_clip_low",
     ),
+    "train.reduction_leaves above 0": (lambda s: s.reduction_leaves > 0, "train.leaf_tokens"),
     "the reward 'remote'": (lambda s: scores_by(s, "remote"), "reward.remote_url reward.remote_key_variable"),
     "the reward 'judge'": (lambda s: scores_by(s, "judge"), JUDGE),
     "a function of your own in reward.rm_type": (lambda s: ":" in s.rm_type, "reward.reward_batched"),

@@ -41,10 +41,10 @@ class TrainConfig(Table):
     reduction_leaves: Annotated[NonNegativeInt, must_be("a power of two", lambda leaves: not leaves & (leaves - 1))] = 0
     """Canonical reduction: sum gradients over a tree with this number of leaves (a power of two), each a fixed share of
     the batch. Gradients are then bitwise equal for every data-parallel size that divides it, and for every
-    `max_tokens_per_gpu`. 0: in the order in which sequences happen to be packed."""
-    leaf_tokens: NonNegativeInt = 0
-    """Pack the sequences of a leaf into micro-batches of this many tokens, at most `max_tokens_per_gpu` times
-    context-parallel size. The result depends on this number in its last bits. 0: one sequence in each."""
+    `max_tokens_per_gpu` from `leaf_tokens` on. 0: in the order in which sequences happen to be packed."""
+    leaf_tokens: PositiveInt = 8192
+    """Token budget of one micro-batch of a leaf; where `max_tokens_per_gpu` times context-parallel size is less, that.
+    The result depends on it in its last bits."""
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -120,14 +120,6 @@ def _leaves_divide(s: Settings) -> Messages:
     replicas, rest = divmod(s.trainer_ranks, dense)
     if s.reduction_leaves and not rest and s.reduction_leaves % replicas:
         yield f"train.reduction_leaves: {s.reduction_leaves} is not a multiple of the data-parallel size {replicas}"
-
-
-@rule(ERRORS)
-def _leaf_tokens(s: Settings) -> Messages:
-    if s.leaf_tokens and not s.reduction_leaves:
-        yield "train.leaf_tokens: needs train.reduction_leaves"
-    if s.leaf_tokens > (most := s.max_tokens_per_gpu * s.context_parallel_size):
-        yield f"train.leaf_tokens: must be at most {most}, which is max_tokens_per_gpu x context_parallel_size"
 
 
 # --- parallel sizes --------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Tasks of reasoning-gym as a dataset, and its verifiers as a reward. Requires the package ``reasoning-gym``.
 
 python -m miles_spmd.rewards.reasoning_gym tasks.jsonl leg_counting chain_sum --count 1000
+python -m miles_spmd.rewards.reasoning_gym heldout.jsonl leg_counting chain_sum --seed 1 --without tasks.jsonl
 miles-spmd train ... data.prompt_data=tasks.jsonl reward.rm_type=miles_spmd.rewards.reasoning_gym:reasoning_gym
 """
 
@@ -9,8 +10,9 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import count as numbers
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from miles_spmd.rewards.labels import last_boxed
 from miles_spmd.types.sample import Sample
 
 SIZE = 1_000_000  # items of a task's dataset, unless the options have a size; an item is a function of seed and index
+TRIES = 100  # questions that are looked at for each row that is wanted
 COLUMN = "reasoning_gym"
 INSTRUCTION = "Think step by step, and write the final result between <answer> and </answer>."
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -36,19 +39,43 @@ class Origin(msgspec.Struct, frozen=True):
 
 
 def rows(
-    tasks: Sequence[str], count: int, seed: int = 0, options: Mapping[str, Any] | None = None
+    tasks: Sequence[str],
+    count: int,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    instruction: str = INSTRUCTION,
+    without: Collection[str] = (),
 ) -> Iterator[dict[str, Any]]:
-    """Yield ``count`` rows, with the ``tasks`` in turns. ``options``: configuration of each task's dataset.
+    """Yield ``count`` rows, with the ``tasks`` in turns. ``options``: configuration of each task's dataset;
+    ``instruction``: what follows the question in the prompt; ``without``: questions that are left out.
 
-    Raises ValueError for an unknown task and for options that it does not have."""
-    for number in range(count):
+    Raises ValueError for an unknown task, for options that it does not have, and where nearly all questions of the
+    tasks are left out."""
+    left, tries = count, count * TRIES
+    for number in numbers():
+        if not left:
+            return
+        if number == tries:
+            raise ValueError(f"of {tries} questions only {count - left} are others than those that are left out")
         origin = Origin(tasks[number % len(tasks)], number // len(tasks), seed, dict(options or {}))
         item = _item(origin)
+        if item["question"] in without:
+            continue
+        left -= 1
         yield {
-            "prompt": [{"role": "user", "content": f"{item['question'].strip()}\n\n{INSTRUCTION}"}],
+            "prompt": [{"role": "user", "content": f"{item['question'].strip()}\n\n{instruction}".strip()}],
             "label": item["answer"],
             COLUMN: {**msgspec.to_builtins(origin), "question": item["question"]},
         }
+
+
+def questions(file: Path) -> set[str]:
+    """Return the questions of a file of :func:`rows`. Raises ValueError where it cannot be read as one."""
+    try:
+        lines = file.read_bytes().splitlines()
+        return {msgspec.json.decode(line)[COLUMN]["question"] for line in lines}
+    except (OSError, LookupError, TypeError, msgspec.DecodeError) as error:
+        raise ValueError(f"{file} is not a file that this program has written: {error}") from error
 
 
 def reasoning_gym(sample: Sample) -> dict[str, float]:
@@ -114,10 +141,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--options", default="{}", help="configuration of the tasks as JSON, such as '{\"min_animals\": 2}'"
     )
+    parser.add_argument("--instruction", default=INSTRUCTION, help="what follows the question; '' for nothing")
+    parser.add_argument("--without", type=Path, help="file of such rows whose questions are left out")
     given = parser.parse_args(arguments)
     try:
         options = msgspec.json.decode(given.options, type=dict)
-        lines = [msgspec.json.encode(row) + b"\n" for row in rows(given.tasks, given.count, given.seed, options)]
+        known = questions(given.without) if given.without else ()
+        chosen = rows(given.tasks, given.count, given.seed, options, given.instruction, known)
+        lines = [msgspec.json.encode(row) + b"\n" for row in chosen]
     except ValueError as error:
         sys.exit(f"Error: {error}")
     given.file.write_bytes(b"".join(lines))

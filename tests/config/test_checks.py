@@ -38,8 +38,6 @@ OTHER_ENGINE = "tests.reference_engine:TorchEngine"
         ("overlong_buffer_len=2048", "is more than rollout_max_response_len 1024"),
         ("keep_old_actor=true", "with update_weights_interval = 1"),
         ("reduction_leaves=6", "a power of two"),
-        ("leaf_tokens=64", "train.leaf_tokens: needs train.reduction_leaves"),
-        ("reduction_leaves=2 leaf_tokens=65 max_tokens_per_gpu=64", "train.leaf_tokens: must be at most 64"),
         ("reduction_leaves=8 megatron.overlap_grad_reduce=true", "must be false"),
         (
             "reduction_leaves=8 megatron.expert_model_parallel_size=2",

@@ -158,6 +158,8 @@ def test_a_file_that_is_no_text(recipe: Path) -> None:  # noqa: F811
         ("lambd=0.9 gamma=0.9", ["algorithm.lambd", "algorithm.gamma"]),
         ("advantage_estimator=ppo lambd=0.9 gamma=0.9 critic_lr=1e-5", []),
         ("critic_lr=1e-5", ["train.critic_lr"]),
+        ("leaf_tokens=64", ["train.leaf_tokens"]),
+        ("reduction_leaves=2 leaf_tokens=64", []),
         ("dpo_beta=0.5", ["algorithm.dpo_beta"]),
         ("mode=dpo dpo_beta=0.5 eps_clip=0.3", ["algorithm.eps_clip"]),
         ("mode=sft n_samples_per_prompt=2", ["rollout.n_samples_per_prompt"]),

@@ -87,7 +87,7 @@ def test_two_runs_are_equal(
 
 
 @machine.needs(2)
-@pytest.mark.parametrize("more", [[], ["train.leaf_tokens=64", *ZERO]], ids=["one-sequence-each", "packed"])
+@pytest.mark.parametrize("more", [["train.leaf_tokens=1"], ["train.leaf_tokens=64", *ZERO]], ids=["loose", "packed"])
 def test_ranks_and_packing_change_no_bit(assets: Path, tmp_path: Path, more: list[str]) -> None:
     """On 1, 2 and 4 GPUs, as many as there are, all at once."""
     own = [*settings(assets, tmp_path, "triton", "bfloat16"), "train.reduction_leaves=8", *more]

@@ -37,6 +37,29 @@ def test_rows_are_scored(tmp_path: Path) -> None:
     assert ours.reasoning_gym(sample_of_row(rows[1], "nonsense")) == {"score": 0.0, "unreadable": 1.0}
 
 
+def test_questions_of_another_file_are_left_out(tmp_path: Path) -> None:
+    """The item ``i`` of a seed may be the item ``i + 1`` of the seed before it."""
+    pytest.importorskip("reasoning_gym")
+    held_out, training = tmp_path / "heldout.jsonl", tmp_path / "training.jsonl"
+    sums = ["chain_sum", "--options", '{"min_terms": 2, "max_terms": 2, "max_digits": 1}', "--instruction", ""]
+    ours.main([str(held_out), *sums, "--count", "20", "--seed", "1"])
+    ours.main([str(training), *sums, "--count", "50", "--without", str(held_out)])
+    assert len(training.read_text().splitlines()) == 50
+    assert not ours.questions(held_out) & ours.questions(training)
+    (prompt,) = json.loads(training.read_text().splitlines()[0])["prompt"]
+    assert prompt["content"] in ours.questions(training)
+    with pytest.raises(SystemExit, match="of 100 questions only 0 are others than those that are left out"):
+        ours.main([str(tmp_path / "x.jsonl"), *sums, "--count", "1", "--without", str(everything(tmp_path, sums))])
+    with pytest.raises(SystemExit, match="absent is not a file that this program has written"):
+        ours.main([str(tmp_path / "x.jsonl"), *sums, "--without", str(tmp_path / "absent")])
+
+
+def everything(folder: Path, sums: list[str]) -> Path:
+    """The questions that the first hundred items have."""
+    ours.main([str(folder / "all.jsonl"), *sums, "--count", "100"])
+    return folder / "all.jsonl"
+
+
 def test_rows_of_another_version(tmp_path: Path) -> None:
     pytest.importorskip("reasoning_gym")
     (row,) = ours.rows(["leg_counting"], 1)

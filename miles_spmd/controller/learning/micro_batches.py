@@ -50,20 +50,19 @@ def pack(lengths: Sequence[int], *, data_parallel_size: int, max_tokens: int, mu
 
 
 def pack_leaves(
-    lengths: Sequence[int], *, data_parallel_size: int, leaves: int, max_tokens: int = 0, multiple: int = 1
+    lengths: Sequence[int], *, data_parallel_size: int, leaves: int, max_tokens: int, multiple: int = 1
 ) -> Packing:
     """Return the packing of the canonical reduction, whose gradient does not depend on the number of ranks.
 
     The sequences are cut in order into ``leaves`` equal shares. Each leaf is packed as if it were alone into
-    micro-batches of at most ``max_tokens`` tokens (0: one sequence each; a longer sequence has its own), and all leaves
-    get as many micro-batches as the largest. A rank gets consecutive leaves.
+    micro-batches of at most ``max_tokens`` tokens, or as many as the longest sequence has, and all leaves get as many
+    micro-batches as the largest. A rank gets consecutive leaves.
     """
     budget = max(max_tokens, *lengths)
     cuts: list[list[list[int]]] = []
     for share in np.array_split(np.arange(len(lengths)), leaves):
         (packed,) = pack([lengths[i] for i in share], data_parallel_size=1, max_tokens=budget)
-        alone = [[i] for i in range(len(share))]
-        cuts.append([[int(share[i]) for i in b] for b in (packed if max_tokens else alone) if b != [FILLER]])
+        cuts.append([[int(share[i]) for i in b] for b in packed if b != [FILLER]])
     size = -(-max(map(len, cuts)) // multiple) * multiple
     filled = [cut + [[FILLER]] * (size - len(cut)) for cut in cuts]
     own = leaves // data_parallel_size

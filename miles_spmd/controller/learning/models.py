@@ -165,6 +165,6 @@ class Models:
         unit = 2 if self._config.trains_on_pairs else 1  # sequences that must be in one micro-batch
         units = [sum(lengths[i : i + unit]) for i in range(0, len(lengths), unit)]
         if leaves := self._config.train.reduction_leaves:
-            max_tokens = self._config.train.leaf_tokens
+            max_tokens = min(self._config.train.leaf_tokens, self._config.micro_batch_tokens)
             return expand(pack_leaves(units, leaves=leaves, max_tokens=max_tokens, **shape), unit)
         return expand(pack(units, max_tokens=self._config.micro_batch_tokens, **shape), unit)
