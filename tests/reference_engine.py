@@ -55,6 +55,8 @@ class TorchEngine:
         self._paused = False
         self._freed: list[int] | None = None  # bytes of the parameters, while released
 
+    cache_tokens = None
+
     @property
     def weight_version(self) -> int:
         return self._weight_version

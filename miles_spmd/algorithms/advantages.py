@@ -13,6 +13,7 @@ tokens) of a sample, T tokens of one sample.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -155,14 +156,23 @@ def reinforce_plus_plus(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Esti
 
 
 def token_rewards(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Arrays:
-    """Return -``kl_coef`` x KL for every trained token, plus the sample's reward for the last one, float64 [T].
+    """Return -``kl_coef`` x KL for every trained token, plus the sample's reward: that of each turn for its last
+    token, and for the last token of all what the turns have not received of the rollout's, float64 [T].
 
-    Each sibling has the reward of its rollout."""
+    Each sibling has the reward of its rollout. What a token receives that is not trained, the last trained one before
+    it does; a turn before all trained tokens is none of their doing."""
     rewards = [-penalty for penalty in kl_penalties(batch, algorithm)]
-    for of_token, reward, mask in zip(rewards, batch.rewards, batch.masks):
+    turns = [None] * len(rewards) if batch.turn_rewards is None else batch.turn_rewards
+    for of_token, reward, of_turns, mask in zip(rewards, batch.rewards, turns, batch.masks):
         trained = np.flatnonzero(mask > 0)
-        if len(trained):
-            of_token[trained[-1]] += reward
+        if not len(trained):
+            continue
+        if of_turns is not None:
+            reward = reward - math.fsum(of_turns)
+            for end in np.flatnonzero(of_turns):
+                if (before := np.searchsorted(trained, end, side="right")) > 0:
+                    of_token[trained[before - 1]] += of_turns[end]
+        of_token[trained[-1]] += reward
     return rewards
 
 

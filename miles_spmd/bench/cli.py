@@ -224,6 +224,11 @@ def bench_turns(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a response.")] = 128,
     given: Annotated[int, typer.Option(min=0, help="Tokens that the environment gives between two.")] = 64,
     tail: Annotated[bool, typer.Option("--tail", help="Lengths with a long tail, of at most --new-tokens.")] = False,
+    pause: Annotated[float, typer.Option(min=0, help="Mean seconds of the environment between two responses.")] = 0.0,
+    cache_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of an engine's KV cache: with all sessions at once, and with as many as fit."),
+    ] = None,
     warm_up: Annotated[int, typer.Option(min=0, help="Steps before the measured ones.")] = 2,
     repeats: Repeats = 5,
     nproc_per_node: Processes = None,
@@ -235,13 +240,11 @@ def bench_turns(
     from miles_spmd.bench.turns import bench_turns
 
     _, ranks = launcher.ranks(nproc_per_node)
-    sizes = {"prompts": prompts, "samples": samples, "prompt_tokens": prompt_tokens}
-    shape = {"number": number, "new_tokens": new_tokens, "given": given}
-    steps = {"warm_up": warm_up, "steps": repeats}
-    rows = bench_turns(overrides or [], tail=tail, ranks=ranks, model=model, **shape, **sizes, **steps)
-    publish(
-        make_result("turns", model, ranks, {"overrides": overrides or [], "tail": tail, **shape, **sizes}, rows), out
-    )
+    sizes: dict[str, Any] = {"prompts": prompts, "samples": samples, "prompt_tokens": prompt_tokens}
+    shape: dict[str, Any] = {"number": number, "new_tokens": new_tokens, "given": given, "tail": tail}
+    shape |= {"pause": pause, "cache_tokens": cache_tokens}
+    rows = bench_turns(overrides or [], ranks=ranks, model=model, warm_up=warm_up, steps=repeats, **shape, **sizes)
+    publish(make_result("turns", model, ranks, {"overrides": overrides or [], **shape, **sizes}, rows), out)
 
 
 def _measure(

@@ -78,5 +78,6 @@ def bench_step(
             "response tokens/s per GPU": prompts * samples * response_tokens / step / ranks,
             "tokens behind a prompt": statistics.median(values["rollout/response_len"] for values in metrics),
             "prefix hits": statistics.median(values.get("rollout/prefix_hit_rate", 0.0) for values in metrics),
+            "sessions at a time": max(values.get("rollout/sessions_max", 0.0) for values in metrics),
         }
     ]

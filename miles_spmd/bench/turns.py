@@ -3,6 +3,7 @@ environment that lets the policy respond ``turns`` times and gives it random tok
 
 from __future__ import annotations
 
+import asyncio
 import random
 from typing import Any
 
@@ -16,9 +17,16 @@ SHORT = 1 / 16  # of the longest response, in a long-tailed distribution: the me
 
 
 async def turns(
-    context: Context, prompt: Prompt, turns: int = 8, new_tokens: int = 64, given: int = 32, tail: bool = False
+    context: Context,
+    prompt: Prompt,
+    turns: int = 8,
+    new_tokens: int = 64,
+    given: int = 32,
+    tail: bool = False,
+    pause: float = 0.0,
 ) -> Trajectory:
-    """Respond ``turns`` times by ``new_tokens`` tokens; with ``tail`` by fewer, log-normally distributed ones."""
+    """Respond ``turns`` times by ``new_tokens`` tokens; with ``tail`` by fewer, log-normally distributed ones. Between
+    two turns the environment takes ``pause`` seconds on average, at most twice as many."""
     generator = random.Random(f"{prompt.uid} {context.index}")
     trajectory = context.begin(prompt.tokens)
     for turn in range(turns):
@@ -26,17 +34,33 @@ async def turns(
         await context.complete(trajectory, max_new_tokens=max(1, length))
         if turn < turns - 1:
             trajectory.append(Segment(generator.choices(prompt.tokens, k=given), sampled=False))
+            if pause:
+                await asyncio.sleep(generator.uniform(0, 2 * pause))
     return trajectory
 
 
 def bench_turns(
-    overrides: list[str], number: int, new_tokens: int, given: int, tail: bool, ranks: int, **options: Any
+    overrides: list[str],
+    number: int,
+    new_tokens: int,
+    given: int,
+    tail: bool,
+    pause: float,
+    cache_tokens: int | None,
+    ranks: int,
+    **options: Any,
 ) -> list[Row]:
-    """Return one row, with medians over the measured steps. ``options`` are the other arguments of bench_step."""
-    arguments = f"{{turns = {number}, new_tokens = {new_tokens}, given = {given}, tail = {str(tail).lower()}}}"
+    """Return one row, with medians over the measured steps. With ``cache_tokens``, which are the size of an engine's KV
+    cache, there are two: all sessions begin at once, or as many as the cache is expected to hold. ``options`` are the
+    other arguments of bench_step."""
+    if cache_tokens is not None:
+        cases = [[f"sglang.max_total_tokens={cache_tokens}", f"environment_cache_share={share}"] for share in (0, 1)]
+        options |= {"number": number, "new_tokens": new_tokens, "given": given, "tail": tail, "pause": pause}
+        return [bench_turns([*overrides, *case], cache_tokens=None, ranks=ranks, **options)[0] for case in cases]
+    arguments = f"turns = {number}, new_tokens = {new_tokens}, given = {given}, pause = {pause}"
     environment = [
         "environment.environment=miles_spmd.bench.turns:turns",
-        f"environment.environment_kwargs={arguments}",
+        f"environment.environment_kwargs={{{arguments}, tail = {str(tail).lower()}}}",
     ]
     length = number * new_tokens + (number - 1) * given
     (row,) = bench_step(overrides=[*environment, *overrides], response_tokens=length, ranks=ranks, **options)
@@ -49,5 +73,6 @@ def bench_turns(
             "rollout s": row["rollout s"],
             "sampled tokens/s per GPU in a rollout": sessions * sampled / row["rollout s"] / ranks,
             "prefix hits": row["prefix hits"],
+            "sessions at a time": row["sessions at a time"],
         }
     ]

@@ -7,19 +7,21 @@ unchanged to SGLang's ``ServerArgs``.
 from pathlib import Path
 from typing import Any, Self
 
-from miles_spmd.config import effects  # noqa: F401  (registers rules)
+from miles_spmd.config import effects, judge  # noqa: F401  (registers rules)
 from miles_spmd.config.algorithm import AlgorithmConfig
-from miles_spmd.config.data import DataConfig, EvalConfig, EvalSet, RewardConfig
-from miles_spmd.config.data import RewardTerm as RewardTerm
+from miles_spmd.config.data import DataConfig, EvalConfig, EvalSet
 from miles_spmd.config.determinism import DeterminismConfig
 from miles_spmd.config.environment import EnvironmentConfig
 from miles_spmd.config.model import ModelConfig
 from miles_spmd.config.resilience import ResilienceConfig
+from miles_spmd.config.reward import RewardConfig
+from miles_spmd.config.reward import RewardTerm as RewardTerm
 from miles_spmd.config.rollout import RefitConfig, RolloutConfig
 from miles_spmd.config.run import CheckpointConfig, DeadlinesConfig, RunConfig, TelemetryConfig
 from miles_spmd.config.slurm import SlurmConfig
 from miles_spmd.config.table import Table
 from miles_spmd.config.train import TrainConfig
+from miles_spmd.types.engine_group import JUDGE, POLICY, EngineGroup
 
 
 class Config(Table):
@@ -86,6 +88,25 @@ class Config(Table):
         """Number of partial sums of every product whose columns are split over ranks, for parity: the larger of the
         trainer's and the engine's tensor-parallel sizes."""
         return max(int(self.megatron.get("tensor_model_parallel_size", 1)), int(self.sglang.get("tp_size", 1)))
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The Hugging Face folders that ranks load."""
+        of_judge = self.reward.judge_hf_checkpoint
+        return [*self.model.checkpoints, *([] if of_judge is None else [of_judge])]
+
+    @property
+    def has_judge(self) -> bool:
+        """Whether engines of the run hold a judge."""
+        return self.reward.judge_hf_checkpoint is not None
+
+    def engine_group(self, name: str = POLICY) -> EngineGroup:
+        """Return what the engines called ``name`` serve."""
+        if name == JUDGE and self.reward.judge_hf_checkpoint is not None:
+            return EngineGroup(JUDGE, self.reward.judge_hf_checkpoint, self.reward.judge_sglang)
+        if name == POLICY:
+            return EngineGroup(POLICY, self.model.hf_checkpoint, self.sglang)
+        raise LookupError(f"this run has no engines called {name!r}")
 
     def generates(self, task: str) -> bool:
         """Whether ``task`` (such as "train" or "eval") needs an engine."""

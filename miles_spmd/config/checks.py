@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,8 +106,9 @@ def _leaves(table: Table, without: Collection[str], where: str = "") -> Iterator
             yield path, value
 
 
-def heads_divide(name: str, size: int, s: Settings) -> Messages:
-    heads, groups = s.shape.get("num_attention_heads"), s.shape.get("num_key_value_heads")
+def heads_divide(name: str, size: int, shape: Mapping[str, Any]) -> Messages:
+    """Why the attention of a model of this ``shape`` cannot be split over the ranks that the setting ``name`` names."""
+    heads, groups = shape.get("num_attention_heads"), shape.get("num_key_value_heads")
     if heads is not None and heads % size:
         yield f"{name}: {size} does not divide the model's {heads} attention heads"
     if groups is not None and groups % size and size % groups:
@@ -135,9 +136,10 @@ def errors(
     with ``check_machine`` which packages. ``without`` names the settings that are known to have errors."""
     values = settings(config, without=without)
     if world_size is not None:
-        values["world_size"], generating = world_size, values.get("rollout_num_gpus")
-        if generating is not None and generating < world_size:  # else there are not both kinds of ranks
-            values |= {"trainer_ranks": world_size - generating, "engine_ranks": generating or world_size}
+        values["world_size"] = world_size
+        generating, of_policy = values.get("rollout_num_gpus"), world_size - values.get("judge_num_gpus", 0)
+        if generating is not None and generating < of_policy:  # else a kind of ranks is missing
+            values |= {"trainer_ranks": of_policy - generating, "engine_ranks": generating or of_policy}
     kinds = [ERRORS, PARITY if values.get("parity") == "bitwise" else []]
     kinds += [FILES if check_files else [], MACHINE if check_machine else []]
     return [message for kind in kinds for message in _violations(kind, values)]

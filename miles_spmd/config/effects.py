@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from miles_spmd.config.checks import WARNINGS, Messages, Settings, rule
-from miles_spmd.config.data import scores_by
+from miles_spmd.config.environment import SINGLE_TURN
+from miles_spmd.config.reward import scores_by
 from miles_spmd.config.table import walk
 
 PREFERENCES = "preference_loss dpo_beta simpo_gamma"  # of [algorithm], read in mode "dpo"
@@ -15,8 +16,11 @@ MIS = (
     "tis_level tis_mode tis_upper_bound tis_lower_bound tis_batch_normalize use_rs rs_level rs_upper_bound "
     "rs_lower_bound rs_veto_threshold"
 )
-JUDGE = " ".join(
-    f"reward.judge_{name}" for name in ("url", "key_variable", "model", "prompt", "scores", "arguments", "default")
+OF_JUDGE = ("url", "hf_checkpoint", "prompt", "scores", "arguments", "default")
+JUDGE = " ".join(f"reward.judge_{name}" for name in OF_JUDGE)
+OF_PROCESSES = " ".join(
+    f"environment.environment_{name}"
+    for name in ("kwargs", "workers", "concurrency", "cache_share", "timeout", "memory_gib", "variables")
 )
 # What has to hold -> whether it holds, and the settings that have no effect otherwise.
 NEEDED: dict[str, tuple[Callable[[Settings], bool], str]] = {
@@ -51,6 +55,9 @@ NEEDED: dict[str, tuple[Callable[[Settings], bool], str]] = {
     "train.reduction_leaves above 0": (lambda s: s.reduction_leaves > 0, "train.leaf_tokens"),
     "the reward 'remote'": (lambda s: scores_by(s, "remote"), "reward.remote_url reward.remote_key_variable"),
     "the reward 'judge'": (lambda s: scores_by(s, "judge"), JUDGE),
+    "reward.judge_url": (lambda s: s.judge_url is not None, "reward.judge_key_variable reward.judge_model"),
+    "reward.judge_hf_checkpoint": (lambda s: s.judge_hf_checkpoint is not None, "reward.judge_sglang"),
+    "another environment.environment than 'single_turn'": (lambda s: s.environment != SINGLE_TURN, OF_PROCESSES),
     "a function of your own in reward.rm_type": (lambda s: ":" in s.rm_type, "reward.reward_batched"),
 }
 

@@ -5,7 +5,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from miles_spmd.config.checks import ERRORS, Messages, Settings, rule
-from miles_spmd.config.table import NonNegativeInt, PositiveFloat, PositiveInt, Seconds, Table, plug_point
+from miles_spmd.config.table import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seconds,
+    Table,
+    plug_point,
+)
 
 SINGLE_TURN = "single_turn"
 
@@ -20,6 +28,9 @@ class EnvironmentConfig(Table):
     """Number of processes in which environments run, each in an event loop; `single_turn` needs none."""
     environment_concurrency: PositiveInt = 256
     """Number of episodes that one process runs at a time; further ones wait."""
+    environment_cache_share: NonNegativeFloat = 0.0
+    """Episodes begin as long as those that run are expected to fill at most this share of the engine's KV cache; 0:
+    whatever they fill. What it gains and costs: docs/environments.md."""
     environment_timeout: Seconds = 60.0
     """Seconds that an environment may take from one response of the policy to its next request, or its end."""
     environment_memory_gib: PositiveFloat = 4.0

@@ -76,23 +76,24 @@ def _unused_models(s: Settings) -> Messages:
 
 @rule(FILES)
 def _checkpoint(s: Settings) -> Messages:
-    yield from _folder_errors("hf_checkpoint", s.hf_checkpoint)
+    yield from folder_errors("model.hf_checkpoint", s.hf_checkpoint)
 
 
 @rule(FILES)
 def _other_checkpoints(s: Settings) -> Messages:
     for name in OTHERS:
         if s[name] is not None:
-            yield from _folder_errors(name, s[name])
+            yield from folder_errors(f"model.{name}", s[name])
 
 
-def _folder_errors(name: str, folder: Path) -> Messages:
+def folder_errors(setting: str, folder: Path) -> Messages:
+    """Why no model can be loaded from ``folder``, which ``setting`` names."""
     if random_config(folder) is not None:
         return  # written when the run starts
     if not folder.is_dir():
-        yield f"model.{name}: no folder {folder}" + (f"; {advice(folder)}" if is_hub_id(folder) else "")
+        yield f"{setting}: no folder {folder}" + (f"; {advice(folder)}" if is_hub_id(folder) else "")
         return
     if checkpoint_shape(folder) is None:
-        yield f"model.{name}: {folder} has no readable config.json"
+        yield f"{setting}: {folder} has no readable config.json"
     if not any(folder.glob("*.safetensors")) and not (folder / NO_WEIGHTS).is_file():
-        yield f"model.{name}: {folder} has no safetensors files"
+        yield f"{setting}: {folder} has no safetensors files"

@@ -107,6 +107,8 @@ OTHER_NAMES: dict[str, str] = {
     "actor_rollout_ref.model.path": "model.hf_checkpoint",
     "model.path": "model.hf_checkpoint",
     "critic.model.path": "model.critic_load",
+    "reward_model.model.path": "reward.judge_hf_checkpoint, with reward.rm_type = 'judge'",
+    "reward_model.enable": "reward.rm_type = 'judge'",
     "critic.optim.lr": "train.critic_lr",
     # slime and Miles
     "load": "checkpoint.load",

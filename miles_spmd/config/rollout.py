@@ -6,7 +6,7 @@ from pydantic import Field
 
 from miles_spmd.config.checks import ERRORS, Messages, Settings, heads_divide, rule
 from miles_spmd.config.data import evaluates
-from miles_spmd.config.table import NonNegativeInt, PositiveInt, Table, Temperature, must_be, plug_point
+from miles_spmd.config.table import NonNegativeInt, PositiveInt, Table, Temperature, TopK, must_be, plug_point
 
 # an earlier version's name of the engine that is in the tests now
 _not_torch = must_be(
@@ -35,9 +35,7 @@ class RolloutConfig(Table):
     """Sampling temperature; 0 always takes the top-1 token."""
     rollout_top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample from the smallest set of tokens whose probabilities sum to this; 1: from the whole vocabulary."""
-    rollout_top_k: Annotated[
-        int, must_be("-1 (the whole vocabulary) or positive", lambda top_k: top_k == -1 or top_k > 0)
-    ] = -1
+    rollout_top_k: TopK = -1
     """Sample from so many most probable tokens; -1: from the whole vocabulary."""
     rollout_stop: list[Annotated[str, must_be("a text that is not empty", bool)]] = []
     """Texts at which a response ends."""
@@ -155,7 +153,7 @@ def _engines_fill_their_ranks(s: Settings) -> Messages:
 
 @rule(ERRORS)
 def _engine_heads(s: Settings) -> Messages:
-    yield from heads_divide("sglang.tp_size", s.tp_size, s)
+    yield from heads_divide("sglang.tp_size", s.tp_size, s.shape)
 
 
 class RefitConfig(Table):

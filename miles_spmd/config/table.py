@@ -67,6 +67,8 @@ def must_be(what: str, holds: Callable[[Any], bool]) -> AfterValidator:
 # SGLang takes the top-1 token, and log-probs at temperature 1, below this.
 Temperature = Annotated[float, Field(ge=0), must_be("0 or at least 1e-6", lambda value: value == 0 or value >= 1e-6)]
 
+TopK = Annotated[int, must_be("-1 (the whole vocabulary) or positive", lambda top_k: top_k == -1 or top_k > 0)]
+
 
 def _is_folder_name(name: str) -> bool:
     plain = name.isprintable() and not set(name) & set("/\\") and name.strip() == name

@@ -164,7 +164,7 @@ def _virtual_stages(s: Settings) -> Messages:
 @rule(ERRORS)
 def _tensors_divide(s: Settings) -> Messages:
     size = s.tensor_model_parallel_size
-    yield from heads_divide("megatron.tensor_model_parallel_size", size, s)
+    yield from heads_divide("megatron.tensor_model_parallel_size", size, s.shape)
     width = s.shape.get("intermediate_size")
     if width is not None and width % size:
         yield f"megatron.tensor_model_parallel_size: {size} does not divide the model's intermediate_size {width}"

@@ -11,9 +11,12 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from miles_spmd.config import Config, RewardTerm
 from miles_spmd.config.checks import Settings, settings
 from miles_spmd.config.environment import SINGLE_TURN
+from miles_spmd.config.judge import JudgeArguments
 from miles_spmd.controller.checkpoint_folders import ResumeError, newest, read
 from miles_spmd.controller.datasets import Datasets
 from miles_spmd.data.dataset import DataError, parse_slice, read_rows
@@ -42,7 +45,7 @@ def errors(config: Config, without: Collection[str] = (), *, task: str = "train"
     """Return what is wrong with the files and functions that ``config`` names, except for settings and tables whose
     dotted paths are in ``without``."""
     known = settings(config, without=without)
-    messages = [*_models(known), *_checkpoint(config, known, task), *_plug_ins(known)]
+    messages = [*_models(known), *_judge(known), *_checkpoint(config, known, task), *_plug_ins(known)]
     tokenizer = None
     folder = known.get("hf_checkpoint")
     if folder is not None and not any(_concerns_data(path) for path in without) and _is_supported(folder):
@@ -55,20 +58,49 @@ def errors(config: Config, without: Collection[str] = (), *, task: str = "train"
 
 def _models(known: Settings) -> Iterator[str]:
     for name in ("hf_checkpoint", "ref_load", "critic_load", "teacher_load"):
-        folder = known.get(name)
-        if folder is None:
-            continue
-        try:
-            family = load_family(folder, value_head=name == "critic_load" or known.get("run.mode") == "rm")
-            read_generation_config(folder)
-            if any(folder.glob("*.safetensors")):  # else reported with the settings, or random
-                find_tensors(folder, family)
-        except FileNotFoundError:
-            continue  # reported with the settings
-        except HuggingFaceCheckpointError as error:
-            yield from (f"model.{name}: {folder}: {problem}" for problem in error.problems)
-        except ValueError as error:
-            yield f"model.{name}: {error}"
+        value_head = name == "critic_load" or known.get("run.mode") == "rm"
+        yield from _model(f"model.{name}", known.get(name), value_head)
+
+
+def _model(setting: str, folder: Path | None, value_head: bool = False) -> Iterator[str]:
+    if folder is None:
+        return
+    try:
+        family = load_family(folder, value_head=value_head)
+        read_generation_config(folder)
+        if any(folder.glob("*.safetensors")):  # else reported with the settings, or random
+            find_tensors(folder, family)
+    except FileNotFoundError:
+        return  # reported with the settings
+    except HuggingFaceCheckpointError as error:
+        yield from (f"{setting}: {folder}: {problem}" for problem in error.problems)
+    except ValueError as error:
+        yield f"{setting}: {error}"
+
+
+def _judge(known: Settings) -> Iterator[str]:
+    """A judge that engines of the run hold has to understand a conversation, and to have room for its reply."""
+    setting, folder = "reward.judge_hf_checkpoint", known.get("judge_hf_checkpoint")
+    yield from _model(setting, folder)
+    if folder is None or not (folder / "config.json").is_file() or not _is_supported(folder):
+        return
+    try:
+        arguments = JudgeArguments.model_validate(known.get("judge_arguments") or {})
+        tokenizer, probe = Tokenizer(folder), [{"role": "user", "content": "?"}]
+        if tokenizer.chat_template.exists:
+            tokenizer.render(probe, arguments=arguments.chat_template_kwargs)
+        else:
+            yield f"{setting}: {folder} has no chat template, by which the judge is asked: add chat_template.jinja"
+    except ValidationError:
+        return  # reported with the settings
+    except TokenizerError as error:
+        yield f"{setting}: {error}"
+    context = (known.get("judge_sglang") or {}).get("context_length") or load_family(folder).max_sequence_length
+    if arguments.max_tokens >= context:
+        yield (
+            f"reward.judge_arguments: max_tokens = {arguments.max_tokens} leaves no room for a question in the judge's "
+            f"context of {context}; lower it"
+        )
 
 
 def _concerns_data(path: str) -> bool:

@@ -17,6 +17,7 @@ from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.datasets import Datasets
 from miles_spmd.controller.generation.episodes import Host
 from miles_spmd.controller.generation.generation import Generation, RecordedSamples
+from miles_spmd.controller.generation.judge import EngineJudge
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.faults import injected
 from miles_spmd.controller.journal.journal import Journal, Writers
@@ -38,6 +39,7 @@ from miles_spmd.telemetry.progress import Progress, open_progress
 from miles_spmd.telemetry.texts import StepLines
 from miles_spmd.telemetry.trackers import open_trackers
 from miles_spmd.telemetry.transcripts import cut_transcripts
+from miles_spmd.types.engine_group import JUDGE, POLICY
 from miles_spmd.types.role import Role
 from miles_spmd.types.run_files import adopt_config
 
@@ -81,7 +83,9 @@ def open_parts(
     with ExitStack() as stack:
         tokenizer = Tokenizer(config.model.hf_checkpoint)
         others = [term for one in config.eval_sets for term in one.terms]
-        rewards = stack.enter_context(RewardPool(config.reward, others, attempt.folder / "rewards.log"))
+        judge = EngineJudge(config, cluster) if config.has_judge else None
+        log = attempt.folder / "rewards.log"
+        rewards = stack.enter_context(RewardPool(config.reward, others, log, judge.submit if judge else None))
         host = stack.enter_context(closing(_host(config, tokenizer, attempt, cluster)))
         tracker = stack.enter_context(open_trackers(config))
         progress = stack.enter_context(open_progress(config, training=task != "eval"))
@@ -117,13 +121,14 @@ def open_parts(
             stack.enter_context(closing(journal.ledger))
         parity = Parity(config.determinism, recorded=recorded is not None)
         policy = Policy(config, cluster, journal, parity)
-        generation = Generation(config, cluster, rewards, data, journal, stopping, host)
+        generation = Generation(config, cluster, rewards, data, journal, stopping, host, judge)
         if task == "train":  # what is done again is generated again
             generation.resume(start.step, checkpoints.responses)
             checkpoints.backlog = generation.backlog
         cluster.abandons = stopping.must_leave
+        cluster.engines[JUDGE].replacements = config.rollout.engine_replacements
         if config.refit.update_weights_interval == 1:  # else the trainer no longer has the engine's weights
-            cluster.replacements = config.rollout.engine_replacements
+            cluster.engines[POLICY].replacements = config.rollout.engine_replacements
         cluster.pipelined = config.megatron.get("pipeline_model_parallel_size", 1) > 1
         samples = generation if recorded is None else RecordedSamples(recorded, data, journal)
         stack.enter_context(checkpoints.completed(journal))

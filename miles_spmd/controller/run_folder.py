@@ -253,7 +253,7 @@ def _check_beginning(folder: Path) -> None:
 def _check_inputs(config: Config) -> None:
     """Raise RunFolderError where the run reads something that ``run.overwrite`` would delete."""
     sources = [config.data.prompt_data, *config.eval.eval_prompt_data.values()]
-    read = [*config.model.checkpoints, *(Path(re.sub(r"@\[[^\]]*\]$", "", source)) for source in sources)]
+    read = [*config.checkpoints, *(Path(re.sub(r"@\[[^\]]*\]$", "", source)) for source in sources)]
     if config.checkpoint.load is not None:
         read.append(config.checkpoint.load)
     deleted = [(config.run_dir / name).resolve() for name in WRITTEN]

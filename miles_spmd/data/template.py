@@ -68,6 +68,11 @@ class ChatTemplate:
             self._named[path.stem] = _read(path)
 
     @property
+    def exists(self) -> bool:
+        """Whether there is one for conversations without tools."""
+        return "default" in self._named
+
+    @property
     def reads_clock(self) -> bool:
         return any("strftime_now" in template for template in self._named.values())
 

@@ -151,10 +151,14 @@ class Tokenizer:
             parts.append(Encoding(tail.ids, tail.offsets + start))
         return Encoding([i for part in parts for i in part.ids], np.concatenate([part.offsets for part in parts]))
 
-    def encode_continuation(self, text: str, literal: Sequence[tuple[int, int]] = ()) -> list[int]:
-        """Encode a text that follows another one. In the ranges of characters that are ``literal``, what spells a
-        special token is text like any other."""
-        ids, offsets = self._continue(text)
+    def encode_continuation(
+        self, text: str, literal: Sequence[tuple[int, int]] = (), *, at_start: bool = False
+    ) -> list[int]:
+        """Encode a text that follows another one, or stands ``at_start`` of a context, where a chat template has
+        written it. In the ranges of characters that are ``literal``, what spells a special token is text like any
+        other."""
+        encode = self._begin if at_start else self._continue
+        ids, offsets = encode(text)
         cuts = set[int]()  # in the middle of what spells a special token, so that no part does
         for token, (start, end) in zip(ids, offsets.tolist()):
             if token in self._special_ids:
@@ -168,12 +172,17 @@ class Tokenizer:
         return [
             token
             for start, end in parts
-            for token in self.encode_continuation(text[start:end], _within(literal, start, end))
+            for token in self.encode_continuation(
+                text[start:end], _within(literal, start, end), at_start=at_start and not start
+            )
         ]
 
     @cached_property
     def _special_ids(self) -> set[int]:
         return {i for i, token in self._fast.get_added_tokens_decoder().items() if token.special}
+
+    def _begin(self, text: str) -> Encoding:
+        return _encoding(self._fast.encode(text, add_special_tokens=False))
 
     def _continue(self, text: str) -> Encoding:
         """Encode a text that follows another one, and hence has no beginning for a normaliser to change."""
@@ -182,7 +191,7 @@ class Tokenizer:
             behind = int((offsets[:, 1] <= 1).sum())  # tokens of what stands before
             if behind < len(ids) and offsets[behind, 0] >= 1:
                 return Encoding(ids[behind:], offsets[behind:] - 1)
-        return _encoding(self._fast.encode(text, add_special_tokens=False))
+        return self._begin(text)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._fast.decode(ids, skip_special_tokens=skip_special_tokens)

@@ -123,28 +123,36 @@ class EpisodeContext:
         trajectories = [returned] if isinstance(returned, Trajectory) else returned
         if not isinstance(trajectories, list | tuple) or not trajectories:
             return self._unusable(f"returned {type(returned).__name__} instead of a trajectory, or a list of them")
-        ends, given = list[End](), dict[int, list[int]]()
+        ends, given, turn_rewards = list[End](), dict[int, list[int]](), dict[int, float]()
         try:
             for trajectory in trajectories:
                 line, new = self._line(trajectory)
                 given |= new
-                sampled = zip(line.segments, trajectory.segments)
+                sampled = [(n, segment) for n, segment in zip(line.segments, trajectory.segments) if segment.sampled]
+                for number, segment in sampled:
+                    if segment.reward is None:
+                        continue
+                    reward = _finite(segment.reward, "a turn")
+                    if turn_rewards.setdefault(number, reward) != reward:
+                        raise ContextError("gave a turn that siblings have in common two different rewards")
                 ends.append(
                     End(
                         line=line,
-                        untrained=[number for number, segment in sampled if segment.sampled and not segment.trained],
+                        untrained=[number for number, segment in sampled if not segment.trained],
                         text=self._scored(trajectory),
                         messages=trajectory.messages,
                         finish_reason=trajectory.finish_reason,
-                        reward=None if trajectory.reward is None else float(trajectory.reward),
+                        reward=None if trajectory.reward is None else _finite(trajectory.reward, "a trajectory"),
                         reward_detail={str(name): float(value) for name, value in trajectory.reward_detail.items()},
                     )
                 )
-        except (ContextError, AttributeError, TypeError, ValueError) as error:
+        except ContextError as error:
+            return self._unusable(str(error))
+        except (AttributeError, TypeError, ValueError) as error:
             return self._unusable(f"returned something else than a trajectory: {error}")
         if not any(segment.sampled for trajectory in trajectories for segment in trajectory.segments):
             return self._unusable("returned no token that the policy has sampled")
-        return Finished(self._episode, ends, given, self._metrics)
+        return Finished(self._episode, ends, given, self._metrics, turn_rewards)
 
     def failed(self, error: BaseException) -> Failed:
         """Return the message about what the environment has raised."""
@@ -186,3 +194,10 @@ class EpisodeContext:
     def _next_segment(self) -> int:
         self._segments += 1
         return self._segments - 1
+
+
+def _finite(reward: float, what: str) -> float:
+    """Return a reward as a float. Raises ContextError unless it is a finite number."""
+    if not math.isfinite(reward):
+        raise ContextError(f"gave {what} the reward {reward}; rewards are finite numbers")
+    return float(reward)

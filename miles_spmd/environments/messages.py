@@ -77,6 +77,7 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
     ends: list[End]
     given: dict[int, list[int]]
     metrics: dict[str, float]
+    turn_rewards: dict[int, float] = {}  # by the numbers of sampled segments
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

@@ -59,7 +59,7 @@ def search_tool(
         Args:
             query: What to search for.
         """
-        return _as_text(await find(query))
+        return as_text(await find(query))
 
     return search
 
@@ -134,7 +134,8 @@ def _document(one: Any) -> Document:
     return Document("", text, str(found.get("title") or ""))
 
 
-def _as_text(documents: Sequence[Document]) -> str:
+def as_text(documents: Sequence[Document]) -> str:
+    """Return what the policy sees."""
     shown = [
         f"[{n}] {one.title}\n{one.text}" if one.title else f"[{n}] {one.text}" for n, one in enumerate(documents, 1)
     ]

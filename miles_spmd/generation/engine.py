@@ -38,9 +38,14 @@ class Engine(Protocol):
     def leader(self) -> bool:
         """Whether this rank's ``submit`` and ``abort`` count; the first rank of each engine is its leader."""
 
+    @property
+    def cache_tokens(self) -> int | None:
+        """Number of tokens whose keys and values the engine can hold, those of finished requests included; None where
+        it keeps nothing of a request for later ones."""
+
     def submit(self, requests: list[Request]) -> None:
-        """Queue requests; they start at the next ``step``. The output of one that is ``begun`` has the tokens that it
-        began with, too, and is that of the same request from its start.
+        """Queue requests; they start at the next ``step``, those of lower ``order`` first where not all can. The output
+        of one that is ``begun`` has the tokens that it began with, too, and is that of the same request from its start.
 
         Raises ValueError naming the rid of a request that cannot be served: prompt plus ``max_new_tokens`` exceeds the
         context, the rid is in use, a parameter is out of range. Nothing of the list is queued then.

@@ -22,8 +22,9 @@ from miles_spmd.ledger.step_data import Ragged, SampleData, StepData, UpdateData
 MAX_NAMES = 4  # tensors that a message lists
 # settings that decide where, and in which pieces, the same work is done
 LAYOUT = re.compile(
-    "ranks|max_tokens_per_gpu|offload_(train|rollout)|rollout_num_gpus|(tp|ep)_size|.*_parallel_size"
+    "ranks|max_tokens_per_gpu|offload_(train|rollout)|(rollout|judge)_num_gpus|(tp|ep)_size|.*_parallel_size"
     "|num_layers_per_virtual_pipeline_stage|sequence_parallel|use_distributed_optimizer"
+    "|environment_(workers|concurrency|cache_share)"
 )
 
 
@@ -217,10 +218,13 @@ def _response(a: SampleData, b: SampleData, index: int) -> str:
 
 def _reward(a: SampleData, b: SampleData, index: int) -> str:
     """Describe the reward if it differs, and the details that differ: numbers that the reward function returned beside
-    it, by their names."""
+    it, by their names; and those of turns."""
     # as text, like their digests: NaN is equal to NaN, and 0 is not equal to -0
     one, other = ({name: str(v) for name, v in side.reward_details[index].items()} for side in (a, b))
     found = _texts("detail ", one, other)
+    turns = [str(side.turn_rewards[index] if side.turn_rewards else []) for side in (a, b)]
+    if turns[0] != turns[1]:
+        found = [f"of turns {turns[0]} | {turns[1]}", *found]
     if str(a.rewards[index]) != str(b.rewards[index]):
         found = [f"{a.rewards[index]} | {b.rewards[index]}", *found]
     if not found:  # equal as a table, but not as what the function returned

@@ -50,7 +50,7 @@ class Ragged(msgspec.Struct):
 Origin = tuple[int, bool, bool]  # of a segment: number of tokens, sampled by the policy, trained
 
 
-class SampleData(msgspec.Struct, rename={"responses": "answers"}):  # the name on disk
+class SampleData(msgspec.Struct, rename={"responses": "answers"}, omit_defaults=True):  # the name on disk
     """The samples of a rollout, in order of submission."""
 
     dropped: int  # groups that the filter did not keep
@@ -65,9 +65,11 @@ class SampleData(msgspec.Struct, rename={"responses": "answers"}):  # the name o
     rewards: list[float | None]
     reward_details: list[dict[str, float]]
     segments: list[list[Origin]] = []  # of each sample
+    turn_rewards: list[list[float | None]] = []  # of each sample; empty where no turn has one
 
     @classmethod
     def of(cls, samples: Sequence[Sample], dropped: int) -> SampleData:
+        turn_rewards = [sample.trajectory.turn_rewards for sample in samples]
         return cls(
             dropped=dropped,
             uids=[s.prompt.uid for s in samples],
@@ -81,17 +83,19 @@ class SampleData(msgspec.Struct, rename={"responses": "answers"}):  # the name o
             rewards=[None if s.reward is None else float(s.reward) for s in samples],
             reward_details=[{name: float(v) for name, v in s.reward_detail.items()} for s in samples],
             segments=[[(len(one.tokens), one.sampled, one.trained) for one in s.trajectory.segments] for s in samples],
+            turn_rewards=turn_rewards if any(turn_rewards) else [],
         )
 
     def digests(self, run_seed: int, step: int) -> Samples:
         seeds = [sample_seed(run_seed, step, uid, index) for uid, index in zip(self.uids, self.indices)]
         versions, details = map(str, self.weight_versions), map(str, self.reward_details)
+        turn_rewards = [map(str, self.turn_rewards)] if self.turn_rewards else []
         return Samples(
             dropped=self.dropped,
             requests=digests(map(digest, self.uids, self.indices, seeds, self.prompts.split())),
             responses=digests(map(digest, self.responses.split(), self.masks.split(), self.finish_reasons, versions)),
             log_probs=digests(map(digest, self.log_probs.split())),
-            rewards=digests(map(digest, self.rewards, details)),
+            rewards=digests(map(digest, self.rewards, details, *turn_rewards)),
         )
 
     def samples(self, prompts: Mapping[str, Prompt]) -> list[Sample]:
@@ -105,6 +109,9 @@ class SampleData(msgspec.Struct, rename={"responses": "answers"}):  # the name o
                 _segments(origins[i], responses[i].tolist(), log_probs[i].tolist(), self.weight_versions[i]),
                 finish_reason=FinishReason(self.finish_reasons[i]),
             )
+            for turn, reward in enumerate(self.turn_rewards[i] if self.turn_rewards else []):
+                if reward is not None:
+                    trajectory.reward_turn(reward, turn)
             samples.append(
                 Sample(prompts[uid], self.indices[i], trajectory, self.rewards[i], dict(self.reward_details[i]))
             )

@@ -19,6 +19,7 @@ from miles_spmd.config.checks import settings
 from miles_spmd.data.dataset import DataError, read_rows
 from miles_spmd.models import Family, load_family
 from miles_spmd.planning.parallel_layout import ParallelLayout
+from miles_spmd.types.engine_group import JUDGE
 
 FP32 = 4
 MAX_LOGITS = 2**27  # of a chunk, as training/output_layer.py has it
@@ -30,24 +31,24 @@ STATIC_FRACTION = 0.85  # of a GPU for weights and KV cache, where [sglang] mem_
 class MemoryEstimate:
     """Bytes of each kind, each on the rank that needs most of it."""
 
-    parameters: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int  # of a chunk, and the output layer's gradient
-    sums: int  # gradients of parts of the batch that wait for the rest of it, where there are reduction_leaves
-    received: int  # another rank's gradient, which is added then, when the activations are freed
-    update: int  # temporary, in the optimizer step, when the activations are freed
-    others: int  # weights of another model, on the device while it runs forward
-    critic: int  # its parameters, gradients and optimizer
-    copies: int  # of weights in FP8, which Transformer Engine keeps
     engine_weights: int
-    colocated: bool  # trainer and engine are on the same devices
-    engine_stays: bool  # the engine keeps its weights while the trainer works, because rollouts lag behind
     kv_bytes_per_token: int
-    host: int  # in host memory: weights of the reference policy, the old actor, the teacher; optimizers that move out;
-    # copies of what a checkpoint saves; gradients that cells exchange
-    moves_out: int  # of all that is trained, while the engine generates: optimizers to host memory, gradients nowhere
+    parameters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    logits: int = 0  # of a chunk, and the output layer's gradient
+    sums: int = 0  # gradients of parts of the batch that wait for the rest of it, where there are reduction_leaves
+    received: int = 0  # another rank's gradient, which is added then, when the activations are freed
+    update: int = 0  # temporary, in the optimizer step, when the activations are freed
+    others: int = 0  # weights of another model, on the device while it runs forward
+    critic: int = 0  # its parameters, gradients and optimizer
+    copies: int = 0  # of weights in FP8, which Transformer Engine keeps
+    colocated: bool = False  # trainer and engine are on the same devices
+    engine_stays: bool = False  # the engine keeps its weights while the trainer works, because rollouts lag behind
+    host: int = 0  # in host memory: weights of the reference policy, the old actor, the teacher; optimizers that move
+    # out; copies of what a checkpoint saves; gradients that cells exchange
+    moves_out: int = 0  # of all that is trained, while the engine generates: optimizers to host memory, gradients away
 
     @property
     def trainer(self) -> int:
@@ -99,7 +100,6 @@ def estimate_memory(config: Config, family: Family, layout: ParallelLayout) -> M
     teacher = load_family(models.teacher_load) if config.has_teacher and models.teacher_load else None
     copies = int(config.has_reference) + int(config.algorithm.keep_old_actor)
     leaves, gradient = config.train.reduction_leaves, max(gradients, of_critic[1])  # they train in turns
-    kv_heads = max(1, family.num_kv_heads // layout.engine_tp)
     return MemoryEstimate(
         parameters=parameters,
         gradients=gradients,
@@ -113,9 +113,9 @@ def estimate_memory(config: Config, family: Family, layout: ParallelLayout) -> M
         critic=sum(of_critic[:3]),
         copies=_fp8_copies(family, layout, s),
         engine_weights=_engine_parameters(family, layout.engine_tp) * bytes_each,
+        kv_bytes_per_token=_kv_bytes(family, layout.engine_tp, bytes_each),
         colocated=not layout.rollout_num_gpus,
         engine_stays=config.refit.update_weights_interval > 1,
-        kv_bytes_per_token=2 * family.num_layers * kv_heads * family.head_dim * bytes_each,
         host=copies * parameters
         + (trained(teacher)[0] if teacher else 0)
         + (_pinned(optimizer) + _pinned(of_critic[2]) if config.train.offload_train else 0)
@@ -123,6 +123,16 @@ def estimate_memory(config: Config, family: Family, layout: ParallelLayout) -> M
         + of_critic[3]
         + _kept_gradients(config, gradients, of_critic[1]),
         moves_out=gradients + optimizer + sum(of_critic[1:3]) if config.train.offload_train else 0,
+    )
+
+
+def estimate_judge(config: Config) -> MemoryEstimate:
+    """Return the memory of a rank that holds a part of a judge, and nothing else."""
+    group, bytes_each = config.engine_group(JUDGE), DTYPE_BYTES[config.model.dtype]
+    family = load_family(group.hf_checkpoint)
+    return MemoryEstimate(
+        engine_weights=_engine_parameters(family, group.tp_size) * bytes_each,
+        kv_bytes_per_token=_kv_bytes(family, group.tp_size, bytes_each),
     )
 
 
@@ -155,10 +165,10 @@ def _waiting_subtrees(config: Config, layout: ParallelLayout) -> int:
 
 
 def _kept_gradients(config: Config, *sizes: int) -> int:
-    """Return the bytes of host memory that a cell keeps until an update is made: the gradients of its own part of the
-    batch and of one that a lost cell has left, as long as half of the cells are there."""
+    """Return the bytes of host memory that a cell keeps until an update is made: the gradient of its own part of the
+    batch, where it computes another one that a lost cell has left, as long as half of the cells are there."""
     pinned = {_pinned(size) for size in sizes}  # actor and critic train in turn, and share memory of the same size
-    return 2 * sum(pinned) if config.resilience.cells > 1 else 0
+    return sum(pinned) if config.resilience.cells > 1 else 0
 
 
 def _pinned(nbytes: int) -> int:
@@ -220,6 +230,11 @@ def _engine_parameters(family: Family, tp: int) -> int:
         kv = ".k_proj." in name or ".v_proj." in name
         total += prod(shape) // min(tp, family.num_kv_heads) if kv else _dense_share(name, shape, tp)
     return total
+
+
+def _kv_bytes(family: Family, tp: int, bytes_each: int) -> int:
+    """Return the bytes of a token's keys and values on one rank of an engine."""
+    return 2 * family.num_layers * max(1, family.num_kv_heads // tp) * family.head_dim * bytes_each
 
 
 def _head_bytes(tokens: int, family: Family, tp: int, bytes_each: int) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 
 from miles_spmd.config import Config
 from miles_spmd.config.checks import settings
+from miles_spmd.types.engine_group import JUDGE
 
 Groups = list[list[int]]
 
@@ -17,13 +18,15 @@ class ParallelLayout:
     """Sizes of all groups. ``dp`` counts replicas that see different sequences, ``edp`` the same for expert weights."""
 
     world_size: int
-    rollout_num_gpus: int  # the last so many ranks only generate, the others only train; 0: all do both
+    judge_num_gpus: int  # the last so many ranks only judge
+    rollout_num_gpus: int  # of the others the last so many only generate, and the rest only trains; 0: all do both
     tp: int
     cp: int
     pp: int
     ep: int
     etp: int
     engine_tp: int
+    judge_tp: int
     sequence_parallel: bool
     distributed_optimizer: bool
 
@@ -33,6 +36,7 @@ class ParallelLayout:
         s = settings(config)
         return cls(
             world_size=world_size,
+            judge_num_gpus=s["judge_num_gpus"],
             rollout_num_gpus=s["rollout_num_gpus"],
             tp=s["tensor_model_parallel_size"],
             cp=s["context_parallel_size"],
@@ -40,17 +44,29 @@ class ParallelLayout:
             ep=s["expert_model_parallel_size"],
             etp=s["expert_tensor_parallel_size"] or s["tensor_model_parallel_size"],
             engine_tp=s["tp_size"],
+            judge_tp=config.engine_group(JUDGE).tp_size if config.has_judge else 1,
             sequence_parallel=s["sequence_parallel"],
             distributed_optimizer=s["use_distributed_optimizer"],
         )
 
     @property
     def trainer_ranks(self) -> range:
-        return range(self.world_size - self.rollout_num_gpus)
+        return range(self.judge_ranks.start - self.rollout_num_gpus)
 
     @property
     def engine_ranks(self) -> range:
-        return range(len(self.trainer_ranks) if self.rollout_num_gpus else 0, self.world_size)
+        return range(len(self.trainer_ranks) if self.rollout_num_gpus else 0, self.judge_ranks.start)
+
+    @property
+    def judge_ranks(self) -> range:
+        return range(self.world_size - self.judge_num_gpus, self.world_size)
+
+    @property
+    def sides(self) -> dict[str, range]:
+        """The ranks that have duties of their own, by name; "": those that both train and generate."""
+        apart = {"trainers": self.trainer_ranks, "engines": self.engine_ranks}
+        of_policy = apart if self.rollout_num_gpus else {"": self.trainer_ranks}
+        return of_policy | ({"judges": self.judge_ranks} if self.judge_num_gpus else {})
 
     @property
     def dp(self) -> int:
@@ -79,6 +95,8 @@ class ParallelLayout:
             where |= zip(sizes, map(int, np.unravel_index(rank, tuple(sizes.values()))))
         if rank in self.engine_ranks:
             where["engine"] = (rank - self.engine_ranks.start) // self.engine_tp
+        if rank in self.judge_ranks:
+            where["judge"] = (rank - self.judge_ranks.start) // self.judge_tp
         return where
 
     def groups(self, axis: str) -> Groups:
@@ -88,4 +106,11 @@ class ParallelLayout:
         return np.moveaxis(ranks, list(sizes).index(axis), -1).reshape(-1, sizes[axis]).tolist()
 
     def engine_groups(self) -> Groups:
-        return [list(self.engine_ranks[e * self.engine_tp :][: self.engine_tp]) for e in range(self.engines)]
+        return _blocks(self.engine_ranks, self.engine_tp)
+
+    def judge_groups(self) -> Groups:
+        return _blocks(self.judge_ranks, self.judge_tp)
+
+
+def _blocks(ranks: range, size: int) -> Groups:
+    return [list(ranks[first : first + size]) for first in range(0, len(ranks), size)]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import ceil
 
 from miles_spmd.config import Config
 from miles_spmd.config.checks import settings
 from miles_spmd.models import Family, load_family
 from miles_spmd.planning.memory_estimate import (
+    MOST_REQUESTS,
     STATIC_FRACTION,
     MemoryEstimate,
     checkpoint_bytes,
+    estimate_judge,
     estimate_memory,
     needed_tokens,
 )
 from miles_spmd.planning.parallel_layout import Groups, ParallelLayout
 from miles_spmd.planning.release import CONTEXT, GIB, Release, peaks, planned_release, remedies, sized
+from miles_spmd.types.engine_group import JUDGE
 
 MAX_RANKS = 16  # listed one by one
 RELEASED = {
@@ -46,6 +49,8 @@ def describe_plan(config: Config, world_size: int, device_gib: float | None = No
         _schedule(config, layout),
         _memory(config, layout, estimate_memory(config, family, layout), device_gib),
     ]
+    if layout.judge_num_gpus:
+        blocks.append(_judge(config, layout, device_gib))
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
@@ -59,19 +64,24 @@ def _title(config: Config, family: Family) -> Iterator[str]:
 
 def _ranks(layout: ParallelLayout, cells: int) -> Iterator[str]:
     axes = ["tp", "cp", "dp", "pp"] + (["etp", "ep", "edp"] if layout.ep > 1 else []) + ["engine"]
+    axes += ["judge"] if layout.judge_num_gpus else []
+    leaders = {group[0] for group in [*layout.engine_groups(), *layout.judge_groups()] if len(group) > 1}
     yield f"Ranks ({layout.world_size}{f' in each of {cells} cells' if cells > 1 else ''})"
     yield "  rank" + "".join(f"{axis:>8}" for axis in axes)
     shown = min(layout.world_size, MAX_RANKS)
     for rank in range(shown):
         where = layout.coordinates(rank)
-        leader = "*" if layout.engine_tp > 1 and rank in layout.engine_ranks[:: layout.engine_tp] else ""
+        leader = "*" if rank in leaders else ""
         yield f"  {rank:>4}" + "".join(f"{where.get(axis, '-'):>8}" for axis in axes) + leader
-    if layout.engine_tp > 1:
+    if leaders:
         yield "  * leads its engine"
     if shown < layout.world_size:
         yield f"  ... and {layout.world_size - shown} more"
     if layout.rollout_num_gpus:
         yield f"  disaggregated: {len(layout.trainer_ranks)} train, {len(layout.engine_ranks)} generate"
+    if layout.judge_num_gpus:
+        first, last = layout.judge_ranks[0], layout.judge_ranks[-1]
+        yield f"  ranks {first} to {last} judge, and do nothing else" if first < last else f"  rank {first} only judges"
 
 
 def _groups(layout: ParallelLayout, family: Family) -> Iterator[str]:
@@ -82,6 +92,8 @@ def _groups(layout: ParallelLayout, family: Family) -> Iterator[str]:
     for name, axis in named.items():
         yield f"  {name:<14}{_listed(layout.groups(axis))}"
     yield f"  {'engines':<14}{_listed(layout.engine_groups())}"
+    if layout.judge_num_gpus:
+        yield f"  {'judges':<14}{_listed(layout.judge_groups())}"
     if layout.engine_tp > family.num_kv_heads:
         yield f"  {layout.engine_tp // family.num_kv_heads} ranks of an engine share each key-value head"
 
@@ -159,9 +171,7 @@ def _memory(config: Config, layout: ParallelLayout, m: MemoryEstimate, device_gi
         "while generating, without KV cache": m.generating,
     }
     for name, size in rows.items():
-        if size:
-            small = 0 < size < GIB / 1000  # of a tiny model
-            yield f"  {name:<34}" + (f"{size / 2**20:>6,.3f} MiB" if small else f"{size / GIB:>10,.3f}")
+        yield from _sizes({name: size})
         if name == "optimizer":
             yield f"    ({where})"
     if device_gib is not None:
@@ -191,6 +201,34 @@ def _fit(config: Config, layout: ParallelLayout, m: MemoryEstimate, device_gib: 
     )
     if training > device:
         yield f"  does not fit: training needs more than {where}. {remedies(config, 'training')}"
+
+
+def _judge(config: Config, layout: ParallelLayout, device_gib: float | None) -> Iterator[str]:
+    group, m = config.engine_group(JUDGE), estimate_judge(config)
+    family = load_family(group.hf_checkpoint)
+    engines = _plural(len(layout.judge_groups()), "engine")
+    yield "Judge"
+    yield f"  {_count(family.num_parameters())} parameters, {config.model.dtype}, from {group.hf_checkpoint}"
+    yield f"  {engines} of {_plural(layout.judge_tp, 'rank')}; of each rank, estimated (GiB):"
+    yield from _sizes({"engine weights": m.engine_weights, "KV cache, per 1,000 tokens": 1000 * m.kv_bytes_per_token})
+    if device_gib is None:
+        return
+    fraction = float(group.server_args.get("mem_fraction_static") or STATIC_FRACTION)
+    room = m.kv_tokens(int(device_gib * GIB) - CONTEXT, fraction)
+    most = (group.server_args.get("max_running_requests") or MOST_REQUESTS) * family.max_sequence_length
+    tokens = group.server_args.get("max_total_tokens") or min(room, most)
+    if tokens:
+        yield f"  KV cache: {tokens:,} tokens; {tokens * m.kv_bytes_per_token / GIB:.4g} GiB"
+    else:
+        where = f"the {device_gib:g} GiB of a device"
+        yield f"  does not fit: no room for a KV cache in {where}. {remedies(config, 'generating', JUDGE)}"
+
+
+def _sizes(rows: Mapping[str, int]) -> Iterator[str]:
+    for name, size in rows.items():
+        if size:
+            small = size < GIB / 1000  # of a tiny model
+            yield f"  {name:<34}" + (f"{size / 2**20:>6,.3f} MiB" if small else f"{size / GIB:>10,.3f}")
 
 
 def _count(parameters: int) -> str:

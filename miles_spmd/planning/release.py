@@ -8,6 +8,7 @@ from enum import StrEnum
 from miles_spmd.config import Config
 from miles_spmd.config.checks import settings
 from miles_spmd.planning.memory_estimate import MemoryEstimate
+from miles_spmd.types.engine_group import JUDGE, POLICY
 from miles_spmd.types.phase import Phase
 
 GIB = 2**30
@@ -64,9 +65,14 @@ def peaks(plan: MemoryEstimate, kv_cache: int, release: Release) -> tuple[int, i
     return CONTEXT + plan.trainer + plan.working + beside, CONTEXT + plan.generating + kv_cache
 
 
-def remedies(config: Config, doing: Phase | str) -> str:
-    """Return a sentence of settings, with their present values, that need less memory for what a rank is ``doing``; the
-    most effective first."""
+def remedies(config: Config, doing: Phase | str, group: str = POLICY) -> str:
+    """Return a sentence of settings, with their present values, that need less memory for what a rank of ``group`` is
+    ``doing``; the most effective first."""
+    if group == JUDGE:
+        return (
+            f"What helps: in reward.judge_sglang ({config.reward.judge_sglang}) raise tp_size, and lower "
+            "mem_fraction_static, max_total_tokens or max_running_requests"
+        )
     s = settings(config)
     activations = [f"lower train.max_tokens_per_gpu ({config.train.max_tokens_per_gpu})"]
     if s["recompute_granularity"] != "full":

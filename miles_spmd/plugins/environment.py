@@ -92,7 +92,8 @@ class Environment(Protocol):
     them when a process starts, and raises ValueError for what cannot be used.
 
     Where the first trajectory has a ``reward``, it counts for all, in place of that of the reward functions, which are
-    given the first one. What siblings have in common is trained once, in the first that has it.
+    given the first one. So does the sum over the turns where only these have one (``Trajectory.reward_turn``). What
+    siblings have in common is trained once, in the first that has it.
     """
 
     async def __call__(self, context: Context, prompt: Prompt) -> Trajectory | Sequence[Trajectory]: ...

@@ -15,7 +15,8 @@ from miles_spmd.types.sample import Sample
 
 RewardValue = float | Mapping[str, Any]
 """A finite number, or a mapping with one under ``"score"``, whose other numbers are kept as the sample's detail and
-become metrics."""
+become metrics. Under ``"turn_rewards"`` it may have a list with a finite number for each turn, whose sum is the score
+unless ``"score"`` is given, too."""
 
 
 class SampleReward(Protocol):
@@ -59,6 +60,7 @@ class Score(msgspec.Struct, frozen=True):
 
     value: float
     detail: dict[str, float] = {}
+    turn_rewards: list[float] = []  # of all turns; empty: the function gave them none
 
 
 class RewardError(RuntimeError):

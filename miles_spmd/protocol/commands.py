@@ -25,11 +25,12 @@ R_co = TypeVar("R_co", bound=results.Result | None, covariant=True)
 
 
 class Receivers(Enum):
-    """The ranks that a command is sent to."""
+    """The ranks that a command is sent to; all but the last are those of one engine group."""
 
     TRAINERS = auto()
     ENGINES = auto()
     LEADERS = auto()  # the first rank of each engine
+    GROUP = auto()  # trainers and engines
     ALL = auto()
 
 
@@ -85,14 +86,15 @@ class EndGenerate(Command[None], frozen=True):
 class RefitEngine(Command[results.RefitResult], frozen=True):
     """Copy the trainer's weights into the engine as ``version``."""
 
-    receivers, phase = Receivers.ALL, Phase.REFIT
+    receivers, phase = Receivers.GROUP, Phase.REFIT
     version: int
 
 
 class ReplaceEngines(Command[results.Ok], frozen=True):
-    """Build every engine anew; they have no weights before the next :class:`RefitEngine`."""
+    """Build every engine anew. Those that are trained have no weights before the next :class:`RefitEngine`; others load
+    their checkpoint."""
 
-    receivers, phase = Receivers.ALL, Phase.REFIT
+    receivers, phase = Receivers.GROUP, Phase.REFIT
 
 
 # --- training --------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from miles_spmd.protocol.commands import AnyCommand, AnyResult
+from miles_spmd.types.engine_group import POLICY
 from miles_spmd.types.gpu_health import GpuHealth
 from miles_spmd.types.phase import Phase
 from miles_spmd.types.request import Output
@@ -47,6 +48,7 @@ class EngineRank(msgspec.Struct, frozen=True):
 
     engine: int
     leader: bool
+    cache_tokens: int | None = None  # whose keys and values the engine can hold; None: nothing stays between requests
 
 
 class RankInfo(msgspec.Struct, frozen=True):
@@ -60,6 +62,7 @@ class RankInfo(msgspec.Struct, frozen=True):
     engine: EngineRank | None  # None: does not generate
     versions: dict[str, str] = {}
     device: str = ""  # of its host, as people know it; "" on a CPU
+    group: str = POLICY  # the engine group that it holds a part of, or trains
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):

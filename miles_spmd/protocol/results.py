@@ -65,6 +65,7 @@ class UpdateResult(Result, frozen=True):
     digests: UpdateDigests | None = None
     lost: str = ""  # why this cell has not made it; its weights are what they were
     missing: list[int] = []  # the parts that no cell had, where that is why
+    overwritten: list[int] = []  # otherwise those that this cell has to compute again
 
 
 class MeetResult(Result, frozen=True):

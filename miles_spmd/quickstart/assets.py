@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from miles_spmd.quickstart import calculator, programs, task
+from miles_spmd.quickstart import calculator, programs, retrieval, task
 from miles_spmd.quickstart.checkpoint import write_random_model, write_tokenizer
 from miles_spmd.quickstart.language import Language
 from miles_spmd.types.files import write_whole
@@ -27,6 +27,7 @@ TASKS = {
     SUMS: Task(task.LANGUAGE, partial(task.data_files, SFT_ROWS, TRAIN_ROWS, HELDOUT_ROWS)),
     "calculator": Task(calculator.LANGUAGE, calculator.data_files),
     "programs": Task(programs.LANGUAGE, programs.data_files),
+    "retrieval": Task(retrieval.LANGUAGE, retrieval.data_files),
 }
 
 

@@ -114,8 +114,11 @@ def _built_in(rm_type: str) -> Callable[[str, Any], Any] | None:
 
 def to_score(value: Any, sample: Sample) -> Score:
     """Return what a function returned for ``sample`` as a Score. Raises BadReward unless it is a finite number, or a
-    dict with one under ``score``."""
+    dict with one under ``score``, or with one for each turn under ``turn_rewards``."""
     named = value if isinstance(value, dict) else {"score": value}
+    turn_rewards = _turn_rewards(named["turn_rewards"], sample) if "turn_rewards" in named else []
+    if turn_rewards:
+        named = {"score": math.fsum(turn_rewards)} | named
     if "score" not in named:
         keys = ", ".join(_shown(key, str) for key in named)
         raise BadReward(f"returned an object without 'score' (it has {keys})", sample.index)
@@ -128,7 +131,21 @@ def to_score(value: Any, sample: Sample) -> Score:
             raise BadReward(
                 f"returned {name!r}: {number}; a detail is a finite number with a printable name", sample.index
             )
-    return Score(score, detail)
+    return Score(score, detail, turn_rewards)
+
+
+def _turn_rewards(value: Any, sample: Sample) -> list[float]:
+    """Raises BadReward unless there is a finite number for each turn of ``sample``."""
+    try:
+        rewards = [_number(reward) for reward in value]
+    except Exception:
+        rewards = []
+    if len(rewards) != sample.turns or not all(map(math.isfinite, rewards)):
+        raise BadReward(
+            f"returned turn_rewards {_shown(value)} instead of a finite number for each of the {sample.turns} turns",
+            sample.index,
+        )
+    return rewards
 
 
 def _number(value: Any) -> float:

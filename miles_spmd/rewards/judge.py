@@ -1,4 +1,5 @@
-"""The reward ``judge``: a language model behind an OpenAI-compatible API reads the response and chooses a score."""
+"""The reward ``judge``: a language model reads the response and chooses a score. Here it is asked over an
+OpenAI-compatible API; :mod:`miles_spmd.controller.generation.judge` asks engines of the run the same."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from miles_spmd.rewards.labels import last_boxed
 from miles_spmd.rewards.remote import ServiceReward, asked, conversation, required, service
 from miles_spmd.types.sample import Prompt, Sample
 
-_ATTEMPTS = 2  # times that the judge is asked where its reply has no score
+ATTEMPTS = 2  # times that the judge is asked where its reply has no score
 _FIELD = re.compile(r"\{(prompt|response|label)\}")
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 _MARKED = (re.compile(r"\[\[(.*?)\]\]", re.DOTALL), re.compile(r"<score>(.*?)</score>", re.DOTALL | re.IGNORECASE))
@@ -33,18 +34,29 @@ def judge(config: RewardConfig) -> ServiceReward:
     async def score(sample: Sample) -> RewardValue:
         question = filled(template, sample)
         body = {"model": model, "messages": [{"role": "user", "content": question}], **config.judge_arguments}
-        for _ in range(_ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             reply = _content(await asked(client, body), url)
-            if (found := read_score(reply, config.judge_scores)) is not None:
-                return found if config.judge_default is None else {"score": found, "unreadable": 0.0}
-        if config.judge_default is None:
-            raise BadReward(
-                f"got a reply of the judge without a score: {reply[-200:]!r}; let reward.judge_prompt ask for "
-                "[[score]], raise max_tokens in reward.judge_arguments, or set reward.judge_default"
-            )
-        return {"score": config.judge_default, "unreadable": 1.0}
+            if (found := verdict(config, reply, attempt)) is not None:
+                break
+        assert found is not None
+        return found
 
     return score
+
+
+def verdict(config: RewardConfig, reply: str, attempt: int) -> RewardValue | None:
+    """Return the reward that a judge's ``reply`` to the question means, which is number ``attempt``; None where it has
+    to be asked again. Raises BadReward where the last reply has no score, unless there is a default."""
+    if (found := read_score(reply, config.judge_scores)) is not None:
+        return found if config.judge_default is None else {"score": found, "unreadable": 0.0}
+    if attempt + 1 < ATTEMPTS:
+        return None
+    if config.judge_default is None:
+        raise BadReward(
+            f"got a reply of the judge without a score: {reply[-200:]!r}; let reward.judge_prompt ask for "
+            "[[score]], raise max_tokens in reward.judge_arguments, or set reward.judge_default"
+        )
+    return {"score": config.judge_default, "unreadable": 1.0}
 
 
 def filled(template: str, sample: Sample) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from queue import SimpleQueue
@@ -16,7 +16,7 @@ from miles_spmd.rewards.process import Function, RewardProcess
 from miles_spmd.types.printable import printable
 from miles_spmd.types.sample import Sample
 
-_EXACT = "exact"
+_EXACT, _JUDGE = "exact", "judge"
 _GATHERERS = 64  # groups that are waited for at the same time
 _LONGEST_PROBLEM, _LONGEST_TRACE = 1000, 5000  # characters of what a user's function wrote into an error
 
@@ -28,19 +28,28 @@ class RewardPool:
     processes; a call is one sample, or one prompt's group (neighbours in ``submit``'s list) where the function takes
     groups or is async. A call that takes longer than ``reward_timeout`` is killed with its process, a process that
     grows by more than ``reward_memory_gib`` gets a MemoryError. Samples travel without their ``rollout_log_probs``.
+    ``judge`` is asked in place, too, where engines of the run hold it: they are not in this process.
 
     Make it in the main thread: its processes die with the thread that started them.
     """
 
-    def __init__(self, config: RewardConfig, others: Sequence[RewardTerm] = (), log: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: RewardConfig,
+        others: Sequence[RewardTerm] = (),
+        log: Path | None = None,
+        judge: Callable[[list[Sample]], Future[list[Score]]] | None = None,
+    ) -> None:
         """``others``: further functions that :meth:`submit` may be given. ``log`` receives what functions print.
+        ``judge`` starts scoring by engines of the run, and returns at once.
 
         Raises RewardError if a function cannot be imported or called.
         """
         self._config, self._closed = config, False
         self._exact = load_reward(_EXACT, batched=False)
         functions = list(dict.fromkeys(map(_function, [*config.terms, *others])))
-        functions = [function for function in functions if function.rm_type != _EXACT]
+        self._judge, in_place = judge, {_EXACT} if judge is None else {_EXACT, _JUDGE}
+        functions = [function for function in functions if function.rm_type not in in_place]
         workers = config.reward_workers if functions else 0
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -66,10 +75,13 @@ class RewardPool:
         """Start scoring by ``terms`` (default: those of ``[reward]``) and return at once. The future gives one score
         per sample, in order, or raises the RewardError of the first call that fails."""
         terms = terms or self._config.terms
-        started = [
-            [self._threads.submit(self._score, term, call) for call in self._calls(term, samples)] for term in terms
-        ]
+        started = [self._start(term, samples) for term in terms]
         return self._gatherers.submit(self._gather, terms, started)
+
+    def _start(self, term: RewardTerm, samples: list[Sample]) -> list[Future[list[Score]]]:
+        if self._judge is not None and term.rm_type == _JUDGE:
+            return [self._judge(samples)]
+        return [self._threads.submit(self._score, term, call) for call in self._calls(term, samples)]
 
     def _calls(self, term: RewardTerm, samples: list[Sample]) -> list[list[Sample]]:
         if self._by_group.get(_function(term), True):
@@ -110,11 +122,16 @@ class RewardPool:
             finally:
                 self._idle.put(process)
         except BadReward as error:
-            where = f" on prompt {call[0].prompt.uid}" + ("" if error.index is None else f", sample {error.index},")
-            remedy = "; fix the function or the row, or raise the limit in [reward]"
-            problem, trace = printable(error.problem, _LONGEST_PROBLEM), printable(error.trace, _LONGEST_TRACE)
-            text = f"reward {term.rm_type!r}{where} {problem}{remedy}"
-            raise RewardError(f"{text}\n{trace}" if trace else text) from error
+            raise explained(term.rm_type, call[0], error) from error
+
+
+def explained(rm_type: str, sample: Sample, error: BadReward) -> RewardError:
+    """Return the error of a call of the reward ``rm_type`` that began with ``sample``."""
+    where = f" on prompt {sample.prompt.uid}" + ("" if error.index is None else f", sample {error.index},")
+    remedy = "; fix the function or the row, or raise the limit in [reward]"
+    problem, trace = printable(error.problem, _LONGEST_PROBLEM), printable(error.trace, _LONGEST_TRACE)
+    text = f"reward {rm_type!r}{where} {problem}{remedy}"
+    return RewardError(f"{text}\n{trace}" if trace else text)
 
 
 def _function(term: RewardTerm) -> Function:
@@ -129,4 +146,6 @@ def combined(terms: Sequence[RewardTerm], scores: Sequence[Score]) -> Score:
     detail: dict[str, float] = {}
     for term, score in zip(terms, scores):
         detail |= {term.name: score.value} | {f"{term.name}/{key}": value for key, value in score.detail.items()}
-    return Score(sum(term.reward_weight * score.value for term, score in zip(terms, scores)), detail)
+    total = sum(term.reward_weight * score.value for term, score in zip(terms, scores))
+    weighted = [[t.reward_weight * reward for reward in s.turn_rewards] for t, s in zip(terms, scores)]
+    return Score(total, detail, [sum(of_turn) for of_turn in zip(*filter(None, weighted))])

@@ -23,6 +23,7 @@ METRICS: dict[str, Metric] = {
     "rollout/prefix_hit_rate": Metric(
         "fraction", "Tokens of the requests' prompts, earlier turns included, that the engine did not have to prefill"
     ),
+    "rollout/sessions_max": Metric("", "Largest number of sessions, episodes of several turns, that ran at a time"),
     "rollout/dropped_groups": Metric("groups", "Prompt groups that dynamic sampling dropped and replaced"),
     "rollout/zero_std_groups": Metric("groups", "Prompt groups whose samples all got the same reward"),
     "rollout/fully_masked_samples": Metric("samples", "Samples without a trained token"),
@@ -106,6 +107,9 @@ METRICS: dict[str, Metric] = {
     "train/tokens": Metric("tokens", "Prompt and response tokens that went through the trainer"),
     "memory/start": Metric("GiB", "Peak memory of a rank while models and engines are built"),
     "memory/rollout": Metric("GiB", "Peak memory of a rank during generation"),
+    "memory/judge_start": Metric("GiB", "Peak memory of a rank of the judge while its engine is built"),
+    "memory/judge_rollout": Metric("GiB", "Peak memory of a rank of the judge while it scores responses"),
+    "memory/judge_rollout_retries": Metric("", "Times that the judge ran out of memory and began again"),
     "memory/log_probs": Metric("GiB", "Peak memory of a rank while log-probs and values are computed"),
     "memory/train": Metric("GiB", "Peak memory of a rank in an optimizer step"),
     "memory/refit": Metric("GiB", "Peak memory of a rank while weights are copied into the engine"),
@@ -140,6 +144,9 @@ def describe(name: str) -> Metric:
     if found := re.fullmatch(r"(?:rollout/|eval/(?P<set>.+)-)(?:env/(?P<detail>.+)|turns)", name):
         what = f"{found['detail']}, which the environment counted" if found["detail"] else "responses in a trajectory"
         return Metric("", f"Mean number of {what}" + (f" on {found['set']}" if found["set"] else ""))
+    if found := re.fullmatch(r"(?:rollout/|eval/(?P<set>.+)-)turn_reward/(?P<turn>\d+)", name):
+        where = f" on {found['set']}" if found["set"] else ""
+        return Metric("", f"Mean reward of turn {found['turn']} of the trajectories that have one for it{where}")
     if name.startswith("rollout/failed/"):
         return Metric("episodes", f"Episodes whose environment failed: {name.removeprefix('rollout/failed/')}")
     if not name.startswith("eval/"):

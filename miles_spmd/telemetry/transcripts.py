@@ -36,6 +36,7 @@ class Transcript(msgspec.Struct, frozen=True):
     finish_reason: str
     tokens: int  # of the response
     messages: list[Message] = []  # of the prompt, where it is a conversation
+    turn_rewards: list[float | None] = []  # of all turns; empty where none has one
 
 
 class Rollout(msgspec.Struct, frozen=True):
@@ -102,6 +103,7 @@ def _transcript(step: int, source: str, sample: Sample, limit: int = 2**31) -> T
         finish_reason=str(sample.finish_reason),
         tokens=len(sample.response),
         messages=[_message(message, limit) for message in messages] if isinstance(messages, list) else [],
+        turn_rewards=sample.trajectory.turn_rewards,
     )
 
 

@@ -12,8 +12,8 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from torch import Tensor
 
 STRETCH = 1 << 22  # elements of a gradient that are combined at a time
-# Takes the parts that are kept here, by their numbers, and a tensor that the sum of all parts has to fit; returns it.
-Total = Callable[[Mapping[int, Tensor], Tensor], Tensor]
+# Takes a stretch of the parts that are kept here, by their numbers, and the stretch that the sum of all parts replaces.
+Total = Callable[[Mapping[int, Tensor], Tensor], None]
 
 
 def plain_sum(chunks: list[DistributedDataParallel], num_tokens: Tensor | None = None, **groups: Any) -> None:
@@ -91,31 +91,49 @@ class TreeSum:
 
 class PartSum(TreeSum):
     """The canonical reduction of a batch whose ``parts``, each a subtree with equally many leaves, are computed by
-    several worlds of ranks. The sum of a part is in :attr:`kept` when its last leaf is done, in host memory;
-    :meth:`combine` makes the sum of the whole batch of them all, and :meth:`spread` the gradient of every rank. Which
-    world computed what does not matter for the bits.
+    several worlds of ranks. A part is :attr:`kept` when its last leaf is done: in the buffers, until another one begins
+    and it moves to host memory. :meth:`combine` makes the sum of the whole batch of them all, and :meth:`spread` the
+    gradient of every rank. Which world computed what does not matter for the bits.
 
     Raises ValueError where a part has fewer leaves than there are data-parallel ranks.
     """
 
     def __init__(self, chunks: list[DistributedDataParallel], leaves: int, parts: int) -> None:
         super().__init__(chunks, leaves // parts)
-        self.kept: dict[int, list[Tensor]] = {}  # on other than the first data-parallel rank without tensors
+        self._moved: dict[int, list[Tensor]] = {}  # on other than the first data-parallel rank without tensors
+        self._here: int | None = None  # the part that the buffers hold
         self._chunks, self._part = chunks, 0
 
     def begin(self, part: int) -> None:
-        """The leaves that follow are those of ``part``. The gradient is cleared."""
-        self._part, self._leaf = part, 0
+        """The leaves that follow are those of ``part``. Afterwards the buffers may be cleared."""
+        if self._here is not None:
+            first = self._group.rank() == 0  # the others have zeros
+            self._moved[self._here] = [_on_host(each) for each in self._gradient] if first else []
+        self._part, self._leaf, self._here = part, 0, None
         self._subtrees.clear()
 
     def _complete(self, chunks: list[DistributedDataParallel], **groups: Any) -> None:
-        first = self._group.rank() == 0  # the others have zeros
-        self.kept[self._part] = [_on_host(each) for each in self._gradient] if first else []
+        self._here = self._part
+
+    @property
+    def kept(self) -> list[int]:
+        """The parts that are kept."""
+        return [*self._moved] if self._here is None else [*self._moved, self._here]
 
     @property
     def kept_bytes(self) -> int:
         """Host memory of the parts that are kept."""
-        return sum(each.nbytes for part in self.kept.values() for each in part)
+        return sum(each.nbytes for part in self._moved.values() for each in part)
+
+    def forget(self) -> None:
+        """Keep nothing."""
+        self._moved.clear()
+        self._here = None
+
+    def forget_overwritten(self) -> list[int]:
+        """Keep what is in host memory alone, after :meth:`combine`. Return the part that the buffers held."""
+        gone, self._here = self._here, None
+        return [] if gone is None else [gone]
 
     def combine(self, total: Total) -> None:
         """Put the sum of all parts into the buffers of the first data-parallel rank, and zeros into those of others.
@@ -124,11 +142,13 @@ class PartSum(TreeSum):
             torch._foreach_zero_(self._gradient)
             return
         for number, buffer in enumerate(self._gradient):
+            parts = {part: sums[number].view(-1) for part, sums in self._moved.items()}
             flat = buffer.view(-1)
+            if self._here is not None:
+                parts[self._here] = flat
             for start in range(0, flat.numel(), STRETCH):
-                stretch = flat[start : start + STRETCH]
-                own = {part: sums[number].view(-1)[start : start + STRETCH] for part, sums in self.kept.items()}
-                stretch.copy_(total(own, stretch))
+                end = start + STRETCH
+                total({part: of_part[start:end] for part, of_part in parts.items()}, flat[start:end])
 
     def spread(self) -> None:
         """Give every rank the gradient."""
@@ -136,7 +156,7 @@ class PartSum(TreeSum):
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """Return a copy: whoever fetches it needs it there, and the device has room for one gradient."""
+    """Return a copy: the device has room for one gradient."""
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
 
 

@@ -41,6 +41,7 @@ class Request(msgspec.Struct, frozen=True):
     return_prompt_log_probs: bool = False
     return_top1: bool = False
     begun: Begun | None = None  # the response continues these tokens
+    order: int = 0  # where not all requests can run, those of lower order begin first
 
 
 class Output(msgspec.Struct):

@@ -42,10 +42,11 @@ class RolloutBatch:
     teacher_log_probs: Arrays | None = None  # [T]
     teacher_kl: Arrays | None = None  # [T], KL(student || teacher) over a top-k set, in place of teacher_log_probs
     values: Arrays | None = None  # [T], the critic's value of the state before token t
+    turn_rewards: Arrays | None = None  # [T], the reward of the turn that ends with token t; None: turns have none
 
     def __post_init__(self) -> None:
         n = len(self.rewards)
-        for name in ("group_ids", "masks", "rollout_ids", *_PER_TOKEN):
+        for name in ("group_ids", "masks", "rollout_ids", "turn_rewards", *_PER_TOKEN):
             array = getattr(self, name)
             if array is not None and len(array) != n:
                 raise ValueError(f"{name} has {len(array)} entries for {n} rewards")
@@ -54,12 +55,20 @@ class RolloutBatch:
         for name in _PER_TOKEN:
             if getattr(self, name) is not None:
                 self._check_tokens(name)
+        if self.turn_rewards is not None:
+            self._check_shapes("turn_rewards")
+            wrong = [not np.isfinite(a).all() for a in self.turn_rewards]
+            if any(wrong):
+                raise ValueError(f"turn_rewards of samples {_first(np.asarray(wrong))} are not finite")
 
-    def _check_tokens(self, name: str) -> None:
-        arrays = getattr(self, name)
-        wrong = [a.shape != m.shape for a, m in zip(arrays, self.masks)]
+    def _check_shapes(self, name: str) -> None:
+        wrong = [a.shape != m.shape for a, m in zip(getattr(self, name), self.masks)]
         if any(wrong):
             raise ValueError(f"{name} of samples {_first(np.asarray(wrong))} have other shapes than their masks")
+
+    def _check_tokens(self, name: str) -> None:
+        self._check_shapes(name)
+        arrays = getattr(self, name)
         if not np.isfinite(flat(arrays)[flat(self.masks) > 0]).all():
             wrong = [not np.isfinite(a[m > 0]).all() for a, m in zip(arrays, self.masks)]
             raise ValueError(f"{name} of samples {_first(np.asarray(wrong))} are not finite on trained tokens")

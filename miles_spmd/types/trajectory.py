@@ -33,6 +33,7 @@ class Segment(msgspec.Struct, frozen=True):
     log_probs: list[float] = []  # the engine's, natural log; of sampled tokens, and only where the engine's are known
     weight_versions: list[tuple[int, int]] = []  # (version, number of tokens), in order; of sampled tokens
     top1_ids: list[int] | None = None  # the engine's top-1 token at each place, if requested
+    reward: float | None = None  # of the turn, where one is sampled
 
 
 class Trajectory(msgspec.Struct):
@@ -47,7 +48,7 @@ class Trajectory(msgspec.Struct):
     text: str | None = None  # what is scored; None: the text of what the policy sampled last
     messages: list[dict[str, Any]] = []  # the conversation, where the environment keeps it as messages
     finish_reason: FinishReason = FinishReason.STOP  # of what the policy sampled last
-    reward: float | None = None  # given by the environment; None: the reward functions score it
+    reward: float | None = None  # given by the environment; None: the sum of the turns', or of the reward functions
     reward_detail: dict[str, float] = {}
     metrics: dict[str, float] = {}  # what the environment has counted, in the first trajectory of an episode
 
@@ -59,10 +60,32 @@ class Trajectory(msgspec.Struct):
             raise ValueError(f"a segment of {len(segment.tokens)} tokens has other numbers of {wrong}")
         self.segments.append(segment)
 
+    def reward_turn(self, reward: float, turn: int = -1) -> None:
+        """Give turn number ``turn`` (-1: the newest one) a reward, in place of one that it may have. Raises IndexError
+        where there are fewer turns."""
+        place = [place for place, segment in enumerate(self.segments) if segment.sampled][turn]
+        self.segments[place] = msgspec.structs.replace(self.segments[place], reward=reward)
+
     @property
     def turns(self) -> int:
         """Number of segments that the policy has sampled."""
         return sum(segment.sampled for segment in self.segments)
+
+    @property
+    def turn_rewards(self) -> list[float | None]:
+        """The reward of each turn; empty where none has one."""
+        rewards = [segment.reward for segment in self.segments if segment.sampled]
+        return rewards if any(reward is not None for reward in rewards) else []
+
+    @property
+    def rewards(self) -> list[float]:
+        """The reward of the turn that ends with the token, 0 at other tokens, [T]."""
+        rewards, end = [0.0] * sum(len(segment.tokens) for segment in self.segments), 0
+        for segment in self.segments:
+            end += len(segment.tokens)
+            if segment.reward is not None and end:
+                rewards[end - 1] += segment.reward
+        return rewards
 
     def turn_at(self, place: int) -> tuple[int, Segment]:
         """Return the number of the turn that sampled the token at ``place`` of :attr:`tokens`, and its segment. Raises
@@ -121,7 +144,8 @@ def _joined(lists: list[list[Any]]) -> list[Any]:
 
 
 def by_version(segment: Segment, version: int) -> list[Segment]:
-    """Cut a segment where the weights change that sampled it; only those of ``version`` stay trained."""
+    """Cut a segment where the weights change that sampled it; only those of ``version`` stay trained, and the last one
+    has the turn's reward."""
     if all(one == version for one, _ in segment.weight_versions):
         return [segment]
     parts, start = list[Segment](), 0
@@ -135,6 +159,7 @@ def by_version(segment: Segment, version: int) -> list[Segment]:
                 segment.log_probs[start:end],
                 [(one, count)],
                 segment.top1_ids and segment.top1_ids[start:end],
+                segment.reward if end == len(segment.tokens) else None,
             )
         )
         start = end

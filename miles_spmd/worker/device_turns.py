@@ -8,7 +8,8 @@ On ranks that have both (colocated) they take turns:
   weights, receives the trainer's values, and resumes cache and graphs
 - rollout: the engine is resident, with the weights of the last refit
 
-On ranks that have one of them (disaggregated) it keeps the device to itself, and a refit is only the copy.
+On ranks that have one of them (disaggregated) it keeps the device to itself, and a refit is only the copy. An engine
+that no trainer gives its weights (a judge) has them from the start.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from miles_spmd.worker.stopwatch import Stopwatch
 
 
 class DeviceTurns:
-    """An engine, a trainer (``roles``), or both, and the refit between them where the run generates (``refits``).
-    ``everyone``: the group of all ranks.
+    """An engine, a trainer (``roles``), or both, and the refit between them where there is one (``refits``).
+    ``everyone``: the group of all ranks of the policy.
 
-    A new engine is resident and has no weights. With ``update_weights_interval`` > 1 the engine keeps its weights while
-    the trainer works, because the trainer no longer has these older weights. ``watch`` measures the time of each part,
-    ``memory`` its holders.
+    A new engine is resident and, where refits give it weights, has none. With ``update_weights_interval`` > 1 the
+    engine keeps its weights while the trainer works, because the trainer no longer has these older weights. ``watch``
+    measures the time of each part, ``memory`` its holders.
     """
 
     def __init__(
@@ -50,7 +51,8 @@ class DeviceTurns:
         self._engine, self._roles, self._watch, self._memory = engine, roles, watch, memory
         self._shared = roles if engine is not None else None  # the trainer that the engine takes turns with
         self._offloads = config.train.offload_train
-        self._version: int | None = None  # of the engine's weights; None: it has none
+        self._refits = refits
+        self._version: int | None = None if refits else 0  # of the engine's weights; None: it has none
         self._released: Release | None = None  # by the engine, while the trainer has the device; None: it is resident
         self._config, self._everyone = config, everyone
         if refits:
@@ -71,8 +73,8 @@ class DeviceTurns:
             )
 
     def replace_engine(self, build: Callable[[], Engine]) -> None:
-        """Close the engine, whatever its state, and take the one that ``build`` returns, which has no weights.
-        Collective over all ranks, also those without an engine."""
+        """Close the engine, whatever its state, and take the one that ``build`` returns. Collective over all ranks that
+        refits concern, also those without an engine."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -83,8 +85,10 @@ class DeviceTurns:
                 self._engine = build()
             gc.freeze()
             self._memory.built(self._engine.memory)
-        self._released, self._version = None, None
-        self._plan_refit()
+        self._released = None
+        if self._refits:
+            self._version = None
+            self._plan_refit()
 
     @property
     def engine(self) -> Engine:

@@ -22,14 +22,17 @@ from miles_spmd.types.secrets import scrub
 def append_values(file: Path, table: str, backend: str, objects: Iterable[Any]) -> None:
     """Append the fields of dataclass instances as ``[table]``, without secrets, where ``file`` exists and does not have
     them yet. Raises OSError."""
-    title = f"Every value of {backend} in this run, for information:"
+    title = f"Every value of {backend} in this run, [{table}], for information:"
     if not file.is_file() or title in file.read_text():
         return
     values: dict[str, Any] = {}
     for one in objects:
         fields = {field.name: getattr(one, field.name, None) for field in dataclasses.fields(one)}
         values |= {name: _plain(value) for name, value in fields.items() if value is not None}
-    text = tomli_w.dumps({table: scrub(dict(sorted(values.items())))})
+    tables = scrub(dict(sorted(values.items())))
+    for name in reversed(table.split(".")):
+        tables = {name: tables}
+    text = tomli_w.dumps(tables)
     lines = [title, *text.splitlines()]
     with closing(AppendedFile(file)) as out:  # in one write: trainer and engine may be two processes
         out.append(("\n" + "".join(f"# {line}\n" for line in lines)).encode())

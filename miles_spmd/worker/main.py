@@ -59,7 +59,7 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
     that the tasks "replay" and "bisect" repeat."""
     place, began = Place.from_environment(), time.monotonic()
     try:
-        write_random_checkpoints(config.model.checkpoints)  # before controller, trainer and engine read them
+        write_random_checkpoints(config.checkpoints)  # before controller, trainer and engine read them
     except OSError as error:
         say(f"{error.filename} cannot be written: {error.strerror}; set XDG_CACHE_HOME")
         return 1
@@ -202,11 +202,7 @@ def join(config: Config, place: Place, controller: ControllerProcess | None) -> 
         world_size=place.world_size,
         timeout=longest,
     )
-    if torch.cuda.is_available():
-        # NCCL sets a group up in its first collective; a refit, which sends from rank to rank, is not one
-        dist.all_reduce(torch.zeros(1, device="cuda"))
-        torch.cuda.synchronize()
-    return credentials, take_side(config.rollout.rollout_num_gpus, longest)
+    return credentials, take_side(config.rollout.rollout_num_gpus, longest, config.reward.judge_num_gpus)
 
 
 def build(config: Config, task: str, place: Place, side: Side, watch: Stopwatch, warn: Callable[[str], None]) -> Worker:
@@ -222,7 +218,7 @@ def build(config: Config, task: str, place: Place, side: Side, watch: Stopwatch,
         cpu.install()
         from miles_spmd.worker.memory_account import MemoryAccount
         from miles_spmd.worker.worker import Worker
-    memory = MemoryAccount(config, place.world_size, side.trains, generates, warn)
+    memory = MemoryAccount(config, place.world_size, side.trains, generates, warn, group=side.group)
     memory.require_room(training=task in ("train", "warm"))
     with memory.explaining():
         worker = Worker(config, task, side, place.number, watch, memory, place.cell)
@@ -235,4 +231,4 @@ def rank_info(worker: Worker, place: Place) -> RankInfo:
 
     versions = {name: version(name) for name in ("torch", "megatron-core", "sglang")}
     duties = worker.trainer_rank, worker.engine_rank
-    return RankInfo(place.number, place.ranks, HOST, os.getpid(), *duties, versions, cuda.name_gpu())
+    return RankInfo(place.number, place.ranks, HOST, os.getpid(), *duties, versions, cuda.name_gpu(), worker.group)

@@ -19,11 +19,12 @@ import torch.distributed as dist
 from miles_spmd.config import Config
 from miles_spmd.generation.engine import EngineMemory
 from miles_spmd.models import load_family
-from miles_spmd.planning.memory_estimate import estimate_memory
+from miles_spmd.planning.memory_estimate import estimate_judge, estimate_memory
 from miles_spmd.planning.parallel_layout import ParallelLayout
 from miles_spmd.planning.release import GIB, ORDER, SPARE, Release, choose_release, remedies, with_margin
 from miles_spmd.platform import device_memory
 from miles_spmd.platform.device_memory import Reading
+from miles_spmd.types.engine_group import JUDGE, POLICY
 from miles_spmd.types.phase import Phase
 
 Holders = Mapping[str, int]  # bytes
@@ -49,6 +50,7 @@ class MemoryAccount:
     trains: bool = True
     generates: bool = True
     warn: Callable[[str], None] = print
+    group: str = POLICY  # the engine group that the rank holds a part of, or trains
     phase: Phase = Phase.START
     step: int = 0
     trainer: Callable[[], Holders] = dict  # returns bytes by purpose, without activations
@@ -61,9 +63,12 @@ class MemoryAccount:
     _reported: str = ""  # the release that the log has last
 
     def __post_init__(self) -> None:
-        family = load_family(self.config.model.hf_checkpoint)
-        layout = ParallelLayout.of(self.config, self.world_size)
-        self.plan = plan = estimate_memory(self.config, family, layout)
+        if self.group == JUDGE:
+            self.plan = estimate_judge(self.config)
+        else:
+            family = load_family(self.config.model.hf_checkpoint)
+            self.plan = estimate_memory(self.config, family, ParallelLayout.of(self.config, self.world_size))
+        plan = self.plan
         self._planned = {name: getattr(plan, name) for name in ("parameters", "gradients", "optimizer", "critic")}
         self._planned |= {ACTIVATIONS: plan.working, "engine weights": plan.engine_weights}
         self._allowance = self.config.train.memory_allowance
@@ -92,7 +97,7 @@ class MemoryAccount:
                     f"{when} takes at least {(states + least) / GIB:.2f} GiB on this rank, and {device.free / GIB:.2f} "
                     f"of the {device.total / GIB:.1f} GiB of its device are free; {states / GIB:.2f} GiB are for "
                     f"weights, gradients and optimizer states; planned: {listed(self._planned)}. "
-                    f"{remedies(self.config, when)}"
+                    f"{remedies(self.config, when, self.group)}"
                 )
                 self._refuse_or_warn(text, certain=states > device.total)
         if self._exact and on_host > host.free:
@@ -164,7 +169,7 @@ class MemoryAccount:
                 self.warn(
                     f"more memory in use than planned: {name} {size / GIB:.2f} GiB instead of {planned / GIB:.2f}, "
                     f"beyond train.memory_allowance ({self._allowance:g}) and {SPARE / GIB:g} GiB; the run goes on "
-                    f"with the measured size. {remedies(self.config, self.phase)}"
+                    f"with the measured size. {remedies(self.config, self.phase, self.group)}"
                 )
 
     def _restart(self, now: Reading) -> None:
@@ -172,7 +177,9 @@ class MemoryAccount:
         self._began = now
 
     def note(self, name: str, value: float) -> None:
-        """Record the metric ``memory/name`` of this command, unless it was larger before."""
+        """Record the metric ``memory/name`` of this command, of a judge ``memory/judge_name``, unless it was larger
+        before."""
+        name = name if self.group == POLICY else f"{self.group}_{name}"
         self._peaks[f"memory/{name}"] = max(self._peaks.get(f"memory/{name}", 0.0), value)
 
     def take(self) -> dict[str, float]:
@@ -192,7 +199,8 @@ class MemoryAccount:
             where = f"GPU {torch.cuda.current_device()}" if torch.cuda.is_available() else "the host"
             raise DeviceMemoryError(
                 f"no memory left on {where}: {device_memory.first_line(error)}. Of {now.total / GIB:.1f} GiB "
-                f"{now.free / GIB:.2f} are free; held: {listed(self.holders(now))}. {remedies(self.config, self.phase)}"
+                f"{now.free / GIB:.2f} are free; held: {listed(self.holders(now))}. "
+                f"{remedies(self.config, self.phase, self.group)}"
             ) from error
 
     # --- what the engine releases ------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from miles_spmd.config import Config
 from miles_spmd.generation.engine import FACTORIES, Engine
 from miles_spmd.invariant.operator_outputs import first_difference, operators
+from miles_spmd.models import load_family
 from miles_spmd.planning.memory_estimate import needed_tokens
 from miles_spmd.planning.release import GIB
 from miles_spmd.platform.determinism import deterministic_kernels
@@ -21,8 +22,10 @@ from miles_spmd.training.network import Network
 from miles_spmd.training.passes import PASSES
 from miles_spmd.training.roles import Roles
 from miles_spmd.types.cell import Cell
+from miles_spmd.types.engine_group import JUDGE, POLICY, EngineGroup
 from miles_spmd.types.run_files import newest_config
 from miles_spmd.types.train_sequence import MicroBatch
+from miles_spmd.weights.hugging_face import load
 from miles_spmd.worker.device_turns import DeviceTurns
 from miles_spmd.worker.effective import append_values
 from miles_spmd.worker.memory_account import MemoryAccount
@@ -30,25 +33,37 @@ from miles_spmd.worker.stopwatch import Stopwatch
 from miles_spmd.worker.world import Side
 
 
-def make_engine(config: Config) -> Engine:
-    """Build the engine that ``rollout.engine`` names; the modules of the other are not imported."""
-    table = dict(config.sglang)
+def make_engine(config: Config, name: str = POLICY) -> Engine:
+    """Build an engine of the group ``name``, of the kind that ``rollout.engine`` names; the modules of the other are
+    not imported. One that no trainer gives its weights has those of its checkpoint."""
+    group = config.engine_group(name)
+    engine = _without_weights(config, group)
+    if not group.trained:
+        load(group.hf_checkpoint, engine.weights(), engine.layout(), load_family(group.hf_checkpoint))
+        engine.commit(0)
+    return engine
+
+
+def _without_weights(config: Config, group: EngineGroup) -> Engine:
+    table = dict(group.server_args)
     if config.determinism.deterministic and torch.cuda.is_available():
         table["enable_deterministic_inference"] = True  # a response does not depend on the rest of its batch
     context_length = table.pop("context_length", None)
     if config.rollout.engine != "sglang":
         factory = FACTORIES.resolve(config.rollout.engine)
-        return factory(config.model.hf_checkpoint, dtype=config.model.dtype, context_length=context_length)
+        return factory(group.hf_checkpoint, dtype=config.model.dtype, context_length=context_length)
     from miles_spmd.generation.sglang.engine import SglangEngine
 
     return SglangEngine(
-        config.model.hf_checkpoint,
+        group.hf_checkpoint,
         dtype=config.model.dtype,
         server_args=table,
         context_length=context_length,
-        cache_tokens=needed_tokens(config, dist.get_world_size()),
-        invariant=config.determinism.parity == "bitwise",
-        sum_terms=config.sum_terms,
+        # others than the policy's have a device of their own, and take what it has
+        cache_tokens=needed_tokens(config, dist.get_world_size()) if group.trained else None,
+        # which compares with a trainer; whether responses depend on the batch is decided above
+        invariant=group.trained and config.determinism.parity == "bitwise",
+        sum_terms=config.sum_terms if group.trained else group.tp_size,
     )
 
 
@@ -103,8 +118,8 @@ class Worker:
         memory: MemoryAccount,
         cell: Cell | None = None,
     ) -> None:
-        self.memory = memory
-        self._config, self._rank = config, rank
+        self.memory, self.group = memory, side.group
+        self._config, self._rank, self._in_cell = config, rank, cell is not None
         self._own: OwnWork | None = None
         self._saves_to = ""  # folder of the checkpoint that was begun last
         self._roles: Roles | None = None
@@ -115,15 +130,15 @@ class Worker:
             memory.record("trainer built")
         self._engine: Engine | None = None
         if side.generates and config.generates(task):
-            if config.train.offload_train:
-                self.roles.move_out()  # the engine sizes its KV cache by what is free while it is built
+            if self._roles is not None and config.train.offload_train:
+                self._roles.move_out()  # the engine sizes its KV cache by what is free while it is built
             with watch("engine"):
-                self._engine = make_engine(config)
+                self._engine = make_engine(config, self.group)
             memory.built(self._engine.memory)
             memory.record("engine built")
         if self._roles is not None and task == "train" and config.saves and torch.cuda.is_available():
             self._roles.reserve()  # not before: while graphs are captured no other thread may pin memory
-        refits = config.generates(task)
+        refits = side.group == POLICY and config.generates(task)
         self.turns = DeviceTurns(config, self._engine, self._roles, watch, memory, side.everyone, refits)
 
     @property
@@ -138,17 +153,17 @@ class Worker:
         if self._engine is None:
             return None
         engine, place = divmod(dist.get_rank(), self._engine.size)
-        return EngineRank(engine, leader=place == 0)
+        return EngineRank(engine, leader=place == 0, cache_tokens=self._engine.cache_tokens)
 
     def describe(self) -> None:
         """Append the values of the backends to the run's config.toml, from the first rank that has each."""
         file = newest_config(self._config.run_dir)
         if self._rank == 0 and self._roles is not None:
             append_values(file, "megatron", "Megatron-core", self._roles.actor.backend_values)
-        generating = self._config.rollout.rollout_num_gpus
         args = getattr(self._engine, "server_args", None)  # another engine has none
-        if args is not None and self._rank == (dist.get_world_size() - generating if generating else 0):
-            append_values(file, "sglang", "SGLang", [args])
+        if args is not None and (self._rank if self._in_cell else dist.get_rank()) == 0:
+            judges = self.group == JUDGE
+            append_values(file, "reward.judge_sglang" if judges else "sglang", "SGLang", [args])
 
     @property
     def roles(self) -> Roles:
@@ -186,7 +201,7 @@ class Worker:
 
     @execute.register
     def _replace(self, command: commands.ReplaceEngines) -> results.Ok:
-        self.turns.replace_engine(partial(make_engine, self._config))
+        self.turns.replace_engine(partial(make_engine, self._config, self.group))
         self.memory.record("engine replaced")
         return results.Ok()
 

@@ -28,7 +28,11 @@ def rollouts(draw: st.DrawFn) -> RolloutBatch:
             array[rng.random(len(array)) < 0.1] -= rng.choice([0.0, 25.0])
         return [arrays[i].astype(np.float32) for i in order]
 
+    turn_rewards = None  # of turns that end at any token, trained or not
+    if draw(st.booleans()):
+        turn_rewards = [rng.normal(size=lengths[i]) * (rng.random(lengths[i]) < 0.4) for i in order]
     return RolloutBatch(
+        turn_rewards=turn_rewards,
         rewards=rewards[rollout_ids[order]] if n else np.zeros(0),
         group_ids=np.asarray(group_ids, np.int64)[order],
         rollout_ids=rollout_ids[order],

@@ -70,6 +70,11 @@ def token_level(name: str, a: AlgorithmConfig, batch: RolloutBatch, i: int) -> t
     reward = [-kl(a, batch, i, t) for t in places]
     if places:
         reward[-1] += float(batch.rewards[i])
+    for end, of_turn in enumerate([] if batch.turn_rewards is None else batch.turn_rewards[i]):
+        if places:
+            reward[-1] -= float(of_turn)  # the turns' are parts of the whole reward
+        if before := [k for k, t in enumerate(places) if t <= end]:
+            reward[before[-1]] += float(of_turn)
     delta = [reward[k] + a.gamma * value[k + 1] - value[k] for k in range(len(places))]
     advantages = [0.0] * len(batch.masks[i])
     returns = [0.0] * len(batch.masks[i])
@@ -173,6 +178,24 @@ def test_gae_by_hand() -> None:
     assert estimate.returns[0].tolist() == [1.75, 0, 0, 4]
 
 
+def test_turn_rewards_by_hand() -> None:
+    """Two turns of two tokens around a tool's one: rewards 1 and 3, of 6 in all; V = 1, 2, 3, 4, gamma 1/2, lambda 1.
+
+    G_t = r_t + 1/2 G_{t+1} over the trained tokens: 3 + 2 = 5, 2.5, 1 + 1.25 = 2.25, 1.125; and A = G - V.
+    """
+    batch = RolloutBatch(
+        np.asarray([6.0]),
+        np.zeros(1, int),
+        [np.asarray([1.0, 1, 0, 1, 1])],
+        values=[np.asarray([1.0, 2, 9, 3, 4])],
+        turn_rewards=[np.asarray([0.0, 1, 0, 0, 3])],
+    )
+    estimate = compute_advantages(batch, AlgorithmConfig(advantage_estimator="ppo", gamma=0.5, lambd=1.0))
+    assert estimate.returns is not None
+    assert estimate.returns[0].tolist() == [2.25 / 2, 2.25, 0, 2.5, 5]
+    assert estimate.advantages[0].tolist() == [0.125, 0.25, 0, -0.5, 1]
+
+
 def test_reinforce_plus_plus_by_hand() -> None:
     """Reward 4 on the last token, KL 1 at each of three, coefficient 1, gamma 1/2: 3, 1/2 x 3 - 1, 1/2 x 1/2 - 1."""
     zero = [np.zeros(3)]
@@ -250,6 +273,11 @@ def test_nothing_left_to_train_on() -> None:
             r"old_log_probs of samples \[1\] have other shapes",
         ),
         ({"values": [np.zeros(2), np.zeros(2), np.asarray([0, math.nan])]}, r"values of samples \[2\] are not finite"),
+        ({"turn_rewards": [np.zeros(2), np.zeros(1), np.zeros(2)]}, r"turn_rewards of samples \[1\] have other shapes"),
+        (
+            {"masks": [np.zeros(2)] * 3, "turn_rewards": [*np.zeros((2, 2)), np.asarray([0, math.inf])]},
+            r"turn_rewards of samples \[2\] are not finite",
+        ),
     ],
 )
 def test_bad_batches_name_their_samples(change: dict[str, object], message: str) -> None:

@@ -153,6 +153,21 @@ def test_turns_through_the_command_line(tmp_path: Path) -> None:
     assert 0.5 * most < row["sampled tokens/s per GPU in a rollout"] < 1.001 * most
 
 
+@pytest.mark.slow
+def test_sessions_that_do_not_fit_a_cache(tmp_path: Path) -> None:
+    """Where as many run as fit, the engine still has most of their histories."""
+    out = tmp_path / "result.json"
+    sizes = ["--prompts=8", "--samples=4", "--turns=5", "--prompt-tokens=32", "--new-tokens=8", "--given=8"]
+    command = [sys.executable, "-m", "miles_spmd", "bench", "turns", *sizes, "--repeats=1", "--warm-up=1"]
+    model = ["--model", str(tiny_with_tokenizer(tmp_path / "model")), "model.dtype=float32", "--out", str(out)]
+    command += ["--cache-tokens=500", "--nproc-per-node=1", *model]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    at_once, as_fit = json.loads(out.read_text())["rows"]
+    assert at_once["sessions at a time"] == 32 > as_fit["sessions at a time"]
+    assert as_fit["prefix hits"] > 2 * at_once["prefix hits"]
+
+
 def tiny_with_tokenizer(folder: Path) -> Path:
     """A small model of random weights with the tokenizer of a ``random:`` one."""
     random_checkpoint("random:qwen3-0.6b", folder.parent).rename(folder)

@@ -19,6 +19,8 @@ from tests.ranks import Ranks
 
 TE = "megatron.transformer_impl=transformer_engine"
 EXACT = "parity=bitwise"
+JUDGED = "rm_type=judge judge_prompt={response} judge_hf_checkpoint=gone"
+JUDGE = f"{JUDGED} judge_num_gpus=1"
 OTHER_ENGINE = "tests.reference_engine:TorchEngine"
 
 
@@ -106,7 +108,33 @@ OTHER_ENGINE = "tests.reference_engine:TorchEngine"
             "rm_type=judge judge_url=http://x/v1 judge_prompt={response}",
             "reward.judge_model: is required by the reward",
         ),
+        ("rm_type=judge judge_prompt={response}", "reward.judge_url: is required by the reward 'judge', or judge_hf"),
         ("judge_prompt=Score", "reward.judge_prompt: has no {response}"),
+        (JUDGED, "reward.judge_num_gpus: must be at least 1: the judge of judge_hf_checkpoint has ranks of its own"),
+        ("judge_num_gpus=1", "reward.judge_hf_checkpoint: is required by judge_num_gpus"),
+        (f"{JUDGE} judge_url=http://x/v1", "reward.judge_url: is another judge than that of judge_hf_checkpoint"),
+        (f"{JUDGED} judge_num_gpus=2", "reward.judge_num_gpus: 2 of 2 ranks leave none to train"),
+        (f"{JUDGE} rollout_num_gpus=1", "reward.judge_num_gpus: 1 and rollout_num_gpus = 1 of 2 ranks leave none to"),
+        (f"{JUDGE} rollout_num_gpus=3", "rollout.rollout_num_gpus: 3 of 2 ranks leave none to train"),
+        (f"{JUDGE} megatron.tensor_model_parallel_size=2", "do not divide the 1 that train"),
+        (f"{JUDGE} sglang.tp_size=2", "engines of 2 ranks do not divide the 1 that generate"),
+        (f"{JUDGE} cells=2 reduction_leaves=4", "reward.judge_num_gpus: must be 0 with resilience.cells > 1"),
+        (f"{JUDGE} mode=dpo", "reward.judge_num_gpus: must be 0, because this run of mode 'dpo' generates nothing"),
+        (f"{JUDGE} judge_sglang={{tp_size=2}}", "engines of tp_size = 2 ranks do not divide the judge_num_gpus = 1"),
+        (f"{JUDGE} judge_sglang={{tp_sise=2}}", "reward.judge_sglang: tp_sise: unknown key; did you mean tp_size?"),
+        (f"{JUDGE} judge_sglang={{pp_size=2}}", "reward.judge_sglang: pp_size: cannot be set here: an engine is one"),
+        (f"{JUDGE} judge_sglang={{tp_size=0}}", "reward.judge_sglang: tp_size: must be at least 1"),
+        (f"{JUDGE} judge_sglang={{tp_size='2'}}", "reward.judge_sglang: tp_size: expected int, got str '2'"),
+        (
+            f"{JUDGE} judge_arguments={{n=2}}",
+            "reward.judge_arguments: n: engines of this run do not have it",
+        ),
+        (f"{JUDGE} judge_arguments={{max_tokens=0}}", "reward.judge_arguments: max_tokens: Input should be greater"),
+        (
+            f"{JUDGE} judge_arguments={{top_k=0}}",
+            "reward.judge_arguments: top_k: must be -1 (the whole vocab",
+        ),
+        (f"{JUDGE} judge_arguments={{temperature=1e-9}}", "reward.judge_arguments: temperature: must be 0 or at least"),
         ("remote_url=x/score", "reward.remote_url: must be a URL that begins with http:// or https://"),
         ("remote_url=http://me:word@x/score", "reward.remote_url: must be a URL"),
         (
@@ -138,6 +166,35 @@ def test_a_conflict_is_named(recipe: Path, overrides: str, message: str) -> None
     found = errors(recipe, *overrides.split(), world_size=2)
     assert any(message in error for error in found), found
     load_config(recipe, world_size=2)
+
+
+def test_every_error_of_a_judge_is_named_at_once(recipe: Path) -> None:  # noqa: F811
+    wrong = ["judge_url=http://x/v1", "judge_sglang={tp_size=2}", "judge_arguments={n=2}"]
+    found = errors(recipe, *JUDGE.split(), *wrong, world_size=2)
+    assert [message.split(":")[0] for message in found] == [
+        "reward.judge_url",
+        "reward.judge_sglang",
+        "reward.judge_arguments",
+        "reward.judge_hf_checkpoint",
+    ]
+
+
+def test_a_judge_that_nobody_asks_is_a_warning(recipe: Path) -> None:  # noqa: F811
+    def warnings(*overrides: str) -> str:
+        judge = f"judge_hf_checkpoint={recipe.parent / 'checkpoint'}"
+        config = load_config(recipe, [judge, "judge_num_gpus=1", *overrides], world_size=2)
+        return "\n".join(checks.warnings(config))
+
+    assert "reward.judge_num_gpus: these ranks stay idle, because no reward is 'judge'" in warnings()
+    assert "these ranks stay idle, because this run generates nothing" in warnings("mode=sft")
+    assert not warnings("rm_type=judge", "judge_prompt={response}")
+
+
+def test_the_heads_of_a_judge_are_divided(recipe: Path) -> None:  # noqa: F811
+    folder = f"judge_hf_checkpoint={recipe.parent / 'checkpoint'}"
+    found = errors(recipe, *JUDGE.split(), folder, "judge_num_gpus=3", "judge_sglang={tp_size=3}", world_size=4)
+    assert "reward.judge_sglang: tp_size: 3 does not divide the model's 4 attention heads" in found
+    assert len(found) == 2
 
 
 def test_parity_names_every_reason_at_once(recipe: Path) -> None:  # noqa: F811

@@ -150,10 +150,10 @@ def test_required_settings_and_unreadable_files(tmp_path: Path) -> None:
 def test_missing_files_are_named(recipe: Path, tmp_path: Path) -> None:
     found = errors(recipe, "hf_checkpoint=gone", "prompt_data=absent.jsonl@[0:3]", "ref_load=" + str(tmp_path))
     assert found == [
-        "data.prompt_data: no file absent.jsonl",
         "model.hf_checkpoint: no folder gone",
         f"model.ref_load: {tmp_path} has no readable config.json",
         f"model.ref_load: {tmp_path} has no safetensors files",
+        "data.prompt_data: no file absent.jsonl",
     ]
     (found,) = errors(recipe, f"prompt_data={tmp_path}")
     assert found == f"data.prompt_data: {tmp_path} is a folder; name the file in it"

@@ -171,6 +171,8 @@ def test_a_file_that_is_no_text(recipe: Path) -> None:  # noqa: F811
         ("export_final=false export_dir=x", ["checkpoint.export_dir"]),
         ("keep_every=10", ["checkpoint.keep_every"]),
         ("wandb_project=x", ["telemetry.wandb_project"]),
+        ("environment_cache_share=2", ["environment.environment_cache_share"]),
+        ("environment.environment=a:b environment_cache_share=2", []),
     ],
 )
 def test_settings_without_effect_are_named(recipe: Path, overrides: str, named: list[str]) -> None:  # noqa: F811

@@ -11,6 +11,7 @@ from miles_spmd.config import Config
 from miles_spmd.controller.learning.batch import optimizer_steps, to_sequences
 from miles_spmd.types.sample import Prompt, Sample
 from miles_spmd.types.train_sequence import TrainSequence
+from miles_spmd.types.trajectory import Segment, Trajectory
 from tests.samples import sample_of
 
 
@@ -42,6 +43,55 @@ def test_siblings_are_one_rollout() -> None:
         for name in ("advantages", "loss_weights"):
             assert getattr(ours, name)[-1] == pytest.approx(getattr(theirs, name)[-1])
     assert sum(s.loss_weights.sum() for s in parted) == pytest.approx(1.0)
+
+
+def conversation(rewards: list[float | None], lengths: list[int], reward: float, start: int = 2) -> Sample:
+    """Turns of so many tokens each, with three tokens of others between them."""
+    segments: list[Segment] = []
+    for of_turn, length in zip(rewards, lengths, strict=True):
+        segments += [Segment([5] * 3, sampled=False)] if segments else []
+        segments.append(Segment([6] * length, log_probs=[-1.0] * length, reward=of_turn))
+    return Sample(Prompt("a", "a", [1] * start), 0, Trajectory([1] * start, segments), reward)
+
+
+@pytest.mark.parametrize("name", ["ppo", "reinforce_plus_plus"])
+def test_rewards_of_turns_come_at_their_ends(name: str) -> None:
+    """Against the definitions of return and of generalised advantage in float64, as double loops over transitions."""
+    generator, gamma, lambd = np.random.default_rng(0), 0.97, 0.9 if name == "ppo" else 1.0
+    for _ in range(20):
+        lengths = generator.integers(1, 5, size=generator.integers(1, 6)).tolist()
+        given = [None if generator.random() < 0.3 else float(generator.normal()) for _ in lengths]
+        one = conversation(given, lengths, float(generator.normal()))
+        (sequence,) = to_sequences([one])
+        trained = np.flatnonzero(sequence.loss_weights).tolist()
+        values = generator.normal(size=len(sequence.tokens)) if name == "ppo" else np.zeros(len(sequence.tokens))
+        run = config(advantage_estimator=name, gamma=gamma, lambd=0.9, kl_coef=0.0, normalize_advantages=False)
+        steps, _ = optimizer_steps([one], [sequence], {"values": [values]} if name == "ppo" else {}, run)
+
+        received = dict.fromkeys(trained, 0.0)
+        for end, of_turn in zip(np.cumsum(lengths), given):
+            received[trained[end - 1]] += of_turn or 0.0
+        received[trained[-1]] += (one.reward or 0.0) - sum(of_turn or 0.0 for of_turn in given)
+        delta = [
+            received[t] + (gamma * values[after] if after is not None else 0.0) - values[t]
+            for t, after in zip(trained, [*trained[1:], None])
+        ]
+        expected = [
+            sum((gamma * lambd) ** (j - k) * delta[j] for j in range(k, len(trained))) for k in range(len(trained))
+        ]
+        assert steps[0][0].advantages[trained] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_groups_compare_whole_rewards() -> None:
+    """What turns have received of them makes no difference."""
+    advantages = []
+    for first in (None, 0.25):
+        samples = [conversation([first, None], [2, 2], reward) for reward in (1.0, 0.0)]
+        samples[1].index = 1
+        (step,), _ = steps_of(samples, config())
+        advantages.append([s.advantages.tolist() for s in step])
+    assert advantages[0] == advantages[1]
+    assert advantages[0][0][2] > 0
 
 
 def test_siblings_stay_in_one_step() -> None:

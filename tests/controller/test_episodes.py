@@ -36,7 +36,8 @@ class Tokenizer:
 
 
 async def tangle(context: Context, prompt: Prompt) -> Any:
-    """A conversation with given tokens, branches, a sub-agent and a turn that is not trained, at random."""
+    """A conversation with given tokens, branches, a sub-agent, turns with a reward and one that is not trained, at
+    random."""
     generator = random.Random(f"{prompt.uid}.{context.index}")
     trajectories = [context.begin(prompt.tokens)]
     for _ in range(generator.randrange(1, 9)):
@@ -50,6 +51,8 @@ async def tangle(context: Context, prompt: Prompt) -> Any:
                 trajectories.append(context.begin([1, generator.randrange(9)]))
             case _:
                 await context.complete(current, max_new_tokens=generator.choice([None, 4]), stop=["x"])
+                if current.turns and generator.random() < 0.5:
+                    current.reward_turn(generator.randrange(-4, 5) / 4)
     await context.complete(trajectories[0])
     last = trajectories[0].segments
     if last and last[-1].sampled and generator.random() < 0.3:
@@ -191,10 +194,11 @@ def test_versions_of_what_was_continued() -> None:
     assert joined_versions([(1, 3), (2, 1)], [(2, 6)]) == [(1, 3), (2, 3)]
     assert joined_versions([], [(2, 6)]) == [(2, 6)]
     assert joined_versions([(1, 4)], [(2, 4)]) == [(1, 4)]
-    segment = Segment([1, 2, 3], log_probs=[-1.0, -2.0, -3.0], weight_versions=[(1, 2), (2, 1)])
+    segment = Segment([1, 2, 3], log_probs=[-1.0, -2.0, -3.0], weight_versions=[(1, 2), (2, 1)], reward=0.5)
     old, new = by_version(segment, 2)
     assert (old.tokens, old.log_probs, old.trained) == ([1, 2], [-1.0, -2.0], False)
     assert (new.tokens, new.log_probs, new.trained, new.weight_versions) == ([3], [-3.0], True, [(2, 1)])
+    assert (old.reward, new.reward) == (None, 0.5)
 
 
 def test_the_ledger_keeps_trajectories_whole() -> None:
@@ -207,6 +211,76 @@ def test_the_ledger_keeps_trajectories_whole() -> None:
             (s.tokens, s.sampled, s.trained, s.weight_versions) for s in sample.trajectory.segments if s.tokens
         ] == [(s.tokens, s.sampled, s.trained, s.weight_versions) for s in own.trajectory.segments if s.tokens]
         assert sample.rollout_log_probs == pytest.approx(own.rollout_log_probs)
+        assert (sample.reward, sample.trajectory.turn_rewards) == (own.reward, own.trajectory.turn_rewards)
+
+
+def test_the_reward_of_an_episode_is_the_sum_of_its_turns() -> None:
+    done, _, _ = play(tangle, PROMPTS)
+    found = 0
+    for one in done:
+        of_turns = dict[tuple[tuple[int, ...], ...], float]()  # by the tokens up to the turn's end
+        for sample in one.samples or ():
+            before = (tuple(sample.trajectory.start),)
+            for segment in sample.trajectory.segments:
+                before = (*before, tuple(segment.tokens))
+                if segment.reward is not None:
+                    assert segment.sampled
+                    of_turns[before] = segment.reward
+        expected = sum(of_turns.values()) if of_turns else None
+        assert [sample.reward for sample in one.samples or ()] == [expected] * len(one.samples or ())
+        found += len(of_turns)
+    assert found > len(PROMPTS)
+
+
+def rewarding(*rewards: Any, whole: Any = None, after_fork: Any = None) -> Any:
+    async def environment(context: Context, prompt: Prompt) -> Any:
+        trajectory = context.begin(prompt.tokens)
+        trajectory.reward = whole
+        for reward in rewards:
+            await context.complete(trajectory, max_new_tokens=3)
+            if reward is not None:
+                trajectory.reward_turn(reward)
+        if after_fork is None:
+            return trajectory
+        sibling = context.fork(trajectory)
+        sibling.reward_turn(after_fork)
+        return [trajectory, sibling]
+
+    return environment
+
+
+def test_rewards_of_turns() -> None:
+    done, _, _ = play(rewarding(1, None, -0.25), PROMPTS[:1])
+    assert [(sample.reward, sample.trajectory.turn_rewards) for sample in of(done)] == [(0.75, [1.0, None, -0.25])] * 2
+    done, _, _ = play(rewarding(1, 0, whole=5), PROMPTS[:1])
+    assert [(sample.reward, sample.trajectory.turn_rewards) for sample in of(done)] == [(5.0, [1.0, 0.0])] * 2
+    done, _, _ = play(rewarding(None, None), PROMPTS[:1])
+    assert [(sample.reward, sample.trajectory.turn_rewards) for sample in of(done)] == [(None, [])] * 2
+
+
+@pytest.mark.parametrize(
+    ("environment", "problem"),
+    [
+        (rewarding(1, float("nan")), "gave a turn the reward nan"),
+        (rewarding(1, whole=float("inf")), "gave a trajectory the reward inf"),
+        (rewarding("high"), "returned something else than a trajectory: must be real number, not str"),
+        (rewarding(1, 2, after_fork=3), "gave a turn that siblings have in common two different rewards"),
+    ],
+)
+def test_rewards_that_cannot_be_used(environment: Any, problem: str) -> None:
+    with pytest.raises(EnvironmentFailedError, match=problem):
+        play(environment, PROMPTS[:1], on_environment_failure="stop")
+
+
+def test_rewards_of_turns_survive_an_interruption() -> None:
+    """Those of a reward function, which came after the environment had returned."""
+    done, episodes, _ = play(rewarding(None, None), PROMPTS[:2])
+    for number, sample in enumerate(of(done)):
+        sample.reward = 2.0 + number
+        for turn in range(sample.turns):
+            sample.trajectory.reward_turn(turn + number / 2, turn)
+    again, _, rest = play(rewarding(None, None), PROMPTS[:2], given=episodes.responses(3))
+    assert (again, rest) == (done, [])
 
 
 def test_the_turn_of_a_token() -> None:

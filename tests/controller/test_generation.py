@@ -13,18 +13,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miles_spmd.config import Config, RewardTerm
-from miles_spmd.controller.generation.acceptance import Group
+from miles_spmd.controller.cluster.rollout_session import Cache
+from miles_spmd.controller.generation.acceptance import Acceptance, Group
 from miles_spmd.controller.generation.generation import FilterError, Generation
+from miles_spmd.controller.generation.judge import EngineJudge
 from miles_spmd.controller.journal.events import EvaluationFinished, Event, PhaseFinished, RolloutFinished
 from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.environments.context import ModelView
 from miles_spmd.environments.in_place import InPlace
 from miles_spmd.environments.single_turn import single_turn
 from miles_spmd.plugins.reward import RewardError, Score
+from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.types.request import Output, Request
 from miles_spmd.types.sample import Prompt, Sample
 from miles_spmd.types.seeds import sample_seed
 from miles_spmd.types.trajectory import FinishReason
+from tests.samples import sample_of
 
 SAMPLES = 2
 MAX_WAVES = 9
@@ -46,6 +50,9 @@ class Engines:
         self.rollouts.append((step, purpose))
         yield self
         self.running.clear()
+
+    def cache_of(self, group: int) -> Cache:
+        return Cache(0, None)
 
     def submit(self, requests: Sequence[Request]) -> None:
         self.running_at_submit.append([request.rid for request in self.running])
@@ -146,14 +153,20 @@ CONFIG = {
 
 
 def generation(
-    engines: Engines, rewards: Rewards, data: Data, events: Events, batch_size: int, **algorithm: Any
+    engines: Engines,
+    rewards: Rewards,
+    data: Data,
+    events: Events,
+    batch_size: int,
+    judge: EngineJudge | None = None,
+    **algorithm: Any,
 ) -> Generation:
     stopping = Stopping(Path("none"), {})
     stopping.show = events.shown.append
     host = InPlace(single_turn, ModelView(cast(Any, Tokenizer()), 100, 512, "2026-01-01"))
     parts: tuple[Any, ...] = engines, rewards, data, events, stopping, host
     own = CONFIG[batch_size].algorithm.model_copy(update=algorithm)
-    return Generation(CONFIG[batch_size].model_copy(update={"algorithm": own}), *parts)
+    return Generation(CONFIG[batch_size].model_copy(update={"algorithm": own}), *parts, judge)
 
 
 def waves_in_turn(good: Sequence[bool], batch_size: int, wave_size: int) -> tuple[list[str], int, int]:
@@ -208,6 +221,44 @@ def straggler_last(running: list[Request]) -> Request:
     return next((request for request in running if not request.rid.startswith("0.")), running[0])
 
 
+class Judge(Rewards):
+    """Scores when it is called, while it is open."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda group: 1.0, waits=lambda group: True)
+        self.judged: list[str] = []
+        self.is_open = False
+
+    @contextmanager
+    def opened(self, step: int, purpose: str) -> Iterator[None]:
+        self.is_open = True
+        yield
+        self.is_open = False
+
+    @property
+    def has_news(self) -> bool:
+        return bool(self.waiting)
+
+    def take(self) -> None:
+        assert self.is_open
+        while self.waiting:
+            self.judged.append(self.waiting[0][0][0].prompt.uid)
+            self.finish(0)
+
+
+def test_responses_are_judged_while_others_are_generated() -> None:
+    judge, seen = Judge(), list[list[str]]()
+
+    def choose(running: list[Request]) -> Request:
+        seen.append([*judge.judged])
+        return straggler_last(running)
+
+    groups = generation(Engines(choose), judge, Data(4), Events(), 4, judge=cast(Any, judge)).rollout(0)
+    assert [group[0].prompt.uid for group in groups] == ["0", "1", "2", "3"]
+    assert seen[-1] == ["1", "2", "3"]
+    assert not judge.is_open
+
+
 def test_more_prompts_are_submitted_while_a_straggler_runs() -> None:
     """Group 1 of four is dropped: then a second wave is certain to be needed, although group 0 is still generating."""
     engines, rewards = Engines(straggler_last), Rewards(lambda g: float(g[0].prompt.uid != "1"))
@@ -251,6 +302,29 @@ def test_too_few_groups_can_end_the_run() -> None:
     first, rewards = Engines(lambda running: running[0]), Rewards(lambda g: 0.0)
     with pytest.raises(FilterError, match="0 of 18 groups were kept"):
         generation(first, rewards, Data(2), Events(), 2, too_few_groups="stop").rollout(7)
+
+
+def test_a_reward_of_the_environment_stays_beside_those_of_functions() -> None:
+    """The functions score the samples of a group that have none."""
+    asked: list[Group] = []
+
+    def value(group: Group) -> float:
+        asked.append(group)
+        return 0.25
+
+    for rewards in ([1.0, None], [None, 1.0], [1.0, 2.0], [None, None]):
+        asked.clear()
+        acceptance = Acceptance(cast(RewardPool, Rewards(value)), 1)
+        acceptance.add([Prompt("a", "", [1])], 2)
+        group = [sample_of(Prompt("a", "", [1]), index, [7], reward=reward) for index, reward in enumerate(rewards)]
+        sibling = sample_of(Prompt("a", "", [1]), 0, [8])
+        acceptance.finish(0, 0, [group[0], sibling])
+        acceptance.finish(0, 1, [group[1]])
+        acceptance.resolve()
+        expected = [0.25 if reward is None else reward for reward in rewards]
+        assert [sample.reward for sample in (*group, sibling)] == [*expected, expected[0]]
+        unscored = [sample for sample, reward in zip(group, rewards) if reward is None]
+        assert asked == ([unscored] if unscored else [])
 
 
 def test_an_error_of_a_reward_counts_in_its_turn() -> None:

@@ -286,3 +286,30 @@ def test_a_model_of_the_hub_is_downloaded(check: Check, model: Path, monkeypatch
     assert found.startswith(
         "model.hf_checkpoint: no folder Other/Model, and it cannot be downloaded: no route to host;"
     )
+
+
+# --- a judge ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_judge_is_examined_as_the_model_is(check: Check, model: Path, tmp_path: Path) -> None:
+    given = ["rm_type=judge", "judge_prompt={response}", "judge_num_gpus=1", "judge_arguments={max_tokens=8}"]
+    assert check(*given, f"judge_hf_checkpoint={model}") == []
+    setting = "reward.judge_hf_checkpoint"
+    assert f"{setting}: no folder gone" in check(*given, "judge_hf_checkpoint=gone")
+    folder = tmp_path / "other"
+    shutil.copytree(model, folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    (found,) = check(*given, f"judge_hf_checkpoint={folder}")
+    assert found == f"{setting}: {folder} has no chat template, by which the judge is asked: add chat_template.jinja"
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no users here') }}")
+    (found,) = check(*given, f"judge_hf_checkpoint={folder}")
+    assert found == f"{setting}: the chat template rejects this conversation: no users here"
+    (folder / "tokenizer.json").unlink()
+    (found,) = check(*given, f"judge_hf_checkpoint={folder}")
+    assert found.startswith(f"{setting}: {folder}/tokenizer.json does not exist")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    assert f"{setting}: {folder}: tensor model.norm.weight is missing" in check(*given, f"judge_hf_checkpoint={folder}")
+    (found,) = check(*given[:-1], f"judge_hf_checkpoint={model}")
+    assert found.startswith("reward.judge_arguments: max_tokens = 1024 leaves no room for a question in the judge's")

@@ -5,10 +5,11 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from miles_spmd.controller.journal.metrics import mismatch_metrics, pass_at_k, reward_metrics
+from miles_spmd.controller.journal.metrics import environment_metrics, mismatch_metrics, pass_at_k, reward_metrics
 from miles_spmd.telemetry.metrics import describe, is_score
-from miles_spmd.types.sample import Prompt
+from miles_spmd.types.sample import Prompt, Sample
 from miles_spmd.types.train_sequence import TrainSequence
+from miles_spmd.types.trajectory import Segment, Trajectory
 from tests.samples import sample_of
 
 
@@ -41,3 +42,21 @@ def test_numbers_of_rewards_have_mean_and_standard_deviation() -> None:
     for name in reward_metrics("eval/a-b-", groups):
         assert describe(name).meaning.endswith("which a reward function returned on a-b")
         assert not is_score(name)
+
+
+def test_rewards_of_turns_have_a_mean_for_each_turn() -> None:
+    groups = []
+    for rewards in ([1.0, None], [0.0, -1.0], []):
+        segments = [Segment([5], reward=reward) for reward in rewards or (None,)]
+        groups.append([Sample(Prompt("a:1", "", []), 0, Trajectory([1], segments), 0.0)])
+    metrics = environment_metrics("eval/a-b-", groups)
+    assert metrics == {
+        "eval/a-b-turns": pytest.approx(5 / 3),
+        "eval/a-b-turn_reward/0": 0.5,
+        "eval/a-b-turn_reward/1": -1.0,
+    }
+    assert (
+        describe("eval/a-b-turn_reward/1").meaning
+        == "Mean reward of turn 1 of the trajectories that have one for it on a-b"
+    )
+    assert not any(map(is_score, metrics))

@@ -10,6 +10,7 @@ from miles_spmd.controller.cluster.listener import SEPARATOR
 from miles_spmd.protocol.commands import AbortRequests, EndGenerate, Generate, RefitEngine, ReplaceEngines, Submit
 from miles_spmd.protocol.messages import Call, Completions, Failure
 from miles_spmd.protocol.results import Ok, RefitResult, Result
+from miles_spmd.types.engine_group import POLICY
 from miles_spmd.types.request import Output, Request, SamplingParams
 from miles_spmd.types.trajectory import FinishReason
 from tests.controller.harness import Make
@@ -199,7 +200,7 @@ def test_engines_are_replaced_after_one_has_failed(cluster: Make) -> None:
     c = cluster(2)
     workers = c.add_all(FailingEngine("2"))
     said: list[str] = []
-    workers.replacements, workers.show = 1, said.append
+    workers.engines[POLICY].replacements, workers.show = 1, said.append
     workers.call(RefitEngine(7), step=7)
     with workers.rollout(step=7) as session:
         session.submit([request(n) for n in range(2)])
@@ -218,7 +219,7 @@ def test_engines_are_replaced_after_one_has_failed(cluster: Make) -> None:
 def test_engines_are_replaced_so_often_and_no_more(cluster: Make) -> None:
     c = cluster(1)
     workers = c.add_all(FailingEngine("0", slow=("0",), times=3))
-    workers.replacements, workers.show = 2, lambda text: None
+    workers.engines[POLICY].replacements, workers.show = 2, lambda text: None
     session = workers.rollout(step=0).__enter__()  # which is not left: its engine does not reply any more
     session.submit([request(0)])
     with pytest.raises(EngineFailedError, match="the engine is broken"):
@@ -228,10 +229,10 @@ def test_engines_are_replaced_so_often_and_no_more(cluster: Make) -> None:
 
 def test_a_rank_that_fails_alone_ends_the_run(cluster: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other ranks of its engine wait for it in a collective."""
-    monkeypatch.setattr("miles_spmd.controller.cluster.cluster.ALIKE_SECONDS", 0.5)
+    monkeypatch.setattr("miles_spmd.controller.cluster.engines.ALIKE_SECONDS", 0.5)
     c = cluster(2)
     workers = c.add_all(FailingEngine("0", slow=("0",)), engine_size=2)
-    workers.replacements = 3
+    workers.engines[POLICY].replacements = 3
     session = workers.rollout(step=0).__enter__()  # which is not left: its engine does not reply any more
     session.submit([request(0)])
     with pytest.raises(EngineFailedError, match="rank 0"):

@@ -29,6 +29,7 @@ from miles_spmd.telemetry.trackers import read_metrics
 from miles_spmd.types.variables import VariableError, job_end
 from tests.ledger.runs import ended, train
 from tests.ranks import Ranks
+from tests.worker.test_judge import LONGEST_REPLY, REWARD, write_judge
 from tests.worker.tiny_run import write_checkpoint, write_config
 
 STEPS = 4
@@ -228,8 +229,8 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Stopping]:
         begin, next_output = Cluster.begin, RolloutSession.next
         count = 0
 
-        def begin_and_ask(self: Cluster, command: Command, *, step: int, cell: int | None = None) -> PendingCall:
-            call: PendingCall = begin(self, command, step=step, cell=cell)
+        def begin_and_ask(self: Cluster, command: Command, *, step: int, **more: Any) -> PendingCall:
+            call: PendingCall = begin(self, command, step=step, **more)
             first = command[0] if isinstance(command, list) else command
             if isinstance(first, kind) and step == one.step and not outputs:
                 one.now()
@@ -289,6 +290,27 @@ def test_a_rollout_is_continued_where_it_was_left(
     assert sum(len(begun.output_ids) for begun in continued) > 0
     assert equal(config.run_dir, undisturbed)
     verify(config.run_dir)
+
+
+def test_a_judge_goes_on_where_it_was_left(
+    ranks: Ranks,
+    recipe: Callable[..., Config],
+    interrupt: Interrupt,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """What had no score yet is judged again, and gets the score that it would have got."""
+    settings = {name: str(value) for name, value in REWARD.items()}
+    settings |= {"judge_hf_checkpoint": str(write_judge(tmp_path / "judge")), "judge_prompt": "{response} {label}"}
+    settings["judge_arguments"] = f"{{ max_tokens = {LONGEST_REPLY} }}"
+    judged = [f"reward.{name}={value}" for name, value in settings.items()]
+    whole = train(ranks, recipe("judged", *judged), size=2)
+    config = recipe("judged_again", *judged)
+    said = ended(ranks, config, size=2, stopping=interrupt(config, Generate, 1, outputs=16))
+    assert said.startswith("stopped by SIGUSR1 in step 1: "), said
+    monkeypatch.undo()
+    train(ranks, recipe("judged_again", *judged, "checkpoint.resume=true"), size=2)
+    assert equal(config.run_dir, whole)
 
 
 def spy_on_requests(monkeypatch: pytest.MonkeyPatch) -> list:

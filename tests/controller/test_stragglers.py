@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from miles_spmd.controller.journal.stragglers import PERSISTS, StragglerWatch
 from miles_spmd.protocol.messages import EngineRank, OwnWork, RankInfo, TrainerRank
 from miles_spmd.telemetry.stragglers import read_stragglers
+from miles_spmd.types.engine_group import JUDGE, POLICY
 from miles_spmd.types.phase import Phase
 
 
@@ -57,6 +59,17 @@ def test_a_rank_that_stays_slow_is_named_once(tmp_path: Path, ranks: int) -> Non
     assert [row.ranks for row in stragglers.rows if row.slow] == [[last]]
     assert stragglers.rows[0].ranks == [last]
     assert (stragglers.rows[0].median, stragglers.rows[0].longest) == (1.5, 1.5)
+
+
+def test_a_judge_is_no_peer_of_the_policy(tmp_path: Path) -> None:
+    watched = Watched(tmp_path, 4)
+    watched.infos = [msgspec.structs.replace(info, group=JUDGE if info.rank > 1 else POLICY) for info in watched.infos]
+    for _ in range(2 * PERSISTS):
+        assert watched.add([1.0, 1.0, 9.0, 9.0], phase=Phase.ROLLOUT) == 1.0
+    assert not watched.warnings
+    for _ in range(PERSISTS):
+        assert watched.add([1.0, 1.0, 9.0, 18.0], phase=Phase.ROLLOUT) == 2.0
+    assert watched.warnings[0].startswith("rank 3 (node-0, GPU 3): 2.00 x as slow as its peers in rollout")
 
 
 def test_a_rank_that_is_slow_now_and_then_is_not(tmp_path: Path) -> None:

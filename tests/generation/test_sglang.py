@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import psutil
 import pytest
@@ -125,6 +126,28 @@ def test_small_caches(ranks: Ranks, folders: list[Path], server_args: dict[str, 
     counts = ranks.run(server_args.get("tp_size", 1), crowded, folders, server_args)
     assert (counts[0] > 0) == retracts
     assert len(set(counts)) == 1
+
+
+def in_order(folders: list[Path]) -> None:
+    """One request runs at a time; those that wait begin by their order, and by their arrival where it is equal."""
+    with engine_of("sglang", folders[0], max_running_requests=1, max_total_tokens=500) as engine:
+        assert engine.cache_tokens == 500
+        engine.submit([request("first", prompt(9, 8), max_new_tokens=4)])
+        engine.step()
+        orders = {"a": 3, "b": 1, "c": 3, "d": 0, "e": 1}
+        engine.submit(
+            [
+                msgspec.structs.replace(request(rid, prompt(i, 8), max_new_tokens=2), order=order)
+                for i, (rid, order) in enumerate(orders.items())
+            ]
+        )
+        assert list(finish(engine)) == ["first", "d", "b", "e", "a", "c"]
+    with engine_of("sglang", folders[0], disable_radix_cache=True) as engine:
+        assert engine.cache_tokens is None
+
+
+def test_requests_wait_in_order(ranks: Ranks, folders: list[Path]) -> None:
+    ranks.run(1, in_order, folders)
 
 
 def starved(folders: list[Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -54,7 +55,7 @@ class SideThread(threading.Thread):
 
 def serve(settings: str, credentials: bytes, lasts: str, has_side: bool) -> None:
     """A rank while the run lasts, which it does as long as a folder exists: a run may end before this rank connects."""
-    from miles_spmd.worker.world import Side
+    from miles_spmd.worker.world import take_side
 
     config = Config.model_validate_json(settings)
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -63,7 +64,8 @@ def serve(settings: str, credentials: bytes, lasts: str, has_side: bool) -> None
     if has_side:
         side.start()
     place = Place(rank, size, rank, size, "127.0.0.1")
-    worker = build(config, "train", place, Side(), Stopwatch(), lambda text: None)
+    duties = take_side(config.rollout.rollout_num_gpus, timedelta(minutes=2), config.reward.judge_num_gpus)
+    worker = build(config, "train", place, duties, Stopwatch(), lambda text: None)
     service = Service(worker, rank, dealer, Unwatched(), Stopwatch())
     dealer.send(Hello(rank_info(worker, place), config_digest(config)))
     dealer.send(Reply(service.run().id, rank, HOST, Ok()))

@@ -28,13 +28,13 @@ from tests.samples import sample_of
 SEED = 3
 
 
-def rollout(step: int, **reward: Any) -> SampleData:
+def rollout(step: int, turn_reward: float | None = None, **reward: Any) -> SampleData:
     prompt = Prompt(f"data.jsonl:{step + 1}", "1 + 1 =", [4, 5, step])
     given = {"reward": 0.5, "reward_detail": {"format": 0.05}} | reward
-    return SampleData.of(
-        [sample_of(prompt, i, [7, i], [-0.5, -1.0], **given) for i in (0, 1)],
-        dropped=0,
-    )
+    samples = [sample_of(prompt, i, [7, i], [-0.5, -1.0], **given) for i in (0, 1)]
+    if turn_reward is not None:
+        samples[0].trajectory.reward_turn(turn_reward)
+    return SampleData.of(samples, dropped=0)
 
 
 class Run:
@@ -193,11 +193,10 @@ def test_a_run_that_is_really_killed(tmp_path: Path, turn: int) -> None:
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
     assert process.stdout is not None
-    for _ in range(5):
-        process.stdout.readline()
+    before = [process.stdout.readline() for _ in range(5)]
     time.sleep(random.Random(turn).random() / 5)
     process.send_signal(signal.SIGKILL)
-    done = int(process.stdout.read().splitlines()[-2])
+    done = int([*before, *process.stdout.read().splitlines()][-2])  # the last line may have been cut
     process.wait()
     record = verify(tmp_path)
     assert set(record.steps) >= set(range(done))
@@ -239,6 +238,8 @@ def test_entries_after_the_sealed_ones_must_hold_too(folder: Path) -> None:
             {"reward": 1.0, "reward_detail": {"a": float("nan"), "b": 0.0}},
             "reward 0.5 | 1.0, detail b 1.0 | 0.0",
         ),
+        ({"turn_reward": 0.25}, {"turn_reward": 0.5}, "reward of turns [0.25] | [0.5]"),
+        ({}, {"turn_reward": 0.0}, "reward of turns [] | [0.0]"),
     ],
 )
 def test_reward_details_are_named(tmp_path: Path, a: Any, b: Any, difference: str) -> None:

@@ -13,7 +13,7 @@ from miles_spmd.config import Config
 from miles_spmd.config.load import load_config
 from miles_spmd.models import load_family
 from miles_spmd.models.random import SHAPES
-from miles_spmd.planning.memory_estimate import MemoryEstimate, estimate_memory
+from miles_spmd.planning.memory_estimate import MemoryEstimate, estimate_judge, estimate_memory
 from miles_spmd.planning.parallel_layout import Groups, ParallelLayout
 from miles_spmd.planning.plan import describe_plan
 from tests.models.tiny import checkpoint
@@ -280,14 +280,15 @@ def test_a_save_takes_host_memory(ranks: int, offloads: bool, nbytes: int) -> No
 
 
 def test_gradients_that_cells_exchange_take_host_memory() -> None:
-    """Their own and one that a lost cell has left, in fp32; torch rounds pinned memory up to a power of two."""
+    """Their own where they compute one that a lost cell has left, in fp32; torch rounds pinned memory up to a power of
+    two."""
     family = load_family(SHAPES["qwen3-4b"])
 
     def host(cells: int) -> int:
         config = make_config(Path("absent"), {}, resilience={"cells": cells}, train={"reduction_leaves": 8})
         return estimate_memory(config, family, ParallelLayout.of(config, world_size=1)).host
 
-    assert host(2) - host(1) == host(8) - host(1) == 2 * 16 * 2**30 >= 2 * 4 * family.num_parameters()
+    assert host(2) - host(1) == host(8) - host(1) == 16 * 2**30 >= 4 * family.num_parameters()
 
 
 def test_a_trainer_that_moves_out_leaves_room() -> None:
@@ -321,6 +322,41 @@ def test_trainers_and_engines_apart() -> None:
         "128 for each of 2 replicas of the trainer",
     ):
         assert line in text, text
+
+
+def test_judges_have_ranks_of_their_own() -> None:
+    reward = {"judge_hf_checkpoint": checkpoint("qwen3"), "judge_num_gpus": 4, "judge_sglang": {"tp_size": 2}}
+    config = make_config(checkpoint("qwen3"), {TP: 2}, rollout={"rollout_num_gpus": 2}, reward=reward)
+    layout = ParallelLayout.of(config, world_size=8)
+    assert layout.groups("tp") == [[0, 1]]
+    assert layout.engine_groups() == [[2], [3]]
+    assert layout.judge_groups() == [[4, 5], [6, 7]]
+    assert layout.sides == {"trainers": range(2), "engines": range(2, 4), "judges": range(4, 8)}
+    text = describe_plan(config, world_size=8, device_gib=6)
+    for line in (
+        "     1       1       0       0       0       -       -",
+        "     3       -       -       -       -       1       -",
+        "     6       -       -       -       -       -       1*",
+        "ranks 4 to 7 judge, and do nothing else",
+        "judges        2 of 2:  [4 5] [6 7]",
+        "2 engines of 2 ranks; of each rank, estimated (GiB):",
+    ):
+        assert line in text, text
+
+
+def test_the_memory_of_a_judge() -> None:
+    judge = load_family(SHAPES["qwen3-4b"])
+    reward = {"judge_hf_checkpoint": "random:qwen3-4b", "judge_num_gpus": 1}
+    config = make_config(checkpoint("qwen3"), {}, reward=reward)
+    estimate = estimate_judge(config)
+    assert estimate.generating == 4 * judge.num_parameters()  # fp32
+    assert estimate.training == 0
+    text = describe_plan(config, world_size=2, device_gib=80)
+    assert f"engine weights                    {estimate.generating / 2**30:>10,.3f}" in text.partition("\nJudge\n")[2]
+    fits = int(((80 - 3) * 2**30) * 0.85 - estimate.generating) // estimate.kv_bytes_per_token
+    assert f"KV cache: {fits:,} tokens;" in text
+    tight = describe_plan(config, world_size=2, device_gib=8)
+    assert "does not fit: no room for a KV cache in the 8 GiB of a device. What helps: in reward.judge_sglang" in tight
 
 
 def test_apart_each_side_has_its_device() -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import typing
 
+import msgspec
 import pytest
 
 from miles_spmd.config import DeadlinesConfig
 from miles_spmd.controller.cluster.rank_table import RankTable
 from miles_spmd.platform import cpu
 from miles_spmd.protocol.commands import COMMANDS, AbortRequests, Command, EndGenerate, Receivers, Stop, Submit
-from miles_spmd.protocol.messages import Reply, decode, encode
+from miles_spmd.protocol.messages import EngineRank, Reply, decode, encode
 from miles_spmd.protocol.results import Result
+from miles_spmd.types.engine_group import JUDGE
 from tests.controller.ranks import EMPTY, info_of
 
 FEED = {Submit, AbortRequests, EndGenerate}  # part of a rollout, handled by miles_spmd.worker.service
@@ -58,3 +60,17 @@ def test_every_kind_of_receiver_has_ranks() -> None:
     assert table.receivers(Receivers.LEADERS) == [0, 2]
     for kind in set(Receivers) - {Receivers.LEADERS}:
         assert table.receivers(kind) == [0, 1, 2, 3]
+
+
+def test_a_command_is_for_one_group_of_engines() -> None:
+    table = RankTable(4)
+    for rank in (0, 1):
+        table.states[rank].info = info_of(rank, 2)
+    for rank in (2, 3):
+        own = EngineRank(0, leader=rank == 2)
+        table.states[rank].info = msgspec.structs.replace(info_of(rank, 4), trainer=None, engine=own, group=JUDGE)
+    of_policy = {Receivers.LEADERS: [0, 1], Receivers.ALL: [0, 1, 2, 3]}
+    of_judge = {Receivers.LEADERS: [2], Receivers.TRAINERS: [], Receivers.ALL: [0, 1, 2, 3]}
+    for kind in Receivers:
+        assert table.receivers(kind) == of_policy.get(kind, [0, 1])
+        assert table.receivers(kind, group=JUDGE) == of_judge.get(kind, [2, 3])

@@ -16,6 +16,7 @@ import pytest
 from miles_spmd.config.load import load_config
 from miles_spmd.data.examples import load_sft_examples
 from miles_spmd.data.tokenizer import Tokenizer
+from miles_spmd.environments.search_tool import search_tool
 from miles_spmd.environments.tools import tools
 from miles_spmd.quickstart.__main__ import recipes
 from miles_spmd.quickstart.assets import build_assets
@@ -23,7 +24,7 @@ from miles_spmd.quickstart.calculator import TOOL, calculator
 from tests.environments.scripted import ScriptedContext, Turn, to_prompt
 
 REPOSITORY = Path(__file__).parents[2]
-TASKS = ("calculator", "programs")
+TASKS = ("calculator", "programs", "retrieval")
 Rows = dict[str, list[dict[str, Any]]]
 
 
@@ -50,7 +51,7 @@ def result(prompt: str) -> str:
 
 def test_no_prompt_comes_twice_and_no_token_is_unknown(assets: Path) -> None:
     rows, tokenizer = read(assets), Tokenizer(assets / "model")
-    prompts = [first_text(row) for part in rows.values() for row in part]
+    prompts = [first_text(row) for name, part in rows.items() if name != "corpus" for row in part]
     assert len(prompts) == len(set(prompts))
     sft, _ = (load_config(recipe, check_files=False) for recipe in recipes(assets.name))
     data = sft.data.model_copy(update={"prompt_data": f"{assets / 'sft.jsonl'}@[0:500]"})
@@ -109,6 +110,34 @@ def test_demonstrated_programs_lack_parentheses(assets: Path) -> None:
     assert right[True] / right.total() == pytest.approx(0.3 + 0.7 / 9, abs=0.03)  # products alone do not need any
     for row in rows["heldout"] + rows["train"]:
         assert row["label"] == expected(row["prompt"])
+
+
+@pytest.mark.parametrize("assets", ["retrieval"], indirect=True)
+def test_what_is_asked_is_in_the_corpus_alone(assets: Path) -> None:
+    rows = read(assets)
+    facts = {tuple(row["text"].split()[:2]): row["text"].split() for row in rows["corpus"]}
+    assert len(facts) == len(rows["corpus"]) == 800
+
+    def right(prompt: str) -> tuple[tuple[str, ...], str]:
+        name = tuple(prompt.split()[2:4])
+        return name, facts[name][4 if prompt.startswith("where") else -1]
+
+    about = {part: [right(first_text(row)) for row in rows[part]] for part in ("sft", "train", "heldout")}
+    names = [{name for name, _ in of_part} for of_part in about.values()]
+    assert sum(map(len, names)) == len(set.union(*names)) == 800
+    for part in ("train", "heldout"):
+        assert [row["label"] for row in rows[part]] == [word for _, word in about[part]]
+    shown = Counter(row["prompt"][-1]["content"] == word for row, (_, word) in zip(rows["sft"], about["sft"]))
+    assert shown[True] / shown.total() == pytest.approx(0.4 + 0.6 / 20, abs=0.06)
+
+
+@pytest.mark.parametrize("assets", ["retrieval"], indirect=True)
+def test_a_search_shows_what_the_demonstrations_have(assets: Path) -> None:
+    _, grpo = (load_config(recipe, check_files=False) for recipe in recipes("retrieval"))
+    search = search_tool(**grpo.environment.environment_kwargs["search"] | {"corpus": str(assets / "corpus.jsonl")})
+    for row in read(assets)["sft"][:50]:
+        _, call, found, _ = row["prompt"]
+        assert asyncio.run(search(**call["tool_calls"][0]["function"]["arguments"])) == found["content"]
 
 
 def expected(prompt: str) -> dict[str, Any]:

@@ -16,8 +16,9 @@ import pytest
 
 from miles_spmd.config import RewardConfig, RewardTerm
 from miles_spmd.plugins.reward import RewardError, Score
-from miles_spmd.rewards.pool import RewardPool
+from miles_spmd.rewards.pool import RewardPool, combined
 from miles_spmd.types.sample import Prompt, Sample
+from miles_spmd.types.trajectory import Segment, Trajectory
 from tests.samples import sample_of
 
 HERE = "tests.rewards.user_functions:"
@@ -245,6 +246,23 @@ def test_weighted_rewards() -> None:
         assert second.detail == {"ranked": 1.0, "exact": 0.0, "detailed": 1.0, **details}
         (alone,) = pool.submit(group("192"), [RewardTerm(rm_type=HERE + "length")]).result(timeout=60)
         assert alone == Score(3.0)
+
+
+def conversation() -> Sample:
+    segments = [Segment([5, 6]), Segment([7], sampled=False), Segment([8])]
+    return Sample(Prompt("data:0", "", [1]), 0, Trajectory([1], segments))
+
+
+def test_rewards_of_turns() -> None:
+    assert scores(HERE + "by_turn", [conversation()]) == [Score(3.0, {}, [2.0, 1.0])]
+    assert scores(HERE + "by_turn_and_whole", [conversation()]) == [Score(10.0, {}, [2.0, 1.0])]
+    terms = [RewardTerm(rm_type=HERE + "by_turn", reward_weight=0.5), RewardTerm(rm_type=HERE + "by_turn_and_whole")]
+    terms.append(RewardTerm(rm_type=HERE + "length", reward_weight=100))
+    weighted = combined(terms, [Score(3.0, {}, [2.0, 1.0]), Score(10.0, {}, [2.0, 1.0]), Score(0.0)])
+    assert (weighted.value, weighted.turn_rewards) == (11.5, [3.0, 1.5])
+    for name, shown in (("by_too_few_turns", r"\[1\]"), ("by_turn_not_finite", r"\[nan, nan\]")):
+        with pytest.raises(RewardError, match=f"turn_rewards {shown} instead of a finite number for each of the 2"):
+            scores(HERE + name, [conversation()])
 
 
 def test_a_failure_among_weighted_rewards_names_its_function() -> None:

@@ -21,6 +21,23 @@ def detailed(sample: Sample) -> dict[str, Any]:
     return {"score": sample.index, "words": 2, "right": True, "why": "text is not kept"}
 
 
+def by_turn(sample: Sample) -> dict[str, Any]:
+    """A reward for each turn: the number of its tokens. Their sum is the score."""
+    return {"turn_rewards": [len(segment.tokens) for segment in sample.trajectory.segments if segment.sampled]}
+
+
+def by_turn_and_whole(sample: Sample) -> dict[str, Any]:
+    return by_turn(sample) | {"score": 10}
+
+
+def by_too_few_turns(sample: Sample) -> dict[str, Any]:
+    return {"turn_rewards": by_turn(sample)["turn_rewards"][1:]}
+
+
+def by_turn_not_finite(sample: Sample) -> dict[str, Any]:
+    return {"turn_rewards": [math.nan] * sample.turns}
+
+
 def ranked(samples: list[Sample]) -> list[float]:
     order = sorted(samples, key=lambda s: len(s.text))
     return [float(order.index(s)) for s in samples]

@@ -18,6 +18,7 @@ def test_a_conversation_is_shown_in_order(tmp_path: Path) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
     result = {"role": "tool", "content": "4"}
     one.trajectory.messages = [*asked, call, result, {"role": "assistant", "content": "four"}]
+    one.trajectory.reward_turn(0.5)
     config = Config(
         model={"hf_checkpoint": "none"}, data={"prompt_data": "none"}, run={"output_dir": str(tmp_path), "name": "run"}
     )
@@ -28,3 +29,4 @@ def test_a_conversation_is_shown_in_order(tmp_path: Path) -> None:
     assert [message["role"] for message in shown["messages"]] == ["user", "assistant", "tool"]
     assert '"name":"add"' in shown["messages"][1]["content"]
     assert shown["response"] == "four"
+    assert (shown["reward"], shown["turn_rewards"]) == (1.0, [0.5])

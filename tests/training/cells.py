@@ -143,7 +143,7 @@ def die(roles: Roles, moment: str, how: int = signal.SIGKILL) -> None:
         case "backward":  # when the first leaf is done
             before(PartSum, "__call__", calls=2)
         case "exchange":
-            before(Exchange, "_gather", calls=2)
+            before(Exchange, "_exchange")
         case "vote":
             before(member.link._manager(), "should_commit")
         case "commit":  # decided, not made

@@ -178,7 +178,7 @@ def test_a_cell_dies(ranks: Ranks, tmp_path: Path, moment: str, size: int, megat
             assert not lost
         while lost:
             assert time.monotonic() - began < 15
-            answers = step(running, 1, {0: [1]})
+            answers = step(running, 1, {0: [0, 1]})
             lost = [answer for answer in answers[0] if answer[0] == "lost"]
         made(answers, 1, expected[1])
         running.start(1)
@@ -197,7 +197,7 @@ def test_a_cell_that_is_suspended_catches_up(ranks: Ranks, tmp_path: Path) -> No
         running.begin(1, update, 1, BATCHES[1], [1], LEAVES)  # and stops in it
         answers = step(running, 1, {0: [0]})
         while answers[0][0][0] == "lost":
-            answers = step(running, 1, {0: [1]})
+            answers = step(running, 1, {0: [0, 1]})
         made(answers, 1, expected[1])
         assert running.answers(1, 0) is None
         os.kill(process.pid, signal.SIGCONT)
@@ -366,7 +366,7 @@ def test_a_cell_that_has_missed_the_beginning_does_nothing_alone(tmp_path: Path)
 def spoil(roles: Roles) -> None:
     """Let the gradient of the first part be infinite."""
     total = roles.in_cell.trainer(Role.ACTOR)._total
-    total.kept[0][0].view(-1)[0] = float("inf")
+    total._gradient[0].view(-1)[0] = float("inf")
 
 
 def make(roles: Roles, number: int) -> Any:

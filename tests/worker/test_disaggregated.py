@@ -27,6 +27,7 @@ from miles_spmd.protocol.messages import Hello, Reply
 from miles_spmd.protocol.pipe import Credentials
 from miles_spmd.protocol.results import Ok
 from miles_spmd.protocol.router import Router
+from miles_spmd.types.engine_group import JUDGE, POLICY
 from miles_spmd.worker.stopwatch import Stopwatch
 from tests.ranks import Ranks
 from tests.service import EndingDealer, Unwatched
@@ -37,7 +38,8 @@ ENGINE_TP2 = "sglang.tp_size=2"
 
 
 def serve(credentials: bytes, config: Config, lasts: str) -> None:
-    """A rank of a run, until it is told to stop; an engine must then hold what the trainers have exported."""
+    """A rank of a run, until it is told to stop; an engine must then hold what the trainers have exported, a judge what
+    it has read."""
     from datetime import timedelta
 
     import torch
@@ -50,10 +52,10 @@ def serve(credentials: bytes, config: Config, lasts: str) -> None:
     from miles_spmd.worker.world import take_side
 
     place = Place(dist.get_rank(), dist.get_world_size(), 0, dist.get_world_size(), "")
-    side = take_side(config.rollout.rollout_num_gpus, timedelta(minutes=2))
+    side = take_side(config.rollout.rollout_num_gpus, timedelta(minutes=2), config.reward.judge_num_gpus)
     own = msgspec.json.decode(credentials, type=list[Credentials])[place.rank]
     dealer, watch = EndingDealer(own, lambda: not Path(lasts).exists()), Stopwatch()
-    memory = MemoryAccount(config, place.world_size, side.trains, side.generates)
+    memory = MemoryAccount(config, place.world_size, side.trains, side.generates, group=side.group)
     worker = Worker(config, "train", side, place.rank, watch, memory)
     service = Service(worker, place.rank, dealer, Unwatched(), watch)
     dealer.send(Hello(rank_info(worker, place), config_digest(config), watch.take()))
@@ -62,7 +64,8 @@ def serve(credentials: bytes, config: Config, lasts: str) -> None:
     if side.generates:
         engine: Any = worker.turns.engine
         held = {name: tensor.clone() for name, tensor in engine.weights().items()}
-        engine._model.load_weights(load_file(config.run_dir / "export" / "model.safetensors").items())
+        source = config.run_dir / "export" if side.group == POLICY else config.engine_group(JUDGE).hf_checkpoint
+        engine._model.load_weights(load_file(source / "model.safetensors").items())
         assert all(torch.equal(held[name], tensor) for name, tensor in engine.weights().items())
         engine.close()
 
@@ -70,7 +73,7 @@ def serve(credentials: bytes, config: Config, lasts: str) -> None:
 def train(ranks: Ranks, world_size: int, recipe: Path, folder: Path, *overrides: str) -> Record:
     """A run in ``folder``; what its ledger says of it."""
     settings = [f"run.output_dir={folder.parent}", f"run.name={folder.name}", "progress=none", "export_final=true"]
-    settings += ["save_interval=2", "start_timeout=60", *overrides]
+    settings += ["save_interval=2", "start_timeout=240", *overrides]
     config = load_config(recipe, settings, world_size=world_size)
     router, errors = Router(ranks=world_size), list[BaseException]()
     lasts = TemporaryDirectory()

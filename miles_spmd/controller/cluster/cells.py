@@ -115,6 +115,7 @@ class Cells:
             if in_vain == IN_VAIN and len(members) > 1:  # they reach the controller, and not each other
                 newest = max(members, key=lambda cell: (self._histories[cell].joined, cell))
                 self.lose(newest, f"train, step {step}: cells have failed {in_vain} times to make an update: {lost}")
+            missing |= {part for one in replies for part in one.overwritten}
             missing |= {part for part, cell in self._holders.items() if cell not in self._table.members}
             self._execute({part: parts[part] for part in sorted(missing)}, step)
         raise WorkerError(f"train, step {step}: cells have failed {ATTEMPTS} times to make an update together: {lost}")

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -19,6 +18,7 @@ import msgspec
 
 from miles_spmd.config import DeadlinesConfig
 from miles_spmd.controller.cluster.cells import Cells
+from miles_spmd.controller.cluster.engines import Engines
 from miles_spmd.controller.cluster.errors import EngineFailedError, Unfinished, WorkerError
 from miles_spmd.controller.cluster.listener import Listener
 from miles_spmd.controller.cluster.pending_call import PendingCall
@@ -26,11 +26,7 @@ from miles_spmd.controller.cluster.rank_table import RankTable
 from miles_spmd.controller.cluster.rollout_session import RolloutSession
 from miles_spmd.protocol.commands import (
     Command,
-    EndGenerate,
-    Generate,
-    Receivers,
     RefitEngine,
-    ReplaceEngines,
     Stop,
     TrainStep,
 )
@@ -38,13 +34,11 @@ from miles_spmd.protocol.last_words import warn
 from miles_spmd.protocol.messages import Call, Held, HoldPasses, OwnWork, RankInfo, ReleasePasses, Reply, TrainerRank
 from miles_spmd.protocol.results import Abandoned, Result, TrainResult
 from miles_spmd.protocol.router import PeerGoneError, Router
+from miles_spmd.types.engine_group import JUDGE, POLICY
 from miles_spmd.types.gpu_health import GpuHealth
 from miles_spmd.types.phase import Phase
-from miles_spmd.types.request import Output
 
 R = TypeVar("R", bound=Result)
-
-ALIKE_SECONDS = 10.0  # in which the ranks of an engine fail if they fail alike
 
 
 class Cluster:
@@ -72,17 +66,13 @@ class Cluster:
         self._table = RankTable(world_size, cells)
         self._listener = Listener(router, self._table, deadlines.heartbeat_timeout, config_digest, log_dir)
         self._ids, self._rollouts = itertools.count(), itertools.count()
-        self._generating: PendingCall | None = None  # while the engines serve at least one rollout
-        self._sessions: dict[str, RolloutSession] = {}  # the open rollouts, by name
-        self._version = 0  # of the weights that the engines were given last
-        self._replaced = 0  # times that engines were replaced since a rollout began with none open
         self._purpose = ""
         self._ready = False
         self.abandons: Callable[[], bool] = lambda: False  # whether a command that can be left has to be left now
         self.pipelined = False  # ranks that are pipeline stages cannot leave a command that they have begun
-        self.replacements = 0  # how often in a rollout engines may be replaced after one has failed
         self.show: Callable[[str], None] = warn
         self.cells = Cells(self, router, self._table, self._listener)
+        self.engines = {name: Engines(self, self._table, self._listener, name) for name in (POLICY, JUDGE)}
         self._listener.contain = self._contain
         self._start = self._expect(None, range(world_size), Phase.START, 0)
 
@@ -135,10 +125,12 @@ class Cluster:
             for rank in own
         ]
 
-    def call(self, command: Command[R] | Sequence[Command[R]], *, step: int, cell: int | None = None) -> list[R]:
+    def call(
+        self, command: Command[R] | Sequence[Command[R]], *, step: int, cell: int | None = None, group: str = POLICY
+    ) -> list[R]:
         """Send ``command`` and wait for its results. Of a command that one cell executes for all they come from
         another, where that cell is lost; of one for a ``cell`` that is lost there are none."""
-        call = self.begin(command, step=step, cell=cell)
+        call = self.begin(command, step=step, cell=cell, group=group)
         results = self.wait(call)
         while call.lost and not results and (cell is None or (call.kind is not None and call.kind.by_one_cell)):
             call = self.begin(command, step=step)
@@ -146,25 +138,25 @@ class Cluster:
         return results
 
     def begin(
-        self, command: Command[R] | Sequence[Command[R]], *, step: int, cell: int | None = None
+        self, command: Command[R] | Sequence[Command[R]], *, step: int, cell: int | None = None, group: str = POLICY
     ) -> PendingCall[R]:
-        """Send ``command`` (a sequence: one per rank) to its receivers (of ``cell``, where it is given), who execute it
-        after those that they have already. Raises a WorkerError, and Unfinished where it may be left and the run has to
-        stop."""
+        """Send ``command`` (a sequence: one per rank) to its receivers in the engine group ``group`` (of ``cell``,
+        where it is given), who execute it after those that they have already. Raises a WorkerError, and Unfinished
+        where it may be left and the run has to stop."""
         first = command[0] if isinstance(command, Sequence) else command
         self.wait_ready()
         if first.abandonable and self.abandons():
             raise Unfinished
         if cell is None and first.by_one_cell:
             cell = self.first_cell
-        ranks = self._table.receivers(first.receivers, *([] if cell is None else [cell]))
+        ranks = self._table.receivers(first.receivers, *([] if cell is None else [cell]), group=group)
         commands = command if isinstance(command, Sequence) else [command] * len(ranks)
         if len(commands) != len(ranks):
             raise ValueError(f"{len(commands)} commands for {len(ranks)} ranks")
         call: PendingCall[R] = self._expect(type(first), ranks, first.phase, step)
         call.lost = not ranks and cell is not None
         if isinstance(first, RefitEngine):
-            self._version = first.version
+            self.engines[group].version = first.version
         # Ranks that receive the same object (those of one data-parallel rank) receive the same bytes, encoded once.
         same: dict[int, tuple[Command, list[int]]] = {}
         for rank, own in zip(ranks, commands):
@@ -191,26 +183,19 @@ class Cluster:
             return self.call(commands, step=step)
         return self.cells.train(commands, step)
 
-    @contextmanager
-    def rollout(self, step: int, *, purpose: str = "") -> Iterator[RolloutSession]:
-        """Open a rollout on all engines; leaving the block aborts what is still running of it. Errors name its
-        ``purpose``, where it has one other than training. Several may be open; the last that is left is waited for
+    def rollout(self, step: int, *, purpose: str = "", group: str = POLICY) -> AbstractContextManager[RolloutSession]:
+        """Open a rollout on all engines of ``group``; leaving the block aborts what is still running of it. Errors name
+        its ``purpose``, where it has one other than training. Several may be open; the last that is left is waited for
         until all engines are idle.
 
         After an error in the block the rollout stays open: to close it is a wait of its own, for engines that may be
         the cause of the error, and would delay the message that ends the run.
         """
-        if self._generating is None:
-            self._replaced = 0
-            self._open(step, purpose)
-        name, leaders = str(next(self._rollouts)), self._table.receivers(Receivers.LEADERS)
-        self._listener.outputs[name] = deque()
-        session = self._sessions[name] = RolloutSession(self, name, leaders)
-        yield session
-        session.abort()
-        del self._listener.outputs[name], self._sessions[name]
-        if not self._sessions:
-            self._close()
+        return self.engines[group].rollout(step, purpose=purpose)
+
+    def name_rollout(self) -> str:
+        """Return a name that no other rollout of the run has."""
+        return str(next(self._rollouts))
 
     @contextmanager
     def doing(self, purpose: str) -> Iterator[None]:
@@ -260,7 +245,7 @@ class Cluster:
     # --- for cells ---------------------------------------------------------------------------------------------------
 
     def _contain(self, error: WorkerError) -> bool:
-        if isinstance(error, EngineFailedError) and self._replaced < self.replacements:
+        if isinstance(error, EngineFailedError) and self.engines[POLICY].may_be_replaced:
             return False  # new engines may be enough
         return self.cells.contain(error)
 
@@ -270,8 +255,7 @@ class Cluster:
 
     def leave(self, ranks: Collection[int]) -> None:
         """Let other engines generate what those of ``ranks`` had not finished."""
-        for session in self._sessions.values():
-            session.leave(ranks)
+        self.engines[POLICY].leave(ranks)
 
     # --- for the end of the run --------------------------------------------------------------------------------------
 
@@ -347,72 +331,6 @@ class Cluster:
         if limit is not None and any(one.total is not None and limit >= one.total for one in held.values()):
             limit = None
         self._router.send(ReleasePasses(limit), sides)
-
-    # --- rollouts ----------------------------------------------------------------------------------------------------
-
-    def _open(self, step: int, purpose: str) -> None:
-        with self.doing(purpose):
-            self._generating = self.begin(Generate(), step=step)
-
-    def _close(self) -> None:
-        """Wait until all engines are idle."""
-        assert self._generating is not None
-        try:
-            self.feed(EndGenerate(), self._table.receivers(Receivers.LEADERS))
-            self.wait(self._generating)
-        except EngineFailedError as error:
-            self._replace_engines(error)
-        self._generating = None
-
-    def feed(self, command: Command, ranks: Sequence[int]) -> None:
-        """Send a command to engines that generate."""
-        assert self._generating is not None
-        self.send(command, ranks, self._generating)
-
-    def next_output(self, rollout: str, interrupt: Callable[[], bool] = lambda: False) -> Output | None:
-        """Return the next finished request of an open rollout; None once ``interrupt`` returns True, which is called
-        several times a second."""
-        outputs = self._listener.outputs[rollout]
-        while not outputs:
-            try:
-                self._listener.wait(lambda: bool(outputs) or interrupt(), self._generating)
-                break
-            except EngineFailedError as error:
-                self._replace_engines(error)
-        return outputs.popleft() if outputs else None
-
-    def _replace_engines(self, error: EngineFailedError) -> None:
-        """Build all engines anew after one has failed, and submit again what was running. Raises ``error`` where that
-        is not possible. A response is a function of its request and the weights, so none becomes another one."""
-        call = self._generating
-        assert call is not None
-        if self._replaced == self.replacements:
-            if self.cells.contain(error):
-                return
-            raise error
-        self._replaced += 1
-        leaders = self._table.receivers(Receivers.LEADERS)
-        failed = {self._table.engine_of(rank) for rank in call.failures}
-        alike = [rank for rank in call.ranks if self._table.engine_of(rank) in failed]
-        # where one rank of an engine has failed alone, the others wait for it in a collective, and cannot be replaced
-        if not self._listener.wait(lambda: all(rank in call.failures for rank in alike), seconds=ALIKE_SECONDS):
-            raise error
-        self.feed(EndGenerate(), [rank for rank in leaders if rank not in call.failures])
-        self._listener.wait(lambda: call.over)  # the other engines finish what they have
-        del self._listener.calls[call.id]
-        again = sum(map(len, (session.unfinished for session in self._sessions.values())))
-        self.show(f"{error}; the engines are replaced, and {again} requests generated again")
-        with self.doing("new engines after one has failed"):
-            self.call(ReplaceEngines(), step=call.step)
-            self.call(RefitEngine(self._version), step=call.step)
-        if self._sessions:
-            self._open(call.step, call.purpose)
-            for session in self._sessions.values():
-                session.submit_again()
-
-    def finished(self, rollout: str) -> set[str]:
-        """The requests of an open rollout that have finished and were not taken yet."""
-        return {output.rid for output in self._listener.outputs[rollout]}
 
     def wake(self) -> None:
         """Let the wait under way look at its condition now. Any thread may call this."""

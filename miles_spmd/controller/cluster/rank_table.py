@@ -9,6 +9,7 @@ import msgspec
 from miles_spmd.protocol.commands import Receivers
 from miles_spmd.protocol.messages import Heartbeat, RankInfo
 from miles_spmd.protocol.router import Peer
+from miles_spmd.types.engine_group import POLICY
 
 
 @dataclass
@@ -59,21 +60,25 @@ class RankTable:
         """By rank, of those that take part and are built."""
         return self.infos_of(*self.members)
 
-    def receivers(self, kind: Receivers, *cells: int) -> list[int]:
-        """The ranks that receive a command of this kind, in order; those of ``cells``, or of all that take part."""
+    def receivers(self, kind: Receivers, *cells: int, group: str = POLICY) -> list[int]:
+        """The ranks of the engine group ``group`` that receive a command of this kind, in order; those of ``cells``, or
+        of all that take part."""
         infos = self.infos_of(*(cells or self.members))
+        if kind is Receivers.ALL:
+            return [info.rank for info in infos]
+        of_group = [info for info in infos if info.group == group]
         match kind:
             case Receivers.TRAINERS:
-                return [info.rank for info in infos if info.trainer is not None]
+                return [info.rank for info in of_group if info.trainer is not None]
             case Receivers.ENGINES:
-                return [info.rank for info in infos if info.engine is not None]
+                return [info.rank for info in of_group if info.engine is not None]
             case Receivers.LEADERS:
-                return [info.rank for info in infos if info.engine is not None and info.engine.leader]
-            case Receivers.ALL:
-                return [info.rank for info in infos]
+                return [info.rank for info in of_group if info.engine is not None and info.engine.leader]
+            case Receivers.GROUP:
+                return [info.rank for info in of_group]
 
     def engine_of(self, rank: int) -> int | None:
-        """The number of the engine that the rank is part of."""
+        """The number of the engine that the rank is part of, among those of its group."""
         info = self.states[rank].info
         return None if info is None or info.engine is None else info.engine.engine
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -12,7 +12,14 @@ from miles_spmd.protocol.commands import AbortRequests, Submit
 from miles_spmd.types.request import Output, Request
 
 if TYPE_CHECKING:
-    from miles_spmd.controller.cluster.cluster import Cluster
+    from miles_spmd.controller.cluster.engines import Engines
+
+
+class Cache(NamedTuple):
+    """The keys and values that an engine has."""
+
+    engine: int  # the rank of its leader
+    tokens: int | None  # that it can hold; None: not known, or nothing stays between requests
 
 
 class RolloutSession:
@@ -22,11 +29,20 @@ class RolloutSession:
     what they have in common: the prompt, and the turns that came before. The next group goes to the next engine.
     """
 
-    def __init__(self, cluster: Cluster, name: str, leaders: Sequence[int]) -> None:
+    def __init__(self, engines: Engines, name: str, leaders: Sequence[int]) -> None:
         """``name`` is that of this rollout among those that are open."""
-        self._cluster, self._name = cluster, name
+        self._engines, self._name = engines, name
         self._leaders = [*leaders]
+        self._caches = engines.cache_tokens
         self._running: dict[str, tuple[int, Request]] = {}  # by rid: the rank that has the request, and the request
+
+    def cache_of(self, group: int) -> Cache:
+        """Return the cache that has the prefixes of a group's requests."""
+        leader = self._leader_of(group)
+        return Cache(leader, self._caches[leader])
+
+    def _leader_of(self, group: int) -> int:
+        return self._leaders[group % len(self._leaders)]
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Send the requests. Raises ValueError for a rid that is already running."""
@@ -38,7 +54,7 @@ class RolloutSession:
 
     def _assign(self, request: Request) -> None:
         group = int(request.rid.partition(".")[0])
-        self._running[request.rid] = self._leaders[group % len(self._leaders)], request
+        self._running[request.rid] = self._leader_of(group), request
 
     def leave(self, ranks: Collection[int]) -> None:
         """Give the unfinished requests of engines whose leaders are among ``ranks`` to the others."""
@@ -53,7 +69,7 @@ class RolloutSession:
     @property
     def unfinished(self) -> list[str]:
         """The requests without an output, by rid."""
-        finished = self._cluster.finished(self._name)
+        finished = self._engines.finished(self._name)
         return [rid for rid in self._running if rid not in finished]
 
     def submit_again(self) -> None:
@@ -66,24 +82,36 @@ class RolloutSession:
             rank, request = self._running[rid]
             batches.setdefault(rank, []).append(msgspec.structs.replace(request, rid=self._full(rid)))
         for rank, batch in batches.items():
-            self._cluster.feed(Submit(batch), [rank])
+            self._engines.feed(Submit(batch), [rank])
 
     def abort(self, rids: Sequence[str] | None = None) -> None:
         """Stop these requests (None: all). They still come out of :meth:`next`, with the tokens so far."""
         running = [rid for rid in (self._running if rids is None else rids) if rid in self._running]
         for rank in sorted({self._running[rid][0] for rid in running}):
             of_rank = [self._full(rid) for rid in running if self._running[rid][0] == rank]
-            self._cluster.feed(AbortRequests(of_rank), [rank])
+            self._engines.feed(AbortRequests(of_rank), [rank])
 
     def next(self, interrupt: Callable[[], bool] | None = None) -> Output | None:
         """Return the next finished output; None once ``interrupt`` returns True, or, without one, when nothing is
         running. Raises a WorkerError."""
         if interrupt is None and not self._running:
             return None
-        output = self._cluster.next_output(self._name, interrupt or (lambda: False))
+        output = self._engines.next_output(self._name, interrupt or (lambda: False))
         if output is not None:
             del self._running[output.rid]
         return output
+
+    @property
+    def has_news(self) -> bool:
+        """Whether :meth:`take` has something to do."""
+        return self._engines.failed or bool(self._engines.finished(self._name))
+
+    def take(self) -> Iterator[Output]:
+        """Yield what has finished, without waiting for more, after engines that have failed were replaced. Raises a
+        WorkerError."""
+        self._engines.repair()
+        while self._engines.finished(self._name) and (output := self.next()) is not None:
+            yield output
 
     def _full(self, rid: str) -> str:
         """The name of a request among those of all rollouts."""

@@ -83,8 +83,8 @@ class Acceptance:
         return first
 
     def finish(self, number: int, index: int, samples: Group | None) -> None:
-        """Take the samples of rollout ``index`` of group ``number``; the last one starts the group's scoring, unless
-        all have a reward already. None: the group is dropped."""
+        """Take the samples of rollout ``index`` of group ``number``; the last one starts the scoring of those that have
+        no reward yet. None: the group is dropped."""
         if samples is None:
             self._judged(number, False)
             return
@@ -93,15 +93,14 @@ class Acceptance:
         if any(part is None for part in parts):
             return
         self.groups[number] = [sample for part in parts for sample in part or ()]
-        firsts = [part[0] for part in parts if part]
-        if not firsts:
+        if not self.groups[number]:
             self._judged(number, self._keeps_empty)
             return
-        if all(sample.reward is not None for sample in firsts):
-            scores: Future[list[Score]] = Future()
-            scores.set_result([Score(sample.reward or 0.0, sample.reward_detail) for sample in firsts])
+        if unscored := [part[0] for part in parts if part and part[0].reward is None]:
+            scores = self._rewards.submit(unscored, self._terms)
         else:
-            scores = self._rewards.submit(firsts, self._terms)
+            scores = Future[list[Score]]()
+            scores.set_result([])
         scores.add_done_callback(lambda scores: self._arrive(number, scores))
 
     def _arrive(self, number: int, scores: Future[list[Score]]) -> None:
@@ -152,9 +151,14 @@ class Acceptance:
     def _judge(self, number: int, scores: Future[list[Score]]) -> None:
         group, rollouts = self.groups[number], [part for part in self._parts[number] if part]
         try:
-            for siblings, score in zip(rollouts, scores.result(), strict=True):
-                for sample in siblings:
-                    sample.reward, sample.reward_detail = score.value, score.detail
+            unscored = [siblings[0] for siblings in rollouts if siblings[0].reward is None]
+            for first, score in zip(unscored, scores.result(), strict=True):
+                first.reward, first.reward_detail = score.value, score.detail
+                for turn, reward in enumerate(score.turn_rewards):
+                    first.trajectory.reward_turn(reward, turn)
+            for first, *others in rollouts:
+                for sample in others:
+                    sample.reward, sample.reward_detail = first.reward, first.reward_detail
             verdict: bool | Exception = self._accepts is None or bool(self._accepts(group))
         except Exception as error:
             verdict = error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
@@ -15,6 +16,8 @@ from miles_spmd.environments.messages import Ask, Begin, Cancel, Completed, Even
 from miles_spmd.types.request import Output, Request
 from miles_spmd.types.sample import Prompt, Sample
 from miles_spmd.types.trajectory import FinishReason, Segment, Trajectory
+
+_LATELY = 1024  # episodes whose lengths say how long others will be
 
 
 class Host(Protocol):
@@ -50,6 +53,9 @@ class Episode:
         self.made: list[tuple[Request, Response]] = []  # what the policy has sampled, in order
         self.known: dict[str, Response] = {}  # what it has sampled for an earlier attempt, by the requests' digests
         self.samples: list[Sample] = []  # once it has ended
+        self.tokens = 0  # of all its trajectories; what they have in common counts once
+        self.shared: int | None = None  # of these, what the engine had from other episodes when it was asked first
+        self._starts: set[tuple[int, ...]] = set()
 
     def again(self, *, failed: bool) -> Episode:
         """Return another attempt, after this one has ``failed`` or was interrupted."""
@@ -60,15 +66,35 @@ class Episode:
 
     def give(self, given: Mapping[int, list[int]]) -> None:
         """Take the tokens of segments that come from the environment."""
-        self.segments |= {number: Segment(tokens, sampled=False) for number, tokens in given.items()}
+        for number, tokens in given.items():
+            self.grow(number, Segment(tokens, sampled=False))
+
+    def grow(self, number: int, segment: Segment) -> None:
+        self.segments[number] = segment
+        self.tokens += len(segment.tokens)
+
+    def begin(self, start: Sequence[int]) -> None:
+        """Take what a trajectory begins with."""
+        if (tokens := tuple(start)) not in self._starts:
+            self._starts.add(tokens)
+            self.tokens += len(tokens)
+
+    @property
+    def own_tokens(self) -> int:
+        """Number of tokens that no other episode has in the engine's cache, 0 before the first response."""
+        return 0 if self.shared is None else self.tokens - self.shared
 
     def trajectory(self, line: Line) -> Trajectory:
         """Raises KeyError for a segment that nobody has given or sampled."""
         return Trajectory(line.start, [self.segments[number] for number in line.segments], line.number)
 
     def finish(self, finished: Finished) -> None:
-        """Make the samples of the trajectories that the environment has returned."""
+        """Make the samples of the trajectories that the environment has returned. Where it has given rewards to turns
+        only, the episode's is their sum, to which a turn that siblings have in common adds once."""
         self.give(finished.given)
+        for number, of_turn in finished.turn_rewards.items():
+            self.segments[number] = msgspec.structs.replace(self.segments[number], reward=of_turn)
+        total = math.fsum(finished.turn_rewards.values()) if finished.turn_rewards else None
         trained = set[int]()
         for end in finished.ends:
             trajectory = self.trajectory(end.line)
@@ -78,18 +104,27 @@ class Episode:
             trained |= set(end.line.segments)
             trajectory.text, trajectory.messages = end.text, end.messages
             trajectory.finish_reason = end.finish_reason
-            self.samples.append(Sample(self.prompt, self.index, trajectory, end.reward, end.reward_detail))
+            reward = total if end.reward is None else end.reward
+            self.samples.append(Sample(self.prompt, self.index, trajectory, reward, end.reward_detail))
         first, (_, last) = self.samples[0], self.made[-1]
         first.trajectory.metrics = finished.metrics
         if last.reward is not None:  # from before an interruption
             first.reward, first.reward_detail = last.reward, last.reward_detail
+            for turn, given in enumerate(last.turn_rewards):
+                if given is not None:
+                    first.trajectory.reward_turn(given, turn)
 
     def responses(self) -> Iterator[tuple[Request, Response]]:
         """Yield what the policy has sampled, the last with the reward, if there is one."""
         *others, last = self.made
         yield from others
         if self.samples and (first := self.samples[0]).reward is not None:
-            rewarded = msgspec.structs.replace(last[1], reward=first.reward, reward_detail=first.reward_detail)
+            rewarded = msgspec.structs.replace(
+                last[1],
+                reward=first.reward,
+                reward_detail=first.reward_detail,
+                turn_rewards=first.trajectory.turn_rewards,
+            )
             last = last[0], rewarded
         yield last
 
@@ -104,6 +139,8 @@ class Episodes:
         self, host: Host, numbers: Iterator[int], limits: EnvironmentConfig, others: Episodes | None = None
     ) -> None:
         self._host, self._numbers, self._limits, self._others = host, numbers, limits, others
+        # the lengths of evaluations and of training are alike enough
+        self.ended_with: deque[int] = deque(maxlen=_LATELY) if others is None else others.ended_with
         self._inbox: deque[Event] = deque()  # events that came while others ran
         self._running: dict[int, Episode] = {}
         self._all: list[Episode] = []  # of this rollout
@@ -121,6 +158,11 @@ class Episodes:
         self.prefill = self.cached = 0  # tokens of the requests' prompts, and those that the engine had already
         self._planned, self._given, self._purpose = planned, given or {}, purpose
         self._lost: list[str] = []  # what was wrong with episodes that have failed for good
+
+    def tokens_of(self, number: int) -> int | None:
+        """Return :attr:`Episode.own_tokens` of an episode that runs, None for another."""
+        episode = self._running.get(number)
+        return None if episode is None else episode.own_tokens
 
     @property
     def has_news(self) -> bool:
@@ -158,6 +200,8 @@ class Episodes:
                     case Finished():
                         episode.finish(event)
                         del self._running[event.episode]
+                        if episode.shared is not None:
+                            self.ended_with.append(episode.own_tokens)
                         self._done.append(Done(episode.group, episode.index, episode.samples))
                     case Failed():
                         self._fail(event)
@@ -168,6 +212,7 @@ class Episodes:
     def _request(self, episode: Episode, ask: Ask, begun: Response | None = None) -> Iterator[Request]:
         """Yield the request for what an episode asks, of which the policy may have ``begun`` some."""
         episode.give(ask.given)
+        episode.begin(ask.line.start)
         trajectory = episode.trajectory(ask.line)
         request = episode.sampling.request(
             episode.prompt,
@@ -202,16 +247,19 @@ class Episodes:
         if begun is not None:
             versions = joined_versions(begun.output.weight_versions, output.weight_versions)
             output = msgspec.structs.replace(output, weight_versions=versions)
-        if known is None:
+        if known is None and output.output_ids:
             self.prefill, self.cached = self.prefill + len(request.input_ids), self.cached + output.cached_tokens
+            if episode.shared is None:
+                episode.shared = output.cached_tokens
         response = known or Response(output)
         episode.made.append((request, response))
         if output.finish_reason is FinishReason.ABORT:
             self._paused.append((ask, response))
             return
-        episode.segments[ask.segment] = Segment(
+        sampled = Segment(
             output.output_ids, True, True, output.output_log_probs, output.weight_versions, output.top1_ids
         )
+        episode.grow(ask.segment, sampled)
         self._host.send(Completed(ask.episode, ask.segment, output.output_ids, output.finish_reason))
 
     def take_finished(self) -> list[Done]:

@@ -7,7 +7,9 @@ those that were submitted cannot fill the batch, while the slowest responses are
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
 
@@ -15,13 +17,16 @@ import msgspec
 
 from miles_spmd.algorithms.rewards import GROUP_FILTERS
 from miles_spmd.config import Config, EvalSet
+from miles_spmd.config.environment import SINGLE_TURN
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.cluster.errors import DeadlineError, Unfinished
 from miles_spmd.controller.cluster.rollout_session import RolloutSession
 from miles_spmd.controller.datasets import Datasets
 from miles_spmd.controller.generation.acceptance import Acceptance, Group
+from miles_spmd.controller.generation.admission import Admission, Pace
 from miles_spmd.controller.generation.backlog import Supply
 from miles_spmd.controller.generation.episodes import Episodes, Host
+from miles_spmd.controller.generation.judge import EngineJudge
 from miles_spmd.controller.generation.sampling import Sampling
 from miles_spmd.controller.generation.unfinished import (
     Response,
@@ -59,12 +64,18 @@ class Generation:
         journal: Journal,
         stopping: Stopping,
         host: Host,
+        judge: EngineJudge | None = None,
     ) -> None:
-        self._config, self._cluster, self._stopping = config, cluster, stopping
+        """``judge``: where engines of the run hold it, the one that ``rewards`` asks."""
+        self._config, self._cluster, self._stopping, self._judge = config, cluster, stopping, judge
         self._rewards, self._data, self._journal = rewards, data, journal
         name = config.algorithm.dynamic_sampling_filter
         self._filter = None if name is None else GROUP_FILTERS.resolve(name)
         self._host, self._numbers = host, itertools.count()
+        self._of_turns = config.environment.environment != SINGLE_TURN
+        self._cache_share = (self._of_turns and config.environment.environment_cache_share) or math.inf
+        self._pace = Pace()
+        self._most_sessions = 0  # that ran at the same time in the last rollout
         self._supply = Supply(config, data)
         self._episodes = Episodes(host, self._numbers, config.environment)  # of training
         self._given: Mapping[str, Response] = {}  # of the next rollout, from before an interruption
@@ -129,8 +140,10 @@ class Generation:
         if config.mask_offpolicy_in_partial_rollout:
             acceptance.accepted = [[_without_older(sample, step) for sample in group] for group in acceptance.accepted]
         hits = episodes.cached / episodes.prefill if episodes.prefill else None
+        sessions = self._most_sessions if self._of_turns else None
+        failures = dict(episodes.failures)
         self._journal.publish(
-            events.RolloutFinished(step, acceptance.accepted, acceptance.dropped, dict(episodes.failures), hits)
+            events.RolloutFinished(step, acceptance.accepted, acceptance.dropped, failures, hits, sessions)
         )
         return acceptance.accepted
 
@@ -204,18 +217,30 @@ class Generation:
         def leaves() -> bool:  # an evaluation is repeated when the run is continued
             return self._stopping.must_leave(drains=True) or bool(sampling.purpose and self._stopping.source)
 
-        def has_news() -> bool:
-            return acceptance.has_news or episodes.has_news or leaves()
+        judge = self._judge
+        judging: AbstractContextManager[None] = nullcontext()
+        if judge is not None:
+            judging = judge.opened(step, sampling.purpose)
 
-        with self._cluster.rollout(step, purpose=sampling.purpose) as session:
+        def has_news() -> bool:
+            judged = judge is not None and judge.has_news
+            return acceptance.has_news or episodes.has_news or judged or leaves()
+
+        with self._cluster.rollout(step, purpose=sampling.purpose) as session, judging:
+            longest = sampling.params.max_new_tokens
+            admission = Admission(episodes, session, self._cache_share, longest, self._pace)
             while not acceptance.enough and not leaves():
+                if judge is not None:
+                    judge.take()
                 if acceptance.short and (wave := next(waves, None)) is not None:
                     episodes.begin(acceptance.add(wave, sampling.samples), wave, sampling)
                 elif acceptance.settled:
                     break
                 elif (output := self._next(session, episodes, has_news)) is not None:
+                    admission.received(output.rid)
                     episodes.complete(output)
-                if requests := episodes.requests():
+                admission.add(episodes.requests())
+                if requests := admission.take():
                     session.submit(requests)
                 for done in episodes.take_finished():
                     acceptance.finish(done.group, done.index, done.samples)
@@ -228,17 +253,20 @@ class Generation:
                 session.abort()
                 while (output := session.next()) is not None:
                     episodes.complete(output)
+            for output in admission.withdraw():
+                episodes.complete(output)
+        self._most_sessions = admission.most
         if not complete:
             raise Unfinished
         return kept
 
-    @staticmethod
-    def _next(session: RolloutSession, episodes: Episodes, interrupt: Callable[[], bool]) -> Output | None:
+    def _next(self, session: RolloutSession, episodes: Episodes, interrupt: Callable[[], bool]) -> Output | None:
         """Return the next output, None once ``interrupt`` returns True."""
         try:
             return session.next(interrupt)
         except DeadlineError as error:
-            raise DeadlineError(f"{error}\n  {episodes.describe()}", error.details, error.rank) from error
+            waits = [episodes.describe(), *([] if self._judge is None else [self._judge.describe()])]
+            raise DeadlineError("\n  ".join([str(error), *waits]), error.details, error.rank) from error
 
 
 def _without_older(sample: Sample, step: int) -> Sample:

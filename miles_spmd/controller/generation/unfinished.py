@@ -26,6 +26,7 @@ class Response(msgspec.Struct, frozen=True):
     output: Output
     reward: float | None = None
     reward_detail: dict[str, float] = {}
+    turn_rewards: list[float | None] = []  # of all turns, where it ends the first trajectory of its episode
 
     @property
     def complete(self) -> bool:

@@ -49,6 +49,7 @@ class RolloutFinished(Event, frozen=True):
     dropped: int  # groups that the filter rejected, or whose environment failed
     failures: Mapping[str, int] = {}  # of environments, by kind
     prefix_hits: float | None = None  # share of the prompts' tokens whose keys and values the engine had already
+    sessions: int | None = None  # the most of them that ran at the same time, where they have several turns
 
 
 class Measured(Event, frozen=True):

@@ -18,7 +18,7 @@ from miles_spmd.controller.journal.stragglers import StragglerWatch
 from miles_spmd.protocol.messages import TrainerRank
 from miles_spmd.protocol.results import TrainResult
 from miles_spmd.telemetry.texts import slowest
-from miles_spmd.types.sample import rollouts
+from miles_spmd.types.sample import Sample, rollouts
 from miles_spmd.types.train_sequence import TrainSequence
 from miles_spmd.types.trajectory import FinishReason
 
@@ -75,6 +75,8 @@ class Metrics:
                 self._values["rollout/dropped_groups"] = float(event.dropped)
                 if event.prefix_hits is not None:
                     self._values["rollout/prefix_hit_rate"] = event.prefix_hits
+                if event.sessions is not None:
+                    self._values["rollout/sessions_max"] = float(event.sessions)
                 self._values |= {f"rollout/failed/{kind}": float(count) for kind, count in event.failures.items()}
             case events.EngineRefitted():
                 self._values["refit/bytes"] = float(sum(r.bytes_local + r.bytes_received for r in event.results))
@@ -152,7 +154,19 @@ def environment_metrics(prefix: str, groups: events.Groups) -> dict[str, float]:
         for name in names
     }
     turns = [sample.turns for group in groups for sample in group]
-    return metrics | ({f"{prefix}turns": float(np.mean(turns))} if max(turns) > 1 else {})
+    if max(turns) > 1:
+        metrics[f"{prefix}turns"] = float(np.mean(turns))
+    return metrics | turn_reward_metrics(prefix, samples)
+
+
+def turn_reward_metrics(prefix: str, samples: Sequence[Sample]) -> dict[str, float]:
+    """Return the mean reward of each turn over the samples that have one for it: ``turn_reward/NUMBER``."""
+    by_turn: dict[int, list[float]] = {}
+    for sample in samples:
+        for turn, reward in enumerate(sample.trajectory.turn_rewards):
+            if reward is not None:
+                by_turn.setdefault(turn, []).append(reward)
+    return {f"{prefix}turn_reward/{turn}": float(np.mean(rewards)) for turn, rewards in sorted(by_turn.items())}
 
 
 def eval_metrics(sets: Mapping[str, events.Groups]) -> dict[str, float]:

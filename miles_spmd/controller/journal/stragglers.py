@@ -56,9 +56,14 @@ class StragglerWatch:
         metrics: dict[str, float] = {}
         self._infos |= {info.rank: info for info in infos}
         for phase in AMOUNTS:
-            units = _units(phase, {rank: work for (of, rank), work in own.items() if of is phase}, self._infos)
-            if len(units) > 1:
-                metrics[f"perf/{phase}_slowest"] = self._compare(step, phase, units)
+            of_phase = {rank: work for (of, rank), work in own.items() if of is phase}
+            units = _units(phase, of_phase, self._infos)
+            # the engines of a group are peers: others have another model
+            groups = sorted({info.group for info in self._infos.values()})
+            peers = [{u: w for u, w in units.items() if self._infos[u[0]].group == group} for group in groups]
+            compared = [self._compare(step, phase, units) for units in peers if len(units) > 1]
+            if compared:
+                metrics[f"perf/{phase}_slowest"] = max(compared)
         if metrics:
             self._steps.append(step)
             write_stragglers(self._run_dir, self._report())
@@ -114,14 +119,14 @@ def _median_of_others(ordered: Sequence[float], own: float) -> float:
 
 def _units(phase: Phase, own: Mapping[int, OwnWork], infos: Mapping[int, RankInfo]) -> dict[tuple[int, ...], OwnWork]:
     """Return the work of the ranks that wait for each other in ``phase``, by these ranks: the longest of theirs."""
-    members: dict[int, list[int]] = {}
+    members: dict[tuple[str, int], list[int]] = {}
     for rank, work in own.items():
         info = infos[rank]
         if work.amount > 0 and work.seconds > 0:
             if phase is Phase.ROLLOUT and info.engine is not None:
-                members.setdefault(info.engine.engine, []).append(rank)
+                members.setdefault((info.group, info.engine.engine), []).append(rank)
             elif phase is not Phase.ROLLOUT and info.trainer is not None:
-                members.setdefault(info.trainer.unit, []).append(rank)
+                members.setdefault((info.group, info.trainer.unit), []).append(rank)
     return {
         tuple(ranks): OwnWork(max(own[rank].seconds for rank in ranks), max(own[rank].amount for rank in ranks))
         for ranks in map(sorted, members.values())

@@ -67,6 +67,7 @@ def optimizer_steps(
         masks=[sequence.loss_weights for sequence in sequences],
         rollout_ids=rollout_ids,
         rollout_log_probs=[s.rollout_log_probs for s in sequences if s.rollout_log_probs is not None],
+        turn_rewards=_turn_rewards(samples),
         **scores,
     )
     estimate = compute_advantages(batch, algorithm)
@@ -112,9 +113,16 @@ def _rollout_ids(samples: Sequence[Sample]) -> np.ndarray:
     return np.asarray([numbers.setdefault((s.prompt.uid, s.index), len(numbers)) for s in samples])
 
 
-def _after_prompt(sample: Sample, values: Sequence[float]) -> np.ndarray:
-    """Return ``values`` of the response's tokens with 0 before them for the prompt's, float32 [T]."""
+def _turn_rewards(samples: Sequence[Sample]) -> Arrays | None:
+    """Return the reward of the turn that ends with each token, float64 [T] per sample; None where no turn has one."""
+    if not any(sample.trajectory.turn_rewards for sample in samples):
+        return None
+    return [_after_prompt(sample, sample.trajectory.rewards, np.float64) for sample in samples]
+
+
+def _after_prompt(sample: Sample, values: Sequence[float], dtype: type = np.float32) -> np.ndarray:
+    """Return ``values`` of the response's tokens with 0 before them for the prompt's, [T]."""
     start = len(sample.trajectory.start)
-    aligned = np.zeros(start + len(values), np.float32)
+    aligned: np.ndarray = np.zeros(start + len(values), dtype)
     aligned[start:] = values
     return aligned

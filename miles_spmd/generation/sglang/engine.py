@@ -111,6 +111,10 @@ class SglangEngine:
 
     # --- requests --------------------------------------------------------------------------------------------------
 
+    @property
+    def cache_tokens(self) -> int | None:
+        return None if self.server_args.disable_radix_cache else self._scheduler.max_total_num_tokens
+
     def submit(self, requests: list[Request]) -> None:
         if self.leader:
             for request in requests:

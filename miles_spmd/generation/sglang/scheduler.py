@@ -23,7 +23,7 @@ from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 
 from miles_spmd.generation.sglang.cpu_memory_saver import CpuMemorySaver
 from miles_spmd.generation.sglang.requests import END, Item, broadcast, message
-from miles_spmd.types.request import Begun, Request
+from miles_spmd.types.request import Request
 
 
 class InProcessScheduler(scheduler.Scheduler):
@@ -41,7 +41,7 @@ class InProcessScheduler(scheduler.Scheduler):
         self.inbox: list[Item] = []
         self.finished: list[Req] = []
         self._limit: int | None = None  # of running requests, after a batch ran out of memory
-        self._begun: dict[str, Begun] = {}  # by SGLang's rid: of requests that are taken from the inbox now
+        self._received: dict[str, Request] = {}  # by SGLang's rid: those that are taken from the inbox now
         no_ports = PortArgs(**dict.fromkeys((field.name for field in dataclasses.fields(PortArgs)), ""))
         moe_ep_rank = tp_rank * server_args.ep_size // server_args.tp_size
         super().__init__(server_args, no_ports, device_index, tp_rank, moe_ep_rank, 0, 0, 0, None)
@@ -73,8 +73,10 @@ class InProcessScheduler(scheduler.Scheduler):
     def _next_batch(self) -> Any:
         """Take requests from the inbox and return the next batch to run, or None."""
         received = self.request_receiver.recv_requests()
-        self._begun = {i.rid + END: i.begun for i in received if isinstance(i, Request) and i.begun is not None}
+        self._received = {item.rid + END: item for item in received if isinstance(item, Request)}
         self.process_input_requests([message(item, self.tokenizer) for item in received])
+        # SGLang's own priorities preempt what runs. Its policies other than first come, first served sort once more.
+        self.waiting_queue.sort(key=lambda req: req.order)
         plan = self.get_next_batch_to_run(running_batch=self.running_batch, last_batch=self.last_batch)
         self.running_batch = plan.running_batch
         self.cur_batch_for_debug = plan.batch_to_run
@@ -185,9 +187,10 @@ class InProcessScheduler(scheduler.Scheduler):
         self.input_blocker = None
 
     def init_req_max_new_tokens(self, req: Req) -> None:
-        """Give a new request the tokens that it has begun with, as if it had been retracted after them. SGLang would
-        shorten responses here that do not fit, and the engine refuses such requests."""
-        begun = self._begun.pop(req.rid, None)
+        """Give a new request its order and the tokens that it has begun with, as if it had been retracted after them.
+        SGLang would shorten responses here that do not fit, and the engine refuses such requests."""
+        request = self._received.pop(req.rid)
+        req.order, begun = request.order, request.begun
         if begun is None:
             return
         req.output_ids = array("q", begun.output_ids)

@@ -37,11 +37,13 @@ DAMAGED, JOINED, FOUNDED = -1, 0, 1
 
 class LostUpdateError(RuntimeError):
     """The cells could not meet, or the update was not made: nothing but gradient buffers has changed, and what was
-    received from another cell. ``missing`` are parts that no cell had, where that is why."""
+    received from another cell. ``missing`` are parts that no cell had, where that is why, and ``overwritten`` those
+    that this cell has no more."""
 
     def __init__(self, text: str, missing: Collection[int] = ()) -> None:
         super().__init__(text)
         self.missing = sorted(missing)
+        self.overwritten: list[int] = []
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class CellLink:
         self.cells = cell.cells
         self._cell, self._state, self._limits = cell, state, limits
         self._group = Group(limits)
+        self._space = Space()
         self._joined: Manager | None = None
         self._count = JOINED  # until there is a manager, which counts then
         self.changed = False  # the state, when this cell met the others the last time
@@ -123,7 +126,7 @@ class CellLink:
         makes :meth:`commit` fail, and is not raised: other ranks of this cell may have seen nothing."""
         try:
             rank = self._manager().participating_rank() or 0
-            combine(Exchange(self._group, self.cells, rank, self._participants, own).total)
+            combine(Exchange(self._group, self._space, self.cells, rank, self._participants, own).total)
         except LostUpdateError as error:  # every cell knows
             self._manager().report_error(error)
         except Exception as error:
@@ -235,6 +238,21 @@ def _connections() -> set[tuple[int, tuple[object, ...], tuple[object, ...]]]:
     return {(one.fd, one.laddr, one.raddr) for one in found if one.status == psutil.CONN_ESTABLISHED}
 
 
+class Space:
+    """Host memory for what is under way between cells. It is used again: memory that is new each time has to be mapped
+    by the kernel first, which takes longer than the exchange."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+
+    def tensor(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        """Return a tensor whose values are undefined; valid until the next one of this name."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if name not in self._memory or self._memory[name].numel() < nbytes:
+            self._memory[name] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        return self._memory[name][:nbytes].view(dtype).view(shape)
+
+
 class Exchange:
     """Sums ``parts`` parts, which the ``cells`` of a quorum have; this one is number ``rank`` of them. All of them call
     :meth:`total` for the same stretches.
@@ -242,8 +260,10 @@ class Exchange:
     Raises LostUpdateError where no cell has a part.
     """
 
-    def __init__(self, group: ProcessGroupGloo, parts: int, rank: int, cells: int, own: Collection[int]) -> None:
-        self._group, self._cells = group, cells
+    def __init__(
+        self, group: ProcessGroupGloo, space: Space, parts: int, rank: int, cells: int, own: Collection[int]
+    ) -> None:
+        self._group, self._space, self._cells = group, space, cells
         have = torch.zeros(parts, dtype=torch.uint8)
         have[[*own]] = 1
         everywhere = torch.stack(self._gather(have))
@@ -254,26 +274,30 @@ class Exchange:
         self._arrival = senders.argsort(stable=True).tolist()  # parts in the order in which they arrive
         self._own = [part for part in self._arrival if senders[part] == rank]
 
-    def total(self, own: Mapping[int, Tensor], like: Tensor) -> Tensor:
-        """Return the sum of a stretch of all parts, in host memory, from the stretches of the parts that this cell has;
-        ``like`` has its size and dtype. Each cell sums one piece of the stretch."""
-        size = -(-like.numel() // self._cells)
-        mine = torch.zeros(len(self._own), self._cells * size, dtype=like.dtype)
-        for row, part in zip(mine, self._own):
-            row[: like.numel()].copy_(own[part])
-        pieces = mine.view(-1, self._cells, size).transpose(0, 1).contiguous()  # of the parts here, by receiver
-        arrived = self._exchange(pieces.view(-1), size).view(-1, size)
-        terms = dict(zip(self._arrival, arrived))
+    def total(self, own: Mapping[int, Tensor], stretch: Tensor) -> None:
+        """Replace a ``stretch`` by the sum of all parts, from the stretches of the parts that this cell has, one of
+        which may be ``stretch`` itself. Each cell sums one piece of it."""
+        size, dtype = -(-stretch.numel() // self._cells), stretch.dtype
+        pieces = self._space.tensor("pieces", dtype, self._cells, len(self._own), size)  # by receiver and part
+        for row, part in enumerate(self._own):
+            for receiver, piece in enumerate(own[part].split(size)):
+                pieces[receiver, row, : piece.numel()].copy_(piece)
+        terms = dict(zip(self._arrival, self._exchange(pieces)))
         summed = add_tree([terms[part] for part in sorted(terms)])
-        return torch.cat(self._gather(summed))[: like.numel()]
+        whole = summed
+        if self._cells > 1:
+            whole = self._space.tensor("whole", dtype, self._cells, size)
+            self._group.allgather([[*whole]], [summed], AllgatherOptions()).wait()
+        stretch.copy_(whole.view(-1)[: stretch.numel()])
 
-    def _exchange(self, pieces: Tensor, size: int) -> Tensor:
-        """Send a part of ``pieces`` to each cell; return what they have sent to this one, by sender."""
+    def _exchange(self, pieces: Tensor) -> Tensor:
+        """Send to each cell its ``pieces``; return what all have sent to this one, by sender and part."""
+        size = pieces.shape[-1]
         if self._cells == 1:
-            return pieces
-        arrived = torch.empty(len(self._arrival) * size, dtype=pieces.dtype)
+            return pieces.view(-1, size)
+        arrived = self._space.tensor("arrived", pieces.dtype, len(self._arrival), size)
         sent, counts = [len(self._own) * size] * self._cells, [count * size for count in self._counts]
-        self._group.alltoall_base(arrived, pieces, counts, sent, AllToAllOptions()).wait()
+        self._group.alltoall_base(arrived.view(-1), pieces.view(-1), counts, sent, AllToAllOptions()).wait()
         return arrived
 
     def _gather(self, mine: Tensor) -> list[Tensor]:

@@ -60,7 +60,7 @@ class CellMember:
             self._begin(f"make update {update} of the {role}")
             return trainer.make_update(update, self.link)
         except LostUpdateError as error:
-            return UpdateResult(lost=str(error), missing=error.missing)
+            return UpdateResult(lost=str(error), missing=error.missing, overwritten=error.overwritten)
 
     def _begin(self, purpose: str) -> None:
         try:

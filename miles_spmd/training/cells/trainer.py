@@ -9,7 +9,7 @@ from miles_spmd.algorithms.losses import Loss
 from miles_spmd.config import Config
 from miles_spmd.models import Family
 from miles_spmd.protocol.results import PartResult, TrainResult, UpdateResult
-from miles_spmd.training.cells.link import CellLink
+from miles_spmd.training.cells.link import CellLink, LostUpdateError
 from miles_spmd.training.network import Network
 from miles_spmd.training.reduction import PartSum
 from miles_spmd.training.trainer import Trainer
@@ -50,26 +50,33 @@ class CellTrainer(Trainer):
 
     @property
     def kept_bytes(self) -> int:
-        """Host memory of the gradients that are kept."""
+        """Host memory of gradients that are kept."""
         return self._total.kept_bytes
 
     def compute_part(self, update: int, part: int, micro_batches: Sequence[MicroBatch]) -> PartResult:
         """Compute ``part`` of the batch of the update with this number, and keep its gradient until the update is made.
         Parts of other updates are forgotten."""
         self._begin(update)
-        self._clear_gradient()
         self._total.begin(part)
+        self._clear_gradient()
         batches = self._pack(micro_batches)
         self._results[part] = PartResult(*self._scored(batches, self._accumulate(batches)))
         return self._results[part]
 
     def make_update(self, update: int, link: CellLink) -> UpdateResult:
-        """Make the update with the cells that have just met: fetch from them the parts that are not kept here. Raises
-        LostUpdateError; what is kept stays for the next attempt then."""
+        """Make the update with the cells that have just met: sum the parts that are kept here and there. Raises
+        LostUpdateError; what was not overwritten is kept for the next attempt then."""
         self._begin(update)
-        link.exchange(self._total.combine, self._total.kept)
-        self._total.spread()
-        link.commit()
+        try:
+            link.exchange(self._total.combine, self._total.kept)
+            self._total.spread()
+            link.commit()
+        except LostUpdateError as error:
+            if not error.missing:  # then nothing was exchanged
+                error.overwritten = self._total.forget_overwritten()
+                for part in error.overwritten:
+                    del self._results[part]
+            raise
         sums = [leaf for part in self._results.values() for leaf in part.sums]
         self.forget()
         made = self._update().result(sums, None)
@@ -77,7 +84,7 @@ class CellTrainer(Trainer):
 
     def forget(self) -> None:
         """Parts that are kept belong to no update any more."""
-        self._total.kept.clear()
+        self._total.forget()
         self._results.clear()
 
     def _begin(self, update: int) -> None:
