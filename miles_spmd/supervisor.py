@@ -60,6 +60,7 @@ class Supervisor:
         self._steps: LocalSteps | SlurmSteps = LocalSteps(ranks)
         if SLURM in os.environ:
             self._steps = SlurmSteps(ranks, config.resilience.cells)
+        self._here = self._steps.cells_of_a_machine or config.resilience.cells
         self._launched: dict[int, _Launched] = {}
         self._standby: dict[int, _Launched] = {}  # for the next start of a cell
         self._due: list[tuple[float, StartCell]] = []  # when (monotonic) which cell is to be started
@@ -170,7 +171,7 @@ class Supervisor:
 
     def _launch(self, cell: int, start: int) -> _Launched:
         keys = self._keys_of(cell, start)
-        place = Cell(cell, self._config.resilience.cells, self._lighthouse, str(keys))
+        place = Cell(cell, self._config.resilience.cells, self._lighthouse, str(keys), self._here)
         own = place.environment | self._steps.environment() | self._devices(cell)
         process = launch(self._steps.command(cell, keys.stem), os.environ | own)
         return _Launched(start, keys, process)
@@ -180,10 +181,9 @@ class Supervisor:
         enough for every rank of all cells."""
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         own = visible.split(",") if visible else [str(number) for number in range(len(gpus()))]
-        there = self._steps.cells_of_a_machine or self._config.resilience.cells
-        if len(own) < there * self._ranks:
+        if len(own) < self._here * self._ranks:
             return {}
-        first = cell % there * self._ranks
+        first = cell % self._here * self._ranks
         return {"CUDA_VISIBLE_DEVICES": ",".join(own[first : first + self._ranks])}
 
     def _kill(self, launched: _Launched | None) -> None:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from miles_spmd.types.variables import VariableError, text
+from miles_spmd.types.variables import VariableError, text, whole
 
 # environment of a cell's processes
-CELL, LIGHTHOUSE, KEYS = "MILES_SPMD_CELL", "MILES_SPMD_LIGHTHOUSE", "MILES_SPMD_KEYS"
+CELL, LIGHTHOUSE, KEYS, HERE = "MILES_SPMD_CELL", "MILES_SPMD_LIGHTHOUSE", "MILES_SPMD_KEYS", "MILES_SPMD_CELLS_HERE"
 
 
 @dataclass(frozen=True)
 class Cell:
     """The cell ``number`` of ``cells``, which meet through the lighthouse at the address ``http://HOST:PORT``. ``keys``
-    is the file that has the credentials of its ranks; each start of a cell has another one."""
+    is the file that has the credentials of its ranks; each start of a cell has another one. ``here`` of the cells share
+    this machine."""
 
     number: int
     cells: int
     lighthouse: str
     keys: str = ""
+    here: int = 1
 
     @classmethod
     def from_environment(cls) -> Cell | None:
@@ -29,7 +31,7 @@ class Cell:
         number, _, cells = text(CELL).partition("/")
         if not (number.isdecimal() and cells.isdecimal() and int(number) < int(cells)):
             raise VariableError(f"{CELL} is {text(CELL)!r}, not the number of a cell and how many there are, as in 0/2")
-        return cls(int(number), int(cells), text(LIGHTHOUSE), text(KEYS))
+        return cls(int(number), int(cells), text(LIGHTHOUSE), text(KEYS), whole(HERE, least=1))
 
     @property
     def host(self) -> str:
@@ -39,4 +41,5 @@ class Cell:
     @property
     def environment(self) -> dict[str, str]:
         """The variables that :meth:`from_environment` reads."""
-        return {CELL: f"{self.number}/{self.cells}", LIGHTHOUSE: self.lighthouse, KEYS: self.keys}
+        place = {CELL: f"{self.number}/{self.cells}", HERE: str(self.here)}
+        return place | {LIGHTHOUSE: self.lighthouse, KEYS: self.keys}

@@ -186,7 +186,7 @@ def join(config: Config, place: Place, controller: ControllerProcess | None) -> 
     from miles_spmd.platform.plain_objects import accept_plain_objects_only
     from miles_spmd.worker.world import take_side
 
-    threads = cores_per_rank(place.local_world_size)
+    threads = cores_per_rank(place.ranks_here)
     exact = config.determinism.deterministic or config.determinism.parity == "bitwise"
     torch.set_num_threads(1 if exact else threads)  # how a sum is split over threads decides its rounding
     accept_plain_objects_only()

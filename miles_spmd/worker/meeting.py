@@ -94,6 +94,11 @@ class Place:
         return self.world_size if self.cell is None else self.cell.cells * self.world_size
 
     @property
+    def ranks_here(self) -> int:
+        """The number of ranks of this machine."""
+        return self.local_world_size * (self.cell.here if self.cell else 1)
+
+    @property
     def host(self) -> str:
         """The name or address under which all ranks reach the first node."""
         return LOOPBACK if self.one_node else self.master

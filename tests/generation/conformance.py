@@ -437,11 +437,17 @@ CHECKS: list[Callable[[Engine, list[Path]], Any]] = [
     refitting,
     memory,
     versions,
-    not_finite,
+    not_finite,  # the engine is of no use after it
 ]
 
 
-def check(kind: str, tp_size: int, number: int, folders: list[Path]) -> Any:
-    server_args = {"tp_size": tp_size} if kind == "sglang" else {}
+def check(kind: str, tp_size: int, folders: list[Path]) -> dict[str, Any]:
+    """Return what all checks do, by name. They share an engine: whatever it did before, it has the first weights and
+    an empty cache when a check begins."""
+    server_args, found = {"tp_size": tp_size} if kind == "sglang" else {}, dict[str, Any]()
     with engine_of(kind, folders[0], **server_args) as engine:
-        return CHECKS[number](engine, folders)
+        for one in CHECKS:
+            refit(engine, folders[0], 0)
+            engine.flush()
+            found[one.__name__] = one(engine, folders)
+    return found

@@ -396,6 +396,6 @@ def test_recipes_fit_the_gpus_that_they_are_for(name: str, tmp_path: Path, monke
 )
 def test_other_recipes_have_a_plan(path: Path) -> None:
     model = checkpoint("qwen3")
-    fits = ["max_tokens_per_gpu=512", "rollout_max_response_len=8"]
+    fits = ["max_tokens_per_gpu=512", "rollout_max_prompt_len=32", "rollout_max_response_len=8"]
     config = load_config(path, [f"hf_checkpoint={model}", f"teacher_load={model}", *fits], check_files=False)
     assert "while training" in describe_plan(config, world_size=2, device_gib=24)

@@ -29,7 +29,7 @@ def quickstart(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
 def test_quickstart_leaves_what_it_promises(tmp_path: Path) -> None:
     short = [
         *("--sft", "num_rollout=25", "--sft", "lr_warmup_iters=2"),
-        *("--grpo", "num_rollout=3", "--grpo", "eval_interval=2", "--grpo", "rollout_batch_size=8"),
+        *("--grpo", "num_rollout=3", "--grpo", "eval_interval=3", "--grpo", "rollout_batch_size=8"),
         *("--install-seconds", "12.34"),
     ]
     done = forked.run(Path(__file__).with_name("forked_warm_up.py"), *short, folder=tmp_path, timeout=280)

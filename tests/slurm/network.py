@@ -84,6 +84,7 @@ class Network:
 
     def close(self) -> None:
         for node in range(len(self.addresses)):
+            _run("ip", "link", "delete", f"{self._name}-{node}")  # a namespace stays as long as its processes
             _run("ip", "netns", "delete", self._namespace(node))
         _run("ip", "link", "delete", self._name)
 

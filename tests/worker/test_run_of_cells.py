@@ -22,7 +22,7 @@ from tests.worker.strike import Strike, struck, write
 
 STEPS = 60
 END_SECONDS = 180
-REWARD = "tests.worker.rewards:by_length"
+REWARD = "tests.worker.rewards:by_length_slowly"
 EXACT: dict[str, Any] = {"run": {"num_rollout": STEPS, "overwrite": True}, "train": {"reduction_leaves": 4}}
 CELLS: dict[str, Any] = EXACT | {"resilience": {"cells": 2, "cell_timeout": 3.0}}
 
@@ -48,9 +48,11 @@ Hurt = Callable[..., tuple[Path, list[str]]]
 @pytest.fixture
 def hurt(tmp_path: Path, launch: Launch, one_world: dict[str, Path]) -> Hurt:
     """Make a short run with cells of ``ranks`` ranks, hurt it, and compare it with that of one world. Return its folder
-    and its warnings."""
+    and its warnings. ``slowly``: the steps take a while, so that a cell is back before the last one."""
 
-    def finish(*strikes: Strike, cells: int = 2, ranks: int = 1, **changes: dict[str, Any]) -> tuple[Path, list[str]]:
+    def finish(
+        *strikes: Strike, cells: int = 2, ranks: int = 1, slowly: bool = False, **changes: dict[str, Any]
+    ) -> tuple[Path, list[str]]:
         settings: dict[str, Any] = {
             "train": {"reduction_leaves": 4},
             "reward": {"rm_type": REWARD},
@@ -58,7 +60,8 @@ def hurt(tmp_path: Path, launch: Launch, one_world: dict[str, Path]) -> Hurt:
             "run": {"num_rollout": 8, "overwrite": True} | changes.get("run", {}),
         }
         of_cells = {"cells": cells, "cell_timeout": 3.0}
-        run = launch(ranks=ranks, variables=write(tmp_path, strikes), **settings | {"resilience": of_cells})
+        variables = write(tmp_path, strikes) | ({"SLOWLY": str(tmp_path)} if slowly else {})
+        run = launch(ranks=ranks, variables=variables, **settings | {"resilience": of_cells})
         finished(run)
         assert struck(tmp_path) == len(strikes), run.report()
         lines, kept = warnings(run), run.run_dir.rename(tmp_path / "of_cells")
@@ -153,9 +156,8 @@ def test_an_engine_hangs(hurt: Hurt) -> None:
 
 @pytest.mark.slow
 def test_a_cell_dies_while_it_receives_the_state(hurt: Hurt) -> None:
-    _, (lost, again, back) = hurt(
-        Strike(1, "ComputePart", 3), Strike(1, "ReceiveState", call=100, start=1), run={"num_rollout": 12}
-    )
+    strikes = Strike(1, "ComputePart", 3), Strike(1, "ReceiveState", call=100, start=1)
+    _, (lost, again, back) = hurt(*strikes, slowly=True, run={"num_rollout": 24})
     assert "rank 1" in lost
     assert "rank 1" in again
     assert "cell 1 takes part again" in back
@@ -165,7 +167,7 @@ def test_a_cell_dies_while_it_receives_the_state(hurt: Hurt) -> None:
 def test_a_cell_dies_while_it_sends_its_state(hurt: Hurt) -> None:
     """Another one sends it."""
     strikes = Strike(1, "ComputePart", 3), Strike(0, "SendState", call=500)
-    _, lines = hurt(*strikes, cells=4, run={"num_rollout": 12})
+    _, lines = hurt(*strikes, cells=4, slowly=True, run={"num_rollout": 16})
     assert len(lines) == 4
     assert all("takes part again" in line for line in lines[2:])
 
