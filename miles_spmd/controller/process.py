@@ -30,6 +30,7 @@ from miles_spmd.controller.cluster.errors import WorkerError, WorkerStoppedError
 from miles_spmd.controller.journal.stopping import GRACE, Stopping
 from miles_spmd.controller.run_folder import outcome
 from miles_spmd.plugins.plug_point import PlugPoint
+from miles_spmd.processes import session
 from miles_spmd.protocol.last_words import say
 from miles_spmd.protocol.pipe import EXIT_SECONDS, REQUEUE, CellEnded, End, Order, ToController, ToSupervisor
 from miles_spmd.protocol.router import Router
@@ -94,7 +95,7 @@ class _Launcher:
         # Only a signal interrupts the main thread wherever it is: in poll, in a reward's future, in a file.
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         threading.Event().wait(EXIT_SECONDS)
-        os.killpg(0, signal.SIGKILL)
+        session.kill(os.getpid())
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.ignore()  # a second signal must not interrupt the exit
@@ -174,7 +175,7 @@ def main(descriptor: int) -> int:
         say(problem)
     _conclude(attempt, state, problem, config)
     if launcher.gone:
-        os.killpg(0, signal.SIGKILL)  # no other process is left to end what this one started
+        session.kill(os.getpid())  # no other process is left to end what this one started
     return status
 
 

@@ -17,6 +17,7 @@ from multiprocessing.connection import Pipe
 import msgspec
 
 from miles_spmd.config import Config
+from miles_spmd.processes import session
 from miles_spmd.protocol.pipe import EXIT_SECONDS, Credentials, End, Order, Replay, ToController, ToSupervisor
 
 CLEAN_UP = 1.0  # seconds for processes that the controller has left behind to end by themselves
@@ -76,8 +77,9 @@ class ControllerProcess:
 
     def kill(self) -> None:
         """Kill the controller and all that it started, without waiting: a file system may hold it for ever."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+        for pid in session.members(self.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the end, kill the controller after ``timeout`` seconds, and return its exit status (negative: the
@@ -88,17 +90,16 @@ class ControllerProcess:
             self._process.kill()
             return self._process.wait()
         finally:
-            self._end_group()
+            self._end_session()
 
-    def _end_group(self) -> None:
-        """Wait for the rest of the controller's process group, then kill it: its reward processes end with it, and
+    def _end_session(self) -> None:
+        """Wait for the rest of the controller's session, then kill it: its reward processes end with it, and
         multiprocessing's resource tracker removes what they left."""
         end = time.monotonic() + CLEAN_UP
-        with contextlib.suppress(ProcessLookupError):
-            while time.monotonic() < end:
-                os.killpg(self.pid, 0)
-                time.sleep(0.01)
-            os.killpg(self.pid, signal.SIGKILL)
+        while session.members(self.pid):
+            if time.monotonic() > end:
+                session.kill(self.pid)
+            time.sleep(0.01)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from miles_spmd.config.load import load_config
+from miles_spmd.processes import session
+from miles_spmd.processes.session import members
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.messages import Heartbeat
 from miles_spmd.protocol.pipe import REQUEUE
@@ -96,24 +98,29 @@ time.sleep(600)
 """
 
 
-def group_members(leader: int) -> list[int]:
-    members = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[2]) == leader and fields[0] != "Z":
-                members.append(int(entry.name))
-    return members
-
-
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+STARTS_A_GROUP = (
+    "import subprocess; print(subprocess.Popen(['sleep', '600'], process_group=0).pid, flush=True); input()"
+)
+
+
+def test_a_session_ends_with_all_process_groups() -> None:
+    command = [sys.executable, "-c", STARTS_A_GROUP]
+    leader = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert leader.stdout is not None
+    other = int(leader.stdout.readline())
+    assert sorted(members(leader.pid)) == sorted([leader.pid, other])
+    leader.kill()
+    leader.wait()
+    assert members(leader.pid) == [other]
+    session.kill(leader.pid)
+    assert members(leader.pid) == []
 
 
 @pytest.mark.parametrize("who", ["rank 0", "controller"])
@@ -126,9 +133,9 @@ def test_neither_outlives_the_other(tmp_path: Path, checkpoint: Path, who: str) 
         )
     assert launcher.stdout is not None
     controller = int(launcher.stdout.readline())
-    wait_for(lambda: len(group_members(controller)) >= 3)
+    wait_for(lambda: len(members(controller)) >= 3)
     os.kill(launcher.pid if who == "rank 0" else controller, signal.SIGKILL)
-    wait_for(lambda: not group_members(controller), 15)
+    wait_for(lambda: not members(controller), 15)
     launcher.kill()
     launcher.wait()
     messages = [line for line in (tmp_path / "stderr").read_text().splitlines() if line.startswith("miles-spmd")]

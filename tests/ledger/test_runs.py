@@ -8,11 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
+import tomli_w
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -128,6 +130,20 @@ def test_what_generated_nothing_has_no_rollout_to_repeat(ranks: Ranks, recipe: R
         replayed(ranks, folder, 1, "rollout")
     with pytest.raises(LedgerError, match=r"run.mode = 'sft', which generates no responses; bisect a run with"):
         plan_bisection(folder, 1)
+
+
+def test_a_rollout_that_depended_on_time_is_not_repeated(first: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(first, tmp_path / "copy", symlinks=True))
+    tables = tomllib.loads((copy / "config.toml").read_text())
+    tables["determinism"] |= {"deterministic": False}
+    prompts = tables["rollout"]["rollout_batch_size"]
+    tables["rollout"] |= {"over_sampling_batch_size": 2 * prompts, "acceptance": "balanced"}
+    (copy / "config.toml").write_text(tomli_w.dumps(tables))
+    for phase in (None, "rollout"):
+        with pytest.raises(LedgerError, match=r"depended on time \(rollout.acceptance = 'balanced'.*--phase train"):
+            plan(copy, 1, phase)
+    order, _ = plan(copy, 1, "train")
+    assert order.phase == "train"
 
 
 @pytest.mark.parametrize("settings", [b"\xff", b"run = 1", b"[run]\nnum_rollout = 'x'"])

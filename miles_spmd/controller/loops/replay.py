@@ -6,8 +6,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
+from miles_spmd.config import Config
 from miles_spmd.config.load import ConfigError, load_config
-from miles_spmd.config.run import RunConfig
 from miles_spmd.controller.checkpoint_folders import newest, read
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.loops.sync import advance
@@ -51,6 +51,8 @@ def plan(run_dir: Path, step: int, phase: Literal["rollout", "train"] | None) ->
         raise LedgerError(f"{run_dir} has no step {step}: its ledger has {has}")
     if phase == "rollout":
         _require_responses(run_dir, "leave out --phase")
+    if phase != "train":
+        _require_rollouts_that_repeat(run_dir)
     checkpoint = newest(run_dir, up_to=step)
     first = done[0] if checkpoint is None else read(checkpoint).step
     missing = [s for s in range(first, step + 1) if phase == "train" and not step_data.path_of(run_dir, s).is_file()]
@@ -84,19 +86,30 @@ def _begun(run_dir: Path) -> int:
     except OSError as error:
         raise LedgerError(f"{run_dir} has no metrics: {error}") from None
     # metrics are reported before the first step and after each; the step after the last report may have failed
-    return min(max(reported, default=0) + 1, _settings(run_dir).num_rollout)
+    return min(max(reported, default=0) + 1, _config(run_dir).run.num_rollout)
+
+
+def _require_rollouts_that_repeat(run_dir: Path) -> None:
+    """Raise LedgerError where it depended on time which responses a step of the run in ``run_dir`` trained on."""
+    rollout = _config(run_dir).rollout
+    acceptance, partial = rollout.acceptance, rollout.partial_rollout
+    if partial or acceptance != "submission_order":
+        raise LedgerError(
+            f"{run_dir}: which responses a step trained on depended on time (rollout.acceptance = {acceptance!r}, "
+            f"partial_rollout = {str(partial).lower()}); --phase train repeats its update with those that were kept"
+        )
 
 
 def _require_responses(run_dir: Path, remedy: str) -> None:
     """Raise LedgerError where the run in ``run_dir`` has generated none."""
-    if (mode := _settings(run_dir).mode) != "rl":
+    if (mode := _config(run_dir).run.mode) != "rl":
         raise LedgerError(f"{run_dir} is a run with run.mode = {mode!r}, which generates no responses; {remedy}")
 
 
-def _settings(run_dir: Path) -> RunConfig:
-    """Return the table [run] of a run's configuration. Raises LedgerError where it has errors or cannot be read."""
+def _config(run_dir: Path) -> Config:
+    """Return a run's configuration. Raises LedgerError where it has errors or cannot be read."""
     try:
-        return load_config(run_dir / CONFIG_FILE, check_files=False).run
+        return load_config(run_dir / CONFIG_FILE, check_files=False)
     except ConfigError as error:
         raise LedgerError(str(error)) from None
 
