@@ -77,7 +77,7 @@ class EngineJudge:
 
     @contextmanager
     def opened(self, step: int, purpose: str) -> Iterator[None]:
-        """Answer questions in the block; what has no score at its end fails with a CancelledError."""
+        """Judge in the block; what has no score at its end fails with a CancelledError."""
         purpose = ", ".join(filter(None, ["judge", purpose]))
         try:
             with self._cluster.rollout(step, purpose=purpose, group=JUDGE) as self._session:
