@@ -69,7 +69,6 @@ class CellTrainer(Trainer):
         self._begin(update)
         try:
             link.exchange(self._total.combine, self._total.kept)
-            self._total.spread()
             link.commit()
         except LostUpdateError as error:
             if not error.missing:  # then nothing was exchanged
@@ -77,6 +76,7 @@ class CellTrainer(Trainer):
                 for part in error.overwritten:
                     del self._results[part]
             raise
+        self._total.spread()  # not before: the sums over this cell's ranks change what is kept for another attempt
         sums = [leaf for part in self._results.values() for leaf in part.sums]
         self.forget()
         made = self._update().result(sums, None)
