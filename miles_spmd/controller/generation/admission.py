@@ -2,9 +2,9 @@
 
 A session is an episode with the tokens of all its turns. Between two turns the engine keeps their keys and values as
 long as it has room. Where more sessions run than fit, each turn evicts what another session needs next, and most turns
-prefill their whole history again. So with `environment.environment_cache_share` the first request of a session is held
-back while those that have begun fill the cache of its engine. A session that has begun is never held back, and in the
-engine's queue older ones come first.
+prefill their whole history again. So with `environment_cache_share` the first request of a session is held back while
+those that have begun fill the cache of its engine. A session that has begun is never held back, and in the engine's
+queue older ones come first.
 
 An engine that keeps a cache and has nothing to do saves nothing. Where environments are slow, more sessions run than
 fit: so many that about half of what would fit is at the engines at a time.
