@@ -239,8 +239,8 @@ def _connections() -> set[tuple[int, tuple[object, ...], tuple[object, ...]]]:
 
 
 class Space:
-    """Host memory for what is under way between cells. It is used again, because the kernel has to map new memory first,
-    page by page."""
+    """Host memory for what is under way between cells. It is used again, because the kernel has to map new memory
+    first, page by page."""
 
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
