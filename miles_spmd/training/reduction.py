@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from torch import Tensor
 
-STRETCH = 1 << 22  # elements of a gradient that are combined at a time
+STRETCH = 1 << 24  # elements of a gradient that are combined at a time
 # Takes a stretch of the parts that are kept here, by their numbers, and the stretch that the sum of all parts replaces.
 Total = Callable[[Mapping[int, Tensor], Tensor], None]
 

@@ -22,7 +22,7 @@ from torchft.coordination import LighthouseServer
 from miles_spmd.config import Config
 from miles_spmd.protocol.results import MeetResult
 from miles_spmd.training.cells import live_state
-from miles_spmd.training.cells.link import Exchange
+from miles_spmd.training.cells.exchange import Exchange
 from miles_spmd.training.cells.live_state import LiveState
 from miles_spmd.training.reduction import PartSum
 from miles_spmd.training.roles import Roles

@@ -1,13 +1,18 @@
-"""Connections between cells whose packets are dropped, in a network namespace of their own."""
+"""Connections between cells that end, and those whose packets are dropped, in a network namespace of their own."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 
 import pytest
 
+from miles_spmd.training.cells.group import Watch
 from tests.forked import REPOSITORY
 
 SILENCE, EXCHANGE = 2.0, 30.0  # seconds
@@ -16,23 +21,23 @@ import os, subprocess, sys, time
 from datetime import timedelta
 import torch
 import torch.distributed as dist
-from miles_spmd.training.cells.link import Group, Limits, _gather
+from miles_spmd.training.cells.group import Group
 
 rank = int(not os.fork())
 if rank == 0:
     store = dist.TCPStore("127.0.0.1", 29500, is_master=True, wait_for_workers=False)
-group = Group(Limits({EXCHANGE}, {EXCHANGE}, {EXCHANGE}, 0.1, {SILENCE}))
+group = Group({EXCHANGE}, {SILENCE})
 group.configure("127.0.0.1:29500/group", str(rank), rank, 2)
 mine = torch.ones(1 << 20)
-_gather(group, 2, mine)
+group.gather(mine, 2)
 time.sleep(1.5 * {SILENCE})  # without a word, and with packets that arrive
-_gather(group, 2, mine)
+group.gather(mine, 2)
 if rank == 1:
     time.sleep(3 * {EXCHANGE})
 subprocess.run(["iptables", "-A", "INPUT", "-j", "DROP"], check=True)
 began = time.monotonic()
 try:
-    _gather(group, 2, mine)
+    group.gather(mine, 2)
 except RuntimeError as error:
     print(time.monotonic() - began)
 """
@@ -59,3 +64,53 @@ def test_a_connection_ends_when_packets_do_not_arrive() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert SILENCE - 1 < float(done.stdout) < SILENCE + 3
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[tuple[socket.socket, socket.socket]]:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as near,
+        server.accept()[0] as far,
+    ):
+        yield near, far
+
+
+def test_a_watch_ends_what_waits_for_a_cell_that_has_left() -> None:
+    with connected() as (one, _), connected() as (near, far):
+        ended = threading.Event()
+        watch = Watch({(each.getsockname(), each.getpeername()) for each in (one, near)}, 60.0, ended.set)
+        far.close()
+        assert ended.wait(10)
+        watch.close()
+        assert "connection to another cell ended" in watch.reason
+
+
+def test_a_watch_begins_when_a_cell_has_left() -> None:
+    with connected() as (near, _):
+        ends = near.getsockname(), near.getpeername()
+    ended = threading.Event()
+    watch = Watch({ends}, 60.0, ended.set)
+    watch.close()
+    assert ended.is_set()
+    assert "had ended" in watch.reason
+
+
+def test_a_watch_knows_when_the_time_is_up() -> None:
+    with connected() as (near, _):
+        ended = threading.Event()
+        watch = Watch({(near.getsockname(), near.getpeername())}, 0.05, ended.set)
+        assert ended.wait(10)
+        watch.close()
+        assert watch.reason == "sums were not exchanged within 0.05 s"
+
+
+def test_a_watch_that_is_closed_ends_nothing() -> None:
+    with connected() as (near, far):
+        ended = threading.Event()
+        watch = Watch({(near.getsockname(), near.getpeername())}, 60.0, ended.set)
+        near.sendall(b"words that nobody reads")
+        watch.close()
+        assert not ended.is_set()
+        assert watch.reason == ""
+        assert far.recv(5) == b"words"  # both ends are open as before

@@ -7,43 +7,29 @@ Cells exchange nothing else but sums of gradients.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import math
 import socket
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
 
-import psutil
 import torch
 import torch.distributed as dist
 import xxhash
-from torch import Tensor
-from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
-from torchft import Manager, ProcessGroupGloo
+from torchft import Manager
 
 from miles_spmd.config.resilience import ResilienceConfig
 from miles_spmd.protocol.router import address_towards
+from miles_spmd.training.cells.exchange import Exchange, LostUpdateError, Space
+from miles_spmd.training.cells.group import Group
 from miles_spmd.training.cells.live_state import LiveState, PeerTransport
-from miles_spmd.training.reduction import Total, add_tree
+from miles_spmd.training.reduction import Total
 from miles_spmd.types.cell import Cell
 
 # torchft's count: it lets a cell receive the state of those that have counted further
 DAMAGED, JOINED, FOUNDED = -1, 0, 1
-
-
-class LostUpdateError(RuntimeError):
-    """The cells could not meet, or the update was not made: nothing but gradient buffers has changed, and what was
-    received from another cell. ``missing`` are parts that no cell had, where that is why, and ``overwritten`` those
-    that this cell has no more."""
-
-    def __init__(self, text: str, missing: Collection[int] = ()) -> None:
-        super().__init__(text)
-        self.missing = sorted(missing)
-        self.overwritten: list[int] = []
 
 
 @dataclass(frozen=True)
@@ -73,7 +59,7 @@ class CellLink:
     def __init__(self, cell: Cell, state: LiveState, limits: Limits) -> None:
         self.cells = cell.cells
         self._cell, self._state, self._limits = cell, state, limits
-        self._group = Group(limits)
+        self._group = Group(limits.exchange, limits.silence)
         self._space = Space()
         self._joined: Manager | None = None
         self._count = JOINED  # until there is a manager, which counts then
@@ -105,7 +91,7 @@ class CellLink:
                 raise failed.original_exception
             mine = torch.tensor([xxhash.xxh3_64_intdigest(purpose.encode()) >> 1])
             # as long as a third cell may need to catch up
-            if len({int(other) for other in _gather(self._group, self._participants, mine, self._limits.quorum)}) > 1:
+            if len({int(other) for other in self._group.gather(mine, self._participants, self._limits.quorum)}) > 1:
                 problem = f"cells met for different purposes, this one to {purpose}"
         except Exception as error:  # of libraries below torchft, too
             problem = f"no quorum: {error}"
@@ -126,7 +112,9 @@ class CellLink:
         makes :meth:`commit` fail, and is not raised: other ranks of this cell may have seen nothing."""
         try:
             rank = self._manager().participating_rank() or 0
-            combine(Exchange(self._group, self._space, self.cells, rank, self._participants, own).total)
+            exchange = Exchange(self._group, self._space, self.cells, rank, self._participants, own)
+            with self._group.watched():
+                combine(exchange.total)
         except LostUpdateError as error:  # every cell knows
             self._manager().report_error(error)
         except Exception as error:
@@ -205,114 +193,6 @@ class CellLink:
         # cells that begin at the same time have given a sign of life before the first of them asks for the others
         time.sleep(2 * limits.heartbeat)
         return manager
-
-
-class Group(ProcessGroupGloo):
-    """Connections to other cells that end when packets of theirs do not arrive any more, as when their machine has lost
-    its power: nobody closes them then, and gloo alone would wait as long as a message may take."""
-
-    def __init__(self, limits: Limits) -> None:
-        super().__init__(timeout=timedelta(seconds=limits.exchange))
-        self._silence = limits.silence
-
-    def _create_pg(self, store: dist.Store, rank: int, world_size: int) -> dist.ProcessGroup:
-        before = _connections()
-        group = super()._create_pg(store, rank, world_size)
-        for descriptor, *_ in _connections() - before:
-            with contextlib.suppress(OSError), socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM) as own:
-                end_where_silent(own, self._silence)
-        return group
-
-
-def end_where_silent(connection: socket.socket, seconds: float) -> None:
-    """Let the kernel end a TCP connection whose other machine confirms nothing for so many ``seconds``."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(1000 * seconds))
-
-
-def _connections() -> set[tuple[int, tuple[object, ...], tuple[object, ...]]]:
-    """Return descriptor and both addresses of each TCP connection of this process."""
-    found = psutil.Process().net_connections("tcp")
-    return {(one.fd, one.laddr, one.raddr) for one in found if one.status == psutil.CONN_ESTABLISHED}
-
-
-class Space:
-    """Host memory for what is under way between cells. It is used again, because the kernel has to map new memory
-    first, page by page."""
-
-    def __init__(self) -> None:
-        self._memory: dict[str, Tensor] = {}
-
-    def tensor(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
-        """Return a tensor whose values are undefined; valid until the next one of this name."""
-        nbytes = math.prod(shape) * dtype.itemsize
-        if name not in self._memory or self._memory[name].numel() < nbytes:
-            self._memory[name] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        return self._memory[name][:nbytes].view(dtype).view(shape)
-
-
-class Exchange:
-    """Sums ``parts`` parts, which the ``cells`` of a quorum have; this one is number ``rank`` of them. All of them call
-    :meth:`total` for the same stretches.
-
-    Raises LostUpdateError where no cell has a part.
-    """
-
-    def __init__(
-        self, group: ProcessGroupGloo, space: Space, parts: int, rank: int, cells: int, own: Collection[int]
-    ) -> None:
-        self._group, self._space, self._cells = group, space, cells
-        have = torch.zeros(parts, dtype=torch.uint8)
-        have[[*own]] = 1
-        everywhere = torch.stack(self._gather(have))
-        if missing := (everywhere.sum(0) == 0).nonzero().flatten().tolist():
-            raise LostUpdateError(f"no cell has part {', '.join(map(str, missing))}", missing)
-        senders = everywhere.argmax(0)  # of cells that have a part the first; what they have is bitwise equal
-        self._counts = senders.bincount(minlength=cells).tolist()
-        self._arrival = senders.argsort(stable=True).tolist()  # parts in the order in which they arrive
-        self._own = [part for part in self._arrival if senders[part] == rank]
-
-    def total(self, own: Mapping[int, Tensor], stretch: Tensor) -> None:
-        """Replace a ``stretch`` by the sum of all parts, from the stretches of the parts that this cell has, one of
-        which may be ``stretch`` itself. Each cell sums one piece of it."""
-        size, dtype = -(-stretch.numel() // self._cells), stretch.dtype
-        pieces = self._space.tensor("pieces", dtype, self._cells, len(self._own), size)  # by receiver and part
-        for row, part in enumerate(self._own):
-            for receiver, piece in enumerate(own[part].split(size)):
-                pieces[receiver, row, : piece.numel()].copy_(piece)
-        terms = dict(zip(self._arrival, self._exchange(pieces)))
-        summed = add_tree([terms[part] for part in sorted(terms)])
-        whole = summed
-        if self._cells > 1:
-            whole = self._space.tensor("whole", dtype, self._cells, size)
-            self._group.allgather([[*whole]], [summed], AllgatherOptions()).wait()
-        stretch.copy_(whole.view(-1)[: stretch.numel()])
-
-    def _exchange(self, pieces: Tensor) -> Tensor:
-        """Send to each cell its ``pieces``; return what all have sent to this one, by sender and part."""
-        size = pieces.shape[-1]
-        if self._cells == 1:
-            return pieces.view(-1, size)
-        arrived = self._space.tensor("arrived", pieces.dtype, len(self._arrival), size)
-        sent, counts = [len(self._own) * size] * self._cells, [count * size for count in self._counts]
-        self._group.alltoall_base(arrived.view(-1), pieces.view(-1), counts, sent, AllToAllOptions()).wait()
-        return arrived
-
-    def _gather(self, mine: Tensor) -> list[Tensor]:
-        return _gather(self._group, self._cells, mine)
-
-
-def _gather(group: ProcessGroupGloo, cells: int, mine: Tensor, seconds: float | None = None) -> list[Tensor]:
-    """Return the tensor of each cell; within so many ``seconds``, by default the group's."""
-    if cells == 1:
-        return [mine]
-    gathered, options = [torch.empty_like(mine) for _ in range(cells)], AllgatherOptions()
-    if seconds is not None:
-        options.timeout = timedelta(seconds=seconds)
-    group.allgather([gathered], [mine], options).wait()
-    return gathered
 
 
 def _largest(*values: int) -> list[int]:

@@ -13,9 +13,9 @@ from itertools import chain
 import torch
 import xxhash
 from torch import Tensor
-from torchft import ProcessGroupGloo
 from torchft.checkpointing.transport import CheckpointTransport
 
+from miles_spmd.training.cells.group import Group
 from miles_spmd.training.checkpoint import TrainerCheckpoint, set_random_state
 
 MESSAGE_BYTES = 1 << 28  # of a tensor that is sent at a time
@@ -77,7 +77,7 @@ class PeerTransport(CheckpointTransport[dict[str, object]]):
     """Sends a :class:`LiveState` over the process group of a quorum, from a cell to those that are behind. torchft
     calls it while they agree on the quorum, when no trainer works."""
 
-    def __init__(self, group: ProcessGroupGloo, state: LiveState) -> None:
+    def __init__(self, group: Group, state: LiveState) -> None:
         self._group, self._state = group, state
 
     def metadata(self) -> str:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from miles_spmd.config.resilience import ResilienceConfig
 from miles_spmd.protocol.results import MeetResult, UpdateResult
-from miles_spmd.training.cells.link import CellLink, Limits, LostUpdateError
+from miles_spmd.training.cells.exchange import LostUpdateError
+from miles_spmd.training.cells.link import CellLink, Limits
 from miles_spmd.training.cells.live_state import LiveState
 from miles_spmd.training.cells.trainer import CellTrainer
 from miles_spmd.training.trainer import Trainer

@@ -9,7 +9,8 @@ from miles_spmd.algorithms.losses import Loss
 from miles_spmd.config import Config
 from miles_spmd.models import Family
 from miles_spmd.protocol.results import PartResult, TrainResult, UpdateResult
-from miles_spmd.training.cells.link import CellLink, LostUpdateError
+from miles_spmd.training.cells.exchange import LostUpdateError
+from miles_spmd.training.cells.link import CellLink
 from miles_spmd.training.network import Network
 from miles_spmd.training.reduction import PartSum
 from miles_spmd.training.trainer import Trainer
