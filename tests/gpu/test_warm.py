@@ -22,7 +22,7 @@ def start(folder: Path, disk: str, model: Path, data: Path) -> tuple[float, int,
     recipe.write_text(
         f'run = {{ output_dir = "{folder}/runs", kernel_cache = "{folder}/shared" }}\n'
         f'model.hf_checkpoint = "{model}"\ndata.prompt_data = "{data}"\nreward.rm_type = "exact"\n'
-        "rollout = { rollout_batch_size = 16, n_samples_per_prompt = 4, rollout_max_response_len = 128 }\n"
+        "rollout = { rollout_batch_size = 16, n_samples_per_prompt = 4, rollout_max_response_len = 32 }\n"
     )
     unset = {name: value for name, value in os.environ.items() if "CACHE" not in name and name != "RANK"}
     began = time.monotonic()

@@ -25,11 +25,6 @@ from miles_spmd.generation.sglang.cpu_memory_saver import CpuMemorySaver
 from miles_spmd.generation.sglang.requests import END, Item, broadcast, message
 from miles_spmd.types.request import Request
 
-# A prefill of a few tokens takes as long as several decode steps, and no request is decoded meanwhile. Sessions of
-# several turns go on one after the other; a share of them is prefilled together, after so many steps at most.
-PREFILL_SHARE = 1 / 8  # of the requests that are decoded
-PREFILL_DELAY = 16  # decode steps
-
 
 class InProcessScheduler(scheduler.Scheduler):
     """Reads requests from ``inbox`` and appends those that ended to ``finished``, on every rank. Only the inbox of the
@@ -39,14 +34,12 @@ class InProcessScheduler(scheduler.Scheduler):
     running_batch: Any
     last_batch: Any
     cur_batch_for_debug: Any
-    waiting_queue: Any
     chunked_req: Any
     chunked_prefill_size: Any
 
     def __init__(self, server_args: ServerArgs, device_index: int, tp_rank: int) -> None:
         self.inbox: list[Item] = []
         self.finished: list[Req] = []
-        self._delayed = 0  # decode steps since a prefill could have begun
         self._limit: int | None = None  # of running requests, after a batch ran out of memory
         self._received: dict[str, Request] = {}  # by SGLang's rid: those that are taken from the inbox now
         no_ports = PortArgs(**dict.fromkeys((field.name for field in dataclasses.fields(PortArgs)), ""))
@@ -84,21 +77,10 @@ class InProcessScheduler(scheduler.Scheduler):
         self.process_input_requests([message(item, self.tokenizer) for item in received])
         # SGLang's own priorities preempt what runs. Its policies other than first come, first served sort once more.
         self.waiting_queue.sort(key=lambda req: req.order)
-        delayed: list[Req] = []
-        if self._delays_prefill():
-            delayed, self.waiting_queue = self.waiting_queue, delayed
         plan = self.get_next_batch_to_run(running_batch=self.running_batch, last_batch=self.last_batch)
-        self.waiting_queue = delayed + self.waiting_queue  # which holds what had to be retracted
         self.running_batch = plan.running_batch
         self.cur_batch_for_debug = plan.batch_to_run
         return plan.batch_to_run
-
-    def _delays_prefill(self) -> bool:
-        """Return whether requests that wait for their prefill are let wait for more. The same on all ranks."""
-        waiting, running = len(self.waiting_queue), len(self.running_batch.reqs)
-        delays = 0 < waiting < PREFILL_SHARE * running and self._delayed < PREFILL_DELAY
-        self._delayed = self._delayed + 1 if delays else 0
-        return delays
 
     def _step_overlapped(self) -> None:
         """Launch a batch, then process the result of the batch before it while the new one runs on the GPU.
