@@ -12,7 +12,7 @@ from miles_spmd.quickstart.__main__ import GRPO
 from tests.gpu import machine
 from tests.gpu.test_grpo import grpo, grpo_settings, run_settings
 
-STEPS = 150  # so many that the lost cell is back before the last one
+STEPS = 110  # so many that the lost cell is back before the last one
 EXACT = ["determinism.deterministic=true", "train.reduction_leaves=8"]
 CELLS = ["resilience.cells=2", "resilience.standby=true", "--faults=kill:rank1@train.5"]
 

@@ -102,7 +102,7 @@ def test_a_watch_knows_when_the_time_is_up() -> None:
         watch = Watch({(near.getsockname(), near.getpeername())}, 0.05, ended.set)
         assert ended.wait(10)
         watch.close()
-        assert watch.reason == "what was exchanged did not arrive within 0.05 s"
+        assert watch.reason == "sums were not exchanged within 0.05 s"
 
 
 def test_a_watch_that_is_closed_ends_nothing() -> None:

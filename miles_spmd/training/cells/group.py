@@ -63,24 +63,14 @@ class Group(ProcessGroupGloo):
         else:
             self.allgather([[*whole]], [mine], AllgatherOptions()).wait()
 
-    def give(self, tensor: Tensor, cell: int) -> None:
-        """Send a tensor, which is either in host memory or on :attr:`device`."""
-        by = self._of_devices if tensor.is_cuda else self
-        by.send([tensor], cell, 0).wait()
-
-    def take(self, tensor: Tensor, cell: int) -> None:
-        """Receive into a ``tensor`` what another cell gives, there and here in the same kind of memory."""
-        by = self._of_devices if tensor.is_cuda else self
-        by.recv([tensor], cell, 0).wait()
-
     @contextlib.contextmanager
-    def watched(self, seconds: float) -> Iterator[None]:
-        """End what is under way between GPUs when a cell leaves or after so many ``seconds``: NCCL itself would wait
-        for ever. Returns when all of it has arrived. Raises ConnectionError otherwise."""
+    def watched(self) -> Iterator[None]:
+        """End what is under way between GPUs when a cell leaves or the time is up; NCCL itself would wait for ever.
+        Returns when all of it has arrived. Raises ConnectionError otherwise."""
         if self._of_devices is None:
             yield
             return
-        watch = Watch(self._peers, seconds, self._of_devices.abort)
+        watch = Watch(self._peers, self._exchange, self._of_devices.abort)
         try:
             yield
             torch.cuda.current_stream().synchronize()
@@ -173,9 +163,9 @@ class Watch:
         ended = {descriptor for descriptor, _ in poll.poll(1000 * self._seconds)}
         if self._open.fileno() not in ended and not self.reason:
             self._lost(
-                "the connection to another cell ended"
+                "the connection to another cell ended while sums were exchanged"
                 if ended
-                else f"what was exchanged did not arrive within {self._seconds:g} s"
+                else f"sums were not exchanged within {self._seconds:g} s"
             )
 
     def _lost(self, reason: str) -> None:

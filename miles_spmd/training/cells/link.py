@@ -113,7 +113,7 @@ class CellLink:
         try:
             rank = self._manager().participating_rank() or 0
             exchange = Exchange(self._group, self._space, self.cells, rank, self._participants, own)
-            with self._group.watched(self._limits.exchange):
+            with self._group.watched():
                 combine(exchange.total)
         except LostUpdateError as error:  # every cell knows
             self._manager().report_error(error)
@@ -175,7 +175,7 @@ class CellLink:
             # torchft calls them with what the transport has put in place already
             state_dict=dict,
             load_state_dict=lambda state: None,
-            checkpoint_transport=PeerTransport(self._group, self._state, limits.quorum),
+            checkpoint_transport=PeerTransport(self._group, self._state),
             timeout=timedelta(seconds=limits.exchange),
             quorum_timeout=timedelta(seconds=limits.quorum),
             connect_timeout=timedelta(seconds=limits.connect),

@@ -6,20 +6,20 @@ one is compared with a digest. Nothing that arrives is interpreted beyond that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from itertools import chain
 
 import torch
+import xxhash
 from torch import Tensor
 from torchft.checkpointing.transport import CheckpointTransport
 
 from miles_spmd.training.cells.group import Group
 from miles_spmd.training.checkpoint import TrainerCheckpoint, set_random_state
-from miles_spmd.weights.checksums import checksum
 
 MESSAGE_BYTES = 1 << 28  # of a tensor that is sent at a time
-_DEVICES = "cpu", "cuda"
+BLOCK_BYTES = 1 << 24  # that are digested at a time
 
 
 class HealError(RuntimeError):
@@ -77,8 +77,8 @@ class PeerTransport(CheckpointTransport[dict[str, object]]):
     """Sends a :class:`LiveState` over the process group of a quorum, from a cell to those that are behind. torchft
     calls it while they agree on the quorum, when no trainer works."""
 
-    def __init__(self, group: Group, state: LiveState, seconds: float) -> None:
-        self._group, self._state, self._seconds = group, state, seconds
+    def __init__(self, group: Group, state: LiveState) -> None:
+        self._group, self._state = group, state
 
     def metadata(self) -> str:
         return ""
@@ -86,51 +86,45 @@ class PeerTransport(CheckpointTransport[dict[str, object]]):
     def send_checkpoint(
         self, dst_ranks: list[int], step: int, state_dict: dict[str, object], timeout: timedelta
     ) -> None:
-        state, random = self._state, self._state.random()
-        pieces = _pieces([*state.tensors(), random])
-        between_gpus = [piece.device.type == self._group.device.type == "cuda" for piece in pieces]
-        digests = [digest(piece if direct else piece.cpu()) for piece, direct in zip(pieces, between_gpus)]
-        header = torch.tensor([step, random.numel(), len(pieces), *state.updates, *between_gpus, *digests])
-        with self._group.watched(self._seconds):
-            for rank in dst_ranks:
-                self._group.give(header, rank)
-                for piece, direct in zip(pieces, between_gpus):
-                    self._group.give(piece if direct else piece.cpu(), rank)
+        random, tensors, updates = self._state.random(), self._state.tensors(), self._state.updates
+        digests = [digest(each) for each in (*tensors, random)]
+        header = torch.tensor([step, random.numel(), len(tensors), *updates, *digests], dtype=torch.int64)
+        for rank in dst_ranks:
+            for tensor in (header, *_pieces([*tensors, random])):
+                self._group.send([tensor.cpu()], rank, tag=0).wait(timeout)
 
     def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> dict[str, object]:
-        state, random = self._state, self._state.random()
-        pieces, trainers = _pieces([*state.tensors(), random]), len(state.updates)
-        header = torch.zeros(3 + trainers + 2 * len(pieces), dtype=torch.int64)
-        with self._group.watched(self._seconds):
-            self._group.take(header, src_rank)
-            of_step, random_bytes, count, *rest = header.tolist()
-            if (of_step, random_bytes, count) != (step, random.numel(), len(pieces)):
-                raise HealError(f"the peer sends {count} pieces of step {of_step}, not {len(pieces)} of step {step}")
-            updates, between_gpus, digests = rest[:trainers], rest[trainers:][:count], rest[trainers + count :]
-            state.settle()
-            state.whole = False
-            damaged = []
-            for number, (piece, direct) in enumerate(zip(pieces, between_gpus, strict=True)):
-                arrived = piece if piece.is_cuda == direct else torch.empty_like(piece, device=_DEVICES[direct])
-                self._group.take(arrived, src_rank)
-                state.received += arrived.numel()
-                if digest(arrived) != digests[number]:
-                    damaged.append(number)
-                if arrived is not piece:
-                    piece.copy_(arrived)
+        state, tensors, own = self._state, self._state.tensors(), self._state.random()
+        header, trainers = torch.zeros(4 + len(state.updates) + len(tensors), dtype=torch.int64), len(state.updates)
+        self._group.recv([header], src_rank, tag=0).wait(timeout)
+        of_step, random_bytes, count, *rest = header.tolist()
+        updates, digests = rest[:trainers], rest[trainers:]
+        if (of_step, random_bytes, count) != (step, own.numel(), len(tensors)):
+            raise HealError(f"the peer sends {count} tensors of step {of_step}, not {len(tensors)} of step {step}")
+        state.settle()
+        state.whole = False
+        random = torch.empty(random_bytes, dtype=torch.uint8)
+        for piece in _pieces([*tensors, random]):
+            received = piece if piece.device.type == "cpu" else torch.empty_like(piece, device="cpu")
+            self._group.recv([received], src_rank, tag=0).wait(timeout)
+            state.received += received.numel()
+            if received is not piece:
+                piece.copy_(received)
+        damaged = [n for n, each in enumerate((*tensors, random)) if digest(each) != digests[n]]
         if damaged:
-            raise HealError(f"{len(damaged)} of {count} pieces arrived damaged, the first is number {damaged[0]}")
-        state.complete(updates, pieces[-1])
+            raise HealError(f"{len(damaged)} of {count + 1} tensors arrived damaged, the first is number {damaged[0]}")
+        state.complete(updates, random)
         return {"user": {"default": {}}, "torchft": {"step": step, "batches_committed": 0}}
 
 
 def digest(tensor: Tensor) -> int:
-    """Return a digest of a uint8 tensor that depends on every bit and its position, a signed number of 64 bits: one for
-    host memory, and another for GPUs."""
-    if tensor.is_cuda and (tensor.numel() % 4 or tensor.data_ptr() % 4):
-        tensor = torch.cat([tensor, tensor.new_zeros(-tensor.numel() % 4)])
-    return int(checksum(tensor))
+    """Return the XXH3 of a uint8 tensor as a signed number of 64 bits."""
+    of_tensor = xxhash.xxh3_64()
+    for block in tensor.split(BLOCK_BYTES):
+        of_tensor.update(block.cpu().numpy())
+    return int.from_bytes(of_tensor.digest(), "big", signed=True)
 
 
-def _pieces(tensors: list[Tensor]) -> list[Tensor]:
-    return [piece for tensor in tensors for piece in tensor.split(MESSAGE_BYTES)]
+def _pieces(tensors: list[Tensor]) -> Iterator[Tensor]:
+    for tensor in tensors:
+        yield from tensor.split(MESSAGE_BYTES)
