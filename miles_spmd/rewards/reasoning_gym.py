@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from miles_spmd.rewards.labels import last_boxed
+from miles_spmd.types.files import with_remedy
 from miles_spmd.types.sample import Sample
 
 SIZE = 1_000_000  # items of a task's dataset, unless the options have a size; an item is a function of seed and index
@@ -158,9 +159,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known = questions(given.without) if given.without else ()
         chosen = rows(given.tasks, given.count, given.seed, options, given.instruction, known)
         lines = [msgspec.json.encode(row) + b"\n" for row in chosen]
+        given.file.parent.mkdir(parents=True, exist_ok=True)
         given.file.write_bytes(b"".join(lines))
     except (ValueError, OSError) as error:
-        sys.exit(f"Error: {error}")
+        sys.exit(f"Error: {with_remedy(str(error))}")
     print(f"{given.file}: {len(lines)} rows")
 
 
