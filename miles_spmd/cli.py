@@ -87,6 +87,19 @@ def evaluate(
 
 
 @app.command(context_settings=OPTIONS_OF_OTHERS)
+def generate(
+    config: Recipe, overrides: Overrides = None, nproc_per_node: Processes = None, dry_run: DryRun = False
+) -> None:
+    """Generate responses to the prompts, without training.
+
+    Writes the samples of `run.num_rollout` rollouts, with tokens, log-probs and rewards, into responses.jsonl in the
+    folder of the run. Builds engines alone: [megatron] is not read.
+    """
+    alone = ["megatron={}", "rollout.rollout_num_gpus=0", "refit.update_weights_interval=1", "export_final=false"]
+    _start("generate", config, [*(overrides or []), *alone], nproc_per_node, dry_run)
+
+
+@app.command(context_settings=OPTIONS_OF_OTHERS)
 def slurm(
     config: Recipe,
     overrides: Overrides = None,

@@ -112,7 +112,13 @@ class Config(Table):
         """Whether ``task`` (such as "train" or "eval") needs an engine."""
         if self.trains_on_pairs:
             return False
-        return task == "eval" or self.run.mode == "rl" or any(one.eval_interval for one in self.eval_sets)
+        return task in ("eval", "generate") or self.run.mode == "rl" or any(one.eval_interval for one in self.eval_sets)
+
+    def scores(self, task: str) -> bool:
+        """Whether ``task`` scores responses: what is only generated need not be, where no row has a label and no
+        function of the user's is named."""
+        own = any(":" in term.rm_type for term in self.reward.terms)
+        return task != "generate" or bool(self.data.label_key) or own
 
     @property
     def eval_sets(self) -> list[EvalSet]:

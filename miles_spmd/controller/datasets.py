@@ -24,12 +24,13 @@ MAX_SPARE_WAVES = 8  # batches of prompts in place of groups that a filter drops
 
 
 class Datasets:
-    """The evaluation sets by name, and where ``training`` the training data of the run's mode.
+    """The evaluation sets by name, and where ``training`` the training data of the run's mode; ``scored``: rewards have
+    to be able to read its labels.
 
     Raises DataError, which names files and lines.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, *, training: bool) -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer, *, training: bool, scored: bool = True) -> None:
         self._config = config
         if tokenizer.chat_template.reads_clock:
             _log.warning(
@@ -63,7 +64,7 @@ class Datasets:
         match mode:
             case "rl":
                 room = context - config.rollout.rollout_max_response_len
-                check = _checks_labels(config.reward.terms, config.environment.environment)
+                check = _checks_labels(config.reward.terms, config.environment.environment) if scored else None
                 items = load_prompts(data, tokenizer, room=room, check_label=check)
             case "sft":
                 items = load_sft_examples(data, tokenizer, max_len=min(context, config.micro_batch_tokens))

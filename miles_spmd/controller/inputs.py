@@ -174,19 +174,20 @@ def _data(config: Config, tokenizer: Tokenizer, task: str) -> Iterator[str]:
     if task != "eval":
         data = config.data.model_copy(update={"prompt_data": _head(config.data.prompt_data)})
         training = config.model_copy(update={"data": data, "eval": none})
-        yield from _file("data.prompt_data", config.data.prompt_data, training, tokenizer, training=True)
+        yield from _file("data.prompt_data", config.data.prompt_data, training, tokenizer, task)
     for name, source in config.eval.eval_prompt_data.items():
         alone = config.model_copy(update={"eval": none.model_copy(update={"eval_prompt_data": {name: _head(source)}})})
-        yield from _file(f"eval.eval_prompt_data.{name}", source, alone, tokenizer, training=False)
+        yield from _file(f"eval.eval_prompt_data.{name}", source, alone, tokenizer, "eval")
     for number, one in enumerate(config.eval.sets):
         head = one.model_copy(update={"prompt_data": _head(one.prompt_data)})
         alone = config.model_copy(update={"eval": none.model_copy(update={"sets": [head]})})
-        yield from _file(f"eval.sets.{number}.prompt_data", one.prompt_data, alone, tokenizer, training=False)
+        yield from _file(f"eval.sets.{number}.prompt_data", one.prompt_data, alone, tokenizer, "eval")
 
 
-def _file(setting: str, source: str, config: Config, tokenizer: Tokenizer, *, training: bool) -> Iterator[str]:
+def _file(setting: str, source: str, config: Config, tokenizer: Tokenizer, task: str) -> Iterator[str]:
+    training = task != "eval"
     try:
-        datasets = Datasets(config, tokenizer, training=training)
+        datasets = Datasets(config, tokenizer, training=training, scored=config.scores(task))
     except DataError as error:
         if any("no such file" in str(problem) for problem in error.errors):
             return  # reported with the settings

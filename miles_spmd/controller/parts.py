@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from miles_spmd.controller.generation.generation import Generation, RecordedSamp
 from miles_spmd.controller.generation.judge import EngineJudge
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.faults import injected
-from miles_spmd.controller.journal.journal import Journal, Writers
+from miles_spmd.controller.journal.journal import Journal, Observer, Writers
 from miles_spmd.controller.journal.ledger import LedgerRecorder
 from miles_spmd.controller.journal.metrics import Metrics
 from miles_spmd.controller.journal.parity import Parity
@@ -37,7 +37,7 @@ from miles_spmd.protocol.last_words import warn
 from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.telemetry.progress import Progress, open_progress
 from miles_spmd.telemetry.texts import StepLines
-from miles_spmd.telemetry.trackers import open_trackers
+from miles_spmd.telemetry.trackers import Trackers, open_trackers
 from miles_spmd.telemetry.transcripts import cut_transcripts
 from miles_spmd.types.engine_group import JUDGE, POLICY
 from miles_spmd.types.role import Role
@@ -47,8 +47,22 @@ WARM_TOKENS = 8  # of a response that only warms kernels
 
 
 @dataclass(frozen=True)
+class GenerationParts:
+    """What every task is written over: the data of a run, its engines, and its record."""
+
+    config: Config
+    attempt: AttemptWriter
+    data: Datasets
+    generation: Generation
+    journal: Journal
+    stopping: Stopping
+    lines: StepLines
+    tracker: Trackers
+
+
+@dataclass(frozen=True)
 class RunParts:
-    """What the loops are written over."""
+    """What the loops with trainers are written over."""
 
     config: Config
     first: int  # step to do
@@ -62,14 +76,53 @@ class RunParts:
 
 
 @contextmanager
+def open_generation(
+    config: Config,
+    cluster: Cluster,
+    attempt: AttemptWriter,
+    stopping: Stopping,
+    observers: Sequence[Observer] = (),
+) -> Iterator[GenerationParts]:
+    """Build the parts of a run that generate and record, and wait for the ranks. ``observers``: of the run's events.
+
+    An "eval" reads no training data.
+    """
+    task = attempt.record.task
+    with ExitStack() as stack:
+        tokenizer = Tokenizer(config.model.hf_checkpoint)
+        others = [term for one in config.eval_sets for term in one.terms]
+        judge = EngineJudge(config, cluster) if config.has_judge else None
+        log = attempt.folder / "rewards.log"
+        rewards = None
+        if config.scores(task):
+            rewards = stack.enter_context(RewardPool(config.reward, others, log, judge.submit if judge else None))
+        host = stack.enter_context(closing(_host(config, tokenizer, attempt, cluster)))
+        tracker = stack.enter_context(open_trackers(config))
+        progress = stack.enter_context(open_progress(config, training=task != "eval"))
+        lines = StepLines(config.run.name, 0 if task == "eval" else config.run.num_rollout)
+        metrics = Metrics(cluster, config.run_dir)  # its clock starts here: the first step includes the start
+        stopping.show, stopping.show_left = partial(_note, progress, attempt, lines), progress.left
+        cluster.cells.show = partial(_warn, attempt, lines)
+        writers = Writers(config, tracker, progress, attempt, lines)
+        journal = Journal(metrics, [writers, *observers, stopping, *injected(config, cluster, attempt)])
+        # Data before ranks: an error in a file is reported at once, not after minutes of loading weights.
+        data = Datasets(config, tokenizer, training=task != "eval", scored=config.scores(task))
+        with journal.timed("start", 0):
+            cluster.wait_ready()
+        journal.publish(events.RanksReady(time.time() - attempt.record.start, cluster.seconds))
+        generation = Generation(config, cluster, rewards, data, journal, stopping, host, judge)
+        cluster.engines[JUDGE].replacements = config.rollout.engine_replacements
+        yield GenerationParts(config, attempt, data, generation, journal, stopping, lines, tracker)
+
+
+@contextmanager
 def open_parts(
     config: Config, cluster: Cluster, attempt: AttemptWriter, stopping: Stopping, recorded: Path | None = None
 ) -> Iterator[RunParts]:
-    """Build the parts of a run, wait for the ranks, and load the checkpoint that the configuration names.
+    """Build the parts of a run with trainers, wait for the ranks, and load the checkpoint that the configuration names.
 
-    An "eval" reads no training data, and only "train" and "replay" write a ledger, unless the configuration turns it
-    off. ``recorded``: the folder of a run whose samples are taken, instead of generating them. For "warm" responses
-    are short and all groups are trained on.
+    Only "train" and "replay" write a ledger, unless the configuration turns it off. ``recorded``: the folder of a run
+    whose samples are taken, instead of generating them. For "warm" responses are short and all groups are trained on.
     """
     task = attempt.record.task
     if task == "warm":
@@ -80,27 +133,10 @@ def open_parts(
                 "algorithm": config.algorithm.model_copy(update={"dynamic_sampling_filter": None}),
             }
         )
+    checkpoints = Checkpoints(config, cluster)
     with ExitStack() as stack:
-        tokenizer = Tokenizer(config.model.hf_checkpoint)
-        others = [term for one in config.eval_sets for term in one.terms]
-        judge = EngineJudge(config, cluster) if config.has_judge else None
-        log = attempt.folder / "rewards.log"
-        rewards = stack.enter_context(RewardPool(config.reward, others, log, judge.submit if judge else None))
-        host = stack.enter_context(closing(_host(config, tokenizer, attempt, cluster)))
-        tracker = stack.enter_context(open_trackers(config))
-        progress = stack.enter_context(open_progress(config, training=task != "eval"))
-        lines = StepLines(config.run.name, 0 if task == "eval" else config.run.num_rollout)
-        metrics = Metrics(cluster, config.run_dir)  # its clock starts here: the first step includes the start
-        stopping.show, stopping.show_left = partial(_note, progress, attempt, lines), progress.left
-        cluster.cells.show = partial(_warn, attempt, lines)
-        checkpoints = Checkpoints(config, cluster)
-        writers = Writers(config, tracker, progress, attempt, lines)
-        journal = Journal(metrics, [writers, checkpoints, stopping, *injected(config, cluster, attempt)])
-        # Data before ranks: an error in a file is reported at once, not after minutes of loading weights.
-        data = Datasets(config, tokenizer, training=task != "eval")
-        with journal.timed("start", 0):
-            cluster.wait_ready()
-        journal.publish(events.RanksReady(time.time() - attempt.record.start, cluster.seconds))
+        parts = stack.enter_context(open_generation(config, cluster, attempt, stopping, [checkpoints]))
+        data, generation, journal = parts.data, parts.generation, parts.journal
         start = checkpoints.load()
         if config.resilience.cells > 1:
             cluster.cells.found(start.step)
@@ -114,19 +150,17 @@ def open_parts(
             # What was loaded is good, so the run goes on from there, and nothing stays of the steps that it repeats.
             # The checkpoints go first: a resume after a crash at any line here comes to the same.
             checkpoints.rewind(start.step)
-            tracker.rewind(start.step)
+            parts.tracker.rewind(start.step)
             cut_transcripts(config, start.step)
         if journal.ledger is not None:
             journal.ledger.begin()
             stack.enter_context(closing(journal.ledger))
         parity = Parity(config.determinism, recorded=recorded is not None)
         policy = Policy(config, cluster, journal, parity)
-        generation = Generation(config, cluster, rewards, data, journal, stopping, host, judge)
         if task == "train":  # what is done again is generated again
             generation.resume(start.step, checkpoints.responses)
             checkpoints.backlog = generation.backlog
         cluster.abandons = stopping.must_leave
-        cluster.engines[JUDGE].replacements = config.rollout.engine_replacements
         if config.refit.update_weights_interval == 1:  # else the trainer no longer has the engine's weights
             cluster.engines[POLICY].replacements = config.rollout.engine_replacements
         cluster.pipelined = config.megatron.get("pipeline_model_parallel_size", 1) > 1

@@ -29,6 +29,7 @@ from miles_spmd.ledger.chain import FOLDER as LEDGER
 from miles_spmd.platform.kernel_cache import shared_folder
 from miles_spmd.telemetry.environment import ENVIRONMENT_FILE, read_environment, write_environment
 from miles_spmd.telemetry.report import REPORT_FILE, write_report
+from miles_spmd.telemetry.responses import RESPONSES_FILE
 from miles_spmd.telemetry.stragglers import STRAGGLERS_FILE
 from miles_spmd.telemetry.trackers import TENSORBOARD_FOLDER, read_metrics
 from miles_spmd.telemetry.transcripts import ROLLOUTS_FILE, TRANSCRIPTS_FILE
@@ -39,10 +40,11 @@ from miles_spmd.types.secrets import scrub
 LOCK_FILE = "lock"
 # All that a run writes, except for its attempts and their logs: those of a start that failed are worth keeping.
 WRITTEN = (
-    *(METRICS_FILE, TRANSCRIPTS_FILE, ROLLOUTS_FILE, REPORT_FILE, STRAGGLERS_FILE),
+    *(METRICS_FILE, TRANSCRIPTS_FILE, ROLLOUTS_FILE, RESPONSES_FILE, REPORT_FILE, STRAGGLERS_FILE),
     *(LEDGER, CHECKPOINTS, TENSORBOARD_FOLDER, EXPORT),
 )
-HAS_RESULTS = ("train", "eval", "chaos")  # the others: an export, and repetitions in folders named after a run's
+RESUMED = ("train", "generate")  # by checkpoint.resume
+HAS_RESULTS = (*RESUMED, "eval", "chaos")  # the others: an export, and repetitions in folders named after a run's
 
 
 class RunFolderError(RuntimeError):
@@ -52,11 +54,20 @@ class RunFolderError(RuntimeError):
 def of_task(config: Config, task: str) -> Config:
     """Return ``config`` with the folder and the checkpoint that ``task`` works with. An evaluation stands beside the
     training run of the same recipe, and scores that run's newest checkpoint where it is to resume. So does what warms
-    the caches, which keeps no results, and a run that faults are injected into, which begins anew."""
-    if task not in ("eval", "warm", "chaos"):
+    the caches, which keeps no results, a run that faults are injected into, which begins anew, and one that only
+    generates."""
+    if task not in ("eval", "generate", "warm", "chaos"):
         return config
     tables: dict[str, Any] = {"run": config.run.model_copy(update={"name": f"{config.run.name}-{task}"})}
-    if task in ("warm", "chaos"):
+    if task == "generate":
+        if config.run.mode != "rl":
+            raise RunFolderError(f"run.mode: responses are generated in mode 'rl', not {config.run.mode!r}")
+        if config.checkpoint.load is not None:
+            raise RunFolderError(
+                "checkpoint.load: no rank trains here, and engines read Hugging Face checkpoints alone; write one with "
+                "`miles-spmd export`, and name it with model.hf_checkpoint"
+            )
+    elif task in ("warm", "chaos"):
         tables |= {"checkpoint": config.checkpoint.model_copy(update={"load": None, "resume": False})}
     elif config.checkpoint.resume:
         load = newest(config.run_dir)
@@ -125,10 +136,10 @@ def check_results(config: Config, task: str) -> None:
     """Raise RunFolderError where ``task`` would mix its results with those of an earlier run. Until all ranks have met,
     the first rank writes nothing that counts as one, so that every rank comes to the same decision."""
     folder, keeps = config.run_dir, task in HAS_RESULTS and not config.run.overwrite
-    if task == "train" and config.checkpoint.resume and config.run.overwrite:
+    if task in RESUMED and config.checkpoint.resume and config.run.overwrite:
         raise RunFolderError("checkpoint.resume continues what run.overwrite would delete: set one of them")
     if keeps and not _continues(config, task) and (found := results(folder)):
-        proceed = "set checkpoint.resume=true to continue it, " if task == "train" else ""
+        proceed = "set checkpoint.resume=true to continue it, " if task in RESUMED else ""
         raise RunFolderError(
             f"run.name: {folder} has {found} of an earlier run; {proceed}choose another run.name to keep it, or set "
             "run.overwrite=true to delete it"
@@ -189,6 +200,8 @@ def outcome(config: Config, task: str, world_size: int, *, finished: bool) -> li
             lines.append(f"report:     {report}")
         except Exception as error:  # whatever it is, the run has ended as it did
             lines.append(f"no report:  {error}; `miles-spmd report {folder}` tries again")
+    if task == "generate" and (folder / RESPONSES_FILE).exists():
+        lines.append(f"responses:  {folder / RESPONSES_FILE}")
     if finished and task == "train" and config.checkpoint.export_final:
         lines.append(f"export:     {config.checkpoint.export_dir or folder / EXPORT}")
     if task != "train" or not lines:
@@ -211,7 +224,7 @@ def _continues(config: Config, task: str) -> bool:
     """Return whether the results in the folder are those that the run goes on from."""
     load, folder = config.checkpoint.load, config.run_dir
     own = load is not None and load.absolute().is_relative_to(folder.absolute())
-    return task == "train" and (config.checkpoint.resume or own) and not config.run.overwrite
+    return task in RESUMED and (config.checkpoint.resume or own) and not config.run.overwrite
 
 
 def _check_owner(folder: Path, task: str) -> None:

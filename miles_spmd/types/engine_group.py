@@ -17,11 +17,6 @@ class EngineGroup(msgspec.Struct, frozen=True):
     server_args: dict[str, Any]  # fields of SGLang's ServerArgs
 
     @property
-    def trained(self) -> bool:
-        """Whether trainers of the run give these engines their weights; otherwise they read their checkpoint."""
-        return self.name == POLICY
-
-    @property
     def tp_size(self) -> int:
         """Number of ranks of an engine."""
         return int(self.server_args.get("tp_size", 1))

@@ -144,7 +144,7 @@ def serve(config: Config, task: str, start: Start) -> int:
     """Join the run, build the worker, and execute commands until Stop. Returns the exit status."""
     place, log, watchdog, watch = start.place, start.log, start.watchdog, start.watch
     with watch("join"):
-        credentials, side = join(config, place, start.controller)
+        credentials, side = join(config, task, place, start.controller)
     from miles_spmd.worker.chores import Chores, gpu_monitor
     from miles_spmd.worker.service import Service, failure
 
@@ -153,7 +153,7 @@ def serve(config: Config, task: str, start: Start) -> int:
     dealer = Dealer(credentials, config.deadlines.heartbeat_timeout)
     try:
         worker = build(config, task, place, side, watch, watchdog.warn)
-        if task in ("train", "eval"):
+        if task in ("train", "eval", "generate"):
             worker.describe()
         chores = Chores(log, start.kernels, gpu_monitor(place))
         service = Service(worker, place.number, dealer, watchdog, watch, chores, config.deadlines.engine_step_timeout)
@@ -175,7 +175,7 @@ def serve(config: Config, task: str, start: Start) -> int:
     return stop.command.status
 
 
-def join(config: Config, place: Place, controller: ControllerProcess | None) -> tuple[Credentials, Side]:
+def join(config: Config, task: str, place: Place, controller: ControllerProcess | None) -> tuple[Credentials, Side]:
     """Meet the other ranks: set up torch.distributed, and get the credentials for the controller."""
     if config.determinism.deterministic:
         pin_environment()
@@ -202,7 +202,9 @@ def join(config: Config, place: Place, controller: ControllerProcess | None) -> 
         world_size=place.world_size,
         timeout=longest,
     )
-    return credentials, take_side(config.rollout.rollout_num_gpus, longest, config.reward.judge_num_gpus)
+    return credentials, take_side(
+        config.rollout.rollout_num_gpus, longest, config.reward.judge_num_gpus, trains=task != "generate"
+    )
 
 
 def build(config: Config, task: str, place: Place, side: Side, watch: Stopwatch, warn: Callable[[str], None]) -> Worker:

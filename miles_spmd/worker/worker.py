@@ -33,18 +33,18 @@ from miles_spmd.worker.stopwatch import Stopwatch
 from miles_spmd.worker.world import Side
 
 
-def make_engine(config: Config, name: str = POLICY) -> Engine:
+def make_engine(config: Config, name: str = POLICY, *, refits: bool = True) -> Engine:
     """Build an engine of the group ``name``, of the kind that ``rollout.engine`` names; the modules of the other are
-    not imported. One that no trainer gives its weights has those of its checkpoint."""
+    not imported. Where no trainer gives it its weights (``refits``) it has those of its checkpoint."""
     group = config.engine_group(name)
-    engine = _without_weights(config, group)
-    if not group.trained:
+    engine = _without_weights(config, group, refits)
+    if not refits:
         load(group.hf_checkpoint, engine.weights(), engine.layout(), load_family(group.hf_checkpoint))
         engine.commit(0)
     return engine
 
 
-def _without_weights(config: Config, group: EngineGroup) -> Engine:
+def _without_weights(config: Config, group: EngineGroup, refits: bool) -> Engine:
     table = dict(group.server_args)
     if config.determinism.deterministic and torch.cuda.is_available():
         table["enable_deterministic_inference"] = True  # a response does not depend on the rest of its batch
@@ -59,11 +59,11 @@ def _without_weights(config: Config, group: EngineGroup) -> Engine:
         dtype=config.model.dtype,
         server_args=table,
         context_length=context_length,
-        # others than the policy's have a device of their own, and take what it has
-        cache_tokens=needed_tokens(config, dist.get_world_size()) if group.trained else None,
-        # which compares with a trainer; whether responses depend on the batch is decided above
-        invariant=group.trained and config.determinism.parity == "bitwise",
-        sum_terms=config.sum_terms if group.trained else group.tp_size,
+        # one without a trainer has a device of its own, and takes what it has
+        cache_tokens=needed_tokens(config, dist.get_world_size()) if refits else None,
+        # which compares the policy with its trainer; whether responses depend on the batch is decided above
+        invariant=group.name == POLICY and config.determinism.parity == "bitwise",
+        sum_terms=config.sum_terms if group.name == POLICY else group.tp_size,
     )
 
 
@@ -133,12 +133,13 @@ class Worker:
             if self._roles is not None and config.train.offload_train:
                 self._roles.move_out()  # the engine sizes its KV cache by what is free while it is built
             with watch("engine"):
-                self._engine = make_engine(config, self.group)
+                self._engine = make_engine(config, self.group, refits=side.refits)
             memory.built(self._engine.memory)
             memory.record("engine built")
         if self._roles is not None and task == "train" and config.saves and torch.cuda.is_available():
             self._roles.reserve()  # not before: while graphs are captured no other thread may pin memory
-        refits = side.group == POLICY and config.generates(task)
+        self._refits = side.refits
+        refits = side.refits and config.generates(task)
         self.turns = DeviceTurns(config, self._engine, self._roles, watch, memory, side.everyone, refits)
 
     @property
@@ -201,7 +202,7 @@ class Worker:
 
     @execute.register
     def _replace(self, command: commands.ReplaceEngines) -> results.Ok:
-        self.turns.replace_engine(partial(make_engine, self._config, self.group))
+        self.turns.replace_engine(partial(make_engine, self._config, self.group, refits=self._refits))
         self.memory.record("engine replaced")
         return results.Ok()
 

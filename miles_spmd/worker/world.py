@@ -21,22 +21,27 @@ from miles_spmd.types.engine_group import JUDGE, POLICY
 
 @dataclass(frozen=True)
 class Side:
-    """The duties of this rank. ``generates``: it holds an engine of ``group``. ``everyone`` is the process group of all
-    ranks of the policy; None: the default group."""
+    """The duties of this rank. ``generates``: it holds an engine of ``group``. ``refits``: trainers of the run give the
+    engines of its group their weights. ``everyone`` is the process group of all ranks of the policy; None: the default
+    group."""
 
     trains: bool = True
     generates: bool = True
+    refits: bool = True
     group: str = POLICY
     everyone: dist.ProcessGroup | None = None
 
 
-def take_side(rollout_num_gpus: int, timeout: timedelta, judge_num_gpus: int = 0) -> Side:
+def take_side(rollout_num_gpus: int, timeout: timedelta, judge_num_gpus: int = 0, *, trains: bool = True) -> Side:
     """Assign the last ``judge_num_gpus`` ranks of the default group to the judge, of the others the last
     ``rollout_num_gpus`` to generation and the rest to training, and make a default group for this rank's side, with
-    ``timeout`` for its collectives. Collective. ``rollout_num_gpus`` 0: all ranks but the judge's do both.
+    ``timeout`` for its collectives. Collective. ``rollout_num_gpus`` 0: all ranks but the judge's do both. Where
+    nothing ``trains``, they generate.
     """
     if judge_num_gpus and _split(judge_num_gpus, ("policy", "judges"), timeout):
-        return Side(trains=False, group=JUDGE)
+        return Side(trains=False, refits=False, group=JUDGE)
+    if not trains:
+        return Side(trains=False, refits=False)
     everyone = dist.group.WORLD
     if torch.cuda.is_available():
         # NCCL sets a group up in its first collective; a refit, which sends from rank to rank, is not one

@@ -67,7 +67,7 @@ def replies(folder: Path, server_args: dict[str, Any]) -> None:
         data={"prompt_data": "none"},
         reward={"judge_hf_checkpoint": folder, "judge_num_gpus": 1, "judge_sglang": server_args},
     )
-    engine, tokenizer = make_engine(config, JUDGE), Tokenizer(folder)
+    engine, tokenizer = make_engine(config, JUDGE, refits=False), Tokenizer(folder)
     greedy = SamplingParams(max_new_tokens=LONGEST_REPLY, temperature=0.0)
     prompts = [tokenizer.encode(tokenizer.render([{"role": "user", "content": text}])) for text in QUESTIONS]
     engine.submit([Request(str(number), prompt, greedy) for number, prompt in enumerate(prompts)])

@@ -31,7 +31,7 @@ class Acceptance:
 
     def __init__(
         self,
-        rewards: RewardPool,
+        rewards: RewardPool | None,
         count: int,
         accepts: GroupFilter | None = None,
         terms: Sequence[RewardTerm] = (),
@@ -39,9 +39,10 @@ class Acceptance:
         keeps_empty: bool = False,
         first_finished: bool = False,
     ) -> None:
-        """``count``: groups to accept; ``accepts`` must be a function of the group alone (None: accept all);
-        ``terms``: other reward functions than those of ``[reward]``; ``wake`` is called, in another thread, when a
-        reward has arrived; ``keeps_empty``: a group of which nothing is left is accepted, not dropped."""
+        """``rewards``: None scores nothing; ``count``: groups to accept; ``accepts`` must be a function of the group
+        alone (None: accept all); ``terms``: other reward functions than those of ``[reward]``; ``wake`` is called, in
+        another thread, when a reward has arrived; ``keeps_empty``: a group of which nothing is left is accepted, not
+        dropped."""
         self.accepted: list[Group] = []
         self.dropped = 0  # before the last accepted group
         self._rewards, self._count, self._accepts, self._terms = rewards, count, accepts, terms
@@ -97,7 +98,8 @@ class Acceptance:
             self._judged(number, self._keeps_empty)
             return
         scores: Future[list[Score]] = Future()
-        if unscored := [part[0] for part in parts if part and part[0].reward is None]:  # environments gave the others
+        unscored = [part[0] for part in parts if part and part[0].reward is None]  # environments gave the others
+        if unscored and self._rewards is not None:
             scores = self._rewards.submit(unscored, self._terms)
         else:
             scores.set_result([])
@@ -154,7 +156,7 @@ class Acceptance:
         group, rollouts = self.groups[number], [part for part in self._parts[number] if part]
         try:
             unscored = [siblings[0] for siblings in rollouts if siblings[0].reward is None]
-            for first, score in zip(unscored, scores.result(), strict=True):
+            for first, score in zip(unscored, scores.result(), strict=self._rewards is not None):
                 first.reward, first.reward_detail = score.value, score.detail
                 for turn, reward in enumerate(score.turn_rewards):
                     first.trajectory.reward_turn(reward, turn)

@@ -59,14 +59,15 @@ class Generation:
         self,
         config: Config,
         cluster: Cluster,
-        rewards: RewardPool,
+        rewards: RewardPool | None,
         data: Datasets,
         journal: Journal,
         stopping: Stopping,
         host: Host,
         judge: EngineJudge | None = None,
     ) -> None:
-        """``judge``: where engines of the run hold it, the one that ``rewards`` asks."""
+        """``rewards``: None where nothing is scored. ``judge``: where engines of the run hold it, the one that
+        ``rewards`` asks."""
         self._config, self._cluster, self._stopping, self._judge = config, cluster, stopping, judge
         self._rewards, self._data, self._journal = rewards, data, journal
         name = config.algorithm.dynamic_sampling_filter

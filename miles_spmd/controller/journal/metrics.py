@@ -112,17 +112,21 @@ def rollout_metrics(groups: events.Groups) -> dict[str, float]:
     if not samples:  # a filter has kept none
         return {}
     lengths = np.asarray([len(s.response) for s in samples])
-    rewards = [np.asarray([s.reward for s in rollouts(group)], np.float64) for group in groups]
+    scored = [[s.reward for s in rollouts(group) if s.reward is not None] for group in groups]
+    rewards = [np.asarray(of_group, np.float64) for of_group in scored if of_group]
+    of_rewards = {
+        "rollout/raw_reward": [r.mean() for r in rewards],
+        "rollout/reward_std": [r.std() for r in rewards],
+        "rollout/zero_std_ratio": [np.ptp(r) == 0 for r in rewards],
+    }
     return (
         reward_metrics("rollout/", groups)
         | environment_metrics("rollout/", groups)
+        | {name: float(np.mean(values)) for name, values in of_rewards.items() if rewards}
         | {
-            "rollout/raw_reward": float(np.mean([r.mean() for r in rewards])),
-            "rollout/reward_std": float(np.mean([r.std() for r in rewards])),
             "rollout/response_len": float(lengths.mean()),
             "rollout/response_len_max": float(lengths.max()),
             "rollout/truncated_ratio": float(np.mean([s.finish_reason is FinishReason.LENGTH for s in samples])),
-            "rollout/zero_std_ratio": float(np.mean([np.ptp(r) == 0 for r in rewards])),
         }
     )
 
