@@ -17,9 +17,9 @@ from miles_spmd.controller.run_folder import RunFolderError, of_task
 from miles_spmd.ledger import step_data
 from miles_spmd.telemetry.responses import RESPONSES_FILE, ResponseRow
 from tests import forked
-from tests.worker.tiny_run import REFERENCE_ENGINE, write_config
+from tests.worker.tiny_run import write_config
 
-STEPS, MANY = 3, 200
+STEPS, MANY = 3, 100
 
 
 def rows(folder: Path) -> list[ResponseRow]:
@@ -55,8 +55,7 @@ def test_it_generates_what_training_begins_with(tmp_path: Path, checkpoint: Path
 
 
 def test_one_that_was_stopped_goes_on(tmp_path: Path, checkpoint: Path) -> None:
-    rollout = {"engine": REFERENCE_ENGINE, "rollout_batch_size": 4, "n_samples_per_prompt": 2}
-    config = write_config(tmp_path, checkpoint, rollout=rollout, determinism={"parity": "off"})
+    config = write_config(tmp_path, checkpoint)
     steps = f"run.num_rollout={MANY}"
     output, errors = tmp_path / "stdout", tmp_path / "stderr"
     command = ["-m", "miles_spmd", "generate", str(config), "--nproc-per-node=1", steps]
