@@ -132,7 +132,7 @@ def test_a_template_of_one_call_in_a_message_gets_the_results_of_two(tmp_path: P
     trajectory = run(context, to_prompt(tokenizer, QUESTION), "add")
     role = "<|start_header_id|>ipython<|end_header_id|>\n\n"
     appended = context.decode(next(segment.tokens for segment in trajectory.segments if not segment.sampled))
-    assert appended.startswith(f'{role}"3"<|eot_id|>{role}"4"<|eot_id|>')
+    assert appended.startswith(f'{role}"3.0"<|eot_id|>{role}"4.0"<|eot_id|>')
 
 
 def test_functions_with_schemas_of_their_own(qwen: Tokenizer) -> None:

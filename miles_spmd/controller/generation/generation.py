@@ -41,6 +41,7 @@ from miles_spmd.controller.journal.metrics import eval_metrics
 from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.ledger import step_data
 from miles_spmd.ledger.chain import LedgerError
+from miles_spmd.plugins.reward import TrainerState
 from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.types.request import Output, Request
 from miles_spmd.types.sample import Prompt, Sample
@@ -122,6 +123,7 @@ class Generation:
             self._filter,
             wake=self._cluster.wake,
             first_finished=first_finished,
+            state=self._state(step),
         )
         if self._given:
             self._stopping.show(f"step {step} continues {described(self._given.values())}")
@@ -171,7 +173,10 @@ class Generation:
         with self._journal.timed("eval", step):
             for one in due:
                 prompts, wake = self._data.eval_sets[one.name], self._cluster.wake
-                acceptance = Acceptance(self._rewards, len(prompts), terms=one.terms, wake=wake, keeps_empty=True)
+                state = self._state(step)
+                acceptance = Acceptance(
+                    self._rewards, len(prompts), terms=one.terms, wake=wake, keeps_empty=True, state=state
+                )
                 sampling = Sampling.of_set(self._config, one)
                 episodes = Episodes(self._host, self._numbers, self._config.environment, self._episodes)
                 episodes.open(purpose=sampling.purpose)
@@ -181,6 +186,9 @@ class Generation:
                 if not sets[one.name]:
                     self._stopping.show(f"warning: step {step}: no episode of {sampling.purpose} is left to be scored")
         self._journal.publish(events.EvaluationFinished(step, eval_metrics(sets) | failures, sets))
+
+    def _state(self, step: int) -> TrainerState:
+        return TrainerState(step, self._config.run.num_rollout)
 
     def _tell_too_few(self, step: int, acceptance: Acceptance) -> None:
         """Say why groups were dropped. Raises FilterError where that ends the run."""
