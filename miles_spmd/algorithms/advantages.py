@@ -197,6 +197,7 @@ ESTIMATORS: PlugPoint[AdvantageEstimator] = PlugPoint(
         "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
         "ppo": ppo,
     },
+    AdvantageEstimator,
 )
 
 
@@ -208,6 +209,8 @@ def compute_advantages(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estim
     estimator returns other shapes or values that are not finite.
     """
     estimate = ESTIMATORS.resolve(algorithm.advantage_estimator)(batch, algorithm)
+    if not isinstance(estimate, Estimate):
+        raise ESTIMATORS.returned(algorithm.advantage_estimator, estimate, "an Estimate (types/rollout_batch.py)")
     advantages = _checked("advantages", estimate.advantages, batch, algorithm)
     returns = None if estimate.returns is None else _checked("returns", estimate.returns, batch, algorithm)
     metrics = {**estimate.metrics, "fully_masked_samples": float(batch.fully_masked_samples)}

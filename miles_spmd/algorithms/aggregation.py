@@ -34,7 +34,9 @@ def constant(masks: Arrays, rollout_ids: np.ndarray, max_response_len: int) -> A
 
 
 AGGREGATIONS: PlugPoint[Aggregation] = PlugPoint(
-    "algorithm.loss_aggregation", {"rollout_mean": rollout_mean, "token_mean": token_mean, "constant": constant}
+    "algorithm.loss_aggregation",
+    {"rollout_mean": rollout_mean, "token_mean": token_mean, "constant": constant},
+    Aggregation,
 )
 
 
@@ -47,7 +49,11 @@ def loss_weights(masks: Arrays, kind: str, *, max_response_len: int, rollout_ids
     finite, or a weight on a masked token.
     """
     ids = np.arange(len(masks)) if rollout_ids is None else rollout_ids
-    weights = [np.asarray(w, np.float32) for w in AGGREGATIONS.resolve(kind)(masks, ids, max_response_len)]
+    returned = AGGREGATIONS.resolve(kind)(masks, ids, max_response_len)
+    try:
+        weights = [np.asarray(w, np.float32) for w in returned]
+    except (TypeError, ValueError):
+        raise AGGREGATIONS.returned(kind, returned, "a list with an array of weights for each mask") from None
     if [w.shape for w in weights] != [m.shape for m in masks]:
         raise ValueError(f"loss_aggregation {kind!r}: weights have other shapes than the masks")
     if not np.isfinite(flat(weights)).all() or flat(weights)[flat(masks) == 0].any():

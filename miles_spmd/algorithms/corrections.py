@@ -44,6 +44,8 @@ def correct(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction | Non
     if algorithm.use_rollout_logprobs:
         raise ValueError("use_tis has nothing to correct with use_rollout_logprobs, which makes both policies the same")
     correction = CORRECTIONS.resolve(algorithm.tis_function)(batch, algorithm)
+    if not isinstance(correction, Correction):
+        raise CORRECTIONS.returned(algorithm.tis_function, correction, "a Correction (types/rollout_batch.py)")
     weights = correction.policy_weights
     if [w.shape for w in weights] != [m.shape for m in batch.masks] or not np.isfinite(flat(weights)).all():
         raise ValueError(f"tis_function {algorithm.tis_function!r}: weights must be finite and shaped like the masks")
@@ -104,7 +106,7 @@ def mis(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction:
 
 
 CORRECTIONS: PlugPoint[CorrectionFunction] = PlugPoint(
-    "algorithm.tis_function", {"tis": tis, "icepop": icepop, "mis": mis}
+    "algorithm.tis_function", {"tis": tis, "icepop": icepop, "mis": mis}, CorrectionFunction
 )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from miles_spmd.config import AlgorithmConfig
-from miles_spmd.plugins.algorithm import GroupFilter, RewardPostProcess
+from miles_spmd.plugins.algorithm import GroupFilter, RewardPostProcess, SampleFilter
 from miles_spmd.plugins.plug_point import PlugPoint
 from miles_spmd.types.sample import Sample
 
@@ -51,7 +51,28 @@ def reward_nonzero_std(samples: Sequence[Sample]) -> bool:
     return len({sample.reward for sample in samples}) > 1
 
 
-REWARD_POST_PROCESSES: PlugPoint[RewardPostProcess] = PlugPoint("algorithm.reward_post_process", {})
+def keeps_group(name: str, samples: Sequence[Sample]) -> bool:
+    """Return whether the group filter called ``name`` keeps a prompt's samples."""
+    kept = GROUP_FILTERS.resolve(name)(samples)
+    if not isinstance(kept, bool | np.bool_):
+        raise GROUP_FILTERS.returned(name, kept, "True for a group that is trained on, False for another")
+    return bool(kept)
+
+
+def kept_samples(name: str, samples: Sequence[Sample]) -> list[bool]:
+    """Return which samples the sample filter called ``name`` keeps."""
+    returned = SAMPLE_FILTERS.resolve(name)(samples)
+    try:
+        kept = list(returned)
+    except TypeError:
+        kept = []
+    if len(kept) != len(samples) or not all(isinstance(one, bool | np.bool_) for one in kept):
+        raise SAMPLE_FILTERS.returned(name, returned, f"True or False for each of the {len(samples)} samples")
+    return [bool(one) for one in kept]
+
+
+SAMPLE_FILTERS: PlugPoint[SampleFilter] = PlugPoint("algorithm.sample_filter", {}, SampleFilter)
+REWARD_POST_PROCESSES: PlugPoint[RewardPostProcess] = PlugPoint("algorithm.reward_post_process", {}, RewardPostProcess)
 GROUP_FILTERS: PlugPoint[GroupFilter] = PlugPoint(
-    "algorithm.dynamic_sampling_filter", {"reward_nonzero_std": reward_nonzero_std}
+    "algorithm.dynamic_sampling_filter", {"reward_nonzero_std": reward_nonzero_std}, GroupFilter
 )

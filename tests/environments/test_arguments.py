@@ -85,8 +85,8 @@ def test_schemas_that_refer_to_parts_of_themselves() -> None:
         },
         **{"$defs": {"Tree": tree}},
     )
-    given = {"tree": {"size": 1.0, "next": {"size": 2.0}}, "limit": 3.0, "ids": [4.0]}
+    given: dict[str, Any] = {"tree": {"size": 1.0, "next": {"size": 2.0}}, "limit": 3.0, "ids": [4.0]}
     assert parameters.problem(given) is None
     found = {"tree": {"size": 1, "next": {"size": 2}}, "limit": 3, "ids": [4]}
     assert repr(parameters.converted(given)) == repr(found)
-    assert given["limit"].hex() == (3.0).hex()  # what the policy wrote stays as it is
+    assert type(given["limit"]) is float  # what the policy wrote stays as it is
