@@ -35,6 +35,7 @@ from miles_spmd.plugins.algorithm import (
 )
 from miles_spmd.plugins.data import Acceptor, Curriculum
 from miles_spmd.plugins.plug_point import PlugInError, PlugPointError, import_function
+from miles_spmd.plugins.reward import JudgeReader
 from miles_spmd.plugins.run import Evaluator, Exporter, PhaseHook, TrackerFactory
 from miles_spmd.plugins.training import Packer, TrainerHook
 from miles_spmd.rewards.adapters import missing_columns
@@ -55,6 +56,7 @@ PROTOCOLS: Mapping[str, type] = {
     "algorithm.loss_type": Surrogate,
     "algorithm.loss_aggregation": Aggregation,
     "algorithm.tis_function": CorrectionFunction,
+    "reward.judge_reader": JudgeReader,
     "train.packing": Packer,
     "train.trainer_hook": TrainerHook,
     "eval.evaluator": Evaluator,

@@ -74,6 +74,15 @@ class VerlReward(Protocol):
     ) -> RewardValue | Awaitable[RewardValue]: ...
 
 
+class JudgeReader(Protocol):
+    """``reward.judge_reader``: reads the score in a reply of the judge."""
+
+    def __call__(self, reply: str) -> RewardValue:
+        """Return a number, or a mapping with one under ``"score"``; None where the reply has no score, which is then
+        asked for once more. ``reply`` is the whole text, with the judge's reasoning if it has any."""
+        ...
+
+
 class Score(msgspec.Struct, frozen=True):
     """A sample's reward, always finite, and the other numbers that the function returned."""
 
