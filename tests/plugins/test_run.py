@@ -1,4 +1,4 @@
-"""docs/plugins.md: every example is extracted and runs, against the real part of the run that calls it."""
+"""A run of two ranks with nearly all examples of docs/plugins.md at once."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import csv
 import hashlib
 import json
 import re
-import sys
-import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,76 +14,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from miles_spmd.config import Config
-from miles_spmd.config.table import walk
-from miles_spmd.controller.inputs import PROTOCOLS
+from tests.plugins.examples import EXAMPLES, write_modules
 from tests.worker.launched import Launched
 from tests.worker.tiny_run import write_checkpoint, write_config
 
-PAGE = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
 RUN_SECONDS = 240  # generous: other tests may use the machine
-
-
-class Example(NamedTuple):
-    module: str
-    code: str
-    settings: dict[str, dict[str, Any]]
-
-    @property
-    def function(self) -> str:
-        """``module:function``, as the settings name it."""
-        (found,) = set(re.findall(rf"{self.module}:\w+", json.dumps(self.settings)))
-        return found
-
-
-def examples() -> dict[str, Example]:
-    found = {}
-    for section in re.split(r"^### ", PAGE, flags=re.MULTILINE)[1:]:
-        title, _, body = section.partition("\n")
-        (code,) = re.findall(r"^```python\n(.*?)^```$", body, re.MULTILINE | re.DOTALL)
-        (settings,) = re.findall(r"^```toml\n(.*?)^```$", body, re.MULTILINE | re.DOTALL)
-        name = re.match(r"# (\w+)\.py\n", code)
-        assert name, title
-        found[title] = Example(name[1], code, tomllib.loads(settings))
-    return found
-
-
-EXAMPLES = examples()
-
-
-@pytest.fixture
-def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The page's modules, in a folder from which they can be imported."""
-    write_modules(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield tmp_path
-    for one in EXAMPLES.values():
-        sys.modules.pop(one.module, None)
-
-
-def write_modules(folder: Path) -> None:
-    for one in EXAMPLES.values():
-        (folder / f"{one.module}.py").write_text(one.code)
-
-
-def test_the_table_has_every_plug_point_and_every_section() -> None:
-    rows = re.findall(r"^\| \[(.+?)\]\(#(.+?)\) \| `([\w.]+)`(.*?) \|", PAGE, re.MULTILINE)
-    assert [title for title, *_ in rows] == list(EXAMPLES)
-    assert all(anchor == title.lower().replace(" ", "-") for title, anchor, *_ in rows)
-    settings = {setting for *_, setting, rest in rows if not rest}
-    assert settings == {*PROTOCOLS, "data.prompt_data", "environment.environment", "reward.rm_type"}
-    for title, _, setting, rest in rows:
-        table, _, name = setting.partition(".")
-        example = EXAMPLES[title]
-        assert rest or example.function in str(example.settings[table][name])
-    known = {setting.dotted for setting in walk(Config)}
-    for title, example in EXAMPLES.items():
-        for table, settings_of_table in example.settings.items():
-            assert {f"{table}.{name}" for name in settings_of_table} <= known, title
-
-
-# --- one run with all of them ----------------------------------------------------------------------------------------
-
 IN_PROCESS = ("Tool", "Format of calls", "Reply of a judge")  # which a random model of 0.1 MB never writes
 
 
