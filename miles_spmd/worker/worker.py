@@ -16,8 +16,6 @@ from miles_spmd.models import load_family
 from miles_spmd.planning.memory_estimate import needed_tokens
 from miles_spmd.planning.release import GIB
 from miles_spmd.platform.determinism import deterministic_kernels
-from miles_spmd.plugins.plug_point import PlugPoint
-from miles_spmd.plugins.training import TrainerHook
 from miles_spmd.protocol import commands, results
 from miles_spmd.protocol.messages import EngineRank, OwnWork, TrainerRank
 from miles_spmd.training.network import Network
@@ -25,17 +23,15 @@ from miles_spmd.training.passes import PASSES
 from miles_spmd.training.roles import Roles
 from miles_spmd.types.cell import Cell
 from miles_spmd.types.engine_group import JUDGE, POLICY, EngineGroup
-from miles_spmd.types.role import Role
 from miles_spmd.types.run_files import newest_config
 from miles_spmd.types.train_sequence import MicroBatch
 from miles_spmd.weights.hugging_face import load
 from miles_spmd.worker.device_turns import DeviceTurns
 from miles_spmd.worker.effective import append_values
+from miles_spmd.worker.hook import Hook
 from miles_spmd.worker.memory_account import MemoryAccount
 from miles_spmd.worker.stopwatch import Stopwatch
 from miles_spmd.worker.world import Side
-
-TRAINER_HOOKS: PlugPoint[TrainerHook] = PlugPoint("train.trainer_hook", {}, TrainerHook)
 
 
 def make_engine(config: Config, name: str = POLICY) -> Engine:
@@ -126,8 +122,7 @@ class Worker:
         self.memory, self.group = memory, side.group
         self._config, self._rank, self._in_cell = config, rank, cell is not None
         self._own: OwnWork | None = None
-        name = config.train.trainer_hook
-        self._hook = None if name is None else TRAINER_HOOKS.resolve(name)
+        self._hook = Hook(config.train.trainer_hook if side.trains else None)
         self._saves_to = ""  # folder of the checkpoint that was begun last
         self._roles: Roles | None = None
         if side.trains:
@@ -216,7 +211,7 @@ class Worker:
     def _log_probs(self, command: commands.ComputeLogProbs) -> results.LogProbsResult:
         passes = len(command.micro_batches)
         with self._training(passes), self.roles.network(command.role) as network, self.memory.work("log-probs"):
-            with self._hooked("log_probs", command.role, network):
+            with self._hook.around("log_probs", command.role, network):
                 result = network.log_probs(command.micro_batches, command.top_k)
             self._own = _own(network, command.micro_batches)
             return result
@@ -225,7 +220,7 @@ class Worker:
     def _values(self, command: commands.ComputeValues) -> results.ValuesResult:
         passes = len(command.micro_batches)
         with self._training(passes), self.roles.network(command.role) as network, self.memory.work("values"):
-            with self._hooked("values", command.role, network):
+            with self._hook.around("values", command.role, network):
                 values = network.values(command.micro_batches)
             self._own = _own(network, command.micro_batches)
             return values
@@ -234,7 +229,7 @@ class Worker:
     def _train(self, command: commands.TrainStep) -> results.TrainResult:
         trainer = self.roles.trainer(command.role)
         with self._training(len(command.micro_batches)), self.memory.work("optimizer step"):
-            with self._hooked("train", command.role, trainer):
+            with self._hook.around("train", command.role, trainer):
                 result = trainer.train_step(command.micro_batches)
             self._own = _own(trainer, command.micro_batches)
             return result
@@ -245,7 +240,7 @@ class Worker:
         if (kept := trainer.kept(command.update, command.part)) is not None:
             return kept
         with self._training(len(command.micro_batches)), self.memory.work("gradient"):
-            with self._hooked("train", command.role, trainer):
+            with self._hook.around("train", command.role, trainer):
                 result = trainer.compute_part(command.update, command.part, command.micro_batches)
             self.memory.note("kept_gradients", trainer.kept_bytes / GIB)
             self._own = _own(trainer, command.micro_batches)
@@ -300,15 +295,6 @@ class Worker:
         except ValueError as error:  # on all ranks at once: they can still save what could not be exported
             return results.Ok({"problem": str(error)})
         return results.Ok()
-
-    @contextmanager
-    def _hooked(self, phase: str, role: Role, network: Network) -> Iterator[None]:
-        """Call the user's hook before and after the block, in which ``network`` is at work."""
-        if (hook := self._hook) is not None:
-            hook(phase, ends=False, role=str(role), weights=network.weights())
-        yield
-        if hook is not None:
-            hook(phase, ends=True, role=str(role), weights=network.weights())
 
     # --- the device --------------------------------------------------------------------------------------------------
 

@@ -81,9 +81,9 @@ def _problem(
     if sorted(indices) != list(range(len(lengths))) or not all(micro_batches):
         return f"each index from 0 to {len(lengths) - 1} occurs once, and no micro-batch is empty"
     longest = max(sum(lengths[index] for index in one if index != FILLER) for one in micro_batches)
-    return (
-        f"{longest} tokens in a micro-batch are more than max_tokens = {max_tokens}" if longest > max_tokens else None
-    )
+    if longest > max_tokens:
+        return f"no micro-batch has more than {max_tokens} tokens (one has {longest})"
+    return None
 
 
 def pack_leaves(
