@@ -19,8 +19,8 @@ from miles_spmd.types.trajectory import Trajectory
 Function = Callable[..., Any]
 _TRL = {"prompts", "completions", "completion_ids"}  # any of these names tells a function of TRL
 _ENVIRONMENTS = (
-    "requires environments, which TRL's environment_factory makes; here environment.environment names what plays an "
-    "episode, and it sets trajectory.reward (docs/environments.md)"
+    "requires environments, which TRL's environment_factory makes; here they are in other processes than rewards: "
+    "environment.environment = 'miles_spmd.environments.trl:trl' plays them, and their get_reward gives the reward"
 )
 _VERL, _VERL_GROUP = {"solution_str", "ground_truth"}, {"solution_strs", "ground_truths"}
 

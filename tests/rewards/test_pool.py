@@ -144,7 +144,7 @@ FAILURES = {
     "text": "sample 0, returned '1.0' instead of a finite number",
     "scoreless": "sample 0, returned an object without 'score' (it has reward)",
     "trl_none": "sample 0, returned None, which leaves a sample to other functions",
-    "trl_environments": "requires environments, which TRL's environment_factory makes; here environment.environment",
+    "trl_environments": "requires environments, which TRL's environment_factory makes; here they are in other",
     "trl_state_of_transformers": "AttributeError: trainer_state has no 'epoch' here; it has global_step, max_steps",
     "trl_missing_column": "requires solution, but the data has only",
     "eats_memory": "sample 0, ran out of the memory that reward.reward_memory_gib allows",
