@@ -127,7 +127,7 @@ _idle: defaultdict[tuple[str, float, int], list[Player]] = defaultdict(list)  # 
 def _chosen(factory: str | Mapping[str, str], prompt: Prompt) -> str:
     if isinstance(factory, str):
         return factory
-    name = prompt.metadata.get(COLUMN)
+    name = str(prompt.metadata.get(COLUMN))
     if name not in factory:
         raise ValueError(f"the row's column {COLUMN!r} is {name!r}; the factories are {', '.join(factory)}")
     return factory[name]

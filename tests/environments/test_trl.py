@@ -87,8 +87,6 @@ def test_one_whose_tool_has_timed_out_is_not_used_again(tokenizer: Tokenizer) ->
     ],
 )
 def test_factories_that_cannot_be_used_are_named_before_anything_starts(factory: str, problem: str) -> None:
-    with pytest.raises(
-        PlugPointError, match=r"environment\.environment = 'miles_spmd\.environments\.trl:trl'"
-    ) as caught:
+    with pytest.raises(PlugPointError, match=r"^environment\.environment = 'miles_spmd") as caught:
         load_environment("miles_spmd.environments.trl:trl", {"factory": HERE + factory})
     assert problem in str(caught.value)
