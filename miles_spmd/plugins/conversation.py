@@ -1,9 +1,20 @@
-"""The plug point of conversations with tools: how calls are read in what the policy writes."""
+"""The plug points of conversations with tools: the tools, and how calls are read in what the policy writes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
+
+
+class ToolFunction(Protocol):
+    """An entry of ``functions`` of ``environment.environment_kwargs``: what the policy can call. It has a docstring in
+    Google style and a type hint for each parameter, from which its schema is made (docs/environments.md). A plain
+    function runs in a process of its own, an ``async def`` in the event loop of the environment."""
+
+    def __call__(self, **arguments: Any) -> Any:
+        """Return text, or anything that JSON can have. ``arguments`` are valid for the schema, and of the types that
+        the hints name."""
+        ...
 
 
 class CallReader(Protocol):

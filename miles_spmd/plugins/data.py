@@ -30,7 +30,8 @@ class Curriculum(Protocol):
         """Return as many indices of ``items`` as there are items; one may occur several times, and others not at all.
 
         ``items`` are the rows in the order of the file: a :class:`~miles_spmd.types.sample.Prompt` each in mode `rl`.
-        ``epoch`` counts from 0. ``seed`` belongs to run and epoch: what is random is a function of it."""
+        ``epoch`` counts from 0. ``seed`` belongs to run and epoch: what is random is a function of it. Before a run
+        starts, it is tried on the first rows alone."""
         ...
 
 
