@@ -26,7 +26,7 @@ class Moment(msgspec.Struct, frozen=True):
 
 
 class PhaseHook(Protocol):
-    """``run.phase_hook``: is called before and after each phase."""
+    """``run.phase_hook``: is called before and after each phase; of one that fails or is left, only before."""
 
     def __call__(self, moment: Moment) -> None: ...
 
