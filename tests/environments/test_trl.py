@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from miles_spmd.config import EnvironmentConfig
 from miles_spmd.data.tokenizer import Tokenizer
+from miles_spmd.environments.messages import Finished
 from miles_spmd.environments.process import load_environment
 from miles_spmd.environments.trl import trl
 from miles_spmd.plugins.plug_point import PlugPointError
@@ -16,6 +19,7 @@ from miles_spmd.types.trajectory import Trajectory
 from tests.environments import trl_environments
 from tests.environments.families import FAMILIES, write_family
 from tests.environments.scripted import ScriptedContext, Turn, to_prompt
+from tests.environments.test_tools_in_processes import converse
 
 HERE = "tests.environments.trl_environments:"
 
@@ -76,6 +80,20 @@ def test_one_whose_tool_has_timed_out_is_not_used_again(tokenizer: Tokenizer) ->
     trajectory, _ = play(tokenizer, [call("hang"), "Hm."], {}, factory=HERE + "Silent", tool_timeout=0.1)
     assert "hang took longer than 0.1 s" in results(trajectory)[0]
     assert not _idle[HERE + "Silent", 0.1, 16_384]
+
+
+def test_an_episode_in_an_environment_process(tmp_path: Path) -> None:
+    tokenizer = write_family(tmp_path, FAMILIES["qwen"])
+    config = EnvironmentConfig(
+        environment="miles_spmd.environments.trl:trl",
+        environment_kwargs={"factory": HERE + "Counter"},
+        environment_workers=1,
+    )
+    prompt = to_prompt(tokenizer, [{"role": "user", "content": "Play."}])
+    prompt.metadata["size"] = 2
+    finished = converse(config, tokenizer, tmp_path, prompt, [call("up", by=2) + call("stop"), "Done."])
+    assert isinstance(finished, Finished), finished
+    assert (finished.ends[0].reward, finished.metrics["tool_calls"]) == (1.0, 2.0)
 
 
 @pytest.mark.parametrize(
