@@ -23,7 +23,7 @@ from miles_spmd.algorithms.kl import kl_penalties
 from miles_spmd.config import AlgorithmConfig
 from miles_spmd.plugins.algorithm import AdvantageEstimator
 from miles_spmd.plugins.plug_point import PlugPoint
-from miles_spmd.types.rollout_batch import Arrays, Estimate, RolloutBatch, flat, masked
+from miles_spmd.types.rollout_batch import Arrays, Estimate, RolloutBatch, flat, masked, shaped
 
 STD_EPSILON = 1e-6
 
@@ -197,6 +197,7 @@ ESTIMATORS: PlugPoint[AdvantageEstimator] = PlugPoint(
         "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
         "ppo": ppo,
     },
+    AdvantageEstimator,
 )
 
 
@@ -204,10 +205,12 @@ def compute_advantages(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estim
     """Compute the advantage (and PPO's return) of every token, float32 [T] per sample and 0 where masked, with metrics.
 
     Metrics are ``zero_std_groups`` and ``fully_masked_samples`` (counts), ``opd_reverse_kl`` (mean over trained tokens)
-    and those of the estimator. Raises ValueError if the batch lacks an array that the algorithm requires, and if an
-    estimator returns other shapes or values that are not finite.
+    and those of the estimator. Raises ValueError if the batch lacks an array that the algorithm requires, and
+    PlugInError if an estimator returns other shapes or values that are not finite.
     """
     estimate = ESTIMATORS.resolve(algorithm.advantage_estimator)(batch, algorithm)
+    if not isinstance(estimate, Estimate):
+        raise ESTIMATORS.returned(algorithm.advantage_estimator, estimate, "an Estimate (types/rollout_batch.py)")
     advantages = _checked("advantages", estimate.advantages, batch, algorithm)
     returns = None if estimate.returns is None else _checked("returns", estimate.returns, batch, algorithm)
     metrics = {**estimate.metrics, "fully_masked_samples": float(batch.fully_masked_samples)}
@@ -232,14 +235,13 @@ def whiten(values: Arrays, masks: Arrays) -> Arrays:
 
 
 def _checked(kind: str, arrays: Arrays, batch: RolloutBatch, algorithm: AlgorithmConfig) -> Arrays:
-    """Return an estimator's result, which may be a user's, as float64 with 0 where masked. Raises ValueError."""
-    name = algorithm.advantage_estimator
-    if [a.shape for a in arrays] != [m.shape for m in batch.masks]:
-        raise ValueError(f"advantage_estimator {name!r}: {kind} have other shapes than the masks")
-    arrays = [masked(a, m) for a, m in zip(arrays, batch.masks)]
-    if not np.isfinite(flat(arrays)).all():
-        raise ValueError(f"advantage_estimator {name!r}: {kind} are not finite")
-    return arrays
+    """Return an estimator's result, which may be a user's, as float64 with 0 where masked. Raises PlugInError."""
+    found = shaped(arrays, batch.masks)
+    checked = [masked(a, m) for a, m in zip(found or [], batch.masks)]
+    if found is None or not np.isfinite(flat(checked)).all():
+        expected = f"{kind} that are finite and shaped like the masks"
+        raise ESTIMATORS.returned(algorithm.advantage_estimator, arrays, expected)
+    return checked
 
 
 def _float32(arrays: Arrays) -> Arrays:

@@ -10,7 +10,7 @@ import numpy as np
 
 from miles_spmd.plugins.algorithm import Aggregation
 from miles_spmd.plugins.plug_point import PlugPoint
-from miles_spmd.types.rollout_batch import Arrays, flat
+from miles_spmd.types.rollout_batch import Arrays, flat, shaped
 
 
 def rollout_mean(masks: Arrays, rollout_ids: np.ndarray, max_response_len: int) -> Arrays:
@@ -34,7 +34,9 @@ def constant(masks: Arrays, rollout_ids: np.ndarray, max_response_len: int) -> A
 
 
 AGGREGATIONS: PlugPoint[Aggregation] = PlugPoint(
-    "algorithm.loss_aggregation", {"rollout_mean": rollout_mean, "token_mean": token_mean, "constant": constant}
+    "algorithm.loss_aggregation",
+    {"rollout_mean": rollout_mean, "token_mean": token_mean, "constant": constant},
+    Aggregation,
 )
 
 
@@ -43,13 +45,13 @@ def loss_weights(masks: Arrays, kind: str, *, max_response_len: int, rollout_ids
 
     ``kind`` is ``algorithm.loss_aggregation``. ``rollout_ids`` [N] are equal for siblings, all of which must be in the
     step; None: every sample is a rollout. Preference pairs are aggregated by ``rollout_mean`` with the pair as the
-    rollout. Raises ValueError for an unknown name, and if a user's function returns other shapes, weights that are not
-    finite, or a weight on a masked token.
+    rollout. Raises PlugPointError for an unknown name, and PlugInError if a user's function returns other shapes,
+    weights that are not finite, or a weight on a masked token.
     """
     ids = np.arange(len(masks)) if rollout_ids is None else rollout_ids
-    weights = [np.asarray(w, np.float32) for w in AGGREGATIONS.resolve(kind)(masks, ids, max_response_len)]
-    if [w.shape for w in weights] != [m.shape for m in masks]:
-        raise ValueError(f"loss_aggregation {kind!r}: weights have other shapes than the masks")
-    if not np.isfinite(flat(weights)).all() or flat(weights)[flat(masks) == 0].any():
-        raise ValueError(f"loss_aggregation {kind!r}: weights must be finite, and 0 on masked tokens")
-    return weights
+    returned = AGGREGATIONS.resolve(kind)(masks, ids, max_response_len)
+    weights = shaped(returned, masks)
+    if weights is None or not np.isfinite(flat(weights)).all() or flat(weights)[flat(masks) == 0].any():
+        expected = "weights that are finite, shaped like the masks, and 0 where these are 0"
+        raise AGGREGATIONS.returned(kind, returned, expected)
+    return [weight.astype(np.float32) for weight in weights]

@@ -29,24 +29,27 @@ from miles_spmd.algorithms.kl import MAX_LOG_RATIO
 from miles_spmd.config import AlgorithmConfig
 from miles_spmd.plugins.algorithm import CorrectionFunction
 from miles_spmd.plugins.plug_point import PlugPoint
-from miles_spmd.types.rollout_batch import Arrays, Correction, RolloutBatch, flat, masked
+from miles_spmd.types.rollout_batch import Arrays, Correction, RolloutBatch, flat, masked, shaped
 
 
 def correct(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction | None:
     """Compute the correction that ``tis_function`` names; None without ``use_tis``.
 
     ``old_log_probs`` must be the trainer's, with the weights that generated. Raises ValueError if these or the engine's
-    are missing, with ``use_rollout_logprobs``, and if a user's function returns other shapes or values that are not
-    finite.
+    are missing, and with ``use_rollout_logprobs``; PlugInError if a user's function returns other shapes or values that
+    are not finite.
     """
     if not algorithm.use_tis:
         return None
     if algorithm.use_rollout_logprobs:
         raise ValueError("use_tis has nothing to correct with use_rollout_logprobs, which makes both policies the same")
     correction = CORRECTIONS.resolve(algorithm.tis_function)(batch, algorithm)
-    weights = correction.policy_weights
-    if [w.shape for w in weights] != [m.shape for m in batch.masks] or not np.isfinite(flat(weights)).all():
-        raise ValueError(f"tis_function {algorithm.tis_function!r}: weights must be finite and shaped like the masks")
+    if not isinstance(correction, Correction):
+        raise CORRECTIONS.returned(algorithm.tis_function, correction, "a Correction (types/rollout_batch.py)")
+    weights = shaped(correction.policy_weights, batch.masks)
+    if weights is None or not np.isfinite(flat(weights)).all():
+        expected = "weights that are finite and shaped like the masks"
+        raise CORRECTIONS.returned(algorithm.tis_function, correction.policy_weights, expected)
     return Correction([w.astype(np.float32) for w in weights], correction.metrics)
 
 
@@ -104,7 +107,7 @@ def mis(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction:
 
 
 CORRECTIONS: PlugPoint[CorrectionFunction] = PlugPoint(
-    "algorithm.tis_function", {"tis": tis, "icepop": icepop, "mis": mis}
+    "algorithm.tis_function", {"tis": tis, "icepop": icepop, "mis": mis}, CorrectionFunction
 )
 
 

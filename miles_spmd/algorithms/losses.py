@@ -68,7 +68,9 @@ def cispo(log_probs: Tensor, tokens: TokenBatch, algorithm: AlgorithmConfig) -> 
     return -weight * tokens.required("advantages") * log_probs, weight != ratio
 
 
-SURROGATES: PlugPoint[Surrogate] = PlugPoint("algorithm.loss_type", {"ppo": ppo, "gspo": gspo, "cispo": cispo})
+SURROGATES: PlugPoint[Surrogate] = PlugPoint(
+    "algorithm.loss_type", {"ppo": ppo, "gspo": gspo, "cispo": cispo}, Surrogate
+)
 
 
 def off_policy_sequences(log_probs: Tensor, tokens: TokenBatch, delta: float) -> Tensor:
@@ -112,11 +114,18 @@ class PolicyLoss:
         self.algorithm = algorithm
         self.surrogate = SURROGATES.resolve(algorithm.surrogate)
 
+    def _policy_term(self, log_probs: Tensor, tokens: TokenBatch) -> tuple[Tensor, Tensor]:
+        returned = self.surrogate(log_probs, tokens, self.algorithm)
+        if not (isinstance(returned, tuple) and len(returned) == 2 and all(isinstance(t, Tensor) for t in returned)):
+            expected = "a tuple of two tensors: the loss of each token, and whether it was clipped"
+            raise SURROGATES.returned(self.algorithm.surrogate, returned, expected)
+        return returned
+
     def __call__(self, log_probs: Tensor, entropy: Tensor, tokens: TokenBatch) -> tuple[Tensor, Sums]:
         a = self.algorithm
         trained = tokens.trained
         sums = {"tokens": trained.sum()}
-        policy, clipped = self.surrogate(log_probs, tokens, a)
+        policy, clipped = self._policy_term(log_probs, tokens)
         if policy.shape != log_probs.shape:
             raise ValueError(
                 f"loss_type {a.surrogate!r} returned shape {list(policy.shape)}, not {list(log_probs.shape)}"

@@ -23,7 +23,8 @@ class AlgorithmConfig(Table):
     """The penalty of a response of full length; it rises linearly over the buffer."""
     dynamic_sampling_filter: Annotated[str, plug_point("reward_nonzero_std")] | None = None
     """Plug point: which groups are trained on. `reward_nonzero_std` drops those whose rewards are all equal (DAPO)."""
-
+    sample_filter: Annotated[str, plug_point()] | None = None
+    """Plug point: which samples of a step the loss counts; the others stay in the baselines of their groups."""
     too_few_groups: Literal["train", "skip", "stop"] = "train"
     """What happens where nine batches of prompts did not give enough groups: train on those that were kept (`train`),
     end the step without an update (`skip`), or end the run (`stop`). A warning says which rewards the others had."""

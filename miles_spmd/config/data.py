@@ -16,6 +16,8 @@ from miles_spmd.config.table import (
     Table,
     Temperature,
     must_be,
+    names_function,
+    plug_point,
     without_slice,
 )
 
@@ -52,7 +54,8 @@ def _is_date(text: str) -> bool:
 
 class DataConfig(Table):
     prompt_data: DataFile
-    """JSONL, JSON or parquet file to train on; `path@[0:1000]` takes a slice of its rows."""
+    """Plug point: a JSONL, JSON or parquet file to train on, or `module:function`, which returns rows; `@[0:1000]`
+    behind it takes a slice of them."""
     input_key: str = "prompt"
     """Column of the prompt: a string or a list of chat messages."""
     label_key: str | None = "label"
@@ -77,6 +80,8 @@ class DataConfig(Table):
     """What a chat template reads as today, so that prompts do not depend on when a run is started or resumed."""
     rollout_shuffle: bool = True
     """Shuffle the rows anew in every epoch, as a function of `run.seed`; else they come in the file's order."""
+    curriculum: Annotated[str, plug_point()] | None = None
+    """Plug point: the order in which an epoch uses the rows, in the place of `rollout_shuffle`."""
     rollout_max_prompt_len: PositiveInt | None = None
     """Longest prompt in tokens. A longer one is an error naming its line, unless `drop_long_prompts`; `none`: any."""
     drop_long_prompts: bool = False
@@ -89,7 +94,7 @@ def _data_files(s: Settings) -> Messages:
     evaluation |= {f"eval.sets.{number}.prompt_data": one.prompt_data for number, one in enumerate(s.sets)}
     for name, path in ({"data.prompt_data": s.prompt_data} | evaluation).items():
         file = without_slice(path)
-        if not os.path.isfile(os.path.expanduser(file)):
+        if not names_function(file) and not os.path.isfile(os.path.expanduser(file)):
             isdir = os.path.isdir(os.path.expanduser(file))
             yield f"{name}: " + (f"{file} is a folder; name the file in it" if isdir else f"no file {file}")
 
@@ -144,6 +149,8 @@ class EvalSet(Table):
 class EvalConfig(Table):
     eval_interval: NonNegativeInt = 0
     """Evaluate every n rollouts, before the first and after the last; 0: never."""
+    evaluator: Annotated[str, plug_point()] | None = None
+    """Plug point: computes further metrics from the responses to each evaluation set."""
     eval_prompt_data: dict[str, DataFile] = {}
     """Evaluation sets: name -> file, as `prompt_data`. In `dpo` and `rm` they are pairs, and what is measured is how
     often the preferred response is the one that the model prefers."""

@@ -16,7 +16,7 @@ MIS = (
     "tis_level tis_mode tis_upper_bound tis_lower_bound tis_batch_normalize use_rs rs_level rs_upper_bound "
     "rs_lower_bound rs_veto_threshold"
 )
-OF_JUDGE = ("url", "hf_checkpoint", "prompt", "scores", "arguments", "default")
+OF_JUDGE = ("url", "hf_checkpoint", "prompt", "scores", "reader", "arguments", "default")
 JUDGE = " ".join(f"reward.judge_{name}" for name in OF_JUDGE)
 OF_PROCESSES = ("kwargs", "workers", "concurrency", "cache_share", "timeout", "memory_gib", "variables", "retries")
 ENVIRONMENT = " ".join(
@@ -125,7 +125,15 @@ def _settings_of_the_mode(s: Settings) -> Messages:
 
 
 @rule(WARNINGS)
+def _settings_of_data(s: Settings) -> Messages:
+    if s.curriculum is not None and _is_set(s, "data.rollout_shuffle"):
+        yield "data.rollout_shuffle: has no effect with data.curriculum, which gives each epoch its order"
+
+
+@rule(WARNINGS)
 def _settings_of_evaluations(s: Settings) -> Messages:
+    if s.evaluator is not None and s.mode in ("dpo", "rm"):
+        yield f"eval.evaluator: has no effect in mode {s.mode!r}, which compares pairs"
     for path in _defaults():
         if path.startswith("eval.") and not s.eval_interval and _is_set(s, path):
             yield f"{path}: has no effect while eval.eval_interval is 0; `miles-spmd eval` reads it"
@@ -135,6 +143,8 @@ def _settings_of_evaluations(s: Settings) -> Messages:
 def _settings_of_outputs(s: Settings) -> Messages:
     if s.export_dir is not None and not s.export_final:
         yield "checkpoint.export_dir: has no effect while checkpoint.export_final is false"
+    if s.exporter is not None and not s.export_final:
+        yield "checkpoint.exporter: has no effect while checkpoint.export_final is false"
     for name in ("keep_every", "keep_best"):
         if s[name] and not s.keep_last:
             yield f"checkpoint.{name}: has no effect without checkpoint.keep_last: all checkpoints are kept"

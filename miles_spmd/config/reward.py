@@ -72,6 +72,9 @@ class RewardConfig(Table):
     """What the judge is asked: a text in which `{prompt}`, `{response}` and `{label}` are replaced."""
     judge_scores: dict[str, float] = {}
     """Score of each word or letter that the judge may choose, such as `{ A = 1, B = 0 }`; by default, a number."""
+    judge_reader: Annotated[str, plug_point()] | None = None
+    """Plug point: reads the score in a judge's reply, in the place of `judge_scores` and what is
+    looked for otherwise."""
     judge_arguments: dict[str, Any] = {}
     """Further fields of a request to the judge, such as `{ temperature = 0, max_tokens = 512 }`."""
     judge_hf_checkpoint: Checkpoint | None = None

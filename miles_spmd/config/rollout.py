@@ -13,6 +13,9 @@ _not_torch = must_be(
     "sglang or `module:function`, such as tests.reference_engine:TorchEngine", lambda name: name != "torch"
 )
 
+TIMED_ACCEPTANCE = ("first_finished", "balanced")
+ACCEPTANCE = ("submission_order", *TIMED_ACCEPTANCE)
+
 
 class RolloutConfig(Table):
     rollout_batch_size: PositiveInt = 32
@@ -21,10 +24,11 @@ class RolloutConfig(Table):
     """Number of responses to each prompt; they are the group that estimators compare."""
     over_sampling_batch_size: PositiveInt | None = None
     """Number of prompts that a step begins, of which it trains on `rollout_batch_size`; `none`: no more than these."""
-    acceptance: Literal["submission_order", "first_finished", "balanced"] = "submission_order"
-    """Which groups a step trains on: the first in the order of submission, which time does not change; those that
-    finish first; or (`balanced`) those that finish first, while the prompts of the others are collected until they are
-    a batch of their own, for which a step waits."""
+    acceptance: Annotated[str, plug_point(*ACCEPTANCE)] = "submission_order"
+    """Plug point: which groups a step trains on: the first in the order of submission, which time does not change;
+    those that finish first (`first_finished`); or (`balanced`) those that finish first, while the prompts of the others
+    are collected until they are a batch of their own, for which a step waits. A function chooses among all groups that
+    a step has begun, when they are complete."""
     partial_rollout: bool = False
     """Continue in the next step, under its weights, what a step has begun and does not train on."""
     mask_offpolicy_in_partial_rollout: bool = False
@@ -53,6 +57,11 @@ class RolloutConfig(Table):
     offload_rollout: Literal["auto", "nothing", "kv_cache", "all"] = "auto"
     """What an engine releases while the trainer works on the same device: nothing; its KV cache and CUDA graphs; its
     weights, too. `auto`: the least that leaves the trainer what it is planned to need, with `memory_allowance`."""
+
+    @property
+    def collected_groups(self) -> int:
+        """Number of complete groups for which a step waits: a user's function chooses among all that it begins."""
+        return self.rollout_batch_size if self.acceptance in ACCEPTANCE else self.submitted_groups
 
     @property
     def submitted_groups(self) -> int:
@@ -85,12 +94,15 @@ def _over_sampling(s: Settings) -> Messages:
             f"rollout.over_sampling_batch_size: {submits} prompts are fewer than the rollout_batch_size = "
             f"{s.rollout_batch_size} that a step trains on"
         )
-    timed = {"rollout.partial_rollout": s.partial_rollout, "rollout.acceptance": s.acceptance != "submission_order"}
-    for name, chosen in timed.items():
+    leave = {"rollout.partial_rollout": s.partial_rollout, "rollout.acceptance": s.acceptance != "submission_order"}
+    timed = {"rollout.partial_rollout": s.partial_rollout, "rollout.acceptance": s.acceptance in TIMED_ACCEPTANCE}
+    for name, chosen in leave.items():
         if chosen and submits <= s.rollout_batch_size:
             yield f"{name}: needs rollout.over_sampling_batch_size above rollout_batch_size, or no group is left over"
-        if chosen and s.deterministic:
+        if timed[name] and s.deterministic:
             yield f"{name}: with determinism.deterministic what a step trains on may not depend on time"
+    if s.partial_rollout and s.acceptance not in ACCEPTANCE:
+        yield "rollout.partial_rollout: a function of rollout.acceptance waits for all groups; choose one of the two"
     if s.partial_rollout and s.acceptance == "balanced":
         yield "rollout.partial_rollout: 'balanced' begins anew what did not finish in time; choose one of the two"
     if s.mask_offpolicy_in_partial_rollout and not s.partial_rollout:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from miles_spmd.config.checks import ERRORS, FILES, Messages, Settings, rule
-from miles_spmd.config.table import FolderName, NonNegativeInt, PositiveInt, Seconds, Table, without_slice
+from miles_spmd.config.table import FolderName, NonNegativeInt, PositiveInt, Seconds, Table, plug_point, without_slice
 from miles_spmd.models.export_folder import foreign_files
 
 
@@ -30,6 +30,8 @@ class RunConfig(Table):
     logs. Without it, and without `checkpoint.resume`, a run does not start in a folder that has results."""
     num_rollout: PositiveInt = 100
     """Number of rollouts (`rl`) or of optimizer steps (other modes) in the run."""
+    phase_hook: Annotated[str, plug_point()] | None = None
+    """Plug point: is called on the controller before and after each phase."""
 
 
 class CheckpointConfig(Table):
@@ -51,6 +53,8 @@ class CheckpointConfig(Table):
     export_dir: Path | None = None
     """Folder of the Hugging Face checkpoint; the default is `export/` in the run folder. An existing folder is replaced
     only if it is empty or holds nothing but an earlier export."""
+    exporter: Annotated[str, plug_point()] | None = None
+    """Plug point: is given the Hugging Face checkpoint at the end of the run, once it is complete."""
     load: Path | None = None
     """A checkpoint folder of this project to resume from. If it cannot be loaded, the run ends. With `resume`, only
     where the run folder has no checkpoint of its own."""
@@ -120,6 +124,8 @@ class TelemetryConfig(Table):
     """Also send metrics to Weights & Biases, which needs the package wandb."""
     wandb_project: str = "miles-spmd"
     """Project of Weights & Biases that the run belongs to."""
+    tracker: Annotated[str, plug_point()] | None = None
+    """Plug point: makes a further tracker of metrics."""
     num_transcripts: NonNegativeInt = 8
     """Number of samples kept of each evaluation set for the report. With 0 no training responses are kept either."""
 

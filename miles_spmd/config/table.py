@@ -89,6 +89,11 @@ def usable(path: Path) -> Path:
     return path
 
 
+def names_function(source: str) -> bool:
+    """Whether a data source is `module:function`, and not a file."""
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", source) is not None and not os.path.isfile(source)
+
+
 def _is_data_file(source: str) -> str:
     usable(Path(os.path.expanduser(without_slice(source))))
     return source

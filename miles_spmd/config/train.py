@@ -7,7 +7,15 @@ import importlib.util
 from typing import Annotated, Literal
 
 from miles_spmd.config.checks import ERRORS, MACHINE, Messages, Settings, heads_divide, rule
-from miles_spmd.config.table import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Table, must_be
+from miles_spmd.config.table import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Table,
+    must_be,
+    plug_point,
+)
 from miles_spmd.models.hf_config import count_experts, head_dim
 
 
@@ -17,12 +25,17 @@ class TrainConfig(Table):
     """
     max_tokens_per_gpu: PositiveInt = 8192
     """Token budget of one packed micro-batch on one rank (times context-parallel size)."""
+    packing: Annotated[str, plug_point("balanced")] = "balanced"
+    """Plug point: how sequences are divided into micro-batches. `balanced`: the longest one goes first into the
+    micro-batch with the fewest tokens."""
     offload_train: bool = False
     """Put moments and main parameters into host memory, and free gradients, while the engine uses the device; the
     weights stay. This leaves more memory to the engine's cache, at the price of two transfers in each step."""
     memory_allowance: NonNegativeFloat = 0.25
     """How much more memory than planned (this fraction, and 2 GiB) is left to the trainer when the engine releases
     memory, and may be in use before a warning."""
+    trainer_hook: Annotated[str, plug_point()] | None = None
+    """Plug point: is called in every rank that trains, before and after each of its phases, with the weights."""
     max_skipped_steps: NonNegativeInt = 3
     """Number of consecutive steps with a non-finite loss or gradient before the run stops."""
     lr_warmup_iters: NonNegativeInt = 0
@@ -98,6 +111,14 @@ def _critic_only_steps(s: Settings) -> Messages:
 
 
 # --- canonical reduction ---------------------------------------------------------------------------------------------
+
+
+@rule(ERRORS)
+def _leaves_are_packed_alone(s: Settings) -> Messages:
+    if s.reduction_leaves and s.packing != "balanced":
+        yield (
+            "train.packing: must be 'balanced' with reduction_leaves, whose leaves are shares of the batch in its order"
+        )
 
 
 @rule(ERRORS)

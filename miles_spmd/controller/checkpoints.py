@@ -31,6 +31,8 @@ from miles_spmd.ledger.chain import links
 from miles_spmd.ledger.entries import LedgerError
 from miles_spmd.planning.memory_estimate import checkpoint_bytes
 from miles_spmd.planning.release import sized
+from miles_spmd.plugins.plug_point import PlugPoint
+from miles_spmd.plugins.run import Exporter
 from miles_spmd.protocol.commands import ExportModel, FinishSave, LoadCheckpoint, SaveCheckpoint
 from miles_spmd.protocol.last_words import warn
 from miles_spmd.protocol.results import SaveProgress
@@ -38,6 +40,7 @@ from miles_spmd.telemetry.trackers import read_metrics
 from miles_spmd.types.files import with_remedy
 from miles_spmd.types.run_files import METRICS_FILE, complete_checkpoints
 
+EXPORTERS: PlugPoint[Exporter] = PlugPoint("checkpoint.exporter", {}, Exporter, limited=False)  # uploads take long
 SAVE_FILE = "save"  # in the run folder: whoever makes it asks for a checkpoint at the end of the step
 
 
@@ -349,6 +352,8 @@ class Checkpoints:
         results = self._cluster.call(ExportModel(str(folder)), step=self._config.run.num_rollout)
         if problem := results[0].detail.get("problem"):
             raise ExportError(f"{folder}: {problem}")
+        if (name := self._config.checkpoint.exporter) is not None:
+            EXPORTERS.resolve(name)(folder.absolute(), self._config.run.num_rollout)
 
     def export_at_end(self, journal: Journal) -> None:
         """Export, and leave a checkpoint where that fails. Raises ExportError."""

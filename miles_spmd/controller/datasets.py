@@ -70,7 +70,7 @@ class Datasets:
                 items = load_sft_examples(data, tokenizer, max_len=min(context, config.micro_batch_tokens))
             case "dpo" | "rm":
                 items = load_pairs(data)
-        self._items: PromptSource[Any] = PromptSource(items, config.run.seed, data.rollout_shuffle)
+        self._items: PromptSource[Any] = PromptSource(items, config.run.seed, data.rollout_shuffle, data.curriculum)
         self._spare: PromptSource[Any] = PromptSource(items, derive_seed("spare", config.run.seed))
 
     def batch(self, step: int) -> list[Any]:

@@ -7,7 +7,7 @@ reads them in one list with those of the settings.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -22,23 +22,47 @@ from miles_spmd.controller.datasets import Datasets
 from miles_spmd.data.dataset import DataError, parse_slice, read_rows
 from miles_spmd.data.tokenizer import Tokenizer, TokenizerError
 from miles_spmd.environments.process import load_environment
+from miles_spmd.generation.engine import EngineFactory
 from miles_spmd.models import load_family, read_generation_config
-from miles_spmd.plugins.plug_point import PlugPointError, import_function
+from miles_spmd.plugins.algorithm import (
+    AdvantageEstimator,
+    Aggregation,
+    CorrectionFunction,
+    GroupFilter,
+    RewardPostProcess,
+    SampleFilter,
+    Surrogate,
+)
+from miles_spmd.plugins.data import Acceptor, Curriculum
+from miles_spmd.plugins.plug_point import PlugInError, PlugPointError, import_function
+from miles_spmd.plugins.reward import JudgeReader
+from miles_spmd.plugins.run import Evaluator, Exporter, PhaseHook, TrackerFactory
+from miles_spmd.plugins.training import Packer, TrainerHook
 from miles_spmd.rewards.adapters import missing_columns
 from miles_spmd.rewards.functions import load_reward
 from miles_spmd.types.sample import Prompt
 from miles_spmd.weights.model_files import HuggingFaceCheckpointError, find_tensors
 
 EXAMINED_ROWS = 1000  # of each file; the run itself examines all when it starts
-PLUG_POINTS = (
-    "rollout.engine",
-    "algorithm.reward_post_process",
-    "algorithm.dynamic_sampling_filter",
-    "algorithm.advantage_estimator",
-    "algorithm.loss_type",
-    "algorithm.loss_aggregation",
-    "algorithm.tis_function",
-)
+PROTOCOLS: Mapping[str, type] = {
+    "run.phase_hook": PhaseHook,
+    "data.curriculum": Curriculum,
+    "rollout.engine": EngineFactory,
+    "rollout.acceptance": Acceptor,
+    "algorithm.reward_post_process": RewardPostProcess,
+    "algorithm.dynamic_sampling_filter": GroupFilter,
+    "algorithm.sample_filter": SampleFilter,
+    "algorithm.advantage_estimator": AdvantageEstimator,
+    "algorithm.loss_type": Surrogate,
+    "algorithm.loss_aggregation": Aggregation,
+    "algorithm.tis_function": CorrectionFunction,
+    "reward.judge_reader": JudgeReader,
+    "train.packing": Packer,
+    "train.trainer_hook": TrainerHook,
+    "eval.evaluator": Evaluator,
+    "checkpoint.exporter": Exporter,
+    "telemetry.tracker": TrackerFactory,
+}
 
 
 def errors(config: Config, without: Collection[str] = (), *, task: str = "train") -> list[str]:
@@ -159,11 +183,11 @@ def _plug_ins(known: Settings) -> Iterator[str]:
             load_environment(environment, known.get("environment.environment_kwargs") or {})
         except PlugPointError as error:
             yield str(error)
-    for setting in PLUG_POINTS:
+    for setting, protocol in PROTOCOLS.items():
         name = known.get(setting)
         if isinstance(name, str) and ":" in name:
             try:
-                import_function(setting, name, ())
+                import_function(setting, name, (), protocol)
             except PlugPointError as error:
                 yield str(error)
 
@@ -199,7 +223,10 @@ def _file(setting: str, source: str, config: Config, tokenizer: Tokenizer, task:
         yield f"model.hf_checkpoint: {error}"
         return
     if training and config.run.mode == "rl":
-        yield from _columns(setting, config.reward.terms, datasets.first())
+        try:
+            yield from _columns(setting, config.reward.terms, datasets.first())
+        except PlugInError as error:  # of the curriculum
+            yield str(error)
     for one in config.eval_sets if not training else ():
         yield from _columns(setting, one.terms or config.reward.terms, datasets.eval_sets.get(one.name, []))
 

@@ -20,6 +20,7 @@ from miles_spmd.controller.generation.generation import Generation, RecordedSamp
 from miles_spmd.controller.generation.judge import EngineJudge
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.faults import injected
+from miles_spmd.controller.journal.hooks import Hook
 from miles_spmd.controller.journal.journal import Journal, Observer, Writers
 from miles_spmd.controller.journal.ledger import LedgerRecorder
 from miles_spmd.controller.journal.metrics import Metrics
@@ -104,7 +105,8 @@ def open_generation(
         stopping.show, stopping.show_left = partial(_note, progress, attempt, lines), progress.left
         cluster.cells.show = partial(_warn, attempt, lines)
         writers = Writers(config, tracker, progress, attempt, lines)
-        journal = Journal(metrics, [writers, *observers, stopping, *injected(config, cluster, attempt)])
+        hooks = [] if config.run.phase_hook is None else [Hook(config.run.phase_hook)]
+        journal = Journal(metrics, [writers, *observers, stopping, *hooks, *injected(config, cluster, attempt)])
         # Data before ranks: an error in a file is reported at once, not after minutes of loading weights.
         data = Datasets(config, tokenizer, training=task != "eval", scored=config.scores(task))
         with journal.timed("start", 0):

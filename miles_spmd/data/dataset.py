@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -16,8 +16,12 @@ from typing import Any, TypeVar
 import msgspec
 
 from miles_spmd.config import DataConfig
+from miles_spmd.config.table import names_function
 from miles_spmd.data.tokenizer import Text, Tokenizer
+from miles_spmd.plugins.data import DataSource
+from miles_spmd.plugins.plug_point import PlugInError, PlugPoint, PlugPointError
 
+SOURCES: PlugPoint[DataSource] = PlugPoint("data.prompt_data", {}, DataSource)
 Row = dict[str, Any]
 Item = TypeVar("Item")
 Draft = Callable[[str, Row], tuple[list[Text], Callable[..., Item]]]
@@ -26,6 +30,7 @@ _log = logging.getLogger(__name__)
 _CHUNK = 1024  # rows that are encoded at a time
 _SLICE = re.compile(r"^(?P<path>.+)@\[(?P<start>-?\d*):(?P<stop>-?\d*)\]$")
 _SHOWN_ERRORS = 20
+_END: Any = object()  # behind the last row of a function
 
 
 class RowError(ValueError):
@@ -118,12 +123,15 @@ def load_items(source: str, name: str | None, data: DataConfig, tokenizer: Token
 
 
 def read_rows(prompt_data: str, errors: list[RowError]) -> Iterator[tuple[int, Row]]:
-    """Yield the rows of a file's slice with their numbers, which count from 1 in the whole file.
+    """Yield the rows of a file's or a function's slice with their numbers, which count from 1 in the whole of it.
 
     An error of a single row is appended to ``errors`` and the row left out. Raises DataError if the file cannot be
-    read.
+    read, or the function be called.
     """
     path, rows = parse_slice(prompt_data)
+    if names_function(str(path)):
+        yield from _call_source(str(path), rows, errors)
+        return
     if not path.is_file():
         raise DataError(path, [RowError("no such file", "check data.prompt_data or eval.eval_prompt_data")])
     kind = path.suffix.lower()
@@ -137,6 +145,24 @@ def read_rows(prompt_data: str, errors: list[RowError]) -> Iterator[tuple[int, R
     except OSError as error:
         problem = f"cannot be read: {error.strerror or error}"
         raise DataError(path, [RowError(problem, "check the file and its permissions")]) from error
+
+
+def _call_source(name: str, rows: slice, errors: list[RowError]) -> Iterator[tuple[int, Row]]:
+    """Read the rows that a user's function returns: not more of them than a slice without negative bounds has."""
+    try:
+        function = SOURCES.resolve(name)
+        returned: Iterator[Any] = SOURCES.guarded(name, lambda: iter(function()))()
+        take = SOURCES.guarded(name, lambda: next(returned, _END))  # what a generator raises is its error, too
+        numbered = enumerate(iter(take, _END), 1)
+        simple = all(bound is None or bound >= 0 for bound in (rows.start, rows.stop))
+        for number, row in islice(numbered, rows.start, rows.stop) if simple else list(numbered)[rows]:
+            if isinstance(row, Mapping) and all(isinstance(key, str) for key in row):
+                yield number, dict(row)
+            else:
+                problem = f"{type(row).__name__} instead of a mapping of columns"
+                errors.append(RowError(problem, "return rows as an object of JSON has them", number))
+    except (PlugPointError, PlugInError) as error:
+        raise DataError(name, [RowError(str(error), "fix the function, or name another one or a file")]) from error
 
 
 def decode_json(text: bytes) -> Any:

@@ -10,8 +10,11 @@ from typing import Any, Generic, TypeVar
 import msgspec
 import numpy as np
 
+from miles_spmd.plugins.data import Curriculum
+from miles_spmd.plugins.plug_point import PlugPoint
 from miles_spmd.types.seeds import derive_seed
 
+CURRICULA: PlugPoint[Curriculum] = PlugPoint("data.curriculum", {}, Curriculum)
 Item = TypeVar("Item")  # a msgspec.Struct with a uid
 
 
@@ -22,10 +25,11 @@ class PromptSource(Generic[Item]):
     the same ones.
     """
 
-    def __init__(self, items: Sequence[Item], seed: int, shuffle: bool = True) -> None:
+    def __init__(self, items: Sequence[Item], seed: int, shuffle: bool = True, curriculum: str | None = None) -> None:
+        """``curriculum``: the function that gives each epoch its order, in the place of ``shuffle``."""
         if not items:
             raise ValueError("a source requires at least one item")
-        self._items, self._seed, self._shuffle = items, seed, shuffle
+        self._items, self._seed, self._shuffle, self._curriculum = items, seed, shuffle, curriculum
         self._order = lru_cache(maxsize=1)(self._order_of)  # a step after another needs the same epoch
 
     def of_step(self, step: int, count: int) -> list[Item]:
@@ -49,7 +53,18 @@ class PromptSource(Generic[Item]):
         return found
 
     def _order_of(self, epoch: int) -> np.ndarray:
+        if self._curriculum is not None:
+            return self._order_by(self._curriculum, epoch)
         order = np.arange(len(self._items))
         if self._shuffle:
             np.random.default_rng(derive_seed("epoch", self._seed, epoch)).shuffle(order)
+        return order
+
+    def _order_by(self, name: str, epoch: int) -> np.ndarray:
+        """Return what a user's curriculum returns. Raises PlugInError for something else than an order of the items."""
+        count = len(self._items)
+        returned = CURRICULA.resolve(name)(self._items, epoch, derive_seed("epoch", self._seed, epoch))
+        order = np.asarray(returned) if isinstance(returned, Sequence | np.ndarray) else np.empty(0)
+        if order.shape != (count,) or order.dtype.kind not in "iu" or not ((order >= 0) & (order < count)).all():
+            raise CURRICULA.returned(name, returned, f"{count} indices from 0 to {count - 1}, one for each item")
         return order

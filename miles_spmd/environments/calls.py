@@ -15,8 +15,11 @@ import msgspec
 from miles_spmd.environments import call_formats, sglang_parsers
 from miles_spmd.environments.call_formats import ALIASES, Block
 from miles_spmd.environments.tool_schemas import Schema
+from miles_spmd.plugins.conversation import CallReader
+from miles_spmd.plugins.plug_point import PlugInError, PlugPoint
 
 UNKNOWN_NAME = "unknown"
+READERS: PlugPoint[CallReader] = PlugPoint("environment.environment_kwargs: call_format", {}, CallReader)
 _NAME = re.compile(
     r'"name"\s*:\s*"([\w.-]+)|<function=([\w.-]+)|name="([\w.-]+)|functions\.([\w-]+)|([A-Za-z_][\w.]*)\('
 )
@@ -63,11 +66,14 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class CallParser:
-    """Reads messages in one format of calls and one of reasoning (``sglang_parsers`` has the names)."""
+    """Reads messages in one format of calls and one of reasoning (``sglang_parsers`` has the names). The format of
+    calls may be a user's function, too."""
 
     def __init__(self, format: str, schemas: Sequence[Schema], reasoning: str) -> None:
-        """Raises ValueError where a format is unknown."""
-        _check("tool calls", format, sglang_parsers.call_formats())
+        """Raises ValueError where a format is unknown, or a user's function cannot be called."""
+        self._reader = READERS.resolve(format) if ":" in format else None
+        if self._reader is None:
+            _check("tool calls", format, sglang_parsers.call_formats())
         _check("reasoning", reasoning, sglang_parsers.reasoning_formats())
         self.format = ALIASES.get(format, format)
         self._schemas, self._reasoning = schemas, reasoning
@@ -81,6 +87,9 @@ class CallParser:
             reasoning, content = self._split_reasoning(rest, opened)
         else:
             reasoning, rest = self._split_reasoning(text, opened)
+            if self._reader is not None and self._schemas:
+                content, own = self._read_by(self._reader, rest, first)
+                return Message(content.strip(), reasoning.strip(), own)
             content, blocks = self._divide(rest)
         calls: list[Call] = []
         for block in blocks:
@@ -89,6 +98,30 @@ class CallParser:
 
     def _divide(self, text: str) -> tuple[str, list[Block]]:
         return call_formats.divide(self.format, self._schemas, text) if self._schemas else (text, [])
+
+    def _read_by(self, reader: CallReader, text: str, first: int) -> tuple[str, tuple[Call, ...]]:
+        """Read a message by a user's function. Raises PlugInError."""
+        try:
+            returned = reader(text, self._schemas)
+        except PlugInError as error:
+            if not isinstance(error.__cause__, ValueError):
+                raise
+            return "", (Call(self._id(UNKNOWN_NAME, first), UNKNOWN_NAME, problem=str(error.__cause__), text=text),)
+        try:
+            content, found = returned
+            named = [(_encodable(name), arguments) for name, arguments in found]
+            texts = [one if isinstance(one, str) else json.dumps(dict(one), ensure_ascii=False) for _, one in named]
+            content = _encodable(content)
+        except (TypeError, ValueError, AttributeError):
+            expected = "a text, and a list with the name and the arguments of each call"
+            raise READERS.returned(self.format, returned, expected) from None
+        calls = []
+        for number, ((name, _), one) in enumerate(zip(named, map(_encodable, texts)), first):
+            try:
+                calls.append(Call(self._id(name, number), name, _arguments(one), text=one))
+            except ValueError as error:
+                calls.append(Call(self._id(name, number), name, problem=str(error), text=one))
+        return content, tuple(calls)
 
     def _split_reasoning(self, text: str, opened: bool) -> tuple[str, str]:
         try:

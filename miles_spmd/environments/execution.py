@@ -8,6 +8,7 @@ the user's rights.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import json
 import os
@@ -20,10 +21,8 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import msgspec
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import SchemaError as InvalidSchema
-from jsonschema.exceptions import ValidationError
 
+from miles_spmd.environments.arguments import Parameters
 from miles_spmd.environments.calls import Call
 from miles_spmd.environments.tool_schemas import Schema, SchemaError, tool_schema
 from miles_spmd.plugins.plug_point import import_function
@@ -33,7 +32,7 @@ from miles_spmd.types.printable import error_text, printable
 Function = Callable[..., Any]
 _ADDRESS = " at 0x"  # as objects without a text of their own are written, in each process differently
 _LONGEST_ERROR = 500  # characters of what a user's code or a schema wrote into an error
-_MOST_PROBLEMS = 3  # of the arguments of one call that are reported
+_TIME_TO_END = 2.0  # seconds that a cancelled `async def` has to clean up; below the pool's GRACE
 
 
 class ErrorKind(StrEnum):
@@ -68,29 +67,13 @@ class Tool(NamedTuple):
 
 class _Loaded(NamedTuple):
     schema: Schema
-    validator: Any
+    parameters: Parameters
     function: Function
     path: str | None  # of a plain function: how its process imports it
 
     @property
     def name(self) -> str:
         return self.schema["function"]["name"]
-
-    @property
-    def parameters(self) -> Schema:
-        return self.schema["function"]["parameters"]
-
-    def problem(self, arguments: Mapping[str, Any]) -> str | None:
-        """Return what is wrong with arguments, for the policy."""
-        known, required = self.parameters.get("properties", {}), self.parameters.get("required", [])
-        found = [f"the argument {name!r} is missing" for name in required if name not in arguments]
-        if not self.parameters.get("additionalProperties"):
-            found += [f"the argument {name!r} does not exist" for name in arguments if name not in known]
-        found += [_described(error) for error in self.validator.iter_errors(dict(arguments))]
-        if not (found := list(filter(None, found))):
-            return None
-        takes = ", ".join(f"{name} ({_type(known[name])}{'' if name in required else ', optional'})" for name in known)
-        return f"{'; '.join(found[:_MOST_PROBLEMS])}. {self.name} takes {takes or 'no arguments'}"
 
 
 class Toolbox:
@@ -141,19 +124,31 @@ class Toolbox:
         if tool is None:
             unknown = f"the tool {printable(call.name, _LONGEST_ERROR)!r} does not exist"
             return _error(ErrorKind.UNKNOWN_TOOL, f"{unknown}. The tools are {', '.join(self._tools)}")
-        if problem := tool.problem(call.arguments):
+        if problem := tool.parameters.problem(call.arguments):
             return _error(ErrorKind.ARGUMENTS, problem)
+        arguments = tool.parameters.converted(call.arguments)
         if tool.path is None:
-            return await self._await(tool, call.arguments)
+            return await self._await(tool, arguments)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._call_in_process, tool, call.arguments)
+        return await loop.run_in_executor(self._threads, self._call_in_process, tool, arguments)
 
     async def _await(self, tool: _Loaded, arguments: Mapping[str, Any]) -> Result:
+        """Call an ``async def`` in a task of its own, so that one which goes on when it is cancelled does not hold up
+        the conversation."""
+        task = asyncio.create_task(self._call(tool, arguments))
         try:
-            async with asyncio.timeout(self._timeout) as limit:
-                return Result(_to_text(await tool.function(**arguments), self._longest))
-        except TimeoutError as error:
-            return self._overdue(tool) if limit.expired() else _raised(error)
+            await asyncio.wait([task], timeout=self._timeout)
+        except asyncio.CancelledError:  # the episode has to end, and with it the call
+            await _end(task)
+            raise
+        if not task.done():
+            await _end(task)
+            return self._overdue(tool)
+        return task.result()
+
+    async def _call(self, tool: _Loaded, arguments: Mapping[str, Any]) -> Result:
+        try:
+            return Result(_to_text(await tool.function(**arguments), self._longest))
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
@@ -185,6 +180,25 @@ class Toolbox:
         return _error(ErrorKind.TIMEOUT, f"{tool.name} took longer than {self._timeout:g} s and was stopped")
 
 
+async def _end(task: asyncio.Task[Result]) -> None:
+    """Cancel a task, and wait until it has ended. A tool that catches this and goes on is closed where it waits; one
+    that catches even that is dropped with the task. Raises CancelledError where the caller was cancelled."""
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):  # the caller's: no more time to clean up
+        await asyncio.wait([task], timeout=_TIME_TO_END)
+    if not task.done():
+        task.get_coro().close()  # type: ignore[union-attr]
+        task.cancel()  # its next step finds the coroutine closed
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([task])
+    if not task.cancelled():
+        task.exception()  # has been seen, so that nobody reports it
+    caller = asyncio.current_task()
+    if caller is not None and caller.cancelling():
+        raise asyncio.CancelledError
+
+
 def serve(pipe: Connection, paths: Sequence[str], memory_gib: float) -> None:
     """Import plain functions, and call them as is ordered through the pipe. Runs inside the process."""
     serve_calls(pipe, partial(_import_all, paths), memory_gib)
@@ -207,14 +221,10 @@ def _import_all(paths: Sequence[str]) -> tuple[Callable[..., Result], None]:
 def _load(tool: Tool) -> _Loaded:
     function = _import(tool.function) if isinstance(tool.function, str) else tool.function
     schema = tool_schema(function, tool.schema)
-    parameters = _nullable(schema["function"]["parameters"])
-    try:
-        Draft202012Validator.check_schema(parameters)
-    except InvalidSchema as error:
-        raise SchemaError(f"the schema of tool {schema['function']['name']!r} is not valid: {error.message}") from error
+    parameters = Parameters(schema, from_hints=tool.schema is None)
     is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
     path = None if is_async else tool.function if isinstance(tool.function, str) else _path(function)
-    return _Loaded(schema, Draft202012Validator(parameters), function, path)
+    return _Loaded(schema, parameters, function, path)
 
 
 def _import(path: str) -> Function:
@@ -230,37 +240,6 @@ def _path(function: Function) -> str:
             "define the function at the top level of a module, or write `async def`, which runs in this process"
         )
     return f"{module}:{name}"
-
-
-def _nullable(schema: Any) -> Any:
-    """Return the schema with OpenAPI's ``nullable``, which transformers writes, as JSON schema has it."""
-    if isinstance(schema, list):
-        return [_nullable(each) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    changed = {key: _nullable(value) for key, value in schema.items() if key != "nullable"}
-    if schema.get("nullable") is not True:
-        return changed
-    if not isinstance(changed.get("type"), str):
-        return {"anyOf": [changed, {"type": "null"}]}
-    changed["type"] = [changed["type"], "null"]
-    if "enum" in changed:
-        changed["enum"] = [*changed["enum"], None]
-    return changed
-
-
-def _described(error: ValidationError) -> str:
-    """Return what is wrong with a value; "" for what is reported with the names of arguments."""
-    if not error.path and error.validator in ("required", "additionalProperties"):
-        return ""
-    where = "".join(f"[{part!r}]" for part in list(error.path)[1:])
-    name = error.path[0] if error.path else ""
-    return f"the argument {name!r}{where} is wrong: {printable(error.message, _LONGEST_ERROR)}"
-
-
-def _type(schema: Any) -> str:
-    kind = schema.get("type", "any") if isinstance(schema, dict) else "any"
-    return " or ".join(kind) if isinstance(kind, list) else str(kind)
 
 
 def _error(kind: ErrorKind, problem: str) -> Result:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, get_type_hints, is_typeddict
+from typing import Any, get_args, get_type_hints, is_typeddict
 
 Schema = dict[str, Any]
 """A tool as OpenAI's API has it: ``{"type": "function", "function": {"name", "description", "parameters"}}``."""
@@ -34,7 +34,7 @@ def tool_schema(function: Callable[..., Any], given: Schema | None = None) -> Sc
     if problem := _problem(function):
         raise SchemaError(f"tool {name!r} {problem}; write it like this:\n{_EXAMPLE}")
     try:
-        return get_json_schema(function)
+        return _with_arrays(get_json_schema(function), _hints(function))
     except Exception as error:  # it raises what it happens to meet
         problem = str(error) or type(error).__name__
         raise SchemaError(f"tool {name!r} has no usable schema: {problem}; write it like this:\n{_EXAMPLE}") from error
@@ -69,6 +69,15 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
         return get_type_hints(function)
     except Exception:  # a name that does not exist here, which transformers reports
         return {}
+
+
+def _with_arrays(schema: Schema, hints: Mapping[str, Any]) -> Schema:
+    """Correct what transformers writes for ``list`` and ``tuple`` without the type of their items: an object."""
+    for name, parameter in schema["function"]["parameters"]["properties"].items():
+        hint = hints.get(name)
+        if {hint, *(get_args(hint) if type(None) in get_args(hint) else ())} & {list, tuple}:
+            parameter["type"] = "array"
+    return schema
 
 
 def _complete(given: Mapping[str, Any], name: str) -> Schema:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import msgspec
 
-from miles_spmd.environments.calls import CallParser
+from miles_spmd.environments.calls import Call, CallParser
 from miles_spmd.environments.chat import AUTO, Chat, Reply
 from miles_spmd.environments.execution import ErrorKind, Result, Tool, Toolbox
 from miles_spmd.environments.python_tool import python_tool
@@ -58,11 +58,18 @@ async def tools(
     toolbox = _toolbox(_entries(functions), options, tool_timeout, tool_memory_gib, tool_workers, max_result_chars)
     chat = Chat(context, prompt, tools=toolbox.schemas, call_format=call_format, reasoning_format=reasoning_format)
     row.set(prompt.metadata)
+    return await converse(context, chat, toolbox.run, max_turns)
+
+
+async def converse(
+    context: Context, chat: Chat, run: Callable[[Sequence[Call]], Awaitable[list[Result]]], max_turns: int
+) -> Trajectory:
+    """Let the policy respond, and ``run`` its calls, until it responds without one."""
     reply = await chat.respond()
     for _ in range(max_turns - 1):
         if not (reply.complete and reply.calls):
             break
-        results = await toolbox.run(reply.calls)
+        results = await run(reply.calls)
         _count_results(context, results)
         if not chat.add(result_messages(reply, results)):
             break

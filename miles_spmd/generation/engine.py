@@ -135,4 +135,4 @@ class EngineFactory(Protocol):
         ...
 
 
-FACTORIES: PlugPoint[EngineFactory] = PlugPoint("rollout.engine", {})
+FACTORIES: PlugPoint[EngineFactory] = PlugPoint("rollout.engine", {}, EngineFactory)

@@ -39,6 +39,15 @@ class GroupFilter(Protocol):
     def __call__(self, samples: Sequence[Sample]) -> bool: ...
 
 
+class SampleFilter(Protocol):
+    """``algorithm.sample_filter``: decides which samples of a step the loss counts. The others keep their rewards, and
+    so their part in the baselines of their groups."""
+
+    def __call__(self, samples: Sequence[Sample]) -> Sequence[bool]:
+        """Return True for each sample that is trained on, in the order of ``samples``."""
+        ...
+
+
 class AdvantageEstimator(Protocol):
     """``algorithm.advantage_estimator``: computes an advantage for every trained token of the batch."""
 

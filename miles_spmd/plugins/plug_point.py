@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from miles_spmd.plugins.renamed import accept_old_names
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 class PlugPointError(ValueError):
@@ -22,11 +24,11 @@ class PlugInError(RuntimeError):
     """A user's function that raised, exited, or took too long. The message gives setting, name and cause."""
 
 
-def import_function(setting: str, name: str, known: Iterable[str]) -> Callable[..., Any]:
+def import_function(setting: str, name: str, known: Iterable[str], protocol: type | None = None) -> Callable[..., Any]:
     """Import ``module:function`` (or ``module:Class.method``), which ``setting`` names.
 
     Raises PlugPointError if ``name`` has another form, in which case the built-ins ``known`` are listed, if the module
-    or the attribute cannot be imported, and if the attribute is not callable.
+    or the attribute cannot be imported, if the attribute is not callable, and if it cannot be called as ``protocol``.
     """
     where = f"{setting} = {name!r}"
     module, _, path = name.partition(":")
@@ -41,7 +43,30 @@ def import_function(setting: str, name: str, known: Iterable[str]) -> Callable[.
         raise PlugPointError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(target):
         raise PlugPointError(f"{where} is of type {type(target).__name__}; it must be a function")
+    if protocol is not None and (problem := _unlike(target, protocol)):
+        raise PlugPointError(f"{where} {problem}")
     return target
+
+
+def _unlike(function: Callable[..., Any], protocol: type) -> str:
+    """Return why ``function`` cannot be called as ``protocol``, "" where it can. Parameters are given by their places,
+    those that are keyword-only in the Protocol by their names."""
+    (_, *expected) = inspect.signature(protocol.__call__).parameters.values()
+    named = [one.name for one in expected if one.kind is one.KEYWORD_ONLY]
+    placed = [one.name for one in expected if one.kind is not one.KEYWORD_ONLY]
+    example = ", ".join([*placed, *(f"{name}=..." for name in named)])
+    called = f"it is called as ({example}), see {protocol.__name__} in {protocol.__module__.replace('.', '/')}.py"
+    if inspect.iscoroutinefunction(function):
+        return f"is an `async def`, which is not awaited here; {called}"
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of a function that is not written in Python
+        return ""
+    try:
+        signature.bind(*placed, **dict.fromkeys(named))
+    except TypeError as error:
+        return f"has the parameters {signature}: {error}; {called}"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -50,6 +75,10 @@ class PlugPoint(Generic[Function]):
 
     setting: str
     builtins: Mapping[str, Function]
+    protocol: type | None = None
+    """What a user's function is called as."""
+    limited: bool = True
+    """Whether ``time_limit`` holds for calls."""
     time_limit: ClassVar[float] = 0.0
     """Seconds that a call of a user's function in this process's main thread may take; 0: whatever it takes. The
     controller sets it; a worker's calls are limited by the controller's deadlines."""
@@ -59,14 +88,26 @@ class PlugPoint(Generic[Function]):
         raises becomes a PlugInError."""
         if name in self.builtins:
             return self.builtins[name]
-        function = import_function(self.setting, name, self.builtins)
+        return self.guarded(name, import_function(self.setting, name, self.builtins, self.protocol))  # type: ignore[return-value]
+
+    def guarded(self, name: str, function: Call) -> Call:
+        """Return ``function``, which the setting has named or an object made that it has named, so that whatever it
+        raises becomes a PlugInError."""
 
         @functools.wraps(function)
         def call(*arguments: Any, **named: Any) -> Any:
-            with _explained(f"{self.setting} = {name!r}"), _limited(self.time_limit):
+            with _explained(f"{self.setting} = {name!r}"), _limited(self.time_limit if self.limited else 0.0):
                 return function(*arguments, **named)
 
         return call  # type: ignore[return-value]
+
+    def returned(self, name: str, value: Any, expected: str) -> PlugInError:
+        """Return the error of a user's function that has returned ``value`` in the place of what is ``expected``."""
+        try:
+            shown = f"{value!r:.200}"
+        except Exception:
+            shown = f"an object of the class {type(value).__name__}"
+        return PlugInError(f"{self.setting} = {name!r} returned {shown}; it must return {expected}")
 
 
 @contextmanager

@@ -37,12 +37,28 @@ class TrlReward(Protocol):
 
     It is called with the samples of one prompt. Prompts and completions are strings, or lists of messages where the
     prompt is a conversation; the columns are ``label``, ``completion_ids`` and the rows' metadata, one list entry per
-    sample. What it gives ``log_metric`` becomes its detail; what it gives ``log_extra`` is left out.
+    sample. ``trainer_state`` is a :class:`TrainerState`. What it gives ``log_metric`` becomes its detail; what it gives
+    ``log_extra`` is left out.
     """
 
     def __call__(
         self, prompts: list[Any], completions: list[Any], **columns: Any
     ) -> Sequence[float | None] | Awaitable[Sequence[float | None]]: ...
+
+
+class TrainerState(msgspec.Struct, frozen=True):
+    """Where the run is when a reward function is called: what TRL's functions read of transformers' state."""
+
+    global_step: int = 0
+    """Number of steps of the run that were complete when the responses were generated."""
+    max_steps: int = 0
+    """``run.num_rollout``."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"trainer_state has no {name!r} here; it has {', '.join(self.__struct_fields__)}")
+
+
+START = TrainerState()
 
 
 class VerlReward(Protocol):
@@ -56,6 +72,15 @@ class VerlReward(Protocol):
     def __call__(
         self, data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping[str, Any] | None = None
     ) -> RewardValue | Awaitable[RewardValue]: ...
+
+
+class JudgeReader(Protocol):
+    """``reward.judge_reader``: reads the score in a reply of the judge."""
+
+    def __call__(self, reply: str) -> RewardValue:
+        """Return a number, or a mapping with one under ``"score"``; None where the reply has no score, which is then
+        asked for once more. ``reply`` is the whole text, with the judge's reasoning if it has any."""
+        ...
 
 
 class Score(msgspec.Struct, frozen=True):

@@ -9,14 +9,23 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any
 
+from miles_spmd.plugins.reward import START, TrainerState
 from miles_spmd.types.sample import Prompt, Sample
 from miles_spmd.types.trajectory import Trajectory
 
 Function = Callable[..., Any]
 _TRL = {"prompts", "completions", "completion_ids"}  # any of these names tells a function of TRL
+_ENVIRONMENTS = (
+    "requires environments, which TRL's environment_factory makes; here they are in other processes than rewards: "
+    "environment.environment = 'miles_spmd.environments.trl:trl' plays them, and their get_reward gives the reward"
+)
 _VERL, _VERL_GROUP = {"solution_str", "ground_truth"}, {"solution_strs", "ground_truths"}
+
+trainer_state: ContextVar[TrainerState] = ContextVar("trainer_state", default=START)
+"""Where the run was when the samples were generated that a function is given."""
 
 
 class BadReward(Exception):
@@ -93,7 +102,7 @@ def _ignore(name: str, values: Any) -> None:
 def _trl(samples: list[Sample]) -> dict[str, Any]:
     metadata = [s.prompt.metadata for s in samples]
     columns: dict[str, Any] = {key: [m.get(key) for m in metadata] for m in metadata for key in m}
-    columns |= {"log_metric": _ignore, "log_extra": _ignore}
+    columns |= {"log_metric": _ignore, "log_extra": _ignore, "trainer_state": trainer_state.get()}
     columns["label"] = [s.prompt.label for s in samples]
     columns["completion_ids"] = [s.response for s in samples]
     if conversations := columns.pop("messages", None):
@@ -131,6 +140,8 @@ def _accepted(function: Function, arguments: Mapping[str, Any]) -> Mapping[str, 
     """Return those of the ``arguments`` that ``function`` has parameters for. Raises BadReward if some are missing."""
     named, takes_any = _parameters(function)
     if missing := {name for name, has_default in named.items() if not has_default} - arguments.keys():
+        if "environments" in missing:
+            raise BadReward(_ENVIRONMENTS)
         raise BadReward(
             f"requires {', '.join(sorted(missing))}, but the data has only {', '.join(sorted(arguments))} "
             f"(add the column to the data, or give the parameter a default)"

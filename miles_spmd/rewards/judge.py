@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from miles_spmd.config import RewardConfig
-from miles_spmd.plugins.reward import RewardValue
+from miles_spmd.plugins.plug_point import PlugInError, PlugPoint
+from miles_spmd.plugins.reward import JudgeReader, RewardValue
 from miles_spmd.rewards.adapters import BadReward
 from miles_spmd.rewards.labels import last_boxed
 from miles_spmd.rewards.remote import ServiceReward, asked, conversation, required, service
 from miles_spmd.types.sample import Prompt, Sample
 
+READERS: PlugPoint[JudgeReader] = PlugPoint("reward.judge_reader", {}, JudgeReader)
 ATTEMPTS = 2  # times that the judge is asked where its reply has no score
 _FIELD = re.compile(r"\{(prompt|response|label)\}")
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
@@ -47,7 +49,10 @@ def judge(config: RewardConfig) -> ServiceReward:
 def verdict(config: RewardConfig, reply: str, attempt: int) -> RewardValue | None:
     """Return the reward that a judge's ``reply`` to the question means, which is number ``attempt``; None where it has
     to be asked again. Raises BadReward where the last reply has no score, unless there is a default."""
-    if (found := read_score(reply, config.judge_scores)) is not None:
+    found = _read(config, reply)
+    if isinstance(found, Mapping):
+        return found if config.judge_default is None else {"unreadable": 0.0, **found}
+    if found is not None:
         return found if config.judge_default is None else {"score": found, "unreadable": 0.0}
     if attempt + 1 < ATTEMPTS:
         return None
@@ -57,6 +62,17 @@ def verdict(config: RewardConfig, reply: str, attempt: int) -> RewardValue | Non
             "[[score]], raise max_tokens in reward.judge_arguments, or set reward.judge_default"
         )
     return {"score": config.judge_default, "unreadable": 1.0}
+
+
+def _read(config: RewardConfig, reply: str) -> RewardValue:
+    """Return what a reply says, None where it has no score. Raises BadReward where a user's reader fails; what that
+    returns is examined as the result of any reward."""
+    if config.judge_reader is None:
+        return read_score(reply, config.judge_scores)
+    try:
+        return READERS.resolve(config.judge_reader)(reply)
+    except PlugInError as error:
+        raise BadReward(f"could not read a reply of the judge: {error}") from error
 
 
 def filled(template: str, sample: Sample) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from miles_spmd.config import RewardConfig, RewardTerm
-from miles_spmd.plugins.reward import RewardError, Score
+from miles_spmd.plugins.reward import START, RewardError, Score, TrainerState
 from miles_spmd.rewards.adapters import BadReward
 from miles_spmd.rewards.functions import load_reward
 from miles_spmd.rewards.process import Function, RewardProcess
@@ -71,17 +71,19 @@ class RewardPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def submit(self, samples: list[Sample], terms: Sequence[RewardTerm] = ()) -> Future[list[Score]]:
-        """Start scoring by ``terms`` (default: those of ``[reward]``) and return at once. The future gives one score
-        per sample, in order, or raises the RewardError of the first call that fails."""
+    def submit(
+        self, samples: list[Sample], terms: Sequence[RewardTerm] = (), state: TrainerState = START
+    ) -> Future[list[Score]]:
+        """Start scoring by ``terms`` (default: those of ``[reward]``) and return at once. ``state`` is that of the run.
+        The future gives one score per sample, in order, or raises the RewardError of the first call that fails."""
         terms = terms or self._config.terms
-        started = [self._start(term, samples) for term in terms]
+        started = [self._start(term, samples, state) for term in terms]
         return self._gatherers.submit(self._gather, terms, samples, started)
 
-    def _start(self, term: RewardTerm, samples: list[Sample]) -> list[Future[list[Score | None]]]:
+    def _start(self, term: RewardTerm, samples: list[Sample], state: TrainerState) -> list[Future[list[Score | None]]]:
         if self._judge is not None and term.rm_type == _JUDGE:
             return [self._judge(samples)]
-        return [self._threads.submit(self._score, term, call) for call in self._calls(term, samples)]
+        return [self._threads.submit(self._score, term, call, state) for call in self._calls(term, samples)]
 
     def _calls(self, term: RewardTerm, samples: list[Sample]) -> list[list[Sample]]:
         if self._by_group.get(_function(term), True):
@@ -117,7 +119,7 @@ class RewardPool:
         self._threads.shutdown()
         self._gatherers.shutdown()
 
-    def _score(self, term: RewardTerm, call: list[Sample]) -> list[Score | None]:
+    def _score(self, term: RewardTerm, call: list[Sample], state: TrainerState) -> list[Score | None]:
         """Make one call, in a thread that waits for it. Raises RewardError, and CancelledError once the pool closes."""
         if self._closed:
             raise CancelledError
@@ -127,7 +129,7 @@ class RewardPool:
             process = self._idle.get()
             try:
                 light = [sample.without_log_probs() for sample in call]
-                return process.score(_function(term), light)
+                return process.score(_function(term), light, state)
             finally:
                 self._idle.put(process)
         except BadReward as error:

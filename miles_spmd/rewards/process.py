@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from miles_spmd.config import RewardConfig
 from miles_spmd.plugins.plug_point import PlugPointError
-from miles_spmd.plugins.reward import RewardError, Score
+from miles_spmd.plugins.reward import RewardError, Score, TrainerState
 from miles_spmd.processes.limited import LimitedProcess, NotLoadedError, ProcessEndedError, serve_calls
-from miles_spmd.rewards.adapters import BadReward
+from miles_spmd.rewards.adapters import BadReward, trainer_state
 from miles_spmd.rewards.functions import OUT_OF_MEMORY, load_reward
 from miles_spmd.types.sample import Sample
 
@@ -54,13 +54,14 @@ class RewardProcess:
     def _unusable(self, error: NotLoadedError) -> RewardError:
         return RewardError(f"reward.rm_type = {', '.join(repr(one.rm_type) for one in self._functions)} {error}")
 
-    def score(self, function: Function, samples: list[Sample]) -> list[Score | None]:
-        """Call the reward function once. Raises BadReward, and RewardError where it can no longer be imported."""
+    def score(self, function: Function, samples: list[Sample], state: TrainerState) -> list[Score | None]:
+        """Call the reward function once. ``state``: that of the run. Raises BadReward, and RewardError where it
+        can no longer be imported."""
         verifies = function.rm_type in _VERIFIERS
         # an async function has a timeout of its own, which gives the better message
         timeout = self._config.reward_timeout + (_GRACE if self.scores_groups(function) else 0)
         try:
-            scores: list[Score | None] = self._process.call(timeout, self._functions.index(function), samples)
+            scores: list[Score | None] = self._process.call(timeout, self._functions.index(function), samples, state)
             if verifies:  # the mean of this detail is then the share of responses whose verification was killed
                 scores = [one and Score(one.value, {**one.detail, "killed": 0.0}) for one in scores]
             return scores
@@ -84,11 +85,14 @@ def serve(pipe: Connection, functions: Sequence[Function], config: RewardConfig)
 
 def _load(
     functions: Sequence[Function], config: RewardConfig
-) -> tuple[Callable[[int, list[Sample]], list[Score | None]], list[bool]]:
+) -> tuple[Callable[[int, list[Sample], TrainerState], list[Score | None]], list[bool]]:
     try:
         rewards = [load_reward(*function, config) for function in functions]
     except PlugPointError as error:
         raise RewardError(f"{error}\n{traceback.format_exc()}" if error.__cause__ else str(error)) from None
-    return lambda index, samples: rewards[index].score(samples, config.reward_timeout), [
-        r.scores_groups for r in rewards
-    ]
+
+    def score(index: int, samples: list[Sample], state: TrainerState) -> list[Score | None]:
+        trainer_state.set(state)
+        return rewards[index].score(samples, config.reward_timeout)
+
+    return score, [reward.scores_groups for reward in rewards]

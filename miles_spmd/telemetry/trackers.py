@@ -12,26 +12,18 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from miles_spmd.config import Config
+from miles_spmd.plugins.plug_point import PlugPoint
+from miles_spmd.plugins.run import Tracker, TrackerFactory
 from miles_spmd.telemetry.json_lines import Lines, LineWriter, cut
 from miles_spmd.types.files import AppendedFile
 from miles_spmd.types.run_files import METRICS_FILE
 from miles_spmd.types.secrets import scrub
 
+FACTORIES: PlugPoint[TrackerFactory] = PlugPoint("telemetry.tracker", {}, TrackerFactory)
 TENSORBOARD_FOLDER = "tensorboard"
-
-
-class Tracker(Protocol):
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record ``metrics`` after ``step`` steps (0: before the first). May be called more than once for a step."""
-
-    def rewind(self, step: int) -> None:
-        """Forget what was recorded after later steps than ``step``, from where the run goes on."""
-
-    def close(self) -> None:
-        """Write what is not written yet."""
 
 
 class JsonlTracker:
@@ -145,6 +137,17 @@ class WandbTracker:
         self._run.finish()
 
 
+class UsersTracker:
+    """What a user's function has made: whatever its methods raise is an error that names the setting."""
+
+    def __init__(self, name: str, config: Config) -> None:
+        tracker = FACTORIES.resolve(name)(config)
+        methods = [getattr(tracker, method, None) for method in ("log", "rewind", "close")]
+        if not all(map(callable, methods)):
+            raise FACTORIES.returned(name, tracker, "an object with the methods log, rewind and close")
+        self.log, self.rewind, self.close = (FACTORIES.guarded(name, method) for method in methods if method)
+
+
 class Trackers(list[Tracker]):
     """Several trackers as one."""
 
@@ -165,5 +168,7 @@ def open_trackers(config: Config) -> Iterator[Trackers]:
         makers.append(lambda: TensorBoardTracker(config.run_dir / TENSORBOARD_FOLDER))
     if config.telemetry.use_wandb:
         makers.append(lambda: WandbTracker(config))
+    if (name := config.telemetry.tracker) is not None:
+        makers.append(lambda: UsersTracker(name, config))
     with ExitStack() as stack:
         yield Trackers([stack.enter_context(closing(make())) for make in makers])

@@ -7,6 +7,7 @@ reward; a *group* is all rollouts of one prompt.
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -127,6 +128,16 @@ def flat(arrays: Arrays) -> np.ndarray:
 def masked(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Return ``values`` as float64 [T], with 0 where the mask is 0, even in place of NaN."""
     return np.where(mask > 0, values, np.float64(0))
+
+
+def shaped(values: Any, masks: Arrays) -> Arrays | None:
+    """Return what a function of the user has returned as float64 in the shapes of ``masks``, None where it is anything
+    else."""
+    try:
+        arrays = [np.asarray(value, np.float64) for value in values]
+    except (TypeError, ValueError):
+        return None
+    return arrays if [array.shape for array in arrays] == [mask.shape for mask in masks] else None
 
 
 def _first(wrong: np.ndarray, names: np.ndarray | None = None) -> list[int]:

@@ -28,6 +28,7 @@ from miles_spmd.types.train_sequence import MicroBatch
 from miles_spmd.weights.hugging_face import load
 from miles_spmd.worker.device_turns import DeviceTurns
 from miles_spmd.worker.effective import append_values
+from miles_spmd.worker.hook import Hook
 from miles_spmd.worker.memory_account import MemoryAccount
 from miles_spmd.worker.stopwatch import Stopwatch
 from miles_spmd.worker.world import Side
@@ -121,6 +122,7 @@ class Worker:
         self.memory, self.group = memory, side.group
         self._config, self._rank, self._in_cell = config, rank, cell is not None
         self._own: OwnWork | None = None
+        self._hook = Hook(config.train.trainer_hook if side.trains else None)
         self._saves_to = ""  # folder of the checkpoint that was begun last
         self._roles: Roles | None = None
         if side.trains:
@@ -210,7 +212,8 @@ class Worker:
     def _log_probs(self, command: commands.ComputeLogProbs) -> results.LogProbsResult:
         passes = len(command.micro_batches)
         with self._training(passes), self.roles.network(command.role) as network, self.memory.work("log-probs"):
-            result = network.log_probs(command.micro_batches, command.top_k)
+            with self._hook.around("log_probs", command.role, network):
+                result = network.log_probs(command.micro_batches, command.top_k)
             self._own = _own(network, command.micro_batches)
             return result
 
@@ -218,7 +221,8 @@ class Worker:
     def _values(self, command: commands.ComputeValues) -> results.ValuesResult:
         passes = len(command.micro_batches)
         with self._training(passes), self.roles.network(command.role) as network, self.memory.work("values"):
-            values = network.values(command.micro_batches)
+            with self._hook.around("values", command.role, network):
+                values = network.values(command.micro_batches)
             self._own = _own(network, command.micro_batches)
             return values
 
@@ -226,7 +230,8 @@ class Worker:
     def _train(self, command: commands.TrainStep) -> results.TrainResult:
         trainer = self.roles.trainer(command.role)
         with self._training(len(command.micro_batches)), self.memory.work("optimizer step"):
-            result = trainer.train_step(command.micro_batches)
+            with self._hook.around("train", command.role, trainer):
+                result = trainer.train_step(command.micro_batches)
             self._own = _own(trainer, command.micro_batches)
             return result
 
@@ -236,7 +241,8 @@ class Worker:
         if (kept := trainer.kept(command.update, command.part)) is not None:
             return kept
         with self._training(len(command.micro_batches)), self.memory.work("gradient"):
-            result = trainer.compute_part(command.update, command.part, command.micro_batches)
+            with self._hook.around("train", command.role, trainer):
+                result = trainer.compute_part(command.update, command.part, command.micro_batches)
             self.memory.note("kept_gradients", trainer.kept_bytes / GIB)
             self._own = _own(trainer, command.micro_batches)
             return result

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from miles_spmd.algorithms.advantages import ESTIMATORS, compute_advantages, whiten
 from miles_spmd.config import AlgorithmConfig
+from miles_spmd.plugins.plug_point import PlugInError
 from miles_spmd.types.rollout_batch import Estimate, RolloutBatch
 from tests.algorithms.rollout_cases import one_per_group, rollouts
 
@@ -312,9 +313,9 @@ def not_a_number(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estimate:
 def test_a_users_estimator_is_called_and_checked() -> None:
     batch = one_per_group([[1.0, 0.0]])
     assert advantages(f"{__name__}:one_for_all", batch, gamma=0.5) == [[0.5], [0.5]]
-    with pytest.raises(ValueError, match=r"test_advantages:with_prompt'.*other shapes than the masks"):
+    with pytest.raises(PlugInError, match=r"test_advantages:with_prompt' returned .*shaped like the masks"):
         advantages(f"{__name__}:with_prompt", batch)
-    with pytest.raises(ValueError, match=r"test_advantages:not_a_number'.*not finite"):
+    with pytest.raises(PlugInError, match=r"test_advantages:not_a_number' returned .*nan.* finite"):
         advantages(f"{__name__}:not_a_number", batch)
 
 

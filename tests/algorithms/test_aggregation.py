@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 
 from miles_spmd.algorithms.aggregation import AGGREGATIONS, loss_weights
+from miles_spmd.plugins.plug_point import PlugInError
 from miles_spmd.types.rollout_batch import Arrays, RolloutBatch
 from tests.algorithms.rollout_cases import rollouts
 
@@ -67,7 +68,7 @@ def summed(masks: Arrays, rollout_ids: np.ndarray, max_response_len: int) -> Arr
 def test_a_users_aggregation_is_called_and_checked() -> None:
     masks = [np.ones(2)]
     assert loss_weights(masks, f"{__name__}:everything", max_response_len=1)[0].tolist() == [1, 1]
-    with pytest.raises(ValueError, match=r"test_aggregation:everything'.*0 on masked tokens"):
+    with pytest.raises(PlugInError, match=r"test_aggregation:everything' returned .*0 where these are 0"):
         loss_weights([np.asarray([1.0, 0.0])], f"{__name__}:everything", max_response_len=1)
-    with pytest.raises(ValueError, match=r"test_aggregation:summed'.*other shapes"):
+    with pytest.raises(PlugInError, match=r"test_aggregation:summed' returned .*shaped like the masks"):
         loss_weights(masks, f"{__name__}:summed", max_response_len=1)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from miles_spmd.algorithms.corrections import CORRECTIONS, correct, mismatch_metrics
 from miles_spmd.config import AlgorithmConfig
+from miles_spmd.plugins.plug_point import PlugInError
 from miles_spmd.types.rollout_batch import Correction, RolloutBatch
 from tests.algorithms.rollout_cases import rollouts
 
@@ -199,7 +200,7 @@ def halves(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Correction:
 def test_a_users_correction_is_called_and_checked() -> None:
     batch = rollout([0.0, 0.0])
     assert weights(batch, tis_function=f"{__name__}:halves") == [[0.5, 0.5]]
-    with pytest.raises(ValueError, match=r"test_corrections:too_short'.*shaped like the masks"):
+    with pytest.raises(PlugInError, match=r"test_corrections:too_short' returned .*shaped like the masks"):
         weights(batch, tis_function=f"{__name__}:too_short")
 
 

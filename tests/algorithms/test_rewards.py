@@ -8,6 +8,7 @@ import pytest
 
 from miles_spmd.algorithms.rewards import GROUP_FILTERS, overlong_penalty, shape_rewards
 from miles_spmd.config import AlgorithmConfig
+from miles_spmd.plugins.plug_point import PlugInError
 from miles_spmd.types.sample import Prompt, Sample
 from tests.samples import sample_of
 
@@ -42,7 +43,7 @@ def test_post_process_then_penalty() -> None:
 def test_bad_rewards() -> None:
     with pytest.raises(ValueError, match=r"rewards of samples \[1, 2\] are not finite"):
         shape_rewards(samples(1.0, None, math.nan), AlgorithmConfig(), 10)
-    with pytest.raises(ValueError, match=r"test_rewards:first_only' must return 2 finite numbers, got shape \(1,\)"):
+    with pytest.raises(PlugInError, match=r"test_rewards:first_only' returned .*; it must return 2 finite numbers"):
         shape_rewards(samples(1.0, 0.0), AlgorithmConfig(reward_post_process=f"{__name__}:first_only"), 10)
 
 

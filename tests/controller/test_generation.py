@@ -22,7 +22,7 @@ from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.environments.context import ModelView
 from miles_spmd.environments.in_place import InPlace
 from miles_spmd.environments.single_turn import single_turn
-from miles_spmd.plugins.reward import RewardError, Score
+from miles_spmd.plugins.reward import START, RewardError, Score, TrainerState
 from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.types.request import Output, Request
 from miles_spmd.types.sample import Prompt, Sample
@@ -81,7 +81,9 @@ class Rewards:
         self.value, self.waits = value, waits
         self.waiting: list[tuple[Group, Future[list[Score]]]] = []
 
-    def submit(self, samples: Group, terms: Sequence[RewardTerm] = ()) -> Future[list[Score]]:
+    def submit(
+        self, samples: Group, terms: Sequence[RewardTerm] = (), state: TrainerState = START
+    ) -> Future[list[Score]]:
         future: Future[list[Score]] = Future()
         self.waiting.append((samples, future))
         if not self.waits(samples):

@@ -248,7 +248,8 @@ def test_an_evaluation_reads_no_training_data(check: Check) -> None:
 def test_plug_points_are_those_of_the_settings() -> None:
     documented = {s.dotted for s in walk(Config) if (s.field.description or "").startswith("Plug point")}
     assert documented - {s for s in documented if ".N." in s} == {
-        *inputs.PLUG_POINTS,
+        *inputs.PROTOCOLS,
+        "data.prompt_data",
         "reward.rm_type",
         "environment.environment",
     }

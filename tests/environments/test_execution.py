@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
+from miles_spmd.environments import execution
 from miles_spmd.environments.calls import Call
 from miles_spmd.environments.execution import ErrorKind, Result, Tool, Toolbox
 from miles_spmd.environments.tool_schemas import SchemaError
@@ -94,7 +95,7 @@ def test_every_failure_is_a_short_text_with_a_kind(toolbox: Toolbox) -> None:
     assert not [
         p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] in (["sleep", "6174"], ["sleep", "6175"])
     ]
-    assert run(toolbox, ("add", {"a": 1, "b": 1})) == [Result("2")]
+    assert run(toolbox, ("add", {"a": 1, "b": 1})) == [Result("2.0")]
 
 
 def test_a_call_that_cannot_be_read(toolbox: Toolbox) -> None:
@@ -131,6 +132,38 @@ def test_processes_see_what_this_one_sees_and_end_with_the_toolbox(monkeypatch: 
     assert not process.is_running()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what Python says of "everything"
+@pytest.mark.parametrize("how", ["once", "always", "everything"])
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_tool_that_goes_on_when_it_is_cancelled_is_ended(
+    how: str, cancelled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execution, "_TIME_TO_END", 0.1)
+    box = Toolbox([user_tools.stubborn], timeout=60.0 if cancelled else 0.1)
+    reported: list[Any] = []
+    user_tools.STUBBORN.clear()
+
+    async def call() -> list[Result] | None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+        episode = asyncio.ensure_future(box.run([Call("call0", "stubborn", {"how": how})]))
+        if cancelled:
+            while not user_tools.STUBBORN:
+                await asyncio.sleep(0)
+            episode.cancel()
+        (done,), _ = await asyncio.wait([episode], timeout=30)
+        assert asyncio.all_tasks() == {asyncio.current_task()}  # nothing is left in the event loop
+        return None if done.cancelled() else done.result()
+
+    results = asyncio.run(call())
+    if cancelled:
+        assert results is None
+    else:
+        assert [result.error for result in results or []] == [ErrorKind.TIMEOUT]
+    assert user_tools.STUBBORN[-1] == ("goes on" if how == "everything" else "ends")
+    assert "goes on" in user_tools.STUBBORN
+    assert reported == []
+
+
 def test_functions_in_place_of_names() -> None:
     async def closure(key: str) -> str:
         """Runs in this process, so that it may be defined anywhere.
@@ -141,7 +174,7 @@ def test_functions_in_place_of_names() -> None:
         return f"{key}!"
 
     box = Toolbox([user_tools.add, closure, Tool(user_tools.untyped, {"name": "forecast"})])
-    assert run(box, ("closure", {"key": "a"}), ("add", {"a": 1, "b": 1})) == [Result("a!"), Result("2")]
+    assert run(box, ("closure", {"key": "a"}), ("add", {"a": 1, "b": 1})) == [Result("a!"), Result("2.0")]
     assert [schema["function"]["name"] for schema in box.schemas] == ["add", "closure", "forecast"]
     box.close()
 

@@ -37,6 +37,23 @@ def test_schema_of_a_function() -> None:
     }
 
 
+def test_lists_without_the_type_of_their_items() -> None:
+    def collect(words: list, more: list | None = None, pair: tuple = (), counts: dict | None = None) -> str:
+        """Collects.
+
+        Args:
+            words: Some.
+            more: Others.
+            pair: Two.
+            counts: Of each.
+        """
+        return ""
+
+    properties = tool_schema(collect)["function"]["parameters"]["properties"]
+    assert [one["type"] for one in properties.values()] == ["array", "array", "array", "object"]
+    assert [one.get("nullable", False) for one in properties.values()] == [False, True, False, True]
+
+
 @pytest.mark.parametrize(
     ("function", "problem"),
     [

@@ -64,13 +64,13 @@ def test_a_conversation_with_tools(qwen: Tokenizer) -> None:
         "user", "assistant", "tool", "tool", "assistant", "tool", "tool", "tool", "assistant",
     ]  # fmt: skip
     assert trajectory.messages[1]["reasoning_content"] == "Hm."
-    assert [message["content"] for message in trajectory.messages[2:4]] == ["Oslo: 1 x 19 c", "3"]
+    assert [message["content"] for message in trajectory.messages[2:4]] == ["Oslo: 1 x 19 c", "3.0"]
     ids = [each["id"] for message in trajectory.messages for each in message.get("tool_calls", [])]
     assert [message["tool_call_id"] for message in trajectory.messages if message["role"] == "tool"] == ids
     assert len(set(ids)) == 5
     text = context.decode(trajectory.tokens)
     assert '"name": "weather"' in text.split("<|im_start|>user")[0]  # the tools, which the prompt did not have
-    assert "<tool_response>\nOslo: 1 x 19 c\n</tool_response>\n<tool_response>\n3\n</tool_response><|im_end|>" in text
+    assert "<tool_response>\nOslo: 1 x 19 c\n</tool_response>\n<tool_response>\n3.0\n</tool_response><|im_end|>" in text
     assert context.metrics == {
         "tool_calls": 5.0,
         "tool_errors/malformed": 1.0,
@@ -132,7 +132,7 @@ def test_a_template_of_one_call_in_a_message_gets_the_results_of_two(tmp_path: P
     trajectory = run(context, to_prompt(tokenizer, QUESTION), "add")
     role = "<|start_header_id|>ipython<|end_header_id|>\n\n"
     appended = context.decode(next(segment.tokens for segment in trajectory.segments if not segment.sampled))
-    assert appended.startswith(f'{role}"3"<|eot_id|>{role}"4"<|eot_id|>')
+    assert appended.startswith(f'{role}"3.0"<|eot_id|>{role}"4.0"<|eot_id|>')
 
 
 def test_functions_with_schemas_of_their_own(qwen: Tokenizer) -> None:

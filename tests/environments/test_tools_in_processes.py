@@ -44,7 +44,7 @@ def converse(config: EnvironmentConfig, tokenizer: Tokenizer, folder: Path, prom
 
 def test_a_conversation_in_an_environment_process(tmp_path: Path) -> None:
     tokenizer = write_family(tmp_path, FAMILIES["qwen"])
-    functions = [HERE + "misbehave", HERE + "lookup"]
+    functions = [HERE + name for name in ("misbehave", "lookup", "stubborn")]
     config = EnvironmentConfig(
         environment="miles_spmd.environments.tools:tools",
         environment_kwargs={"functions": functions, "tool_timeout": 1.0, "tool_memory_gib": 1.0},
@@ -53,7 +53,8 @@ def test_a_conversation_in_an_environment_process(tmp_path: Path) -> None:
     said = [
         '<tool_call>\n{"name": "misbehave", "arguments": {"how": "hang"}}\n</tool_call>\n'
         '<tool_call>\n{"name": "lookup", "arguments": {"key": "\\ud83d 123456789012345678901234567890"}}\n</tool_call>'
-        '<tool_call>\n{"name": "misbehave", "arguments": {"how": 123456789012345678901234567890}}\n</tool_call>',
+        '<tool_call>\n{"name": "misbehave", "arguments": {"how": 123456789012345678901234567890}}\n</tool_call>'
+        '<tool_call>\n{"name": "stubborn", "arguments": {"how": "always"}}\n</tool_call>',
         "Nothing.",
     ]
     prompt = to_prompt(tokenizer, [{"role": "user", "content": "What now?"}])
@@ -66,7 +67,8 @@ def test_a_conversation_in_an_environment_process(tmp_path: Path) -> None:
     assert results[0] == "Error: misbehave took longer than 1 s and was stopped."
     assert results[1].startswith('{"key": "? 1234')
     assert "the argument 'how' is wrong" in results[2]
-    assert finished.metrics["tool_errors/timeout"] == 1
+    assert results[3] == "Error: stubborn took longer than 1 s and was stopped."
+    assert finished.metrics["tool_errors/timeout"] == 2
     left = set(psutil.Process().children(recursive=True)) - before
     assert not psutil.wait_procs(left, timeout=5)[1]
 

@@ -75,6 +75,56 @@ async def lookup(key: str) -> dict[str, Any]:
     return {"key": key, "näme": [1, None]}
 
 
+def types(
+    whole: int,
+    real: float = 0.5,
+    many: list[int] | None = None,
+    table: dict[str, list[float]] | None = None,
+    pair: tuple[int, float] = (0, 0.0),
+    either: int | str | None = None,
+    choice: Literal[1, 2] = 1,
+    any_number: int | float = 1,
+    anything: Any = None,
+) -> str:
+    """Shows what it was given.
+
+    Args:
+        whole: 1.
+        real: 2.
+        many: 3.
+        table: 4.
+        pair: 5.
+        either: 6.
+        choice: 7.
+        any_number: 8.
+        anything: 9.
+    """
+    return repr(list(locals().values()))
+
+
+STUBBORN: list[str] = []
+
+
+async def stubborn(how: str) -> str:
+    """Catches what should end it.
+
+    Args:
+        how: As what.
+    """
+    STUBBORN.append("begins")
+    caught = {"once": asyncio.CancelledError, "always": asyncio.CancelledError, "everything": BaseException}[how]
+    try:
+        while True:
+            try:
+                await asyncio.sleep(3600)
+            except caught:
+                STUBBORN.append("goes on")
+                if how == "once":
+                    return "late"
+    finally:
+        STUBBORN.append("ends")
+
+
 KEPT: list[bytearray] = []
 
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from miles_spmd.config import RewardConfig, RewardTerm
-from miles_spmd.plugins.reward import RewardError, Score
+from miles_spmd.plugins.reward import RewardError, Score, TrainerState
 from miles_spmd.rewards.pool import RewardPool, combined
 from miles_spmd.types.sample import Prompt, Sample
 from miles_spmd.types.trajectory import Segment, Trajectory
@@ -99,6 +99,13 @@ def test_what_trl_documents() -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["trl_state", "trl_state_async"])
+def test_a_function_of_trl_may_read_where_the_run_is(name: str) -> None:
+    with RewardPool(RewardConfig(rm_type=HERE + name, reward_workers=1)) as pool:
+        futures = [pool.submit(group("a", "b"), state=TrainerState(step, 8)) for step in (0, 2, 6)]
+        assert [[score.value for score in one.result(60)] for one in futures] == [[0, 0], [0.25, 0.25], [0.75, 0.75]]
+
+
 def test_verl_shapes() -> None:
     assert values(HERE + "verl_group", group("19", "20", extra_info={"index": 4})) == [5, 4]
     result = scores(HERE + "verl_full", group("19", "20", extra_info={"index": 4}))
@@ -137,6 +144,8 @@ FAILURES = {
     "text": "sample 0, returned '1.0' instead of a finite number",
     "scoreless": "sample 0, returned an object without 'score' (it has reward)",
     "trl_none": "sample 0, returned None, which leaves a sample to other functions",
+    "trl_environments": "requires environments, which TRL's environment_factory makes; here they are in other",
+    "trl_state_of_transformers": "AttributeError: trainer_state has no 'epoch' here; it has global_step, max_steps",
     "trl_missing_column": "requires solution, but the data has only",
     "eats_memory": "sample 0, ran out of the memory that reward.reward_memory_gib allows",
     "exits": "sample 0, ended its process (exit code 7)",
@@ -157,7 +166,7 @@ def test_every_failure_names_function_prompt_and_sample(name: str) -> None:
     assert FAILURES[name] in message
     assert "fix the function" in message or "return a number" in message
     assert ("Traceback" in message) == (
-        name in ("raises", "raises_unspeakably", "exits_politely", "exits_politely_async")
+        name in ("raises", "raises_unspeakably", "exits_politely", "exits_politely_async", "trl_state_of_transformers")
     )
 
 

@@ -203,6 +203,23 @@ def trl_none(completions: list[str], **kwargs: Any) -> list[float | None]:
     return [None] * len(completions)
 
 
+def trl_state(completions: list[str], trainer_state: Any, **kwargs: Any) -> list[float]:
+    """A reward that changes in the course of the run."""
+    return [trainer_state.global_step / trainer_state.max_steps] * len(completions)
+
+
+async def trl_state_async(completions: list[str], trainer_state: Any) -> list[float]:
+    return trl_state(completions, trainer_state)
+
+
+def trl_state_of_transformers(completions: list[str], trainer_state: Any) -> list[float]:
+    return [trainer_state.epoch] * len(completions)
+
+
+def trl_environments(completions: list[str], environments: list[Any]) -> list[float]:
+    return [environment.score for environment in environments]
+
+
 def trl_missing_column(completions: list[str], solution: list[str]) -> list[float]:
     return [0.0] * len(completions)
 

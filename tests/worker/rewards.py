@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from miles_spmd.types.sample import Sample
 
@@ -58,3 +59,7 @@ def filter_that_hangs(group: list[Sample]) -> bool:
 
 def length_and_parity(sample: Sample) -> dict[str, float]:
     return {"score": float(len(sample.response)), "odd": sum(sample.response) % 2}
+
+
+def plug_in_that_raises(*given: Any, **named: Any) -> None:
+    raise KeyError("gone")

@@ -77,3 +77,19 @@ def test_a_filter_that_leaves_nothing_skips_the_update(launch: Launch) -> None:
     assert not any("train/loss" in row for row in rows)
     assert [row["rollout/dropped_groups"] for row in rows if "rollout/dropped_groups" in row] == [36, 36]
     assert "0 of 36 groups were kept, of which 4 are needed; dropped: 36 with all rewards" in run.report()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "setting", ["run.phase_hook", "train.packing", "train.trainer_hook", "telemetry.tracker", "checkpoint.exporter"]
+)
+def test_a_plug_in_that_raises_ends_the_run_with_its_name(launch: Launch, setting: str) -> None:
+    table, _, name = setting.partition(".")
+    function = "tests.worker.rewards:plug_in_that_raises"
+    changes: dict[str, dict[str, Any]] = {"run": {"num_rollout": 1}, "checkpoint": {"export_final": True}}
+    changes[table] = changes.get(table, {}) | {name: function}
+    run = launch(**changes)
+    assert f"PlugInError: {setting} = {function!r} raised KeyError: 'gone'" in run.finish(START_SECONDS)
+    if name == "exporter":  # it comes last, and nothing is lost
+        assert (run.run_dir / "export" / "config.json").exists()
+        assert len((run.run_dir / "metrics.jsonl").read_text().splitlines()) == 2

@@ -15,7 +15,7 @@ from queue import SimpleQueue
 
 from miles_spmd.config import RewardTerm
 from miles_spmd.plugins.algorithm import GroupFilter
-from miles_spmd.plugins.reward import Score
+from miles_spmd.plugins.reward import START, Score, TrainerState
 from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.types.sample import Prompt, Sample
 
@@ -38,15 +38,17 @@ class Acceptance:
         wake: Callable[[], None] = lambda: None,
         keeps_empty: bool = False,
         first_finished: bool = False,
+        state: TrainerState = START,
     ) -> None:
         """``rewards``: None scores nothing; ``count``: groups to accept; ``accepts`` must be a function of the group
         alone (None: accept all); ``terms``: other reward functions than those of ``[reward]``; ``wake`` is called, in
         another thread, when a reward has arrived; ``keeps_empty``: a group of which nothing is left is accepted, not
-        dropped."""
+        dropped; ``state``: that of the run, for reward functions."""
         self.accepted: list[Group] = []
         self.dropped = 0  # before the last accepted group
         self._rewards, self._count, self._accepts, self._terms = rewards, count, accepts, terms
         self._wake, self._keeps_empty, self._first_finished = wake, keeps_empty, first_finished
+        self._state = state
         self._turns: list[int] = []  # groups in the order in which they were judged
         self._accepted: set[int] = set()  # the numbers of accepted groups
         self.prompts: list[Prompt] = []  # of the groups
@@ -100,7 +102,7 @@ class Acceptance:
         scores: Future[list[Score]] = Future()
         unscored = [part[0] for part in parts if part and part[0].reward is None]  # environments gave the others
         if unscored and self._rewards is not None:
-            scores = self._rewards.submit(unscored, self._terms)
+            scores = self._rewards.submit(unscored, self._terms, self._state)
         else:
             scores.set_result([])
         scores.add_done_callback(lambda scores: self._arrive(number, scores))

@@ -10,14 +10,14 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import msgspec
-
-from miles_spmd.algorithms.rewards import GROUP_FILTERS
+from miles_spmd.algorithms.rewards import keeps_group
 from miles_spmd.config import Config, EvalSet
 from miles_spmd.config.environment import SINGLE_TURN
+from miles_spmd.config.rollout import TIMED_ACCEPTANCE
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.cluster.errors import DeadlineError, Unfinished
 from miles_spmd.controller.cluster.rollout_session import RolloutSession
@@ -28,6 +28,7 @@ from miles_spmd.controller.generation.backlog import Supply
 from miles_spmd.controller.generation.episodes import Episodes, Host
 from miles_spmd.controller.generation.judge import EngineJudge
 from miles_spmd.controller.generation.sampling import Sampling
+from miles_spmd.controller.generation.selection import selected
 from miles_spmd.controller.generation.unfinished import (
     Response,
     UnfinishedRollout,
@@ -37,14 +38,14 @@ from miles_spmd.controller.generation.unfinished import (
 )
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.journal import Journal
-from miles_spmd.controller.journal.metrics import eval_metrics
+from miles_spmd.controller.journal.metrics import eval_metrics, users_eval_metrics
 from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.ledger import step_data
 from miles_spmd.ledger.chain import LedgerError
+from miles_spmd.plugins.reward import TrainerState
 from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.types.request import Output, Request
 from miles_spmd.types.sample import Prompt, Sample
-from miles_spmd.types.trajectory import by_version
 
 
 class FilterError(RuntimeError):
@@ -71,7 +72,7 @@ class Generation:
         self._config, self._cluster, self._stopping, self._judge = config, cluster, stopping, judge
         self._rewards, self._data, self._journal = rewards, data, journal
         name = config.algorithm.dynamic_sampling_filter
-        self._filter = None if name is None else GROUP_FILTERS.resolve(name)
+        self._filter = None if name is None else partial(keeps_group, name)
         self._host, self._numbers = host, itertools.count()
         self._of_turns = config.environment.environment != SINGLE_TURN
         self._cache_share = (self._of_turns and config.environment.environment_cache_share) or math.inf
@@ -116,13 +117,14 @@ class Generation:
         """Return the scored samples that ``step`` trains on, groups in the order of submission. Raises Unfinished where
         the run has to stop before they are complete."""
         config, supply, episodes = self._config.rollout, self._supply, self._episodes
-        first_finished = config.acceptance != "submission_order" and not supply.is_long
+        first_finished = config.acceptance in TIMED_ACCEPTANCE and not supply.is_long
         acceptance = Acceptance(
             self._rewards,
-            config.rollout_batch_size,
+            config.collected_groups,
             self._filter,
             wake=self._cluster.wake,
             first_finished=first_finished,
+            state=self._state(step),
         )
         if self._given:
             self._stopping.show(f"step {step} continues {described(self._given.values())}")
@@ -136,17 +138,15 @@ class Generation:
             left = kept if supply.continues else acceptance.left()
             self._waiting = [(acceptance.prompts[n], begun[n] if n < len(begun) else step) for n in left]
         self._given = {}
-        if not acceptance.enough:
+        if len(acceptance.accepted) < config.rollout_batch_size:
             self._tell_too_few(step, acceptance)
-        if config.mask_offpolicy_in_partial_rollout:
-            acceptance.accepted = [[_without_older(sample, step) for sample in group] for group in acceptance.accepted]
+        groups = selected(self._config, step, acceptance.accepted)
+        dropped = acceptance.dropped + len(acceptance.accepted) - len(groups)
         hits = episodes.cached / episodes.prefill if episodes.prefill else None
         sessions = self._most_sessions if self._of_turns else None
         failures = dict(episodes.failures)
-        self._journal.publish(
-            events.RolloutFinished(step, acceptance.accepted, acceptance.dropped, failures, hits, sessions)
-        )
-        return acceptance.accepted
+        self._journal.publish(events.RolloutFinished(step, groups, dropped, failures, hits, sessions))
+        return groups
 
     def _continue(self, acceptance: Acceptance) -> list[int]:
         """Go on with the groups that the last step left behind. Returns the steps in which they were begun."""
@@ -172,7 +172,10 @@ class Generation:
         with self._journal.timed("eval", step):
             for one in due:
                 prompts, wake = self._data.eval_sets[one.name], self._cluster.wake
-                acceptance = Acceptance(self._rewards, len(prompts), terms=one.terms, wake=wake, keeps_empty=True)
+                state = self._state(step)
+                acceptance = Acceptance(
+                    self._rewards, len(prompts), terms=one.terms, wake=wake, keeps_empty=True, state=state
+                )
                 sampling = Sampling.of_set(self._config, one)
                 episodes = Episodes(self._host, self._numbers, self._config.environment, self._episodes)
                 episodes.open(purpose=sampling.purpose)
@@ -181,7 +184,13 @@ class Generation:
                 failures |= {f"eval/{one.name}-failed/{kind}": float(n) for kind, n in episodes.failures.items()}
                 if not sets[one.name]:
                     self._stopping.show(f"warning: step {step}: no episode of {sampling.purpose} is left to be scored")
-        self._journal.publish(events.EvaluationFinished(step, eval_metrics(sets) | failures, sets))
+            metrics = eval_metrics(sets) | failures
+            if (evaluator := self._config.eval.evaluator) is not None:
+                metrics |= users_eval_metrics(evaluator, sets)
+        self._journal.publish(events.EvaluationFinished(step, metrics, sets))
+
+    def _state(self, step: int) -> TrainerState:
+        return TrainerState(step, self._config.run.num_rollout)
 
     def _tell_too_few(self, step: int, acceptance: Acceptance) -> None:
         """Say why groups were dropped. Raises FilterError where that ends the run."""
@@ -271,12 +280,6 @@ class Generation:
         except DeadlineError as error:
             waits = [episodes.describe(), *([] if self._judge is None else [self._judge.describe()])]
             raise DeadlineError("\n  ".join([str(error), *waits]), error.details, error.rank) from error
-
-
-def _without_older(sample: Sample, step: int) -> Sample:
-    """Return ``sample`` without a loss for the tokens that other weights than version ``step`` have sampled."""
-    segments = [part for segment in sample.trajectory.segments for part in by_version(segment, step)]
-    return msgspec.structs.replace(sample, trajectory=msgspec.structs.replace(sample.trajectory, segments=segments))
 
 
 class RecordedSamples:

@@ -15,6 +15,8 @@ from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.gpu_health import GpuHealthWatch
 from miles_spmd.controller.journal.stragglers import StragglerWatch
+from miles_spmd.plugins.plug_point import PlugPoint
+from miles_spmd.plugins.run import Evaluator
 from miles_spmd.protocol.messages import TrainerRank
 from miles_spmd.protocol.results import TrainResult
 from miles_spmd.telemetry.texts import slowest
@@ -22,6 +24,7 @@ from miles_spmd.types.sample import Sample, rollouts
 from miles_spmd.types.train_sequence import TrainSequence
 from miles_spmd.types.trajectory import FinishReason
 
+EVALUATORS: PlugPoint[Evaluator] = PlugPoint("eval.evaluator", {}, Evaluator)
 # Names of the losses' sums (miles_spmd/algorithms) -> the metrics that users of slime and Miles know. Of MEANS the sum
 # is the metric, because the loss weights hold the denominator; of PER_TOKEN it is divided by the trained tokens.
 MEANS = {
@@ -189,6 +192,22 @@ def eval_metrics(sets: Mapping[str, events.Groups]) -> dict[str, float]:
         correct = [(sum(reward >= CORRECT for reward in group), len(group)) for group in rewards]
         for k in {2**i for i in range(1, n.bit_length())} | ({n} if n > 1 else set()):
             metrics[f"eval/{name}-pass@{k}"] = pass_at_k(correct, k)
+    return metrics
+
+
+def users_eval_metrics(evaluator: str, sets: Mapping[str, events.Groups]) -> dict[str, float]:
+    """Return the metrics of each set that the user's ``evaluator`` computes: ``eval/<name>-<key>``."""
+    metrics: dict[str, float] = {}
+    for name, groups in sets.items():
+        if not groups:
+            continue
+        returned = EVALUATORS.resolve(evaluator)(name, groups)
+        numbers = dict(returned) if isinstance(returned, Mapping) else {"": math.nan}
+        for key, number in numbers.items():
+            value = float(number) if isinstance(number, int | float | np.number) else math.nan
+            if not (isinstance(key, str) and key and key.isprintable() and math.isfinite(value)):
+                raise EVALUATORS.returned(evaluator, returned, "a dict with printable names and finite numbers")
+            metrics[f"eval/{name}-{key}"] = value
     return metrics
 
 

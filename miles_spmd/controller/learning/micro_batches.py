@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from miles_spmd.plugins.plug_point import PlugPoint
+from miles_spmd.plugins.training import Packer
 from miles_spmd.protocol.commands import Command
 from miles_spmd.protocol.messages import TrainerRank
 from miles_spmd.types.train_sequence import MicroBatch, TrainSequence
@@ -47,6 +49,41 @@ def pack(lengths: Sequence[int], *, data_parallel_size: int, max_tokens: int, mu
         count += unit
     filled = [sorted(b) or [FILLER] for b in bins]
     return [filled[rank::data_parallel_size] for rank in range(data_parallel_size)]
+
+
+PACKERS: PlugPoint[Packer] = PlugPoint("train.packing", {"balanced": pack}, Packer)
+
+
+def pack_by(name: str, lengths: Sequence[int], *, data_parallel_size: int, max_tokens: int, multiple: int) -> Packing:
+    """Return the packing of the packer called ``name``. Raises PlugInError where a user's returns something else."""
+    packer = PACKERS.resolve(name)
+    returned = packer(lengths, data_parallel_size=data_parallel_size, max_tokens=max_tokens, multiple=multiple)
+    if name in PACKERS.builtins:
+        return [[list(one) for one in rank] for rank in returned]
+    try:
+        packing = [[[int(index) for index in one] for one in rank] for rank in returned]
+    except (TypeError, ValueError):
+        packing = []
+    if problem := _problem(packing, lengths, data_parallel_size, max_tokens, multiple):
+        raise PACKERS.returned(name, returned, f"a packing ({Packer.__module__.replace('.', '/')}.py), and {problem}")
+    return packing
+
+
+def _problem(
+    packing: Packing, lengths: Sequence[int], data_parallel_size: int, max_tokens: int, multiple: int
+) -> str | None:
+    """Return what a packing lacks."""
+    counts = {len(rank) for rank in packing}
+    if len(packing) != data_parallel_size or len(counts) != 1 or (count := counts.pop()) % multiple or not count:
+        return f"{data_parallel_size} ranks have the same number of micro-batches, a multiple of {multiple}"
+    micro_batches = list(chain.from_iterable(packing))
+    indices = [index for one in micro_batches for index in one if one != [FILLER]]
+    if sorted(indices) != list(range(len(lengths))) or not all(micro_batches):
+        return f"each index from 0 to {len(lengths) - 1} occurs once, and no micro-batch is empty"
+    longest = max(sum(lengths[index] for index in one if index != FILLER) for one in micro_batches)
+    if longest > max_tokens:
+        return f"no micro-batch has more than {max_tokens} tokens (one has {longest})"
+    return None
 
 
 def pack_leaves(

@@ -14,7 +14,14 @@ from miles_spmd.algorithms.distillation import Candidates, topk_reverse_kl
 from miles_spmd.config import Config
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.learning.batch import Scores, pair_sequences
-from miles_spmd.controller.learning.micro_batches import Packing, commands, expand, in_sequence_order, pack, pack_leaves
+from miles_spmd.controller.learning.micro_batches import (
+    Packing,
+    commands,
+    expand,
+    in_sequence_order,
+    pack_by,
+    pack_leaves,
+)
 from miles_spmd.data.examples import PreferencePair
 from miles_spmd.protocol.commands import Command, ComputeLogProbs, ComputeValues, TrainStep
 from miles_spmd.protocol.results import Result, TrainResult
@@ -167,4 +174,5 @@ class Models:
         if leaves := self._config.train.reduction_leaves:
             max_tokens = min(self._config.train.leaf_tokens, self._config.micro_batch_tokens)
             return expand(pack_leaves(units, leaves=leaves, max_tokens=max_tokens, **shape), unit)
-        return expand(pack(units, max_tokens=self._config.micro_batch_tokens, **shape), unit)
+        max_tokens = self._config.micro_batch_tokens
+        return expand(pack_by(self._config.train.packing, units, max_tokens=max_tokens, **shape), unit)

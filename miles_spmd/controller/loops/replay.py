@@ -8,6 +8,7 @@ from typing import Literal
 
 from miles_spmd.config import Config
 from miles_spmd.config.load import ConfigError, load_config
+from miles_spmd.config.rollout import TIMED_ACCEPTANCE
 from miles_spmd.controller.checkpoint_folders import newest, read
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.loops.sync import advance
@@ -93,7 +94,7 @@ def _require_rollouts_that_repeat(run_dir: Path) -> None:
     """Raise LedgerError where it depended on time which responses a step of the run in ``run_dir`` trained on."""
     rollout = _config(run_dir).rollout
     acceptance, partial = rollout.acceptance, rollout.partial_rollout
-    if partial or acceptance != "submission_order":
+    if partial or acceptance in TIMED_ACCEPTANCE:
         raise LedgerError(
             f"{run_dir}: which responses a step trained on depended on time (rollout.acceptance = {acceptance!r}, "
             f"partial_rollout = {str(partial).lower()}); --phase train repeats its update with those that were kept"
