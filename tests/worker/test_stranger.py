@@ -28,6 +28,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 import zmq
 
 from miles_spmd.platform.plain_objects import PlainUnpickler, accept_plain_objects_only
@@ -333,6 +334,7 @@ def test_code_is_not_unpickled(code: bytes) -> None:
 
 
 def exchange(marker: Path) -> str:
+    before = distributed_c10d._unpickler
     accept_plain_objects_only()
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, ["plain", dist.get_rank()])
@@ -341,6 +343,8 @@ def exchange(marker: Path) -> str:
         dist.all_gather_object(everyone, Code(marker) if dist.get_rank() else None)
     except pickle.UnpicklingError as error:
         return str(error)
+    finally:
+        distributed_c10d._unpickler = before  # these ranks serve other tests, which send objects of their own
     return "unpickled"
 
 
