@@ -28,8 +28,8 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 import zmq
+from torch.distributed import distributed_c10d
 
 from miles_spmd.platform.plain_objects import PlainUnpickler, accept_plain_objects_only
 from miles_spmd.protocol.messages import Heartbeat, encode
