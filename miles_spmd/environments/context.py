@@ -82,7 +82,13 @@ class EpisodeContext:
         return sibling
 
     async def complete(
-        self, trajectory: Trajectory, *, max_new_tokens: int | None = None, stop: Sequence[str] = ()
+        self,
+        trajectory: Trajectory,
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        path: str = "",
+        log_probs: bool = False,
     ) -> Completion:
         if isinstance(stop, str):
             raise ContextError(f"gave context.complete stop = {stop!r}; it is a list of strings")
@@ -92,13 +98,13 @@ class EpisodeContext:
             return Completion([], FinishReason.LENGTH)
         line, given = self._line(trajectory)
         number, length = self._next_segment(), len(trajectory.segments)
-        done = await self._send(Ask(self._episode, number, line, given, int(limit), [*stop]))
+        done = await self._send(Ask(self._episode, number, line, given, int(limit), [*stop], path, log_probs))
         if len(trajectory.segments) != length:
             raise ContextError("a trajectory was changed while the policy continued it; fork it before")
         self._known[id(done.tokens)], self._behind[number] = (done.tokens, number), line
         trajectory.append(Segment(done.tokens))
         trajectory.finish_reason = done.finish_reason
-        return Completion(done.tokens, done.finish_reason)
+        return Completion(done.tokens, done.finish_reason, done.log_probs)
 
     def room(self, trajectory: Trajectory) -> int:
         grown = sum(len(segment.tokens) for segment in trajectory.segments)
@@ -115,9 +121,7 @@ class EpisodeContext:
         return self._tokenizer.chat_template.render(conversation, add_generation_prompt)[0]
 
     def encode(self, text: str, *, literal: Sequence[tuple[int, int]] = (), at_start: bool = False) -> list[int]:
-        if at_start:
-            return self._tokenizer.encode_prompts([text], [True])[0]
-        return self._tokenizer.encode_continuation(text, literal)
+        return self._tokenizer.encode_continuation(text, literal, at_start=at_start)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=False)

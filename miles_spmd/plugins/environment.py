@@ -23,6 +23,7 @@ class Completion(NamedTuple):
 
     tokens: list[int]  # the one that stopped it included
     finish_reason: FinishReason
+    log_probs: list[float] = []  # of the tokens, where they were asked for
 
 
 class Context(Protocol):
@@ -45,13 +46,16 @@ class Context(Protocol):
         *,
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
+        path: str = "",
+        log_probs: bool = False,
     ) -> Completion:
         """Let the policy continue ``trajectory``, and append what it samples.
 
         The sampling parameters are those of ``[rollout]``; ``max_new_tokens`` (default: what is left of
         ``rollout_max_response_len``) can only lower the limit, ``stop`` adds strings. The seed follows from run, step,
-        prompt, sample, trajectory and turn. Where no token fits into the context or the limit, the completion is empty,
-        with the reason LENGTH.
+        prompt, sample, trajectory and turn; ``path`` names the turn in place of the last two, where the order of
+        trajectories depends on time. ``log_probs``: whether the completion has them. Where no token fits into the
+        context or the limit, the completion is empty, with the reason LENGTH.
         """
         ...
 

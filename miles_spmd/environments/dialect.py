@@ -1,0 +1,120 @@
+"""How conversations are written in tokens: by the chat template of a checkpoint, with one set of tools.
+
+What the policy samples stays as it is. What others say behind it is appended as the text that the template writes for
+it behind the assistant's last message, tokenized alone, with special tokens in it as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from miles_spmd.environments.calls import CallParser, Message, detect_reasoning
+from miles_spmd.environments.continuation import Continuation, ContinuationError, Render
+from miles_spmd.environments.detection import detect_format
+from miles_spmd.environments.tool_schemas import Schema
+from miles_spmd.plugins.environment import Completion, Context
+from miles_spmd.types.trajectory import FinishReason
+
+AUTO = "auto"
+_UNUSED = "hermes"  # the format of calls in a conversation without tools
+_MOST_TEMPLATES = 256
+_PROBE = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "?"},
+]
+
+
+class Written(NamedTuple):
+    """What the policy gets before its next message."""
+
+    text: str
+    tokens: list[int]
+
+
+class Said(NamedTuple):
+    """What the policy said: a view of the tokens that it sampled."""
+
+    message: Message
+    ended_by: str | None  # the special token that ended it
+
+
+class Dialect:
+    """``call_format`` and ``reasoning_format`` are SGLang's names, or found by what the chat template writes."""
+
+    def __init__(
+        self,
+        context: Context,
+        tools: Sequence[Schema] = (),
+        *,
+        call_format: str = AUTO,
+        reasoning_format: str = AUTO,
+    ) -> None:
+        """Raises ValueError where a format is unknown, or none can be found."""
+        self._context = context
+        self._template = _template(context.render, tools, call_format, reasoning_format)
+        self._is_special: dict[int, bool] = {}
+
+    @property
+    def continuation(self) -> Continuation:
+        """Raises ContinuationError for a template with which no conversation can be continued."""
+        if isinstance(self._template.continuation, ContinuationError):
+            raise self._template.continuation
+        return self._template.continuation
+
+    def read(self, completion: Completion, prompt: str, first_call: int) -> Said:
+        """Read what the policy sampled behind ``prompt``, of which the end is enough. Calls are numbered from
+        ``first_call`` on."""
+        text, ended_by, last = self._context.decode(completion.tokens), None, completion.tokens[-1:]
+        if completion.finish_reason is FinishReason.STOP and last and self._special(last[0]):
+            ended_by = self._context.decode(last)
+            text = text.removesuffix(ended_by)
+        return Said(self._template.parser.parse(text, prompt, first_call), ended_by)
+
+    def continued(self, said: Said, messages: Sequence[dict[str, Any]]) -> Written:
+        """Return what follows the tokens of ``said`` for the messages behind it, and to begin the next one. Contents
+        are strings. Raises ContinuationError."""
+        suffix = self.continuation.suffix(self._context.render, said.message.calls, messages)
+        if said.ended_by is not None:
+            suffix = suffix.behind(said.ended_by)
+        return Written(suffix.text, self._context.encode(suffix.text, literal=suffix.literal))
+
+    def _special(self, token: int) -> bool:
+        """Whether a token is special: its text is this token in templates, and others in what people write."""
+        if token not in self._is_special:
+            text = self._context.decode([token])
+            as_text = self._context.encode(text, literal=[(0, len(text))])
+            self._is_special[token] = as_text != [token] == self._context.encode(text)
+        return self._is_special[token]
+
+
+class _Template(NamedTuple):
+    """What was found out about a chat template, with one set of tools."""
+
+    continuation: Continuation | ContinuationError  # which the template has in place of one
+    parser: CallParser
+
+
+_templates: dict[tuple[Any, ...], _Template] = {}
+
+
+def _template(render: Render, tools: Sequence[Schema], calls: str, reasoning: str) -> _Template:
+    """Examine a chat template; one that writes a probe as an earlier one did is the same."""
+    probe = render(_PROBE, tools=tools)
+    key = probe, calls, reasoning, msgspec.json.encode(tools)
+    if key in _templates:
+        return _templates[key]
+    if calls == AUTO:
+        calls = detect_format(render) if tools else _UNUSED
+    parser = CallParser(calls, tools, detect_reasoning(probe) if reasoning == AUTO else reasoning)
+    try:
+        found = _Template(Continuation(render, tools), parser)
+    except ContinuationError as error:
+        return _Template(error, parser)
+    if len(_templates) >= _MOST_TEMPLATES:  # where every row has tools of its own
+        _templates.clear()
+    _templates[key] = found
+    return found
