@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from miles_spmd.data.template import Conversation, fixed_clock
 from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.environments.messages import Ask, Begin, Completed, End, Failed, Finished, Line
-from miles_spmd.plugins.environment import Completion
+from miles_spmd.plugins.environment import Completion, Session
 from miles_spmd.types.printable import MAX_LINE, error_text, printable
 from miles_spmd.types.trajectory import FinishReason, Segment, Trajectory
+
+if TYPE_CHECKING:
+    from miles_spmd.environments.sessions.endpoint import Endpoint
 
 _LONGEST_PROBLEM = 1000  # characters of a problem, which may have what the environment wrote
 
@@ -50,7 +54,14 @@ class EpisodeContext:
     ``ask`` sends a request to the run, and returns what the policy has sampled.
     """
 
-    def __init__(self, begin: Begin, model: ModelView, ask: Callable[[Ask], Awaitable[Completed]]) -> None:
+    def __init__(
+        self,
+        begin: Begin,
+        model: ModelView,
+        ask: Callable[[Ask], Awaitable[Completed]],
+        endpoint: Callable[[], Endpoint] | None = None,
+    ) -> None:
+        """``endpoint`` returns that of this process; None where it has no event loop."""
         self.index = begin.index
         self._episode, self._max_tokens = begin.episode, begin.max_tokens
         self._tokenizer, self._context_length, self._send = model.tokenizer, model.context_length, ask
@@ -58,6 +69,7 @@ class EpisodeContext:
         variables = begin.prompt.metadata.get("chat_template_kwargs")
         own = variables if isinstance(variables, dict) else {}
         self._template_variables = own | {"strftime_now": fixed_clock(model.date)}
+        self._endpoint, self._sessions = endpoint, 0
         self._starts: list[list[int]] = []  # of the trajectories, by their numbers
         self._segments = 0
         # Segments are known by the lists of their tokens, which are kept here, so that no other list has their address.
@@ -128,6 +140,17 @@ class EpisodeContext:
 
     def count(self, name: str, value: float = 1.0) -> None:
         self._metrics[name] = self._metrics.get(name, 0.0) + _number(name, value)
+
+    def session(
+        self, *, call_format: str = "auto", reasoning_format: str = "auto"
+    ) -> AbstractAsyncContextManager[Session]:
+        from miles_spmd.environments.sessions.session import Session
+
+        if self._endpoint is None:
+            raise ContextError("opened a session in a process without an event loop")
+        opened = Session(self, self._sessions, call_format=call_format, reasoning_format=reasoning_format)
+        self._sessions += 1
+        return self._endpoint().open(opened)
 
     # --- for those who call them -------------------------------------------------------------------------------------
 

@@ -6,13 +6,14 @@ it behind the assistant's last message, tokenized alone, with special tokens in 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
 from miles_spmd.environments.calls import CallParser, Message, detect_reasoning
-from miles_spmd.environments.continuation import Continuation, ContinuationError, Render
+from miles_spmd.environments.continuation import Continuation, ContinuationError, Render, with_marks, without_marks
 from miles_spmd.environments.detection import detect_format
 from miles_spmd.environments.tool_schemas import Schema
 from miles_spmd.plugins.environment import Completion, Context
@@ -40,6 +41,7 @@ class Said(NamedTuple):
 
     message: Message
     ended_by: str | None  # the special token that ended it
+    stopped_by: str = ""  # the stop string that ended it, which the message is without
 
 
 class Dialect:
@@ -54,7 +56,7 @@ class Dialect:
         reasoning_format: str = AUTO,
     ) -> None:
         """Raises ValueError where a format is unknown, or none can be found."""
-        self._context = context
+        self._context, self._tools = context, tools
         self._template = _template(context.render, tools, call_format, reasoning_format)
         self._is_special: dict[int, bool] = {}
 
@@ -65,14 +67,58 @@ class Dialect:
             raise self._template.continuation
         return self._template.continuation
 
-    def read(self, completion: Completion, prompt: str, first_call: int) -> Said:
+    def read(
+        self,
+        completion: Completion,
+        prompt: str,
+        first_call: int,
+        *,
+        stop: Sequence[str] = (),
+        reads_calls: bool = True,
+    ) -> Said:
         """Read what the policy sampled behind ``prompt``, of which the end is enough. Calls are numbered from
-        ``first_call`` on."""
+        ``first_call`` on. ``stop``: strings that end the message, and are no part of it."""
         text, ended_by, last = self._context.decode(completion.tokens), None, completion.tokens[-1:]
         if completion.finish_reason is FinishReason.STOP and last and self._special(last[0]):
             ended_by = self._context.decode(last)
             text = text.removesuffix(ended_by)
-        return Said(self._template.parser.parse(text, prompt, first_call), ended_by)
+        place, stopped_by = min(((text.find(one), one) for one in stop if one in text), default=(len(text), ""))
+        parser = self._template.parser if reads_calls else self._template.parser.without_calls()
+        return Said(parser.parse(text[:place], prompt, first_call), ended_by, stopped_by)
+
+    def begun(self, messages: Sequence[dict[str, Any]]) -> Written:
+        """Return the tokens of a whole conversation, and to begin the next message. Contents are strings, and special
+        tokens in those of others than the assistant are text. Raises ValueError where the template refuses them."""
+        text = self._render(messages)
+        others = [message for message in messages if message["role"] != "assistant"]
+        if not any(self._spells_special(message["content"]) for message in others):
+            return Written(text, self._context.encode(text, at_start=True))
+        for strips in (False, True):
+            contents = [one["content"].strip() if strips else one["content"] for one in others]
+            mark, marked = with_marks(others, contents)
+            rest = iter(marked)
+            whole = [one if one["role"] == "assistant" else next(rest) for one in messages]
+            try:
+                unmarked, literal = without_marks(self._render(whole), mark, len(marked))
+            except ContinuationError:
+                continue
+            if unmarked == text:
+                return Written(text, self._context.encode(text, literal=literal, at_start=True))
+        raise ValueError(
+            "a message has the text of a special token, and the chat template does not write its content as it is"
+        )
+
+    def _render(self, messages: Sequence[dict[str, Any]]) -> str:
+        """Raises ValueError."""
+        try:
+            return self._context.render(messages, tools=self._tools)
+        except ValueError:  # some templates write arguments as text, others as an object
+            return self._context.render([_with_text_arguments(one) for one in messages], tools=self._tools)
+
+    def trims(self, role: str) -> bool:
+        """Whether the template leaves out the white space around contents of messages of ``role``."""
+        continuation = self._template.continuation
+        return isinstance(continuation, Continuation) and continuation.trims(self._context.render, role)
 
     def continued(self, said: Said, messages: Sequence[dict[str, Any]]) -> Written:
         """Return what follows the tokens of ``said`` for the messages behind it, and to begin the next one. Contents
@@ -82,6 +128,10 @@ class Dialect:
             suffix = suffix.behind(said.ended_by)
         return Written(suffix.text, self._context.encode(suffix.text, literal=suffix.literal))
 
+    def _spells_special(self, text: str) -> bool:
+        encode = self._context.encode
+        return encode(text) != encode(text, literal=[(0, len(text))])
+
     def _special(self, token: int) -> bool:
         """Whether a token is special: its text is this token in templates, and others in what people write."""
         if token not in self._is_special:
@@ -89,6 +139,18 @@ class Dialect:
             as_text = self._context.encode(text, literal=[(0, len(text))])
             self._is_special[token] = as_text != [token] == self._context.encode(text)
         return self._is_special[token]
+
+
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    calls = message.get("tool_calls", ())
+    written = [
+        {**call, "function": {**call["function"], "arguments": _text(call["function"]["arguments"])}} for call in calls
+    ]
+    return {**message, "tool_calls": written} if calls else message
+
+
+def _text(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 class _Template(NamedTuple):

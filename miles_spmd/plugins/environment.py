@@ -8,6 +8,7 @@ user's rights: its process is not a sandbox.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, NamedTuple, Protocol
 
 from miles_spmd.types.sample import Prompt
@@ -24,6 +25,21 @@ class Completion(NamedTuple):
     tokens: list[int]  # the one that stopped it included
     finish_reason: FinishReason
     log_probs: list[float] = []  # of the tokens, where they were asked for
+
+
+class Session(Protocol):
+    """An address at which code that is not ours speaks with the policy, as long as the session is open."""
+
+    base_url: str
+    """What an OpenAI client takes by this name: it ends with ``/v1``."""
+    api_key: str
+    """Admits to this session alone."""
+
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        """What the conversations have become, siblings: one that was only continued is one trajectory, and each branch
+        one more. Empty where the policy was asked for nothing."""
+        ...
 
 
 class Context(Protocol):
@@ -83,6 +99,12 @@ class Context(Protocol):
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, with the special ones."""
+        ...
+
+    def session(
+        self, *, call_format: str = "auto", reasoning_format: str = "auto"
+    ) -> AbstractAsyncContextManager[Session]:
+        """Open a session for ``async with``. Formats are SGLang's names, or found by what the chat template writes."""
         ...
 
     def count(self, name: str, value: float = 1.0) -> None:

@@ -1,0 +1,297 @@
+"""A session: conversations of the policy with code that is not ours, which holds an address and a key of it.
+
+The client sends the whole conversation each time. A conversation whose last message of the assistant is known is
+continued by what follows that message, and keeps the tokens that were sampled; any other begins with the tokens of its
+text. So the turns form trees, and each leaf is a trajectory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from miles_spmd.environments.continuation import ContinuationError
+from miles_spmd.environments.dialect import AUTO, Dialect, Said, Written
+from miles_spmd.environments.sessions import history
+from miles_spmd.environments.sessions.history import Meaning, Message
+from miles_spmd.environments.sessions.protocol import (
+    CONTEXT_FULL,
+    ENDED,
+    ChatRequest,
+    Choice,
+    RequestError,
+    Response,
+)
+from miles_spmd.environments.tool_schemas import Schema
+from miles_spmd.plugins.environment import Completion, Context
+from miles_spmd.types.trajectory import FinishReason, Segment, Trajectory
+
+MAX_TURNS = 4096  # of a session
+MAX_REQUESTS = 256  # of a session that are under way
+_ROLES = ("system", "user", "tool")
+
+
+class Turn(msgspec.Struct, eq=False, frozen=True):
+    """What the policy said in one place. ``order`` has the places from the first one to this: each a number that tells
+    apart requests which were not under way at the same time, and the turn's path."""
+
+    parent: Turn | None
+    order: tuple[tuple[int, str], ...]
+    state: bytes  # of the conversation with it
+    trajectory: Trajectory  # that ends with it
+    said: Said
+    calls: int  # in the conversation so far
+    messages: list[Message]  # of the conversation so far
+
+    @property
+    def path(self) -> str:
+        return self.order[-1][1]
+
+
+class _Writer(NamedTuple):
+    """How conversations with one set of tools are written."""
+
+    dialect: Dialect
+    trims: dict[str, bool]  # by roles, whether the white space around contents is left out
+
+
+class _Place(NamedTuple):
+    """Where the policy is to say something."""
+
+    parent: Turn | None
+    state: bytes  # of the conversation so far
+    writer: _Writer
+    trajectory: Trajectory
+    written: Written  # since the parent
+    messages: list[Message]
+
+
+class Session:
+    """Serves the requests of one client, which may send several at the same time. ``base_url`` and ``api_key`` are set
+    by the endpoint that it is open at."""
+
+    def __init__(
+        self, context: Context, number: int = 0, *, call_format: str = AUTO, reasoning_format: str = AUTO
+    ) -> None:
+        """``number``: among the sessions of the episode."""
+        self.base_url = self.api_key = ""
+        self.failure: BaseException | None = None  # of the server, by which the episode fails
+        self._context, self._number = context, number
+        self._formats = {"call_format": call_format, "reasoning_format": reasoning_format}
+        self._writers: dict[bytes, _Writer] = {}  # by the states of conversations that have not begun
+        self._turns: list[Turn] = []
+        self._said: dict[tuple[bytes, Meaning], Turn] = {}  # by the state before a turn, and what it says
+        self._continued: set[bytes] = set()  # states of turns
+        self._begun = 0  # conversations
+        self._responses: dict[str, asyncio.Task[Response]] = {}  # by the keys of their requests
+        self._under_way, self._wave = 0, 0
+        self._variables = contextvars.copy_context()  # by which a task belongs to the episode
+
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        """Those that the conversations have become: one for each turn that was not continued, oldest first."""
+        inner = {id(turn.parent) for turn in self._turns}
+        leaves = [turn for turn in self._turns if id(turn) not in inner]
+        return [_ended(turn) for turn in sorted(leaves, key=lambda turn: turn.order)]
+
+    async def respond(self, request: ChatRequest) -> Response:
+        """Return what the policy says; for a request that the client repeats, what it has said. Raises RequestError."""
+        task = self._responses.get(request.key)
+        if task is None:
+            self._admit(request)
+            self._wave += not self._under_way
+            self._under_way += 1
+            task = self._variables.run(asyncio.ensure_future, self._respond(request, self._wave))
+            task.add_done_callback(lambda done: self._finish(request.key, done))
+            self._responses[request.key] = task
+        else:
+            self._context.count("session_repeats")
+        try:
+            return await asyncio.shield(task)  # a client that has gone may come back for it
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise RequestError(404, "the session has ended", ENDED) from None
+            raise
+
+    async def close(self) -> None:
+        """Cancel what is under way: nobody waits for it any more."""
+        tasks = [task for task in self._responses.values() if not task.done()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _admit(self, request: ChatRequest) -> None:
+        """Raises RequestError."""
+        if self._under_way >= MAX_REQUESTS:
+            raise RequestError(429, f"{MAX_REQUESTS} requests of this session are under way", "rate_limit_exceeded")
+        if len(self._turns) + request.choices > MAX_TURNS:
+            raise RequestError(403, f"a session has up to {MAX_TURNS} turns", "session_full")
+
+    def _finish(self, key: str, task: asyncio.Task[Response]) -> None:
+        self._under_way -= 1
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        del self._responses[key]
+        if not isinstance(error, RequestError):
+            self.failure = error
+
+    # --- one request -------------------------------------------------------------------------------------------------
+
+    async def _respond(self, request: ChatRequest, wave: int) -> Response:
+        place = self._find(request)
+        for name in request.without_effect:
+            self._context.count(f"session_ignored/{name}")
+        self._count_branches("choices", request.choices - 1)
+        sampled = (self._sample(request, place, wave, choice) for choice in range(request.choices))
+        choices = [self._add(request, place, *one) for one in await asyncio.gather(*sampled)]
+        return Response(request.key, place.trajectory.tokens, choices)
+
+    async def _sample(
+        self, request: ChatRequest, place: _Place, wave: int, choice: int
+    ) -> tuple[Trajectory, Completion, tuple[int, str]]:
+        """Let the policy say something, and return it with its place among others. Raises RequestError."""
+        path = self._path(place, request.seed, choice)
+        trajectory = Trajectory(place.trajectory.start, [*place.trajectory.segments], place.trajectory.number)
+        completion = await self._context.complete(
+            trajectory, max_new_tokens=request.limit, stop=request.stops, path=path, log_probs=bool(request.logprobs)
+        )
+        if not completion.tokens:
+            raise RequestError(400, "the conversation fills the context, or the limit of a trajectory", CONTEXT_FULL)
+        return trajectory, completion, (wave, path)
+
+    def _path(self, place: _Place, seed: int | None, choice: int) -> str:
+        """Name a turn by what the policy has seen before it, and by what tells apart requests that are the same
+        otherwise: whenever it is sampled, it gets the same seed."""
+        before = place.parent.path if place.parent is not None else f"session {self._number}"
+        named = msgspec.json.encode((before, place.written.tokens, seed, choice))
+        return hashlib.blake2b(named, digest_size=16).hexdigest()
+
+    def _add(
+        self,
+        request: ChatRequest,
+        place: _Place,
+        trajectory: Trajectory,
+        completion: Completion,
+        last: tuple[int, str],
+    ) -> Choice:
+        """Add a turn to those of the session, and return what the client gets of it."""
+        calls = place.parent.calls if place.parent is not None else _count_calls(place.messages)
+        said = place.writer.dialect.read(
+            completion, place.written.text, calls, stop=request.stops, reads_calls=request.tool_choice != "none"
+        )
+        message, before = said.message.to_chat(), place.parent.order if place.parent is not None else ()
+        turn = Turn(
+            parent=place.parent,
+            order=(*before, last),
+            state=msgspec.json.encode((place.state.hex(), last[1], len(self._turns))),
+            trajectory=trajectory,
+            said=said,
+            calls=calls + len(said.message.calls),
+            messages=[*place.messages, message],
+        )
+        self._turns.append(turn)
+        for meaning in _meanings(said):
+            self._said.setdefault((place.state, meaning), turn)
+        reason = "length" if completion.finish_reason is FinishReason.LENGTH else "stop"
+        if said.message.calls:
+            message = message | {"content": said.message.content or None}
+            reason = "tool_calls" if reason == "stop" else reason
+        texts = [self._context.decode([token]) for token in completion.tokens] if request.logprobs else []
+        return Choice(message, reason, completion.tokens, completion.log_probs, texts)
+
+    # --- the place of a request --------------------------------------------------------------------------------------
+
+    def _find(self, request: ChatRequest) -> _Place:
+        """Return where a request lets the policy continue; a place that is not the end of a conversation is counted by
+        its reason. Raises RequestError."""
+        messages, tools = history.plain(request.messages), request.tools or []
+        state = history.begin(tools)
+        knows_tools = state in self._writers
+        writer = self._writer(state, tools)
+        parent, first = None, 0  # the turn that is the assistant's last message, and the first message behind it
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                state = history.follow(state, message, writer.trims)
+                continue
+            parent, first = self._recognise(state, message), number + 1
+            state = parent.state if parent is not None else history.follow(state, message, writer.trims)
+        reason = "history" if knows_tools else "tools"
+        if parent is not None:
+            try:
+                return self._continue(parent, state, writer, messages, first)
+            except ContinuationError:
+                reason = "template"
+        if self._begun:
+            self._count_branches(reason if first else "conversation")
+        self._begun += 1
+        return self._begin(state, writer, messages)
+
+    def _recognise(self, state: bytes, message: Message) -> Turn | None:
+        """Return the turn that a message of the assistant is, None for a message that the policy has not said there."""
+        found = (self._said.get((state, meaning)) for meaning in history.meanings(message))
+        return next((turn for turn in found if turn is not None), None)
+
+    def _continue(self, turn: Turn, state: bytes, writer: _Writer, messages: list[Message], first: int) -> _Place:
+        """Raises ContinuationError."""
+        if first == len(messages):
+            raise ContinuationError("no message follows the assistant's")
+        written, before = writer.dialect.continued(turn.said, messages[first:]), turn.trajectory
+        if turn.state in self._continued:
+            self._count_branches("fork")
+        self._continued.add(turn.state)
+        given = Segment(written.tokens, sampled=False)
+        trajectory = Trajectory(before.start, [*before.segments, given], before.number)
+        return _Place(turn, state, writer, trajectory, written, messages)
+
+    def _begin(self, state: bytes, writer: _Writer, messages: list[Message]) -> _Place:
+        """Raises RequestError."""
+        try:
+            written = writer.dialect.begun(messages)
+        except ValueError as error:
+            raise RequestError(400, str(error), param="messages") from error
+        return _Place(None, state, writer, self._context.begin(written.tokens), written, messages)
+
+    def _writer(self, state: bytes, tools: Sequence[Schema]) -> _Writer:
+        """Raises RequestError."""
+        if state not in self._writers:
+            try:
+                dialect = Dialect(self._context, tools, **self._formats)
+            except ValueError as error:
+                raise RequestError(400, str(error), param="tools") from error
+            self._writers[state] = _Writer(dialect, {role: dialect.trims(role) for role in _ROLES})
+        return self._writers[state]
+
+    def _count_branches(self, reason: str, count: int = 1) -> None:
+        if count:
+            self._context.count(f"session_branches/{reason}", count)
+
+
+def _meanings(said: Said) -> list[Meaning]:
+    """Return what a client may send back as a turn: some write the stop string, which they did not get, behind it."""
+    calls = [(call.name, call.text) for call in said.message.calls]
+    contents = [said.message.content]
+    if said.stopped_by:
+        contents += [said.message.content + said.stopped_by]
+    return [Meaning.of(content, calls) for content in contents]
+
+
+def _count_calls(messages: Sequence[Message]) -> int:
+    return sum(len(message.get("tool_calls", ())) for message in messages)
+
+
+def _ended(turn: Turn) -> Trajectory:
+    """Return the trajectory that ends with ``turn``."""
+    before = turn.trajectory
+    return Trajectory(
+        before.start,
+        [*before.segments],
+        before.number,
+        text=turn.said.message.content,
+        messages=turn.messages,
+        finish_reason=before.finish_reason,
+    )
