@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import hashlib
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -33,6 +34,7 @@ from miles_spmd.types.trajectory import FinishReason, Segment, Trajectory
 
 MAX_TURNS = 4096  # of a session
 MAX_REQUESTS = 256  # of a session that are under way
+_MOST_ALIKE = 64  # turns that say the same and are considered
 _ROLES = ("system", "user", "tool")
 
 
@@ -85,7 +87,7 @@ class Session:
         self._formats = {"call_format": call_format, "reasoning_format": reasoning_format}
         self._writers: dict[bytes, _Writer] = {}  # by the states of conversations that have not begun
         self._turns: list[Turn] = []
-        self._said: dict[tuple[bytes, Meaning], Turn] = {}  # by the state before a turn, and what it says
+        self._said: defaultdict[tuple[bytes, Meaning], list[Turn]] = defaultdict(list)  # by the state before them
         self._continued: set[bytes] = set()  # states of turns
         self._begun = 0  # conversations
         self._responses: dict[str, asyncio.Task[Response]] = {}  # by the keys of their requests
@@ -196,7 +198,7 @@ class Session:
         )
         self._turns.append(turn)
         for meaning in _meanings(said):
-            self._said.setdefault((place.state, meaning), turn)
+            self._said[place.state, meaning].append(turn)
         reason = "length" if completion.finish_reason is FinishReason.LENGTH else "stop"
         if said.message.calls:
             message = message | {"content": said.message.content or None}
@@ -213,28 +215,45 @@ class Session:
         state = history.begin(tools)
         knows_tools = state in self._writers
         writer = self._writer(state, tools)
-        parent, first = None, 0  # the turn that is the assistant's last message, and the first message behind it
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                state = history.follow(state, message, writer.trims)
-                continue
-            parent, first = self._recognise(state, message), number + 1
-            state = parent.state if parent is not None else history.follow(state, message, writer.trims)
+        state, parent = self._recognise(state, messages, writer.trims)
+        first = 1 + max((number for number, one in enumerate(messages) if one["role"] == "assistant"), default=-1)
         reason = "history" if knows_tools else "tools"
         if parent is not None:
             try:
                 return self._continue(parent, state, writer, messages, first)
             except ContinuationError:
                 reason = "template"
+        place = self._begin(state, writer, messages)
         if self._begun:
             self._count_branches(reason if first else "conversation")
         self._begun += 1
-        return self._begin(state, writer, messages)
+        return place
 
-    def _recognise(self, state: bytes, message: Message) -> Turn | None:
-        """Return the turn that a message of the assistant is, None for a message that the policy has not said there."""
-        found = (self._said.get((state, meaning)) for meaning in history.meanings(message))
-        return next((turn for turn in found if turn is not None), None)
+    def _recognise(
+        self, state: bytes, messages: Sequence[Message], trims: Mapping[str, bool]
+    ) -> tuple[bytes, Turn | None]:
+        """Return the state of a conversation, and the turn that the assistant's last message is; None where there is
+        none, or the policy has not said it there."""
+        found: list[tuple[bytes, Turn | None]] = [
+            (state, None)
+        ]  # several where turns say the same: what follows decides
+        for message in messages:
+            if message["role"] != "assistant":
+                found = [(history.follow(before, message, trims), turn) for before, turn in found]
+                continue
+            turns = [turn for before, _ in found for turn in self._alike(before, message)]
+            found = [(turn.state, turn) for turn in turns[:_MOST_ALIKE]] or [
+                (history.follow(before, message, trims), None) for before, _ in found
+            ]
+        return found[0]
+
+    def _alike(self, state: bytes, message: Message) -> list[Turn]:
+        """Return the turns that say what a message of the assistant says, those with its reasoning first."""
+        for meaning in history.meanings(message):
+            if turns := self._said.get((state, meaning)):
+                reasoning = message.get("reasoning_content", "")
+                return sorted(turns, key=lambda turn: turn.said.message.reasoning != reasoning)
+        return []
 
     def _continue(self, turn: Turn, state: bytes, writer: _Writer, messages: list[Message], first: int) -> _Place:
         """Raises ContinuationError."""
