@@ -10,6 +10,7 @@ import contextvars
 import hmac
 import secrets
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ from miles_spmd.environments.sessions.protocol import ENDED, RequestError
 from miles_spmd.environments.sessions.session import Session
 
 MAX_BODY = 16 * 2**20  # bytes
+MAX_UNDER_WAY = 128 * 2**20  # bytes of the bodies of a session whose requests are under way
 MAX_HEADERS = 32 * 2**10  # bytes
 MAX_CONNECTIONS = 4096
 HEADERS_TIMEOUT = 20.0  # seconds that a client has for the headers of a request
@@ -41,6 +43,7 @@ class Endpoint:
 
     def __init__(self) -> None:
         self._sessions: dict[str, Session] = {}
+        self._under_way = Counter[str]()  # bytes of bodies by the names of sessions
         self._server: asyncio.Task[None] | None = None
         self._port = 0
 
@@ -58,8 +61,8 @@ class Endpoint:
         finally:
             del self._sessions[name]
             await session.close()
-        if session.failure is not None:
-            raise session.failure
+            if session.failure is not None:  # in place of what the client has made of it
+                raise session.failure
 
     def _start(self) -> None:
         listener = socket.create_server((_HOST, 0), backlog=1024)
@@ -96,13 +99,14 @@ class Endpoint:
 
     async def _chat(self, http: Request) -> Response:
         session = self._session(http)
-        request = protocol.decode(await _body(http))
-        try:
-            response = await session.respond(request)
-        except (RequestError, asyncio.CancelledError):
-            raise
-        except BaseException as error:  # an exit would end the event loop
-            raise RequestError(500, f"the session has failed: {type(error).__name__}", "session_failed") from error
+        with _Body(self._under_way, http.path_params["name"]) as body:
+            request = protocol.decode(await body.read(http))
+            try:
+                response = await session.respond(request)
+            except (RequestError, asyncio.CancelledError):
+                raise
+            except BaseException as error:  # an exit would end the event loop
+                raise RequestError(500, f"the session has failed: {type(error).__name__}", "session_failed") from error
         if request.stream:
             events = _events(protocol.chunks(request, response))
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -124,24 +128,41 @@ class Endpoint:
         return session
 
 
-async def _body(http: Request) -> bytes:
-    """Raises RequestError for one that is too large, or comes too slowly."""
-    too_large = RequestError(413, f"the body has more than {MAX_BODY} bytes", "body_too_large")
-    if int(http.headers.get("content-length", 0)) > MAX_BODY:
-        raise too_large
-    parts, size = list[bytes](), 0
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT):
-            async for part in http.stream():
-                size += len(part)
-                if size > MAX_BODY:
-                    raise too_large
-                parts.append(part)
-    except TimeoutError:
-        raise RequestError(408, f"the body was not complete within {BODY_TIMEOUT:g} s", "body_too_slow") from None
-    except ClientDisconnect:
-        raise RequestError(400, "the client has left") from None
-    return b"".join(parts)
+class _Body:
+    """The body of a request, which counts towards those of its session until the response is there."""
+
+    def __init__(self, under_way: Counter[str], name: str) -> None:
+        self._under_way, self._name, self._size = under_way, name, 0
+
+    def __enter__(self) -> _Body:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._under_way[self._name] -= self._size
+        self._under_way += Counter()  # leaves out what is 0
+
+    async def read(self, http: Request) -> bytes:
+        """Raises RequestError for one that is too large, or comes too slowly."""
+        self._check(int(http.headers.get("content-length", 0)))
+        parts = list[bytes]()
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT):
+                async for part in http.stream():
+                    self._size += len(part)
+                    self._under_way[self._name] += len(part)
+                    self._check(self._size)
+                    parts.append(part)
+        except TimeoutError:
+            raise RequestError(408, f"the body was not complete within {BODY_TIMEOUT:g} s", "body_too_slow") from None
+        except ClientDisconnect:
+            raise RequestError(400, "the client has left") from None
+        return b"".join(parts)
+
+    def _check(self, size: int) -> None:
+        if size > MAX_BODY:
+            raise RequestError(413, f"the body has more than {MAX_BODY} bytes", "body_too_large")
+        if self._under_way[self._name] > MAX_UNDER_WAY:
+            raise RequestError(429, "too many bytes of this session are under way", "rate_limit_exceeded")
 
 
 async def _events(bodies: Iterator[dict[str, Any]]) -> AsyncIterator[bytes]:

@@ -10,16 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import hashlib
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
 
 from miles_spmd.environments.continuation import ContinuationError
-from miles_spmd.environments.dialect import AUTO, Dialect, Said, Written
+from miles_spmd.environments.dialect import AUTO, Dialect, Written
 from miles_spmd.environments.sessions import history
-from miles_spmd.environments.sessions.history import Meaning, Message
+from miles_spmd.environments.sessions.history import Message
 from miles_spmd.environments.sessions.protocol import (
     CONTEXT_FULL,
     ENDED,
@@ -28,31 +27,14 @@ from miles_spmd.environments.sessions.protocol import (
     RequestError,
     Response,
 )
+from miles_spmd.environments.sessions.turns import Turn, Turns
 from miles_spmd.environments.tool_schemas import Schema
 from miles_spmd.plugins.environment import Completion, Context
 from miles_spmd.types.trajectory import FinishReason, Segment, Trajectory
 
-MAX_TURNS = 4096  # of a session
+MAX_TURNS = 2048  # of a session
 MAX_REQUESTS = 256  # of a session that are under way
-_MOST_ALIKE = 64  # turns that say the same and are considered
 _ROLES = ("system", "user", "tool")
-
-
-class Turn(msgspec.Struct, eq=False, frozen=True):
-    """What the policy said in one place. ``order`` has the places from the first one to this: each a number that tells
-    apart requests which were not under way at the same time, and the turn's path."""
-
-    parent: Turn | None
-    order: tuple[tuple[int, str], ...]
-    state: bytes  # of the conversation with it
-    trajectory: Trajectory  # that ends with it
-    said: Said
-    calls: int  # in the conversation so far
-    messages: list[Message]  # of the conversation so far
-
-    @property
-    def path(self) -> str:
-        return self.order[-1][1]
 
 
 class _Writer(NamedTuple):
@@ -70,7 +52,7 @@ class _Place(NamedTuple):
     writer: _Writer
     trajectory: Trajectory
     written: Written  # since the parent
-    messages: list[Message]
+    added: list[Message]
 
 
 class Session:
@@ -86,8 +68,7 @@ class Session:
         self._context, self._number = context, number
         self._formats = {"call_format": call_format, "reasoning_format": reasoning_format}
         self._writers: dict[bytes, _Writer] = {}  # by the states of conversations that have not begun
-        self._turns: list[Turn] = []
-        self._said: defaultdict[tuple[bytes, Meaning], list[Turn]] = defaultdict(list)  # by the state before them
+        self._turns = Turns()
         self._continued: set[bytes] = set()  # states of turns
         self._begun = 0  # conversations
         self._responses: dict[str, asyncio.Task[Response]] = {}  # by the keys of their requests
@@ -97,9 +78,7 @@ class Session:
     @property
     def trajectories(self) -> list[Trajectory]:
         """Those that the conversations have become: one for each turn that was not continued, oldest first."""
-        inner = {id(turn.parent) for turn in self._turns}
-        leaves = [turn for turn in self._turns if id(turn) not in inner]
-        return [_ended(turn) for turn in sorted(leaves, key=lambda turn: turn.order)]
+        return [turn.ended for turn in self._turns.leaves]
 
     async def respond(self, request: ChatRequest) -> Response:
         """Return what the policy says; for a request that the client repeats, what it has said. Raises RequestError."""
@@ -155,8 +134,8 @@ class Session:
 
     async def _sample(
         self, request: ChatRequest, place: _Place, wave: int, choice: int
-    ) -> tuple[Trajectory, Completion, tuple[int, str]]:
-        """Let the policy say something, and return it with its place among others. Raises RequestError."""
+    ) -> tuple[Trajectory, Completion, int, str]:
+        """Let the policy say something, and return it with wave and path of its turn. Raises RequestError."""
         path = self._path(place, request.seed, choice)
         trajectory = Trajectory(place.trajectory.start, [*place.trajectory.segments], place.trajectory.number)
         completion = await self._context.complete(
@@ -164,7 +143,7 @@ class Session:
         )
         if not completion.tokens:
             raise RequestError(400, "the conversation fills the context, or the limit of a trajectory", CONTEXT_FULL)
-        return trajectory, completion, (wave, path)
+        return trajectory, completion, wave, path
 
     def _path(self, place: _Place, seed: int | None, choice: int) -> str:
         """Name a turn by what the policy has seen before it, and by what tells apart requests that are the same
@@ -179,26 +158,26 @@ class Session:
         place: _Place,
         trajectory: Trajectory,
         completion: Completion,
-        last: tuple[int, str],
+        wave: int,
+        path: str,
     ) -> Choice:
         """Add a turn to those of the session, and return what the client gets of it."""
-        calls = place.parent.calls if place.parent is not None else _count_calls(place.messages)
+        calls = place.parent.calls if place.parent is not None else _count_calls(place.added)
         said = place.writer.dialect.read(
             completion, place.written.text, calls, stop=request.stops, reads_calls=request.tool_choice != "none"
         )
-        message, before = said.message.to_chat(), place.parent.order if place.parent is not None else ()
+        message = said.message.to_chat()
         turn = Turn(
             parent=place.parent,
-            order=(*before, last),
-            state=msgspec.json.encode((place.state.hex(), last[1], len(self._turns))),
+            wave=wave,
+            path=path,
+            state=msgspec.json.encode((path, len(self._turns))),
             trajectory=trajectory,
             said=said,
             calls=calls + len(said.message.calls),
-            messages=[*place.messages, message],
+            added=[*place.added, message],
         )
-        self._turns.append(turn)
-        for meaning in _meanings(said):
-            self._said[place.state, meaning].append(turn)
+        self._turns.add(turn, place.state)
         reason = "length" if completion.finish_reason is FinishReason.LENGTH else "stop"
         if said.message.calls:
             message = message | {"content": said.message.content or None}
@@ -215,12 +194,12 @@ class Session:
         state = history.begin(tools)
         knows_tools = state in self._writers
         writer = self._writer(state, tools)
-        state, parent = self._recognise(state, messages, writer.trims)
+        state, parent = self._turns.recognise(state, messages, writer.trims)
         first = 1 + max((number for number, one in enumerate(messages) if one["role"] == "assistant"), default=-1)
         reason = "history" if knows_tools else "tools"
         if parent is not None:
             try:
-                return self._continue(parent, state, writer, messages, first)
+                return self._continue(parent, state, writer, messages[first:])
             except ContinuationError:
                 reason = "template"
         place = self._begin(state, writer, messages)
@@ -229,43 +208,17 @@ class Session:
         self._begun += 1
         return place
 
-    def _recognise(
-        self, state: bytes, messages: Sequence[Message], trims: Mapping[str, bool]
-    ) -> tuple[bytes, Turn | None]:
-        """Return the state of a conversation, and the turn that the assistant's last message is; None where there is
-        none, or the policy has not said it there."""
-        found: list[tuple[bytes, Turn | None]] = [
-            (state, None)
-        ]  # several where turns say the same: what follows decides
-        for message in messages:
-            if message["role"] != "assistant":
-                found = [(history.follow(before, message, trims), turn) for before, turn in found]
-                continue
-            turns = [turn for before, _ in found for turn in self._alike(before, message)]
-            found = [(turn.state, turn) for turn in turns[:_MOST_ALIKE]] or [
-                (history.follow(before, message, trims), None) for before, _ in found
-            ]
-        return found[0]
-
-    def _alike(self, state: bytes, message: Message) -> list[Turn]:
-        """Return the turns that say what a message of the assistant says, those with its reasoning first."""
-        for meaning in history.meanings(message):
-            if turns := self._said.get((state, meaning)):
-                reasoning = message.get("reasoning_content", "")
-                return sorted(turns, key=lambda turn: turn.said.message.reasoning != reasoning)
-        return []
-
-    def _continue(self, turn: Turn, state: bytes, writer: _Writer, messages: list[Message], first: int) -> _Place:
+    def _continue(self, turn: Turn, state: bytes, writer: _Writer, added: list[Message]) -> _Place:
         """Raises ContinuationError."""
-        if first == len(messages):
+        if not added:
             raise ContinuationError("no message follows the assistant's")
-        written, before = writer.dialect.continued(turn.said, messages[first:]), turn.trajectory
+        written, before = writer.dialect.continued(turn.said, added), turn.trajectory
         if turn.state in self._continued:
             self._count_branches("fork")
         self._continued.add(turn.state)
         given = Segment(written.tokens, sampled=False)
         trajectory = Trajectory(before.start, [*before.segments, given], before.number)
-        return _Place(turn, state, writer, trajectory, written, messages)
+        return _Place(turn, state, writer, trajectory, written, added)
 
     def _begin(self, state: bytes, writer: _Writer, messages: list[Message]) -> _Place:
         """Raises RequestError."""
@@ -290,27 +243,5 @@ class Session:
             self._context.count(f"session_branches/{reason}", count)
 
 
-def _meanings(said: Said) -> list[Meaning]:
-    """Return what a client may send back as a turn: some write the stop string, which they did not get, behind it."""
-    calls = [(call.name, call.text) for call in said.message.calls]
-    contents = [said.message.content]
-    if said.stopped_by:
-        contents += [said.message.content + said.stopped_by]
-    return [Meaning.of(content, calls) for content in contents]
-
-
 def _count_calls(messages: Sequence[Message]) -> int:
     return sum(len(message.get("tool_calls", ())) for message in messages)
-
-
-def _ended(turn: Turn) -> Trajectory:
-    """Return the trajectory that ends with ``turn``."""
-    before = turn.trajectory
-    return Trajectory(
-        before.start,
-        [*before.segments],
-        before.number,
-        text=turn.said.message.content,
-        messages=turn.messages,
-        finish_reason=before.finish_reason,
-    )
