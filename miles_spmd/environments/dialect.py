@@ -77,7 +77,8 @@ class Dialect:
         reads_calls: bool = True,
     ) -> Said:
         """Read what the policy sampled behind ``prompt``, of which the end is enough. Calls are numbered from
-        ``first_call`` on. ``stop``: strings that end the message, and are no part of it."""
+        ``first_call`` on. ``stop``: strings that end the message, which is without them. ``reads_calls``: otherwise
+        they are content."""
         text, ended_by, last = self._context.decode(completion.tokens), None, completion.tokens[-1:]
         if completion.finish_reason is FinishReason.STOP and last and self._special(last[0]):
             ended_by = self._context.decode(last)
