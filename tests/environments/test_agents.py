@@ -17,7 +17,7 @@ RUN = [
     *("rollout_batch_size=4", "n_samples_per_prompt=2", "rollout_max_response_len=40"),
     *("determinism.deterministic=true", "train.max_tokens_per_gpu=4096", "environment.max_environment_failures=0"),
     *("checkpoint.save_final=false", "checkpoint.export_final=false", "telemetry.progress=none"),
-    "environment.environment=tests.environments.agents:curious",
+    "environment.environment=tests.environments.agent_samples:curious",
 ]
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import json
+from pathlib import Path
 from typing import Any
 
 import openai
 
-from miles_spmd.plugins.environment import Context
+from miles_spmd.plugins.environment import Context, Session
 from miles_spmd.types.sample import Prompt
 from miles_spmd.types.trajectory import Trajectory
 
@@ -51,3 +54,51 @@ async def ask(client: openai.AsyncOpenAI, messages: list[Any], n: int = 1, strea
         assert len(log_probs) == len(choice.model_extra["token_ids"]) > 0  # type: ignore[index]
         assert all(log_prob <= 0 for log_prob in log_probs)
     messages.append(response.choices[0].message)
+
+
+class Framework:
+    """An agent of a framework in a program of its own, which serves all episodes of this process."""
+
+    def __init__(self) -> None:
+        self._program: asyncio.subprocess.Process | None = None
+        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._reading: asyncio.Task[None] | None = None
+        self._count = 0
+
+    async def run(self, python: str, framework: str, session: Session, prompt: str) -> dict[str, Any]:
+        if self._program is None:
+            path = str(Path(__file__).with_name("framework_agent.py"))
+            self._program = await asyncio.create_subprocess_exec(
+                python, path, framework, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=2**24
+            )
+            # outside of the episode that is first: its end would be the reader's
+            self._reading = contextvars.Context().run(asyncio.ensure_future, self._read(self._program))
+        self._count += 1
+        number = self._count
+        order = {"id": number, "base_url": session.base_url, "api_key": session.api_key, "prompt": prompt}
+        waiting = self._waiting[number] = asyncio.get_running_loop().create_future()
+        assert self._program.stdin is not None
+        self._program.stdin.write(json.dumps(order).encode() + b"\n")
+        return await waiting
+
+    async def _read(self, program: asyncio.subprocess.Process) -> None:
+        assert program.stdout is not None
+        while line := await program.stdout.readline():
+            done = json.loads(line)
+            if not (waiting := self._waiting.pop(done["id"])).done():
+                waiting.set_result(done)
+
+
+FRAMEWORK = Framework()
+
+
+async def framework(context: Context, prompt: Prompt, python: str, name: str) -> list[Trajectory]:
+    """The calculator's task for an agent of a framework; ``python``: an interpreter that has it."""
+    (message,) = prompt.metadata["messages"]
+    async with context.session() as session:
+        done = await FRAMEWORK.run(python, name, session, message["content"])
+    context.count("agent_problems", bool(done["problem"]))
+    trajectories = session.trajectories
+    context.count("agent_trajectories", len(trajectories))
+    trajectories[0].text = done["said"]
+    return trajectories
