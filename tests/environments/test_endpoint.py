@@ -169,6 +169,37 @@ def test_a_stream_is_the_response(play: Callable[[Test], None]) -> None:
     play(test)
 
 
+def test_the_responses_api_is_the_same_conversation(play: Callable[[Test], None]) -> None:
+    async def test(bench: Bench) -> None:
+        said = [f"<think>\nHm.\n</think>\n\nSo:{CALL}<|im_end|>", "It is 4.<|im_end|>"]
+        tools: list[Any] = [{"type": "function", **tool["function"]} for tool in TOOLS]
+        async with bench.open(*said) as client:
+            given: list[Any] = [{"role": "user", "content": "What now?"}]
+            first = await client.responses.create(model="a", input=given, tools=tools, instructions="Be brief.")
+            assert [item.type for item in first.output] == ["reasoning", "message", "function_call"]
+            assert first.output_text == "So:"
+            call = first.output[2]
+            assert (call.name, json.loads(call.arguments)) == ("look", {"value": "so"})
+            given += [item for item in first.output if item.type != "reasoning"]
+            given.append({"type": "function_call_output", "call_id": call.call_id, "output": "4"})
+            stream = await client.responses.create(
+                model="a", input=given, tools=tools, instructions="Be brief.", stream=True
+            )
+            events = [event async for event in stream]
+            assert [event.sequence_number for event in events] == list(range(len(events)))
+            assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == "It is 4."
+            assert events[-1].type == "response.completed"
+            assert events[-1].response.output_text == "It is 4."
+            with pytest.raises(openai.BadRequestError, match="send the whole input"):
+                await client.responses.create(model="a", input="So?", previous_response_id=first.id)
+        (trajectory,) = bench.session.trajectories
+        assert [bench.context.decode(one.tokens) for one in trajectory.segments if one.sampled] == said
+        assert [one["role"] for one in trajectory.messages] == ["system", "user", "assistant", "tool", "assistant"]
+        assert not bench.context.metrics
+
+    play(test)
+
+
 def test_log_probs_and_limits(play: Callable[[Test], None]) -> None:
     async def test(bench: Bench) -> None:
         cut = Turn(bench.tokenizer.encode("Oslo"), FinishReason.LENGTH)

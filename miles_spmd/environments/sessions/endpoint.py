@@ -23,7 +23,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from miles_spmd.environments.sessions import protocol
+from miles_spmd.environments.sessions import protocol, responses
 from miles_spmd.environments.sessions.protocol import ENDED, RequestError
 from miles_spmd.environments.sessions.session import Session
 
@@ -88,6 +88,7 @@ class Endpoint:
     def _application(self) -> Starlette:
         routes = [
             Route("/session/{name}/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/session/{name}/v1/responses", self._responses, methods=["POST"]),
             Route("/session/{name}/v1/models", self._models, methods=["GET"]),
         ]
         handlers = {RequestError: _refuse, HTTPException: _refuse_path}
@@ -101,16 +102,20 @@ class Endpoint:
         session = self._session(http)
         with _Body(self._under_way, http.path_params["name"]) as body:
             request = protocol.decode(await body.read(http))
-            try:
-                response = await session.respond(request)
-            except (RequestError, asyncio.CancelledError):
-                raise
-            except BaseException as error:  # an exit would end the event loop
-                raise RequestError(500, f"the session has failed: {type(error).__name__}", "session_failed") from error
+            response = await _respond(session, request)
         if request.stream:
-            events = _events(protocol.chunks(request, response))
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+            return _stream(*map(_event, protocol.chunks(request, response)), b"data: [DONE]\n\n")
         return _json(200, protocol.whole(request, response))
+
+    async def _responses(self, http: Request) -> Response:
+        session = self._session(http)
+        with _Body(self._under_way, http.path_params["name"]) as body:
+            request = responses.decode(await body.read(http))
+            response = await _respond(session, request.chat)
+        if request.stream:
+            events = responses.events(request, response)
+            return _stream(*(f"event: {event['type']}\n".encode() + _event(event) for event in events))
+        return _json(200, responses.whole(request, response))
 
     async def _models(self, http: Request) -> Response:
         self._session(http)
@@ -126,6 +131,16 @@ class Endpoint:
         if scheme.lower() != "bearer" or not hmac.compare_digest(key.encode(), session.api_key.encode()):
             raise RequestError(401, "Authorization is not 'Bearer' and the api_key of this session", "invalid_api_key")
         return session
+
+
+async def _respond(session: Session, request: protocol.ChatRequest) -> protocol.Response:
+    """Raises RequestError."""
+    try:
+        return await session.respond(request)
+    except (RequestError, asyncio.CancelledError):
+        raise
+    except BaseException as error:  # an exit would end the event loop
+        raise RequestError(500, f"the session has failed: {type(error).__name__}", "session_failed") from error
 
 
 class _Body:
@@ -165,10 +180,16 @@ class _Body:
             raise RequestError(429, "too many bytes of this session are under way", "rate_limit_exceeded")
 
 
-async def _events(bodies: Iterator[dict[str, Any]]) -> AsyncIterator[bytes]:
-    for body in bodies:
-        yield b"data: " + msgspec.json.encode(body) + b"\n\n"
-    yield b"data: [DONE]\n\n"
+def _event(body: dict[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"
+
+
+def _stream(*events: bytes) -> Response:
+    async def send() -> AsyncIterator[bytes]:
+        for event in events:
+            yield event
+
+    return StreamingResponse(send(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 
 def _json(status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -14,7 +14,8 @@ MODEL = "policy"
 CONTEXT_FULL, ENDED = "context_length_exceeded", "session_not_found"  # codes of errors
 # Fields that change the distribution which the policy samples from: [rollout] decides that.
 DISTRIBUTION = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "logit_bias")
-_TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+_TEXT_PARTS = ("text", "input_text", "output_text", "reasoning_text", "refusal")
+T = TypeVar("T")
 
 
 class RequestError(Exception):
@@ -145,14 +146,19 @@ class ChatRequest(msgspec.Struct, kw_only=True):
 
 def decode(body: bytes) -> ChatRequest:
     """Raises RequestError."""
+    request = read_json(body, ChatRequest)
+    request.check()
+    return request
+
+
+def read_json(body: bytes, kind: type[T]) -> T:
+    """Raises RequestError for what is not a request of this ``kind``."""
     try:
-        request = msgspec.json.decode(body, type=ChatRequest)
+        return msgspec.json.decode(body, type=kind)
     except RecursionError:
         raise RequestError(400, "the JSON of the body is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise RequestError(400, f"the body is not a request of the chat API: {error}") from None
-    request.check()
-    return request
+        raise RequestError(400, f"the body is not a request of this API: {error}") from None
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -176,7 +182,7 @@ def whole(request: ChatRequest, response: Response) -> dict[str, Any]:
     choices = [
         {"index": i, "message": choice.message, **_end(request, choice)} for i, choice in enumerate(response.choices)
     ]
-    body = _head(request, response, "chat.completion") | {"choices": choices, "usage": _usage(response)}
+    body = _head(request, response, "chat.completion") | {"choices": choices, "usage": usage(response)}
     return body | ({"prompt_token_ids": response.prompt} if request.return_token_ids else {})
 
 
@@ -185,8 +191,8 @@ def chunks(request: ChatRequest, response: Response) -> Iterator[dict[str, Any]]
     head = _head(request, response, "chat.completion.chunk")
     counts = request.stream_options is not None and request.stream_options.include_usage
 
-    def chunk(choices: list[dict[str, Any]], usage: Mapping[str, int] | None = None) -> dict[str, Any]:
-        return head | {"choices": choices} | ({"usage": usage} if counts else {})
+    def chunk(choices: list[dict[str, Any]], used: Mapping[str, int] | None = None) -> dict[str, Any]:
+        return head | {"choices": choices} | ({"usage": used} if counts else {})
 
     for i, choice in enumerate(response.choices):
         message, calls = choice.message, choice.message.get("tool_calls", ())
@@ -197,7 +203,7 @@ def chunks(request: ChatRequest, response: Response) -> Iterator[dict[str, Any]]
             yield chunk([{"index": i, "delta": delta, "logprobs": None, "finish_reason": None}])
         yield chunk([{"index": i, "delta": {}, **_end(request, choice)}])
     if counts:
-        yield chunk([], _usage(response))
+        yield chunk([], usage(response))
 
 
 def _head(request: ChatRequest, response: Response, kind: str) -> dict[str, Any]:
@@ -218,6 +224,6 @@ def _log_probs(choice: Choice) -> Sequence[dict[str, Any]]:
     ]
 
 
-def _usage(response: Response) -> dict[str, int]:
+def usage(response: Response) -> dict[str, int]:
     prompt, sampled = len(response.prompt), sum(len(choice.tokens) for choice in response.choices)
     return {"prompt_tokens": prompt, "completion_tokens": sampled, "total_tokens": prompt + sampled}
