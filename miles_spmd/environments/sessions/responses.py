@@ -165,7 +165,7 @@ def _items(response: Response) -> list[Body]:
         content = [{"type": "reasoning_text", "text": reasoning}]
         items.append({"type": "reasoning", "id": f"rs-{key}", "summary": [], "content": content})
     if (text := message["content"]) or not message.get("tool_calls"):
-        part = {"type": "output_text", "text": text or "", "annotations": [], "logprobs": []}
+        part: Body = {"type": "output_text", "text": text or "", "annotations": [], "logprobs": []}
         items.append(
             {"type": "message", "id": f"msg-{key}", "status": "completed", "role": "assistant", "content": [part]}
         )
