@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
 from miles_spmd.data.tokenizer import Tokenizer
@@ -422,6 +424,43 @@ def test_slow_clients(play: Callable[[Test], None], monkeypatch: pytest.MonkeyPa
                 await silent[0].readexactly(1)
             status, refused = await half
             assert (status, refused["error"]["code"]) == (408, "body_too_slow")
+
+    play(test)
+
+
+def test_a_client_that_does_not_read(play: Callable[[Test], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection ends, so that nothing is held for it."""
+    monkeypatch.setattr(endpoint, "WRITE_TIMEOUT", 0.5)
+
+    async def test(bench: Bench) -> None:
+        said = Turn(bench.tokenizer.encode("a") * 90_000)
+        async with bench.open(said, "Hello.<|im_end|>") as client:
+            body = json.dumps({"messages": [USER], "logprobs": True}).encode()
+            with socket.create_connection(("127.0.0.1", bench.port)) as deaf:
+                deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                deaf.sendall(bench.head(len(body)) + body)
+
+                def held() -> bool:
+                    ends = psutil.Process().net_connections("tcp")
+                    return any(one.raddr and one.raddr.port == deaf.getsockname()[1] for one in ends)
+
+                while not held():
+                    await asyncio.sleep(0.05)
+                while held():
+                    await asyncio.sleep(0.05)
+            assert (await client.chat.completions.create(model="a", messages=[USER])).choices
+
+    play(test)
+
+
+def test_heads_that_are_too_large(play: Callable[[Test], None]) -> None:
+    async def test(bench: Bench) -> None:
+        async with bench.open("Hello.<|im_end|>") as client:
+            reader, writer = await asyncio.open_connection("127.0.0.1", bench.port)
+            writer.write(b"GET / HTTP/1.1\r\nX: " + b"x" * 2**20)
+            assert b"400" in await reader.readline()
+            writer.close()
+            assert (await client.chat.completions.create(model="a", messages=[USER])).choices
 
     play(test)
 
