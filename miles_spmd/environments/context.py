@@ -132,7 +132,16 @@ class EpisodeContext:
         conversation = Conversation([*messages], [*tools] or None, self._template_variables)
         return self._tokenizer.chat_template.render(conversation, add_generation_prompt)[0]
 
-    def encode(self, text: str, *, literal: Sequence[tuple[int, int]] = (), at_start: bool = False) -> list[int]:
+    def encode(
+        self,
+        text: str,
+        *,
+        literal: Sequence[tuple[int, int]] = (),
+        at_start: bool = False,
+        templated: bool = True,
+    ) -> list[int]:
+        if at_start and not templated:
+            return self._tokenizer.encode_prompts([text], [False])[0]
         return self._tokenizer.encode_continuation(text, literal, at_start=at_start)
 
     def decode(self, tokens: Sequence[int]) -> str:

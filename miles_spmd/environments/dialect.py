@@ -58,7 +58,6 @@ class Dialect:
         """Raises ValueError where a format is unknown, or none can be found."""
         self._context, self._tools = context, tools
         self._template = _template(context.render, tools, call_format, reasoning_format)
-        self._is_special: dict[int, bool] = {}
 
     @property
     def continuation(self) -> Continuation:
@@ -79,13 +78,9 @@ class Dialect:
         """Read what the policy sampled behind ``prompt``, of which the end is enough. Calls are numbered from
         ``first_call`` on. ``stop``: strings that end the message, which is without them. ``reads_calls``: otherwise
         they are content."""
-        text, ended_by, last = self._context.decode(completion.tokens), None, completion.tokens[-1:]
-        if completion.finish_reason is FinishReason.STOP and last and self._special(last[0]):
-            ended_by = self._context.decode(last)
-            text = text.removesuffix(ended_by)
-        place, stopped_by = min(((text.find(one), one) for one in stop if one in text), default=(len(text), ""))
+        text, ended_by, stopped_by = end(self._context, completion, stop)
         parser = self._template.parser if reads_calls else self._template.parser.without_calls()
-        return Said(parser.parse(text[:place], prompt, first_call), ended_by, stopped_by)
+        return Said(parser.parse(text, prompt, first_call), ended_by, stopped_by)
 
     def begun(self, messages: Sequence[dict[str, Any]]) -> Written:
         """Return the tokens of a whole conversation, and to begin the next message. Contents are strings, and special
@@ -133,13 +128,22 @@ class Dialect:
         encode = self._context.encode
         return encode(text) != encode(text, literal=[(0, len(text))])
 
-    def _special(self, token: int) -> bool:
-        """Whether a token is special: its text is this token in templates, and others in what people write."""
-        if token not in self._is_special:
-            text = self._context.decode([token])
-            as_text = self._context.encode(text, literal=[(0, len(text))])
-            self._is_special[token] = as_text != [token] == self._context.encode(text)
-        return self._is_special[token]
+
+def end(context: Context, completion: Completion, stop: Sequence[str]) -> tuple[str, str | None, str]:
+    """Return the text of a completion without what ended it, and that: a special token, or one of the strings
+    ``stop``."""
+    text, ended_by, last = context.decode(completion.tokens), None, completion.tokens[-1:]
+    if completion.finish_reason is FinishReason.STOP and last and _is_special(context, last[0]):
+        ended_by = context.decode(last)
+        text = text.removesuffix(ended_by)
+    place, stopped_by = min(((text.find(one), one) for one in stop if one in text), default=(len(text), ""))
+    return text[:place], ended_by, stopped_by
+
+
+def _is_special(context: Context, token: int) -> bool:
+    """Whether a token is special: its text is this token in templates, and others in what people write."""
+    text = context.decode([token])
+    return context.encode(text, literal=[(0, len(text))]) != [token] == context.encode(text)
 
 
 def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:

@@ -90,8 +90,16 @@ class Context(Protocol):
         prompt's row have for it. Raises ValueError where the template refuses it."""
         ...
 
-    def encode(self, text: str, *, literal: Sequence[tuple[int, int]] = (), at_start: bool = False) -> list[int]:
-        """Return the tokens of a text that continues another one, or begins a context (``at_start``).
+    def encode(
+        self,
+        text: str,
+        *,
+        literal: Sequence[tuple[int, int]] = (),
+        at_start: bool = False,
+        templated: bool = True,
+    ) -> list[int]:
+        """Return the tokens of a text that continues another one, or begins a context (``at_start``): a text that a
+        chat template has written, or else (``templated``) one that gets the tokens which the tokenizer puts before it.
 
         What spells a special token becomes one, except in ``literal``: ranges of characters of others, such as the
         result of a tool, each with its first character and the first one behind it."""

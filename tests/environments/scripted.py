@@ -62,8 +62,17 @@ class ScriptedContext:
         conversation = Conversation(list(messages), list(tools) or None)
         return self.tokenizer.chat_template.render(conversation, add_generation_prompt)[0]
 
-    def encode(self, text: str, *, literal: Sequence[tuple[int, int]] = (), at_start: bool = False) -> list[int]:
+    def encode(
+        self,
+        text: str,
+        *,
+        literal: Sequence[tuple[int, int]] = (),
+        at_start: bool = False,
+        templated: bool = True,
+    ) -> list[int]:
         self.encoded.append(text)
+        if at_start and not templated:
+            return self.tokenizer.encode_prompts([text], [False])[0]
         return self.tokenizer.encode_continuation(text, literal, at_start=at_start)
 
     def decode(self, tokens: Sequence[int]) -> str:

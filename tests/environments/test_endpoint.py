@@ -202,6 +202,43 @@ def test_the_responses_api_is_the_same_conversation(play: Callable[[Test], None]
     play(test)
 
 
+def test_a_text_is_continued(play: Callable[[Test], None]) -> None:
+    """A prompt that begins with an earlier one and its response keeps the tokens; another one is a branch."""
+
+    async def test(bench: Bench) -> None:
+        said = ["O", "A.</x>", "so<|im_end|>", "Hello.", "Hi."]
+        async with bench.open(*said) as client:
+            prompt = "<|im_start|>system\nList:"
+            first = await client.completions.create(
+                model="a", prompt=prompt, logprobs=1, extra_body={"return_token_ids": True}
+            )
+            (choice,) = first.choices
+            assert (choice.text, choice.finish_reason, choice.logprobs.text_offset) == ("O", "stop", [0])
+            assert (choice.logprobs.tokens, choice.logprobs.token_logprobs) == (["O"], [-0.5])
+            assert first.model_extra["prompt_token_ids"] == bench.tokenizer.encode(prompt)
+            second = await client.completions.create(model="a", prompt=[f"{prompt}O"], stop="</x>", max_tokens=9)
+            assert second.choices[0].text == "A."
+            stream = await client.completions.create(
+                model="a", prompt=f"{prompt}OA.</x> And:", stream=True, stream_options={"include_usage": True}
+            )
+            parts = [part async for part in stream]
+            assert "".join(choice.text for part in parts for choice in part.choices) == "so"
+            assert parts[-1].usage.completion_tokens == 3
+            other = await client.completions.create(model="a", prompt="<|im_start|>user", n=2)
+            assert [one.text for one in other.choices] == ["Hello.", "Hi."]
+            for wrong in ({"prompt": ["a", "b"]}, {"prompt": ""}, {"prompt": "a", "echo": True}, {"prompt": [1, 2]}):
+                with pytest.raises(openai.BadRequestError):
+                    await client.completions.create(model="a", **wrong)
+        first_line, *others = bench.session.trajectories
+        ((o,), (a,)), tokens = map(bench.tokenizer.encode, "OA"), first_line.response
+        assert tokens[:2] == [o, a]
+        assert bench.context.decode(first_line.tokens) == f"{prompt}OA.</x> And:so<|im_end|>"
+        assert [one.turns for one in (first_line, *others)] == [3, 1, 1]
+        assert bench.context.metrics == {"session_branches/conversation": 1.0, "session_branches/choices": 1.0}
+
+    play(test)
+
+
 def test_log_probs_and_limits(play: Callable[[Test], None]) -> None:
     async def test(bench: Bench) -> None:
         cut = Turn(bench.tokenizer.encode("Oslo"), FinishReason.LENGTH)

@@ -11,12 +11,18 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.environments.sessions.endpoint import Endpoint
 from miles_spmd.environments.sessions.session import Session
+from miles_spmd.quickstart.__main__ import recipes
+from miles_spmd.quickstart.assets import build_assets
+from miles_spmd.telemetry.trackers import read_metrics
+from miles_spmd.types.run_files import METRICS_FILE
+from tests import forked
 from tests.environments.agent_samples import Framework
 from tests.environments.families import FAMILIES, write_family
 from tests.environments.scripted import ScriptedContext, Turn
@@ -66,3 +72,21 @@ def test_its_history_is_recognised(qwen: Tokenizer, name: str) -> None:
         assert "4" in context.decode(given[0])
 
     asyncio.run(asyncio.wait_for(play(), 60))
+
+
+@pytest.mark.timeout(1800)
+def test_it_learns_to_call_a_tool(tmp_path: Path) -> None:
+    """The calculator's task, with OpenAI's agents in place of the environment ``tools``."""
+    build_assets(tmp_path / "runs" / "calculator" / "assets", name="calculator")
+    agent = f"environment.environment_kwargs={{python = '{PYTHON}', name = 'openai-agents'}}"
+    ours = ["environment.environment=tests.environments.agent_samples:framework", agent, "run.num_rollout=10"]
+    sft, grpo = recipes("calculator")
+    for recipe, settings in ((sft, []), (grpo, ours)):
+        command = ["-m", "miles_spmd", "train", recipe, "--nproc-per-node=1", *settings]
+        done = forked.run(*command, folder=tmp_path, timeout=900)
+        assert done.returncode == 0, done.stderr
+    metrics = read_metrics(tmp_path / "runs" / "calculator" / "grpo" / METRICS_FILE)
+    assert metrics[0]["eval/heldout"] < 0.5
+    assert metrics[10]["eval/heldout"] >= 0.85
+    assert all(metrics[step]["parity/mismatches"] == 0 for step in range(1, 11))
+    assert all(metrics[step]["rollout/env/agent_trajectories"] == 1 for step in range(1, 11))

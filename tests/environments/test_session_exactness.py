@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from miles_spmd.data.tokenizer import Tokenizer
-from miles_spmd.environments.sessions.protocol import ChatRequest, RequestError, Response, decode, whole
+from miles_spmd.environments.sessions.chat import ChatRequest, decode, whole
+from miles_spmd.environments.sessions.protocol import RequestError, Response
 from miles_spmd.environments.sessions.session import Session
 from miles_spmd.types.trajectory import Trajectory
 from tests.environments.families import FAMILIES, write_family

@@ -23,7 +23,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from miles_spmd.environments.sessions import protocol, responses
+from miles_spmd.environments.sessions import chat, completions, protocol, responses
 from miles_spmd.environments.sessions.protocol import ENDED, RequestError
 from miles_spmd.environments.sessions.session import Session
 
@@ -91,6 +91,7 @@ class Endpoint:
     def _application(self) -> Starlette:
         routes = [
             Route("/session/{name}/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/session/{name}/v1/completions", self._completions, methods=["POST"]),
             Route("/session/{name}/v1/responses", self._responses, methods=["POST"]),
             Route("/session/{name}/v1/models", self._models, methods=["GET"]),
         ]
@@ -104,11 +105,20 @@ class Endpoint:
     async def _chat(self, http: Request) -> Response:
         session = self._session(http)
         with _Body(self._under_way, http.path_params["name"]) as body:
-            request = protocol.decode(await body.read(http))
+            request = chat.decode(await body.read(http))
             response = await _respond(session, request)
         if request.stream:
-            return _stream(*map(_event, protocol.chunks(request, response)), b"data: [DONE]\n\n")
-        return _json(200, protocol.whole(request, response))
+            return _stream(*map(_event, chat.chunks(request, response)), b"data: [DONE]\n\n")
+        return _json(200, chat.whole(request, response))
+
+    async def _completions(self, http: Request) -> Response:
+        session = self._session(http)
+        with _Body(self._under_way, http.path_params["name"]) as body:
+            request = completions.decode(await body.read(http))
+            response = await _respond(session, request)
+        if request.stream:
+            return _stream(*map(_event, completions.chunks(request, response)), b"data: [DONE]\n\n")
+        return _json(200, completions.whole(request, response))
 
     async def _responses(self, http: Request) -> Response:
         session = self._session(http)
@@ -136,7 +146,7 @@ class Endpoint:
         return session
 
 
-async def _respond(session: Session, request: protocol.ChatRequest) -> protocol.Response:
+async def _respond(session: Session, request: chat.ChatRequest | completions.CompletionRequest) -> protocol.Response:
     """Raises RequestError."""
     try:
         return await session.respond(request)

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from miles_spmd.environments.sessions.protocol import ChatMessage, RequestError, ToolCall
+from miles_spmd.environments.sessions.chat import ChatMessage, ToolCall
+from miles_spmd.environments.sessions.protocol import RequestError
 
 Message = dict[str, Any]  # as chat templates take it
 _ROLES = {"developer": "system", "system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}

@@ -9,18 +9,8 @@ from typing import Any
 
 import msgspec
 
-from miles_spmd.environments.sessions.protocol import (
-    MODEL,
-    ChatMessage,
-    ChatRequest,
-    FunctionCall,
-    Part,
-    RequestError,
-    Response,
-    ToolCall,
-    read_json,
-    usage,
-)
+from miles_spmd.environments.sessions.chat import ChatMessage, ChatRequest, FunctionCall, Part, ToolCall
+from miles_spmd.environments.sessions.protocol import MODEL, RequestError, Response, read_json, usage
 
 Body = dict[str, Any]
 

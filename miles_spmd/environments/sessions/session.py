@@ -15,18 +15,14 @@ from typing import NamedTuple
 
 import msgspec
 
+from miles_spmd.environments.calls import Message as AssistantMessage
 from miles_spmd.environments.continuation import ContinuationError
-from miles_spmd.environments.dialect import AUTO, Dialect, Written
+from miles_spmd.environments.dialect import AUTO, Dialect, Said, Written, end
 from miles_spmd.environments.sessions import history
+from miles_spmd.environments.sessions.chat import ChatRequest
+from miles_spmd.environments.sessions.completions import CompletionRequest
 from miles_spmd.environments.sessions.history import Message
-from miles_spmd.environments.sessions.protocol import (
-    CONTEXT_FULL,
-    ENDED,
-    ChatRequest,
-    Choice,
-    RequestError,
-    Response,
-)
+from miles_spmd.environments.sessions.protocol import CONTEXT_FULL, ENDED, Choice, RequestError, Response
 from miles_spmd.environments.sessions.turns import Turn, Turns
 from miles_spmd.environments.tool_schemas import Schema
 from miles_spmd.plugins.environment import Completion, Context
@@ -35,6 +31,9 @@ from miles_spmd.types.trajectory import FinishReason, Segment, Trajectory
 MAX_TURNS = 2048  # of a session
 MAX_REQUESTS = 256  # of a session that are under way
 _ROLES = ("system", "user", "tool")
+
+
+Asked = ChatRequest | CompletionRequest
 
 
 class _Writer(NamedTuple):
@@ -49,10 +48,15 @@ class _Place(NamedTuple):
 
     parent: Turn | None
     state: bytes  # of the conversation so far
-    writer: _Writer
+    dialect: Dialect | None  # None: it is a text, and not a conversation
     trajectory: Trajectory
     written: Written  # since the parent
     added: list[Message]
+
+    @property
+    def text(self) -> str:
+        """All of it, where it is a text."""
+        return (self.parent.text if self.parent is not None else "") + self.written.text
 
 
 class Session:
@@ -80,7 +84,7 @@ class Session:
         """Those that the conversations have become: one for each turn that was not continued, oldest first."""
         return [turn.ended for turn in self._turns.leaves]
 
-    async def respond(self, request: ChatRequest) -> Response:
+    async def respond(self, request: Asked) -> Response:
         """Return what the policy says; for a request that the client repeats, what it has said. Raises RequestError."""
         task = self._responses.get(request.key)
         if task is None:
@@ -106,7 +110,7 @@ class Session:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _admit(self, request: ChatRequest) -> None:
+    def _admit(self, request: Asked) -> None:
         """Raises RequestError."""
         if self._under_way >= MAX_REQUESTS:
             raise RequestError(429, f"{MAX_REQUESTS} requests of this session are under way", "rate_limit_exceeded")
@@ -123,8 +127,8 @@ class Session:
 
     # --- one request -------------------------------------------------------------------------------------------------
 
-    async def _respond(self, request: ChatRequest, wave: int) -> Response:
-        place = self._find(request)
+    async def _respond(self, request: Asked, wave: int) -> Response:
+        place = self._find(request) if isinstance(request, ChatRequest) else self._find_text(request)
         for name in request.without_effect:
             self._context.count(f"session_ignored/{name}")
         self._count_branches("choices", request.choices - 1)
@@ -133,7 +137,7 @@ class Session:
         return Response(request.key, place.trajectory.tokens, choices)
 
     async def _sample(
-        self, request: ChatRequest, place: _Place, wave: int, choice: int
+        self, request: Asked, place: _Place, wave: int, choice: int
     ) -> tuple[Trajectory, Completion, int, str]:
         """Let the policy say something, and return it with wave and path of its turn. Raises RequestError."""
         path = self._path(place, request.seed, choice)
@@ -154,7 +158,7 @@ class Session:
 
     def _add(
         self,
-        request: ChatRequest,
+        request: Asked,
         place: _Place,
         trajectory: Trajectory,
         completion: Completion,
@@ -163,9 +167,7 @@ class Session:
     ) -> Choice:
         """Add a turn to those of the session, and return what the client gets of it."""
         calls = place.parent.calls if place.parent is not None else _count_calls(place.added)
-        said = place.writer.dialect.read(
-            completion, place.written.text, calls, stop=request.stops, reads_calls=request.tool_choice != "none"
-        )
+        said = self._read(request, place, completion, calls)
         message = said.message.to_chat()
         turn = Turn(
             parent=place.parent,
@@ -175,7 +177,8 @@ class Session:
             trajectory=trajectory,
             said=said,
             calls=calls + len(said.message.calls),
-            added=[*place.added, message],
+            added=[*place.added, message] if place.dialect is not None else [],
+            text=place.text + self._context.decode(completion.tokens) if place.dialect is None else "",
         )
         self._turns.add(turn, place.state)
         reason = "length" if completion.finish_reason is FinishReason.LENGTH else "stop"
@@ -185,48 +188,67 @@ class Session:
         texts = [self._context.decode([token]) for token in completion.tokens] if request.logprobs else []
         return Choice(message, reason, completion.tokens, completion.log_probs, texts)
 
+    def _read(self, request: Asked, place: _Place, completion: Completion, calls: int) -> Said:
+        if place.dialect is None or isinstance(request, CompletionRequest):
+            text, ended_by, stopped_by = end(self._context, completion, request.stops)
+            return Said(AssistantMessage(text), ended_by, stopped_by)
+        return place.dialect.read(
+            completion, place.written.text, calls, stop=request.stops, reads_calls=request.tool_choice != "none"
+        )
+
     # --- the place of a request --------------------------------------------------------------------------------------
 
     def _find(self, request: ChatRequest) -> _Place:
-        """Return where a request lets the policy continue; a place that is not the end of a conversation is counted by
-        its reason. Raises RequestError."""
+        """Return where a request lets the policy continue a conversation. Raises RequestError."""
         messages, tools = history.plain(request.messages), request.tools or []
         state = history.begin(tools)
         knows_tools = state in self._writers
-        writer = self._writer(state, tools)
-        state, parent = self._turns.recognise(state, messages, writer.trims)
+        dialect, trims = self._writer(state, tools)
+        state, parent = self._turns.recognise(state, messages, trims)
         first = 1 + max((number for number, one in enumerate(messages) if one["role"] == "assistant"), default=-1)
-        reason = "history" if knows_tools else "tools"
+        reason = ("history" if knows_tools else "tools") if first else "conversation"
         if parent is not None:
+            added = messages[first:]
             try:
-                return self._continue(parent, state, writer, messages[first:])
+                return self._continue(parent, state, dialect, dialect.continued(parent.said, added), added)
             except ContinuationError:
                 reason = "template"
-        place = self._begin(state, writer, messages)
-        if self._begun:
-            self._count_branches(reason if first else "conversation")
-        self._begun += 1
-        return place
+        try:
+            written = dialect.begun(messages)
+        except ValueError as error:
+            raise RequestError(400, str(error), param="messages") from error
+        return self._begin(state, dialect, written, messages, reason)
 
-    def _continue(self, turn: Turn, state: bytes, writer: _Writer, added: list[Message]) -> _Place:
-        """Raises ContinuationError."""
-        if not added:
-            raise ContinuationError("no message follows the assistant's")
-        written, before = writer.dialect.continued(turn.said, added), turn.trajectory
+    def _find_text(self, request: CompletionRequest) -> _Place:
+        """Return where a request lets the policy continue a text: behind the longest one that the prompt begins with.
+        What spells a special token becomes one: whoever sends a text has written it as a template would."""
+        prompt, state = request.text, history.begin([request.key])
+        if (parent := self._turns.before(prompt)) is None:
+            tokens = self._context.encode(prompt, at_start=True, templated=False)
+            return self._begin(state, None, Written(prompt, tokens), [], "conversation")
+        rest = prompt.removeprefix(parent.text)
+        return self._continue(parent, state, None, Written(rest, self._context.encode(rest)), [])
+
+    def _continue(
+        self, turn: Turn, state: bytes, dialect: Dialect | None, written: Written, added: list[Message]
+    ) -> _Place:
+        """Return the place behind a turn; another one than the first is counted."""
         if turn.state in self._continued:
             self._count_branches("fork")
         self._continued.add(turn.state)
-        given = Segment(written.tokens, sampled=False)
-        trajectory = Trajectory(before.start, [*before.segments, given], before.number)
-        return _Place(turn, state, writer, trajectory, written, added)
+        before, given = turn.trajectory, [Segment(written.tokens, sampled=False)] if written.tokens else []
+        trajectory = Trajectory(before.start, [*before.segments, *given], before.number)
+        return _Place(turn, state, dialect, trajectory, written, added)
 
-    def _begin(self, state: bytes, writer: _Writer, messages: list[Message]) -> _Place:
-        """Raises RequestError."""
-        try:
-            written = writer.dialect.begun(messages)
-        except ValueError as error:
-            raise RequestError(400, str(error), param="messages") from error
-        return _Place(None, state, writer, self._context.begin(written.tokens), written, messages)
+    def _begin(
+        self, state: bytes, dialect: Dialect | None, written: Written, added: list[Message], reason: str
+    ) -> _Place:
+        """Return the place behind a new start; another one than the first is counted by its ``reason``."""
+        trajectory = self._context.begin(written.tokens)
+        if self._begun:
+            self._count_branches(reason)
+        self._begun += 1
+        return _Place(None, state, dialect, trajectory, written, added)
 
     def _writer(self, state: bytes, tools: Sequence[Schema]) -> _Writer:
         """Raises RequestError."""

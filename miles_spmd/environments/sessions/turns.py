@@ -26,7 +26,8 @@ class Turn(msgspec.Struct, eq=False, frozen=True):
     trajectory: Trajectory  # that ends with it
     said: Said
     calls: int  # in the conversation so far
-    added: list[Message]  # since the parent, and what was said
+    added: list[Message]  # since the parent, and what was said; none in a text
+    text: str = ""  # all of it with what was said, where it is a text, and not a conversation
 
     @property
     def line(self) -> list[Turn]:
@@ -73,6 +74,11 @@ class Turns:
         inner = {id(turn.parent) for turn in self._all}
         found = [turn for turn in self._all if id(turn) not in inner]
         return sorted(found, key=lambda turn: [(one.wave, one.path) for one in turn.line])
+
+    def before(self, text: str) -> Turn | None:
+        """Return the turn that ends the longest text with which ``text`` begins."""
+        found = (turn for turn in self._all if turn.text and text.startswith(turn.text))
+        return max(found, key=lambda turn: len(turn.text), default=None)
 
     def recognise(
         self, state: bytes, messages: Sequence[Message], trims: Mapping[str, bool]
