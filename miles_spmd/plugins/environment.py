@@ -38,7 +38,7 @@ class Session(Protocol):
     @property
     def trajectories(self) -> list[Trajectory]:
         """What the conversations have become, siblings: one that was only continued is one trajectory, and each branch
-        one more. Empty where the policy was asked for nothing."""
+        one more; those with most turns first. Empty where the policy was asked for nothing."""
         ...
 
 

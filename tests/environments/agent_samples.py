@@ -102,3 +102,22 @@ async def framework(context: Context, prompt: Prompt, python: str, name: str) ->
     context.count("agent_trajectories", len(trajectories))
     trajectories[0].text = done["said"]
     return trajectories
+
+
+async def texts(context: Context, prompt: Prompt, hold: str = "") -> list[Trajectory]:
+    """A text that is continued, and then in two ways at the same time. It waits while the file ``hold`` exists."""
+    async with (
+        context.session() as session,
+        openai.AsyncOpenAI(base_url=session.base_url, api_key=session.api_key, max_retries=0) as client,
+    ):
+        first = await client.completions.create(model="policy", prompt=prompt.text, max_tokens=4)
+        if Path(hold).exists():
+            Path(f"{hold}.held").touch()
+        while Path(hold).exists():
+            await asyncio.sleep(0.05)
+        said = f"{prompt.text}{first.choices[0].text}"
+        await asyncio.gather(
+            client.completions.create(model="policy", prompt=f"{said} 42", max_tokens=3),
+            client.completions.create(model="policy", prompt=f"{said} 43", max_tokens=5, n=2),
+        )
+    return session.trajectories

@@ -76,12 +76,12 @@ class Session:
         self._continued: set[bytes] = set()  # states of turns
         self._begun = 0  # conversations
         self._responses: dict[str, asyncio.Task[Response]] = {}  # by the keys of their requests
-        self._under_way, self._wave = 0, 0
+        self._under_way = 0
         self._variables = contextvars.copy_context()  # by which a task belongs to the episode
 
     @property
     def trajectories(self) -> list[Trajectory]:
-        """Those that the conversations have become: one for each turn that was not continued, oldest first."""
+        """Those that the conversations have become: one for each turn that was not continued, the longest first."""
         return [turn.ended for turn in self._turns.leaves]
 
     async def respond(self, request: Asked) -> Response:
@@ -89,9 +89,8 @@ class Session:
         task = self._responses.get(request.key)
         if task is None:
             self._admit(request)
-            self._wave += not self._under_way
             self._under_way += 1
-            task = self._variables.run(asyncio.ensure_future, self._respond(request, self._wave))
+            task = self._variables.run(asyncio.ensure_future, self._respond(request))
             task.add_done_callback(lambda done: self._finish(request.key, done))
             self._responses[request.key] = task
         else:
@@ -127,19 +126,17 @@ class Session:
 
     # --- one request -------------------------------------------------------------------------------------------------
 
-    async def _respond(self, request: Asked, wave: int) -> Response:
+    async def _respond(self, request: Asked) -> Response:
         place = self._find(request) if isinstance(request, ChatRequest) else self._find_text(request)
         for name in request.without_effect:
             self._context.count(f"session_ignored/{name}")
         self._count_branches("choices", request.choices - 1)
-        sampled = (self._sample(request, place, wave, choice) for choice in range(request.choices))
+        sampled = (self._sample(request, place, choice) for choice in range(request.choices))
         choices = [self._add(request, place, *one) for one in await asyncio.gather(*sampled)]
         return Response(request.key, place.trajectory.tokens, choices)
 
-    async def _sample(
-        self, request: Asked, place: _Place, wave: int, choice: int
-    ) -> tuple[Trajectory, Completion, int, str]:
-        """Let the policy say something, and return it with wave and path of its turn. Raises RequestError."""
+    async def _sample(self, request: Asked, place: _Place, choice: int) -> tuple[Trajectory, Completion, str]:
+        """Let the policy say something, and return it with the path of its turn. Raises RequestError."""
         path = self._path(place, request.seed, choice)
         trajectory = Trajectory(place.trajectory.start, [*place.trajectory.segments], place.trajectory.number)
         completion = await self._context.complete(
@@ -147,7 +144,7 @@ class Session:
         )
         if not completion.tokens:
             raise RequestError(400, "the conversation fills the context, or the limit of a trajectory", CONTEXT_FULL)
-        return trajectory, completion, wave, path
+        return trajectory, completion, path
 
     def _path(self, place: _Place, seed: int | None, choice: int) -> str:
         """Name a turn by what the policy has seen before it, and by what tells apart requests that are the same
@@ -162,7 +159,6 @@ class Session:
         place: _Place,
         trajectory: Trajectory,
         completion: Completion,
-        wave: int,
         path: str,
     ) -> Choice:
         """Add a turn to those of the session, and return what the client gets of it."""
@@ -171,7 +167,6 @@ class Session:
         message = said.message.to_chat()
         turn = Turn(
             parent=place.parent,
-            wave=wave,
             path=path,
             state=msgspec.json.encode((path, len(self._turns))),
             trajectory=trajectory,

@@ -16,11 +16,9 @@ _MOST_ALIKE = 64  # turns that say the same and are considered
 
 
 class Turn(msgspec.Struct, eq=False, frozen=True):
-    """What the policy said in one place. ``wave``: a number that later requests have more of, unless they were under
-    way at the same time. ``path``: names the place."""
+    """What the policy said in one place, which ``path`` names."""
 
     parent: Turn | None
-    wave: int
     path: str
     state: bytes  # of the conversation with it
     trajectory: Trajectory  # that ends with it
@@ -70,15 +68,15 @@ class Turns:
 
     @property
     def leaves(self) -> list[Turn]:
-        """Those that were not continued, in the order in which their conversations, and then branches, began."""
+        """Those that were not continued, in an order that does not depend on time: the longest conversations first."""
         inner = {id(turn.parent) for turn in self._all}
         found = [turn for turn in self._all if id(turn) not in inner]
-        return sorted(found, key=lambda turn: [(one.wave, one.path) for one in turn.line])
+        return sorted(found, key=lambda turn: (-len(turn.line), turn.path, turn.trajectory.response))
 
     def before(self, text: str) -> Turn | None:
         """Return the turn that ends the longest text with which ``text`` begins."""
         found = (turn for turn in self._all if turn.text and text.startswith(turn.text))
-        return max(found, key=lambda turn: len(turn.text), default=None)
+        return max(found, key=lambda turn: (len(turn.text), turn.path), default=None)
 
     def recognise(
         self, state: bytes, messages: Sequence[Message], trims: Mapping[str, bool]
@@ -102,7 +100,7 @@ class Turns:
         for meaning in history.meanings(message):
             if turns := self._said.get((state, meaning)):
                 reasoning = message.get("reasoning_content", "")
-                return sorted(turns, key=lambda turn: turn.said.message.reasoning != reasoning)
+                return sorted(turns, key=lambda turn: (turn.said.message.reasoning != reasoning, turn.path))
         return []
 
 
