@@ -8,7 +8,16 @@ from typing import Any
 
 import msgspec
 
-from miles_spmd.environments.sessions.protocol import Choice, RequestError, Response, SampledRequest, read_json, usage
+from miles_spmd.environments.sessions.protocol import (
+    DONE,
+    Choice,
+    RequestError,
+    Response,
+    SampledRequest,
+    event,
+    read_json,
+    usage,
+)
 
 _TEXT_PARTS = ("text", "input_text", "output_text", "reasoning_text", "refusal")
 
@@ -61,6 +70,11 @@ class ChatRequest(SampledRequest, kw_only=True):
         limits = [limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None]
         return min(limits, default=None)
 
+    @property
+    def without_effect(self) -> list[str]:
+        demanded = ["tool_choice"] if self.tool_choice not in (None, "auto", "none") else []
+        return [*super().without_effect, *demanded]
+
     def check(self) -> None:
         super().check()
         if not self.messages:
@@ -96,13 +110,13 @@ def whole(request: ChatRequest, response: Response) -> dict[str, Any]:
     return body | ({"prompt_token_ids": response.prompt} if request.return_token_ids else {})
 
 
-def chunks(request: ChatRequest, response: Response) -> Iterator[dict[str, Any]]:
+def events(request: ChatRequest, response: Response) -> Iterator[bytes]:
     """Yield the events of a streamed response. The policy's message is complete before the first one."""
     head = _head(request, response, "chat.completion.chunk")
     counts = request.counts_usage
 
-    def chunk(choices: list[dict[str, Any]], used: Mapping[str, int] | None = None) -> dict[str, Any]:
-        return head | {"choices": choices} | ({"usage": used} if counts else {})
+    def chunk(choices: list[dict[str, Any]], used: Mapping[str, int] | None = None) -> bytes:
+        return event(head | {"choices": choices} | ({"usage": used} if counts else {}))
 
     for i, choice in enumerate(response.choices):
         message, calls = choice.message, choice.message.get("tool_calls", ())
@@ -114,6 +128,7 @@ def chunks(request: ChatRequest, response: Response) -> Iterator[dict[str, Any]]
         yield chunk([{"index": i, "delta": {}, **_end(request, choice)}])
     if counts:
         yield chunk([], usage(response))
+    yield DONE
 
 
 def _head(request: ChatRequest, response: Response, kind: str) -> dict[str, Any]:

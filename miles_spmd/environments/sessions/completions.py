@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from miles_spmd.environments.sessions.protocol import (
+    DONE,
     Choice,
     RequestError,
     Response,
     SampledRequest,
+    event,
     read_json,
     usage,
 )
@@ -62,12 +64,13 @@ def whole(request: CompletionRequest, response: Response) -> dict[str, Any]:
     return body | ({"prompt_token_ids": response.prompt} if request.return_token_ids else {})
 
 
-def chunks(request: CompletionRequest, response: Response) -> Iterator[dict[str, Any]]:
+def events(request: CompletionRequest, response: Response) -> Iterator[bytes]:
     """Yield the events of a streamed response, one for each choice."""
     for number, choice in enumerate(response.choices):
-        yield _head(request, response) | {"choices": [_choice(request, number, choice)]}
+        yield event(_head(request, response) | {"choices": [_choice(request, number, choice)]})
     if request.counts_usage:
-        yield _head(request, response) | {"choices": [], "usage": usage(response)}
+        yield event(_head(request, response) | {"choices": [], "usage": usage(response)})
+    yield DONE
 
 
 def _head(request: CompletionRequest, response: Response) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import secrets
 import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -25,7 +27,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from miles_spmd.environments.sessions import chat, completions, protocol, responses
 from miles_spmd.environments.sessions.protocol import ENDED, RequestError
-from miles_spmd.environments.sessions.session import Session
+from miles_spmd.environments.sessions.session import Asked, Session
 
 MAX_BODY = 16 * 2**20  # bytes
 MAX_UNDER_WAY = 128 * 2**20  # bytes of the bodies of a session whose requests are under way
@@ -35,7 +37,7 @@ HEADERS_TIMEOUT = 20.0  # seconds that a client has for the headers of a request
 BODY_TIMEOUT = 60.0  # and for its body
 WRITE_TIMEOUT = 60.0  # seconds for which a client may keep a response from being written
 IDLE_TIMEOUT = 60.0  # seconds that a connection stays open behind a response
-_HOST = "127.0.0.1"
+_HOST, _PATH = "127.0.0.1", "/session/{name}/v1"
 
 
 class Endpoint:
@@ -90,11 +92,10 @@ class Endpoint:
 
     def _application(self) -> Starlette:
         routes = [
-            Route("/session/{name}/v1/chat/completions", self._chat, methods=["POST"]),
-            Route("/session/{name}/v1/completions", self._completions, methods=["POST"]),
-            Route("/session/{name}/v1/responses", self._responses, methods=["POST"]),
-            Route("/session/{name}/v1/models", self._models, methods=["GET"]),
+            Route(f"{_PATH}/{path}", partial(self._sample, api), methods=["POST"])
+            for path, api in (("chat/completions", chat), ("completions", completions), ("responses", responses))
         ]
+        routes.append(Route(f"{_PATH}/models", self._models, methods=["GET"]))
         handlers = {RequestError: _refuse, HTTPException: _refuse_path}
         application = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
         application.router.redirect_slashes = False
@@ -102,33 +103,13 @@ class Endpoint:
 
     # --- routes ------------------------------------------------------------------------------------------------------
 
-    async def _chat(self, http: Request) -> Response:
+    async def _sample(self, api: ModuleType, http: Request) -> Response:
+        """Serve a request of one of the APIs: ``chat``, ``completions`` or ``responses``."""
         session = self._session(http)
         with _Body(self._under_way, http.path_params["name"]) as body:
-            request = chat.decode(await body.read(http))
-            response = await _respond(session, request)
-        if request.stream:
-            return _stream(*map(_event, chat.chunks(request, response)), b"data: [DONE]\n\n")
-        return _json(200, chat.whole(request, response))
-
-    async def _completions(self, http: Request) -> Response:
-        session = self._session(http)
-        with _Body(self._under_way, http.path_params["name"]) as body:
-            request = completions.decode(await body.read(http))
-            response = await _respond(session, request)
-        if request.stream:
-            return _stream(*map(_event, completions.chunks(request, response)), b"data: [DONE]\n\n")
-        return _json(200, completions.whole(request, response))
-
-    async def _responses(self, http: Request) -> Response:
-        session = self._session(http)
-        with _Body(self._under_way, http.path_params["name"]) as body:
-            request = responses.decode(await body.read(http))
-            response = await _respond(session, request.chat)
-        if request.stream:
-            events = responses.events(request, response)
-            return _stream(*(f"event: {event['type']}\n".encode() + _event(event) for event in events))
-        return _json(200, responses.whole(request, response))
+            request = api.decode(await body.read(http))
+            response = await _respond(session, request.asked)
+        return _stream(api.events(request, response)) if request.stream else _json(200, api.whole(request, response))
 
     async def _models(self, http: Request) -> Response:
         self._session(http)
@@ -146,13 +127,13 @@ class Endpoint:
         return session
 
 
-async def _respond(session: Session, request: chat.ChatRequest | completions.CompletionRequest) -> protocol.Response:
+async def _respond(session: Session, request: Asked) -> protocol.Response:
     """Raises RequestError."""
     try:
         return await session.respond(request)
-    except (RequestError, asyncio.CancelledError):
+    except RequestError:
         raise
-    except BaseException as error:  # an exit would end the event loop
+    except Exception as error:  # which the episode fails by
         raise RequestError(500, f"the session has failed: {type(error).__name__}", "session_failed") from error
 
 
@@ -193,11 +174,7 @@ class _Body:
             raise RequestError(429, "too many bytes of this session are under way", "rate_limit_exceeded")
 
 
-def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(body) + b"\n\n"
-
-
-def _stream(*events: bytes) -> Response:
+def _stream(events: Iterator[bytes]) -> Response:
     async def send() -> AsyncIterator[bytes]:
         for event in events:
             yield event

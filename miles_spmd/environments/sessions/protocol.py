@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import msgspec
 
@@ -12,6 +12,7 @@ MAX_CHOICES, MAX_STOPS = 64, 16
 CONTEXT_FULL, ENDED = "context_length_exceeded", "session_not_found"  # codes of errors
 # Fields that change the distribution which the policy samples from: [rollout] decides that.
 DISTRIBUTION = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "logit_bias")
+DONE = b"data: [DONE]\n\n"  # the last event of a stream
 T = TypeVar("T")
 
 
@@ -70,6 +71,11 @@ class SampledRequest(msgspec.Struct, kw_only=True):
     logit_bias: Any = None
 
     @property
+    def asked(self) -> Self:
+        """What the session is asked for."""
+        return self
+
+    @property
     def choices(self) -> int:
         return 1 if self.n is None else self.n
 
@@ -120,6 +126,11 @@ def read_json(body: bytes, kind: type[T]) -> T:
         raise RequestError(400, "the JSON of the body is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise RequestError(400, f"the body is not a request of this API: {error}") from None
+
+
+def event(body: dict[str, Any], kind: str = "") -> bytes:
+    """Return an event of a stream."""
+    return (f"event: {kind}\n".encode() if kind else b"") + b"data: " + msgspec.json.encode(body) + b"\n\n"
 
 
 def usage(response: Response) -> dict[str, int]:

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from miles_spmd.environments.sessions.chat import ChatMessage, ChatRequest, FunctionCall, Part, ToolCall
-from miles_spmd.environments.sessions.protocol import MODEL, RequestError, Response, read_json, usage
+from miles_spmd.environments.sessions.protocol import MODEL, RequestError, Response, event, read_json, usage
 
 Body = dict[str, Any]
 
@@ -43,7 +43,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     top_p: Any = None
 
     @property
-    def chat(self) -> ChatRequest:
+    def asked(self) -> ChatRequest:
         """The same request of the chat API. Raises RequestError."""
         if self.previous_response_id is not None:
             raise RequestError(
@@ -96,32 +96,33 @@ def whole(request: ResponsesRequest, response: Response) -> Body:
     return _body(request, response, _items(response), response.choices[0].finish_reason)
 
 
-def events(request: ResponsesRequest, response: Response) -> Iterator[Body]:
+def events(request: ResponsesRequest, response: Response) -> Iterator[bytes]:
     """Yield the events of a streamed response. The policy's message is complete before the first one."""
     items, numbers = _items(response), itertools.count()
 
-    def event(kind: str, **fields: Any) -> Body:
-        return {"type": f"response.{kind}", "sequence_number": next(numbers), **fields}
+    def made(kind: str, **fields: Any) -> bytes:
+        kind = f"response.{kind}"
+        return event({"type": kind, "sequence_number": next(numbers), **fields}, kind)
 
-    yield event("created", response=_body(request, response, [], None))
+    yield made("created", response=_body(request, response, [], None))
     for place, item in enumerate(items):
         where = {"item_id": item["id"], "output_index": place}
         started = item | {"status": "in_progress"} | {name: [] for name in ("content",) if name in item}
         started |= {"arguments": ""} if item["type"] == "function_call" else {}
-        yield event("output_item.added", output_index=place, item=started)
+        yield made("output_item.added", output_index=place, item=started)
         if item["type"] == "function_call":
-            yield event("function_call_arguments.delta", **where, delta=item["arguments"])
-            yield event("function_call_arguments.done", **where, name=item["name"], arguments=item["arguments"])
+            yield made("function_call_arguments.delta", **where, delta=item["arguments"])
+            yield made("function_call_arguments.done", **where, name=item["name"], arguments=item["arguments"])
         elif item["type"] == "message":
             part: Body = item["content"][0]
             inside = where | {"content_index": 0}
-            yield event("content_part.added", **inside, part=part | {"text": ""})
-            yield event("output_text.delta", **inside, delta=part["text"], logprobs=[])
-            yield event("output_text.done", **inside, text=part["text"], logprobs=[])
-            yield event("content_part.done", **inside, part=part)
-        yield event("output_item.done", output_index=place, item=item)
+            yield made("content_part.added", **inside, part=part | {"text": ""})
+            yield made("output_text.delta", **inside, delta=part["text"], logprobs=[])
+            yield made("output_text.done", **inside, text=part["text"], logprobs=[])
+            yield made("content_part.done", **inside, part=part)
+        yield made("output_item.done", output_index=place, item=item)
     final = whole(request, response)
-    yield event("incomplete" if final["status"] == "incomplete" else "completed", response=final)
+    yield made("incomplete" if final["status"] == "incomplete" else "completed", response=final)
 
 
 def _belongs(item: Item, said: ChatMessage) -> bool:
