@@ -29,7 +29,7 @@ from miles_spmd.plugins.environment import Completion, Context
 from miles_spmd.types.trajectory import FinishReason, Segment, Trajectory
 
 MAX_TURNS = 2048  # of a session
-MAX_REQUESTS = 256  # of a session that are under way
+MAX_UNDER_WAY = 256  # turns of a session that are sampled at the same time
 _ROLES = ("system", "user", "tool")
 
 
@@ -89,9 +89,9 @@ class Session:
         task = self._responses.get(request.key)
         if task is None:
             self._admit(request)
-            self._under_way += 1
+            self._under_way += request.choices
             task = self._variables.run(asyncio.ensure_future, self._respond(request))
-            task.add_done_callback(lambda done: self._finish(request.key, done))
+            task.add_done_callback(lambda done: self._finish(request, done))
             self._responses[request.key] = task
         else:
             self._context.count("session_repeats")
@@ -111,16 +111,16 @@ class Session:
 
     def _admit(self, request: Asked) -> None:
         """Raises RequestError."""
-        if self._under_way >= MAX_REQUESTS:
-            raise RequestError(429, f"{MAX_REQUESTS} requests of this session are under way", "rate_limit_exceeded")
+        if self._under_way + request.choices > MAX_UNDER_WAY:
+            raise RequestError(429, f"a session samples up to {MAX_UNDER_WAY} turns at a time", "rate_limit_exceeded")
         if len(self._turns) + request.choices > MAX_TURNS:
             raise RequestError(403, f"a session has up to {MAX_TURNS} turns", "session_full")
 
-    def _finish(self, key: str, task: asyncio.Task[Response]) -> None:
-        self._under_way -= 1
+    def _finish(self, request: Asked, task: asyncio.Task[Response]) -> None:
+        self._under_way -= request.choices
         if task.cancelled() or (error := task.exception()) is None:
             return
-        del self._responses[key]
+        del self._responses[request.key]
         if not isinstance(error, RequestError):
             self.failure = error
 
