@@ -1,119 +1,29 @@
-"""The endpoint of sessions on the loopback interface: real clients, and what must be refused or contained."""
+"""The endpoint of sessions on the loopback interface, and real clients."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import resource
-import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import openai
-import psutil
 import pytest
 
-from miles_spmd.data.tokenizer import Tokenizer
-from miles_spmd.environments.sessions import endpoint
-from miles_spmd.environments.sessions.endpoint import Endpoint
-from miles_spmd.environments.sessions.session import Session
-from miles_spmd.plugins.environment import Completion
-from miles_spmd.types.trajectory import FinishReason, Trajectory
-from tests.environments.families import FAMILIES, write_family
-from tests.environments.scripted import ScriptedContext, Turn
+from miles_spmd.types.trajectory import FinishReason
+from tests.environments.endpoint_bench import USER, Bench, Play, player
+from tests.environments.scripted import Turn
 from tests.environments.test_exactness import TOOLS
 
 CALL = '<tool_call>\n{"name": "look", "arguments": {"value": "so"}}\n</tool_call>'
-USER = {"role": "user", "content": "What now?"}
-Test = Callable[["Bench"], Awaitable[None]]
-
-
-class HeldContext(ScriptedContext):
-    """The policy responds while ``free`` is set."""
-
-    def __init__(self, tokenizer: Tokenizer, turns: Sequence[Turn], room: int = 100_000) -> None:
-        super().__init__(tokenizer, turns, room)
-        self.free, self.asked, self.paths = asyncio.Event(), asyncio.Event(), list[str]()
-        self.free.set()
-
-    async def complete(self, trajectory: Trajectory, **settings: Any) -> Completion:
-        self.paths.append(settings["path"])
-        self.asked.set()
-        await self.free.wait()
-        return await super().complete(trajectory, **settings)
-
-
-class Bench:
-    """An endpoint with one session, whose policy says what the test has written down."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer, self.endpoint = tokenizer, Endpoint()
-        self.session, self.context = Session(HeldContext(tokenizer, [])), HeldContext(tokenizer, [])
-
-    @asynccontextmanager
-    async def open(self, *said: str | Turn, room: int = 100_000) -> AsyncIterator[openai.AsyncOpenAI]:
-        turns = [Turn(self.tokenizer.encode(one)) if isinstance(one, str) else one for one in said]
-        self.context = HeldContext(self.tokenizer, turns, room)
-        async with (
-            self.endpoint.open(Session(self.context)) as self.session,
-            openai.AsyncOpenAI(base_url=self.session.base_url, api_key=self.session.api_key, max_retries=0) as client,
-        ):
-            yield client
-
-    @property
-    def port(self) -> int:
-        return int(self.session.base_url.split("/")[2].split(":")[1])
-
-    @property
-    def path(self) -> str:
-        return "/" + self.session.base_url.split("/", 3)[3] + "/chat/completions"
-
-    def head(self, length: int | str, path: str | None = None, key: str | None = None) -> bytes:
-        return (
-            f"POST {path or self.path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key or self.session.api_key}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
-        ).encode()
-
-    async def raw(self, *parts: bytes) -> tuple[int, dict[str, Any]]:
-        """Send bytes on a connection of their own, and return status and body of the response."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        try:
-            for part in parts:
-                writer.write(part)
-                await writer.drain()
-            head = (await reader.readuntil(b"\r\n\r\n")).decode()
-            length = next(int(line.split(":")[1]) for line in head.splitlines() if line.startswith("content-length"))
-            body = await reader.readexactly(length)
-            return int(head.split()[1]), json.loads(body) if b"{" in body else {}
-        finally:
-            writer.close()
-
-    async def post(self, body: Any, **head: Any) -> tuple[int, dict[str, Any]]:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return await self.raw(self.head(len(data), **head) + data)
 
 
 @pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return write_family(tmp_path_factory.mktemp("qwen"), FAMILIES["qwen"])
+def play(tmp_path_factory: pytest.TempPathFactory) -> Play:
+    return player(tmp_path_factory.mktemp("qwen"))
 
 
-@pytest.fixture
-def play(qwen: Tokenizer) -> Callable[[Test], None]:
-    """Runs a test in an event loop."""
-
-    async def run(test: Test) -> None:
-        async with asyncio.timeout(60):
-            await test(Bench(qwen))
-
-    return lambda test: asyncio.run(run(test))
-
-
-# --- clients ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_conversation_with_tools(play: Callable[[Test], None]) -> None:
+def test_a_conversation_with_tools(play: Play) -> None:
     """The client appends messages as they are; the trajectory is one, with the tokens that were sampled."""
 
     async def test(bench: Bench) -> None:
@@ -146,7 +56,7 @@ def test_a_conversation_with_tools(play: Callable[[Test], None]) -> None:
     play(test)
 
 
-def test_a_stream_is_the_response(play: Callable[[Test], None]) -> None:
+def test_a_stream_is_the_response(play: Play) -> None:
     async def test(bench: Bench) -> None:
         said = f"<think>\nHm.\n</think>\n\nSo:{CALL}<|im_end|>"
         async with bench.open(said, said) as client:
@@ -171,7 +81,7 @@ def test_a_stream_is_the_response(play: Callable[[Test], None]) -> None:
     play(test)
 
 
-def test_the_responses_api_is_the_same_conversation(play: Callable[[Test], None]) -> None:
+def test_the_responses_api_is_the_same_conversation(play: Play) -> None:
     async def test(bench: Bench) -> None:
         said = [f"<think>\nHm.\n</think>\n\nSo:{CALL}<|im_end|>", "It is 4.<|im_end|>"]
         tools: list[Any] = [{"type": "function", **tool["function"]} for tool in TOOLS]
@@ -202,7 +112,7 @@ def test_the_responses_api_is_the_same_conversation(play: Callable[[Test], None]
     play(test)
 
 
-def test_a_text_is_continued(play: Callable[[Test], None]) -> None:
+def test_a_text_is_continued(play: Play) -> None:
     """A prompt that begins with an earlier one and its response keeps the tokens; another one is a branch."""
 
     async def test(bench: Bench) -> None:
@@ -239,7 +149,7 @@ def test_a_text_is_continued(play: Callable[[Test], None]) -> None:
     play(test)
 
 
-def test_log_probs_and_limits(play: Callable[[Test], None]) -> None:
+def test_log_probs_and_limits(play: Play) -> None:
     async def test(bench: Bench) -> None:
         cut = Turn(bench.tokenizer.encode("Oslo"), FinishReason.LENGTH)
         async with bench.open(cut) as client:
@@ -255,7 +165,7 @@ def test_log_probs_and_limits(play: Callable[[Test], None]) -> None:
     play(test)
 
 
-def test_a_stop_string_is_left_out_and_may_be_sent_back(play: Callable[[Test], None]) -> None:
+def test_a_stop_string_is_left_out_and_may_be_sent_back(play: Play) -> None:
     async def test(bench: Bench) -> None:
         async with bench.open("x = 1</code> ", "Done.<|im_end|>") as client:
             first = await client.chat.completions.create(model="a", messages=[USER], stop=["</code>", "###"])
@@ -268,7 +178,7 @@ def test_a_stop_string_is_left_out_and_may_be_sent_back(play: Callable[[Test], N
     play(test)
 
 
-def test_curl(play: Callable[[Test], None]) -> None:
+def test_curl(play: Play) -> None:
     async def curl(bench: Bench, *arguments: str) -> str:
         command = ["curl", "-sS", "-H", f"Authorization: Bearer {bench.session.api_key}", *arguments]
         process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
@@ -293,7 +203,7 @@ def test_curl(play: Callable[[Test], None]) -> None:
     play(test)
 
 
-def test_a_client_that_left_comes_back(play: Callable[[Test], None]) -> None:
+def test_a_client_that_left_comes_back(play: Play) -> None:
     """What the policy was asked for is sampled once, whatever becomes of the connection."""
 
     async def test(bench: Bench) -> None:
@@ -315,7 +225,7 @@ def test_a_client_that_left_comes_back(play: Callable[[Test], None]) -> None:
     play(test)
 
 
-def test_seeds_do_not_depend_on_time(play: Callable[[Test], None]) -> None:
+def test_seeds_do_not_depend_on_time(play: Play) -> None:
     """Turns have the same paths whichever request comes first, and trajectories the same order where they are sent at
     the same time."""
 
@@ -337,242 +247,5 @@ def test_seeds_do_not_depend_on_time(play: Callable[[Test], None]) -> None:
         forward, backward = await paths(bench, [0, 1, 2]), await paths(bench, [2, 0, 1])
         assert forward == backward
         assert len(set(forward[0].values())) == 3
-
-    play(test)
-
-
-# --- what is refused -------------------------------------------------------------------------------------------------
-
-
-def test_keys(play: Callable[[Test], None]) -> None:
-    async def test(bench: Bench) -> None:
-        async with bench.open("Hello.<|im_end|>"), bench.endpoint.open(Session(bench.context)) as other:
-            body = {"messages": [USER]}
-            for key in (other.api_key, "x", bench.session.api_key[:-1], f"{bench.session.api_key}x", "\u00e9"):
-                status, refused = await bench.post(body, key=key)
-                assert (status, refused["error"]["code"]) == (401, "invalid_api_key")
-            nobody = bench.head(2).replace(b"Authorization", b"X")
-            assert (await bench.raw(nobody + b"{}"))[0] == 401
-            assert (await bench.post(body, path="/session/0/v1/chat/completions"))[0] == 404
-            old = bench.path
-            assert not bench.context.paths
-            with pytest.raises(openai.AuthenticationError):
-                await openai.AsyncOpenAI(
-                    base_url=bench.session.base_url, api_key=other.api_key
-                ).chat.completions.create(model="a", messages=[USER])
-        status, refused = await bench.post(body, path=old)
-        assert (status, refused["error"]["code"]) == (404, "session_not_found")
-
-    play(test)
-
-
-MALFORMED: dict[str, Any] = {
-    "nothing": b"",
-    "text": b"hello",
-    "half": b'{"messages": [',
-    "bytes": b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}',
-    "surrogate": b'{"messages": [{"role": "user", "content": "\\ud83d"}]}',
-    "deep": b'{"messages": [{"role": "user", "content": "x"}], "tools": ' + b"[" * 100_000,
-    "list": [],
-    "no messages": {},
-    "empty": {"messages": []},
-    "role": {"messages": [{"role": "boss", "content": "x"}]},
-    "number": {"messages": [{"role": "user", "content": 5}]},
-    "image": {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///"}}]}]},
-    "n": {"messages": [USER], "n": 0},
-    "many": {"messages": [USER], "n": 10**9},
-    "limit": {"messages": [USER], "max_tokens": 0},
-    "float": {"messages": [USER], "max_tokens": 1.5},
-    "stop": {"messages": [USER], "stop": [""]},
-    "stops": {"messages": [USER], "stop": ["x"] * 100},
-    "tool": {"messages": [USER], "tools": [{"type": "function"}]},
-    "tool kind": {"messages": [USER], "tools": [{"type": "web_search", "function": {"name": "x"}}]},
-    "seed": b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 5000 + b"}",
-    "top": {"messages": [USER], "top_logprobs": 5},
-    "format": {"messages": [USER], "response_format": {"type": "json_schema", "json_schema": {}}},
-}
-
-
-def test_malformed_bodies(play: Callable[[Test], None]) -> None:
-    async def test(bench: Bench) -> None:
-        async with bench.open("Hello.<|im_end|>") as client:
-            for name, body in MALFORMED.items():
-                status, refused = await bench.post(body)
-                assert (name, status) == (name, 400)
-                assert refused["error"]["type"] == "invalid_request_error"
-                assert refused["error"]["message"], name
-            assert (await client.chat.completions.create(model="a", messages=[USER])).choices
-        assert len(bench.session.trajectories) == 1
-
-    play(test)
-
-
-def test_a_full_context(play: Callable[[Test], None]) -> None:
-    async def test(bench: Bench) -> None:
-        class Full(HeldContext):
-            async def complete(self, trajectory: Trajectory, **settings: Any) -> Completion:
-                return Completion([], FinishReason.LENGTH)
-
-        async with bench.endpoint.open(Session(Full(bench.tokenizer, []))) as bench.session:
-            status, refused = await bench.post({"messages": [USER]})
-            assert (status, refused["error"]["code"]) == (400, "context_length_exceeded")
-            assert (await bench.post({"messages": [USER]}))[0] == 400  # and is not remembered as a response
-        assert not bench.session.trajectories
-
-    play(test)
-
-
-def test_huge_bodies(play: Callable[[Test], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test(bench: Bench) -> None:
-        async with bench.open("Hello.<|im_end|>") as client:
-            status, refused = await bench.raw(bench.head(10**15))
-            assert (status, refused["error"]["code"]) == (413, "body_too_large")
-            monkeypatch.setattr(endpoint, "MAX_BODY", 2**20)
-            chunked = bench.head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
-            chunk = b"10000\r\n" + b"x" * 2**16 + b"\r\n"
-            assert (await bench.raw(chunked, *[chunk] * 17))[0] == 413
-            assert (await client.chat.completions.create(model="a", messages=[USER])).choices
-
-    play(test)
-
-
-def test_slow_clients(play: Callable[[Test], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their connections end, and others are served meanwhile."""
-    for limit in ("HEADERS_TIMEOUT", "BODY_TIMEOUT", "IDLE_TIMEOUT"):
-        monkeypatch.setattr(endpoint, limit, 1.0)
-
-    async def test(bench: Bench) -> None:
-        async with bench.open("Hello.<|im_end|>") as client:
-            silent = await asyncio.open_connection("127.0.0.1", bench.port)
-            trickling = await asyncio.open_connection("127.0.0.1", bench.port)
-            half = asyncio.ensure_future(bench.raw(bench.head(100) + b"{"))
-            assert (await client.chat.completions.create(model="a", messages=[USER])).choices
-
-            async def trickle() -> None:
-                for byte in bench.head(100):
-                    trickling[1].write(bytes([byte]))
-                    await asyncio.sleep(0.1)
-
-            sending = asyncio.ensure_future(trickle())
-            with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
-                await trickling[0].readexactly(1)
-            sending.cancel()
-            with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
-                await silent[0].readexactly(1)
-            status, refused = await half
-            assert (status, refused["error"]["code"]) == (408, "body_too_slow")
-
-    play(test)
-
-
-def test_a_client_that_does_not_read(play: Callable[[Test], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its connection ends, so that nothing is held for it."""
-    monkeypatch.setattr(endpoint, "WRITE_TIMEOUT", 0.5)
-
-    async def test(bench: Bench) -> None:
-        said = Turn(bench.tokenizer.encode("a") * 90_000)
-        async with bench.open(said, "Hello.<|im_end|>") as client:
-            body = json.dumps({"messages": [USER], "logprobs": True}).encode()
-            with socket.create_connection(("127.0.0.1", bench.port)) as deaf:
-                deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                deaf.sendall(bench.head(len(body)) + body)
-
-                def held() -> bool:
-                    ends = psutil.Process().net_connections("tcp")
-                    return any(one.raddr and one.raddr.port == deaf.getsockname()[1] for one in ends)
-
-                while not held():
-                    await asyncio.sleep(0.05)
-                while held():
-                    await asyncio.sleep(0.05)
-            assert (await client.chat.completions.create(model="a", messages=[USER])).choices
-
-    play(test)
-
-
-def test_heads_that_are_too_large(play: Callable[[Test], None]) -> None:
-    async def test(bench: Bench) -> None:
-        async with bench.open("Hello.<|im_end|>") as client:
-            reader, writer = await asyncio.open_connection("127.0.0.1", bench.port)
-            writer.write(b"GET / HTTP/1.1\r\nX: " + b"x" * 2**20)
-            assert b"400" in await reader.readline()
-            writer.close()
-            assert (await client.chat.completions.create(model="a", messages=[USER])).choices
-
-    play(test)
-
-
-def test_paths(play: Callable[[Test], None]) -> None:
-    async def test(bench: Bench) -> None:
-        async with bench.open(), bench.endpoint.open(Session(bench.context)) as other:
-            name = other.base_url.split("/")[4]
-            own = bench.path.split("/")[2]
-            for path in (
-                f"/session/{own}/v1/../../{name}/v1/chat/completions",
-                f"/session/{own}/v1/%2e%2e/%2e%2e/{name}/v1/chat/completions",
-                f"/session/{own}%2F..%2F{name}/v1/chat/completions",
-                f"//session/{own}/v1/chat/completions",
-                f"/session/{own}%00/v1/chat/completions",
-                f"/session/{own}/v1/chat/completions/",
-                f"/SESSION/{own}/v1/chat/completions",
-                "/",
-                "*",
-                "http://127.0.0.1/etc/passwd",
-            ):
-                status, refused = await bench.post({"messages": [USER]}, path=path)
-                assert (path, status) == (path, 404)
-                assert refused["error"]["type"] == "invalid_request_error"
-            get = bench.head(0).replace(b"POST", b"GET")
-            assert (await bench.raw(get))[0] == 405
-            assert not bench.context.paths
-
-    play(test)
-
-
-def test_idle_connections_and_a_flood(play: Callable[[Test], None]) -> None:
-    """A thousand connections that say nothing, and as many requests at a time as a session may have."""
-    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 2500
-
-    async def test(bench: Bench) -> None:
-        async with bench.open(*["Hello.<|im_end|>"] * 300) as client:
-            idle = [await asyncio.open_connection("127.0.0.1", bench.port) for _ in range(1000)]
-            bench.context.free.clear()
-            flood = [
-                asyncio.ensure_future(bench.post({"messages": [{"role": "user", "content": str(n)}]}))
-                for n in range(300)
-            ]
-            while sum(one.done() for one in flood) < 300 - 256:
-                await asyncio.sleep(0.01)
-            bench.context.free.set()
-            statuses = [status for status, _ in await asyncio.gather(*flood)]
-            assert (statuses.count(200), statuses.count(429)) == (256, 44)
-            assert (await client.chat.completions.create(model="a", messages=[USER])).choices
-            for _, writer in idle:
-                writer.close()
-        assert len(bench.session.trajectories) == 257
-
-    play(test)
-
-
-def test_a_session_that_ends_leaves_nobody_waiting(play: Callable[[Test], None]) -> None:
-    async def test(bench: Bench) -> None:
-        async with bench.open("Hello.<|im_end|>"):
-            bench.context.free.clear()
-            waiting = asyncio.ensure_future(bench.post({"messages": [USER]}))
-            await bench.context.asked.wait()
-        assert (await waiting)[0] == 404
-        assert not bench.session.trajectories
-
-    play(test)
-
-
-def test_an_error_of_the_server_is_the_episode_s(play: Callable[[Test], None]) -> None:
-    async def test(bench: Bench) -> None:
-        opened = bench.open()  # of a policy that has nothing to say
-        await opened.__aenter__()
-        status, refused = await bench.post({"messages": [USER]})
-        assert (status, refused["error"]["type"]) == (500, "server_error")
-        with pytest.raises(IndexError):
-            await opened.__aexit__(None, None, None)
 
     play(test)
