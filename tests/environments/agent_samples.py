@@ -121,3 +121,22 @@ async def texts(context: Context, prompt: Prompt, hold: str = "") -> list[Trajec
             client.completions.create(model="policy", prompt=f"{said} 43", max_tokens=5, n=2),
         )
     return session.trajectories
+
+
+async def stray(context: Context, prompt: Prompt) -> list[Trajectory]:
+    """Two turns, between which the agent does what the label says."""
+    async with (
+        context.session() as session,
+        openai.AsyncOpenAI(base_url=session.base_url, api_key=session.api_key, max_retries=0) as client,
+    ):
+        await client.completions.create(model="policy", prompt="1 plus 1")
+        match prompt.label:
+            case "raise":
+                raise ValueError("no luck")
+            case "wait":
+                await asyncio.sleep(100)
+            case "leave":  # with a request that nobody waits for
+                asyncio.ensure_future(client.completions.create(model="policy", prompt="2 plus 2"))  # noqa: RUF006
+                await asyncio.sleep(0)
+        await client.completions.create(model="policy", prompt="3 plus 3")
+    return session.trajectories

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from miles_spmd.environments.messages import Begin, Failed, Finished
 from miles_spmd.ledger import step_data
 from miles_spmd.ledger.chain import verify
 from miles_spmd.ledger.compare import compare
 from miles_spmd.quickstart.assets import build_assets
 from miles_spmd.telemetry.trackers import read_metrics
 from miles_spmd.types.run_files import METRICS_FILE
+from miles_spmd.types.sample import Prompt
 from tests import forked
+from tests.environments import test_pool
 
 RUN = [
     *("run.num_rollout=2", "model.dtype=float32", "megatron.lr=1e-3", "data.apply_chat_template=true"),
@@ -46,3 +49,25 @@ def test_an_agent_in_a_run(tmp_path: Path) -> None:
     assert recorded is not None
     assert recorded.samples is not None
     assert len(recorded.samples.uids) == 8 * 5
+
+
+def test_an_agent_fails_alone(tmp_path: Path) -> None:
+    """The server of their process goes on for the others, and for those that come after them."""
+    build_assets(tmp_path)
+    agent = "tests.environments.agent_samples:stray"
+    pool = test_pool.make(tmp_path / "model", agent, environment_timeout=5.0, environment_workers=1)
+    labels = ["", "raise", "", "wait", "leave", ""]
+    kinds = {"raise": "raised", "wait": "timeout"}
+    try:
+        for base, some in ((0, labels), (10, labels[:3])):
+            begins = [Begin(base + n, Prompt(f"p:{n}", "", [7], label), 0, 30) for n, label in enumerate(some)]
+            events = test_pool.play(pool, begins, seconds=60)
+            for label, (*_, last) in zip(some, events.values(), strict=True):
+                if label in kinds:
+                    assert isinstance(last, Failed)
+                    assert (last.kind, last.own) == (kinds[label], True)
+                else:
+                    assert isinstance(last, Finished)
+                    assert len(last.ends) >= 2
+    finally:
+        pool.close()
