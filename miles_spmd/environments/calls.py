@@ -96,6 +96,10 @@ class CallParser:
             calls += self._read(block, first + len(calls))
         return Message(content.strip(), reasoning.strip(), tuple(calls))
 
+    def without_calls(self) -> CallParser:
+        """Return a parser that reads reasoning and content only."""
+        return CallParser(self.format, (), self._reasoning)
+
     def _divide(self, text: str) -> tuple[str, list[Block]]:
         return call_formats.divide(self.format, self._schemas, text) if self._schemas else (text, [])
 

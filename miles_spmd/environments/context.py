@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from miles_spmd.data.template import Conversation, fixed_clock
 from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.environments.messages import Ask, Begin, Completed, End, Failed, Finished, Line
-from miles_spmd.plugins.environment import Completion
+from miles_spmd.plugins.environment import Completion, Session
 from miles_spmd.types.printable import MAX_LINE, error_text, printable
 from miles_spmd.types.trajectory import FinishReason, Segment, Trajectory
+
+if TYPE_CHECKING:
+    from miles_spmd.environments.sessions.endpoint import Endpoint
 
 _LONGEST_PROBLEM = 1000  # characters of a problem, which may have what the environment wrote
 
@@ -50,7 +54,14 @@ class EpisodeContext:
     ``ask`` sends a request to the run, and returns what the policy has sampled.
     """
 
-    def __init__(self, begin: Begin, model: ModelView, ask: Callable[[Ask], Awaitable[Completed]]) -> None:
+    def __init__(
+        self,
+        begin: Begin,
+        model: ModelView,
+        ask: Callable[[Ask], Awaitable[Completed]],
+        endpoint: Callable[[], Endpoint] | None = None,
+    ) -> None:
+        """``endpoint`` returns that of this process; None where it has no event loop."""
         self.index = begin.index
         self._episode, self._max_tokens = begin.episode, begin.max_tokens
         self._tokenizer, self._context_length, self._send = model.tokenizer, model.context_length, ask
@@ -58,6 +69,7 @@ class EpisodeContext:
         variables = begin.prompt.metadata.get("chat_template_kwargs")
         own = variables if isinstance(variables, dict) else {}
         self._template_variables = own | {"strftime_now": fixed_clock(model.date)}
+        self._endpoint, self._sessions = endpoint, 0
         self._starts: list[list[int]] = []  # of the trajectories, by their numbers
         self._segments = 0
         # Segments are known by the lists of their tokens, which are kept here, so that no other list has their address.
@@ -82,7 +94,13 @@ class EpisodeContext:
         return sibling
 
     async def complete(
-        self, trajectory: Trajectory, *, max_new_tokens: int | None = None, stop: Sequence[str] = ()
+        self,
+        trajectory: Trajectory,
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        path: str = "",
+        log_probs: bool = False,
     ) -> Completion:
         if isinstance(stop, str):
             raise ContextError(f"gave context.complete stop = {stop!r}; it is a list of strings")
@@ -92,13 +110,13 @@ class EpisodeContext:
             return Completion([], FinishReason.LENGTH)
         line, given = self._line(trajectory)
         number, length = self._next_segment(), len(trajectory.segments)
-        done = await self._send(Ask(self._episode, number, line, given, int(limit), [*stop]))
+        done = await self._send(Ask(self._episode, number, line, given, int(limit), [*stop], path, log_probs))
         if len(trajectory.segments) != length:
             raise ContextError("a trajectory was changed while the policy continued it; fork it before")
         self._known[id(done.tokens)], self._behind[number] = (done.tokens, number), line
         trajectory.append(Segment(done.tokens))
         trajectory.finish_reason = done.finish_reason
-        return Completion(done.tokens, done.finish_reason)
+        return Completion(done.tokens, done.finish_reason, done.log_probs)
 
     def room(self, trajectory: Trajectory) -> int:
         grown = sum(len(segment.tokens) for segment in trajectory.segments)
@@ -114,16 +132,34 @@ class EpisodeContext:
         conversation = Conversation([*messages], [*tools] or None, self._template_variables)
         return self._tokenizer.chat_template.render(conversation, add_generation_prompt)[0]
 
-    def encode(self, text: str, *, literal: Sequence[tuple[int, int]] = (), at_start: bool = False) -> list[int]:
-        if at_start:
-            return self._tokenizer.encode_prompts([text], [True])[0]
-        return self._tokenizer.encode_continuation(text, literal)
+    def encode(
+        self,
+        text: str,
+        *,
+        literal: Sequence[tuple[int, int]] = (),
+        at_start: bool = False,
+        templated: bool = True,
+    ) -> list[int]:
+        if at_start and not templated:
+            return self._tokenizer.encode_prompts([text], [False])[0]
+        return self._tokenizer.encode_continuation(text, literal, at_start=at_start)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=False)
 
     def count(self, name: str, value: float = 1.0) -> None:
         self._metrics[name] = self._metrics.get(name, 0.0) + _number(name, value)
+
+    def session(
+        self, *, call_format: str = "auto", reasoning_format: str = "auto"
+    ) -> AbstractAsyncContextManager[Session]:
+        from miles_spmd.environments.sessions.session import Session
+
+        if self._endpoint is None:
+            raise ContextError("opened a session in a process without an event loop")
+        opened = Session(self, self._sessions, call_format=call_format, reasoning_format=reasoning_format)
+        self._sessions += 1
+        return self._endpoint().open(opened)
 
     # --- for those who call them -------------------------------------------------------------------------------------
 

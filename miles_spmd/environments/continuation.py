@@ -102,13 +102,7 @@ class Continuation:
         role = "tool" if messages[0]["role"] == "tool" else "user"
         kind = self._kind(render, role)
         contents = [message["content"].strip() if kind.trims else message["content"] for message in messages]
-        mark = _MARK
-        while any(mark in content for content in contents):
-            mark += "q"
-        marked = [
-            {**message, "content": f"{mark}{i}B{content}{mark}{i}E"}
-            for i, (message, content) in enumerate(zip(messages, contents))
-        ]
+        mark, marked = with_marks(messages, contents)
         reason = "it refuses these messages"
         for some in (calls, calls[:1]):  # some templates take, or write, one call in a message only
             assistant = kind.style.message(some, f"{mark}A")
@@ -120,8 +114,15 @@ class Continuation:
                 continue
             divided = _divide(said, text, f"{mark}A", kind.end)
             if divided is not None:
-                return Suffix(*_without_marks(divided[1], mark, len(messages)), divided[0])
+                return Suffix(*without_marks(divided[1], mark, len(messages)), divided[0])
         raise ContinuationError(self._problem(role, reason))
+
+    def trims(self, render: Render, role: str) -> bool:
+        """Whether the white space around contents of messages of ``role`` is left out."""
+        try:
+            return self._kind(render, "tool" if role == "tool" else "user").trims
+        except ContinuationError:
+            return False
 
     def _kind(self, render: Render, role: str) -> _Kind:
         if role not in self._kinds:
@@ -184,6 +185,18 @@ class Continuation:
         )
 
 
+def with_marks(messages: Sequence[Message], contents: Sequence[str]) -> tuple[str, list[Message]]:
+    """Return messages with marks around their ``contents``, and the mark."""
+    mark = _MARK
+    while any(mark in content for content in contents):
+        mark += "q"
+    marked = [
+        {**message, "content": f"{mark}{i}B{content}{mark}{i}E"}
+        for i, (message, content) in enumerate(zip(messages, contents))
+    ]
+    return mark, marked
+
+
 def _divide(said: str, continued: str, mark: str, end: str) -> tuple[str, str] | None:
     """Return what ends the assistant's message, and all that is behind its text, in a conversation that is
     ``continued`` and ends with what was ``said`` otherwise; None where it is not the same conversation.
@@ -202,7 +215,7 @@ def _divide(said: str, continued: str, mark: str, end: str) -> tuple[str, str] |
     return closing, after
 
 
-def _without_marks(text: str, mark: str, count: int) -> tuple[str, tuple[Span, ...]]:
+def without_marks(text: str, mark: str, count: int) -> tuple[str, tuple[Span, ...]]:
     """Return the text without the marks around contents, and where the contents then stand."""
     parts, spans, length = [], [], 0
     for i in range(count):

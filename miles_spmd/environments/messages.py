@@ -33,6 +33,7 @@ class Completed(msgspec.Struct, frozen=True, tag=True):
     segment: int
     tokens: list[int]
     finish_reason: FinishReason
+    log_probs: list[float] = []  # of the tokens, where they were asked for
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -50,7 +51,7 @@ class Line(msgspec.Struct, frozen=True):
 
 
 class Ask(msgspec.Struct, frozen=True, tag=True):
-    """Let the policy continue ``line`` by the segment number ``segment``."""
+    """Let the policy continue ``line`` by the segment number ``segment``. ``path``: see ``sample_seed``."""
 
     episode: int
     segment: int
@@ -58,6 +59,8 @@ class Ask(msgspec.Struct, frozen=True, tag=True):
     given: dict[int, list[int]]  # tokens of segments that are new
     max_new_tokens: int
     stop: list[str] = []
+    path: str = ""
+    log_probs: bool = False  # whether the environment gets them, too
 
 
 class End(msgspec.Struct, frozen=True):

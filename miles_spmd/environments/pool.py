@@ -6,7 +6,7 @@ import os
 import selectors
 import threading
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from queue import SimpleQueue
@@ -40,6 +40,7 @@ class _Worker:
         self.ready = False  # whether the environment is imported
         self.started = time.monotonic()
         self.since: dict[int, float | None] = {}
+        self.asked = Counter[int]()  # requests of these episodes that the policy has not completed
         self.purposes: dict[int, str] = {}  # of these episodes
         self.told_to_end: dict[int, float] = {}  # episodes that nobody waits for, and when they were told
         self._orders: SimpleQueue[Order | None] = SimpleQueue()
@@ -144,7 +145,9 @@ class EnvironmentPool:
                 case Begin():
                     self._queues[order.purpose].append(order)
                 case Completed() if worker is not None:
-                    worker.since[order.episode] = time.monotonic()
+                    worker.asked[order.episode] -= 1
+                    if not worker.asked[order.episode]:  # else the environment may wait for another one
+                        worker.since[order.episode] = time.monotonic()
                     worker.tell(order)
                 case Cancel() if worker is not None:
                     self._cancel(worker, order.episode)
@@ -218,6 +221,7 @@ class EnvironmentPool:
         expected = event.episode not in worker.told_to_end
         if isinstance(event, Ask):
             worker.since[event.episode] = None
+            worker.asked[event.episode] += 1
         else:
             self._forget(worker, event.episode)
         if expected:
@@ -260,6 +264,7 @@ class EnvironmentPool:
 
     def _forget(self, worker: _Worker, episode: int) -> None:
         worker.since.pop(episode, None)
+        worker.asked.pop(episode, None)
         worker.purposes.pop(episode, None)
         worker.told_to_end.pop(episode, None)
         self._of_episode.pop(episode, None)

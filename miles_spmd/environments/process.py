@@ -9,7 +9,7 @@ import inspect
 import traceback
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from miles_spmd.environments.context import ContextError, EpisodeContext, ModelSource, ModelView
 from miles_spmd.environments.mark import Mark
@@ -17,6 +17,9 @@ from miles_spmd.environments.messages import Ask, Begin, Cancel, Completed, Even
 from miles_spmd.plugins.environment import Environment
 from miles_spmd.plugins.plug_point import PlugPointError, import_function
 from miles_spmd.processes.child import limit_memory
+
+if TYPE_CHECKING:
+    from miles_spmd.environments.sessions.endpoint import Endpoint
 
 SETTING = "environment.environment"
 BUILTINS = {"tools": "miles_spmd.environments.tools:tools"}  # name -> module:function, imported where it runs
@@ -56,6 +59,12 @@ class Episodes:
         self._loop = asyncio.get_running_loop()
         self.closed = asyncio.Event()
 
+    @functools.cached_property
+    def _endpoint(self) -> Endpoint:
+        from miles_spmd.environments.sessions.endpoint import Endpoint  # a web server, which few environments need
+
+        return Endpoint()
+
     def read(self) -> None:
         """Execute the next order."""
         try:
@@ -75,7 +84,8 @@ class Episodes:
                 task.cancel()
 
     async def _run(self, begin: Begin) -> None:
-        context, told = EpisodeContext(begin, self._model, self._ask), self._told_to_end
+        context = EpisodeContext(begin, self._model, self._ask, lambda: self._endpoint)
+        told = self._told_to_end
         try:
             event: Event = context.finished(await self._environment(context, begin.prompt))
         except asyncio.CancelledError as error:

@@ -8,6 +8,7 @@ user's rights: its process is not a sandbox.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, NamedTuple, Protocol
 
 from miles_spmd.types.sample import Prompt
@@ -23,6 +24,22 @@ class Completion(NamedTuple):
 
     tokens: list[int]  # the one that stopped it included
     finish_reason: FinishReason
+    log_probs: list[float] = []  # of the tokens, where they were asked for
+
+
+class Session(Protocol):
+    """An address at which code that is not ours speaks with the policy, as long as the session is open."""
+
+    base_url: str
+    """What an OpenAI client takes by this name: it ends with ``/v1``."""
+    api_key: str
+    """Admits to this session alone."""
+
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        """What the conversations have become, siblings: one that was only continued is one trajectory, and each branch
+        one more; those with most turns first. Empty where the policy was asked for nothing."""
+        ...
 
 
 class Context(Protocol):
@@ -45,13 +62,16 @@ class Context(Protocol):
         *,
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
+        path: str = "",
+        log_probs: bool = False,
     ) -> Completion:
         """Let the policy continue ``trajectory``, and append what it samples.
 
         The sampling parameters are those of ``[rollout]``; ``max_new_tokens`` (default: what is left of
         ``rollout_max_response_len``) can only lower the limit, ``stop`` adds strings. The seed follows from run, step,
-        prompt, sample, trajectory and turn. Where no token fits into the context or the limit, the completion is empty,
-        with the reason LENGTH.
+        prompt, sample, trajectory and turn; ``path`` names the turn in place of the last two, where the order of
+        trajectories depends on time. ``log_probs``: whether the completion has them. Where no token fits into the
+        context or the limit, the completion is empty, with the reason LENGTH.
         """
         ...
 
@@ -70,8 +90,16 @@ class Context(Protocol):
         prompt's row have for it. Raises ValueError where the template refuses it."""
         ...
 
-    def encode(self, text: str, *, literal: Sequence[tuple[int, int]] = (), at_start: bool = False) -> list[int]:
-        """Return the tokens of a text that continues another one, or begins a context (``at_start``).
+    def encode(
+        self,
+        text: str,
+        *,
+        literal: Sequence[tuple[int, int]] = (),
+        at_start: bool = False,
+        templated: bool = True,
+    ) -> list[int]:
+        """Return the tokens of a text that continues another one, or begins a context (``at_start``): a text that a
+        chat template has written, or else (``templated``) one that gets the tokens which the tokenizer puts before it.
 
         What spells a special token becomes one, except in ``literal``: ranges of characters of others, such as the
         result of a tool, each with its first character and the first one behind it."""
@@ -79,6 +107,12 @@ class Context(Protocol):
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, with the special ones."""
+        ...
+
+    def session(
+        self, *, call_format: str = "auto", reasoning_format: str = "auto"
+    ) -> AbstractAsyncContextManager[Session]:
+        """Open a session for ``async with``. Formats are SGLang's names, or found by what the chat template writes."""
         ...
 
     def count(self, name: str, value: float = 1.0) -> None:

@@ -34,6 +34,7 @@ class Segment(msgspec.Struct, frozen=True):
     weight_versions: list[tuple[int, int]] = []  # (version, number of tokens), in order; of sampled tokens
     top1_ids: list[int] | None = None  # the engine's top-1 token at each place, if requested
     reward: float | None = None  # of the turn, where one is sampled
+    path: str = ""  # of a turn whose seed does not follow from trajectory and turn
 
 
 class Trajectory(msgspec.Struct):
@@ -160,6 +161,7 @@ def by_version(segment: Segment, version: int) -> list[Segment]:
                 [(one, count)],
                 segment.top1_ids and segment.top1_ids[start:end],
                 segment.reward if end == len(segment.tokens) else None,
+                segment.path,
             )
         )
         start = end

@@ -36,7 +36,13 @@ class ScriptedContext:
         raise NotImplementedError
 
     async def complete(
-        self, trajectory: Trajectory, *, max_new_tokens: int | None = None, stop: Sequence[str] = ()
+        self,
+        trajectory: Trajectory,
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        path: str = "",
+        log_probs: bool = False,
     ) -> Completion:
         turn = self._turns.pop(0)
         tokens, reason = turn(trajectory) if callable(turn) else turn
@@ -45,7 +51,7 @@ class ScriptedContext:
         if tokens:
             trajectory.append(Segment(tokens, log_probs=[-0.5] * len(tokens)))
         trajectory.finish_reason = reason
-        return Completion(tokens, reason)
+        return Completion(tokens, reason, [-0.5] * len(tokens) if log_probs else [])
 
     def room(self, trajectory: Trajectory) -> int:
         return self._context - len(trajectory.tokens)
@@ -56,11 +62,18 @@ class ScriptedContext:
         conversation = Conversation(list(messages), list(tools) or None)
         return self.tokenizer.chat_template.render(conversation, add_generation_prompt)[0]
 
-    def encode(self, text: str, *, literal: Sequence[tuple[int, int]] = (), at_start: bool = False) -> list[int]:
+    def encode(
+        self,
+        text: str,
+        *,
+        literal: Sequence[tuple[int, int]] = (),
+        at_start: bool = False,
+        templated: bool = True,
+    ) -> list[int]:
         self.encoded.append(text)
-        if at_start:
-            return self.tokenizer.encode_prompts([text], [True])[0]
-        return self.tokenizer.encode_continuation(text, literal)
+        if at_start and not templated:
+            return self.tokenizer.encode_prompts([text], [False])[0]
+        return self.tokenizer.encode_continuation(text, literal, at_start=at_start)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=False)

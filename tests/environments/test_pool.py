@@ -247,3 +247,32 @@ def test_an_environment_that_cannot_be_called(
     with pytest.raises(EnvironmentSetupError, match=r"environment\.environment = ") as caught:
         make(tokenizer, name, environment_kwargs=arguments, environment_workers=1)
     assert problem in str(caught.value)
+
+
+def test_time_does_not_run_while_one_of_two_requests_is_with_the_policy(tokenizer: Path) -> None:
+    pool = make(tokenizer, environment_timeout=1.0, environment_workers=1)
+    try:
+        pool.send(begin(1, "fork"))
+        (first,) = asks(pool, 1)
+        pool.send(Completed(1, first.segment, [1, 2], FinishReason.LENGTH))
+        both = asks(pool, 2)
+        pool.send(Completed(1, both[0].segment, [1], FinishReason.LENGTH))
+        time.sleep(2.5)  # more than the limit, in which only the policy is at work
+        assert not pool.events
+        pool.send(Completed(1, both[1].segment, [1], FinishReason.LENGTH))
+        (one,) = wait_for_events(pool, 1)
+        assert isinstance(one, Finished)
+    finally:
+        pool.close()
+
+
+def asks(pool: EnvironmentPool, count: int) -> list[Ask]:
+    return [event for event in wait_for_events(pool, count) if isinstance(event, Ask)]
+
+
+def wait_for_events(pool: EnvironmentPool, count: int) -> list[Event]:
+    end = time.monotonic() + 30
+    while len(pool.events) < count:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return [pool.events.popleft() for _ in range(count)]

@@ -80,6 +80,33 @@ def test_several_turns_that_are_left_in_the_middle(launch: Launch, tmp_path: Pat
     assert len(recorded.samples.uids) == 16  # two siblings of each of eight samples
 
 
+def test_agents_that_are_left_in_the_middle(launch: Launch, tmp_path: Path) -> None:
+    """A run that is stopped while agents have sessions gives them the responses that they had, and goes on bitwise."""
+    hold = tmp_path / "hold"
+    hold.touch()
+    run = launch(
+        environment=environment(hold, environment="tests.environments.agent_samples:texts", environment_workers=1),
+        reward=REWARD,
+        rollout={"rollout_max_response_len": 16, "engine": "sglang"},
+        sglang={"max_running_requests": 16},
+        determinism={"deterministic": True},
+        checkpoint={"export_final": False, "resume": True},
+        run={"num_rollout": 2},
+    )
+    wait_for(lambda: (tmp_path / "hold.held").exists(), 60)
+    os.kill(run.launcher.pid, signal.SIGTERM)
+    message = run.finish(60)
+    assert run.launcher.returncode == REQUEUE, run.report()
+    found = re.fullmatch(r"stopped by SIGTERM in step 0: (\d+ complete and \d+ partial responses.*) are saved", message)
+    assert found
+    hold.unlink()
+    assert f"step 0 continues {found[1]}" in go_on(run)
+    go_on(run, "environment.environment_workers=2", "run.name=undisturbed")
+    same = compare(verify(run.run_dir), verify(run.run_dir.with_name("undisturbed")))
+    assert same.equal, same.difference
+    assert all(row["parity/mismatches"] == 0 for row in rows(run.run_dir))
+
+
 @pytest.mark.slow
 def test_what_a_step_leaves_is_continued(launch: Launch, tmp_path: Path) -> None:
     """Partial rollouts over a stop and a resume: every prompt of the data is trained on once, in order of its begin."""

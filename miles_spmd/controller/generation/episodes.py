@@ -223,6 +223,7 @@ class Episodes:
             trajectory=ask.line.number,
             max_new_tokens=ask.max_new_tokens,
             stop=ask.stop,
+            path=ask.path,
             rid=f"{episode.group}.{ask.episode}.{ask.segment}",
         )
         known = begun
@@ -258,10 +259,15 @@ class Episodes:
             self._paused.append((ask, response))
             return
         sampled = Segment(
-            output.output_ids, True, True, output.output_log_probs, output.weight_versions, output.top1_ids
+            output.output_ids,
+            log_probs=output.output_log_probs,
+            weight_versions=output.weight_versions,
+            top1_ids=output.top1_ids,
+            path=ask.path,
         )
         episode.grow(ask.segment, sampled)
-        self._host.send(Completed(ask.episode, ask.segment, output.output_ids, output.finish_reason))
+        log_probs = output.output_log_probs if ask.log_probs else []
+        self._host.send(Completed(ask.episode, ask.segment, output.output_ids, output.finish_reason, log_probs))
 
     def take_finished(self) -> list[Done]:
         """Return the episodes that have ended since the last call."""

@@ -68,6 +68,7 @@ class Sampling(msgspec.Struct, frozen=True):
         trajectory: int = 0,
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
+        path: str = "",
         rid: str = "",
     ) -> Request:
         """Return the request that continues ``tokens``, in the given turn of a trajectory of sample ``index``."""
@@ -75,18 +76,21 @@ class Sampling(msgspec.Struct, frozen=True):
             self.params,
             max_new_tokens=self.params.max_new_tokens if max_new_tokens is None else max_new_tokens,
             stop=[*self.params.stop, *stop],
-            seed=sample_seed(self.run_seed, self.step, prompt.uid, index, turn, trajectory),
+            seed=sample_seed(self.run_seed, self.step, prompt.uid, index, turn, trajectory, path),
         )
         return Request(rid, tokens, params, return_top1=self.return_top1)
 
     def request_of(self, sample: Sample, turn: int) -> Request:
         """Return the request that a turn of ``sample`` came from, but for a limit or stop strings of its own."""
-        line, before = sample.trajectory, -1
+        line, before, path = sample.trajectory, -1, ""
         tokens, room = [*line.start], self.params.max_new_tokens
         for segment in line.segments:
             before += segment.sampled
             if segment.sampled and before == turn:
+                path = segment.path
                 break
             tokens += segment.tokens
             room -= len(segment.tokens)
-        return self.request(sample.prompt, sample.index, tokens, turn=turn, trajectory=line.number, max_new_tokens=room)
+        return self.request(
+            sample.prompt, sample.index, tokens, turn=turn, trajectory=line.number, max_new_tokens=room, path=path
+        )

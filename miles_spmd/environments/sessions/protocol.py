@@ -1,0 +1,138 @@
+"""What the APIs of a session have in common: requests that are sampled, responses, and errors."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Self, TypeVar
+
+import msgspec
+
+MODEL = "policy"
+MAX_CHOICES, MAX_STOPS = 64, 16
+CONTEXT_FULL, ENDED = "context_length_exceeded", "session_not_found"  # codes of errors
+# Fields that change the distribution which the policy samples from: [rollout] decides that.
+DISTRIBUTION = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "logit_bias")
+DONE = b"data: [DONE]\n\n"  # the last event of a stream
+T = TypeVar("T")
+
+
+class RequestError(Exception):
+    """A request that is refused, with the status and the error object of OpenAI's API."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, "invalid_request_error")
+        kind = "server_error" if self.status >= 500 else kind
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """One of the messages of a response. ``tokens`` are those that were sampled, with their log-probs if requested."""
+
+    message: dict[str, Any]
+    finish_reason: str
+    tokens: list[int]
+    log_probs: list[float]
+    texts: list[str]  # of the tokens, each by itself, where log-probs are requested
+
+
+class Response(msgspec.Struct, frozen=True):
+    key: str  # of the request
+    prompt: list[int]
+    choices: list[Choice]
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class SampledRequest(msgspec.Struct, kw_only=True):
+    """What requests of several APIs have in common. ``None`` is the same as a field that is left out; further fields
+    have no effect."""
+
+    model: str = MODEL
+    n: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    logprobs: int | bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    temperature: Any = None
+    top_p: Any = None
+    top_k: Any = None
+    min_p: Any = None
+    frequency_penalty: Any = None
+    presence_penalty: Any = None
+    logit_bias: Any = None
+
+    @property
+    def asked(self) -> Self:
+        """What the session is asked for."""
+        return self
+
+    @property
+    def choices(self) -> int:
+        return 1 if self.n is None else self.n
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def limit(self) -> int | None:
+        """Number of tokens that may be sampled; None: as many as fit."""
+        raise NotImplementedError
+
+    @property
+    def without_effect(self) -> list[str]:
+        """The fields that were given, and that the run decides in their place."""
+        return [name for name in DISTRIBUTION if getattr(self, name) is not None]
+
+    @property
+    def counts_usage(self) -> bool:
+        """Whether a stream ends with the numbers of tokens."""
+        return bool(self.stream_options is not None and self.stream_options.include_usage)
+
+    @property
+    def key(self) -> str:
+        """A digest of all that decides the response: equal for a request that a client repeats."""
+        asked = msgspec.structs.replace(self, model="", stream=None, stream_options=None, return_token_ids=None)
+        return hashlib.blake2b(msgspec.json.encode(asked), digest_size=12).hexdigest()
+
+    def check(self) -> None:
+        """Raise RequestError for what cannot be served."""
+        if not 1 <= self.choices <= MAX_CHOICES:
+            raise RequestError(400, f"n = {self.n} is not between 1 and {MAX_CHOICES}", param="n")
+        if self.limit is not None and self.limit < 1:
+            raise RequestError(400, f"max_tokens = {self.limit} is less than 1", param="max_tokens")
+        if len(self.stops) > MAX_STOPS or not all(self.stops):
+            raise RequestError(400, f"stop has an empty string, or more than {MAX_STOPS}", param="stop")
+
+    def tokens_of(self, choice: Choice) -> dict[str, list[int]]:
+        """Return what a choice has of its tokens."""
+        return {"token_ids": choice.tokens} if self.return_token_ids else {}
+
+
+def read_json(body: bytes, kind: type[T]) -> T:
+    """Raises RequestError for what is not a request of this ``kind``."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except RecursionError:
+        raise RequestError(400, "the JSON of the body is nested too deeply") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RequestError(400, f"the body is not a request of this API: {error}") from None
+
+
+def event(body: dict[str, Any], kind: str = "") -> bytes:
+    """Return an event of a stream."""
+    return (f"event: {kind}\n".encode() if kind else b"") + b"data: " + msgspec.json.encode(body) + b"\n\n"
+
+
+def usage(response: Response) -> dict[str, int]:
+    prompt, sampled = len(response.prompt), sum(len(choice.tokens) for choice in response.choices)
+    return {"prompt_tokens": prompt, "completion_tokens": sampled, "total_tokens": prompt + sampled}
