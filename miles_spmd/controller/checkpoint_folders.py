@@ -20,6 +20,7 @@ from miles_spmd.config import CheckpointConfig
 from miles_spmd.ledger.entries import Saved
 from miles_spmd.protocol.last_words import warn
 from miles_spmd.types.files import link, write_whole
+from miles_spmd.types.rollout_batch import Baselines
 from miles_spmd.types.run_files import CHECKPOINT_MARK as STATE_FILE
 from miles_spmd.types.run_files import CHECKPOINTS as FOLDER
 from miles_spmd.types.run_files import by_step, complete_checkpoints, complete_in
@@ -46,6 +47,7 @@ class ControllerState(msgspec.Struct, frozen=True):
     saved: Saved | None = None  # digests of weights and optimizers, as in the ledger
     metrics: dict[str, float] = {}  # of the evaluation after ``step`` steps, if there was one
     responses: str = ""  # digest of RESPONSES_FILE, where the step had begun
+    baselines: Baselines | msgspec.UnsetType = msgspec.UNSET  # of the advantage estimator, where it has some
     format: int = 1  # what the first version did not write
     digest: str = ""  # of all the above
 

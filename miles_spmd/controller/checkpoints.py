@@ -36,6 +36,7 @@ from miles_spmd.protocol.last_words import warn
 from miles_spmd.protocol.results import SaveProgress
 from miles_spmd.telemetry.trackers import read_metrics
 from miles_spmd.types.files import with_remedy
+from miles_spmd.types.rollout_batch import Baselines
 from miles_spmd.types.run_files import METRICS_FILE, complete_checkpoints
 
 SAVE_FILE = "save"  # in the run folder: whoever makes it asks for a checkpoint at the end of the step
@@ -71,6 +72,7 @@ class Checkpoints:
         self._saved: int | None = None  # step before which the run's own newest checkpoint was written
         self.responses = b""  # that came with the checkpoint that was loaded
         self.backlog: Callable[[int], bytes] = lambda step: b""  # what a step has begun before it
+        self.baselines: Callable[[int], Baselines] = lambda step: {}  # of the advantage estimator before a step
 
     def observe(self, event: events.Event) -> None:
         """Remember the newest evaluation, by which ``keep_best`` chooses."""
@@ -93,7 +95,7 @@ class Checkpoints:
 
     def save(self, step: int, journal: Journal, *, anyway: bool = False) -> None:
         """Begin a checkpoint before ``step`` if one is due, or ``anyway``; complete the one before if it is written. It
-        has what ``backlog`` returns for the step.
+        has what ``backlog`` and ``baselines`` return for the step.
 
         A save that fails is a warning. Raises SaveError where the next one fails, too.
         """
@@ -182,6 +184,7 @@ class Checkpoints:
             metrics={n: value for n, value in metrics.items() if evaluated == step and math.isfinite(value)},
             format=folders.FORMAT,
             responses=folders.digest_of(responses),
+            baselines=self.baselines(step) or msgspec.UNSET,
         )
         self._saving = _Saving(scratch, state, asked, self._cluster.first_cell)
         if problem:
@@ -324,11 +327,12 @@ class Checkpoints:
         if problem := next((result.problem for result in results if result.problem), ""):
             raise ResumeError(problem)
         self.responses = folders.responses(folder, state)
+        baselines = state.baselines or {}
         if not own:
-            return Start(state.step)  # of another run, whose ledger this one does not continue
+            return Start(state.step, baselines=baselines)  # of another run, whose ledger this one does not continue
         self._saved = state.step
         of_cell = results[: self._cluster.world_size // self._config.resilience.cells]  # cells are replicas
-        return Start(state.step, state.ledger, of_cell, state.saved)
+        return Start(state.step, state.ledger, of_cell, state.saved, baselines)
 
     def _require_entry(self, folder: Path, state: ControllerState) -> None:
         """Raise ResumeError where the run's ledger, which is whole, does not have the entry after which the checkpoint

@@ -120,11 +120,11 @@ def open_parts(
             journal.ledger.begin()
             stack.enter_context(closing(journal.ledger))
         parity = Parity(config.determinism, recorded=recorded is not None)
-        policy = Policy(config, cluster, journal, parity)
+        policy = Policy(config, cluster, journal, parity, start.baselines)
         generation = Generation(config, cluster, rewards, data, journal, stopping, host, judge)
         if task == "train":  # what is done again is generated again
             generation.resume(start.step, checkpoints.responses)
-            checkpoints.backlog = generation.backlog
+            checkpoints.backlog, checkpoints.baselines = generation.backlog, policy.baselines
         cluster.abandons = stopping.must_leave
         cluster.engines[JUDGE].replacements = config.rollout.engine_replacements
         if config.refit.update_weights_interval == 1:  # else the trainer no longer has the engine's weights

@@ -250,7 +250,8 @@ def _field(a: UpdateData, b: UpdateData, index: int) -> str:
 
 
 def _identity(data: SampleData, index: int) -> str:
-    return f"response {data.indices[index]} to {data.uids[index]}"
+    role = f" of {data.roles[index]}" if data.roles and data.roles[index] else ""
+    return f"response {data.indices[index]}{role} to {data.uids[index]}"
 
 
 def _first(name: str, index: int, *columns: tuple[str, Ragged, Ragged]) -> str:

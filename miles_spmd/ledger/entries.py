@@ -36,7 +36,7 @@ class Samples(msgspec.Struct, frozen=True, rename={"responses": "answers"}):  # 
     """Digests of a rollout, one per sample in order of submission."""
 
     dropped: int  # groups that the filter did not keep
-    requests: Digests  # uid, index, seed, prompt
+    requests: Digests  # uid, index, seed, prompt, and role where there are roles
     responses: Digests  # tokens, loss mask, finish reason, weight versions
     log_probs: Digests  # of the engine
     rewards: Digests

@@ -144,6 +144,13 @@ def describe(name: str) -> Metric:
     if found := re.fullmatch(r"(?:rollout/|eval/(?P<set>.+)-)(?:env/(?P<detail>.+)|turns)", name):
         what = f"{found['detail']}, which the environment counted" if found["detail"] else "responses in a trajectory"
         return Metric("", f"Mean number of {what}" + (f" on {found['set']}" if found["set"] else ""))
+    if found := re.fullmatch(r"(?:rollout/|eval/(?P<set>.+)-)role/(?P<role>.+)/(?P<what>reward|response_len)", name):
+        unit, what = {"reward": ("", "Mean reward"), "response_len": ("tokens", "Mean length of the trajectories")}[
+            found["what"]
+        ]
+        return Metric(unit, f"{what} of the role {found['role']}" + (f" on {found['set']}" if found["set"] else ""))
+    if found := re.fullmatch(r"rollout/baseline/(?P<player>.+)", name):
+        return Metric("", f"Moving average of the rewards of {found['player']}, game and role, after the rollout")
     if found := re.fullmatch(r"(?:rollout/|eval/(?P<set>.+)-)turn_reward/(?P<turn>\d+)", name):
         where = f" on {found['set']}" if found["set"] else ""
         return Metric("", f"Mean reward of turn {found['turn']} of the trajectories that have one for it{where}")

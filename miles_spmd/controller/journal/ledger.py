@@ -6,7 +6,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from miles_spmd.ledger.step_data import DataStore, SampleData, StepData, UpdateD
 from miles_spmd.protocol.results import CheckpointResult, WeightsDigest
 from miles_spmd.telemetry.environment import read_environment
 from miles_spmd.types.role import Role
+from miles_spmd.types.rollout_batch import Baselines
 from miles_spmd.types.secrets import scrub
 
 # Settings that decide where files are written and when to stop waiting, not what is computed.
@@ -47,6 +48,7 @@ class Start:
     ledger: str = ""  # hash of the entry after which the checkpoint was written
     results: Sequence[CheckpointResult] = ()  # of every rank that loaded it
     saved: Saved | None = None  # the digests that it was saved with
+    baselines: Baselines = field(default_factory=dict)  # of the advantage estimator; of another run's checkpoint, too
 
 
 class LedgerRecorder:

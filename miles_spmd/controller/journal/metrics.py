@@ -18,7 +18,7 @@ from miles_spmd.controller.journal.stragglers import StragglerWatch
 from miles_spmd.protocol.messages import TrainerRank
 from miles_spmd.protocol.results import TrainResult
 from miles_spmd.telemetry.texts import slowest
-from miles_spmd.types.sample import Sample, rollouts
+from miles_spmd.types.sample import Sample, by_role, episodes, rollouts
 from miles_spmd.types.train_sequence import TrainSequence
 from miles_spmd.types.trajectory import FinishReason
 
@@ -107,15 +107,17 @@ class Metrics:
 
 
 def rollout_metrics(groups: events.Groups) -> dict[str, float]:
-    """Return the metrics of a rollout's rewards, which are means over prompts, and of its responses."""
+    """Return the metrics of a rollout's rewards, which are means over prompts and roles, and of its responses."""
     samples = [sample for group in groups for sample in group]
     if not samples:  # a filter has kept none
         return {}
     lengths = np.asarray([len(s.response) for s in samples])
-    rewards = [np.asarray([s.reward for s in rollouts(group)], np.float64) for group in groups]
+    compared = [rollouts(of_role) for group in groups for of_role in by_role(group)]
+    rewards = [np.asarray([s.reward for s in some], np.float64) for some in compared]
     return (
         reward_metrics("rollout/", groups)
         | environment_metrics("rollout/", groups)
+        | role_metrics("rollout/", groups)
         | {
             "rollout/raw_reward": float(np.mean([r.mean() for r in rewards])),
             "rollout/reward_std": float(np.mean([r.std() for r in rewards])),
@@ -145,18 +147,30 @@ def reward_metrics(prefix: str, groups: events.Groups) -> dict[str, float]:
 
 
 def environment_metrics(prefix: str, groups: events.Groups) -> dict[str, float]:
-    """Return the mean over rollouts of each number that the environment counted, ``env/NAME``, and of the turns where
-    there are several."""
+    """Return the mean over episodes of each number that the environment counted, ``env/NAME``, and over trajectories of
+    the turns where there are several."""
     samples = list(chain.from_iterable(map(rollouts, groups)))
-    names = sorted({name for sample in samples for name in sample.trajectory.metrics})
-    metrics = {
-        f"{prefix}env/{name}": float(np.mean([sample.trajectory.metrics.get(name, 0.0) for sample in samples]))
-        for name in names
-    }
+    counted = [sample.trajectory.metrics for sample in chain.from_iterable(map(episodes, groups))]
+    names = sorted({name for one in counted for name in one})
+    metrics = {f"{prefix}env/{name}": float(np.mean([one.get(name, 0.0) for one in counted])) for name in names}
     turns = [sample.turns for group in groups for sample in group]
     if max(turns) > 1:
         metrics[f"{prefix}turns"] = float(np.mean(turns))
     return metrics | turn_reward_metrics(prefix, samples)
+
+
+def role_metrics(prefix: str, groups: events.Groups) -> dict[str, float]:
+    """Return the mean reward and the mean length of the trajectories of each role, where there are roles:
+    ``role/NAME/reward`` and ``role/NAME/response_len``."""
+    by_name: dict[str, list[Sample]] = {}
+    for sample in chain.from_iterable(groups):
+        by_name.setdefault(sample.role, []).append(sample)
+    metrics: dict[str, float] = {}
+    for role, samples in sorted(by_name.items()):
+        if role:
+            metrics[f"{prefix}role/{role}/reward"] = float(np.mean([s.reward or 0.0 for s in rollouts(samples)]))
+            metrics[f"{prefix}role/{role}/response_len"] = float(np.mean([len(s.response) for s in samples]))
+    return metrics
 
 
 def turn_reward_metrics(prefix: str, samples: Sequence[Sample]) -> dict[str, float]:
@@ -177,9 +191,11 @@ def eval_metrics(sets: Mapping[str, events.Groups]) -> dict[str, float]:
     for name, groups in sets.items():
         if not groups:
             continue
-        rewards = [[sample.reward or 0.0 for sample in rollouts(group)] for group in groups]
+        compared = [rollouts(of_role) for group in groups for of_role in by_role(group)]
+        rewards = [[sample.reward or 0.0 for sample in some] for some in compared]
         metrics[f"eval/{name}"] = float(np.mean(list(chain(*rewards))))
         metrics |= reward_metrics(f"eval/{name}-", groups) | environment_metrics(f"eval/{name}-", groups)
+        metrics |= role_metrics(f"eval/{name}-", groups)
         metrics[f"eval/{name}-response_len"] = float(np.mean([len(s.response) for group in groups for s in group]))
         n = max(map(len, rewards))
         correct = [(sum(reward >= CORRECT for reward in group), len(group)) for group in rewards]

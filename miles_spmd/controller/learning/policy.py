@@ -18,7 +18,7 @@ from miles_spmd.data.examples import PreferencePair
 from miles_spmd.protocol.commands import Bisect, RefitEngine, SnapshotWeights
 from miles_spmd.types.request import Request
 from miles_spmd.types.role import Role
-from miles_spmd.types.rollout_batch import Arrays
+from miles_spmd.types.rollout_batch import Arrays, Baselines
 from miles_spmd.types.sample import Sample
 from miles_spmd.types.train_sequence import TrainSequence
 
@@ -30,12 +30,16 @@ class TrainingDivergedError(RuntimeError):
 class Policy:
     """The actor and the models that its algorithm needs. The trainer's weights before step i are version i.
 
-    Every method raises WorkerError where a rank fails.
+    ``baselines`` are those of the advantage estimator before the first step. Every method raises WorkerError where a
+    rank fails.
     """
 
-    def __init__(self, config: Config, cluster: Cluster, journal: Journal, parity: Parity) -> None:
+    def __init__(
+        self, config: Config, cluster: Cluster, journal: Journal, parity: Parity, baselines: Baselines | None = None
+    ) -> None:
         self._config, self._cluster, self._journal, self._parity = config, cluster, journal, parity
         self._models = Models(config, cluster)
+        self._baselines: dict[int, Baselines] = {0: baselines or {}}  # before a step that is done, and after it
         self._engine_version: int | None = None  # of the weights in the engine; None: not yet the trainer's
         self._skipped_in_a_row = 0
 
@@ -69,9 +73,16 @@ class Policy:
         """Return the batch of each optimizer step of a rollout, with advantages and global loss weights."""
         if not samples:
             return []
-        batches, metrics = optimizer_steps(samples, sequences, scores, self._config)
+        before = self.baselines(step)
+        batches, metrics, after = optimizer_steps(samples, sequences, scores, self._config, before)
+        self._baselines = {step: before, step + 1: after}
         self._journal.publish(events.Measured(step, metrics))
         return batches
+
+    def baselines(self, step: int) -> Baselines:
+        """Return the advantage estimator's baselines before ``step``: the newest step, which may be under way, or the
+        one after it."""
+        return self._baselines[max(known for known in self._baselines if known <= step)]
 
     def pair_batch(self, step: int, pairs: Sequence[PreferencePair]) -> list[TrainSequence]:
         """Return the sequences of preference pairs, weighted to the mean over pairs, with the log-probs of the
