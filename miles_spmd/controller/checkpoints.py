@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -33,8 +34,9 @@ from miles_spmd.planning.memory_estimate import checkpoint_bytes
 from miles_spmd.planning.release import sized
 from miles_spmd.protocol.commands import ExportModel, FinishSave, LoadCheckpoint, SaveCheckpoint
 from miles_spmd.protocol.last_words import warn
-from miles_spmd.protocol.results import SaveProgress
+from miles_spmd.protocol.results import CheckpointResult, SaveProgress
 from miles_spmd.telemetry.trackers import read_metrics
+from miles_spmd.types.engine_group import POLICY, in_group
 from miles_spmd.types.files import with_remedy
 from miles_spmd.types.rollout_batch import Baselines
 from miles_spmd.types.run_files import METRICS_FILE, complete_checkpoints
@@ -171,7 +173,10 @@ class Checkpoints:
             except OSError as error:
                 problem = str(error)
         # without room for it, too: the ledger's entry depends on the step alone
-        results = self._cluster.call(SaveCheckpoint("" if scratch is None else str(scratch)), step=step)
+        results = {
+            policy: self._cluster.call(SaveCheckpoint(_of(policy, scratch)), step=step, group=policy)
+            for policy in self._config.policies
+        }
         saved = journal.checkpoint_entry(step, results)
         if due:
             journal.publish(events.CheckpointTaken(step, saved))
@@ -195,7 +200,13 @@ class Checkpoints:
         if self._saving is None:
             return
         scratch, step = self._saving.scratch, self._saving.state.step
-        progress = self._cluster.call(FinishSave(wait, str(scratch or "")), step=step, cell=self._saving.cell)
+        by_policy = {
+            policy: self._cluster.call(
+                FinishSave(wait, _of(policy, scratch)), step=step, cell=self._saving.cell, group=policy
+            )
+            for policy in self._config.policies
+        }
+        progress = list(chain.from_iterable(by_policy.values()))
         if not all(one.done for one in progress):
             return
         if any(one.lost for one in progress):
@@ -204,14 +215,21 @@ class Checkpoints:
         problem = next((one.problem for one in progress if one.problem), "")
         try:
             if not problem and scratch is not None:
-                self._complete(self._saving, scratch, progress, journal)
+                self._complete(self._saving, scratch, by_policy, journal)
         except OSError as error:
             problem = str(error)
         if problem:
             self._fail(problem, journal, ends)
 
-    def _complete(self, saving: _Saving, scratch: Path, progress: Sequence[SaveProgress], journal: Journal) -> None:
-        digests = {name: [one.digests[name] for one in progress] for name in progress[0].digests}
+    def _complete(
+        self, saving: _Saving, scratch: Path, by_policy: Mapping[str, Sequence[SaveProgress]], journal: Journal
+    ) -> None:
+        digests = {
+            in_group(policy, name): [one.digests[name] for one in ranks]
+            for policy, ranks in by_policy.items()
+            for name in ranks[0].digests
+        }
+        progress = list(chain.from_iterable(by_policy.values()))
         journal.sync()  # the ledger's entry is on disk before the file that refers to it
         folders.publish(scratch, msgspec.structs.replace(saving.state, folders=digests))
         folders.prune(self._config.run_dir, self._config.checkpoint)
@@ -323,16 +341,26 @@ class Checkpoints:
         own = folder.absolute().is_relative_to(run_dir.absolute())
         if own and state.ledger and self._config.determinism.ledger:
             self._require_entry(folder, state)
-        results = self._cluster.call(LoadCheckpoint(str(folder), state.folders), step=state.step)
-        if problem := next((result.problem for result in results if result.problem), ""):
+        results = {policy: self._load_policy(policy, folder, state) for policy in self._config.policies}
+        if problem := next((one.problem for one in chain.from_iterable(results.values()) if one.problem), ""):
             raise ResumeError(problem)
         self.responses = folders.responses(folder, state)
         baselines = state.baselines or {}
         if not own:
             return Start(state.step, baselines=baselines)  # of another run, whose ledger this one does not continue
         self._saved = state.step
-        of_cell = results[: self._cluster.world_size // self._config.resilience.cells]  # cells are replicas
+        size = self._cluster.world_size // self._config.resilience.cells  # cells are replicas
+        of_cell = {policy: ranks[:size] for policy, ranks in results.items()}
         return Start(state.step, state.ledger, of_cell, state.saved, baselines)
+
+    def _load_policy(self, policy: str, folder: Path, state: ControllerState) -> list[CheckpointResult]:
+        of_policy = in_group(policy, "")
+        digests = {
+            name.removeprefix(of_policy): own
+            for name, own in state.folders.items()
+            if name.startswith(of_policy) and "/" not in name.removeprefix(of_policy)
+        }
+        return self._cluster.call(LoadCheckpoint(_of(policy, folder), digests), step=state.step, group=policy)
 
     def _require_entry(self, folder: Path, state: ControllerState) -> None:
         """Raise ResumeError where the run's ledger, which is whole, does not have the entry after which the checkpoint
@@ -347,12 +375,14 @@ class Checkpoints:
     # --- exporting ---------------------------------------------------------------------------------------------------
 
     def export(self) -> None:
-        """Write the trainer's weights as a Hugging Face checkpoint, by default into the run folder. Raises ExportError
-        where the files cannot be written."""
-        folder = self._config.checkpoint.export_dir or self._config.run_dir / folders.EXPORT
-        results = self._cluster.call(ExportModel(str(folder)), step=self._config.run.num_rollout)
-        if problem := results[0].detail.get("problem"):
-            raise ExportError(f"{folder}: {problem}")
+        """Write the trainer's weights as a Hugging Face checkpoint, by default into the run folder; those of a second
+        policy beside it. Raises ExportError where the files cannot be written."""
+        first = self._config.checkpoint.export_dir or self._config.run_dir / folders.EXPORT
+        for policy in self._config.policies:
+            folder = first if policy == POLICY else first.with_name(f"{first.name}_{policy}")
+            results = self._cluster.call(ExportModel(str(folder)), step=self._config.run.num_rollout, group=policy)
+            if problem := results[0].detail.get("problem"):
+                raise ExportError(f"{folder}: {problem}")
 
     def export_at_end(self, journal: Journal) -> None:
         """Export, and leave a checkpoint where that fails. Raises ExportError."""
@@ -369,3 +399,8 @@ class Checkpoints:
                 except (WorkerError, SaveError) as second:
                     raise ExportError(f"{error}; no checkpoint could be written either: {second}") from None
             raise ExportError(f"{error}; nothing is lost: `miles-spmd export {folder} OUT` exports the model") from None
+
+
+def _of(policy: str, folder: Path | None) -> str:
+    """Return the folder of a policy in that of a checkpoint; "" where there is none."""
+    return "" if folder is None else str(folder / in_group(policy, ""))

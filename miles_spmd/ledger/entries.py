@@ -28,7 +28,7 @@ class Context(msgspec.Struct, tag="context", frozen=True):
     config: dict[str, Any]  # settings that can affect a number
     code: str  # digest of this package, compiled kernels included
     environment: dict[str, Any]
-    tensors: dict[str, list[str]]  # names of the checkpoint's tensors, by role
+    tensors: dict[str, list[str]]  # names of the checkpoint's tensors, by role; in a second policy by policy/role
     weights: dict[str, Digests]  # before the step, by role
 
 

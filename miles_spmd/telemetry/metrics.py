@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from miles_spmd.types.engine_group import SECOND_POLICY
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -132,6 +134,9 @@ PHASES = ("start", "rollout", "log_probs", "train", "refit", "eval", "save", "le
 
 def describe(name: str) -> Metric:
     """Return unit and meaning of the metric ``name``, an empty description for those of plug-ins."""
+    if name.startswith(f"{SECOND_POLICY}/"):
+        first = describe(name.removeprefix(f"{SECOND_POLICY}/"))
+        return Metric(first.unit, f"{first.meaning}; of the second policy" if first.meaning else "")
     if name in METRICS:
         return METRICS[name]
     if found := re.fullmatch(r"(?:rollout/|eval/(?P<set>.+)-)reward/(?P<detail>.+)/(?P<kind>mean|std)", name):

@@ -138,7 +138,7 @@ class Worker:
             memory.record("engine built")
         if self._roles is not None and task == "train" and config.saves and torch.cuda.is_available():
             self._roles.reserve()  # not before: while graphs are captured no other thread may pin memory
-        refits = side.group == POLICY and config.generates(task)
+        refits = side.group != JUDGE and config.generates(task)
         self.turns = DeviceTurns(config, self._engine, self._roles, watch, memory, side.everyone, refits)
 
     @property
@@ -162,8 +162,9 @@ class Worker:
             append_values(file, "megatron", "Megatron-core", self._roles.actor.backend_values)
         args = getattr(self._engine, "server_args", None)  # another engine has none
         if args is not None and (self._rank if self._in_cell else dist.get_rank()) == 0:
-            judges = self.group == JUDGE
-            append_values(file, "reward.judge_sglang" if judges else "sglang", "SGLang", [args])
+            tables = {POLICY: "sglang", JUDGE: "reward.judge_sglang"}  # a second policy has the first one's values
+            if self.group in tables:
+                append_values(file, tables[self.group], "SGLang", [args])
 
     @property
     def roles(self) -> Roles:

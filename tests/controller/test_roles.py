@@ -20,11 +20,13 @@ from miles_spmd.controller.generation.acceptance import Acceptance, Group
 from miles_spmd.controller.generation.episodes import EnvironmentFailedError
 from miles_spmd.controller.journal.metrics import eval_metrics, rollout_metrics
 from miles_spmd.controller.learning.batch import optimizer_steps, to_sequences
+from miles_spmd.ledger import step_data
 from miles_spmd.ledger.chain import verify
 from miles_spmd.ledger.compare import compare
 from miles_spmd.ledger.step_data import SampleData
 from miles_spmd.plugins.environment import Context
 from miles_spmd.telemetry.metrics import describe, is_score
+from miles_spmd.telemetry.trackers import read_metrics
 from miles_spmd.types.sample import Prompt, Sample, by_role, by_rollout
 from miles_spmd.types.trajectory import Segment, Trajectory
 from tests.controller.test_episodes import of, play
@@ -356,3 +358,51 @@ def test_a_run_with_moving_averages_is_repeated_and_resumed_exactly(
     assert verify(resumed).steps == verify(whole).steps
     last = [read(run / "checkpoints" / "step_000004").baselines for run in (whole, resumed)]
     assert last[0] == last[1] != baselines
+
+
+def test_two_policies_are_trained_on_each_others_games(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Each by ranks of its own, on the samples of its roles alone; the run is repeated and resumed exactly."""
+    recipe = Recipe(tmp_path_factory.mktemp("two"))
+    settings = [
+        "environment.environment=tests.controller.test_roles:duel",
+        "environment.environment_workers=1",
+        "algorithm.advantage_estimator=rae",
+        "algorithm.dynamic_sampling_filter=none",
+        "second_policy.second_num_gpus=1",
+        'second_policy.second_roles=["second"]',
+        "second_policy.second_lr=2e-3",
+    ]
+    whole, again = (train(ranks, recipe.config(name, *settings), 2) for name in ("whole", "again"))
+    found = compare(verify(whole), verify(again))
+    assert found.equal, found.difference
+    record, samples = verify(whole), 0
+    models = ["actor", "second_policy/actor"]
+    for number, step in record.steps.items():
+        assert [update.role for update in step.updates] == [models[0]] * 2 + [models[1]] * 2
+        data = step_data.read(whole, number)
+        assert data is not None
+        assert data.samples is not None
+        samples += len(data.samples.uids)
+        assert Counter(data.samples.roles) == {"first": 12, "second": 12}
+        tokens = [
+            start.tolist() + own.tolist()
+            for start, own in zip(*(r.split() for r in (data.samples.prompts, data.samples.responses)))
+        ]
+        for role, updates in ((ROLES[0], data.updates[:2]), (ROLES[1], data.updates[2:])):
+            trained = [own.tolist() for update in updates for own in update.fields["tokens"].split()]
+            assert trained == [own for own, name in zip(tokens, data.samples.roles) if name == role]
+    (context,) = record.contexts
+    assert context.weights[models[0]] == context.weights[models[1]]  # both begin with one checkpoint
+    last = record.saved[4]
+    assert last.weights[models[0]] != last.weights[models[1]]
+    assert set(last.optimizers) == set(models)
+    metrics = read_metrics(whole / "metrics.jsonl")[4]
+    assert (metrics["train/lr"], metrics["second_policy/train/lr"]) == (1e-3, 2e-3)
+
+    resumed = Path(shutil.copytree(whole, whole.with_name("resumed"), symlinks=True))
+    shutil.rmtree(resumed / "checkpoints" / "step_000004")
+    train(ranks, recipe.config("resumed", *settings, "checkpoint.resume=true"), 2)
+    assert (verify(resumed).steps, verify(resumed).saved) == (record.steps, record.saved)
+    baselines = [read(run / "checkpoints" / "step_000004").baselines for run in (whole, resumed)]
+    assert baselines[0] == baselines[1]
+    assert set(baselines[0][""]) == set(ROLES[:2])  # type: ignore[index]

@@ -14,7 +14,7 @@ from miles_spmd.controller.cluster.rank_table import RankTable
 from miles_spmd.controller.cluster.rollout_session import RolloutSession
 from miles_spmd.protocol.commands import Command, EndGenerate, Generate, Receivers, RefitEngine, ReplaceEngines
 from miles_spmd.protocol.results import Ok
-from miles_spmd.types.engine_group import POLICY
+from miles_spmd.types.engine_group import JUDGE
 from miles_spmd.types.request import Output
 
 if TYPE_CHECKING:
@@ -148,8 +148,8 @@ class Engines:
         self._cluster.show(f"{error}; the engines are replaced, and {again} requests generated again")
         with self._cluster.doing("new engines after one has failed"):
             self._cluster.call(ReplaceEngines(), step=call.step, group=self.name)
-            if self.name == POLICY:  # others have loaded their checkpoint
-                self._cluster.call(RefitEngine(self.version), step=call.step)
+            if self.name != JUDGE:  # which has loaded its checkpoint
+                self._cluster.call(RefitEngine(self.version), step=call.step, group=self.name)
         if self._sessions:
             self._open(call.step, call.purpose)
             for session in self._sessions.values():

@@ -160,6 +160,10 @@ class Episodes:
         episode = self._running.get(number)
         return None if episode is None else episode.own_tokens
 
+    def role_of(self, rid: str) -> str:
+        """Return the role whose trajectory a request continues that has no output yet."""
+        return self._asked[rid][1].line.role
+
     @property
     def has_news(self) -> bool:
         """Whether an environment has asked for something, or has ended."""

@@ -79,8 +79,9 @@ class Metrics:
                     self._values["rollout/sessions_max"] = float(event.sessions)
                 self._values |= {f"rollout/failed/{kind}": float(count) for kind, count in event.failures.items()}
             case events.EngineRefitted():
-                self._values["refit/bytes"] = float(sum(r.bytes_local + r.bytes_received for r in event.results))
-                self._values["refit/checksum_mismatches"] = float(sum(r.checksum_mismatches for r in event.results))
+                copied = float(sum(r.bytes_local + r.bytes_received for r in event.results))
+                self._increase("refit/bytes", copied)
+                self._increase("refit/checksum_mismatches", float(sum(r.checksum_mismatches for r in event.results)))
             case events.CheckpointCompleted(_, seconds, nbytes):
                 self._values |= {"perf/save_write_time": seconds, "checkpoint/bytes": float(nbytes)}
             case events.Measured() | events.EvaluationFinished():
