@@ -19,6 +19,7 @@ import xxhash
 from miles_spmd.config import CheckpointConfig
 from miles_spmd.ledger.entries import Saved
 from miles_spmd.protocol.last_words import warn
+from miles_spmd.types.engine_group import POLICY
 from miles_spmd.types.files import link, write_whole
 from miles_spmd.types.rollout_batch import Baselines
 from miles_spmd.types.run_files import CHECKPOINT_MARK as STATE_FILE
@@ -110,6 +111,11 @@ def publish(scratch: Path, state: ControllerState) -> Path:
     _sync(folder.parent)
     link(folder.with_name(LATEST), folder.name)
     return folder
+
+
+def beside(export: Path, policy: str) -> Path:
+    """Return the folder of the export of a policy, where that of the first one is ``export``."""
+    return export if policy == POLICY else export.with_name(f"{export.name}_{policy}")
 
 
 def mark(folder: Path, state: ControllerState) -> None:

@@ -36,7 +36,7 @@ from miles_spmd.protocol.commands import ExportModel, FinishSave, LoadCheckpoint
 from miles_spmd.protocol.last_words import warn
 from miles_spmd.protocol.results import CheckpointResult, SaveProgress
 from miles_spmd.telemetry.trackers import read_metrics
-from miles_spmd.types.engine_group import POLICY, in_group
+from miles_spmd.types.engine_group import in_group
 from miles_spmd.types.files import with_remedy
 from miles_spmd.types.rollout_batch import Baselines
 from miles_spmd.types.run_files import METRICS_FILE, complete_checkpoints
@@ -379,7 +379,7 @@ class Checkpoints:
         policy beside it. Raises ExportError where the files cannot be written."""
         first = self._config.checkpoint.export_dir or self._config.run_dir / folders.EXPORT
         for policy in self._config.policies:
-            folder = first if policy == POLICY else first.with_name(f"{first.name}_{policy}")
+            folder = folders.beside(first, policy)
             results = self._cluster.call(ExportModel(str(folder)), step=self._config.run.num_rollout, group=policy)
             if problem := results[0].detail.get("problem"):
                 raise ExportError(f"{folder}: {problem}")

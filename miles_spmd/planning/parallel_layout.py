@@ -72,7 +72,7 @@ class ParallelLayout:
         """The ranks that have duties of their own, by name; "": those that both train and generate."""
         apart = {"trainers": self.trainer_ranks, "engines": self.engine_ranks}
         of_policy = apart if self.rollout_num_gpus else {"": self.trainer_ranks}
-        second = {"second policy": self.second_ranks} if self.second_num_gpus else {}
+        second = {"second_policy": self.second_ranks} if self.second_num_gpus else {}
         return of_policy | second | ({"judges": self.judge_ranks} if self.judge_num_gpus else {})
 
     @property

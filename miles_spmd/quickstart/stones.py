@@ -8,15 +8,15 @@
 The first and the second player are roles of one policy. Each sees its own turns only: how many stones there are and how
 many it may take. It says how many it leaves; who says anything else than a number that may be left has lost.
 
-*Optimal play.* Leave a multiple of (limit + 1) stones. Of the starts that are no such multiple the first player can
-win, of the others the second; so the two roles expect different rewards, and how different depends on the limit, which
-is what the column ``game`` names.
+*Optimal play.* Leave a multiple of (limit + 1) stones. Where the game starts with such a multiple the second player can
+win, else the first; so the two roles expect different rewards, and how different depends on the limit, which is what
+the column ``game`` names.
 
 *Warm-up.* The games that supervised learning imitates are between players who take a random number. Reinforcement
 learning has no other opponent than the policy itself.
 
-*Held out* are the opponents: a random player and an optimal one, whom the policy meets in evaluations only, and in
-starts that it can win.
+*Evaluation.* What is held out are the opponents: a random player and an optimal one, whom the policy meets in
+evaluations only, and in starts that it can win.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from miles_spmd.types.request import Output, Request
 
 
 class Sessions:
-    """``belongs_to_second`` says of a request's rid whether the second policy is asked."""
+    """``belongs_to_second`` returns for a request's rid whether the second policy is asked."""
 
     def __init__(self, first: RolloutSession, second: RolloutSession, belongs_to_second: Callable[[str], bool]) -> None:
         self._first, self._second, self._belongs_to_second = first, second, belongs_to_second
