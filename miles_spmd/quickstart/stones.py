@@ -15,8 +15,8 @@ the column ``game`` names.
 *Warm-up.* The games that supervised learning imitates are between players who take a random number. Reinforcement
 learning has no other opponent than the policy itself.
 
-*Evaluation.* What is held out are the opponents: a random player and an optimal one, whom the policy meets in
-evaluations only, and in starts that it can win.
+*Evaluation.* The opponents are a random player and an optimal one, whom the policy meets in evaluations only, and in
+starts that it can win.
 """
 
 from __future__ import annotations

@@ -360,18 +360,43 @@ def test_a_run_with_moving_averages_is_repeated_and_resumed_exactly(
     assert last[0] == last[1] != baselines
 
 
+TWO = [
+    "environment.environment=tests.controller.test_roles:duel",
+    "environment.environment_workers=1",
+    "algorithm.advantage_estimator=rae",
+    "algorithm.dynamic_sampling_filter=none",
+    "second_policy.second_num_gpus=1",
+]
+
+
+def updates_of(folder: Path, model: str) -> list[tuple[bytes, bytes, bytes]]:
+    """The digests of what a model was trained on, and of what came of it, in every update of a run."""
+    updates = [update for step in verify(folder).steps.values() for update in step.updates if update.role == model]
+    return [(update.inputs, update.advantages, update.weights) for update in updates]
+
+
+def test_which_policy_plays_a_role_changes_no_bit_of_it(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Both begin with one checkpoint: the policy of a role comes to the same, whether it is the first or the second,
+    and whether the first one has engines on ranks of their own."""
+    recipe = Recipe(tmp_path_factory.mktemp("exchanged"))
+    of_first = ['second_policy.second_roles=["second"]', "megatron.lr=1e-3", "second_policy.second_lr=2e-3"]
+    of_second = ['second_policy.second_roles=["first"]', "megatron.lr=2e-3", "second_policy.second_lr=1e-3"]
+    one = train(ranks, recipe.config("one", *TWO, *of_first, "run.num_rollout=2"), 2)
+    other = train(ranks, recipe.config("other", *TWO, *of_second, "run.num_rollout=2"), 2)
+    models = ("actor", "second_policy/actor")
+    assert len(updates_of(one, models[0])) == 4
+    for model, exchanged in zip(models, reversed(models)):
+        assert updates_of(one, model) == updates_of(other, exchanged)
+    assert updates_of(one, models[0]) != updates_of(one, models[1])
+    apart = train(ranks, recipe.config("apart", *TWO, *of_first, "run.num_rollout=2", "rollout_num_gpus=1"), 3)
+    found = compare(verify(one), verify(apart))
+    assert found.equal, found.difference
+
+
 def test_two_policies_are_trained_on_each_others_games(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Each by ranks of its own, on the samples of its roles alone; the run is repeated and resumed exactly."""
     recipe = Recipe(tmp_path_factory.mktemp("two"))
-    settings = [
-        "environment.environment=tests.controller.test_roles:duel",
-        "environment.environment_workers=1",
-        "algorithm.advantage_estimator=rae",
-        "algorithm.dynamic_sampling_filter=none",
-        "second_policy.second_num_gpus=1",
-        'second_policy.second_roles=["second"]',
-        "second_policy.second_lr=2e-3",
-    ]
+    settings = [*TWO, 'second_policy.second_roles=["second"]', "second_policy.second_lr=2e-3"]
     whole, again = (train(ranks, recipe.config(name, *settings), 2) for name in ("whole", "again"))
     found = compare(verify(whole), verify(again))
     assert found.equal, found.difference
