@@ -118,7 +118,8 @@ class Config(Table):
         own = self.second_policy
         if name == POLICY:
             return self
-        model = self.model.model_copy(update={"hf_checkpoint": own.second_hf_checkpoint or self.model.hf_checkpoint})
+        start = own.second_hf_checkpoint or self.model.hf_checkpoint
+        model = self.model.model_copy(update={"hf_checkpoint": start, "ref_load": None})
         lr = {} if own.second_lr is None else {"lr": own.second_lr}
         alone = {
             "second_policy": SecondPolicyConfig(),

@@ -16,8 +16,8 @@ class SecondPolicyConfig(Table):
     second_roles: list[str] = []
     """The roles of the environment that the second policy plays; the first one plays all others."""
     second_hf_checkpoint: Checkpoint | None = None
-    """Checkpoint folder that it starts from; the default is `model.hf_checkpoint`. It may have any size but needs the
-    same tokenizer."""
+    """Checkpoint folder that it starts from, and that its reference policy has; the default is `model.hf_checkpoint`.
+    It may have any size but needs the same tokenizer."""
     second_lr: PositiveFloat | None = None
     """Its learning rate; the default is `megatron.lr`."""
 

@@ -156,8 +156,11 @@ def open_parts(
 def _host(config: Config, tokenizer: Tokenizer, attempt: AttemptWriter, cluster: Cluster) -> Host:
     """Return what runs the environment: a single response needs no process of its own."""
     folder, date = Path(config.model.hf_checkpoint), config.data.chat_template_date
-    family = load_family(folder)
-    vocab_size, context = family.vocab_size, family.max_sequence_length
+    vocab_size, starts = (
+        load_family(folder).vocab_size,
+        [config.of_policy(p).model.hf_checkpoint for p in config.policies],
+    )
+    context = min(load_family(start).max_sequence_length for start in starts)
     if config.environment.environment == SINGLE_TURN or not config.generates(attempt.record.task):
         return InPlace(single_turn, ModelView(tokenizer, vocab_size, context, date))
     if config.run.mode == "rl":  # a trajectory has to be in one micro-batch
