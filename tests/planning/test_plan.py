@@ -357,7 +357,7 @@ def test_a_second_policy_has_ranks_of_its_own() -> None:
         "second_policy": range(3, 5),
         "judges": range(5, 6),
     }
-    assert "ranks 3 to 4 train a second policy, and generate with it" in describe_plan(config, world_size=6)
+    assert "ranks 3 to 4 train a second policy, with engines of its own" in describe_plan(config, world_size=6)
     alone = ParallelLayout.of(config.of_policy("second_policy"), world_size=2)
     assert alone.sides == {"": range(2)}
     assert alone.groups("tp") == [[0, 1]]
