@@ -19,7 +19,7 @@ import xxhash
 from miles_spmd.config import CheckpointConfig
 from miles_spmd.ledger.entries import Saved
 from miles_spmd.protocol.last_words import warn
-from miles_spmd.types.engine_group import POLICY
+from miles_spmd.types.engine_group import POLICY, in_group
 from miles_spmd.types.files import link, write_whole
 from miles_spmd.types.rollout_batch import Baselines
 from miles_spmd.types.run_files import CHECKPOINT_MARK as STATE_FILE
@@ -51,6 +51,11 @@ class ControllerState(msgspec.Struct, frozen=True):
     baselines: Baselines | msgspec.UnsetType = msgspec.UNSET  # of the advantage estimator, where it has some
     format: int = 1  # what the first version did not write
     digest: str = ""  # of all the above
+
+    def of_policy(self, policy: str) -> dict[str, list[str]]:
+        """Return those of ``folders`` that a policy has, by the names of its models."""
+        models = {name.rpartition("/")[2] for name in self.folders}
+        return {name: self.folders[own] for name in models if (own := in_group(policy, name)) in self.folders}
 
     def encode(self) -> bytes:
         """Return the content of the file, with the digest."""

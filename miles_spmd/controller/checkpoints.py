@@ -34,7 +34,7 @@ from miles_spmd.planning.memory_estimate import checkpoint_bytes
 from miles_spmd.planning.release import sized
 from miles_spmd.protocol.commands import ExportModel, FinishSave, LoadCheckpoint, SaveCheckpoint
 from miles_spmd.protocol.last_words import warn
-from miles_spmd.protocol.results import CheckpointResult, SaveProgress
+from miles_spmd.protocol.results import SaveProgress
 from miles_spmd.telemetry.trackers import read_metrics
 from miles_spmd.types.engine_group import in_group
 from miles_spmd.types.files import with_remedy
@@ -341,7 +341,12 @@ class Checkpoints:
         own = folder.absolute().is_relative_to(run_dir.absolute())
         if own and state.ledger and self._config.determinism.ledger:
             self._require_entry(folder, state)
-        results = {policy: self._load_policy(policy, folder, state) for policy in self._config.policies}
+        results = {
+            policy: self._cluster.call(
+                LoadCheckpoint(_of(policy, folder), state.of_policy(policy)), step=state.step, group=policy
+            )
+            for policy in self._config.policies
+        }
         if problem := next((one.problem for one in chain.from_iterable(results.values()) if one.problem), ""):
             raise ResumeError(problem)
         self.responses = folders.responses(folder, state)
@@ -352,15 +357,6 @@ class Checkpoints:
         size = self._cluster.world_size // self._config.resilience.cells  # cells are replicas
         of_cell = {policy: ranks[:size] for policy, ranks in results.items()}
         return Start(state.step, state.ledger, of_cell, state.saved, baselines)
-
-    def _load_policy(self, policy: str, folder: Path, state: ControllerState) -> list[CheckpointResult]:
-        of_policy = in_group(policy, "")
-        digests = {
-            name.removeprefix(of_policy): own
-            for name, own in state.folders.items()
-            if name.startswith(of_policy) and "/" not in name.removeprefix(of_policy)
-        }
-        return self._cluster.call(LoadCheckpoint(_of(policy, folder), digests), step=state.step, group=policy)
 
     def _require_entry(self, folder: Path, state: ControllerState) -> None:
         """Raise ResumeError where the run's ledger, which is whole, does not have the entry after which the checkpoint

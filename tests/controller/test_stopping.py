@@ -27,7 +27,7 @@ from miles_spmd.protocol.router import Router
 from miles_spmd.telemetry.progress import KINDS, Progress
 from miles_spmd.telemetry.trackers import read_metrics
 from miles_spmd.types.variables import VariableError, job_end
-from tests.controller.test_roles import TWO
+from tests.controller.duel import TWO
 from tests.ledger.runs import ended, train
 from tests.ranks import Ranks
 from tests.worker.test_judge import LONGEST_REPLY, REWARD, write_judge

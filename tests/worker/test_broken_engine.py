@@ -41,7 +41,7 @@ def test_the_run_goes_on_and_is_the_same(launch: Launch, rank: int, sglang: dict
 @pytest.mark.slow
 def test_an_engine_of_a_second_policy_is_replaced(launch: Launch) -> None:
     settings = EXACT | {
-        "environment": {"environment": "tests.controller.test_roles:duel", "environment_workers": 1},
+        "environment": {"environment": "tests.controller.duel:duel", "environment_workers": 1},
         "second_policy": {"second_num_gpus": 1, "second_roles": ["second"]},
     }
     whole = launch(**settings)
