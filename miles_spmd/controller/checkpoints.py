@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -32,15 +33,16 @@ from miles_spmd.ledger.chain import links
 from miles_spmd.ledger.entries import LedgerError
 from miles_spmd.planning.memory_estimate import checkpoint_bytes
 from miles_spmd.planning.release import sized
-from miles_spmd.protocol.commands import ExportModel, FinishSave, LoadCheckpoint, SaveCheckpoint
+from miles_spmd.protocol.commands import Command, ExportModel, FinishSave, LoadCheckpoint, SaveCheckpoint
 from miles_spmd.protocol.last_words import warn
-from miles_spmd.protocol.results import SaveProgress
+from miles_spmd.protocol.results import Result, SaveProgress
 from miles_spmd.telemetry.trackers import read_metrics
 from miles_spmd.types.engine_group import in_group
 from miles_spmd.types.files import with_remedy
 from miles_spmd.types.rollout_batch import Baselines
 from miles_spmd.types.run_files import METRICS_FILE, complete_checkpoints
 
+R = TypeVar("R", bound=Result)
 SAVE_FILE = "save"  # in the run folder: whoever makes it asks for a checkpoint at the end of the step
 
 
@@ -173,10 +175,7 @@ class Checkpoints:
             except OSError as error:
                 problem = str(error)
         # without room for it, too: the ledger's entry depends on the step alone
-        results = {
-            policy: self._cluster.call(SaveCheckpoint(_of(policy, scratch)), step=step, group=policy)
-            for policy in self._config.policies
-        }
+        results = self._of_each(lambda policy: SaveCheckpoint(_of(policy, scratch)), step)
         saved = journal.checkpoint_entry(step, results)
         if due:
             journal.publish(events.CheckpointTaken(step, saved))
@@ -200,12 +199,7 @@ class Checkpoints:
         if self._saving is None:
             return
         scratch, step = self._saving.scratch, self._saving.state.step
-        by_policy = {
-            policy: self._cluster.call(
-                FinishSave(wait, _of(policy, scratch)), step=step, cell=self._saving.cell, group=policy
-            )
-            for policy in self._config.policies
-        }
+        by_policy = self._of_each(lambda policy: FinishSave(wait, _of(policy, scratch)), step, self._saving.cell)
         progress = list(chain.from_iterable(by_policy.values()))
         if not all(one.done for one in progress):
             return
@@ -341,12 +335,7 @@ class Checkpoints:
         own = folder.absolute().is_relative_to(run_dir.absolute())
         if own and state.ledger and self._config.determinism.ledger:
             self._require_entry(folder, state)
-        results = {
-            policy: self._cluster.call(
-                LoadCheckpoint(_of(policy, folder), state.of_policy(policy)), step=state.step, group=policy
-            )
-            for policy in self._config.policies
-        }
+        results = self._of_each(lambda policy: LoadCheckpoint(_of(policy, folder), state.of_policy(policy)), state.step)
         if problem := next((one.problem for one in chain.from_iterable(results.values()) if one.problem), ""):
             raise ResumeError(problem)
         self.responses = folders.responses(folder, state)
@@ -367,6 +356,11 @@ class Checkpoints:
                     f"checkpoint {folder} was written after an entry with hash {state.ledger}, which is not in the "
                     f"ledger of {self._config.run_dir}: one of them belongs to another run or was changed"
                 )
+
+    def _of_each(self, make: Callable[[str], Command[R]], step: int, cell: int | None = None) -> dict[str, list[R]]:
+        """Send each policy's ranks the command for it. Returns their results by policy."""
+        policies = self._config.policies
+        return {one: self._cluster.call(make(one), step=step, cell=cell, group=one) for one in policies}
 
     # --- exporting ---------------------------------------------------------------------------------------------------
 
