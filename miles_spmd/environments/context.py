@@ -200,8 +200,9 @@ class EpisodeContext:
         if not 0 <= trajectory.number < len(self._begun):
             raise ContextError("a trajectory does not come from context.begin or context.fork")
         (start, role), last = self._begun[trajectory.number], -1
-        if (trajectory.start, trajectory.role) != (start, role):
-            raise ContextError("a trajectory has another start or another role than it began with")
+        for what, own, begun in (("start", trajectory.start, start), ("role", trajectory.role, role)):
+            if own != begun:
+                raise ContextError(f"a trajectory has another {what} than it began with")
         for place, segment in enumerate(trajectory.segments):
             known = self._known.get(id(segment.tokens))
             if known is None and not segment.sampled:

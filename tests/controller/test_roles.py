@@ -145,7 +145,7 @@ def _rename(context: Context, first: Trajectory, second: Trajectory) -> None:
             "began a trajectory of the role 7; a role is print",
         ),
         (lambda context, first, second: context.begin([1], role="a\n"), "a role is printable text"),
-        (_rename, "a trajectory has another start or another role than it began with"),
+        (_rename, "a trajectory has another role than it began with"),
         (
             lambda context, first, second: second.append(first.segments[0]),
             "a trajectory of the role 'second' has a segment that 'first' sampled; what others say is given",
