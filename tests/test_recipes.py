@@ -18,7 +18,7 @@ from miles_spmd.config import Config
 from miles_spmd.config.backends import BACKENDS, backend_fields
 from miles_spmd.config.checks import warnings
 from miles_spmd.config.load import load_config
-from miles_spmd.quickstart.assets import build_assets
+from miles_spmd.quickstart.assets import SUMS, build_assets
 from tests import forked
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -42,6 +42,7 @@ MEANING: dict[str, dict[str, Any]] = {
     "cispo": {"surrogate": "cispo"},
     "dapo": {"dynamic_sampling_filter": "reward_nonzero_std", "loss_aggregation": "token_mean"},
     "ppo": {"advantage_estimator": "ppo"},
+    "rae": {"advantage_estimator": "rae"},
     "opd": {"opd_kl_coef": 1.0, "opd_log_prob_top_k": 0},
     "opd_top_k": {"opd_kl_coef": 1.0, "opd_log_prob_top_k": 8},
     "tis": {"use_tis": True, "tis_function": "tis"},
@@ -96,6 +97,7 @@ ROWS = 64  # of each file: evaluations of 400 prompts were two fifths of the com
 Metrics = dict[str, float]
 OWN_METRICS = {
     "ppo": ["train/critic_loss", "train/value_clipfrac", "rollout/value_explained_variance"],
+    "rae": ["rollout/role/first/reward"],
     "opd": ["rollout/opd_reverse_kl"],
     "opd_top_k": ["rollout/opd_reverse_kl"],
     "opsm": ["train/opsm_masked"],
@@ -113,13 +115,14 @@ def runs(
 ) -> Iterator[dict[str, Future[list[Metrics]]]]:
     """Two steps of the recipes that are to be tested, some at a time, from a random model: name -> metrics."""
     folder = tmp_path_factory.mktemp("recipes")
-    quickstart = folder / "runs" / "quickstart"
-    build_assets(quickstart / "assets")
-    for file in (quickstart / "assets").glob("*.jsonl"):
-        file.write_text("".join(file.read_text().splitlines(keepends=True)[:ROWS]))
-    for stage in ("sft", "grpo"):  # from whose exports the recipes start
-        (quickstart / stage).mkdir()
-        (quickstart / stage / "export").symlink_to(quickstart / "assets" / "model")
+    for task, name in ((SUMS, "quickstart"), ("stones", "stones")):
+        root = folder / "runs" / name
+        build_assets(root / "assets", name=task)
+        for file in (root / "assets").glob("*.jsonl"):
+            file.write_text("".join(file.read_text().splitlines(keepends=True)[:ROWS]))
+        for stage in ("sft", "grpo"):  # from whose exports the recipes start
+            (root / stage).mkdir()
+            (root / stage / "export").symlink_to(root / "assets" / "model")
     free_cpus: SimpleQueue[int] = SimpleQueue()
     for cpu in sorted(os.sched_getaffinity(0))[:AT_A_TIME]:
         free_cpus.put(cpu)

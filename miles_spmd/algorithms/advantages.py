@@ -2,10 +2,11 @@
 
 All three run on the controller, on plain arrays, because each of them may need the samples of the whole step.
 
-There are two kinds of estimators. Those of groups compare the rollouts of a prompt with each other: all tokens of a
-rollout have the same advantage. The others, PPO's generalised advantages and REINFORCE++'s returns, have a reward and
-an advantage per token: masked tokens are not transitions there, they have no reward, and neither discount nor trace
-decays across them. A truncated response ends like a finished one, with value 0 (no bootstrap).
+There are three kinds of estimators. Those of groups compare the rollouts of a prompt and a role with each other, and
+RAE compares a rollout with those of its role that came before: all tokens of a rollout have the same advantage. The
+others, PPO's generalised advantages and REINFORCE++'s returns, have a reward and an advantage per token: masked tokens
+are not transitions there, they have no reward, and neither discount nor trace decays across them. A truncated response
+ends like a finished one, with value 0 (no bootstrap).
 
 Shape suffixes: R rollouts of the batch, G of one group (groups may differ in size), N samples, K transitions (trained
 tokens) of a sample, T tokens of one sample.
@@ -23,7 +24,7 @@ from miles_spmd.algorithms.kl import kl_penalties
 from miles_spmd.config import AlgorithmConfig
 from miles_spmd.plugins.algorithm import AdvantageEstimator
 from miles_spmd.plugins.plug_point import PlugPoint
-from miles_spmd.types.rollout_batch import Arrays, Estimate, RolloutBatch, flat, masked, shaped
+from miles_spmd.types.rollout_batch import Arrays, Baselines, Estimate, RolloutBatch, flat, masked, shaped
 
 STD_EPSILON = 1e-6
 
@@ -94,17 +95,54 @@ def _compared(
 ) -> Estimate:
     """Return for every token its rollout's advantage. The KL is subtracted from the rewards, summed over the tokens of
     a rollout, or from the advantages of the ``penalised`` tokens."""
-    rollouts, penalties = batch.rollouts, kl_penalties(batch, algorithm)
-    rewards_R = rollouts.rewards
-    if penalised == "rewards":
-        penalties_N = np.asarray([penalty.sum() for penalty in penalties])
-        rewards_R = rewards_R - np.bincount(rollouts.of_sample, penalties_N, minlength=len(rewards_R))
-    advantages_R, without_variance = within_groups(rewards_R, rollouts.group_ids, compare)
-    advantages_N = advantages_R[rollouts.of_sample]
-    advantages = [masked(np.full(m.shape, a), m) for a, m in zip(advantages_N, batch.masks)]
+    rewards_R = _penalised(batch, algorithm) if penalised == "rewards" else batch.rollouts.rewards
+    advantages_R, without_variance = within_groups(rewards_R, batch.rollouts.group_ids, compare)
+    advantages = _of_tokens(batch, advantages_R)
     if penalised == "tokens":
-        advantages = [a - penalty for a, penalty in zip(advantages, penalties)]
+        advantages = [a - penalty for a, penalty in zip(advantages, kl_penalties(batch, algorithm))]
     return Estimate(advantages, metrics={"zero_std_groups": float(without_variance)})
+
+
+def _penalised(batch: RolloutBatch, algorithm: AlgorithmConfig) -> np.ndarray:
+    """Return the rewards of the rollouts, less ``kl_coef`` x KL summed over their tokens, float64 [R]."""
+    penalties_N = np.asarray([penalty.sum() for penalty in kl_penalties(batch, algorithm)])
+    rewards_R = batch.rollouts.rewards
+    return rewards_R - np.bincount(batch.rollouts.of_sample, penalties_N, minlength=len(rewards_R))
+
+
+def _of_tokens(batch: RolloutBatch, advantages_R: np.ndarray) -> Arrays:
+    """Give every trained token the advantage of its rollout."""
+    advantages_N = advantages_R[batch.rollouts.of_sample]
+    return [masked(np.full(m.shape, a), m) for a, m in zip(advantages_N, batch.masks)]
+
+
+# --- an estimator with a baseline from the batches before ------------------------------------------------------------
+
+
+def rae(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estimate:
+    """Estimate by role-conditioned advantage estimation (SPIRAL, arXiv 2506.24119, eq. 2): reward - b, where b is a
+    moving average of the rewards of this role in this game.
+
+    Rollout after rollout, in the order of submission: b <- ``rae_decay`` b + (1 - ``rae_decay``) r; A = r - b. In the
+    first batch b begins with 0. ``kl_coef`` as in GRPO.
+    """
+    baselines = {game: dict(roles) for game, roles in batch.baselines.items()}
+    players = [("", "")] * len(batch.masks) if batch.players is None else batch.players
+    rewards_R, decay = _penalised(batch, algorithm), algorithm.rae_decay
+    advantages_R = np.zeros(len(rewards_R))
+    for rollout in np.argsort(batch.rollouts.first):
+        game, role = players[batch.rollouts.first[rollout]]
+        roles, reward = baselines.setdefault(game, {}), float(rewards_R[rollout])
+        roles[role] = decay * roles.get(role, 0.0) + (1 - decay) * reward
+        advantages_R[rollout] = reward - roles[role]
+    metrics = {f"baseline/{name}": b for name, b in _by_player(baselines).items()}
+    return Estimate(_of_tokens(batch, advantages_R), metrics=metrics, baselines=baselines)
+
+
+def _by_player(baselines: Baselines) -> dict[str, float]:
+    """Return the baselines by names for metrics: game and role, without what has no name."""
+    pairs = ((game, role, b) for game, roles in baselines.items() for role, b in roles.items())
+    return {"/".join(filter(None, (game, role))) or "all": b for game, role, b in pairs}
 
 
 # --- estimators with a reward per token ------------------------------------------------------------------------------
@@ -196,6 +234,7 @@ ESTIMATORS: PlugPoint[AdvantageEstimator] = PlugPoint(
         "reinforce_plus_plus": reinforce_plus_plus,
         "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
         "ppo": ppo,
+        "rae": rae,
     },
     AdvantageEstimator,
 )
@@ -220,7 +259,8 @@ def compute_advantages(batch: RolloutBatch, algorithm: AlgorithmConfig) -> Estim
         metrics["opd_reverse_kl"] = float(flat(kl).sum() / max(flat(batch.masks).sum(), 1))
     if algorithm.whitens_advantages:
         advantages = whiten(advantages, batch.masks)
-    return Estimate(_float32(advantages), None if returns is None else _float32(returns), metrics)
+    returns = None if returns is None else _float32(returns)
+    return Estimate(_float32(advantages), returns, metrics, estimate.baselines)
 
 
 def whiten(values: Arrays, masks: Arrays) -> Arrays:

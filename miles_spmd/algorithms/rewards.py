@@ -10,7 +10,7 @@ import numpy as np
 from miles_spmd.config import AlgorithmConfig
 from miles_spmd.plugins.algorithm import GroupFilter, RewardPostProcess, SampleFilter
 from miles_spmd.plugins.plug_point import PlugPoint
-from miles_spmd.types.sample import Sample
+from miles_spmd.types.sample import Sample, by_role
 
 
 def shape_rewards(samples: Sequence[Sample], algorithm: AlgorithmConfig, max_response_len: int) -> np.ndarray:
@@ -29,11 +29,10 @@ def shape_rewards(samples: Sequence[Sample], algorithm: AlgorithmConfig, max_res
             expected = f"{len(samples)} finite numbers, one for each sample"
             raise REWARD_POST_PROCESSES.returned(algorithm.reward_post_process, processed, expected)
     if algorithm.overlong_buffer_len:
-        longest: dict[tuple[str, int], int] = {}  # siblings share a reward, and so the longest one's penalty
+        longest: dict[tuple[str, int, str], int] = {}  # siblings share a reward, and so the longest one's penalty
         for s in samples:
-            key = s.prompt.uid, s.index
-            longest[key] = max(longest.get(key, 0), len(s.response))
-        lengths = np.asarray([longest[s.prompt.uid, s.index] for s in samples])
+            longest[s.rollout] = max(longest.get(s.rollout, 0), len(s.response))
+        lengths = np.asarray([longest[s.rollout] for s in samples])
         penalties = overlong_penalty(lengths, max_response_len, algorithm.overlong_buffer_len)
         rewards = rewards + algorithm.overlong_penalty_factor * penalties
     return rewards
@@ -55,8 +54,9 @@ def overlong_penalty(lengths: np.ndarray, max_response_len: int, buffer_len: int
 
 
 def reward_nonzero_std(samples: Sequence[Sample]) -> bool:
-    """Return whether a group's rewards differ: others have no gradient (DAPO, arXiv 2503.14476, eq. 11)."""
-    return len({sample.reward for sample in samples}) > 1
+    """Return whether a group's rewards differ, where there are roles those of one of them: others have no gradient
+    (DAPO, arXiv 2503.14476, eq. 11)."""
+    return any(len({sample.reward for sample in of_role}) > 1 for of_role in by_role(samples))
 
 
 def keeps_group(name: str, samples: Sequence[Sample]) -> bool:

@@ -18,10 +18,11 @@ from miles_spmd.config.reward import RewardConfig
 from miles_spmd.config.reward import RewardTerm as RewardTerm
 from miles_spmd.config.rollout import RefitConfig, RolloutConfig
 from miles_spmd.config.run import CheckpointConfig, DeadlinesConfig, RunConfig, TelemetryConfig
+from miles_spmd.config.second_policy import SecondPolicyConfig
 from miles_spmd.config.slurm import SlurmConfig
 from miles_spmd.config.table import Table
 from miles_spmd.config.train import TrainConfig
-from miles_spmd.types.engine_group import JUDGE, POLICY, EngineGroup
+from miles_spmd.types.engine_group import JUDGE, POLICY, SECOND_POLICY, EngineGroup
 
 
 class Config(Table):
@@ -29,6 +30,8 @@ class Config(Table):
     """What kind of run this is, how long it is, and where it writes."""
     model: ModelConfig
     """The checkpoints that a run starts from."""
+    second_policy: SecondPolicyConfig = SecondPolicyConfig()
+    """A second policy that plays other roles of the same episodes, and is trained beside the first."""
     data: DataConfig
     """Prompts, responses and preferences to train on."""
     rollout: RolloutConfig = RolloutConfig()
@@ -92,20 +95,45 @@ class Config(Table):
     @property
     def checkpoints(self) -> list[Path]:
         """The Hugging Face folders that ranks load."""
-        of_judge = self.reward.judge_hf_checkpoint
-        return [*self.model.checkpoints, *([] if of_judge is None else [of_judge])]
+        others = self.reward.judge_hf_checkpoint, self.second_policy.second_hf_checkpoint
+        return [*self.model.checkpoints, *(folder for folder in others if folder is not None)]
 
     @property
     def has_judge(self) -> bool:
         """Whether engines of the run hold a judge."""
         return self.reward.judge_hf_checkpoint is not None
 
+    @property
+    def policies(self) -> list[str]:
+        """The policies that are trained, by the names of their groups of ranks."""
+        return [POLICY, *([SECOND_POLICY] if self.second_policy.second_num_gpus else [])]
+
+    def plays(self, role: str) -> str:
+        """Return the policy that plays ``role``."""
+        return SECOND_POLICY if role in self.second_policy.second_roles else POLICY
+
+    def of_policy(self, name: str) -> Self:
+        """The configuration that the policy ``name`` is built from: of the second one, this one with its own settings
+        as those of the only policy."""
+        own = self.second_policy
+        if name == POLICY:
+            return self
+        start = own.second_hf_checkpoint or self.model.hf_checkpoint
+        model = self.model.model_copy(update={"hf_checkpoint": start, "ref_load": None})
+        lr = {} if own.second_lr is None else {"lr": own.second_lr}
+        alone = {
+            "second_policy": SecondPolicyConfig(),
+            "rollout": self.rollout.model_copy(update={"rollout_num_gpus": 0}),
+            "reward": self.reward.model_copy(update={"judge_num_gpus": 0, "judge_hf_checkpoint": None}),
+        }
+        return self.model_copy(update={"model": model, "megatron": self.megatron | lr, **alone})
+
     def engine_group(self, name: str = POLICY) -> EngineGroup:
         """Return what the engines called ``name`` serve."""
         if name == JUDGE and self.reward.judge_hf_checkpoint is not None:
             return EngineGroup(JUDGE, self.reward.judge_hf_checkpoint, self.reward.judge_sglang)
-        if name == POLICY:
-            return EngineGroup(POLICY, self.model.hf_checkpoint, self.sglang)
+        if name in (POLICY, SECOND_POLICY):  # each from the configuration that it is built from
+            return EngineGroup(name, self.model.hf_checkpoint, self.sglang)
         raise LookupError(f"this run has no engines called {name!r}")
 
     def generates(self, task: str) -> bool:

@@ -7,7 +7,9 @@ from pydantic import Field
 from miles_spmd.config.checks import ERRORS, Messages, Settings, rule
 from miles_spmd.config.table import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, Table, plug_point
 
-ESTIMATORS = ("grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo")
+ESTIMATORS = (
+    *("grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo", "rae"),
+)
 
 
 class AlgorithmConfig(Table):
@@ -32,14 +34,16 @@ class AlgorithmConfig(Table):
     # advantages
     advantage_estimator: Annotated[str, plug_point(*ESTIMATORS)] = "grpo"
     """Plug point: how advantages are computed: `grpo`, `gspo`, `cispo`, `dr_grpo`, `rloo`, `reinforce_plus_plus`,
-    `reinforce_plus_plus_baseline` or `ppo`. `gspo` and `cispo` have GRPO's advantages and a loss of their own; `ppo`
-    needs a critic."""
+    `reinforce_plus_plus_baseline`, `ppo` or `rae`. `gspo` and `cispo` have GRPO's advantages and a loss of their own;
+    `ppo` needs a critic; `rae` is for environments with several roles."""
     grpo_std_normalization: bool = True
     """Divide group-centred rewards by the group's standard deviation (`grpo`, `gspo`, `cispo`)."""
     gamma: Fraction = 1.0
     """Discount per trained token (`ppo`, `reinforce_plus_plus`)."""
     lambd: Fraction = 1.0
     """Decay lambda of generalised advantage estimation (`ppo`)."""
+    rae_decay: Fraction = 0.95
+    """How much of a role's baseline stays when the reward of a rollout is added to it (`rae`)."""
     normalize_advantages: bool | None = None
     """Whiten advantages over all trained tokens of the rollout. The default is true where the estimator is defined so:
     `reinforce_plus_plus` and `reinforce_plus_plus_baseline`."""

@@ -137,7 +137,8 @@ def errors(
     values = settings(config, without=without)
     if world_size is not None:
         values["world_size"] = world_size
-        generating, of_policy = values.get("rollout_num_gpus"), world_size - values.get("judge_num_gpus", 0)
+        others = values.get("judge_num_gpus", 0) + values.get("second_num_gpus", 0)
+        generating, of_policy = values.get("rollout_num_gpus"), world_size - others
         if generating is not None and generating < of_policy:  # else a kind of ranks is missing
             values |= {"trainer_ranks": of_policy - generating, "engine_ranks": generating or of_policy}
     kinds = [ERRORS, PARITY if values.get("parity") == "bitwise" else []]

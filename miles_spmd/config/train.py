@@ -21,8 +21,8 @@ from miles_spmd.models.hf_config import count_experts, head_dim
 
 class TrainConfig(Table):
     global_batch_size: PositiveInt | None = None
-    """Samples per optimizer step (`rl`; the default is one step per rollout), sequences (`sft`) or pairs (`dpo`, `rm`).
-    """
+    """Samples per optimizer step (`rl`; the default is one step per rollout), which are episodes where an environment
+    has several trajectories, sequences (`sft`) or pairs (`dpo`, `rm`)."""
     max_tokens_per_gpu: PositiveInt = 8192
     """Token budget of one packed micro-batch on one rank (times context-parallel size)."""
     packing: Annotated[str, plug_point("balanced")] = "balanced"

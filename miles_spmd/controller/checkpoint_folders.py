@@ -19,7 +19,9 @@ import xxhash
 from miles_spmd.config import CheckpointConfig
 from miles_spmd.ledger.entries import Saved
 from miles_spmd.protocol.last_words import warn
+from miles_spmd.types.engine_group import POLICY, in_group
 from miles_spmd.types.files import link, write_whole
+from miles_spmd.types.rollout_batch import Baselines
 from miles_spmd.types.run_files import CHECKPOINT_MARK as STATE_FILE
 from miles_spmd.types.run_files import CHECKPOINTS as FOLDER
 from miles_spmd.types.run_files import by_step, complete_checkpoints, complete_in
@@ -46,8 +48,14 @@ class ControllerState(msgspec.Struct, frozen=True):
     saved: Saved | None = None  # digests of weights and optimizers, as in the ledger
     metrics: dict[str, float] = {}  # of the evaluation after ``step`` steps, if there was one
     responses: str = ""  # digest of RESPONSES_FILE, where the step had begun
+    baselines: Baselines | msgspec.UnsetType = msgspec.UNSET  # of the advantage estimator, where it has some
     format: int = 1  # what the first version did not write
     digest: str = ""  # of all the above
+
+    def of_policy(self, policy: str) -> dict[str, list[str]]:
+        """Return those of ``folders`` that a policy has, by the names of its models."""
+        models = {name.rpartition("/")[2] for name in self.folders}
+        return {name: self.folders[own] for name in models if (own := in_group(policy, name)) in self.folders}
 
     def encode(self) -> bytes:
         """Return the content of the file, with the digest."""
@@ -108,6 +116,11 @@ def publish(scratch: Path, state: ControllerState) -> Path:
     _sync(folder.parent)
     link(folder.with_name(LATEST), folder.name)
     return folder
+
+
+def beside(export: Path, policy: str) -> Path:
+    """Return the folder of the export of a policy, where that of the first one is ``export``."""
+    return export if policy == POLICY else export.with_name(f"{export.name}_{policy}")
 
 
 def mark(folder: Path, state: ControllerState) -> None:

@@ -15,7 +15,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -33,14 +35,17 @@ from miles_spmd.planning.memory_estimate import checkpoint_bytes
 from miles_spmd.planning.release import sized
 from miles_spmd.plugins.plug_point import PlugPoint
 from miles_spmd.plugins.run import Exporter
-from miles_spmd.protocol.commands import ExportModel, FinishSave, LoadCheckpoint, SaveCheckpoint
+from miles_spmd.protocol.commands import Command, ExportModel, FinishSave, LoadCheckpoint, SaveCheckpoint
 from miles_spmd.protocol.last_words import warn
-from miles_spmd.protocol.results import SaveProgress
+from miles_spmd.protocol.results import Result, SaveProgress
 from miles_spmd.telemetry.trackers import read_metrics
+from miles_spmd.types.engine_group import in_group
 from miles_spmd.types.files import with_remedy
+from miles_spmd.types.rollout_batch import Baselines
 from miles_spmd.types.run_files import METRICS_FILE, complete_checkpoints
 
 EXPORTERS: PlugPoint[Exporter] = PlugPoint("checkpoint.exporter", {}, Exporter, limited=False)  # uploads take long
+R = TypeVar("R", bound=Result)
 SAVE_FILE = "save"  # in the run folder: whoever makes it asks for a checkpoint at the end of the step
 
 
@@ -74,6 +79,7 @@ class Checkpoints:
         self._saved: int | None = None  # step before which the run's own newest checkpoint was written
         self.responses = b""  # that came with the checkpoint that was loaded
         self.backlog: Callable[[int], bytes] = lambda step: b""  # what a step has begun before it
+        self.baselines: Callable[[int], Baselines] = lambda step: {}  # of the advantage estimator before a step
 
     def observe(self, event: events.Event) -> None:
         """Remember the newest evaluation, by which ``keep_best`` chooses."""
@@ -96,7 +102,7 @@ class Checkpoints:
 
     def save(self, step: int, journal: Journal, *, anyway: bool = False) -> None:
         """Begin a checkpoint before ``step`` if one is due, or ``anyway``; complete the one before if it is written. It
-        has what ``backlog`` returns for the step.
+        has what ``backlog`` and ``baselines`` return for the step.
 
         A save that fails is a warning. Raises SaveError where the next one fails, too.
         """
@@ -172,7 +178,7 @@ class Checkpoints:
             except OSError as error:
                 problem = str(error)
         # without room for it, too: the ledger's entry depends on the step alone
-        results = self._cluster.call(SaveCheckpoint("" if scratch is None else str(scratch)), step=step)
+        results = self._of_each(lambda policy: SaveCheckpoint(_of(policy, scratch)), step)
         saved = journal.checkpoint_entry(step, results)
         if due:
             journal.publish(events.CheckpointTaken(step, saved))
@@ -185,6 +191,7 @@ class Checkpoints:
             metrics={n: value for n, value in metrics.items() if evaluated == step and math.isfinite(value)},
             format=folders.FORMAT,
             responses=folders.digest_of(responses),
+            baselines=self.baselines(step) or msgspec.UNSET,
         )
         self._saving = _Saving(scratch, state, asked, self._cluster.first_cell)
         if problem:
@@ -195,7 +202,8 @@ class Checkpoints:
         if self._saving is None:
             return
         scratch, step = self._saving.scratch, self._saving.state.step
-        progress = self._cluster.call(FinishSave(wait, str(scratch or "")), step=step, cell=self._saving.cell)
+        by_policy = self._of_each(lambda policy: FinishSave(wait, _of(policy, scratch)), step, self._saving.cell)
+        progress = list(chain.from_iterable(by_policy.values()))
         if not all(one.done for one in progress):
             return
         if any(one.lost for one in progress):
@@ -204,14 +212,21 @@ class Checkpoints:
         problem = next((one.problem for one in progress if one.problem), "")
         try:
             if not problem and scratch is not None:
-                self._complete(self._saving, scratch, progress, journal)
+                self._complete(self._saving, scratch, by_policy, journal)
         except OSError as error:
             problem = str(error)
         if problem:
             self._fail(problem, journal, ends)
 
-    def _complete(self, saving: _Saving, scratch: Path, progress: Sequence[SaveProgress], journal: Journal) -> None:
-        digests = {name: [one.digests[name] for one in progress] for name in progress[0].digests}
+    def _complete(
+        self, saving: _Saving, scratch: Path, by_policy: Mapping[str, Sequence[SaveProgress]], journal: Journal
+    ) -> None:
+        digests = {
+            in_group(policy, name): [one.digests[name] for one in ranks]
+            for policy, ranks in by_policy.items()
+            for name in ranks[0].digests
+        }
+        progress = list(chain.from_iterable(by_policy.values()))
         journal.sync()  # the ledger's entry is on disk before the file that refers to it
         folders.publish(scratch, msgspec.structs.replace(saving.state, folders=digests))
         folders.prune(self._config.run_dir, self._config.checkpoint)
@@ -323,15 +338,17 @@ class Checkpoints:
         own = folder.absolute().is_relative_to(run_dir.absolute())
         if own and state.ledger and self._config.determinism.ledger:
             self._require_entry(folder, state)
-        results = self._cluster.call(LoadCheckpoint(str(folder), state.folders), step=state.step)
-        if problem := next((result.problem for result in results if result.problem), ""):
+        results = self._of_each(lambda policy: LoadCheckpoint(_of(policy, folder), state.of_policy(policy)), state.step)
+        if problem := next((one.problem for one in chain.from_iterable(results.values()) if one.problem), ""):
             raise ResumeError(problem)
         self.responses = folders.responses(folder, state)
+        baselines = state.baselines or {}
         if not own:
-            return Start(state.step)  # of another run, whose ledger this one does not continue
+            return Start(state.step, baselines=baselines)  # of another run, whose ledger this one does not continue
         self._saved = state.step
-        of_cell = results[: self._cluster.world_size // self._config.resilience.cells]  # cells are replicas
-        return Start(state.step, state.ledger, of_cell, state.saved)
+        size = self._cluster.world_size // self._config.resilience.cells  # cells are replicas
+        of_cell = {policy: ranks[:size] for policy, ranks in results.items()}
+        return Start(state.step, state.ledger, of_cell, state.saved, baselines)
 
     def _require_entry(self, folder: Path, state: ControllerState) -> None:
         """Raise ResumeError where the run's ledger, which is whole, does not have the entry after which the checkpoint
@@ -343,17 +360,24 @@ class Checkpoints:
                     f"ledger of {self._config.run_dir}: one of them belongs to another run or was changed"
                 )
 
+    def _of_each(self, make: Callable[[str], Command[R]], step: int, cell: int | None = None) -> dict[str, list[R]]:
+        """Send each policy's ranks the command for it. Returns their results by policy."""
+        policies = self._config.policies
+        return {one: self._cluster.call(make(one), step=step, cell=cell, group=one) for one in policies}
+
     # --- exporting ---------------------------------------------------------------------------------------------------
 
     def export(self) -> None:
-        """Write the trainer's weights as a Hugging Face checkpoint, by default into the run folder. Raises ExportError
-        where the files cannot be written."""
-        folder = self._config.checkpoint.export_dir or self._config.run_dir / folders.EXPORT
-        results = self._cluster.call(ExportModel(str(folder)), step=self._config.run.num_rollout)
-        if problem := results[0].detail.get("problem"):
-            raise ExportError(f"{folder}: {problem}")
+        """Write the trainer's weights as a Hugging Face checkpoint, by default into the run folder; those of a second
+        policy beside it. Raises ExportError where the files cannot be written."""
+        first = self._config.checkpoint.export_dir or self._config.run_dir / folders.EXPORT
+        for policy in self._config.policies:
+            folder = folders.beside(first, policy)
+            results = self._cluster.call(ExportModel(str(folder)), step=self._config.run.num_rollout, group=policy)
+            if problem := results[0].detail.get("problem"):
+                raise ExportError(f"{folder}: {problem}")
         if (name := self._config.checkpoint.exporter) is not None:
-            EXPORTERS.resolve(name)(folder.absolute(), self._config.run.num_rollout)
+            EXPORTERS.resolve(name)(first.absolute(), self._config.run.num_rollout)
 
     def export_at_end(self, journal: Journal) -> None:
         """Export, and leave a checkpoint where that fails. Raises ExportError."""
@@ -370,3 +394,8 @@ class Checkpoints:
                 except (WorkerError, SaveError) as second:
                     raise ExportError(f"{error}; no checkpoint could be written either: {second}") from None
             raise ExportError(f"{error}; nothing is lost: `miles-spmd export {folder} OUT` exports the model") from None
+
+
+def _of(policy: str, folder: Path | None) -> str:
+    """Return the folder of a policy in that of a checkpoint; "" where there is none."""
+    return "" if folder is None else str(folder / in_group(policy, ""))

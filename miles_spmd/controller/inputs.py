@@ -84,6 +84,7 @@ def _models(known: Settings) -> Iterator[str]:
     for name in ("hf_checkpoint", "ref_load", "critic_load", "teacher_load"):
         value_head = name == "critic_load" or known.get("run.mode") == "rm"
         yield from _model(f"model.{name}", known.get(name), value_head)
+    yield from _model("second_policy.second_hf_checkpoint", known.get("second_hf_checkpoint"))
 
 
 def _model(setting: str, folder: Path | None, value_head: bool = False) -> Iterator[str]:

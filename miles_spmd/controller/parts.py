@@ -26,7 +26,7 @@ from miles_spmd.controller.journal.ledger import LedgerRecorder
 from miles_spmd.controller.journal.metrics import Metrics
 from miles_spmd.controller.journal.parity import Parity
 from miles_spmd.controller.journal.stopping import Stopping
-from miles_spmd.controller.learning.policy import Policy
+from miles_spmd.controller.learning.policy import Policy, all_baselines
 from miles_spmd.data.tokenizer import Tokenizer
 from miles_spmd.environments.context import ModelSource, ModelView
 from miles_spmd.environments.in_place import InPlace
@@ -40,7 +40,7 @@ from miles_spmd.telemetry.progress import Progress, open_progress
 from miles_spmd.telemetry.texts import StepLines
 from miles_spmd.telemetry.trackers import Trackers, open_trackers
 from miles_spmd.telemetry.transcripts import cut_transcripts
-from miles_spmd.types.engine_group import JUDGE, POLICY
+from miles_spmd.types.engine_group import JUDGE, in_group
 from miles_spmd.types.role import Role
 from miles_spmd.types.run_files import adopt_config
 
@@ -68,12 +68,22 @@ class RunParts:
     config: Config
     first: int  # step to do
     data: Datasets
-    policy: Policy
+    policies: list[Policy]  # one, or two in mode "rl"
     generation: Generation
     samples: Generation | RecordedSamples  # where the samples of a step come from
     journal: Journal
     checkpoints: Checkpoints
     stopping: Stopping
+
+    @property
+    def policy(self) -> Policy:
+        """The first policy."""
+        return self.policies[0]
+
+    def refit(self) -> None:
+        """Give all engines the weights with which the run begins."""
+        for policy in self.policies:
+            policy.refit(self.first)
 
 
 @contextmanager
@@ -146,7 +156,11 @@ def open_parts(
         attempt.ready(start.step, [info.host for info in cluster.infos])
         if task in ("train", "replay") and config.determinism.ledger:
             roles = [Role.ACTOR, *([Role.CRITIC] if config.has_critic else [])]
-            weights = {role: cluster.call(DigestWeights(role), step=start.step) for role in roles}
+            weights = {
+                in_group(name, role): cluster.call(DigestWeights(role), step=start.step, group=name)
+                for name in config.policies
+                for role in roles
+            }
             journal.ledger = LedgerRecorder(config, start, cluster.world_size, weights)
         if task == "train":
             # What was loaded is good, so the run goes on from there, and nothing stays of the steps that it repeats.
@@ -157,25 +171,30 @@ def open_parts(
         if journal.ledger is not None:
             journal.ledger.begin()
             stack.enter_context(closing(journal.ledger))
-        parity = Parity(config.determinism, recorded=recorded is not None)
-        policy = Policy(config, cluster, journal, parity)
+        policies = []
+        for name in config.policies:
+            parity = Parity(config.determinism, recorded=recorded is not None)
+            policies.append(Policy(config, cluster, journal, parity, start.baselines, name))
         if task == "train":  # what is done again is generated again
             generation.resume(start.step, checkpoints.responses)
             checkpoints.backlog = generation.backlog
+            checkpoints.baselines = partial(all_baselines, policies)
         cluster.abandons = stopping.must_leave
         if config.refit.update_weights_interval == 1:  # else the trainer no longer has the engine's weights
-            cluster.engines[POLICY].replacements = config.rollout.engine_replacements
+            for name in config.policies:
+                cluster.engines[name].replacements = config.rollout.engine_replacements
         cluster.pipelined = config.megatron.get("pipeline_model_parallel_size", 1) > 1
         samples = generation if recorded is None else RecordedSamples(recorded, data, journal)
         stack.enter_context(checkpoints.completed(journal))
-        yield RunParts(config, start.step, data, policy, generation, samples, journal, checkpoints, stopping)
+        yield RunParts(config, start.step, data, policies, generation, samples, journal, checkpoints, stopping)
 
 
 def _host(config: Config, tokenizer: Tokenizer, attempt: AttemptWriter, cluster: Cluster) -> Host:
     """Return what runs the environment: a single response needs no process of its own."""
     folder, date = Path(config.model.hf_checkpoint), config.data.chat_template_date
-    family = load_family(folder)
-    vocab_size, context = family.vocab_size, family.max_sequence_length
+    vocab_size = load_family(folder).vocab_size
+    starts = [config.of_policy(name).model.hf_checkpoint for name in config.policies]
+    context = min(load_family(start).max_sequence_length for start in starts)
     if config.environment.environment == SINGLE_TURN or not config.generates(attempt.record.task):
         return InPlace(single_turn, ModelView(tokenizer, vocab_size, context, date))
     if config.run.mode == "rl":  # a trajectory has to be in one micro-batch

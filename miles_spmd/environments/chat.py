@@ -46,6 +46,7 @@ class Chat:
 
     ``tools`` are the schemas that the policy sees; None: those with which the prompt was rendered, and calls are not
     read. ``call_format`` and ``reasoning_format`` are SGLang's names, or found by what the chat template writes.
+    ``role`` is that of the trajectory.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Chat:
         tools: Sequence[Schema] | None = None,
         call_format: str = AUTO,
         reasoning_format: str = AUTO,
+        role: str = "",
     ) -> None:
         """Raises ValueError where the prompt is not a conversation, a format is unknown, or the chat template
         cannot continue conversations."""
@@ -72,7 +74,7 @@ class Chat:
         if tools is not None:
             self._prompt = context.render(messages, tools=tools)
             tokens = tokens if self._prompt == prompt.text else context.encode(self._prompt, at_start=True)
-        self.trajectory: Trajectory = context.begin(tokens)
+        self.trajectory: Trajectory = context.begin(tokens, role=role)
         self.trajectory.messages = list(messages)
         self._said: Said | None = None  # in the last reply, unless something was added since
         self._count = 0  # of all calls

@@ -70,7 +70,7 @@ class EpisodeContext:
         own = variables if isinstance(variables, dict) else {}
         self._template_variables = own | {"strftime_now": fixed_clock(model.date)}
         self._endpoint, self._sessions = endpoint, 0
-        self._starts: list[list[int]] = []  # of the trajectories, by their numbers
+        self._begun: list[tuple[list[int], str]] = []  # start and role of the trajectories, by their numbers
         self._segments = 0
         # Segments are known by the lists of their tokens, which are kept here, so that no other list has their address.
         self._known: dict[int, tuple[list[int], int]] = {}
@@ -79,16 +79,18 @@ class EpisodeContext:
 
     # --- for environments --------------------------------------------------------------------------------------------
 
-    def begin(self, tokens: Sequence[int]) -> Trajectory:
+    def begin(self, tokens: Sequence[int], *, role: str = "") -> Trajectory:
         start = [*tokens]
         if not start:
             raise ContextError("began a trajectory without a token, which the policy cannot continue")
         self._check(start)
-        self._starts.append(start)
-        return Trajectory([*start], number=len(self._starts) - 1)
+        if not (isinstance(role, str) and role.isprintable()):
+            raise ContextError(f"began a trajectory of the role {role!r:.80}; a role is printable text")
+        self._begun.append((start, role))
+        return Trajectory([*start], number=len(self._begun) - 1, role=role)
 
     def fork(self, trajectory: Trajectory) -> Trajectory:
-        sibling = self.begin(trajectory.start)
+        sibling = self.begin(trajectory.start, role=trajectory.role)
         sibling.segments, sibling.messages = [*trajectory.segments], [*trajectory.messages]
         sibling.text, sibling.finish_reason = trajectory.text, trajectory.finish_reason
         return sibling
@@ -231,11 +233,12 @@ class EpisodeContext:
         """Return the trajectory by the numbers of its segments, and the tokens of those that are new. Raises
         ContextError."""
         given, line = dict[int, list[int]](), list[int]()
-        if not 0 <= trajectory.number < len(self._starts):
+        if not 0 <= trajectory.number < len(self._begun):
             raise ContextError("a trajectory does not come from context.begin or context.fork")
-        start, last = self._starts[trajectory.number], -1
-        if trajectory.start != start:
-            raise ContextError("a trajectory has another start than it began with")
+        (start, role), last = self._begun[trajectory.number], -1
+        for what, own, begun in (("start", trajectory.start, start), ("role", trajectory.role, role)):
+            if own != begun:
+                raise ContextError(f"a trajectory has another {what} than it began with")
         for place, segment in enumerate(trajectory.segments):
             known = self._known.get(id(segment.tokens))
             if known is None and not segment.sampled:
@@ -251,7 +254,12 @@ class EpisodeContext:
             behind = self._behind[line[last]]
             if (behind.start, behind.segments) != (start, line[:last]):
                 raise ContextError("a trajectory has a sampled segment behind other tokens than it was sampled behind")
-        return Line(trajectory.number, start, line), given
+            if behind.role != role:
+                raise ContextError(
+                    f"a trajectory of the role {role!r} has a segment that {behind.role!r} sampled; what others say is "
+                    "given: append a copy of the tokens with sampled=False"
+                )
+        return Line(trajectory.number, start, line, role), given
 
     def _check(self, tokens: Sequence[int]) -> None:
         """Raise ContextError for tokens that the model does not have, which would be an error of the engine."""

@@ -43,11 +43,12 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 
 
 class Line(msgspec.Struct, frozen=True):
-    """A trajectory: ``start``, and its segments by their numbers."""
+    """A trajectory: whose it is, ``start``, and its segments by their numbers."""
 
     number: int
     start: list[int]
     segments: list[int]
+    role: str = ""
 
 
 class Ask(msgspec.Struct, frozen=True, tag=True):

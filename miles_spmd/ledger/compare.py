@@ -18,6 +18,7 @@ import numpy as np
 from miles_spmd.ledger.chain import LedgerError, Record
 from miles_spmd.ledger.entries import Context, Digests, Samples, Saved, Update, unpack
 from miles_spmd.ledger.step_data import Ragged, SampleData, StepData, UpdateData
+from miles_spmd.types.engine_group import POLICY, SECOND_POLICY, in_group
 
 MAX_NAMES = 4  # tensors that a message lists
 # settings that decide where, and in which pieces, the same work is done
@@ -95,11 +96,12 @@ def _differences(a: Record, b: Record, steps: Sequence[int], phase: str | None) 
         yield from _tensors(where, tensor_names.get(role, []), *(side.get(role, b"") for side in before))
     for step in steps:
         data = cache(partial(_read, a, b, step))  # called only where a difference is to be described
+        plays = _players(a.context(step))
         one, other = a.steps[step], b.steps[step]
         if phase != "train":
             yield from _rollout(f"step {step}, rollout", one.samples, other.samples, data)
         if phase != "rollout" or step != steps[-1]:
-            yield from _updates(f"step {step}, train", one.updates, other.updates, data, tensor_names)
+            yield from _updates(f"step {step}, train", one.updates, other.updates, data, tensor_names, plays)
         if step + 1 in a.saved and step + 1 in b.saved:
             yield from _checkpoints(a.saved[step + 1], b.saved[step + 1], tensor_names)
 
@@ -127,13 +129,15 @@ def _updates(
     b: Sequence[Update],
     data: Callable[[], list[StepData]],
     tensor_names: Mapping[str, list[str]],
+    plays: Callable[[str], str],
 ) -> Iterator[str]:
-    trained: Counter[str] = Counter()  # sequences of earlier updates by role, which are those of the rollout in order
+    # sequences of earlier updates by model, which are in order those of the rollout that its policy plays
+    trained: Counter[str] = Counter()
     for number, (one, other) in enumerate(zip(a, b)):
         if one.role != other.role:
             yield f"{where}: update {number} is of the {one.role} | {other.role}"
         here, names = f"{where}: update {number} ({one.role})", tensor_names.get(one.role, [])
-        pair = Pair(here, one, other, data, number, trained[one.role])
+        pair = Pair(here, one, other, data, number, trained[one.role], partial(_of_policy, one.role, plays))
         yield from pair.items(_field, "tokens, loss weights or log-probs differ", "inputs", plural="sequences")
         yield from pair.items(_field, "advantages differ", "advantages")
         yield from pair.items(_log_probs, "log-probs of the forward pass differ", "log_probs")
@@ -146,6 +150,17 @@ def _updates(
         trained[one.role] += len(unpack(one.inputs))
     if len(a) != len(b):
         yield f"{where}: {len(a)} | {len(b)} updates"
+
+
+def _players(context: Context) -> Callable[[str], str]:
+    """Return the function from a role to the policy that plays it."""
+    of_second = (context.config.get("second_policy") or {}).get("second_roles") or []
+    return lambda role: SECOND_POLICY if role in of_second else POLICY
+
+
+def _of_policy(model: str, plays: Callable[[str], str], role: str) -> bool:
+    """Whether the samples of ``role`` are those that ``model`` is trained on."""
+    return model == in_group(plays(role), model.rpartition("/")[2])
 
 
 def _checkpoints(a: Saved, b: Saved, tensor_names: Mapping[str, list[str]]) -> Iterator[str]:
@@ -167,7 +182,8 @@ class Pair(NamedTuple):
     b: Any
     step: Callable[[], list[StepData]]  # what the runs still have of the step's data
     number: int | None = None  # of the update, None: the samples
-    first: int = 0  # index in the rollout of the first item
+    first: int = 0  # index of the first item among those that belong here
+    belongs: Callable[[str], bool] = lambda role: True  # whether the samples of a role do
 
     def items(
         self, describe: Callable[[Any, Any, int], str], without_data: str, *fields: str, plural: str = ""
@@ -186,8 +202,10 @@ class Pair(NamedTuple):
         index = min(unequal)
         name = f"sample {self.first + index}"
         for samples in (side.samples for side in self.step()):
-            if samples and self.first + index < len(samples.uids):
-                name += f" ({_identity(samples, self.first + index)})"
+            roles = (samples.roles or [""] * len(samples.uids)) if samples else []
+            own = [place for place, role in enumerate(roles) if self.belongs(role)]
+            if samples and self.first + index < len(own):
+                name = f"sample {own[self.first + index]} ({_identity(samples, own[self.first + index])})"
                 break
         if plural and np.array_equal(np.sort(one[0]), np.sort(other[0])):
             yield f"{self.where}: the same {plural} in another order, from {name} on"
@@ -250,7 +268,8 @@ def _field(a: UpdateData, b: UpdateData, index: int) -> str:
 
 
 def _identity(data: SampleData, index: int) -> str:
-    return f"response {data.indices[index]} to {data.uids[index]}"
+    role = f" of {data.roles[index]}" if data.roles and data.roles[index] else ""
+    return f"response {data.indices[index]}{role} to {data.uids[index]}"
 
 
 def _first(name: str, index: int, *columns: tuple[str, Ragged, Ragged]) -> str:

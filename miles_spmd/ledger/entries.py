@@ -28,7 +28,7 @@ class Context(msgspec.Struct, tag="context", frozen=True):
     config: dict[str, Any]  # settings that can affect a number
     code: str  # digest of this package, compiled kernels included
     environment: dict[str, Any]
-    tensors: dict[str, list[str]]  # names of the checkpoint's tensors, by role
+    tensors: dict[str, list[str]]  # names of the checkpoint's tensors, by role; in a second policy by policy/role
     weights: dict[str, Digests]  # before the step, by role
 
 
@@ -36,7 +36,7 @@ class Samples(msgspec.Struct, frozen=True, rename={"responses": "answers"}):  # 
     """Digests of a rollout, one per sample in order of submission."""
 
     dropped: int  # groups that the filter did not keep
-    requests: Digests  # uid, index, seed, prompt
+    requests: Digests  # uid, index, seed, prompt, and role where there are roles
     responses: Digests  # tokens, loss mask, finish reason, weight versions
     log_probs: Digests  # of the engine
     rewards: Digests

@@ -66,10 +66,12 @@ class SampleData(msgspec.Struct, rename={"responses": "answers"}, omit_defaults=
     reward_details: list[dict[str, float]]
     segments: list[list[Origin]] = []  # of each sample
     turn_rewards: list[list[float | None]] = []  # of each sample; empty where no turn has one
+    roles: list[str] = []  # of each sample; empty where none has one
 
     @classmethod
     def of(cls, samples: Sequence[Sample], dropped: int) -> SampleData:
         turn_rewards = [sample.trajectory.turn_rewards for sample in samples]
+        roles = [sample.role for sample in samples]
         return cls(
             dropped=dropped,
             uids=[s.prompt.uid for s in samples],
@@ -84,15 +86,17 @@ class SampleData(msgspec.Struct, rename={"responses": "answers"}, omit_defaults=
             reward_details=[{name: float(v) for name, v in s.reward_detail.items()} for s in samples],
             segments=[[(len(one.tokens), one.sampled, one.trained) for one in s.trajectory.segments] for s in samples],
             turn_rewards=turn_rewards if any(turn_rewards) else [],
+            roles=roles if any(roles) else [],
         )
 
     def digests(self, run_seed: int, step: int) -> Samples:
         seeds = [sample_seed(run_seed, step, uid, index) for uid, index in zip(self.uids, self.indices)]
         versions, details = map(str, self.weight_versions), map(str, self.reward_details)
         turn_rewards = [map(str, self.turn_rewards)] if self.turn_rewards else []
+        roles = [self.roles] if self.roles else []
         return Samples(
             dropped=self.dropped,
-            requests=digests(map(digest, self.uids, self.indices, seeds, self.prompts.split())),
+            requests=digests(map(digest, self.uids, self.indices, seeds, self.prompts.split(), *roles)),
             responses=digests(map(digest, self.responses.split(), self.masks.split(), self.finish_reasons, versions)),
             log_probs=digests(map(digest, self.log_probs.split())),
             rewards=digests(map(digest, self.rewards, details, *turn_rewards)),
@@ -107,6 +111,7 @@ class SampleData(msgspec.Struct, rename={"responses": "answers"}, omit_defaults=
             trajectory = Trajectory(
                 starts[i].tolist(),
                 _segments(origins[i], responses[i].tolist(), log_probs[i].tolist(), self.weight_versions[i]),
+                role=self.roles[i] if self.roles else "",
                 finish_reason=FinishReason(self.finish_reasons[i]),
             )
             for turn, reward in enumerate(self.turn_rewards[i] if self.turn_rewards else []):

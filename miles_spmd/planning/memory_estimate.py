@@ -138,7 +138,11 @@ def estimate_judge(config: Config) -> MemoryEstimate:
 
 def checkpoint_bytes(config: Config) -> int:
     """Return the size of a resumable checkpoint, of which the layout does not matter: weights in fp32 and the
-    optimizer's state of everything that is trained, and a reference policy that changes."""
+    optimizer's state of everything that is trained, and reference policies that change."""
+    return sum(_checkpoint_bytes(config.of_policy(name)) for name in config.policies)
+
+
+def _checkpoint_bytes(config: Config) -> int:
     m, policy = config.model, load_family(config.model.hf_checkpoint, value_head=config.run.mode == "rm")
     trained = policy.num_parameters()
     if config.has_critic:

@@ -19,6 +19,7 @@ class ParallelLayout:
 
     world_size: int
     judge_num_gpus: int  # the last so many ranks only judge
+    second_num_gpus: int  # of the others the last so many have a second policy
     rollout_num_gpus: int  # of the others the last so many only generate, and the rest only trains; 0: all do both
     tp: int
     cp: int
@@ -37,6 +38,7 @@ class ParallelLayout:
         return cls(
             world_size=world_size,
             judge_num_gpus=s["judge_num_gpus"],
+            second_num_gpus=s["second_num_gpus"],
             rollout_num_gpus=s["rollout_num_gpus"],
             tp=s["tensor_model_parallel_size"],
             cp=s["context_parallel_size"],
@@ -51,11 +53,15 @@ class ParallelLayout:
 
     @property
     def trainer_ranks(self) -> range:
-        return range(self.judge_ranks.start - self.rollout_num_gpus)
+        return range(self.second_ranks.start - self.rollout_num_gpus)
 
     @property
     def engine_ranks(self) -> range:
-        return range(len(self.trainer_ranks) if self.rollout_num_gpus else 0, self.judge_ranks.start)
+        return range(len(self.trainer_ranks) if self.rollout_num_gpus else 0, self.second_ranks.start)
+
+    @property
+    def second_ranks(self) -> range:
+        return range(self.judge_ranks.start - self.second_num_gpus, self.judge_ranks.start)
 
     @property
     def judge_ranks(self) -> range:
@@ -66,7 +72,8 @@ class ParallelLayout:
         """The ranks that have duties of their own, by name; "": those that both train and generate."""
         apart = {"trainers": self.trainer_ranks, "engines": self.engine_ranks}
         of_policy = apart if self.rollout_num_gpus else {"": self.trainer_ranks}
-        return of_policy | ({"judges": self.judge_ranks} if self.judge_num_gpus else {})
+        second = {"second_policy": self.second_ranks} if self.second_num_gpus else {}
+        return of_policy | second | ({"judges": self.judge_ranks} if self.judge_num_gpus else {})
 
     @property
     def dp(self) -> int:

@@ -79,6 +79,10 @@ def _ranks(layout: ParallelLayout, cells: int) -> Iterator[str]:
         yield f"  ... and {layout.world_size - shown} more"
     if layout.rollout_num_gpus:
         yield f"  disaggregated: {len(layout.trainer_ranks)} train, {len(layout.engine_ranks)} generate"
+    if layout.second_num_gpus:
+        first, last = layout.second_ranks[0], layout.second_ranks[-1]
+        ranks = f"ranks {first} to {last} train" if first < last else f"rank {first} trains"
+        yield f"  {ranks} a second policy, with engines of its own"
     if layout.judge_num_gpus:
         first, last = layout.judge_ranks[0], layout.judge_ranks[-1]
         yield f"  ranks {first} to {last} judge, and do nothing else" if first < last else f"  rank {first} only judges"

@@ -48,8 +48,10 @@ class Context(Protocol):
     index: int
     """Number of the sample among those of its prompt."""
 
-    def begin(self, tokens: Sequence[int]) -> Trajectory:
-        """Return a new trajectory that begins with ``tokens``: the prompt's, or those of a sub-agent."""
+    def begin(self, tokens: Sequence[int], *, role: str = "") -> Trajectory:
+        """Return a new trajectory that begins with ``tokens``: the prompt's, or those of a sub-agent or another player.
+
+        ``role`` names the player whose trajectory it is, where there are several: printable text."""
         ...
 
     def fork(self, trajectory: Trajectory) -> Trajectory:
@@ -121,13 +123,14 @@ class Context(Protocol):
 
 
 class Environment(Protocol):
-    """Returns the trajectories to train on: one, or siblings, which share a reward. A function may have further
-    parameters, which ``environment.environment_kwargs`` sets; its attribute ``check``, if it has one, is called with
-    them when a process starts, and raises ValueError for what cannot be used.
+    """Returns the trajectories to train on: one, or siblings, which share a reward, or those of several roles, each of
+    which has a reward of its own. A function may have further parameters, which ``environment.environment_kwargs``
+    sets; its attribute ``check``, if it has one, is called with them when a process starts, and raises ValueError for
+    what cannot be used.
 
-    Where the first trajectory has a ``reward``, it counts for all, in place of that of the reward functions, which are
-    given the first one. So does the sum over the turns where only these have one (``Trajectory.reward_turn``). What
-    siblings have in common is trained once, in the first that has it.
+    Where the first trajectory of a role has a ``reward``, it counts for all siblings, in place of that of the reward
+    functions, which are given the first one. So does the sum over the turns where only these have one
+    (``Trajectory.reward_turn``). What siblings have in common is trained once, in the first that has it.
     """
 
     async def __call__(self, context: Context, prompt: Prompt) -> Trajectory | Sequence[Trajectory]: ...

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 
 from miles_spmd.config import Config
 from miles_spmd.config.load import ConfigError, load_config
@@ -69,8 +70,10 @@ def run(sft: Config, grpo: Config, arguments: argparse.Namespace) -> None:
     print(f"quickstart: model {grpo.run_dir / 'export'}")
     differing, compared = summary["parity_mismatches"], summary["parity_tokens"]
     print(f"quickstart: log-probs of engine and trainer differ on {differing:,.0f} of {compared:,.0f} tokens")
-    before, after = summary["accuracy_before"], summary["accuracy_after"]
-    print(f"quickstart: held-out accuracy {before:.2f} -> {after:.2f} in {train_seconds:.0f} s")
+    scores = stages[grpo.run.name].scores()
+    for name, series in scores.items():
+        what = "held-out accuracy" if len(scores) == 1 else f"held-out accuracy, {name}"
+        print(f"quickstart: {what} {series[0][1]:.2f} -> {series[-1][1]:.2f} in {train_seconds:.0f} s")
 
 
 def train(recipe: Path, config: Config, overrides: list[str]) -> None:
@@ -84,11 +87,12 @@ def train(recipe: Path, config: Config, overrides: list[str]) -> None:
 
 
 def summarize(sft: Stage, grpo: Stage) -> dict[str, float]:
-    """Return held-out accuracy before and after GRPO, and how far engine and trainer agreed during it."""
-    (scores,) = grpo.scores().values()
+    """Return held-out accuracy before and after GRPO, the mean over the held-out sets, and how far engine and trainer
+    agreed during it."""
+    scores = grpo.scores().values()
     return {
-        "accuracy_before": scores[0][1],
-        "accuracy_after": scores[-1][1],
+        "accuracy_before": fmean(series[0][1] for series in scores),
+        "accuracy_after": fmean(series[-1][1] for series in scores),
         "steps": grpo.done,
         "warmup_steps": sft.done,
         "parity_tokens": sum(grpo.values("parity/tokens")),

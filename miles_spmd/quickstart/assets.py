@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from miles_spmd.quickstart import calculator, programs, retrieval, task
+from miles_spmd.quickstart import calculator, programs, retrieval, stones, task
 from miles_spmd.quickstart.checkpoint import write_random_model, write_tokenizer
 from miles_spmd.quickstart.language import Language
 from miles_spmd.types.files import write_whole
@@ -28,6 +28,7 @@ TASKS = {
     "calculator": Task(calculator.LANGUAGE, calculator.data_files),
     "programs": Task(programs.LANGUAGE, programs.data_files),
     "retrieval": Task(retrieval.LANGUAGE, retrieval.data_files),
+    "stones": Task(stones.LANGUAGE, stones.data_files),
 }
 
 

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from miles_spmd.types.engine_group import SECOND_POLICY
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -132,6 +134,9 @@ PHASES = ("start", "rollout", "log_probs", "train", "refit", "eval", "save", "le
 
 def describe(name: str) -> Metric:
     """Return unit and meaning of the metric ``name``, an empty description for those of plug-ins."""
+    if name.startswith(f"{SECOND_POLICY}/"):
+        first = describe(name.removeprefix(f"{SECOND_POLICY}/"))
+        return Metric(first.unit, f"{first.meaning}; of the second policy" if first.meaning else "")
     if name in METRICS:
         return METRICS[name]
     if found := re.fullmatch(r"(?:rollout/|eval/(?P<set>.+)-)reward/(?P<detail>.+)/(?P<kind>mean|std)", name):
@@ -144,6 +149,13 @@ def describe(name: str) -> Metric:
     if found := re.fullmatch(r"(?:rollout/|eval/(?P<set>.+)-)(?:env/(?P<detail>.+)|turns)", name):
         what = f"{found['detail']}, which the environment counted" if found["detail"] else "responses in a trajectory"
         return Metric("", f"Mean number of {what}" + (f" on {found['set']}" if found["set"] else ""))
+    if found := re.fullmatch(r"(?:rollout/|eval/(?P<set>.+)-)role/(?P<role>.+)/(?P<what>reward|response_len)", name):
+        unit, what = {"reward": ("", "Mean reward"), "response_len": ("tokens", "Mean length of the trajectories")}[
+            found["what"]
+        ]
+        return Metric(unit, f"{what} of the role {found['role']}" + (f" on {found['set']}" if found["set"] else ""))
+    if found := re.fullmatch(r"rollout/baseline/(?P<player>.+)", name):
+        return Metric("", f"Moving average of the rewards of {found['player']}, game and role, after the rollout")
     if found := re.fullmatch(r"(?:rollout/|eval/(?P<set>.+)-)turn_reward/(?P<turn>\d+)", name):
         where = f" on {found['set']}" if found["set"] else ""
         return Metric("", f"Mean reward of turn {found['turn']} of the trajectories that have one for it{where}")

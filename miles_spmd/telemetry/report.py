@@ -200,10 +200,11 @@ def _stage(stage: Stage) -> dict[str, Any]:
 
 
 def _first_and_last(transcripts: list[Transcript]) -> list[list[Transcript]]:
-    """Return for each prompt its transcripts of the first and the last evaluation: one where these are the same."""
-    by_prompt: dict[tuple[str, str], list[Transcript]] = {}
+    """Return for each prompt and role the transcripts of the first and the last evaluation: one where these are the
+    same."""
+    by_prompt: dict[tuple[str, str, str], list[Transcript]] = {}
     for transcript in transcripts:
-        by_prompt.setdefault((transcript.source, transcript.uid), []).append(transcript)
+        by_prompt.setdefault((transcript.source, transcript.uid, transcript.role), []).append(transcript)
     return [[own[0], own[-1]] if own[0].step != own[-1].step else [own[-1]] for own in by_prompt.values()]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from miles_spmd.config import Config
 from miles_spmd.telemetry.json_lines import LineWriter, cut
 from miles_spmd.types.printable import printable
-from miles_spmd.types.sample import Sample
+from miles_spmd.types.sample import Sample, by_role
 
 TRANSCRIPTS_FILE, ROLLOUTS_FILE = "transcripts.jsonl", "rollouts.jsonl"
 MAX_TEXT = 4000  # characters of a training response or its prompt that are kept
@@ -37,6 +37,7 @@ class Transcript(msgspec.Struct, frozen=True):
     tokens: int  # of the response
     messages: list[Message] = []  # of the prompt, where it is a conversation
     turn_rewards: list[float | None] = []  # of all turns; empty where none has one
+    role: str = ""  # "" where there is one player
 
 
 class Rollout(msgspec.Struct, frozen=True):
@@ -49,14 +50,16 @@ class Rollout(msgspec.Struct, frozen=True):
 
 
 def write_transcripts(config: Config, step: int, sets: Mapping[str, Sequence[Sequence[Sample]]]) -> None:
-    """Append the first response to each of the first ``num_transcripts`` prompts of every set to ``transcripts.jsonl``.
+    """Append the first response to each of the first ``num_transcripts`` prompts of every set to ``transcripts.jsonl``,
+    where there are roles the first of each.
 
     These are the same prompts in every evaluation.
     """
     with closing(LineWriter(config.run_dir / TRANSCRIPTS_FILE)) as lines:
         for name, groups in sets.items():
-            for sample, *_ in groups[: config.telemetry.num_transcripts]:
-                lines.write(_transcript(step, name, sample))
+            for group in groups[: config.telemetry.num_transcripts]:
+                for first, *_ in by_role(group):
+                    lines.write(_transcript(step, name, first))
 
 
 def write_rollout(config: Config, step: int, groups: Sequence[Sequence[Sample]]) -> None:
@@ -104,6 +107,7 @@ def _transcript(step: int, source: str, sample: Sample, limit: int = 2**31) -> T
         tokens=len(sample.response),
         messages=[_message(message, limit) for message in messages] if isinstance(messages, list) else [],
         turn_rewards=sample.trajectory.turn_rewards,
+        role=printable(sample.role, MAX_TEXT),
     )
 
 

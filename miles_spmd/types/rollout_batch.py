@@ -2,9 +2,10 @@
 
 Shape suffixes: N samples in submission order, R rollouts, T tokens of one sample (each sample has its own length; entry
 t belongs to token t). A *rollout* is one or more samples (siblings, for example the turns of a conversation) with one
-reward; a *group* is all rollouts of one prompt.
+reward; a *group* is all rollouts of one prompt and one role.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 Arrays = list[np.ndarray]  # one [T] array per sample
+Baselines = Mapping[str, Mapping[str, float]]  # a number for each game and role
 
 _PER_TOKEN = ("old_log_probs", "rollout_log_probs", "ref_log_probs", "teacher_log_probs", "teacher_kl", "values")
 
@@ -23,6 +25,7 @@ class RolloutTable:
     rewards: np.ndarray  # float64 [R]
     group_ids: np.ndarray  # int [R]
     of_sample: np.ndarray  # int [N], the rollout of each sample
+    first: np.ndarray  # int [R], the first sample of each rollout
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class RolloutBatch:
     """
 
     rewards: np.ndarray  # float64 [N]
-    group_ids: np.ndarray  # int [N], equal for the samples of one prompt
+    group_ids: np.ndarray  # int [N], equal for the samples of one prompt and role
     masks: Arrays  # 0/1 [T], 1 where the policy sampled the token and it is trained
     rollout_ids: np.ndarray | None = None  # int [N], equal for siblings; None: each sample is a rollout
     old_log_probs: Arrays | None = None  # [T], of the policy in the ratio's denominator
@@ -44,10 +47,12 @@ class RolloutBatch:
     teacher_kl: Arrays | None = None  # [T], KL(student || teacher) over a top-k set, in place of teacher_log_probs
     values: Arrays | None = None  # [T], the critic's value of the state before token t
     turn_rewards: Arrays | None = None  # [T], the reward of the turn that ends with token t; None: turns have none
+    players: Sequence[tuple[str, str]] | None = None  # [N], game and role; None: one player, with the names "" and ""
+    baselines: Baselines = field(default_factory=dict)  # what the estimator has returned for the batch before
 
     def __post_init__(self) -> None:
         n = len(self.rewards)
-        for name in ("group_ids", "masks", "rollout_ids", "turn_rewards", *_PER_TOKEN):
+        for name in ("group_ids", "masks", "rollout_ids", "players", "turn_rewards", *_PER_TOKEN):
             array = getattr(self, name)
             if array is not None and len(array) != n:
                 raise ValueError(f"{name} has {len(array)} entries for {n} rewards")
@@ -92,7 +97,7 @@ class RolloutBatch:
             if different.any():
                 raise ValueError(f"siblings differ in {name}: rollouts {_first(different, np.asarray(ids))}")
         return RolloutTable(
-            np.asarray(self.rewards, np.float64)[first_R], np.asarray(self.group_ids)[first_R], of_sample
+            np.asarray(self.rewards, np.float64)[first_R], np.asarray(self.group_ids)[first_R], of_sample, first_R
         )
 
     @property
@@ -109,6 +114,7 @@ class Estimate:
     advantages: Arrays  # [T]
     returns: Arrays | None = None  # [T], targets of the critic
     metrics: dict[str, float] = field(default_factory=dict)
+    baselines: Baselines = field(default_factory=dict)  # for the next batch; checkpoints have them
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,14 @@
-"""The unit of work: a trajectory that began with a prompt, from request to reward."""
+"""The unit of work: a trajectory that began with a prompt, from request to reward.
+
+An *episode* is one call of the environment for a prompt, and has an index among the episodes of that prompt. A
+*rollout* is what one role has of an episode: one trajectory, or several (siblings), with one reward. Where an
+environment names no roles, every episode is one rollout. A *group* is all rollouts of a prompt; those of one role are
+compared.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import msgspec
@@ -28,10 +34,26 @@ class Sample(msgspec.Struct):
     """
 
     prompt: Prompt
-    index: int  # 0 .. n_samples_per_prompt - 1 within its group; siblings, the samples of one rollout, share it
+    index: int  # of its episode, 0 .. n_samples_per_prompt - 1
     trajectory: Trajectory
     reward: float | None = None
     reward_detail: dict[str, float] = {}
+
+    @property
+    def role(self) -> str:
+        """The player whose trajectory it is, "" where there is one player."""
+        return self.trajectory.role
+
+    @property
+    def game(self) -> str:
+        """What is played, "" where the row of the prompt has no text in its column ``game``."""
+        game = self.prompt.metadata.get("game")
+        return game if isinstance(game, str) else ""
+
+    @property
+    def rollout(self) -> tuple[str, int, str]:
+        """What names its rollout: prompt, episode and role. Siblings have the same."""
+        return self.prompt.uid, self.index, self.role
 
     @property
     def sequence(self) -> list[int]:
@@ -87,6 +109,28 @@ class Sample(msgspec.Struct):
         return msgspec.structs.replace(self, trajectory=msgspec.structs.replace(self.trajectory, segments=segments))
 
 
-def rollouts(group: Sequence[Sample]) -> list[Sample]:
-    """Return the first sample of each rollout of a prompt: siblings share a reward, which counts once."""
-    return list({sample.index: sample for sample in reversed(group)}.values())[::-1]
+def by_role(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Divide a group by role, in the order in which the roles come first: into what is compared."""
+    return _divided(samples, lambda sample: sample.role)
+
+
+def by_rollout(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Divide samples into rollouts, each of which is a list of siblings, in the order in which they come first."""
+    return _divided(samples, lambda sample: sample.rollout)
+
+
+def rollouts(samples: Sequence[Sample]) -> list[Sample]:
+    """Return the first sample of each rollout: siblings share a reward, which counts once."""
+    return [first for first, *_ in by_rollout(samples)]
+
+
+def episodes(samples: Sequence[Sample]) -> list[Sample]:
+    """Return the first sample of each episode, which has what the environment counted."""
+    return [first for first, *_ in _divided(samples, lambda sample: sample.rollout[:2])]
+
+
+def _divided(samples: Sequence[Sample], key: Callable[[Sample], Hashable]) -> list[list[Sample]]:
+    parts: dict[Hashable, list[Sample]] = {}
+    for sample in samples:
+        parts.setdefault(key(sample), []).append(sample)
+    return list(parts.values())

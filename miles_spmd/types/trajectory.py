@@ -46,6 +46,7 @@ class Trajectory(msgspec.Struct):
     start: list[int]
     segments: list[Segment] = []
     number: int = 0  # among the trajectories of its episode
+    role: str = ""  # of the player whose trajectory it is; "": the episode has one player
     text: str | None = None  # what is scored; None: the text of what the policy sampled last
     messages: list[dict[str, Any]] = []  # the conversation, where the environment keeps it as messages
     finish_reason: FinishReason = FinishReason.STOP  # of what the policy sampled last

@@ -26,6 +26,7 @@ from miles_spmd.protocol.messages import Hello, RankInfo, Reply
 from miles_spmd.protocol.pipe import Credentials, Replay
 from miles_spmd.protocol.results import Ok
 from miles_spmd.telemetry.environment import cores_per_rank
+from miles_spmd.types.engine_group import SECOND_POLICY
 from miles_spmd.types.phase import Phase
 from miles_spmd.worker.controller_process import ControllerProcess
 from miles_spmd.worker.kernels import Kernels
@@ -202,17 +203,20 @@ def join(config: Config, task: str, place: Place, controller: ControllerProcess 
         world_size=place.world_size,
         timeout=longest,
     )
-    return credentials, take_side(
-        config.rollout.rollout_num_gpus, longest, config.reward.judge_num_gpus, trains=task != "generate"
-    )
+    others = config.reward.judge_num_gpus, config.second_policy.second_num_gpus
+    return credentials, take_side(config.rollout.rollout_num_gpus, longest, *others, trains=task != "generate")
 
 
 def build(config: Config, task: str, place: Place, side: Side, watch: Stopwatch, warn: Callable[[str], None]) -> Worker:
     """Build the worker. Raises MemoryPlanError, DeviceMemoryError, and whatever models and engine raise."""
     import torch
+    import torch.distributed as dist
 
     from miles_spmd.platform import cpu, cuda
 
+    ranks = place.world_size
+    if side.group == SECOND_POLICY:
+        config, ranks = config.of_policy(SECOND_POLICY), dist.get_world_size()
     generates = side.generates and config.generates(task)
     if generates and config.rollout.engine == "sglang" and torch.cuda.is_available():
         cuda.require_memory_saver()
@@ -220,7 +224,7 @@ def build(config: Config, task: str, place: Place, side: Side, watch: Stopwatch,
         cpu.install()
         from miles_spmd.worker.memory_account import MemoryAccount
         from miles_spmd.worker.worker import Worker
-    memory = MemoryAccount(config, place.world_size, side.trains, generates, warn, group=side.group)
+    memory = MemoryAccount(config, ranks, side.trains, generates, warn, group=side.group)
     memory.require_room(training=task in ("train", "warm"))
     with memory.explaining():
         worker = Worker(config, task, side, place.number, watch, memory, place.cell)

@@ -179,7 +179,7 @@ class MemoryAccount:
     def note(self, name: str, value: float) -> None:
         """Record the metric ``memory/name`` of this command, of a judge ``memory/judge_name``, unless it was larger
         before."""
-        name = name if self.group == POLICY else f"{self.group}_{name}"
+        name = f"judge_{name}" if self.group == JUDGE else name
         self._peaks[f"memory/{name}"] = max(self._peaks.get(f"memory/{name}", 0.0), value)
 
     def take(self) -> dict[str, float]:

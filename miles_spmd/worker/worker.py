@@ -62,9 +62,9 @@ def _without_weights(config: Config, group: EngineGroup, refits: bool) -> Engine
         context_length=context_length,
         # one without a trainer has a device of its own, and takes what it has
         cache_tokens=needed_tokens(config, dist.get_world_size()) if refits else None,
-        # which compares the policy with its trainer; whether responses depend on the batch is decided above
-        invariant=group.name == POLICY and config.determinism.parity == "bitwise",
-        sum_terms=config.sum_terms if group.name == POLICY else group.tp_size,
+        # which compares a policy with its trainer; whether responses depend on the batch is decided above
+        invariant=group.name != JUDGE and config.determinism.parity == "bitwise",
+        sum_terms=config.sum_terms if group.name != JUDGE else group.tp_size,
     )
 
 
@@ -165,8 +165,9 @@ class Worker:
             append_values(file, "megatron", "Megatron-core", self._roles.actor.backend_values)
         args = getattr(self._engine, "server_args", None)  # another engine has none
         if args is not None and (self._rank if self._in_cell else dist.get_rank()) == 0:
-            judges = self.group == JUDGE
-            append_values(file, "reward.judge_sglang" if judges else "sglang", "SGLang", [args])
+            tables = {POLICY: "sglang", JUDGE: "reward.judge_sglang"}  # a second policy has the first one's values
+            if self.group in tables:
+                append_values(file, tables[self.group], "SGLang", [args])
 
     @property
     def roles(self) -> Roles:

@@ -4,7 +4,8 @@ in.
 Megatron and SGLang both build on the default process group. Colocated, it is the group of all ranks of the policy.
 Disaggregated, the ranks that train have one and the ranks that generate have another, each numbered from 0, so that
 neither backend has to handle ranks that it does not use; the group of all ranks of the policy stays beside it for
-refits. Ranks that judge have one of their own, and nothing in common with the others.
+refits. Ranks that judge have one of their own, and nothing in common with the others. So have those of a second policy,
+which all train and generate.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from miles_spmd.types.engine_group import JUDGE, POLICY
+from miles_spmd.types.engine_group import JUDGE, POLICY, SECOND_POLICY
 
 
 @dataclass(frozen=True)
 class Side:
     """The duties of this rank. ``generates``: it holds an engine of ``group``. ``refits``: trainers of the run give the
-    engines of its group their weights. ``everyone`` is the process group of all ranks of the policy; None: the default
+    engines of its group their weights. ``everyone`` is the process group of all ranks of its policy; None: the default
     group."""
 
     trains: bool = True
@@ -32,14 +33,18 @@ class Side:
     everyone: dist.ProcessGroup | None = None
 
 
-def take_side(rollout_num_gpus: int, timeout: timedelta, judge_num_gpus: int = 0, *, trains: bool = True) -> Side:
+def take_side(
+    rollout_num_gpus: int, timeout: timedelta, judge_num_gpus: int = 0, second_num_gpus: int = 0, *, trains: bool = True
+) -> Side:
     """Assign the last ``judge_num_gpus`` ranks of the default group to the judge, of the others the last
-    ``rollout_num_gpus`` to generation and the rest to training, and make a default group for this rank's side, with
-    ``timeout`` for its collectives. Collective. ``rollout_num_gpus`` 0: all ranks but the judge's do both. Where
-    nothing ``trains``, they generate.
+    ``second_num_gpus`` to the second policy, of the others the last ``rollout_num_gpus`` to generation and the rest to
+    training, and make a default group for this rank's side, with ``timeout`` for its collectives. Collective.
+    ``rollout_num_gpus`` 0: all ranks of the first policy do both. Where nothing ``trains``, all generate.
     """
     if judge_num_gpus and _split(judge_num_gpus, ("policy", "judges"), timeout):
         return Side(trains=False, refits=False, group=JUDGE)
+    if second_num_gpus and _split(second_num_gpus, ("first policy", "second policy"), timeout):
+        return Side(trains=trains, refits=trains, group=SECOND_POLICY)
     if not trains:
         return Side(trains=False, refits=False)
     everyone = dist.group.WORLD

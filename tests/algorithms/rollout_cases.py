@@ -1,4 +1,4 @@
-"""Random rollouts: groups of any size, siblings, shuffled, empty and fully masked samples, far-off ratios."""
+"""Random rollouts: groups of any size, siblings, players, shuffled, empty and fully masked samples, far-off ratios."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ def rollouts(draw: st.DrawFn) -> RolloutBatch:
             array[rng.random(len(array)) < 0.1] -= rng.choice([0.0, 25.0])
         return [arrays[i].astype(np.float32) for i in order]
 
+    games = rng.choice(["kuhn", "nim"], len(siblings) * 4 * 3)
+    roles = rng.choice(["first", "second"], len(siblings) * 4 * 3)
     turn_rewards = None  # of turns that end at any token, trained or not
     if draw(st.booleans()):
         turn_rewards = [rng.normal(size=lengths[i]) * (rng.random(lengths[i]) < 0.4) for i in order]
@@ -42,6 +44,8 @@ def rollouts(draw: st.DrawFn) -> RolloutBatch:
         ref_log_probs=per_token(0.1),
         teacher_log_probs=per_token(1.0),
         values=per_token(1.0),
+        players=[(str(games[i]), str(roles[i])) for i in rollout_ids[order]],
+        baselines=draw(st.sampled_from([{}, {"kuhn": {"first": 0.5, "second": -0.25}}])),
     )
 
 

@@ -63,6 +63,21 @@ def compare_in_group(name: str, a: AlgorithmConfig, batch: RolloutBatch) -> dict
     return out
 
 
+def moving_averages(a: AlgorithmConfig, batch: RolloutBatch) -> tuple[dict[int, float], dict[tuple[str, str], float]]:
+    """Rollout id -> advantage, and what is left as the baseline of each game and role."""
+    baselines = {(game, role): b for game, roles in batch.baselines.items() for role, b in roles.items()}
+    out: dict[int, float] = {}
+    for i, rollout in enumerate(batch.rollout_ids):  # type: ignore[arg-type]
+        if rollout in out:
+            continue
+        siblings = [j for j, other in enumerate(batch.rollout_ids) if other == rollout]  # type: ignore[arg-type]
+        reward = float(batch.rewards[i]) - math.fsum(kl(a, batch, j, t) for j in siblings for t in trained(batch, j))
+        player = batch.players[i]  # type: ignore[index]
+        baselines[player] = a.rae_decay * baselines.get(player, 0.0) + (1 - a.rae_decay) * reward
+        out[rollout] = reward - baselines[player]
+    return out, baselines
+
+
 def token_level(name: str, a: AlgorithmConfig, batch: RolloutBatch, i: int) -> tuple[list[float], list[float]]:
     """Advantages and returns of sample i: A_t = sum over later trained tokens of (gamma lambda)^k delta."""
     places = trained(batch, i)
@@ -90,7 +105,7 @@ def oracle(a: AlgorithmConfig, batch: RolloutBatch) -> Rows:
     if name in ("ppo", "reinforce_plus_plus"):
         rows = [token_level(name, a, batch, i)[0] for i in range(len(batch.masks))]
     else:
-        per_rollout = compare_in_group(name, a, batch)
+        per_rollout = moving_averages(a, batch)[0] if name == "rae" else compare_in_group(name, a, batch)
         rows = [[per_rollout[r] if m else 0.0 for m in mask] for r, mask in zip(batch.rollout_ids, batch.masks)]  # type: ignore[arg-type]
         if name == "reinforce_plus_plus_baseline":
             for i, row in enumerate(rows):
@@ -134,11 +149,15 @@ def test_estimator_equals_plain_loops(name: str, data: st.DataObject, batch: Rol
         kl_loss_type=data.draw(st.sampled_from(["k1", "k2", "low_var_kl"])),
         gamma=data.draw(st.sampled_from([1.0, 0.9])),
         lambd=data.draw(st.sampled_from([1.0, 0.95, 0.0])),
+        rae_decay=data.draw(st.sampled_from([1.0, 0.95, 0.0])),
         normalize_advantages=data.draw(st.sampled_from([None, True, False])),
         opd_kl_coef=data.draw(st.sampled_from([0.0, 0.5])),
     )
     estimate = compute_advantages(batch, algorithm)
     assert_rows(estimate.advantages, oracle(algorithm, batch))
+    if name == "rae":
+        found = {(game, role): b for game, roles in estimate.baselines.items() for role, b in roles.items()}
+        assert found == pytest.approx(moving_averages(algorithm, batch)[1])
     if name == "ppo":
         assert estimate.returns is not None
         assert_rows(estimate.returns, [token_level("ppo", algorithm, batch, i)[1] for i in range(len(batch.masks))])

@@ -20,6 +20,7 @@ TE = "megatron.transformer_impl=transformer_engine"
 EXACT = "parity=bitwise"
 JUDGED = "rm_type=judge judge_prompt={response} judge_hf_checkpoint=gone"
 JUDGE = f"{JUDGED} judge_num_gpus=1"
+SECOND = "environment.environment=games:play second_num_gpus=1 second_roles=['b']"
 OTHER_ENGINE = "tests.reference_engine:TorchEngine"
 
 
@@ -138,6 +139,20 @@ OTHER_ENGINE = "tests.reference_engine:TorchEngine"
             "reward.judge_arguments: top_k: must be -1 (the whole vocab",
         ),
         (f"{JUDGE} judge_arguments={{temperature=1e-9}}", "reward.judge_arguments: temperature: must be 0 or at least"),
+        (
+            "second_roles=['b']",
+            "second_policy.second_num_gpus: must be at least 1: a second policy has ranks of its own",
+        ),
+        ("second_num_gpus=1", "second_policy.second_roles: is required by second_num_gpus"),
+        ("second_num_gpus=1 second_roles=['b']", "requires run.mode = 'rl' and an environment with several roles"),
+        (f"{SECOND} cells=2 reduction_leaves=4", "second_policy.second_num_gpus: must be 0 with resilience.cells > 1"),
+        (
+            f"{SECOND} second_num_gpus=2",
+            "second_policy.second_num_gpus: 2 and the ranks of engines and judge leave none",
+        ),
+        (f"{SECOND} rollout_num_gpus=1", "second_policy.second_num_gpus: 1 and the ranks of engines and judge leave"),
+        (f"{SECOND} sglang.tp_size=2", "second_policy.second_num_gpus: engines of 2 ranks, as the first policy has"),
+        (f"{SECOND} megatron.tensor_model_parallel_size=2", "do not divide the 1 that train"),
         ("remote_url=x/score", "reward.remote_url: must be a URL that begins with http:// or https://"),
         ("remote_url=http://me:word@x/score", "reward.remote_url: must be a URL"),
         (

@@ -30,7 +30,7 @@ def sample(prompt: str, index: int, length: int, reward: float | None, trained: 
 
 
 def steps_of(samples: list[Sample], run: Config) -> tuple[list[list[TrainSequence]], dict[str, float]]:
-    return optimizer_steps(samples, to_sequences(samples), {}, run)
+    return optimizer_steps(samples, to_sequences(samples), {}, run)[:2]
 
 
 def test_siblings_are_one_rollout() -> None:
@@ -66,7 +66,7 @@ def test_rewards_of_turns_come_at_their_ends(name: str) -> None:
         trained = np.flatnonzero(sequence.loss_weights).tolist()
         values = generator.normal(size=len(sequence.tokens)) if name == "ppo" else np.zeros(len(sequence.tokens))
         run = config(advantage_estimator=name, gamma=gamma, lambd=0.9, kl_coef=0.0, normalize_advantages=False)
-        steps, _ = optimizer_steps([one], [sequence], {"values": [values]} if name == "ppo" else {}, run)
+        steps, *_ = optimizer_steps([one], [sequence], {"values": [values]} if name == "ppo" else {}, run)
 
         received = dict.fromkeys(trained, 0.0)
         for end, of_turn in zip(np.cumsum(lengths), given):

@@ -27,10 +27,11 @@ from miles_spmd.protocol.router import Router
 from miles_spmd.telemetry.progress import KINDS, Progress
 from miles_spmd.telemetry.trackers import read_metrics
 from miles_spmd.types.variables import VariableError, job_end
+from tests.controller.duel import TWO
 from tests.ledger.runs import ended, train
 from tests.ranks import Ranks
 from tests.worker.test_judge import LONGEST_REPLY, REWARD, write_judge
-from tests.worker.tiny_run import write_checkpoint, write_config
+from tests.worker.tiny_run import REFERENCE_ENGINE, write_checkpoint, write_config
 
 STEPS = 4
 
@@ -292,6 +293,27 @@ def test_a_rollout_is_continued_where_it_was_left(
     verify(config.run_dir)
 
 
+def test_a_rollout_of_two_policies_is_continued_where_it_was_left(
+    ranks: Ranks, recipe: Callable[..., Config], interrupt: Interrupt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of games, with the estimator's baselines and what each of the policies has sampled."""
+    settings = [
+        *TWO,
+        'second_policy.second_roles=["second"]',
+        "run.num_rollout=3",
+        f"rollout.engine={REFERENCE_ENGINE}",
+    ]
+    whole = train(ranks, recipe("whole_two", *settings), 2)
+    config = recipe("stopped_two", *settings)
+    said = ended(ranks, config, 2, stopping=interrupt(config, Generate, 1, outputs=17))
+    assert re.fullmatch(r"stopped by SIGUSR1 in step 1: \d+ complete and \d+ partial responses .*are saved", said), said
+    monkeypatch.undo()
+    submitted = spy_on_requests(monkeypatch)
+    train(ranks, recipe("stopped_two", *settings, "checkpoint.resume=true"), 2)
+    assert 48 < len(submitted) <= 2 * 48 - 17  # of the steps 1 and 2
+    assert equal(config.run_dir, whole)
+
+
 def test_a_judge_goes_on_where_it_was_left(
     ranks: Ranks,
     recipe: Callable[..., Config],
@@ -372,6 +394,7 @@ def test_an_optimizer_step_is_abandoned_as_a_whole(
     """Its responses are complete and are trained on when the run continues. Micro-batches are small, so that many
     forward passes are left; on two ranks, one of them is slower."""
     settings = ["run.num_rollout=2", "train.max_tokens_per_gpu=100", "train.reduction_leaves=2"]
+    settings.append("algorithm.advantage_estimator=rae")  # the step's own change of its baseline does not count
     whole = train(ranks, recipe(f"whole_{size}", *settings), size)
     config = recipe(f"abandoned_{size}", *settings)
     stopping = interrupt(config, TrainStep, 1)

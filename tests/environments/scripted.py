@@ -29,8 +29,8 @@ class ScriptedContext:
         self.encoded: list[str] = []
         self.metrics: dict[str, float] = {}
 
-    def begin(self, tokens: Sequence[int]) -> Trajectory:
-        return Trajectory(list(tokens), [])
+    def begin(self, tokens: Sequence[int], *, role: str = "") -> Trajectory:
+        return Trajectory(list(tokens), [], role=role)
 
     def fork(self, trajectory: Trajectory) -> Trajectory:
         raise NotImplementedError

@@ -64,7 +64,8 @@ def serve(settings: str, credentials: bytes, lasts: str, has_side: bool) -> None
     if has_side:
         side.start()
     place = Place(rank, size, rank, size, "127.0.0.1")
-    duties = take_side(config.rollout.rollout_num_gpus, timedelta(minutes=2), config.reward.judge_num_gpus)
+    others = config.reward.judge_num_gpus, config.second_policy.second_num_gpus
+    duties = take_side(config.rollout.rollout_num_gpus, timedelta(minutes=2), *others)
     worker = build(config, "train", place, duties, Stopwatch(), lambda text: None)
     service = Service(worker, rank, dealer, Unwatched(), Stopwatch())
     dealer.send(Hello(rank_info(worker, place), config_digest(config)))

@@ -13,7 +13,7 @@ from miles_spmd.config import Config
 from miles_spmd.config.load import load_config
 from miles_spmd.models import load_family
 from miles_spmd.models.random import SHAPES
-from miles_spmd.planning.memory_estimate import MemoryEstimate, estimate_judge, estimate_memory
+from miles_spmd.planning.memory_estimate import MemoryEstimate, checkpoint_bytes, estimate_judge, estimate_memory
 from miles_spmd.planning.parallel_layout import Groups, ParallelLayout
 from miles_spmd.planning.plan import describe_plan
 from tests.models.tiny import checkpoint
@@ -342,6 +342,26 @@ def test_judges_have_ranks_of_their_own() -> None:
         "2 engines of 2 ranks; of each rank, estimated (GiB):",
     ):
         assert line in text, text
+
+
+def test_a_second_policy_has_ranks_of_its_own() -> None:
+    two = {"second_num_gpus": 2, "second_roles": ["b"]}
+    reward = {"judge_hf_checkpoint": checkpoint("qwen3"), "judge_num_gpus": 1}
+    config = make_config(
+        checkpoint("qwen3"), {TP: 2}, rollout={"rollout_num_gpus": 1}, reward=reward, second_policy=two
+    )
+    layout = ParallelLayout.of(config, world_size=6)
+    assert layout.sides == {
+        "trainers": range(2),
+        "engines": range(2, 3),
+        "second_policy": range(3, 5),
+        "judges": range(5, 6),
+    }
+    assert "ranks 3 to 4 train a second policy, with engines of its own" in describe_plan(config, world_size=6)
+    alone = ParallelLayout.of(config.of_policy("second_policy"), world_size=2)
+    assert alone.sides == {"": range(2)}
+    assert alone.groups("tp") == [[0, 1]]
+    assert checkpoint_bytes(config) == 2 * checkpoint_bytes(config.of_policy("second_policy"))
 
 
 def test_the_memory_of_a_judge() -> None:

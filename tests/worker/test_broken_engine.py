@@ -38,6 +38,22 @@ def test_the_run_goes_on_and_is_the_same(launch: Launch, rank: int, sglang: dict
     assert ledger(hurt) == expected
 
 
+@pytest.mark.slow
+def test_an_engine_of_a_second_policy_is_replaced(launch: Launch) -> None:
+    settings = EXACT | {
+        "environment": {"environment": "tests.controller.duel:duel", "environment_workers": 1},
+        "second_policy": {"second_num_gpus": 1, "second_roles": ["second"]},
+    }
+    whole = launch(**settings)
+    assert whole.launcher.wait(START_SECONDS) == 0, whole.report()
+    expected = ledger(whole)
+    hurt = launch(Phase.ROLLOUT, 1, "engine", **settings)
+    assert hurt.launcher.wait(START_SECONDS) == 0, hurt.report()
+    (line,) = [line for line in hurt.stderr().splitlines() if line.startswith("miles-spmd: ")]
+    assert "step 0, second policy: RuntimeError: the deed is done; the engines are replaced, and " in line
+    assert ledger(hurt) == expected
+
+
 def test_an_engine_that_always_fails_ends_the_run(launch: Launch) -> None:
     run = launch(Phase.ROLLOUT, 1, "engines", rollout={"engine_replacements": 1})
     assert run.launcher.wait(START_SECONDS) != 0

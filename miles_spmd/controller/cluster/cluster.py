@@ -34,7 +34,7 @@ from miles_spmd.protocol.last_words import warn
 from miles_spmd.protocol.messages import Call, Held, HoldPasses, OwnWork, RankInfo, ReleasePasses, Reply, TrainerRank
 from miles_spmd.protocol.results import Abandoned, Result, TrainResult
 from miles_spmd.protocol.router import PeerGoneError, Router
-from miles_spmd.types.engine_group import JUDGE, POLICY
+from miles_spmd.types.engine_group import JUDGE, POLICY, SECOND_POLICY
 from miles_spmd.types.gpu_health import GpuHealth
 from miles_spmd.types.phase import Phase
 
@@ -72,7 +72,9 @@ class Cluster:
         self.pipelined = False  # ranks that are pipeline stages cannot leave a command that they have begun
         self.show: Callable[[str], None] = warn
         self.cells = Cells(self, router, self._table, self._listener)
-        self.engines = {name: Engines(self, self._table, self._listener, name) for name in (POLICY, JUDGE)}
+        self.engines = {
+            name: Engines(self, self._table, self._listener, name) for name in (POLICY, SECOND_POLICY, JUDGE)
+        }
         self._listener.contain = self._contain
         self._start = self._expect(None, range(world_size), Phase.START, 0)
 
@@ -110,10 +112,11 @@ class Cluster:
         """The processes of the ranks that have connected, by rank."""
         return {info.rank: info.pid for info in self._table.infos}
 
-    @property
-    def trainers(self) -> list[TrainerRank]:
-        """The ranks that train, by rank, as if all cells that the run is planned for were one world."""
-        own = [info.trainer for info in self.infos if info.trainer is not None][: self.world_size // self._table.cells]
+    def trainers(self, group: str = POLICY) -> list[TrainerRank]:
+        """Return the ranks that train the policy of ``group``, by rank, as if all cells that the run is planned for
+        were one world."""
+        own = [info.trainer for info in self.infos if info.trainer is not None and info.group == group]
+        own = own[: self.world_size // self._table.cells]
         size = own[0].data_parallel_size
         return [
             msgspec.structs.replace(
@@ -170,17 +173,17 @@ class Cluster:
         lost. Raises a WorkerError."""
         return cast(list[R], self._finish(call))
 
-    def share(self, commands: Sequence[Command[R]], *, step: int) -> list[R]:
-        """Send ``commands``, one for each of :attr:`trainers`, and return their results. Each cell executes those of a
+    def share(self, commands: Sequence[Command[R]], *, step: int, group: str = POLICY) -> list[R]:
+        """Send ``commands``, one for each of :meth:`trainers`, and return their results. Each cell executes those of a
         part of them, and those of a cell that is lost."""
         if self._table.cells == 1:
-            return self.call(commands, step=step)
+            return self.call(commands, step=step, group=group)
         return self.cells.share(commands, step)
 
-    def train(self, commands: Sequence[TrainStep], *, step: int) -> list[TrainResult]:
-        """Make one optimizer step, of which ``commands`` give each of :attr:`trainers` its share."""
+    def train(self, commands: Sequence[TrainStep], *, step: int, group: str = POLICY) -> list[TrainResult]:
+        """Make one optimizer step, of which ``commands`` give each of :meth:`trainers` its share."""
         if self._table.cells == 1:
-            return self.call(commands, step=step)
+            return self.call(commands, step=step, group=group)
         return self.cells.train(commands, step)
 
     def rollout(self, step: int, *, purpose: str = "", group: str = POLICY) -> AbstractContextManager[RolloutSession]:

@@ -148,7 +148,7 @@ class Engines:
         with self._cluster.doing("new engines after one has failed"):
             self._cluster.call(ReplaceEngines(), step=call.step, group=self.name)
             if self._table.receivers(Receivers.TRAINERS, group=self.name):  # else they have loaded their checkpoint
-                self._cluster.call(RefitEngine(self.version), step=call.step)
+                self._cluster.call(RefitEngine(self.version), step=call.step, group=self.name)
         if self._sessions:
             self._open(call.step, call.purpose)
             for session in self._sessions.values():

@@ -17,7 +17,7 @@ from miles_spmd.config import RewardTerm
 from miles_spmd.plugins.algorithm import GroupFilter
 from miles_spmd.plugins.reward import START, Score, TrainerState
 from miles_spmd.rewards.pool import RewardPool
-from miles_spmd.types.sample import Prompt, Sample
+from miles_spmd.types.sample import Prompt, Sample, by_rollout, rollouts
 
 Group = list[Sample]
 
@@ -53,7 +53,7 @@ class Acceptance:
         self._accepted: set[int] = set()  # the numbers of accepted groups
         self.prompts: list[Prompt] = []  # of the groups
         self.groups: list[Group] = []  # in the order of submission; each is complete, or empty
-        self._parts: list[list[Group | None]] = []  # of each group, the samples of each rollout that has ended
+        self._parts: list[list[Group | None]] = []  # of each group, the samples of each episode that has ended
         self._scored: SimpleQueue[tuple[int, Future[list[Score]]]] = SimpleQueue()  # filled by threads of the pool
         self._verdicts: dict[int, bool | Exception] = {}  # of judged groups; an error is raised in the group's turn
         self._rejected = 0  # judged groups that will be dropped
@@ -77,16 +77,16 @@ class Acceptance:
         """Whether a reward has arrived since the last :meth:`resolve`."""
         return not self._scored.empty()
 
-    def add(self, prompts: Sequence[Prompt], rollouts: int) -> int:
-        """Add a group of so many rollouts for each prompt, which are submitted now; returns the number of the first."""
+    def add(self, prompts: Sequence[Prompt], episodes: int) -> int:
+        """Add a group of so many episodes for each prompt, which are submitted now; returns the number of the first."""
         first = len(self.groups)
         self.prompts += prompts
         self.groups += [[] for _ in prompts]
-        self._parts += [[None] * rollouts for _ in prompts]
+        self._parts += [[None] * episodes for _ in prompts]
         return first
 
     def finish(self, number: int, index: int, samples: Group | None) -> None:
-        """Take the samples of rollout ``index`` of group ``number``; the last one starts the scoring of those that have
+        """Take the samples of episode ``index`` of group ``number``; the last one starts the scoring of those that have
         no reward yet. None: the group is dropped."""
         if samples is None:
             self._judged(number, False)
@@ -100,7 +100,7 @@ class Acceptance:
             self._judged(number, self._keeps_empty)
             return
         scores: Future[list[Score]] = Future()
-        unscored = [part[0] for part in parts if part and part[0].reward is None]  # environments gave the others
+        unscored = _unscored(self.groups[number])
         if unscored and self._rewards is not None:
             scores = self._rewards.submit(unscored, self._terms, self._state)
         else:
@@ -151,18 +151,17 @@ class Acceptance:
         return [n for n in range(len(self.groups)) if n not in self._accepted and self._verdicts.get(n) in (None, True)]
 
     def finished(self, number: int) -> list[tuple[int, Group]]:
-        """Return the rollouts of a group that have ended: index and samples of each."""
+        """Return the episodes of a group that have ended: index and samples of each."""
         return [(index, part) for index, part in enumerate(self._parts[number]) if part is not None]
 
     def _judge(self, number: int, scores: Future[list[Score]]) -> None:
-        group, rollouts = self.groups[number], [part for part in self._parts[number] if part]
+        group = self.groups[number]
         try:
-            unscored = [siblings[0] for siblings in rollouts if siblings[0].reward is None]
-            for first, score in zip(unscored, scores.result(), strict=self._rewards is not None):
+            for first, score in zip(_unscored(group), scores.result(), strict=self._rewards is not None):
                 first.reward, first.reward_detail = score.value, score.detail
                 for turn, reward in enumerate(score.turn_rewards):
                     first.trajectory.reward_turn(reward, turn)
-            for first, *others in rollouts:
+            for first, *others in by_rollout(group):
                 for sample in others:
                     sample.reward, sample.reward_detail = first.reward, first.reward_detail
             verdict: bool | Exception = self._accepts is None or bool(self._accepts(group))
@@ -175,3 +174,8 @@ class Acceptance:
             self._verdicts[number] = verdict
             self._turns.append(number)
             self._rejected += verdict is False
+
+
+def _unscored(group: Group) -> list[Sample]:
+    """Return the first sample of each rollout whose reward the environment has not given."""
+    return [first for first in rollouts(group) if first.reward is None]

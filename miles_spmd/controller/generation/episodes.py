@@ -11,10 +11,10 @@ import msgspec
 
 from miles_spmd.config import EnvironmentConfig
 from miles_spmd.controller.generation.sampling import Sampling
-from miles_spmd.controller.generation.unfinished import Response, key
+from miles_spmd.controller.generation.unfinished import Response, Reward, key
 from miles_spmd.environments.messages import Ask, Begin, Cancel, Completed, Event, Failed, Finished, Line, Order
 from miles_spmd.types.request import Output, Request
-from miles_spmd.types.sample import Prompt, Sample
+from miles_spmd.types.sample import Prompt, Sample, rollouts
 from miles_spmd.types.trajectory import FinishReason, Segment, Trajectory
 
 _LATELY = 1024  # episodes whose lengths say how long others will be
@@ -86,15 +86,19 @@ class Episode:
 
     def trajectory(self, line: Line) -> Trajectory:
         """Raises KeyError for a segment that nobody has given or sampled."""
-        return Trajectory(line.start, [self.segments[number] for number in line.segments], line.number)
+        segments = [self.segments[number] for number in line.segments]
+        return Trajectory(line.start, segments, line.number, line.role)
 
     def finish(self, finished: Finished) -> None:
         """Make the samples of the trajectories that the environment has returned. Where it has given rewards to turns
-        only, the episode's is their sum, to which a turn that siblings have in common adds once."""
+        only, a role's is their sum, to which a turn that siblings have in common adds once."""
         self.give(finished.given)
+        of_turns: dict[str, dict[int, float]] = {}  # by role
+        for end in finished.ends:
+            rewarded = finished.turn_rewards.keys() & end.line.segments
+            of_turns.setdefault(end.line.role, {}).update({n: finished.turn_rewards[n] for n in rewarded})
         for number, of_turn in finished.turn_rewards.items():
             self.segments[number] = msgspec.structs.replace(self.segments[number], reward=of_turn)
-        total = math.fsum(finished.turn_rewards.values()) if finished.turn_rewards else None
         trained = set[int]()
         for end in finished.ends:
             trajectory = self.trajectory(end.line)
@@ -104,29 +108,21 @@ class Episode:
             trained |= set(end.line.segments)
             trajectory.text, trajectory.messages = end.text, end.messages
             trajectory.finish_reason = end.finish_reason
-            reward = total if end.reward is None else end.reward
+            own = of_turns[end.line.role]
+            reward = math.fsum(own.values()) if end.reward is None and own else end.reward
             self.samples.append(Sample(self.prompt, self.index, trajectory, reward, end.reward_detail))
-        first, (_, last) = self.samples[0], self.made[-1]
-        first.trajectory.metrics = finished.metrics
-        if last.reward is not None:  # from before an interruption
-            first.reward, first.reward_detail = last.reward, last.reward_detail
-            for turn, given in enumerate(last.turn_rewards):
-                if given is not None:
-                    first.trajectory.reward_turn(given, turn)
+        self.samples[0].trajectory.metrics = finished.metrics
+        _, last = self.made[-1]
+        for first in rollouts(self.samples):
+            if first.role in last.rewards:  # from before an interruption
+                last.rewards[first.role].give(first)
 
     def responses(self) -> Iterator[tuple[Request, Response]]:
-        """Yield what the policy has sampled, the last with the reward, if there is one."""
-        *others, last = self.made
+        """Yield what the policy has sampled, the last with the rewards that there are."""
+        *others, (request, last) = self.made
         yield from others
-        if self.samples and (first := self.samples[0]).reward is not None:
-            rewarded = msgspec.structs.replace(
-                last[1],
-                reward=first.reward,
-                reward_detail=first.reward_detail,
-                turn_rewards=first.trajectory.turn_rewards,
-            )
-            last = last[0], rewarded
-        yield last
+        rewards = {first.role: reward for first in rollouts(self.samples) if (reward := Reward.of(first)) is not None}
+        yield request, msgspec.structs.replace(last, rewards=rewards or last.rewards)
 
 
 class Episodes:
@@ -163,6 +159,10 @@ class Episodes:
         """Return :attr:`Episode.own_tokens` of an episode that runs, None for another."""
         episode = self._running.get(number)
         return None if episode is None else episode.own_tokens
+
+    def role_of(self, rid: str) -> str:
+        """Return the role whose trajectory a request continues that has no output yet."""
+        return self._asked[rid][1].line.role
 
     @property
     def has_news(self) -> bool:

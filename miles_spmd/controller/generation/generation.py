@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -29,6 +29,7 @@ from miles_spmd.controller.generation.episodes import Episodes, Host
 from miles_spmd.controller.generation.judge import EngineJudge
 from miles_spmd.controller.generation.sampling import Sampling
 from miles_spmd.controller.generation.selection import selected
+from miles_spmd.controller.generation.sessions import Sessions
 from miles_spmd.controller.generation.unfinished import (
     Response,
     UnfinishedRollout,
@@ -44,6 +45,7 @@ from miles_spmd.ledger import step_data
 from miles_spmd.ledger.chain import LedgerError
 from miles_spmd.plugins.reward import TrainerState
 from miles_spmd.rewards.pool import RewardPool
+from miles_spmd.types.engine_group import SECOND_POLICY
 from miles_spmd.types.request import Output, Request
 from miles_spmd.types.sample import Prompt, Sample
 
@@ -239,7 +241,7 @@ class Generation:
             judged = judge is not None and judge.has_news
             return acceptance.has_news or episodes.has_news or judged or leaves()
 
-        with self._cluster.rollout(step, purpose=sampling.purpose) as session, judging:
+        with self._opened(step, sampling.purpose, episodes) as session, judging:
             longest = sampling.params.max_new_tokens
             admission = Admission(episodes, session, self._cache_share, longest, self._pace)
             while not acceptance.enough and not leaves():
@@ -273,7 +275,20 @@ class Generation:
             raise Unfinished
         return kept
 
-    def _next(self, session: RolloutSession, episodes: Episodes, interrupt: Callable[[], bool]) -> Output | None:
+    @contextmanager
+    def _opened(self, step: int, purpose: str, episodes: Episodes) -> Iterator[RolloutSession | Sessions]:
+        """Open a rollout on the engines of all policies."""
+        with self._cluster.rollout(step, purpose=purpose) as first:
+            if SECOND_POLICY not in self._config.policies:
+                yield first
+                return
+            named = ", ".join(filter(None, ["second policy", purpose]))
+            with self._cluster.rollout(step, purpose=named, group=SECOND_POLICY) as second:
+                yield Sessions(first, second, lambda rid: self._config.plays(episodes.role_of(rid)) == SECOND_POLICY)
+
+    def _next(
+        self, session: RolloutSession | Sessions, episodes: Episodes, interrupt: Callable[[], bool]
+    ) -> Output | None:
         """Return the next output, None once ``interrupt`` returns True."""
         try:
             return session.next(interrupt)

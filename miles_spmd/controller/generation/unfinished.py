@@ -17,16 +17,37 @@ import msgspec
 from miles_spmd.config import Config
 from miles_spmd.controller.generation.backlog import Backlog
 from miles_spmd.types.request import Begun, Output, Request
+from miles_spmd.types.sample import Sample
 from miles_spmd.types.trajectory import FinishReason
 
 
+class Reward(msgspec.Struct, frozen=True):
+    """Of a rollout."""
+
+    value: float
+    detail: dict[str, float]
+    turns: list[float | None]  # of all turns of its first trajectory; empty where none has one
+
+    @classmethod
+    def of(cls, sample: Sample) -> Reward | None:
+        """That of the rollout whose first sample is ``sample``, if it has one."""
+        if sample.reward is None:
+            return None
+        return cls(sample.reward, sample.reward_detail, sample.trajectory.turn_rewards)
+
+    def give(self, sample: Sample) -> None:
+        """Give it to the first sample of the rollout."""
+        sample.reward, sample.reward_detail = self.value, self.detail
+        for turn, reward in enumerate(self.turns):
+            if reward is not None:
+                sample.trajectory.reward_turn(reward, turn)
+
+
 class Response(msgspec.Struct, frozen=True):
-    """A response, complete unless its ``finish_reason`` is ABORT, and its reward, if it had one."""
+    """A response, complete unless its ``finish_reason`` is ABORT."""
 
     output: Output
-    reward: float | None = None
-    reward_detail: dict[str, float] = {}
-    turn_rewards: list[float | None] = []  # of all turns, where it ends the first trajectory of its episode
+    rewards: dict[str, Reward] = {}  # of the episode that it ends, by role, those that it had
 
     @property
     def complete(self) -> bool:

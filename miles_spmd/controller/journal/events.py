@@ -8,6 +8,7 @@ import msgspec
 
 from miles_spmd.ledger.entries import Saved
 from miles_spmd.protocol.results import RefitResult, TrainResult
+from miles_spmd.types.engine_group import POLICY
 from miles_spmd.types.role import Role
 from miles_spmd.types.rollout_batch import Arrays
 from miles_spmd.types.sample import Sample
@@ -76,6 +77,7 @@ class UpdateFinished(Event, frozen=True):
     results: Sequence[TrainResult]  # of every trainer rank
     log_probs: Arrays  # before the update, float32 [T] per sequence; values of a critic
     metrics: Mapping[str, float]
+    policy: str = POLICY  # whose model it is
 
 
 class EngineRefitted(Event, frozen=True):

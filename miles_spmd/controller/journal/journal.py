@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
@@ -96,7 +96,7 @@ class Journal:
         """The hash of the ledger's last entry; "" without a ledger."""
         return "" if self.ledger is None else self.ledger.head
 
-    def checkpoint_entry(self, step: int, results: Sequence[CheckpointResult]) -> Saved | None:
+    def checkpoint_entry(self, step: int, results: Mapping[str, Sequence[CheckpointResult]]) -> Saved | None:
         """Return the digests of a checkpoint before ``step`` as the ledger has them; None without a ledger."""
         return None if self.ledger is None else self.ledger.saved(step, results)
 

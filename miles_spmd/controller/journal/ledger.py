@@ -6,7 +6,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from miles_spmd.ledger.rectangles import Rectangle, sum_digests
 from miles_spmd.ledger.step_data import DataStore, SampleData, StepData, UpdateData
 from miles_spmd.protocol.results import CheckpointResult, WeightsDigest
 from miles_spmd.telemetry.environment import read_environment
-from miles_spmd.types.role import Role
+from miles_spmd.types.engine_group import in_group
+from miles_spmd.types.rollout_batch import Baselines
 from miles_spmd.types.secrets import scrub
 
 # Settings that decide where files are written and when to stop waiting, not what is computed.
@@ -45,21 +46,23 @@ class Start:
 
     step: int = 0
     ledger: str = ""  # hash of the entry after which the checkpoint was written
-    results: Sequence[CheckpointResult] = ()  # of every rank that loaded it
+    results: Mapping[str, Sequence[CheckpointResult]] = field(default_factory=dict)  # by policy, of its ranks
     saved: Saved | None = None  # the digests that it was saved with
+    baselines: Baselines = field(default_factory=dict)  # of the advantage estimator; of another run's checkpoint, too
 
 
 class LedgerRecorder:
     """Writes the ledger of the run that ``config`` describes, from ``start`` on. Nothing is written before
     :meth:`begin`; close it at the end.
 
-    ``weights`` are those before the first step, of every trainer rank, by role. The ledger of a checkpoint of this same
+    ``weights`` are those before the first step, of every trainer rank, by model: its role, of a second policy
+    ``second_policy/ROLE``. The ledger of a checkpoint of this same
     run is continued; without one, the new ledger replaces one that exists. Raises LedgerError where a ledger to be
     continued is broken, or its weights and optimizer states are not those that were loaded.
     """
 
     def __init__(
-        self, config: Config, start: Start, ranks: int, weights: Mapping[Role, Sequence[WeightsDigest]]
+        self, config: Config, start: Start, ranks: int, weights: Mapping[str, Sequence[WeightsDigest]]
     ) -> None:
         self._config = config
         self._of_weights = {role: [w.of_weights for w in ranks] for role, ranks in weights.items()}
@@ -121,7 +124,8 @@ class LedgerRecorder:
                 self._chain.append(entry)
 
     def _add_update(self, event: events.UpdateFinished) -> None:
-        role, own = event.role, [result.digests for result in event.results if result.digests is not None]
+        role = in_group(event.policy, event.role)
+        own = [result.digests for result in event.results if result.digests is not None]
         self._weights[role] = _sum(self._of_weights[role], [d.weights for d in own])
         data = UpdateData.of(event.batch, event.log_probs)
         reported = event.results[0]
@@ -138,12 +142,14 @@ class LedgerRecorder:
         self._updates.append(update)
         self._step_data.updates.append(data)
 
-    def saved(self, step: int, results: Sequence[CheckpointResult]) -> Saved:
-        """Return the entry of a checkpoint before ``step``, from the results of every trainer rank."""
+    def saved(self, step: int, results: Mapping[str, Sequence[CheckpointResult]]) -> Saved:
+        """Return the entry of a checkpoint before ``step``, from the results of every trainer rank, by policy."""
         optimizers: dict[str, dict[str, Digests]] = {}
-        for role, kinds in results[0].optimizers.items() if results else ():
-            per_kind = {kind: [r.optimizers[role][kind] for r in results] for kind in kinds}
-            optimizers[role] = {kind: _sum(self._of_updates[role], sums) for kind, sums in per_kind.items()}
+        for policy, ranks in results.items():
+            for role, kinds in ranks[0].optimizers.items():
+                name = in_group(policy, role)
+                per_kind = {kind: [r.optimizers[role][kind] for r in ranks] for kind in kinds}
+                optimizers[name] = {kind: _sum(self._of_updates[name], sums) for kind, sums in per_kind.items()}
         return Saved(step, dict(self._weights), optimizers)
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from miles_spmd.plugins.run import Evaluator
 from miles_spmd.protocol.messages import TrainerRank
 from miles_spmd.protocol.results import TrainResult
 from miles_spmd.telemetry.texts import slowest
-from miles_spmd.types.sample import Sample, rollouts
+from miles_spmd.types.sample import Sample, by_role, episodes, rollouts
 from miles_spmd.types.train_sequence import TrainSequence
 from miles_spmd.types.trajectory import FinishReason
 
@@ -82,8 +82,9 @@ class Metrics:
                     self._values["rollout/sessions_max"] = float(event.sessions)
                 self._values |= {f"rollout/failed/{kind}": float(count) for kind, count in event.failures.items()}
             case events.EngineRefitted():
-                self._values["refit/bytes"] = float(sum(r.bytes_local + r.bytes_received for r in event.results))
-                self._values["refit/checksum_mismatches"] = float(sum(r.checksum_mismatches for r in event.results))
+                copied = float(sum(r.bytes_local + r.bytes_received for r in event.results))
+                self._increase("refit/bytes", copied)
+                self._increase("refit/checksum_mismatches", float(sum(r.checksum_mismatches for r in event.results)))
             case events.CheckpointCompleted(_, seconds, nbytes):
                 self._values |= {"perf/save_write_time": seconds, "checkpoint/bytes": float(nbytes)}
             case events.Measured() | events.EvaluationFinished():
@@ -110,13 +111,14 @@ class Metrics:
 
 
 def rollout_metrics(groups: events.Groups) -> dict[str, float]:
-    """Return the metrics of a rollout's rewards, which are means over prompts, and of its responses."""
+    """Return the metrics of a rollout's rewards, which are means over prompts and roles, and of its responses."""
     samples = [sample for group in groups for sample in group]
     if not samples:  # a filter has kept none
         return {}
     lengths = np.asarray([len(s.response) for s in samples])
-    scored = [[s.reward for s in rollouts(group) if s.reward is not None] for group in groups]
-    rewards = [np.asarray(of_group, np.float64) for of_group in scored if of_group]
+    compared = [rollouts(of_role) for group in groups for of_role in by_role(group)]
+    scored = [[s.reward for s in some if s.reward is not None] for some in compared]
+    rewards = [np.asarray(some, np.float64) for some in scored if some]
     of_rewards = {
         "rollout/raw_reward": [r.mean() for r in rewards],
         "rollout/reward_std": [r.std() for r in rewards],
@@ -125,6 +127,7 @@ def rollout_metrics(groups: events.Groups) -> dict[str, float]:
     return (
         reward_metrics("rollout/", groups)
         | environment_metrics("rollout/", groups)
+        | role_metrics("rollout/", groups)
         | {name: float(np.mean(values)) for name, values in of_rewards.items() if rewards}
         | {
             "rollout/response_len": float(lengths.mean()),
@@ -152,18 +155,30 @@ def reward_metrics(prefix: str, groups: events.Groups) -> dict[str, float]:
 
 
 def environment_metrics(prefix: str, groups: events.Groups) -> dict[str, float]:
-    """Return the mean over rollouts of each number that the environment counted, ``env/NAME``, and of the turns where
-    there are several."""
+    """Return the mean over episodes of each number that the environment counted, ``env/NAME``, and over trajectories of
+    the turns where there are several."""
     samples = list(chain.from_iterable(map(rollouts, groups)))
-    names = sorted({name for sample in samples for name in sample.trajectory.metrics})
-    metrics = {
-        f"{prefix}env/{name}": float(np.mean([sample.trajectory.metrics.get(name, 0.0) for sample in samples]))
-        for name in names
-    }
+    counted = [sample.trajectory.metrics for sample in chain.from_iterable(map(episodes, groups))]
+    names = sorted({name for one in counted for name in one})
+    metrics = {f"{prefix}env/{name}": float(np.mean([one.get(name, 0.0) for one in counted])) for name in names}
     turns = [sample.turns for group in groups for sample in group]
     if max(turns) > 1:
         metrics[f"{prefix}turns"] = float(np.mean(turns))
     return metrics | turn_reward_metrics(prefix, samples)
+
+
+def role_metrics(prefix: str, groups: events.Groups) -> dict[str, float]:
+    """Return the mean reward and the mean length of the trajectories of each role, where there are roles:
+    ``role/NAME/reward`` and ``role/NAME/response_len``."""
+    by_name: dict[str, list[Sample]] = {}
+    for sample in chain.from_iterable(groups):
+        by_name.setdefault(sample.role, []).append(sample)
+    metrics: dict[str, float] = {}
+    for role, samples in sorted(by_name.items()):
+        if role:
+            metrics[f"{prefix}role/{role}/reward"] = float(np.mean([s.reward or 0.0 for s in rollouts(samples)]))
+            metrics[f"{prefix}role/{role}/response_len"] = float(np.mean([len(s.response) for s in samples]))
+    return metrics
 
 
 def turn_reward_metrics(prefix: str, samples: Sequence[Sample]) -> dict[str, float]:
@@ -184,9 +199,11 @@ def eval_metrics(sets: Mapping[str, events.Groups]) -> dict[str, float]:
     for name, groups in sets.items():
         if not groups:
             continue
-        rewards = [[sample.reward or 0.0 for sample in rollouts(group)] for group in groups]
+        compared = [rollouts(of_role) for group in groups for of_role in by_role(group)]
+        rewards = [[sample.reward or 0.0 for sample in some] for some in compared]
         metrics[f"eval/{name}"] = float(np.mean(list(chain(*rewards))))
         metrics |= reward_metrics(f"eval/{name}-", groups) | environment_metrics(f"eval/{name}-", groups)
+        metrics |= role_metrics(f"eval/{name}-", groups)
         metrics[f"eval/{name}-response_len"] = float(np.mean([len(s.response) for group in groups for s in group]))
         n = max(map(len, rewards))
         correct = [(sum(reward >= CORRECT for reward in group), len(group)) for group in rewards]

@@ -186,8 +186,8 @@ def describe_bisection(step: int, sample: Sample, place: int, bisections: Sequen
 
 
 def _token(sample: Sample, place: int) -> str:
-    token = place - len(sample.trajectory.start)
-    return f"prompt {sample.prompt.uid}, sample {sample.index}, token {token} of the response"
+    token, role = place - len(sample.trajectory.start), f", role {sample.role}" if sample.role else ""
+    return f"prompt {sample.prompt.uid}, sample {sample.index}{role}, token {token} of the response"
 
 
 def _count_trained(sequences: Sequence[TrainSequence]) -> int:

@@ -5,7 +5,8 @@ Whatever needs the whole batch is computed here, on plain arrays, so that it is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from miles_spmd.algorithms.corrections import correct
 from miles_spmd.algorithms.rewards import shape_rewards
 from miles_spmd.config import Config
 from miles_spmd.data.examples import PreferencePair, SftExample
-from miles_spmd.types.rollout_batch import Arrays, RolloutBatch
+from miles_spmd.types.rollout_batch import Arrays, Baselines, RolloutBatch
 from miles_spmd.types.sample import Sample
 from miles_spmd.types.train_sequence import TrainSequence
 
@@ -51,23 +52,38 @@ def pair_sequences(pairs: Sequence[PreferencePair]) -> list[TrainSequence]:
     ]
 
 
-def optimizer_steps(
-    samples: Sequence[Sample], sequences: Sequence[TrainSequence], scores: Scores, config: Config
-) -> tuple[list[list[TrainSequence]], dict[str, float]]:
-    """Cut a rollout into optimizer steps of ``global_batch_size`` rollouts in the order of submission.
+class OptimizerSteps(NamedTuple):
+    """A rollout, cut into optimizer steps."""
 
-    Sets advantages, policy weights and loss weights in ``sequences``, which belong to ``samples`` one to one. Returns
-    the steps and the algorithm's metrics. Raises ValueError where the algorithm requires scores that are missing.
+    batches: list[list[TrainSequence]]
+    metrics: dict[str, float]  # of the algorithm
+    baselines: Baselines  # for the next rollout
+
+
+def optimizer_steps(
+    samples: Sequence[Sample],
+    sequences: Sequence[TrainSequence],
+    scores: Scores,
+    config: Config,
+    baselines: Baselines | None = None,
+) -> OptimizerSteps:
+    """Cut a rollout into optimizer steps of ``global_batch_size`` episodes in the order of submission.
+
+    Sets advantages, policy weights and loss weights in ``sequences``, which belong to ``samples`` one to one.
+    ``baselines``: what the steps of the rollout before have returned. Raises ValueError where the algorithm requires
+    scores that are missing.
     """
     algorithm = config.algorithm
-    rollout_ids = _rollout_ids(samples)
+    rollout_ids = _numbers(sample.rollout for sample in samples)
     batch = RolloutBatch(
         rewards=shape_rewards(samples, algorithm, config.rollout.rollout_max_response_len),
-        group_ids=np.unique([sample.prompt.uid for sample in samples], return_inverse=True)[1],
+        group_ids=_numbers((sample.prompt.uid, sample.role) for sample in samples),
         masks=[sequence.loss_weights for sequence in sequences],
         rollout_ids=rollout_ids,
         rollout_log_probs=[s.rollout_log_probs for s in sequences if s.rollout_log_probs is not None],
         turn_rewards=_turn_rewards(samples),
+        players=[(sample.game, sample.role) for sample in samples],
+        baselines=baselines or {},
         **scores,
     )
     estimate = compute_advantages(batch, algorithm)
@@ -84,16 +100,17 @@ def optimizer_steps(
         for sequence, array in zip(sequences, arrays or ()):
             setattr(sequence, name, array)
     size = config.train.global_batch_size or len(samples)
-    steps = []
-    # Siblings are parts of one rollout. They stay in one step, whose denominator counts them once.
-    for start in range(0, int(rollout_ids.max()) + 1, size):
-        inside = np.flatnonzero((start <= rollout_ids) & (rollout_ids < start + size))
+    steps, episode_ids = [], _numbers((sample.prompt.uid, sample.index) for sample in samples)
+    # Siblings are parts of one rollout, which a step's denominator counts once, and the roles of an episode are players
+    # of one game: all of them stay in one step.
+    for start in range(0, int(episode_ids.max()) + 1, size):
+        inside = np.flatnonzero((start <= episode_ids) & (episode_ids < start + size))
         steps.append([sequences[i] for i in inside.tolist()])
         set_loss_weights(
             steps[-1], algorithm.loss_aggregation, config.rollout.rollout_max_response_len, rollout_ids[inside]
         )
     metrics = estimate.metrics | (correction.metrics if correction else {})
-    return steps, {f"rollout/{name}": value for name, value in metrics.items()}
+    return OptimizerSteps(steps, {f"rollout/{name}": value for name, value in metrics.items()}, estimate.baselines)
 
 
 def set_loss_weights(
@@ -106,11 +123,10 @@ def set_loss_weights(
         sequence.loss_weights = weight
 
 
-def _rollout_ids(samples: Sequence[Sample]) -> np.ndarray:
-    """Return the number of each sample's rollout in the order of submission, int64 [N]. Siblings, which are samples of
-    one prompt with one index, share it."""
-    numbers: dict[tuple[str, int], int] = {}
-    return np.asarray([numbers.setdefault((s.prompt.uid, s.index), len(numbers)) for s in samples])
+def _numbers(names: Iterable[Hashable]) -> np.ndarray:
+    """Number names in the order in which they come first, int64 [N]."""
+    numbers: dict[Hashable, int] = {}
+    return np.asarray([numbers.setdefault(name, len(numbers)) for name in names])
 
 
 def _turn_rewards(samples: Sequence[Sample]) -> Arrays | None:

@@ -25,6 +25,7 @@ from miles_spmd.controller.learning.micro_batches import (
 from miles_spmd.data.examples import PreferencePair
 from miles_spmd.protocol.commands import Command, ComputeLogProbs, ComputeValues, TrainStep
 from miles_spmd.protocol.results import Result, TrainResult
+from miles_spmd.types.engine_group import POLICY
 from miles_spmd.types.role import Role
 from miles_spmd.types.rollout_batch import Arrays
 from miles_spmd.types.train_sequence import MicroBatch, TrainSequence
@@ -34,10 +35,10 @@ C = TypeVar("C", bound=Command)
 
 
 class Models:
-    """The models of all roles. Every method raises WorkerError where a rank fails."""
+    """The models of all roles on the ranks of ``group``. Every method raises WorkerError where a rank fails."""
 
-    def __init__(self, config: Config, cluster: Cluster) -> None:
-        self._config, self._cluster = config, cluster
+    def __init__(self, config: Config, cluster: Cluster, group: str = POLICY) -> None:
+        self._config, self._cluster, self._group = config, cluster, group
 
     def log_probs(self, step: int, sequences: Sequence[TrainSequence], role: Role) -> Arrays:
         """Return the log-prob of every token with a loss weight, float32 [T] per sequence; the other entries are 0."""
@@ -68,7 +69,7 @@ class Models:
     def train(self, step: int, sequences: Sequence[TrainSequence], role: Role) -> tuple[list[TrainResult], Arrays]:
         """Make one optimizer step. Returns the result of every trainer rank, and the log-probs (of a critic or reward
         model: the values) of the sequences before the update."""
-        train = partial(self._cluster.train, step=step)
+        train = partial(self._cluster.train, step=step, group=self._group)
         results, (log_probs,) = self._call(step, sequences, lambda m: TrainStep(m, role), "log_probs", execute=train)
         return results, log_probs
 
@@ -154,9 +155,9 @@ class Models:
     ) -> tuple[list[R], list[Arrays]]:
         """Give every rank its micro-batches, and ``execute`` what is made of these on all of them. Returns their
         results, and each of the ``fields`` for all sequences in order."""
-        trainers = self._cluster.trainers
+        trainers = self._cluster.trainers(self._group)
         packing = self._pack([len(s.tokens) for s in sequences], trainers[0].data_parallel_size)
-        execute = execute or partial(self._cluster.share, step=step)
+        execute = execute or partial(self._cluster.share, step=step, group=self._group)
         results = execute(commands(packing, sequences, trainers, make))
         arrays = [[getattr(result, field) for result in results] for field in fields]
         return results, [in_sequence_order(packing, trainers, of_field, len(sequences)) for of_field in arrays]

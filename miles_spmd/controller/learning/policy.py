@@ -16,9 +16,10 @@ from miles_spmd.controller.learning.batch import Scores, optimizer_steps, pair_s
 from miles_spmd.controller.learning.models import Models
 from miles_spmd.data.examples import PreferencePair
 from miles_spmd.protocol.commands import Bisect, RefitEngine, SnapshotWeights
+from miles_spmd.types.engine_group import POLICY, in_group
 from miles_spmd.types.request import Request
 from miles_spmd.types.role import Role
-from miles_spmd.types.rollout_batch import Arrays
+from miles_spmd.types.rollout_batch import Arrays, Baselines
 from miles_spmd.types.sample import Sample
 from miles_spmd.types.train_sequence import TrainSequence
 
@@ -28,18 +29,36 @@ class TrainingDivergedError(RuntimeError):
 
 
 class Policy:
-    """The actor and the models that its algorithm needs. The trainer's weights before step i are version i.
+    """The actor and the models that its algorithm needs, on the ranks of the group ``name``. The trainer's weights
+    before step i are version i.
 
-    Every method raises WorkerError where a rank fails.
+    ``baselines`` are those of the advantage estimator before the first step. Every method raises WorkerError where a
+    rank fails.
     """
 
-    def __init__(self, config: Config, cluster: Cluster, journal: Journal, parity: Parity) -> None:
-        self._config, self._cluster, self._journal, self._parity = config, cluster, journal, parity
-        self._models = Models(config, cluster)
+    def __init__(
+        self,
+        config: Config,
+        cluster: Cluster,
+        journal: Journal,
+        parity: Parity,
+        baselines: Baselines | None = None,
+        name: str = POLICY,
+    ) -> None:
+        """``config`` is that of the whole run."""
+        self.name, self._plays = name, config.plays
+        self._config, self._cluster, self._journal, self._parity = config.of_policy(name), cluster, journal, parity
+        self._models = Models(self._config, cluster, name)
+        # of its roles, before a step that is done, and after it
+        self._baselines: dict[int, Baselines] = {0: self._own_of(baselines or {})}
         self._engine_version: int | None = None  # of the weights in the engine; None: not yet the trainer's
         self._skipped_in_a_row = 0
 
     # --- before the update -------------------------------------------------------------------------------------------
+
+    def own(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Return the samples of the roles that this policy plays."""
+        return [sample for sample in samples if self._plays(sample.role) == self.name]
 
     def score(self, step: int, samples: Sequence[Sample], sequences: Sequence[TrainSequence]) -> Scores:
         """Return the scores that the algorithm needs from before the update. Compares engine and trainer where that is
@@ -58,7 +77,7 @@ class Policy:
             role = Role.OLD_ACTOR if algorithm.keep_old_actor else Role.ACTOR
             with self._journal.timed("log_probs", step):
                 top1, _ = self._models.top_k_tokens(step, sequences, role, 1)
-            self._journal.publish(events.Measured(step, self._parity.check_top1(step, sequences, top1)))
+            self._measured(step, self._parity.check_top1(step, sequences, top1))
         if "old_log_probs" in scores and not algorithm.use_rollout_logprobs:
             self._check_parity(step, sequences, scores["old_log_probs"])
         return scores
@@ -69,9 +88,16 @@ class Policy:
         """Return the batch of each optimizer step of a rollout, with advantages and global loss weights."""
         if not samples:
             return []
-        batches, metrics = optimizer_steps(samples, sequences, scores, self._config)
-        self._journal.publish(events.Measured(step, metrics))
+        before = self.baselines(step)
+        batches, metrics, after = optimizer_steps(samples, sequences, scores, self._config, before)
+        self._baselines = {step: before, step + 1: after}
+        self._measured(step, metrics)
         return batches
+
+    def baselines(self, step: int) -> Baselines:
+        """Return the advantage estimator's baselines before ``step``: the newest step, which may be under way, or the
+        one after it."""
+        return self._baselines[max(known for known in self._baselines if known <= step)]
 
     def pair_batch(self, step: int, pairs: Sequence[PreferencePair]) -> list[TrainSequence]:
         """Return the sequences of preference pairs, weighted to the mean over pairs, with the log-probs of the
@@ -84,6 +110,13 @@ class Policy:
                 sequence.ref_log_probs = log_probs
         set_loss_weights(batch, "rollout_mean", max_response_len=0, rollout_ids=np.arange(len(batch)) // 2)
         return batch
+
+    def _own_of(self, baselines: Baselines) -> Baselines:
+        own = {
+            game: {role: b for role, b in roles.items() if self._plays(role) == self.name}
+            for game, roles in baselines.items()
+        }
+        return {game: roles for game, roles in own.items() if roles}
 
     # --- the update --------------------------------------------------------------------------------------------------
 
@@ -102,11 +135,13 @@ class Policy:
             self._check_parity(step, batch, log_probs)
 
     def _update(self, step: int, batch: Sequence[TrainSequence], role: Role) -> Arrays:
-        trainers = self._cluster.trainers
+        trainers = self._cluster.trainers(self.name)
         with self._journal.timed("train", step):
             results, log_probs = self._models.train(step, batch, role)
         metrics = train_metrics(results, trainers, critic=role is Role.CRITIC)
-        self._journal.publish(events.UpdateFinished(step, role, batch, results, log_probs, metrics))
+        self._journal.publish(
+            events.UpdateFinished(step, role, batch, results, log_probs, self._named(metrics), self.name)
+        )
         skipped = next(r.skipped for r, rank in zip(results, trainers, strict=True) if rank.reports)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if self._skipped_in_a_row > self._config.train.max_skipped_steps:
@@ -117,7 +152,13 @@ class Policy:
         return log_probs
 
     def _check_parity(self, step: int, sequences: Sequence[TrainSequence], log_probs: Arrays) -> None:
-        self._journal.publish(events.Measured(step, self._parity.check(step, sequences, log_probs)))
+        self._measured(step, self._parity.check(step, sequences, log_probs))
+
+    def _measured(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._journal.publish(events.Measured(step, self._named(metrics)))
+
+    def _named(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        return {in_group(self.name, name): value for name, value in metrics.items()}
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
@@ -125,7 +166,7 @@ class Policy:
         """Make weights ``version`` the reference policy's where ``ref_update_interval`` is due."""
         interval = self._config.algorithm.ref_update_interval
         if self._config.has_reference and interval and version % interval == 0:
-            self._cluster.call(SnapshotWeights(Role.REF), step=version)
+            self._cluster.call(SnapshotWeights(Role.REF), step=version, group=self.name)
 
     def admit(self, version: int) -> None:
         """Let cells that were lost and are built again take part, with weights ``version``."""
@@ -144,11 +185,11 @@ class Policy:
         if version == self._engine_version:
             return
         with self._journal.timed("refit", version):
-            results = self._cluster.call(RefitEngine(version), step=version)
+            results = self._cluster.call(RefitEngine(version), step=version, group=self.name)
         self._engine_version = version
         self._journal.publish(events.EngineRefitted(version, results))
         if self._config.algorithm.keep_old_actor:
-            self._cluster.call(SnapshotWeights(Role.OLD_ACTOR), step=version)
+            self._cluster.call(SnapshotWeights(Role.OLD_ACTOR), step=version, group=self.name)
 
     # --- held-out pairs, and the search for a difference -------------------------------------------------------------
 
@@ -171,7 +212,16 @@ class Policy:
             return f"step {step}: log-probs of engine and trainer are bitwise equal for every token"
         sample, token = found
         # computing log-probs may have released the engine's memory, and with it its weights
-        self._cluster.call(RefitEngine(step), step=step)
+        self._cluster.call(RefitEngine(step), step=step, group=self.name)
         turn, _ = sample.trajectory.turn_at(token)
-        bisections = self._cluster.call(Bisect(request(sample, step, turn), token), step=step)
+        bisections = self._cluster.call(Bisect(request(sample, step, turn), token), step=step, group=self.name)
         return describe_bisection(step, sample, token, bisections)
+
+
+def all_baselines(policies: Sequence[Policy], step: int) -> Baselines:
+    """Return what the policies, which play different roles, return as their baselines before ``step``."""
+    found: dict[str, dict[str, float]] = {}
+    for policy in policies:
+        for game, roles in policy.baselines(step).items():
+            found.setdefault(game, {}).update(roles)
+    return found

@@ -24,7 +24,7 @@ from miles_spmd.types.run_files import CONFIG_FILE, METRICS_FILE
 
 def replay(run: RunParts, order: Replay) -> None:
     """Do the steps again, up to the one that was ordered, into a ledger of their own."""
-    run.policy.refit(run.first)
+    run.refit()
     for step in range(run.first, order.step + 1):
         if step == order.step and order.phase == "rollout":
             run.samples.rollout(step)
@@ -36,11 +36,12 @@ def replay(run: RunParts, order: Replay) -> None:
 def bisect(run: RunParts, order: Replay) -> None:
     """Do the steps before the ordered one again, and print the first operator whose output differs between engine and
     trainer, for the first token of its rollout whose log-probs differ."""
-    run.policy.refit(run.first)
+    run.refit()
     for step in range(run.first, order.step):
         advance(run, step)
     samples = list(chain.from_iterable(run.samples.rollout(order.step)))
-    print(run.policy.bisect(order.step, samples, run.generation.request), flush=True)
+    for policy in run.policies:
+        print(policy.bisect(order.step, policy.own(samples), run.generation.request), flush=True)
 
 
 def plan(run_dir: Path, step: int, phase: Literal["rollout", "train"] | None) -> tuple[Replay, list[str]]:

@@ -16,7 +16,7 @@ def train(run: RunParts) -> None:
     """
     steps, checkpoint = run.config.run.num_rollout, run.config.checkpoint
     run.stopping.begin(run.first)
-    run.policy.refit(run.first)
+    run.refit()
     evaluate(run, run.first, begins=True)
     run.journal.report(run.first)
     for step in range(run.first, steps):
@@ -50,7 +50,7 @@ def leave(run: RunParts) -> str:
 
 def warm(run: RunParts) -> None:
     """Do one step, whose responses are short, so that every kernel is compiled."""
-    run.policy.refit(run.first)
+    run.refit()
     advance(run, run.first)
 
 
@@ -66,15 +66,16 @@ def advance(run: RunParts, step: int) -> None:
 
 
 def reinforce(run: RunParts, step: int) -> None:
-    """Generate samples for the prompts of ``step``, and train on them."""
+    """Generate samples for the prompts of ``step``, and train each policy on those of the roles that it plays."""
     groups = run.samples.rollout(step)  # prompts -> scored samples, groups in the order of submission
-    samples = list(chain.from_iterable(groups))
-    sequences = to_sequences(samples)
-    scores = run.policy.score(step, samples, sequences)  # log-probs and values from before the update
-    for batch in run.policy.optimizer_steps(step, samples, sequences, scores):  # advantages, global denominators
-        run.policy.train(step, batch)
-    run.policy.update_reference(step + 1)
-    run.policy.refit(step + 1)  # trainer -> engine
+    for policy in run.policies:
+        samples = policy.own(list(chain.from_iterable(groups)))
+        sequences = to_sequences(samples)
+        scores = policy.score(step, samples, sequences)  # log-probs and values from before the update
+        for batch in policy.optimizer_steps(step, samples, sequences, scores):  # advantages, global denominators
+            policy.train(step, batch)
+        policy.update_reference(step + 1)
+        policy.refit(step + 1)  # trainer -> engine
 
 
 def evaluate(run: RunParts, step: int, *, begins: bool = False) -> None:
@@ -87,5 +88,6 @@ def evaluate(run: RunParts, step: int, *, begins: bool = False) -> None:
     if run.config.trains_on_pairs:
         run.policy.evaluate(step, {one.name: run.data.eval_pairs[one.name] for one in due})
     else:
-        run.policy.refit_now(step)
+        for policy in run.policies:
+            policy.refit_now(step)
         run.generation.evaluate(step, due)
