@@ -22,6 +22,7 @@ class ResponseRow(msgspec.Struct, frozen=True):
     uid: str  # of the prompt: file and row
     index: int  # among the prompt's samples
     trajectory: int  # among those of an environment's episode
+    role: str  # of the player whose trajectory it is, "" where there is one player
     prompt: str  # the model's input, with the chat template applied
     response: str
     messages: list[dict[str, Any]]  # the conversation with its last message; empty where the prompt is plain text
@@ -46,6 +47,7 @@ def row(step: int, sample: Sample) -> ResponseRow:
         uid=sample.prompt.uid,
         index=sample.index,
         trajectory=line.number,
+        role=line.role,
         prompt=sample.prompt.text,
         response=sample.text,
         messages=messages,
