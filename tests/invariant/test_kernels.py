@@ -15,10 +15,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from miles_spmd.invariant import split_attention
+from tests.interpreted import ENVIRONMENT
 
 
 def test_kernels() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment = os.environ | ENVIRONMENT
     command = [sys.executable, "-m", "tests.invariant.kernel_checks"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.stdout.strip() == "done", done.stderr

@@ -72,6 +72,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         second = launch("hang 5")
         wait_for(lambda: (folder / "held").exists(), second)
         wait_for(lambda: (now := read_status(story.folder)).phase == "rollout" and now.step == 5, second)
+        wait_for(lambda: 4 in complete_checkpoints(story.folder), second)  # which is written beside the steps
         story.hung = read_status(story.folder)
         story.followed, ended = [], threading.Event()
 
