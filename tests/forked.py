@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from multiprocessing import forkserver
-from multiprocessing.process import BaseProcess
+from multiprocessing.process import BaseProcess, _children  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Program:
     def __init__(self, process: BaseProcess) -> None:
         self._process = process
         process.start()
+        # Whoever starts another one reads the status of all these, in whatever thread, and it can be read only once.
+        _children.discard(process)
         assert process.pid is not None
         self.pid = process.pid
 

@@ -48,6 +48,14 @@ def processes(job: Job) -> list[int]:
     return found
 
 
+def wait_until_gone(job: Job) -> None:
+    try:
+        wait_for(lambda: not processes(job), END_SECONDS)
+    except AssertionError:
+        left = [Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")[:200] for pid in processes(job)]
+        raise AssertionError(f"after {END_SECONDS} s there are {left}") from None
+
+
 def held_job(
     submit: Submit, folder: Path, config: Path, command: str, *, arguments: tuple[str, ...] = (), **options: Any
 ) -> Job:
@@ -63,7 +71,7 @@ def check_equal(run: Path, uninterrupted: Path, job: Job) -> None:
     assert found.equal, found.difference
     assert len(found.steps) == 4
     assert not list((run / "checkpoints").glob("*.incomplete"))
-    wait_for(lambda: not processes(job), END_SECONDS)
+    wait_until_gone(job)
 
 
 def stop_by_signal(job: Job) -> None:
@@ -100,7 +108,7 @@ def test_a_job_asked_to_stop_is_requeued_and_has_the_ledger_of_an_uninterrupted_
     job = held_job(submit, folder, config, command, nodes=nodes, ranks=ranks, MILES_SPMD_LAUNCH=launch)
     stop_by_signal(job)
     job.wait_for(lambda: job.state == "PENDING")
-    wait_for(lambda: not processes(job), END_SECONDS)
+    wait_until_gone(job)
     (folder / "hold").unlink()
     assert job.wait() == "COMPLETED", job.log()
     assert job.show()["Restarts"] == "1"
@@ -263,7 +271,7 @@ def test_a_cancelled_job_leaves_no_process_and_no_second_run_joins_it(
     assert processes(job)
     cluster.command("scancel", job.id)
     assert job.wait() == "CANCELLED"
-    wait_for(lambda: not processes(job), END_SECONDS)
+    wait_until_gone(job)
     assert "requeueing" not in job.log()
 
 

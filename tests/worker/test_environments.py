@@ -40,13 +40,12 @@ def rows(run_dir: Path) -> list[dict[str, float]]:
     return [row for row in map(json.loads, lines) if "train/loss" in row]
 
 
-def test_several_turns_that_are_left_in_the_middle(launch: Launch, tmp_path: Path) -> None:
-    """A run that is stopped while an environment is at work goes on with the turns that there are, and has the ledger
-    of one that was not, whose environments share other processes, and fail now and then."""
-    hold = tmp_path / "hold"
+def interrupted(launch: Launch, folder: Path, **changes: Any) -> Launched:
+    """A run that was stopped in the middle of its first rollout, and has gone on to its end."""
+    hold = folder / "hold"
     hold.touch()
     run = launch(
-        environment=environment(hold, environment_workers=1),
+        environment=environment(hold, environment_workers=1, **changes),
         reward=REWARD,
         rollout={"rollout_max_response_len": 16, "engine": "sglang"},
         sglang={"max_running_requests": 16},
@@ -54,7 +53,7 @@ def test_several_turns_that_are_left_in_the_middle(launch: Launch, tmp_path: Pat
         checkpoint={"export_final": False, "resume": True},
         run={"num_rollout": 2},
     )
-    wait_for(lambda: (tmp_path / "hold.held").exists(), 60)
+    wait_for(lambda: (folder / "hold.held").exists(), 60)
     os.kill(run.launcher.pid, signal.SIGTERM)
     message = run.finish(60)
     assert run.launcher.returncode == REQUEUE, run.report()
@@ -62,6 +61,13 @@ def test_several_turns_that_are_left_in_the_middle(launch: Launch, tmp_path: Pat
     assert found
     hold.unlink()
     assert f"step 0 continues {found[1]}" in go_on(run)
+    return run
+
+
+def test_several_turns_that_are_left_in_the_middle(launch: Launch, tmp_path: Path) -> None:
+    """A run that is stopped while an environment is at work goes on with the turns that there are, and has the ledger
+    of one that was not, whose environments share other processes, and fail now and then."""
+    run = interrupted(launch, tmp_path)
     kinds = ["environment.environment_kwargs.fails=true", "environment.environment_workers=2", "run.name=undisturbed"]
     go_on(run, *kinds)
     undisturbed = run.run_dir.with_name("undisturbed")
@@ -82,25 +88,7 @@ def test_several_turns_that_are_left_in_the_middle(launch: Launch, tmp_path: Pat
 
 def test_agents_that_are_left_in_the_middle(launch: Launch, tmp_path: Path) -> None:
     """A run that is stopped while agents have sessions gives them the responses that they had, and goes on bitwise."""
-    hold = tmp_path / "hold"
-    hold.touch()
-    run = launch(
-        environment=environment(hold, environment="tests.environments.agent_samples:texts", environment_workers=1),
-        reward=REWARD,
-        rollout={"rollout_max_response_len": 16, "engine": "sglang"},
-        sglang={"max_running_requests": 16},
-        determinism={"deterministic": True},
-        checkpoint={"export_final": False, "resume": True},
-        run={"num_rollout": 2},
-    )
-    wait_for(lambda: (tmp_path / "hold.held").exists(), 60)
-    os.kill(run.launcher.pid, signal.SIGTERM)
-    message = run.finish(60)
-    assert run.launcher.returncode == REQUEUE, run.report()
-    found = re.fullmatch(r"stopped by SIGTERM in step 0: (\d+ complete and \d+ partial responses.*) are saved", message)
-    assert found
-    hold.unlink()
-    assert f"step 0 continues {found[1]}" in go_on(run)
+    run = interrupted(launch, tmp_path, environment="tests.environments.agent_samples:texts")
     go_on(run, "environment.environment_workers=2", "run.name=undisturbed")
     same = compare(verify(run.run_dir), verify(run.run_dir.with_name("undisturbed")))
     assert same.equal, same.difference
