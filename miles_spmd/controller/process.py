@@ -29,6 +29,7 @@ from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.cluster.errors import WorkerError, WorkerStoppedError
 from miles_spmd.controller.journal.stopping import GRACE, Stopping
 from miles_spmd.controller.run_folder import outcome
+from miles_spmd.models.random import write_random_checkpoints
 from miles_spmd.plugins.plug_point import PlugPoint
 from miles_spmd.processes import session
 from miles_spmd.protocol.last_words import say
@@ -154,6 +155,7 @@ def main(descriptor: int) -> int:
         try:
             try:
                 launcher.listen(cluster)
+                write_random_checkpoints(config.checkpoints)
                 from miles_spmd.controller.tasks import run  # imports much, while the workers do the same
 
                 problem = run(config, cluster, attempt, stopping, order.replay)

@@ -7,6 +7,7 @@ names the folder before it exists; a run writes it when it starts.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
@@ -143,7 +144,6 @@ def _cache() -> Path:
 
 def write_random_checkpoint(folder: Path, config: dict[str, Any]) -> None:
     """Write the folder of a random model that has this config.json. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": _SPECIAL[0], "eos_token": _SPECIAL[2]}
     files = {
         "config.json": json.dumps(config, indent=2),
@@ -156,11 +156,13 @@ def write_random_checkpoint(folder: Path, config: dict[str, Any]) -> None:
         # Other ranks may be reading what an earlier one wrote: a file appears whole or not at all.
         partial = folder / f".{name}.{os.getpid()}"
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             partial.write_text(text)
             partial.rename(folder / name)
         except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise OSError(error.errno, error.strerror, str(folder / name)) from None
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise OSError(error.errno, f"{error.strerror}; set XDG_CACHE_HOME", str(folder / name)) from None
 
 
 def _byte_tokenizer() -> str:

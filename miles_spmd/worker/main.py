@@ -60,9 +60,9 @@ def main(config: Config, task: str = "train", replay: Replay | None = None) -> i
     that the tasks "replay" and "bisect" repeat."""
     place, began = Place.from_environment(), time.monotonic()
     try:
-        write_random_checkpoints(config.checkpoints)  # before controller, trainer and engine read them
+        write_random_checkpoints(config.checkpoints)  # before trainer and engine read them
     except OSError as error:
-        say(f"{error.filename} cannot be written: {error.strerror}; set XDG_CACHE_HOME")
+        say(f"start: {error}")
         return 1
     controller = None
     if place.rank == 0 and place.cell is None:  # first, so that the two processes import in parallel

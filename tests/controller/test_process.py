@@ -55,6 +55,19 @@ def test_an_error_before_any_worker_is_there(start: Start, tmp_path: Path, capfd
     assert "Traceback" in (tmp_path / "runs" / "tiny" / "logs" / "latest" / "controller.log").read_text()
 
 
+def test_a_random_model_is_there_also_where_no_rank_has_written_it(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With cells, the controller is on a node without ranks."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    controller = start(model={"hf_checkpoint": "random:qwen3-0.6b/1"})
+    controller.credentials()
+    tokenizer, until = tmp_path / "cache/miles-spmd/random/qwen3-0.6b-1/tokenizer.json", time.monotonic() + 60
+    while not tokenizer.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert tokenizer.stat().st_size > 1000
+
+
 def test_told_to_stop_it_says_why_and_who_is_missing(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
     controller = start()
     dealer = Dealer(controller.credentials()[1])
