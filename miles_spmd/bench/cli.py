@@ -89,6 +89,23 @@ def bench_sandbox(
         launcher.fail(str(error))
 
 
+@app.command("endpoint")
+def bench_endpoint(
+    sessions: Annotated[int, typer.Option(min=1, help="Sessions at the same time.")] = 100,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of each.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Repetitions of which the median is reported.")] = 5,
+) -> None:
+    """Measure what a turn of a session costs where the policy responds at once, without an engine."""
+    from rich.console import Console
+
+    from miles_spmd.bench.endpoint import bench_endpoint
+    from miles_spmd.bench.sandbox import show
+    from miles_spmd.models.random import resolve, write_random_checkpoints
+
+    write_random_checkpoints([folder := resolve(Path("random:smollm2-135m/1"))])
+    show(bench_endpoint(folder, sessions, turns, repeats), Console())
+
+
 Model = Annotated[str, typer.Option("--model", help="Checkpoint folder, or random:SHAPE.")]
 Out = Annotated[Path | None, typer.Option(help="JSON file for the result.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Repetitions of which the median is reported.")]
@@ -229,6 +246,10 @@ def bench_turns(
         int | None,
         typer.Option(min=1, help="Tokens of an engine's KV cache: with all sessions at once, and with as many as fit."),
     ] = None,
+    clients: Annotated[
+        bool,
+        typer.Option("--clients", help="Conversations: in the environment's process, and of clients of a session."),
+    ] = False,
     warm_up: Annotated[int, typer.Option(min=0, help="Steps before the measured ones.")] = 2,
     repeats: Repeats = 5,
     nproc_per_node: Processes = None,
@@ -237,13 +258,17 @@ def bench_turns(
     """Time rollouts of several turns: tokens per second, and the share of prefixes that the engine has already."""
     from miles_spmd.bench.result import make_result
     from miles_spmd.bench.run import publish
-    from miles_spmd.bench.turns import bench_turns
+    from miles_spmd.bench.turns import bench_clients, bench_turns
 
+    if clients and (tail or pause or cache_tokens):
+        launcher.fail("--clients: not with --tail, --pause or --cache-tokens", code=2)
     _, ranks = launcher.ranks(nproc_per_node)
     sizes: dict[str, Any] = {"prompts": prompts, "samples": samples, "prompt_tokens": prompt_tokens}
-    shape: dict[str, Any] = {"number": number, "new_tokens": new_tokens, "given": given, "tail": tail}
-    shape |= {"pause": pause, "cache_tokens": cache_tokens}
-    rows = bench_turns(overrides or [], ranks=ranks, model=model, warm_up=warm_up, steps=repeats, **shape, **sizes)
+    shape: dict[str, Any] = {"number": number, "new_tokens": new_tokens, "given": given}
+    if not clients:
+        shape |= {"tail": tail, "pause": pause, "cache_tokens": cache_tokens}
+    measure = bench_clients if clients else bench_turns
+    rows = measure(overrides or [], ranks=ranks, model=model, warm_up=warm_up, steps=repeats, **shape, **sizes)
     publish(make_result("turns", model, ranks, {"overrides": overrides or [], **shape, **sizes}, rows), out)
 
 

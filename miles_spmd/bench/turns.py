@@ -1,19 +1,26 @@
 """Time of a rollout of several turns, or of responses whose lengths have a long tail: the steps of ``bench step`` in an
-environment that lets the policy respond ``turns`` times and gives it random tokens in between."""
+environment that lets the policy respond ``turns`` times and gives it random tokens in between. The same conversations
+can be held by OpenAI's client, which reaches the policy through a session."""
 
 from __future__ import annotations
 
 import asyncio
 import random
+import string
+from collections.abc import Iterator
 from typing import Any
 
+from miles_spmd.bench.openai_client import shared_client
 from miles_spmd.bench.result import Row
 from miles_spmd.bench.step import bench_step
+from miles_spmd.environments.chat import Chat
+from miles_spmd.environments.sessions.protocol import MODEL
 from miles_spmd.plugins.environment import Context
 from miles_spmd.types.sample import Prompt
 from miles_spmd.types.trajectory import Segment, Trajectory
 
 SHORT = 1 / 16  # of the longest response, in a long-tailed distribution: the median
+TEMPLATE = 64  # tokens that a chat template has at most around a message
 
 
 async def turns(
@@ -37,6 +44,64 @@ async def turns(
             if pause:
                 await asyncio.sleep(generator.uniform(0, 2 * pause))
     return trajectory
+
+
+async def chats(context: Context, prompt: Prompt, turns: int, new_tokens: int, given: int) -> Trajectory:
+    """A user who speaks ``turns`` times, and the policy in the process of its environment."""
+    chat, speaks = Chat(context, prompt), _user(context, prompt, turns, given)
+    await chat.respond(max_new_tokens=new_tokens)
+    for message in speaks:
+        chat.add([message])
+        await chat.respond(max_new_tokens=new_tokens)
+    return chat.trajectory
+
+
+async def clients(context: Context, prompt: Prompt, turns: int, new_tokens: int, given: int) -> list[Trajectory]:
+    """The conversations of :func:`chats`, with the policy behind a session."""
+    messages, speaks = [*prompt.metadata["messages"]], _user(context, prompt, turns, given)
+    async with context.session() as session:
+        client = shared_client().with_options(base_url=session.base_url, api_key=session.api_key)
+        for message in [None, *speaks]:
+            messages += [message] if message else []
+            response = await client.chat.completions.create(model=MODEL, messages=messages, max_tokens=new_tokens)
+            messages.append({"role": "assistant", "content": response.choices[0].message.content})
+    return session.trajectories
+
+
+def _user(context: Context, prompt: Prompt, turns: int, given: int) -> Iterator[dict[str, str]]:
+    """Yield what the user says between two turns, of ``given`` tokens of a ``random:`` model."""
+    generator = random.Random(f"{prompt.uid} {context.index}")
+    for _ in range(turns - 1):
+        yield {"role": "user", "content": "".join(generator.choices(string.ascii_lowercase, k=given))}
+
+
+def bench_clients(
+    overrides: list[str], number: int, new_tokens: int, given: int, ranks: int, **options: Any
+) -> list[Row]:
+    """Return two rows, with medians over the measured steps: the policy in the environment's process, and behind a
+    session. ``options`` are the other arguments of bench_step."""
+    arguments = f"{{turns = {number}, new_tokens = {new_tokens}, given = {given}}}"
+    sessions, length = options["prompts"] * options["samples"], number * (new_tokens + given + 2 * TEMPLATE)
+    rows: list[Row] = []
+    for environment in ("chats", "clients"):
+        settings = [
+            f"environment.environment=miles_spmd.bench.turns:{environment}",
+            f"environment.environment_kwargs={arguments}",
+            "data.apply_chat_template=true",
+            f"data.rollout_max_prompt_len={options['prompt_tokens'] + 2 * TEMPLATE}",
+        ]
+        (row,) = bench_step(overrides=[*settings, *overrides], response_tokens=length, ranks=ranks, **options)
+        rows.append(
+            {
+                "policy": "through a session" if environment == "clients" else "in the environment's process",
+                "sessions": f"{sessions} x {number} turns x {new_tokens} + {given}",
+                "step s": row["step s"],
+                "rollout s": row["rollout s"],
+                "sampled tokens/s per GPU in a rollout": sessions * number * new_tokens / row["rollout s"] / ranks,
+                "prefix hits": row["prefix hits"],
+            }
+        )
+    return rows
 
 
 def bench_turns(

@@ -154,6 +154,21 @@ def test_turns_through_the_command_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_conversations_of_clients(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    sizes = ["--prompts=2", "--samples=2", "--turns=3", "--prompt-tokens=8", "--new-tokens=4", "--given=2"]
+    command = [sys.executable, "-m", "miles_spmd", "bench", "turns", "--clients", *sizes, "--repeats=1", "--warm-up=1"]
+    model = ["--model", str(tiny_with_tokenizer(tmp_path / "model")), "model.dtype=float32", "--out", str(out)]
+    done = subprocess.run(
+        [*command, "--nproc-per-node=1", *model], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    in_process, by_clients = json.loads(out.read_text())["rows"]
+    assert in_process["sessions"] == by_clients["sessions"] == "4 x 3 turns x 4 + 2"
+    assert min(in_process["prefix hits"], by_clients["prefix hits"]) > 0.5
+
+
+@pytest.mark.slow
 def test_sessions_that_do_not_fit_a_cache(tmp_path: Path) -> None:
     """Where as many run as fit, the engine still has most of their histories."""
     out = tmp_path / "result.json"
