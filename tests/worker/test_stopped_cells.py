@@ -16,6 +16,7 @@ import pytest
 from miles_spmd.ledger.chain import verify
 from miles_spmd.ledger.compare import compare
 from miles_spmd.protocol.pipe import REQUEUE
+from miles_spmd.worker.meeting import made_by_launcher
 from tests import forked
 from tests.worker.launched import Launch, Launched
 from tests.worker.test_run_of_cells import REWARD, pid_of, wait_for
@@ -42,6 +43,14 @@ def launchers(run: Launched) -> list[int]:
     """Those of the cells that are built."""
     alive = [pid for rank in range(2) if psutil.pid_exists(pid := pid_of(run, rank))]
     return [psutil.Process(pid).ppid() for pid in alive]
+
+
+def kill_launcher(run: Launched) -> None:
+    """Kill it, and begin another run at once, which removes what killed launchers have left."""
+    os.kill(run.launcher.pid, signal.SIGKILL)
+    run.launcher.wait()
+    with made_by_launcher():
+        pass
 
 
 def controller(run: Launched) -> int:
@@ -72,7 +81,7 @@ ENDS: dict[str, tuple[Deed, str, int]] = {  # what is done, the message, the exi
         1,
     ),
     "supervisor-killed": (
-        lambda run: send(signal.SIGKILL, [run.launcher.pid]),
+        kill_launcher,
         r".*, step \d+: the supervisor died",
         -signal.SIGKILL,
     ),
