@@ -104,8 +104,11 @@ def wait_for(run: Launched, text: str, count: int = 1) -> None:
 
 @pytest.mark.slow
 def test_a_rank_of_each_cell_dies(launch: Launch) -> None:
+    """What a user writes into the configuration meanwhile, and takes away of the data, is for another run."""
     run = launch(ranks=1, **CELLS)
     run.wait_for_steps(3)
+    for name in ("config.toml", "data.jsonl"):
+        (run.folder / name).write_text("megatron.lr = 1.0\n")
     os.kill(pid_of(run, 1), signal.SIGKILL)
     wait_for(run, "cell 1 takes part again")
     os.kill(pid_of(run, 0), signal.SIGKILL)
