@@ -64,6 +64,7 @@ class Supervisor:
         self._here = self._steps.cells_of_a_machine or config.resilience.cells
         self._launched: dict[int, _Launched] = {}
         self._standby: dict[int, _Launched] = {}  # for the next start of a cell
+        self._take_part: set[int] = set()  # cells
         self._due: list[tuple[float, StartCell]] = []  # when (monotonic) which cell is to be started
         self._orders: queue.Queue[ToSupervisor] = queue.Queue()
         self._ended_by = 0  # the number of the signal that has ended the run at once
@@ -95,9 +96,7 @@ class Supervisor:
             for cell in range(cells):
                 own = credentials[cell * self._ranks : (cell + 1) * self._ranks]
                 self._start(StartCell(cell, 0, 0.0, own))
-            self._listening = threading.Thread(target=self._take_orders, daemon=True)
-            self._listening.start()
-            stack.callback(self._obey_last_orders)
+            threading.Thread(target=self._take_orders, daemon=True).start()
             while self._controller.alive:
                 self._step()
             return self._end()
@@ -128,9 +127,11 @@ class Supervisor:
 
     def _obey(self, order: ToSupervisor) -> None:
         if isinstance(order, PrepareCell):
+            self._take_part.add(order.cell)
             if self._config.resilience.standby:
                 self._standby[order.cell] = self._launch(order.cell, order.start)
             return
+        self._take_part.discard(order.cell)
         self._kill(self._launched.pop(order.cell, None))
         if order.credentials:
             self._due.append((time.monotonic() + order.after, order))
@@ -212,18 +213,13 @@ class Supervisor:
             return 128 + self._ended_by
         return status if status >= 0 else 1
 
-    def _obey_last_orders(self) -> None:
-        """Kill cells that the run has ended without: one that is being started has no controller yet that it could
-        lose."""
-        self._listening.join(LEAVING)
-        while not self._orders.empty():
-            if isinstance(order := self._orders.get(), StartCell):
-                self._kill(self._launched.pop(order.cell, None))
-
     def _end_cells(self) -> None:
-        """Let ranks end by themselves, which have lost the controller, and kill those that do not."""
+        """Let ranks end by themselves, which have lost the controller, and kill those that do not. Those of a cell that
+        is being started may have no controller yet that they could lose."""
         for standby in self._standby.values():
             self._kill(standby)
+        for cell in self._launched.keys() - self._take_part:
+            self._kill(self._launched.pop(cell))
         end = time.monotonic() + LEAVING
         for launched in self._launched.values():
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from miles_spmd.ledger.chain import verify
 from miles_spmd.ledger.compare import compare
 from miles_spmd.protocol.pipe import REQUEUE
+from miles_spmd.supervisor import LEAVING
 from miles_spmd.worker.meeting import made_by_launcher
 from tests import forked
 from tests.worker.launched import Launch, Launched
@@ -92,6 +94,21 @@ def go_on(run: Launched, ranks: int, *overrides: str) -> None:
     command = "-m", "miles_spmd", "train", run.folder / "config.toml", f"--nproc-per-node={ranks}", *overrides
     done = forked.run(*command, folder=run.folder)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, REQUEUE)], ids=["SIGINT", "SIGTERM"]
+)
+def test_a_run_that_has_not_begun_ends_at_once(launch: Launch, number: signal.Signals, status: int) -> None:
+    """Its ranks have not connected yet, so they do not notice the end of the controller."""
+    run = launch(ranks=1, preloaded=False, **SETTINGS)
+    run.wait_for_process(0)
+    began = time.monotonic()
+    os.kill(run.launcher.pid, number)
+    assert run.launcher.wait(60) == status, run.report()
+    assert time.monotonic() - began < LEAVING / 2
+    run.wait_for_end()
+    assert re.fullmatch(f"miles-spmd: start: stopped by {number.name}.*\n", run.stderr()), run.report()
 
 
 @pytest.mark.slow

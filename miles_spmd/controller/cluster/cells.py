@@ -272,11 +272,6 @@ class Cells:
         self._starting[cell] = self._cluster.expect_start(ranks, pause)
         self._order(StartCell(cell, start_number, pause, [self._router.credentials[rank] for rank in ranks]))
 
-    def end(self) -> None:
-        """The run has ended: nobody waits for cells that are being started."""
-        for cell in self._starting:
-            self._order(StartCell(cell, self._histories[cell].starts, 0.0, []))
-
     def ended(self, ended: CellEnded) -> None:
         """The launcher of a cell has ended, of which nothing follows where that start counts as lost already. May be
         called by any thread."""
