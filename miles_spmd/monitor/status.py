@@ -57,6 +57,7 @@ class Status(msgspec.Struct, frozen=True):
     eta: float | None  # seconds
     checkpoint: Checkpoint | None
     metrics: dict[str, float]  # the newest of those that matter most
+    cells: int  # that the run is planned for; "perf/cells" of the metrics take part
     attempts: list[Attempt]
     seconds_lost: float
     queue: Queued | None
@@ -96,6 +97,7 @@ def read_status(folder: Path) -> Status:
         eta=_eta(pace, step, steps, rows, sign),
         checkpoint=_checkpoint(saved, now),
         metrics=_headlines(rows, cells),
+        cells=cells,
         attempts=found.records,
         seconds_lost=sum(one.seconds_lost for one in found.records),
         queue=queued(last.job) if last and last.job else None,
@@ -244,7 +246,8 @@ def render(status: Status) -> str:
     elif status.task == "train":
         lines.append(("checkpoint", "none"))
     words = {name: word for word, name in (SHOWN | ALSO_SHOWN).items()}
-    numbers = [f"{words.get(name, name)} {value:.3g}" for name, value in status.metrics.items()]
+    totals = {"perf/cells": f" of {status.cells}"}
+    numbers = [f"{words.get(name, name)} {value:.3g}{totals.get(name, '')}" for name, value in status.metrics.items()]
     if numbers:
         lines.append(("metrics", "  ".join(numbers)))
     if status.queue:

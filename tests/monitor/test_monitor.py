@@ -171,8 +171,8 @@ def test_a_run_that_has_no_cells_any_more_counts_none(story: Story, tmp_path: Pa
     (folder / "metrics.jsonl").write_text('{"step": 1, "perf/cells": 2.0}\n{"step": 2}\n')
     assert "perf/cells" not in read_status(folder).metrics
     settings = folder / "config.toml"
-    settings.write_text(settings.read_text().replace("\ncells = 1\n", "\ncells = 2\n"))
-    assert read_status(folder).metrics["perf/cells"] == 2.0
+    settings.write_text(settings.read_text().replace("\ncells = 1\n", "\ncells = 4\n"))
+    assert "  cells 2 of 4\n" in render(read_status(folder))
 
 
 def test_status_of_each_state(story: Story) -> None:
