@@ -191,6 +191,17 @@ def rows(path: Path) -> dict[str, Any]:
     return {"data": {"prompt_data": str(path)}, "eval": held}
 
 
+def test_a_hook_sees_the_weights_of_each_update_once(hurt: Hurt, tmp_path: Path) -> None:
+    """The other cell dies in an exchange, whereupon its part is computed, and the update repeated. One world of the
+    same run makes the same calls."""
+    train = {"reduction_leaves": 4, "trainer_hook": "tests.worker.hooks:note"}
+    hurt(Strike(1, "Exchange", 2), run={"num_rollout": 4}, train=train)
+    calls = (tmp_path / "hook-0of2.txt").read_text().splitlines()
+    assert calls == (tmp_path / "hook-0.txt").read_text().splitlines()
+    assert [call.split()[:2] for call in calls if "train" in call] == [["train", "begins"], ["train", "ends"]] * 4
+    assert len({call.split()[2] for call in calls}) == 5  # the weights change with each update
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["dpo", "rm"])
 def test_pairs(hurt: Hurt, tmp_path: Path, mode: str) -> None:
