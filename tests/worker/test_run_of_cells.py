@@ -229,6 +229,18 @@ def test_environments_evaluations_and_a_filter(hurt: Hurt, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_agents_that_have_sessions(hurt: Hurt) -> None:
+    """An agent does not notice that the engine of its session is lost."""
+    _, lines = hurt(
+        Strike(1, "EngineStep", 25),
+        Strike(0, "EngineStep", 160),
+        run={"num_rollout": 14},
+        environment={"environment": "tests.environments.agent_samples:texts", "environment_timeout": 200.0},
+    )
+    assert sum("the run goes on without cell" in line for line in lines) == 2
+
+
+@pytest.mark.slow
 def test_partial_rollouts_go_on(launch: Launch, tmp_path: Path) -> None:
     """They are not repeatable, so no ledger is compared."""
     strikes = [Strike(1, "EngineStep", 30), Strike(0, "EngineStep", 90)]
