@@ -180,7 +180,8 @@ def _end_at_once(number: int, frame: FrameType | None) -> None:
     from miles_spmd.protocol.last_words import say
     from miles_spmd.protocol.pipe import REQUEUE
 
-    say(f"start: stopped by {signal.Signals(number).name}")
+    if CELL not in os.environ:  # else the controller says what becomes of the run
+        say(f"start: stopped by {signal.Signals(number).name}")
     os._exit(REQUEUE if number in STOP_SIGNALS else 128 + number)
 
 
@@ -213,7 +214,7 @@ def start(
     if not is_rank:
         for number in (*STOP_SIGNALS, signal.SIGINT, *([] if _is_hangup_ignored() else [signal.SIGHUP])):
             signal.signal(number, _end_at_once)
-    config = load(recipe, overrides, world_size, check_files=True, task=task)
+    config = load(recipe, overrides, world_size, check_files=cell is None, task=task)
     if task != "train":  # there is nothing to lose
         config = undivided(config)
     if config.resilience.cells > 1 and cell is None:

@@ -25,6 +25,7 @@ import msgspec
 import psutil
 
 from miles_spmd.config import Config
+from miles_spmd.config.load import dump_config
 from miles_spmd.protocol import last_words
 from miles_spmd.protocol.pipe import LAUNCHER, REQUEUE, SUPERVISOR, CellEnded, End, PrepareCell, StartCell, ToSupervisor
 from miles_spmd.protocol.router import ANY_INTERFACE, LOOPBACK, address_towards
@@ -57,12 +58,13 @@ class Supervisor:
 
     def __init__(self, config: Config, task: str, ranks: int) -> None:
         self._config, self._task, self._ranks = config, task, ranks
-        self._steps: LocalSteps | SlurmSteps = LocalSteps(ranks)
+        self._steps: LocalSteps | SlurmSteps = LocalSteps()
         if SLURM in os.environ:
-            self._steps = SlurmSteps(ranks, config.resilience.cells)
+            self._steps = SlurmSteps(config.resilience.cells)
         self._here = self._steps.cells_of_a_machine or config.resilience.cells
         self._launched: dict[int, _Launched] = {}
         self._standby: dict[int, _Launched] = {}  # for the next start of a cell
+        self._take_part: set[int] = set()  # cells
         self._due: list[tuple[float, StartCell]] = []  # when (monotonic) which cell is to be started
         self._orders: queue.Queue[ToSupervisor] = queue.Queue()
         self._ended_by = 0  # the number of the signal that has ended the run at once
@@ -83,6 +85,8 @@ class Supervisor:
             if isinstance(self._steps, SlurmSteps):  # nodes see no other folder
                 scratch = tempfile.TemporaryDirectory(prefix=PREFIX, dir=self._config.run_dir)
                 self._keys = Path(stack.enter_context(scratch)).absolute()
+            self._recipe = self._keys / "config.toml"  # the user's may be another one when a cell is started again
+            write_private(self._recipe, dump_config(self._config).encode())
             stack.callback(self._end_cells)
             self._lighthouse = stack.enter_context(_lighthouse(self._steps.host))
             try:
@@ -92,9 +96,7 @@ class Supervisor:
             for cell in range(cells):
                 own = credentials[cell * self._ranks : (cell + 1) * self._ranks]
                 self._start(StartCell(cell, 0, 0.0, own))
-            self._listening = threading.Thread(target=self._take_orders, daemon=True)
-            self._listening.start()
-            stack.callback(self._obey_last_orders)
+            threading.Thread(target=self._take_orders, daemon=True).start()
             while self._controller.alive:
                 self._step()
             return self._end()
@@ -125,9 +127,11 @@ class Supervisor:
 
     def _obey(self, order: ToSupervisor) -> None:
         if isinstance(order, PrepareCell):
+            self._take_part.add(order.cell)
             if self._config.resilience.standby:
                 self._standby[order.cell] = self._launch(order.cell, order.start)
             return
+        self._take_part.discard(order.cell)
         self._kill(self._launched.pop(order.cell, None))
         if order.credentials:
             self._due.append((time.monotonic() + order.after, order))
@@ -173,7 +177,10 @@ class Supervisor:
         keys = self._keys_of(cell, start)
         place = Cell(cell, self._config.resilience.cells, self._lighthouse, str(keys), self._here)
         own = place.environment | self._steps.environment() | self._devices(cell)
-        process = launch(self._steps.command(cell, keys.stem), os.environ | own)
+        if start:  # the run does not end where it fails
+            own[last_words.VARIABLE] = ""
+        arguments = [self._task, str(self._recipe), f"--nproc-per-node={self._ranks}"]
+        process = launch(self._steps.command(cell, keys.stem, arguments), os.environ | own)
         return _Launched(start, keys, process)
 
     def _devices(self, cell: int) -> dict[str, str]:
@@ -206,18 +213,13 @@ class Supervisor:
             return 128 + self._ended_by
         return status if status >= 0 else 1
 
-    def _obey_last_orders(self) -> None:
-        """Kill cells that the run has ended without: one that is being started has no controller yet that it could
-        lose."""
-        self._listening.join(LEAVING)
-        while not self._orders.empty():
-            if isinstance(order := self._orders.get(), StartCell):
-                self._kill(self._launched.pop(order.cell, None))
-
     def _end_cells(self) -> None:
-        """Let ranks end by themselves, which have lost the controller, and kill those that do not."""
+        """Let ranks end by themselves, which have lost the controller, and kill those that do not. Those of a cell that
+        is being started may have no controller yet that they could lose."""
         for standby in self._standby.values():
             self._kill(standby)
+        for cell in self._launched.keys() - self._take_part:
+            self._kill(self._launched.pop(cell))
         end = time.monotonic() + LEAVING
         for launched in self._launched.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -226,21 +228,19 @@ class Supervisor:
 
 
 class LocalSteps:
-    """Launchers of cells of ``ranks`` ranks as processes of this machine, where ``host`` is."""
+    """Launchers of cells as processes of this machine, where ``host`` is."""
 
     host = LOOPBACK
     cells_of_a_machine = 0  # all
-
-    def __init__(self, ranks: int) -> None:
-        self._ranks = ranks
 
     def environment(self) -> dict[str, str]:
         """Return the variables of launchers."""
         return {SUPERVISOR: str(os.getpid())}
 
-    def command(self, cell: int, name: str) -> list[str]:
-        """Return the command that starts ``cell``, under a name of its own."""
-        return [sys.executable, "-m", "miles_spmd", *sys.argv[1:], f"--nproc-per-node={self._ranks}"]
+    def command(self, cell: int, name: str, arguments: Sequence[str]) -> list[str]:
+        """Return the command that starts ``cell``, under a name of its own, with these ``arguments`` of
+        miles-spmd."""
+        return [sys.executable, "-m", "miles_spmd", *arguments]
 
     def kill(self, name: str) -> None:
         """Kill what only this object can find of the start of that name."""
@@ -250,8 +250,7 @@ class SlurmSteps(LocalSteps):
     """Launchers of ``cells`` cells as steps of the job whose batch script runs this process. Each is on one node, and
     nodes get equally many."""
 
-    def __init__(self, ranks: int, cells: int) -> None:
-        super().__init__(ranks)
+    def __init__(self, cells: int) -> None:
         self.host = text("MASTER_ADDR")
         self._nodes = hosts(text("SLURM_JOB_NODELIST"))
         self.cells_of_a_machine = max(1, cells // len(self._nodes))
@@ -259,11 +258,11 @@ class SlurmSteps(LocalSteps):
     def environment(self) -> dict[str, str]:
         return {}  # a launcher's parent is Slurm's process on its node
 
-    def command(self, cell: int, name: str) -> list[str]:
+    def command(self, cell: int, name: str, arguments: Sequence[str]) -> list[str]:
         node = self._nodes[cell // self.cells_of_a_machine]
         step = ["srun", f"--job-name={name}", "--nodes=1", "--ntasks=1", f"--nodelist={node}", "--overlap", "--no-kill"]
         step += ["--cpu-bind=none", "--mem=0", *(["--gpu-bind=none"] if "SLURM_GPUS_ON_NODE" in os.environ else [])]
-        return [*step, *super().command(cell, name)]
+        return [*step, *super().command(cell, name, arguments)]
 
     def kill(self, name: str) -> None:
         shown = _output("squeue", "-h", "--steps", f"--jobs={text('SLURM_JOB_ID')}", "-o", "%i %j")

@@ -140,6 +140,13 @@ def _settings_of_evaluations(s: Settings) -> Messages:
 
 
 @rule(WARNINGS)
+def _settings_of_cells(s: Settings) -> Messages:
+    for path in _defaults():
+        if path.startswith("resilience.") and s.cells == 1 and _is_set(s, path):
+            yield f"{path}: has no effect without resilience.cells above 1"
+
+
+@rule(WARNINGS)
 def _settings_of_outputs(s: Settings) -> Messages:
     if s.export_dir is not None and not s.export_final:
         yield "checkpoint.export_dir: has no effect while checkpoint.export_final is false"

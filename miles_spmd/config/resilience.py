@@ -3,6 +3,7 @@
 from typing import Annotated
 
 from miles_spmd.config.checks import ERRORS, Messages, Settings, rule
+from miles_spmd.config.run import too_short
 from miles_spmd.config.table import NonNegativeInt, Seconds, Table, must_be
 
 Cells = Annotated[int, must_be("a power of two up to 64", lambda n: 1 <= n <= 64 and not n & (n - 1))]
@@ -22,6 +23,12 @@ class ResilienceConfig(Table):
     exchange_timeout: Seconds = 60.0
     """Seconds after which a message between cells counts as lost; also those that a cell which catches up may take for
     a part of the state."""
+
+
+@rule(ERRORS)
+def _cells_are_heard_in_time(s: Settings) -> Messages:
+    if s.cells > 1 and (problem := too_short(s.cell_timeout)):
+        yield f"resilience.cell_timeout: {problem}"
 
 
 @rule(ERRORS)

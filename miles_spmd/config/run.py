@@ -11,6 +11,8 @@ from miles_spmd.config.checks import ERRORS, FILES, Messages, Settings, rule
 from miles_spmd.config.table import FolderName, NonNegativeInt, PositiveInt, Seconds, Table, plug_point, without_slice
 from miles_spmd.models.export_folder import foreign_files
 
+HEARTBEAT_EVERY = 1.0  # seconds between the heartbeats of a rank
+
 
 class RunConfig(Table):
     mode: Literal["rl", "sft", "dpo", "rm"] = "rl"
@@ -153,3 +155,17 @@ class DeadlinesConfig(Table):
     """Seconds in which a checkpoint is written, loaded or exported."""
     heartbeat_timeout: Seconds = 60.0
     """Seconds without a heartbeat of a rank after which it counts as lost."""
+
+
+def too_short(silence: float) -> str:
+    """Return in words why ranks would be lost that live, if a rank is after so many seconds of silence."""
+    if silence >= 2 * HEARTBEAT_EVERY:
+        return ""
+    least, every = f"{2 * HEARTBEAT_EVERY:g}", f"{HEARTBEAT_EVERY:g}"
+    return f"must be at least {least}, got {silence:g}: ranks send a heartbeat every {every} s"
+
+
+@rule(ERRORS)
+def _heartbeats_come_in_time(s: Settings) -> Messages:
+    if problem := too_short(s.heartbeat_timeout):
+        yield f"deadlines.heartbeat_timeout: {problem}"

@@ -33,7 +33,7 @@ def _a_second_policy_has_ranks_and_roles(s: Settings) -> Messages:
     if s.mode != "rl" or s.environment == SINGLE_TURN:
         yield "second_policy.second_num_gpus: requires run.mode = 'rl' and an environment with several roles"
     if s.cells > 1:
-        yield "second_policy.second_num_gpus: must be 0 with resilience.cells > 1"
+        yield "second_policy.second_num_gpus: must be 0 with resilience.cells > 1: all ranks of a cell train one policy"
 
 
 @rule(ERRORS)

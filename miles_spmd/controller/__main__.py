@@ -3,6 +3,8 @@
 import sys
 
 from miles_spmd.controller.process import main
+from miles_spmd.protocol.last_words import keep
 
 if __name__ == "__main__":
+    keep()
     sys.exit(main(int(sys.argv[1])))

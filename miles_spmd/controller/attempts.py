@@ -284,11 +284,12 @@ class AttemptWriter:
         _write_lines(self._run_dir, [self.record])
 
     def _gather_logs(self) -> None:
-        """Move the logs of ranks that ended before they knew the attempt's folder into it."""
-        if self.record.ready is None:
-            for path in (self._run_dir / LOGS).glob("rank-*.starting.*"):
-                with contextlib.suppress(OSError):  # the rank itself has moved it
-                    path.rename(self.folder / path.name.replace(".starting", ""))
+        """Move the logs of ranks that ended before they knew the attempt's folder into it. Once all ranks were there,
+        such a log is that of another start of one, and keeps its name."""
+        for path in (self._run_dir / LOGS).glob("rank-*.st*.*"):  # starting, standby
+            name = path.name if self.record.ready else path.name.replace(".starting", "")
+            with contextlib.suppress(OSError):  # the rank itself has moved it
+                path.rename(self.folder / name)
 
     def _note(self, **changes: object) -> None:
         self._sign = msgspec.structs.replace(self._sign, **changes)

@@ -172,7 +172,6 @@ def main(descriptor: int) -> int:
             if launcher.requested and isinstance(cause, WorkerStoppedError):
                 status = REQUEUE
         launcher.ignore()
-        cluster.cells.end()
     if problem:
         say(problem)
     _conclude(attempt, state, problem, config)

@@ -57,6 +57,7 @@ class Status(msgspec.Struct, frozen=True):
     eta: float | None  # seconds
     checkpoint: Checkpoint | None
     metrics: dict[str, float]  # the newest of those that matter most
+    cells: int  # that the run is planned for; "perf/cells" of the metrics take part
     attempts: list[Attempt]
     seconds_lost: float
     queue: Queued | None
@@ -70,6 +71,7 @@ def read_status(folder: Path) -> Status:
     found = Attempts(folder)
     problems = list(found.problems)
     settings = _settings(folder, problems)
+    cells = _cells(settings)
     last, sign = found.records[-1] if found.records else None, found.sign
     state: State = "unknown" if last is None else last.state
     rows = _recent_rows(folder / METRICS_FILE, problems)
@@ -94,11 +96,12 @@ def read_status(folder: Path) -> Status:
         seconds_per_step=pace,
         eta=_eta(pace, step, steps, rows, sign),
         checkpoint=_checkpoint(saved, now),
-        metrics=_headlines(rows),
+        metrics=_headlines(rows, cells),
+        cells=cells,
         attempts=found.records,
         seconds_lost=sum(one.seconds_lost for one in found.records),
         queue=queued(last.job) if last and last.job else None,
-        resume=_resume(folder, last, _cells(settings), bool(saved)),
+        resume=_resume(folder, last, cells, bool(saved)),
         problems=problems,
     )
 
@@ -188,13 +191,14 @@ def _eta(
     return max(0.0, pace * (steps - step) - max(0.0, min(under_way, pace)))
 
 
-def _headlines(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the newest values: rows have them at different intervals."""
+def _headlines(rows: list[dict[str, Any]], cells: int) -> dict[str, float]:
+    """Return the newest values: rows have them at different intervals. A run that now has one of ``cells`` may have had
+    several before."""
     newest: dict[str, float] = {}
     for row in rows:
         newest |= {name: value for name in row if (value := _number(row, name)) is not None}
     names = [*SHOWN.values(), *ALSO_SHOWN.values(), *filter(is_score, newest)]
-    return {name: newest[name] for name in names if name in newest}
+    return {name: newest[name] for name in names if name in newest and (cells > 1 or name != "perf/cells")}
 
 
 def _checkpoint(saved: dict[int, Path], now: float) -> Checkpoint | None:
@@ -242,7 +246,8 @@ def render(status: Status) -> str:
     elif status.task == "train":
         lines.append(("checkpoint", "none"))
     words = {name: word for word, name in (SHOWN | ALSO_SHOWN).items()}
-    numbers = [f"{words.get(name, name)} {value:.3g}" for name, value in status.metrics.items()]
+    totals = {"perf/cells": f" of {status.cells}"}
+    numbers = [f"{words.get(name, name)} {value:.3g}{totals.get(name, '')}" for name, value in status.metrics.items()]
     if numbers:
         lines.append(("metrics", "  ".join(numbers)))
     if status.queue:

@@ -4,20 +4,34 @@ The processes of a run see its end from different sides. Who knows most speaks f
 so the first message is printed, and the others are not. What the processes share is the name of a file, which the
 launcher of a verb makes and which the first of them removes: nothing has to be written for that, not even to a full
 disk. Where another launcher has started the ranks such a file is missing, and everybody speaks.
+
+A launcher that was killed leaves the folder of that file, which the next launcher of the machine removes. That would
+silence the processes of the run that end a moment later, so each of them keeps the folder.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TextIO
 
 from miles_spmd.types.files import with_remedy
 from miles_spmd.types.printable import MAX_LINE, printable
 
 VARIABLE = "MILES_SPMD_UNSAID"
+LOCK = "lock"  # file beside that one, on which whoever needs the folder has a shared lock
 GRACE = 3.0  # seconds in which a process of the run may still say why it ends
+
+
+def keep() -> None:
+    """Keep the file until this process has ended, whatever becomes of its launcher."""
+    if path := os.environ.get(VARIABLE):
+        with contextlib.suppress(OSError):
+            fcntl.flock(os.open(Path(path).with_name(LOCK), os.O_RDONLY), fcntl.LOCK_SH)
 
 
 def speaks() -> bool:

@@ -78,7 +78,7 @@ class StartCell(msgspec.Struct, tag=True, frozen=True):
 
 
 class PrepareCell(msgspec.Struct, tag=True, frozen=True):
-    """To the supervisor: this start of a cell, which runs now, will be needed when the cell is lost."""
+    """To the supervisor: the cell takes part in the run, and this start of it will be needed when it is lost."""
 
     cell: int
     start: int

@@ -25,9 +25,10 @@ class Hook:
     @contextmanager
     def around(self, phase: str, role: Role, network: Network) -> Iterator[None]:
         """Call the hook before and after the block, in which ``network`` is at work."""
-        if self._call is None:
-            yield
-            return
-        self._call(phase, ends=False, role=str(role), weights=network.weights())
+        self.call(phase, role, network, ends=False)
         yield
-        self._call(phase, ends=True, role=str(role), weights=network.weights())
+        self.call(phase, role, network, ends=True)
+
+    def call(self, phase: str, role: Role, network: Network, *, ends: bool) -> None:
+        if self._call is not None:
+            self._call(phase, ends=ends, role=str(role), weights=network.weights())

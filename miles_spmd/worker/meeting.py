@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, cast
 import msgspec
 import psutil
 
+from miles_spmd.protocol.last_words import LOCK
 from miles_spmd.protocol.pipe import Credentials
 from miles_spmd.protocol.router import ANY_INTERFACE, LOOPBACK, address_towards
 from miles_spmd.types.cell import Cell
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 FOLDER = "MILES_SPMD_MEETING"  # environment: the private folder of a run on one node, made and removed by its launcher
 PREFIX = "miles-spmd-"
 INTERFACES = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
-LOCK = "lock"  # file in a launcher's folder, locked as long as the launcher lives
 PORT = "port"  # file in a meeting's folder: where rank 0's store listens
 POLL = 0.02  # seconds between looks for a file
 
@@ -182,9 +182,9 @@ def store_without_keys(place: Place, limit: timedelta) -> Store:
 @contextlib.contextmanager
 def made_by_launcher() -> Iterator[Path]:
     """Make the private folder of a run on one node, remove it after the block, and remove those that launchers have
-    left which were killed: their locks are free. Raises OSError."""
+    left which were killed, and whose ranks have ended: their locks are free. Raises OSError."""
     with tempfile.TemporaryDirectory(prefix=PREFIX) as name, Path(name, "new").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_SH)
         Path(lock.name).rename(Path(name, LOCK))  # a lock that others see is taken
         for folder in Path(name).parent.glob(f"{PREFIX}*"):
             with contextlib.suppress(OSError), (folder / LOCK).open("rb") as other:  # OSError: it is another user's

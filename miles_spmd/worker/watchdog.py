@@ -26,6 +26,7 @@ from typing import NoReturn, TextIO
 import psutil
 import zmq
 
+from miles_spmd.config.run import HEARTBEAT_EVERY
 from miles_spmd.protocol.dealer import Dealer
 from miles_spmd.protocol.last_words import say
 from miles_spmd.protocol.messages import Heartbeat, Held, HoldPasses, Overdue, ReleasePasses, StopNotice
@@ -36,7 +37,6 @@ from miles_spmd.types.printable import MAX_LINE, printable
 from miles_spmd.worker import flight_recorder
 from miles_spmd.worker.controller_process import ControllerProcess
 
-HEARTBEAT_EVERY = 1.0  # seconds
 LOST_GRACE = 3.0  # seconds from the end of the controller's connection, in which the launcher may stop this rank
 STUCK_GRACE = 20.0  # seconds from there in which a controller that lives may write how its run ended
 REQUESTS = signal.SIGTERM, signal.SIGUSR1  # to stop, after what is worth it was saved; SIGINT ends a run at once

@@ -123,6 +123,7 @@ class Worker:
         self._config, self._rank, self._in_cell = config, rank, cell is not None
         self._own: OwnWork | None = None
         self._hook = Hook(config.train.trainer_hook if side.trains else None)
+        self._begun = -1  # number of the update that this rank of a cell has begun last
         self._saves_to = ""  # folder of the checkpoint that was begun last
         self._roles: Roles | None = None
         if side.trains:
@@ -242,8 +243,10 @@ class Worker:
         if (kept := trainer.kept(command.update, command.part)) is not None:
             return kept
         with self._training(len(command.micro_batches)), self.memory.work("gradient"):
-            with self._hook.around("train", command.role, trainer):
-                result = trainer.compute_part(command.update, command.part, command.micro_batches)
+            if command.update != self._begun:  # else it computes another part, too
+                self._begun = command.update
+                self._hook.call("train", command.role, trainer, ends=False)
+            result = trainer.compute_part(command.update, command.part, command.micro_batches)
             self.memory.note("kept_gradients", trainer.kept_bytes / GIB)
             self._own = _own(trainer, command.micro_batches)
             return result
@@ -251,7 +254,10 @@ class Worker:
     @execute.register
     def _make_update(self, command: commands.MakeUpdate) -> results.UpdateResult:
         with self._training(), self.memory.work("optimizer step"):
-            return self.roles.in_cell.make_update(command.role, command.update)
+            result = self.roles.in_cell.make_update(command.role, command.update)
+            if not result.lost:
+                self._hook.call("train", command.role, self.roles.in_cell.trainer(command.role), ends=True)
+            return result
 
     @execute.register
     def _meet(self, command: commands.MeetCells) -> results.MeetResult:

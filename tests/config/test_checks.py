@@ -61,6 +61,11 @@ OTHER_ENGINE = "tests.reference_engine:TorchEngine"
         ("min_lr=0.1 lr_decay_style=cosine", "is larger than megatron.lr"),
         ("megatron.tensor_model_parallel_size=4", "do not divide the 2 that train"),
         ("rollout_num_gpus=2", "2 of 2 ranks leave none to train"),
+        (
+            "heartbeat_timeout=1.5",
+            "deadlines.heartbeat_timeout: must be at least 2, got 1.5: ranks send a heartbeat",
+        ),
+        ("cells=2 reduction_leaves=4 cell_timeout=1", "resilience.cell_timeout: must be at least 2, got 1: ranks send"),
         ("cells=2 rollout_num_gpus=2", "train.reduction_leaves: cells need it"),
         ("cells=2 reduction_leaves=2", "train.reduction_leaves: 2 is not a multiple of 4"),
         ("cells=2 reduction_leaves=4 rollout_num_gpus=1", "rollout.rollout_num_gpus: must be 0 with resilience.cells"),

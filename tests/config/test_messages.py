@@ -191,6 +191,8 @@ def test_a_file_that_is_no_text(recipe: Path) -> None:  # noqa: F811
         ("over_sampling_batch_size=64", ["rollout.over_sampling_batch_size"]),
         ("over_sampling_batch_size=64 acceptance=first_finished", []),
         ("service_requests=4", ["reward.service_requests"]),
+        ("standby=true cell_restarts=9", ["resilience.standby", "resilience.cell_restarts"]),
+        ("standby=true cell_restarts=9 cells=2 reduction_leaves=4", []),
     ],
 )
 def test_settings_without_effect_are_named(recipe: Path, overrides: str, named: list[str]) -> None:  # noqa: F811

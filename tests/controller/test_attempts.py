@@ -83,6 +83,18 @@ def test_logs_of_a_start_that_failed_are_collected(tmp_path: Path) -> None:
     assert not list((tmp_path / "logs").glob("rank-*"))
 
 
+def test_logs_of_ranks_that_did_not_start_again_are_collected(tmp_path: Path) -> None:
+    attempt = attempts.begin(tmp_path, "train", 2)
+    attempt.ready(0, ["a"])
+    (attempt.folder / "rank-1.log").write_text("before\n")
+    for name in ("starting.log", "standby.log", "standby.stacks"):
+        (tmp_path / "logs" / f"rank-1.{name}").write_text("why\n")
+    attempt.end("failed", "rank 0 died")
+    assert (attempt.folder / "rank-1.log").read_text() == "before\n"
+    assert (attempt.folder / "rank-1.starting.log").read_text() == "why\n"
+    assert not list((tmp_path / "logs").glob("rank-*"))
+
+
 def test_overwriting_deletes_attempts_and_a_failed_start_does_not(tmp_path: Path) -> None:
     config = make(tmp_path)
     leave_results(config, steps=-1, saved=None)

@@ -113,6 +113,25 @@ def test_cells_that_do_not_reach_each_other(cluster: Make, severed: int) -> None
     assert updates == [3 if cell == severed else 4 for cell in range(4)]
 
 
+def test_a_cell_that_keeps_failing_stays_away(cluster: Make) -> None:
+    """Each line names the host on which it was built, also where it does not get so far again."""
+    made, said, orders = divided(cluster, works, works)
+    for problem in ("rank 1 died", *["cell 1 has ended: status 1"] * 3):
+        made.workers.cells.lose(1, problem)
+    again = "; the run goes on without cell 1 (node-a), which is started again"
+    *lost, last = said
+    assert lost == ["rank 1 died" + again, *["cell 1 has ended: status 1" + again] * 2]
+    assert last == "cell 1 has ended: status 1; cell 1 (node-a) has failed 4 times in a row and stays away"
+    starts = [order for order in orders if isinstance(order, StartCell)]
+    assert [(order.start, order.after, len(order.credentials)) for order in starts] == [
+        (1, 0.0, 1),
+        (2, 2.0, 1),
+        (3, 8.0, 1),
+        (4, 0.0, 0),
+    ]
+    assert made.workers.call(RefitEngine(0), step=3) == [empty(RefitEngine(0))]
+
+
 def is_suspended(rank: FakeRank, call: Call) -> None: ...
 
 

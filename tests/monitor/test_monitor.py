@@ -166,6 +166,15 @@ def test_a_run_of_cells_continues_with_the_ranks_of_one(story: Story, tmp_path: 
     assert found.resume.endswith(" checkpoint.resume=true --nproc-per-node 1")
 
 
+def test_a_run_that_has_no_cells_any_more_counts_none(story: Story, tmp_path: Path) -> None:
+    folder = shutil.copytree(story.folder, tmp_path / "run", symlinks=True)
+    (folder / "metrics.jsonl").write_text('{"step": 1, "perf/cells": 2.0}\n{"step": 2}\n')
+    assert "perf/cells" not in read_status(folder).metrics
+    settings = folder / "config.toml"
+    settings.write_text(settings.read_text().replace("\ncells = 1\n", "\ncells = 4\n"))
+    assert "  cells 2 of 4\n" in render(read_status(folder))
+
+
 def test_status_of_each_state(story: Story) -> None:
     assert (story.failed.state, story.failed.step, story.failed.steps) == ("failed", 3, STEPS)
     assert "checkpoint.resume=true" in story.failed.resume

@@ -104,8 +104,11 @@ def wait_for(run: Launched, text: str, count: int = 1) -> None:
 
 @pytest.mark.slow
 def test_a_rank_of_each_cell_dies(launch: Launch) -> None:
+    """What a user writes into the configuration meanwhile, and takes away of the data, is for another run."""
     run = launch(ranks=1, **CELLS)
     run.wait_for_steps(3)
+    for name in ("config.toml", "data.jsonl"):
+        (run.folder / name).write_text("megatron.lr = 1.0\n")
     os.kill(pid_of(run, 1), signal.SIGKILL)
     wait_for(run, "cell 1 takes part again")
     os.kill(pid_of(run, 0), signal.SIGKILL)
@@ -188,6 +191,17 @@ def rows(path: Path) -> dict[str, Any]:
     return {"data": {"prompt_data": str(path)}, "eval": held}
 
 
+def test_a_hook_sees_the_weights_of_each_update_once(hurt: Hurt, tmp_path: Path) -> None:
+    """The other cell dies in an exchange, whereupon its part is computed, and the update repeated. One world of the
+    same run makes the same calls."""
+    train = {"reduction_leaves": 4, "trainer_hook": "tests.worker.hooks:note"}
+    hurt(Strike(1, "Exchange", 2), run={"num_rollout": 4}, train=train)
+    calls = (tmp_path / "hook-0of2.txt").read_text().splitlines()
+    assert calls == (tmp_path / "hook-0.txt").read_text().splitlines()
+    assert [call.split()[:2] for call in calls if "train" in call] == [["train", "begins"], ["train", "ends"]] * 4
+    assert len({call.split()[2] for call in calls}) == 5  # the weights change with each update
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["dpo", "rm"])
 def test_pairs(hurt: Hurt, tmp_path: Path, mode: str) -> None:
@@ -212,6 +226,18 @@ def test_environments_evaluations_and_a_filter(hurt: Hurt, tmp_path: Path) -> No
         **rows(tmp_path / "rows.jsonl"),
     )
     assert sum("the run goes on without" in line for line in lines) == 2
+
+
+@pytest.mark.slow
+def test_agents_that_have_sessions(hurt: Hurt) -> None:
+    """An agent does not notice that the engine of its session is lost."""
+    _, lines = hurt(
+        Strike(1, "EngineStep", 25),
+        Strike(0, "EngineStep", 160),
+        run={"num_rollout": 14},
+        environment={"environment": "tests.environments.agent_samples:texts", "environment_timeout": 200.0},
+    )
+    assert sum("the run goes on without cell" in line for line in lines) == 2
 
 
 @pytest.mark.slow

@@ -18,7 +18,9 @@ import pytest
 from miles_spmd.controller.checkpoint_folders import newest, read
 from miles_spmd.ledger.chain import verify
 from miles_spmd.ledger.compare import compare
+from miles_spmd.protocol import last_words
 from miles_spmd.protocol.pipe import REQUEUE
+from miles_spmd.types.cell import Cell
 from miles_spmd.types.phase import Phase
 from tests import forked
 from tests.slurm.cluster import wait_for
@@ -148,6 +150,23 @@ def test_before_the_start_of_ranks_it_ends_at_once(number: signal.Signals, hangu
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == status, done.stderr
     assert done.stderr == ("" if status == 3 else f"miles-spmd: start: stopped by {number.name}\n")
+
+
+def test_the_launcher_of_a_cell_does_not_speak_for_the_run(tmp_path: Path) -> None:
+    """Where it is stopped with the others while its cell is started again: what is saved, the controller says."""
+    (unsaid := tmp_path / "unsaid").touch()
+    cell = Cell(1, 2, "http://127.0.0.1:1", str(tmp_path / "keys-1-1.json"))
+    done = subprocess.run(
+        [sys.executable, "-c", STARTS, str(int(signal.SIGTERM)), "SIG_DFL"],
+        env=os.environ | cell.environment | {last_words.VARIABLE: str(unsaid)},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (REQUEUE, "")
+    assert unsaid.exists()
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ import pytest
 from miles_spmd.ledger.chain import verify
 from miles_spmd.ledger.compare import compare
 from miles_spmd.protocol.pipe import REQUEUE
+from miles_spmd.supervisor import LEAVING
+from miles_spmd.worker.meeting import made_by_launcher
 from tests import forked
 from tests.worker.launched import Launch, Launched
 from tests.worker.test_run_of_cells import REWARD, pid_of, wait_for
@@ -42,6 +45,14 @@ def launchers(run: Launched) -> list[int]:
     """Those of the cells that are built."""
     alive = [pid for rank in range(2) if psutil.pid_exists(pid := pid_of(run, rank))]
     return [psutil.Process(pid).ppid() for pid in alive]
+
+
+def kill_launcher(run: Launched) -> None:
+    """Kill it, and begin another run at once, which removes what killed launchers have left."""
+    os.kill(run.launcher.pid, signal.SIGKILL)
+    run.launcher.wait()
+    with made_by_launcher():
+        pass
 
 
 def controller(run: Launched) -> int:
@@ -72,7 +83,7 @@ ENDS: dict[str, tuple[Deed, str, int]] = {  # what is done, the message, the exi
         1,
     ),
     "supervisor-killed": (
-        lambda run: send(signal.SIGKILL, [run.launcher.pid]),
+        kill_launcher,
         r".*, step \d+: the supervisor died",
         -signal.SIGKILL,
     ),
@@ -83,6 +94,21 @@ def go_on(run: Launched, ranks: int, *overrides: str) -> None:
     command = "-m", "miles_spmd", "train", run.folder / "config.toml", f"--nproc-per-node={ranks}", *overrides
     done = forked.run(*command, folder=run.folder)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, REQUEUE)], ids=["SIGINT", "SIGTERM"]
+)
+def test_a_run_that_has_not_begun_ends_at_once(launch: Launch, number: signal.Signals, status: int) -> None:
+    """Its ranks have not connected yet, so they do not notice the end of the controller."""
+    run = launch(ranks=1, preloaded=False, **SETTINGS)
+    run.wait_for_process(0)
+    began = time.monotonic()
+    os.kill(run.launcher.pid, number)
+    assert run.launcher.wait(60) == status, run.report()
+    assert time.monotonic() - began < LEAVING / 2
+    run.wait_for_end()
+    assert re.fullmatch(f"miles-spmd: start: stopped by {number.name}.*\n", run.stderr()), run.report()
 
 
 @pytest.mark.slow

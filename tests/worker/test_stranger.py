@@ -32,6 +32,7 @@ import zmq
 from torch.distributed import distributed_c10d
 
 from miles_spmd.platform.plain_objects import PlainUnpickler, accept_plain_objects_only
+from miles_spmd.protocol import last_words
 from miles_spmd.protocol.messages import Heartbeat, encode
 from miles_spmd.protocol.pipe import make_keys
 from miles_spmd.protocol.router import address_towards
@@ -360,16 +361,30 @@ with made_by_launcher() as folder:
     print(folder, flush=True)
     input()
 """
+SPEAK = """
+from miles_spmd.protocol import last_words
+last_words.keep()
+print("keeps it", flush=True)
+input()
+last_words.say("the launcher died")
+input()
+"""
+
+
+def program(source: str, **variables: str) -> subprocess.Popen[str]:
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen([sys.executable, "-c", source], env=os.environ | variables, text=True, **streams)
+
+
+def told(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
 
 
 def test_what_killed_launchers_have_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def launcher() -> tuple[subprocess.Popen[str], Path]:
-        variables = os.environ | {"TMPDIR": str(tmp_path)}
-        process = subprocess.Popen(
-            [sys.executable, "-c", HOLD], env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        return process, Path(process.stdout.readline().strip())
+        process = program(HOLD, TMPDIR=str(tmp_path))
+        return process, Path(told(process))
 
     (tmp_path / f"{PREFIX}kernels").mkdir()
     (killed, left), (living, used) = launcher(), launcher()
@@ -383,3 +398,26 @@ def test_what_killed_launchers_have_left_is_removed(tmp_path: Path, monkeypatch:
     living.communicate("\n")
     assert living.returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == [f"{PREFIX}kernels"]
+
+
+def test_a_process_may_say_why_its_launcher_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run begins meanwhile."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    launcher = program(HOLD, TMPDIR=str(tmp_path))
+    left = Path(told(launcher))
+    unsaid = left / "unsaid"
+    unsaid.touch()
+    speaker, other = (program(SPEAK, **{last_words.VARIABLE: str(unsaid)}) for _ in range(2))
+    assert told(speaker) == told(other) == "keeps it"
+    launcher.kill()
+    launcher.wait()
+    with made_by_launcher():
+        assert left.is_dir()
+    assert speaker.stdin is not None
+    speaker.stdin.write("\n")
+    speaker.stdin.flush()
+    assert told(speaker) == "miles-spmd: the launcher died"
+    assert other.communicate("\n\n")[0] == ""
+    speaker.communicate("\n")
+    with made_by_launcher():
+        assert not left.exists()

@@ -48,12 +48,13 @@ LASTING = 600.0  # seconds after which a cell that has taken part is no longer o
 @dataclass
 class _History:
     """The starts of a cell; ``in_a_row``: those since it last took part for long, ``in_vain``: since it last took part.
-    ``joined``: when it did (monotonic)."""
+    ``joined``: when it did (monotonic). ``hosts``: those on which it was built last."""
 
     starts: int = 1
     in_a_row: int = 0
     in_vain: int = 0
     joined: float = 0.0
+    hosts: str = ""
 
 
 class Cells:
@@ -244,7 +245,7 @@ class Cells:
     def lose(self, cell: int, why: str) -> None:
         """Go on without ``cell``, and have it started again."""
         ranks, history, now = self._table.ranks_of(cell), self._histories[cell], time.monotonic()
-        hosts = ", ".join(sorted({info.host for info in self._table.infos_of(cell)})) or "no host"
+        history.hosts = ", ".join(sorted({info.host for info in self._table.infos_of(cell)})) or history.hosts
         history.in_vain += 1
         if cell in self._table.members:
             self._table.members = [one for one in self._table.members if one != cell]
@@ -262,17 +263,14 @@ class Cells:
             pause = min(LONGEST_PAUSE, FIRST_PAUSE * 4 ** (history.in_vain - 1))
         history.starts, history.in_a_row = history.starts + 1, history.in_a_row + 1
         if history.in_a_row > self._limit:
-            self.show(f"{why}; cell {cell} ({hosts}) has failed {history.in_a_row} times in a row and stays away")
+            self.show(
+                f"{why}; cell {cell} ({history.hosts}) has failed {history.in_a_row} times in a row and stays away"
+            )
             self._order(StartCell(cell, start_number, 0.0, []))
             return
-        self.show(f"{why}; the run goes on without cell {cell} ({hosts}), which is started again")
+        self.show(f"{why}; the run goes on without cell {cell} ({history.hosts}), which is started again")
         self._starting[cell] = self._cluster.expect_start(ranks, pause)
         self._order(StartCell(cell, start_number, pause, [self._router.credentials[rank] for rank in ranks]))
-
-    def end(self) -> None:
-        """The run has ended: nobody waits for cells that are being started."""
-        for cell in self._starting:
-            self._order(StartCell(cell, self._histories[cell].starts, 0.0, []))
 
     def ended(self, ended: CellEnded) -> None:
         """The launcher of a cell has ended, of which nothing follows where that start counts as lost already. May be
