@@ -74,7 +74,8 @@ def events(request: CompletionRequest, response: Response) -> Iterator[bytes]:
 
 
 def _head(request: CompletionRequest, response: Response) -> dict[str, Any]:
-    return {"id": f"cmpl-{response.key}", "object": "text_completion", "created": 0, "model": request.model}
+    head = {"id": f"cmpl-{response.key}", "object": "text_completion", "created": 0, "model": request.model}
+    return head | response.fingerprint
 
 
 def _choice(request: CompletionRequest, number: int, choice: Choice) -> dict[str, Any]:

@@ -38,12 +38,23 @@ class Choice(msgspec.Struct, frozen=True):
     tokens: list[int]
     log_probs: list[float]
     texts: list[str]  # of the tokens, each by itself, where log-probs are requested
+    weight_versions: list[tuple[int, int]] = []  # that sampled the tokens, where these are told
 
 
 class Response(msgspec.Struct, frozen=True):
     key: str  # of the request
     prompt: list[int]
     choices: list[Choice]
+
+    @property
+    def version(self) -> int | None:
+        """Of the weights that sampled the last token of all choices; None where it is not told."""
+        return max((choice.weight_versions[-1][0] for choice in self.choices if choice.weight_versions), default=None)
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What a body has of the weights, by OpenAI's name for what a response depends on beside its request."""
+        return {} if self.version is None else {"system_fingerprint": f"weights-{self.version}"}
 
 
 class StreamOptions(msgspec.Struct):
@@ -113,9 +124,10 @@ class SampledRequest(msgspec.Struct, kw_only=True):
         if len(self.stops) > MAX_STOPS or not all(self.stops):
             raise RequestError(400, f"stop has an empty string, or more than {MAX_STOPS}", param="stop")
 
-    def tokens_of(self, choice: Choice) -> dict[str, list[int]]:
+    def tokens_of(self, choice: Choice) -> dict[str, Any]:
         """Return what a choice has of its tokens."""
-        return {"token_ids": choice.tokens} if self.return_token_ids else {}
+        versions = {"weight_versions": choice.weight_versions} if choice.weight_versions else {}
+        return {"token_ids": choice.tokens, **versions} if self.return_token_ids else {}
 
 
 def read_json(body: bytes, kind: type[T]) -> T:

@@ -181,7 +181,7 @@ class Session:
             message = message | {"content": said.message.content or None}
             reason = "tool_calls" if reason == "stop" else reason
         texts = [self._context.decode([token]) for token in completion.tokens] if request.logprobs else []
-        return Choice(message, reason, completion.tokens, completion.log_probs, texts)
+        return Choice(message, reason, completion.tokens, completion.log_probs, texts, completion.weight_versions)
 
     def _read(self, request: Asked, place: _Place, completion: Completion, calls: int) -> Said:
         if place.dialect is None or isinstance(request, CompletionRequest):
