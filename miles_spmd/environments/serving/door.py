@@ -249,7 +249,7 @@ def _distribution(params: SamplingParams, asked: Any) -> SamplingParams:
     ranges = {
         "temperature": (lambda value: 0 <= value <= _HOTTEST, f"a number from 0 to {_HOTTEST:g}"),
         "top_p": (lambda value: 1e-6 <= value <= 1, "a number from 1e-6 to 1"),
-        "top_k": (lambda value: value == int(value) and -1 <= value < SEEDS, "a whole number from -1 on"),
+        "top_k": (lambda value: value == int(value) and -1 <= value < 2**30, "a whole number from -1 to 2**30 - 1"),
     }
     changes = dict[str, Any]()
     for name, (holds, what) in ranges.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -26,9 +25,9 @@ from miles_spmd.environments.serving.messages import (
     ToServer,
 )
 from miles_spmd.environments.sessions.protocol import RequestError
+from miles_spmd.environments.sglang_parsers import call_formats
 from miles_spmd.types.request import Output, Request, SamplingParams
 
-PARSERS = "miles_spmd.environments.sglang_parsers"
 END_SECONDS = 0.5  # in which clients get what is left to say to them
 _decoder = msgspec.msgpack.Decoder(ToServer)
 
@@ -114,7 +113,7 @@ def _ending() -> RequestError:
 
 def serve(pipe: Connection) -> None:
     """Serve what comes through the pipe first, until the run ends."""
-    importlib.import_module(PARSERS)  # takes seconds, while engines are built
+    call_formats()  # imports the parsers, which takes seconds, while engines are built
     served: Served = pipe.recv()
     asyncio.run(_serve(pipe, served))
 

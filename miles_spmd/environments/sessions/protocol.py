@@ -121,6 +121,8 @@ class SampledRequest(msgspec.Struct, kw_only=True):
             raise RequestError(400, f"n = {self.n} is not between 1 and {MAX_CHOICES}", param="n")
         if self.limit is not None and self.limit < 1:
             raise RequestError(400, f"max_tokens = {self.limit} is less than 1", param="max_tokens")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise RequestError(400, f"seed = {self.seed} does not fit into 64 bits", param="seed")
         if len(self.stops) > MAX_STOPS or not all(self.stops):
             raise RequestError(400, f"stop has an empty string, or more than {MAX_STOPS}", param="stop")
 
