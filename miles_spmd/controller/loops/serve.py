@@ -22,6 +22,7 @@ from miles_spmd.environments.serving.process import Served
 from miles_spmd.environments.serving.server import Server
 from miles_spmd.models import load_family
 from miles_spmd.protocol.commands import LoadWeights
+from miles_spmd.types.printable import MAX_LINE, printable
 from miles_spmd.types.request import Request
 from miles_spmd.types.run_files import API_KEY_FILE, BASE_URL_FILE
 
@@ -42,6 +43,7 @@ def serve(config: Config, cluster: Cluster, attempt: AttemptWriter, stopping: St
                 stopping.begin(0)
                 stopping.show = lambda text: tell(f"stopping: {stopping.source}")
                 attempt.ready(0, [info.host for info in cluster.infos])
+                attempt.phase("serving")
                 tell(f"serving at {url}/v1; the API key is in {key_file}")
                 serving = Serving(cluster, engines, server, tell)
                 while not stopping.source:
@@ -84,7 +86,8 @@ class Serving:
         """Return "" or why the engines have kept their weights."""
         results = self._cluster.call(LoadWeights(load.path, load.version), step=0)
         problem = next((problem for result in results if (problem := result.detail.get("problem", ""))), "")
-        self._tell(f"weights refused: {problem}" if problem else f"weights {load.version}: {load.path}")
+        text = f"weights refused: {problem}" if problem else f"weights {load.version}: {load.path}"
+        self._tell(printable(text, MAX_LINE))  # a client has chosen the path
         return problem
 
 
