@@ -199,6 +199,28 @@ def test_tokens_are_those_of_generate(server: Server, tmp_path: Path, checkpoint
     check_rows(server, rows, server.http.get("/weights").json()["version"])
 
 
+def test_tokens_in_tokens_out(server: Server) -> None:
+    of_text = server.choice("What is 3?", seed=3, max_tokens=9)
+    prompt = server.complete("What is 3?", max_tokens=1).json()["prompt_token_ids"]
+    body = {"seed": 3, "logprobs": 1, "return_token_ids": True}
+    of_tokens = server.http.post("/v1/completions", json=body | {"prompt": prompt, "max_tokens": 9}).json()["choices"][
+        0
+    ]
+    assert of_tokens == of_text
+    opened = server.http.post("/sessions").json()
+    own = {"Authorization": f"Bearer {opened['api_key']}"}
+    for _ in range(3):
+        sent = body | {"prompt": prompt, "max_tokens": 4}
+        said = httpx.post(f"{opened['base_url']}/completions", json=sent, headers=own).json()
+        assert said["prompt_token_ids"] == prompt
+        prompt = [*prompt, *said["choices"][0]["token_ids"], 65]
+    (line,) = server.http.get(f"/sessions/{opened['id']}").json()["trajectories"]
+    assert [*line["prompt_tokens"], *line["tokens"]] == prompt[:-1]
+    assert line["loss_mask"] == [1, 1, 1, 1, 0, 1, 1, 1, 1, 0, 1, 1, 1, 1]
+    for bad in ([10**6], [-1], [2**63], ["a", 1], [True], [[1]], []):
+        assert server.http.post("/v1/completions", json={"prompt": bad}).status_code == 400
+
+
 def test_sessions(server: Server) -> None:
     def play(seed: int) -> tuple[str, list[dict[str, Any]]]:
         opened = server.http.post("/sessions", json={"seed": seed}).json()
