@@ -64,6 +64,8 @@ def options(
     pass
 
 
+# of a run in which nobody trains
+ENGINES_ALONE = ["megatron={}", "rollout.rollout_num_gpus=0", "refit.update_weights_interval=1", "export_final=false"]
 OPTIONS_OF_OTHERS = {"ignore_unknown_options": True}  # refused as overrides, with our names
 
 
@@ -95,8 +97,20 @@ def generate(
     Writes the samples of `run.num_rollout` rollouts, with tokens, log-probs and rewards, into responses.jsonl in the
     folder of the run. Builds engines alone: [megatron] is not read.
     """
-    alone = ["megatron={}", "rollout.rollout_num_gpus=0", "refit.update_weights_interval=1", "export_final=false"]
-    _start("generate", config, [*(overrides or []), *alone], nproc_per_node, dry_run)
+    _start("generate", config, [*(overrides or []), *ENGINES_ALONE], nproc_per_node, dry_run)
+
+
+@app.command(context_settings=OPTIONS_OF_OTHERS)
+def serve(
+    config: Recipe, overrides: Overrides = None, nproc_per_node: Processes = None, dry_run: DryRun = False
+) -> None:
+    """Serve the model over HTTP, with OpenAI's API.
+
+    Prints the address, and leaves it in the files base_url and api_key in the folder of the run. Serves until SIGTERM.
+    Builds engines alone: [megatron] is not read, and no data.
+    """
+    alone = ["data.prompt_data=none:none", *ENGINES_ALONE]
+    _start("serve", config, [*(overrides or []), *alone], nproc_per_node, dry_run)
 
 
 @app.command(context_settings=OPTIONS_OF_OTHERS)

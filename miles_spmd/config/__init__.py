@@ -19,10 +19,12 @@ from miles_spmd.config.reward import RewardTerm as RewardTerm
 from miles_spmd.config.rollout import RefitConfig, RolloutConfig
 from miles_spmd.config.run import CheckpointConfig, DeadlinesConfig, RunConfig, TelemetryConfig
 from miles_spmd.config.second_policy import SecondPolicyConfig
+from miles_spmd.config.serve import ServeConfig
 from miles_spmd.config.slurm import SlurmConfig
 from miles_spmd.config.table import Table
 from miles_spmd.config.train import TrainConfig
 from miles_spmd.types.engine_group import JUDGE, POLICY, SECOND_POLICY, EngineGroup
+from miles_spmd.types.run_files import ENGINES_ALONE
 
 
 class Config(Table):
@@ -59,6 +61,8 @@ class Config(Table):
     """Seconds after which the wait for something ends the run with a report of where each rank stands."""
     resilience: ResilienceConfig = ResilienceConfig()
     """What a run survives without a new start."""
+    serve: ServeConfig = ServeConfig()
+    """Where `miles-spmd serve` listens. Other verbs do not read it."""
     slurm: SlurmConfig = SlurmConfig()
     """The job that `miles-spmd slurm` submits. Other verbs do not read it. docs/slurm.md describes jobs."""
     megatron: dict[str, Any] = {}
@@ -140,7 +144,11 @@ class Config(Table):
         """Whether ``task`` (such as "train" or "eval") needs an engine."""
         if self.trains_on_pairs:
             return False
-        return task in ("eval", "generate") or self.run.mode == "rl" or any(one.eval_interval for one in self.eval_sets)
+        return (
+            task in ("eval", *ENGINES_ALONE)
+            or self.run.mode == "rl"
+            or any(one.eval_interval for one in self.eval_sets)
+        )
 
     def scores(self, task: str) -> bool:
         """Whether ``task`` scores responses: what is only generated need not be, where no row has a label and no

@@ -48,7 +48,7 @@ class Attempt(msgspec.Struct, frozen=True):
     controller's machine."""
 
     attempt: int
-    task: str  # "train", "eval", "replay" or "bisect"
+    task: str  # "train", "generate", "serve", "eval", "replay" or "bisect"
     start: Seconds
     end: Seconds | None = None  # None while it runs
     state: State = "running"
@@ -170,8 +170,9 @@ class _Reported(msgspec.Struct, frozen=True):
 
 def seconds_lost(folder: Path, record: Attempt) -> float:
     """Return the seconds of an attempt that has ended in which it did what no checkpoint has: since the end of the last
-    step that it saved, or since it was ready. A run that finished has lost nothing."""
-    if record.end is None or record.ready is None or record.state == "finished":
+    step that it saved, or since it was ready. A run that finished has lost nothing, and a server has nothing to lose.
+    """
+    if record.end is None or record.ready is None or record.state == "finished" or record.task == "serve":
         return 0.0
     since, first, last = record.ready, record.first_step or 0, record.last_step or 0
     own = [

@@ -6,6 +6,7 @@ reads them in one list with those of the settings.
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
@@ -17,11 +18,13 @@ from miles_spmd.config import Config, RewardTerm
 from miles_spmd.config.checks import Settings, settings
 from miles_spmd.config.environment import SINGLE_TURN
 from miles_spmd.config.judge import JudgeArguments
+from miles_spmd.config.serve import JOB
 from miles_spmd.controller.checkpoint_folders import ResumeError, newest, read
 from miles_spmd.controller.datasets import Datasets
 from miles_spmd.data.dataset import DataError, parse_slice, read_rows
 from miles_spmd.data.tokenizer import Tokenizer, TokenizerError
 from miles_spmd.environments.process import load_environment
+from miles_spmd.environments.sessions.listener import LOOPBACK, listen
 from miles_spmd.generation.engine import EngineFactory
 from miles_spmd.models import load_family, read_generation_config
 from miles_spmd.plugins.algorithm import (
@@ -77,7 +80,21 @@ def errors(config: Config, without: Collection[str] = (), *, task: str = "train"
             tokenizer = Tokenizer(folder) if (folder / "config.json").is_file() else None
         except TokenizerError as error:
             messages.append(f"model.hf_checkpoint: {error}")
+    if task == "serve":
+        return [*messages, *_listens(known)]
     return messages if tokenizer is None else messages + list(_data(config, tokenizer, task))
+
+
+def _listens(known: Settings) -> Iterator[str]:
+    """What keeps a server from listening on this machine."""
+    host, port = known.get("serve_host"), known.get("serve_port")
+    if host is None or port is None:
+        return  # reported with the settings
+    try:
+        listen(LOOPBACK if host == JOB else host, port).close()
+    except OSError as error:
+        setting = "serve_port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "serve_host"
+        yield f"serve.{setting}: cannot listen at {host}, port {port}: {error.strerror or error}; take another one"
 
 
 def _models(known: Settings) -> Iterator[str]:

@@ -22,6 +22,7 @@ from typing import Any, TextIO
 
 from miles_spmd.config import Config
 from miles_spmd.config.load import dump_config, load_config
+from miles_spmd.config.second_policy import SecondPolicyConfig
 from miles_spmd.controller.attempts import LOGS, leftovers, slurm_job
 from miles_spmd.controller.checkpoint_folders import EXPORT, INCOMPLETE, STATE_FILE, newest, unfinished
 from miles_spmd.controller.checkpoint_folders import FOLDER as CHECKPOINTS
@@ -34,7 +35,7 @@ from miles_spmd.telemetry.stragglers import STRAGGLERS_FILE
 from miles_spmd.telemetry.trackers import TENSORBOARD_FOLDER, read_metrics
 from miles_spmd.telemetry.transcripts import ROLLOUTS_FILE, TRANSCRIPTS_FILE
 from miles_spmd.types.files import naming, write_whole
-from miles_spmd.types.run_files import CONFIG_FILE, METRICS_FILE, NEXT_CONFIG
+from miles_spmd.types.run_files import CONFIG_FILE, ENGINES_ALONE, METRICS_FILE, NEXT_CONFIG
 from miles_spmd.types.secrets import scrub
 
 LOCK_FILE = "lock"
@@ -56,10 +57,10 @@ def of_task(config: Config, task: str) -> Config:
     training run of the same recipe, and scores that run's newest checkpoint where it is to resume. So does what warms
     the caches, which keeps no results, a run that faults are injected into, which begins anew, and one that only
     generates."""
-    if task not in ("eval", "generate", "warm", "chaos"):
+    if task not in ("eval", *ENGINES_ALONE, "warm", "chaos"):
         return config
     tables: dict[str, Any] = {"run": config.run.model_copy(update={"name": f"{config.run.name}-{task}"})}
-    if task == "generate":
+    if task in ENGINES_ALONE:
         if config.run.mode != "rl":
             raise RunFolderError(f"run.mode: responses are generated in mode 'rl', not {config.run.mode!r}")
         if config.checkpoint.load is not None:
@@ -67,6 +68,9 @@ def of_task(config: Config, task: str) -> Config:
                 "checkpoint.load: no rank trains here, and engines read Hugging Face checkpoints alone; write one with "
                 "`miles-spmd export`, and name it with model.hf_checkpoint"
             )
+        if task == "serve":  # one policy, which nobody judges
+            unjudged = config.reward.model_copy(update={"judge_num_gpus": 0, "judge_hf_checkpoint": None})
+            tables |= {"second_policy": SecondPolicyConfig(), "reward": unjudged}
     elif task in ("warm", "chaos"):
         tables |= {"checkpoint": config.checkpoint.model_copy(update={"load": None, "resume": False})}
     elif config.checkpoint.resume:

@@ -11,6 +11,7 @@ from miles_spmd.controller.cluster.errors import Unfinished
 from miles_spmd.controller.journal.stopping import Stopping
 from miles_spmd.controller.loops import replay, sync
 from miles_spmd.controller.loops.generate import generate
+from miles_spmd.controller.loops.serve import serve
 from miles_spmd.controller.parts import open_generation, open_parts
 from miles_spmd.protocol.pipe import Replay
 from miles_spmd.telemetry.trackers import read_metrics
@@ -20,9 +21,9 @@ from miles_spmd.types.run_files import METRICS_FILE, adopt_config
 def run(
     config: Config, cluster: Cluster, attempt: AttemptWriter, stopping: Stopping, order: Replay | None = None
 ) -> str:
-    """Do the attempt's task ("train", "generate", "eval", "warm", or "replay" or "bisect" as ``order`` says) with
-    connected ranks. Returns "", or where it ended because it was requested to stop, what is saved. Raises the error
-    that ends the run."""
+    """Do the attempt's task ("train", "generate", "serve", "eval", "warm", or "replay" or "bisect" as ``order`` says)
+    with connected ranks. Returns "", or where it ended because it was requested to stop, what is saved. Raises the
+    error that ends the run."""
     task = attempt.record.task
     if task == "generate":
         with open_generation(config, cluster, attempt, stopping) as generating:
@@ -30,6 +31,9 @@ def run(
             adopt_config(config.run_dir)
             attempt.ready(first, [info.host for info in cluster.infos])
             return generate(generating, first)
+    if task == "serve":
+        serve(config, cluster, attempt, stopping)
+        return ""
     recorded = Path(order.run) if order is not None and order.phase == "train" else None
     with open_parts(config, cluster, attempt, stopping, recorded) as parts:
         match task, order:

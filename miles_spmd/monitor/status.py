@@ -78,7 +78,8 @@ def read_status(folder: Path) -> Status:
     done = [step for row in rows if (step := _step(row)) is not None]
     step = last.last_step if last and last.last_step is not None else max(done, default=None)
     evaluates = last is not None and last.task == "eval"
-    steps = None if evaluates else _steps(settings)
+    serves = last is not None and last.task == "serve"
+    steps = None if evaluates or serves else _steps(settings)
     pace = None if evaluates else _seconds_per_step(rows, last)
     saved = complete_checkpoints(folder)
     now = time.time()
@@ -88,7 +89,7 @@ def read_status(folder: Path) -> Status:
         task=last.task if last else "",
         state=state,
         reason="" if last is None or state == "running" else last.reason,
-        step=step,
+        step=None if serves else step,
         steps=steps,
         phase=sign.phase if sign else "",
         phase_seconds=max(0.0, sign.time - sign.since) if sign else None,

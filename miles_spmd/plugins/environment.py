@@ -25,6 +25,7 @@ class Completion(NamedTuple):
     tokens: list[int]  # the one that stopped it included
     finish_reason: FinishReason
     log_probs: list[float] = []  # of the tokens, where they were asked for
+    weight_versions: list[tuple[int, int]] = []  # (version, number of tokens), in order; of a server
 
 
 class Session(Protocol):

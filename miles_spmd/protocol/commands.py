@@ -90,6 +90,15 @@ class RefitEngine(Command[results.RefitResult], frozen=True):
     version: int
 
 
+class LoadWeights(Command[results.Ok], frozen=True):
+    """Read the Hugging Face checkpoint in the folder ``path`` into the engine as ``version``. Where a rank cannot, no
+    engine has changed, and ``detail`` has the ``problem``."""
+
+    receivers, phase = Receivers.ENGINES, Phase.REFIT
+    path: str
+    version: int
+
+
 class ReplaceEngines(Command[results.Ok], frozen=True):
     """Build every engine anew. Those that are trained have no weights before the next :class:`RefitEngine`; others load
     their checkpoint."""

@@ -49,6 +49,7 @@ class EngineRank(msgspec.Struct, frozen=True):
     engine: int
     leader: bool
     cache_tokens: int | None = None  # whose keys and values the engine can hold; None: nothing stays between requests
+    longest_request: int | None = None  # tokens of prompt and response together; None: what the model's context holds
 
 
 class RankInfo(msgspec.Struct, frozen=True):

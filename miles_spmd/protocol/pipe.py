@@ -32,7 +32,7 @@ class Order(msgspec.Struct, frozen=True):
     """What the controller is to do, and for whom."""
 
     config: str  # JSON of the resolved configuration
-    task: str  # "train", "eval", "warm", "replay" or "bisect"
+    task: str  # "train", "generate", "serve", "eval", "warm", "replay" or "bisect"
     host: str  # name or address under which all workers reach the controller's machine
     world_size: int
     replay: Replay | None = None  # of the tasks "replay" and "bisect"

@@ -43,7 +43,8 @@ class PeerGoneError(ConnectionError):
 class Router:
     """Binds a free port. ``host`` is the name or address under which clients reach this machine; with the default, only
     processes of this machine can connect. ``credentials``, by rank, admit each of ``ranks`` ranks, and name the folder
-    of their ``logs``; ``rank_of`` gives the rank whose key a connection has shown."""
+    of their ``logs``; ``rank_of`` gives the rank whose key a connection has shown, and ``address`` is what it listens
+    at."""
 
     def __init__(self, host: str = LOOPBACK, ranks: int = 1, logs: str = "") -> None:
         server_public, server_secret = make_keys()
@@ -64,7 +65,8 @@ class Router:
         self._monitor = self._context.socket(zmq.PAIR)
         self._monitor.rcvhwm = 0  # a full queue would block libzmq's thread, so a flood of strangers must fit
         self._monitor.connect("inproc://connections")
-        port = self._socket.bind_to_random_port(f"tcp://{address_towards(host) or ANY_INTERFACE}")
+        self.address = address_towards(host) or ANY_INTERFACE
+        port = self._socket.bind_to_random_port(f"tcp://{self.address}")
         self._logs = logs
         self._endpoint, self._public = f"tcp://{host}:{port}", server_public
         self.credentials: list[Credentials] = []

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+ENGINES_ALONE = ("generate", "serve")  # tasks for which no rank trains
 METRICS_FILE = "metrics.jsonl"
+API_KEY_FILE, BASE_URL_FILE = "api_key", "base_url"  # of a server, while it serves
 CONFIG_FILE = "config.toml"
 NEXT_CONFIG = ".config.toml.next"  # of an attempt that continues a run, until its checkpoint is loaded
 CHECKPOINTS = "checkpoints"

@@ -6,6 +6,7 @@ tokens, and is never decoded and tokenized again. A response to a single prompt 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from itertools import chain
 from typing import Any
@@ -139,6 +140,19 @@ class Trajectory(msgspec.Struct):
             else:
                 spans.append((version, count))
         return spans
+
+
+def train_once(siblings: Sequence[Trajectory]) -> None:
+    """Let siblings train once what they have in common: segments that are the same objects stay trained in the first
+    that has them."""
+    seen = dict[int, Segment]()  # which has them, so that no other segment gets their address
+    for trajectory in siblings:
+        own = {id(segment): segment for segment in trajectory.segments}
+        trajectory.segments = [
+            msgspec.structs.replace(segment, trained=False) if id(segment) in seen else segment
+            for segment in trajectory.segments
+        ]
+        seen |= own
 
 
 def _joined(lists: list[list[Any]]) -> list[Any]:

@@ -19,7 +19,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from miles_spmd.models import GENERATION, PADDING, Family, Piece, TensorLayout, read_config, read_generation_config
+from miles_spmd.models import (
+    GENERATION,
+    PADDING,
+    Family,
+    Piece,
+    TensorLayout,
+    load_family,
+    read_config,
+    read_generation_config,
+)
 from miles_spmd.models.export_folder import MANIFEST, foreign_files, is_begun, write_manifest
 from miles_spmd.models.hf_config import end_tokens
 from miles_spmd.models.layout import check_filled, region, whole
@@ -68,6 +77,27 @@ def load(path: str | Path, weights: Mapping[str, torch.Tensor], layouts: list[Te
                 target.copy_(slices[name][region((), piece.start, piece.shape)])
     for target, _ in padding:
         target.zero_()
+
+
+def read_whole(
+    path: str | Path, weights: Mapping[str, torch.Tensor], layouts: list[TensorLayout], model: str | Path
+) -> dict[str, torch.Tensor]:
+    """Return this rank's slices of the checkpoint in ``path`` in host memory, by the names of ``weights`` and in their
+    dtypes. Raises as :func:`load`, and ValueError for another model than that of the folder ``model``, and for weights
+    that are not finite."""
+    folder, family = Path(path), load_family(model)
+    found = load_family(folder)
+    own, other = (
+        {"model_type": one.model_type, **one.transformer_config(), **one.gpt_model()} for one in (family, found)
+    )
+    if differing := [name for name in own if own[name] != other.get(name)]:
+        text = ", ".join(f"{name} is {other.get(name)!r} there and {own[name]!r} here" for name in differing)
+        raise HuggingFaceCheckpointError(folder, [f"its config.json is that of another model: {text}"])
+    read = {name: torch.empty_like(weight, device="cpu") for name, weight in weights.items()}
+    load(folder, read, layouts, family)
+    if wrong := [name for name, weight in read.items() if not weight.isfinite().all()]:
+        raise HuggingFaceCheckpointError(folder, [f"{name} has numbers that are not finite" for name in wrong])
+    return read
 
 
 def _slices(folder: Path, names: Iterable[str], family: Family, opened: ExitStack) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 
 from miles_spmd.config import Config
@@ -24,7 +25,9 @@ from miles_spmd.generation.engine import Engine
 from miles_spmd.planning.release import Release
 from miles_spmd.protocol.results import RefitResult
 from miles_spmd.training.roles import Roles
+from miles_spmd.weights.hugging_face import read_whole
 from miles_spmd.weights.refit import Refit
+from miles_spmd.weights.transport import raise_together
 from miles_spmd.worker.memory_account import MemoryAccount
 from miles_spmd.worker.stopwatch import Stopwatch
 
@@ -130,6 +133,26 @@ class DeviceTurns:
         self._memory.record("refit")
         self._version = version
         return RefitResult(version, counts.bytes_local, counts.bytes_received, counts.checksum_mismatches)
+
+    def load(self, path: str, version: int) -> None:
+        """Give the engine, whose memory is resident, the weights of a Hugging Face checkpoint; requests in flight go on
+        with them. Collective over all ranks with an engine. Raises ValueError on all of them where one cannot read its
+        part, or where it is another model: nothing has changed then."""
+        engine, problem = self.engine, ""
+        read: dict[str, torch.Tensor] = {}
+        try:
+            with self._watch("read"):
+                read = read_whole(path, engine.weights(), engine.layout(), self._config.model.hf_checkpoint)
+        except (ValueError, OSError, MemoryError) as error:
+            problem = str(error) or type(error).__name__
+        raise_together(problem, None)
+        engine.pause()  # a batch may still run on the GPU
+        with torch.no_grad(), self._watch("copy"):
+            for name, weight in engine.weights().items():
+                weight.copy_(read[name])
+        engine.commit(version)
+        engine.unpause()
+        self._version = version
 
     def open_rollout(self) -> None:
         """Make the engine ready for requests. Raises RuntimeError when it has no weights.

@@ -28,6 +28,7 @@ from miles_spmd.protocol.results import Ok
 from miles_spmd.telemetry.environment import cores_per_rank
 from miles_spmd.types.engine_group import SECOND_POLICY
 from miles_spmd.types.phase import Phase
+from miles_spmd.types.run_files import ENGINES_ALONE
 from miles_spmd.worker.controller_process import ControllerProcess
 from miles_spmd.worker.kernels import Kernels
 from miles_spmd.worker.log import Log, redirect_output
@@ -154,7 +155,7 @@ def serve(config: Config, task: str, start: Start) -> int:
     dealer = Dealer(credentials, config.deadlines.heartbeat_timeout)
     try:
         worker = build(config, task, place, side, watch, watchdog.warn)
-        if task in ("train", "eval", "generate"):
+        if task in ("train", "eval", *ENGINES_ALONE):
             worker.describe()
         chores = Chores(log, start.kernels, gpu_monitor(place))
         service = Service(worker, place.number, dealer, watchdog, watch, chores, config.deadlines.engine_step_timeout)
@@ -204,7 +205,7 @@ def join(config: Config, task: str, place: Place, controller: ControllerProcess 
         timeout=longest,
     )
     others = config.reward.judge_num_gpus, config.second_policy.second_num_gpus
-    return credentials, take_side(config.rollout.rollout_num_gpus, longest, *others, trains=task != "generate")
+    return credentials, take_side(config.rollout.rollout_num_gpus, longest, *others, trains=task not in ENGINES_ALONE)
 
 
 def build(config: Config, task: str, place: Place, side: Side, watch: Stopwatch, warn: Callable[[str], None]) -> Worker:

@@ -157,7 +157,8 @@ class Worker:
         if self._engine is None:
             return None
         engine, place = divmod(dist.get_rank(), self._engine.size)
-        return EngineRank(engine, leader=place == 0, cache_tokens=self._engine.cache_tokens)
+        longest = getattr(self._engine, "longest_request", None)  # another engine has none
+        return EngineRank(engine, place == 0, self._engine.cache_tokens, longest)
 
     def describe(self) -> None:
         """Append the values of the backends to the run's config.toml, from the first rank that has each."""
@@ -203,6 +204,15 @@ class Worker:
     @execute.register
     def _refit(self, command: commands.RefitEngine) -> results.RefitResult:
         return self.turns.refit(command.version)
+
+    @execute.register
+    def _load_weights(self, command: commands.LoadWeights) -> results.Ok:
+        try:
+            self.turns.load(command.path, command.version)
+        except ValueError as error:  # on all ranks at once, before any engine has changed
+            return results.Ok({"problem": str(error)})
+        self.memory.record("weights loaded")
+        return results.Ok()
 
     @execute.register
     def _replace(self, command: commands.ReplaceEngines) -> results.Ok:

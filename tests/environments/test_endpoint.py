@@ -136,7 +136,7 @@ def test_a_text_is_continued(play: Play) -> None:
             assert parts[-1].usage.completion_tokens == 3
             other = await client.completions.create(model="a", prompt="<|im_start|>user", n=2)
             assert [one.text for one in other.choices] == ["Hello.", "Hi."]
-            for wrong in ({"prompt": ["a", "b"]}, {"prompt": ""}, {"prompt": "a", "echo": True}, {"prompt": [1, 2]}):
+            for wrong in ({"prompt": ["a", "b"]}, {"prompt": ""}, {"prompt": "a", "echo": True}, {"prompt": [1, "a"]}):
                 with pytest.raises(openai.BadRequestError):
                     await client.completions.create(model="a", **wrong)
         first_line, *others = bench.session.trajectories

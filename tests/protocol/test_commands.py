@@ -20,7 +20,7 @@ FEED = {Submit, AbortRequests, EndGenerate}  # part of a rollout, handled by mil
 
 
 def test_all_commands_are_found() -> None:
-    assert len(COMMANDS) == 20
+    assert len(COMMANDS) == 21
     assert set(COMMANDS) > FEED
 
 

@@ -8,6 +8,7 @@ ends its cell and not the run, as long as another one is left: see :mod:`miles_s
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -108,6 +109,11 @@ class Cluster:
         return self._table.members[0]
 
     @property
+    def address(self) -> str:
+        """Where the controller listens for the ranks: this machine's address in the network of the job."""
+        return self._router.address
+
+    @property
     def pids(self) -> dict[int, int]:
         """The processes of the ranks that have connected, by rank."""
         return {info.rank: info.pid for info in self._table.infos}
@@ -141,11 +147,17 @@ class Cluster:
         return results
 
     def begin(
-        self, command: Command[R] | Sequence[Command[R]], *, step: int, cell: int | None = None, group: str = POLICY
+        self,
+        command: Command[R] | Sequence[Command[R]],
+        *,
+        step: int,
+        cell: int | None = None,
+        group: str = POLICY,
+        endless: bool = False,
     ) -> PendingCall[R]:
         """Send ``command`` (a sequence: one per rank) to its receivers in the engine group ``group`` (of ``cell``,
-        where it is given), who execute it after those that they have already. Raises a WorkerError, and Unfinished
-        where it may be left and the run has to stop."""
+        where it is given), who execute it after those that they have already. ``endless``: it has no deadline. Raises a
+        WorkerError, and Unfinished where it may be left and the run has to stop."""
         first = command[0] if isinstance(command, Sequence) else command
         self.wait_ready()
         if first.abandonable and self.abandons():
@@ -156,7 +168,7 @@ class Cluster:
         commands = command if isinstance(command, Sequence) else [command] * len(ranks)
         if len(commands) != len(ranks):
             raise ValueError(f"{len(commands)} commands for {len(ranks)} ranks")
-        call: PendingCall[R] = self._expect(type(first), ranks, first.phase, step)
+        call: PendingCall[R] = self._expect(type(first), ranks, first.phase, step, math.inf if endless else None)
         call.lost = not ranks and cell is not None
         if isinstance(first, RefitEngine):
             self.engines[group].version = first.version
@@ -186,15 +198,17 @@ class Cluster:
             return self.call(commands, step=step, group=group)
         return self.cells.train(commands, step)
 
-    def rollout(self, step: int, *, purpose: str = "", group: str = POLICY) -> AbstractContextManager[RolloutSession]:
+    def rollout(
+        self, step: int, *, purpose: str = "", group: str = POLICY, endless: bool = False
+    ) -> AbstractContextManager[RolloutSession]:
         """Open a rollout on all engines of ``group``; leaving the block aborts what is still running of it. Errors name
         its ``purpose``, where it has one other than training. Several may be open; the last that is left is waited for
-        until all engines are idle.
+        until all engines are idle. ``endless``: those that are opened with it have no deadline.
 
         After an error in the block the rollout stays open: to close it is a wait of its own, for engines that may be
         the cause of the error, and would delay the message that ends the run.
         """
-        return self.engines[group].rollout(step, purpose=purpose)
+        return self.engines[group].rollout(step, purpose=purpose, endless=endless)
 
     def name_rollout(self) -> str:
         """Return a name that no other rollout of the run has."""
@@ -254,7 +268,7 @@ class Cluster:
 
     def expect_start(self, ranks: Sequence[int], after: float) -> PendingCall[Any]:
         """Return the start of ``ranks``, which begins ``after`` so many seconds."""
-        return self._expect(None, ranks, Phase.START, self._listener.last.step, after)
+        return self._expect(None, ranks, Phase.START, self._listener.last.step, after=after)
 
     def leave(self, ranks: Collection[int]) -> None:
         """Let other engines generate what those of ``ranks`` had not finished."""
@@ -279,9 +293,16 @@ class Cluster:
     # --- one command -------------------------------------------------------------------------------------------------
 
     def _expect(
-        self, kind: type[Command] | None, ranks: Sequence[int], phase: Phase, step: int, after: float = 0.0
+        self,
+        kind: type[Command] | None,
+        ranks: Sequence[int],
+        phase: Phase,
+        step: int,
+        seconds: float | None = None,
+        after: float = 0.0,
     ) -> PendingCall[Any]:
-        seconds = getattr(self._deadlines, phase.deadline)
+        """``seconds``: in place of the deadline of its phase."""
+        seconds = getattr(self._deadlines, phase.deadline) if seconds is None else seconds
         end = time.monotonic() + seconds + after
         call = PendingCall[Any](next(self._ids), kind, [*ranks], phase, step, seconds, end, purpose=self._purpose)
         self._listener.expect(call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -53,11 +54,11 @@ class Engines:
     # --- rollouts ----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def rollout(self, step: int, *, purpose: str = "") -> Iterator[RolloutSession]:
+    def rollout(self, step: int, *, purpose: str = "", endless: bool = False) -> Iterator[RolloutSession]:
         """Open a rollout on all engines of the group: see :meth:`Cluster.rollout`."""
         if self._generating is None:
             self._replaced = 0
-            self._open(step, purpose)
+            self._open(step, purpose, endless)
         name = self._cluster.name_rollout()
         self._listener.outputs[name] = deque()
         session = self._sessions[name] = RolloutSession(self, name, self.leaders)
@@ -72,9 +73,9 @@ class Engines:
         for session in self._sessions.values():
             session.leave(ranks)
 
-    def _open(self, step: int, purpose: str) -> None:
+    def _open(self, step: int, purpose: str, endless: bool) -> None:
         with self._cluster.doing(purpose):
-            self._generating = self._cluster.begin(Generate(), step=step, group=self.name)
+            self._generating = self._cluster.begin(Generate(), step=step, group=self.name, endless=endless)
 
     def _close(self) -> None:
         """Wait until all engines are idle."""
@@ -150,6 +151,6 @@ class Engines:
             if self._table.receivers(Receivers.TRAINERS, group=self.name):  # else they have loaded their checkpoint
                 self._cluster.call(RefitEngine(self.version), step=call.step, group=self.name)
         if self._sessions:
-            self._open(call.step, call.purpose)
+            self._open(call.step, call.purpose, math.isinf(call.seconds))
             for session in self._sessions.values():
                 session.submit_again()

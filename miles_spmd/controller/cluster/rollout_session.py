@@ -67,6 +67,11 @@ class RolloutSession:
         self._send(moved)
 
     @property
+    def is_idle(self) -> bool:
+        """Whether no request is running, and none has an output that was not taken."""
+        return not self._running
+
+    @property
     def unfinished(self) -> list[str]:
         """The requests without an output, by rid."""
         finished = self._engines.finished(self._name)

@@ -15,7 +15,7 @@ from miles_spmd.controller.generation.unfinished import Response, Reward, key
 from miles_spmd.environments.messages import Ask, Begin, Cancel, Completed, Event, Failed, Finished, Line, Order
 from miles_spmd.types.request import Output, Request
 from miles_spmd.types.sample import Prompt, Sample, rollouts
-from miles_spmd.types.trajectory import FinishReason, Segment, Trajectory
+from miles_spmd.types.trajectory import FinishReason, Segment, Trajectory, train_once
 
 _LATELY = 1024  # episodes whose lengths say how long others will be
 
@@ -99,13 +99,12 @@ class Episode:
             of_turns.setdefault(end.line.role, {}).update({n: finished.turn_rewards[n] for n in rewarded})
         for number, of_turn in finished.turn_rewards.items():
             self.segments[number] = msgspec.structs.replace(self.segments[number], reward=of_turn)
-        trained = set[int]()
-        for end in finished.ends:
-            trajectory = self.trajectory(end.line)
+        siblings = [self.trajectory(end.line) for end in finished.ends]
+        train_once(siblings)
+        for end, trajectory in zip(finished.ends, siblings):
             for place, number in enumerate(end.line.segments):
-                if number in end.untrained or number in trained:  # siblings train once what they have in common
+                if number in end.untrained:
                     trajectory.segments[place] = msgspec.structs.replace(trajectory.segments[place], trained=False)
-            trained |= set(end.line.segments)
             trajectory.text, trajectory.messages = end.text, end.messages
             trajectory.finish_reason = end.finish_reason
             own = of_turns[end.line.role]

@@ -133,7 +133,8 @@ def events(request: ChatRequest, response: Response) -> Iterator[bytes]:
 
 def _head(request: ChatRequest, response: Response, kind: str) -> dict[str, Any]:
     # Nothing here depends on time: an agent may act on what it gets, and runs repeat.
-    return {"id": f"chatcmpl-{response.key}", "object": kind, "created": 0, "model": request.model}
+    head = {"id": f"chatcmpl-{response.key}", "object": kind, "created": 0, "model": request.model}
+    return head | response.fingerprint
 
 
 def _end(request: ChatRequest, choice: Choice) -> dict[str, Any]:

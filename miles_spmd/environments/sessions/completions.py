@@ -22,9 +22,9 @@ _LIMIT = 16  # tokens, as OpenAI has it where a request names none
 
 
 class CompletionRequest(SampledRequest, kw_only=True):
-    """``prompt`` may be a list with one text."""
+    """``prompt`` may be a list with one text, or one of tokens."""
 
-    prompt: str | list[str]
+    prompt: str | list[str | int]
     max_tokens: int | None = None
     echo: bool | None = None
     suffix: str | None = None
@@ -32,9 +32,15 @@ class CompletionRequest(SampledRequest, kw_only=True):
 
     @property
     def text(self) -> str:
-        """The prompt; "" where there is not exactly one."""
+        """The prompt; "" where there is not exactly one text."""
         texts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
-        return texts[0] if len(texts) == 1 else ""
+        return texts[0] if len(texts) == 1 and isinstance(texts[0], str) else ""
+
+    @property
+    def tokens(self) -> list[int]:
+        """The prompt; none where it is text."""
+        tokens = [token for token in self.prompt if isinstance(token, int)]
+        return tokens if len(tokens) == len(self.prompt) else []
 
     @property
     def limit(self) -> int:
@@ -42,7 +48,7 @@ class CompletionRequest(SampledRequest, kw_only=True):
 
     def check(self) -> None:
         super().check()
-        if not self.text:
+        if not (self.text or self.tokens):
             raise RequestError(400, "prompt is empty, or several texts; send a request for each", param="prompt")
         if self.echo or self.suffix or self.best_of not in (None, self.choices):
             raise RequestError(400, "echo, suffix and best_of are not supported")
@@ -74,7 +80,8 @@ def events(request: CompletionRequest, response: Response) -> Iterator[bytes]:
 
 
 def _head(request: CompletionRequest, response: Response) -> dict[str, Any]:
-    return {"id": f"cmpl-{response.key}", "object": "text_completion", "created": 0, "model": request.model}
+    head = {"id": f"cmpl-{response.key}", "object": "text_completion", "created": 0, "model": request.model}
+    return head | response.fingerprint
 
 
 def _choice(request: CompletionRequest, number: int, choice: Choice) -> dict[str, Any]:

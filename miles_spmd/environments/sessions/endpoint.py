@@ -1,4 +1,4 @@
-"""The HTTP server of an environment process, on its loopback interface: the sessions that are open, each behind an
+"""A server of HTTP, on the loopback interface of an environment process: the sessions that are open, each behind an
 address and a key of its own.
 """
 
@@ -9,9 +9,8 @@ import contextlib
 import contextvars
 import hmac
 import secrets
-import socket
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -26,6 +25,7 @@ from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from miles_spmd.environments.sessions import chat, completions, protocol, responses
+from miles_spmd.environments.sessions.listener import LOOPBACK, listen, url_of
 from miles_spmd.environments.sessions.protocol import ENDED, RequestError
 from miles_spmd.environments.sessions.session import Asked, Session
 
@@ -37,27 +37,27 @@ HEADERS_TIMEOUT = 20.0  # seconds that a client has for the headers of a request
 BODY_TIMEOUT = 60.0  # and for its body
 WRITE_TIMEOUT = 60.0  # seconds for which a client may keep a response from being written
 IDLE_TIMEOUT = 60.0  # seconds that a connection stays open behind a response
-_HOST, _PATH = "127.0.0.1", "/session/{name}/v1"
+Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Endpoint:
-    """Starts with the first session, and ends with its event loop."""
+    """Starts with the first session, or with :meth:`start`, and ends with its event loop. ``url`` is its address
+    then."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = LOOPBACK, port: int = 0) -> None:
+        """``port`` 0: a free one."""
+        self.url = ""
+        self._place = host, port
         self._sessions: dict[str, Session] = {}
         self._under_way = Counter[str]()  # bytes of bodies by the names of sessions
         self._server: asyncio.Task[None] | None = None
-        self._port = 0
 
     @contextlib.asynccontextmanager
     async def open(self, session: Session) -> AsyncIterator[Session]:
         """Let a client reach ``session`` at its ``base_url``, with its ``api_key``. Raises what has failed in it."""
         if self._server is None:
-            self._start()
-        name = secrets.token_hex(8)
-        session.base_url = f"http://{_HOST}:{self._port}/session/{name}/v1"
-        session.api_key = f"sk-{secrets.token_urlsafe(32)}"
-        self._sessions[name] = session
+            self.start()
+        name = self._add(session)
         try:
             yield session
         finally:
@@ -66,12 +66,17 @@ class Endpoint:
             if session.failure is not None:  # in place of what the client has made of it
                 raise session.failure
 
-    def _start(self) -> None:
-        # asyncio sends at once only where the protocol is named; else head and body of a response are 40 ms apart
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        listener.bind((_HOST, 0))
-        listener.listen(1024)
-        self._port = listener.getsockname()[1]
+    def _add(self, session: Session) -> str:
+        """Give ``session`` its address and its key, and return its name."""
+        name = secrets.token_hex(8)
+        session.base_url, session.api_key = f"{self.url}/session/{name}/v1", make_key()
+        self._sessions[name] = session
+        return name
+
+    def start(self) -> None:
+        """Raises OSError where the place to listen at cannot be had."""
+        listener = listen(*self._place)
+        self.url = url_of(listener)
         config = uvicorn.Config(
             self._application(),
             http=_Connection,
@@ -90,14 +95,12 @@ class Endpoint:
         # outside of the episode that is first: its end would be the server's
         self._server = contextvars.Context().run(asyncio.ensure_future, serve)
 
+    def _routes(self) -> list[Route]:
+        return api_routes("/session/{name}/v1", self._sample, self._models)
+
     def _application(self) -> Starlette:
-        routes = [
-            Route(f"{_PATH}/{path}", partial(self._sample, api), methods=["POST"])
-            for path, api in (("chat/completions", chat), ("completions", completions), ("responses", responses))
-        ]
-        routes.append(Route(f"{_PATH}/models", self._models, methods=["GET"]))
         handlers = {RequestError: _refuse, HTTPException: _refuse_path}
-        application = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
+        application = Starlette(routes=self._routes(), exception_handlers=handlers)  # type: ignore[arg-type]
         application.router.redirect_slashes = False
         return application
 
@@ -106,28 +109,52 @@ class Endpoint:
     async def _sample(self, api: ModuleType, http: Request) -> Response:
         """Serve a request of one of the APIs: ``chat``, ``completions`` or ``responses``."""
         session = self._session(http)
-        with _Body(self._under_way, http.path_params["name"]) as body:
+        with Body(self._under_way, http.path_params["name"]) as body:
             request = api.decode(await body.read(http))
-            response = await _respond(session, request.asked)
-        return _stream(api.events(request, response)) if request.stream else _json(200, api.whole(request, response))
+            response = await respond(session, request.asked)
+        return written(api, request, response)
 
     async def _models(self, http: Request) -> Response:
         self._session(http)
-        model = {"id": protocol.MODEL, "object": "model", "created": 0, "owned_by": "miles_spmd"}
-        return _json(200, {"object": "list", "data": [model]})
+        return models()
 
     def _session(self, http: Request) -> Session:
         """Raises RequestError unless the request has the key of the session in its path."""
         session = self._sessions.get(http.path_params["name"])
         if session is None:
             raise RequestError(404, "this session does not exist, or has ended", ENDED)
-        scheme, _, key = http.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(key.encode(), session.api_key.encode()):
+        if not has_key(http, session.api_key):
             raise RequestError(401, "Authorization is not 'Bearer' and the api_key of this session", "invalid_api_key")
         return session
 
 
-async def _respond(session: Session, request: Asked) -> protocol.Response:
+def api_routes(path: str, sample: Callable[..., Awaitable[Response]], models: Handler) -> list[Route]:
+    """Return those of OpenAI's API below ``path``. ``sample`` is called with a module of an API, and a request."""
+    apis = ("chat/completions", chat), ("completions", completions), ("responses", responses)
+    routes = [Route(f"{path}/{name}", partial(sample, api), methods=["POST"]) for name, api in apis]
+    return [*routes, Route(f"{path}/models", models, methods=["GET"])]
+
+
+def make_key() -> str:
+    return f"sk-{secrets.token_urlsafe(32)}"
+
+
+def has_key(http: Request, key: str) -> bool:
+    scheme, _, given = http.headers.get("authorization", "").partition(" ")
+    return scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), key.encode())
+
+
+def written(api: ModuleType, request: Any, response: protocol.Response) -> Response:
+    """Return what the client gets, in the form of ``api``."""
+    return _stream(api.events(request, response)) if request.stream else as_json(200, api.whole(request, response))
+
+
+def models() -> Response:
+    model = {"id": protocol.MODEL, "object": "model", "created": 0, "owned_by": "miles_spmd"}
+    return as_json(200, {"object": "list", "data": [model]})
+
+
+async def respond(session: Session, request: Asked) -> protocol.Response:
     """Raises RequestError."""
     try:
         return await session.respond(request)
@@ -137,13 +164,13 @@ async def _respond(session: Session, request: Asked) -> protocol.Response:
         raise RequestError(500, f"the session has failed: {type(error).__name__}", "session_failed") from error
 
 
-class _Body:
+class Body:
     """The body of a request, which counts towards those of its session until the response is there."""
 
     def __init__(self, under_way: Counter[str], name: str) -> None:
         self._under_way, self._name, self._size = under_way, name, 0
 
-    def __enter__(self) -> _Body:
+    def __enter__(self) -> Body:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -182,20 +209,20 @@ def _stream(events: Iterator[bytes]) -> Response:
     return StreamingResponse(send(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 
-def _json(status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
+def as_json(status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(body), status, headers, "application/json")
 
 
 def _refuse(http: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
     # what is left of a body that was refused is not read
-    return _json(error.status, error.body, {"Connection": "close"} if error.status in (408, 413) else None)
+    return as_json(error.status, error.body, {"Connection": "close"} if error.status in (408, 413) else None)
 
 
 def _refuse_path(http: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    text = f"{http.method} {http.url.path:.200} is not served; see POST /session/ID/v1/chat/completions"
-    return _json(error.status_code, RequestError(error.status_code, text).body)
+    text = f"{http.method} {http.url.path:.200} is not served; see POST BASE_URL/chat/completions"
+    return as_json(error.status_code, RequestError(error.status_code, text).body)
 
 
 class _Server(uvicorn.Server):

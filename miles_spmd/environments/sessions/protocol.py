@@ -38,12 +38,23 @@ class Choice(msgspec.Struct, frozen=True):
     tokens: list[int]
     log_probs: list[float]
     texts: list[str]  # of the tokens, each by itself, where log-probs are requested
+    weight_versions: list[tuple[int, int]] = []  # that sampled the tokens, where these are told
 
 
 class Response(msgspec.Struct, frozen=True):
     key: str  # of the request
     prompt: list[int]
     choices: list[Choice]
+
+    @property
+    def version(self) -> int | None:
+        """Of the weights that sampled the last token of all choices; None where it is not told."""
+        return max((choice.weight_versions[-1][0] for choice in self.choices if choice.weight_versions), default=None)
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What a body has of the weights, by OpenAI's name for what a response depends on beside its request."""
+        return {} if self.version is None else {"system_fingerprint": f"weights-{self.version}"}
 
 
 class StreamOptions(msgspec.Struct):
@@ -110,12 +121,15 @@ class SampledRequest(msgspec.Struct, kw_only=True):
             raise RequestError(400, f"n = {self.n} is not between 1 and {MAX_CHOICES}", param="n")
         if self.limit is not None and self.limit < 1:
             raise RequestError(400, f"max_tokens = {self.limit} is less than 1", param="max_tokens")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise RequestError(400, f"seed = {self.seed} does not fit into 64 bits", param="seed")
         if len(self.stops) > MAX_STOPS or not all(self.stops):
             raise RequestError(400, f"stop has an empty string, or more than {MAX_STOPS}", param="stop")
 
-    def tokens_of(self, choice: Choice) -> dict[str, list[int]]:
+    def tokens_of(self, choice: Choice) -> dict[str, Any]:
         """Return what a choice has of its tokens."""
-        return {"token_ids": choice.tokens} if self.return_token_ids else {}
+        versions = {"weight_versions": choice.weight_versions} if choice.weight_versions else {}
+        return {"token_ids": choice.tokens, **versions} if self.return_token_ids else {}
 
 
 def read_json(body: bytes, kind: type[T]) -> T:

@@ -39,6 +39,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     text: Body | None = None
     previous_response_id: str | None = None
+    seed: int | None = None
     temperature: Any = None
     top_p: Any = None
 
@@ -57,6 +58,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
             tool_choice=self.tool_choice,
             max_completion_tokens=self.max_output_tokens,
             response_format=form if isinstance(form, dict) else None,
+            seed=self.seed,
             temperature=self.temperature,
             top_p=self.top_p,
         )
@@ -188,7 +190,7 @@ def _body(request: ResponsesRequest, response: Response, items: list[Body], fini
         "parallel_tool_calls": True,
         "temperature": None,
         "top_p": None,
-        "metadata": {},
+        "metadata": response.fingerprint,
         "usage": {
             "input_tokens": prompt,
             "input_tokens_details": {"cached_tokens": 0},

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import msgspec
 
 from miles_spmd.environments.calls import Message as AssistantMessage
+from miles_spmd.environments.context import ContextError
 from miles_spmd.environments.continuation import ContinuationError
 from miles_spmd.environments.dialect import AUTO, Dialect, Said, Written, end
 from miles_spmd.environments.sessions import history
@@ -181,7 +182,7 @@ class Session:
             message = message | {"content": said.message.content or None}
             reason = "tool_calls" if reason == "stop" else reason
         texts = [self._context.decode([token]) for token in completion.tokens] if request.logprobs else []
-        return Choice(message, reason, completion.tokens, completion.log_probs, texts)
+        return Choice(message, reason, completion.tokens, completion.log_probs, texts, completion.weight_versions)
 
     def _read(self, request: Asked, place: _Place, completion: Completion, calls: int) -> Said:
         if place.dialect is None or isinstance(request, CompletionRequest):
@@ -218,11 +219,27 @@ class Session:
         """Return where a request lets the policy continue a text: behind the longest one that the prompt begins with.
         What spells a special token becomes one: whoever sends a text has written it as a template would."""
         prompt, state = request.text, history.begin([request.key])
+        if request.tokens:
+            return self._find_tokens(request.tokens, state)
         if (parent := self._turns.before(prompt)) is None:
             tokens = self._context.encode(prompt, at_start=True, templated=False)
             return self._begin(state, None, Written(prompt, tokens), [], "conversation")
         rest = prompt.removeprefix(parent.text)
         return self._continue(parent, state, None, Written(rest, self._context.encode(rest)), [])
+
+    def _find_tokens(self, tokens: list[int], state: bytes) -> _Place:
+        """Return where tokens let the policy continue: behind the most that it has seen and sampled of them. Raises
+        RequestError for tokens that it does not have."""
+        try:
+            self._context.begin(tokens)  # what the policy continues may not be this
+        except ContextError as error:
+            raise RequestError(400, f"prompt: {error}", param="prompt") from None
+        parent = self._turns.before_tokens(tokens)
+        rest = tokens if parent is None else tokens[len(parent.trajectory.tokens) :]
+        written = Written(self._context.decode(rest), rest)
+        if parent is None:
+            return self._begin(state, None, written, [], "conversation")
+        return self._continue(parent, state, None, written, [])
 
     def _continue(
         self, turn: Turn, state: bytes, dialect: Dialect | None, written: Written, added: list[Message]

@@ -78,6 +78,12 @@ class Turns:
         found = (turn for turn in self._all if turn.text and text.startswith(turn.text))
         return max(found, key=lambda turn: (len(turn.text), turn.path), default=None)
 
+    def before_tokens(self, tokens: list[int]) -> Turn | None:
+        """Return the turn of a text that ends the most tokens with which ``tokens`` begin."""
+        texts = ((turn, turn.trajectory.tokens) for turn in self._all if turn.text)
+        found = ((len(own), turn.path, turn) for turn, own in texts if tokens[: len(own)] == own)
+        return max(found, key=lambda one: one[:2], default=(0, "", None))[2]
+
     def recognise(
         self, state: bytes, messages: Sequence[Message], trims: Mapping[str, bool]
     ) -> tuple[bytes, Turn | None]:

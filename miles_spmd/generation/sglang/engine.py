@@ -115,6 +115,11 @@ class SglangEngine:
     def cache_tokens(self) -> int | None:
         return None if self.server_args.disable_radix_cache else self._scheduler.max_total_num_tokens
 
+    @property
+    def longest_request(self) -> int:
+        """Tokens of prompt and response that always fit, whatever their division; see :meth:`_check`."""
+        return min(self.context_length, self._scheduler.max_total_num_tokens - 2 * self._scheduler.page_size)
+
     def submit(self, requests: list[Request]) -> None:
         if self.leader:
             for request in requests:
