@@ -111,9 +111,9 @@ async def texts(context: Context, prompt: Prompt, hold: str = "") -> list[Trajec
         openai.AsyncOpenAI(base_url=session.base_url, api_key=session.api_key, max_retries=0) as client,
     ):
         first = await client.completions.create(model="policy", prompt=prompt.text, max_tokens=4)
-        if Path(hold).exists():
+        if hold and Path(hold).exists():
             Path(f"{hold}.held").touch()
-        while Path(hold).exists():
+        while hold and Path(hold).exists():
             await asyncio.sleep(0.05)
         said = f"{prompt.text}{first.choices[0].text}"
         await asyncio.gather(
