@@ -9,6 +9,7 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.toml"
 NEXT_CONFIG = ".config.toml.next"  # of an attempt that continues a run, until its checkpoint is loaded
 CHECKPOINTS = "checkpoints"
+TURNS = "turns"  # finished responses of steps that no checkpoint has yet
 CHECKPOINT_MARK = "controller.json"  # in a checkpoint's folder: the last file, without which it is not complete
 
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import msgspec
 
 from miles_spmd.config import EnvironmentConfig
+from miles_spmd.controller.generation.durable import DurableRollout
 from miles_spmd.controller.generation.sampling import Sampling
 from miles_spmd.controller.generation.unfinished import Response, Reward, key
 from miles_spmd.environments.messages import Ask, Begin, Cancel, Completed, Event, Failed, Finished, Line, Order
@@ -147,12 +148,17 @@ class Episodes:
         self._done: list[Done] = []
         self.open()
 
-    def open(self, given: Mapping[str, Response] | None = None, purpose: str = "") -> None:
+    def open(
+        self,
+        given: Mapping[str, Response] | None = None,
+        purpose: str = "",
+        durable: DurableRollout | None = None,
+    ) -> None:
         """Begin a rollout. ``given`` are responses from before an interruption, by the digests of their requests;
-        ``purpose``: one other than training."""
+        ``purpose``: one other than training; ``durable``: those on disk."""
         self.failures: Counter[str] = Counter()  # by kind, those that another attempt has made good included
         self.prefill = self.cached = 0  # tokens of the requests' prompts, and those that the engine had already
-        self._given, self._purpose = given or {}, purpose
+        self._given, self._purpose, self._durable = given or {}, purpose, durable
         self._lost: list[str] = []  # what was wrong with episodes that have failed for good
 
     def tokens_of(self, number: int) -> int | None:
@@ -227,9 +233,11 @@ class Episodes:
             rid=f"{episode.group}.{ask.episode}.{ask.segment}",
         )
         known = begun
-        if known is None and (self._given or episode.known):
+        if known is None and (self._given or episode.known or self._durable):
             name = key(request)
             known = self._given.get(name) or episode.known.get(name)
+            if self._durable is not None and (known is None or not known.complete):
+                known = self._durable.get(name) or known
         self._asked[request.rid] = request, ask
         if known is None or not known.output.output_ids:
             yield request
@@ -258,6 +266,8 @@ class Episodes:
         if output.finish_reason is FinishReason.ABORT:
             self._paused.append((ask, response))
             return
+        if known is None and self._durable is not None and len(output.weight_versions) == 1:
+            self._durable.add(request, output, episode.prompt.uid, episode.index)
         sampled = Segment(
             output.output_ids,
             log_probs=output.output_log_probs,
