@@ -78,6 +78,7 @@ def play(
     order: int = 0,
     given: dict[str, Response] | None = None,
     durable: DurableRollout | None = None,
+    purpose: str = "",
     **limits: Any,
 ) -> tuple[list[Done], Episodes, list[Request]]:
     """Run one rollout; outputs arrive in a random ``order``."""
@@ -87,7 +88,7 @@ def play(
     )
     settings = EnvironmentConfig(**limits)
     episodes, sampling = Episodes(host, itertools.count(), settings), Sampling.of_step(CONFIG, 3)
-    episodes.open(given, durable=durable)
+    episodes.open(given, purpose, durable)
     episodes.begin(0, prompts, sampling)
     running, asked, done = list[Request](), list[Request](), list[Done]()
     while True:

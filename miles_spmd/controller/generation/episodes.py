@@ -11,9 +11,11 @@ import msgspec
 
 from miles_spmd.config import EnvironmentConfig
 from miles_spmd.controller.generation.durable import DurableRollout
+from miles_spmd.controller.generation.leaves import chosen
 from miles_spmd.controller.generation.sampling import Sampling
 from miles_spmd.controller.generation.unfinished import Response, Reward, key
-from miles_spmd.environments.messages import Ask, Begin, Cancel, Completed, Event, Failed, Finished, Line, Order
+from miles_spmd.environments.messages import Ask, Begin, Cancel, Completed, End, Event, Failed, Finished, Line, Order
+from miles_spmd.plugins.environment import Leaf
 from miles_spmd.types.request import Output, Request
 from miles_spmd.types.sample import Prompt, Sample, rollouts
 from miles_spmd.types.trajectory import FinishReason, Segment, Trajectory
@@ -90,9 +92,10 @@ class Episode:
         segments = [self.segments[number] for number in line.segments]
         return Trajectory(line.start, segments, line.number, line.role)
 
-    def finish(self, finished: Finished) -> None:
+    def finish(self, finished: Finished, trains: str) -> None:
         """Make the samples of the trajectories that the environment has returned. Where it has given rewards to turns
-        only, a role's is their sum, to which a turn that siblings have in common adds once."""
+        only, a role's is their sum, to which a turn that siblings have in common adds once. ``trains``: which of the
+        siblings the loss counts. Raises PlugInError."""
         self.give(finished.given)
         of_turns: dict[str, dict[int, float]] = {}  # by role
         for end in finished.ends:
@@ -100,23 +103,46 @@ class Episode:
             of_turns.setdefault(end.line.role, {}).update({n: finished.turn_rewards[n] for n in rewarded})
         for number, of_turn in finished.turn_rewards.items():
             self.segments[number] = msgspec.structs.replace(self.segments[number], reward=of_turn)
-        trained = set[int]()
-        for end in finished.ends:
-            trajectory = self.trajectory(end.line)
-            for place, number in enumerate(end.line.segments):
-                if number in end.untrained or number in trained:  # siblings train once what they have in common
-                    trajectory.segments[place] = msgspec.structs.replace(trajectory.segments[place], trained=False)
-            trained |= set(end.line.segments)
-            trajectory.text, trajectory.messages = end.text, end.messages
-            trajectory.finish_reason = end.finish_reason
+        trajectories = [self._ended(end) for end in finished.ends]
+        left_out, trained = self._left_out(finished.ends, trajectories, trains), set[int]()
+        for place, (end, trajectory) in enumerate(zip(finished.ends, trajectories)):
             own = of_turns[end.line.role]
             reward = math.fsum(own.values()) if end.reward is None and own else end.reward
             self.samples.append(Sample(self.prompt, self.index, trajectory, reward, end.reward_detail))
+            # siblings train once what they have in common
+            without = {*end.line.segments} if place in left_out else {*end.untrained} | trained
+            trained |= set() if place in left_out else {*end.line.segments}
+            trajectory.segments = [
+                msgspec.structs.replace(segment, trained=False) if number in without else segment
+                for number, segment in zip(end.line.segments, trajectory.segments)
+            ]
         self.samples[0].trajectory.metrics = finished.metrics
         _, last = self.made[-1]
         for first in rollouts(self.samples):
             if first.role in last.rewards:  # from before an interruption
                 last.rewards[first.role].give(first)
+
+    def _ended(self, end: End) -> Trajectory:
+        trajectory = self.trajectory(end.line)
+        trajectory.text, trajectory.messages = end.text, end.messages
+        trajectory.finish_reason, trajectory.reward = end.finish_reason, end.reward
+        return trajectory
+
+    def _left_out(self, ends: Sequence[End], trajectories: Sequence[Trajectory], trains: str) -> set[int]:
+        """Return the numbers of those that are not trained."""
+        of_role: dict[str, list[int]] = {}
+        for number, end in enumerate(ends):
+            of_role.setdefault(end.line.role, []).append(number)
+        left_out = set[int]()
+        for numbers in of_role.values():
+            leaves = [Leaf(trajectories[n], self._last_asked(ends[n].line)) for n in numbers]
+            kept = chosen(trains, leaves)
+            left_out |= {n for place, n in enumerate(numbers) if place not in kept}
+        return left_out
+
+    def _last_asked(self, line: Line) -> int:
+        """Return the number of the last sampled segment, which are numbered as they are asked for; -1 without one."""
+        return next((number for number in reversed(line.segments) if self.segments[number].sampled), -1)
 
     def responses(self) -> Iterator[tuple[Request, Response]]:
         """Yield what the policy has sampled, the last with the rewards that there are."""
@@ -205,7 +231,7 @@ class Episodes:
                     case Ask():
                         asked += self._request(episode, event)
                     case Finished():
-                        episode.finish(event)
+                        episode.finish(event, "all" if self._purpose else self._limits.trained_leaves)
                         del self._running[event.episode]
                         if episode.shared is not None:
                             self.ended_with.append(episode.own_tokens)
