@@ -108,7 +108,7 @@ class Endpoint:
         session = self._session(http)
         with _Body(self._under_way, http.path_params["name"]) as body:
             request = api.decode(await body.read(http))
-            response = await _respond(session, request.asked)
+            response = await _respond(session, request.asked(session.conversation))
         return _stream(api.events(request, response)) if request.stream else _json(200, api.whole(request, response))
 
     async def _models(self, http: Request) -> Response:
