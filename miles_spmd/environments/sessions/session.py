@@ -104,8 +104,8 @@ class Session:
             raise
 
     def conversation(self, key: str) -> list[Message] | None:
-        """Return the messages up to the response to a request, its own one included; None where there is no such
-        response."""
+        """Return the messages up to the response to a request, its own one included; None for the key of a request
+        without a response."""
         turn = self._first.get(key)
         return None if turn is None else turn.messages
 
