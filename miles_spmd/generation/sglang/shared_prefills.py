@@ -15,7 +15,6 @@ from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache, MatchPrefixP
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 LEAST = 32  # tokens for which a request is held back
-_EXAMINED = 1024  # requests at the front of the queue
 
 
 class SharedPrefills:
@@ -25,6 +24,7 @@ class SharedPrefills:
         self._cache, self._least, self._lasts = cache, max(LEAST, page_size), lasts
         # beginnings that are being prefilled: by which request, and for how many steps still
         self._ahead: dict[bytes, tuple[str, int]] = {}
+        self._first: dict[str, bytes] = {}  # by rids, of those that wait and are not held back
 
     def step(self) -> None:
         """A step of the engine begins."""
@@ -34,23 +34,27 @@ class SharedPrefills:
         """Return the rids of those of the requests ``waiting`` that are better prefilled later. ``chunked``: the one
         of which a part has been prefilled, and that goes on first."""
         alike: defaultdict[bytes, list[tuple[str, array[int]]]] = defaultdict(list)
-        for req in [*([] if chunked is None else [chunked]), *waiting[:_EXAMINED]]:
+        for req in [*([] if chunked is None else [chunked]), *waiting]:
             tokens = req.origin_input_ids + req.output_ids if req.output_ids else req.origin_input_ids
             if len(tokens) > self._least:
                 alike[tokens[: self._least].tobytes()].append((req.rid, tokens))
-        found = set[str]()
+        if chunked is not None:  # more of it is cached than before
+            self._first.pop(chunked.rid, None)
+        found, first = set[str](), dict[str, bytes]()
         for some in alike.values():
             if len(some) == 1 and not self._ahead:
                 continue
             for rid, tokens in some:
-                end = self._cached(tokens) + self._least
-                if len(tokens) <= end:
-                    continue
-                start = tokens[:end].tobytes()
+                start = self._first.get(rid) or self._start(tokens)
                 leader, _ = self._ahead.setdefault(start, (rid, self._lasts))
-                if leader != rid:
+                if leader == rid or len(start) == len(tokens) * tokens.itemsize:
+                    first[rid] = start
+                else:
                     found.add(rid)
+        self._first = first
         return found
 
-    def _cached(self, tokens: array[int]) -> int:
-        return len(self._cache.match_prefix(MatchPrefixParams(key=RadixKey(token_ids=tokens))).device_indices)
+    def _start(self, tokens: array[int]) -> bytes:
+        """Return what is cached of ``tokens``, and the first of those behind it."""
+        cached = self._cache.match_prefix(MatchPrefixParams(key=RadixKey(token_ids=tokens))).device_indices
+        return tokens[: len(cached) + self._least].tobytes()
