@@ -46,7 +46,9 @@ class SharedPrefills:
                 continue
             for rid, tokens in some:
                 start = self._first.get(rid) or self._start(tokens)
-                leader, _ = self._ahead.setdefault(start, (rid, self._lasts))
+                leader, _ = self._ahead.get(start, (rid, 0))
+                if leader == rid:  # it waits, or goes now
+                    self._ahead[start] = rid, self._lasts
                 if leader == rid or len(start) == len(tokens) * tokens.itemsize:
                     first[rid] = start
                 else:
