@@ -24,6 +24,9 @@ class EnvironmentConfig(Table):
     functions; a function of yours can do anything else (docs/environments.md)."""
     environment_kwargs: dict[str, Any] = {}
     """Further arguments of the environment, by the names of its parameters."""
+    trained_leaves: Annotated[str, plug_point("all", "longest", "last")] = "all"
+    """Plug point: which of the trajectories of one rollout the loss counts, where an episode has branches or
+    sub-agents: all, the one with most turns, or the one whose last response was asked for last."""
     environment_workers: PositiveInt = 2
     """Number of processes in which environments run, each in an event loop; `single_turn` needs none."""
     environment_concurrency: PositiveInt = 256

@@ -33,6 +33,9 @@ class RolloutConfig(Table):
     """Continue in the next step, under its weights, what a step has begun and does not train on."""
     mask_offpolicy_in_partial_rollout: bool = False
     """Leave tokens out of the loss that older weights than the step's have sampled."""
+    durable: bool = False
+    """Keep finished responses on disk until a checkpoint is complete that has their step. A run that is killed and then
+    continued with `checkpoint.resume` takes them from there, so that episodes go on behind their last finished turn."""
     rollout_max_response_len: PositiveInt = 1024
     """Longest response in tokens, at which generation stops; of several turns all tokens behind the prompt."""
     rollout_temperature: Temperature = 1.0
@@ -107,6 +110,12 @@ def _over_sampling(s: Settings) -> Messages:
         yield "rollout.partial_rollout: 'balanced' begins anew what did not finish in time; choose one of the two"
     if s.mask_offpolicy_in_partial_rollout and not s.partial_rollout:
         yield "rollout.mask_offpolicy_in_partial_rollout: needs rollout.partial_rollout"
+
+
+@rule(ERRORS)
+def _durable_responses_have_weights(s: Settings) -> Messages:
+    if s.durable and not s.ledger:
+        yield "rollout.durable: needs determinism.ledger, whose digests say which weights have sampled a response"
 
 
 @rule(ERRORS)

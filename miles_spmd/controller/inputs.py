@@ -37,6 +37,7 @@ from miles_spmd.plugins.algorithm import (
     Surrogate,
 )
 from miles_spmd.plugins.data import Acceptor, Curriculum
+from miles_spmd.plugins.environment import LeafSelector
 from miles_spmd.plugins.plug_point import PlugInError, PlugPointError, import_function
 from miles_spmd.plugins.reward import JudgeReader
 from miles_spmd.plugins.run import Evaluator, Exporter, PhaseHook, TrackerFactory
@@ -51,6 +52,7 @@ PROTOCOLS: Mapping[str, type] = {
     "run.phase_hook": PhaseHook,
     "data.curriculum": Curriculum,
     "rollout.engine": EngineFactory,
+    "environment.trained_leaves": LeafSelector,
     "rollout.acceptance": Acceptor,
     "algorithm.reward_post_process": RewardPostProcess,
     "algorithm.dynamic_sampling_filter": GroupFilter,

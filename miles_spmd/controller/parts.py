@@ -15,6 +15,7 @@ from miles_spmd.controller.attempts import AttemptWriter
 from miles_spmd.controller.checkpoints import Checkpoints
 from miles_spmd.controller.cluster.cluster import Cluster
 from miles_spmd.controller.datasets import Datasets
+from miles_spmd.controller.generation.durable import DurableTurns
 from miles_spmd.controller.generation.episodes import Host
 from miles_spmd.controller.generation.generation import Generation, RecordedSamples
 from miles_spmd.controller.generation.judge import EngineJudge
@@ -147,7 +148,11 @@ def open_parts(
         )
     checkpoints = Checkpoints(config, cluster)
     with ExitStack() as stack:
-        parts = stack.enter_context(open_generation(config, cluster, attempt, stopping, [checkpoints]))
+        durable = None
+        if task == "train" and config.rollout.durable:
+            durable = stack.enter_context(closing(DurableTurns(config)))
+        observers: list[Observer] = [checkpoints, *([] if durable is None else [durable])]
+        parts = stack.enter_context(open_generation(config, cluster, attempt, stopping, observers))
         data, generation, journal = parts.data, parts.generation, parts.journal
         start = checkpoints.load()
         if config.resilience.cells > 1:
@@ -168,6 +173,10 @@ def open_parts(
             checkpoints.rewind(start.step)
             parts.tracker.rewind(start.step)
             cut_transcripts(config, start.step)
+        if durable is not None:
+            ledger = journal.ledger
+            durable.begin(start.step, lambda: {} if ledger is None else ledger.weights)
+            generation.durable = durable
         if journal.ledger is not None:
             journal.ledger.begin()
             stack.enter_context(closing(journal.ledger))

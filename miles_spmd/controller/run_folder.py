@@ -35,14 +35,14 @@ from miles_spmd.telemetry.stragglers import STRAGGLERS_FILE
 from miles_spmd.telemetry.trackers import TENSORBOARD_FOLDER, read_metrics
 from miles_spmd.telemetry.transcripts import ROLLOUTS_FILE, TRANSCRIPTS_FILE
 from miles_spmd.types.files import naming, write_whole
-from miles_spmd.types.run_files import CONFIG_FILE, ENGINES_ALONE, METRICS_FILE, NEXT_CONFIG
+from miles_spmd.types.run_files import CONFIG_FILE, ENGINES_ALONE, METRICS_FILE, NEXT_CONFIG, TURNS
 from miles_spmd.types.secrets import scrub
 
 LOCK_FILE = "lock"
 # All that a run writes, except for its attempts and their logs: those of a start that failed are worth keeping.
 WRITTEN = (
     *(METRICS_FILE, TRANSCRIPTS_FILE, ROLLOUTS_FILE, RESPONSES_FILE, REPORT_FILE, STRAGGLERS_FILE),
-    *(LEDGER, CHECKPOINTS, TENSORBOARD_FOLDER, EXPORT),
+    *(LEDGER, CHECKPOINTS, TURNS, TENSORBOARD_FOLDER, EXPORT),
 )
 RESUMED = ("train", "generate")  # by checkpoint.resume
 HAS_RESULTS = (*RESUMED, "eval", "chaos")  # the others: an export, and repetitions in folders named after a run's

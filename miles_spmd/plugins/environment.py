@@ -123,6 +123,29 @@ class Context(Protocol):
         ...
 
 
+class Leaf(NamedTuple):
+    """One of the trajectories that an episode has come to."""
+
+    trajectory: (
+        Trajectory  # with what the environment has given it: text, messages, reward; reward functions come later
+    )
+    order: int  # of its last response among those of the episode, as the policy was asked for them
+
+
+class LeafSelector(Protocol):
+    """``environment.trained_leaves``: chooses which of the siblings of a rollout the loss counts. It runs on the
+    controller, as soon as the environment has returned, for rollouts that have more than one, and not in evaluations.
+    """
+
+    def __call__(self, leaves: Sequence[Leaf]) -> Sequence[int]:
+        """Return the numbers of those that are trained, at least one. ``leaves`` stand in the order in which the
+        environment has returned them, those of a session with most turns first.
+
+        The others keep their place in rewards, transcripts and ledger. What they have in common with one that is
+        chosen is trained there."""
+        ...
+
+
 class Environment(Protocol):
     """Returns the trajectories to train on: one, or siblings, which share a reward, or those of several roles, each of
     which has a reward of its own. A function may have further parameters, which ``environment.environment_kwargs``

@@ -26,6 +26,9 @@ METRICS: dict[str, Metric] = {
         "fraction", "Tokens of the requests' prompts, earlier turns included, that the engine did not have to prefill"
     ),
     "rollout/sessions_max": Metric("", "Largest number of sessions, episodes of several turns, that ran at a time"),
+    "rollout/from_disk": Metric(
+        "responses", "Responses of an attempt that was killed, which `rollout.durable` has kept"
+    ),
     "rollout/dropped_groups": Metric("groups", "Prompt groups that dynamic sampling dropped and replaced"),
     "rollout/zero_std_groups": Metric("groups", "Prompt groups whose samples all got the same reward"),
     "rollout/fully_masked_samples": Metric("samples", "Samples without a trained token"),

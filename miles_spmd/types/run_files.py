@@ -11,6 +11,7 @@ API_KEY_FILE, BASE_URL_FILE = "api_key", "base_url"  # of a server, while it ser
 CONFIG_FILE = "config.toml"
 NEXT_CONFIG = ".config.toml.next"  # of an attempt that continues a run, until its checkpoint is loaded
 CHECKPOINTS = "checkpoints"
+TURNS = "turns"  # finished responses of steps that no checkpoint has yet
 CHECKPOINT_MARK = "controller.json"  # in a checkpoint's folder: the last file, without which it is not complete
 
 

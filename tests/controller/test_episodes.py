@@ -11,6 +11,7 @@ import pytest
 
 from miles_spmd.config import Config
 from miles_spmd.config.environment import EnvironmentConfig
+from miles_spmd.controller.generation.durable import DurableRollout
 from miles_spmd.controller.generation.episodes import Done, EnvironmentFailedError, Episodes, joined_versions
 from miles_spmd.controller.generation.sampling import Sampling
 from miles_spmd.controller.generation.unfinished import Response
@@ -71,7 +72,14 @@ def output(request: Request) -> Output:
 
 
 def play(
-    environment: Any, prompts: list[Prompt], *, order: int = 0, given: dict[str, Response] | None = None, **limits: Any
+    environment: Any,
+    prompts: list[Prompt],
+    *,
+    order: int = 0,
+    given: dict[str, Response] | None = None,
+    durable: DurableRollout | None = None,
+    purpose: str = "",
+    **limits: Any,
 ) -> tuple[list[Done], Episodes, list[Request]]:
     """Run one rollout; outputs arrive in a random ``order``."""
     host, generator = (
@@ -80,7 +88,7 @@ def play(
     )
     settings = EnvironmentConfig(**limits)
     episodes, sampling = Episodes(host, itertools.count(), settings), Sampling.of_step(CONFIG, 3)
-    episodes.open(given)
+    episodes.open(given, purpose, durable)
     episodes.begin(0, prompts, sampling)
     running, asked, done = list[Request](), list[Request](), list[Done]()
     while True:

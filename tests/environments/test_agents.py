@@ -49,6 +49,19 @@ def test_an_agent_in_a_run(tmp_path: Path) -> None:
     assert recorded is not None
     assert recorded.samples is not None
     assert len(recorded.samples.uids) == 8 * 5
+    command = ["-m", "miles_spmd", "train", str(tmp_path / "run.toml"), "--nproc-per-node=1"]
+    longest = [*RUN, f"run.output_dir={tmp_path}", "run.name=longest", "environment.trained_leaves=longest"]
+    done = forked.run(*command, *longest, "run.num_rollout=1", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    chosen, whole = (step_data.read(tmp_path / name, 0) for name in ("longest", "one"))
+    assert chosen is not None and chosen.samples is not None  # noqa: PT018
+    assert whole is not None and whole.samples is not None  # noqa: PT018
+    for number, (one, other) in enumerate(zip(chosen.samples.segments, whole.samples.segments, strict=True)):
+        assert [count for count, *_ in one] == [count for count, *_ in other]
+        turns = [trained for _, sampled, trained in one if sampled]
+        assert turns == ([True] * 3 if number % 5 == 0 else [False] * len(turns))
+    row = read_metrics(tmp_path / "longest" / METRICS_FILE)[1]
+    assert (row["rollout/fully_masked_samples"], row["parity/mismatches"]) == (8 * 4, 0)
 
 
 def test_an_agent_fails_alone(tmp_path: Path) -> None:

@@ -102,12 +102,56 @@ def test_the_responses_api_is_the_same_conversation(play: Play) -> None:
             assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == "It is 4."
             assert events[-1].type == "response.completed"
             assert events[-1].response.output_text == "It is 4."
-            with pytest.raises(openai.BadRequestError, match="send the whole input"):
-                await client.responses.create(model="a", input="So?", previous_response_id=first.id)
         (trajectory,) = bench.session.trajectories
         assert [bench.context.decode(one.tokens) for one in trajectory.segments if one.sampled] == said
         assert [one["role"] for one in trajectory.messages] == ["system", "user", "assistant", "tool", "assistant"]
         assert not bench.context.metrics
+
+    play(test)
+
+
+def test_a_response_continues_the_previous_one(play: Play) -> None:
+    """By its id: the conversation keeps the tokens, through calls and reasoning, and from one response in two ways."""
+
+    async def test(bench: Bench) -> None:
+        said = [f"<think>\nHm.\n</think>\n\nSo:{CALL}<|im_end|>", "It is 4.<|im_end|>", "5<|im_end|>", "6<|im_end|>"]
+        settings: Any = {
+            "model": "a",
+            "tools": [{"type": "function", **tool["function"]} for tool in TOOLS],
+            "instructions": "Be brief.",
+        }
+        async with bench.open(*said, "New.<|im_end|>") as client:
+            first = await client.responses.create(input="What now?", **settings)
+            given: list[Any] = [{"type": "function_call_output", "call_id": first.output[2].call_id, "output": "4"}]
+            second = await client.responses.create(input=given, previous_response_id=first.id, **settings)
+            assert (second.output_text, second.previous_response_id) == ("It is 4.", first.id)
+            third = await client.responses.create(input="And?", previous_response_id=second.id, **settings)
+            again = await client.responses.create(input="And?", previous_response_id=second.id, **settings)
+            other = await client.responses.create(input="Or?", previous_response_id=second.id, **settings)
+            assert [one.output_text for one in (third, again, other)] == ["5", "5", "6"]
+            for wrong in ("resp-0", first.id.removeprefix("resp-"), "x" * 1000):
+                with pytest.raises(openai.BadRequestError) as caught:
+                    await client.responses.create(input="And?", previous_response_id=wrong, **settings)
+                assert caught.value.code == "previous_response_not_found"
+            del settings["instructions"]  # they are not carried over: this is another conversation
+            last = await client.responses.create(input="And?", previous_response_id=third.id, **settings)
+            assert last.output_text == "New."
+        line, branch, new = bench.session.trajectories
+        texts = [[bench.context.decode(s.tokens) for s in one.segments if s.sampled] for one in (line, branch)]
+        assert sorted(texts) == [[*said[:2], said[2]], [*said[:2], said[3]]]
+        assert (line.start, line.segments[:3]) == (branch.start, branch.segments[:3])
+        assert [one["role"] for one in line.messages] == [
+            *("system", "user", "assistant", "tool", "assistant", "user", "assistant")
+        ]
+        assert [one["role"] for one in new.messages] == [one["role"] for one in line.messages[1:]] + [
+            "user",
+            "assistant",
+        ]
+        assert bench.context.metrics == {
+            "session_repeats": 1.0,
+            "session_branches/fork": 1.0,
+            "session_branches/history": 1.0,
+        }
 
     play(test)
 

@@ -263,3 +263,91 @@ def bfloat16(folders: list[Path]) -> None:
     reference = Reference(folders[0])
     assert max(difference(reference, one, outputs[one.rid]) for one in asked) < 0.5
     assert any(difference(reference, one, outputs[one.rid]) > 1e-3 for one in asked)
+
+
+def shared(folders: list[Path], server_args: dict[str, Any]) -> tuple[dict[str, int], dict[str, Output]]:
+    """Two groups of four samples whose prompts share 40 tokens and then 40 more within a group, at the same moment, and
+    one other request: what each found in the cache."""
+    asked = [
+        request(f"{g}.{i}", prompt(0, 40) + prompt(1 + g, 40), seed=10 * g + i, ignore_eos=True, max_new_tokens=4)
+        for i in range(4)
+        for g in range(2)
+    ]
+    asked.append(request("2.0", prompt(9, 60), ignore_eos=True, max_new_tokens=4))
+    with engine_of("sglang", folders[0], **server_args) as engine:
+        engine.submit(asked)
+        outputs = {}
+        while not engine.idle:
+            outputs |= {output.rid: output for output in engine.step()}
+        alone = {}
+        for one in asked:
+            engine.flush()
+            alone |= run(engine, [one])
+    cached = {rid: output.cached_tokens for rid, output in outputs.items()}
+    assert {rid: msgspec.structs.replace(output, cached_tokens=0) for rid, output in outputs.items()} == alone
+    return cached, alone
+
+
+@pytest.mark.parametrize(
+    ("server_args", "expected"),
+    [
+        ({}, {"0.0": 0, "1.0": 40, "2.0": 0} | {f"{g}.{i}": 79 for g in range(2) for i in range(1, 4)}),
+        ({"disable_radix_cache": True}, {"2.0": 0} | {f"{g}.{i}": 0 for g in range(2) for i in range(4)}),
+    ],
+)
+def test_what_requests_have_in_common_is_prefilled_once(
+    ranks: Ranks, folders: list[Path], server_args: dict[str, Any], expected: dict[str, int]
+) -> None:
+    """Also where they arrive at the same moment; and their responses are those that they have alone."""
+    ((cached, _),) = ranks.run(1, shared, folders, server_args)
+    assert cached == expected
+
+
+def held_back() -> list[list[str]]:
+    """Who is held back in each step of an engine whose batches overlap: a prefill is cached one step behind its own."""
+    from array import array
+    from types import SimpleNamespace
+
+    from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+    from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+
+    from miles_spmd.generation.sglang.shared_prefills import SharedPrefills
+
+    cache = RadixCache.create_simulated()
+    shared, steps = SharedPrefills(cache, 1, lasts=1), list[list[str]]()
+
+    def of(rid: str, tokens: list[int]) -> Any:
+        return SimpleNamespace(rid=rid, origin_input_ids=array("q", tokens), output_ids=array("q"))
+
+    def step(waiting: list[Any], chunked: Any = None) -> None:
+        shared.step()
+        steps.append(sorted(shared.held(waiting, chunked)))
+
+    def prefilled(one: Any, count: int) -> None:
+        tokens = one.origin_input_ids[:count]
+        cache.insert(InsertParams(key=RadixKey(token_ids=tokens), value=torch.empty(count, dtype=torch.bool)))
+
+    a, b, c = (of(rid, prompt(0, 100)) for rid in "abc")
+    other, short = of("other", prompt(1, 100)), of("short", prompt(0, 32))
+    step([a, b, other, short, c])
+    step([b, c])  # the first is still under way, as are the others
+    prefilled(a, 100)
+    step([b, c])
+    step([b, c])  # both wait for room in the cache
+    d, e = (of(rid, prompt(2, 100)) for rid in "de")
+    step([d, e])
+    step([e], chunked=d)
+    prefilled(d, 50)
+    step([e], chunked=d)  # the second part is under way
+    prefilled(d, 100)
+    step([e])
+    f, g = (of(rid, prompt(3, 100)) for rid in "fg")
+    step([f, g])
+    step([f, g])  # there was no room for the first
+    step([g])
+    return steps
+
+
+def test_who_is_held_back_where_batches_overlap(ranks: Ranks) -> None:
+    (steps,) = ranks.run(1, held_back)
+    assert steps == [["b", "c"], ["b", "c"], [], [], ["e"], ["e"], ["e"], [], ["g"], ["g"], ["g"]]

@@ -20,6 +20,7 @@ from miles_spmd.config import AlgorithmConfig, Config, RewardConfig, RolloutConf
 from miles_spmd.config.load import ConfigError, load_config
 from miles_spmd.controller import inputs
 from miles_spmd.controller.checkpoints import EXPORTERS
+from miles_spmd.controller.generation.leaves import chosen
 from miles_spmd.controller.generation.selection import selected
 from miles_spmd.controller.journal import events
 from miles_spmd.controller.journal.hooks import Hook
@@ -29,6 +30,7 @@ from miles_spmd.data.dataset import read_rows
 from miles_spmd.data.source import PromptSource
 from miles_spmd.environments.calls import CallParser
 from miles_spmd.generation.engine import FACTORIES
+from miles_spmd.plugins.environment import Leaf
 from miles_spmd.rewards.judge import verdict
 from miles_spmd.telemetry.trackers import UsersTracker
 from miles_spmd.types.rollout_batch import RolloutBatch
@@ -110,6 +112,10 @@ CALLS: Mapping[str, tuple[Callable[[str], Any], str | None]] = {
     ),
     "rollout.engine": (lambda name: FACTORIES.resolve(name)(Path(), dtype="", context_length=None), None),
     "rollout.acceptance": (acceptance, "1 different numbers from 0 to 1"),
+    "environment.trained_leaves": (
+        lambda name: chosen(name, [Leaf(sample.trajectory, 0) for sample in SAMPLES]),
+        "at least one of the numbers from 0 to 1, each once",
+    ),
     "algorithm.reward_post_process": (
         lambda name: shape_rewards(SAMPLES, AlgorithmConfig(reward_post_process=name), 8),
         "2 finite numbers, one for each sample",

@@ -20,18 +20,21 @@ from miles_spmd.algorithms.losses import PolicyLoss
 from miles_spmd.algorithms.rewards import keeps_group, kept_samples, shape_rewards
 from miles_spmd.config import AlgorithmConfig, Config, RewardConfig
 from miles_spmd.config.table import walk
+from miles_spmd.controller.generation.leaves import chosen
 from miles_spmd.controller.inputs import PROTOCOLS
 from miles_spmd.controller.journal.metrics import users_eval_metrics
 from miles_spmd.controller.learning.micro_batches import pack_by
 from miles_spmd.data.dataset import read_rows
 from miles_spmd.data.source import PromptSource
 from miles_spmd.environments.tools import tools
+from miles_spmd.plugins.environment import Leaf
 from miles_spmd.plugins.reward import Score
 from miles_spmd.rewards.pool import RewardPool
 from miles_spmd.telemetry.trackers import UsersTracker
 from miles_spmd.types.rollout_batch import RolloutBatch
 from miles_spmd.types.sample import Prompt, Sample
 from miles_spmd.types.token_batch import TokenBatch
+from miles_spmd.types.trajectory import FinishReason, Trajectory
 from tests.environments.families import FAMILIES, write_family
 from tests.environments.scripted import ScriptedContext, Turn, to_prompt
 from tests.plugins.examples import EXAMPLES, PAGE
@@ -89,6 +92,14 @@ def test_curriculum() -> None:
     epochs = [[uid.partition("#")[0] for uid in later[start : start + 3]] for start in range(0, 30, 3)]
     assert all(sorted(epoch) == ["p:1", "p:2", "p:3"] for epoch in epochs)
     assert len(set(map(tuple, epochs))) > 1
+
+
+def test_trained_leaves() -> None:
+    name = settings("Trained leaves", "environment")["trained_leaves"]
+    reasons = [FinishReason.STOP, FinishReason.LENGTH, FinishReason.STOP]
+    leaves = [Leaf(Trajectory([1], finish_reason=reason), order) for order, reason in enumerate(reasons)]
+    assert chosen(name, leaves) == {0, 2}
+    assert chosen(name, [leaves[1]] * 2) == {0, 1}
 
 
 def test_tool_and_format_of_calls(tmp_path: Path) -> None:

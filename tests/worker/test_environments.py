@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from miles_spmd.controller.generation.durable import read
 from miles_spmd.ledger import step_data
 from miles_spmd.ledger.chain import verify
 from miles_spmd.ledger.compare import compare
 from miles_spmd.protocol.pipe import REQUEUE
+from miles_spmd.types.run_files import TURNS, complete_checkpoints
 from tests import forked
 from tests.slurm.cluster import wait_for
 from tests.worker.launched import Launch, Launched
@@ -93,6 +96,52 @@ def test_agents_that_are_left_in_the_middle(launch: Launch, tmp_path: Path) -> N
     same = compare(verify(run.run_dir), verify(run.run_dir.with_name("undisturbed")))
     assert same.equal, same.difference
     assert all(row["parity/mismatches"] == 0 for row in rows(run.run_dir))
+
+
+@pytest.mark.parametrize("name", ["tests.environments.samples:conversation", "tests.environments.agent_samples:texts"])
+def test_episodes_that_are_killed_go_on_behind_their_last_turn(launch: Launch, tmp_path: Path, name: str) -> None:
+    """All processes of a run are killed while environments and agents are between two turns, some steps behind the last
+    checkpoint. Finished turns come from disk, and the ledger is that of a run that nobody has disturbed."""
+    hold = tmp_path / "hold"
+    run = launch(
+        environment=environment(hold, environment=name, environment_workers=1),
+        reward=REWARD,
+        rollout={"rollout_max_response_len": 16, "engine": "sglang", "durable": True},
+        sglang={"max_running_requests": 16},
+        determinism={"deterministic": True},
+        checkpoint={"export_final": False, "resume": True, "save_interval": 3},
+        run={"num_rollout": 12},
+    )
+    run.wait_for_steps(4)
+    hold.touch()
+    wait_for(lambda: (tmp_path / "hold.held").exists(), 60)
+    wait_for(lambda: len(read(turns(run)[-1].read_bytes())[0]) == 8, 60)  # the first turns of the step
+    for pid in run.processes():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    run.launcher.wait(60)
+    first = max(complete_checkpoints(run.run_dir))
+    numbered = {int(path.name.removeprefix("step_")): path for path in turns(run)}
+    left = {step: len(read(path.read_bytes())[0]) for step, path in numbered.items() if step >= first}
+    hold.unlink()
+    said = go_on(run)
+    assert turns(run) == []
+    from_disk = {int(row["step"]) - 1: row["rollout/from_disk"] for row in rows(run.run_dir) if row["step"] > first}
+    of_step = max(left.values())  # of one that was complete
+    assert left[max(left)] == 8
+    assert from_disk == {step: left.get(step, 0) for step in range(first, 12)}
+    assert [step for step in left if left[step] == of_step] == list(range(first, max(left)))
+    assert f"step {max(left)} has {left[max(left)]} complete responses on disk" in said
+    go_on(run, "environment.environment_workers=2", "run.name=undisturbed", "rollout.durable=false")
+    same = compare(verify(run.run_dir), verify(run.run_dir.with_name("undisturbed")))
+    assert same.equal, same.difference
+    assert same.steps == [*range(12)]
+    assert all(row["parity/mismatches"] == 0 for row in rows(run.run_dir))
+
+
+def turns(run: Launched) -> list[Path]:
+    """The files of durable turns."""
+    return sorted((run.run_dir / TURNS).glob("*"))
 
 
 @pytest.mark.slow

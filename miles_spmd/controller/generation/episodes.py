@@ -10,9 +10,12 @@ from typing import Protocol
 import msgspec
 
 from miles_spmd.config import EnvironmentConfig
+from miles_spmd.controller.generation.durable import DurableRollout
+from miles_spmd.controller.generation.leaves import chosen
 from miles_spmd.controller.generation.sampling import Sampling
 from miles_spmd.controller.generation.unfinished import Response, Reward, key
-from miles_spmd.environments.messages import Ask, Begin, Cancel, Completed, Event, Failed, Finished, Line, Order
+from miles_spmd.environments.messages import Ask, Begin, Cancel, Completed, End, Event, Failed, Finished, Line, Order
+from miles_spmd.plugins.environment import Leaf
 from miles_spmd.types.request import Output, Request
 from miles_spmd.types.sample import Prompt, Sample, rollouts
 from miles_spmd.types.trajectory import FinishReason, Segment, Trajectory, train_once
@@ -89,9 +92,10 @@ class Episode:
         segments = [self.segments[number] for number in line.segments]
         return Trajectory(line.start, segments, line.number, line.role)
 
-    def finish(self, finished: Finished) -> None:
+    def finish(self, finished: Finished, trains: str) -> None:
         """Make the samples of the trajectories that the environment has returned. Where it has given rewards to turns
-        only, a role's is their sum, to which a turn that siblings have in common adds once."""
+        only, a role's is their sum, to which a turn that siblings have in common adds once. ``trains``: which of the
+        siblings the loss counts. Raises PlugInError."""
         self.give(finished.given)
         of_turns: dict[str, dict[int, float]] = {}  # by role
         for end in finished.ends:
@@ -99,22 +103,45 @@ class Episode:
             of_turns.setdefault(end.line.role, {}).update({n: finished.turn_rewards[n] for n in rewarded})
         for number, of_turn in finished.turn_rewards.items():
             self.segments[number] = msgspec.structs.replace(self.segments[number], reward=of_turn)
-        siblings = [self.trajectory(end.line) for end in finished.ends]
-        train_once(siblings)
-        for end, trajectory in zip(finished.ends, siblings):
-            for place, number in enumerate(end.line.segments):
-                if number in end.untrained:
-                    trajectory.segments[place] = msgspec.structs.replace(trajectory.segments[place], trained=False)
-            trajectory.text, trajectory.messages = end.text, end.messages
-            trajectory.finish_reason = end.finish_reason
+        trajectories = [self._ended(end) for end in finished.ends]
+        left_out = self._left_out(finished.ends, trajectories, trains)
+        train_once([one for number, one in enumerate(trajectories) if number not in left_out])
+        for place, (end, trajectory) in enumerate(zip(finished.ends, trajectories)):
             own = of_turns[end.line.role]
             reward = math.fsum(own.values()) if end.reward is None and own else end.reward
             self.samples.append(Sample(self.prompt, self.index, trajectory, reward, end.reward_detail))
+            without = end.line.segments if place in left_out else end.untrained
+            trajectory.segments = [
+                msgspec.structs.replace(segment, trained=False) if number in without else segment
+                for number, segment in zip(end.line.segments, trajectory.segments)
+            ]
         self.samples[0].trajectory.metrics = finished.metrics
         _, last = self.made[-1]
         for first in rollouts(self.samples):
             if first.role in last.rewards:  # from before an interruption
                 last.rewards[first.role].give(first)
+
+    def _ended(self, end: End) -> Trajectory:
+        trajectory = self.trajectory(end.line)
+        trajectory.text, trajectory.messages = end.text, end.messages
+        trajectory.finish_reason, trajectory.reward = end.finish_reason, end.reward
+        return trajectory
+
+    def _left_out(self, ends: Sequence[End], trajectories: Sequence[Trajectory], trains: str) -> set[int]:
+        """Return the numbers of those that are not trained."""
+        of_role: dict[str, list[int]] = {}
+        for number, end in enumerate(ends):
+            of_role.setdefault(end.line.role, []).append(number)
+        left_out = set[int]()
+        for numbers in of_role.values():
+            leaves = [Leaf(trajectories[n], self._last_asked(ends[n].line)) for n in numbers]
+            kept = chosen(trains, leaves)
+            left_out |= {n for place, n in enumerate(numbers) if place not in kept}
+        return left_out
+
+    def _last_asked(self, line: Line) -> int:
+        """Return the number of the last sampled segment, which are numbered as they are asked for; -1 without one."""
+        return next((number for number in reversed(line.segments) if self.segments[number].sampled), -1)
 
     def responses(self) -> Iterator[tuple[Request, Response]]:
         """Yield what the policy has sampled, the last with the rewards that there are."""
@@ -146,12 +173,17 @@ class Episodes:
         self._done: list[Done] = []
         self.open()
 
-    def open(self, given: Mapping[str, Response] | None = None, purpose: str = "") -> None:
+    def open(
+        self,
+        given: Mapping[str, Response] | None = None,
+        purpose: str = "",
+        durable: DurableRollout | None = None,
+    ) -> None:
         """Begin a rollout. ``given`` are responses from before an interruption, by the digests of their requests;
-        ``purpose``: one other than training."""
+        ``purpose``: one other than training; ``durable``: those on disk."""
         self.failures: Counter[str] = Counter()  # by kind, those that another attempt has made good included
         self.prefill = self.cached = 0  # tokens of the requests' prompts, and those that the engine had already
-        self._given, self._purpose = given or {}, purpose
+        self._given, self._purpose, self._durable = given or {}, purpose, durable
         self._lost: list[str] = []  # what was wrong with episodes that have failed for good
 
     def tokens_of(self, number: int) -> int | None:
@@ -198,7 +230,7 @@ class Episodes:
                     case Ask():
                         asked += self._request(episode, event)
                     case Finished():
-                        episode.finish(event)
+                        episode.finish(event, "all" if self._purpose else self._limits.trained_leaves)
                         del self._running[event.episode]
                         if episode.shared is not None:
                             self.ended_with.append(episode.own_tokens)
@@ -226,9 +258,11 @@ class Episodes:
             rid=f"{episode.group}.{ask.episode}.{ask.segment}",
         )
         known = begun
-        if known is None and (self._given or episode.known):
+        if known is None and (self._given or episode.known or self._durable):
             name = key(request)
             known = self._given.get(name) or episode.known.get(name)
+            if self._durable is not None and (known is None or not known.complete):
+                known = self._durable.get(name) or known
         self._asked[request.rid] = request, ask
         if known is None or not known.output.output_ids:
             yield request
@@ -257,6 +291,8 @@ class Episodes:
         if output.finish_reason is FinishReason.ABORT:
             self._paused.append((ask, response))
             return
+        if known is None and self._durable is not None and len(output.weight_versions) == 1:
+            self._durable.add(request, output, episode.prompt.uid, episode.index)
         sampled = Segment(
             output.output_ids,
             log_probs=output.output_log_probs,

@@ -25,6 +25,7 @@ from miles_spmd.controller.datasets import Datasets
 from miles_spmd.controller.generation.acceptance import Acceptance, Group
 from miles_spmd.controller.generation.admission import Admission, Pace
 from miles_spmd.controller.generation.backlog import Supply
+from miles_spmd.controller.generation.durable import DurableRollout, DurableTurns
 from miles_spmd.controller.generation.episodes import Episodes, Host
 from miles_spmd.controller.generation.judge import EngineJudge
 from miles_spmd.controller.generation.sampling import Sampling
@@ -82,6 +83,7 @@ class Generation:
         self._most_sessions = 0  # that ran at the same time in the last rollout
         self._supply = Supply(config, data)
         self._episodes = Episodes(host, self._numbers, config.environment)  # of training
+        self.durable: DurableTurns | None = None  # where finished responses are kept on disk
         self._given: Mapping[str, Response] = {}  # of the next rollout, from before an interruption
         self._left: list[list[tuple[int, Group]]] = []  # rollouts of the groups that the last step left, which ended
         self._waiting: list[tuple[Prompt, int]] = []  # their prompts, and the steps in which they were begun
@@ -132,7 +134,10 @@ class Generation:
             self._stopping.show(f"step {step} continues {described(self._given.values())}")
         sampling = Sampling.of_step(self._config, step)
         with self._journal.timed("rollout", step):
-            episodes.open(self._given)
+            durable = None if self.durable is None else self.durable.rollout(step)
+            if durable:
+                self._stopping.show(f"step {step} has {len(durable)} complete responses on disk")
+            episodes.open(self._given, durable=durable)
             begun = self._continue(acceptance)
             waves = chain([supply.first(step)], self._data.spare(step))
             kept = self._generate(acceptance, episodes, sampling, waves, step, supply.room)
@@ -140,6 +145,8 @@ class Generation:
             left = kept if supply.continues else acceptance.left()
             self._waiting = [(acceptance.prompts[n], begun[n] if n < len(begun) else step) for n in left]
         self._given = {}
+        if durable:
+            self._tell_unused(step, durable, acceptance)
         if len(acceptance.accepted) < config.rollout_batch_size:
             self._tell_too_few(step, acceptance)
         groups = selected(self._config, step, acceptance.accepted)
@@ -147,7 +154,8 @@ class Generation:
         hits = episodes.cached / episodes.prefill if episodes.prefill else None
         sessions = self._most_sessions if self._of_turns else None
         failures = dict(episodes.failures)
-        self._journal.publish(events.RolloutFinished(step, groups, dropped, failures, hits, sessions))
+        from_disk = None if durable is None else durable.used
+        self._journal.publish(events.RolloutFinished(step, groups, dropped, failures, hits, sessions, from_disk))
         return groups
 
     def _continue(self, acceptance: Acceptance) -> list[int]:
@@ -208,6 +216,19 @@ class Generation:
         if what == "skip":
             acceptance.accepted.clear()
         self._stopping.show(f"warning: {text}; " + ("trained on those" if acceptance.accepted else "no update"))
+
+    def _tell_unused(self, step: int, durable: DurableRollout, acceptance: Acceptance) -> None:
+        """Warn of responses on disk that the episodes did not ask for which had them."""
+        ended = {
+            (prompt.uid, index)
+            for number, prompt in enumerate(acceptance.prompts)
+            for index, _ in acceptance.finished(number)
+        }
+        if unused := durable.unused(ended):
+            self._stopping.show(
+                f"warning: step {step}: {unused} of {len(durable)} responses on disk were not asked for again, because "
+                "the environment did not act as before, or its settings are others; it was given new ones"
+            )
 
     def request(self, sample: Sample, step: int, turn: int) -> Request:
         """Return the request that a turn of ``sample`` came from in ``step``."""

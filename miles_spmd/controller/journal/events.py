@@ -51,6 +51,7 @@ class RolloutFinished(Event, frozen=True):
     failures: Mapping[str, int] = {}  # of environments, by kind
     prefix_hits: float | None = None  # share of the prompts' tokens whose keys and values the engine had already
     sessions: int | None = None  # the most of them that ran at the same time, where they have several turns
+    from_disk: int | None = None  # responses that an attempt before has left; None where none are kept
 
 
 class Measured(Event, frozen=True):

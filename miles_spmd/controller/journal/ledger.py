@@ -36,6 +36,7 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "refit": {"refit_checksums", "refit_bucket_mib"},
     "checkpoint": True,
     "determinism": {"ledger", "ledger_data_gib"},
+    "rollout": {"durable"},
 }
 OF_UPDATE = ("grad_norm", "lr", "skipped_steps")  # metrics that have fields of their own
 
@@ -103,6 +104,11 @@ class LedgerRecorder:
     def head(self) -> str:
         """The hash of the last entry."""
         return self._chain.head
+
+    @property
+    def weights(self) -> dict[str, Digests]:
+        """The newest weights of every model."""
+        return self._weights
 
     def sync(self) -> None:
         """Return when all entries are on disk, and the data of all steps."""

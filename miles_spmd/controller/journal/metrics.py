@@ -80,6 +80,8 @@ class Metrics:
                     self._values["rollout/prefix_hit_rate"] = event.prefix_hits
                 if event.sessions is not None:
                     self._values["rollout/sessions_max"] = float(event.sessions)
+                if event.from_disk is not None:
+                    self._values["rollout/from_disk"] = float(event.from_disk)
                 self._values |= {f"rollout/failed/{kind}": float(count) for kind, count in event.failures.items()}
             case events.EngineRefitted():
                 copied = float(sum(r.bytes_local + r.bytes_received for r in event.results))

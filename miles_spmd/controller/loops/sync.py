@@ -31,6 +31,8 @@ def train(run: RunParts) -> None:
     if checkpoint.export_final:
         run.checkpoints.export_at_end(run.journal)
     run.checkpoints.finish(steps, run.journal)
+    if run.generation.durable is not None:
+        run.generation.durable.remove()
 
 
 def leave(run: RunParts) -> str:

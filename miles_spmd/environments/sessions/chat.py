@@ -85,7 +85,10 @@ class ChatRequest(SampledRequest, kw_only=True):
             )
         if self.response_format and self.response_format.get("type") != "text":
             raise RequestError(
-                400, "response_format is not supported: nothing constrains sampling", param="response_format"
+                400,
+                "response_format is not supported: a grammar would change the distribution that is sampled from, and "
+                "the log-probs that are trained on would be those of another one; ask for the format in the prompt",
+                param="response_format",
             )
         for tool in self.tools or ():
             function = tool.get("function")

@@ -111,7 +111,7 @@ class Endpoint:
         session = self._session(http)
         with Body(self._under_way, http.path_params["name"]) as body:
             request = api.decode(await body.read(http))
-            response = await respond(session, request.asked)
+            response = await respond(session, request.asked(session.conversation))
         return written(api, request, response)
 
     async def _models(self, http: Request) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
 import msgspec
@@ -81,9 +82,9 @@ class SampledRequest(msgspec.Struct, kw_only=True):
     presence_penalty: Any = None
     logit_bias: Any = None
 
-    @property
-    def asked(self) -> Self:
-        """What the session is asked for."""
+    def asked(self, conversation: Callable[[str], list[dict[str, Any]] | None]) -> Self:
+        """Return what the session is asked for. ``conversation`` returns the messages up to a response, its own one
+        included, by the response's key; None where the session has no such response."""
         return self
 
     @property

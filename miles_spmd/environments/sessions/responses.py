@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -13,6 +13,8 @@ from miles_spmd.environments.sessions.chat import ChatMessage, ChatRequest, Func
 from miles_spmd.environments.sessions.protocol import MODEL, RequestError, Response, event, read_json, usage
 
 Body = dict[str, Any]
+_ID = "resp-"  # what the id of a response begins with; the key of its request follows
+_INSTRUCTED = "-i"  # and what it ends with where the first message is the request's instructions
 
 
 class Item(msgspec.Struct):
@@ -43,16 +45,11 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     temperature: Any = None
     top_p: Any = None
 
-    @property
-    def asked(self) -> ChatRequest:
-        """The same request of the chat API. Raises RequestError."""
-        if self.previous_response_id is not None:
-            raise RequestError(
-                400, "previous responses are not looked up; send the whole input", param="previous_response_id"
-            )
+    def asked(self, conversation: Callable[[str], list[Body] | None]) -> ChatRequest:
+        """Return the same request of the chat API. ``conversation``: see SampledRequest. Raises RequestError."""
         form = (self.text or {}).get("format")
         request = ChatRequest(
-            messages=self._messages(),
+            messages=self._messages(self._before(conversation)),
             model=self.model,
             tools=[_tool(tool) for tool in self.tools or ()] or None,
             tool_choice=self.tool_choice,
@@ -65,8 +62,25 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
         request.check()
         return request
 
-    def _messages(self) -> list[ChatMessage]:
+    def _before(self, conversation: Callable[[str], list[Body] | None]) -> list[ChatMessage]:
+        """Return the messages before the input: those up to the previous response, without its instructions, which
+        OpenAI's API does not carry over. Raises RequestError."""
+        if (name := self.previous_response_id) is None:
+            return []
+        key = name.removeprefix(_ID).removesuffix(_INSTRUCTED)
+        found = conversation(key) if name.startswith(_ID) else None
+        if found is None:
+            raise RequestError(
+                400,
+                f"previous response with id {name!r:.80} is not one of this session",
+                "previous_response_not_found",
+                "previous_response_id",
+            )
+        return msgspec.convert(found[name.endswith(_INSTRUCTED) :], list[ChatMessage])
+
+    def _messages(self, before: Sequence[ChatMessage]) -> list[ChatMessage]:
         messages = [ChatMessage("system", self.instructions)] if self.instructions else []
+        messages += before
         if isinstance(self.input, str):
             return [*messages, ChatMessage("user", self.input)]
         said: ChatMessage | None = None  # of the assistant, of which more items may follow
@@ -176,7 +190,7 @@ def _body(request: ResponsesRequest, response: Response, items: list[Body], fini
     counts = usage(response)
     prompt, sampled = counts["prompt_tokens"], counts["completion_tokens"]
     return {
-        "id": f"resp-{response.key}",
+        "id": f"{_ID}{response.key}{_INSTRUCTED if request.instructions else ''}",
         "object": "response",
         "created_at": 0,
         "model": request.model,
@@ -188,6 +202,7 @@ def _body(request: ResponsesRequest, response: Response, items: list[Body], fini
         "tools": request.tools or [],
         "tool_choice": request.tool_choice or "auto",
         "parallel_tool_calls": True,
+        "previous_response_id": request.previous_response_id,
         "temperature": None,
         "top_p": None,
         "metadata": response.fingerprint,

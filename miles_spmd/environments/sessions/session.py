@@ -75,6 +75,7 @@ class Session:
         self._writers: dict[bytes, _Writer] = {}  # by the states of conversations that have not begun
         self._turns = Turns()
         self._continued: set[bytes] = set()  # states of turns
+        self._first: dict[str, Turn] = {}  # that a request has had, by the keys of requests
         self._begun = 0  # conversations
         self._responses: dict[str, asyncio.Task[Response]] = {}  # by the keys of their requests
         self._under_way = 0
@@ -102,6 +103,12 @@ class Session:
             if task.cancelled():
                 raise RequestError(404, "the session has ended", ENDED) from None
             raise
+
+    def conversation(self, key: str) -> list[Message] | None:
+        """Return the messages up to the response to a request, its own one included; None for the key of a request
+        without a response."""
+        turn = self._first.get(key)
+        return None if turn is None else turn.messages
 
     async def close(self) -> None:
         """Cancel what is under way: nobody waits for it any more."""
@@ -177,6 +184,7 @@ class Session:
             text=place.text + self._context.decode(completion.tokens) if place.dialect is None else "",
         )
         self._turns.add(turn, place.state)
+        self._first.setdefault(request.key, turn)
         reason = "length" if completion.finish_reason is FinishReason.LENGTH else "stop"
         if said.message.calls:
             message = message | {"content": said.message.content or None}

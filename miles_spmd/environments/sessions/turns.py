@@ -37,6 +37,11 @@ class Turn(msgspec.Struct, eq=False, frozen=True):
         return turns[::-1]
 
     @property
+    def messages(self) -> list[Message]:
+        """All of the conversation."""
+        return [message for turn in self.line for message in turn.added]
+
+    @property
     def ended(self) -> Trajectory:
         """The trajectory that ends with it."""
         before = self.trajectory
@@ -45,7 +50,7 @@ class Turn(msgspec.Struct, eq=False, frozen=True):
             [*before.segments],
             before.number,
             text=self.said.message.content,
-            messages=[message for turn in self.line for message in turn.added],
+            messages=self.messages,
             finish_reason=before.finish_reason,
         )
 

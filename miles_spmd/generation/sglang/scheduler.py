@@ -23,6 +23,7 @@ from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 
 from miles_spmd.generation.sglang.cpu_memory_saver import CpuMemorySaver
 from miles_spmd.generation.sglang.requests import END, Item, broadcast, message
+from miles_spmd.generation.sglang.shared_prefills import SharedPrefills
 from miles_spmd.types.request import Request
 
 
@@ -36,6 +37,7 @@ class InProcessScheduler(scheduler.Scheduler):
     cur_batch_for_debug: Any
     chunked_req: Any
     chunked_prefill_size: Any
+    waiting_queue: list[Req]
 
     def __init__(self, server_args: ServerArgs, device_index: int, tp_rank: int) -> None:
         self.inbox: list[Item] = []
@@ -46,6 +48,10 @@ class InProcessScheduler(scheduler.Scheduler):
         moe_ep_rank = tp_rank * server_args.ep_size // server_args.tp_size
         super().__init__(server_args, no_ports, device_index, tp_rank, moe_ep_rank, 0, 0, 0, None)
         self.max_req_input_len = self.model_config.context_len
+        self._held: set[str] = set()  # rids of requests that are kept out of the batch that is planned now
+        self._shared = SharedPrefills(self.tree_cache, self.page_size, int(self.enable_overlap))
+        if not server_args.disable_radix_cache:
+            self._prioritise, self.policy.calc_priority = self.policy.calc_priority, self._hold_back
         self.result_queue: deque[Any] = deque()  # (batch, result) of the batch that still runs, where batches overlap
         if self.enable_overlap:  # SGLang sets these up when it enters its event loop
             self.schedule_stream = torch.cuda.Stream()
@@ -77,10 +83,22 @@ class InProcessScheduler(scheduler.Scheduler):
         self.process_input_requests([message(item, self.tokenizer) for item in received])
         # SGLang's own priorities preempt what runs. Its policies other than first come, first served sort once more.
         self.waiting_queue.sort(key=lambda req: req.order)
+        self._shared.step()
+        waiting, self._held = [*self.waiting_queue], set()
         plan = self.get_next_batch_to_run(running_batch=self.running_batch, last_batch=self.last_batch)
+        if self._held:  # they go back to their places
+            left, before = {req.rid for req in self.waiting_queue}, {req.rid for req in waiting}
+            retracted = [req for req in self.waiting_queue if req.rid not in before]
+            self.waiting_queue = [req for req in waiting if req.rid in left or req.rid in self._held] + retracted
         self.running_batch = plan.running_batch
         self.cur_batch_for_debug = plan.batch_to_run
         return plan.batch_to_run
+
+    def _hold_back(self, waiting: list[Req], running: ScheduleBatch | None = None) -> None:
+        """Bring the queue into SGLang's order, and take those out of it that are better prefilled later."""
+        self._prioritise(waiting, running)
+        self._held = self._shared.held(waiting, self.chunked_req)
+        waiting[:] = [req for req in waiting if req.rid not in self._held]
 
     def _step_overlapped(self) -> None:
         """Launch a batch, then process the result of the batch before it while the new one runs on the GPU.
