@@ -49,9 +49,9 @@ def test_other_version_is_refused() -> None:
         "    except RuntimeError as error: print(error)\n"
     )
     missing, older = out.splitlines()
-    assert missing == "megatron-core is not installed; install megatron-core==0.16.1"
+    assert missing == "megatron-core is not installed; install megatron-core==0.19.2"
     assert older.startswith("megatron-core 0.15.0 is installed")
-    assert older.endswith("install megatron-core==0.16.1")
+    assert older.endswith("install megatron-core==0.19.2")
 
 
 def test_cached_bytecode_follows_the_source(tmp_path) -> None:
