@@ -93,6 +93,8 @@ def _local_submodules(config: NetworkConfig) -> TransformerLayerSubmodules:
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=RMSNorm,
-        mlp=MoE if config.num_moe_experts else partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(column, row, SwiGLU)),
+        mlp=MoE
+        if config.num_moe_experts
+        else partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(column, row, SwiGLU)),
         mlp_bda=get_bias_dropout_add,
     )

@@ -33,6 +33,7 @@ UNSUPPORTED_BY_LOCAL_EXPERTS = (
 # it.
 LAYERS_PER_VIRTUAL_STAGE = "num_layers_per_virtual_pipeline_stage"
 
+
 @dataclasses.dataclass
 class NetworkConfig(TransformerConfig):
     """Megatron's configuration of a network, and what our layers need beside it."""
@@ -124,6 +125,7 @@ def _defaults(table: Mapping[str, Any]) -> dict[str, Any]:
         "use_te_activation_func": local,
         "bias_activation_fusion": not local,
         "moe_grouped_gemm": not local,
+        "cuda_graph_modules": [],  # the default is a deprecated name of it, of which Megatron warns
         "moe_token_dispatcher_type": "alltoall",
         "moe_aux_loss_coeff": 0.0,
         # Batched point-to-point calls carry no tags: with two messages in flight between the same two ranks, which
@@ -150,6 +152,11 @@ def _refuse_unsupported(table: Mapping[str, Any]) -> None:
         raise ValueError(
             "moe_aux_loss_coeff must be 0: Megatron scales the auxiliary loss by its own token counts, which does not "
             "fit a loss that is a sum over globally weighted tokens"
+        )
+    if table.get("moe_router_load_balancing_type") == "quantile_balancing":
+        raise ValueError(
+            "moe_router_load_balancing_type must not be 'quantile_balancing': its bias for every expert is neither in "
+            "checkpoints nor in the engine's weights"
         )
     if table["transformer_impl"] == "local":
         refused = [key for key in UNSUPPORTED_BY_LOCAL_EXPERTS if table.get(key)]

@@ -59,6 +59,10 @@ def install() -> None:
         )
     # each of Megatron's modules warns that kernels for GPUs are missing
     warnings.filterwarnings("ignore", r"(Transformer Engine and )?Apex (is|are) not installed", UserWarning)
+    # that a torch for CUDA finds no GPU
+    logging.getLogger("torch.utils.cpp_extension").addFilter(
+        lambda record: "No CUDA runtime is found" not in record.getMessage()
+    )
     # of forked generators, whose state is the CPU's here
     logging.getLogger(f"{_PACKAGE}.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
@@ -161,8 +165,10 @@ _CACHE_TAG = "cpu" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12
 
 class _Loader(importlib.machinery.SourceFileLoader):
     def source_to_code(self, data: Any, path: Any, **_: Any) -> types.CodeType:  # type: ignore[override]
-        tree = ast.fix_missing_locations(_CudaToCpu().visit(ast.parse(data, path)))
-        return compile(tree, path, "exec", dont_inherit=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # of backslashes in Megatron's docstrings
+            tree = ast.fix_missing_locations(_CudaToCpu().visit(ast.parse(data, path)))
+            return compile(tree, path, "exec", dont_inherit=True)
 
     def get_data(self, path: str) -> bytes:
         return super().get_data(_cached(path))
