@@ -11,4 +11,5 @@ logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(
 logging.getLogger("megatron.core.distributed.distributed_data_parallel").addFilter(
     lambda record: "full_param_layout not provided" not in record.getMessage()
 )
-warnings.filterwarnings("ignore", "absl.logging is not installed", UserWarning)
+for _beginning in ("absl.logging is not installed", "MimoModelConfig is experimental"):  # it imports what is not used
+    warnings.filterwarnings("ignore", _beginning, UserWarning)
