@@ -34,6 +34,17 @@ def test_installs_once_and_leaves_torch_alone() -> None:
     assert out.split() == ["1", "True", "False", "True", "True"]
 
 
+def test_torchs_compiler_is_not_imported() -> None:
+    out = python(
+        "import sys\n"
+        "from miles_spmd.platform import cpu\n"
+        "cpu.install()\n"
+        "import miles_spmd.training.trainer\n"
+        "print('torch._dynamo' in sys.modules)\n"
+    )
+    assert out.split() == ["False"]
+
+
 def test_late_import_is_refused() -> None:
     out = python("import megatron.core.jit\nfrom miles_spmd.platform.cpu import megatron_hook\nmegatron_hook.install()")
     assert "megatron.core was imported before" in out
