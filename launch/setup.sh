@@ -12,15 +12,22 @@ fail() {
     exit 1
 }
 
+is_supported() {
+    "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null
+}
+
 find_python() {
     local candidate
-    for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3; do
-        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
+    # also where pyenv and uv keep theirs, which need not be on PATH
+    for candidate in ${PYTHON:+"$PYTHON"} python3.12 python3 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python \
+        "$(uv python find --no-python-downloads --no-project 3.12 2>/dev/null)"; do
+        if is_supported "$candidate"; then
             echo "$candidate"
             return
         fi
     done
-    fail "Python 3.11 or 3.12 is required and neither was found; set PYTHON to the path of one"
+    fail "Python 3.12 is required and was not found; install it (uv python install 3.12, pyenv install 3.12 or" \
+        "conda create -n python312 python=3.12), or set PYTHON to its path"
 }
 
 install() {
@@ -37,6 +44,8 @@ fi
 if [[ ! -x .venv/bin/python ]]; then
     python=$(find_python)
     "$python" -m venv .venv || fail "$python cannot create a virtual environment; install its venv module (python3-venv)"
+elif ! is_supported .venv/bin/python; then
+    fail ".venv has $(.venv/bin/python --version 2>&1), and 3.12 is required; remove it (rm -r .venv) and run this again"
 fi
 echo "setup: installing the packages of $lock into .venv, a few minutes the first time"
 install --no-deps --requirement "$lock" || fail "the packages could not be installed; pip's message above says which"

@@ -84,8 +84,8 @@ def render(sections: dict[str, list[Finding]], works: bool) -> str:
 
 def _python() -> Finding:
     version = sys.version_info
-    good = (3, 11) <= version[:2] <= (3, 12)
-    return Finding("Python", good, f"{version.major}.{version.minor}" + ("" if good else "; 3.11 or 3.12 is required"))
+    good = version[:2] == (3, 12)
+    return Finding("Python", good, f"{version.major}.{version.minor}" + ("" if good else "; 3.12 is required"))
 
 
 def _machine(here: Environment) -> Iterator[Finding]:

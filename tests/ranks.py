@@ -28,7 +28,7 @@ from miles_spmd.telemetry.environment import gpus
 from tests import forked
 
 GPUS = bool(gpus())
-MANY_THREADS = 150  # a Megatron rank's groups have sixty; those that something still refers to busy the machine
+MANY_THREADS = 150  # a Megatron rank's groups have seventy; those that something still refers to busy the machine
 
 _context = multiprocessing.get_context("spawn") if GPUS else forked.server
 

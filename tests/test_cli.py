@@ -120,7 +120,7 @@ def test_train_export_evaluate_report(recipe: Path, folder: Path) -> None:
     text = (run / "config.toml").read_text()
     for line in ("# [megatron]", "# adam_beta1 = 0.9", "# weight_decay = 0.01", "# num_layers = "):
         assert line in text
-    assert json.loads((run / "environment.json").read_text())["packages"]["megatron-core"] == "0.16.1"
+    assert json.loads((run / "environment.json").read_text())["packages"]["megatron-core"] == "0.19.2"
 
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     refused = miles_spmd("train", recipe, "--nproc-per-node", 2, status=2).stderr

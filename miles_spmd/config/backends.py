@@ -38,9 +38,15 @@ REFUSED: dict[str, dict[str, str]] = {
             "add_qkv_bias qk_layernorm rotary_interleaved window_size softmax_scale softmax_type "
             "multi_latent_attention mtp_num_layers"
         ),
+        "weights are divided by tensor, pipeline and expert parallelism only": (
+            "gtp_weight_remat_size expert_gtp_weight_remat_size tensor_parallel_num_weight_shards "
+            "expert_tensor_parallel_num_weight_shards"
+        ),
+        "the model has no such multipliers": "use_mup",
+        "an update is skipped only where its gradient is not finite": "grad_norm_skip_threshold",
         "set model.dtype instead": "bf16 fp16 params_dtype pipeline_dtype autocast_dtype",
         "set train.min_lr instead": "min_lr",
-        "it is derived from transformer_impl": "moe_grouped_gemm moe_use_legacy_grouped_gemm",
+        "it is derived from transformer_impl": "moe_grouped_gemm",
         "packed sequences and global loss weights need their own value": (
             "variable_seq_lengths calculate_per_token_loss hidden_dropout attention_dropout perform_initialization "
             "use_cpu_initialization"

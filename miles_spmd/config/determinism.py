@@ -214,6 +214,7 @@ def _same_routing(s: Settings) -> Messages:
         "moe_router_group_topk",
         "moe_router_topk_scaling_factor",
         "moe_router_enable_expert_bias",
+        "moe_router_force_biased",
         "moe_router_force_load_balancing",
         "moe_router_fusion",
         "moe_enable_routing_replay",

@@ -1,7 +1,7 @@
 """A model family: from the config.json of a Hugging Face checkpoint to the models of Megatron-core and SGLang.
 
 The base class is the dense pre-norm decoder with grouped-query attention, SwiGLU and rotary positions; a family is one
-short file with the differences. Megatron names follow megatron-core 0.16.1 (local and Transformer-Engine layer specs),
+short file with the differences. Megatron names follow megatron-core 0.19.2 (local and Transformer-Engine layer specs),
 SGLang names follow 0.5.16.
 """
 

@@ -18,6 +18,8 @@ import torch
 
 # Classes of data in modules below these; their constructors assign fields.
 _DATA = ("torch.distributed.checkpoint.", "torch.distributed._shard.", "megatron.core.dist_checkpointing.")
+# How a tensor's memory is unpickled; Megatron puts its own function in the place of torch's.
+_STORAGE = (("torch.storage", "_load_from_bytes"), ("megatron.core.safe_globals", "safe_load_from_bytes"))
 _NAMES = {
     "builtins": {"bytearray", "complex", "frozenset", "range", "set", "slice"},
     "collections": {"OrderedDict", "deque"},
@@ -35,7 +37,7 @@ class PlainUnpickler(pickle.Unpickler):
     """Raises UnpicklingError, with its name, for everything that is not plain data."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
+        if (module, name) in _STORAGE:
             return lambda data: torch.load(io.BytesIO(data), weights_only=True)
         found = getattr(sys.modules.get(module), name, None)  # nothing is imported for a pickle
         if name in _NAMES.get(module, ()) or (module == "torch" and isinstance(found, torch.dtype)):

@@ -16,7 +16,7 @@ from miles_spmd.types.variables import whole
 
 ENVIRONMENT_FILE = "environment.json"
 # The versions that are tested together; on a GPU also those of CUDA_PINS.
-PINS = {"megatron-core": "0.16.1", "sglang": "0.5.16", "transformers": "5.12.1", "torchft": "0.2.0"}
+PINS = {"megatron-core": "0.19.2", "sglang": "0.5.16", "transformers": "5.12.1", "torchft": "0.2.0"}
 CUDA_PINS = {"sglang-kernel": "0.4.5", "sgl-deep-gemm": "0.1.4.post1", "torch_memory_saver": "0.0.10"}
 IDLE_MIB = 2048  # of a GPU that nobody uses: less than any run, more than a driver
 PACKAGES = ("miles-spmd", "torch", *PINS, "numpy", "msgspec", "pyzmq", "transformer_engine", *CUDA_PINS, "triton")

@@ -21,12 +21,13 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer import MegatronModule
 from torch import Tensor
 
 from miles_spmd.invariant.attention import Attention, packed_attention
 from miles_spmd.invariant.flash import flash_attention
 from miles_spmd.invariant.operators import rotate
+from miles_spmd.training.megatron_config import NetworkConfig
 
 # From query, key, value, where blocks start in the streams of queries and of keys (int32 [B + 1] each), the most
 # queries and keys of a block, and the scale of scores: as :func:`miles_spmd.invariant.flash.flash_attention`.
@@ -115,11 +116,11 @@ class PackedAttention(MegatronModule):
     Megatron would apply them with one slice and one table per sequence and layer.
     """
 
-    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection, **_: Any) -> None:
+    def __init__(self, config: NetworkConfig, pg_collection: ProcessGroupCollection, **_: Any) -> None:
         super().__init__(config)
         self.cp_group, self.scale = pg_collection.cp, config.kv_channels**-0.5  # type: ignore[operator]
         self.on_gpu: BlockAttention = _varlen_attention
-        if config.batch_invariant_mode:  # the attention that an engine with :mod:`miles_spmd.invariant` shares
+        if config.invariant:  # the attention that an engine with :mod:`miles_spmd.invariant` shares
             self.on_gpu = functools.partial(flash_attention, split=config.split_keys)
 
     def forward(

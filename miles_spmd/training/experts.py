@@ -20,6 +20,7 @@ from miles_spmd.invariant.expert_kernels import gather_sum, swiglu, swiglu_backw
 from miles_spmd.invariant.experts import RowGroups, grouped, has_kernel, places_of_partial_sums
 from miles_spmd.invariant.linear import tree_sum
 from miles_spmd.training.invariant_layers import multiply
+from miles_spmd.training.megatron_config import NetworkConfig
 
 ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -28,13 +29,13 @@ class Router(TopKRouter):
     """Computes logits in ``moe_router_dtype``, by default the model's dtype, and probabilities in fp32, as engines
     do."""
 
-    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
-        super().__init__(config, pg_collection)
-        if config.batch_invariant_mode:
+    def __init__(self, config: NetworkConfig, **options: Any) -> None:
+        super().__init__(config, **options)
+        if config.invariant:
             self.router_replay = SharedTopK()  # where Megatron asks for the experts to choose
 
     def gating(self, hidden: Tensor) -> Tensor:
-        if self.config.batch_invariant_mode:
+        if self.config.invariant:
             return multiply(hidden, self.weight).float()
         dtype = ROUTER_DTYPES.get(self.config.moe_router_dtype, hidden.dtype)
         return F.linear(hidden.to(dtype), self.weight.to(dtype)).float()
@@ -58,7 +59,9 @@ class Experts(MegatronModule):
     partial sums.
     """
 
-    def __init__(self, count: int, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
+    def __init__(
+        self, count: int, config: TransformerConfig, *, pg_collection: ProcessGroupCollection, name: str | None = None
+    ) -> None:
         super().__init__(config=config)
         self._process_groups = pg_collection
         width = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()  # type: ignore[operator]
@@ -202,7 +205,7 @@ class _Collect(torch.autograd.Function):
 class MoE(MoELayer):
     """A layer's experts with the router before them."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
         groups = get_default_pg_collection()
         super().__init__(config, MoESubmodules(experts=Experts, router=Router), pg_collection=groups)
         self.token_dispatcher = Dispatcher(self.num_local_experts, self.local_expert_indices, config, groups)

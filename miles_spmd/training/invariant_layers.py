@@ -53,6 +53,7 @@ class _Linear(layers.LinearWithGradAccumulationAndAsyncCommunication):
 _OPTIONS = {
     **dict.fromkeys(("gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel"), False),
     **dict.fromkeys(("grad_output_buffer", "wgrad_deferral_limit", "tp_group"), None),
+    "gtp_remat_size": 1,  # weights are whole
 }
 
 

@@ -3,13 +3,14 @@ Engine's."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer import ModuleSpec, TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -21,6 +22,7 @@ from miles_spmd.invariant.operators import rms_norm
 from miles_spmd.training.attention import PackedAttention, PackedSequences
 from miles_spmd.training.experts import MoE
 from miles_spmd.training.invariant_layers import InvariantColumnParallelLinear, InvariantRowParallelLinear, SwiGLU
+from miles_spmd.training.megatron_config import NetworkConfig
 
 
 class RMSNorm(torch.nn.Module):
@@ -30,12 +32,12 @@ class RMSNorm(torch.nn.Module):
     weight: each rank has part of the tokens, so that the gradients of the ranks must be summed.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+    def __init__(self, config: NetworkConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self.eps, self.invariant = eps, config.batch_invariant_mode
+        self.eps, self.invariant = eps, config.invariant
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda and not self.invariant:
@@ -55,7 +57,7 @@ class LastLayer(TransformerLayer):
         return hidden.index_select(0, packed_seq_params.scored), context
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None, last: bool) -> TransformerBlockSubmodules:
+def block_spec(config: NetworkConfig, vp_stage: int | None, last: bool) -> TransformerBlockSubmodules:
     """Return the layers of one pipeline chunk. ``last``: the chunk at the end of the model."""
     layers: list[type[TransformerLayer]] = [TransformerLayer] * get_num_layers_to_build(config, vp_stage)
     # FP8 products require a multiple of their block size, which the number of scored positions is not
@@ -72,9 +74,9 @@ def block_spec(config: TransformerConfig, vp_stage: int | None, last: bool) -> T
     return TransformerBlockSubmodules([ModuleSpec(layer, submodules=submodules) for layer in layers], norm)
 
 
-def _local_submodules(config: TransformerConfig) -> TransformerLayerSubmodules:
-    column: type = InvariantColumnParallelLinear if config.batch_invariant_mode else ColumnParallelLinear
-    row: type = InvariantRowParallelLinear if config.batch_invariant_mode else RowParallelLinear
+def _local_submodules(config: NetworkConfig) -> TransformerLayerSubmodules:
+    column: type = InvariantColumnParallelLinear if config.invariant else ColumnParallelLinear
+    row: type = InvariantRowParallelLinear if config.invariant else RowParallelLinear
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     return TransformerLayerSubmodules(
         input_layernorm=RMSNorm,
@@ -91,6 +93,8 @@ def _local_submodules(config: TransformerConfig) -> TransformerLayerSubmodules:
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=RMSNorm,
-        mlp=MoE if config.num_moe_experts else ModuleSpec(MLP, submodules=MLPSubmodules(column, SwiGLU, row)),
+        mlp=MoE
+        if config.num_moe_experts
+        else partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(column, row, SwiGLU)),
         mlp_bda=get_bias_dropout_add,
     )

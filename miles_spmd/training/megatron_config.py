@@ -12,7 +12,6 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.enums import AttnBackend
 
 from miles_spmd.config import Config
 from miles_spmd.config.backends import DEFAULTS
@@ -34,15 +33,14 @@ UNSUPPORTED_BY_LOCAL_EXPERTS = (
 # it.
 LAYERS_PER_VIRTUAL_STAGE = "num_layers_per_virtual_pipeline_stage"
 
-# Layers compute with :mod:`miles_spmd.invariant`. Megatron requires the backend together with the mode; our attention
-# does not read it.
-_INVARIANT = {"batch_invariant_mode": True, "attention_backend": AttnBackend.flash}
-
 
 @dataclasses.dataclass
 class NetworkConfig(TransformerConfig):
-    """Megatron's configuration of a network, and what our layers need beside it under ``batch_invariant_mode``."""
+    """Megatron's configuration of a network, and what our layers need beside it."""
 
+    invariant: bool = False
+    """Layers compute with :mod:`miles_spmd.invariant`; Megatron's own ``batch_invariant_mode`` has other kernels and
+    restrictions. The fields below are read under this one."""
     partial_sums: int = 1
     """Number of partial sums when tensor-parallel ranks combine a layer's output; a multiple of the number of ranks."""
     split_keys: int = 0
@@ -78,7 +76,7 @@ def build_megatron_config(config: Config, family: Family) -> MegatronConfig:
     if config.determinism.deterministic:
         table = {"deterministic_mode": True} | table
     if config.determinism.parity == "bitwise":
-        table = _INVARIANT | _as_the_engine(config, family) | table
+        table = {"invariant": True} | _as_the_engine(config, family) | table
     dtype = getattr(torch, config.model.dtype)
     names = ("params_dtype", "pipeline_dtype", "autocast_dtype")
     dtypes = dict.fromkeys(names, dtype) | {"bf16": dtype is torch.bfloat16}
@@ -127,6 +125,7 @@ def _defaults(table: Mapping[str, Any]) -> dict[str, Any]:
         "use_te_activation_func": local,
         "bias_activation_fusion": not local,
         "moe_grouped_gemm": not local,
+        "cuda_graph_modules": [],  # the default is a deprecated name of it, of which Megatron warns
         "moe_token_dispatcher_type": "alltoall",
         "moe_aux_loss_coeff": 0.0,
         # Batched point-to-point calls carry no tags: with two messages in flight between the same two ranks, which
@@ -153,6 +152,11 @@ def _refuse_unsupported(table: Mapping[str, Any]) -> None:
         raise ValueError(
             "moe_aux_loss_coeff must be 0: Megatron scales the auxiliary loss by its own token counts, which does not "
             "fit a loss that is a sum over globally weighted tokens"
+        )
+    if table.get("moe_router_load_balancing_type") == "quantile_balancing":
+        raise ValueError(
+            "moe_router_load_balancing_type must not be 'quantile_balancing': its bias for every expert is neither in "
+            "checkpoints nor in the engine's weights"
         )
     if table["transformer_impl"] == "local":
         refused = [key for key in UNSUPPORTED_BY_LOCAL_EXPERTS if table.get(key)]

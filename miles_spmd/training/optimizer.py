@@ -164,7 +164,7 @@ def _gradient_norm(optimizer: ChainedOptimizer) -> float:
     total = 0.0
     # also those without parameters on this rank: other ranks wait in the all-reduce
     for inner in optimizer.chained_optimizers:
-        gradients = inner.get_main_grads_for_grad_norm()
+        gradients = inner.get_grads_for_grad_norm()
         norms = list(torch._foreach_norm(gradients, dtype=torch.float64)) if gradients else []
         device = "cuda" if torch.cuda.is_available() else "cpu"
         squares = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)

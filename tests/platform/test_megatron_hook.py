@@ -34,6 +34,17 @@ def test_installs_once_and_leaves_torch_alone() -> None:
     assert out.split() == ["1", "True", "False", "True", "True"]
 
 
+def test_torchs_compiler_is_not_imported() -> None:
+    out = python(
+        "import sys\n"
+        "from miles_spmd.platform import cpu\n"
+        "cpu.install()\n"
+        "import miles_spmd.training.trainer\n"
+        "print('torch._dynamo' in sys.modules)\n"
+    )
+    assert out.split() == ["False"]
+
+
 def test_late_import_is_refused() -> None:
     out = python("import megatron.core.jit\nfrom miles_spmd.platform.cpu import megatron_hook\nmegatron_hook.install()")
     assert "megatron.core was imported before" in out
@@ -49,9 +60,9 @@ def test_other_version_is_refused() -> None:
         "    except RuntimeError as error: print(error)\n"
     )
     missing, older = out.splitlines()
-    assert missing == "megatron-core is not installed; install megatron-core==0.16.1"
+    assert missing == "megatron-core is not installed; install megatron-core==0.19.2"
     assert older.startswith("megatron-core 0.15.0 is installed")
-    assert older.endswith("install megatron-core==0.16.1")
+    assert older.endswith("install megatron-core==0.19.2")
 
 
 def test_cached_bytecode_follows_the_source(tmp_path) -> None:
