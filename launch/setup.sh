@@ -17,9 +17,9 @@ is_supported() {
 }
 
 find_python() {
-    local candidate
+    local candidate pyenv=${PYENV_ROOT:-$(pyenv root 2>/dev/null || echo "$HOME/.pyenv")}
     # also where pyenv and uv keep theirs, which need not be on PATH
-    for candidate in ${PYTHON:+"$PYTHON"} python3.12 python3 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python \
+    for candidate in ${PYTHON:+"$PYTHON"} python3.12 python3 "$pyenv"/versions/3.12*/bin/python \
         "$(uv python find --no-python-downloads --no-project 3.12 2>/dev/null)"; do
         if is_supported "$candidate"; then
             echo "$candidate"
