@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
@@ -63,7 +62,6 @@ class Experts(MegatronModule):
         self, count: int, config: TransformerConfig, *, pg_collection: ProcessGroupCollection, name: str | None = None
     ) -> None:
         super().__init__(config=config)
-        self._process_groups = pg_collection
         width = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()  # type: ignore[operator]
         self.gate_up = self._parameter(count, 2, width, config.hidden_size)
         self.down = self._parameter(count, config.hidden_size, width)
@@ -80,22 +78,6 @@ class Experts(MegatronModule):
         [rows]; and None for Megatron's bias."""
         groups = RowGroups(rows_per_expert.tolist(), rows_per_expert.cumsum(0, dtype=torch.int32).to(rows.device))
         return ExpertsFunction.apply(rows, weights, self.gate_up, self.down, groups), None
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, ShardedTensor]:
-        """Describe the stacks as parts of whole ones [experts, ...], so that a checkpoint may be read under another
-        parallelism. ``sharded_offsets``: where the layer lies in the model, in axes put before the stack's own."""
-        ep, etp, edp = self._process_groups.ep, self._process_groups.expt_tp, self._process_groups.expt_dp
-        first = len(sharded_offsets)
-        # axis 0 of a stack is the experts; axis 2 the width that tensor parallelism divides, of both stacks
-        parts = (*sharded_offsets, (first, ep.rank(), ep.size()), (first + 2, etp.rank(), etp.size()))
-        return {
-            prefix + name: ShardedTensor.from_rank_offsets(
-                prefix + name, parameter, *parts, replica_id=(0, 0, edp.rank()), prepend_axis_num=first
-            )
-            for name, parameter in self.named_parameters()
-        }
 
 
 class ExpertsFunction(torch.autograd.Function):

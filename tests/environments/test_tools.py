@@ -180,7 +180,7 @@ def test_tools_of_verl(qwen: Tokenizer) -> None:
         ({"functions": [HERE + "add"], "call_format": "qwen9"}, "'qwen9' is not a format of tool calls"),
         ({"functions": [{"verl": HERE + "add"}]}, "user_tools:add' is not a class with `async def execute"),
         ({"functions": [{"verl": HERE + "VerlSearch"}]}, "cannot be made with its config and schema: AttributeError"),
-        ({}, "missing a required argument: 'functions'"),
+        ({}, "missing a required keyword-only argument: 'functions'"),
     ],
 )
 def test_arguments_are_checked_where_the_environment_is_loaded(arguments: dict[str, Any], problem: str) -> None:

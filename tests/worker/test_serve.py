@@ -300,13 +300,13 @@ def test_weights_while_requests_run(server: Server, weights: None, checkpoint: P
             time.sleep(0.1)
             assert server.load(path, running=mode).status_code == 200
             done = [one.result() for one in running]
-        if mode == "abort":
-            assert {response.status_code for response in done} == {503}
-            continue
-        spans = [choice["weight_versions"] for response in done for choice in response.json()["choices"]]
+        refused = [response for response in done if response.status_code == 503]
+        assert bool(refused) == (mode == "abort")  # the first may have been complete before
+        complete = [response.json() for response in done if response not in refused]
+        spans = [choice["weight_versions"] for response in complete for choice in response["choices"]]
         assert all(sum(count for _, count in span) <= LONG for span in spans)
         seen = {tuple(one for one, _ in span) for span in spans}
-        assert seen == {(version,)} if mode == "wait" else (version, version + 1) in seen
+        assert seen <= {(version,)} if mode != "continue" else (version, version + 1) in seen
     assert server.http.get("/weights").json()["version"] == first + 3
 
 
