@@ -256,9 +256,8 @@ def test_a_cell_dies_while_a_checkpoint_is_loaded(hurt: Hurt, launch: Launch) ->
     """The run of one world is continued by cells, of which the other one begins alone."""
     settings: dict[str, Any] = {"train": {"reduction_leaves": 4}, "reward": {"rm_type": REWARD}}
     finished(launch(**settings, run={"num_rollout": 4, "overwrite": True}, checkpoint={"save_interval": 2}))
-    _, (lost, back) = hurt(
-        Strike(0, "LoadCheckpoint"), run={"overwrite": False}, checkpoint={"save_interval": 2, "resume": True}
-    )
+    settings |= {"run": {"overwrite": False}, "checkpoint": {"save_interval": 2, "resume": True}}
+    _, (lost, back) = hurt(Strike(0, "LoadCheckpoint"), slowly=True, **settings)
     assert "rank 0" in lost
     assert "checkpoint, step 4" in lost
     assert "cell 0 takes part again" in back

@@ -124,9 +124,10 @@ def test_a_run_ends_and_continues(launch: Launch, end: str, rebuilt: bool) -> No
     deed(run)
     assert run.launcher.wait(90) == status, run.report()
     run.wait_for_end(15)
-    *_, last = run.stderr().splitlines()
+    # A launcher that has just begun ends by the signal itself, perhaps before the controller knows why.
+    *said, last = [line for line in run.stderr().splitlines() if "its launcher was killed by SIGTERM" not in line]
     assert re.fullmatch(f"miles-spmd: {message}", last), run.report()
-    assert len(run.stderr().splitlines()) == 1 + rebuilt
+    assert len(said) == rebuilt
     made = (run.run_dir / "metrics.jsonl").read_bytes().count(b"\n")
     steps = f"run.num_rollout={made + 2}"
     go_on(run, 1, steps)
