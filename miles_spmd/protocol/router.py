@@ -98,7 +98,8 @@ class Router:
         return key.decode() in self._rank_of_key
 
     def wake(self) -> None:
-        """End the :meth:`receive` that waits, or else the next that would. Any thread may call this."""
+        """End the :meth:`receive` that waits, or else the next that would: one with the timeout 0 leaves it to those
+        behind it. Any thread may call this."""
         os.eventfd_write(self._wakes, 1)
 
     def send(self, message: Message, peers: list[Peer]) -> None:
@@ -141,7 +142,7 @@ class Router:
             elif self._monitor in ready:
                 self._take_closings()
             else:
-                if self._wakes in ready:
+                if self._wakes in ready and timeout > 0:
                     os.eventfd_read(self._wakes)
                 return None
 

@@ -246,3 +246,13 @@ def test_arrays_of_a_large_batch_arrive(router: Router) -> None:
 def test_secrets_do_not_show(router: Router) -> None:
     assert router.credentials[1].client_secret not in repr(router.credentials[1])
     assert isinstance(router.credentials[1], Credentials)
+
+
+def test_who_looks_does_not_take_the_wake_of_who_waits(router: Router) -> None:
+    began = time.monotonic()
+    router.wake()
+    assert router.receive(0) is None
+    assert router.receive(30) is None
+    assert time.monotonic() - began < 10
+    assert router.receive(0.2) is None  # one wake ends one wait
+    assert time.monotonic() - began > 0.2
