@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def test_episodes_that_are_killed_go_on_behind_their_last_turn(launch: Launch, t
     run.wait_for_steps(4)
     hold.touch()
     wait_for(lambda: (tmp_path / "hold.held").exists(), 60)
-    wait_for(lambda: len(read(turns(run)[-1].read_bytes())[0]) == 8, 60)  # the first turns of the step
+    time.sleep(1.0)  # those that are between two turns by now go on until they are held
     for pid in run.processes():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -127,11 +128,13 @@ def test_episodes_that_are_killed_go_on_behind_their_last_turn(launch: Launch, t
     said = go_on(run)
     assert turns(run) == []
     from_disk = {int(row["step"]) - 1: row["rollout/from_disk"] for row in rows(run.run_dir) if row["step"] > first}
-    of_step = max(left.values())  # of one that was complete
-    assert left[max(left)] == 8
+    last = max(left)
+    complete = [step for step in left if step < last]
+    assert complete == [*range(first, last)]
+    assert len({left[step] for step in complete}) <= 1
+    assert all(0 < left[last] < left[step] for step in complete)
     assert from_disk == {step: left.get(step, 0) for step in range(first, 12)}
-    assert [step for step in left if left[step] == of_step] == list(range(first, max(left)))
-    assert f"step {max(left)} has {left[max(left)]} complete responses on disk" in said
+    assert f"step {last} has {left[last]} complete responses on disk" in said
     go_on(run, "environment.environment_workers=2", "run.name=undisturbed", "rollout.durable=false")
     same = compare(verify(run.run_dir), verify(run.run_dir.with_name("undisturbed")))
     assert same.equal, same.difference
