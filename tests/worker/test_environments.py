@@ -99,7 +99,13 @@ def test_agents_that_are_left_in_the_middle(launch: Launch, tmp_path: Path) -> N
     assert all(row["parity/mismatches"] == 0 for row in rows(run.run_dir))
 
 
-@pytest.mark.parametrize("name", ["tests.environments.samples:conversation", "tests.environments.agent_samples:texts"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("tests.environments.samples:conversation", marks=pytest.mark.slow),
+        "tests.environments.agent_samples:texts",
+    ],
+)
 def test_episodes_that_are_killed_go_on_behind_their_last_turn(launch: Launch, tmp_path: Path, name: str) -> None:
     """All processes of a run are killed while environments and agents are between two turns, some steps behind the last
     checkpoint. Finished turns come from disk, and the ledger is that of a run that nobody has disturbed."""
