@@ -295,9 +295,9 @@ def test_weights_while_requests_run(server: Server, weights: None, checkpoint: P
     first = server.http.get("/weights").json()["version"]
     for mode, path in (("wait", other), ("continue", checkpoint), ("abort", other)):
         version = server.http.get("/weights").json()["version"]
-        with ThreadPoolExecutor(4) as pool:
-            running = [pool.submit(server.complete, str(number), seed=number, n=8) for number in range(4)]
-            time.sleep(0.1)
+        with ThreadPoolExecutor(24) as pool:
+            running = [pool.submit(server.complete, str(number), seed=number, n=8) for number in range(24)]
+            time.sleep(0.1)  # all of them take much longer
             assert server.load(path, running=mode).status_code == 200
             done = [one.result() for one in running]
         refused = [response for response in done if response.status_code == 503]
