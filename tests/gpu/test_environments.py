@@ -9,14 +9,17 @@ from miles_spmd.ledger.compare import compare
 from tests.gpu import machine
 from tests.gpu.test_grpo import grpo, series
 
-TURNS = [
-    "environment.environment=miles_spmd.bench.turns:turns",
-    "environment.environment_kwargs={turns = 4, new_tokens = 8, given = 5}",
-    "rollout_max_response_len=47",
+EXACT = [
     "reward.rm_type=miles_spmd.bench.step:by_chance",
     "determinism.deterministic=true",
     "determinism.parity=bitwise",
     "model.dtype=bfloat16",
+]
+TURNS = [
+    "environment.environment=miles_spmd.bench.turns:turns",
+    "environment.environment_kwargs={turns = 4, new_tokens = 8, given = 5}",
+    "rollout_max_response_len=47",
+    *EXACT,
 ]
 
 

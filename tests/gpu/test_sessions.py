@@ -7,6 +7,7 @@ from pathlib import Path
 from miles_spmd.ledger.chain import verify
 from miles_spmd.ledger.compare import compare
 from tests.gpu import machine
+from tests.gpu.test_environments import EXACT
 from tests.gpu.test_grpo import grpo, series
 
 CLIENTS = [
@@ -14,10 +15,7 @@ CLIENTS = [
     "environment.environment_kwargs={turns = 4, new_tokens = 8, given = 5}",
     "data.apply_chat_template=true",
     "rollout_max_response_len=96",
-    "reward.rm_type=miles_spmd.bench.step:by_chance",
-    "determinism.deterministic=true",
-    "determinism.parity=bitwise",
-    "model.dtype=bfloat16",
+    *EXACT,
 ]
 
 
