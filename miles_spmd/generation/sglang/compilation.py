@@ -1,9 +1,9 @@
 """Kernels of an engine that are compiled in parallel, before its first step needs them.
 
 DeepGEMM chooses the tiles of a product by its shape and compiles a kernel for each choice when a product first needs
-it, one after the other and four seconds each. The CUDA graphs of one model need about thirty. Several processes that
-only multiply fill the cache which the rank then reads. They need a GPU, as DeepGEMM compiles nothing without one; this
-module therefore imports no more than they use.
+it, one after the other and four seconds each. The CUDA graphs of one model need about thirty, prefills and micro-batches
+of training as many again. Several processes that only multiply fill the cache which the rank then reads. They need a
+GPU, as DeepGEMM compiles nothing without one; this module therefore imports no more than they use.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -55,9 +56,10 @@ def compile_beside(builds: Iterable[Callable[[], Any]]) -> list[threading.Thread
 
 def _in_processes(products: list[Product], device: int) -> bool:
     """Divide ``products`` among as many processes as this one may use cores; return whether all of them succeeded."""
-    rows = sorted({product.rows for product in products})
-    count = min(len(os.sched_getaffinity(0)), len(rows))
-    shares = [[p for p in products if p.rows in rows[i::count]] for i in range(count)]  # equal rows, equal tiles
+    # Products of nearly equal rows share a kernel, which processes that begin with them would compile at the same time.
+    mixed = random.Random(0).sample(products, len(products))
+    count = min(len(os.sched_getaffinity(0)), len(mixed))
+    shares = [mixed[i::count] for i in range(count)]
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     workers = [
         subprocess.Popen(

@@ -37,6 +37,8 @@ from miles_spmd.invariant import experts
 from miles_spmd.invariant.linear import linear, tree_sum
 from miles_spmd.invariant.operators import add_rms_norm, rms_norm, rotate, swiglu
 
+PREFILL_ROWS = 64  # DeepGEMM's choice of tiles depends on how many times so many rows a product has
+
 _dispatch = MultiPlatformOp.dispatch_forward
 _all_reduce = GroupCoordinator.all_reduce
 _apply = UnquantizedLinearMethod.apply
@@ -132,7 +134,8 @@ def _experts(layer: Any, dispatch_output: StandardDispatchOutput) -> StandardCom
 
 
 def _compile(runner: ModelRunner, sum_terms: int) -> None:
-    """Compile in parallel what the CUDA graphs of ``runner`` need, and what SGLang compiles beside them."""
+    """Compile in parallel what the CUDA graphs of ``runner`` and its prefills need, and what SGLang compiles beside
+    them. The micro-batches of training have the same products as prefills."""
     args = runner.server_args
     if args.device != "cuda" or args.disable_cuda_graph:
         return
@@ -141,9 +144,15 @@ def _compile(runner: ModelRunner, sum_terms: int) -> None:
         [partial(can_use_store_cache, heads * width * 2), partial(_jit_clamp_position_module, torch.int64)]
     )
     if ops._ENABLE_MM_DEEPGEMM and ops.ENABLE_JIT_DEEPGEMM:
-        weights = {(*layer.weight.shape, _partial_sums(layer, sum_terms)) for layer in _multiplying(runner.model)}
         batches = [size for size in args.cuda_graph_bs_decode if size <= (args.max_running_requests or size)]
-        products = [Product(rows, n, k // terms) for rows in batches for n, k, terms in weights]
+        longest = args.chunked_prefill_size if args.chunked_prefill_size > 0 else args.max_prefill_tokens
+        prefills = range(PREFILL_ROWS, longest + 1, PREFILL_ROWS)
+        products = set()
+        for layer in _multiplying(runner.model):
+            (n, k), terms = layer.weight.shape, _partial_sums(layer, sum_terms)
+            # the head multiplies a row of each request, other layers a row of each token
+            rows = batches if isinstance(layer, VocabParallelEmbedding) else [*batches, *prefills]
+            products |= {Product(count, n, k // terms) for count in rows}
         compile_products(products, torch.cuda.current_device())
     for thread in beside:
         thread.join()
