@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from miles_spmd.algorithms.losses import make_loss
-from miles_spmd.bench.flops import peak_tflops, sequence_flops
+from miles_spmd.bench.flops import peak_tflops
 from miles_spmd.bench.machine import slowest, stage, timed
 from miles_spmd.bench.result import Row
 from miles_spmd.config import Config
@@ -40,7 +40,7 @@ def measure(config: Config, packings: Sequence[tuple[int, int]], micro_batches: 
         moves = [(timed(trainer.offload.move_out), timed(trainer.offload.move_in)) for _ in range(WARM_UP + repeats)]
         step, score = slowest(steps[WARM_UP:]), slowest(scores[WARM_UP:])
         total = micro_batches * sequences * tokens * trainer.where.dp_size
-        flops = total / tokens * sequence_flops(family, tokens) / step / dist.get_world_size() / 1e12
+        flops = total / tokens * family.flops(tokens) / step / dist.get_world_size() / 1e12
         rows.append(
             {
                 "packed": f"{micro_batches} x {sequences} x {tokens}",

@@ -105,6 +105,11 @@ def _rotated(x: Tensor, table: Tensor, positions: Tensor, back: bool) -> Tensor:
     return torch.cat([first * cos - second * other, second * cos + first * other], -1)
 
 
+def one_more(weight: Tensor) -> Tensor:
+    """Return 1 + ``weight`` in fp32, which is what a zero-centred norm multiplies by."""
+    return weight.float() + 1
+
+
 # --- SwiGLU ----------------------------------------------------------------------------------------------------------
 
 
@@ -132,6 +137,19 @@ class _SwiGLU(torch.autograd.Function):
         of_up = gate * sigmoid
         of_gate = (1 - sigmoid).mul_(gate).add_(1).mul_(sigmoid).mul_(up).mul_(gradient)
         return torch.cat([of_gate, of_up.mul_(gradient)], -1)
+
+
+def geglu(x: Tensor) -> Tensor:
+    """Return gelu(gate) * up [..., F] of ``x`` [..., 2 F], gate first, with tanh's approximation of gelu, in fp32 with
+    one rounding (https://arxiv.org/abs/2002.05202)."""
+    gate, up = x.float().chunk(2, -1)
+    return (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
+
+
+def softcap(logits: Tensor, cap: float) -> Tensor:
+    """Return cap * tanh(logits / cap), at least in fp32, without a gradient."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.tanh(logits / cap).mul_(cap)
 
 
 # --- log-probs over a vocabulary -------------------------------------------------------------------------------------

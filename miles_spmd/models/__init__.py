@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from miles_spmd.models.dense import Llama, Qwen2, Qwen3
+from miles_spmd.models.families import FAMILIES
 from miles_spmd.models.family import VALUE_HEAD, Family
 from miles_spmd.models.hf_config import end_tokens
 from miles_spmd.models.layout import PADDING, Piece, TensorLayout
-from miles_spmd.models.qwen3_moe import Qwen3Moe
 from miles_spmd.models.random import random_config
 
 __all__ = [
@@ -27,7 +26,6 @@ __all__ = [
 ]
 
 GENERATION = "generation_config.json"
-FAMILIES: dict[str, type[Family]] = {family.model_type: family for family in (Llama, Qwen2, Qwen3, Qwen3Moe)}
 
 
 def load_family(source: str | Path | dict[str, Any], *, value_head: bool = False) -> Family:

@@ -1,8 +1,8 @@
 """A model family: from the config.json of a Hugging Face checkpoint to the models of Megatron-core and SGLang.
 
-The base class is the dense pre-norm decoder with grouped-query attention, SwiGLU and rotary positions; a family is one
-short file with the differences. Megatron names follow megatron-core 0.19.2 (local and Transformer-Engine layer specs),
-SGLang names follow 0.5.16.
+A family is one short file that says which blocks its layers have and which fields of config.json decide it. Everything
+else follows from the blocks. The base class is a pre-norm decoder with grouped-query attention and a gated MLP.
+Megatron names follow megatron-core 0.19.2 (local and Transformer-Engine layer specs), SGLang names follow 0.5.16.
 """
 
 from __future__ import annotations
@@ -10,8 +10,23 @@ from __future__ import annotations
 import re
 from functools import cached_property
 from math import prod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
+from miles_spmd.models.blocks import (
+    Attention,
+    Elements,
+    Layer,
+    Mixture,
+    Mlp,
+    Norms,
+    Pieces,
+    Shape,
+    Shard,
+    Shards,
+    Sizes,
+    within,
+)
+from miles_spmd.models.blocks.block import Backend, share
 from miles_spmd.models.hf_config import (
     differing_spellings,
     head_dim,
@@ -19,61 +34,28 @@ from miles_spmd.models.hf_config import (
     malformed_rope,
     malformed_sizes,
     rope_parameters,
+    unknown_fields,
 )
-from miles_spmd.models.layout import PADDING, Piece, Span, beside, filled_shape, stack, whole, window
-
-Shape = tuple[int, ...]
-Pieces = tuple[Piece, ...]
+from miles_spmd.models.layout import filled_shape, stack, whole
 
 MEGATRON_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 SGLANG_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
-# Megatron's names, of the local and the Transformer Engine layer spec, and SGLang's for the same; without the layer.
+# Outside the layers: Megatron's names, and SGLang's for the same, which are the checkpoint's.
+EMBEDDING, HEAD, FINAL_NORM, VALUE_HEAD = (
+    "model.embed_tokens.weight",
+    "lm_head.weight",
+    "model.norm.weight",
+    "score.weight",
+)
 MEGATRON_NAMES = {
-    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
-    "output_layer.weight": "lm_head.weight",
-    "decoder.final_layernorm.weight": "model.norm.weight",
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "self_attention.linear_qkv.weight": "self_attn.qkv_proj.weight",
-    "self_attention.linear_qkv.bias": "self_attn.qkv_proj.bias",
-    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
-    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
-    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
-    "mlp.linear_fc1.weight": "mlp.gate_up_proj.weight",
-    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
-    "mlp.router.weight": "mlp.gate.weight",
-    "mlp.experts.down": "mlp.experts.w2_weight",
+    "embedding.word_embeddings.weight": EMBEDDING,
+    "output_layer.weight": HEAD,
+    "decoder.final_layernorm.weight": FINAL_NORM,
 }
-
-VALUE_HEAD = "score.weight"
 
 # GPTModel has a parameter for the factor only; the others of Llama 3's rope scaling are constants in megatron-core.
 LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
-
-
-class Shard(NamedTuple):
-    """One rank of a tensor-parallel group."""
-
-    rank: int
-    size: int
-
-    def part(self, total: int, what: str) -> tuple[int, int]:
-        """Return this rank's [start, stop) of ``total`` things that all ranks have equal shares of. Raises ValueError,
-        naming ``what``, when the size does not divide ``total``."""
-        if total % self.size:
-            raise ValueError(f"{what}: {total} is not divisible by a tensor-parallel size of {self.size}")
-        each = total // self.size
-        return self.rank * each, (self.rank + 1) * each
-
-
-class Shards(NamedTuple):
-    """One rank in its groups of tensor parallelism, of experts' tensor parallelism, of expert parallelism."""
-
-    tp: Shard
-    etp: Shard
-    ep: Shard
 
 
 class Family:
@@ -82,18 +64,14 @@ class Family:
     With ``value_head`` it is a critic or a reward model: the same backbone with one output in place of the vocabulary,
     ``score.weight`` [1, hidden] by the name of transformers' sequence classifiers.
 
-    Raises ValueError listing everything in the config that is missing or that trainer or engine does not support.
+    Raises ValueError listing everything in the config that is missing, unknown, or not supported by trainer or engine.
     """
 
     model_type: ClassVar[str]
-    qk_norm: ClassVar[bool] = False
-    qkv_bias: ClassVar[bool] = False
+    fields: ClassVar[tuple[str, ...]] = ()
+    """The fields of config.json that the family reads beside those of every family."""
     rope_types: ClassVar[tuple[str, ...]] = ("default",)
     assumed_kv_heads: ClassVar[int] = 32  # where the config lacks their number; 0: as many as query heads
-    # of a dense model
-    num_experts = 0
-    experts_per_token = 0
-    expert_ffn_size = 0
     required: ClassVar[tuple[str, ...]] = (
         "hidden_size",
         "intermediate_size",
@@ -103,23 +81,50 @@ class Family:
         "rms_norm_eps",
         "vocab_size",
     )
+    zero_centred_norms: ClassVar[bool] = False
+    """Norms multiply by 1 + weight."""
 
     def __init__(self, config: dict[str, Any], *, value_head: bool = False) -> None:
         problems = [f"{key} is missing" for key in self.required if config.get(key) is None]
-        problems += malformed_sizes(config) + self.unsupported(config)
+        problems += malformed_sizes(config) + unknown_fields(config, self.fields) + self.unsupported(config)
         if problems:
             raise ValueError(f"config.json of this {self.model_type} model: " + "; ".join(problems))
         self.config = config
         self.hidden_size: int = config["hidden_size"]
         self.num_layers: int = config["num_hidden_layers"]
-        self.num_heads: int = config["num_attention_heads"]
-        self.num_kv_heads: int = config.get("num_key_value_heads") or self.num_heads
-        self.head_dim: int = head_dim(config)
-        self.ffn_size: int = config["intermediate_size"]
         self.vocab_size: int = config["vocab_size"]
         self.max_sequence_length: int = config["max_position_embeddings"]
         self.value_head = value_head
-        self.tied_embeddings: bool = config.get("tie_word_embeddings", False) and not value_head
+        self.tied_embeddings: bool = config.get("tie_word_embeddings", self.ties_by_default) and not value_head
+        self.layers: tuple[Layer, ...] = tuple(self.layer(number) for number in range(self.num_layers))
+
+    # ---- what a family decides ----
+
+    ties_by_default: ClassVar[bool] = False
+
+    def layer(self, number: int) -> Layer:
+        """Return the blocks of the layer with this number."""
+        return Layer(self.attention(number), self.mlp(number), self.norms)
+
+    def attention(self, number: int, **differences: Any) -> Attention:
+        c = self.config
+        heads = c["num_attention_heads"]
+        return Attention(c["hidden_size"], heads, c.get("num_key_value_heads") or heads, head_dim(c), **differences)
+
+    def mlp(self, number: int) -> Mlp | Mixture:
+        return Mlp(self.config["hidden_size"], self.config["intermediate_size"])
+
+    norms: ClassVar[Norms] = Norms()
+
+    @property
+    def embedding_scale(self) -> float:
+        """What embeddings are multiplied by before the first layer."""
+        return 1.0
+
+    @property
+    def logit_softcap(self) -> float:
+        """Logits l become softcap * tanh(l / softcap); 0: they stay."""
+        return 0.0
 
     # ---- from the config ----
 
@@ -167,23 +172,29 @@ class Family:
         """Return the keyword arguments of megatron-core's TransformerConfig that follow from the model.
 
         ``activation_func`` is the name of a function in torch.nn.functional, because this room imports no torch.
+        Layers of several kinds differ in what their modules read from their blocks; these arguments are those of the
+        first layer, or of the first that has experts.
         """
+        attention = self.layers[0].attention
+        mixture = next((layer.mlp for layer in self.layers if isinstance(layer.mlp, Mixture)), None)
         return {
             "num_layers": self.num_layers,
             "hidden_size": self.hidden_size,
-            "ffn_hidden_size": self.ffn_size,
-            "num_attention_heads": self.num_heads,
-            "num_query_groups": self.num_kv_heads,
-            "kv_channels": self.head_dim,
+            "ffn_hidden_size": self.config["intermediate_size"],
+            "num_attention_heads": attention.num_heads,
+            "num_query_groups": attention.num_kv_heads,
+            "kv_channels": attention.head_dim,
             "normalization": "RMSNorm",
             "layernorm_epsilon": self.config["rms_norm_eps"],
-            "qk_layernorm": self.qk_norm,
+            "layernorm_zero_centered_gamma": self.zero_centred_norms,
+            "qk_layernorm": bool(attention.qk_norm),
             "gated_linear_unit": True,
             "activation_func": "silu",
             "add_bias_linear": False,
-            "add_qkv_bias": self.qkv_bias,
+            "add_qkv_bias": attention.qkv_bias,
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
+            **(_routing(mixture) if mixture else {}),
         }
 
     def gpt_model(self, tp_size: int = 1) -> dict[str, Any]:
@@ -203,6 +214,8 @@ class Family:
             **scaling,
         }
 
+    # ---- what the model consists of ----
+
     def checkpoint_tensors(self) -> dict[str, Shape]:
         """Return the shapes of all tensors of the checkpoint on disk by name; tied embeddings have no ``lm_head``."""
         return self._tensors
@@ -211,7 +224,24 @@ class Family:
         """Whether a tensor that checkpoints may have beside :meth:`checkpoint_tensors` has no effect on the model: a
         policy's output layer under a value head, or the copy of tied embeddings; buffers of older checkpoints."""
         without_head = self.tied_embeddings or self.value_head
-        return (name == "lm_head.weight" and without_head) or name.endswith(".rotary_emb.inv_freq")
+        return (name == HEAD and without_head) or name.endswith(".rotary_emb.inv_freq")
+
+    @cached_property
+    def _tensors(self) -> dict[str, Shape]:
+        tensors = dict(self.outside)
+        for number, layer in enumerate(self.layers):
+            tensors |= {f"model.layers.{number}.{name}": shape for name, shape in layer.tensors.items()}
+        return tensors
+
+    @property
+    def outside(self) -> dict[str, Shape]:
+        """The shapes of the checkpoint's tensors that belong to no layer, by name."""
+        tensors: dict[str, Shape] = {EMBEDDING: (self.vocab_size, self.hidden_size), FINAL_NORM: (self.hidden_size,)}
+        if self.value_head:
+            tensors[VALUE_HEAD] = (1, self.hidden_size)
+        elif not self.tied_embeddings:
+            tensors[HEAD] = (self.vocab_size, self.hidden_size)
+        return tensors
 
     def num_parameters(self) -> int:
         return sum(map(prod, self._tensors.values()))
@@ -219,37 +249,22 @@ class Family:
     def num_active_parameters(self) -> int:
         """Return the number of parameters that one token's forward pass uses: all but the experts that it is not routed
         to."""
-        unused = self.num_layers * (self.num_experts - self.experts_per_token)
-        expert = swiglu_tensors("", self.hidden_size, self.expert_ffn_size)
-        return self.num_parameters() - unused * sum(map(prod, expert.values()))
+        return self.num_parameters() - sum(layer.mlp.unused for layer in self.layers)
 
-    @cached_property
-    def _tensors(self) -> dict[str, Shape]:
-        tensors: dict[str, Shape] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
-        q_rows, kv_rows = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        for layer in range(self.num_layers):
-            prefix = f"model.layers.{layer}."
-            attention = prefix + "self_attn."
-            tensors[prefix + "input_layernorm.weight"] = (self.hidden_size,)
-            for name, rows in (("q_proj", q_rows), ("k_proj", kv_rows), ("v_proj", kv_rows)):
-                tensors[f"{attention}{name}.weight"] = (rows, self.hidden_size)
-                if self.qkv_bias:
-                    tensors[f"{attention}{name}.bias"] = (rows,)
-            if self.qk_norm:
-                tensors[attention + "q_norm.weight"] = (self.head_dim,)
-                tensors[attention + "k_norm.weight"] = (self.head_dim,)
-            tensors[attention + "o_proj.weight"] = (self.hidden_size, q_rows)
-            tensors[prefix + "post_attention_layernorm.weight"] = (self.hidden_size,)
-            tensors.update(self._mlp_tensors(prefix + "mlp."))
-        tensors["model.norm.weight"] = (self.hidden_size,)
-        if self.value_head:
-            tensors[VALUE_HEAD] = (1, self.hidden_size)
-        elif not self.tied_embeddings:
-            tensors["lm_head.weight"] = (self.vocab_size, self.hidden_size)
-        return tensors
+    def held(self, sizes: Sizes) -> list[Elements]:
+        """Return how many parameters of each layer one rank holds."""
+        return [layer.held(sizes) for layer in self.layers]
 
-    def _mlp_tensors(self, prefix: str) -> dict[str, Shape]:
-        return swiglu_tensors(prefix, self.hidden_size, self.ffn_size)
+    def flops(self, tokens: int) -> float:
+        """Return the FLOPs of forward and backward pass of one sequence without recomputation: 6 per token and active
+        parameter, and the products with attention's scores three times."""
+        embedding = 0 if self.tied_embeddings else self.vocab_size * self.hidden_size  # a lookup, not a product
+        scores = sum(layer.attention.score_flops(tokens) for layer in self.layers)
+        return 6.0 * (self.num_active_parameters() - embedding) * tokens + 3 * scores
+
+    def cached(self, tp: int) -> int:
+        """Return the numbers that one of ``tp`` ranks of an engine keeps per token."""
+        return sum(layer.attention.cached(tp) for layer in self.layers)
 
     # ---- layouts ----
 
@@ -270,131 +285,56 @@ class Family:
         ``shape`` is the local shape; ``tp`` is tensor parallelism, ``etp`` that of experts, ``ep`` expert parallelism.
         Raises ValueError when the family has no such parameter or the parameter has another shape on this rank.
         """
-        layer = MEGATRON_LAYER.match(name)
-        prefix, leaf = (f"model.layers.{layer[1]}.", name[layer.end() :]) if layer else ("", name)
         shards = Shards(Shard(tp_rank, tp_size), Shard(etp_rank, etp_size), Shard(ep_rank, ep_size))
-        own_name = prefix + MEGATRON_NAMES.get(leaf, leaf)
-        return self._checked("Megatron", name, shape, shards, self._pieces(own_name, shape, shards, interleaved=True))
+        return self._pieces(name, shape, shards, "megatron")
 
     def sglang_layout(self, name: str, shape: Shape, tp_rank: int, tp_size: int) -> Pieces:
         """Return the pieces of the SGLang parameter ``name`` on this rank of the engine. Raises ValueError as
         :meth:`megatron_layout` does."""
-        tp, alone = Shard(tp_rank, tp_size), Shard(0, 1)
-        # SGLang's ep_size is 1 or tp_size; experts are whole in the second case
-        apart = ".experts." in name and shape[0] < self.num_experts
-        shards = Shards(tp, alone, tp) if apart else Shards(tp, tp, alone)
-        return self._checked("SGLang", name, shape, shards, self._pieces(name, shape, shards, interleaved=False))
+        tp = Shard(tp_rank, tp_size)
+        return self._pieces(name, shape, Shards(tp, tp, Shard(0, 1)), "sglang")
 
-    def _checked(self, backend: str, name: str, shape: Shape, shards: Shards, pieces: Pieces) -> Pieces:
-        if not pieces or any(piece.name and piece.name not in self._tensors for piece in pieces):
-            raise ValueError(f"{backend} parameter {name} has no counterpart in a {self.model_type} checkpoint")
+    def _pieces(self, name: str, shape: Shape, shards: Shards, backend: Backend) -> Pieces:
+        layer = (MEGATRON_LAYER if backend == "megatron" else SGLANG_LAYER).match(name)
+        title = {"megatron": "Megatron", "sglang": "SGLang"}[backend]
+        if layer is None:
+            pieces = self._outside(MEGATRON_NAMES.get(name, name), shape, shards.tp)
+        elif (number := int(layer[1])) < self.num_layers:
+            pieces = self.layers[number].pieces(name[layer.end() :], shape, shards, backend)
+            pieces = within(f"model.layers.{number}.", pieces)
+        else:
+            pieces = ()
+        if not pieces:
+            raise ValueError(f"{title} parameter {name} has no counterpart in a {self.model_type} checkpoint")
         if filled_shape(pieces) != tuple(shape):
             raise ValueError(
-                f"{backend} parameter {name} has shape {tuple(shape)} on tensor-parallel rank {shards.tp.rank} of "
+                f"{title} parameter {name} has shape {tuple(shape)} on tensor-parallel rank {shards.tp.rank} of "
                 f"{shards.tp.size}; this {self.model_type} model needs {filled_shape(pieces)}"
             )
         return pieces
 
-    def _pieces(self, name: str, shape: Shape, shards: Shards, *, interleaved: bool) -> Pieces:
-        """Return the pieces of a parameter by its SGLang name, which is the checkpoint's where nothing is fused."""
-        if name in ("model.embed_tokens.weight", "lm_head.weight"):
-            return self._vocabulary(name, shape, shards.tp)
-        layer = SGLANG_LAYER.match(name)
-        if layer is None or int(layer[1]) >= self.num_layers:
-            return self._whole(name)
-        prefix, leaf = layer[0], name[layer.end() :]
-        match leaf:
-            case "self_attn.qkv_proj.weight" | "self_attn.qkv_proj.bias":
-                fused = self._interleaved_qkv if interleaved else self._stacked_qkv
-                return fused(prefix + "self_attn.", leaf.rpartition(".")[2], shards.tp)
-            case "self_attn.o_proj.weight":
-                return self._column_shard(name, shards.tp)
-        if leaf.startswith("mlp."):
-            return self._mlp(prefix + "mlp.", leaf.removeprefix("mlp."), shape, shards)
-        return self._whole(name)  # norms
-
-    def _mlp(self, prefix: str, name: str, shape: Shape, shards: Shards) -> Pieces:
-        tp = shards.tp
-        match name:
-            case "gate_up_proj.weight":
-                return self._gate_up(prefix, tp, padded_width(self.ffn_size, shape[0] // 2, tp, tp))
-            case "down_proj.weight":
-                return self._column_shard(prefix + name, tp, padded_width(self.ffn_size, shape[1], tp, tp))
-        return ()
-
-    # ---- how the backends shard, fuse and pad ----
-
-    def _whole(self, name: str) -> Pieces:
-        shape = self._tensors.get(name)
-        return whole(name, shape) if shape else ()
-
-    def _column_shard(self, name: str, tp: Shard, padded: int = 0, lead: tuple[int, ...] = ()) -> Pieces:
-        """This rank's share of the columns of a matrix, of which there are ``padded`` with padding."""
-        rows, width = self._tensors[name]
-        return beside(share(name, width, tp, padded), rows, lead)
-
-    def _vocabulary(self, name: str, shape: Shape, tp: Shard) -> Pieces:
-        """In both backends each rank has an equal share of the padded rows, with padding at the end."""
-        if name == "lm_head.weight" and self.value_head:
-            return self._whole(VALUE_HEAD)
-        name = "model.embed_tokens.weight" if self.tied_embeddings else name
+    def _outside(self, name: str, shape: Shape, tp: Shard) -> Pieces:
+        """Return the pieces of a parameter that belongs to no layer."""
+        name = VALUE_HEAD if name == HEAD and self.value_head else name
+        name = EMBEDDING if name == HEAD and self.tied_embeddings else name
+        if name not in (EMBEDDING, HEAD):
+            return (
+                whole(name, self._tensors[name]) if name in (FINAL_NORM, VALUE_HEAD) and name in self._tensors else ()
+            )
+        # In both backends each rank has an equal share of the padded rows, with padding at the end.
         if shape[0] * tp.size < self.vocab_size:
             raise ValueError(f"{tp.size} times {shape[0]} rows are too few for a vocabulary of {self.vocab_size}")
         return stack(share(name, self.vocab_size, tp, shape[0] * tp.size), (self.hidden_size,))
 
-    def _interleaved_qkv(self, prefix: str, leaf: str, tp: Shard) -> Pieces:
-        """Megatron: for each query group its query heads, its key head, its value head; each rank has an equal share of
-        these rows, which may start in the middle of a group."""
-        spans: list[Span] = []
-        q_rows = self.num_heads // self.num_kv_heads * self.head_dim
-        for group in range(self.num_kv_heads):
-            for name, rows in (("q_proj", q_rows), ("k_proj", self.head_dim), ("v_proj", self.head_dim)):
-                spans.append((f"{prefix}{name}.{leaf}", group * rows, (group + 1) * rows))
-        total = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        return stack(window(spans, *tp.part(total, f"{prefix}q/k/v_proj")), self._row_shape(leaf))
 
-    def _stacked_qkv(self, prefix: str, leaf: str, tp: Shard) -> Pieces:
-        """SGLang: this rank's query heads, key heads, value heads. With more ranks than key-value heads, several ranks
-        have copies of the same one."""
-        replicas = max(1, tp.size // self.num_kv_heads)
-        kv = Shard(tp.rank // replicas, tp.size // replicas)
-        spans: list[Span] = []
-        for name, heads, shard in (
-            ("q_proj", self.num_heads, tp),
-            ("k_proj", self.num_kv_heads, kv),
-            ("v_proj", self.num_kv_heads, kv),
-        ):
-            start, stop = shard.part(heads, f"heads of {prefix}{name}")
-            spans.append((f"{prefix}{name}.{leaf}", start * self.head_dim, stop * self.head_dim))
-        return stack(spans, self._row_shape(leaf))
-
-    def _gate_up(self, prefix: str, tp: Shard, padded: int = 0, lead: tuple[int, ...] = ()) -> Pieces:
-        """This rank's rows of the gate projection, then those of the up projection."""
-        gate, up = prefix + "gate_proj.weight", prefix + "up_proj.weight"
-        rows, _ = self._tensors[gate]
-        return stack([*share(gate, rows, tp, padded), *share(up, rows, tp, padded)], (self.hidden_size,), lead)
-
-    def _row_shape(self, leaf: str) -> Shape:
-        return (self.hidden_size,) if leaf == "weight" else ()
-
-
-def share(name: str, size: int, tp: Shard, padded: int = 0) -> list[Span]:
-    """Return this rank's share of the ``size`` rows (or columns) of a tensor, of which there are ``padded`` with
-    padding."""
-    padded = padded or size
-    return window([(name, 0, size), (PADDING, 0, padded - size)], *tp.part(padded, name))
-
-
-def padded_width(ffn_size: int, local: int, split: Shard, tp: Shard) -> int:
-    """Return the width of an MLP that is split into parts of the width ``local``: without a GPU, SGLang rounds it up to
-    a multiple of 32 per rank of the engine, also where experts are whole."""
-    rounded = -(-ffn_size // (32 * tp.size)) * 32 * tp.size
-    return rounded if local * split.size == rounded else ffn_size
-
-
-def swiglu_tensors(prefix: str, hidden_size: int, ffn_size: int) -> dict[str, Shape]:
+def _routing(mixture: Mixture) -> dict[str, Any]:
+    """Return the keyword arguments of TransformerConfig that follow from a layer of experts."""
     return {
-        prefix + "gate_proj.weight": (ffn_size, hidden_size),
-        prefix + "up_proj.weight": (ffn_size, hidden_size),
-        prefix + "down_proj.weight": (hidden_size, ffn_size),
+        "num_moe_experts": mixture.num_experts,
+        "moe_ffn_hidden_size": mixture.ffn_size,
+        "moe_router_topk": mixture.per_token,
+        "moe_router_score_function": "softmax",
+        # softmax over the top-k logits equals the renormalised softmax over all
+        "moe_router_pre_softmax": not mixture.normalize,
+        "moe_router_load_balancing_type": "none",
     }

@@ -7,6 +7,7 @@ Where both are there and differ, a reader that prefers the other one would build
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 # The first spelling wins in transformers.
@@ -14,6 +15,30 @@ SPELLINGS = (("num_local_experts", "num_experts"), ("dtype", "torch_dtype"))
 ROPE_SPELLINGS = "rope_scaling", "rope_parameters"
 DEFAULT_THETA = 10000.0
 DEFAULT_END = {"llama": 2}  # eos_token_id of a config that does not name it, by model_type
+
+# Read by every family, or refused by it.
+_READ = """
+    architectures attention_bias bos_token_id dtype dual_chunk_attention_config eos_token_id head_dim hidden_act
+    hidden_size initializer_range intermediate_size layer_types max_position_embeddings mlp_bias model_type
+    num_attention_heads num_hidden_layers num_key_value_heads pad_token_id partial_rotary_factor quantization_config
+    rms_norm_eps rope_parameters rope_scaling rope_theta tie_word_embeddings torch_dtype use_sliding_window vocab_size
+"""
+# What transformers or a tool has written beside the model, and what concerns neither weights nor the forward pass:
+# settings of generation, of outputs, of a head of another kind, of pre-training.
+_NEUTRAL = """
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path add_cross_attention
+    attention_dropout attn_implementation auto_map bad_words_ids begin_suppress_tokens chunk_size_feed_forward
+    cls_token_id cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample early_stopping
+    embd_pdrop encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id hidden_dropout id2label is_decoder is_encoder_decoder label2id length_penalty max_length
+    min_length no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions
+    output_hidden_states output_router_logits output_scores prefix pretraining_tp problem_type pruned_heads
+    remove_invalid_values repetition_penalty resid_pdrop return_dict return_dict_in_generate router_aux_loss_coef
+    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+    tokenizer_class top_k top_p torchscript transformers_version typical_p unk_token_id unsloth_fixed
+    unsloth_version use_bfloat16 use_cache
+"""
+KNOWN = frozenset(_READ.split() + _NEUTRAL.split())
 
 SIZES = (
     "hidden_size",
@@ -29,6 +54,19 @@ SIZES = (
     "num_experts_per_tok",
     "moe_intermediate_size",
 )
+
+
+def unknown_fields(config: dict[str, Any], fields: Collection[str]) -> list[str]:
+    """Return a message about what a config has beside ``fields`` and what every family reads. A field that is null or
+    false asks for nothing."""
+    known = KNOWN | set(fields)
+    unknown = sorted(name for name, value in config.items() if name not in known and value not in (None, False))
+    if not unknown:
+        return []
+    return [
+        f"{', '.join(unknown)} {'is' if len(unknown) == 1 else 'are'} not known, and might change the model: remove "
+        "what does not, or add a family (docs/models.md)"
+    ]
 
 
 def malformed_sizes(config: dict[str, Any]) -> list[str]:

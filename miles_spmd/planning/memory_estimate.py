@@ -4,12 +4,12 @@ come on top.
 Weights, gradients and optimizer states are counted exactly. Activations follow Korthikanti et al., "Reducing Activation
 Recomputation in Large Transformer Models" (arXiv 2205.05198), section 4, restated for grouped-query attention that
 keeps no score matrix, SwiGLU and no dropout: what each layer keeps for its backward pass, per token, is listed in
-:func:`_layer_elements`.
+:meth:`miles_spmd.models.blocks.layer.Layer.activations`.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any
@@ -18,6 +18,8 @@ from miles_spmd.config import Config
 from miles_spmd.config.checks import settings
 from miles_spmd.data.dataset import DataError, read_rows
 from miles_spmd.models import Family, load_family
+from miles_spmd.models.blocks import Elements, Sizes
+from miles_spmd.models.family import EMBEDDING, HEAD
 from miles_spmd.planning.parallel_layout import ParallelLayout
 from miles_spmd.types.engine_group import JUDGE
 
@@ -180,25 +182,25 @@ def _pinned(nbytes: int) -> int:
     return 1 << (nbytes - 1).bit_length() if nbytes else 0
 
 
-def local_parameters(family: Family, layout: ParallelLayout, s: dict[str, Any]) -> list[tuple[int, int]]:
-    """Return the (dense, expert) parameters of one rank of each pipeline stage."""
+def local_parameters(family: Family, layout: ParallelLayout, s: dict[str, Any]) -> list[Elements]:
+    """Return the parameters of one rank of each pipeline stage."""
     counts, last = layers_per_stage(family.num_layers, layout.pp, s), layout.pp - 1
     stage_of = [stage for stage, count in enumerate(counts) for _ in range(count)]
-    stages = [(0, 0)] * layout.pp
-    for name, shape in family.checkpoint_tensors().items():
-        if match := re.match(r"model\.layers\.(\d+)\.", name):
-            on = set(stage_of[int(match[1]) :][:1])
-        elif name == "model.embed_tokens.weight":
-            on = {0, last} if family.tied_embeddings else {0}
-        else:
-            on = {last}
+    stages = [Elements(0)] * layout.pp
+    for stage, layer in zip(stage_of, family.held(Sizes(layout.tp, layout.etp, layout.ep))):
+        stages[stage] += layer
+    for name, elements in _outside(family, layout.tp):
+        first = name == EMBEDDING
+        on = ({0, last} if family.tied_embeddings else {0}) if first else {last}
         for stage in on:
-            dense, expert = stages[stage]
-            if ".experts." in name:
-                stages[stage] = dense, expert + prod(shape) // (layout.etp * layout.ep)
-            else:
-                stages[stage] = dense + _dense_share(name, shape, layout.tp), expert
+            stages[stage] += Elements(elements)
     return stages
+
+
+def _outside(family: Family, tp: int) -> Iterator[tuple[str, int]]:
+    """Yield what one of ``tp`` ranks holds of the tensors that belong to no layer; a vocabulary is split."""
+    for name, shape in family.outside.items():
+        yield name, -(-shape[0] // tp) * shape[1] if name in (EMBEDDING, HEAD) else prod(shape)
 
 
 def _fp8_copies(family: Family, layout: ParallelLayout, s: dict[str, Any]) -> int:
@@ -206,9 +208,8 @@ def _fp8_copies(family: Family, layout: ParallelLayout, s: dict[str, Any]) -> in
     if not s["fp8"] or s["transformer_impl"] != "transformer_engine" or s["disable_parameter_transpose_cache"]:
         return 0
     layers = layers_per_stage(family.num_layers, layout.pp, s)[0]
-    tensors = family.checkpoint_tensors()
-    first = [shape for name, shape in tensors.items() if name.startswith("model.layers.0.") and len(shape) > 1]
-    return 2 * layers * sum(map(prod, first)) // layout.tp
+    matrices = [shape for layer in family.layers[:layers] for shape in layer.tensors.values() if len(shape) > 1]
+    return 2 * sum(map(prod, matrices)) // layout.tp
 
 
 def layers_per_stage(num_layers: int, stages: int, s: dict[str, Any]) -> list[int]:
@@ -220,25 +221,14 @@ def layers_per_stage(num_layers: int, stages: int, s: dict[str, Any]) -> list[in
     return [given.get(stage, even) for stage in range(stages)]
 
 
-def _dense_share(name: str, shape: tuple[int, ...], tp: int) -> int:
-    """Matrices are split over tensor-parallel ranks, and so are biases of split outputs; norms and routers are not."""
-    if name.endswith("mlp.gate.weight") or (len(shape) == 1 and not name.endswith(".bias")):
-        return prod(shape)
-    return -(-shape[0] // tp) * prod(shape[1:]) if "embed" in name or "lm_head" in name else prod(shape) // tp
-
-
 def _engine_parameters(family: Family, tp: int) -> int:
-    """SGLang splits as Megatron does, experts included, but repeats KV heads where there are fewer than ranks."""
-    total = 0
-    for name, shape in family.checkpoint_tensors().items():
-        kv = ".k_proj." in name or ".v_proj." in name
-        total += prod(shape) // min(tp, family.num_kv_heads) if kv else _dense_share(name, shape, tp)
-    return total
+    layers = family.held(Sizes(tp, engine=True))
+    return sum(map(sum, layers)) + sum(elements for _, elements in _outside(family, tp))
 
 
 def _kv_bytes(family: Family, tp: int, bytes_each: int) -> int:
     """Return the bytes of a token's keys and values on one rank of an engine."""
-    return 2 * family.num_layers * max(1, family.num_kv_heads // tp) * family.head_dim * bytes_each
+    return family.cached(tp) * bytes_each
 
 
 def _head_bytes(tokens: int, family: Family, tp: int, bytes_each: int) -> int:
@@ -251,32 +241,18 @@ def _head_bytes(tokens: int, family: Family, tp: int, bytes_each: int) -> int:
 
 def _activations(config: Config, family: Family, layout: ParallelLayout, s: dict[str, Any]) -> int:
     """Return the elements kept for the backward pass on the first stage, which has the most micro-batches under way."""
-    layers = layers_per_stage(family.num_layers, layout.pp, s)[0]
+    count = layers_per_stage(family.num_layers, layout.pp, s)[0]
     split_input = family.hidden_size // (layout.tp if layout.sequence_parallel else 1)
-    layer = _layer_elements(family, layout, split_input, s["transformer_impl"] == "local")
-    kept, working = layers * layer, 0  # of each micro-batch under way; of the one whose backward pass runs
+    sizes, recomputes = Sizes(layout.tp, layout.etp, layout.ep), s["transformer_impl"] == "local"
+    layers = [layer.activations(sizes, recomputes, split_input) for layer in family.layers[:count]]
+    kept, working = sum(layers), 0  # of each micro-batch under way; of the one whose backward pass runs
     if s["recompute_granularity"] == "full":
-        number = min(s["recompute_num_layers"] or 1, layers)
+        number = min(s["recompute_num_layers"] or 1, count)
         if s["recompute_method"] == "block":  # the first layers run again, one by one, when the others are done with
-            kept = number * split_input + max(layers - number, 1) * layer
+            kept = number * split_input + max(sum(layers[number:]), max(layers))
         else:  # groups of layers run again together
-            kept, working = -(-layers // number) * split_input, number * layer
+            kept, working = -(-count // number) * split_input, number * max(layers)
     return config.train.max_tokens_per_gpu * (kept * layout.pp + working)
-
-
-def _layer_elements(family: Family, layout: ParallelLayout, split_input: int, local: bool) -> int:
-    """Per token: inputs of two norms and of two linear layers; q, k, v and the attention's output (and, before the norm
-    of q and k, the product that has them and v in one, with a copy of q); gate, up and their product, for each expert
-    chosen."""
-    q, kv = family.num_heads * family.head_dim, family.num_kv_heads * family.head_dim
-    attention = (2 * q + 2 * kv) * (2 if family.qk_norm else 1)
-    experts = family.experts_per_token
-    if not experts:
-        mlp = 3 * family.ffn_size // layout.tp
-    else:  # and each expert's own copy of its input; our own make the product, and their outputs, again
-        wide = family.expert_ffn_size // layout.etp
-        mlp = experts * (2 * wide + family.hidden_size if local else 3 * wide + 2 * family.hidden_size)
-    return 4 * split_input + attention // layout.tp + mlp
 
 
 # --- KV cache --------------------------------------------------------------------------------------------------------

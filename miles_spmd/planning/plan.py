@@ -98,8 +98,9 @@ def _groups(layout: ParallelLayout, family: Family) -> Iterator[str]:
     yield f"  {'engines':<14}{_listed(layout.engine_groups())}"
     if layout.judge_num_gpus:
         yield f"  {'judges':<14}{_listed(layout.judge_groups())}"
-    if layout.engine_tp > family.num_kv_heads:
-        yield f"  {layout.engine_tp // family.num_kv_heads} ranks of an engine share each key-value head"
+    kv_heads = min(layer.attention.num_kv_heads for layer in family.layers)
+    if layout.engine_tp > kv_heads:
+        yield f"  {layout.engine_tp // kv_heads} ranks of an engine share each key-value head"
 
 
 def _listed(groups: Groups) -> str:

@@ -27,6 +27,7 @@ from torch import Tensor
 from miles_spmd.invariant.attention import Attention, packed_attention
 from miles_spmd.invariant.flash import flash_attention
 from miles_spmd.invariant.operators import rotate
+from miles_spmd.models import blocks
 from miles_spmd.training.megatron_config import NetworkConfig
 
 # From query, key, value, where blocks start in the streams of queries and of keys (int32 [B + 1] each), the most
@@ -116,9 +117,11 @@ class PackedAttention(MegatronModule):
     Megatron would apply them with one slice and one table per sequence and layer.
     """
 
-    def __init__(self, config: NetworkConfig, pg_collection: ProcessGroupCollection, **_: Any) -> None:
+    def __init__(
+        self, config: NetworkConfig, pg_collection: ProcessGroupCollection, attention: blocks.Attention, **_: Any
+    ) -> None:
         super().__init__(config)
-        self.cp_group, self.scale = pg_collection.cp, config.kv_channels**-0.5  # type: ignore[operator]
+        self.cp_group, self.scale = pg_collection.cp, attention.score_scale
         self.on_gpu: BlockAttention = _varlen_attention
         if config.invariant:  # the attention that an engine with :mod:`miles_spmd.invariant` shares
             self.on_gpu = functools.partial(flash_attention, split=config.split_keys)

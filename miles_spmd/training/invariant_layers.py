@@ -9,20 +9,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, layers
-from megatron.core.transformer import MegatronModule
+from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
 from miles_spmd.invariant.linear import linear, tree_sum
-from miles_spmd.invariant.operators import swiglu
+from miles_spmd.invariant.operators import geglu, swiglu
+from miles_spmd.models.blocks.mlp import Activation
 from miles_spmd.training.log_probs import add_product
 
 
-class SwiGLU(MegatronModule):
-    """:func:`~miles_spmd.invariant.operators.swiglu` as Megatron's kind of module: a checkpoint asks even a module
-    without parameters for its state."""
+class Gated(MegatronModule):
+    """:func:`~miles_spmd.invariant.operators.swiglu`, or geglu, as Megatron's kind of module: a checkpoint asks even a
+    module without parameters for its state."""
+
+    def __init__(self, config: TransformerConfig, activation: Activation) -> None:
+        super().__init__(config)
+        self.operator = {"silu": swiglu, "gelu_tanh": geglu}[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return swiglu(x)
+        return self.operator(x)
 
 
 class _Linear(layers.LinearWithGradAccumulationAndAsyncCommunication):

@@ -16,17 +16,19 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from miles_spmd.invariant.operators import rms_norm
+from miles_spmd.invariant.operators import one_more, rms_norm
+from miles_spmd.models.blocks import Layer, Mlp
 from miles_spmd.training.attention import PackedAttention, PackedSequences
 from miles_spmd.training.experts import MoE
-from miles_spmd.training.invariant_layers import InvariantColumnParallelLinear, InvariantRowParallelLinear, SwiGLU
+from miles_spmd.training.invariant_layers import Gated, InvariantColumnParallelLinear, InvariantRowParallelLinear
 from miles_spmd.training.megatron_config import NetworkConfig
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm for every norm of a layer.
+    """Root-mean-square norm for every norm of a layer, by its weight or by 1 + weight.
 
     Megatron's wrapper of torch's norm does not support sequence parallelism, for which a norm only has to mark its
     weight: each rank has part of the tokens, so that the gradients of the ranks must be summed.
@@ -38,11 +40,38 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.eps, self.invariant = eps, config.invariant
+        self.zero_centred: bool = config.layernorm_zero_centered_gamma
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.zero_centred:
+            return rms_norm(x, one_more(self.weight), self.eps)
         if x.is_cuda and not self.invariant:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return rms_norm(x, self.weight, self.eps)
+
+
+class NormedAttention(SelfAttention):
+    """Attention whose output is normalised before it is added to the residual stream."""
+
+    def __init__(self, config: NetworkConfig, *args: Any, **options: Any) -> None:
+        super().__init__(config, *args, **options)
+        self.post_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, *args: Any, **options: Any) -> tuple[Tensor, None]:
+        output, bias = super().forward(*args, **options)
+        return self.post_norm(output if bias is None else output + bias), None
+
+
+class NormedMLP(MLP):
+    """An MLP whose output is normalised before it is added to the residual stream."""
+
+    def __init__(self, config: NetworkConfig, *args: Any, **options: Any) -> None:
+        super().__init__(config, *args, **options)
+        self.post_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, *args: Any, **options: Any) -> tuple[Tensor, None]:
+        output, bias = super().forward(*args, **options)
+        return self.post_norm(output if bias is None else output + bias), None
 
 
 class LastLayer(TransformerLayer):
@@ -59,42 +88,50 @@ class LastLayer(TransformerLayer):
 
 def block_spec(config: NetworkConfig, vp_stage: int | None, last: bool) -> TransformerBlockSubmodules:
     """Return the layers of one pipeline chunk. ``last``: the chunk at the end of the model."""
-    layers: list[type[TransformerLayer]] = [TransformerLayer] * get_num_layers_to_build(config, vp_stage)
+    first = get_transformer_layer_offset(config, vp_stage)
+    here = config.layers[first : first + get_num_layers_to_build(config, vp_stage)]
+    modules: list[type[TransformerLayer]] = [TransformerLayer] * len(here)
     # FP8 products require a multiple of their block size, which the number of scored positions is not
-    if last and layers and not config.sequence_parallel and not config.fp8:
-        layers[-1] = LastLayer
+    if last and modules and not config.sequence_parallel and not config.fp8:
+        modules[-1] = LastLayer
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
         from miles_spmd.training.transformer_engine import layer_submodules  # fails to import without the package
 
-        submodules, norm = layer_submodules(config), TENorm
+        submodules, norm = [layer_submodules(config, layer) for layer in here], TENorm
     else:
-        submodules, norm = _local_submodules(config), RMSNorm
-    return TransformerBlockSubmodules([ModuleSpec(layer, submodules=submodules) for layer in layers], norm)
+        submodules, norm = [_local_submodules(config, layer) for layer in here], RMSNorm
+    return TransformerBlockSubmodules(
+        [ModuleSpec(module, submodules=parts) for module, parts in zip(modules, submodules)], norm
+    )
 
 
-def _local_submodules(config: NetworkConfig) -> TransformerLayerSubmodules:
+def _local_submodules(config: NetworkConfig, layer: Layer) -> TransformerLayerSubmodules:
     column: type = InvariantColumnParallelLinear if config.invariant else ColumnParallelLinear
     row: type = InvariantRowParallelLinear if config.invariant else RowParallelLinear
-    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    norms, attention = layer.norms, layer.attention
+    qk_norm = RMSNorm if attention.qk_norm else IdentityOp
+    mlp: Any = MoE
+    if isinstance(layer.mlp, Mlp):
+        kind = NormedMLP if norms.after_mlp else MLP
+        activation = partial(Gated, activation=layer.mlp.activation)
+        mlp = partial(kind.as_mlp_submodule, submodules=MLPSubmodules(column, row, activation))
     return TransformerLayerSubmodules(
-        input_layernorm=RMSNorm,
+        input_layernorm=RMSNorm if norms.before_attention else IdentityOp,
         self_attention=ModuleSpec(
-            module=SelfAttention,
+            module=NormedAttention if norms.after_attention else SelfAttention,
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=column,
-                core_attention=PackedAttention,
+                core_attention=partial(PackedAttention, attention=attention),
                 linear_proj=row,
                 q_layernorm=qk_norm,
                 k_layernorm=qk_norm,
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=RMSNorm,
-        mlp=MoE
-        if config.num_moe_experts
-        else partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(column, row, SwiGLU)),
+        pre_mlp_layernorm=RMSNorm if norms.before_mlp else IdentityOp,
+        mlp=mlp,
         mlp_bda=get_bias_dropout_add,
     )

@@ -95,10 +95,14 @@ class _LinearLogProbs(torch.autograd.Function):
             logits_RV = layer.logits(hidden[chunk]) if saved_logits_RV is None else saved_logits_RV
             column_R1, grad_R1 = targets[chunk, None] - layer.first_id, grad_log_probs[chunk, None]
             entropies = (entropy_S[chunk, None], grad_entropy[chunk, None]) if ctx.differentiate_entropy else None
+            # of the soft-cap y = c tanh(l / c): dy = (1 - (y / c)^2) dl; here, because the gradient overwrites y
+            slope_RV = logits_RV.div(layer.softcap).square_().neg_().add_(1) if layer.softcap else None
             args = logits_RV, distribution.temperature, peak_S1[chunk], total_S1[chunk], column_R1, grad_R1, entropies
             if threshold_S1 is None:
-                return layer.softmax.differentiate(*args)
-            return softmax.differentiate(*args, threshold_S1[chunk])
+                gradient_RV = layer.softmax.differentiate(*args)
+            else:
+                gradient_RV = softmax.differentiate(*args, threshold_S1[chunk])
+            return gradient_RV if slope_RV is None else gradient_RV.mul_(slope_RV)
 
         def pass_on(gradient_RV: Tensor, chunk: slice) -> None:
             if grad_hidden is not None:

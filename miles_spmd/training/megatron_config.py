@@ -19,6 +19,7 @@ from miles_spmd.invariant.flash import shared_backend
 from miles_spmd.invariant.split_attention import part_length
 from miles_spmd.models import Family
 from miles_spmd.models.attention import SPLIT_KEYS
+from miles_spmd.models.blocks import Layer
 
 # The local layers' dispatcher takes every token to all of its experts, by all-to-all, and supports none of these.
 UNSUPPORTED_BY_LOCAL_EXPERTS = (
@@ -38,6 +39,8 @@ LAYERS_PER_VIRTUAL_STAGE = "num_layers_per_virtual_pipeline_stage"
 class NetworkConfig(TransformerConfig):
     """Megatron's configuration of a network, and what our layers need beside it."""
 
+    layers: tuple[Layer, ...] = ()
+    """The blocks of the whole model's layers."""
     invariant: bool = False
     """Layers compute with :mod:`miles_spmd.invariant`; Megatron's own ``batch_invariant_mode`` has other kernels and
     restrictions. The fields below are read under this one."""
@@ -80,7 +83,7 @@ def build_megatron_config(config: Config, family: Family) -> MegatronConfig:
     dtype = getattr(torch, config.model.dtype)
     names = ("params_dtype", "pipeline_dtype", "autocast_dtype")
     dtypes = dict.fromkeys(names, dtype) | {"bf16": dtype is torch.bfloat16}
-    transformer = _defaults(table) | family.transformer_config() | table | dtypes
+    transformer = _defaults(table) | family.transformer_config() | table | dtypes | {"layers": family.layers}
     transformer["activation_func"] = getattr(F, transformer["activation_func"])
     optimizer = {"log_num_zeros_in_grad": False} | table | dtypes | {"min_lr": config.train.min_lr}
     ddp = {
@@ -98,7 +101,7 @@ def build_megatron_config(config: Config, family: Family) -> MegatronConfig:
 def _as_the_engine(config: Config, family: Family) -> dict[str, int]:
     """Return the fields of :class:`NetworkConfig` by which sums have the engine's reduction order."""
     context = config.sglang.get("context_length") or family.max_sequence_length
-    backend = shared_backend(config.sglang.get("attention_backend"), family.head_dim)
+    backend = shared_backend(config.sglang.get("attention_backend"), family.layers[0].attention.head_dim)
     return {
         "partial_sums": config.sum_terms,
         "split_keys": part_length(context) if backend == SPLIT_KEYS else 0,

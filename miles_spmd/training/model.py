@@ -60,21 +60,25 @@ class ValueHead(torch.nn.Module):
 
 
 class PackedModel(GPTModel):
-    """One pipeline chunk of a policy, or of a critic or reward model with ``value_head``.
+    """One pipeline chunk of a policy, or of a critic or reward model with a value head.
 
-    ``vocab_size`` counts real tokens; the embedding may have rows of padding behind them.
+    The embedding may have rows of padding behind those of the family's tokens.
     """
 
-    def __init__(self, *args: Any, real_vocab_size: int, value_head: bool, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, family: Family, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.real_vocab_size = real_vocab_size
+        self.family = family
+        # a number of the weights' dtype, as transformers has it
+        self.embedding_scale = torch.tensor(family.embedding_scale, dtype=self.config.params_dtype).item()
         self.last_layer_selects = any(isinstance(layer, LastLayer) for layer in self.decoder.layers)
-        if value_head and self.post_process:
+        if family.value_head and self.post_process:
             self.output_layer = ValueHead(self.config)
 
     def forward(self, batch: PackedBatch, scoring: Scoring) -> Tensor | tuple[Tensor, ...]:
         """Return hidden states [T, 1, hidden] between pipeline stages; on the last stage what :meth:`_score` does."""
         hidden = self.embedding(batch.tokens, batch.sequences.positions) if self.pre_process else None
+        if hidden is not None and self.embedding_scale != 1:
+            hidden = hidden * self.embedding_scale
         self._set_rotary(batch)
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=batch.sequences)
         if not self.post_process:
@@ -117,8 +121,9 @@ class PackedModel(GPTModel):
         layer = OutputLayer(
             weight,
             first_id=parallel_state.get_tensor_model_parallel_rank() * len(weight),
-            vocab_size=self.real_vocab_size,
+            vocab_size=self.family.vocab_size,
             group=parallel_state.get_tensor_model_parallel_group(),
+            softcap=self.family.logit_softcap,
         )
         outputs: tuple[Tensor, ...] = linear_log_probs(
             hidden,
@@ -148,8 +153,7 @@ def build_chunks(config: NetworkConfig, family: Family, where: Coordinates) -> l
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=last,
             vp_stage=vp_stage,
-            real_vocab_size=family.vocab_size,
-            value_head=family.value_head,
+            family=family,
             **family.gpt_model(tp_size=where.tp_size),
         ).to(device())
         for name, parameter in model.named_parameters():

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miles_spmd.invariant.linear import linear
+from miles_spmd.invariant.operators import softcap
 from miles_spmd.training import softmax
 
 # Logits of a chunk on a rank where tensor operations read them: 512 MiB in fp32, of which two copies are alive beside
@@ -33,7 +34,7 @@ class OutputLayer:
 
     Ids from ``vocab_size`` on are padding and no tokens. The other ranks of ``group`` hold the rest of the vocabulary;
     None: this rank holds all of it. ``invariant``: logits and their sums are bitwise equal to those of an engine that
-    computes with :mod:`miles_spmd.invariant`.
+    computes with :mod:`miles_spmd.invariant`. ``softcap``: see :func:`~miles_spmd.invariant.operators.softcap`.
 
     Raises ValueError where all of this rank's ids are padding.
     """
@@ -43,6 +44,7 @@ class OutputLayer:
     first_id: int = 0
     group: dist.ProcessGroup | None = None
     invariant: bool = False
+    softcap: float = 0.0
 
     def __post_init__(self) -> None:
         if self.first_id >= self.vocab_size:
@@ -68,7 +70,9 @@ class OutputLayer:
         return softmax
 
     def logits(self, hidden_RH: Tensor) -> Tensor:
-        return (linear if self.invariant else F.linear)(hidden_RH, self.token_weight)
+        """Return [R, V] in the dtype of ``hidden_RH``; with a soft-cap in fp32 at least, as engines compute it."""
+        logits_RV = (linear if self.invariant else F.linear)(hidden_RH, self.token_weight)
+        return softcap(logits_RV, self.softcap) if self.softcap else logits_RV
 
     def measure(self, logits_RV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """Return what :func:`softmax.measure` does, of this rank's logits; of all ranks' where the layer is invariant.

@@ -3,6 +3,7 @@ grouped experts. Importing this file requires the package."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from megatron.core.extensions.transformer_engine import TEDotProductAttention, fused_apply_rotary_pos_emb
@@ -10,6 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transfor
 from megatron.core.transformer import TransformerConfig, TransformerLayerSubmodules
 from torch import Tensor
 
+from miles_spmd.models.blocks import Layer, Mixture
 from miles_spmd.training.attention import PackedAttention, PackedSequences
 
 
@@ -32,12 +34,14 @@ class RotaryDotProductAttention(TEDotProductAttention):
         return super().forward(query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs)
 
 
-def layer_submodules(config: TransformerConfig) -> TransformerLayerSubmodules:
+def layer_submodules(config: TransformerConfig, layer: Layer) -> TransformerLayerSubmodules:
     """Return the modules of a layer. Under context parallelism attention is :class:`PackedAttention`, which gathers
     keys and values once; Transformer Engine's would pass them around in a ring."""
+    experts = config.num_moe_experts if isinstance(layer.mlp, Mixture) else None
     spec = get_gpt_layer_with_transformer_engine_spec(
-        num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
+        num_experts=experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=bool(layer.attention.qk_norm)
     )
-    attention = PackedAttention if config.context_parallel_size > 1 else RotaryDotProductAttention
+    gathers = config.context_parallel_size > 1
+    attention = partial(PackedAttention, attention=layer.attention) if gathers else RotaryDotProductAttention
     spec.submodules.self_attention.submodules.core_attention = attention
     return spec.submodules

@@ -17,7 +17,6 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from miles_spmd.bench import cli
-from miles_spmd.bench.flops import sequence_flops
 from miles_spmd.bench.result import make_result, show
 from miles_spmd.bench.run import bench_config
 from miles_spmd.models import load_family
@@ -207,7 +206,7 @@ def test_the_old_name_of_an_option_is_accepted_with_a_warning(monkeypatch: pytes
 def test_flops_of_a_published_shape() -> None:
     """Qwen3-4B: 4.02 billion parameters, 36 layers of 32 heads of 128; 6 N T and attention over half a square."""
     expected = 6 * 4.02e9 * 4096 + 6 * 36 * 4096 * 4096**2
-    assert sequence_flops(load_family(SHAPES["qwen3-4b"]), 4096) == pytest.approx(expected, rel=1e-3)
+    assert load_family(SHAPES["qwen3-4b"]).flops(4096) == pytest.approx(expected, rel=1e-3)
 
 
 def test_shown_as_a_table_and_as_json() -> None:

@@ -24,9 +24,9 @@ def megatron_names(
         prefix = f"decoder.layers.{layer}."
         yield from (prefix + "input_layernorm.weight", prefix + "pre_mlp_layernorm.weight")
         yield from (f"{prefix}self_attention.{name}.weight" for name in ("linear_qkv", "linear_proj"))
-        if family.qkv_bias:
+        if family.layers[0].attention.qkv_bias:
             yield prefix + "self_attention.linear_qkv.bias"
-        if family.qk_norm:
+        if family.layers[0].attention.qk_norm:
             yield from (f"{prefix}self_attention.{name}_layernorm.weight" for name in "qk")
         if experts:
             yield prefix + "mlp.router.weight"
@@ -44,9 +44,9 @@ def sglang_names(family: Family, experts: bool) -> Iterator[str]:
         prefix = f"model.layers.{layer}."
         yield from (prefix + "input_layernorm.weight", prefix + "post_attention_layernorm.weight")
         yield from (prefix + "self_attn.qkv_proj.weight", prefix + "self_attn.o_proj.weight")
-        if family.qkv_bias:
+        if family.layers[0].attention.qkv_bias:
             yield prefix + "self_attn.qkv_proj.bias"
-        if family.qk_norm:
+        if family.layers[0].attention.qk_norm:
             yield from (prefix + "self_attn.q_norm.weight", prefix + "self_attn.k_norm.weight")
         mlp = (
             ("gate.weight", "experts.w13_weight", "experts.w2_weight")
@@ -79,7 +79,10 @@ def megatron_tensor(
     hf = f"model.layers.{layer}."
     leaf = name.rpartition(".")[2]
     if module == "self_attention" and rest.startswith("linear_qkv."):
-        groups = (state[f"{hf}self_attn.{part}_proj.{leaf}"].unflatten(0, (family.num_kv_heads, -1)) for part in "qkv")
+        groups = (
+            state[f"{hf}self_attn.{part}_proj.{leaf}"].unflatten(0, (family.layers[0].attention.num_kv_heads, -1))
+            for part in "qkv"
+        )
         return torch.cat(list(groups), 1).flatten(0, 1).chunk(size)[rank]
     if rest.startswith("experts."):
         blocks = [f"{hf}mlp.experts.{expert}." for expert in experts]
@@ -110,7 +113,7 @@ def sglang_tensor(state: State, family: Family, name: str, rank: int, size: int)
     prefix, _, last = name.rpartition("mlp.") if "mlp." in name else name.rpartition("self_attn.")
     if last.startswith("qkv_proj"):
         leaf = last.rpartition(".")[2]
-        replicas = max(1, size // family.num_kv_heads)
+        replicas = max(1, size // family.layers[0].attention.num_kv_heads)
         q, k, v = (state[f"{prefix}self_attn.{part}_proj.{leaf}"] for part in "qkv")
         return torch.cat([q.chunk(size)[rank], *(t.chunk(size // replicas)[rank // replicas] for t in (k, v))])
     if last in ("o_proj.weight", "down_proj.weight"):

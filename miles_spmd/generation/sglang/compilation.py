@@ -1,9 +1,9 @@
 """Kernels of an engine that are compiled in parallel, before its first step needs them.
 
 DeepGEMM chooses the tiles of a product by its shape and compiles a kernel for each choice when a product first needs
-it, one after the other and four seconds each. The CUDA graphs of one model need about thirty, prefills and micro-batches
-of training as many again. Several processes that only multiply fill the cache which the rank then reads. They need a
-GPU, as DeepGEMM compiles nothing without one; this module therefore imports no more than they use.
+it, one after the other and four seconds each. The CUDA graphs of one model need about thirty, prefills and
+micro-batches of training as many again. Several processes that only multiply fill the cache which the rank then reads.
+They need a GPU, as DeepGEMM compiles nothing without one; this module therefore imports no more than they use.
 """
 
 from __future__ import annotations

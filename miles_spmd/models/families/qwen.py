@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from typing import Any
+
+from miles_spmd.models.blocks import Attention, Mixture, Mlp
+from miles_spmd.models.family import Family
+from miles_spmd.models.hf_config import count_experts
+
+WINDOW = ("max_window_layers", "sliding_window", "use_sliding_window")
+
+
+class Qwen2(Family):
+    """Qwen2 and Qwen2.5: biases on query, key and value projections."""
+
+    model_type = "qwen2"
+    fields = WINDOW
+
+    def attention(self, number: int, **differences: Any) -> Attention:
+        return super().attention(number, qkv_bias=True)
+
+
+class Qwen3(Family):
+    """Qwen3-0.6B ... 32B: queries and keys are normalised per head."""
+
+    model_type = "qwen3"
+    fields = WINDOW
+    required = (*Family.required, "head_dim")
+
+    def attention(self, number: int, **differences: Any) -> Attention:
+        return super().attention(number, qk_norm="head")
+
+
+class Qwen3Moe(Qwen3):
+    """Qwen3-30B-A3B, 235B-A22B: experts in every layer, without shared experts."""
+
+    model_type = "qwen3_moe"
+    fields = (
+        *WINDOW,
+        "decoder_sparse_step",
+        "mlp_only_layers",
+        "moe_intermediate_size",
+        "num_experts",
+        "num_experts_per_tok",
+        "num_local_experts",
+        "norm_topk_prob",
+    )
+    required = (*Qwen3.required, "moe_intermediate_size", "num_experts_per_tok")
+
+    def unsupported(self, config: dict[str, Any]) -> list[str]:
+        problems = super().unsupported(config)
+        if not count_experts(config):
+            problems.append("num_experts is missing")
+        if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+            problems.append("dense layers between MoE layers are not supported (SGLang routes in every layer)")
+        return problems
+
+    def mlp(self, number: int) -> Mlp | Mixture:
+        c = self.config
+        return Mixture(
+            c["hidden_size"],
+            c["moe_intermediate_size"],
+            count_experts(c),
+            c["num_experts_per_tok"],
+            normalize=c.get("norm_topk_prob", False),
+        )
