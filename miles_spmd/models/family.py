@@ -100,7 +100,12 @@ class Family:
 
     # ---- what a family decides ----
 
+    hidden_act: ClassVar[str] = "silu"
+    has_attention_bias: ClassVar[bool] = False
+    attention_kinds: ClassVar[tuple[str, ...]] = ("full_attention",)
     ties_by_default: ClassVar[bool] = False
+    sglang_module: ClassVar[str] = ""
+    """The file of SGLang that has the model's class; "": it is named as the model type."""
 
     def layer(self, number: int) -> Layer:
         """Return the blocks of the layer with this number."""
@@ -131,12 +136,14 @@ class Family:
     def unsupported(self, config: dict[str, Any]) -> list[str]:
         """Return messages about all settings of the config that trainer or engine does not support."""
         problems = []
-        if config.get("hidden_act", "silu") != "silu":
-            problems.append(f"hidden_act {config['hidden_act']!r} is not supported (only silu)")
-        for key in ("attention_bias", "mlp_bias", "dual_chunk_attention_config"):
+        for key in ("hidden_act", "hidden_activation"):
+            if config.get(key) not in (None, self.hidden_act):
+                problems.append(f"{key} {config[key]!r} is not supported (only {self.hidden_act})")
+        biases = () if self.has_attention_bias else ("attention_bias",)
+        for key in (*biases, "mlp_bias", "dual_chunk_attention_config", "use_bidirectional_attention"):
             if config.get(key):
                 problems.append(f"{key} is not supported")
-        kinds = set(config.get("layer_types") or ()) - {"full_attention"}
+        kinds = set(config.get("layer_types") or ()) - set(self.attention_kinds)
         if config.get("use_sliding_window") or kinds:
             named = f" ({', '.join(sorted(kinds))})" if kinds else ""
             problems.append(f"sliding-window attention is not supported{named}")
@@ -213,6 +220,10 @@ class Family:
             "rotary_base": rope["rope_theta"],
             **scaling,
         }
+
+    def engine_config(self) -> dict[str, Any]:
+        """Return the fields that SGLang reads in config.json and that transformers does not write."""
+        return {}
 
     # ---- what the model consists of ----
 

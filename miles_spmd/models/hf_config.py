@@ -21,7 +21,8 @@ _READ = """
     architectures attention_bias bos_token_id dtype dual_chunk_attention_config eos_token_id head_dim hidden_act
     hidden_size initializer_range intermediate_size layer_types max_position_embeddings mlp_bias model_type
     num_attention_heads num_hidden_layers num_key_value_heads pad_token_id partial_rotary_factor quantization_config
-    rms_norm_eps rope_parameters rope_scaling rope_theta tie_word_embeddings torch_dtype use_sliding_window vocab_size
+    rms_norm_eps rope_parameters rope_scaling rope_theta tie_word_embeddings torch_dtype use_bidirectional_attention
+    use_sliding_window vocab_size
 """
 # What transformers or a tool has written beside the model, and what concerns neither weights nor the forward pass:
 # settings of generation, of outputs, of a head of another kind, of pre-training.

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer import ModuleSpec, TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -48,6 +50,27 @@ class RMSNorm(torch.nn.Module):
         if x.is_cuda and not self.invariant:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return rms_norm(x, self.weight, self.eps)
+
+
+class WidthNorm(RMSNorm):
+    """Norm over all heads of a token's queries, or of its keys. Every tensor-parallel rank has the whole weight, and
+    computes the norm of all ranks' heads; Megatron sums the gradients of such weights over the ranks by their names."""
+
+    def __init__(self, config: NetworkConfig, hidden_size: int, eps: float, heads: int, **_: Any) -> None:
+        super().__init__(config, heads * hidden_size, eps)
+        self.group = get_tensor_model_parallel_group()
+        if heads % self.group.size():
+            raise ValueError(
+                f"megatron.tensor_model_parallel_size {self.group.size()} does not divide {heads} heads that are "
+                "normalised together"
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` and result [..., heads of this rank, head_dim]."""
+        wide = x.flatten(-2)
+        if self.group.size() > 1:
+            wide = all_gather_last_dim_from_tensor_parallel_region(wide, self.group)
+        return super().forward(wide.contiguous()).chunk(self.group.size(), -1)[self.group.rank()].reshape(x.shape)
 
 
 class NormedAttention(SelfAttention):
@@ -111,7 +134,9 @@ def _local_submodules(config: NetworkConfig, layer: Layer) -> TransformerLayerSu
     column: type = InvariantColumnParallelLinear if config.invariant else ColumnParallelLinear
     row: type = InvariantRowParallelLinear if config.invariant else RowParallelLinear
     norms, attention = layer.norms, layer.attention
-    qk_norm = RMSNorm if attention.qk_norm else IdentityOp
+    q_norm = k_norm = RMSNorm if attention.qk_norm else IdentityOp
+    if attention.qk_norm == "width":
+        q_norm, k_norm = (partial(WidthNorm, heads=n) for n in (attention.num_heads, attention.num_kv_heads))
     mlp: Any = MoE
     if isinstance(layer.mlp, Mlp):
         kind = NormedMLP if norms.after_mlp else MLP
@@ -126,8 +151,8 @@ def _local_submodules(config: NetworkConfig, layer: Layer) -> TransformerLayerSu
                 linear_qkv=column,
                 core_attention=partial(PackedAttention, attention=attention),
                 linear_proj=row,
-                q_layernorm=qk_norm,
-                k_layernorm=qk_norm,
+                q_layernorm=q_norm,
+                k_layernorm=k_norm,
             ),
         ),
         self_attn_bda=get_bias_dropout_add,

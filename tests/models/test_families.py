@@ -39,7 +39,7 @@ def test_published_sizes(config: dict, total: int, active: int) -> None:
     assert (family.num_parameters(), family.num_active_parameters()) == (total, active)
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny.BY_HAND)
 def test_megatron_arguments_agree_with_the_transformers_config(name: str) -> None:
     config = tiny.build(name).config
     family = load_family(json.loads(config.to_json_string()))

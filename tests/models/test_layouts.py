@@ -12,7 +12,7 @@ from miles_spmd.models.layout import check_filled, region
 from tests.models import parallel, tiny
 
 
-@pytest.fixture(scope="module", params=tiny.CONFIGS)
+@pytest.fixture(scope="module", params=tiny.BY_HAND)
 def model(request: pytest.FixtureRequest) -> tuple[Family, dict[str, Tensor]]:
     folder = tiny.checkpoint(request.param)
     return load_family(folder), load_file(folder / "model.safetensors")

@@ -49,12 +49,24 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+BY_HAND = [*CONFIGS]  # whose layouts tests.models.parallel has written down by hand
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 7}
+CONFIGS |= {
+    "mistral": ("Mistral", {"sliding_window": 9}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "phi3": ("Phi3", {"pad_token_id": 0}),
+    "gemma2": ("Gemma2", GEMMA),
+    "gemma3_text": ("Gemma3", GEMMA | {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}),
+    "olmo2": ("Olmo2", {}),
+    "glm4": ("Glm4", {"head_dim": 16, "pad_token_id": 0}),
+}
+CONFIG_CLASSES = {"Gemma3": "Gemma3TextConfig"}
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
     """A random model of one of CONFIGS; norms and biases are not left at their ones and zeros."""
     prefix, changes = CONFIGS[name]
-    config = getattr(transformers, f"{prefix}Config")(**(COMMON | changes))
+    config = getattr(transformers, CONFIG_CLASSES.get(prefix, f"{prefix}Config"))(**(COMMON | changes))
     torch.manual_seed(0)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config)
     with torch.no_grad():

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from miles_spmd.algorithms.losses import make_loss
 from miles_spmd.config import Config
-from miles_spmd.models import TensorLayout, load_family
+from miles_spmd.models import Family, TensorLayout, load_family
+from miles_spmd.models.blocks import Mixture
 from miles_spmd.training.background_save import BackgroundSave
 from miles_spmd.training.checkpoint import TrainerCheckpointError
 from miles_spmd.training.trainer import Trainer
@@ -166,23 +167,21 @@ def oracle_gradient(
     total = torch.stack([loss_of(s, *oracle_scores(model, s.tokens, temperature)) for s in batch]).sum()
     total.backward()
     gradients = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
-    return total.item(), _split_experts(gradients)
+    return total.item(), _on_disk(gradients, load_family(tiny.checkpoint(name)))
 
 
-def _split_experts(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Split the stacked experts that transformers >= 5 has in memory into the tensors that are on disk."""
+def _on_disk(tensors: dict[str, np.ndarray], family: Family) -> dict[str, np.ndarray]:
+    """Return the tensors by the names that they have on disk, where experts are not stacked."""
     out: dict[str, np.ndarray] = {}
     for name, value in tensors.items():
-        prefix, _, stacked = name.rpartition(".experts.")
-        if stacked == "gate_up_proj":
-            for e, expert in enumerate(value):
-                gate, up = np.split(expert, 2)
-                out[f"{prefix}.experts.{e}.gate_proj.weight"] = gate
-                out[f"{prefix}.experts.{e}.up_proj.weight"] = up
-        elif stacked == "down_proj":
-            out |= {f"{prefix}.experts.{e}.down_proj.weight": expert for e, expert in enumerate(value)}
-        else:
-            out[name] = value
+        prefix, _, stacked = name.rpartition(".mlp.experts.")
+        mixture = family.layers[int(prefix.rpartition(".")[2])].mlp if prefix else None
+        if not isinstance(mixture, Mixture):
+            out[name.replace(".mlp.gate.", f".{family.layers[0].mlp.name}.gate.")] = value
+            continue
+        for expert, matrix in zip(mixture.experts, value, strict=True):
+            gate, up, down = (f"{prefix}.{expert.name}.{leaf}" for leaf in expert.names)
+            out |= dict(zip((gate, up), np.split(matrix, 2))) if stacked == "gate_up_proj" else {down: matrix}
     return out
 
 

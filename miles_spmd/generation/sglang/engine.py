@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
-import pkgutil
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -29,12 +27,19 @@ from sglang.srt.model_executor import input_buffers
 from sglang.srt.server_args import set_global_server_args_for_scheduler
 
 from miles_spmd.generation.engine import EngineMemory
-from miles_spmd.generation.sglang import cpu_attention, gpu_kernels, process_groups, sampler, split_attention_backend
+from miles_spmd.generation.sglang import (
+    cpu_attention,
+    gpu_kernels,
+    model_blocks,
+    process_groups,
+    sampler,
+    split_attention_backend,
+)
 from miles_spmd.generation.sglang.invariant_layers import invariant_layers
 from miles_spmd.generation.sglang.requests import END
 from miles_spmd.generation.sglang.scheduler import InProcessScheduler
 from miles_spmd.generation.sglang.server_args import build_server_args
-from miles_spmd.models import FAMILIES, TensorLayout, load_family
+from miles_spmd.models import TensorLayout, load_family
 from miles_spmd.platform import cuda
 from miles_spmd.platform.cpu import sglang_shim
 from miles_spmd.types.request import Output, Request, check_request
@@ -91,8 +96,8 @@ class SglangEngine:
             cuda.require_memory_saver()
             gpu_kernels.use_one_expert_sum()
             split_attention_backend.register(invariant)
-        _import_no_other_models()
-        layers = invariant_layers(invariant or args.device == "cpu", sum_terms)
+        model_blocks.register(self._family)
+        layers = invariant_layers(invariant or args.device == "cpu", self._family, sum_terms)
         float32_on_gpu = args.device == "cuda" and dtype == "float32"
         kernels = gpu_kernels.float32_kernels() if float32_on_gpu else contextlib.nullcontext()
         with _keep_random_state(), layers, kernels:
@@ -315,14 +320,6 @@ def _finish_reason(req: Req) -> FinishReason:
 
 def _storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-
-
-def _import_no_other_models() -> None:
-    """Disable all model files but those of our families: SGLang would import its 200 models, which takes seconds."""
-    from sglang.srt import models
-
-    others = {module.name for module in pkgutil.iter_modules(models.__path__)} - FAMILIES.keys()
-    os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(sorted(others))
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ from sglang.jit_kernel.clamp_position import _jit_clamp_position_module
 from sglang.jit_kernel.kvcache import can_use_store_cache
 from sglang.srt.batch_invariant_ops import batch_invariant_ops as ops
 from sglang.srt.distributed.parallel_state import GroupCoordinator
-from sglang.srt.layers.activation import SiluAndMul
-from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.activation import GeluAndMul, SiluAndMul
+from sglang.srt.layers.layernorm import Gemma3RMSNorm, GemmaRMSNorm, RMSNorm
 from sglang.srt.layers.linear import RowParallelLinear
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput, StandardDispatchOutput
@@ -28,14 +28,16 @@ from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.layers.utils import MultiPlatformOp
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.model_executor.model_runner import ModelRunner
-from sglang.srt.models import qwen3_moe
+from sglang.srt.models import gemma3_causal, qwen3_moe
 from torch import Tensor
 from torch.nn import Module
 
+from miles_spmd.generation.sglang import model_blocks
 from miles_spmd.generation.sglang.compilation import Product, compile_beside, compile_products
 from miles_spmd.invariant import experts
 from miles_spmd.invariant.linear import linear, tree_sum
-from miles_spmd.invariant.operators import add_rms_norm, rms_norm, rotate, swiglu
+from miles_spmd.invariant.operators import add_rms_norm, geglu, one_more, rms_norm, rotate, softcap, swiglu
+from miles_spmd.models import Family
 
 PREFILL_ROWS = 64  # DeepGEMM's choice of tiles depends on how many times so many rows a product has
 
@@ -44,20 +46,23 @@ _all_reduce = GroupCoordinator.all_reduce
 _apply = UnquantizedLinearMethod.apply
 _compute_lm_head = LogitsProcessor._compute_lm_head
 _enable_fused_set_kv_buffer = qwen3_moe.enable_fused_set_kv_buffer
+_of_gemma3 = gemma3_causal.Gemma3Attention.forward
 _enable_mode = ModelRunner.maybe_enable_batch_invariant_mode
 
 
 @contextlib.contextmanager
-def invariant_layers(enabled: bool, sum_terms: int) -> Iterator[None]:
-    """An engine constructed inside this context computes with the functions of the trainer, or unless ``enabled``, with
-    SGLang's own. ``sum_terms``: number of partial sums when outputs of tensor-parallel ranks are reduced."""
+def invariant_layers(enabled: bool, family: Family, sum_terms: int) -> Iterator[None]:
+    """An engine of ``family`` constructed inside this context computes with the functions of the trainer, or unless
+    ``enabled``, with SGLang's own. ``sum_terms``: number of partial sums when outputs of tensor-parallel ranks are
+    reduced."""
     # Layers bind their function when they are constructed (dispatch_forward). The others look theirs up in every call,
     # so these stay after the context ends: a process has one engine at a time, and the next one sets them again.
     UnquantizedLinearMethod.apply = partialmethod(_linear, sum_terms) if enabled else _apply
     GroupCoordinator.all_reduce = _tree_all_reduce if enabled else _all_reduce
-    LogitsProcessor._compute_lm_head = _lm_head if enabled else _compute_lm_head
+    LogitsProcessor._compute_lm_head = partialmethod(_lm_head, family.logit_softcap) if enabled else _compute_lm_head
+    gemma3_causal.Gemma3Attention.forward = _gemma3_attention if enabled else _of_gemma3
     # SGLang calls it when the model is built, and memory for its cache is not taken yet.
-    ModelRunner.maybe_enable_batch_invariant_mode = partialmethod(_compile, sum_terms) if enabled else _enable_mode
+    ModelRunner.maybe_enable_batch_invariant_mode = partialmethod(_model_is_built, enabled, family, sum_terms)
     # Keys and values are written into the cache by attention, not by the rotary layer.
     qwen3_moe.enable_fused_set_kv_buffer = (lambda batch: False) if enabled else _enable_fused_set_kv_buffer
     MultiPlatformOp.dispatch_forward = _invariant if enabled else _dispatch
@@ -70,9 +75,14 @@ def invariant_layers(enabled: bool, sum_terms: int) -> Iterator[None]:
 def _invariant(layer: MultiPlatformOp) -> Callable[..., Any]:
     """Return the function that ``layer`` computes with."""
     if type(layer) is RMSNorm:
+        layer.forward_native = partial(_norm, layer)  # some models call it without asking what was dispatched
         return partial(_norm, layer)
+    if type(layer) in (GemmaRMSNorm, Gemma3RMSNorm):
+        return partial(_zero_centred_norm, layer)
     if type(layer) is SiluAndMul:
         return swiglu
+    if type(layer) is GeluAndMul:
+        return partial(_geglu, layer)
     if type(layer) is TopK:
         return partial(_route, layer)
     if type(layer) is UnquantizedFusedMoEMethod:
@@ -84,6 +94,35 @@ def _norm(layer: RMSNorm, x: Tensor, residual: Tensor | None = None, post_residu
     if residual is None:
         return rms_norm(x, layer.weight, layer.variance_epsilon)
     return add_rms_norm(x, residual, layer.weight, layer.variance_epsilon)
+
+
+def _zero_centred_norm(
+    layer: GemmaRMSNorm | Gemma3RMSNorm, x: Tensor, residual: Tensor | None = None, post_residual_addition: None = None
+) -> Any:
+    eps = layer.variance_epsilon if isinstance(layer, GemmaRMSNorm) else layer.eps
+    if residual is None:
+        return rms_norm(x, one_more(layer.weight), eps)
+    return add_rms_norm(x, residual, one_more(layer.weight), eps)
+
+
+def _geglu(layer: GeluAndMul, x: Tensor) -> Tensor:
+    if layer.approximate != "tanh":
+        raise RuntimeError(f"SGLang's layer has gelu {layer.approximate!r}, and the trainer tanh's approximation")
+    return geglu(x)
+
+
+def _gemma3_attention(
+    layer: Any, positions: Tensor, hidden_states: Tensor, position_embeddings: Any, forward_batch: Any, **_: Any
+) -> Tensor:
+    """SGLang's own rotates by a function of its own."""
+    qkv, _ = layer.qkv_proj(hidden_states)
+    q, k, v = qkv.split([layer.q_size, layer.kv_size, layer.kv_size], -1)
+    q, k = (
+        norm(x.unflatten(-1, (-1, layer.head_dim))).flatten(1) for norm, x in ((layer.q_norm, q), (layer.k_norm, k))
+    )
+    q, k = layer.rotary_emb(positions, q, k)
+    output, _ = layer.o_proj(layer.attn(q, k, v, forward_batch=forward_batch))
+    return output
 
 
 def _rotate(
@@ -116,8 +155,10 @@ def _tree_all_reduce(group: GroupCoordinator, x: Tensor) -> Tensor:
     return tree_sum(group.all_gather(x.unsqueeze(0), 0).unbind())
 
 
-def _lm_head(processor: LogitsProcessor, hidden: Tensor, head: Any, *_: Any) -> Tensor:
-    return linear(hidden, head.weight)
+def _lm_head(processor: LogitsProcessor, cap: float, hidden: Tensor, head: Any, *_: Any) -> Tensor:
+    logits = linear(hidden, head.weight)
+    processor.final_logit_softcapping = None  # or SGLang would apply its own
+    return softcap(logits, cap) if cap else logits
 
 
 def _route(layer: TopK, hidden_states: Tensor, router_logits: Tensor, **_: Any) -> StandardTopKOutput:
@@ -131,6 +172,14 @@ def _experts(layer: Any, dispatch_output: StandardDispatchOutput) -> StandardCom
     weights, chosen, _ = dispatch_output.topk_output
     mixed = experts.mix(dispatch_output.hidden_states, chosen, weights, layer.w13_weight, layer.w2_weight)
     return StandardCombineInput(mixed)
+
+
+def _model_is_built(runner: ModelRunner, enabled: bool, family: Family, sum_terms: int) -> None:
+    model_blocks.adopt(runner.model, family)
+    if enabled:
+        _compile(runner, sum_terms)
+    else:
+        _enable_mode(runner)
 
 
 def _compile(runner: ModelRunner, sum_terms: int) -> None:

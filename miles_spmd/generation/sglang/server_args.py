@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def build_server_args(
     Raises ValueError listing every entry of ``table`` that SGLang does not have or that this engine sets itself, and
     for an ``invariant`` engine with a dtype whose matrix products depend on the batch on this machine.
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu, family = torch.cuda.is_available(), load_family(model_path)
     if invariant and dtype != ("bfloat16" if on_gpu else "float32"):
         raise ValueError(f"determinism.parity: must be 'off' in {dtype} on a {'GPU' if on_gpu else 'CPU'}")
     fixed = {
@@ -43,6 +44,7 @@ def build_server_args(
         "dtype": dtype,
         "context_length": context_length,
         "device": "cuda" if on_gpu else "cpu",
+        "json_model_override_args": json.dumps(family.engine_config()),
         "load_format": "dummy",  # a refit provides the weights
         "random_seed": 0,  # every request has its own seed
         "skip_tokenizer_init": not any(Path(model_path).glob("tokenizer*")),  # only stop strings need it
@@ -61,7 +63,7 @@ def build_server_args(
             defaults["attention_backend"] = "triton"  # SGLang's default supports 16-bit dtypes only
         if invariant:
             fixed["enable_deterministic_inference"] = True
-            defaults["attention_backend"] = shared_backend(None, load_family(model_path).head_dim)
+            defaults["attention_backend"] = shared_backend(None, family.layers[0].attention.head_dim)
     else:
         fixed |= {
             "attention_backend": "torch_native",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from miles_spmd.models.blocks.block import Backend, Block, Elements, Pieces, Shape, Shard, Shards, Sizes, share
+from miles_spmd.models.blocks.block import Backend, Block, Elements, Pieces, Shape, Shard, Shards, Sizes
 from miles_spmd.models.layout import Span, stack, window
 
 Q, K, V = PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -71,10 +71,6 @@ class Attention(Block):
                 return stack(placed, (self.hidden_size,) if leaf == "weight" else ())
             case "self_attn.o_proj.weight":
                 return self.column_shard(name, shards.tp)
-            case "self_attn.q_norm.weight" if self.qk_norm == "width" and backend == "megatron":
-                return stack(share(name, self.q_width, shards.tp), ())
-            case "self_attn.k_norm.weight" if self.qk_norm == "width" and backend == "megatron":
-                return stack(share(name, self.kv_width, shards.tp), ())
         return self.whole(name)
 
     def _interleaved(self, tp: Shard) -> list[Span]:

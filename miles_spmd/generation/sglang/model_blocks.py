@@ -1,0 +1,52 @@
+"""SGLang's model of a family: which of SGLang's files has it, and what it takes from the family's blocks.
+
+SGLang reads config.json by itself, and ignores what its classes do not know: a window, for example, in Mistral's. What
+a block says is therefore written into the built model, or compared with it.
+"""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+from importlib import import_module
+from typing import Any
+
+from sglang.srt.layers.radix_attention import RadixAttention
+from torch.nn import Module
+
+from miles_spmd.models import Family
+from miles_spmd.models.blocks import Attention
+
+
+def register(family: Family) -> None:
+    """Make SGLang know the classes of ``family`` alone: it would import its 200 model files, which takes seconds."""
+    from sglang.srt import models
+
+    os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(
+        module.name for module in pkgutil.iter_modules(models.__path__)
+    )
+    from sglang.srt.models.registry import ModelRegistry
+
+    entry = import_module(f"sglang.srt.models.{family.sglang_module or family.model_type}").EntryClass
+    ModelRegistry.models |= {kind.__name__: kind for kind in (entry if isinstance(entry, list) else [entry])}
+
+
+def adopt(model: Module, family: Family) -> None:
+    """Write what the blocks of ``family`` say about attention into the ``model`` that SGLang has built.
+
+    Raises ValueError where the model is another one than the blocks describe.
+    """
+    for number, layer in enumerate(family.layers):
+        module: Any = model.model.layers[number].self_attn  # type: ignore[union-attr, operator, index]
+        _adopt_attention(module.attn, layer.attention, f"layer {number}")
+
+
+def _adopt_attention(module: RadixAttention, block: Attention, where: str) -> None:
+    found, expected = (module.head_dim, module.scaling), (block.head_dim, block.score_scale)
+    if found != expected:
+        raise ValueError(
+            f"{where}: SGLang's attention has head_dim and scale {found}, the family's blocks {expected}; the family "
+            "reads config.json in another way than SGLang does"
+        )
+    module.sliding_window_size = block.window - 1 if block.window else -1  # keys before the query's own
+    module.logit_cap = block.softcap
