@@ -54,11 +54,11 @@ GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 7}
 CONFIGS |= {
     "mistral": ("Mistral", {"sliding_window": 9}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "phi3": ("Phi3", {"pad_token_id": 0}),
+    "phi3": ("Phi3", {"pad_token_id": None}),
     "gemma2": ("Gemma2", GEMMA),
     "gemma3_text": ("Gemma3", GEMMA | {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}),
     "olmo2": ("Olmo2", {}),
-    "glm4": ("Glm4", {"head_dim": 16, "pad_token_id": 0}),
+    "glm4": ("Glm4", {"head_dim": 16, "pad_token_id": None}),
 }
 CONFIG_CLASSES = {"Gemma3": "Gemma3TextConfig"}
 
