@@ -13,14 +13,12 @@ from math import prod
 from typing import Any, ClassVar, NamedTuple
 
 from miles_spmd.models.hf_config import (
-    differing_spellings,
     head_dim,
-    is_positive,
-    malformed_rope,
     malformed_sizes,
     rope_parameters,
 )
 from miles_spmd.models.layout import PADDING, Piece, Span, beside, filled_shape, stack, whole, window
+from miles_spmd.models.rope import Rope, rope_problems
 
 Shape = tuple[int, ...]
 Pieces = tuple[Piece, ...]
@@ -48,9 +46,6 @@ MEGATRON_NAMES = {
 }
 
 VALUE_HEAD = "score.weight"
-
-# GPTModel has a parameter for the factor only; the others of Llama 3's rope scaling are constants in megatron-core.
-LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 
 
 class Shard(NamedTuple):
@@ -88,7 +83,6 @@ class Family:
     model_type: ClassVar[str]
     qk_norm: ClassVar[bool] = False
     qkv_bias: ClassVar[bool] = False
-    rope_types: ClassVar[tuple[str, ...]] = ("default",)
     assumed_kv_heads: ClassVar[int] = 32  # where the config lacks their number; 0: as many as query heads
     # of a dense model
     num_experts = 0
@@ -117,7 +111,8 @@ class Family:
         self.head_dim: int = head_dim(config)
         self.ffn_size: int = config["intermediate_size"]
         self.vocab_size: int = config["vocab_size"]
-        self.max_sequence_length: int = config["max_position_embeddings"]
+        self._rope = Rope.of(config, self.head_dim)
+        self.max_sequence_length: int = self._rope.exact_length or config["max_position_embeddings"]
         self.value_head = value_head
         self.tied_embeddings: bool = config.get("tie_word_embeddings", False) and not value_head
 
@@ -139,29 +134,18 @@ class Family:
             problems.append(f"num_key_value_heads is missing, for which transformers takes {self.assumed_kv_heads}")
         if config.get("quantization_config"):
             problems.append("quantized checkpoints are not supported; start from the unquantized one")
-        return problems + self._unsupported_rope(config)
+        return problems + self.unsupported_rope(config)
 
-    def _unsupported_rope(self, config: dict[str, Any]) -> list[str]:
-        if malformed := malformed_rope(config):
-            return malformed
-        rope = rope_parameters(config)
-        kind = rope["rope_type"]
-        if kind not in self.rope_types:
-            return [f"rope type {kind!r} is not supported (supported: {', '.join(self.rope_types)})"]
-        problems = differing_spellings(config)
-        if not is_positive(rope["rope_theta"]):
-            problems.append(f"rope_theta must be a positive number, not {rope['rope_theta']!r}")
-        if rope["partial_rotary_factor"] != 1:
-            problems.append("partial_rotary_factor is not supported")
-        if kind == "llama3":
-            if not is_positive(rope.get("factor")):
-                problems.append(f"the factor of rope type llama3 must be a positive number, not {rope.get('factor')!r}")
-            problems += [
-                f"rope {key} {rope.get(key)} is not supported (megatron-core fixes it at {value})"
-                for key, value in LLAMA3_ROPE.items()
-                if rope.get(key) != value
-            ]
+    def unsupported_rope(self, config: dict[str, Any]) -> list[str]:
+        """Return messages about rotary positions, as :meth:`unsupported`."""
+        problems = rope_problems(config, 0 if malformed_sizes(config) else head_dim(config))
+        if not problems and rope_parameters(config)["partial_rotary_factor"] != 1:
+            problems.append("partial_rotary_factor is not supported")  # transformers' model of this type has none
         return problems
+
+    def rope(self, layer: int) -> Rope | None:
+        """Return the rotary positions of a layer, counted in the whole model from 0; None: it has none."""
+        return self._rope
 
     def transformer_config(self) -> dict[str, Any]:
         """Return the keyword arguments of megatron-core's TransformerConfig that follow from the model.
@@ -192,15 +176,11 @@ class Family:
         ``vocab_size`` is rounded up to a multiple of ``tp_size``. The added rows of embedding and output layer are
         zero; every softmax must exclude the logits of ids >= ``self.vocab_size``, which are not tokens.
         """
-        rope = rope_parameters(self.config)
-        scaling = {"rope_scaling": True, "rope_scaling_factor": rope["factor"]} if rope["rope_type"] == "llama3" else {}
         return {
             "vocab_size": -(-self.vocab_size // tp_size) * tp_size,
             "max_sequence_length": self.max_sequence_length,
             "share_embeddings_and_output_weights": self.tied_embeddings,
-            "position_embedding_type": "rope",
-            "rotary_base": rope["rope_theta"],
-            **scaling,
+            "position_embedding_type": "none",  # rotary positions are those of :meth:`rope`
         }
 
     def checkpoint_tensors(self) -> dict[str, Shape]:

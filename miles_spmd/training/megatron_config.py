@@ -19,6 +19,7 @@ from miles_spmd.invariant.flash import shared_backend
 from miles_spmd.invariant.split_attention import part_length
 from miles_spmd.models import Family
 from miles_spmd.models.attention import SPLIT_KEYS
+from miles_spmd.models.rope import Rope
 
 # The local layers' dispatcher takes every token to all of its experts, by all-to-all, and supports none of these.
 UNSUPPORTED_BY_LOCAL_EXPERTS = (
@@ -38,6 +39,10 @@ LAYERS_PER_VIRTUAL_STAGE = "num_layers_per_virtual_pipeline_stage"
 class NetworkConfig(TransformerConfig):
     """Megatron's configuration of a network, and what our layers need beside it."""
 
+    ropes: tuple[Rope | None, ...] = ()
+    """Rotary positions of each layer of the whole model."""
+    context: int = 0
+    """The longest sequence of the run, on which the frequencies of some rotary positions depend; the engine's."""
     invariant: bool = False
     """Layers compute with :mod:`miles_spmd.invariant`; Megatron's own ``batch_invariant_mode`` has other kernels and
     restrictions. The fields below are read under this one."""
@@ -80,7 +85,10 @@ def build_megatron_config(config: Config, family: Family) -> MegatronConfig:
     dtype = getattr(torch, config.model.dtype)
     names = ("params_dtype", "pipeline_dtype", "autocast_dtype")
     dtypes = dict.fromkeys(names, dtype) | {"bf16": dtype is torch.bfloat16}
-    transformer = _defaults(table) | family.transformer_config() | table | dtypes
+    ropes = tuple(family.rope(layer) for layer in range(family.num_layers))
+    _refuse_unsupported_ropes({"kv_channels": family.head_dim} | table, ropes)
+    positions = {"ropes": ropes, "context": _context(config, family)}
+    transformer = _defaults(table) | family.transformer_config() | positions | table | dtypes
     transformer["activation_func"] = getattr(F, transformer["activation_func"])
     optimizer = {"log_num_zeros_in_grad": False} | table | dtypes | {"min_lr": config.train.min_lr}
     ddp = {
@@ -95,13 +103,17 @@ def build_megatron_config(config: Config, family: Family) -> MegatronConfig:
     )
 
 
+def _context(config: Config, family: Family) -> int:
+    """Return the engine's context length."""
+    return config.sglang.get("context_length") or family.max_sequence_length
+
+
 def _as_the_engine(config: Config, family: Family) -> dict[str, int]:
     """Return the fields of :class:`NetworkConfig` by which sums have the engine's reduction order."""
-    context = config.sglang.get("context_length") or family.max_sequence_length
     backend = shared_backend(config.sglang.get("attention_backend"), family.head_dim)
     return {
         "partial_sums": config.sum_terms,
-        "split_keys": part_length(context) if backend == SPLIT_KEYS else 0,
+        "split_keys": part_length(_context(config, family)) if backend == SPLIT_KEYS else 0,
         "expert_partial_sums": config.sglang.get("ep_size", 1),
     }
 
@@ -174,6 +186,17 @@ def _refuse_unsupported(table: Mapping[str, Any]) -> None:
     if missing and not random.HAVE_TE:
         names = ", ".join(sorted(missing))
         raise ValueError(f"recompute_modules: {names} cannot be recomputed without Transformer Engine")
+
+
+def _refuse_unsupported_ropes(table: Mapping[str, Any], ropes: tuple[Rope | None, ...]) -> None:
+    if table["transformer_impl"] != "transformer_engine" or table.get("context_parallel_size", 1) > 1:
+        return
+    for layer, rope in enumerate(ropes):
+        if rope and (rope.interleaved or rope.attention_factor != 1 or rope.rotary_dim != table["kv_channels"]):
+            raise ValueError(
+                "transformer_impl: Transformer Engine's kernel rotates whole heads, in pairs half a head apart, and "
+                f"scales none; layer {layer} of this model requires other rotary positions ({rope}); set 'local'"
+            )
 
 
 def _fields_of(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from megatron.core.transformer import TransformerConfig, TransformerLayerSubmodu
 from torch import Tensor
 
 from miles_spmd.training.attention import PackedAttention, PackedSequences
+from miles_spmd.training.megatron_config import NetworkConfig
 
 
 class RotaryDotProductAttention(TEDotProductAttention):
@@ -21,14 +22,17 @@ class RotaryDotProductAttention(TEDotProductAttention):
     bitwise equal.
     """
 
+    def __init__(self, config: NetworkConfig, layer_number: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, layer_number, *args, **kwargs)
+        self.rope = config.ropes[layer_number - 1]
+
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *args: Any, packed_seq_params: PackedSequences, **kwargs: Any
     ) -> Tensor:
         """``query`` [T, H, D], ``key`` and ``value`` [T, G, D] -> [T, H * D]."""
-        query, key = (
-            fused_apply_rotary_pos_emb(x.unsqueeze(1), packed_seq_params.angles.unsqueeze(1)).squeeze(1)
-            for x in (query, key)
-        )
+        if self.rope:
+            angles = packed_seq_params.angles[self.rope].unsqueeze(1)
+            query, key = (fused_apply_rotary_pos_emb(x.unsqueeze(1), angles).squeeze(1) for x in (query, key))
         return super().forward(query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from sglang.srt.server_args import ServerArgs
 
+from miles_spmd.generation.sglang.rotary import overrides
 from miles_spmd.invariant.flash import shared_backend
 from miles_spmd.models import load_family
 
@@ -35,7 +37,7 @@ def build_server_args(
     Raises ValueError listing every entry of ``table`` that SGLang does not have or that this engine sets itself, and
     for an ``invariant`` engine with a dtype whose matrix products depend on the batch on this machine.
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu, family = torch.cuda.is_available(), load_family(model_path)
     if invariant and dtype != ("bfloat16" if on_gpu else "float32"):
         raise ValueError(f"determinism.parity: must be 'off' in {dtype} on a {'GPU' if on_gpu else 'CPU'}")
     fixed = {
@@ -61,7 +63,7 @@ def build_server_args(
             defaults["attention_backend"] = "triton"  # SGLang's default supports 16-bit dtypes only
         if invariant:
             fixed["enable_deterministic_inference"] = True
-            defaults["attention_backend"] = shared_backend(None, load_family(model_path).head_dim)
+            defaults["attention_backend"] = shared_backend(None, family.head_dim)
     else:
         fixed |= {
             "attention_backend": "torch_native",
@@ -72,6 +74,8 @@ def build_server_args(
         defaults |= {"max_running_requests": 64, "chunked_prefill_size": -1, "mem_fraction_static": 0.5}
     _check(table, fixed)
     args = fixed | defaults | table
+    model = overrides(family) | json.loads(table.get("json_model_override_args", "{}"))
+    args["json_model_override_args"] = json.dumps(model)
     # Without a bound, the cache of a small model would have hundreds of millions of tokens, more than SGLang can index.
     bound = cache_tokens or args.get("max_running_requests", _MAX_REQUESTS) * context_length
     args.setdefault("max_total_tokens", bound if on_gpu else min(bound, _CPU_CACHE_TOKENS))
