@@ -114,7 +114,7 @@ def rotate(x: Tensor, table: Tensor, positions: Tensor, interleaved: bool = Fals
     """Return ``x`` [T, H, D] rotated by the angles of ``positions`` [T], or by the opposite angles (``back``).
 
     The heads of ``x`` may be a slice of a wider tensor. ``table``: fp32 [L, R], cosines, then sines, of R / 2 angles;
-    the first R numbers of a head are rotated, in pairs R / 2 apart or, ``interleaved``, in pairs of neighbours.
+    the first R dimensions of a head are rotated, in pairs R / 2 apart or, ``interleaved``, in pairs of neighbours.
     """
     tokens, heads, width = x.shape
     if x.stride(2) != 1 or x.stride(1) != width:

@@ -72,8 +72,8 @@ def rotate(x: Tensor, table: Tensor, positions: Tensor, interleaved: bool = Fals
     """Return ``x`` [T, H, D] in which pairs of numbers are rotated by the angles of ``positions``, int64 [T]
     (https://arxiv.org/abs/2104.09864).
 
-    ``table``: fp32 [places, R], see :func:`miles_spmd.invariant.rope.rotary_table`. The first R <= D numbers of a head
-    are rotated, in pairs R / 2 apart or, ``interleaved``, in pairs of neighbours; the others are copied.
+    ``table``: fp32 [places, R], see :func:`miles_spmd.invariant.rope.rotary_table`. Of the D dimensions of a head the
+    first R are rotated, in pairs R / 2 apart or, ``interleaved``, in pairs of neighbours; the others are copied.
     """
     return _Rotate.apply(x, table, positions, interleaved)
 
