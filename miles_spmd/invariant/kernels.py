@@ -110,19 +110,23 @@ def _rms_norm_backward(  # type: ignore[no-untyped-def]
 # --- rotary positions ------------------------------------------------------------------------------------------------
 
 
-def rotate(x: Tensor, table: Tensor, positions: Tensor, back: bool = False) -> Tensor:
+def rotate(x: Tensor, table: Tensor, positions: Tensor, interleaved: bool = False, back: bool = False) -> Tensor:
     """Return ``x`` [T, H, D] rotated by the angles of ``positions`` [T], or by the opposite angles (``back``).
 
-    The heads of ``x`` may be a slice of a wider tensor. ``table``: fp32 [L, D], cosines, then sines, of D / 2 angles.
+    The heads of ``x`` may be a slice of a wider tensor. ``table``: fp32 [L, R], cosines, then sines, of R / 2 angles;
+    the first R dimensions of a head are rotated, in pairs R / 2 apart or, ``interleaved``, in pairs of neighbours.
     """
     tokens, heads, width = x.shape
     if x.stride(2) != 1 or x.stride(1) != width:
         x = x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if tokens:
+        half = table.shape[1] // 2
+        copied = width - 2 * half
         _rotate[(tokens,)](
             x, table, positions, out, x.stride(0), heads,
-            HEADS=triton.next_power_of_2(heads), HALF=width // 2, BLOCK=triton.next_power_of_2(width // 2), BACK=back,
+            HEADS=triton.next_power_of_2(heads), WIDTH=width, HALF=half, BLOCK=triton.next_power_of_2(half),
+            COPIED=copied and triton.next_power_of_2(copied), INTERLEAVED=interleaved, BACK=back,
         )  # fmt: skip
     return out
 
@@ -130,7 +134,8 @@ def rotate(x: Tensor, table: Tensor, positions: Tensor, back: bool = False) -> T
 @triton.jit
 def _rotate(  # type: ignore[no-untyped-def]
     x, table, positions, out, stride, heads,
-    HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    COPIED: tl.constexpr, INTERLEAVED: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -141,12 +146,19 @@ def _rotate(  # type: ignore[no-untyped-def]
     if BACK:
         sin = -sin
     inside = (head < heads)[:, None] & (column < HALF)[None, :]
-    at = head[:, None] * (2 * HALF) + column[None, :]
+    step: tl.constexpr = 2 if INTERLEAVED else 1  # from a pair to the next
+    apart: tl.constexpr = 1 if INTERLEAVED else HALF
+    at = head[:, None] * WIDTH + column[None, :] * step
     first = tl.load(x + token * stride + at, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(x + token * stride + at + HALF, mask=inside, other=0.0).to(tl.float32)
-    to = out + token * heads * (2 * HALF) + at
+    second = tl.load(x + token * stride + at + apart, mask=inside, other=0.0).to(tl.float32)
+    to = out + token * heads * WIDTH + at
     tl.store(to, (first * cos - second * sin).to(out.dtype.element_ty), mask=inside)
-    tl.store(to + HALF, (second * cos + first * sin).to(out.dtype.element_ty), mask=inside)
+    tl.store(to + apart, (second * cos + first * sin).to(out.dtype.element_ty), mask=inside)
+    if COPIED:
+        rest = 2 * HALF + tl.arange(0, COPIED)
+        behind = (head < heads)[:, None] & (rest < WIDTH)[None, :]
+        at = head[:, None] * WIDTH + rest[None, :]
+        tl.store(out + token * heads * WIDTH + at, tl.load(x + token * stride + at, mask=behind), mask=behind)
 
 
 # --- SwiGLU ----------------------------------------------------------------------------------------------------------

@@ -68,41 +68,40 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 # --- rotary positions ------------------------------------------------------------------------------------------------
 
 
-def rotary_table(frequencies: Tensor, length: int) -> Tensor:
-    """Return cosines, then sines, of the angles of places 0 .. ``length - 1``: fp32 [length, D]. ``frequencies``: fp32
-    [D / 2], in radians per place."""
-    places = torch.arange(length, dtype=torch.float32, device=frequencies.device)
-    angles = torch.outer(places, frequencies)
-    return torch.cat([angles.cos(), angles.sin()], -1)
+def rotate(x: Tensor, table: Tensor, positions: Tensor, interleaved: bool = False) -> Tensor:
+    """Return ``x`` [T, H, D] in which pairs of numbers are rotated by the angles of ``positions``, int64 [T]
+    (https://arxiv.org/abs/2104.09864).
 
-
-def rotate(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
-    """Return ``x`` [T, H, D] in which pairs of numbers, D / 2 apart, are rotated by the angles of ``positions``, int64
-    [T] (https://arxiv.org/abs/2104.09864). ``table``: see :func:`rotary_table`."""
-    return _Rotate.apply(x, table, positions)
+    ``table``: fp32 [places, R], see :func:`miles_spmd.invariant.rope.rotary_table`. Of the D dimensions of a head the
+    first R are rotated, in pairs R / 2 apart or, ``interleaved``, in pairs of neighbours; the others are copied.
+    """
+    return _Rotate.apply(x, table, positions, interleaved)
 
 
 class _Rotate(torch.autograd.Function):
     """The backward pass is the rotation by the opposite angle."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, table: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(table, positions)
-        return _rotated(x, table, positions, back=False)
+        ctx.interleaved = interleaved
+        return _rotated(x, table, positions, interleaved, back=False)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         table, positions = ctx.saved_tensors
-        return _rotated(gradient, table, positions, back=True), None, None
+        return _rotated(gradient, table, positions, ctx.interleaved, back=True), None, None, None
 
 
-def _rotated(x: Tensor, table: Tensor, positions: Tensor, back: bool) -> Tensor:
+def _rotated(x: Tensor, table: Tensor, positions: Tensor, interleaved: bool, back: bool) -> Tensor:
     if x.is_cuda:
-        return kernels.rotate(x, table, positions, back)
+        return kernels.rotate(x, table, positions, interleaved, back)
     cos, sin = table.index_select(0, positions)[:, None].to(x.dtype).chunk(2, -1)
-    first, second = x.chunk(2, -1)
     other = sin.neg() if back else sin
-    return torch.cat([first * cos - second * other, second * cos + first * other], -1)
+    rotated, copied = x[..., : table.shape[-1]], x[..., table.shape[-1] :]
+    first, second = (rotated[..., ::2], rotated[..., 1::2]) if interleaved else rotated.chunk(2, -1)
+    pairs = first * cos - second * other, second * cos + first * other
+    return torch.cat([torch.stack(pairs, -1).flatten(-2), copied] if interleaved else [*pairs, copied], -1)
 
 
 def one_more(weight: Tensor) -> Tensor:

@@ -28,15 +28,13 @@ from miles_spmd.models.blocks import (
 )
 from miles_spmd.models.blocks.block import Backend, share
 from miles_spmd.models.hf_config import (
-    differing_spellings,
     head_dim,
-    is_positive,
-    malformed_rope,
     malformed_sizes,
     rope_parameters,
     unknown_fields,
 )
 from miles_spmd.models.layout import filled_shape, stack, whole
+from miles_spmd.models.rope import Rope, rope_problems
 
 MEGATRON_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 SGLANG_LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -54,9 +52,6 @@ MEGATRON_NAMES = {
     "decoder.final_layernorm.weight": FINAL_NORM,
 }
 
-# GPTModel has a parameter for the factor only; the others of Llama 3's rope scaling are constants in megatron-core.
-LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
-
 
 class Family:
     """One model, described by its ``config.json``. Sizes are those of the whole model, for every parallel layout.
@@ -70,7 +65,6 @@ class Family:
     model_type: ClassVar[str]
     fields: ClassVar[tuple[str, ...]] = ()
     """The fields of config.json that the family reads beside those of every family."""
-    rope_types: ClassVar[tuple[str, ...]] = ("default",)
     assumed_kv_heads: ClassVar[int] = 32  # where the config lacks their number; 0: as many as query heads
     required: ClassVar[tuple[str, ...]] = (
         "hidden_size",
@@ -93,16 +87,22 @@ class Family:
         self.hidden_size: int = config["hidden_size"]
         self.num_layers: int = config["num_hidden_layers"]
         self.vocab_size: int = config["vocab_size"]
-        self.max_sequence_length: int = config["max_position_embeddings"]
         self.value_head = value_head
         self.tied_embeddings: bool = config.get("tie_word_embeddings", self.ties_by_default) and not value_head
         self.layers: tuple[Layer, ...] = tuple(self.layer(number) for number in range(self.num_layers))
+        ropes = (layer.attention.rope for layer in self.layers)
+        exact = [rope.exact_length for rope in ropes if rope and rope.exact_length]
+        self.max_sequence_length: int = min([config["max_position_embeddings"], *exact])
 
     # ---- what a family decides ----
 
     hidden_act: ClassVar[str] = "silu"
     has_attention_bias: ClassVar[bool] = False
     attention_kinds: ClassVar[tuple[str, ...]] = ("full_attention",)
+    partial_rotary: ClassVar[bool] = False
+    interleaved_rotary: ClassVar[bool] = False
+    rope_kinds: ClassVar[tuple[str, ...]] = ("",)
+    """The types of layers that have rotary positions of their own."""
     ties_by_default: ClassVar[bool] = False
     sglang_module: ClassVar[str] = ""
     """The file of SGLang that has the model's class; "": it is named as the model type."""
@@ -114,7 +114,12 @@ class Family:
     def attention(self, number: int, **differences: Any) -> Attention:
         c = self.config
         heads = c["num_attention_heads"]
-        return Attention(c["hidden_size"], heads, c.get("num_key_value_heads") or heads, head_dim(c), **differences)
+        sizes = c["hidden_size"], heads, c.get("num_key_value_heads") or heads, head_dim(c)
+        return Attention(*sizes, self.rope(number), **differences)
+
+    def rope(self, number: int) -> Rope | None:
+        """Return the rotary positions of the layer with this number; None: it has none."""
+        return Rope.of(self.config, head_dim(self.config), interleaved=self.interleaved_rotary)
 
     def mlp(self, number: int) -> Mlp | Mixture:
         return Mlp(self.config["hidden_size"], self.config["intermediate_size"])
@@ -151,28 +156,17 @@ class Family:
             problems.append(f"num_key_value_heads is missing, for which transformers takes {self.assumed_kv_heads}")
         if config.get("quantization_config"):
             problems.append("quantized checkpoints are not supported; start from the unquantized one")
-        return problems + self._unsupported_rope(config)
+        return problems + self.unsupported_rope(config)
 
-    def _unsupported_rope(self, config: dict[str, Any]) -> list[str]:
-        if malformed := malformed_rope(config):
-            return malformed
-        rope = rope_parameters(config)
-        kind = rope["rope_type"]
-        if kind not in self.rope_types:
-            return [f"rope type {kind!r} is not supported (supported: {', '.join(self.rope_types)})"]
-        problems = differing_spellings(config)
-        if not is_positive(rope["rope_theta"]):
-            problems.append(f"rope_theta must be a positive number, not {rope['rope_theta']!r}")
-        if rope["partial_rotary_factor"] != 1:
-            problems.append("partial_rotary_factor is not supported")
-        if kind == "llama3":
-            if not is_positive(rope.get("factor")):
-                problems.append(f"the factor of rope type llama3 must be a positive number, not {rope.get('factor')!r}")
-            problems += [
-                f"rope {key} {rope.get(key)} is not supported (megatron-core fixes it at {value})"
-                for key, value in LLAMA3_ROPE.items()
-                if rope.get(key) != value
-            ]
+    def unsupported_rope(self, config: dict[str, Any]) -> list[str]:
+        """Return messages about rotary positions, as :meth:`unsupported`."""
+        problems = []
+        for kind in self.rope_kinds:
+            found = rope_problems(config, 0 if malformed_sizes(config) else head_dim(config), layer_type=kind)
+            partial = not found and rope_parameters(config, kind)["partial_rotary_factor"] != 1
+            if partial and not self.partial_rotary:  # transformers' model of this type ignores it
+                found.append("partial_rotary_factor is not supported")
+            problems += [problem for problem in found if problem not in problems]
         return problems
 
     def transformer_config(self) -> dict[str, Any]:
@@ -210,15 +204,11 @@ class Family:
         ``vocab_size`` is rounded up to a multiple of ``tp_size``. The added rows of embedding and output layer are
         zero; every softmax must exclude the logits of ids >= ``self.vocab_size``, which are not tokens.
         """
-        rope = rope_parameters(self.config)
-        scaling = {"rope_scaling": True, "rope_scaling_factor": rope["factor"]} if rope["rope_type"] == "llama3" else {}
         return {
             "vocab_size": -(-self.vocab_size // tp_size) * tp_size,
             "max_sequence_length": self.max_sequence_length,
             "share_embeddings_and_output_weights": self.tied_embeddings,
-            "position_embedding_type": "rope",
-            "rotary_base": rope["rope_theta"],
-            **scaling,
+            "position_embedding_type": "none",  # rotary positions are those of :meth:`rope`
         }
 
     def engine_config(self) -> dict[str, Any]:

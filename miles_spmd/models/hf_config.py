@@ -13,7 +13,24 @@ from typing import Any
 # The first spelling wins in transformers.
 SPELLINGS = (("num_local_experts", "num_experts"), ("dtype", "torch_dtype"))
 ROPE_SPELLINGS = "rope_scaling", "rope_parameters"
-DEFAULT_THETA = 10000.0
+# What transformers takes for rotary parameters that a config lacks, by model_type where it is not the common value.
+DEFAULT_THETA = {
+    "apertus": 12e6,
+    "cohere": 5e5,
+    "ernie4_5": 5e5,
+    "ernie4_5_moe": 5e5,
+    "gpt_oss": 15e4,
+    "minimax_m2": 5e6,
+    "mixtral": 1e6,
+    "phimoe": 1e6,
+    "smollm3": 2e6,
+}
+DEFAULT_PARTIAL = {"glm": 0.5, "glm4": 0.5, "glm4_moe": 0.5, "nemotron": 0.5, "qwen3_next": 0.25, "stablelm": 0.25}
+DEFAULT_ORIGINAL = {"phi3": 4096}
+# Where layers differ, their parameters are in a table by type of layer; the older spelling has one theta for each type,
+# under another key, and a table of rope_scaling, which belongs to the first type.
+LAYER_THETA = {"full_attention": ("rope_theta", 1e6), "sliding_attention": ("rope_local_base_freq", 1e4)}
+FULL = "full_attention"
 DEFAULT_END = {"llama": 2}  # eos_token_id of a config that does not name it, by model_type
 
 # Read by every family, or refused by it.
@@ -118,49 +135,76 @@ def count_experts(config: dict[str, Any]) -> int:
     return config.get("num_local_experts") or config.get("num_experts") or 0
 
 
-def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the rotary parameters with the current names and transformers' defaults."""
-    return _rope(config, next((spelling for spelling in ROPE_SPELLINGS if config.get(spelling)), ""))
+def rope_parameters(config: dict[str, Any], layer_type: str = "") -> dict[str, Any]:
+    """Return the rotary parameters with the current names and transformers' defaults, of layers of ``layer_type`` where
+    the model has parameters by type of layer."""
+    if layer_type:
+        return _rope(config, _layer_table(config, layer_type), layer_type)
+    return _rope(config, next((config[spelling] for spelling in ROPE_SPELLINGS if config.get(spelling)), {}))
 
 
-def _rope(config: dict[str, Any], spelling: str) -> dict[str, Any]:
-    rope = dict(config.get(spelling) or {})
+def _layer_table(config: dict[str, Any], layer_type: str) -> dict[str, Any]:
+    of_type = (config.get("rope_parameters") or {}).get(layer_type) or {}
+    return of_type | (config.get("rope_scaling") or {}) if layer_type == FULL else of_type
+
+
+def _rope(config: dict[str, Any], table: dict[str, Any], layer_type: str = "") -> dict[str, Any]:
+    rope, model_type = dict(table), config.get("model_type", "")
     rope.setdefault("rope_type", rope.pop("type", "default"))
-    rope.setdefault("rope_theta", config.get("rope_theta", DEFAULT_THETA))
-    rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", 1))
-    if rope["rope_type"] == "llama3":
+    theta, otherwise = LAYER_THETA.get(layer_type, ("rope_theta", DEFAULT_THETA.get(model_type, 1e4)))
+    rope.setdefault("rope_theta", config.get(theta, otherwise))
+    partial = config.get("partial_rotary_factor", DEFAULT_PARTIAL.get(model_type, 1))
+    rope.setdefault("partial_rotary_factor", partial)
+    if rope["rope_type"] in ("llama3", "longrope", "yarn"):
+        outside = config.get("original_max_position_embeddings", DEFAULT_ORIGINAL.get(model_type))
+        if outside is not None and not layer_type:
+            rope["original_max_position_embeddings"] = outside
         rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
     return rope
 
 
-def malformed_rope(config: dict[str, Any]) -> list[str]:
-    """Return messages about rotary parameters other than a table of plain values."""
+def malformed_rope(config: dict[str, Any], layer_type: str = "") -> list[str]:
+    """Return messages about rotary parameters other than a table of plain values; for layers of ``layer_type``, other
+    than such tables by type of layer."""
     problems = []
     for spelling in ROPE_SPELLINGS:
         rope = config.get(spelling) or {}
         if not isinstance(rope, dict):
             problems.append(f"{spelling} must be a table, not {rope!r}")
-        elif nested := [name for name, value in rope.items() if isinstance(value, dict)]:
+            continue
+        nested = [name for name, value in rope.items() if isinstance(value, dict)]
+        if spelling == "rope_parameters" and layer_type:
+            if plain := [name for name in rope if name not in nested]:
+                problems.append(f"{spelling} must have a table for each type of layer, not {', '.join(plain)}")
+        elif nested:
             problems.append(f"{spelling} by type of layer is not supported ({', '.join(nested)})")
     return problems
 
 
-def differing_spellings(config: dict[str, Any]) -> list[str]:
+def differing_spellings(config: dict[str, Any], layer_type: str = "") -> list[str]:
     """Return a message for each fact that a config, whose rotary parameters are well formed, spells twice and
     differently."""
-    places = [spelling for spelling in ROPE_SPELLINGS if config.get(spelling)]
+    tables = {spelling: config[spelling] for spelling in ROPE_SPELLINGS if config.get(spelling)}
+    outer = {"rope_theta": "rope_theta", "original_max_position_embeddings": "original_max_position_embeddings"}
+    if layer_type:
+        inner = tables.pop("rope_parameters", {}).get(layer_type)
+        tables = {key: value for key, value in tables.items() if layer_type == FULL}
+        tables |= {f"rope_parameters.{layer_type}": inner} if inner else {}
+        outer = {"rope_theta": LAYER_THETA[layer_type][0]} if layer_type in LAYER_THETA else {}
+    outer["partial_rotary_factor"] = "partial_rotary_factor"
     pairs = [(config, name, config, other) for name, other in SPELLINGS]
-    for place in places:
-        inner = {f"{place}.{name}": value for name, value in config[place].items()}
-        pairs.append((inner, f"{place}.rope_type", inner, f"{place}.type"))
-        pairs += [(inner, f"{place}.{name}", config, name) for name in ("rope_theta", "partial_rotary_factor")]
+    for place, table in tables.items():
+        inside = {f"{place}.{name}": value for name, value in table.items()}
+        pairs.append((inside, f"{place}.rope_type", inside, f"{place}.type"))
+        pairs += [(inside, f"{place}.{name}", config, other) for name, other in outer.items()]
     differing = [
         f"{name} is {a[name]!r} and {other} is {b[other]!r}; remove the wrong one"
         for a, name, b, other in pairs
         if a.get(name) is not None and b.get(other) is not None and a[name] != b[other]
     ]
-    if len(places) == 2:
-        first, second = (_rope(config, place) for place in places)
+    if len(tables) == 2:
+        places = list(tables)
+        first, second = (_rope(config, table, layer_type) for table in tables.values())
         names = [name for name in sorted(first.keys() | second.keys()) if first.get(name) != second.get(name)]
         differing += [
             f"{places[0]} and {places[1]} differ in {name} ({first.get(name)!r} and {second.get(name)!r}); remove the "

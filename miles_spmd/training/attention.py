@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from miles_spmd.invariant.attention import Attention, packed_attention
 from miles_spmd.invariant.flash import flash_attention
 from miles_spmd.invariant.operators import rotate
 from miles_spmd.models import blocks
+from miles_spmd.models.rope import Rope
 from miles_spmd.training.megatron_config import NetworkConfig
 
 # From query, key, value, where blocks start in the streams of queries and of keys (int32 [B + 1] each), the most
@@ -85,8 +86,10 @@ class PackedSequences(PackedSeqParams):
     blocks: Blocks = None  # type: ignore[assignment]  # fields before it have defaults
     scored: Tensor = None  # type: ignore[assignment]  # int64 [S], positions of this rank's stream whose logits matter
     positions: Tensor = None  # type: ignore[assignment]  # int64 [T], of each token within its sequence
-    table: Tensor = None  # type: ignore[assignment]  # fp32 [longest, D], see :func:`miles_spmd.invariant.operators.rotary_table`
-    angles: Tensor = None  # type: ignore[assignment]  # fp32 [T, 1, D], rotary angles of each token; for Transformer Engine only
+    # fp32 [longest, rotary_dim], see :func:`miles_spmd.invariant.rope.rotary_table`
+    tables: dict[Rope, Tensor] = field(default_factory=dict)
+    # fp32 [T, 1, D], rotary angles of each token; for Transformer Engine only
+    angles: dict[Rope, Tensor] = field(default_factory=dict)
 
 
 def make_blocks(lengths: Sequence[int] | np.ndarray, cp_rank: int, cp_size: int, device: torch.device) -> Blocks:
@@ -121,7 +124,8 @@ class PackedAttention(MegatronModule):
         self, config: NetworkConfig, pg_collection: ProcessGroupCollection, attention: blocks.Attention, **_: Any
     ) -> None:
         super().__init__(config)
-        self.cp_group, self.scale = pg_collection.cp, attention.score_scale
+        self.rope, self.scale = attention.rope, attention.score_scale
+        self.cp_group = pg_collection.cp
         self.on_gpu: BlockAttention = _varlen_attention
         if config.invariant:  # the attention that an engine with :mod:`miles_spmd.invariant` shares
             self.on_gpu = functools.partial(flash_attention, split=config.split_keys)
@@ -131,7 +135,9 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:
         """``query`` [T, H, D], ``key`` and ``value`` [T, G, D] -> [T, H * D]."""
         blocks = packed_seq_params.blocks
-        query, key = (rotate(x, packed_seq_params.table, packed_seq_params.positions) for x in (query, key))
+        if rope := self.rope:
+            table, positions = packed_seq_params.tables[rope], packed_seq_params.positions
+            query, key = (rotate(x, table, positions, rope.interleaved) for x in (query, key))
         if blocks.key_index is not None:
             # Keys and values in one collective. Its backward pass is a reduce-scatter, which sums over the ranks the
             # gradients of the keys that they all have read.

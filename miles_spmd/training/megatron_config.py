@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from miles_spmd.invariant.flash import shared_backend
 from miles_spmd.invariant.split_attention import part_length
 from miles_spmd.models import Family
 from miles_spmd.models.attention import SPLIT_KEYS
-from miles_spmd.models.blocks import Layer
+from miles_spmd.models.blocks import Layer, Mlp, Norms
 
 # The local layers' dispatcher takes every token to all of its experts, by all-to-all, and supports none of these.
 UNSUPPORTED_BY_LOCAL_EXPERTS = (
@@ -41,6 +41,8 @@ class NetworkConfig(TransformerConfig):
 
     layers: tuple[Layer, ...] = ()
     """The blocks of the whole model's layers."""
+    context: int = 0
+    """The longest sequence of the run, on which the frequencies of some rotary positions depend; the engine's."""
     invariant: bool = False
     """Layers compute with :mod:`miles_spmd.invariant`; Megatron's own ``batch_invariant_mode`` has other kernels and
     restrictions. The fields below are read under this one."""
@@ -83,7 +85,9 @@ def build_megatron_config(config: Config, family: Family) -> MegatronConfig:
     dtype = getattr(torch, config.model.dtype)
     names = ("params_dtype", "pipeline_dtype", "autocast_dtype")
     dtypes = dict.fromkeys(names, dtype) | {"bf16": dtype is torch.bfloat16}
-    transformer = _defaults(table) | family.transformer_config() | table | dtypes | {"layers": family.layers}
+    _refuse_unsupported_blocks(table, family.layers)
+    ours = {"layers": family.layers, "context": _context(config, family)}
+    transformer = _defaults(table) | family.transformer_config() | table | dtypes | ours
     transformer["activation_func"] = getattr(F, transformer["activation_func"])
     optimizer = {"log_num_zeros_in_grad": False} | table | dtypes | {"min_lr": config.train.min_lr}
     ddp = {
@@ -98,13 +102,17 @@ def build_megatron_config(config: Config, family: Family) -> MegatronConfig:
     )
 
 
+def _context(config: Config, family: Family) -> int:
+    """Return the engine's context length."""
+    return config.sglang.get("context_length") or family.max_sequence_length
+
+
 def _as_the_engine(config: Config, family: Family) -> dict[str, int]:
     """Return the fields of :class:`NetworkConfig` by which sums have the engine's reduction order."""
-    context = config.sglang.get("context_length") or family.max_sequence_length
     backend = shared_backend(config.sglang.get("attention_backend"), family.layers[0].attention.head_dim)
     return {
         "partial_sums": config.sum_terms,
-        "split_keys": part_length(context) if backend == SPLIT_KEYS else 0,
+        "split_keys": part_length(_context(config, family)) if backend == SPLIT_KEYS else 0,
         "expert_partial_sums": config.sglang.get("ep_size", 1),
     }
 
@@ -177,6 +185,27 @@ def _refuse_unsupported(table: Mapping[str, Any]) -> None:
     if missing and not random.HAVE_TE:
         names = ", ".join(sorted(missing))
         raise ValueError(f"recompute_modules: {names} cannot be recomputed without Transformer Engine")
+
+
+def _refuse_unsupported_blocks(table: Mapping[str, Any], layers: Sequence[Layer]) -> None:
+    """Transformer Engine's layers have what a plain decoder has; its modules would ignore the rest."""
+    if table["transformer_impl"] != "transformer_engine":
+        return
+    for number, layer in enumerate(layers):
+        a, rope = layer.attention, layer.attention.rope
+        found = {
+            "rotary positions of part of a head, of neighbours or with a factor": rope is not None
+            and (rope.interleaved or rope.attention_factor != 1 or rope.rotary_dim != a.head_dim),
+            "a norm over all heads": a.qk_norm == "width",
+            "a window, a soft-cap or another scale": bool(a.window or a.softcap or a.scale),
+            "norms behind a block": layer.norms != Norms(),
+            "an activation other than silu": isinstance(layer.mlp, Mlp) and layer.mlp.activation != "silu",
+        }
+        if names := [name for name, has in found.items() if has]:
+            raise ValueError(
+                f"transformer_impl: layer {number} of this model has {'; '.join(names)}, which Transformer Engine's "
+                "layers do not; set 'local'"
+            )
 
 
 def _fields_of(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:

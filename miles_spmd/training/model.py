@@ -13,7 +13,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from miles_spmd.config import Config
-from miles_spmd.invariant.operators import rotary_table
+from miles_spmd.invariant.rope import frequencies, rotary_table
 from miles_spmd.models import Family
 from miles_spmd.training.layer_spec import LastLayer, block_spec
 from miles_spmd.training.log_probs import Distribution, linear_log_probs, log_probs_of, top_candidates
@@ -70,6 +70,8 @@ class PackedModel(GPTModel):
         self.family = family
         # a number of the weights' dtype, as transformers has it
         self.embedding_scale = torch.tensor(family.embedding_scale, dtype=self.config.params_dtype).item()
+        here = [self.config.layers[layer.layer_number - 1].attention.rope for layer in self.decoder.layers]
+        self.frequencies = {rope: frequencies(rope, self.config.context).to(device()) for rope in here if rope}
         self.last_layer_selects = any(isinstance(layer, LastLayer) for layer in self.decoder.layers)
         if family.value_head and self.post_process:
             self.output_layer = ValueHead(self.config)
@@ -94,11 +96,11 @@ class PackedModel(GPTModel):
     def _set_rotary(self, batch: PackedBatch) -> None:
         """Compute the angles of rotary positions once for all layers and chunks."""
         sequences, positions = batch.sequences, batch.sequences.positions
-        if sequences.table is None:
-            frequencies = self.rotary_pos_emb.inv_freq.to(positions.device)
-            sequences.table = rotary_table(frequencies, sequences.max_seqlen_q)
-        if self.config.transformer_impl == "transformer_engine" and sequences.angles is None:
-            sequences.angles = self.rotary_pos_emb.get_emb(sequences.max_seqlen_q)[:, 0].index_select(0, positions)
+        for rope, steps in self.frequencies.items():
+            if rope not in sequences.tables:
+                sequences.tables[rope] = rotary_table(steps, sequences.max_seqlen_q, rope.attention_factor)
+            if self.config.transformer_impl == "transformer_engine" and rope not in sequences.angles:
+                sequences.angles[rope] = torch.outer(positions.float(), steps).repeat(1, 2).unsqueeze(1)
 
     def _score(self, hidden: Tensor, batch: PackedBatch, scoring: Scoring) -> tuple[Tensor, ...]:
         """Return log-probs of the targets and the entropy, fp32 [S]; with ``top_k`` also ids (int32) and log-probs

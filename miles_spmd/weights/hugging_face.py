@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
+from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from miles_spmd.models.export_folder import MANIFEST, foreign_files, is_begun, w
 from miles_spmd.models.hf_config import end_tokens
 from miles_spmd.models.layout import check_filled, region, whole
 from miles_spmd.models.random import NO_WEIGHTS
+from miles_spmd.models.rope import Rope
 from miles_spmd.types.files import write_whole
 from miles_spmd.weights.model_files import INDEX_FILE, HuggingFaceCheckpointError, find_tensors
 from miles_spmd.weights.random_weights import random_slices
@@ -88,7 +90,8 @@ def read_whole(
     folder, family = Path(path), load_family(model)
     found = load_family(folder)
     own, other = (
-        {"model_type": one.model_type, **one.transformer_config(), **one.gpt_model()} for one in (family, found)
+        {"model_type": one.model_type, **one.transformer_config(), **one.gpt_model(), "rope": _ropes(one)}
+        for one in (family, found)
     )
     if differing := [name for name in own if own[name] != other.get(name)]:
         text = ", ".join(f"{name} is {other.get(name)!r} there and {own[name]!r} here" for name in differing)
@@ -98,6 +101,11 @@ def read_whole(
     if wrong := [name for name, weight in read.items() if not weight.isfinite().all()]:
         raise HuggingFaceCheckpointError(folder, [f"{name} has numbers that are not finite" for name in wrong])
     return read
+
+
+def _ropes(family: Family) -> list[tuple[Rope | None, int]]:
+    """Return the rotary positions of the layers, each with the number of successive layers that have them."""
+    return [(rope, len(list(run))) for rope, run in groupby(layer.attention.rope for layer in family.layers)]
 
 
 def _slices(folder: Path, names: Iterable[str], family: Family, opened: ExitStack) -> dict[str, Any]:

@@ -23,9 +23,10 @@ def test_norm(dtype: torch.dtype, rows: int, width: int) -> None:
     check_norm("cuda", dtype, rows, width)
 
 
-@pytest.mark.parametrize(("heads", "width"), [(32, 128), (2, 64), (3, 20)])
-def test_rotation(dtype: torch.dtype, heads: int, width: int) -> None:
-    check_rotation("cuda", dtype, 999, heads, width)
+@pytest.mark.parametrize(("heads", "width", "rotary_dim"), [(32, 128, 128), (2, 64, 64), (3, 20, 20), (8, 128, 96)])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotation(dtype: torch.dtype, heads: int, width: int, rotary_dim: int, interleaved: bool) -> None:
+    check_rotation("cuda", dtype, 999, heads, width, rotary_dim, interleaved)
 
 
 @pytest.mark.parametrize("width", [9728, 3072, 100])

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from miles_spmd.invariant import kernels, operators
+from miles_spmd.invariant import kernels
+from miles_spmd.invariant.rope import frequencies, rotary_table
 from miles_spmd.invariant.split_attention import Keys, attend, decode
 from miles_spmd.ledger import digest_kernel as digests
 from miles_spmd.ledger.rectangles import parts
 from miles_spmd.ledger.tensor_sums import TensorSums
 from miles_spmd.models.layout import Piece, TensorLayout, whole
+from miles_spmd.models.rope import Rope
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -55,17 +57,25 @@ def check_norm(device: str, dtype: torch.dtype, rows: int, width: int) -> None:
     assert all(map(torch.equal, found, kernels.rms_norm_backward(gradient, total, weight, r))), "the same again"
 
 
-def check_rotation(device: str, dtype: torch.dtype, tokens: int, heads: int, width: int) -> None:
+def check_rotation(
+    device: str, dtype: torch.dtype, tokens: int, heads: int, width: int, rotary_dim: int = 0, interleaved: bool = False
+) -> None:
+    """``rotary_dim``: how many numbers of a head are rotated, by default all of them."""
+    rotary_dim = rotary_dim or width
     wide = randn(tokens, heads + 3, width, device=device, dtype=dtype)
     x = wide[:, 1 : heads + 1]  # a slice, as queries are of one product
     positions = torch.arange(tokens, device=device).mul(7) % 50
-    frequencies = 10000.0 ** -torch.arange(0, 1, 2 / width, device=device)
-    table = operators.rotary_table(frequencies, 50)
-    pairs = torch.view_as_complex(torch.stack(x.double().chunk(2, -1), -1))
+    steps = frequencies(Rope(1e4, rotary_dim), 50).to(device)
+    table = rotary_table(steps, 50)
+    head, side = x.double(), -1 if interleaved else -2  # the dimension of a pair's two numbers
+    pairs = head[..., :rotary_dim].unflatten(-1, (-1, 2) if interleaved else (2, -1)).unbind(side)
     for back in (False, True):
-        angles = positions[:, None, None].double() * frequencies.double() * (-1 if back else 1)
-        turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).unbind(-1)
-        near(kernels.rotate(x, table, positions, back), torch.cat(turned, -1))
+        angles = positions[:, None, None].double() * steps.double() * (-1 if back else 1)
+        turned = torch.complex(*pairs) * torch.polar(torch.ones_like(angles), angles)
+        expected = torch.stack([turned.real, turned.imag], side).flatten(-2)
+        found = kernels.rotate(x, table, positions, interleaved, back)
+        near(found, torch.cat([expected, head[..., rotary_dim:]], -1))
+        assert torch.equal(found[..., rotary_dim:], x[..., rotary_dim:])
 
 
 def check_swiglu(device: str, dtype: torch.dtype, rows: int, width: int) -> None:
@@ -135,7 +145,8 @@ def main() -> None:
     for dtype in DTYPES:
         for rows, width in ((1, 64), (9, 100), (11, 300)):
             check_norm("cpu", dtype, rows, width)
-        check_rotation("cpu", dtype, 5, 3, 20)
+        for rotary_dim, interleaved in ((20, False), (20, True), (12, False), (6, True)):
+            check_rotation("cpu", dtype, 5, 3, 20, rotary_dim, interleaved)
         check_swiglu("cpu", dtype, 3, 300)
         for columns in (304, 301):
             check_digests("cpu", dtype, columns)

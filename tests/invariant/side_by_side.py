@@ -6,6 +6,7 @@ import itertools
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ class Comparison:
         self.largest = max(self.largest, float(gap.max()))
 
 
-def checkpoint(folder: Path, name: str, **more: int) -> Path:
+def checkpoint(folder: Path, name: str, **more: Any) -> Path:
     """Write the tiny model ``name`` into ``folder``, with MLP widths that a CPU engine does not round up."""
     prefix, changes = tiny.CONFIGS[name]
     shape = tiny.COMMON | changes | {"intermediate_size": 128}

@@ -44,11 +44,11 @@ def test_megatron_arguments_agree_with_the_transformers_config(name: str) -> Non
     config = tiny.build(name).config
     family = load_family(json.loads(config.to_json_string()))
     model = family.gpt_model(tp_size=4)
-    assert model["rotary_base"] == config.rope_parameters["rope_theta"]
+    assert family.rope(0).theta == config.rope_parameters["rope_theta"]
+    assert family.rope(0).kind == ("llama3" if name == "llama" else "default")
     assert model["share_embeddings_and_output_weights"] == config.tie_word_embeddings
     assert model["vocab_size"] == 100
     assert family.gpt_model()["vocab_size"] == 97
-    assert model.get("rope_scaling", False) == (name == "llama")
     transformer = family.transformer_config()
     assert transformer["qk_layernorm"] == name.startswith("qwen3")
     assert transformer["add_qkv_bias"] == (name == "qwen2")
@@ -59,8 +59,8 @@ def test_today_s_and_older_spelling_mean_the_same() -> None:
     older = load_family(LLAMA)
     today = dict(LLAMA) | {"rope_parameters": tiny.LLAMA3_ROPE}
     del today["rope_theta"], today["rope_scaling"]
-    assert load_family(today).gpt_model() == older.gpt_model()
-    assert older.gpt_model()["rope_scaling_factor"] == 8.0
+    assert load_family(today).rope(0) == older.rope(0)
+    assert older.rope(0).factor == 8.0
     moe = dict(QWEN3_MOE) | {"num_local_experts": 128}
     del moe["num_experts"]
     assert load_family(moe).transformer_config() == load_family(QWEN3_MOE).transformer_config()
@@ -72,13 +72,13 @@ def test_today_s_and_older_spelling_mean_the_same() -> None:
         ({"model_type": "gpt2"}, r"'gpt2' is not supported; supported: llama, qwen2, qwen3, qwen3_moe"),
         ({}, "model_type None is not supported"),
         (QWEN3 | {"head_dim": None}, "head_dim is missing"),
-        (QWEN3 | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported"),
+        (QWEN3 | {"rope_scaling": {"rope_type": "proportional"}}, "rope type 'proportional' is not supported"),
         (QWEN3 | {"attention_bias": True}, "attention_bias is not supported"),
         (QWEN2 | {"use_sliding_window": True}, "sliding-window"),
         (QWEN2 | {"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
         (QWEN2 | {"quantization_config": {"quant_method": "awq"}}, "quantized"),
         (LLAMA | {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        (LLAMA | {"rope_scaling": tiny.LLAMA3_ROPE | {"high_freq_factor": 2}}, "high_freq_factor 2 is not supported"),
+        (LLAMA | {"rope_scaling": tiny.LLAMA3_ROPE | {"high_freq_factor": 1}}, "high_freq_factor must differ"),
         (
             LLAMA | {"rope_scaling": {**tiny.LLAMA3_ROPE, "factor": None}},
             "factor of rope type llama3 must be a positive",
@@ -105,7 +105,7 @@ def test_unsupported_models_are_refused(config: dict, message: str) -> None:
 
 
 def test_all_faults_of_a_config_come_at_once() -> None:
-    with pytest.raises(ValueError, match=r"(?s)vocab_size is missing.*mlp_bias.*rope type 'linear'"):
+    with pytest.raises(ValueError, match=r"(?s)vocab_size is missing.*mlp_bias.*factor of rope type linear"):
         load_family({"model_type": "llama", "mlp_bias": True, "rope_scaling": {"type": "linear"}})
 
 

@@ -59,8 +59,9 @@ def test_the_reading_is_that_of_transformers(name: str, changes: dict[str, Any],
     assert {key: ours[key] for key in theirs.rope_parameters if key != "type"} == {
         key: value for key, value in theirs.rope_parameters.items() if key != "type"
     }
-    assert family.gpt_model()["rotary_base"] == theirs.rope_parameters["rope_theta"]
-    assert family.gpt_model().get("rope_scaling", False) == (theirs.rope_parameters["rope_type"] == "llama3")
+    rope = family.rope(0)
+    assert rope.theta == theirs.rope_parameters["rope_theta"]
+    assert rope.kind == theirs.rope_parameters["rope_type"]
     assert count_experts(family.config) == getattr(theirs, "num_experts", 0)
     assert head_dim(family.config) == getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
 

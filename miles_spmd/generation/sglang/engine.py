@@ -37,6 +37,7 @@ from miles_spmd.generation.sglang import (
 )
 from miles_spmd.generation.sglang.invariant_layers import invariant_layers
 from miles_spmd.generation.sglang.requests import END
+from miles_spmd.generation.sglang.rotary import own_tables
 from miles_spmd.generation.sglang.scheduler import InProcessScheduler
 from miles_spmd.generation.sglang.server_args import build_server_args
 from miles_spmd.models import TensorLayout, load_family
@@ -100,7 +101,8 @@ class SglangEngine:
         layers = invariant_layers(invariant or args.device == "cpu", self._family, sum_terms)
         float32_on_gpu = args.device == "cuda" and dtype == "float32"
         kernels = gpu_kernels.float32_kernels() if float32_on_gpu else contextlib.nullcontext()
-        with _keep_random_state(), layers, kernels:
+        positions = own_tables(self._family, self.context_length)
+        with _keep_random_state(), layers, positions, kernels:
             set_global_server_args_for_scheduler(args)
             process_groups.join(args.tp_size)
             device_index = torch.cuda.current_device() if args.device == "cuda" else 0

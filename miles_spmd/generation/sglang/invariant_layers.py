@@ -130,10 +130,13 @@ def _rotate(
 ) -> tuple[Tensor, Tensor]:
     if fused_set_kv_buffer_arg is not None:
         raise RuntimeError("SGLang expects its rotary layer to write the KV cache, which this one does not do")
-    rotated = [
-        rotate(x.view(len(x), -1, layer.head_size), layer.cos_sin_cache, positions).flatten(1) for x in (query, key)
-    ]
-    return rotated[0], rotated[1]
+    query, key = (
+        rotate(x.view(len(x), -1, layer.head_size), layer.cos_sin_cache, positions, not layer.is_neox_style).view(
+            x.shape
+        )
+        for x in (query, key)
+    )
+    return query, key
 
 
 def _linear(

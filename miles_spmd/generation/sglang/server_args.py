@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from sglang.srt.server_args import ServerArgs
 
+from miles_spmd.generation.sglang.rotary import overrides
 from miles_spmd.invariant.flash import shared_backend
 from miles_spmd.models import load_family
 
@@ -44,7 +45,6 @@ def build_server_args(
         "dtype": dtype,
         "context_length": context_length,
         "device": "cuda" if on_gpu else "cpu",
-        "json_model_override_args": json.dumps(family.engine_config()),
         "load_format": "dummy",  # a refit provides the weights
         "random_seed": 0,  # every request has its own seed
         "skip_tokenizer_init": not any(Path(model_path).glob("tokenizer*")),  # only stop strings need it
@@ -74,6 +74,8 @@ def build_server_args(
         defaults |= {"max_running_requests": 64, "chunked_prefill_size": -1, "mem_fraction_static": 0.5}
     _check(table, fixed)
     args = fixed | defaults | table
+    model = overrides(family) | family.engine_config() | json.loads(table.get("json_model_override_args", "{}"))
+    args["json_model_override_args"] = json.dumps(model)
     # Without a bound, the cache of a small model would have hundreds of millions of tokens, more than SGLang can index.
     bound = cache_tokens or args.get("max_running_requests", _MAX_REQUESTS) * context_length
     args.setdefault("max_total_tokens", bound if on_gpu else min(bound, _CPU_CACHE_TOKENS))

@@ -8,6 +8,7 @@ from typing import Literal
 
 from miles_spmd.models.blocks.block import Backend, Block, Elements, Pieces, Shape, Shard, Shards, Sizes
 from miles_spmd.models.layout import Span, stack, window
+from miles_spmd.models.rope import Rope
 
 Q, K, V = PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -20,6 +21,7 @@ class Attention(Block):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    rope: Rope | None
     qkv_bias: bool = False
     qk_norm: Literal["", "head", "width"] = ""
     """Queries and keys are normalised: each head by itself, or all heads of a token together."""

@@ -4,6 +4,7 @@ from typing import Any
 
 from miles_spmd.models.blocks import Attention, Mlp, Norms
 from miles_spmd.models.family import Family
+from miles_spmd.models.rope import Rope
 
 GELU = "gelu_pytorch_tanh"
 
@@ -66,6 +67,7 @@ class Gemma3(Gemma2):
     model_type = "gemma3_text"
     sglang_module = "gemma3_causal"
     fields = (*Gemma2.fields, "rope_local_base_freq")
+    rope_kinds = Gemma2.attention_kinds
 
     def slides(self, number: int) -> bool:
         kinds = self.config.get("layer_types")
@@ -77,6 +79,9 @@ class Gemma3(Gemma2):
 
     def attention(self, number: int, **differences: Any) -> Attention:
         return super().attention(number, qk_norm="head")
+
+    def rope(self, number: int) -> Rope:
+        return Rope.of(self.config, self.config["head_dim"], layer_type=self.attention_kinds[self.slides(number)])
 
     def engine_config(self) -> dict[str, Any]:
         return {}

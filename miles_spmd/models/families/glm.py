@@ -12,6 +12,7 @@ class Glm4(Family):
     model_type = "glm4"
     required = (*Family.required, "head_dim")
     assumed_kv_heads = 2
+    partial_rotary = interleaved_rotary = True
     norms = Norms("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
     has_attention_bias = True
 

@@ -7,5 +7,4 @@ class Llama(Family):
     """Llama 2 and 3; 3.1 and later scale the rotary frequencies (rope type llama3)."""
 
     model_type = "llama"
-    rope_types = ("default", "llama3")
     assumed_kv_heads = 0

@@ -13,6 +13,7 @@ class Phi3(Family):
     sglang_module = "llama"
     fields = ("original_max_position_embeddings", "sliding_window")
     assumed_kv_heads = 0
+    partial_rotary = True
 
     def attention(self, number: int, **differences: Any) -> Attention:
         return super().attention(number, fused=True, window=self.config.get("sliding_window") or 0)
