@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,11 @@ def load_family(source: str | Path | dict[str, Any], *, value_head: bool = False
     config = source if isinstance(source, dict) else read_config(Path(source))
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
-        raise ValueError(f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+        near = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
+        raise ValueError(
+            f"model_type {model_type!r} is not supported{f', the nearest is {near[0]!r}' if near else ''} (supported: "
+            f"{', '.join(sorted(FAMILIES))}); docs/models.md says how a family is added"
+        )
     try:
         return FAMILIES[model_type](config, value_head=value_head)
     except ValueError as error:

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 import transformers
-from miles_spmd.models.dense import Llama
 
-from miles_spmd.config import Config
-from miles_spmd.models import FAMILIES, load_family
-from miles_spmd.models.rope import Rope, rope_problems
-from tests.generation.conformance import TOLERANCE, prompt, request, run
-from tests.invariant.side_by_side import checkpoint, sequence
+from miles_spmd.models.families.llama import Llama
+from miles_spmd.models.rope import Rope
+from tests.generation.conformance import TOLERANCE
+from tests.invariant.side_by_side import checkpoint
+from tests.models.conformance import both, difference
 from tests.ranks import Ranks
 
-CONTEXT, HEAD_DIM = 160, 8
+CONTEXT = 160
 SCALED = {"factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
 # of sequences of 20 to 104 tokens
 TABLES: dict[str, dict[str, Any]] = {
@@ -40,71 +36,20 @@ FACTORS = {"short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [2.0, 3.0, 5.0, 
 class Turned(Llama):
     """Half of every head is rotated, in pairs of neighbours, as GLM-4's are."""
 
-    def unsupported_rope(self, config: dict[str, Any]) -> list[str]:
-        return rope_problems(config, HEAD_DIM)
-
-    def rope(self, layer: int) -> Rope | None:
-        return replace(self._rope, interleaved=True)
+    fields = ("rope_is_neox_style",)
+    partial_rotary = interleaved_rotary = True
 
 
 class Alternating(Llama):
     def rope(self, layer: int) -> Rope | None:
-        return replace(self._rope, theta=1e4 if layer % 2 else 77.0)
+        rope = super().rope(layer)
+        assert rope
+        return replace(rope, theta=1e4 if layer % 2 else 77.0)
 
 
 class Without(Llama):
     def rope(self, layer: int) -> Rope | None:
-        return self._rope if layer else None
-
-
-def both(
-    folder: Path, family: type[Llama] | None = None, megatron: dict[str, Any] | None = None
-) -> tuple[list[tuple[list[int], list[float]]], int, int]:
-    """Return what an engine has generated (tokens and the log-probs of the last ones), on how many tokens its log-probs
-    differ from a trainer's, and how many rotary modules its layers have."""
-    from miles_spmd.algorithms.losses import make_loss
-    from miles_spmd.training.trainer import Trainer
-    from miles_spmd.weights import hugging_face
-    from miles_spmd.worker.worker import make_engine
-
-    run_config = Config(
-        model={"hf_checkpoint": folder, "dtype": "float32"},
-        data={"prompt_data": "none"},
-        megatron=megatron or {},
-        determinism={"parity": "bitwise"},
-        sglang={"context_length": CONTEXT},
-    )
-    with patch.dict(FAMILIES, {"llama": family}) if family else nullcontext():
-        described = load_family(folder)
-        trainer = Trainer(run_config, described, make_loss("rl", run_config.algorithm))
-        engine = make_engine(run_config)
-        try:
-            for one in (trainer, engine):
-                hugging_face.load(folder, one.weights(), one.layout(), described)
-            engine.commit(0)
-            asked = [request(str(i), prompt(i, 20 + 9 * i), max_new_tokens=24, ignore_eos=True) for i in range(7)]
-            outputs = [run(engine, asked)[one.rid] for one in asked]
-            modules = {id(layer.self_attn.rotary_emb) for layer in engine._model.model.layers}
-        finally:
-            engine.close()
-        scores = trainer.log_probs([[sequence(*pair, 1.0) for pair in zip(asked, outputs)]]).log_probs
-    differing = 0
-    for output, score in zip(outputs, scores or ()):
-        decoded = np.asarray(output.output_log_probs, np.float32)
-        differing += int((score[-len(decoded) :] != decoded).sum())
-    found = [(a.input_ids + o.output_ids, o.output_log_probs) for a, o in zip(asked, outputs)]
-    return found, differing, len(modules)
-
-
-@torch.no_grad()
-def difference(model: transformers.PreTrainedModel, found: list[tuple[list[int], list[float]]]) -> float:
-    """How far the log-probs are from those of transformers in float64."""
-    largest = 0.0
-    for tokens, log_probs in found:
-        ids = torch.tensor([tokens])
-        expected = model.double()(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-        largest = max(largest, (expected[-len(log_probs) :] - torch.tensor(log_probs).double()).abs().max().item())
-    return largest
+        return super().rope(layer) if layer else None
 
 
 def llama(folder: Path, table: dict[str, Any]) -> transformers.PreTrainedModel:
@@ -116,8 +61,8 @@ def llama(folder: Path, table: dict[str, Any]) -> transformers.PreTrainedModel:
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_kinds(ranks: Ranks, tmp_path: Path, table: dict[str, Any]) -> None:
     model = llama(tmp_path, table)
-    ((found, differing, modules),) = ranks.run(1, both, tmp_path)
-    assert (differing, modules) == (0, 1)
+    (found,) = ranks.run(1, both, tmp_path)
+    assert found[1:] == (0, 1)
     assert difference(model, found) < TOLERANCE
 
 
@@ -144,8 +89,8 @@ def glm(folder: Path, **settings: Any) -> transformers.PreTrainedModel:
 def test_part_of_a_head_in_pairs_of_neighbours(ranks: Ranks, tmp_path: Path) -> None:
     """The share is inside the table, where SGLang's Llama does not look for it."""
     model = glm(tmp_path, rope_is_neox_style=False)
-    ((found, differing, modules),) = ranks.run(1, both, tmp_path, Turned)
-    assert (differing, modules) == (0, 1)
+    (found,) = ranks.run(1, both, tmp_path, Turned)
+    assert found[1:] == (0, 1)
     assert difference(model, found) < TOLERANCE
 
 
@@ -154,8 +99,8 @@ def test_layers_with_different_positions(ranks: Ranks, tmp_path: Path, layout: d
     llama(tmp_path, TABLES["linear"])
     answers = ranks.run(len(layout) + 1, both, tmp_path, Alternating, layout)
     assert [answer[1:] for answer in answers] == [(0, 2)] * len(answers)
-    ((found, *_),) = ranks.run(1, both, tmp_path)
-    assert found != answers[0][0]
+    (found,) = ranks.run(1, both, tmp_path)
+    assert found.generated != answers[0].generated
 
 
 def refusal(folder: Path, family: type[Llama]) -> str:

@@ -69,7 +69,12 @@ def test_today_s_and_older_spelling_mean_the_same() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "gpt2"}, r"'gpt2' is not supported; supported: llama, qwen2, qwen3, qwen3_moe"),
+        (
+            {"model_type": "gpt2"},
+            r"supported \(supported: gemma2, .*, qwen3_moe\); docs/models.md says",
+        ),
+        ({"model_type": "olmo3"}, "'olmo3' is not supported, the nearest is 'olmo2'"),
+        (LLAMA | {"logit_scale": 0.5, "residual_multiplier": 2}, "logit_scale, residual_multiplier are not known"),
         ({}, "model_type None is not supported"),
         (QWEN3 | {"head_dim": None}, "head_dim is missing"),
         (QWEN3 | {"rope_scaling": {"rope_type": "proportional"}}, "rope type 'proportional' is not supported"),

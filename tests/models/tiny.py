@@ -63,10 +63,11 @@ CONFIGS |= {
 CONFIG_CLASSES = {"Gemma3": "Gemma3TextConfig"}
 
 
-def build(name: str, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
-    """A random model of one of CONFIGS; norms and biases are not left at their ones and zeros."""
+def build(name: str, dtype: torch.dtype = torch.float32, **more: Any) -> transformers.PreTrainedModel:
+    """A random model of one of CONFIGS, with ``more`` settings; norms and biases are not left at their ones and
+    zeros."""
     prefix, changes = CONFIGS[name]
-    config = getattr(transformers, CONFIG_CLASSES.get(prefix, f"{prefix}Config"))(**(COMMON | changes))
+    config = getattr(transformers, CONFIG_CLASSES.get(prefix, f"{prefix}Config"))(**(COMMON | changes | more))
     torch.manual_seed(0)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config)
     with torch.no_grad():
@@ -90,6 +91,16 @@ def save(folder: Path, name: str, dtype: torch.dtype = torch.float32, **options:
     model = build(name, dtype)
     model.save_pretrained(folder, **options)
     return model
+
+
+@cache
+def wide(name: str) -> Path:
+    """As :func:`checkpoint`, with MLP widths that an engine of two ranks on a CPU does not round up."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    names = {"intermediate_size", "moe_intermediate_size"} & {*COMMON, *CONFIGS[name][1]}
+    build(name, **dict.fromkeys(names, 64)).save_pretrained(folder.name)
+    return Path(folder.name)
 
 
 @cache
