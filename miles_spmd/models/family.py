@@ -112,7 +112,8 @@ class Family:
         self.ffn_size: int = config["intermediate_size"]
         self.vocab_size: int = config["vocab_size"]
         self._rope = Rope.of(config, self.head_dim)
-        self.max_sequence_length: int = self._rope.exact_length or config["max_position_embeddings"]
+        longest: int = config["max_position_embeddings"]
+        self.max_sequence_length = min(longest, self._rope.exact_length or longest)
         self.value_head = value_head
         self.tied_embeddings: bool = config.get("tie_word_embeddings", False) and not value_head
 

@@ -12,7 +12,7 @@ from typing import Any
 # The first spelling wins in transformers.
 SPELLINGS = (("num_local_experts", "num_experts"), ("dtype", "torch_dtype"))
 ROPE_SPELLINGS = "rope_scaling", "rope_parameters"
-# What transformers takes for rotary parameters that a config lacks, by model_type where it differs from the common value.
+# What transformers takes for rotary parameters that a config lacks, by model_type where it is not the common value.
 DEFAULT_THETA = {
     "apertus": 12e6,
     "cohere": 5e5,

@@ -85,8 +85,8 @@ def _compare(name: str, theirs: Any, rope: Rope) -> None:
     if (width, neighbours) != (rope.rotary_dim, rope.interleaved) or (table is not None and table.shape[-1] != width):
         raise ValueError(
             f"SGLang's {name} rotates {_pairs(width, neighbours)}, and this model has "
-            f"{_pairs(rope.rotary_dim, rope.interleaved)}; set sglang.json_model_override_args to what SGLang does not find "
-            "in config.json"
+            f"{_pairs(rope.rotary_dim, rope.interleaved)}; set sglang.json_model_override_args to what SGLang does not "
+            "find in config.json"
         )
 
 
@@ -101,7 +101,7 @@ def _pairs(width: int, neighbours: bool) -> str:
 def _module(rope: Rope, theirs: Any, context: int, device: torch.device) -> RotaryEmbedding:
     dtype = getattr(theirs, "dtype", torch.float32)
     module = RotaryEmbedding(theirs.head_size, rope.rotary_dim, 1, rope.theta, not rope.interleaved, dtype)
-    # no buffer: SGLang would copy it whenever it releases memory, and this one is none that it releases
+    # Not a buffer: SGLang copies buffers whenever it releases weights, and this table is not released with them.
     del module.cos_sin_cache
     steps = frequencies(rope, context).to(device)
     module.cos_sin_cache = rotary_table(steps, context + _SPARE, rope.attention_factor)
