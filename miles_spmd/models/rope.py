@@ -42,9 +42,12 @@ class Rope:
     - ``dynamic``: unscaled if the context is at most ``original_length``, which is ``max_position_embeddings``, else
       scaled for the context.
 
-    In a context of at most ``original_length`` they are transformers' for every sequence. In a longer one shorter
-    sequences have other frequencies than in transformers, and for ``longrope`` only those of up to ``original_length``
-    tokens. A model's own limit (:attr:`exact_length`) is therefore the original length.
+    In a context of at most ``original_length`` they are transformers' for every sequence, and therefore a model's
+    context is no longer unless an engine is given a longer one. Then sequences of up to ``original_length`` tokens have
+    other frequencies than in transformers, and for ``dynamic`` all that are shorter than the context. SGLang's own
+    layers differ from both: those of ``dynamic`` are scaled for ``factor`` times ``original_length`` whatever the
+    context, and those of ``longrope`` take ``long_factor`` for all tokens of a batch that has one behind
+    ``original_length``.
     """
 
     theta: float
@@ -66,8 +69,7 @@ class Rope:
 
     @property
     def exact_length(self) -> int | None:
-        """The longest sequence with transformers' frequencies in a context of its own length and in every shorter one;
-        None: there is no such limit."""
+        """The longest context in which every sequence has transformers' frequencies; None: any context."""
         return self.original_length if self.kind in ("dynamic", "longrope") else None
 
     @classmethod

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING
 
-from miles_spmd.models import hf_config
+from miles_spmd.models import hf_config, load_family
 from miles_spmd.models.hf_config import rope_parameters
 from miles_spmd.models.rope import KINDS, Rope, rope_problems
+from tests.models.published import LLAMA, QWEN3
 
 COMMON = {"max_position_embeddings": 256}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -108,3 +109,27 @@ def test_refused_by_type_of_layer(changes: dict[str, Any], message: str) -> None
     sliding = COMMON | {"rope_parameters": {"sliding_attention": {"rope_theta": 5.0}}, "rope_local_base_freq": 6.0}
     (problem,) = rope_problems(sliding, 16, layer_type="sliding_attention")
     assert problem.startswith("rope_parameters.sliding_attention.rope_theta is 5.0 and rope_local_base_freq is 6.0")
+
+
+@pytest.mark.parametrize(
+    ("scaling", "longest"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, 8192),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}, 8192),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 4096}, 4096),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 16384}, 8192),
+    ],
+)
+def test_no_sequence_has_other_positions_than_in_transformers(scaling: dict[str, Any], longest: int) -> None:
+    factors = {name: [2.0] * 64 for name in ("short_factor", "long_factor") if scaling["rope_type"] == "longrope"}
+    family = load_family(LLAMA | {"max_position_embeddings": 8192, "rope_scaling": scaling | factors})
+    assert family.max_sequence_length == longest
+    assert {family.rope(layer) for layer in range(family.num_layers)} == {family.rope(0)}
+
+
+def test_published_yarn_recipe() -> None:
+    """Qwen's, by the older name of the kind."""
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    rope = load_family(QWEN3 | {"rope_scaling": scaling}).rope(0)
+    assert (rope.kind, rope.factor, rope.original_length, rope.beta_fast, rope.beta_slow) == ("yarn", 4.0, 32768, 32, 1)
+    assert rope.attention_factor == pytest.approx(1.1386294361119891)

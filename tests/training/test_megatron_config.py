@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from miles_spmd.models import load_family
-from miles_spmd.training.megatron_config import MegatronConfig, build_megatron_config
+from miles_spmd.models.rope import Rope
+from miles_spmd.training.megatron_config import (
+    MegatronConfig,
+    _refuse_unsupported_ropes,
+    build_megatron_config,
+)
 from miles_spmd.training.optimizer import build_schedule, planned_updates
 from tests.training.cases import config
 
@@ -108,3 +113,16 @@ def test_the_first_update_of_a_warm_up_has_a_learning_rate(warm_up: int, rates: 
         found.append(parameters.param_groups[0]["lr"])
         schedule.step(1)
     assert found == pytest.approx(rates)
+
+
+@pytest.mark.parametrize(
+    "rope", [Rope(1e4, 8, interleaved=True), Rope(1e4, 4), Rope(1e4, 8, "yarn", attention_factor=1.1)]
+)
+def test_rotary_positions_that_transformer_engine_has_not(rope: Rope) -> None:
+    ropes = None, Rope(1e4, 8), rope
+    table = {"transformer_impl": "transformer_engine", "kv_channels": 8}
+    _refuse_unsupported_ropes(table, ropes[:2])
+    _refuse_unsupported_ropes(table | {"context_parallel_size": 2}, ropes)  # whose attention is our own
+    _refuse_unsupported_ropes(table | {"transformer_impl": "local"}, ropes)
+    with pytest.raises(ValueError, match=r"layer 2 of this model requires other rotary positions.*set 'local'"):
+        _refuse_unsupported_ropes(table, ropes)

@@ -103,7 +103,7 @@ def _pairs(width: int, neighbours: bool) -> str:
 def _module(rope: Rope, theirs: Any, context: int, device: torch.device) -> RotaryEmbedding:
     dtype = getattr(theirs, "dtype", torch.float32)
     module = RotaryEmbedding(theirs.head_size, rope.rotary_dim, 1, rope.theta, not rope.interleaved, dtype)
-    # no buffer: SGLang would copy it whenever it releases memory, and this one is none that it releases
+    # Not a buffer: SGLang copies buffers whenever it releases weights, and this table is not released with them.
     del module.cos_sin_cache
     steps = frequencies(rope, context).to(device)
     module.cos_sin_cache = rotary_table(steps, context + _SPARE, rope.attention_factor)
