@@ -31,7 +31,7 @@ INSTEAD = {
 }
 ALLOWED = re.compile(
     r"rename=\{|fault[- _]toleran|(is|are) no longer|no doubt|dist_init|beats? (per|a) second|--answer-tokens|SPLIT = |"
-    r"layer\.head_size",
+    r"(layer|theirs)\.head_size",
     re.IGNORECASE,
 )
 # What `miles-spmd chaos` injects into a run is a fault.

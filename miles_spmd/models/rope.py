@@ -51,7 +51,7 @@ class Rope:
     """
 
     theta: float
-    rotary_dim: int  # the first numbers of a head, which are rotated
+    rotary_dim: int  # the first so many dimensions of a head are rotated
     kind: str = "default"
     interleaved: bool = False  # pairs are neighbours; otherwise ``rotary_dim / 2`` apart
     factor: float = 1.0
@@ -112,7 +112,7 @@ class Rope:
 
 
 def rope_problems(config: dict[str, Any], head_dim: int, *, layer_type: str = "") -> list[str]:
-    """Return messages about everything in a config.json by which there are no rotary positions for heads of
+    """Return messages about everything in a config.json that leaves rotary positions undefined for heads of
     ``head_dim`` (0: unknown), or not those that were meant: unknown kinds and parameters, and values that are missing,
     malformed, or spelled twice and differently. ``layer_type``: as for :meth:`Rope.of`."""
     if malformed := malformed_rope(config, layer_type):

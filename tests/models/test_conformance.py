@@ -3,15 +3,22 @@ generates greedily are transformers' top tokens."""
 
 from __future__ import annotations
 
+import copy
+import inspect
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from miles_spmd.models import load_family
-from tests.models import tiny
+from miles_spmd.models import Family, read_config
+from miles_spmd.models.hf_config import count_experts
+from tests.models import tiny, two_thetas
 from tests.models.conformance import Found, both, difference
+from tests.models.two_thetas import TwoThetas
 from tests.ranks import Ranks
 
 TOLERANCE = 2e-5  # fp32 against float64
@@ -20,11 +27,11 @@ EP2 = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}  # who
 CASES = [(name, tp) for name in tiny.CONFIGS for tp in (1, 2)]
 
 
-def greedy(folder: Path, tp: int) -> Found:
-    experts = load_family(folder).transformer_config().get("num_moe_experts")
+def greedy(folder: Path, tp: int, family: type[Family] | None = None) -> Found:
+    experts = count_experts(read_config(folder))
     megatron = ({}, TP2, TP2 | EP2)[0 if tp == 1 else 2 if experts else 1]
     short = {"context": 64, "first": 5, "more": 5, "max_new_tokens": 16}
-    return both(folder, None, megatron, tp_size=tp, ep_size=tp if experts else 1, temperature=0.0, **short)
+    return both(folder, family, megatron, tp_size=tp, ep_size=tp if experts else 1, temperature=0.0, **short)
 
 
 def reference(name: str) -> transformers.PreTrainedModel:
@@ -49,3 +56,24 @@ def test_engine_and_trainer(ranks: Ranks, name: str, tp: int) -> None:
     model = reference(name)
     assert difference(model, answers[0]) < TOLERANCE
     assert tops(model, answers[0]) == 0
+
+
+def test_a_new_family_is_one_short_file(ranks: Ranks, tmp_path: Path) -> None:
+    shutil.copytree(tiny.wide("llama"), tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"second_theta": 77.0, "logit_softcapping": 2.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (found,) = ranks.run(1, greedy, tmp_path, 1, TwoThetas)
+    assert found[1:] == (0, 2)
+    model = reference("llama")
+    changed = copy.deepcopy(model.config)
+    changed.rope_parameters["rope_theta"] = 77.0
+    rotary = type(model.model.rotary_emb)(changed)
+
+    def turn(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs | {"position_embeddings": rotary(args[0], kwargs["position_ids"])}
+
+    for layer in model.model.layers[1::2]:
+        layer.register_forward_pre_hook(turn, with_kwargs=True)
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: 2.0 * torch.tanh(logits / 2.0))
+    assert difference(model, found) < TOLERANCE
+    assert len(inspect.getsource(two_thetas).splitlines()) <= 30

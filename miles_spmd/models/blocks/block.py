@@ -1,4 +1,4 @@
-"""What every block of a model answers: its tensors in a checkpoint, how both backends hold them, and what it costs.
+"""What every block of a model says: its tensors in a checkpoint, how both backends hold them, and what it costs.
 
 A block knows nothing about its place: names are relative to its layer, and its sizes are those of the whole model.
 Parameters are asked for by SGLang's name, which is the checkpoint's where nothing is fused; :mod:`.layer` translates
