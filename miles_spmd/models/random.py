@@ -83,6 +83,94 @@ _SMOLLM2 = _LLAMA | {
     "rope_scaling": None,
     "vocab_size": 49152,
 }
+_MISTRAL = _COMMON | {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+_MIXTRAL = _MISTRAL | {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+}
+_GEMMA2 = _COMMON | {
+    "architectures": ["Gemma2ForCausalLM"],
+    "model_type": "gemma2",
+    "attention_bias": False,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "vocab_size": 256000,
+}
+_GEMMA3 = _COMMON | {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "attention_bias": False,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 1,
+    "query_pre_attn_scalar": 256,
+    "rope_local_base_freq": 10000.0,
+    "rope_theta": 1000000.0,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "vocab_size": 262144,
+}
+_PHI4_MINI = _COMMON | {
+    "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+    "original_max_position_embeddings": 4096,
+    "pad_token_id": None,
+    "partial_rotary_factor": 0.75,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "sliding_window": None,
+    "vocab_size": 200064,
+}
+_OLMO2 = _COMMON | {
+    "architectures": ["Olmo2ForCausalLM"],
+    "model_type": "olmo2",
+    "attention_bias": False,
+    "max_position_embeddings": 4096,
+    "num_key_value_heads": 32,
+    "rope_theta": 500000,
+    "tie_word_embeddings": False,
+    "vocab_size": 100352,
+}
+_GLM4 = _COMMON | {
+    "architectures": ["Glm4ForCausalLM"],
+    "model_type": "glm4",
+    "attention_bias": True,
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 2,
+    "pad_token_id": None,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 151552,
+}
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SHAPES: dict[str, dict[str, Any]] = {
     name: family | dict(zip(_SIZES, sizes))
@@ -95,6 +183,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         ("qwen3-30b-a3b", _QWEN3_MOE, 2048, 6144, 48, 32),
         ("qwen2.5-1.5b", _QWEN2, 1536, 8960, 28, 12),
         ("llama-3.2-1b", _LLAMA, 2048, 8192, 16, 32),
+        ("mistral-7b", _MISTRAL, 4096, 14336, 32, 32),
+        ("mixtral-8x7b", _MIXTRAL, 4096, 14336, 32, 32),
+        ("gemma-2-2b", _GEMMA2, 2304, 9216, 26, 8),
+        ("gemma-3-1b", _GEMMA3, 1152, 6912, 26, 4),
+        ("phi-4-mini", _PHI4_MINI, 3072, 8192, 32, 24),
+        ("olmo-2-7b", _OLMO2, 4096, 11008, 32, 32),
+        ("glm-4-9b", _GLM4, 4096, 13696, 40, 32),
     )
 }
 

@@ -188,12 +188,12 @@ def local_parameters(family: Family, layout: ParallelLayout, s: dict[str, Any]) 
     stage_of = [stage for stage, count in enumerate(counts) for _ in range(count)]
     stages = [Elements(0)] * layout.pp
     for stage, layer in zip(stage_of, family.held(Sizes(layout.tp, layout.etp, layout.ep))):
-        stages[stage] += layer
+        stages[stage] = stages[stage].plus(layer)
     for name, elements in _outside(family, layout.tp):
         first = name == EMBEDDING
         on = ({0, last} if family.tied_embeddings else {0}) if first else {last}
         for stage in on:
-            stages[stage] += Elements(elements)
+            stages[stage] = stages[stage].plus(Elements(elements))
     return stages
 
 

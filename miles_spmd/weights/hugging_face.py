@@ -68,7 +68,8 @@ def load(path: str | Path, weights: Mapping[str, torch.Tensor], layouts: list[Te
         shapes = {name: family.checkpoint_tensors()[name] for name in places}
         if (Path(path) / NO_WEIGHTS).is_file():
             device = next(iter(weights.values())).device
-            slices = random_slices(shapes, family.config.get("initializer_range", 0.02), device)
+            norm = 0.0 if family.zero_centred_norms else 1.0
+            slices = random_slices(shapes, family.config.get("initializer_range", 0.02), device, norm)
         else:
             slices = _slices(Path(path), shapes, family, opened)
         for name, targets in places.items():
@@ -256,7 +257,7 @@ def _begin(
     for file in source.iterdir():
         if file.suffix in COPIED and not file.name.endswith(".index.json") and file.name != MANIFEST:
             shutil.copyfile(file, partial / file.name)
-    config = read_config(source)
+    config = family.engine_config() | read_config(source)
     name = str(dtype).removeprefix("torch.")
     config |= {"dtype": name} | ({"torch_dtype": name} if "torch_dtype" in config else {})
     if family.value_head:

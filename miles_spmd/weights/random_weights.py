@@ -15,17 +15,18 @@ CHUNK = 1 << 24  # elements that are computed at a time; each needs three tempor
 class RandomTensor:
     """A tensor in which every element is a function of the tensor's name and the element's position.
 
-    Norms are 1 and biases 0, as in a new model; all other tensors are uniform with standard deviation ``std``.
+    Norms have the value ``norm`` and biases 0, as in a new model; all other tensors are uniform with standard deviation
+    ``std``.
     """
 
-    def __init__(self, name: str, shape: tuple[int, ...], std: float, device: torch.device) -> None:
-        self.name, self.shape, self.std, self.device = name, shape, std, device
+    def __init__(self, name: str, shape: tuple[int, ...], std: float, device: torch.device, norm: float) -> None:
+        self.name, self.shape, self.std, self.device, self.norm = name, shape, std, device, norm
 
     def __getitem__(self, region: tuple[slice, ...]) -> torch.Tensor:
         """Return the rectangle in fp32, on the device."""
         shape = [at.stop - at.start for at in region]
         if len(shape) == 1:
-            return torch.full(shape, 0.0 if self.name.endswith("bias") else 1.0, device=self.device)
+            return torch.full(shape, 0.0 if self.name.endswith("bias") else self.norm, device=self.device)
         rows, columns = region
         seed = int.from_bytes(blake2b(self.name.encode(), digest_size=8).digest(), "little", signed=True)
         column = torch.arange(columns.start, columns.stop, device=self.device)
@@ -40,9 +41,11 @@ class RandomTensor:
         return values.add_(0.5 - 2**23).mul_(2**-24 * self.std * math.sqrt(12))
 
 
-def random_slices(shapes: Mapping[str, tuple[int, ...]], std: float, device: torch.device) -> dict[str, Any]:
+def random_slices(
+    shapes: Mapping[str, tuple[int, ...]], std: float, device: torch.device, norm: float = 1.0
+) -> dict[str, Any]:
     """Return random tensors by name, which are indexed as the lazy slices of a safetensors file."""
-    return {name: RandomTensor(name, shape, std, device) for name, shape in shapes.items()}
+    return {name: RandomTensor(name, shape, std, device, norm) for name, shape in shapes.items()}
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from miles_spmd.models import load_family
+from miles_spmd.models.random import SHAPES
 from tests.models import tiny
 from tests.models.published import LLAMA, QWEN2, QWEN3, QWEN3_MOE
 
@@ -31,12 +33,29 @@ def test_tensor_map_is_what_transformers_writes(name: str, tmp_path: Path) -> No
         (QWEN2, 7_615_616_512, 7_615_616_512),
         (LLAMA, 8_030_261_248, 8_030_261_248),
         (QWEN3_MOE, 30_532_122_624, 3_353_032_704),
+        (SHAPES["mistral-7b"], 7_241_732_096, 7_241_732_096),
+        (SHAPES["mixtral-8x7b"], 46_702_792_704, 12_879_925_248),
+        (SHAPES["gemma-2-2b"], 2_614_341_888, 2_614_341_888),
+        (SHAPES["gemma-3-1b"], 999_885_952, 999_885_952),
+        (SHAPES["phi-4-mini"], 3_836_021_760, 3_836_021_760),
+        (SHAPES["olmo-2-7b"], 7_298_617_344, 7_298_617_344),
+        (SHAPES["glm-4-9b"], 9_400_279_040, 9_400_279_040),
     ],
-    ids=["Qwen3-0.6B", "Qwen2.5-7B", "Llama-3.1-8B", "Qwen3-30B-A3B"],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else None,
 )
 def test_published_sizes(config: dict, total: int, active: int) -> None:
     family = load_family(config)
     assert (family.num_parameters(), family.num_active_parameters()) == (total, active)
+
+
+def test_flops_count_the_keys_that_are_seen() -> None:
+    """Of Gemma 3, whose windows are 512 tokens in five layers of six; written out over the queries of a sequence."""
+    shape, tokens = SHAPES["gemma-3-1b"], 3000
+    seen = np.arange(1, tokens + 1)
+    full = sum(number % 6 == 5 for number in range(26))
+    pairs = full * seen.sum() + (26 - full) * np.minimum(seen, 512).sum()
+    expected = 6 * 999_885_952 * tokens + 3 * 4 * pairs * 4 * 256  # three times two products of 2 FLOPs a number
+    assert load_family(shape).flops(tokens) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", tiny.BY_HAND)

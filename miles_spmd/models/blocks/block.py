@@ -55,8 +55,8 @@ class Elements(NamedTuple):
     dense: int
     expert: int = 0
 
-    def __add__(self, other: tuple[int, ...]) -> Elements:
-        return Elements(self.dense + other[0], self.expert + other[1])
+    def plus(self, other: Elements) -> Elements:
+        return Elements(self.dense + other.dense, self.expert + other.expert)
 
 
 class Block:

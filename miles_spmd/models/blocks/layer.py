@@ -81,7 +81,7 @@ class Layer:
     def held(self, sizes: Sizes) -> Elements:
         """Return how many parameters one rank holds."""
         norms = self.hidden_size * len([*self.norms])
-        return Elements(norms) + self.attention.held(sizes) + self.mlp.held(sizes)
+        return Elements(norms).plus(self.attention.held(sizes)).plus(self.mlp.held(sizes))
 
     def activations(self, sizes: Sizes, recomputes: bool, split_input: int) -> int:
         """Return the numbers per token that one rank keeps for the backward pass: inputs of norms and of linear layers,

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from miles_spmd.models.blocks import Attention, Mlp, Norms
 from miles_spmd.models.family import Family
@@ -13,7 +13,7 @@ class Gemma2(Family):
     """Gemma 2: norms before and after each block, soft-caps, and a window in every second layer."""
 
     model_type = "gemma2"
-    fields = (
+    fields: ClassVar[tuple[str, ...]] = (
         "_sliding_window_pattern",
         "attn_logit_softcapping",
         "final_logit_softcapping",

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from miles_spmd.models.blocks import Attention, Mixture, Mlp
 from miles_spmd.models.family import Family
@@ -10,7 +10,7 @@ class Mistral(Family):
     """Mistral 7B, Nemo, Small: in the first of them a query sees the last 4,096 keys."""
 
     model_type = "mistral"
-    fields = ("sliding_window",)
+    fields: ClassVar[tuple[str, ...]] = ("sliding_window",)
     assumed_kv_heads = 8
 
     def attention(self, number: int, **differences: Any) -> Attention:

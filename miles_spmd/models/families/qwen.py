@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from miles_spmd.models.blocks import Attention, Mixture, Mlp
 from miles_spmd.models.family import Family
@@ -23,7 +23,7 @@ class Qwen3(Family):
     """Qwen3-0.6B ... 32B: queries and keys are normalised per head."""
 
     model_type = "qwen3"
-    fields = WINDOW
+    fields: ClassVar[tuple[str, ...]] = WINDOW
     required = (*Family.required, "head_dim")
 
     def attention(self, number: int, **differences: Any) -> Attention:
