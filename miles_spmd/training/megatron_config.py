@@ -19,6 +19,7 @@ from miles_spmd.invariant.flash import shared_backend
 from miles_spmd.invariant.split_attention import part_length
 from miles_spmd.models import Family
 from miles_spmd.models.attention import SPLIT_KEYS
+from miles_spmd.models.blocks.experts import SWIGLU, Experts, Router
 
 # The local layers' dispatcher takes every token to all of its experts, by all-to-all, and supports none of these.
 UNSUPPORTED_BY_LOCAL_EXPERTS = (
@@ -28,6 +29,7 @@ UNSUPPORTED_BY_LOCAL_EXPERTS = (
     "moe_pad_expert_input_to_capacity",
     "moe_permute_fusion",
     "moe_router_padding_for_quantization",
+    "moe_shared_expert_overlap",
 )
 # What Megatron's launcher accepts beside the dataclasses' fields; virtual_pipeline_model_parallel_size is derived from
 # it.
@@ -38,6 +40,10 @@ LAYERS_PER_VIRTUAL_STAGE = "num_layers_per_virtual_pipeline_stage"
 class NetworkConfig(TransformerConfig):
     """Megatron's configuration of a network, and what our layers need beside it."""
 
+    router: Router | None = None
+    """How experts are chosen; None: as Megatron's own fields say."""
+    experts: Experts = SWIGLU
+    """What an expert computes."""
     invariant: bool = False
     """Layers compute with :mod:`miles_spmd.invariant`; Megatron's own ``batch_invariant_mode`` has other kernels and
     restrictions. The fields below are read under this one."""

@@ -9,7 +9,7 @@ from miles_spmd.invariant.expert_kernels import top_k
 from tests.gpu.machine import needs
 from tests.invariant.test_experts import (
     assert_arranged_as_by_a_loop,
-    assert_chosen_as_by_the_trainer,
+    assert_chosen_as_by_megatron,
     assert_mixed_as_by_a_loop,
 )
 from tests.training.test_experts import (
@@ -48,8 +48,8 @@ def test_mixtures(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("softmax_first", [False, True])
-def test_tokens_choose_as_the_trainers(softmax_first: bool) -> None:
-    assert_chosen_as_by_the_trainer(softmax_first, torch.bfloat16, "cuda")
+def test_tokens_choose_as_megatrons(softmax_first: bool) -> None:
+    assert_chosen_as_by_megatron(softmax_first, torch.bfloat16, "cuda")
 
 
 def test_of_equal_values_the_first_is_taken() -> None:
