@@ -35,7 +35,6 @@ class Kind(NamedTuple):
     experts: Experts = SWIGLU
     shared: str = ""  # the name of shared experts, in both
     gate: str = "gate"  # of the router's weight, in both
-    options: Mapping[str, Any] = {}  # of the engine's class
 
 
 def kinds() -> dict[str, Kind]:
@@ -193,13 +192,12 @@ def transformers_result(kind: Kind) -> dict[str, Tensor]:
 # --- SGLang -----------------------------------------------------------------------------------------------------------
 
 
-def engine_layer(kind: Kind, folder: str, size: int, sum_terms: int) -> Any:
-    """Build SGLang's layer on the ranks of an engine of ``size`` ranks, and describe it."""
+def build_engine_layer(kind: Kind, folder: str, size: int, sum_terms: int) -> torch.nn.Module:
+    """Build SGLang's layer on the ranks of an engine of ``size`` ranks. Returns a model that has it as ``mlp``."""
     from sglang.srt.distributed import bootstrap
     from sglang.srt.server_args import set_global_server_args_for_scheduler
 
     from miles_spmd.generation.sglang import process_groups
-    from miles_spmd.generation.sglang.expert_layers import describe
     from miles_spmd.generation.sglang.invariant_layers import invariant_layers
     from miles_spmd.generation.sglang.server_args import build_server_args
     from miles_spmd.platform.cpu import sglang_shim
@@ -211,13 +209,10 @@ def engine_layer(kind: Kind, folder: str, size: int, sum_terms: int) -> Any:
     bootstrap.init_distributed_environment(backend="gloo", local_rank=0)
     bootstrap.initialize_model_parallel(tensor_model_parallel_size=size, expert_model_parallel_size=size)
     module, name = kind.engine.split(":")
+    model = torch.nn.Module()
     with invariant_layers(True, sum_terms):
-        layer = getattr(__import__(module, fromlist=[name]), name)(config=kind.config, layer_id=0, **kind.options)
-    root = torch.nn.Module()
-    root.mlp = layer
-    describe(root)
-    _fill_engine(kind, layer, dist.get_rank() % size, size)
-    return layer
+        model.mlp = getattr(__import__(module, fromlist=[name]), name)(config=kind.config, layer_id=0)
+    return model
 
 
 def _fill_engine(kind: Kind, layer: Any, rank: int, size: int) -> None:
@@ -336,11 +331,17 @@ class Compared(NamedTuple):
 def compare(name: str, folder: str, layout: dict[str, Any], engine_size: int) -> Compared:
     """Compare the engine's layer with the trainer's, and this one with transformers'."""
     from miles_spmd.generation.sglang import process_groups
+    from miles_spmd.generation.sglang.expert_layers import describe
 
     kind, hidden = kinds()[name], hidden_states()
     tp = layout.get("tensor_model_parallel_size", 1)
     try:
-        engine = engine_layer(kind, folder, engine_size, max(tp, engine_size))
+        model = build_engine_layer(kind, folder, engine_size, max(tp, engine_size))
+        describe(model)
+        engine = model.mlp
+        assert engine.topk.form == kind.router
+        assert engine.experts.form == kind.experts
+        _fill_engine(kind, engine, dist.get_rank() % engine_size, engine_size)
         with torch.inference_mode():
             expected = engine(hidden.clone())
             some = [engine(hidden[a:b].clone()) for a, b in ((0, 1), (1, 4), (4, TOKENS))]

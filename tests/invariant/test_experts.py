@@ -9,6 +9,7 @@ from torch.nn.functional import silu
 
 from miles_spmd.invariant.expert_kernels import arrange, top_k
 from miles_spmd.invariant.experts import choose, mix
+from miles_spmd.invariant.linear import linear_fp32
 from miles_spmd.models.blocks.experts import Router
 from miles_spmd.platform import cpu
 
@@ -79,6 +80,23 @@ def assert_chosen_as_by_megatron(softmax_first: bool, dtype: torch.dtype, device
     assert torch.equal(probabilities.gather(1, experts), weights)
     again = choose(logits.float().requires_grad_(), router)
     assert all(map(torch.equal, again, (weights, experts)))
+
+
+def assert_logits_in_fp32(dtype: torch.dtype, device: str) -> None:
+    """Products in fp32 of numbers of any dtype; a row's depend on nothing else."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*s, generator=generator).to(device, dtype) for s in ((300, 200), (70, 200), (70,)))
+    found = linear_fp32(x, weight, bias)
+    assert found.dtype is torch.float32
+    exact = x.double() @ weight.double().T + bias.double()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-4)
+    for start, count in ((0, 1), (17, 3), (250, 50)):
+        assert torch.equal(linear_fp32(x[start : start + count].clone(), weight, bias), found[start : start + count])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_in_fp32(dtype: torch.dtype) -> None:
+    assert_logits_in_fp32(dtype, "cpu")
 
 
 @pytest.mark.parametrize("softmax_first", [False, True])
