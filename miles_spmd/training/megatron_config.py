@@ -87,6 +87,7 @@ def build_megatron_config(config: Config, family: Family) -> MegatronConfig:
     names = ("params_dtype", "pipeline_dtype", "autocast_dtype")
     dtypes = dict.fromkeys(names, dtype) | {"bf16": dtype is torch.bfloat16}
     transformer = _defaults(table) | family.transformer_config() | table | dtypes
+    _refuse_undescribed(transformer)
     transformer["activation_func"] = getattr(F, transformer["activation_func"])
     optimizer = {"log_num_zeros_in_grad": False} | table | dtypes | {"min_lr": config.train.min_lr}
     ddp = {
@@ -180,6 +181,12 @@ def _refuse_unsupported(table: Mapping[str, Any]) -> None:
     if missing and not random.HAVE_TE:
         names = ", ".join(sorted(missing))
         raise ValueError(f"recompute_modules: {names} cannot be recomputed without Transformer Engine")
+
+
+def _refuse_undescribed(transformer: Mapping[str, Any]) -> None:
+    """Transformer Engine's layers have Megatron's router and experts, which do not see the model's descriptions."""
+    if transformer["transformer_impl"] != "local" and (transformer.get("router") or transformer.get("experts")):
+        raise ValueError("transformer_impl: the model's router or experts are not Megatron's; set 'local'")
 
 
 def _fields_of(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,11 @@ class Router(TopKRouter):
     def __init__(self, config: NetworkConfig, **options: Any) -> None:
         super().__init__(config, **options)
         self.form = config.router or _described_by_megatron(config)
+        if (self.form.count, self.form.per_token) != (config.num_moe_experts, config.moe_router_topk):
+            raise ValueError(
+                f"the model's router chooses {self.form.per_token} of {self.form.count} experts; num_moe_experts is "
+                f"{config.num_moe_experts}, moe_router_topk {config.moe_router_topk}"
+            )
         if self.form.bias:
             # A choice has no gradient. It is a parameter so that it is loaded, exported and copied to engines.
             self.expert_bias = torch.nn.Parameter(torch.zeros(self.form.count), requires_grad=False)

@@ -8,6 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+CORRECTION_BIAS = "e_score_correction_bias"
+"""The last part of its name in every checkpoint that has one."""
+
+
+def is_trained(name: str) -> bool:
+    """Return whether gradients update a tensor of a checkpoint: all but correction biases, which have none."""
+    return name.rpartition(".")[2] != CORRECTION_BIAS
+
 
 @dataclass(frozen=True)
 class Router:
