@@ -39,6 +39,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, partial_sums: 
     return product.view(*x.shape[:-1], len(weight))
 
 
+def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return :func:`linear` in fp32, without a gradient, where ``x`` and ``weight`` may be of 16 bits: products are not
+    rounded to the dtype of their factors."""
+    if not x.is_cuda:
+        return linear(x.float(), weight.float(), None if bias is None else bias.float())
+    from miles_spmd.invariant.product_kernel import product_fp32
+
+    product = product_fp32(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], len(weight))
+    return product if bias is None else product.add_(bias)
+
+
 def tree_sum(terms: Sequence[Tensor]) -> Tensor:
     """Return the sum of 2^n ``terms``: neighbours are added, then neighbours among their sums, and so on. Overwrites
     some of the terms."""

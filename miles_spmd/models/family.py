@@ -333,9 +333,10 @@ def _routing(mixture: Mixture) -> dict[str, Any]:
     return {
         "num_moe_experts": mixture.num_experts,
         "moe_ffn_hidden_size": mixture.ffn_size,
-        "moe_router_topk": mixture.per_token,
-        "moe_router_score_function": "softmax",
-        # softmax over the top-k logits equals the renormalised softmax over all
-        "moe_router_pre_softmax": not mixture.normalize,
+        "moe_router_topk": mixture.router.per_token,
+        "moe_router_score_function": "softmax",  # as far as Megatron is concerned
+        "moe_router_pre_softmax": mixture.router.softmax_first,
+        "moe_shared_expert_intermediate_size": mixture.shared_size or None,
+        "moe_shared_expert_gate": mixture.shared_gate,
         "moe_router_load_balancing_type": "none",
     }

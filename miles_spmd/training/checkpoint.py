@@ -22,6 +22,7 @@ from torch import Tensor
 
 from miles_spmd.ledger import rectangles
 from miles_spmd.models import Family, TensorLayout
+from miles_spmd.models.blocks.experts import is_trained
 from miles_spmd.training.offload import Offload
 from miles_spmd.training.optimizer import inner_optimizers, shares
 from miles_spmd.weights.sharded_files import Reader, Share
@@ -101,6 +102,9 @@ class TrainerCheckpoint:
         """Return what this rank holds; the tensors are the trainer's own."""
         held, kinds = list[Held](), set[str]()
         for name, parameter in self._parameters.items():
+            if not parameter.requires_grad:
+                held += [Held(share, stays=False) for share in self._parts(WEIGHTS, name, parameter.data)]
+                continue
             # the last pipeline stage's copy of tied embeddings is updated like the first stage's
             if parameter not in self._shares or getattr(parameter, "shared", False):
                 continue
@@ -231,7 +235,7 @@ class TrainerCheckpoint:
             raise TrainerCheckpointError(f"checkpoint {path} cannot be loaded: {error}") from error
 
     def _check_tensors(self, reader: Reader, kinds: Iterable[str]) -> None:
-        expected = {f"{kind}.{name}" for kind in kinds for name in self._shapes}
+        expected = {f"{kind}.{name}" for kind in kinds for name in self._shapes if kind == WEIGHTS or is_trained(name)}
         found = {key for key in reader.keys if not key.startswith(f"{RANDOM}.")}
         if absent := expected - found:
             raise ValueError(f"{len(absent)} tensors are missing from it, such as {min(absent)}")

@@ -47,7 +47,7 @@ class TrainerDigests:
 
         To be called after the gradient was summed over all ranks and before it is clipped.
         """
-        buffers = {name: parameter.main_grad.view(-1) for name, parameter in self._parameters.items()}  # type: ignore[attr-defined]
+        buffers = {name: self._parameters[name].main_grad.view(-1) for name in self._shares}  # type: ignore[attr-defined]
         return self._updated({name: buffers[name][share.start : share.stop] for name, share in self._shares.items()})
 
     def optimizer_state(self) -> dict[str, np.ndarray]:

@@ -1,4 +1,5 @@
-"""Mixture of experts under the local layer spec: all experts of a rank in one grouped matrix product."""
+"""Mixture of experts under the local layer spec: all experts of a rank in one grouped matrix product, and experts that
+every token has beside them."""
 
 from __future__ import annotations
 
@@ -7,102 +8,121 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
-from miles_spmd.invariant.expert_kernels import gather_sum, swiglu, swiglu_backward, top_k
+from miles_spmd.invariant.expert_activation import activate, activate_backward, add_down_bias, owners
+from miles_spmd.invariant.expert_kernels import gather_sum
 from miles_spmd.invariant.experts import RowGroups, grouped, has_kernel, places_of_partial_sums
 from miles_spmd.invariant.linear import tree_sum
-from miles_spmd.training.invariant_layers import multiply
+from miles_spmd.models.blocks import experts as blocks
 from miles_spmd.training.megatron_config import NetworkConfig
-
-ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
-
-
-class Router(TopKRouter):
-    """Computes logits in ``moe_router_dtype``, by default the model's dtype, and probabilities in fp32, as engines
-    do."""
-
-    def __init__(self, config: NetworkConfig, **options: Any) -> None:
-        super().__init__(config, **options)
-        if config.invariant:
-            self.router_replay = SharedTopK()  # where Megatron asks for the experts to choose
-
-    def gating(self, hidden: Tensor) -> Tensor:
-        if self.config.invariant:
-            return multiply(hidden, self.weight).float()
-        dtype = ROUTER_DTYPES.get(self.config.moe_router_dtype, hidden.dtype)
-        return F.linear(hidden.to(dtype), self.weight.to(dtype)).float()
-
-
-class SharedTopK:
-    """Chooses experts as an engine does that computes with :mod:`miles_spmd.invariant`.
-
-    Stands in for Megatron's replay of the experts of an earlier forward pass.
-    """
-
-    def get_replay_topk(self, scores: Tensor, k: int, *_: Any) -> tuple[Tensor, Tensor]:
-        experts = top_k(scores.detach(), k)[1]
-        return scores.gather(1, experts), experts
+from miles_spmd.training.router import Router
+from miles_spmd.training.shared_experts import SharedExperts
 
 
 class Experts(MegatronModule):
-    """A rank's SwiGLU experts, one stack for each of their two layers; a token's weight scales what lies between.
+    """A rank's experts, one stack for each of their two layers; a token's weight scales what lies between.
 
     Rows come sorted by expert. With tensor parallelism each rank has part of every expert's width, and its outputs are
-    partial sums.
+    partial sums; the bias of the second layer is part of the first rank's.
     """
 
     def __init__(
-        self, count: int, config: TransformerConfig, *, pg_collection: ProcessGroupCollection, name: str | None = None
+        self, count: int, config: NetworkConfig, *, pg_collection: ProcessGroupCollection, name: str | None = None
     ) -> None:
         super().__init__(config=config)
-        width = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()  # type: ignore[operator]
-        self.gate_up = self._parameter(count, 2, width, config.hidden_size)
+        group = pg_collection.expt_tp
+        width = config.moe_ffn_hidden_size // group.size()  # type: ignore[operator]
+        self.form, self.first = config.experts, group.rank() == 0
+        gate_up = (width, 2) if self.form.interleaved else (2, width)
+        self.gate_up = self._parameter(count, *gate_up, config.hidden_size)
         self.down = self._parameter(count, config.hidden_size, width)
+        if self.form.bias:
+            self.gate_up_bias = self._parameter(count, *gate_up)
+            self.down_bias = self._parameter(count, config.hidden_size, split=False)
 
-    def _parameter(self, *shape: int) -> torch.nn.Parameter:
+    def _parameter(self, *shape: int, split: bool = True) -> torch.nn.Parameter:
         device = None if self.config.use_cpu_initialization else torch.cuda.current_device()
         parameter = torch.nn.Parameter(torch.empty(shape, dtype=self.config.params_dtype, device=device))
         # or Megatron would take it for a copy, and count its gradient in the norm on one rank only
-        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        parameter.tensor_model_parallel = split  # type: ignore[attr-defined]
         return parameter
 
     def forward(self, rows: Tensor, rows_per_expert: Tensor, weights: Tensor) -> tuple[Tensor, None]:
         """Return [rows, hidden] from ``rows`` [rows, hidden], ``rows_per_expert`` int [experts] and ``weights`` fp32
         [rows]; and None for Megatron's bias."""
         groups = RowGroups(rows_per_expert.tolist(), rows_per_expert.cumsum(0, dtype=torch.int32).to(rows.device))
-        return ExpertsFunction.apply(rows, weights, self.gate_up, self.down, groups), None
+        biases = (self.gate_up_bias.flatten(1), self.down_bias, self.first) if self.form.bias else ()
+        return ExpertsFunction.apply(rows, weights, self.gate_up, self.down, groups, self.form, *biases), None
 
 
 class ExpertsFunction(torch.autograd.Function):
-    """``down(swiglu(gate_up(rows)) * weights)``. Saves the output of ``gate_up`` only; the backward pass recomputes
-    what follows from it."""
+    """:func:`~miles_spmd.invariant.experts.apply_experts` with a gradient. Saves the output of ``gate_up`` only; the
+    backward pass recomputes what follows from it.
+
+    ``gate_up`` [E, 2, F, H], or [E, F, 2, H] of interleaved experts. ``first``: this rank adds the bias of ``down``,
+    which gets its whole gradient on every rank that shares the experts.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, groups: RowGroups) -> Tensor:
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weights: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        groups: RowGroups,
+        form: blocks.Experts = blocks.SWIGLU,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        first: bool = True,
+    ) -> Tensor:
         wide = grouped(rows, gate_up.flatten(1, 2).mT, groups)
-        ctx.save_for_backward(rows, weights, gate_up, down, wide)
-        ctx.groups = groups
-        return grouped(swiglu(wide, weights), down.mT, groups)
+        owner = None if gate_up_bias is None else owners(groups.ends, len(rows))
+        ctx.save_for_backward(rows, weights, gate_up, down, wide, owner, gate_up_bias, down_bias)
+        ctx.groups, ctx.form, ctx.first = groups, form, first
+        inner = activate(wide, weights, form, _of_rows(gate_up_bias, owner))
+        out = grouped(inner, down.mT, groups)
+        return out if down_bias is None or not first else add_down_bias(out, weights, down_bias[owner])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        rows, weights, gate_up, down, wide = ctx.saved_tensors
+        rows, weights, gate_up, down, wide, owner, gate_up_bias, down_bias = ctx.saved_tensors
         gradient, groups = gradient.contiguous(), ctx.groups
-        grad_wide, grad_weights, inner = swiglu_backward(wide, weights, grouped(gradient, down, groups))
+        grad_wide, grad_weights, inner = activate_backward(
+            wide, weights, grouped(gradient, down, groups), ctx.form, _of_rows(gate_up_bias, owner)
+        )
+        grad_biases: tuple[Tensor | None, ...] = (None, None)
+        if gate_up_bias is not None:
+            grad_biases = (
+                _sums_of_groups(grad_wide, groups, gate_up_bias.dtype),
+                _sums_of_groups(gradient.float() * weights[:, None], groups, down_bias.dtype),
+            )
+            if ctx.first:
+                grad_weights = grad_weights + (gradient.float() * down_bias[owner].float()).sum(1)
         return (
             grouped(grad_wide, gate_up.flatten(1, 2), groups),
             grad_weights,
             _grouped_outer(grad_wide, rows, groups).view_as(gate_up),
             _grouped_outer(gradient, inner, groups),
             None,
+            None,
+            *grad_biases,
+            None,
         )
+
+
+def _of_rows(bias: Tensor | None, owner: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias[owner]
+
+
+def _sums_of_groups(rows: Tensor, groups: RowGroups, dtype: torch.dtype) -> Tensor:
+    """Return the sum of each group's rows, [groups, width], summed in fp32."""
+    return torch.stack([part.float().sum(0) for part in rows.split(groups.counts)]).to(dtype)
 
 
 def _grouped_outer(left: Tensor, right: Tensor, groups: RowGroups) -> Tensor:
@@ -153,7 +173,13 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
         return super().combine_preprocess(rows) if self.ep_size * self.tp_size > 1 else rows
 
     def combine_postprocess(self, rows: Tensor) -> Tensor:
-        return _Collect.apply(rows, self._tokens, *self._partial_sums).view(self.hidden_shape)
+        return rows
+
+    def collect(self, rows: Tensor, shared: tuple[Tensor, ...]) -> Tensor:
+        """Return the sum of every token's rows, and of ``shared``, of its shape: the partial sums of experts that every
+        token has, which an engine adds to its own partial sum of the others."""
+        flat, places = [part.view(-1, part.shape[-1]) for part in shared], self._partial_sums
+        return _Collect.apply(rows, self._tokens, len(places), *places, *flat).view(self.hidden_shape)
 
 
 class _Spread(torch.autograd.Function):
@@ -171,23 +197,34 @@ class _Spread(torch.autograd.Function):
 
 
 class _Collect(torch.autograd.Function):
-    """Tokens from rows: one sum of each token's rows for every ``places``, these combined by :func:`tree_sum`."""
+    """Tokens from rows: one sum of each token's rows for every ``places``, to which ``shared`` are added, combined by
+    :func:`tree_sum`. ``count`` is the number of ``places``."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, tokens: Tensor, *places: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, tokens: Tensor, count: int, *places_and_shared: Tensor) -> Tensor:
         ctx.save_for_backward(tokens)
-        ctx.partial_sums, rows = len(places), rows.contiguous()
-        return tree_sum([gather_sum(rows, own) for own in places])
+        ctx.given, rows = len(places_and_shared), rows.contiguous()
+        ctx.count = count
+        sums = [gather_sum(rows, own) for own in places_and_shared[:count]]
+        for own, shared in zip(sums, places_and_shared[count:]):
+            own += shared
+        return tree_sum(sums)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return gradient.index_select(0, *ctx.saved_tensors), *[None] * (1 + ctx.partial_sums)
+        of_shared = [gradient] * (ctx.given - ctx.count)
+        return gradient.index_select(0, *ctx.saved_tensors), None, None, *[None] * ctx.count, *of_shared
 
 
 class MoE(MoELayer):
-    """A layer's experts with the router before them."""
+    """A layer's experts with the router before them, and shared experts beside them."""
 
-    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+    def __init__(self, config: NetworkConfig, **_: Any) -> None:
         groups = get_default_pg_collection()
-        super().__init__(config, MoESubmodules(experts=Experts, router=Router), pg_collection=groups)
+        super().__init__(config, MoESubmodules(Experts, SharedExperts, Router), pg_collection=groups)
         self.token_dispatcher = Dispatcher(self.num_local_experts, self.local_expert_indices, config, groups)
+
+    def postprocess(self, output: Tensor, shared_expert_output: tuple[Tensor, ...] | None) -> Tensor:
+        """Megatron combines the routed experts' outputs completely before it adds the shared ones'."""
+        rows = self.token_dispatcher.combine_postprocess(output)
+        return self.token_dispatcher.collect(rows, shared_expert_output or ())

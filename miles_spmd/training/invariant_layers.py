@@ -88,6 +88,61 @@ class InvariantRowParallelLinear(layers.RowParallelLinear):
         product = self._forward_impl(x, self.weight, gradient_accumulation_fusion=self.gradient_accumulation_fusion)
         return _TreeReduce.apply(product, self.tp_group, self.sequence_parallel), None
 
+    def partial_sums(self, x: Tensor, count: int) -> tuple[Tensor, ...]:
+        """Return the output as ``count`` terms of a sum, those of an engine with so many ranks; of each the tokens that
+        :meth:`forward` returns. ``count`` is at most the configured number of partial sums."""
+        if count == 1:
+            return (self(x)[0],)
+        ranks = self.tp_group.size()
+        own = max(1, count // ranks)  # terms of this rank
+        each = self.config.partial_sums // max(count, ranks)
+        options = {"gradient_accumulation_fusion": self.gradient_accumulation_fusion and own == 1}
+        pairs = zip(x.chunk(own, -1), self.weight.chunk(own, 1), strict=True)
+        terms = [multiply(part, weight, partial_sums=each, **options) for part, weight in pairs]
+        if ranks == 1:
+            return tuple(terms)
+        return _Exchange.apply(self.tp_group, self.sequence_parallel, count, *terms)
+
+
+class _Exchange(torch.autograd.Function):
+    """``count`` terms of a sum from ``terms`` of every rank of a group, of all tokens, or with ``scatter`` of a rank's
+    own. With fewer terms than ranks, neighbours combine theirs by :func:`tree_sum`."""
+
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, scatter: bool, count: int, *terms: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.scatter, ctx.own = group, scatter, len(terms)
+        of_ranks = [_of_ranks(term, group, scatter) for term in terms]
+        in_order = [term for of_rank in zip(*of_ranks) for term in of_rank]
+        width = len(in_order) // count
+        return tuple(tree_sum(in_order[i : i + width]) for i in range(0, len(in_order), width))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        ranks, rank = ctx.group.size(), ctx.group.rank()
+        # of every rank's term number i, the gradient of the term that it is part of
+        by_term = [
+            [gradients[(r * ctx.own + i) * len(gradients) // (ranks * ctx.own)] for r in range(ranks)]
+            for i in range(ctx.own)
+        ]
+        if not ctx.scatter:
+            return None, None, None, *(of_ranks[rank] for of_ranks in by_term)
+        found = []
+        for of_ranks in by_term:
+            parts = [torch.empty_like(gradient) for gradient in of_ranks]
+            dist.all_to_all(parts, [gradient.contiguous() for gradient in of_ranks], ctx.group)
+            found.append(torch.cat(parts))
+        return None, None, None, *found
+
+
+def _of_ranks(x: Tensor, group: dist.ProcessGroup, scatter: bool) -> list[Tensor]:
+    """Return every rank's ``x``, of all tokens, or with ``scatter`` of this rank's tokens."""
+    of_ranks = [torch.empty_like(x[: len(x) // group.size()] if scatter else x) for _ in range(group.size())]
+    if scatter:
+        dist.all_to_all(of_ranks, [*x.contiguous().chunk(group.size())], group)
+    else:
+        dist.all_gather(of_ranks, x.contiguous(), group)
+    return of_ranks
+
 
 class _TreeReduce(torch.autograd.Function):
     """:func:`tree_sum` over the ranks of a group: an all-reduce, or with ``scatter`` a reduce-scatter over tokens.
@@ -98,12 +153,7 @@ class _TreeReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, scatter: bool) -> Tensor:
         ctx.group, ctx.scatter = group, scatter
-        of_ranks = [torch.empty_like(x[: len(x) // group.size()] if scatter else x) for _ in range(group.size())]
-        if scatter:
-            dist.all_to_all(of_ranks, [*x.contiguous().chunk(group.size())], group)
-        else:
-            dist.all_gather(of_ranks, x.contiguous(), group)
-        return tree_sum(of_ranks)
+        return tree_sum(_of_ranks(x, group, scatter))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]

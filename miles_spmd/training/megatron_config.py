@@ -19,7 +19,8 @@ from miles_spmd.invariant.flash import shared_backend
 from miles_spmd.invariant.split_attention import part_length
 from miles_spmd.models import Family
 from miles_spmd.models.attention import SPLIT_KEYS
-from miles_spmd.models.blocks import Layer, Mlp, Norms
+from miles_spmd.models.blocks import Layer, Mixture, Mlp, Norms
+from miles_spmd.models.blocks.experts import SWIGLU, Experts, Router
 
 # The local layers' dispatcher takes every token to all of its experts, by all-to-all, and supports none of these.
 UNSUPPORTED_BY_LOCAL_EXPERTS = (
@@ -29,6 +30,7 @@ UNSUPPORTED_BY_LOCAL_EXPERTS = (
     "moe_pad_expert_input_to_capacity",
     "moe_permute_fusion",
     "moe_router_padding_for_quantization",
+    "moe_shared_expert_overlap",
 )
 # What Megatron's launcher accepts beside the dataclasses' fields; virtual_pipeline_model_parallel_size is derived from
 # it.
@@ -43,6 +45,10 @@ class NetworkConfig(TransformerConfig):
     """The blocks of the whole model's layers."""
     context: int = 0
     """The longest sequence of the run, on which the frequencies of some rotary positions depend; the engine's."""
+    router: Router | None = None
+    """How experts are chosen; None: as Megatron's own fields say."""
+    experts: Experts = SWIGLU
+    """What an expert computes."""
     invariant: bool = False
     """Layers compute with :mod:`miles_spmd.invariant`; Megatron's own ``batch_invariant_mode`` has other kernels and
     restrictions. The fields below are read under this one."""
@@ -86,7 +92,10 @@ def build_megatron_config(config: Config, family: Family) -> MegatronConfig:
     names = ("params_dtype", "pipeline_dtype", "autocast_dtype")
     dtypes = dict.fromkeys(names, dtype) | {"bf16": dtype is torch.bfloat16}
     _refuse_unsupported_blocks(table, family.layers)
-    ours = {"layers": family.layers, "context": _context(config, family)}
+    ours: dict[str, Any] = {"layers": family.layers, "context": _context(config, family)}
+    mixture = next((layer.mlp for layer in family.layers if isinstance(layer.mlp, Mixture)), None)
+    if mixture and not mixture.is_plain:
+        ours |= {"router": mixture.router, "experts": mixture.form}
     transformer = _defaults(table) | family.transformer_config() | table | dtypes | ours
     transformer["activation_func"] = getattr(F, transformer["activation_func"])
     optimizer = {"log_num_zeros_in_grad": False} | table | dtypes | {"min_lr": config.train.min_lr}
@@ -199,6 +208,7 @@ def _refuse_unsupported_blocks(table: Mapping[str, Any], layers: Sequence[Layer]
             "a norm over all heads": a.qk_norm == "width",
             "a window, a soft-cap or another scale": bool(a.window or a.softcap or a.scale),
             "norms behind a block": layer.norms != Norms(),
+            "another router or other experts": isinstance(layer.mlp, Mixture) and not layer.mlp.is_plain,
             "an activation other than silu": isinstance(layer.mlp, Mlp) and layer.mlp.activation != "silu",
         }
         if names := [name for name, has in found.items() if has]:

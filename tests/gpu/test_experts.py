@@ -9,11 +9,14 @@ from miles_spmd.invariant.expert_kernels import top_k
 from tests.gpu.machine import needs
 from tests.invariant.test_experts import (
     assert_arranged_as_by_a_loop,
-    assert_chosen_as_by_the_trainer,
+    assert_chosen_as_by_megatron,
     assert_mixed_as_by_a_loop,
 )
+from tests.invariant.test_routing import CASES, assert_gradient
+from tests.invariant.test_routing import assert_rows_depend_on_themselves_alone as assert_routed
 from tests.training.test_experts import (
     COUNTS,
+    FORMS,
     assert_as_the_oracle,
     assert_rows_depend_on_themselves_alone,
     assert_tokens_collect_their_rows,
@@ -24,12 +27,20 @@ pytestmark = needs(1)
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("counts", [COUNTS, [0, 1], [0] * 100 + [513, 7] + [64] * 26])
-def test_result_and_gradients(counts: list[int], dtype: torch.dtype, tolerance: float) -> None:
-    assert_as_the_oracle(counts, dtype, "cuda", tolerance)
+@pytest.mark.parametrize("form", FORMS)
+def test_result_and_gradients(form: str, counts: list[int], dtype: torch.dtype, tolerance: float) -> None:
+    assert_as_the_oracle(counts, dtype, "cuda", tolerance, FORMS[form])
 
 
-def test_rows_depend_on_themselves_alone() -> None:
-    assert_rows_depend_on_themselves_alone(torch.bfloat16, "cuda")
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_depend_on_themselves_alone(form: str) -> None:
+    assert_rows_depend_on_themselves_alone(torch.bfloat16, "cuda", FORMS[form])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_routing(name: str) -> None:
+    assert_gradient(CASES[name], "cuda")
+    assert_routed(CASES[name], "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -48,8 +59,8 @@ def test_mixtures(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("softmax_first", [False, True])
-def test_tokens_choose_as_the_trainers(softmax_first: bool) -> None:
-    assert_chosen_as_by_the_trainer(softmax_first, torch.bfloat16, "cuda")
+def test_tokens_choose_as_megatrons(softmax_first: bool) -> None:
+    assert_chosen_as_by_megatron(softmax_first, torch.bfloat16, "cuda")
 
 
 def test_of_equal_values_the_first_is_taken() -> None:

@@ -1,4 +1,4 @@
-"""The Triton kernels of norms, rotary positions, SwiGLU, digests and attention on a GPU, at sizes that models have."""
+"""The Triton kernels of norms, rotary positions, SwiGLU, products, digests and attention on a GPU, at models' sizes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tests.invariant.kernel_checks import (
     check_attention,
     check_digests,
     check_norm,
+    check_product,
     check_rotation,
     check_swiglu,
 )
@@ -32,6 +33,11 @@ def test_rotation(dtype: torch.dtype, heads: int, width: int, rotary_dim: int, i
 @pytest.mark.parametrize("width", [9728, 3072, 100])
 def test_swiglu(dtype: torch.dtype, width: int) -> None:
     check_swiglu("cuda", dtype, 333, width)
+
+
+@pytest.mark.parametrize(("rows", "columns", "depth"), [(5000, 256, 7168), (300, 160, 2048), (70, 40, 200)])
+def test_product(dtype: torch.dtype, rows: int, columns: int, depth: int) -> None:
+    check_product("cuda", dtype, rows, columns, depth)
 
 
 @pytest.mark.parametrize("columns", [2048, 4104, 1301])

@@ -1,4 +1,4 @@
-"""Checks of the Triton kernels of norms, rotary positions, SwiGLU, digests and attention, on any device.
+"""Checks of the Triton kernels of norms, rotary positions, SwiGLU, products, digests and attention, on any device.
 
 ``TRITON_INTERPRET=1 python -m tests.invariant.kernel_checks`` runs all of it on a CPU.
 """
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from miles_spmd.invariant import kernels
+from miles_spmd.invariant.product_kernel import product_fp32
 from miles_spmd.invariant.rope import frequencies, rotary_table
 from miles_spmd.invariant.split_attention import Keys, attend, decode
 from miles_spmd.ledger import digest_kernel as digests
@@ -87,6 +88,17 @@ def check_swiglu(device: str, dtype: torch.dtype, rows: int, width: int) -> None
     near(kernels.swiglu_backward(gradient, x), torch.autograd.grad(expected, exact, gradient.double())[0])
 
 
+def check_product(device: str, dtype: torch.dtype, rows: int, columns: int, depth: int) -> None:
+    """A result in fp32, of which a row depends on nothing else."""
+    x, weight = (randn(n, depth, device=device, dtype=dtype) for n in (rows, columns))
+    found = product_fp32(x, weight)
+    assert found.dtype is torch.float32
+    near(found, x.double() @ weight.double().T)
+    for start, count in ((0, 1), (rows // 3, 3), (rows // 2, rows - rows // 2)):
+        assert torch.equal(product_fp32(x[start : start + count].clone(), weight), found[start : start + count])
+    assert torch.equal(product_fp32(x.float(), weight), product_fp32(x.float(), weight.float()))
+
+
 def check_digests(device: str, dtype: torch.dtype, columns: int) -> None:
     """Two tensors in one launch, one of which holds parts of two checkpoint tensors, have the sums of the CPU code."""
     a, b = randn(70, columns, device="cpu", dtype=dtype), randn(columns, device="cpu", dtype=dtype)
@@ -150,7 +162,8 @@ def main() -> None:
         check_swiglu("cpu", dtype, 3, 300)
         for columns in (304, 301):
             check_digests("cpu", dtype, columns)
-    for heads, width in (((4, 2), 16), ((6, 2), 80)):  # the interpreter has no products in bf16
+    check_product("cpu", torch.float32, 70, 40, 200)  # the interpreter has no products in bf16
+    for heads, width in (((4, 2), 16), ((6, 2), 80)):
         check_attention("cpu", torch.float32, heads, width, 64)
     print("done")
 

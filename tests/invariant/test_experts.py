@@ -1,4 +1,4 @@
-"""Routing against Megatron's function, and mixtures against a plain loop. ``tests/gpu`` runs the same on a GPU."""
+"""Plain routing against Megatron's function, mixtures against a plain loop. ``tests/gpu`` runs the same on a GPU."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from miles_spmd.invariant.expert_kernels import arrange
+from miles_spmd.invariant.expert_kernels import arrange, top_k
 from miles_spmd.invariant.experts import choose, mix
+from miles_spmd.invariant.linear import linear_fp32
+from miles_spmd.models.blocks.experts import Router
 from miles_spmd.platform import cpu
 
 cpu.install()
 
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function  # noqa: E402
-
-from miles_spmd.training.experts import SharedTopK  # noqa: E402
 
 EXPERTS, HIDDEN, WIDTH = 16, 64, 32
 
@@ -23,7 +23,7 @@ EXPERTS, HIDDEN, WIDTH = 16, 64, 32
 def chosen(tokens: int, k: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Return weights and experts chosen by logits with many ties, as bf16 routers have them."""
     logits = torch.randn(tokens, EXPERTS, generator=torch.Generator().manual_seed(tokens)).mul(4).round().to(device)
-    return choose(logits, k, softmax_first=False)
+    return choose(logits, Router(EXPERTS, k, softmax_first=False))
 
 
 def assert_arranged_as_by_a_loop(tokens: int, device: str) -> None:
@@ -59,19 +59,49 @@ def assert_mixed_as_by_a_loop(tokens: int, dtype: torch.dtype, device: str, tole
     assert torch.equal(mix(hidden[some], experts[some], weights[some], gate_up, down), found[some])
 
 
-def assert_chosen_as_by_the_trainer(softmax_first: bool, dtype: torch.dtype, device: str) -> None:
+class FirstOfEqual:
+    """Stands in for Megatron's replay of routing, where Megatron asks for the experts to choose."""
+
+    @staticmethod
+    def get_replay_topk(scores: Tensor, k: int, *_: object) -> tuple[Tensor, Tensor]:
+        experts = top_k(scores.detach(), k)[1]
+        return scores.gather(1, experts), experts
+
+
+def assert_chosen_as_by_megatron(softmax_first: bool, dtype: torch.dtype, device: str) -> None:
+    """And the same bitwise with a gradient, as the trainer chooses."""
     logits = torch.randn(300, 128, generator=torch.Generator().manual_seed(0)).mul(4).to(device, dtype)
     logits[::2].round_()  # with many ties
-    weights, experts = choose(logits, 8, softmax_first)
-    options = {"use_pre_softmax": softmax_first, "router_replay": SharedTopK()}
+    router = Router(128, 8, softmax_first=softmax_first)
+    weights, experts = choose(logits, router)
+    options = {"use_pre_softmax": softmax_first, "router_replay": FirstOfEqual()}
     probabilities, mask = topk_routing_with_score_function(logits.float(), 8, **options)
     assert torch.equal(mask.nonzero()[:, 1].view(-1, 8), experts.sort(1).values)
     assert torch.equal(probabilities.gather(1, experts), weights)
+    again = choose(logits.float().requires_grad_(), router)
+    assert all(map(torch.equal, again, (weights, experts)))
+
+
+def assert_logits_in_fp32(dtype: torch.dtype, device: str) -> None:
+    """Products in fp32 of numbers of any dtype; a row's depend on nothing else."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*s, generator=generator).to(device, dtype) for s in ((300, 200), (70, 200), (70,)))
+    found = linear_fp32(x, weight, bias)
+    assert found.dtype is torch.float32
+    exact = x.double() @ weight.double().T + bias.double()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-4)
+    for start, count in ((0, 1), (17, 3), (250, 50)):
+        assert torch.equal(linear_fp32(x[start : start + count].clone(), weight, bias), found[start : start + count])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_in_fp32(dtype: torch.dtype) -> None:
+    assert_logits_in_fp32(dtype, "cpu")
 
 
 @pytest.mark.parametrize("softmax_first", [False, True])
-def test_tokens_choose_as_the_trainers(softmax_first: bool) -> None:
-    assert_chosen_as_by_the_trainer(softmax_first, torch.float32, "cpu")
+def test_tokens_choose_as_megatrons(softmax_first: bool) -> None:
+    assert_chosen_as_by_megatron(softmax_first, torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("tokens", [1, 50])

@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from miles_spmd.invariant import split_attention
+from miles_spmd.invariant.product_kernel import COLUMNS, DEPTH, ROWS, _product
 from tests.interpreted import ENVIRONMENT
 
 
@@ -43,3 +44,16 @@ def test_attention_multiplies_by_the_same_instructions_in_prefill_and_decode(cap
         products.append(Counter(re.findall(r"(?:wgmma\.mma_async|mma)\.sync\.aligned\.m\d+n\d+k\d+", ptx)))
     assert products[0] == products[1]
     assert products[0].total() > 0
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_products_are_not_rounded_to_tf32(dtype: str) -> None:
+    """Compiled for a GPU: fp32 factors are multiplied as they are, 16-bit ones by tensor cores."""
+    fixed = {"BM": ROWS, "BN": COLUMNS, "BK": DEPTH}
+    numbers = {"x": f"*{dtype}", "weight": f"*{dtype}", "out": "*fp32"}
+    signature = {n: "constexpr" if n in fixed else numbers.get(n, "i32") for n in _product.arg_names}
+    source = ASTSource(_product, signature, constexprs=fixed)
+    ptx = compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    assert "tf32" not in ptx
+    assert ("fma.rn.f32" in ptx) == (dtype == "fp32")
+    assert ("mma" in ptx) == (dtype == "bf16")

@@ -60,6 +60,32 @@ CONFIGS |= {
     "olmo2": ("Olmo2", {}),
     "glm4": ("Glm4", {"head_dim": 16, "pad_token_id": None}),
 }
+CONFIGS |= {
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+        },
+    ),
+    "glm4_moe": (
+        "Glm4Moe",
+        {
+            "first_k_dense_replace": 1,
+            "head_dim": 16,
+            "moe_intermediate_size": 24,
+            "n_group": 2,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "pad_token_id": None,
+            "routed_scaling_factor": 2.5,
+            "topk_group": 1,
+            "use_qk_norm": True,
+        },
+    ),
+}
 CONFIG_CLASSES = {"Gemma3": "Gemma3TextConfig"}
 
 
@@ -98,7 +124,7 @@ def wide(name: str) -> Path:
     """As :func:`checkpoint`, with MLP widths that an engine of two ranks on a CPU does not round up."""
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
-    names = {"intermediate_size", "moe_intermediate_size"} & {*COMMON, *CONFIGS[name][1]}
+    names = {"intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"} & {*COMMON, *CONFIGS[name][1]}
     build(name, **dict.fromkeys(names, 64)).save_pretrained(folder.name)
     return Path(folder.name)
 

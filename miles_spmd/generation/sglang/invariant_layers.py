@@ -21,20 +21,19 @@ from sglang.srt.layers.activation import GeluAndMul, SiluAndMul
 from sglang.srt.layers.layernorm import Gemma3RMSNorm, GemmaRMSNorm, RMSNorm
 from sglang.srt.layers.linear import RowParallelLinear
 from sglang.srt.layers.logits_processor import LogitsProcessor
-from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput, StandardDispatchOutput
-from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK
+from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, UnquantizedLinearMethod
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.layers.utils import MultiPlatformOp
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.model_executor.model_runner import ModelRunner
-from sglang.srt.models import gemma3_causal, qwen3_moe
+from sglang.srt.models import gemma3_causal, qwen2_moe, qwen3_moe
 from torch import Tensor
 from torch.nn import Module
 
 from miles_spmd.generation.sglang import model_blocks
 from miles_spmd.generation.sglang.compilation import Product, compile_beside, compile_products
-from miles_spmd.invariant import experts
+from miles_spmd.generation.sglang.expert_layers import add_gated, describe, mix, route
 from miles_spmd.invariant.linear import linear, tree_sum
 from miles_spmd.invariant.operators import add_rms_norm, geglu, one_more, rms_norm, rotate, softcap, swiglu
 from miles_spmd.models import Family
@@ -47,6 +46,7 @@ _apply = UnquantizedLinearMethod.apply
 _compute_lm_head = LogitsProcessor._compute_lm_head
 _enable_fused_set_kv_buffer = qwen3_moe.enable_fused_set_kv_buffer
 _of_gemma3 = gemma3_causal.Gemma3Attention.forward
+_add_gated = qwen2_moe.fused_gate_sigmoid_mul_add
 _enable_mode = ModelRunner.maybe_enable_batch_invariant_mode
 
 
@@ -65,6 +65,7 @@ def invariant_layers(enabled: bool, family: Family, sum_terms: int) -> Iterator[
     ModelRunner.maybe_enable_batch_invariant_mode = partialmethod(_model_is_built, enabled, family, sum_terms)
     # Keys and values are written into the cache by attention, not by the rotary layer.
     qwen3_moe.enable_fused_set_kv_buffer = (lambda batch: False) if enabled else _enable_fused_set_kv_buffer
+    qwen2_moe.fused_gate_sigmoid_mul_add = add_gated if enabled else _add_gated
     MultiPlatformOp.dispatch_forward = _invariant if enabled else _dispatch
     try:
         yield
@@ -84,9 +85,9 @@ def _invariant(layer: MultiPlatformOp) -> Callable[..., Any]:
     if type(layer) is GeluAndMul:
         return partial(_geglu, layer)
     if type(layer) is TopK:
-        return partial(_route, layer)
+        return partial(route, layer)
     if type(layer) is UnquantizedFusedMoEMethod:
-        return _experts
+        return mix
     return partial(_rotate, layer) if isinstance(layer, RotaryEmbedding) else _dispatch(layer)
 
 
@@ -164,22 +165,10 @@ def _lm_head(processor: LogitsProcessor, cap: float, hidden: Tensor, head: Any, 
     return softcap(logits, cap) if cap else logits
 
 
-def _route(layer: TopK, hidden_states: Tensor, router_logits: Tensor, **_: Any) -> StandardTopKOutput:
-    config = layer.topk_config
-    weights, chosen = experts.choose(router_logits, config.top_k, not config.renormalize)
-    return StandardTopKOutput(weights, chosen, router_logits)
-
-
-def _experts(layer: Any, dispatch_output: StandardDispatchOutput) -> StandardCombineInput:
-    """Return the weighted sum over those of a token's experts that this rank holds."""
-    weights, chosen, _ = dispatch_output.topk_output
-    mixed = experts.mix(dispatch_output.hidden_states, chosen, weights, layer.w13_weight, layer.w2_weight)
-    return StandardCombineInput(mixed)
-
-
 def _model_is_built(runner: ModelRunner, enabled: bool, family: Family, sum_terms: int) -> None:
     model_blocks.adopt(runner.model, family)
     if enabled:
+        describe(runner.model)
         _compile(runner, sum_terms)
     else:
         _enable_mode(runner)

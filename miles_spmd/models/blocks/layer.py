@@ -66,6 +66,19 @@ class Layer:
             "mlp.linear_fc2.weight": f"{mlp}.down_proj.weight",
             "mlp.router.weight": f"{mlp}.gate.weight",
             "mlp.experts.down": f"{mlp}.experts.w2_weight",
+            **self._names_of_experts,
+        }
+
+    @property
+    def _names_of_experts(self) -> dict[str, str]:
+        if not isinstance(mlp := self.mlp, Mixture):
+            return {}
+        shared = f"{mlp.name}.{mlp.shared_name}."
+        return {
+            "mlp.router.expert_bias": f"{mlp.name}.{mlp.bias_name}",
+            "mlp.shared_experts.linear_fc1.weight": f"{shared}gate_up_proj.weight",
+            "mlp.shared_experts.linear_fc2.weight": f"{shared}down_proj.weight",
+            "mlp.shared_experts.gate_weight": f"{mlp.name}.shared_expert_gate.weight",
         }
 
     def pieces(self, name: str, shape: Shape, shards: Shards, backend: Backend) -> Pieces:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from miles_spmd.models.blocks import Attention, Mixture, Mlp
+from miles_spmd.models.blocks.experts import Router
 from miles_spmd.models.family import Family
 
 
@@ -29,8 +30,7 @@ class Mixtral(Mistral):
         return Mixture(
             c["hidden_size"],
             c["intermediate_size"],
-            c["num_local_experts"],
-            c["num_experts_per_tok"],
+            Router(c["num_local_experts"], c["num_experts_per_tok"], softmax_first=False),
             name="block_sparse_moe",
             names=("w1.weight", "w3.weight", "w2.weight"),
         )

@@ -3,17 +3,18 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from miles_spmd.models.blocks import Attention, Mixture, Mlp
+from miles_spmd.models.blocks.experts import Router
 from miles_spmd.models.family import Family
 from miles_spmd.models.hf_config import count_experts
 
-WINDOW = ("max_window_layers", "sliding_window", "use_sliding_window")
+WINDOW: tuple[str, ...] = ("max_window_layers", "sliding_window", "use_sliding_window")
 
 
 class Qwen2(Family):
     """Qwen2 and Qwen2.5: biases on query, key and value projections."""
 
     model_type = "qwen2"
-    fields = WINDOW
+    fields: ClassVar[tuple[str, ...]] = WINDOW
 
     def attention(self, number: int, **differences: Any) -> Attention:
         return super().attention(number, qkv_bias=True)
@@ -56,10 +57,26 @@ class Qwen3Moe(Qwen3):
 
     def mlp(self, number: int) -> Mlp | Mixture:
         c = self.config
-        return Mixture(
-            c["hidden_size"],
-            c["moe_intermediate_size"],
+        router = Router(
+            # the softmax of the chosen logits equals all experts' probabilities divided by the sum of the chosen ones
             count_experts(c),
             c["num_experts_per_tok"],
-            normalize=c.get("norm_topk_prob", False),
+            softmax_first=not c.get("norm_topk_prob", False),
         )
+        return Mixture(c["hidden_size"], c["moe_intermediate_size"], router)
+
+
+class Qwen2Moe(Qwen2):
+    """Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B: a gated shared expert beside the routed ones."""
+
+    model_type = "qwen2_moe"
+    fields: ClassVar[tuple[str, ...]] = (*Qwen3Moe.fields, "qkv_bias", "shared_expert_intermediate_size")
+    required = (*Qwen2.required, "moe_intermediate_size", "num_experts_per_tok", "shared_expert_intermediate_size")
+    unsupported = Qwen3Moe.unsupported
+
+    def mlp(self, number: int) -> Mlp | Mixture:
+        c = self.config
+        router = Router(count_experts(c), c["num_experts_per_tok"], softmax_first=not c.get("norm_topk_prob", False))
+        shared = c["shared_expert_intermediate_size"]
+        sizes = c["hidden_size"], c["moe_intermediate_size"]
+        return Mixture(*sizes, router, shared_size=shared, shared_gate=True, shared_name="shared_expert")

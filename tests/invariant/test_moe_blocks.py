@@ -1,0 +1,43 @@
+"""Whole layers of experts: SGLang's and the trainer's are bitwise equal on every layout, and transformers' are near."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from miles_spmd.platform import cpu
+
+cpu.install()
+
+from tests.invariant import moe_blocks  # noqa: E402
+from tests.ranks import Ranks  # noqa: E402
+from tests.training.cases import EP2, ETP1, SP, TP2  # noqa: E402
+
+EP4 = {"expert_model_parallel_size": 4}
+LAYOUTS = {
+    "1-1": (1, {}, 1),
+    "EP2-1": (2, EP2, 1),
+    "DP2-2": (2, {}, 2),
+    "TP2+SP+EP2-1": (2, TP2 | SP | EP2 | ETP1, 1),
+    "TP2+SP+EP2-2": (2, TP2 | SP | EP2 | ETP1, 2),
+    "TP2+SP+EP4-4": (4, TP2 | SP | EP4 | ETP1, 4),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", moe_blocks.kinds())
+def test_layers(ranks: Ranks, tmp_path: Path, name: str, layout: str) -> None:
+    world, megatron, engine = LAYOUTS[layout]
+    folder = moe_blocks.write_config(tmp_path)
+    for found in ranks.run(world, moe_blocks.compare, name, folder, megatron, engine):
+        assert (found.mismatches, found.batches) == (0, 0)
+        assert max(found.errors.values()) < 2e-6, found.errors
+
+
+@pytest.mark.parametrize(("world", "layout"), [(1, {}), (2, EP2), (2, TP2 | SP)], ids=["1", "EP2", "TP2+SP+ETP2"])
+@pytest.mark.parametrize("name", moe_blocks.kinds())
+def test_without_parity(ranks: Ranks, name: str, world: int, layout: dict[str, object]) -> None:
+    """Where ranks have parts of an expert's width, biases of its second layer are added once."""
+    for errors in ranks.run(world, moe_blocks.errors_of, name, layout):
+        assert max(errors.values()) < 2e-6, errors
