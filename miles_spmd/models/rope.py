@@ -51,7 +51,7 @@ class Rope:
     """
 
     theta: float
-    rotary_dim: int  # the first numbers of a head, which are rotated
+    rotary_dim: int  # how many dimensions of head_dim are rotated, its first
     kind: str = "default"
     interleaved: bool = False  # pairs are neighbours; otherwise ``rotary_dim / 2`` apart
     factor: float = 1.0
@@ -112,9 +112,9 @@ class Rope:
 
 
 def rope_problems(config: dict[str, Any], head_dim: int, *, layer_type: str = "") -> list[str]:
-    """Return messages about everything in a config.json by which there are no rotary positions for heads of
-    ``head_dim`` (0: unknown), or not those that were meant: unknown kinds and parameters, and values that are missing,
-    malformed, or spelled twice and differently. ``layer_type``: as for :meth:`Rope.of`."""
+    """Return messages about everything in a config.json that leaves open which rotary positions were meant: unknown
+    kinds and parameters, and values that are missing, malformed, or spelled twice and differently. ``head_dim``: 0 if
+    it is unknown. ``layer_type``: as for :meth:`Rope.of`."""
     if malformed := malformed_rope(config, layer_type):
         return malformed
     rope, problems = rope_parameters(config, layer_type), differing_spellings(config, layer_type)
