@@ -21,6 +21,7 @@ from miles_spmd.models.rope import Rope, rope_problems
 from tests.generation.conformance import TOLERANCE, prompt, request, run
 from tests.invariant.side_by_side import checkpoint, sequence
 from tests.ranks import Ranks
+from tests.training.cases import build, sequences
 
 CONTEXT, HEAD_DIM = 160, 8
 SCALED = {"factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
@@ -53,8 +54,17 @@ class Alternating(Llama):
 
 
 class Without(Llama):
+    """The first layer has no positions."""
+
     def rope(self, layer: int) -> Rope | None:
         return self._rope if layer else None
+
+
+class Still(Llama):
+    """The first layer's angles are 0, to fp32's precision of their cosines and sines."""
+
+    def rope(self, layer: int) -> Rope | None:
+        return self._rope if layer else Rope(1e4, HEAD_DIM, "linear", factor=1e30)
 
 
 def both(
@@ -156,6 +166,19 @@ def test_layers_with_different_positions(ranks: Ranks, tmp_path: Path, layout: d
     assert [answer[1:] for answer in answers] == [(0, 2)] * len(answers)
     ((found, *_),) = ranks.run(1, both, tmp_path)
     assert found != answers[0][0]
+
+
+def scores(folder: Path, family: type[Llama]) -> list[np.ndarray]:
+    with patch.dict(FAMILIES, {"llama": family}):
+        trainer = build(Config(model={"hf_checkpoint": folder, "dtype": "float32"}, data={"prompt_data": "none"}))
+    return trainer.log_probs([sequences((9, 30))]).log_probs
+
+
+def test_layers_without_positions(ranks: Ranks, tmp_path: Path) -> None:
+    llama(tmp_path, TABLES["linear"])
+    without, still, rotated = (ranks.run(1, scores, tmp_path, family)[0] for family in (Without, Still, Llama))
+    assert all(map(np.array_equal, without, still))
+    assert not any(map(np.array_equal, without, rotated))
 
 
 def refusal(folder: Path, family: type[Llama]) -> str:
