@@ -6,17 +6,22 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
+from miles_spmd.config import Config
+from miles_spmd.models import FAMILIES
 from miles_spmd.models.families.llama import Llama
 from miles_spmd.models.rope import Rope
 from tests.generation.conformance import TOLERANCE
 from tests.invariant.side_by_side import checkpoint
 from tests.models.conformance import both, difference
 from tests.ranks import Ranks
+from tests.training.cases import build, sequences
 
 CONTEXT = 160
 SCALED = {"factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
@@ -48,8 +53,17 @@ class Alternating(Llama):
 
 
 class Without(Llama):
+    """The first layer has no positions."""
+
     def rope(self, layer: int) -> Rope | None:
         return super().rope(layer) if layer else None
+
+
+class Still(Llama):
+    """The first layer's angles are 0, to fp32's precision of their cosines and sines."""
+
+    def rope(self, layer: int) -> Rope | None:
+        return super().rope(layer) if layer else Rope(1e4, 8, "linear", factor=1e30)
 
 
 def llama(folder: Path, table: dict[str, Any]) -> transformers.PreTrainedModel:
@@ -101,6 +115,19 @@ def test_layers_with_different_positions(ranks: Ranks, tmp_path: Path, layout: d
     assert [answer[1:] for answer in answers] == [(0, 2)] * len(answers)
     (found,) = ranks.run(1, both, tmp_path)
     assert found.generated != answers[0].generated
+
+
+def scores(folder: Path, family: type[Llama]) -> list[np.ndarray]:
+    with patch.dict(FAMILIES, {"llama": family}):
+        trainer = build(Config(model={"hf_checkpoint": folder, "dtype": "float32"}, data={"prompt_data": "none"}))
+    return trainer.log_probs([sequences((9, 30))]).log_probs
+
+
+def test_layers_without_positions(ranks: Ranks, tmp_path: Path) -> None:
+    llama(tmp_path, TABLES["linear"])
+    without, still, rotated = (ranks.run(1, scores, tmp_path, family)[0] for family in (Without, Still, Llama))
+    assert all(map(np.array_equal, without, still))
+    assert not any(map(np.array_equal, without, rotated))
 
 
 def refusal(folder: Path, family: type[Llama]) -> str:

@@ -100,6 +100,9 @@ def build(name: str, dtype: torch.dtype = torch.float32, **more: Any) -> transfo
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name or parameter_name.endswith("bias"):
                 parameter.add_(0.1 * torch.randn_like(parameter))
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):
+                buffer.add_(0.1 * torch.randn_like(buffer))
     return model.to(dtype).eval()
 
 
@@ -124,7 +127,10 @@ def wide(name: str) -> Path:
     """As :func:`checkpoint`, with MLP widths that an engine of two ranks on a CPU does not round up."""
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
-    names = {"intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"} & {*COMMON, *CONFIGS[name][1]}
+    names = {"intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"} & {
+        *COMMON,
+        *CONFIGS[name][1],
+    }
     build(name, **dict.fromkeys(names, 64)).save_pretrained(folder.name)
     return Path(folder.name)
 

@@ -49,29 +49,28 @@ def install(model: Module, family: Family, context: int, device: torch.device) -
     SGLang's modules are left as they are: it has them in a cache from which the next engine of this process would get
     them. Raises ValueError for a layer whose module rotates other dimensions or in other pairs than ``family`` says.
     """
-    modules: dict[Rope, RotaryEmbedding] = {}
+    modules: dict[tuple[Rope, int], RotaryEmbedding] = {}
     seen = set()
     for name, attention in model.named_modules():
-        layer = SGLANG_LAYER.match(name + ".")
-        if layer is None or (theirs := attention._modules.get("rotary_emb")) is None:
+        place = SGLANG_LAYER.match(name + ".")
+        if place is None or (layer := attention._modules.get("rotary_emb")) is None:
             continue
-        seen.add(number := int(layer[1]))
-        rope = family.layers[number].attention.rope
+        seen.add(number := int(place[1]))
+        rope = family.rope(number)
         if rope is None:
             raise ValueError(f"SGLang's {name} rotates queries and keys, and this model has no positions there")
-        _compare(name, theirs, rope)
-        if rope not in modules:
-            modules[rope] = _module(rope, theirs, context, device)
-        attention.rotary_emb = modules[rope]
-    if without := [
-        str(n) for n, layer in enumerate(family.layers) if layer.attention.rope is not None and n not in seen
-    ]:
+        _compare(name, layer, rope)
+        key = rope, layer.head_size
+        if key not in modules:
+            modules[key] = _module(rope, layer, context, device)
+        attention.rotary_emb = modules[key]
+    if without := [str(n) for n in range(family.num_layers) if family.rope(n) is not None and n not in seen]:
         raise ValueError(f"SGLang's layers {', '.join(without)} have no rotary positions, which this model requires")
 
 
 def overrides(family: Family) -> dict[str, Any]:
-    """Return what of the rotary positions has to be set in the configuration that SGLang builds its layers from: what
-    its model files read in one of the places only where a config.json may have it, and in one type only."""
+    """Return what has to be set in the configuration that SGLang builds its layers from: the partial rotary factor,
+    which some of its model files look for at the top level only, and a linear factor, which must be a float there."""
     rope = rope_parameters(family.config)
     changed: dict[str, Any] = {}
     if family.config.get("partial_rotary_factor", 1) != rope["partial_rotary_factor"]:
@@ -81,9 +80,9 @@ def overrides(family: Family) -> dict[str, Any]:
     return changed
 
 
-def _compare(name: str, theirs: Any, rope: Rope) -> None:
-    width, neighbours = theirs.rotary_dim, not getattr(theirs, "is_neox_style", True)
-    table = getattr(theirs, "cos_sin_cache", None)
+def _compare(name: str, layer: Any, rope: Rope) -> None:
+    width, neighbours = layer.rotary_dim, not getattr(layer, "is_neox_style", True)
+    table = getattr(layer, "cos_sin_cache", None)
     if (width, neighbours) != (rope.rotary_dim, rope.interleaved) or (table is not None and table.shape[-1] != width):
         raise ValueError(
             f"SGLang's {name} rotates {_pairs(width, neighbours)}, and this model has "
@@ -100,9 +99,9 @@ def _pairs(width: int, neighbours: bool) -> str:
     )
 
 
-def _module(rope: Rope, theirs: Any, context: int, device: torch.device) -> RotaryEmbedding:
-    dtype = getattr(theirs, "dtype", torch.float32)
-    module = RotaryEmbedding(theirs.head_size, rope.rotary_dim, 1, rope.theta, not rope.interleaved, dtype)
+def _module(rope: Rope, layer: Any, context: int, device: torch.device) -> RotaryEmbedding:
+    dtype = getattr(layer, "dtype", torch.float32)
+    module = RotaryEmbedding(layer.head_size, rope.rotary_dim, 1, rope.theta, not rope.interleaved, dtype)
     # Not a buffer: SGLang copies buffers whenever it releases weights, and this table is not released with them.
     del module.cos_sin_cache
     steps = frequencies(rope, context).to(device)

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from miles_spmd.models.families.gemma import Gemma2, Gemma3
-from miles_spmd.models.families.glm import Glm4
+from miles_spmd.models.families.glm import Glm4, Glm4Moe
 from miles_spmd.models.families.llama import Llama
 from miles_spmd.models.families.mistral import Mistral, Mixtral
 from miles_spmd.models.families.olmo import Olmo2
 from miles_spmd.models.families.phi import Phi3
-from miles_spmd.models.families.qwen import Qwen2, Qwen3, Qwen3Moe
+from miles_spmd.models.families.qwen import Qwen2, Qwen2Moe, Qwen3, Qwen3Moe
 from miles_spmd.models.family import Family
 
 FAMILIES: dict[str, type[Family]] = {
     family.model_type: family
-    for family in (Gemma2, Gemma3, Glm4, Llama, Mistral, Mixtral, Olmo2, Phi3, Qwen2, Qwen3, Qwen3Moe)
+    for family in (
+        Gemma2,
+        Gemma3,
+        Glm4,
+        Glm4Moe,
+        Llama,
+        Mistral,
+        Mixtral,
+        Olmo2,
+        Phi3,
+        Qwen2,
+        Qwen2Moe,
+        Qwen3,
+        Qwen3Moe,
+    )
 }
