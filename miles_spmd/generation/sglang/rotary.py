@@ -56,7 +56,7 @@ def install(model: Module, family: Family, context: int, device: torch.device) -
         if place is None or (layer := attention._modules.get("rotary_emb")) is None:
             continue
         seen.add(number := int(place[1]))
-        rope = family.rope(number)
+        rope = family.layers[number].attention.rope
         if rope is None:
             raise ValueError(f"SGLang's {name} rotates queries and keys, and this model has no positions there")
         _compare(name, layer, rope)
@@ -64,7 +64,7 @@ def install(model: Module, family: Family, context: int, device: torch.device) -
         if key not in modules:
             modules[key] = _module(rope, layer, context, device)
         attention.rotary_emb = modules[key]
-    if without := [str(n) for n in range(family.num_layers) if family.rope(n) is not None and n not in seen]:
+    if without := [str(n) for n, block in enumerate(family.layers) if block.attention.rope and n not in seen]:
         raise ValueError(f"SGLang's layers {', '.join(without)} have no rotary positions, which this model requires")
 
 

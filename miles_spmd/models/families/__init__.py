@@ -11,21 +11,6 @@ from miles_spmd.models.families.phi import Phi3
 from miles_spmd.models.families.qwen import Qwen2, Qwen2Moe, Qwen3, Qwen3Moe
 from miles_spmd.models.family import Family
 
-FAMILIES: dict[str, type[Family]] = {
-    family.model_type: family
-    for family in (
-        Gemma2,
-        Gemma3,
-        Glm4,
-        Glm4Moe,
-        Llama,
-        Mistral,
-        Mixtral,
-        Olmo2,
-        Phi3,
-        Qwen2,
-        Qwen2Moe,
-        Qwen3,
-        Qwen3Moe,
-    )
-}
+_DENSE = (Gemma2, Gemma3, Glm4, Llama, Mistral, Olmo2, Phi3, Qwen2, Qwen3)
+_ROUTED = (Glm4Moe, Mixtral, Qwen2Moe, Qwen3Moe)
+FAMILIES: dict[str, type[Family]] = {family.model_type: family for family in (*_DENSE, *_ROUTED)}

@@ -31,21 +31,19 @@ class Qwen3(Family):
         return super().attention(number, qk_norm="head")
 
 
-class Qwen3Moe(Qwen3):
-    """Qwen3-30B-A3B, 235B-A22B: experts in every layer, without shared experts."""
+class _Routed(Family):
+    """Experts in every layer, chosen by the softmax of their logits."""
 
-    model_type = "qwen3_moe"
-    fields = (
+    fields: ClassVar[tuple[str, ...]] = (
         *WINDOW,
         "decoder_sparse_step",
         "mlp_only_layers",
         "moe_intermediate_size",
+        "norm_topk_prob",
         "num_experts",
         "num_experts_per_tok",
         "num_local_experts",
-        "norm_topk_prob",
     )
-    required = (*Qwen3.required, "moe_intermediate_size", "num_experts_per_tok")
 
     def unsupported(self, config: dict[str, Any]) -> list[str]:
         problems = super().unsupported(config)
@@ -55,28 +53,36 @@ class Qwen3Moe(Qwen3):
             problems.append("dense layers between MoE layers are not supported (SGLang routes in every layer)")
         return problems
 
-    def mlp(self, number: int) -> Mlp | Mixture:
+    def mixture(self, **differences: Any) -> Mixture:
         c = self.config
-        router = Router(
-            # the softmax of the chosen logits equals all experts' probabilities divided by the sum of the chosen ones
-            count_experts(c),
-            c["num_experts_per_tok"],
-            softmax_first=not c.get("norm_topk_prob", False),
-        )
-        return Mixture(c["hidden_size"], c["moe_intermediate_size"], router)
+        # the softmax of the chosen logits equals all experts' probabilities divided by the sum of the chosen ones
+        first = not c.get("norm_topk_prob", False)
+        router = Router(count_experts(c), c["num_experts_per_tok"], softmax_first=first)
+        return Mixture(c["hidden_size"], c["moe_intermediate_size"], router, **differences)
 
 
-class Qwen2Moe(Qwen2):
+class Qwen3Moe(_Routed, Qwen3):
+    """Qwen3-30B-A3B, 235B-A22B: no shared experts."""
+
+    model_type = "qwen3_moe"
+    fields = _Routed.fields
+    required = (*Qwen3.required, "moe_intermediate_size", "num_experts_per_tok")
+
+    def mlp(self, number: int) -> Mlp | Mixture:
+        return self.mixture()
+
+
+class Qwen2Moe(_Routed, Qwen2):
     """Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B: a gated shared expert beside the routed ones."""
 
     model_type = "qwen2_moe"
-    fields: ClassVar[tuple[str, ...]] = (*Qwen3Moe.fields, "qkv_bias", "shared_expert_intermediate_size")
+    fields = (*_Routed.fields, "qkv_bias", "shared_expert_intermediate_size")
     required = (*Qwen2.required, "moe_intermediate_size", "num_experts_per_tok", "shared_expert_intermediate_size")
-    unsupported = Qwen3Moe.unsupported
+
+    def unsupported(self, config: dict[str, Any]) -> list[str]:
+        biases = [] if config.get("qkv_bias", True) is True else ["qkv_bias must be true"]
+        return super().unsupported(config) + biases
 
     def mlp(self, number: int) -> Mlp | Mixture:
-        c = self.config
-        router = Router(count_experts(c), c["num_experts_per_tok"], softmax_first=not c.get("norm_topk_prob", False))
-        shared = c["shared_expert_intermediate_size"]
-        sizes = c["hidden_size"], c["moe_intermediate_size"]
-        return Mixture(*sizes, router, shared_size=shared, shared_gate=True, shared_name="shared_expert")
+        size = self.config["shared_expert_intermediate_size"]
+        return self.mixture(shared_size=size, shared_gate=True, shared_name="shared_expert")
