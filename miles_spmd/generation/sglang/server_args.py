@@ -50,6 +50,8 @@ def build_server_args(
         "enable_memory_saver": on_gpu,
         **_ONLY,
     }
+    if invariant or not on_gpu:
+        fixed["disable_hybrid_swa_memory"] = True  # our attention finds the keys of all layers by one table of slots
     defaults: dict[str, Any] = {"grammar_backend": "none"}
     if on_gpu:
         # Capturing graphs of prefills takes a minute for few batches; SGLang would capture three times as many graphs
