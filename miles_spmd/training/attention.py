@@ -20,30 +20,45 @@ import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, set_tensor_model_parallel_attributes
 from megatron.core.transformer import MegatronModule
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from miles_spmd.invariant.attention import Attention, packed_attention
-from miles_spmd.invariant.flash import flash_attention
+from miles_spmd.invariant.flash import Longest, Starts, flash_attention
 from miles_spmd.invariant.operators import rotate
+from miles_spmd.invariant.split_attention import FEWEST
 from miles_spmd.models import blocks
+from miles_spmd.models.attention import PLAIN, Form
 from miles_spmd.models.rope import Rope
 from miles_spmd.training.megatron_config import NetworkConfig
 
 # From query, key, value, where blocks start in the streams of queries and of keys (int32 [B + 1] each), the most
-# queries and keys of a block, and the scale of scores: as :func:`miles_spmd.invariant.flash.flash_attention`.
-BlockAttention = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], tuple[int, int], float], Tensor]
+# queries and keys of a block, the scale of scores, the form and the sinks: as
+# :func:`miles_spmd.invariant.flash.flash_attention`.
+BlockAttention = Callable[[Tensor, Tensor, Tensor, Starts, Longest, float, Form, Tensor | None], Tensor]
 
 
 def _varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, starts: tuple[Tensor, Tensor], longest: tuple[int, int], scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Starts,
+    longest: Longest,
+    scale: float,
+    form: Form,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """torch's variable-length flash attention (CUDA). Its causal mask aligns the last query with the last key."""
+    """torch's variable-length flash attention (CUDA). Its causal mask aligns the last query with the last key. It has
+    neither soft-caps nor sinks: ours, which has, computes these."""
     from torch.nn.attention.varlen import varlen_attn  # takes grouped queries as they are
 
+    if form.softcap or sinks is not None:
+        return flash_attention(query, key, value, starts, longest, scale, form, sinks, split=FEWEST)
     tensors = query.contiguous(), key.contiguous(), value.contiguous()
-    return varlen_attn(*tensors, *starts, *longest, window_size=(-1, 0), scale=scale)  # type: ignore[return-value]
+    window = form.window - 1, 0  # keys before the query and behind it; -1: all
+    return varlen_attn(*tensors, *starts, *longest, window_size=window, scale=scale)  # type: ignore[return-value]
 
 
 @dataclass
@@ -56,18 +71,25 @@ class Blocks:
     kernel: Attention | None = None  # chosen when the first layer attends, then used by all layers
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, on_gpu: BlockAttention = _varlen_attention
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        form: Form = PLAIN,
+        sinks: Tensor | None = None,
+        on_gpu: BlockAttention = _varlen_attention,
     ) -> Tensor:
         """Return [T, H, D] from ``query`` [T, H, D] and the blocks' keys and values [sum of key_lengths, G, D].
 
-        ``on_gpu``: the attention of 16-bit numbers on a GPU.
+        ``form`` and ``sinks`` [H]: of this layer; ``on_gpu``: the attention of 16-bit numbers on a GPU.
         """
         if self.kernel is None:
             if query.is_cuda and query.dtype != torch.float32:  # flash attention takes 16-bit numbers only
                 self.kernel = self._on_gpu(query.device, on_gpu)
             else:
                 self.kernel = packed_attention(self.query_lengths, self.key_lengths, query, key)
-        return self.kernel(query, key, value, scale)
+        return self.kernel(query, key, value, scale, form, sinks)
 
     def _on_gpu(self, device: torch.device, attention: BlockAttention) -> Attention:
         lengths = self.query_lengths, self.key_lengths
@@ -76,7 +98,14 @@ class Blocks:
             torch.from_numpy(np.concatenate([[0], np.cumsum(n)]).astype(np.int32)).to(device) for n in lengths
         )
         longest = int(lengths[0].max()), int(lengths[1].max())
-        return lambda query, key, value, scale: attention(query, key, value, (query_starts, key_starts), longest, scale)
+        starts = query_starts, key_starts
+
+        def attend(
+            query: Tensor, key: Tensor, value: Tensor, scale: float, form: Form = PLAIN, sinks: Tensor | None = None
+        ) -> Tensor:
+            return attention(query, key, value, starts, longest, scale, form, sinks)
+
+        return attend
 
 
 @dataclass
@@ -117,15 +146,26 @@ def make_blocks(lengths: Sequence[int] | np.ndarray, cp_rank: int, cp_size: int,
 class PackedAttention(MegatronModule):
     """Megatron's ``core_attention`` for packed streams, which also applies rotary positions to queries and keys.
 
-    Megatron would apply them with one slice and one table per sequence and layer.
+    Megatron would apply them with one slice and one table per sequence and layer. ``form``: what the layer's attention
+    computes; ``softmax_offset`` [heads of this rank]: its sinks, a parameter of Megatron's name.
     """
 
     def __init__(
         self, config: NetworkConfig, pg_collection: ProcessGroupCollection, attention: blocks.Attention, **_: Any
     ) -> None:
         super().__init__(config)
-        self.rope, self.scale = attention.rope, attention.score_scale
-        self.cp_group = pg_collection.cp
+        self.rope, self.scale, self.form = attention.rope, attention.score_scale, attention.form
+        self.cp_group, self.tp_group = pg_collection.cp, pg_collection.tp
+        self.register_parameter("softmax_offset", None)
+        if attention.sinks:
+            self.softmax_offset = torch.nn.Parameter(
+                torch.zeros(
+                    attention.num_heads // self.tp_group.size(),
+                    dtype=config.params_dtype,
+                    device=None if config.use_cpu_initialization else torch.cuda.current_device(),
+                )
+            )
+            set_tensor_model_parallel_attributes(self.softmax_offset, is_parallel=True, dim=0, stride=1)
         self.on_gpu: BlockAttention = _varlen_attention
         if config.invariant:  # the attention that an engine with :mod:`miles_spmd.invariant` shares
             self.on_gpu = functools.partial(flash_attention, split=config.split_keys)
@@ -143,4 +183,20 @@ class PackedAttention(MegatronModule):
             # gradients of the keys that they all have read.
             pair = gather_from_sequence_parallel_region(torch.stack((key, value), 1), group=self.cp_group)
             key, value = pair.index_select(0, blocks.key_index).unbind(1)
-        return blocks.attend(query, key, value, self.scale, self.on_gpu).flatten(1)
+        return blocks.attend(query, key, value, self.scale, self.form, self.softmax_offset, self.on_gpu).flatten(1)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Return the sinks as a checkpoint stores them: cut over tensor-parallel ranks."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )

@@ -1,5 +1,5 @@
 """SGLang on a CPU, attending by our Triton kernels in Triton's interpreter: prompts read in chunks, shared prefixes and
-decoded tokens against transformers.
+decoded tokens against transformers; then windows, soft-caps and sinks in float64.
 
 ``TRITON_INTERPRET=1 python -m tests.generation.split_attention_checks`` runs it.
 """
@@ -22,6 +22,7 @@ from sglang.srt.layers.attention.attention_registry import register_attention_ba
 from miles_spmd.generation.sglang import cpu_attention, split_attention_backend  # noqa: E402
 from miles_spmd.invariant import split_attention  # noqa: E402
 from tests.generation import checkpoints, conformance  # noqa: E402
+from tests.generation.test_cpu_attention import DECODES, FORMS, attend  # noqa: E402
 
 
 def main() -> None:
@@ -47,6 +48,9 @@ def main() -> None:
             outputs = conformance.run(engine, asked)
             for one in asked:
                 assert conformance.difference(reference, one, outputs[one.rid]) < conformance.TOLERANCE, one
+            for layer in FORMS:
+                attend(runner, [(37, 1), (0, 40), (120, 7)], False, *layer)
+                attend(runner, DECODES[-1], True, *layer)
     print("done")
 
 

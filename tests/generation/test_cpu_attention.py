@@ -9,18 +9,21 @@ from typing import Any
 import torch
 
 from miles_spmd.invariant.attention import PaddedAttention
+from miles_spmd.models.attention import PLAIN, Form
 from tests.generation.conformance import engine_of
+from tests.invariant import attention_oracle
 from tests.invariant.both_ways import both_ways, kernels
 from tests.ranks import Ranks
 
 Lengths = list[tuple[int, int]]  # (already cached, new) per request
 
 
-def attend(runner: Any, lengths: Lengths, decoding: bool) -> None:
+def attend(runner: Any, lengths: Lengths, decoding: bool, form: Form = PLAIN, with_sinks: bool = False) -> None:
     """Random queries, keys and values; request i owns scattered cache slots, like after hours of traffic."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     layer, backend, pool = runner.model.model.layers[1].self_attn.attn, runner.attn_backend, runner.token_to_kv_pool
+    layer.sliding_window_size, layer.logit_cap = form.window - 1, form.softcap  # SGLang's do not count the query
     heads, kv_heads, dim = layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim
     table = runner.req_to_token_pool.req_to_token
     generator = torch.Generator().manual_seed(len(lengths))
@@ -43,6 +46,7 @@ def attend(runner: Any, lengths: Lengths, decoding: bool) -> None:
             buffer[mine[:cached]] = tensor[:cached]
     batch = SimpleNamespace(
         forward_mode=ForwardMode.DECODE if decoding else ForwardMode.EXTEND,
+        seq_lens=torch.tensor(totals),
         seq_lens_cpu=torch.tensor(totals),
         extend_seq_lens_cpu=[new for _, new in lengths],
         req_pool_indices=rows,
@@ -50,19 +54,13 @@ def attend(runner: Any, lengths: Lengths, decoding: bool) -> None:
     )
     q = random(sum(new for _, new in lengths), heads * dim)
     new_k, new_v = (torch.cat([t[cached:] for t, (cached, _) in zip(tensors, lengths)]) for tensors in (k, v))
+    sinks = random(heads).bfloat16() if with_sinks else None  # SGLang's dtype of them
     backend.init_forward_metadata(batch)
-    out = backend.forward(q, new_k, new_v, layer, batch).view(-1, heads, dim)
+    out = backend.forward(q, new_k, new_v, layer, batch, **({"sinks": sinks} if with_sinks else {}))
 
-    token = 0
-    for (cached, new), keys, values in zip(lengths, k, v):
-        for position in range(cached, cached + new):
-            for head in range(heads):
-                shared = head // (heads // kv_heads)
-                seen = keys[: position + 1, shared].double()
-                scores = seen @ q.view(-1, heads, dim)[token, head].double() * layer.scaling
-                expected = scores.softmax(0) @ values[: position + 1, shared].double()
-                torch.testing.assert_close(out[token, head].double(), expected, atol=2e-6, rtol=0)
-            token += 1
+    queries = q.view(-1, heads, dim).split([new for _, new in lengths])
+    expected = [attention_oracle.attention(*part, layer.scaling, form, sinks)[0] for part in zip(queries, k, v)]
+    torch.testing.assert_close(out.view(-1, heads, dim).double(), torch.cat(expected), atol=2e-6, rtol=0)
 
 
 EXTENDS: list[Lengths] = [
@@ -72,6 +70,7 @@ EXTENDS: list[Lengths] = [
     [(37, 1), (0, 1), (36, 2), (3, 90), (0, 31), (120, 7)],
     [(i, 3) for i in range(0, 60, 4)],
 ]
+FORMS = [(Form(1), False), (Form(33), True), (Form(0, 2.0), False), (Form(500, 2.0), True)]  # and whether with sinks
 DECODES: list[Lengths] = [[(0, 1)], [(i, 1) for i in range(70)], [(159, 1), (31, 1), (32, 1), (63, 1), (64, 1)]]
 
 
@@ -85,6 +84,9 @@ def attend_all(folders: list[Path], with_kernels: bool) -> None:
             attend(runner, lengths, decoding=False)
         for lengths in DECODES:
             attend(runner, lengths, decoding=True)
+        for layer in FORMS:
+            attend(runner, EXTENDS[-2], False, *layer)
+            attend(runner, DECODES[-1], True, *layer)
         assert isinstance(runner.attn_backend.attention, PaddedAttention) != with_kernels
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from miles_spmd.models.attention import Form
 from tests.gpu.machine import needs
 from tests.invariant.kernel_checks import (
     DTYPES,
+    FORMS,
     check_attention,
     check_digests,
     check_norm,
@@ -51,3 +53,12 @@ def test_digests(dtype: torch.dtype, columns: int) -> None:
 @pytest.mark.parametrize("split", [64, 1024])
 def test_attention(dtype: torch.dtype, heads: tuple[int, int], width: int, split: int) -> None:
     check_attention("cuda", dtype, heads, width, split)
+
+
+@pytest.mark.parametrize(("form", "with_sinks"), [*FORMS, (Form(1500, 50.0), True)])
+@pytest.mark.parametrize(("heads", "width"), [((64, 8), 64), ((16, 8), 256)])
+@pytest.mark.parametrize("split", [64, 1024])
+def test_forms_of_attention(
+    dtype: torch.dtype, heads: tuple[int, int], width: int, split: int, form: Form, with_sinks: bool
+) -> None:
+    check_attention("cuda", dtype, heads, width, split, form, with_sinks)

@@ -13,8 +13,10 @@ import torch
 from miles_spmd.bench.run import bench_config
 from miles_spmd.config.load import load_config
 from miles_spmd.invariant.flash import flash_attention
+from miles_spmd.models.attention import PLAIN, Form
 from miles_spmd.models.random import write_random_checkpoints
 from miles_spmd.telemetry.metrics import phase_times
+from miles_spmd.training.attention import _varlen_attention
 from tests.gpu.machine import measured, needs
 from tests.gpu.test_grpo import train
 from tests.invariant.side_by_side import train_and_compare
@@ -90,13 +92,23 @@ def test_products_of_ranks(rows: int) -> None:
 
 
 @needs(1)
-def test_gradients_of_both_attentions() -> None:
-    """Of FlashAttention 3 and of ours, which share a backward pass and not what it starts from."""
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("form", [PLAIN, Form(200), Form(200, 5.0), Form(0, 5.0)])
+def test_gradients_of_all_attentions(form: Form, with_sinks: bool) -> None:
+    """Of FlashAttention 3, of ours, which shares a backward pass with it and not what that starts from, and of torch's
+    where bitwise parity is off."""
     lengths = torch.tensor([0, 1500, 1, 700], device="cuda").cumsum(0).int()
     tensors = [torch.randn(2201, heads, 128, device="cuda").bfloat16().requires_grad_() for heads in (16, 8, 8)]
-    where = (lengths, lengths), (1500, 1500), 128**-0.5
-    outs = flash_attention(*tensors, *where), flash_attention(*tensors, *where, 1024)
+    sinks = torch.randn(16, device="cuda").bfloat16().requires_grad_() if with_sinks else None
+    where = (lengths, lengths), (1500, 1500), 128**-0.5, form, sinks
+    outs = (
+        flash_attention(*tensors, *where),
+        flash_attention(*tensors, *where, split=1024),
+        _varlen_attention(*tensors, *where),
+    )
     gradient = torch.randn_like(outs[0])
-    theirs, ours = ([out, *torch.autograd.grad(out, tensors, gradient)] for out in outs)
-    for their, our in zip(theirs, ours, strict=True):
-        torch.testing.assert_close(our, their, rtol=2**-6, atol=2**-6 * float(their.abs().max()))
+    inputs = [*tensors, *([sinks] if with_sinks else [])]
+    expected, *others = ([out, *torch.autograd.grad(out, inputs, gradient)] for out in outs)
+    for found in others:
+        for their, our in zip(expected, found, strict=True):
+            torch.testing.assert_close(our, their, rtol=2**-6, atol=2**-6 * float(their.abs().max()))

@@ -13,13 +13,17 @@ from miles_spmd.invariant import kernels
 from miles_spmd.invariant.product_kernel import product_fp32
 from miles_spmd.invariant.rope import frequencies, rotary_table
 from miles_spmd.invariant.split_attention import Keys, attend, decode
+from miles_spmd.invariant.split_attention_backward import backward
 from miles_spmd.ledger import digest_kernel as digests
 from miles_spmd.ledger.rectangles import parts
 from miles_spmd.ledger.tensor_sums import TensorSums
+from miles_spmd.models.attention import PLAIN, Form
 from miles_spmd.models.layout import Piece, TensorLayout, whole
 from miles_spmd.models.rope import Rope
+from tests.invariant import attention_oracle
 
 DTYPES = (torch.float32, torch.bfloat16)
+FORMS = ((Form(20), False), (Form(1, 2.0), True), (Form(1000, 30.0), True))  # and whether with sinks
 
 
 def near(actual: Tensor, expected: Tensor) -> None:
@@ -116,39 +120,62 @@ def check_digests(device: str, dtype: torch.dtype, columns: int) -> None:
         assert torch.equal(sums.cpu(), expected)
 
 
-def check_attention(device: str, dtype: torch.dtype, heads: tuple[int, int], width: int, split: int) -> None:
-    """Compare a packed sequence's rows with an oracle; the same rows decoded from pages of a cache are bitwise
-    equal."""
+def check_attention(
+    device: str,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    width: int,
+    split: int,
+    form: Form = PLAIN,
+    with_sinks: bool = False,
+) -> None:
+    """Compare a packed sequence's rows and gradients with an oracle; the same rows decoded from pages of a cache are
+    bitwise equal, and what lies before a window is not read."""
     lengths = [split + 5, 1, 2 * split, 2 * split - 1, 7]
     tokens, (h, g), scale = sum(lengths), heads, width**-0.5
     query, key, value = (randn(tokens, n, width, device=device, dtype=dtype) for n in (h, g, g))
+    sinks = randn(h, device=device, dtype=dtype) if with_sinks else None
     starts = torch.tensor([0, *lengths], device=device).cumsum(0).int()
     counts, begin = torch.tensor(lengths, dtype=torch.int32, device=device), starts[:-1].long()
     in_order = torch.arange(tokens, dtype=torch.int32, device=device)
-    out, lse = attend(query, Keys(key, value, counts, in_order, begin), starts, max(lengths), scale, split)
+    layer = scale, split, form, sinks
+    out, lse = attend(query, Keys(key, value, counts, in_order, begin), starts, max(lengths), *layer)
+    if form.window > max(lengths):
+        unlimited = scale, split, form._replace(window=0), sinks
+        again, _ = attend(query, Keys(key, value, counts, in_order, begin), starts, max(lengths), *unlimited)
+        assert device != "cpu" or torch.equal(again, out), "a window that hides nothing"
+    gradient = randn(tokens, h, width, device=device, dtype=dtype)
+    longest = max(lengths), max(lengths)
+    found = backward(gradient, query, key, value, out, lse, (starts, starts), longest, scale, form)
+    theirs = []
     for first, length in zip(begin.tolist(), lengths):
         part = slice(first, first + length)
-        keys, values = (x[part].double().repeat_interleave(h // g, 1) for x in (key, value))
-        scores = torch.einsum("qhd,khd->hqk", query[part].double(), keys) * scale
-        scores = scores.masked_fill(torch.ones(length, length, device=device).triu(1).bool(), -torch.inf)
-        near(out[part], torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
-        near(lse[:, part], scores.logsumexp(-1))
+        exact = [x[part].double().requires_grad_() for x in (query, key, value)]
+        expected, sums = attention_oracle.attention(*exact, scale, form, sinks)
+        near(out[part], expected.detach())
+        near(lse[:, part], sums.detach())
+        theirs.append(torch.autograd.grad(expected, exact, gradient[part].double()))
+    for ours, parts_of_theirs in zip(found, zip(*theirs)):  # of all at once: those of a sequence of one token are 0
+        near(ours, torch.cat(parts_of_theirs))
 
     slots = torch.randperm(2 * tokens, generator=torch.Generator().manual_seed(0))[:tokens].to(device)
     cache = randn(2, 2 * tokens, g, width, device=device, dtype=dtype)
     cache[:, slots] = torch.stack((key, value))
+    for end, length in zip(starts[1:].tolist(), lengths):
+        if form.window:  # of the five last queries
+            cache[:, slots[end - length : max(end - form.window - 4, end - length)]] = torch.nan
     table = torch.zeros(len(lengths), max(lengths) + 3, dtype=torch.int32, device=device)
     for row, first, length in zip(table, begin.tolist(), lengths):
         row[:length] = slots[first : first + length]
     row_starts = torch.arange(len(lengths), device=device) * table.stride(0)
     pages = Keys(*cache, counts, table.view(-1), row_starts)
     last = (starts[1:] - 1).long()
-    decoded = decode(query[last], pages, 3 * split, scale, split)
+    decoded = decode(query[last], pages, 3 * split, *layer)
     assert torch.equal(decoded, out[last]), "decoded"
     tails = [min(5, length) for length in lengths]  # as in chunked prefill
     rows = torch.cat([torch.arange(end - tail + 1, end + 1) for end, tail in zip(last.tolist(), tails)]).to(device)
     chunks = torch.tensor([0, *tails], device=device).cumsum(0).int()
-    assert torch.equal(attend(query[rows], pages, chunks, 5, scale, split)[0], out[rows]), "in chunks"
+    assert torch.equal(attend(query[rows], pages, chunks, 5, *layer)[0], out[rows]), "in chunks"
 
 
 def main() -> None:
@@ -164,7 +191,9 @@ def main() -> None:
             check_digests("cpu", dtype, columns)
     check_product("cpu", torch.float32, 70, 40, 200)  # the interpreter has no products in bf16
     for heads, width in (((4, 2), 16), ((6, 2), 80)):
-        check_attention("cpu", torch.float32, heads, width, 64)
+        check_attention("cpu", torch.float32, heads, width, 32)
+    for form, with_sinks in FORMS:
+        check_attention("cpu", torch.float32, (4, 2), 16, 32, form, with_sinks)
     print("done")
 
 

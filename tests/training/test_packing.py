@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from miles_spmd.invariant.attention import PaddedAttention
+from miles_spmd.models.attention import PLAIN, Form
 from miles_spmd.training.attention import make_blocks
 from miles_spmd.training.packing import pack, scatter, split, stream_length
 from miles_spmd.training.parallel import Coordinates
+from tests.invariant import attention_oracle
 from tests.invariant.both_ways import both_ways, kernels
 from tests.training.cases import sequences
 
@@ -85,29 +87,21 @@ def test_arrays_must_fit_their_sequence() -> None:
         pack([empty], ALONE, CPU, 8)
 
 
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """[T, H, D] of one whole sequence, head by head, in float64."""
-    group = query.shape[1] // key.shape[1]
-    out = torch.empty_like(query, dtype=torch.float64)
-    for head in range(query.shape[1]):
-        q, k, v = query[:, head].double(), key[:, head // group].double(), value[:, head // group].double()
-        scores = (q @ k.T * scale).masked_fill(torch.ones(len(q), len(q)).triu(1).bool(), -torch.inf)
-        out[:, head] = scores.softmax(-1) @ v
-    return out
-
-
 @both_ways
 @settings(max_examples=25, deadline=None)
-@given(lengths_of_a_batch, st.sampled_from([1, 2, 4]))
-def test_attention(with_kernels: bool, lengths: list[int], cp_size: int) -> None:
-    """Values and gradients of each context-parallel rank's queries over all ranks' keys."""
+@given(lengths_of_a_batch, st.sampled_from([1, 2, 4]), st.sampled_from([PLAIN, Form(1), Form(7), Form(20, 2.0)]))
+def test_attention(with_kernels: bool, lengths: list[int], cp_size: int, form: Form) -> None:
+    """Values and gradients of each context-parallel rank's queries over all ranks' keys: its blocks have keys before
+    their queries, and windows that begin anywhere."""
     whole = [-(-n // (2 * cp_size)) * 2 * cp_size for n in lengths]
     generator = torch.Generator().manual_seed(sum(lengths))
     q, k, v, g = (torch.randn(sum(whole), heads, 8, generator=generator) for heads in (4, 2, 2, 4))
     for x in (q, k, v):
         x.requires_grad_()
     starts = [0, *itertools.accumulate(whole)]
-    expected = torch.cat([plain_attention(q[a:b], k[a:b], v[a:b], 0.3) for a, b in itertools.pairwise(starts)])
+    layer = 0.3, form, torch.randn(4, generator=generator)
+    parts = [[x[a:b] for x in (q, k, v)] for a, b in itertools.pairwise(starts)]
+    expected = torch.cat([attention_oracle.attention(*part, *layer)[0] for part in parts])
     gradients = torch.autograd.grad((expected * g).sum(), (q, k, v))
 
     mine = [zigzag(starts, rank, cp_size) for rank in range(cp_size)]
@@ -119,7 +113,7 @@ def test_attention(with_kernels: bool, lengths: list[int], cp_size: int) -> None
         if blocks.key_index is not None:
             keys, values = keys[blocks.key_index], values[blocks.key_index]
         with kernels(with_kernels):
-            actual = blocks.attend(q[mine[rank]], keys, values, 0.3)
+            actual = blocks.attend(q[mine[rank]], keys, values, *layer)
         assert isinstance(blocks.kernel, PaddedAttention) != with_kernels
         torch.testing.assert_close(actual.double(), expected[mine[rank]], rtol=1e-5, atol=1e-5)
         total = total + (actual * g[mine[rank]]).sum()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
@@ -11,6 +11,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
+from miles_spmd.generation.sglang.attention_form import form_of
 from miles_spmd.invariant.attention import Attention, packed_attention
 
 if TYPE_CHECKING:
@@ -50,13 +51,15 @@ class BatchedCpuAttention(TorchNativeAttnBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
-        **_: Any,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Write new k and v [tokens, kv_heads, dim] into the cache and attend; q and result [tokens, heads * dim].
 
-        ``layer`` is causal self-attention over the whole context: the families refuse everything else."""
+        ``layer`` is causal self-attention, of one of the forms: the families refuse everything else. ``sinks`` [heads].
+        """
         pool = self.token_to_kv_pool
         if save_kv_cache:
             pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         keys, values = pool.get_kv_buffer(layer.layer_id)
-        return self.attention(q.view(len(q), -1, layer.head_dim), keys, values, layer.scaling).view(len(q), -1)
+        query = q.view(len(q), -1, layer.head_dim)
+        return self.attention(query, keys, values, layer.scaling, form_of(layer), sinks).flatten(1)

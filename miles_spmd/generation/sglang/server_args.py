@@ -53,6 +53,8 @@ def build_server_args(
         "disable_shared_experts_fusion": True,  # they have parameters of their own, and are no experts of the router's
         **_ONLY,
     }
+    if invariant or not on_gpu:
+        fixed["disable_hybrid_swa_memory"] = True  # our attention finds the keys of all layers by one table of slots
     defaults: dict[str, Any] = {"grammar_backend": "none"}
     if on_gpu:
         # Capturing graphs of prefills takes a minute for few batches; SGLang would capture three times as many graphs

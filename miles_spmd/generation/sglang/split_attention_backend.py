@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from torch import Tensor
 
+from miles_spmd.generation.sglang.attention_form import form_of
 from miles_spmd.invariant.split_attention import Keys, attend, decode, part_length
 
 if TYPE_CHECKING:
@@ -62,14 +63,15 @@ class SplitAttention(AttentionBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
-        **_: Any,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """Write new k and v [tokens, kv_heads, dim] into the cache and attend; q and result [tokens, heads * dim]."""
+        """Write new k and v [tokens, kv_heads, dim] into the cache and attend; q and result [tokens, heads * dim].
+        ``sinks`` [heads]."""
         if save_kv_cache:
             self._pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         keys, values = self._pool.get_kv_buffer(layer.layer_id)
         held = Keys(keys, values, forward_batch.seq_lens, self._table.view(-1), self._slot_at)
-        query, where = q.view(len(q), -1, layer.head_dim), (layer.scaling, self._split)
+        query, what = q.view(len(q), -1, layer.head_dim), (layer.scaling, self._split, form_of(layer), sinks)
         if forward_batch.forward_mode.is_decode():
-            return decode(query, held, self._longest, *where).flatten(1)
-        return attend(query, held, self._starts, self._most, *where)[0].flatten(1)
+            return decode(query, held, self._longest, *what).flatten(1)
+        return attend(query, held, self._starts, self._most, *what)[0].flatten(1)

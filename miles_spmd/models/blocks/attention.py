@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from miles_spmd.models.blocks.block import Backend, Block, Elements, Pieces, Shape, Shard, Shards, Sizes
+from miles_spmd.models.attention import Form
+from miles_spmd.models.blocks.block import Backend, Block, Elements, Pieces, Shape, Shard, Shards, Sizes, share
 from miles_spmd.models.layout import Span, stack, window
 from miles_spmd.models.rope import Rope
 
@@ -31,12 +32,18 @@ class Attention(Block):
     """Number of most recent keys that a query sees, itself included; 0: all."""
     softcap: float = 0.0
     """Scores s become softcap * tanh(s / softcap); 0: they stay."""
+    sinks: bool = False
+    """A learnable logit of each head joins the softmax and has no value."""
     fused: bool = False
     """The checkpoint has one matrix ``qkv_proj`` in place of three."""
 
     @property
     def score_scale(self) -> float:
         return self.scale or self.head_dim**-0.5
+
+    @property
+    def form(self) -> Form:
+        return Form(self.window, self.softcap)
 
     @property
     def q_width(self) -> int:
@@ -59,6 +66,8 @@ class Attention(Block):
             wide = self.qk_norm == "width"
             tensors["self_attn.q_norm.weight"] = (self.q_width if wide else self.head_dim,)
             tensors["self_attn.k_norm.weight"] = (self.kv_width if wide else self.head_dim,)
+        if self.sinks:
+            tensors["self_attn.sinks"] = (self.num_heads,)
         tensors["self_attn.o_proj.weight"] = (self.hidden_size, self.q_width)
         return tensors
 
@@ -73,6 +82,8 @@ class Attention(Block):
                 return stack(placed, (self.hidden_size,) if leaf == "weight" else ())
             case "self_attn.o_proj.weight":
                 return self.column_shard(name, shards.tp)
+            case "self_attn.sinks" if self.sinks:
+                return stack(share(name, self.num_heads, shards.tp), ())
         return self.whole(name)
 
     def _interleaved(self, tp: Shard) -> list[Span]:
@@ -109,7 +120,8 @@ class Attention(Block):
         each = self.hidden_size + self.qkv_bias
         projections = each * self.q_width // sizes.tp + 2 * each * self.kv_width // kv_ranks
         norms = sum(prod(shape) for name, shape in self.tensors().items() if "_norm." in name)
-        return Elements(projections + self.hidden_size * self.q_width // sizes.tp + norms)
+        sinks = self.num_heads // sizes.tp if self.sinks else 0
+        return Elements(projections + self.hidden_size * self.q_width // sizes.tp + norms + sinks)
 
     def activations(self, sizes: Sizes, recomputes: bool) -> int:
         """Of q, k, v and the attention's output; before a norm of q and k also the product that has them and v in one,

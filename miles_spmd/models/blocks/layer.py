@@ -62,6 +62,7 @@ class Layer:
             f"{attention}q_layernorm.weight": "self_attn.q_norm.weight",
             f"{attention}k_layernorm.weight": "self_attn.k_norm.weight",
             f"{attention}linear_proj.weight": "self_attn.o_proj.weight",
+            f"{attention}core_attention.softmax_offset": "self_attn.sinks",
             "mlp.linear_fc1.weight": f"{mlp}.gate_up_proj.weight",
             "mlp.linear_fc2.weight": f"{mlp}.down_proj.weight",
             "mlp.router.weight": f"{mlp}.gate.weight",
