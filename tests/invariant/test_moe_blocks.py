@@ -41,3 +41,9 @@ def test_without_parity(ranks: Ranks, name: str, world: int, layout: dict[str, o
     """Where ranks have parts of an expert's width, biases of its second layer are added once."""
     for errors in ranks.run(world, moe_blocks.errors_of, name, layout):
         assert max(errors.values()) < 2e-6, errors
+
+
+@pytest.mark.parametrize("name", moe_blocks.kinds())
+def test_engines_that_split_experts(ranks: Ranks, tmp_path: Path, name: str) -> None:
+    for error in ranks.run(2, moe_blocks.error_of_split_experts, name, moe_blocks.write_config(tmp_path)):
+        assert error < 2e-6
