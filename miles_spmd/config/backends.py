@@ -33,10 +33,10 @@ REFUSED: dict[str, dict[str, str]] = {
     "megatron": {
         "it is derived from the checkpoint's config.json": (
             "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels num_moe_experts "
-            "moe_ffn_hidden_size moe_router_topk moe_layer_freq moe_shared_expert_intermediate_size normalization "
-            "layernorm_epsilon layernorm_zero_centered_gamma gated_linear_unit activation_func add_bias_linear "
-            "add_qkv_bias qk_layernorm rotary_interleaved window_size softmax_scale softmax_type "
-            "multi_latent_attention mtp_num_layers"
+            "moe_ffn_hidden_size moe_router_topk moe_layer_freq moe_shared_expert_intermediate_size "
+            "moe_shared_expert_gate normalization layernorm_epsilon layernorm_zero_centered_gamma gated_linear_unit "
+            "activation_func add_bias_linear add_qkv_bias qk_layernorm rotary_interleaved window_size softmax_scale "
+            "softmax_type multi_latent_attention mtp_num_layers"
         ),
         "weights are divided by tensor, pipeline and expert parallelism only": (
             "gtp_weight_remat_size expert_gtp_weight_remat_size tensor_parallel_num_weight_shards "
@@ -61,6 +61,7 @@ REFUSED: dict[str, dict[str, str]] = {
         "set model.dtype instead": "dtype",
         "set run.seed instead": "random_seed",
         "set determinism.deterministic instead": "enable_deterministic_inference",
+        "an engine holds shared experts apart from the others": "disable_shared_experts_fusion",
         "weights come from the trainer": "load_format model_loader_extra_config weight_loader_disable_mmap",
         "the engine runs inside the worker's process, without server, port and tokenizer": (
             "host port nccl_port dist_init_addr nnodes node_rank base_gpu_id gpu_id_step api_key admin_api_key "

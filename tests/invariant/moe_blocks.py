@@ -192,8 +192,11 @@ def transformers_result(kind: Kind) -> dict[str, Tensor]:
 # --- SGLang -----------------------------------------------------------------------------------------------------------
 
 
-def build_engine_layer(kind: Kind, folder: str, size: int, sum_terms: int) -> torch.nn.Module:
-    """Build SGLang's layer on the ranks of an engine of ``size`` ranks. Returns a model that has it as ``mlp``."""
+def build_engine_layer(
+    kind: Kind, folder: str, size: int, sum_terms: int, experts_on: int | None = None
+) -> torch.nn.Module:
+    """Build SGLang's layer on the ranks of an engine of ``size`` ranks, which have whole experts unless ``experts_on``
+    is 1. Returns a model that has it as ``mlp``."""
     from sglang.srt.distributed import bootstrap
     from sglang.srt.server_args import set_global_server_args_for_scheduler
 
@@ -203,11 +206,12 @@ def build_engine_layer(kind: Kind, folder: str, size: int, sum_terms: int) -> to
     from miles_spmd.platform.cpu import sglang_shim
 
     sglang_shim.adapt()
-    args = build_server_args(folder, "float32", 64, {"tp_size": size, "ep_size": size})
+    ep_size = experts_on or size
+    args = build_server_args(folder, "float32", 64, {"tp_size": size, "ep_size": ep_size})
     set_global_server_args_for_scheduler(args)
     process_groups.join(size)
     bootstrap.init_distributed_environment(backend="gloo", local_rank=0)
-    bootstrap.initialize_model_parallel(tensor_model_parallel_size=size, expert_model_parallel_size=size)
+    bootstrap.initialize_model_parallel(tensor_model_parallel_size=size, expert_model_parallel_size=ep_size)
     module, name = kind.engine.split(":")
     model = torch.nn.Module()
     with invariant_layers(True, sum_terms):
@@ -217,16 +221,18 @@ def build_engine_layer(kind: Kind, folder: str, size: int, sum_terms: int) -> to
 
 def _fill_engine(kind: Kind, layer: Any, rank: int, size: int) -> None:
     own, gate, experts = weights(kind), getattr(layer, kind.gate), layer.experts
-    first, last = rank * E // size, (rank + 1) * E // size
-    parts = {gate.weight: own["router"], experts.w13_weight: own["gate_up"][first:last]}
-    parts[experts.w2_weight] = own["down"][first:last]
+    local = slice(*(E * (experts.moe_ep_rank + side) // experts.moe_ep_size for side in (0, 1)))
+    split = kind.experts.interleaved, experts.moe_tp_rank, experts.moe_tp_size
+    parts = {gate.weight: own["router"]}
+    parts[experts.w13_weight] = _share_of_width(own["gate_up"][local], *split).flatten(1, 2)
+    parts[experts.w2_weight] = own["down"][local].chunk(split[2], 2)[split[1]]
     if kind.router.bias:
         parts[layer.topk.topk_config.correction_bias] = own["correction"]
     if kind.router.logit_bias:
         parts[gate.bias] = own["router_bias"]
     if kind.experts.bias:
-        parts[experts.w13_weight_bias] = own["gate_up_bias"][first:last]
-        parts[experts.w2_weight_bias] = own["down_bias"][first:last]
+        parts[experts.w13_weight_bias] = _share_of_width(own["gate_up_bias"][local], *split).flatten(1, 2)
+        parts[experts.w2_weight_bias] = own["down_bias"][local]
     if kind.shared:
         shared = getattr(layer, kind.shared)
         parts[shared.gate_up_proj.weight] = own["shared_gate_up"].chunk(size, 1)[rank].flatten(0, 1)
@@ -236,6 +242,12 @@ def _fill_engine(kind: Kind, layer: Any, rank: int, size: int) -> None:
     for parameter, value in parts.items():
         assert parameter.shape == value.shape
         parameter.data.copy_(value)
+
+
+def _share_of_width(rows: Tensor, interleaved: bool, rank: int, size: int) -> Tensor:
+    """Return a rank's share of the rows of gate and up of every expert, which get a dimension of their own."""
+    sides, axis = ((WIDTH, 2), 1) if interleaved else ((2, WIDTH), 2)
+    return rows.unflatten(1, sides).chunk(size, axis)[rank]
 
 
 # --- the trainer ------------------------------------------------------------------------------------------------------
@@ -289,15 +301,11 @@ def _trainer_parts(layer: Any, own: Mapping[str, Any], where: Any) -> dict[str, 
     local = slice(where.ep_rank * each, (where.ep_rank + 1) * each)
     experts, parts = layer.experts, {"router": (layer.router.weight, own["router"])}
 
-    def share_of_width(rows: Tensor) -> Tensor:
-        """Of the rows of gate and up of every expert."""
-        sides, axis = ((WIDTH, 2), 1) if experts.form.interleaved else ((2, WIDTH), 2)
-        return rows[local].unflatten(1, sides).chunk(where.etp_size, axis)[where.etp_rank]
-
-    parts["gate_up"] = (experts.gate_up, share_of_width(own["gate_up"]))
+    split = experts.form.interleaved, where.etp_rank, where.etp_size
+    parts["gate_up"] = (experts.gate_up, _share_of_width(own["gate_up"][local], *split))
     parts["down"] = (experts.down, own["down"][local].chunk(where.etp_size, 2)[where.etp_rank])
     if experts.form.bias:
-        parts["gate_up_bias"] = (experts.gate_up_bias, share_of_width(own["gate_up_bias"]))
+        parts["gate_up_bias"] = (experts.gate_up_bias, _share_of_width(own["gate_up_bias"][local], *split))
         parts["down_bias"] = (experts.down_bias, own["down_bias"][local])
     if layer.router.form.bias:
         parts["correction"] = (layer.router.expert_bias, own["correction"])
@@ -349,6 +357,24 @@ def compare(name: str, folder: str, layout: dict[str, Any], engine_size: int) ->
         process_groups.leave()
     out, own, errors = _trained(kind, layout, engine_size)
     return Compared(int((out != expected[own]).sum()), int((torch.cat(some) != expected).sum()), errors)
+
+
+def error_of_split_experts(name: str, folder: str) -> float:
+    """Return how far an engine's output is from transformers' where all ranks have a part of every expert's width."""
+    from miles_spmd.generation.sglang import process_groups
+    from miles_spmd.generation.sglang.expert_layers import describe
+
+    kind, size = kinds()[name], dist.get_world_size()
+    try:
+        model = build_engine_layer(kind, folder, size, size, experts_on=1)
+        describe(model)
+        _fill_engine(kind, model.mlp, dist.get_rank(), size)
+        with torch.inference_mode():
+            found = model.mlp(hidden_states())
+    finally:
+        process_groups.leave()
+    expected = transformers_result(kind)["output"]
+    return float((found - expected).norm() / expected.norm())
 
 
 def errors_of(name: str, layout: dict[str, Any]) -> dict[str, float]:

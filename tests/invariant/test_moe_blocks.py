@@ -15,10 +15,12 @@ from tests.ranks import Ranks  # noqa: E402
 from tests.training.cases import EP2, ETP1, SP, TP2  # noqa: E402
 
 EP4 = {"expert_model_parallel_size": 4}
+RECOMPUTED = {"recompute_granularity": "selective", "recompute_modules": ["shared_experts"]}
 LAYOUTS = {
     "1-1": (1, {}, 1),
     "EP2-1": (2, EP2, 1),
     "DP2-2": (2, {}, 2),
+    "DP2-2, recomputed": (2, RECOMPUTED, 2),
     "TP2+SP+EP2-1": (2, TP2 | SP | EP2 | ETP1, 1),
     "TP2+SP+EP2-2": (2, TP2 | SP | EP2 | ETP1, 2),
     "TP2+SP+EP4-4": (4, TP2 | SP | EP4 | ETP1, 4),
@@ -41,3 +43,9 @@ def test_without_parity(ranks: Ranks, name: str, world: int, layout: dict[str, o
     """Where ranks have parts of an expert's width, biases of its second layer are added once."""
     for errors in ranks.run(world, moe_blocks.errors_of, name, layout):
         assert max(errors.values()) < 2e-6, errors
+
+
+@pytest.mark.parametrize("name", moe_blocks.kinds())
+def test_engines_that_split_experts(ranks: Ranks, tmp_path: Path, name: str) -> None:
+    for error in ranks.run(2, moe_blocks.error_of_split_experts, name, moe_blocks.write_config(tmp_path)):
+        assert error < 2e-6

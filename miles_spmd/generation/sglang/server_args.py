@@ -50,7 +50,7 @@ def build_server_args(
         "skip_tokenizer_init": not any(Path(model_path).glob("tokenizer*")),  # only stop strings need it
         "sampling_backend": "pytorch",
         "enable_memory_saver": on_gpu,
-        "disable_shared_experts_fusion": True,  # they have parameters of their own, and are no experts of the router's
+        "disable_shared_experts_fusion": True,  # fused ones would be among the router's experts
         **_ONLY,
     }
     if invariant or not on_gpu:
