@@ -14,7 +14,6 @@ of values; n sequences of a batch, R rows of it, which are queries times the que
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -65,8 +64,7 @@ def packed_attention(
     """
     lengths = np.asarray(query_lengths, np.int64), np.asarray(key_lengths, np.int64)
     if compiled.takes(query.dtype, query.device, query.shape[-1]):
-        of_query, of_key = (torch.from_numpy(np.concatenate([[0], np.cumsum(n)])) for n in lengths)
-        return partial(compiled.attention, starts=(of_query, of_key), slots=slots)
+        return compiled.CompiledAttention(*lengths, slots)
     return PaddedAttention(*lengths, query, key, slots)
 
 

@@ -8,13 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from miles_spmd.models.attention import PLAIN, Form
 
 LIBRARY = Path(__file__).with_name("cpu_kernels.so")
-Starts = tuple[Tensor, Tensor]  # int64 [B + 1] of queries and of keys, where each sequence begins
 LANES = 8  # float32 numbers of a vector register
 
 
@@ -26,62 +26,67 @@ def takes(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
     return dtype == torch.float32 and device.type == "cpu" and head_dim % LANES == 0 and _library() is not None
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    form: Form = PLAIN,
-    sinks: Tensor | None = None,
-    *,
-    starts: Starts,
-    slots: Tensor | None = None,
-) -> Tensor:
-    """Return [T, H, V] from ``query`` [T, H, D], ``key`` [K, G, D] and ``value`` [K, G, V], all float32.
+class CompiledAttention:
+    """Attention over streams in which sequences of the given lengths lie end to end.
 
-    A sequence's last query sees all of its keys, or those in the window of ``form``. ``sinks`` [H]: a score of every
-    row that has no value, with a gradient. ``slots``: int32, the row of ``key`` and ``value`` where each key lies,
-    without a gradient; None: the rows in order, with a gradient. With ``slots`` the cache is read as it is: ``key`` is
-    contiguous, and ``value``, too, or the first V numbers of contiguous heads.
-
-    Raises TypeError for another dtype and ValueError for other shapes: the kernel has only addresses.
+    A sequence's last query sees all of its keys. ``slots``: int32, the row of keys and values where each key lies,
+    without a gradient; None: the rows in order, with a gradient. Raises TypeError and ValueError for other slots.
     """
-    if sinks is not None:
-        sinks = sinks.float().contiguous()
-    if slots is None:
-        key, value = key.contiguous(), value.contiguous()
-    query = query.contiguous()
-    _check(query, key, value, sinks, starts, slots)
-    return _Attention.apply(query, key, value, sinks, starts, slots, scale, form)
 
+    def __init__(self, query_lengths: np.ndarray, key_lengths: np.ndarray, slots: Tensor | None) -> None:
+        self.count, self.keys = int(query_lengths.sum()), int(key_lengths.sum())
+        if slots is not None and slots.dtype != torch.int32:
+            raise TypeError(f"slots are {slots.dtype}: the compiled attention takes int32")
+        if slots is not None and (slots.shape != (self.keys,) or not slots.is_contiguous()):
+            raise ValueError(f"slots of shape {list(slots.shape)} are not one for each of {self.keys} keys, in order")
+        self.slots = slots
+        self.starts = tuple(torch.from_numpy(np.concatenate([[0], np.cumsum(n)])) for n in (query_lengths, key_lengths))
 
-def _check(
-    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, starts: Starts, slots: Tensor | None
-) -> None:
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dtype != torch.float32 or x.device.type != "cpu":
-            raise TypeError(f"{name} is {x.dtype} on {x.device}: the compiled attention takes float32 on a CPU")
-    if slots is not None and slots.dtype != torch.int32:
-        raise TypeError(f"slots are {slots.dtype}: the compiled attention takes int32")
-    heads, groups, keys = query.shape[1], key.shape[1], len(key if slots is None else slots)
-    lie = tuple(int(of[-1]) for of in starts)
-    fits = {
-        "one head_dim of query and key": query.shape[2] == key.shape[2],
-        "as many values as keys": value.shape[:2] == key.shape[:2],
-        "head_dims that are multiples of 8": query.shape[2] % LANES == 0 and value.shape[2] % LANES == 0,
-        "a number of query heads that is a multiple of key heads": heads % groups == 0,
-        "one sink per query head": sinks is None or sinks.shape == (heads,),
-        f"{lie[0]} queries and {lie[1]} keys": lie == (len(query), keys),
-        "contiguous keys, values and slots": key.is_contiguous()
-        and (value.stride(2) == 1 and (groups == 1 or len(value) == 1 or value.stride(0) == groups * value.stride(1)))
-        and (slots is None or slots.is_contiguous()),
-    }
-    missing = [what for what, there in fits.items() if not there]
-    if missing:
-        shapes = [f"{list(x.shape)} with strides {x.stride()}" for x in (query, key, value)]
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, form: Form = PLAIN, sinks: Tensor | None = None
+    ) -> Tensor:
+        """Return [T, H, V] from ``query`` [T, H, D], ``key`` [K, G, D] and ``value`` [K, G, V], all float32, and
+        ``sinks`` [H] of any floating dtype.
+
+        With slots a cache is read as it is: ``key`` must be contiguous, and ``value``, too, or the first V numbers of
+        contiguous heads. Raises TypeError for another dtype and ValueError for other shapes and layouts.
+        """
+        query = query.contiguous()
+        if self.slots is None:
+            key, value = key.contiguous(), value.contiguous()
+        if sinks is not None:
+            sinks = sinks.float().contiguous()
+        self._check(query, key, value, sinks)
+        return _Attention.apply(query, key, value, sinks, self.starts, self.slots, scale, form)
+
+    def _check(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> None:
+        """Raise an error for what the kernel, which has only addresses, would misread. In every call of a decode."""
+        if not query.dtype is key.dtype is value.dtype is torch.float32:
+            raise TypeError(
+                f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}: the compiled attention takes "
+                "float32"
+            )
+        (tokens, heads, width), (rows, groups, key_width) = query.shape, key.shape
+        (value_rows, value_groups, value_width), strides = value.shape, value.stride()
+        if width != key_width or rows != value_rows or groups != value_groups or heads % groups:
+            problem = (
+                "query and key need one head_dim, key and value one shape, and heads of keys divide those of queries"
+            )
+        elif width % LANES or value_width % LANES:
+            problem = f"head_dims need to be multiples of {LANES}"
+        elif tokens != self.count or (self.slots is None and rows != self.keys):
+            problem = f"the sequences have {self.count} queries and {self.keys} keys"
+        elif not key.is_contiguous() or strides[2] != 1 or (groups > 1 and strides[0] != groups * strides[1]):
+            problem = "keys and values need to be contiguous"
+        elif sinks is not None and sinks.shape != (heads,):
+            problem = f"there are {list(sinks.shape)} sinks"
+        elif query.is_cpu and key.is_cpu and value.is_cpu:
+            return
+        else:
+            problem = "the compiled attention runs on a CPU"
+        layouts = ", ".join(f"{list(x.shape)} with strides {x.stride()}" for x in (query, key, value))
         raise ValueError(
-            f"the compiled attention needs {' and '.join(missing)}, and got query, key and value {', '.join(shapes)}, "
-            f"{keys} keys in all and sinks {None if sinks is None else list(sinks.shape)}"
+            f"{problem}; query, key and value are {layouts} on {query.device}, {key.device}, {value.device}"
         )
 
 
@@ -93,12 +98,13 @@ class _Attention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         sinks: Tensor | None,
-        starts: Starts,
+        starts: tuple[Tensor, ...],  # int64 [B + 1] of queries and of keys, where each sequence begins
         slots: Tensor | None,
         scale: float,
         form: Form,
     ) -> Tensor:
-        out, lse = query.new_empty(*query.shape[:2], value.shape[-1]), query.new_empty(query.shape[:2])
+        rows = query.shape[:2]
+        out, lse = query.new_empty((*rows, value.shape[2])), query.new_empty(rows)
         inputs = map(_address, (query, key, value, slots, sinks))
         shape = _shape(query, key, value, starts, scale, form)
         _library().packed_attention(*inputs, *shape, _address(out), _address(lse))  # type: ignore[union-attr]
@@ -143,11 +149,11 @@ def _shape(
     of_query, of_key = starts
     (_, heads, width), groups = query.shape, key.shape[1]
     sizes = len(of_query) - 1, heads, groups, width, value.shape[-1], _value_stride(value), form.window
-    return _address(of_query), _address(of_key), *map(c_int64, sizes), c_float(scale), c_float(form.softcap)
+    return _address(of_query), _address(of_key), *sizes, scale, form.softcap
 
 
-def _address(tensor: Tensor | None) -> c_void_p | None:
-    return None if tensor is None else c_void_p(tensor.data_ptr())
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 @cache
@@ -160,4 +166,7 @@ def _library() -> CDLL | None:
         raise ImportError(
             f"{LIBRARY} was built from other sources: build it again, cmake -B build && cmake --build build"
         )
+    shape = [c_void_p] * 2 + [c_int64] * 7 + [c_float] * 2
+    library.packed_attention.argtypes = [c_void_p] * 5 + shape + [c_void_p] * 2
+    library.packed_attention_backward.argtypes = [c_void_p] * 6 + shape + [c_void_p] * 3
     return library
