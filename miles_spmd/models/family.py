@@ -104,6 +104,8 @@ class Family:
     rope_kinds: ClassVar[tuple[str, ...]] = ("",)
     """The types of layers that have rotary positions of their own."""
     ties_by_default: ClassVar[bool] = False
+    sglang_splits_vocabulary: ClassVar[bool] = True
+    """False: each rank of an engine has the whole embedding."""
     sglang_module: ClassVar[str] = ""
     """The file of SGLang that has the model's class; "": it is named as the model type."""
 
@@ -299,7 +301,8 @@ class Family:
         layer = (MEGATRON_LAYER if backend == "megatron" else SGLANG_LAYER).match(name)
         title = {"megatron": "Megatron", "sglang": "SGLang"}[backend]
         if layer is None:
-            pieces = self._outside(MEGATRON_NAMES.get(name, name), shape, shards.tp)
+            splits = backend == "megatron" or self.sglang_splits_vocabulary
+            pieces = self._outside(MEGATRON_NAMES.get(name, name), shape, shards.tp if splits else Shard(0, 1))
         elif (number := int(layer[1])) < self.num_layers:
             pieces = self.layers[number].pieces(name[layer.end() :], shape, shards, backend)
             pieces = within(f"model.layers.{number}.", pieces)

@@ -223,7 +223,8 @@ def layers_per_stage(num_layers: int, stages: int, s: dict[str, Any]) -> list[in
 
 def _engine_parameters(family: Family, tp: int) -> int:
     layers = family.held(Sizes(tp, engine=True))
-    return sum(map(sum, layers)) + sum(elements for _, elements in _outside(family, tp))
+    vocabulary = tp if family.sglang_splits_vocabulary else 1
+    return sum(map(sum, layers)) + sum(elements for _, elements in _outside(family, vocabulary))
 
 
 def _kv_bytes(family: Family, tp: int, bytes_each: int) -> int:

@@ -7,6 +7,7 @@ import copy
 import inspect
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,20 @@ def greedy(folder: Path, tp: int, family: type[Family] | None = None) -> Found:
 
 
 def reference(name: str) -> transformers.PreTrainedModel:
-    loop = {"experts_implementation": "eager"}  # their grouped products take no float64
-    return transformers.AutoModelForCausalLM.from_pretrained(tiny.wide(name), dtype=torch.float64, **loop)
+    """transformers' model in float64, with its norms, which it computes in fp32 whatever the dtype."""
+    # Their grouped products take no float64, and their default attention ignores a soft-cap.
+    plain = {"experts_implementation": "eager", "attn_implementation": "eager"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny.wide(name), dtype=torch.float64, **plain)
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            shift = 1 if "Gemma" in type(module).__name__ else 0
+            eps = module.eps if shift else module.variance_epsilon
+            module.forward = partial(norm, module.weight + shift, eps)
+    return model
+
+
+def norm(weight: torch.Tensor, eps: float, x: torch.Tensor) -> torch.Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
 
 
 @torch.no_grad()

@@ -51,11 +51,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 BY_HAND = [*CONFIGS]  # whose layouts tests.models.parallel has written down by hand
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 7}
+CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}  # which these small models feel
 CONFIGS |= {
     "mistral": ("Mistral", {"sliding_window": 9}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "phi3": ("Phi3", {"pad_token_id": None}),
-    "gemma2": ("Gemma2", GEMMA),
+    "gemma2": ("Gemma2", GEMMA | CAPS),
     "gemma3_text": ("Gemma3", GEMMA | {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}),
     "olmo2": ("Olmo2", {}),
     "glm4": ("Glm4", {"head_dim": 16, "pad_token_id": None}),
@@ -94,6 +95,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, **more: Any) -> transfo
     zeros."""
     prefix, changes = CONFIGS[name]
     config = getattr(transformers, CONFIG_CLASSES.get(prefix, f"{prefix}Config"))(**(COMMON | changes | more))
+    config._attn_implementation = "eager"  # the others ignore a soft-cap
     torch.manual_seed(0)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config)
     with torch.no_grad():

@@ -118,10 +118,8 @@ def _gemma3_attention(
     """SGLang's own rotates by a function of its own."""
     qkv, _ = layer.qkv_proj(hidden_states)
     q, k, v = qkv.split([layer.q_size, layer.kv_size, layer.kv_size], -1)
-    q, k = (
-        norm(x.unflatten(-1, (-1, layer.head_dim))).flatten(1) for norm, x in ((layer.q_norm, q), (layer.k_norm, k))
-    )
-    q, k = layer.rotary_emb(positions, q, k)
+    q, k = (norm(x.reshape(-1, layer.head_dim)).view(x.shape) for norm, x in ((layer.q_norm, q), (layer.k_norm, k)))
+    q, k = layer.rotary_emb(positions.flatten(), q, k)
     output, _ = layer.o_proj(layer.attn(q, k, v, forward_batch=forward_batch))
     return output
 

@@ -66,6 +66,7 @@ class Gemma3(Gemma2):
 
     model_type = "gemma3_text"
     sglang_module = "gemma3_causal"
+    sglang_splits_vocabulary = False
     fields = (*Gemma2.fields, "rope_local_base_freq")
     rope_kinds = Gemma2.attention_kinds
 
