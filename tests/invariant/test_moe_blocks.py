@@ -14,7 +14,7 @@ from tests.invariant import moe_blocks  # noqa: E402
 from tests.ranks import Ranks  # noqa: E402
 from tests.training.cases import EP2, ETP1, SP, TP2  # noqa: E402
 
-EP4 = {"expert_model_parallel_size": 4}
+TP4, EP4 = {"tensor_model_parallel_size": 4}, {"expert_model_parallel_size": 4}
 RECOMPUTED = {"recompute_granularity": "selective", "recompute_modules": ["shared_experts"]}
 LAYOUTS = {
     "1-1": (1, {}, 1),
@@ -24,6 +24,7 @@ LAYOUTS = {
     "TP2+SP+EP2-1": (2, TP2 | SP | EP2 | ETP1, 1),
     "TP2+SP+EP2-2": (2, TP2 | SP | EP2 | ETP1, 2),
     "TP2+SP+EP4-4": (4, TP2 | SP | EP4 | ETP1, 4),
+    "TP4+SP+EP4-2": (4, TP4 | SP | EP4 | ETP1, 2),
 }
 
 
