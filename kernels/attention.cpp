@@ -249,7 +249,7 @@ struct Forward {
     }
 
     // From the scores of a row to probabilities, and 0 for keys that it does not see, up to ``length``. Returns the
-    // log of the sum of exponentials. Inlined by force: it costs a tenth of a short decode otherwise.
+    // log of the sum of exponentials. Inlined by force: a call costs up to a tenth of a decode.
     [[gnu::always_inline]] inline float normalize(const Group& g, int64_t row, float* p, int64_t length) {
         const int64_t count = g.seen(row) - from;
         if (softcap) cap(p, whole_lanes(count), scale, softcap);
