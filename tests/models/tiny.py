@@ -50,7 +50,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 BY_HAND = [*CONFIGS]  # whose layouts tests.models.parallel has written down by hand
-GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 7}
+GEMMA = {"head_dim": 16, "pad_token_id": None, "query_pre_attn_scalar": 24, "sliding_window": 7}
 CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}  # which these small models feel
 CONFIGS |= {
     "mistral": ("Mistral", {"sliding_window": 9}),

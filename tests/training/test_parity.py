@@ -51,14 +51,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2+EP2": (4, PP2 | EP2),
 }
 DENSE = ["one", "TP2", "TP2+SP", "PP2", "VPP2", "CP2", "DP2"]
+NEW = ("mistral", "phi3", "gemma2", "gemma3_text", "olmo2", "glm4")
 FEW = ["one", "TP2+SP", "PP2", "CP2"]
 CASES = [
     *(("qwen3", layout) for layout in (*DENSE, "TP2+SP+PP2", "TP2+SP+CP2")),
     *(("qwen3-tied", layout) for layout in ("one", "TP2+SP", "VPP2")),
     *((name, layout) for name in ("qwen2", "llama") for layout in ("one", "TP2+SP", "PP2", "CP2", "DP2")),
     *(("qwen3_moe", layout) for layout in ("one", "TP2+SP", "EP2", "TP2+SP+EP2", "CP2", "PP2+EP2")),
-    *((name, layout) for name in ("mistral", "phi3", "gemma2", "olmo2") for layout in FEW),
-    *(("mixtral", layout) for layout in (*FEW, "EP2")),
+    *((name, layout) for name in NEW for layout in FEW),
+    *((name, layout) for name in ("mixtral", "qwen2_moe", "glm4_moe") for layout in (*FEW, "EP2")),
 ]
 
 
