@@ -167,6 +167,7 @@ def _model_is_built(runner: ModelRunner, enabled: bool, family: Family, sum_term
     model_blocks.adopt(runner.model, family)
     if enabled:
         describe(runner.model)
+        model_blocks.compare_experts(runner.model, family)
         _compile(runner, sum_terms)
     else:
         _enable_mode(runner)

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import os
 import pkgutil
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.radix_attention import RadixAttention
 from torch.nn import Module
 
 from miles_spmd.models import Family
-from miles_spmd.models.blocks import Attention
+from miles_spmd.models.blocks import Attention, Mixture
+from miles_spmd.models.blocks.experts import Experts, Router
 
 
 def register(family: Family) -> None:
@@ -39,6 +43,21 @@ def adopt(model: Module, family: Family) -> None:
     for number, layer in enumerate(family.layers):
         module: Any = model.model.layers[number].self_attn  # type: ignore[union-attr, operator, index]
         _adopt_attention(module.attn, layer.attention, f"layer {number}")
+
+
+def compare_experts(model: Module, family: Family) -> None:
+    """Raise ValueError where the routers and experts of the ``model`` that SGLang has built, which
+    :func:`~miles_spmd.generation.sglang.expert_layers.describe` has described, are not those of the blocks."""
+    for number, layer in enumerate(family.layers):
+        parts = list(model.model.layers[number].modules())  # type: ignore[union-attr, operator, index]
+        forms = [part.form for part in parts if isinstance(part, TopK | FusedMoE)]
+        # in an engine of fp32 no dtype of logits is another one
+        found = [replace(form, logit_dtype="model") if isinstance(form, Router) else form for form in forms]
+        expected: list[Router | Experts] = []
+        if isinstance(layer.mlp, Mixture):
+            expected = [replace(layer.mlp.router, logit_dtype="model"), layer.mlp.form]
+        if sorted(found, key=repr) != sorted(expected, key=repr):
+            raise ValueError(f"layer {number}: SGLang has the experts {found}, and the family's blocks {expected}")
 
 
 def _adopt_attention(module: RadixAttention, block: Attention, where: str) -> None:
