@@ -103,7 +103,7 @@ def check_recipe(config: Config, recipe: Path) -> None:
     is_run = recipe.name == CONFIG_FILE and (folder / LOCK_FILE).exists()
     if not config.checkpoint.resume or not is_run or folder.resolve() == config.run_dir.resolve():
         return
-    written = load_config(recipe, check_files=False).run
+    written = load_config(recipe, check_files=False, trains=False).run
     if (written.output_dir, written.name) == (config.run.output_dir, config.run.name):
         own = " ".join(map(shlex.quote, in_folder(folder)))
         raise RunFolderError(
