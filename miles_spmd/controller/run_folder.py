@@ -17,6 +17,7 @@ import shutil
 import socket
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,6 +28,7 @@ from miles_spmd.controller.attempts import LOGS, leftovers, slurm_job
 from miles_spmd.controller.checkpoint_folders import EXPORT, INCOMPLETE, STATE_FILE, newest, unfinished
 from miles_spmd.controller.checkpoint_folders import FOLDER as CHECKPOINTS
 from miles_spmd.ledger.chain import FOLDER as LEDGER
+from miles_spmd.ledger.compare import LAYOUT
 from miles_spmd.platform.kernel_cache import shared_folder
 from miles_spmd.telemetry.environment import ENVIRONMENT_FILE, read_environment, write_environment
 from miles_spmd.telemetry.report import REPORT_FILE, write_report
@@ -45,6 +47,7 @@ WRITTEN = (
     *(LEDGER, CHECKPOINTS, TURNS, TENSORBOARD_FOLDER, EXPORT),
 )
 RESUMED = ("train", "generate")  # by checkpoint.resume
+_OF_SAMPLES = ("model", "data", "rollout", "environment", "algorithm", "reward", "determinism", "sglang")  # tables
 HAS_RESULTS = (*RESUMED, "eval", "chaos")  # the others: an export, and repetitions in folders named after a run's
 
 
@@ -180,6 +183,23 @@ def describe(config: Config, task: str) -> None:
     once = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": False})})
     write_whole(folder / name, scrub(dump_config(once)).encode())
     write_environment(folder, task)
+
+
+def changed_settings(folder: Path) -> list[str]:
+    """Return the settings that decide the samples and with which the run in ``folder`` is continued, but was not begun.
+    Raises OSError."""
+    if not (folder / NEXT_CONFIG).exists():
+        return []
+    before, after = (
+        {
+            f"{table}.{name}": value
+            for table, values in tomllib.loads((folder / file).read_text()).items()
+            for name, value in values.items()
+            if (table in _OF_SAMPLES or (table, name) == ("run", "seed")) and not LAYOUT.fullmatch(name)
+        }
+        for file in (CONFIG_FILE, NEXT_CONFIG)
+    )
+    return [name for name in sorted(before | after) if before.get(name) != after.get(name)]
 
 
 def results(folder: Path) -> str:
