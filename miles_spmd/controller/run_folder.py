@@ -145,7 +145,7 @@ def check_results(config: Config, task: str) -> None:
     folder, keeps = config.run_dir, task in HAS_RESULTS and not config.run.overwrite
     if task in RESUMED and config.checkpoint.resume and config.run.overwrite:
         raise RunFolderError("checkpoint.resume continues what run.overwrite would delete: set one of them")
-    if keeps and not _continues(config, task) and (found := results(folder)):
+    if keeps and not _continues(config, task) and (found := results(folder) or _finished_responses(folder)):
         proceed = "set checkpoint.resume=true to continue it, " if task in RESUMED else ""
         raise RunFolderError(
             f"run.name: {folder} has {found} of an earlier run; {proceed}choose another run.name to keep it, or set "
@@ -215,6 +215,12 @@ def results(folder: Path) -> str:
     return " and ".join(filter(None, [", ".join(found[:-1]), *found[-1:]]))
 
 
+def _finished_responses(folder: Path) -> str:
+    """Return in words what ``rollout.durable`` has kept in ``folder`` of steps without a checkpoint, "" if nothing."""
+    count = len([*(folder / TURNS).glob("step_*")])
+    return f"the finished responses of {count} step{'s' if count > 1 else ''}" if count else ""
+
+
 def outcome(config: Config, task: str, world_size: int, *, finished: bool) -> list[str]:
     """Write the report of a run that has ended, and return the lines that say what it leaves and how it goes on."""
     folder, lines = config.run_dir, []
@@ -228,7 +234,8 @@ def outcome(config: Config, task: str, world_size: int, *, finished: bool) -> li
         lines.append(f"responses:  {folder / RESPONSES_FILE}")
     if finished and task == "train" and config.checkpoint.export_final:
         lines.append(f"export:     {config.checkpoint.export_dir or folder / EXPORT}")
-    if task != "train" or not lines:
+    responses = "" if finished else _finished_responses(folder)
+    if task != "train" or not (lines or responses):
         return lines
     resume = f"miles-spmd train {shlex.quote(str(folder / CONFIG_FILE))} checkpoint.resume=true"
     if (of_cell := world_size // config.resilience.cells) > 1 or config.resilience.cells > 1:
@@ -236,6 +243,9 @@ def outcome(config: Config, task: str, world_size: int, *, finished: bool) -> li
     if checkpoint := newest(folder):
         lines.append(f"checkpoint: {checkpoint}")
         lines.append(f"continue:   {resume}{' num_rollout=N' if finished else ''}")
+    elif responses:
+        lines.append(f"checkpoint: none; the run begins anew with {responses}")
+        lines.append(f"continue:   {resume}")
     elif not finished:
         interval = config.checkpoint.save_interval
         due = f"the first was due after step {interval}, as checkpoint.save_interval says"
