@@ -47,7 +47,7 @@ class CompletionRequest(SampledRequest, kw_only=True):
         return _LIMIT if self.max_tokens is None else self.max_tokens
 
     @property
-    def wants_log_probs(self) -> bool:
+    def asks_log_probs(self) -> bool:
         # the number is that of further tokens at each place: with 0 there is the sampled one alone
         return self.logprobs is not None and self.logprobs is not False
 
@@ -91,7 +91,7 @@ def _head(request: CompletionRequest, response: Response) -> dict[str, Any]:
 
 def _choice(request: CompletionRequest, number: int, choice: Choice) -> dict[str, Any]:
     log_probs = None
-    if request.wants_log_probs:
+    if request.asks_log_probs:
         places = itertools.accumulate((len(text) for text in choice.texts[:-1]), initial=0)
         log_probs = {
             "tokens": choice.texts,

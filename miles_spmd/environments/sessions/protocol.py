@@ -137,7 +137,7 @@ class SampledRequest(msgspec.Struct, kw_only=True):
         raise NotImplementedError
 
     @property
-    def wants_log_probs(self) -> bool:
+    def asks_log_probs(self) -> bool:
         return bool(self.logprobs)
 
     @property

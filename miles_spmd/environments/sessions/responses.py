@@ -51,7 +51,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     prompt: Any = None
 
     @property
-    def wants_log_probs(self) -> bool:
+    def asks_log_probs(self) -> bool:
         return _LOG_PROBS in (self.include or ())
 
     def asked(self, conversation: Callable[[str], list[Body] | None]) -> ChatRequest:
@@ -68,7 +68,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
             max_completion_tokens=self.max_output_tokens,
             response_format=form if isinstance(form, dict) else None,
             seed=self.seed,
-            logprobs=self.wants_log_probs or None,
+            logprobs=self.asks_log_probs or None,
             top_logprobs=self.top_logprobs,
             temperature=self.temperature,
             top_p=self.top_p,
@@ -181,7 +181,7 @@ def _tool(tool: Body) -> Body:
 
 def _items(request: ResponsesRequest, response: Response) -> list[Body]:
     message, key = response.choices[0].message, response.key
-    log_probs = log_probs_of(response.choices[0]) if request.wants_log_probs else []
+    log_probs = log_probs_of(response.choices[0]) if request.asks_log_probs else []
     items: list[Body] = []
     if reasoning := message.get("reasoning_content"):
         content = [{"type": "reasoning_text", "text": reasoning}]

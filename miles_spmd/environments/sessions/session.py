@@ -148,7 +148,7 @@ class Session:
         path = self._path(place, request.seed, choice)
         trajectory = Trajectory(place.trajectory.start, [*place.trajectory.segments], place.trajectory.number)
         completion = await self._context.complete(
-            trajectory, max_new_tokens=request.limit, stop=request.stops, path=path, log_probs=request.wants_log_probs
+            trajectory, max_new_tokens=request.limit, stop=request.stops, path=path, log_probs=request.asks_log_probs
         )
         if not completion.tokens:
             raise _context_full()
@@ -189,7 +189,7 @@ class Session:
         if said.message.calls:
             message = message | {"content": said.message.content or None}
             reason = "tool_calls" if reason == "stop" else reason
-        texts = [self._context.decode([token]) for token in completion.tokens] if request.wants_log_probs else []
+        texts = [self._context.decode([token]) for token in completion.tokens] if request.asks_log_probs else []
         return Choice(message, reason, completion.tokens, completion.log_probs, texts, completion.weight_versions)
 
     def _read(self, request: Asked, place: _Place, completion: Completion, calls: int) -> Said:
