@@ -17,6 +17,7 @@ from miles_spmd import launcher
 from miles_spmd.launcher import Overrides, Processes
 from miles_spmd.types.files import unusable
 from miles_spmd.types.printable import MAX_LINE, printable
+from miles_spmd.types.run_files import NO_ROWS
 
 if TYPE_CHECKING:
     from miles_spmd.config import Config
@@ -92,10 +93,10 @@ def evaluate(
 def generate(
     config: Recipe, overrides: Overrides = None, nproc_per_node: Processes = None, dry_run: DryRun = False
 ) -> None:
-    """Generate responses to the prompts, without training.
+    r"""Generate responses to the prompts, without training.
 
     Writes the samples of `run.num_rollout` rollouts, with tokens, log-probs and rewards, into responses.jsonl in the
-    folder of the run. Builds engines alone: [megatron] is not read.
+    folder of the run. Builds engines alone: \[megatron] is not read.
     """
     _start("generate", config, [*(overrides or []), *ENGINES_ALONE], nproc_per_node, dry_run)
 
@@ -104,12 +105,12 @@ def generate(
 def serve(
     config: Recipe, overrides: Overrides = None, nproc_per_node: Processes = None, dry_run: DryRun = False
 ) -> None:
-    """Serve the model over HTTP, with OpenAI's API.
+    r"""Serve the model over HTTP, with OpenAI's API.
 
     Prints the address, and leaves it in the files base_url and api_key in the folder of the run. Serves until SIGTERM.
-    Builds engines alone: [megatron] is not read, and no data.
+    Builds engines alone: \[megatron] is not read, and no data.
     """
-    alone = ["data.prompt_data=none:none", *ENGINES_ALONE]
+    alone = [f"data.prompt_data={NO_ROWS}", *ENGINES_ALONE]
     _start("serve", config, [*(overrides or []), *alone], nproc_per_node, dry_run)
 
 
@@ -122,9 +123,9 @@ def slurm(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script, and stop.")] = False,
 ) -> None:
-    """Submit a training job to Slurm.
+    r"""Submit a training job to Slurm.
 
-    The job is described by [slurm]. It is requeued at its time limit and after a preemption, and continues.
+    The job is described by \[slurm]. It is requeued at its time limit and after a preemption, and continues.
     """
     from miles_spmd.slurm import run
 

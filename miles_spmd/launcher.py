@@ -20,6 +20,7 @@ import typer
 
 from miles_spmd.types.cell import CELL, Cell
 from miles_spmd.types.printable import MAX_LINE, printable
+from miles_spmd.types.run_files import ENGINES_ALONE
 
 if TYPE_CHECKING:
     from miles_spmd.config import Config
@@ -80,7 +81,7 @@ def ranks_for(recipe: Path, overrides: list[str], nproc: int | None) -> tuple[bo
         return is_rank, world_size
     cells = 1
     with contextlib.suppress(ConfigError):  # which is raised when the configuration is loaded to be used
-        cells = load_config(recipe, overrides, check_files=False).resilience.cells
+        cells = load_config(recipe, overrides, check_files=False, trains=False).resilience.cells
     with failing(VariableError, code=2):
         return False, max(1, whole(JOB_RANKS, world_size, least=1) // cells)
 
@@ -299,7 +300,13 @@ def load(
         inputs = partial(errors, task=task)
     with failing(ConfigError, code=2):
         return load_config(
-            recipe, overrides, world_size=world_size, check_files=check_files, elsewhere=elsewhere, inputs=inputs
+            recipe,
+            overrides,
+            world_size=world_size,
+            check_files=check_files,
+            elsewhere=elsewhere,
+            trains=task not in ENGINES_ALONE,
+            inputs=inputs,
         )
 
 

@@ -71,6 +71,13 @@ def test_help_is_quick_and_names_every_verb() -> None:
     assert after.ru_utime - before.ru_utime < 0.5  # seconds of computing, whatever else runs
 
 
+@pytest.mark.parametrize("verb", ["generate", "serve", "slurm"])
+def test_help_names_tables(verb: str) -> None:
+    """Brackets are markup where nobody says otherwise, and a table's name is left out."""
+    table = "slurm" if verb == "slurm" else "megatron"
+    assert f"[{table}]" in as_a_user(verb, "--help").stdout
+
+
 @pytest.mark.parametrize("verb", ["train", "eval", "plan"])
 def test_errors_come_before_anything_starts(recipe: Path, verb: str) -> None:
     done = miles_spmd(verb, recipe, "rollout_batchsize=4", "megatron.sequence_parallel=true", status=2)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from miles_spmd.config.checks import ERRORS, Messages, Settings, rule
+from miles_spmd.config.checks import ERRORS, TRAINING, Messages, Settings, rule
 from miles_spmd.config.table import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, Table, plug_point
 
 ESTIMATORS = (
@@ -172,7 +172,7 @@ def _overlong_responses(s: Settings) -> Messages:
         )
 
 
-@rule(ERRORS)
+@rule(TRAINING)
 def _old_actor(s: Settings) -> Messages:
     if s.keep_old_actor and s.update_weights_interval == 1:
         yield "algorithm.keep_old_actor: with update_weights_interval = 1 the newest weights are those that generated"

@@ -47,6 +47,7 @@ class Settings(dict[str, Any]):
 Messages = Iterator[str]
 Rule = Callable[[Settings], Messages]
 ERRORS: list[Rule] = []  # why a configuration cannot run
+TRAINING: list[Rule] = []  # why it cannot train
 PARITY: list[Rule] = []  # why log-probs of engine and trainer cannot be bitwise equal
 NOT_BY_DEFAULT: list[Rule] = []  # why "auto" leaves parity off although it is possible
 WARNINGS: list[Rule] = []  # what is allowed but probably not intended
@@ -131,9 +132,11 @@ def errors(
     without: Collection[str] = (),
     check_files: bool = False,
     check_machine: bool = False,
+    trains: bool = True,
 ) -> list[str]:
-    """Why this configuration cannot run; with ``check_files`` also which checkpoint folders and data files are missing,
-    with ``check_machine`` which packages. ``without`` names the settings that are known to have errors."""
+    """Why this configuration cannot run, or train if it ``trains``; with ``check_files`` also which checkpoint folders
+    and data files are missing, with ``check_machine`` which packages. ``without`` names the settings that are known to
+    have errors."""
     values = settings(config, without=without)
     if world_size is not None:
         values["world_size"] = world_size
@@ -141,7 +144,7 @@ def errors(
         generating, of_policy = values.get("rollout_num_gpus"), world_size - others
         if generating is not None and generating < of_policy:  # else a kind of ranks is missing
             values |= {"trainer_ranks": of_policy - generating, "engine_ranks": generating or of_policy}
-    kinds = [ERRORS, PARITY if values.get("parity") == "bitwise" else []]
+    kinds = [ERRORS, TRAINING if trains else [], PARITY if values.get("parity") == "bitwise" else []]
     kinds += [FILES if check_files else [], MACHINE if check_machine else []]
     return [message for kind in kinds for message in _violations(kind, values)]
 

@@ -53,14 +53,16 @@ def load_config(
     world_size: int | None = None,
     check_files: bool = True,
     elsewhere: bool = False,
+    trains: bool = True,
     inputs: Inputs | None = None,
 ) -> Config:
     """Read ``path``, apply ``key=value`` overrides in order, check everything.
 
     A value is TOML, or else a bare string; :mod:`miles_spmd.config.overrides` describes the keys. ``world_size`` adds
     the checks that need it; ``check_files=False`` leaves out those that look for the checkpoint, the data and
-    Transformer Engine, and ``elsewhere=True`` the last of these. ``inputs`` finds errors of what the settings name, and
-    is given the paths of settings that have errors of their own. Raises ConfigError.
+    Transformer Engine, and ``elsewhere=True`` the last of these; ``trains=False`` those that only a run has which
+    trains. ``inputs`` finds errors of what the settings name, and is given the paths of settings that have errors of
+    their own. Raises ConfigError.
     """
     try:
         raw = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
@@ -74,6 +76,7 @@ def load_config(
         world_size=world_size,
         check_files=check_files,
         elsewhere=elsewhere,
+        trains=trains,
         inputs=inputs,
     )
 
@@ -87,6 +90,7 @@ def make_tables(
     world_size: int | None = None,
     check_files: bool = False,
     elsewhere: bool = False,
+    trains: bool = True,
     inputs: Callable[[T, Collection[str]], list[str]] | None = None,
 ) -> T:
     """As :func:`load_config`, from tables in memory that ``root`` describes, nested tables and lists too; ``raw`` is
@@ -99,7 +103,9 @@ def make_tables(
             errors.append(f"{override}: {error}")
     tables, wrong = _validate(root, raw, errors, check_files)
     here = check_files and not elsewhere
-    errors += conflicts(tables, world_size=world_size, without=wrong, check_files=check_files, check_machine=here)
+    errors += conflicts(
+        tables, world_size=world_size, without=wrong, check_files=check_files, check_machine=here, trains=trains
+    )
     if inputs is not None:
         errors += inputs(tables, wrong)
     if errors:

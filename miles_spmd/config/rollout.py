@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from miles_spmd.config.checks import ERRORS, Messages, Settings, heads_divide, rule
+from miles_spmd.config.checks import ERRORS, TRAINING, Messages, Settings, heads_divide, rule
 from miles_spmd.config.data import evaluates
 from miles_spmd.config.table import NonNegativeInt, PositiveInt, Table, Temperature, TopK, must_be, plug_point
 
@@ -75,7 +75,7 @@ class RolloutConfig(Table):
 COMPARE_GROUPS = ("grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
 
 
-@rule(ERRORS)
+@rule(TRAINING)
 def _groups_differ(s: Settings) -> Messages:
     if s.mode != "rl" or s.advantage_estimator not in COMPARE_GROUPS:
         return

@@ -6,7 +6,7 @@ Megatron itself refuses some combinations clearly, when a rank builds its config
 import importlib.util
 from typing import Annotated, Literal
 
-from miles_spmd.config.checks import ERRORS, MACHINE, Messages, Settings, heads_divide, rule
+from miles_spmd.config.checks import ERRORS, MACHINE, TRAINING, Messages, Settings, heads_divide, rule
 from miles_spmd.config.table import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -17,6 +17,7 @@ from miles_spmd.config.table import (
     plug_point,
 )
 from miles_spmd.models.hf_config import count_experts, head_dim
+from miles_spmd.types.run_files import NO_ROWS
 
 
 class TrainConfig(Table):
@@ -63,7 +64,7 @@ class TrainConfig(Table):
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
-@rule(ERRORS)
+@rule(TRAINING)
 def _steps_divide_the_rollout(s: Settings) -> Messages:
     samples = s.rollout_batch_size * s.n_samples_per_prompt
     if s.mode == "rl" and s.global_batch_size is not None and samples % s.global_batch_size:
@@ -77,7 +78,7 @@ def _steps_divide_the_rollout(s: Settings) -> Messages:
 def _sequences_fit_a_micro_batch(s: Settings) -> Messages:
     longest = (s.rollout_max_prompt_len or 1) + s.rollout_max_response_len
     budget = s.max_tokens_per_gpu * s.context_parallel_size
-    if s.mode == "rl" and longest > budget:
+    if s.mode == "rl" and s.prompt_data != NO_ROWS and longest > budget:
         yield (
             f"train.max_tokens_per_gpu: {s.max_tokens_per_gpu} x context_parallel_size {s.context_parallel_size} = "
             f"{budget} tokens cannot hold the longest sequence ({longest} tokens of prompt and response)"
@@ -87,14 +88,14 @@ def _sequences_fit_a_micro_batch(s: Settings) -> Messages:
 # --- learning rate ---------------------------------------------------------------------------------------------------
 
 
-@rule(ERRORS)
+@rule(TRAINING)
 def _learning_rate(s: Settings) -> Messages:
     for name, rate in (("megatron.lr", s.lr), ("train.critic_lr", s.critic_lr)):
         if rate is not None and s.min_lr > rate and s.lr_decay_style != "constant":
             yield f"train.min_lr: {s.min_lr} is larger than {name} {rate}"
 
 
-@rule(ERRORS)
+@rule(TRAINING)
 def _warmup_ends(s: Settings) -> Messages:
     samples = s.rollout_batch_size * s.n_samples_per_prompt
     updates = s.num_rollout * (samples // (s.global_batch_size or samples) if s.mode == "rl" else 1)
@@ -102,7 +103,7 @@ def _warmup_ends(s: Settings) -> Messages:
         yield f"train.lr_warmup_iters: {s.lr_warmup_iters} must be smaller than the run's {updates} optimizer steps"
 
 
-@rule(ERRORS)
+@rule(TRAINING)
 def _critic_only_steps(s: Settings) -> Messages:
     if s.advantage_estimator == "ppo" and s.num_critic_only_steps >= s.num_rollout:
         yield (

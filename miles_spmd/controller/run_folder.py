@@ -17,6 +17,7 @@ import shutil
 import socket
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,6 +28,7 @@ from miles_spmd.controller.attempts import LOGS, leftovers, slurm_job
 from miles_spmd.controller.checkpoint_folders import EXPORT, INCOMPLETE, STATE_FILE, newest, unfinished
 from miles_spmd.controller.checkpoint_folders import FOLDER as CHECKPOINTS
 from miles_spmd.ledger.chain import FOLDER as LEDGER
+from miles_spmd.ledger.compare import LAYOUT
 from miles_spmd.platform.kernel_cache import shared_folder
 from miles_spmd.telemetry.environment import ENVIRONMENT_FILE, read_environment, write_environment
 from miles_spmd.telemetry.report import REPORT_FILE, write_report
@@ -45,6 +47,7 @@ WRITTEN = (
     *(LEDGER, CHECKPOINTS, TURNS, TENSORBOARD_FOLDER, EXPORT),
 )
 RESUMED = ("train", "generate")  # by checkpoint.resume
+_OF_SAMPLES = ("model", "data", "rollout", "environment", "algorithm", "reward", "determinism", "sglang")  # tables
 HAS_RESULTS = (*RESUMED, "eval", "chaos")  # the others: an export, and repetitions in folders named after a run's
 
 
@@ -103,7 +106,7 @@ def check_recipe(config: Config, recipe: Path) -> None:
     is_run = recipe.name == CONFIG_FILE and (folder / LOCK_FILE).exists()
     if not config.checkpoint.resume or not is_run or folder.resolve() == config.run_dir.resolve():
         return
-    written = load_config(recipe, check_files=False).run
+    written = load_config(recipe, check_files=False, trains=False).run
     if (written.output_dir, written.name) == (config.run.output_dir, config.run.name):
         own = " ".join(map(shlex.quote, in_folder(folder)))
         raise RunFolderError(
@@ -142,7 +145,7 @@ def check_results(config: Config, task: str) -> None:
     folder, keeps = config.run_dir, task in HAS_RESULTS and not config.run.overwrite
     if task in RESUMED and config.checkpoint.resume and config.run.overwrite:
         raise RunFolderError("checkpoint.resume continues what run.overwrite would delete: set one of them")
-    if keeps and not _continues(config, task) and (found := results(folder)):
+    if keeps and not _continues(config, task) and (found := results(folder) or _finished_responses(folder)):
         proceed = "set checkpoint.resume=true to continue it, " if task in RESUMED else ""
         raise RunFolderError(
             f"run.name: {folder} has {found} of an earlier run; {proceed}choose another run.name to keep it, or set "
@@ -182,6 +185,23 @@ def describe(config: Config, task: str) -> None:
     write_environment(folder, task)
 
 
+def changed_settings(folder: Path) -> list[str]:
+    """Return the settings that decide the samples and with which the run in ``folder`` is continued, but was not begun.
+    Raises OSError."""
+    if not (folder / NEXT_CONFIG).exists():
+        return []
+    before, after = (
+        {
+            f"{table}.{name}": value
+            for table, values in tomllib.loads((folder / file).read_text()).items()
+            for name, value in values.items()
+            if (table in _OF_SAMPLES or (table, name) == ("run", "seed")) and not LAYOUT.fullmatch(name)
+        }
+        for file in (CONFIG_FILE, NEXT_CONFIG)
+    )
+    return [name for name in sorted(before | after) if before.get(name) != after.get(name)]
+
+
 def results(folder: Path) -> str:
     """Return in words what a run has left in ``folder`` that is worth keeping, "" if nothing."""
     found = []
@@ -193,6 +213,12 @@ def results(folder: Path) -> str:
     if any((folder / EXPORT).glob("*")):
         found.append("an export")
     return " and ".join(filter(None, [", ".join(found[:-1]), *found[-1:]]))
+
+
+def _finished_responses(folder: Path) -> str:
+    """Return in words what ``rollout.durable`` has kept in ``folder`` of steps without a checkpoint, "" if nothing."""
+    count = len([*(folder / TURNS).glob("step_*")])
+    return f"the finished responses of {count} step{'s' if count > 1 else ''}" if count else ""
 
 
 def outcome(config: Config, task: str, world_size: int, *, finished: bool) -> list[str]:
@@ -208,7 +234,8 @@ def outcome(config: Config, task: str, world_size: int, *, finished: bool) -> li
         lines.append(f"responses:  {folder / RESPONSES_FILE}")
     if finished and task == "train" and config.checkpoint.export_final:
         lines.append(f"export:     {config.checkpoint.export_dir or folder / EXPORT}")
-    if task != "train" or not lines:
+    responses = "" if finished else _finished_responses(folder)
+    if task != "train" or not (lines or responses):
         return lines
     resume = f"miles-spmd train {shlex.quote(str(folder / CONFIG_FILE))} checkpoint.resume=true"
     if (of_cell := world_size // config.resilience.cells) > 1 or config.resilience.cells > 1:
@@ -216,6 +243,9 @@ def outcome(config: Config, task: str, world_size: int, *, finished: bool) -> li
     if checkpoint := newest(folder):
         lines.append(f"checkpoint: {checkpoint}")
         lines.append(f"continue:   {resume}{' num_rollout=N' if finished else ''}")
+    elif responses:
+        lines.append(f"checkpoint: none; the run begins anew with {responses}")
+        lines.append(f"continue:   {resume}")
     elif not finished:
         interval = config.checkpoint.save_interval
         due = f"the first was due after step {interval}, as checkpoint.save_interval says"

@@ -13,7 +13,10 @@ from miles_spmd.controller.loops import replay, sync
 from miles_spmd.controller.loops.generate import generate
 from miles_spmd.controller.loops.serve import serve
 from miles_spmd.controller.parts import open_generation, open_parts
+from miles_spmd.controller.run_folder import changed_settings
+from miles_spmd.protocol.last_words import warn
 from miles_spmd.protocol.pipe import Replay
+from miles_spmd.telemetry.responses import RESPONSES_FILE, steps_written
 from miles_spmd.telemetry.trackers import read_metrics
 from miles_spmd.types.run_files import METRICS_FILE, adopt_config
 
@@ -27,7 +30,12 @@ def run(
     task = attempt.record.task
     if task == "generate":
         with open_generation(config, cluster, attempt, stopping) as generating:
-            first = max(read_metrics(config.run_dir / METRICS_FILE), default=0) if config.checkpoint.resume else 0
+            first = _steps_generated(config.run_dir) if config.checkpoint.resume else 0
+            if first and (changed := changed_settings(config.run_dir)):
+                warn(
+                    f"{config.run_dir / RESPONSES_FILE}: responses from step {first} on are generated with other "
+                    f"settings than those before: {', '.join(changed)}; take another run.name to keep them apart"
+                )
             adopt_config(config.run_dir)
             attempt.ready(first, [info.host for info in cluster.infos])
             return generate(generating, first)
@@ -54,3 +62,15 @@ def run(
             case _:
                 raise ValueError(f"task {task!r} with order {order}")
     return ""
+
+
+def _steps_generated(run_dir: Path) -> int:
+    """Return the number of steps whose responses are written. Raises OSError."""
+    done = max(read_metrics(run_dir / METRICS_FILE), default=0)
+    written = steps_written(run_dir, done)
+    if written < done:
+        warn(
+            f"{run_dir / RESPONSES_FILE}: responses of the {done} steps that were done are missing; "
+            f"those behind {written} steps are generated again"
+        )
+    return written

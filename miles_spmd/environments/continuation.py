@@ -97,9 +97,9 @@ class Continuation:
         self._kind(render, "tool" if tools else "user")
 
     def suffix(self, render: Render, calls: Sequence[Call], messages: Sequence[Message]) -> Suffix:
-        """Return the text for ``messages`` that follow an assistant's message with ``calls``, as far as and with what
-        begins the next one. Contents are strings. Raises ContinuationError."""
-        role = "tool" if messages[0]["role"] == "tool" else "user"
+        """Return the text for ``messages`` (which may be none) that follow an assistant's message with ``calls``, as
+        far as and with what begins the next one. Contents are strings. Raises ContinuationError."""
+        role = "tool" if messages and messages[0]["role"] == "tool" else "user"
         kind = self._kind(render, role)
         contents = [message["content"].strip() if kind.trims else message["content"] for message in messages]
         mark, marked = with_marks(messages, contents)

@@ -17,11 +17,13 @@ from miles_spmd.environments.continuation import Continuation, ContinuationError
 from miles_spmd.environments.detection import detect_format
 from miles_spmd.environments.tool_schemas import Schema
 from miles_spmd.plugins.environment import Completion, Context
-from miles_spmd.types.trajectory import FinishReason
+from miles_spmd.types.trajectory import FinishReason, Trajectory
 
 AUTO = "auto"
 _UNUSED = "hermes"  # the format of calls in a conversation without tools
 _MOST_TEMPLATES = 256
+_FIRST_PART = 2**16  # characters that are encoded in any case, which takes at most a tenth of a second
+_CUT_TOKENS = 64  # at the end of a part, which the rest of the text may join to fewer
 _PROBE = [
     {"role": "user", "content": "Hi"},
     {"role": "assistant", "content": "Hello."},
@@ -42,6 +44,10 @@ class Said(NamedTuple):
     message: Message
     ended_by: str | None  # the special token that ended it
     stopped_by: str = ""  # the stop string that ended it, which the message is without
+
+
+class TooLongError(ValueError):
+    """A text that does not fit into the context, whatever stands before it."""
 
 
 class Dialect:
@@ -84,8 +90,10 @@ class Dialect:
 
     def begun(self, messages: Sequence[dict[str, Any]]) -> Written:
         """Return the tokens of a whole conversation, and to begin the next message. Contents are strings, and special
-        tokens in those of others than the assistant are text. Raises ValueError where the template refuses them."""
+        tokens in those of others than the assistant are text. Raises ValueError where the template refuses them, and
+        TooLongError."""
         text = self._render(messages)
+        refuse_too_long(self._context, text)
         others = [message for message in messages if message["role"] != "assistant"]
         if not any(self._spells_special(message["content"]) for message in others):
             return Written(text, self._context.encode(text, at_start=True))
@@ -127,6 +135,17 @@ class Dialect:
     def _spells_special(self, text: str) -> bool:
         encode = self._context.encode
         return encode(text) != encode(text, literal=[(0, len(text))])
+
+
+def refuse_too_long(context: Context, text: str) -> None:
+    """Raise TooLongError where ``text`` has more tokens than the context. Of one that is much too long only the
+    beginning is encoded: all of it could take a minute, in which the event loop serves nobody."""
+    length = _FIRST_PART
+    while length < len(text):
+        tokens = context.encode(text[:length], at_start=True)
+        if context.room(Trajectory(tokens[:-_CUT_TOKENS])) < 1:
+            raise TooLongError(f"{len(text)} characters do not fit into the context")
+        length *= 2
 
 
 def end(context: Context, completion: Completion, stop: Sequence[str]) -> tuple[str, str | None, str]:

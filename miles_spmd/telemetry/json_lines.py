@@ -50,6 +50,12 @@ def cut(path: Path, step: int) -> None:
         write_whole(path, b"".join(kept), sync=True)
 
 
+def last_step(path: Path) -> int:
+    """Return the step of the last line that can be read and has one; 0 where there is none. Raises OSError."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return next((int(step) for line in reversed(lines) if (step := _step(line))), 0)
+
+
 def _step(line: bytes) -> float:
     try:
         return msgspec.json.decode(line, type=_Step).step

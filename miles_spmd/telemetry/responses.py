@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from miles_spmd.telemetry.json_lines import LineWriter, cut
+from miles_spmd.telemetry.json_lines import LineWriter, cut, last_step
 from miles_spmd.types.sample import Sample
 
 RESPONSES_FILE = "responses.jsonl"
@@ -34,6 +34,13 @@ class ResponseRow(msgspec.Struct, frozen=True):
     tokens: list[int]
     log_probs: list[float]  # natural log, 0 for tokens that the model did not sample
     loss_mask: list[int]  # 1 where it did
+
+
+def steps_written(run_dir: Path, done: int) -> int:
+    """Return after how many of the ``done`` steps the file in ``run_dir`` has no gap: all, or where it ends before the
+    last of them, those before the one that it ends with, of which rows may be missing. Raises OSError."""
+    last = last_step(run_dir / RESPONSES_FILE)
+    return done if last >= done else max(last - 1, 0)
 
 
 def row(step: int, sample: Sample) -> ResponseRow:

@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 
 ENGINES_ALONE = ("generate", "serve")  # tasks for which no rank trains
+NO_ROWS = "none:none"  # data.prompt_data of "serve", which reads none
 METRICS_FILE = "metrics.jsonl"
 API_KEY_FILE, BASE_URL_FILE = "api_key", "base_url"  # of a server, while it serves
 CONFIG_FILE = "config.toml"

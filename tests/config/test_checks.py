@@ -13,6 +13,7 @@ import pytest
 
 from miles_spmd.config import checks
 from miles_spmd.config.load import ConfigError, load_config
+from miles_spmd.types.run_files import NO_ROWS
 from tests.config.test_load import errors, recipe  # noqa: F401  (a fixture)
 from tests.ranks import Ranks
 
@@ -189,6 +190,21 @@ def test_a_conflict_is_named(recipe: Path, overrides: str, message: str) -> None
     found = errors(recipe, *overrides.split(), world_size=2)
     assert any(message in error for error in found), found
     load_config(recipe, world_size=2)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "n_samples_per_prompt=1",
+        "rollout_temperature=0.0",
+        "num_rollout=10 lr_warmup_iters=10",
+        "keep_old_actor=true",
+        f"max_tokens_per_gpu=256 prompt_data={NO_ROWS}",
+    ],
+)
+def test_what_only_training_requires(recipe: Path, overrides: str) -> None:  # noqa: F811
+    """Responses may be greedy, or one for each prompt, where nobody learns from them."""
+    load_config(recipe, overrides.split(), check_files=False, trains=False)
 
 
 def test_every_error_of_a_judge_is_named_at_once(recipe: Path) -> None:  # noqa: F811

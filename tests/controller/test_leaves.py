@@ -106,7 +106,7 @@ def test_evaluations_call_nothing() -> None:
         play(tree, PROMPTS[:1], trained_leaves=f"{__name__}:nothing")
 
 
-@pytest.mark.parametrize("name", ["twice", "beyond", "text", "raises"])
+@pytest.mark.parametrize("name", ["twice", "beyond", "text", "mask", "halves", "raises"])
 def test_what_cannot_be_used(name: str) -> None:
     leaves = [Leaf(Trajectory([1]), order) for order in range(2)]
     with pytest.raises(PlugInError, match=rf"environment.trained_leaves = 'tests\.controller\.test_leaves:{name}'"):
@@ -135,6 +135,14 @@ def beyond(leaves: Sequence[Leaf]) -> Sequence[int]:
 
 def text(leaves: Sequence[Leaf]) -> Any:
     return "first"
+
+
+def mask(leaves: Sequence[Leaf]) -> Any:
+    return [True, False]
+
+
+def halves(leaves: Sequence[Leaf]) -> Any:
+    return [0.5]
 
 
 def raises(leaves: Sequence[Leaf]) -> Sequence[int]:

@@ -17,6 +17,7 @@ from miles_spmd.controller.generation.acceptance import Acceptance, Group
 from miles_spmd.controller.generation.episodes import EnvironmentFailedError
 from miles_spmd.controller.journal.metrics import eval_metrics, rollout_metrics
 from miles_spmd.controller.learning.batch import optimizer_steps, to_sequences
+from miles_spmd.controller.learning.policy import Policy
 from miles_spmd.ledger.step_data import SampleData
 from miles_spmd.plugins.environment import Context
 from miles_spmd.telemetry.metrics import describe, is_score
@@ -308,3 +309,18 @@ def test_the_longest_sibling_of_a_role_is_punished_and_not_the_other_role() -> N
     _, _, baselines = optimizer_steps(samples, to_sequences(samples), {}, run)
     penalty = float(overlong_penalty(np.asarray([40]), 40, 20)[0])
     assert baselines == {"": {"first": 0.5 + penalty, "second": 1.0}}
+
+
+def test_a_policy_whose_roles_never_come_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """A role that is misspelt in the configuration: one policy plays all, and the other one learns nothing."""
+    table: Any = {"second_num_gpus": 1, "second_roles": ["secnod"]}
+    config = Config(model={"hf_checkpoint": "none"}, data={"prompt_data": "none"}, second_policy=table)
+    nobody = cast(Any, None)
+    samples = of(play(match, PROMPTS[:1])[0])
+    first, second = (Policy(config, nobody, nobody, nobody, name=name) for name in config.policies)
+    for _ in range(2):
+        assert first.own(samples) == samples
+        assert second.own(samples) == []
+    assert second.own([]) == []
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "the policy 'second_policy' plays no role of these samples ('first', " in warning

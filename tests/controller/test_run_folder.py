@@ -28,7 +28,7 @@ from miles_spmd.controller.run_folder import (
     outcome,
 )
 from miles_spmd.telemetry.trackers import JsonlTracker
-from miles_spmd.types.run_files import adopt_config, newest_config
+from miles_spmd.types.run_files import TURNS, adopt_config, newest_config
 
 
 def make(folder: Path, *overrides: str, **tables: Any) -> Config:
@@ -324,6 +324,25 @@ def test_an_interrupted_step_folder_is_no_checkpoint(tmp_path: Path) -> None:
     assert outcome(config, "train", 1, finished=False)[-1] == (
         f"{none}the first was due after step 5, as checkpoint.save_interval says"
     )
+
+
+def test_finished_responses_are_results(tmp_path: Path) -> None:
+    """A run that is killed before its first checkpoint continues with those that rollout.durable has kept."""
+    config = make(tmp_path, "rollout.durable=true")
+    turns = config.run_dir / TURNS / "step_000000000"
+    turns.parent.mkdir(parents=True)
+    turns.write_bytes(b"response")
+    with pytest.raises(
+        RunFolderError, match=r"has the finished responses of 1 step of an earlier run; set checkpoint.r"
+    ):
+        check_results(config, "train")
+    checkpoint, resume = outcome(config, "train", 1, finished=False)
+    assert checkpoint == "checkpoint: none; the run begins anew with the finished responses of 1 step"
+    assert resume.endswith("config.toml checkpoint.resume=true")
+    with claim(make(tmp_path, "rollout.durable=true", "checkpoint.resume=true"), "train"):  # type: ignore[union-attr]
+        assert turns.read_bytes() == b"response"
+    with claim(make(tmp_path, "run.overwrite=true"), "train"):  # type: ignore[union-attr]
+        assert not turns.exists()
 
 
 def test_the_lock_names_its_holder(tmp_path: Path) -> None:

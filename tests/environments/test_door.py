@@ -140,6 +140,34 @@ def test_distributions_and_seeds(play: Play) -> None:
     play(test)
 
 
+def test_what_would_have_no_effect_is_refused(play: Play) -> None:
+    """A setting that does something else than nothing, and names that are misspelt."""
+
+    async def test(engine: Engine, client: httpx.AsyncClient) -> None:
+        for name in ("chat/completions", "completions"):
+            body = BODY if name == "chat/completions" else {"prompt": "Hi"}
+            for setting in (
+                {"repetition_penalty": 1.2},
+                {"min_p": 0.1},
+                {"stop_token_ids": [5]},
+                {"logit_bias": {"1": 2}},
+            ):
+                refused = (await client.post(f"/v1/{name}", json=body | setting)).json()["error"]
+                assert refused["param"] == next(iter(setting))
+            neutral = {"repetition_penalty": 1.0, "frequency_penalty": 0, "min_p": 0, "logit_bias": {}, "user": "me"}
+            assert (await client.post(f"/v1/{name}", json=body | neutral)).status_code == 200
+        for path, wrong in (
+            ("/sessions", {"temprature": 0.5}),
+            ("/sessions", {"min_p": 0.5}),
+            ("/sessions", {"seed": 2**64}),
+            ("/weights", {"path": "/x", "versoin": 7}),
+        ):
+            assert (await client.post(path, json=wrong)).status_code == 400, wrong
+        assert not engine.loads
+
+    play(test)
+
+
 def test_too_much(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(engine: Engine, client: httpx.AsyncClient) -> None:
         monkeypatch.setattr(door, "MAX_SESSIONS", 2)

@@ -209,6 +209,55 @@ def test_log_probs_and_limits(play: Play) -> None:
     play(test)
 
 
+def test_log_probs_of_every_api(play: Play) -> None:
+    """Completions count further tokens at each place, so 0 asks for the sampled ones; responses name them."""
+
+    async def test(bench: Bench) -> None:
+        async with bench.open(*["Oslo<|im_end|>"] * 3) as client:
+            text = await client.completions.create(model="a", prompt="In", logprobs=0)
+            assert text.choices[0].logprobs.tokens[-1] == "<|im_end|>"
+            asked: Any = {"model": "a", "include": ["message.output_text.logprobs"]}
+            item = (await client.responses.create(input="Hi", **asked)).output[0].content[0]
+            assert "".join(one.token for one in item.logprobs) == "Oslo<|im_end|>"
+            parts = [part async for part in await client.responses.create(input="So", stream=True, **asked)]
+            (done,) = (part for part in parts if part.type == "response.output_text.done")
+            assert {one.logprob for one in done.logprobs} == {-0.5}
+
+    play(test)
+
+
+def test_settings_of_other_servers_are_counted(play: Play) -> None:
+    async def test(bench: Bench) -> None:
+        async with bench.open("Oslo<|im_end|>") as client:
+            further = {"repetition_penalty": 1.2, "chat_template_kwargs": {"enable_thinking": False}, "user": "me"}
+            await client.chat.completions.create(model="a", messages=[USER], extra_body=further)
+        assert bench.context.metrics == {
+            "session_ignored/repetition_penalty": 1.0,
+            "session_ignored/chat_template_kwargs": 1.0,
+        }
+
+    play(test)
+
+
+def test_a_history_that_ends_with_the_policy_s_message(play: Play) -> None:
+    """Nobody has said anything since: the policy says a further message, behind the tokens of its last one."""
+
+    async def test(bench: Bench) -> None:
+        async with bench.open("One.<|im_end|>", "Two.<|im_end|>", "Three.<|im_end|>") as client:
+            messages: list[Any] = [USER]
+            for _ in range(3):
+                said = await client.chat.completions.create(model="a", messages=messages)
+                messages.append({"role": "assistant", "content": said.choices[0].message.content})
+        (trajectory,) = bench.session.trajectories
+        assert trajectory.turns == 3
+        text = bench.context.decode(trajectory.tokens)
+        assert text.endswith(
+            "One.<|im_end|>\n<|im_start|>assistant\nTwo.<|im_end|>\n<|im_start|>assistant\nThree.<|im_end|>"
+        )
+
+    play(test)
+
+
 def test_a_stop_string_is_left_out_and_may_be_sent_back(play: Play) -> None:
     async def test(bench: Bench) -> None:
         async with bench.open("x = 1</code> ", "Done.<|im_end|>") as client:

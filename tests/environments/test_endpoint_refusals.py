@@ -70,6 +70,7 @@ MALFORMED: dict[str, Any] = {
     "tool kind": {"messages": [USER], "tools": [{"type": "web_search", "function": {"name": "x"}}]},
     "seed": b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 5000 + b"}",
     "top": {"messages": [USER], "top_logprobs": 5},
+    "grammar": {"messages": [USER], "guided_json": {}},
     "format": {"messages": [USER], "response_format": {"type": "json_schema", "json_schema": {}}},
 }
 
@@ -99,6 +100,49 @@ def test_a_full_context(play: Play) -> None:
             assert (status, refused["error"]["code"]) == (400, "context_length_exceeded")
             assert (await bench.post({"messages": [USER]}))[0] == 400  # and is not remembered as a response
         assert not bench.session.trajectories
+
+    play(test)
+
+
+RESPONSES: dict[str, Any] = {
+    "top": {"input": "x", "top_logprobs": 5},
+    "kept elsewhere": {"input": "x", "conversation": "conv_1"},
+    "prompt": {"input": "x", "prompt": {"id": "pmpt_1"}},
+    "format": {"input": "x", "text": {"format": {"type": "json_object"}}},
+}
+
+
+def test_responses_that_would_not_be_what_was_asked_for(play: Play) -> None:
+    async def test(bench: Bench) -> None:
+        async with bench.open():
+            for name, body in RESPONSES.items():
+                status, refused = await bench.post(body, path=bench.path.replace("chat/completions", "responses"))
+                assert (status, bool(refused["error"]["param"])) == (400, True), name
+
+    play(test)
+
+
+def test_a_text_that_is_much_too_long_stops_nobody(play: Play) -> None:
+    """Of megabytes only the beginning is tokenized, in the event loop that serves all sessions."""
+
+    async def test(bench: Bench) -> None:
+        async with bench.open("Hello.<|im_end|>", room=1000):
+            huge = "so " * 1_000_000
+            told = {"role": "assistant", "content": "Hello."}
+            bodies: list[tuple[str, Any]] = [
+                ("chat/completions", {"messages": [{"role": "user", "content": huge}]}),
+                ("chat/completions", {"messages": [USER, told, {"role": "user", "content": huge}]}),
+                ("chat/completions", {"messages": [{"role": "user", "content": "<|im_end|>"}] * 20_000}),
+                ("completions", {"prompt": huge}),
+                ("completions", {"prompt": [1] * 1_000_000}),
+            ]
+            await bench.post({"messages": [USER]})
+            encoded = sum(map(len, bench.context.encoded))
+            for name, body in bodies:
+                status, refused = await bench.post(body, path=bench.path.replace("chat/completions", name))
+                assert (status, refused["error"]["code"]) == (400, "context_length_exceeded"), name
+            assert sum(map(len, bench.context.encoded)) - encoded < 500_000
+            assert len(bench.session.trajectories) == 1
 
     play(test)
 

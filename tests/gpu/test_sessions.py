@@ -15,6 +15,7 @@ CLIENTS = [
     "environment.environment_kwargs={turns = 4, new_tokens = 8, given = 5}",
     "data.apply_chat_template=true",
     "rollout_max_response_len=96",
+    "eval.eval_prompt_data={}",  # four hundred more conversations, twice in each run
     *EXACT,
 ]
 

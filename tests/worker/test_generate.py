@@ -81,6 +81,27 @@ def test_one_that_was_stopped_goes_on(tmp_path: Path, checkpoint: Path) -> None:
     assert [row.step for row in found] == [step + 1 for step in range(MANY) for _ in range(8)]
 
 
+def test_what_is_missing_is_generated_again(tmp_path: Path, checkpoint: Path) -> None:
+    """One greedy response to each prompt, of which training would learn nothing; then half of the file is lost."""
+    config = write_config(tmp_path, checkpoint)
+    settings = "rollout.rollout_temperature=0", "n_samples_per_prompt=1", "determinism.deterministic=true"
+    done = generate(tmp_path, config, *settings)
+    assert done.returncode == 0, done.stderr
+    before, file = rows(tmp_path), tmp_path / "runs" / "tiny-generate" / RESPONSES_FILE
+    os.truncate(file, file.stat().st_size // 2)
+    done = generate(tmp_path, config, *settings, "checkpoint.resume=true")
+    assert done.returncode == 0, done.stderr
+    assert f"{RESPONSES_FILE}: responses of the {STEPS} steps that were done are missing" in done.stderr
+    assert "other settings" not in done.stderr
+    assert rows(tmp_path) == before
+    others = "rollout.rollout_max_response_len=3", f"run.num_rollout={STEPS + 1}"
+    done = generate(tmp_path, config, *settings, "checkpoint.resume=true", *others)
+    assert done.returncode == 0, done.stderr
+    assert f"step {STEPS} on are generated with other settings" in done.stderr
+    assert "before: rollout.rollout_max_response_len;" in done.stderr
+    assert rows(tmp_path)[: len(before)] == before
+
+
 def test_without_labels_nothing_is_scored(tmp_path: Path, checkpoint: Path) -> None:
     config = write_config(tmp_path, checkpoint)
     (tmp_path / "data.jsonl").write_text('{"prompt": "Say something."}\n{"prompt": "Say more."}\n')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 from miles_spmd.plugins.environment import Leaf, LeafSelector
@@ -33,9 +34,9 @@ def chosen(name: str, leaves: Sequence[Leaf]) -> set[int]:
     if len(leaves) == 1:
         return {0}
     returned = LEAF_SELECTORS.resolve(name)(leaves)
-    try:
-        numbers = [int(number) for number in returned]
-    except (TypeError, ValueError):
+    try:  # what tells whether each is trained, as filters return it, would be numbers, too
+        numbers = [] if any(isinstance(one, bool) for one in returned) else [*map(operator.index, returned)]
+    except TypeError:
         numbers = []
     if not numbers or len({*numbers}) != len(numbers) or not {*numbers} <= {*range(len(leaves))}:
         expected = f"at least one of the numbers from 0 to {len(leaves) - 1}, each once"

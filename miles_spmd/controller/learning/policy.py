@@ -16,6 +16,7 @@ from miles_spmd.controller.learning.batch import Scores, optimizer_steps, pair_s
 from miles_spmd.controller.learning.models import Models
 from miles_spmd.data.examples import PreferencePair
 from miles_spmd.protocol.commands import Bisect, RefitEngine, SnapshotWeights
+from miles_spmd.protocol.last_words import warn
 from miles_spmd.types.engine_group import POLICY, in_group
 from miles_spmd.types.request import Request
 from miles_spmd.types.role import Role
@@ -53,12 +54,21 @@ class Policy:
         self._baselines: dict[int, Baselines] = {0: self._own_of(baselines or {})}
         self._engine_version: int | None = None  # of the weights in the engine; None: not yet the trainer's
         self._skipped_in_a_row = 0
+        self._told_idle = False
 
     # --- before the update -------------------------------------------------------------------------------------------
 
     def own(self, samples: Sequence[Sample]) -> list[Sample]:
-        """Return the samples of the roles that this policy plays."""
-        return [sample for sample in samples if self._plays(sample.role) == self.name]
+        """Return the samples of the roles that this policy plays. The first time that there are none is a warning."""
+        own = [sample for sample in samples if self._plays(sample.role) == self.name]
+        if samples and not own and not self._told_idle:
+            self._told_idle = True
+            roles = ", ".join(sorted({repr(sample.role) for sample in samples}))
+            warn(
+                f"the policy {self.name!r} plays no role of these samples ({roles}), and is not updated; "
+                "see second_policy.second_roles"
+            )
+        return own
 
     def score(self, step: int, samples: Sequence[Sample], sequences: Sequence[TrainSequence]) -> Scores:
         """Return the scores that the algorithm needs from before the update. Compares engine and trainer where that is

@@ -99,7 +99,9 @@ def _served(config: Config, cluster: Cluster, key: str) -> Served:
     source = ModelSource(folder, family.vocab_size, min(filter(None, longest)), config.data.chat_template_date)
     host = cluster.address if config.serve.serve_host == JOB else config.serve.serve_host
     params = Sampling.of_step(config, 0).params
-    return Served(host, config.serve.serve_port, key, source, config.data.chat_template_kwargs, params, 0, str(folder))
+    return Served(
+        host, config.serve.serve_port, key, source, config.data.chat_template_kwargs, params, 0, str(folder.absolute())
+    )
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from miles_spmd.environments.sessions.endpoint import (
     respond,
     written,
 )
-from miles_spmd.environments.sessions.protocol import DISTRIBUTION, ENDED, RequestError, read_json
+from miles_spmd.environments.sessions.protocol import DISTRIBUTION, ENDED, RequestError, check_seed, read_json
 from miles_spmd.environments.sessions.session import Session
 from miles_spmd.types.request import SamplingParams
 from miles_spmd.types.seeds import derive_seed
@@ -48,7 +48,7 @@ _HOTTEST = 100.0  # temperature
 T = TypeVar("T")
 
 
-class OpenRequest(msgspec.Struct):
+class OpenRequest(msgspec.Struct, forbid_unknown_fields=True):
     """A new session: its seed, None for a random one, and the distribution of its requests, None for [rollout]'s."""
 
     seed: int | None = None
@@ -57,7 +57,7 @@ class OpenRequest(msgspec.Struct):
     top_k: Any = None
 
 
-class LoadRequest(msgspec.Struct):
+class LoadRequest(msgspec.Struct, forbid_unknown_fields=True):
     """New weights. ``version``: None for the next number. ``running``: see :class:`Load`."""
 
     path: str
@@ -153,9 +153,9 @@ class Door(Endpoint):
         with Body(self._under_way, _PLAIN) as body:
             request = api.decode(await body.read(http))
             asked = request.asked(lambda key: None)  # it continues nothing
-            for name in set(DISTRIBUTION) - {"temperature", "top_p", "top_k"}:
-                if getattr(asked, name):
-                    raise RequestError(400, f"{name} is not supported", param=name)
+            for name in DISTRIBUTION.keys() - {"temperature", "top_p", "top_k"}:
+                if getattr(asked, name) not in (None, DISTRIBUTION[name]):
+                    raise RequestError(400, f"{name} is not supported: it would have no effect", param=name)
             seed = secrets.randbelow(SEEDS) if asked.seed is None else asked.seed % SEEDS
             # the first choice has the seed itself, so that whoever knows that of a response gets it again
             seeds = itertools.chain([seed], (derive_seed("choice", seed, choice) for choice in itertools.count(1)))
@@ -178,6 +178,7 @@ class Door(Endpoint):
             raise RequestError(
                 429, f"there are {MAX_SESSIONS} sessions; delete those that have ended", "rate_limit_exceeded"
             )
+        check_seed(asked.seed)
         seed = secrets.randbelow(SEEDS) if asked.seed is None else asked.seed % SEEDS
         params = _distribution(self._policy.params, asked)
         context = self._context(params, partial(derive_seed, "session", seed))

@@ -71,6 +71,8 @@ class Server:
             self._orders.put(Ending())
             self._threads[0].join(2 * END_SECONDS)  # it closes its pipe
         self._child.kill()
+        for thread in self._threads:  # on a slow machine it had no time to: nobody is woken once this has returned
+            thread.join(END_SECONDS)
 
     def _receive(self) -> FromServer:
         try:

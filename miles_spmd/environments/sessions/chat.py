@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -15,6 +15,7 @@ from miles_spmd.environments.sessions.protocol import (
     Response,
     SampledRequest,
     event,
+    no_grammar,
     read_json,
     usage,
 )
@@ -84,12 +85,7 @@ class ChatRequest(SampledRequest, kw_only=True):
                 400, "only the sampled token has a log-prob; leave out top_logprobs", param="top_logprobs"
             )
         if self.response_format and self.response_format.get("type") != "text":
-            raise RequestError(
-                400,
-                "response_format is not supported: a grammar would change the distribution that is sampled from, and "
-                "the log-probs that are trained on would be those of another one; ask for the format in the prompt",
-                param="response_format",
-            )
+            raise no_grammar("response_format")
         for tool in self.tools or ():
             function = tool.get("function")
             name = function.get("name") if isinstance(function, dict) else None
@@ -141,11 +137,11 @@ def _head(request: ChatRequest, response: Response, kind: str) -> dict[str, Any]
 
 
 def _end(request: ChatRequest, choice: Choice) -> dict[str, Any]:
-    log_probs = {"content": _log_probs(choice), "refusal": None} if request.logprobs else None
+    log_probs = {"content": log_probs_of(choice), "refusal": None} if request.logprobs else None
     return {"logprobs": log_probs, "finish_reason": choice.finish_reason} | request.tokens_of(choice)
 
 
-def _log_probs(choice: Choice) -> Sequence[dict[str, Any]]:
+def log_probs_of(choice: Choice) -> list[dict[str, Any]]:
     return [
         {"token": text, "logprob": log_prob, "bytes": None, "top_logprobs": []}
         for text, log_prob in zip(choice.texts, choice.log_probs, strict=True)

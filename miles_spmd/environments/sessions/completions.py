@@ -39,12 +39,17 @@ class CompletionRequest(SampledRequest, kw_only=True):
     @property
     def tokens(self) -> list[int]:
         """The prompt; none where it is text."""
-        tokens = [token for token in self.prompt if isinstance(token, int)]
+        tokens = [] if isinstance(self.prompt, str) else [token for token in self.prompt if isinstance(token, int)]
         return tokens if len(tokens) == len(self.prompt) else []
 
     @property
     def limit(self) -> int:
         return _LIMIT if self.max_tokens is None else self.max_tokens
+
+    @property
+    def asks_log_probs(self) -> bool:
+        # the number is that of further tokens at each place: with 0 there is the sampled one alone
+        return self.logprobs is not None and self.logprobs is not False
 
     def check(self) -> None:
         super().check()
@@ -86,7 +91,7 @@ def _head(request: CompletionRequest, response: Response) -> dict[str, Any]:
 
 def _choice(request: CompletionRequest, number: int, choice: Choice) -> dict[str, Any]:
     log_probs = None
-    if request.logprobs:
+    if request.asks_log_probs:
         places = itertools.accumulate((len(text) for text in choice.texts[:-1]), initial=0)
         log_probs = {
             "tokens": choice.texts,

@@ -11,8 +11,29 @@ import msgspec
 MODEL = "policy"
 MAX_CHOICES, MAX_STOPS = 64, 16
 CONTEXT_FULL, ENDED = "context_length_exceeded", "session_not_found"  # codes of errors
-# Fields that change the distribution which the policy samples from: [rollout] decides that.
-DISTRIBUTION = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "logit_bias")
+# Fields that change what is sampled, which the run's settings decide, with the value by which they change nothing.
+DISTRIBUTION: dict[str, Any] = {
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+    "min_p": 0,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "logit_bias": {},
+    # of other servers, SGLang's and vLLM's
+    "repetition_penalty": 1,
+    "min_tokens": 0,
+    "ignore_eos": False,
+    "stop_token_ids": [],
+    "bad_words": [],
+    "allowed_token_ids": None,
+    "chat_template_kwargs": {},
+}
+# by which other servers are asked for a grammar which other servers are asked for a grammar
+GRAMMARS = (
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"),
+    *("json_schema", "regex", "ebnf"),
+)
 DONE = b"data: [DONE]\n\n"  # the last event of a stream
 T = TypeVar("T")
 
@@ -81,6 +102,21 @@ class SampledRequest(msgspec.Struct, kw_only=True):
     frequency_penalty: Any = None
     presence_penalty: Any = None
     logit_bias: Any = None
+    repetition_penalty: Any = None
+    min_tokens: Any = None
+    ignore_eos: Any = None
+    stop_token_ids: Any = None
+    bad_words: Any = None
+    allowed_token_ids: Any = None
+    chat_template_kwargs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    structured_outputs: Any = None
+    json_schema: Any = None
+    regex: Any = None
+    ebnf: Any = None
 
     def asked(self, conversation: Callable[[str], list[dict[str, Any]] | None]) -> Self:
         """Return what the session is asked for. ``conversation`` returns the messages up to a response, its own one
@@ -99,6 +135,10 @@ class SampledRequest(msgspec.Struct, kw_only=True):
     def limit(self) -> int | None:
         """Number of tokens that may be sampled; None: as many as fit."""
         raise NotImplementedError
+
+    @property
+    def asks_log_probs(self) -> bool:
+        return bool(self.logprobs)
 
     @property
     def without_effect(self) -> list[str]:
@@ -122,15 +162,31 @@ class SampledRequest(msgspec.Struct, kw_only=True):
             raise RequestError(400, f"n = {self.n} is not between 1 and {MAX_CHOICES}", param="n")
         if self.limit is not None and self.limit < 1:
             raise RequestError(400, f"max_tokens = {self.limit} is less than 1", param="max_tokens")
-        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
-            raise RequestError(400, f"seed = {self.seed} does not fit into 64 bits", param="seed")
+        check_seed(self.seed)
         if len(self.stops) > MAX_STOPS or not all(self.stops):
             raise RequestError(400, f"stop has an empty string, or more than {MAX_STOPS}", param="stop")
+        if grammar := next((name for name in GRAMMARS if getattr(self, name) is not None), None):
+            raise no_grammar(grammar)
 
     def tokens_of(self, choice: Choice) -> dict[str, Any]:
         """Return what a choice has of its tokens."""
         versions = {"weight_versions": choice.weight_versions} if choice.weight_versions else {}
         return {"token_ids": choice.tokens, **versions} if self.return_token_ids else {}
+
+
+def check_seed(seed: int | None) -> None:
+    """Raises RequestError."""
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise RequestError(400, f"seed = {seed} does not fit into 64 bits", param="seed")
+
+
+def no_grammar(name: str) -> RequestError:
+    return RequestError(
+        400,
+        f"{name} is not supported: a grammar would change the distribution that is sampled from, and the log-probs "
+        "that are trained on would be those of another one; ask for the format in the prompt",
+        param=name,
+    )
 
 
 def read_json(body: bytes, kind: type[T]) -> T:

@@ -9,11 +9,12 @@ from typing import Any
 
 import msgspec
 
-from miles_spmd.environments.sessions.chat import ChatMessage, ChatRequest, FunctionCall, Part, ToolCall
+from miles_spmd.environments.sessions.chat import ChatMessage, ChatRequest, FunctionCall, Part, ToolCall, log_probs_of
 from miles_spmd.environments.sessions.protocol import MODEL, RequestError, Response, event, read_json, usage
 
 Body = dict[str, Any]
 _ID = "resp-"  # what the id of a response begins with; the key of its request follows
+_LOG_PROBS = "message.output_text.logprobs"
 _INSTRUCTED = "-i"  # and what it ends with where the first message is the request's instructions
 
 
@@ -30,7 +31,7 @@ class Item(msgspec.Struct):
 
 
 class ResponsesRequest(msgspec.Struct, kw_only=True):
-    """Further fields have no effect."""
+    """``include`` asks for log-probs. Further fields have no effect."""
 
     input: str | list[Item]
     model: str = MODEL
@@ -44,9 +45,20 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     seed: int | None = None
     temperature: Any = None
     top_p: Any = None
+    include: list[str] | None = None
+    top_logprobs: int | None = None
+    conversation: Any = None
+    prompt: Any = None
+
+    @property
+    def asks_log_probs(self) -> bool:
+        return _LOG_PROBS in (self.include or ())
 
     def asked(self, conversation: Callable[[str], list[Body] | None]) -> ChatRequest:
         """Return the same request of the chat API. ``conversation``: see SampledRequest. Raises RequestError."""
+        for name in ("conversation", "prompt"):  # of which there are none here
+            if getattr(self, name) is not None:
+                raise RequestError(400, f"{name} is not supported; send all that the policy is to see", param=name)
         form = (self.text or {}).get("format")
         request = ChatRequest(
             messages=self._messages(self._before(conversation)),
@@ -56,6 +68,8 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
             max_completion_tokens=self.max_output_tokens,
             response_format=form if isinstance(form, dict) else None,
             seed=self.seed,
+            logprobs=self.asks_log_probs or None,
+            top_logprobs=self.top_logprobs,
             temperature=self.temperature,
             top_p=self.top_p,
         )
@@ -109,12 +123,12 @@ def decode(body: bytes) -> ResponsesRequest:
 
 def whole(request: ResponsesRequest, response: Response) -> Body:
     """Return the body of a response that is not streamed."""
-    return _body(request, response, _items(response), response.choices[0].finish_reason)
+    return _body(request, response, _items(request, response), response.choices[0].finish_reason)
 
 
 def events(request: ResponsesRequest, response: Response) -> Iterator[bytes]:
     """Yield the events of a streamed response. The policy's message is complete before the first one."""
-    items, numbers = _items(response), itertools.count()
+    items, numbers = _items(request, response), itertools.count()
 
     def made(kind: str, **fields: Any) -> bytes:
         kind = f"response.{kind}"
@@ -132,9 +146,9 @@ def events(request: ResponsesRequest, response: Response) -> Iterator[bytes]:
         elif item["type"] == "message":
             part: Body = item["content"][0]
             inside = where | {"content_index": 0}
-            yield made("content_part.added", **inside, part=part | {"text": ""})
-            yield made("output_text.delta", **inside, delta=part["text"], logprobs=[])
-            yield made("output_text.done", **inside, text=part["text"], logprobs=[])
+            yield made("content_part.added", **inside, part=part | {"text": "", "logprobs": []})
+            yield made("output_text.delta", **inside, delta=part["text"], logprobs=part["logprobs"])
+            yield made("output_text.done", **inside, text=part["text"], logprobs=part["logprobs"])
             yield made("content_part.done", **inside, part=part)
         yield made("output_item.done", output_index=place, item=item)
     final = whole(request, response)
@@ -165,14 +179,15 @@ def _tool(tool: Body) -> Body:
     return {"type": tool.get("type"), "function": function}
 
 
-def _items(response: Response) -> list[Body]:
+def _items(request: ResponsesRequest, response: Response) -> list[Body]:
     message, key = response.choices[0].message, response.key
+    log_probs = log_probs_of(response.choices[0]) if request.asks_log_probs else []
     items: list[Body] = []
     if reasoning := message.get("reasoning_content"):
         content = [{"type": "reasoning_text", "text": reasoning}]
         items.append({"type": "reasoning", "id": f"rs-{key}", "summary": [], "content": content})
     if (text := message["content"]) or not message.get("tool_calls"):
-        part: Body = {"type": "output_text", "text": text or "", "annotations": [], "logprobs": []}
+        part: Body = {"type": "output_text", "text": text or "", "annotations": [], "logprobs": log_probs}
         items.append(
             {"type": "message", "id": f"msg-{key}", "status": "completed", "role": "assistant", "content": [part]}
         )

@@ -18,7 +18,7 @@ import msgspec
 from miles_spmd.environments.calls import Message as AssistantMessage
 from miles_spmd.environments.context import ContextError
 from miles_spmd.environments.continuation import ContinuationError
-from miles_spmd.environments.dialect import AUTO, Dialect, Said, Written, end
+from miles_spmd.environments.dialect import AUTO, Dialect, Said, TooLongError, Written, end, refuse_too_long
 from miles_spmd.environments.sessions import history
 from miles_spmd.environments.sessions.chat import ChatRequest
 from miles_spmd.environments.sessions.completions import CompletionRequest
@@ -148,10 +148,10 @@ class Session:
         path = self._path(place, request.seed, choice)
         trajectory = Trajectory(place.trajectory.start, [*place.trajectory.segments], place.trajectory.number)
         completion = await self._context.complete(
-            trajectory, max_new_tokens=request.limit, stop=request.stops, path=path, log_probs=bool(request.logprobs)
+            trajectory, max_new_tokens=request.limit, stop=request.stops, path=path, log_probs=request.asks_log_probs
         )
         if not completion.tokens:
-            raise RequestError(400, "the conversation fills the context, or the limit of a trajectory", CONTEXT_FULL)
+            raise _context_full()
         return trajectory, completion, path
 
     def _path(self, place: _Place, seed: int | None, choice: int) -> str:
@@ -189,7 +189,7 @@ class Session:
         if said.message.calls:
             message = message | {"content": said.message.content or None}
             reason = "tool_calls" if reason == "stop" else reason
-        texts = [self._context.decode([token]) for token in completion.tokens] if request.logprobs else []
+        texts = [self._context.decode([token]) for token in completion.tokens] if request.asks_log_probs else []
         return Choice(message, reason, completion.tokens, completion.log_probs, texts, completion.weight_versions)
 
     def _read(self, request: Asked, place: _Place, completion: Completion, calls: int) -> Said:
@@ -213,12 +213,15 @@ class Session:
         reason = ("history" if knows_tools else "tools") if first else "conversation"
         if parent is not None:
             added = messages[first:]
+            self._refuse_too_long("".join(one["content"] for one in added))
             try:
                 return self._continue(parent, state, dialect, dialect.continued(parent.said, added), added)
             except ContinuationError:
                 reason = "template"
         try:
             written = dialect.begun(messages)
+        except TooLongError:
+            raise _context_full() from None
         except ValueError as error:
             raise RequestError(400, str(error), param="messages") from error
         return self._begin(state, dialect, written, messages, reason)
@@ -230,14 +233,18 @@ class Session:
         if request.tokens:
             return self._find_tokens(request.tokens, state)
         if (parent := self._turns.before(prompt)) is None:
+            self._refuse_too_long(prompt)
             tokens = self._context.encode(prompt, at_start=True, templated=False)
             return self._begin(state, None, Written(prompt, tokens), [], "conversation")
         rest = prompt.removeprefix(parent.text)
+        self._refuse_too_long(rest)
         return self._continue(parent, state, None, Written(rest, self._context.encode(rest)), [])
 
     def _find_tokens(self, tokens: list[int], state: bytes) -> _Place:
         """Return where tokens let the policy continue: behind the most that it has seen and sampled of them. Raises
-        RequestError for tokens that it does not have."""
+        RequestError for tokens that it does not have, or too many."""
+        if self._context.room(Trajectory(tokens)) < 1:
+            raise _context_full()
         try:
             self._context.begin(tokens)  # what the policy continues may not be this
         except ContextError as error:
@@ -270,6 +277,13 @@ class Session:
         self._begun += 1
         return _Place(None, state, dialect, trajectory, written, added)
 
+    def _refuse_too_long(self, text: str) -> None:
+        """Raises RequestError."""
+        try:
+            refuse_too_long(self._context, text)
+        except TooLongError:
+            raise _context_full() from None
+
     def _writer(self, state: bytes, tools: Sequence[Schema]) -> _Writer:
         """Raises RequestError."""
         if state not in self._writers:
@@ -283,6 +297,10 @@ class Session:
     def _count_branches(self, reason: str, count: int = 1) -> None:
         if count:
             self._context.count(f"session_branches/{reason}", count)
+
+
+def _context_full() -> RequestError:
+    return RequestError(400, "the conversation fills the context, or the limit of a trajectory", CONTEXT_FULL)
 
 
 def _count_calls(messages: Sequence[Message]) -> int:
