@@ -8,7 +8,7 @@ from typing import Literal
 from miles_spmd.config.checks import ERRORS, NOT_BY_DEFAULT, PARITY, Messages, Settings, rule
 from miles_spmd.config.table import NonNegativeFloat, PositiveFloat, Table
 from miles_spmd.models.attention import CAPABILITY, FLASH, FLASH_HEADS, SPLIT_KEYS
-from miles_spmd.models.hf_config import count_experts, head_dim
+from miles_spmd.models.hf_config import count_experts, expert_width, head_dim
 
 BATCH_INVARIANT = ("fa3", "triton", "flashinfer")  # attention of SGLang's deterministic mode
 
@@ -79,6 +79,7 @@ def _budget_of_a_mask(s: Settings) -> Messages:
 
 
 RANKS = 1, 2, 4  # numbers of ranks for which sums over the hidden dimension were shown to be equal
+TESTED_FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")  # whose parity was seen on GPUs
 VECTOR = 32  # numbers in a CPU's vectors: SGLang rounds each rank's part of an MLP up to a multiple there
 LONG = 4096  # tokens beyond which a GPU that reads a sequence's keys in one piece, or a few, is clearly slower
 SHARED = FLASH, SPLIT_KEYS, "torch_native"  # attention that both sides have; the last one on CPUs
@@ -249,10 +250,10 @@ def _same_partial_sums_of_experts(s: Settings) -> Messages:
         yield f"sglang.ep_size: parity needs tp_size, {s.tp_size}; ranks that split experts sum in a different order"
     if (s.expert_tensor_parallel_size or s.tensor_model_parallel_size) > 1:
         yield "megatron.expert_tensor_parallel_size: parity needs 1; partial sums of an expert are rounded too early"
-    width = s.shape.get("moe_intermediate_size", 0)
+    width = expert_width(s.shape)
     if s.dtype == "float32" and width % VECTOR:
         yield (
-            f"determinism.parity: must be 'off' in float32 for a moe_intermediate_size of {width}, which {VECTOR} does "
+            f"determinism.parity: must be 'off' in float32 for experts of width {width}, which {VECTOR} does "
             "not divide; the engine rounds the width up"
         )
 
@@ -265,6 +266,13 @@ def _tested_gpus(s: Settings) -> Messages:
     if len(s.capabilities) == 1 and CAPABILITY not in s.capabilities:
         (found,) = s.capabilities
         yield f"determinism.parity: is not yet tested on GPUs of compute capability {found}; 'bitwise' tries it"
+
+
+@rule(NOT_BY_DEFAULT)
+def _tested_families(s: Settings) -> Messages:
+    found = s.shape.get("model_type")
+    if s.dtype == "bfloat16" and found not in (*TESTED_FAMILIES, None):
+        yield f"model.hf_checkpoint: {found} models are not yet tested on GPUs; 'bitwise' tries it"
 
 
 @rule(NOT_BY_DEFAULT)

@@ -16,7 +16,7 @@ from miles_spmd.config.table import (
     must_be,
     plug_point,
 )
-from miles_spmd.models.hf_config import count_experts, head_dim
+from miles_spmd.models.hf_config import count_experts, expert_width, head_dim
 from miles_spmd.types.run_files import NO_ROWS
 
 
@@ -214,11 +214,8 @@ def _experts_divide(s: Settings) -> Messages:
     elif experts and experts % size:
         yield f"megatron.expert_model_parallel_size: {size} does not divide {experts} experts"
     tensor = s.expert_tensor_parallel_size or s.tensor_model_parallel_size
-    width = s.shape.get("moe_intermediate_size")
-    if experts and width is not None and width % tensor:
-        yield (
-            f"megatron.expert_tensor_parallel_size: {tensor} does not divide the experts' moe_intermediate_size {width}"
-        )
+    if experts and (width := expert_width(s.shape)) % tensor:
+        yield f"megatron.expert_tensor_parallel_size: {tensor} does not divide the experts' width {width}"
 
 
 @rule(ERRORS)

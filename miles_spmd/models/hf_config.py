@@ -69,6 +69,7 @@ SIZES = (
     "head_dim",
     "num_local_experts",
     "num_experts",
+    "n_routed_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
 )
@@ -132,7 +133,12 @@ def end_tokens(config: dict[str, Any]) -> list[int]:
 
 def count_experts(config: dict[str, Any]) -> int:
     """Return the number of experts; 0 for a dense model."""
-    return config.get("num_local_experts") or config.get("num_experts") or 0
+    return config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts") or 0
+
+
+def expert_width(config: dict[str, Any]) -> int:
+    """Return the width of an expert of a model that has experts; 0 where the config lacks it."""
+    return config.get("moe_intermediate_size") or config.get("intermediate_size") or 0
 
 
 def rope_parameters(config: dict[str, Any], layer_type: str = "") -> dict[str, Any]:

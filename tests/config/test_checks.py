@@ -255,7 +255,7 @@ def test_experts_against_the_model(recipe: Path) -> None:  # noqa: F811
     sizes = ["megatron.expert_model_parallel_size=4", "megatron.tensor_model_parallel_size=4"]
     found = "\n".join(errors(recipe, *sizes, "megatron.sequence_parallel=true", world_size=16))
     assert "megatron.expert_model_parallel_size: 4 does not divide 6 experts" in found
-    assert "expert_tensor_parallel_size: 4 does not divide the experts' moe_intermediate_size 90" in found
+    assert "expert_tensor_parallel_size: 4 does not divide the experts' width 90" in found
 
 
 def test_canonical_reduction_over_the_ranks(recipe: Path) -> None:  # noqa: F811

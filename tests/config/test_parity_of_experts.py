@@ -37,7 +37,7 @@ def test_nothing_objects_to_experts(recipe: Path) -> None:  # noqa: F811
         ("sglang.enable_eplb=true", "sglang.enable_eplb: parity needs False"),
         ("sglang.tp_size=2", "sglang.ep_size: parity needs tp_size, 2"),
         (f"megatron.tensor_model_parallel_size=2 {SP}", "megatron.expert_tensor_parallel_size: parity needs 1"),
-        ("dtype=float32", "a moe_intermediate_size of 40, which 32 does not divide"),
+        ("dtype=float32", "experts of width 40, which 32 does not divide"),
     ],
 )
 def test_an_obstacle_is_named(recipe: Path, overrides: str, message: str) -> None:  # noqa: F811
