@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
 from miles_spmd.config import Config
 from miles_spmd.types.request import Output, Request
@@ -41,14 +40,14 @@ class Comparison:
 
 def checkpoint(folder: Path, name: str, **more: Any) -> Path:
     """Write the tiny model ``name`` into ``folder``, with MLP widths that a CPU engine does not round up."""
-    prefix, changes = tiny.CONFIGS[name]
-    shape = tiny.COMMON | changes | {"intermediate_size": 128}
-    if "moe_intermediate_size" in shape:
-        shape |= {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4}
-    shape |= more
+    _, changes = tiny.CONFIGS[name]
+    shape: dict[str, Any] = {"intermediate_size": 128}
+    if "moe_intermediate_size" in changes:
+        shape |= {"moe_intermediate_size": 32}
+    if "num_experts" in changes:
+        shape |= {"num_experts": 8, "num_experts_per_tok": 4}
     torch.manual_seed(0)
-    model = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**shape))
-    model.save_pretrained(folder)
+    tiny.new(name, **(shape | more)).save_pretrained(folder)
     return folder
 
 

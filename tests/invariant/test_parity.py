@@ -55,6 +55,21 @@ def test_families(ranks: Ranks, tmp_path: Path, name: str) -> None:
     compare(ranks, tmp_path, name)
 
 
+NEW = ["mistral", "mixtral", "phi3", "gemma2", "gemma3_text", "olmo2", "glm4", "qwen2_moe", "glm4_moe"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine_ranks", [1, 2])
+@pytest.mark.parametrize("name", NEW)
+def test_families_whose_layouts_differ(ranks: Ranks, tmp_path: Path, name: str, engine_ranks: int) -> None:
+    """Two tensor-parallel ranks of the trainer with an engine on each, or two trainers with one engine."""
+    moe = name in ("mixtral", "qwen2_moe", "glm4_moe")
+    split = (TP2 | SP | EP2 | ETP1 if moe else TP2) if engine_ranks == 1 else {}
+    experts_on = engine_ranks if moe else 1
+    engine = {"engine_tp": engine_ranks, "experts_on": experts_on, "num_key_value_heads": 4}
+    compare(ranks, tmp_path, name, 2, split, steps=5, **engine)
+
+
 @pytest.mark.parametrize("layout", [{}, PP2, TP2, TP2 | SP], ids=["DP2", "PP2", "TP2", "TP2+SP"])
 def test_layouts(ranks: Ranks, tmp_path: Path, layout: dict[str, Any]) -> None:
     compare(ranks, tmp_path, "qwen3", 2, layout, steps=5)

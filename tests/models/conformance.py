@@ -36,10 +36,12 @@ def both(
     more: int = 9,
     tp_size: int = 1,
     ep_size: int = 1,
+    export: Path | None = None,
     **sampling: Any,
 ) -> Found:
     """Generate with prompts of ``first``, ``first + more``, ... tokens, and score what was generated; on each rank of
-    trainer and engine. ``family`` describes the model in place of the one for its model type."""
+    trainer and engine. ``family`` describes the model in place of the one for its model type; ``export``: where the
+    trainer's weights are exported to, as they were loaded."""
     from miles_spmd.algorithms.losses import make_loss
     from miles_spmd.training.trainer import Trainer
     from miles_spmd.weights import hugging_face
@@ -60,6 +62,8 @@ def both(
             for one in (trainer, engine):
                 hugging_face.load(folder, one.weights(), one.layout(), described)
             engine.commit(0)
+            if export:
+                hugging_face.export(export, trainer.weights(), trainer.layout(), folder, described)
             options = {"max_new_tokens": 24, "ignore_eos": True} | sampling
             asked = [request(str(i), [t % 97 for t in prompt(i, first + more * i)], **options) for i in range(7)]
             outputs = run(engine, asked)

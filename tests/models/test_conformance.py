@@ -21,6 +21,7 @@ from tests.models import tiny, two_thetas
 from tests.models.conformance import Found, both, difference
 from tests.models.two_thetas import TwoThetas
 from tests.ranks import Ranks
+from tests.weights.test_hugging_face import assert_same
 
 TOLERANCE = 2e-5  # fp32 against float64
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -28,11 +29,13 @@ EP2 = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}  # who
 CASES = [(name, tp) for name in tiny.CONFIGS for tp in (1, 2)]
 
 
-def greedy(folder: Path, tp: int, family: type[Family] | None = None) -> Found:
+def greedy(folder: Path, tp: int, family: type[Family] | None = None, export: Path | None = None) -> Found:
     experts = count_experts(read_config(folder))
     megatron = ({}, TP2, TP2 | EP2)[0 if tp == 1 else 2 if experts else 1]
     short = {"context": 64, "first": 5, "more": 5, "max_new_tokens": 16}
-    return both(folder, family, megatron, tp_size=tp, ep_size=tp if experts else 1, temperature=0.0, **short)
+    return both(
+        folder, family, megatron, tp_size=tp, ep_size=tp if experts else 1, temperature=0.0, export=export, **short
+    )
 
 
 def reference(name: str) -> transformers.PreTrainedModel:
@@ -63,12 +66,16 @@ def tops(model: transformers.PreTrainedModel, found: Found) -> int:
 
 
 @pytest.mark.parametrize(("name", "tp"), CASES, ids=[f"{name}-TP{tp}" for name, tp in CASES])
-def test_engine_and_trainer(ranks: Ranks, name: str, tp: int) -> None:
-    answers = ranks.run(tp, greedy, tiny.wide(name), tp)
+def test_engine_and_trainer(ranks: Ranks, tmp_path: Path, name: str, tp: int) -> None:
+    answers = ranks.run(tp, greedy, tiny.wide(name), tp, None, tmp_path / "export")
     assert sum(answer.differing for answer in answers) == 0
     model = reference(name)
     assert difference(model, answers[0]) < TOLERANCE
     assert tops(model, answers[0]) == 0
+    assert_same(tmp_path / "export", tiny.wide(name))
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    source = json.loads((tiny.wide(name) / "config.json").read_text())
+    assert config | source == config  # what the source says, and what SGLang reads beside
 
 
 def test_a_new_family_is_one_short_file(ranks: Ranks, tmp_path: Path) -> None:

@@ -93,11 +93,8 @@ CONFIG_CLASSES = {"Gemma3": "Gemma3TextConfig"}
 def build(name: str, dtype: torch.dtype = torch.float32, **more: Any) -> transformers.PreTrainedModel:
     """A random model of one of CONFIGS, with ``more`` settings; norms and biases are not left at their ones and
     zeros."""
-    prefix, changes = CONFIGS[name]
-    config = getattr(transformers, CONFIG_CLASSES.get(prefix, f"{prefix}Config"))(**(COMMON | changes | more))
-    config._attn_implementation = "eager"  # the others ignore a soft-cap
     torch.manual_seed(0)
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config)
+    model = new(name, **more)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name or parameter_name.endswith("bias"):
@@ -106,6 +103,14 @@ def build(name: str, dtype: torch.dtype = torch.float32, **more: Any) -> transfo
             if buffer_name.endswith("e_score_correction_bias"):
                 buffer.add_(0.1 * torch.randn_like(buffer))
     return model.to(dtype).eval()
+
+
+def new(name: str, **more: Any) -> transformers.PreTrainedModel:
+    """A model of one of CONFIGS, with ``more`` settings and transformers' own random weights."""
+    prefix, changes = CONFIGS[name]
+    config = getattr(transformers, CONFIG_CLASSES.get(prefix, f"{prefix}Config"))(**(COMMON | changes | more))
+    config._attn_implementation = "eager"  # the others ignore a soft-cap
+    return getattr(transformers, f"{prefix}ForCausalLM")(config)
 
 
 def build_classifier(name: str) -> transformers.PreTrainedModel:
