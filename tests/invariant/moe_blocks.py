@@ -203,6 +203,7 @@ def build_engine_layer(
     from miles_spmd.generation.sglang import process_groups
     from miles_spmd.generation.sglang.invariant_layers import invariant_layers
     from miles_spmd.generation.sglang.server_args import build_server_args
+    from miles_spmd.models import load_family
     from miles_spmd.platform.cpu import sglang_shim
 
     sglang_shim.adapt()
@@ -214,7 +215,7 @@ def build_engine_layer(
     bootstrap.initialize_model_parallel(tensor_model_parallel_size=size, expert_model_parallel_size=ep_size)
     module, name = kind.engine.split(":")
     model = torch.nn.Module()
-    with invariant_layers(True, sum_terms):
+    with invariant_layers(True, load_family(folder), sum_terms):
         model.mlp = getattr(__import__(module, fromlist=[name]), name)(config=kind.config, layer_id=0)
     return model
 

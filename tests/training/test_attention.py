@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,11 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from miles_spmd.invariant.operators import rotary_table, rotate
+from miles_spmd.invariant.operators import rotate
+from miles_spmd.invariant.rope import frequencies, rotary_table
 from miles_spmd.models.attention import PLAIN, Form
+from miles_spmd.models.blocks import Attention
+from miles_spmd.models.rope import Rope
 from miles_spmd.training.attention import PackedAttention, PackedSequences, make_blocks
 from miles_spmd.training.megatron_config import NetworkConfig
 from miles_spmd.training.parallel import initialize
@@ -23,7 +27,9 @@ from tests.training.test_packing import zigzag
 
 LENGTHS, HEADS, DIM = [12, 40, 4], (4, 2), 8
 STARTS = [0, *itertools.accumulate(LENGTHS)]
-TABLE = rotary_table(10000.0 ** -torch.arange(0, 1, 2 / DIM), max(LENGTHS))
+ROPE = Rope(10000.0, DIM)
+TABLE = rotary_table(frequencies(ROPE, max(LENGTHS)), max(LENGTHS), 1.0)
+SINKS = Attention(32, *HEADS, DIM, ROPE, sinks=True)
 
 
 def stream() -> list[Tensor]:
@@ -37,10 +43,11 @@ def attend(layout: dict[str, Any], forms: list[Form]) -> tuple[Any, ...]:
     """Return this rank's tokens and first heads; of each form results and gradients; and what a checkpoint has."""
     config = NetworkConfig(
         num_layers=1, hidden_size=32, num_attention_heads=HEADS[0], num_query_groups=HEADS[1], kv_channels=DIM,
-        softmax_type="learnable", use_cpu_initialization=True, **layout,
+        use_cpu_initialization=True, **layout,
     )  # fmt: skip
     where = initialize(config, 0)
-    layer = PackedAttention(config, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    layer = PackedAttention(config, groups, SINKS)
     mine = zigzag(STARTS, where.cp_rank, where.cp_size)
     *tensors, sinks = stream()
     shares = [x.shape[1] // where.tp_size for x in tensors]
@@ -51,7 +58,7 @@ def attend(layout: dict[str, Any], forms: list[Form]) -> tuple[Any, ...]:
     layer.softmax_offset.data.copy_(sinks[firsts[0] : firsts[0] + shares[0]])
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[mine]
     blocks = make_blocks(LENGTHS, where.cp_rank, where.cp_size, torch.device("cpu"))
-    packed = PackedSequences(blocks=blocks, positions=positions, table=TABLE)
+    packed = PackedSequences(blocks=blocks, positions=positions, tables={ROPE: TABLE})
     inputs = [query.requires_grad_(), key.requires_grad_(), value.requires_grad_(), layer.softmax_offset]
     found = []
     for layer.form in forms:  # of layers that share a batch
@@ -92,5 +99,6 @@ def test_sinks_exist_where_they_are_asked_for(ranks: Ranks) -> None:
 def names_of_parameters() -> tuple[list[str], list[str]]:
     config = NetworkConfig(num_layers=1, hidden_size=32, num_attention_heads=4, use_cpu_initialization=True)
     initialize(config, 0)
-    layer = PackedAttention(config, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
+    without = replace(SINKS, sinks=False)
+    layer = PackedAttention(config, ProcessGroupCollection.use_mpu_process_groups(), without)
     return [*layer.state_dict()], [*layer.sharded_state_dict()]

@@ -3,17 +3,18 @@ updated."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from miles_spmd.models.qwen3_moe import Qwen3Moe
 
 from miles_spmd.algorithms.losses import make_loss
 from miles_spmd.config import Config
+from miles_spmd.models.blocks import Mixture
 from miles_spmd.models.blocks.experts import CORRECTION_BIAS, Experts, Router
-from miles_spmd.models.family import Pieces, Shape, Shards
+from miles_spmd.models.families.qwen import Qwen3Moe
 from miles_spmd.training.trainer import Trainer
 from tests.models import tiny
 from tests.ranks import Ranks
@@ -25,19 +26,11 @@ ADAM = {"lr": 1e-2, "clip_grad": 1.0}
 class Biased(Qwen3Moe):
     """The tiny model with sigmoid scores, groups, a scale and a correction bias, which the checkpoint does not have."""
 
-    def transformer_config(self) -> dict[str, Any]:
+    def mlp(self, number: int) -> Mixture:
         sigmoid = {"scores": "sigmoid", "bias": True, "normalize": True, "scale": 2.0, "logit_dtype": "fp32"}
         grouped = {"groups": 2, "groups_per_token": 1, "best_of_group": 2}
-        router = Router(self.num_experts, self.experts_per_token, **sigmoid, **grouped)
-        return super().transformer_config() | {"router": router}
-
-    def _mlp_tensors(self, prefix: str) -> dict[str, Shape]:
-        return super()._mlp_tensors(prefix) | {f"{prefix}gate.{CORRECTION_BIAS}": (self.num_experts,)}
-
-    def _mlp(self, prefix: str, name: str, shape: Shape, shards: Shards) -> Pieces:
-        if name == "router.expert_bias":
-            return self._whole(f"{prefix}gate.{CORRECTION_BIAS}")
-        return super()._mlp(prefix, name, shape, shards)
+        plain = self.mixture()
+        return replace(plain, router=Router(plain.num_experts, plain.router.per_token, **sigmoid, **grouped))
 
 
 def with_biases(folder: Path, dtype: torch.dtype) -> Path:
@@ -94,8 +87,8 @@ def test_a_bias_is_kept(ranks: Ranks, tmp_path: Path, world: int, layout: dict[s
 
 
 class Interleaved(Qwen3Moe):
-    def transformer_config(self) -> dict[str, Any]:
-        return super().transformer_config() | {"experts": Experts(interleaved=True)}
+    def mlp(self, number: int) -> Mixture:
+        return replace(self.mixture(), form=Experts(interleaved=True))
 
 
 def test_transformer_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,5 +98,5 @@ def test_transformer_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     run = config("qwen3_moe", {"transformer_impl": "transformer_engine"})
     values = tiny.build("qwen3_moe").config.to_dict()
     for family in (Biased(values), Interleaved(values)):
-        with pytest.raises(ValueError, match="router or experts are not Megatron's"):
+        with pytest.raises(ValueError, match="has another router or other experts"):
             build_megatron_config(run, family)
