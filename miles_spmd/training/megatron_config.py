@@ -197,19 +197,23 @@ def _refuse_unsupported(table: Mapping[str, Any]) -> None:
 
 
 def _refuse_unsupported_blocks(table: Mapping[str, Any], layers: Sequence[Layer]) -> None:
-    """Transformer Engine's layers have what a plain decoder has; its modules would ignore the rest."""
+    """Transformer Engine's layers have what a plain decoder has; its modules would ignore the rest. Under context
+    parallelism attention is our own."""
     if table["transformer_impl"] != "transformer_engine":
         return
+    own_attention = table.get("context_parallel_size", 1) > 1
     for number, layer in enumerate(layers):
-        a, rope = layer.attention, layer.attention.rope
-        found = {
+        a, rope, mlp = layer.attention, layer.attention.rope, layer.mlp
+        of_attention = {
             "rotary positions of part of a head, of neighbours or with a factor": rope is not None
             and (rope.interleaved or rope.attention_factor != 1 or rope.rotary_dim != a.head_dim),
+            "a window, a soft-cap, sinks or another scale": bool(a.window or a.softcap or a.sinks or a.scale),
+        }
+        found = ({} if own_attention else of_attention) | {
             "a norm over all heads": a.qk_norm == "width",
-            "a window, a soft-cap or another scale": bool(a.window or a.softcap or a.scale),
-            "norms behind a block": layer.norms != Norms(),
-            "another router or other experts": isinstance(layer.mlp, Mixture) and not layer.mlp.is_plain,
-            "an activation other than silu": isinstance(layer.mlp, Mlp) and layer.mlp.activation != "silu",
+            "other norms": layer.norms != Norms(),
+            "another router or other experts": isinstance(mlp, Mixture) and not mlp.is_plain,
+            "an activation other than silu": isinstance(mlp, Mlp) and mlp.activation != "silu",
         }
         if names := [name for name, has in found.items() if has]:
             raise ValueError(

@@ -57,7 +57,7 @@ def both(
     with patch.dict(FAMILIES, {family.model_type: family}) if family else nullcontext():
         described = load_family(folder)
         trainer = Trainer(run_config, described, make_loss("rl", run_config.algorithm))
-        engine = make_engine(run_config)
+        engine: Any = make_engine(run_config)
         try:
             for one in (trainer, engine):
                 hugging_face.load(folder, one.weights(), one.layout(), described)

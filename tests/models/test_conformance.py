@@ -26,7 +26,8 @@ from tests.weights.test_hugging_face import assert_same
 TOLERANCE = 2e-5  # fp32 against float64
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 EP2 = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}  # whole experts on each rank
-CASES = [(name, tp) for name in tiny.CONFIGS for tp in (1, 2)]
+CASES = [*((name, 1) for name in tiny.CONFIGS), *((name, 2) for name in ("gemma3_text", "olmo2", "glm4_moe"))]
+SLOW = [(name, 2) for name in tiny.CONFIGS if (name, 2) not in CASES]
 
 
 def greedy(folder: Path, tp: int, family: type[Family] | None = None, export: Path | None = None) -> Found:
@@ -65,7 +66,13 @@ def tops(model: transformers.PreTrainedModel, found: Found) -> int:
     return wrong
 
 
-@pytest.mark.parametrize(("name", "tp"), CASES, ids=[f"{name}-TP{tp}" for name, tp in CASES])
+@pytest.mark.parametrize(
+    ("name", "tp"),
+    [
+        *(pytest.param(name, tp, id=f"{name}-TP{tp}") for name, tp in CASES),
+        *(pytest.param(name, tp, id=f"{name}-TP{tp}", marks=pytest.mark.slow) for name, tp in SLOW),
+    ],
+)
 def test_engine_and_trainer(ranks: Ranks, tmp_path: Path, name: str, tp: int) -> None:
     answers = ranks.run(tp, greedy, tiny.wide(name), tp, None, tmp_path / "export")
     assert sum(answer.differing for answer in answers) == 0

@@ -34,8 +34,11 @@ def compare_loaders(folder: Path, tp_size: int, dtype: str) -> int:
         engine.close()
 
 
-@pytest.mark.parametrize("tp_size", [1, 2])
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+# in bf16 on two ranks, which holds what one rank in fp32 does, and the shares of each
+CASES = [(name, 2) for name in tiny.CONFIGS] + [(name, 1) for name in tiny.BY_HAND]
+
+
+@pytest.mark.parametrize(("name", "tp_size"), CASES)
 def test_every_parameter_is_what_sglang_loads(ranks: Ranks, name: str, tp_size: int) -> None:
     dtype = "bfloat16" if tp_size == 2 else "float32"
     held = ranks.run(tp_size, compare_loaders, tiny.checkpoint(name), tp_size, dtype)

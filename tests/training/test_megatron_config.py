@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,10 +11,11 @@ from miles_spmd.models import load_family
 from miles_spmd.models.rope import Rope
 from miles_spmd.training.megatron_config import (
     MegatronConfig,
-    _refuse_unsupported_ropes,
+    _refuse_unsupported_blocks,
     build_megatron_config,
 )
 from miles_spmd.training.optimizer import build_schedule, planned_updates
+from tests.models import tiny
 from tests.training.cases import config
 
 
@@ -119,10 +122,20 @@ def test_the_first_update_of_a_warm_up_has_a_learning_rate(warm_up: int, rates: 
     "rope", [Rope(1e4, 8, interleaved=True), Rope(1e4, 4), Rope(1e4, 8, "yarn", attention_factor=1.1)]
 )
 def test_rotary_positions_that_transformer_engine_has_not(rope: Rope) -> None:
-    ropes = None, Rope(1e4, 8), rope
-    table = {"transformer_impl": "transformer_engine", "kv_channels": 8}
-    _refuse_unsupported_ropes(table, ropes[:2])
-    _refuse_unsupported_ropes(table | {"context_parallel_size": 2}, ropes)  # whose attention is our own
-    _refuse_unsupported_ropes(table | {"transformer_impl": "local"}, ropes)
-    with pytest.raises(ValueError, match=r"layer 2 of this model requires other rotary positions.*set 'local'"):
-        _refuse_unsupported_ropes(table, ropes)
+    family = load_family(tiny.build("llama").config.to_dict())
+    layers = [replace(layer, attention=replace(layer.attention, rope=None)) for layer in family.layers[:3]]
+    layers[1:] = (replace(layers[0], attention=replace(layers[0].attention, rope=r)) for r in (Rope(1e4, 8), rope))
+    table = {"transformer_impl": "transformer_engine"}
+    _refuse_unsupported_blocks(table, layers[:2])
+    _refuse_unsupported_blocks(table | {"context_parallel_size": 2}, layers)  # whose attention is our own
+    _refuse_unsupported_blocks(table | {"transformer_impl": "local"}, layers)
+    with pytest.raises(ValueError, match=r"layer 2 of this model has rotary positions.*set 'local'"):
+        _refuse_unsupported_blocks(table, layers)
+
+
+@pytest.mark.parametrize("name", [name for name in tiny.CONFIGS if name not in (*tiny.BY_HAND, "mixtral", "phi3")])
+def test_what_transformer_engine_has_not(name: str) -> None:
+    """Mixtral and Phi-3 without a window have what a plain decoder has."""
+    layers = load_family(tiny.build(name).config.to_dict()).layers
+    with pytest.raises(ValueError, match="which Transformer Engine's layers do not; set 'local'"):
+        _refuse_unsupported_blocks({"transformer_impl": "transformer_engine"}, layers)
