@@ -106,3 +106,11 @@ def test_a_field_with_another_value(name: str, changes: dict[str, Any]) -> None:
 def test_refused(name: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_family(written(name) | changes)
+
+
+def test_only_the_layers_that_predict_further_tokens_are_ignored() -> None:
+    config = written("glm4_moe") | {"num_nextn_predict_layers": 2}
+    family = load_family(config)
+    assert [family.is_ignored(f"model.layers.{number}.eh_proj.weight") for number in (3, 4, 5, 6)] == [0, 1, 1, 0]
+    del config["num_nextn_predict_layers"]
+    assert not load_family(config).is_ignored("model.layers.4.eh_proj.weight")
