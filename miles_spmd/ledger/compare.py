@@ -18,6 +18,7 @@ import numpy as np
 from miles_spmd.ledger.chain import LedgerError, Record
 from miles_spmd.ledger.entries import Context, Digests, Samples, Saved, Update, unpack
 from miles_spmd.ledger.step_data import Ragged, SampleData, StepData, UpdateData
+from miles_spmd.models.blocks.experts import is_trained
 from miles_spmd.types.engine_group import POLICY, SECOND_POLICY, in_group
 
 MAX_NAMES = 4  # tensors that a message lists
@@ -142,7 +143,7 @@ def _updates(
         yield from pair.items(_field, "advantages differ", "advantages")
         yield from pair.items(_log_probs, "log-probs of the forward pass differ", "log_probs")
         yield from _texts(f"{here}: ", one.sums, other.sums)
-        yield from _tensors(f"{here}: gradient", names, one.gradient, other.gradient)
+        yield from _tensors(f"{here}: gradient", list(filter(is_trained, names)), one.gradient, other.gradient)
         yield from _texts(
             f"{here}: ", *({n: getattr(side, n) for n in ("grad_norm", "lr", "skipped")} for side in (one, other))
         )
@@ -168,7 +169,7 @@ def _checkpoints(a: Saved, b: Saved, tensor_names: Mapping[str, list[str]]) -> I
         one, other = a.optimizers[role], b.optimizers[role]
         for kind in sorted(one.keys() & other.keys()):
             where = f"checkpoint of step {a.step}: {kind} of the {role}'s optimizer"
-            yield from _tensors(where, tensor_names.get(role, []), one[kind], other[kind])
+            yield from _tensors(where, list(filter(is_trained, tensor_names.get(role, []))), one[kind], other[kind])
 
 
 # --- what is compared, and how a difference is described -------------------------------------------------------------

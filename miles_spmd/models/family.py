@@ -89,7 +89,10 @@ class Family:
         self.vocab_size: int = config["vocab_size"]
         self.value_head = value_head
         self.tied_embeddings: bool = config.get("tie_word_embeddings", self.ties_by_default) and not value_head
-        self.layers: tuple[Layer, ...] = tuple(self.layer(number) for number in range(self.num_layers))
+        try:
+            self.layers: tuple[Layer, ...] = tuple(self.layer(number) for number in range(self.num_layers))
+        except ValueError as error:  # of a block
+            raise ValueError(f"config.json of this {self.model_type} model: {error}") from None
         ropes = (layer.attention.rope for layer in self.layers)
         exact = [rope.exact_length for rope in ropes if rope and rope.exact_length]
         self.max_sequence_length: int = min([config["max_position_embeddings"], *exact])
@@ -150,7 +153,8 @@ class Family:
         for key in (*biases, "mlp_bias", "dual_chunk_attention_config", "use_bidirectional_attention"):
             if config.get(key):
                 problems.append(f"{key} is not supported")
-        kinds = set(config.get("layer_types") or ()) - set(self.attention_kinds)
+        types = config.get("layer_types")
+        kinds = {str(name) for name in types} - set(self.attention_kinds) if isinstance(types, list) else set()
         if config.get("use_sliding_window") or kinds:
             named = f" ({', '.join(sorted(kinds))})" if kinds else ""
             problems.append(f"sliding-window attention is not supported{named}")

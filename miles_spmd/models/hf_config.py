@@ -45,16 +45,16 @@ _READ = """
 # settings of generation, of outputs, of a head of another kind, of pre-training.
 _NEUTRAL = """
     _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path add_cross_attention
-    attention_dropout attn_implementation auto_map bad_words_ids begin_suppress_tokens chunk_size_feed_forward
-    cls_token_id cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample early_stopping
-    embd_pdrop encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id hidden_dropout id2label is_decoder is_encoder_decoder label2id length_penalty max_length
-    min_length no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions
-    output_hidden_states output_router_logits output_scores prefix pretraining_tp problem_type pruned_heads
-    remove_invalid_values repetition_penalty resid_pdrop return_dict return_dict_in_generate router_aux_loss_coef
-    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
-    tokenizer_class top_k top_p torchscript transformers_version typical_p unk_token_id unsloth_fixed
-    unsloth_version use_bfloat16 use_cache
+    attention_dropout attn_implementation auto_map bad_words_ids begin_suppress_tokens cache_implementation
+    chunk_size_feed_forward cls_token_id cross_attention_hidden_size decoder_start_token_id diversity_penalty
+    do_sample early_stopping embd_pdrop encoder_no_repeat_ngram_size exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id hidden_dropout id2label is_decoder is_encoder_decoder
+    is_llama_config label2id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams
+    num_labels num_return_sequences output_attentions output_hidden_states output_router_logits output_scores prefix
+    pretraining_tp problem_type pruned_heads remove_invalid_values repetition_penalty resid_pdrop return_dict
+    return_dict_in_generate router_aux_loss_coef sep_token_id suppress_tokens task_specific_params temperature
+    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torchscript transformers.js_config
+    transformers_version typical_p unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache
 """
 KNOWN = frozenset(_READ.split() + _NEUTRAL.split())
 
@@ -72,7 +72,33 @@ SIZES = (
     "n_routed_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "n_shared_experts",
+    "n_group",
+    "topk_group",
+    "sliding_window",
+    "sliding_window_pattern",
+    "_sliding_window_pattern",
 )
+COUNTS = ("first_k_dense_replace", "num_nextn_predict_layers")
+NUMBERS = (
+    "rms_norm_eps",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "routed_scaling_factor",
+)
+FLAGS = (
+    "attention_bias",
+    "mlp_bias",
+    "norm_topk_prob",
+    "qkv_bias",
+    "tie_word_embeddings",
+    "use_qk_norm",
+    "use_sliding_window",
+)
+# Of which transformers allows no null either; a null elsewhere is as if the field were absent.
+NOT_NULL = {*FLAGS, "first_k_dense_replace", "n_group", "n_shared_experts", "routed_scaling_factor", "topk_group"}
 
 
 def unknown_fields(config: dict[str, Any], fields: Collection[str]) -> list[str]:
@@ -89,17 +115,32 @@ def unknown_fields(config: dict[str, Any], fields: Collection[str]) -> list[str]
 
 
 def malformed_sizes(config: dict[str, Any]) -> list[str]:
-    """Return messages about sizes that no model can have; which of them a model needs is not known here."""
+    """Return messages about sizes, numbers and flags that no model can have; which of them a model needs is not known
+    here."""
     sizes = {key: config[key] for key in SIZES if config.get(key) is not None}
+    unused = (
+        ["sliding_window"] if config.get("sliding_window") == 0 and config.get("use_sliding_window") is False else []
+    )
+    kinds = (
+        ("a positive integer", SIZES, lambda value: is_integer(value) and value > 0),
+        ("an integer of at least 0", COUNTS, lambda value: is_integer(value) and value >= 0),
+        ("a positive number", NUMBERS, is_positive),
+        ("true or false", FLAGS, lambda value: isinstance(value, bool)),
+    )
     problems = [
-        f"{key} must be a positive integer, not {value!r}"
-        for key, value in sizes.items()
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0
+        f"{key} must be {kind}, not {config[key]!r}"
+        for kind, keys, fits in kinds
+        for key in keys
+        if key in config
+        and key not in unused
+        and (config[key] is not None or key in NOT_NULL)
+        and not fits(config[key])
     ]
-    if (eps := config.get("rms_norm_eps")) is not None and not is_positive(eps):
-        problems.append(f"rms_norm_eps must be a positive number, not {eps!r}")
-    if not isinstance(tied := config.get("tie_word_embeddings", False), bool):
-        problems.append(f"tie_word_embeddings must be true or false, not {tied!r}")
+    types, layers = config.get("layer_types"), sizes.get("num_hidden_layers")
+    if types is not None and not (isinstance(types, list) and all(isinstance(name, str) for name in types)):
+        problems.append(f"layer_types must be a list of names, not {types!r}")
+    elif types is not None and is_integer(layers) and len(types) != layers:
+        problems.append(f"layer_types names {len(types)} layers, num_hidden_layers is {layers}")
     if problems:
         return problems
     heads, experts = sizes.get("num_attention_heads", 1), count_experts(config)
@@ -112,6 +153,10 @@ def malformed_sizes(config: dict[str, Any]) -> list[str]:
     if experts and sizes.get("num_experts_per_tok", 1) > experts:
         problems.append(f"num_experts_per_tok = {sizes['num_experts_per_tok']} is more than num_experts = {experts}")
     return problems
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_positive(value: Any) -> bool:
@@ -182,6 +227,8 @@ def malformed_rope(config: dict[str, Any], layer_type: str = "") -> list[str]:
         if spelling == "rope_parameters" and layer_type:
             if plain := [name for name in rope if name not in nested]:
                 problems.append(f"{spelling} must have a table for each type of layer, not {', '.join(plain)}")
+        elif spelling == "rope_scaling" and layer_type and rope.get("type") and "rope_type" not in rope:
+            problems.append(f"{spelling}.type is not read by transformers in this model; write {spelling}.rope_type")
         elif nested:
             problems.append(f"{spelling} by type of layer is not supported ({', '.join(nested)})")
     return problems

@@ -238,7 +238,7 @@ def _sizes(rows: Mapping[str, int]) -> Iterator[str]:
 
 def _count(parameters: int) -> str:
     for unit, name in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
-        if parameters >= unit:
+        if parameters >= 0.9995 * unit:  # from here on three digits are at least 1 of the unit, not 1e+03 of the next
             return f"{parameters / unit:.3g} {name}"
     return str(parameters)
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from miles_spmd.models import load_family
+from miles_spmd.models import TensorLayout, load_family
+from miles_spmd.models.layout import whole
 from miles_spmd.weights import hugging_face
 from tests.generation.checkpoints import Reference
 from tests.generation.conformance import difference, refit, request, run
@@ -43,6 +44,23 @@ def test_every_parameter_is_what_sglang_loads(ranks: Ranks, name: str, tp_size: 
     dtype = "bfloat16" if tp_size == 2 else "float32"
     held = ranks.run(tp_size, compare_loaders, tiny.checkpoint(name), tp_size, dtype)
     assert sum(held) >= load_family(tiny.checkpoint(name)).num_parameters()
+
+
+def absent_tensors(folder: Path, absent: tuple[str, ...]) -> str:
+    from miles_spmd.generation.sglang.model_blocks import require_all_tensors
+
+    family = load_family(folder)
+    layouts = [TensorLayout(name, whole(name, shape)) for name, shape in family.checkpoint_tensors().items()]
+    require_all_tensors([layout for layout in layouts if ".experts.3." not in layout.local_name], family)
+    with pytest.raises(ValueError, match="SGLang") as error:
+        require_all_tensors([layout for layout in layouts if layout.local_name not in absent], family)
+    return str(error.value)
+
+
+def test_a_tensor_that_no_parameter_has(ranks: Ranks) -> None:
+    names = "lm_head.weight", "model.layers.2.self_attn.q_norm.weight"
+    (message,) = ranks.run(1, absent_tensors, tiny.checkpoint("qwen3_moe"), names)
+    assert message == f"SGLang's model of this qwen3_moe checkpoint has no {', '.join(names)}"
 
 
 def generate(folder: Path, tp_size: int) -> list[list[int]]:

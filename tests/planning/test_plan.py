@@ -15,7 +15,7 @@ from miles_spmd.models import load_family
 from miles_spmd.models.random import SHAPES
 from miles_spmd.planning.memory_estimate import MemoryEstimate, checkpoint_bytes, estimate_judge, estimate_memory
 from miles_spmd.planning.parallel_layout import Groups, ParallelLayout
-from miles_spmd.planning.plan import describe_plan
+from miles_spmd.planning.plan import _count, describe_plan
 from tests.models.tiny import checkpoint
 from tests.ranks import Ranks
 from tests.training.cases import sequences
@@ -419,3 +419,11 @@ def test_other_recipes_have_a_plan(path: Path) -> None:
     fits = ["max_tokens_per_gpu=512", "rollout_max_prompt_len=32", "rollout_max_response_len=8"]
     config = load_config(path, [f"hf_checkpoint={model}", f"teacher_load={model}", *fits], check_files=False)
     assert "while training" in describe_plan(config, world_size=2, device_gib=24)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [(999, "999"), (999_885_952, "1 billion"), (999_400_000, "999 million"), (26_123_000_000, "26.1 billion")],
+)
+def test_a_number_of_parameters_has_no_exponent(parameters: int, expected: str) -> None:
+    assert _count(parameters) == expected

@@ -20,6 +20,7 @@ from miles_spmd.ledger.chain import Chain, LedgerError, Link, links
 from miles_spmd.ledger.entries import Context, Digests, Samples, Saved, Step, Update, digests, unpack
 from miles_spmd.ledger.rectangles import Rectangle, sum_digests
 from miles_spmd.ledger.step_data import DataStore, SampleData, StepData, UpdateData
+from miles_spmd.models.blocks.experts import is_trained
 from miles_spmd.protocol.results import CheckpointResult, WeightsDigest
 from miles_spmd.telemetry.environment import read_environment
 from miles_spmd.types.engine_group import in_group
@@ -175,11 +176,12 @@ class LedgerRecorder:
             before = {"weights": saved.weights[role], **saved.optimizers.get(role, {})}
             now = {"weights": loaded.weights[role], **loaded.optimizers.get(role, {})}
             for kind in before:
-                pairs = zip(names, unpack(before[kind]), unpack(now[kind]), strict=True)
+                held = names if kind == "weights" else [name for name in names if is_trained(name)]
+                pairs = zip(held, unpack(before[kind]), unpack(now[kind]), strict=True)
                 if changed := [name for name, a, b in pairs if a != b]:
                     raise LedgerError(
                         f"the checkpoint of step {saved.step} is not what was saved: {kind} of the {role} differ from "
-                        f"the ledger's in {len(changed)} of {len(names)} tensors, such as {changed[0]}; choose another "
+                        f"the ledger's in {len(changed)} of {len(held)} tensors, such as {changed[0]}; choose another "
                         "checkpoint, or start a new run from this one with checkpoint.load"
                     )
 

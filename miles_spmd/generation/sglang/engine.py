@@ -229,10 +229,13 @@ class SglangEngine:
         return {name: parameter.detach() for name, parameter in self._model.named_parameters()}
 
     def layout(self) -> list[TensorLayout]:
-        return [
+        """Raises ValueError where SGLang's model is another one than the family's blocks describe."""
+        layouts = [
             TensorLayout(name, self._family.sglang_layout(name, tuple(tensor.shape), self._tp_rank, self.size))
             for name, tensor in self._model.named_parameters()
         ]
+        model_blocks.require_all_tensors(layouts, self._family)
+        return layouts
 
     @property
     def _model(self) -> torch.nn.Module:

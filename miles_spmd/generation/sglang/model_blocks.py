@@ -17,7 +17,7 @@ from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.radix_attention import RadixAttention
 from torch.nn import Module
 
-from miles_spmd.models import Family
+from miles_spmd.models import Family, TensorLayout
 from miles_spmd.models.blocks import Attention, Mixture
 from miles_spmd.models.blocks.experts import Experts, Router
 
@@ -58,6 +58,15 @@ def compare_experts(model: Module, family: Family) -> None:
             expected = [replace(layer.mlp.router, logit_dtype="model"), layer.mlp.form]
         if sorted(found, key=repr) != sorted(expected, key=repr):
             raise ValueError(f"layer {number}: SGLang has the experts {found}, and the family's blocks {expected}")
+
+
+def require_all_tensors(layouts: list[TensorLayout], family: Family) -> None:
+    """Raise ValueError where no parameter of SGLang's model, whose ``layouts`` these are, has a tensor of the
+    checkpoint: it would compute without it. Other ranks may have a routed expert, and all rows of a vocabulary."""
+    held = {piece.name for layout in layouts for piece in layout.pieces} | {layout.local_name for layout in layouts}
+    absent = [name for name in family.checkpoint_tensors() if name not in held and ".experts." not in name]
+    if absent:
+        raise ValueError(f"SGLang's model of this {family.model_type} checkpoint has no {', '.join(absent)}")
 
 
 def _adopt_attention(module: RadixAttention, block: Attention, where: str) -> None:

@@ -56,6 +56,8 @@ class Router:
             problems.append(f"{self.per_token} of {self.count} experts cannot be chosen")
         if not self.softmax_first and (self.scores != "softmax" or self.bias or self.normalize or self.groups > 1):
             problems.append("softmax_first=False is for a softmax without correction bias, groups and normalize")
+        if not self.softmax_first and self.per_token == 1:
+            problems.append("the weight of one expert among the chosen ones is always 1, which Megatron-core refuses")
         if self.scores == "softmax" and self.normalize and not self.bias and self.groups == 1:
             problems.append("normalize for a plain softmax: softmax_first=False has the same weights; leave it out")
         if self.count % self.groups:

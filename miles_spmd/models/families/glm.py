@@ -72,5 +72,6 @@ class Glm4Moe(Family):
         return Mixture(c["hidden_size"], width, router, shared_size=width * c.get("n_shared_experts", 1))
 
     def is_ignored(self, name: str) -> bool:
-        """The layers that predict a second token are behind the last one, and not part of the model here."""
-        return super().is_ignored(name) or name.startswith(f"model.layers.{self.num_layers}.")
+        """The layers that predict further tokens are behind the last one, and not part of the model here."""
+        behind = range(self.num_layers, self.num_layers + (self.config.get("num_nextn_predict_layers") or 0))
+        return super().is_ignored(name) or any(name.startswith(f"model.layers.{number}.") for number in behind)

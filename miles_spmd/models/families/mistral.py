@@ -13,9 +13,10 @@ class Mistral(Family):
     model_type = "mistral"
     fields: ClassVar[tuple[str, ...]] = ("sliding_window",)
     assumed_kv_heads = 8
+    assumed_window: ClassVar[int] = 4096  # where the config does not name it; null: there is none
 
     def attention(self, number: int, **differences: Any) -> Attention:
-        return super().attention(number, window=self.config.get("sliding_window") or 0)
+        return super().attention(number, window=self.config.get("sliding_window", self.assumed_window) or 0)
 
 
 class Mixtral(Mistral):
@@ -24,6 +25,7 @@ class Mixtral(Mistral):
     model_type = "mixtral"
     fields = (*Mistral.fields, "num_experts_per_tok", "num_local_experts", "router_jitter_noise")
     required = (*Family.required, "num_experts_per_tok", "num_local_experts")
+    assumed_window = 0
 
     def mlp(self, number: int) -> Mlp | Mixture:
         c = self.config

@@ -4,6 +4,7 @@ from typing import Any
 
 from miles_spmd.models.blocks import Attention, Mlp
 from miles_spmd.models.family import Family
+from miles_spmd.models.hf_config import malformed_rope, rope_parameters
 
 
 class Phi3(Family):
@@ -11,9 +12,19 @@ class Phi3(Family):
 
     model_type = "phi3"
     sglang_module = "llama"
-    fields = ("original_max_position_embeddings", "sliding_window")
+    fields = ("full_attn_mod", "interpolate_factor", "original_max_position_embeddings", "sliding_window")
     assumed_kv_heads = 0
     partial_rotary = True
+
+    def unsupported(self, config: dict[str, Any]) -> list[str]:
+        # Phi-4-mini has the first two fields, which its published code does not read.
+        others = [key for key in self.fields[:2] if config.get(key) not in (None, 1)]
+        return super().unsupported(config) + [f"{key} must be 1, not {config[key]!r}" for key in others]
+
+    def unsupported_rope(self, config: dict[str, Any]) -> list[str]:
+        if not malformed_rope(config) and rope_parameters(config)["rope_type"] in ("su", "yarn"):
+            return ["rope types su and yarn are older names of longrope in this family; write longrope"]
+        return super().unsupported_rope(config)
 
     def attention(self, number: int, **differences: Any) -> Attention:
         return super().attention(number, fused=True, window=self.config.get("sliding_window") or 0)
