@@ -234,7 +234,8 @@ class SglangEngine:
             TensorLayout(name, self._family.sglang_layout(name, tuple(tensor.shape), self._tp_rank, self.size))
             for name, tensor in self._model.named_parameters()
         ]
-        model_blocks.require_all_tensors(layouts, self._family)
+        if self.leader:  # another rank may have only padding of a matrix
+            model_blocks.require_all_tensors(layouts, self._family)
         return layouts
 
     @property

@@ -62,7 +62,8 @@ def compare_experts(model: Module, family: Family) -> None:
 
 def require_all_tensors(layouts: list[TensorLayout], family: Family) -> None:
     """Raise ValueError where no parameter of SGLang's model, whose ``layouts`` these are, has a tensor of the
-    checkpoint: it would compute without it. Other ranks may have a routed expert, and all rows of a vocabulary."""
+    checkpoint: it would compute without it. To be asked on an engine's first rank, which has the first rows of
+    everything but routed experts."""
     held = {piece.name for layout in layouts for piece in layout.pieces} | {layout.local_name for layout in layouts}
     absent = [name for name in family.checkpoint_tensors() if name not in held and ".experts." not in name]
     if absent:

@@ -14,3 +14,5 @@ from miles_spmd.models.family import Family
 _DENSE = (Gemma2, Gemma3, Glm4, Llama, Mistral, Olmo2, Phi3, Qwen2, Qwen3)
 _ROUTED = (Glm4Moe, Mixtral, Qwen2Moe, Qwen3Moe)
 FAMILIES: dict[str, type[Family]] = {family.model_type: family for family in (*_DENSE, *_ROUTED)}
+if len(FAMILIES) < len(_DENSE) + len(_ROUTED):
+    raise ImportError("two families have the same model_type, of which one would never be found")
