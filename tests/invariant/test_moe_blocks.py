@@ -28,7 +28,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+FAST = ("1-1", "TP2+SP+EP2-2")
+
+
+@pytest.mark.parametrize("layout", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in LAYOUTS])
 @pytest.mark.parametrize("name", moe_blocks.kinds())
 def test_layers(ranks: Ranks, tmp_path: Path, name: str, layout: str) -> None:
     world, megatron, engine = LAYOUTS[layout]
@@ -38,7 +41,14 @@ def test_layers(ranks: Ranks, tmp_path: Path, name: str, layout: str) -> None:
         assert max(found.errors.values()) < 2e-6, found.errors
 
 
-@pytest.mark.parametrize(("world", "layout"), [(1, {}), (2, EP2), (2, TP2 | SP)], ids=["1", "EP2", "TP2+SP+ETP2"])
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        pytest.param(1, {}, id="1", marks=pytest.mark.slow),
+        pytest.param(2, EP2, id="EP2", marks=pytest.mark.slow),
+        pytest.param(2, TP2 | SP, id="TP2+SP+ETP2"),
+    ],
+)
 @pytest.mark.parametrize("name", moe_blocks.kinds())
 def test_without_parity(ranks: Ranks, name: str, world: int, layout: dict[str, object]) -> None:
     """Where ranks have parts of an expert's width, biases of its second layer are added once."""
