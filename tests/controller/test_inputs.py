@@ -141,7 +141,7 @@ def changed(model: Path, folder: Path, /, **config: Any) -> Path:
 
 def test_weights_are_compared_with_their_model(check: Check, model: Path, tmp_path: Path) -> None:
     """By what the headers of the files say, before any rank starts."""
-    folder = changed(model, tmp_path / "other", num_hidden_layers=3)
+    folder = changed(model, tmp_path / "other", num_hidden_layers=3, layer_types=["full_attention"] * 3)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] = torch.ones(32, dtype=torch.int8)
     tensors["model.layers.0.input_layernorm.weight"] = torch.ones(31)
