@@ -73,28 +73,22 @@ class WidthNorm(RMSNorm):
         return super().forward(wide.contiguous()).chunk(self.group.size(), -1)[self.group.rank()].reshape(x.shape)
 
 
-class NormedAttention(SelfAttention):
-    """Attention whose output is normalised before it is added to the residual stream."""
+class _Normed:
+    """A block whose output is normalised before it is added to the residual stream. Stands before Megatron's class."""
 
     def __init__(self, config: NetworkConfig, *args: Any, **options: Any) -> None:
-        super().__init__(config, *args, **options)
+        super().__init__(config, *args, **options)  # type: ignore[call-arg]
         self.post_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
     def forward(self, *args: Any, **options: Any) -> tuple[Tensor, None]:
-        output, bias = super().forward(*args, **options)
+        output, bias = super().forward(*args, **options)  # type: ignore[misc]
         return self.post_norm(output if bias is None else output + bias), None
 
 
-class NormedMLP(MLP):
-    """An MLP whose output is normalised before it is added to the residual stream."""
+class NormedAttention(_Normed, SelfAttention): ...
 
-    def __init__(self, config: NetworkConfig, *args: Any, **options: Any) -> None:
-        super().__init__(config, *args, **options)
-        self.post_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
-    def forward(self, *args: Any, **options: Any) -> tuple[Tensor, None]:
-        output, bias = super().forward(*args, **options)
-        return self.post_norm(output if bias is None else output + bias), None
+class NormedMLP(_Normed, MLP): ...
 
 
 class LastLayer(TransformerLayer):
